@@ -1,0 +1,363 @@
+"""CvT, the Convolutional vision Transformer of arXiv 2103.15808, as transformers names its parts.
+
+Drop-in for the classes of the same names in transformers: parameters, arguments, outputs and loss
+are the same, loading and saving are transformers' own. Nothing here is about preprocessing or speed
+of inference beyond the model's own layout: tokens are (B, H*W, C) throughout, which to a convolution
+is an image in channels_last memory format, so that neither side copies.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
+
+from cvt.configuration import CvtConfig, check_architecture
+
+
+@dataclass
+class BaseModelOutputWithCLSToken(ModelOutput):
+    """What CvtModel returns.
+
+    Attributes:
+        last_hidden_state: the last stage's output, (B, C, H, W).
+        cls_token_value: its class token, (B, 1, C), or None where that stage has none.
+        hidden_states: the output of each stage, (B, C, H, W) of that stage, or None.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cls_token_value: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def _named(**modules: nn.Module) -> nn.Sequential:
+    """A sequence whose steps have names, which are part of the names of parameters."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+def _to_tokens(image: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H*W, C)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, H*W, C) to (B, C, H, W) in channels_last memory format; copies only split-off tokens."""
+    image = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+class CvtConvEmbeddings(nn.Module):
+    """Convolutional token embedding: overlapping patches, then layer norm (section 3.1)."""
+
+    def __init__(self, config: CvtConfig, stage: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.embed_dim[stage - 1] if stage else config.num_channels,
+            config.embed_dim[stage],
+            config.patch_sizes[stage],
+            stride=config.patch_stride[stage],
+            padding=config.patch_padding[stage],
+        )
+        self.normalization = nn.LayerNorm(config.embed_dim[stage])
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C_in, H_in, W_in) to (B, C, H, W)."""
+        image = self.projection(image.contiguous(memory_format=torch.channels_last))
+        return self.normalization(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class CvtSelfAttention(nn.Module):
+    """Attention whose queries, keys and values are convolutional projections (section 3.2)."""
+
+    def __init__(self, config: CvtConfig, stage: int) -> None:
+        super().__init__()
+        width = config.embed_dim[stage]
+        self.num_heads = config.num_heads[stage]
+        self.scale = width**-0.5  # of the whole width, not of a head's
+        self.drop_rate = config.attention_drop_rate[stage]
+        self.with_cls_token = config.cls_token[stage]
+
+        self.convolution_projection_query = self._projection(config, stage, query=True)
+        self.convolution_projection_key = self._projection(config, stage)
+        self.convolution_projection_value = self._projection(config, stage)
+        self.projection_query = nn.Linear(width, width, bias=config.qkv_bias[stage])
+        self.projection_key = nn.Linear(width, width, bias=config.qkv_bias[stage])
+        self.projection_value = nn.Linear(width, width, bias=config.qkv_bias[stage])
+
+    @staticmethod
+    def _projection(config: CvtConfig, stage: int, query: bool = False) -> nn.Module:
+        width, kernel = config.embed_dim[stage], config.kernel_qkv[stage]
+        stride = (config.stride_q if query else config.stride_kv)[stage]
+        padding = (config.padding_q if query else config.padding_kv)[stage]
+        method = config.qkv_projection_method[stage]
+        if method == "dw_bn":
+            convolution = nn.Conv2d(
+                width, width, kernel, stride=stride, padding=padding, groups=width, bias=False
+            )
+            normalization = nn.BatchNorm2d(width)
+            return _named(
+                convolution_projection=_named(convolution=convolution, normalization=normalization)
+            )
+        if method == "avg" and not query:
+            return nn.AvgPool2d(kernel, stride=stride, padding=padding, ceil_mode=True)
+        return nn.Identity()
+
+    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
+        """(B, T, C) to (B, T, C); T is H*W, and 1 more for a class token, which comes first."""
+        cls_token, tokens = hidden_state.split([int(self.with_cls_token), height * width], dim=1)
+        image = _to_image(tokens, height, width)
+
+        def project(convolution: nn.Module, linear: nn.Module) -> Tensor:
+            tokens = _to_tokens(convolution(image))
+            if self.with_cls_token:
+                tokens = torch.cat((cls_token, tokens), dim=1)
+            return linear(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        context = F.scaled_dot_product_attention(
+            project(self.convolution_projection_query, self.projection_query),
+            project(self.convolution_projection_key, self.projection_key),
+            project(self.convolution_projection_value, self.projection_value),
+            dropout_p=self.drop_rate if self.training else 0.0,
+            scale=self.scale,
+        )
+        return context.transpose(1, 2).flatten(2)
+
+
+class CvtAttention(nn.Module):
+    """Attention and its output layer."""
+
+    def __init__(self, config: CvtConfig, stage: int) -> None:
+        super().__init__()
+        width = config.embed_dim[stage]
+        self.attention = CvtSelfAttention(config, stage)
+        self.output = _named(
+            dense=nn.Linear(width, width), dropout=nn.Dropout(config.drop_rate[stage])
+        )
+
+    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.output(self.attention(hidden_state, height, width))
+
+
+class CvtDropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, drops a sample's residual branch."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(B, ...) to (B, ...), of the same expectation."""
+        if not self.training or self.rate == 0.0:
+            return branch
+        kept = branch.new_empty([len(branch)] + [1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        return branch * kept / (1 - self.rate)
+
+
+class CvtLayer(nn.Module):
+    """Transformer block, with layer norm ahead of attention and MLP."""
+
+    def __init__(self, config: CvtConfig, stage: int, drop_path_rate: float) -> None:
+        super().__init__()
+        width = config.embed_dim[stage]
+        hidden = int(width * config.mlp_ratio[stage])
+        self.layernorm_before = nn.LayerNorm(width)
+        self.attention = CvtAttention(config, stage)
+        self.layernorm_after = nn.LayerNorm(width)
+        self.intermediate = _named(dense=nn.Linear(width, hidden), activation=nn.GELU())
+        self.output = _named(
+            dense=nn.Linear(hidden, width), dropout=nn.Dropout(config.drop_rate[stage])
+        )
+        self.drop_path = CvtDropPath(drop_path_rate)
+
+    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        attended = self.attention(self.layernorm_before(hidden_state), height, width)
+        hidden_state = hidden_state + self.drop_path(attended)
+        transformed = self.output(self.intermediate(self.layernorm_after(hidden_state)))
+        # transformers drops this sum, and with it the sample's whole state; the paper's code only
+        # the branch.
+        return hidden_state + self.drop_path(transformed)
+
+
+class CvtStage(nn.Module):
+    """Token embedding and the layers over it, with a class token if the stage has one."""
+
+    def __init__(self, config: CvtConfig, stage: int) -> None:
+        super().__init__()
+        depth, rate = config.depth[stage], config.drop_path_rate[stage]
+        self.embedding = _named(
+            convolution_embeddings=CvtConvEmbeddings(config, stage),
+            dropout=nn.Dropout(config.drop_rate[stage]),
+        )
+        # Rates rise over a stage's layers, as in the paper's code; transformers gives all layers of
+        # a stage the rate of the layer whose number is the stage's.
+        self.layers = nn.ModuleList(
+            CvtLayer(config, stage, rate * i / max(depth - 1, 1)) for i in range(depth)
+        )
+        self.cls_token = (
+            nn.Parameter(torch.zeros(1, 1, config.embed_dim[-1]))
+            if config.cls_token[stage]
+            else None
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, C_in, H_in, W_in) to (B, C, H, W) and the class token, (B, 1, C) or None."""
+        image = self.embedding(image)
+        height, width = image.shape[-2:]
+        hidden_state = _to_tokens(image)
+        if self.cls_token is not None:
+            cls_token = self.cls_token.expand(len(image), -1, -1)
+            hidden_state = torch.cat((cls_token, hidden_state), dim=1)
+        for layer in self.layers:
+            hidden_state = layer(hidden_state, height, width)
+        if self.cls_token is None:
+            return _to_image(hidden_state, height, width), None
+        return _to_image(hidden_state[:, 1:], height, width), hidden_state[:, :1]
+
+
+class CvtEncoder(nn.Module):
+    """The stages, one after the other."""
+
+    def __init__(self, config: CvtConfig) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(CvtStage(config, i) for i in range(len(config.depth)))
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """(B, C, H, W) to each stage's output, and the last one's class token."""
+        outputs, cls_token = [], None
+        for stage in self.stages:
+            image, cls_token = stage(image)
+            outputs.append(image)
+        return outputs, cls_token
+
+
+class CvtPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to make, load and save the models."""
+
+    config: CvtConfig
+    config_class = CvtConfig
+    base_model_prefix = "cvt"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["CvtLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # normalisations and biases
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, CvtStage) and module.cls_token is not None:
+            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+
+
+class CvtModel(CvtPreTrainedModel):
+    """CvT without a head. `add_pooling_layer` is taken for compatibility: there is none."""
+
+    def __init__(self, config: CvtConfig, add_pooling_layer: bool = True) -> None:
+        check_architecture(config)  # again: a configuration can be changed after it was made
+        super().__init__(config)
+        self.encoder = CvtEncoder(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | BaseModelOutputWithCLSToken:
+        """Computes the features of normalised images, (B, num_channels, H, W).
+
+        Args:
+            pixel_values: the images, of any size that leaves the last stage a token.
+            output_hidden_states: whether to return each stage's output; else as configured.
+            return_dict: whether to return a ModelOutput, not a tuple; else as configured.
+            kwargs: ignored, as transformers does.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        states, cls_token = self.encoder(pixel_values)
+        outputs = BaseModelOutputWithCLSToken(
+            last_hidden_state=states[-1],
+            cls_token_value=cls_token,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+        return outputs if return_dict else outputs.to_tuple()
+
+
+class CvtForImageClassification(CvtPreTrainedModel):
+    """CvT with a linear classifier on the class token, or on the mean of tokens without one."""
+
+    def __init__(self, config: CvtConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cvt = CvtModel(config, add_pooling_layer=False)
+        width = config.embed_dim[-1]
+        self.layernorm = nn.LayerNorm(width)
+        self.classifier = (
+            nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        )
+        self.post_init()
+
+    def pool(self, outputs: BaseModelOutputWithCLSToken) -> Tensor:
+        """What the classifier sees of an image: one normalised vector, (B, C)."""
+        tokens = outputs.cls_token_value
+        if tokens is None:
+            tokens = _to_tokens(outputs.last_hidden_state)
+        return self.layernorm(tokens).mean(dim=1)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | ImageClassifierOutputWithNoAttention:
+        """Classifies normalised images, (B, num_channels, H, W), into logits (B, num_labels).
+
+        Args:
+            pixel_values: the images.
+            labels: for a loss: class ids (B,), or values (B, num_labels) for a regression or for
+                several classes an image; which of them, `config.problem_type` says.
+            output_hidden_states: whether to return each stage's output; else as configured.
+            return_dict: whether to return a ModelOutput, not a tuple; else as configured.
+            kwargs: passed on to the loss, as transformers' Trainer wants it.
+        """
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        outputs = self.cvt(pixel_values, output_hidden_states, return_dict=True)
+        logits = self.classifier(self.pool(outputs))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        result = ImageClassifierOutputWithNoAttention(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states
+        )
+        return result if return_dict else result.to_tuple()
+
+
+def register() -> None:
+    """Makes transformers' Auto classes, in this process, load CvT checkpoints with these classes."""
+    AutoConfig.register(CvtConfig.model_type, CvtConfig, exist_ok=True)
+    AutoModel.register(CvtConfig, CvtModel, exist_ok=True)
+    AutoModelForImageClassification.register(CvtConfig, CvtForImageClassification, exist_ok=True)

@@ -1,0 +1,17 @@
+"""The console command `cvt-label`: a thin layer over the modules beside it."""
+
+from __future__ import annotations
+
+from jobs.console import make_app
+from jobs.label import label
+from jobs.plan import plan
+from jobs.stats import stats
+from jobs.train import train
+
+
+def main() -> None:
+    """Runs `cvt-label`."""
+    app = make_app()
+    for command in (label, plan, stats, train):
+        app.command()(command)
+    app()

@@ -1,0 +1,113 @@
+"""What the jobs share with the terminal: exit statuses, errors as messages, options, tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.report import occurring, percent, score
+
+
+class Exit(IntEnum):
+    """Exit statuses, for scripts."""
+
+    OK = 0
+    #: Something went wrong that no other status names.
+    FAILED = 1
+    #: The command line or the configuration can't be used.
+    USAGE = 2
+    #: The run ended, and labelled everything but shards that it couldn't read.
+    INCOMPLETE = 3
+    #: Input, output or model can't be reached or used.
+    UNUSABLE = 4
+    INTERRUPTED = 130
+
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="YAML configuration; see configs/ for examples.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: section.field=value. May be given several times."),
+]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def make_app() -> typer.Typer:
+    """A command line whose unexpected errors are plain Python tracebacks."""
+    return typer.Typer(pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
+
+
+def run_alone(command: Callable[..., None]) -> None:
+    """Runs one command as a module of its own: `python -m jobs.<command>`."""
+    app = make_app()
+    app.command()(command)
+    app()
+
+
+@contextmanager
+def exit_status() -> Iterator[None]:
+    """Ends the process with a message and a status where a command can't go on."""
+    from cvt.checkpoints import CheckpointError
+    from pipeline.config import ConfigError
+    from pipeline.labelling import NoShardsError
+    from pipeline.storage import StorageError
+
+    try:
+        yield
+    except ConfigError as error:
+        _leave(Exit.USAGE, error)
+    except (StorageError, CheckpointError, NoShardsError, ConnectionError) as error:
+        _leave(Exit.UNUSABLE, error)
+    except KeyboardInterrupt:
+        _leave(Exit.INTERRUPTED, "interrupted")
+
+
+def _leave(status: Exit, message: object) -> None:
+    err.print(f"cvt-label: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
+    """The classes that occur, the most frequent first, as a table for the terminal.
+
+    Args:
+        classes: as `class_stats.parquet` holds them.
+        most: how many classes at most; None for all.
+    """
+    rows = occurring(classes.to_pylist())
+    has_targets = any(row["support"] is not None for row in rows)
+    shown = rows[:most]
+    more = f" (the {len(shown)} most frequent of {len(rows)})" if len(shown) < len(rows) else ""
+    table = Table(title=f"Classes{more}", title_justify="left")
+    table.add_column("label")
+    headings = ["images", "share", "score", "p05", "p50", "p95"]
+    if has_targets:
+        headings += ["precision", "recall", "F1"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in shown:
+        cells = [f"{row['count']:,}", percent(row["fraction"])]
+        cells += [score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
+        if has_targets:
+            cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
+        table.add_row(_plain(row["label"]), *cells)
+    return table
+
+
+def _plain(text: str) -> str:
+    """Text from data, with nothing in it that a terminal or rich would act on."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else "�" for c in text))

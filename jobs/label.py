@@ -1,0 +1,140 @@
+"""Labels a dataset: `python -m jobs.label --config FILE`, or `cvt-label label`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jobs.console import (
+    ConfigOption,
+    Exit,
+    SetOption,
+    class_statistics_table,
+    err,
+    exit_status,
+    out,
+    run_alone,
+)
+from pipeline import committing
+from pipeline.config import Config, load_config
+from pipeline.labelling import Plan, RunResult, run_labelling
+
+logger = logging.getLogger("cvt_label")
+
+#: Seconds between lines of progress where there is no terminal.
+LOG_INTERVAL = 10.0
+
+
+def label(config: ConfigOption, set: SetOption = None) -> None:
+    """Label every shard of the input, and write Parquet with per-class statistics.
+
+    Exit status: 0 when everything is labelled; 2 when the configuration can't be used; 3 when shards
+    could not be read (the others are labelled); 4 when input, output or model can't be used; 130 when
+    interrupted; 1 otherwise.
+    """
+    with exit_status():
+        result = run(load_config(Config, config, set or ()))
+    sys.exit(Exit.INCOMPLETE if result.unreadable else Exit.OK)
+
+
+def run(config: Config) -> RunResult:
+    """Labels with progress shown, and prints what came of it."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    with show_progress() as progress:
+        result = run_labelling(config, progress)
+    print_result(result)
+    return result
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[committing.Progress, Plan], None]]:
+    """Progress as a bar in a terminal, and as a line every few seconds elsewhere."""
+    started = time.monotonic()
+    if not err.is_terminal:
+        yield _log_progress(started)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards · {task.fields[images]} · {task.fields[errors]:,} errors"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("listing, starting Ray", total=None, images="no images", errors=0)
+
+        def show(progress: committing.Progress, plan: Plan) -> None:
+            bar.update(
+                task,
+                description="labelling",
+                total=len(plan.shards),
+                completed=progress.shards,
+                images=_images(progress, plan, started),
+                errors=progress.errors,
+            )
+
+        yield show
+
+
+def _log_progress(started: float) -> Callable[[committing.Progress, Plan], None]:
+    last = started
+
+    def log(progress: committing.Progress, plan: Plan) -> None:
+        nonlocal last
+        finished = progress.shards == len(plan.shards)
+        if time.monotonic() - last < LOG_INTERVAL and not finished:
+            return
+        last = time.monotonic()
+        logger.info(
+            "%d of %d shards, %s, %d errors",
+            progress.shards,
+            len(plan.shards),
+            _images(progress, plan, started),
+            progress.errors,
+        )
+
+    return log
+
+
+def _images(progress: committing.Progress, plan: Plan, started: float) -> str:
+    """Images done, of how many where the listing knows, and their rate."""
+    known = [shard.members for shard in plan.shards]
+    total = f" of {sum(map(len, known)):,}" if all(known) else ""
+    rate = progress.images / max(time.monotonic() - started, 1e-9)
+    return f"{progress.images:,}{total} images, {rate:,.0f}/s"
+
+
+def print_result(result: RunResult, most: int = 20) -> None:
+    """Prints the classes, and what a person wants to know at the end."""
+    if result.images > result.errors:
+        out.print(class_statistics_table(result.class_table, most))
+    facts = Table.grid(padding=(0, 2))
+    rows = {
+        "images": f"{result.images:,} in {len(result.rows) - len(result.unreadable):,} shards",
+        "errors": f"{result.errors:,}",
+        "images/s": f"{result.rate:,.1f}",
+        "output": result.plan.partition.uri,
+    }
+    stats = result.statistics
+    if stats.has_targets:
+        top5 = result.top5_accuracy
+        rows["accuracy"] = f"{stats.top1_accuracy():.2%} top-1"
+        rows["accuracy"] += f", {top5:.2%} top-5" if top5 is not None else ""
+    for name, value in rows.items():
+        facts.add_row(name, value)
+    out.print(facts, soft_wrap=True, markup=False)
+    duplicates = sum(row.duplicate_keys or 0 for row in result.rows.values())
+    if duplicates:
+        err.print(f"{duplicates:,} samples share a key with an earlier one of their shard", markup=False)
+    for row in result.unreadable:
+        err.print(f"not labelled: {row.error}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_alone(label)

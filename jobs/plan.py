@@ -1,0 +1,50 @@
+"""Shows what a labelling job would do: `python -m jobs.plan --config FILE`, or `cvt-label plan`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.table import Table
+
+from jobs.console import ConfigOption, SetOption, exit_status, out, run_alone
+from pipeline.config import Config, load_config
+from pipeline.labelling import make_plan
+
+
+def plan(
+    config: ConfigOption,
+    set: SetOption = None,
+    shards: Annotated[bool, typer.Option("--shards", help="List every shard, one line each.")] = False,
+) -> None:
+    """Show what `label` would do, without doing it: nothing is written, and Ray is not started.
+
+    Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
+    """
+    with exit_status():
+        planned = make_plan(load_config(Config, config, set or ()))
+    if shards:
+        for shard in planned.shards:
+            line = f"{shard.uri}\t{shard.format}\t{shard.size}\t{shard.version}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    partition = planned.partition
+    formats = Counter(shard.format for shard in planned.shards)
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "input": partition.config.input.uri,
+        "to label": f"{len(planned.shards):,} shards, {decimal(sum(shard.size for shard in planned.shards))}"
+        + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
+        "ignored": f"{planned.ignored:,} objects that are no shard",
+        "model": f"{partition.checkpoint.name}, {len(partition.checkpoint.labels):,} classes, "
+        f"{partition.checkpoint.preprocessor.size} pixels",
+        "output": partition.uri,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run_alone(plan)

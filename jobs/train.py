@@ -1,0 +1,37 @@
+"""Trains a model on labelled shards: `python -m jobs.train --config FILE`, or `cvt-label train`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from jobs.console import ConfigOption, SetOption, exit_status, out, run_alone
+from pipeline.cluster import ray_cluster
+from pipeline.config import TrainConfig, load_config
+
+
+def train(config: ConfigOption, set: SetOption = None) -> None:
+    """Train a new CvT, or a checkpoint further, on shards that carry labels.
+
+    Prints the metrics of each epoch. A rerun of a training that was cut off goes on where it was. The
+    best model is saved as `label` loads it.
+
+    Exit status: 0; 2 when the configuration can't be used; 4 when data or model can't be used; 130
+    when interrupted; 1 otherwise.
+    """
+    with exit_status():
+        from pipeline import training
+
+        loaded = load_config(TrainConfig, config, set or ())
+        with ray_cluster(loaded.ray.address, worker_output=True):
+            result = training.train(loaded)
+    table = Table("epoch", "train loss", "loss", "accuracy", title="Epochs", title_justify="left")
+    for row in result.history:
+        table.add_row(
+            f"{row['epoch']}", f"{row['train_loss']:.4f}", f"{row['loss']:.4f}", f"{row['accuracy']:.2%}"
+        )
+    out.print(table)
+    out.print(f"best: {result.best['accuracy']:.2%}, saved in {result.path}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_alone(train)

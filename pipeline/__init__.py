@@ -1,0 +1,1 @@
+"""The dataflow: shards, reading, decoding, classifying, committing, statistics."""

@@ -1,0 +1,125 @@
+"""Classifying a chunk: pixels in, the columns of a prediction out. Knows nothing of Ray.
+
+The model is reached through one small interface, `Backend`: another one fits behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.chunks import Chunk
+from pipeline.predictions import model_fields
+
+
+class Outputs(Protocol):
+    """What a backend gives: logits float32 (n, classes) and embeddings float32 (n, width)."""
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Float32 (n, classes)."""
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """Float32 (n, width)."""
+
+
+class Backend(Protocol):
+    """A model: uint8 images (n, height, width, 3) in, logits and embeddings out."""
+
+    def __call__(self, images: np.ndarray) -> Outputs:
+        """Classifies n images, n from 1 up."""
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What is kept of the model's outputs.
+
+    Attributes:
+        labels: the classes' names, by class id.
+        topk: best classes kept of each image; no more than there are classes.
+        embedding: "none", "float16" or "float32".
+        embedding_width: values in an embedding.
+    """
+
+    labels: Sequence[str]
+    topk: int
+    embedding: str
+    embedding_width: int
+
+
+def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chunk:
+    """Adds the prediction columns to a chunk's samples, and drops its pixels.
+
+    They are null where the sample has an error. An image for which the model gives a logit that
+    isn't finite (as half precision may) has no label, and becomes an error.
+    """
+    samples = chunk.samples
+    good = pc.is_null(samples["error"]).to_numpy()
+    fields = model_fields(options.embedding, options.embedding_width)
+    columns = [pa.nulls(0, field.type) for field in fields]
+    if chunk.pixels is not None and len(chunk.pixels):
+        outputs = backend(chunk.pixels)
+        finite = np.isfinite(outputs.logits).all(axis=1)
+        if not finite.all():
+            samples = _mark(samples, good, finite)
+            good[good] = finite
+        predicted = _predict(outputs.logits[finite], options)
+        if options.embedding != "none":
+            predicted["embedding"] = _embeddings(outputs.embeddings[finite], options)
+        columns = [predicted[field.name].cast(field.type) for field in fields]
+    for field, values in zip(fields, columns, strict=True):
+        samples = samples.append_column(field, _spread(values, good))
+    return replace(chunk, samples=samples, pixels=None)
+
+
+def _predict(logits: np.ndarray, options: PredictionOptions) -> dict[str, pa.Array]:
+    # In float64, the sum over 22,000 classes costs no digit of a float32 score.
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True, initial=-np.inf)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    top = _best(p, options.topk)
+    top_p = np.take_along_axis(p, top, axis=1).astype(np.float32)
+    ends = pa.array(np.arange(len(p) + 1) * options.topk, pa.int32())
+    label_id = pa.array(top[:, 0], pa.int32())
+    return {
+        "label": pa.array(options.labels, pa.string()).take(label_id),
+        "label_id": label_id,
+        "score": pa.array(top_p[:, 0]),
+        "topk_label_ids": pa.ListArray.from_arrays(ends, pa.array(top.reshape(-1), pa.int32())),
+        "topk_scores": pa.ListArray.from_arrays(ends, pa.array(top_p.reshape(-1))),
+        "entropy": pa.array(-(p * log_p).sum(axis=1).astype(np.float32)),
+    }
+
+
+def _best(p: np.ndarray, k: int) -> np.ndarray:
+    """Ids of the k likeliest classes, the best first, the lower id first of equals; int64 (n, k)."""
+    some = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
+    order = np.argsort(-np.take_along_axis(p, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1)
+
+
+def _embeddings(embeddings: np.ndarray, options: PredictionOptions) -> pa.Array:
+    values = pa.array(embeddings.astype(options.embedding).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
+
+
+def _mark(samples: pa.Table, good: np.ndarray, finite: np.ndarray) -> pa.Table:
+    broken = np.zeros_like(good)
+    broken[good] = ~finite
+    errors = pc.if_else(
+        pa.array(broken), "the model's output for this image is not finite", samples["error"]
+    )
+    return samples.set_column(samples.schema.get_field_index("error"), "error", errors)
+
+
+def _spread(values: pa.Array, good: np.ndarray) -> pa.Array:
+    """Puts the values of the good rows in their places, with nulls between them."""
+    places = np.cumsum(good) - 1
+    return values.take(pa.array(places, pa.int64(), mask=~good))

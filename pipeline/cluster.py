@@ -1,0 +1,35 @@
+"""Connecting to the Ray that runs the job: a given one, the submitted job's own, or a local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+
+@contextmanager
+def ray_cluster(address: str | None, *, worker_output: bool = False) -> Iterator[None]:
+    """Connects for the length of the block, and stops a local Ray that it started.
+
+    Args:
+        worker_output: show what workers print.
+        address: of a running cluster; None takes `RAY_ADDRESS`, which `ray job submit` sets, and
+            starts a Ray on this machine where there is none. A process that is connected stays so.
+
+    Raises:
+        ConnectionError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_output, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,290 @@
+"""The job's configuration: strict YAML into frozen, typed sections.
+
+Every field that a run depends on is here and nowhere else, and goes whole into the run record. Secrets
+don't belong here: credentials come from the standard chains of each storage service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used; the message names the file, the line and the field."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class InputConfig(_Section):
+    """Where the shards are, and what in them is an image, a label and a key."""
+
+    uri: Annotated[str, Field(min_length=1)]
+    format: Literal["auto", "webdataset", "parquet", "images"] = "auto"
+    #: Read the samples' own labels (targets). Without, every target is null.
+    labels: bool = True
+    #: WebDataset: the (dotted) field of `.json` that holds the label; `.cls` is read where it is null.
+    label_field: str | None = None
+    #: Parquet: the columns' names. The image column is found by its type where it is null.
+    image_column: str | None = None
+    label_column: str | None = None
+    key_column: str | None = None
+    #: Larger encoded images and larger pictures become error rows, before they are read or decoded.
+    max_image_bytes: PositiveInt = 256 * 1024**2
+    max_image_pixels: PositiveInt = 178_956_970  # Pillow's own limit against decompression bombs
+
+
+class ModelConfig(_Section):
+    """Which checkpoint classifies, and in which precision."""
+
+    #: `fashion-mnist` (in the package), a folder in Hugging Face's layout, or a hub id.
+    path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class OutputConfig(_Section):
+    """Where the labels go, and what each row holds."""
+
+    uri: Annotated[str, Field(min_length=1)]
+    topk: PositiveInt = 5
+    embedding: Literal["none", "float16", "float32"] = "none"
+
+
+class StorageConfig(_Section):
+    """How object storage is reached; credentials come from the environment."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class ReadConfig(_Section):
+    """Read tasks: the number at once, the CPUs of each, and the chunk that flows on from them."""
+
+    concurrency: PositiveInt | None = None
+    num_cpus: PositiveFloat = 0.25
+    chunk_images: PositiveInt | None = None
+    chunk_bytes: PositiveInt = 64 * 1024**2
+
+
+class DecodeConfig(_Section):
+    """Decode tasks."""
+
+    num_cpus: PositiveFloat | None = None
+
+
+class ClassifyConfig(_Section):
+    """Classifier actors; whatever is null is chosen from what the cluster has."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_gpus: PositiveFloat | None = None
+    num_cpus: PositiveFloat | None = None
+    min_actors: PositiveInt = 1
+    max_actors: PositiveInt | None = None
+    batch_size: PositiveInt = 64
+    #: Threads of a CPU classifier.
+    threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> ClassifyConfig:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
+        return self
+
+
+class RayConfig(_Section):
+    """Which Ray runs the job: the submitted job's cluster, an address, or (null) a local one."""
+
+    address: str | None = None
+    #: A run that hangs for so long ends with an error; one chunk must take less.
+    no_progress_timeout_s: PositiveFloat = 900
+
+
+class Config(_Section):
+    """The whole configuration of a labelling job."""
+
+    input: InputConfig
+    model: ModelConfig
+    output: OutputConfig
+    storage: StorageConfig = StorageConfig()
+    read: ReadConfig = ReadConfig()
+    decode: DecodeConfig = DecodeConfig()
+    classify: ClassifyConfig = ClassifyConfig()
+    ray: RayConfig = RayConfig()
+
+
+class ArchitectureConfig(_Section):
+    """A new model: what `CvtConfig` takes, and the preprocessing that it is to be used with."""
+
+    #: The classes' names, by class id.
+    labels: list[str]
+    #: Fields of `CvtConfig`, such as `embed_dim` and `depth`.
+    cvt: dict[str, Any] = {}
+    #: Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.
+    preprocessor: dict[str, Any] = {}
+
+
+class TrainedModelConfig(_Section):
+    """What is trained: a new model, or a checkpoint that is trained further."""
+
+    new: ArchitectureConfig | None = None
+    #: A checkpoint as in `model.path`; with `labels` that differ from its own, its head starts anew.
+    start: str | None = None
+    revision: str | None = None
+    labels: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TrainedModelConfig:
+        if (self.new is None) == (self.start is None):
+            raise ValueError("give either model.new or model.start")
+        if self.new is not None and self.labels is not None:
+            raise ValueError("the labels of a new model stand in model.new.labels")
+        return self
+
+
+class ScheduleConfig(_Section):
+    """AdamW with a linear warm-up and a cosine to zero, and light augmentation."""
+
+    epochs: PositiveInt = 20
+    #: Images in a step, of each worker.
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    clip_norm: PositiveFloat = 1.0
+    #: Mirror half of the images.
+    flip: bool = True
+    #: Shift each image by up to so many pixels, both ways.
+    shift: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+
+
+class WorkersConfig(_Section):
+    """Training workers."""
+
+    count: PositiveInt = 1
+    use_gpu: bool = False
+    #: CPU threads of each worker; null takes what the machine has.
+    threads: PositiveInt | None = None
+
+
+class TrainOutputConfig(_Section):
+    """Where training keeps its state, and leaves the model."""
+
+    #: Folder that every worker reaches (Ray Train's storage path); a rerun goes on from what is there.
+    path: Annotated[str, Field(min_length=1)]
+    name: str = "train"
+
+
+class TrainConfig(_Section):
+    """The whole configuration of a training job."""
+
+    train: InputConfig
+    validation: InputConfig
+    model: TrainedModelConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    workers: WorkersConfig = WorkersConfig()
+    output: TrainOutputConfig
+    #: Keep the decoded images in Ray's object store (and on its disk), not decode them every epoch.
+    cache: bool = True
+    storage: StorageConfig = StorageConfig()
+    ray: RayConfig = RayConfig()
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_config(
+    kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()
+) -> SectionT:
+    """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
+
+    Without a path, the overrides alone make the configuration.
+
+    Raises:
+        ConfigError: unreadable file, not YAML, an unknown or ill-typed field, a missing one. The
+            message lists every fault, each with its field, and its line where the file has one.
+    """
+    source = str(path) if path is not None else "configuration"
+    values, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(_fault(fault, lines) for fault in error.errors())
+        raise ConfigError(f"{source}:\n{faults}") from None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Returns the file's values, and the line of each field."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if node is None:
+        return {}, {}
+    lines: dict[tuple[str, ...], int] = {}
+    _note_lines(node, (), lines, path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}, not a mapping of sections")
+    return values, lines
+
+
+def _note_lines(
+    node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path
+) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        field = (*at, str(key.value))
+        line = key.start_mark.line + 1
+        if field in lines:  # YAML would silently let the last one win
+            name = ".".join(field)
+            raise ConfigError(f"{path}: line {line}: {name} stands here and in line {lines[field]}")
+        lines[field] = line
+        _note_lines(value, field, lines, path)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Sets one `section.field=value`; the value is read as YAML, as it would be in the file."""
+    name, equals, text = override.partition("=")
+    fields = name.strip().split(".")
+    if not equals or not all(fields):
+        raise ConfigError(f"--set {override}: expected section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for field in fields[:-1]:
+        values = values.setdefault(field, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {field} is not a section")
+    values[fields[-1]] = value
+
+
+def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> str:
+    field = tuple(str(part) for part in fault["loc"])
+    where = f"line {lines[field]}: " if field in lines else ""
+    name = ".".join(field)
+    if fault["type"] == "extra_forbidden":
+        return f"  {where}{name}: unknown field"
+    if fault["type"] == "missing":
+        return f"  {name}: required, but missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(fault["input"], Mapping) else f", not {fault['input']!r}"
+    return f"  {where}{name}: {message}{shown}"

@@ -1,0 +1,316 @@
+"""The dataflow: how reading, decoding and classifying are laid over a Ray cluster by Ray Data.
+
+    read tasks -> decode tasks -> classifier actors -> results of chunks, to the driver
+
+The stages are functions of chunks that know nothing of Ray; here they are given their resources.
+Whatever is set of Ray Data is set here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from cvt.preprocessing import Preprocessor
+from pipeline.chunks import Chunk, cut_into_chunks
+from pipeline.classifying import PredictionOptions, classify
+from pipeline.config import Config
+from pipeline.decoding import decode_chunk
+from pipeline.reading import ReadOptions, read_samples
+from pipeline.shards import Shard
+from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from cvt.checkpoints import Checkpoint
+
+#: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
+MAX_READ_TASKS = 10_000
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each stage gets of the cluster; decided once, and written to the run record.
+
+    The stages' CPUs are fractions that fit together with room to spare, and readers are capped: a
+    reader that waits for room downstream keeps its CPU, and must not starve the stage it waits for.
+    """
+
+    device: str
+    chunk_images: int
+    read_cpus: float
+    readers: int
+    decode_cpus: float
+    classify_cpus: float
+    classify_gpus: float
+    min_actors: int
+    max_actors: int
+    threads: int | None
+
+
+def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resources:
+    """Fills in what the configuration leaves to the cluster.
+
+    Args:
+        config: the job's configuration.
+        cpus: what the cluster has, in all.
+        gpus: likewise.
+        node_cpus: the CPUs of its largest node.
+
+    Raises:
+        ValueError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
+    """
+    classify, read = config.classify, config.read
+    on_gpu = classify.device == "cuda" or (gpus > 0 and classify.device == "auto")
+    decode_cpus = config.decode.num_cpus or (1.0 if cpus >= 4 else 0.5 if cpus >= 2 else 0.25)
+    threads = classify.threads
+    if on_gpu:
+        actor_gpus = classify.num_gpus or 1.0
+        actor_cpus = classify.num_cpus or 1.0
+        room = math.floor(gpus / actor_gpus)
+    else:
+        actor_gpus = 0.0
+        # Half of a small machine's slots, at the most eight: the rest is for readers and decoders.
+        actor_cpus = classify.num_cpus or min(8.0, max(0.5, node_cpus // 2))
+        room = math.floor((cpus - decode_cpus - read.num_cpus) / actor_cpus)
+    if classify.max_actors is None and room < classify.min_actors:
+        kind = f"{gpus:g} GPUs" if on_gpu else f"{cpus:g} CPUs"
+        raise ValueError(
+            f"classify.min_actors: {classify.min_actors} classifiers of {actor_gpus or actor_cpus:g} "
+            f"don't fit into the cluster's {kind} (a cluster that grows needs classify.max_actors)"
+        )
+    max_actors = classify.max_actors or room
+    if not on_gpu and threads is None:
+        # A classifier that is alone on its machine gets all of it: decoding is a small part.
+        threads = int(node_cpus) if max_actors == 1 else max(1, int(actor_cpus))
+    return Resources(
+        device="cuda" if on_gpu else "cpu",
+        # A CPU takes a minute for what a GPU does in a tenth of a second: smaller steps, seen sooner.
+        chunk_images=read.chunk_images or (512 if on_gpu else 128),
+        read_cpus=read.num_cpus,
+        readers=read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2))),
+        decode_cpus=decode_cpus,
+        classify_cpus=actor_cpus,
+        classify_gpus=actor_gpus,
+        min_actors=classify.min_actors,
+        max_actors=max_actors,
+        threads=threads,
+    )
+
+
+def cluster_resources(config: Config) -> Resources:
+    """`choose_resources` for the Ray that this process is connected to."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return choose_resources(
+        config,
+        cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        node_cpus=max(node.get("CPU", 0.0) for node in nodes),
+    )
+
+
+class ShardSource(Datasource):
+    """The shards of a plan as Ray Data's source, one row of a block a chunk.
+
+    Pure: the plan comes by value, versions pinned, so that a retried read yields the same chunks.
+    """
+
+    def __init__(
+        self,
+        plan: Sequence[Shard],
+        storage: Storage,
+        options: ReadOptions,
+        max_images: int,
+        max_bytes: int,
+    ) -> None:
+        super().__init__()
+        self._plan = plan
+        self._read = functools.partial(
+            _read_shards,
+            storage=storage,
+            options=options,
+            max_images=max_images,
+            max_bytes=max_bytes,
+        )
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown before reading."""
+        return None
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        """One task a shard, or a few shards where there are very many."""
+        numbered = list(enumerate(self._plan))
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        each = math.ceil(len(numbered) / MAX_READ_TASKS)
+        return [
+            ReadTask(functools.partial(self._read, numbered[at : at + each]), metadata)
+            for at in range(0, len(numbered), each)
+        ]
+
+    @property
+    def tasks(self) -> int:
+        """Number of read tasks."""
+        return math.ceil(len(self._plan) / math.ceil(len(self._plan) / MAX_READ_TASKS))
+
+
+def _read_shards(
+    shards: Sequence[tuple[int, Shard]],
+    *,
+    storage: Storage,
+    options: ReadOptions,
+    max_images: int,
+    max_bytes: int,
+) -> Iterator[pa.Table]:
+    for number, shard in shards:
+        samples = read_samples(storage, shard, options)
+        for chunk in cut_into_chunks(samples, number, max_images, max_bytes):
+            yield chunk.to_block()
+
+
+def _decode_block(
+    block: pa.Table, preprocessor: Preprocessor, max_pixels: int
+) -> Iterator[pa.Table]:
+    for chunk in Chunk.from_block(block):
+        yield decode_chunk(chunk, preprocessor, max_pixels).to_block()
+
+
+class _ClassifierActor:
+    """Holds the model on its device, for as long as the run lasts."""
+
+    def __init__(
+        self,
+        checkpoint: ray.ObjectRef,
+        options: PredictionOptions,
+        config: Config,
+        resources: Resources,
+    ) -> None:
+        from cvt.engine import Engine
+
+        loaded: Checkpoint = ray.get(checkpoint)
+        self._options = options
+        self._engine = Engine(
+            loaded.model,
+            loaded.preprocessor,
+            device=resources.device,
+            precision=config.model.precision,
+            batch_size=config.classify.batch_size,
+            threads=resources.threads,
+        )
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        for chunk in Chunk.from_block(block):
+            yield classify(chunk, self._engine, self._options).to_block()
+
+
+def label_chunks(
+    plan: Sequence[Shard],
+    storage: Storage,
+    read_options: ReadOptions,
+    checkpoint: Checkpoint,
+    options: PredictionOptions,
+    config: Config,
+    resources: Resources,
+) -> Iterator[Chunk]:
+    """Labels the plan's shards; yields their chunks as they are done, in any order, without pixels."""
+    _set_context(config)
+    source = ShardSource(plan, storage, read_options, resources.chunk_images, config.read.chunk_bytes)
+    chunks = ray.data.read_datasource(
+        source,
+        num_cpus=resources.read_cpus,
+        concurrency=resources.readers,
+        override_num_blocks=source.tasks,
+        ray_remote_args={"max_retries": 3},
+    )
+    decoded = chunks.map_batches(
+        _decode_block,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"preprocessor": checkpoint.preprocessor, "max_pixels": config.input.max_image_pixels},
+        num_cpus=resources.decode_cpus,
+        max_retries=3,
+    )
+    # Put once, so that the weights cross the network once a node, and not once an actor.
+    reference = ray.put(checkpoint)
+    classified = decoded.map_batches(
+        _ClassifierActor,
+        fn_constructor_args=(reference, options, config, resources),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
+        num_cpus=resources.classify_cpus,
+        num_gpus=resources.classify_gpus or None,
+        # A chunk that kills its actor must end the job, not restart it for ever.
+        max_task_retries=3,
+    )
+    for block in classified.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from Chunk.from_block(block)
+
+
+def labelled_images(
+    plan: Sequence[Shard],
+    storage: Storage,
+    read_options: ReadOptions,
+    preprocessor: Preprocessor,
+    max_pixels: int,
+) -> ray.data.Dataset:
+    """The samples that have a target, for training: `image`, uint8 (size * size * 3), and `target`.
+
+    Samples without a target, and images that can't be decoded, are left out. A shard that can't be
+    read to its end raises.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    source = ShardSource(plan, storage, read_options, max_images=512, max_bytes=64 * 1024**2)
+    chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
+    return chunks.map_batches(
+        _labelled_rows,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"preprocessor": preprocessor, "max_pixels": max_pixels},
+        num_cpus=0.5,
+    )
+
+
+def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
+    width = preprocessor.size**2 * 3
+    images, targets = [np.empty((0, width), np.uint8)], [pa.array([], pa.int32())]
+    for chunk in Chunk.from_block(block):
+        if chunk.error is not None:
+            raise ValueError(chunk.error)
+        decoded = decode_chunk(chunk, preprocessor, max_pixels)
+        good = decoded.samples.filter(pc.is_null(decoded.samples["error"]))
+        has_target = pc.is_valid(good["target"])
+        images.append(decoded.pixels.reshape(-1, width)[has_target.to_numpy()])
+        targets.append(good["target"].filter(has_target).combine_chunks())
+    values = pa.array(np.concatenate(images).reshape(-1))
+    return pa.table(
+        {
+            "image": pa.FixedSizeListArray.from_arrays(values, width),
+            "target": pa.concat_arrays(targets),
+        }
+    )
+
+
+def _set_context(config: Config) -> None:
+    context = DataContext.get_current()
+    # Every block that a stage yields stays the block that the next stage sees: one chunk.
+    context.target_max_block_size = 1
+    # A dropped block would be labels lost while the job succeeds.
+    context.max_errored_blocks = 0
+    context.execution_no_progress_timeout_s = config.ray.no_progress_timeout_s
+    # The job shows its own progress, by what is committed.
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

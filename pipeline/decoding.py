@@ -1,0 +1,195 @@
+"""Image bytes in, pixels at the model's input size out; what is wrong with an image is a value.
+
+Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow. Neither reads shards nor runs models.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import ExifTags, Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from cvt.preprocessing import Preprocessor
+from pipeline.chunks import Chunk
+
+# First bytes and reader of each format. The readers are called by themselves, since Image.open has a
+# pixel limit of its own, global to the process, and doesn't tell the size of what it refuses.
+FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
+    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
+    ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
+    ("BMP", re.compile(rb"BM"), BmpImageFile),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+)
+
+# Longest side in pixels. Resizing to a square takes memory and time by the longest side, however few
+# pixels there are: some 30 MB here, gigabytes for the longest line that a PNG can hold.
+MAX_SIDE = 1 << 20
+
+MAX_ERROR_LENGTH = 200
+
+# How the stored image is to be turned for display, by its EXIF orientation.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Damage in metadata that nobody reads here is no news; with a billion images it would fill the logs.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Decoded(NamedTuple):
+    """One decoded image, or what is wrong with it.
+
+    Attributes:
+        pixels: uint8 of shape (size, size, 3), RGB; None where there is an error.
+        width: of the source image in pixels, as displayed (after EXIF orientation); where there is an
+            error, as the header says, or None where that can't be read.
+        height: likewise.
+        error: None, or one line of at most MAX_ERROR_LENGTH characters, the same at every attempt.
+    """
+
+    pixels: np.ndarray | None
+    width: int | None
+    height: int | None
+    error: str | None
+
+
+def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int) -> Decoded:
+    """Decodes one image, turns it upright, makes it RGB, and resizes and crops it.
+
+    Of an animation, and of several pages, the first is taken. Transparency is dropped, as in
+    transformers' pipelines: what shows is the colour stored under it. Gray images with 12 or 16 bits
+    are scaled to 8; 32-bit integers and floats, which have no agreed white, are clipped to 0..255.
+    Damaged metadata is no error, an incomplete image is one.
+
+    Args:
+        data: the encoded image.
+        preprocessor: makes the model's input of an RGB image.
+        max_pixels: larger images are an error, found in the header, before anything is decoded. (For
+            WebP and TIFF, Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
+    """
+    known = next((known for known in FORMATS if known[1].match(data)), None)
+    if known is None:
+        return Decoded(None, None, None, _unknown(data))
+    name, _, reader = known
+    width, height = None, None
+    try:
+        file = reader(io.BytesIO(data))
+        width, height = file.size
+        if error := _too_large(width, height, max_pixels):
+            return Decoded(None, width, height, error)
+        file.load()
+        image = _upright(_to_rgb(file), file)
+    # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
+    # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
+    except Exception as error:
+        return Decoded(None, width, height, _one_line(f"cannot decode {name}: {_cause(error)}"))
+    return Decoded(preprocessor(image), *image.size, None)
+
+
+def _unknown(data: bytes) -> str:
+    if not data:
+        return "empty: not a single byte"
+    names = ", ".join(name for name, _, _ in FORMATS)
+    return f"not an image in a supported format ({names}): starts with {data[:12]!r}"
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> str | None:
+    if width * height > max_pixels:
+        return f"{width} x {height} pixels are more than the limit of {max_pixels}"
+    if max(width, height) > MAX_SIDE:
+        return f"{width} x {height} pixels: a side is longer than {MAX_SIDE}"
+    return None
+
+
+def _to_rgb(file: ImageFile) -> Image.Image:
+    """The image in mode RGB; not a copy where it is RGB already."""
+    if file.mode == "RGB":
+        return file
+    if file.mode.startswith("I;16"):
+        # Pillow would clip to 0..255, which makes nearly everything white.
+        bits = file.tag_v2[BITSPERSAMPLE][0] if isinstance(file, TiffImageFile) else 16
+        gray = np.asarray(file) >> (bits - 8)
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    # Not wanted in the result, and Pillow stumbles over the more unusual kinds.
+    file.info.pop("transparency", None)
+    if file.mode == "La":
+        return file.convert("LA").convert("RGB")
+    return file.convert("RGB")
+
+
+def _upright(image: Image.Image, file: ImageFile) -> Image.Image:
+    """Turns an image as its file's EXIF (or XMP) says; not a copy where there is nothing to turn.
+
+    Does to pixels what PIL.ImageOps.exif_transpose does, but lives with damaged EXIF.
+    """
+    try:
+        method = ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _cause(error: Exception) -> str:
+    kind, text = type(error).__name__, str(error)
+    if not text:
+        return kind
+    # These speak for themselves; a KeyError, say, doesn't.
+    return text if isinstance(error, OSError | SyntaxError | ValueError) else f"{kind}: {text}"
+
+
+def _one_line(message: str) -> str:
+    """A message without line breaks, control characters, excessive length, and memory addresses.
+
+    Addresses differ from attempt to attempt, and prediction files must not.
+    """
+    message = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split()))
+    message = "".join(character if character.isprintable() else "?" for character in message)
+    return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
+
+
+def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int) -> Chunk:
+    """Replaces the encoded images of a chunk by their pixels.
+
+    Its samples lose the column `image`, and get `width` and `height`; an image that can't be decoded
+    becomes an error.
+    """
+    samples = chunk.samples
+    size = preprocessor.size
+    pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
+    widths, heights, errors, good = [], [], [], 0
+    for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
+        decoded = Decoded(None, None, None, error)
+        if error is None:
+            decoded = decode(image.as_buffer().to_pybytes(), preprocessor, max_pixels)
+        if decoded.pixels is not None:
+            pixels[good] = decoded.pixels
+            good += 1
+        widths.append(decoded.width)
+        heights.append(decoded.height)
+        errors.append(decoded.error)
+    samples = samples.drop_columns(["image", "error"])
+    samples = samples.append_column("width", pa.array(widths, pa.int32()))
+    samples = samples.append_column("height", pa.array(heights, pa.int32()))
+    samples = samples.append_column("error", pa.array(errors, pa.string()))
+    return replace(chunk, samples=samples, pixels=pixels[:good])

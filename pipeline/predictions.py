@@ -1,0 +1,147 @@
+"""The prediction file of a shard: its columns, its Parquet bytes, and what its footer says.
+
+The files are read by programs that know nothing of this project, and are the truth from which
+everything else can be rebuilt. Their bytes depend on the shard, its version and the fingerprint alone:
+no run, no time.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.statistics import ClassStatistics
+
+#: Rows of a row group: enough to compress well, few enough for a reader to skip some.
+ROW_GROUP_ROWS = 65_536
+
+_FOOTER = "cvt_label."
+
+
+def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:
+    """The columns of a prediction file, one row a sample.
+
+    Args:
+        embedding: "none", "float16" or "float32".
+        embedding_width: values in an embedding.
+    """
+    model = model_fields(embedding, embedding_width)
+    labels, embeddings = model[:6], model[6:]
+    return pa.schema(
+        [
+            pa.field("shard", pa.string(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+            pa.field("index", pa.int64(), nullable=False),
+            *labels,
+            pa.field("target_id", pa.int32()),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("error", pa.string()),
+            *embeddings,
+        ]
+    )
+
+
+def model_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.Field]:
+    """The columns that come from the model; all null in a row with an error."""
+    fields = [
+        pa.field("label", pa.string()),
+        pa.field("label_id", pa.int32()),
+        pa.field("score", pa.float32()),
+        pa.field("topk_label_ids", pa.list_(pa.int32())),
+        pa.field("topk_scores", pa.list_(pa.float32())),
+        pa.field("entropy", pa.float32()),
+    ]
+    if embedding != "none":
+        value = {"float16": pa.float16(), "float32": pa.float32()}[embedding]
+        fields.append(pa.field("embedding", pa.list_(value, embedding_width)))
+    return fields
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a prediction file says of itself, beside its rows.
+
+    Attributes:
+        shard: the shard's URI.
+        version: the version of the shard that was labelled.
+        fingerprint: hash over everything that decides a label.
+        rows: samples, errors included.
+        errors: samples that could not be classified.
+        partial: the shard's partial class statistics, as `ClassStatistics.to_partial` makes them.
+    """
+
+    shard: str
+    version: str
+    fingerprint: str
+    rows: int
+    errors: int
+    partial: pa.Table
+
+
+def encode(predictions: pa.Table, footer: Footer) -> bytes:
+    """The Parquet file of one shard."""
+    metadata = {
+        "shard": footer.shard,
+        "version": footer.version,
+        "fingerprint": footer.fingerprint,
+        "rows": str(footer.rows),
+        "errors": str(footer.errors),
+        # Base64, since the Parquet format wants text here and some readers insist on it.
+        "statistics": base64.b64encode(pack_partial(footer.partial)).decode(),
+    }
+    table = predictions.replace_schema_metadata({_FOOTER + k: v for k, v in metadata.items()})
+    out = io.BytesIO()
+    pq.write_table(
+        table,
+        out,
+        compression="zstd",
+        row_group_size=ROW_GROUP_ROWS,
+        # Keys are unique and scores nearly so: a dictionary would only cost them space.
+        use_dictionary=["shard", "label", "error"],
+    )
+    return out.getvalue()
+
+
+def read_footer(file: io.IOBase, num_classes: int) -> tuple[Footer, ClassStatistics]:
+    """What a prediction file says of itself, and its statistics; its rows are not read.
+
+    Raises:
+        ValueError: the file is Parquet, but not a prediction file.
+    """
+    metadata = pq.read_schema(file).metadata or {}
+    try:
+        values = {
+            name: metadata[(_FOOTER + name).encode()].decode()
+            for name in ("shard", "version", "fingerprint", "rows", "errors", "statistics")
+        }
+    except KeyError as missing:
+        raise ValueError(f"not a prediction file: its footer has no {missing}") from None
+    partial = unpack_partial(base64.b64decode(values["statistics"]))
+    footer = Footer(
+        shard=values["shard"],
+        version=values["version"],
+        fingerprint=values["fingerprint"],
+        rows=int(values["rows"]),
+        errors=int(values["errors"]),
+        partial=partial,
+    )
+    return footer, ClassStatistics.from_partial(partial, num_classes)
+
+
+def pack_partial(partial: pa.Table) -> bytes:
+    """Partial statistics as the bytes of an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(sink, partial.schema, options=options) as writer:
+        writer.write_table(partial.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def unpack_partial(data: bytes) -> pa.Table:
+    """The partial statistics that `pack_partial` wrote."""
+    return pa.ipc.open_stream(data).read_all()

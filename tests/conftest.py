@@ -1,0 +1,80 @@
+"""Fixtures shared by all tests: a real S3 server, a real local Ray, and photographs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.local_s3 import LocalS3
+from pipeline.storage import Storage
+
+Photograph = tuple[str, bytes, int]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[LocalS3]:
+    """A running S3 server; for the session, the AWS variables of the environment point to it."""
+    with LocalS3() as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_server: LocalS3) -> str:
+    """The URI of a fresh, empty bucket."""
+    name = f"test-{secrets.token_hex(6)}"
+    s3_server.create_bucket(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def storage(s3_server: LocalS3) -> Storage:
+    """Storage that reaches the S3 server (and local files)."""
+    return Storage(endpoint_url=s3_server.endpoint_url)
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: LocalS3) -> Iterator[None]:
+    """A running local Ray whose workers have the S3 server's credentials in their environment."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # With the token in the environment Ray writes none into the home folder.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=300_000_000,
+            logging_level="warning",
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Photograph]:
+    """Real photographs: (key, JPEG, ImageNet class index), from WebDataset tars."""
+    folder = os.environ.get("IMAGENET_SAMPLE_DIR")
+    if not folder:
+        pytest.skip("IMAGENET_SAMPLE_DIR names no folder of WebDataset tars with photographs")
+    found: list[Photograph] = []
+    for path in sorted(Path(folder).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+        for name, data in members.items():
+            stem, _, kind = name.partition(".")
+            if kind == "jpg":
+                found.append((stem, data, int(members[f"{stem}.cls"])))
+    return found
