@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jobs.console import make_app
+from jobs.demo import demo
 from jobs.label import label
 from jobs.plan import plan
 from jobs.stats import stats
@@ -12,6 +13,10 @@ from jobs.train import train
 def main() -> None:
     """Runs `cvt-label`."""
     app = make_app()
-    for command in (label, plan, stats, train):
+    for command in (label, plan, stats, train, demo):
         app.command()(command)
     app()
+
+
+if __name__ == "__main__":
+    main()

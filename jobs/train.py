@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from collections.abc import Mapping
 
 from jobs.console import ConfigOption, SetOption, exit_status, out, run_alone
 from pipeline.cluster import ray_cluster
@@ -22,15 +22,22 @@ def train(config: ConfigOption, set: SetOption = None) -> None:
         from pipeline import training
 
         loaded = load_config(TrainConfig, config, set or ())
-        with ray_cluster(loaded.ray.address, worker_output=True):
-            result = training.train(loaded)
-    table = Table("epoch", "train loss", "loss", "accuracy", title="Epochs", title_justify="left")
-    for row in result.history:
-        table.add_row(
-            f"{row['epoch']}", f"{row['train_loss']:.4f}", f"{row['loss']:.4f}", f"{row['accuracy']:.2%}"
-        )
-    out.print(table)
-    out.print(f"best: {result.best['accuracy']:.2%}, saved in {result.path}", markup=False, soft_wrap=True)
+        with ray_cluster(loaded.ray.address):
+            result = training.train(loaded, lambda metrics: _print_epoch(metrics, loaded.schedule.epochs))
+    out.print(
+        f"best: epoch {result.best['epoch']}, accuracy {result.best['accuracy']:.2%}; saved in {result.path}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_epoch(metrics: Mapping[str, float], epochs: int) -> None:
+    out.print(
+        f"epoch {metrics['epoch']}/{epochs}: train loss {metrics['train_loss']:.4f}, "
+        f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

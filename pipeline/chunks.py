@@ -102,7 +102,8 @@ def cut_into_chunks(
         max_images: samples in a chunk, at the most.
         max_bytes: encoded bytes in a chunk, at the most, unless one image alone has more.
     """
-    start, waiting, size = 0, [], 0
+    start, size = 0, 0
+    waiting: list[Sample] = []
     error = None
     try:
         for sample in samples:

@@ -6,16 +6,16 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 
 @contextmanager
-def ray_cluster(address: str | None, *, worker_output: bool = False) -> Iterator[None]:
+def ray_cluster(address: str | None) -> Iterator[None]:
     """Connects for the length of the block, and stops a local Ray that it started.
 
     Args:
-        worker_output: show what workers print.
         address: of a running cluster; None takes `RAY_ADDRESS`, which `ray job submit` sets, and
             starts a Ray on this machine where there is none. A process that is connected stays so.
 
@@ -27,8 +27,8 @@ def ray_cluster(address: str | None, *, worker_output: bool = False) -> Iterator
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=worker_output, **local)
+    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
     try:
         yield
     finally:

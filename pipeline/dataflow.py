@@ -24,7 +24,7 @@ from ray.data.block import BlockMetadata
 from cvt.preprocessing import Preprocessor
 from pipeline.chunks import Chunk, cut_into_chunks
 from pipeline.classifying import PredictionOptions, classify
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.decoding import decode_chunk
 from pipeline.reading import ReadOptions, read_samples
 from pipeline.shards import Shard
@@ -67,7 +67,7 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
         node_cpus: the CPUs of its largest node.
 
     Raises:
-        ValueError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
+        ConfigError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
     """
     classify, read = config.classify, config.read
     on_gpu = classify.device == "cuda" or (gpus > 0 and classify.device == "auto")
@@ -84,7 +84,7 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
         room = math.floor((cpus - decode_cpus - read.num_cpus) / actor_cpus)
     if classify.max_actors is None and room < classify.min_actors:
         kind = f"{gpus:g} GPUs" if on_gpu else f"{cpus:g} CPUs"
-        raise ValueError(
+        raise ConfigError(
             f"classify.min_actors: {classify.min_actors} classifiers of {actor_gpus or actor_cpus:g} "
             f"don't fit into the cluster's {kind} (a cluster that grows needs classify.max_actors)"
         )
@@ -291,6 +291,7 @@ def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int)
         if chunk.error is not None:
             raise ValueError(chunk.error)
         decoded = decode_chunk(chunk, preprocessor, max_pixels)
+        assert decoded.pixels is not None
         good = decoded.samples.filter(pc.is_null(decoded.samples["error"]))
         has_target = pc.is_valid(good["target"])
         images.append(decoded.pixels.reshape(-1, width)[has_target.to_numpy()])

@@ -355,7 +355,9 @@ def _read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Itera
     # front would be emptied by each change of column. `pre_buffer` would hold whole row groups.
     with (
         storage.open_raw(shard.uri, shard.version) as stream,
-        pq.ParquetFile(stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, memory_map=False) as file,
+        pq.ParquetFile(
+            stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as file,
     ):
         schema = file.schema_arrow
         image_column = _image_column(schema, shard, options)

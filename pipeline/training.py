@@ -11,18 +11,21 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.train
 import torch
 import torch.nn.functional as F  # noqa: N812
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.util.queue import Queue
 from torch import Tensor, nn
 
 from cvt.checkpoints import load_checkpoint
@@ -63,8 +66,12 @@ class TrainResult:
     history: list[Mapping[str, float]]
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) -> TrainResult:
     """Trains, or goes on with a training that was cut off; Ray must be connected.
+
+    Args:
+        config: the training's configuration.
+        on_epoch: called with the metrics of each epoch, from a thread of its own.
 
     Raises:
         StorageError, NoShardsError: the data can't be listed.
@@ -80,14 +87,16 @@ def train(config: TrainConfig) -> TrainResult:
     if config.cache:
         data = {name: dataset.materialize() for name, dataset in data.items()}
     workers = config.workers
+    epochs = Queue()
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={
             "config": config,
             "subject": ray.put(subject),
+            "epochs": epochs,
             "steps": data["train"].count() // (workers.count * config.schedule.batch_size),
         },
-        datasets=data,
+        datasets=cast(dict[str, Any], data),
         # The validation set is seen whole, by the first worker.
         dataset_config=DataConfig(datasets_to_split=["train"]),
         scaling_config=ScalingConfig(
@@ -101,7 +110,19 @@ def train(config: TrainConfig) -> TrainResult:
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
         ),
     )
-    return _save_best(trainer.fit(), storage, f"{_folder(config.output.path)}/{config.output.name}/model")
+    listener = Thread(target=_listen, args=(epochs, on_epoch), daemon=True)
+    listener.start()
+    try:
+        result = trainer.fit()
+    finally:
+        epochs.put(None)
+        listener.join()
+    return _save_best(result, storage, f"{_folder(config.output.path)}/{config.output.name}/model")
+
+
+def _listen(epochs: Queue, on_epoch: Callable[[Mapping[str, float]], None]) -> None:
+    while (metrics := epochs.get()) is not None:
+        on_epoch(metrics)
 
 
 def make_subject(config: TrainConfig) -> Subject:
@@ -167,7 +188,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             metrics |= trainer.evaluate(ray.train.get_dataset_shard("validation"))
             metrics |= {"learning_rate": trainer.learning_rate, "seconds": time.monotonic() - started}
             state = _State(epoch + 1, [*state.history, metrics])
-            print(_line(metrics, schedule.epochs), flush=True)
+            arguments["epochs"].put(metrics)
             with tempfile.TemporaryDirectory() as folder:
                 trainer.save(Path(folder), state)
                 ray.train.report(metrics, Checkpoint.from_directory(folder))
@@ -274,7 +295,8 @@ class _Trainer:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of pixels, uint8 (n, 3, size, size) in channels-last memory, and targets (n,)."""
         size = self._preprocessor.size
-        for batch in images.iter_batches(batch_size=batch_size, batch_format="pyarrow", **options):
+        batches = images.iter_batches(batch_size=batch_size, batch_format="pyarrow", **options)
+        for batch in cast(Iterable[pa.Table], batches):
             flat = batch["image"].combine_chunks().flatten().to_numpy()
             pixels = torch.from_numpy(flat.reshape(-1, size, size, 3).copy())
             targets = torch.from_numpy(batch["target"].to_numpy().astype(np.int64))
@@ -322,6 +344,8 @@ def save_model(subject: Subject, folder: Path) -> None:
 
 def _save_best(result: ray.train.Result, storage: Storage, target: str) -> TrainResult:
     """Copies the best checkpoint, without the training's state, to where it is kept."""
+    assert result.best_checkpoints  # every epoch reports one
+    assert result.checkpoint
     best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["accuracy"])
     with best.as_directory() as folder:
         for file in sorted(Path(folder).iterdir()):
@@ -330,10 +354,3 @@ def _save_best(result: ray.train.Result, storage: Storage, target: str) -> Train
     with result.checkpoint.as_directory() as folder:
         history = torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu")["history"]
     return TrainResult(target, metrics, history)
-
-
-def _line(metrics: Mapping[str, float], epochs: int) -> str:
-    return (
-        f"epoch {metrics['epoch']:.0f}/{epochs}: train loss {metrics['train_loss']:.4f}, "
-        f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s"
-    )

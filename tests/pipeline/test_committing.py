@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.chunks import Chunk
+from pipeline.classifying import PredictionOptions, classify
+from pipeline.committing import Committer, IncompleteShardError
+from pipeline.manifest import ManifestRow, fold_statistics, read_manifest, write_manifest
+from pipeline.predictions import prediction_schema, read_footer
+from pipeline.shards import Shard
+from pipeline.statistics import ClassStatistics
+from pipeline.storage import Storage, StorageError
+from tests.pipeline.test_classifying import LABELS, Backend
+
+OPTIONS = PredictionOptions(LABELS, topk=2, embedding="float16", embedding_width=3)
+
+
+def shards(count: int) -> list[Shard]:
+    return [Shard(f"s3://bucket/{i:03d}.tar", f"v{i}", "webdataset", 100) for i in range(count)]
+
+
+def result(shard: int, start: int, rows: int, total: int | None = None, error: str | None = None) -> Chunk:
+    """A chunk as it comes from the classifier; every fourth sample is an error."""
+    numbers = np.arange(start, start + rows)
+    bad = numbers % 4 == 3
+    pixels = np.zeros((rows, 4, 4, 3), np.uint8)
+    pixels[:, 0, :, 0] = (numbers[:, None] * 7 + shard) * [1, 3, 5, 11] % 40
+    samples = pa.table(
+        {
+            "key": [f"k{i}" for i in numbers],
+            "target": pa.array(numbers % 4, pa.int32(), mask=numbers % 5 == 0),
+            "width": pa.array(numbers + 10, pa.int32()),
+            "height": pa.array(numbers + 20, pa.int32()),
+            "error": pa.array(["bad" if b else None for b in bad], pa.string()),
+        }
+    )
+    return classify(Chunk(shard, start, samples, total, error, pixels[~bad]), Backend(), OPTIONS)
+
+
+def cut(shard: int, total: int, size: int) -> list[Chunk]:
+    """All chunks of a shard."""
+    starts = range(0, total, size)
+    return [
+        result(shard, at, min(size, total - at), total if at == starts[-1] else None) for at in starts
+    ]
+
+
+def commit(folder: Path, plan: list[Shard], chunks: list[Chunk], finish: bool = True) -> Committer:
+    with Committer(Storage(), str(folder), plan, "f" * 64, OPTIONS, "run-1") as committer:
+        for chunk in chunks:
+            committer.add(chunk)
+        if finish:
+            committer.finish()
+    return committer
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_shard_becomes_one_file_with_the_columns_of_the_contract_in_its_order(tmp_path: Path) -> None:
+    commit(tmp_path, shards(1), cut(0, 10, 4))
+    table = pq.read_table(tmp_path / "predictions" / "bucket" / "000.tar.parquet")
+    assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
+    assert table["shard"].unique().to_pylist() == ["s3://bucket/000.tar"]
+    assert table["index"].to_pylist() == list(range(10))
+    assert table["key"].to_pylist() == [f"k{i}" for i in range(10)]
+    assert table["target_id"].to_pylist() == [None if i % 5 == 0 else i % 4 for i in range(10)]
+    assert table["width"].to_pylist() == list(range(10, 20))
+    for row in table.to_pylist():
+        bad = row["index"] % 4 == 3
+        assert (row["error"] == "bad") == bad
+        for name in ("label", "label_id", "score", "topk_label_ids", "topk_scores", "entropy", "embedding"):
+            assert (row[name] is None) == bad
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bytes_do_not_depend_on_how_chunks_were_cut_or_in_which_order_they_came(
+    tmp_path: Path, seed: int
+) -> None:
+    plan = shards(3)
+    commit(tmp_path / "whole", plan, [c for i in range(3) for c in cut(i, 23, 100)])
+    chunks = [c for i in range(3) for c in cut(i, 23, 2 + seed)]
+    random.Random(seed).shuffle(chunks)
+    commit(tmp_path / "parts", plan, chunks)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    plan = shards(2)
+    chunks = cut(0, 10, 4) + cut(1, 6, 4)
+    commit(tmp_path / "once", plan, chunks)
+    again = commit(tmp_path / "twice", plan, [c for chunk in chunks for c in (chunk, chunk)] + chunks)
+    assert files(tmp_path / "twice") == files(tmp_path / "once")
+    assert again.progress().images == 16
+
+
+def test_nothing_is_visible_of_a_shard_that_is_not_complete(tmp_path: Path) -> None:
+    plan = shards(2)
+    commit(tmp_path, plan, cut(0, 10, 4)[1:] + cut(1, 6, 4), finish=False)
+    assert list(files(tmp_path)) == ["predictions/bucket/001.tar.parquet"]
+
+
+def test_a_shard_that_lacks_samples_at_the_end_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteShardError, match=r"s3://bucket/001\.tar: 2 of 6 samples"):
+        commit(tmp_path, shards(2), cut(0, 10, 4) + cut(1, 6, 4)[1:])
+
+
+def test_a_shard_of_which_nothing_came_is_an_error_too(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteShardError, match=r"001\.tar: 0 of unknown"):
+        commit(tmp_path, shards(2), cut(0, 10, 4))
+
+
+def test_a_shard_without_samples_has_a_file_without_rows(tmp_path: Path) -> None:
+    committer = commit(tmp_path, shards(1), [result(0, 0, 0, total=0)])
+    table = pq.read_table(tmp_path / "predictions/bucket/000.tar.parquet")
+    assert table.num_rows == 0
+    assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
+    assert committer.rows["s3://bucket/000.tar"].rows == 0
+
+
+def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_path: Path) -> None:
+    error = "s3://bucket/000.tar: truncated"
+    chunks = [result(0, 0, 4), result(0, 4, 2, total=6, error=error)]
+    for order in (chunks, chunks[::-1]):
+        committer = commit(tmp_path, shards(1), order)
+        row = committer.rows["s3://bucket/000.tar"]
+        assert (row.error, row.rows, row.output, row.statistics) == (error, None, None, None)
+        assert files(tmp_path) == {}
+
+
+def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:
+    committer = commit(tmp_path, shards(1), cut(0, 30, 7))
+    content = (tmp_path / "predictions/bucket/000.tar.parquet").read_bytes()
+    footer, stats = read_footer(io.BytesIO(content), len(LABELS))
+    assert (footer.shard, footer.version) == ("s3://bucket/000.tar", "v0")
+    assert (footer.fingerprint, footer.rows, footer.errors) == ("f" * 64, 30, 7)
+    expected = ClassStatistics.of(pq.read_table(io.BytesIO(content)), len(LABELS))
+    folded = fold_statistics(committer.rows, len(LABELS))
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(stats, name), values)
+        np.testing.assert_array_equal(getattr(folded, name), values)
+
+
+def test_another_parquet_file_is_not_taken_for_predictions() -> None:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), out)
+    with pytest.raises(ValueError, match="not a prediction file"):
+        read_footer(io.BytesIO(out.getvalue()), 3)
+
+
+def test_keys_that_stand_twice_are_kept_and_counted(tmp_path: Path) -> None:
+    chunk = result(0, 0, 5, total=5)
+    keys = pa.array(["a", "b", "a", "a", "c"])
+    chunk = Chunk(0, 0, chunk.samples.set_column(0, "key", keys), 5)
+    row = commit(tmp_path, shards(1), [chunk]).rows["s3://bucket/000.tar"]
+    assert (row.rows, row.duplicate_keys) == (5, 2)
+
+
+def test_output_that_cannot_be_written_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "predictions").write_text("in the way")
+    with pytest.raises(StorageError, match=r"000\.tar\.parquet"):
+        commit(tmp_path, shards(1), cut(0, 4, 4))
+
+
+def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    rows = commit(tmp_path, shards(3), [c for i in range(3) for c in cut(i, 5, 4)]).rows
+    uri = str(tmp_path / "manifest.parquet")
+    write_manifest(Storage(), uri, rows.values())
+    back = read_manifest(Storage(), uri)
+    assert list(back) == sorted(rows)
+    for name, row in back.items():
+        assert isinstance(row, ManifestRow)
+        for field in ManifestRow.__dataclass_fields__:
+            if field != "committed_at":  # kept to the millisecond
+                assert getattr(row, field) == getattr(rows[name], field)
+
+
+def test_a_missing_manifest_is_empty_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    uri = tmp_path / "manifest.parquet"
+    assert read_manifest(Storage(), str(uri)) == {}
+    uri.write_bytes(b"PAR1 not at all")
+    with pytest.raises(ValueError, match=r"manifest\.parquet: not a manifest"):
+        read_manifest(Storage(), str(uri))

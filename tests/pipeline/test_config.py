@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, ConfigError, TrainConfig, load_config
+
+MINIMAL = """\
+input:
+  uri: s3://bucket/shards
+model:
+  path: fashion-mnist
+output:
+  uri: s3://bucket/labels
+"""
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_a_minimal_file_has_the_documented_defaults(tmp_path: Path) -> None:
+    config = load_config(Config, write(tmp_path, MINIMAL))
+    assert config.input.format == "auto"
+    assert config.output.topk == 5
+    assert config.output.embedding == "none"
+    assert config.model.precision == "fp32"
+
+
+def test_an_unknown_field_is_refused_with_its_line(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "  topkk: 3\n")
+    assert "job.yaml" in message
+    assert "line 7: output.topkk: unknown field" in message
+
+
+def test_an_ill_typed_field_is_refused_with_its_line_and_value(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "  topk: five\n")
+    assert "line 7: output.topk" in message
+    assert "'five'" in message
+
+
+def test_a_number_is_not_taken_for_text_nor_text_for_a_number(tmp_path: Path) -> None:
+    assert "output.topk" in refusal(tmp_path, MINIMAL + "  topk: '5'\n")
+    assert "model.path" in refusal(tmp_path, MINIMAL, "model.path=13")
+
+
+def test_a_missing_field_is_named(tmp_path: Path) -> None:
+    assert "output: required, but missing" in refusal(tmp_path, MINIMAL.partition("output")[0])
+
+
+def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "  topk: 0\n  embedding: int8\n")
+    assert "output.topk" in message
+    assert "output.embedding" in message
+
+
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "input:\n  uri: s3://other\n")
+    assert "input stands here and in line 1" in message
+
+
+def test_text_that_is_not_yaml_is_refused_by_file(tmp_path: Path) -> None:
+    assert "job.yaml: not valid YAML" in refusal(tmp_path, "input: [")
+
+
+def test_a_file_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    assert "holds a list" in refusal(tmp_path, "- input")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
+        load_config(Config, tmp_path / "none.yaml")
+
+
+def test_overrides_set_fields_in_order_and_read_values_as_yaml(tmp_path: Path) -> None:
+    config = load_config(
+        Config,
+        write(tmp_path, MINIMAL),
+        ["output.topk=3", "output.topk=2", "input.labels=false", "storage.region=null"],
+    )
+    assert config.output.topk == 2
+    assert config.input.labels is False
+    assert config.storage.region is None
+
+
+@pytest.mark.parametrize("override", ["output.topk", "=3", "output..topk=3", "input.uri.x=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    assert override in refusal(tmp_path, MINIMAL, override)
+
+
+def test_an_override_of_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    assert "output.topkk: unknown field" in refusal(tmp_path, MINIMAL, "output.topkk=3")
+
+
+def test_actor_bounds_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, "classify.min_actors=3", "classify.max_actors=2")
+    assert "max_actors 2 is below min_actors 3" in message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_that_comes_with_the_project_is_valid(path: Path) -> None:
+    kind = TrainConfig if "train" in path.stem else Config
+    assert load_config(kind, path)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import Config, load_config
+from pipeline.dataflow import MAX_READ_TASKS, ShardSource, choose_resources
+from pipeline.reading import ReadOptions
+from pipeline.shards import Shard
+from pipeline.storage import Storage
+
+
+def config(*overrides: str) -> Config:
+    base = ["input.uri=s3://b/in", "model.path=fashion-mnist", "output.uri=s3://b/out"]
+    return load_config(Config, None, [*base, *overrides])
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
+def test_one_slot_of_each_stage_fits_into_a_single_machine(cpus: int) -> None:
+    resources = choose_resources(config(), cpus=cpus, gpus=0, node_cpus=cpus)
+    taken = (
+        resources.readers * resources.read_cpus
+        + resources.decode_cpus
+        + resources.min_actors * resources.classify_cpus
+    )
+    assert taken <= cpus
+    assert resources.max_actors >= 1
+    assert resources.device == "cpu"
+
+
+def test_a_classifier_alone_on_a_small_machine_gets_all_of_its_threads() -> None:
+    assert choose_resources(config(), cpus=2, gpus=0, node_cpus=2).threads == 2
+
+
+def test_several_classifiers_share_the_cores() -> None:
+    resources = choose_resources(config(), cpus=64, gpus=0, node_cpus=64)
+    assert resources.max_actors > 1
+    assert resources.threads is not None
+    assert resources.threads * resources.max_actors <= 64
+
+
+def test_gpus_are_used_where_there_are_any() -> None:
+    resources = choose_resources(config(), cpus=32, gpus=4, node_cpus=16)
+    assert (resources.device, resources.classify_gpus, resources.max_actors) == ("cuda", 1.0, 4)
+    assert choose_resources(config("classify.device=cpu"), 32, 4, 16).device == "cpu"
+
+
+def test_a_fraction_of_a_gpu_makes_room_for_more_actors() -> None:
+    assert choose_resources(config("classify.num_gpus=0.5"), 32, 4, 16).max_actors == 8
+
+
+def test_actors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="min_actors: 3 classifiers of 1 don't fit into the cluster's 2 GPUs"):
+        choose_resources(config("classify.min_actors=3"), 32, 2, 16)
+    with pytest.raises(ValueError, match="0 GPUs"):
+        choose_resources(config("classify.device=cuda"), 32, 0, 16)
+
+
+def test_a_cluster_that_grows_may_start_without_gpus() -> None:
+    resources = choose_resources(config("classify.device=cuda", "classify.max_actors=8"), 4, 0, 4)
+    assert (resources.device, resources.max_actors) == ("cuda", 8)
+
+
+def plan(count: int) -> list[Shard]:
+    return [Shard(f"s3://b/{i}.tar", "v", "webdataset", 1) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 7, MAX_READ_TASKS, MAX_READ_TASKS + 1, 3 * MAX_READ_TASKS])
+def test_every_shard_is_read_by_exactly_one_task_and_tasks_stay_few(count: int) -> None:
+    source = ShardSource(plan(count), Storage(), ReadOptions(), 128, 1 << 20)
+    tasks = source.get_read_tasks(parallelism=4)
+    assert len(tasks) == source.tasks <= MAX_READ_TASKS
+    read = [number for task in tasks for number, _ in task.read_fn.args[0]]
+    assert read == list(range(count))
