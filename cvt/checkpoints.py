@@ -95,8 +95,9 @@ def _locate(path: str) -> str:
 
 
 def _load_model(path: str, source: str, revision: str | None) -> CvtForImageClassification:
-    quiet = transformers_logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of keys; ours is the error below
+    transformers_logging.disable_progress_bar()
     try:
         kind = CvtConfig.get_config_dict(source, revision=revision)[0].get("model_type")
         if kind != CvtConfig.model_type:
@@ -116,7 +117,8 @@ def _load_model(path: str, source: str, revision: str | None) -> CvtForImageClas
         known = "" if Path(source).is_dir() else f" (bundled: {', '.join(BUNDLED)})"
         raise CheckpointError(f"model {path!r}: {_one_line(error)}{known}") from error
     finally:
-        transformers_logging.set_verbosity(quiet)
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
     faults = {
         "missing": info["missing_keys"],
         "unexpected": info["unexpected_keys"],

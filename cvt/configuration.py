@@ -6,7 +6,6 @@ Files, the hub and labels are the business of transformers' PreTrainedConfig.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -108,7 +107,7 @@ def _is_padding(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _is_not_negative(value: Any) -> bool:
@@ -130,13 +129,10 @@ def _is_method(value: Any) -> bool:
 #: What an entry of each field that has one a stage must be. embed_dim is first: it sets the number.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("embed_dim", "num_heads", "depth", "patch_sizes", "patch_stride")
-        + ("kernel_qkv", "stride_kv", "stride_q"),
+        "embed_dim num_heads depth patch_sizes patch_stride kernel_qkv stride_kv stride_q".split(),
         (_is_count, "a positive integer"),
     ),
-    **dict.fromkeys(
-        ("patch_padding", "padding_kv", "padding_q"), (_is_padding, "an integer from 0 up")
-    ),
+    **dict.fromkeys(("patch_padding", "padding_kv", "padding_q"), (_is_padding, "an integer from 0 up")),
     **dict.fromkeys(
         ("attention_drop_rate", "drop_rate", "drop_path_rate"),
         (_is_rate, "a number from 0 up and below 1"),
@@ -153,14 +149,10 @@ def _check(value: Any, name: str, holds: Callable[[Any], bool], what: str) -> No
         raise ValueError(f"CvtConfig: {name} must be {what}, not {value!r}")
 
 
-def _check_entries(
-    config: PreTrainedConfig, name: str, holds: Callable[[Any], bool], what: str
-) -> None:
+def _check_entries(config: PreTrainedConfig, name: str, holds: Callable[[Any], bool], what: str) -> None:
     entries = getattr(config, name)
     if not isinstance(entries, list | tuple) or not entries:
-        raise ValueError(
-            f"CvtConfig: {name} must be a list with one entry a stage, not {entries!r}"
-        )
+        raise ValueError(f"CvtConfig: {name} must be a list with one entry a stage, not {entries!r}")
     if len(entries) != len(config.embed_dim):
         raise ValueError(
             f"CvtConfig: {name} has {len(entries)} entries and embed_dim {len(config.embed_dim)};"
@@ -174,9 +166,7 @@ def _check_stage(config: PreTrainedConfig, i: int) -> None:
     """Checks what the fields of one stage must be to each other."""
     width, heads, kernel = config.embed_dim[i], config.num_heads[i], config.kernel_qkv[i]
     if width % heads:
-        raise ValueError(
-            f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})"
-        )
+        raise ValueError(f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})")
     if int(width * config.mlp_ratio[i]) < 1:
         raise ValueError(
             f"CvtConfig: mlp_ratio[{i}] ({config.mlp_ratio[i]}) leaves no hidden width"

@@ -107,9 +107,7 @@ class CvtSelfAttention(nn.Module):
                 width, width, kernel, stride=stride, padding=padding, groups=width, bias=False
             )
             normalization = nn.BatchNorm2d(width)
-            return _named(
-                convolution_projection=_named(convolution=convolution, normalization=normalization)
-            )
+            return _named(convolution_projection=_named(convolution=convolution, normalization=normalization))
         if method == "avg" and not query:
             return nn.AvgPool2d(kernel, stride=stride, padding=padding, ceil_mode=True)
         return nn.Identity()
@@ -142,9 +140,7 @@ class CvtAttention(nn.Module):
         super().__init__()
         width = config.embed_dim[stage]
         self.attention = CvtSelfAttention(config, stage)
-        self.output = _named(
-            dense=nn.Linear(width, width), dropout=nn.Dropout(config.drop_rate[stage])
-        )
+        self.output = _named(dense=nn.Linear(width, width), dropout=nn.Dropout(config.drop_rate[stage]))
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -177,9 +173,7 @@ class CvtLayer(nn.Module):
         self.attention = CvtAttention(config, stage)
         self.layernorm_after = nn.LayerNorm(width)
         self.intermediate = _named(dense=nn.Linear(width, hidden), activation=nn.GELU())
-        self.output = _named(
-            dense=nn.Linear(hidden, width), dropout=nn.Dropout(config.drop_rate[stage])
-        )
+        self.output = _named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(config.drop_rate[stage]))
         self.drop_path = CvtDropPath(drop_path_rate)
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
@@ -208,9 +202,7 @@ class CvtStage(nn.Module):
             CvtLayer(config, stage, rate * i / max(depth - 1, 1)) for i in range(depth)
         )
         self.cls_token = (
-            nn.Parameter(torch.zeros(1, 1, config.embed_dim[-1]))
-            if config.cls_token[stage]
-            else None
+            nn.Parameter(torch.zeros(1, 1, config.embed_dim[-1])) if config.cls_token[stage] else None
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -313,17 +305,14 @@ class CvtForImageClassification(CvtPreTrainedModel):
         self.cvt = CvtModel(config, add_pooling_layer=False)
         width = config.embed_dim[-1]
         self.layernorm = nn.LayerNorm(width)
-        self.classifier = (
-            nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        )
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
-    def pool(self, outputs: BaseModelOutputWithCLSToken) -> Tensor:
-        """What the classifier sees of an image: one normalised vector, (B, C)."""
-        tokens = outputs.cls_token_value
-        if tokens is None:
-            tokens = _to_tokens(outputs.last_hidden_state)
-        return self.layernorm(tokens).mean(dim=1)
+    def pool(self, last_hidden_state: Tensor, cls_token: Tensor | None) -> Tensor:
+        """What the classifier sees of an image, of CvtModel's outputs: one vector, (B, C)."""
+        tokens = _to_tokens(last_hidden_state) if cls_token is None else cls_token
+        # A head may be kept in a higher precision than the features.
+        return self.layernorm(tokens.to(self.layernorm.weight.dtype)).mean(dim=1)
 
     def forward(
         self,
@@ -346,7 +335,7 @@ class CvtForImageClassification(CvtPreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         outputs = self.cvt(pixel_values, output_hidden_states, return_dict=True)
-        logits = self.classifier(self.pool(outputs))
+        logits = self.classifier(self.pool(outputs.last_hidden_state, outputs.cls_token_value))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jobs.benchmark import benchmark
 from jobs.console import make_app
 from jobs.demo import demo
 from jobs.label import label
@@ -13,7 +14,7 @@ from jobs.train import train
 def main() -> None:
     """Runs `cvt-label`."""
     app = make_app()
-    for command in (label, plan, stats, train, demo):
+    for command in (label, plan, stats, train, demo, benchmark):
         app.command()(command)
     app()
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import pyarrow as pa
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -40,8 +41,10 @@ SetOption = Annotated[
     typer.Option("--set", help="Override a field: section.field=value. May be given several times."),
 ]
 
-out = Console()
-err = Console(stderr=True)
+#: Tables in files and pipes are as wide as they need; only a terminal has an edge.
+_WIDTH = 120
+out = Console(width=None if sys.stdout.isatty() else _WIDTH)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 def make_app() -> typer.Typer:
@@ -90,8 +93,8 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
     has_targets = any(row["support"] is not None for row in rows)
     shown = rows[:most]
     more = f" (the {len(shown)} most frequent of {len(rows)})" if len(shown) < len(rows) else ""
-    table = Table(title=f"Classes{more}", title_justify="left")
-    table.add_column("label")
+    table = Table(title=f"Classes{more}", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("label", overflow="fold")
     headings = ["images", "share", "score", "p05", "p50", "p95"]
     if has_targets:
         headings += ["precision", "recall", "F1"]

@@ -10,6 +10,10 @@ from typing import Any
 
 import ray
 
+#: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
+#: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder).
+_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
@@ -25,10 +29,12 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **local)
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -233,7 +234,6 @@ def label_chunks(
         num_cpus=resources.read_cpus,
         concurrency=resources.readers,
         override_num_blocks=source.tasks,
-        ray_remote_args={"max_retries": 3},
     )
     decoded = chunks.map_batches(
         _decode_block,
@@ -303,6 +303,10 @@ def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int)
             "target": pa.concat_arrays(targets),
         }
     )
+
+
+# `max_retries` and `max_task_retries` have no other way into Ray Data yet, and its default is for ever.
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 def _set_context(config: Config) -> None:

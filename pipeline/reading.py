@@ -94,8 +94,9 @@ class ReadOptions:
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the shard's samples in shard order; a second reading yields the same.
 
-    Streams: it holds one sample of a tar, 16 rows of a Parquet file (and the pages that they lie in),
-    or 16 loose images, and read buffers of 8 MiB. The object is pinned to the shard's version.
+    Streams: it holds one sample of a tar, 16 rows of a Parquet file and the pages that they lie in (by
+    default pyarrow writes 1024 rows a page), or 16 loose images, and read buffers of 8 MiB. The object
+    is pinned to the shard's version.
 
     **WebDataset.** Adjacent members whose names are equal up to the first dot of the last part form a
     sample, with that as its key; the image is the first whose remaining extension is an image's. A

@@ -70,13 +70,13 @@ class Comparison(NamedTuple):
     transformers_top1: list[int]
 
 
-def small_cvt(size: int) -> CvtForImageClassification:
+def small_cvt() -> CvtForImageClassification:
     """A small CvT of transformers with seeded random weights and ten classes."""
-    torch.manual_seed(size)
+    torch.manual_seed(0)
     config = CvtConfig(
-        patch_sizes=[15, 3, 3],
-        patch_stride=[8, 2, 2],
-        patch_padding=[4, 1, 1],
+        patch_sizes=[16, 3, 3],
+        patch_stride=[16, 2, 2],
+        patch_padding=[0, 1, 1],
         embed_dim=[16, 32, 48],
         num_heads=[1, 2, 3],
         depth=[1, 2, 3],  # transformers needs more layers than there are stages before
@@ -93,7 +93,7 @@ def comparison(request: pytest.FixtureRequest, photographs: list[tuple[str, byte
     ours = Preprocessor.from_dict(config, "config")
     theirs = ConvNextImageProcessorPil(**config)
     mean, std = np.float32(ours.mean), np.float32(ours.std)
-    model = small_cvt(request.param)
+    model = small_cvt()
     differences, logits, transformers_logits = [], [], []
     for start in range(0, len(photographs), 50):
         images = [

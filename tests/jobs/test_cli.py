@@ -1,0 +1,143 @@
+"""The console command as a person meets it: what it prints, and the status it ends with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.local_s3 import LocalS3
+from pipeline.storage import Storage
+from tests.makers import make_image, make_tar
+
+JOB = """\
+input: {{uri: "{input}"}}
+model: {{path: fashion-mnist}}
+output: {{uri: "{output}"}}
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, bucket: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.format(input=f"{bucket}/in", output=f"{bucket}/out"))
+    return path
+
+
+def cvt_label(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_help_lists_every_command() -> None:
+    done = cvt_label("--help")
+    assert done.returncode == 0
+    for command in ("label", "plan", "stats", "demo", "train", "benchmark"):
+        assert command in done.stdout
+
+
+def test_label_says_its_exit_statuses_in_its_help() -> None:
+    done = cvt_label("label", "--help")
+    assert "Exit status" in done.stdout
+    assert "--set" in done.stdout
+
+
+def test_a_wrong_field_ends_with_2_and_names_it(job: Path) -> None:
+    done = cvt_label("label", "--config", job, "--set", "output.topkk=3")
+    assert done.returncode == 2
+    assert "output.topkk: unknown field" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_classes_than_the_model_has_end_with_2(job: Path, bucket: str, storage: Storage) -> None:
+    storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
+    done = cvt_label("plan", "--config", job, "--set", "output.topk=11")
+    assert done.returncode == 2
+    assert "output.topk: 11 is more than the model's 10 classes" in done.stderr
+
+
+def test_an_empty_prefix_ends_with_4_and_says_what_was_expected(job: Path, bucket: str) -> None:
+    done = cvt_label("label", "--config", job)
+    assert done.returncode == 4
+    assert f"{bucket}/in: no shards found" in done.stderr
+    assert ".tar" in done.stderr
+
+
+def test_a_missing_bucket_ends_with_4_and_is_named(job: Path) -> None:
+    done = cvt_label("label", "--config", job, "--set", "input.uri=s3://no-such-bucket-here/in")
+    assert done.returncode == 4
+    assert "no-such-bucket-here" in done.stderr
+    assert "does not exist" in done.stderr
+
+
+def test_wrong_credentials_end_with_4_and_say_so(job: Path) -> None:
+    done = cvt_label("label", "--config", job, AWS_SECRET_ACCESS_KEY="wrong")
+    assert done.returncode == 4
+    assert "credentials" in done.stderr
+    assert "wrong" not in done.stderr
+
+
+def test_an_unreadable_model_ends_with_4_and_is_named(job: Path, bucket: str, storage: Storage) -> None:
+    storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
+    done = cvt_label("label", "--config", job, "--set", "model.path=/no/such/model")
+    assert done.returncode == 4
+    assert "model '/no/such/model': no such folder" in done.stderr
+
+
+def test_output_that_cannot_be_written_ends_with_4_before_anything_is_labelled(
+    job: Path, bucket: str, storage: Storage
+) -> None:
+    storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
+    done = cvt_label("label", "--config", job, "--set", "output.uri=s3://no-such-bucket-here/out")
+    assert done.returncode == 4
+    assert "no-such-bucket-here" in done.stderr
+    assert "starting" not in done.stderr
+
+
+def test_plan_lists_what_would_be_done_and_writes_nothing(job: Path, bucket: str, storage: Storage) -> None:
+    storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
+    storage.write(f"{bucket}/in/b.jpg", make_image())
+    storage.write(f"{bucket}/in/notes.txt", b"notes")
+    done = cvt_label("plan", "--config", job, "--shards")
+    assert done.returncode == 0, done.stderr
+    assert "2 shards" in done.stdout
+    assert "1 objects that are no shard" in done.stdout
+    assert f"{bucket}/in/a.tar" in done.stdout
+    assert f"{bucket}/out/model=fashion-mnist-" in done.stdout
+    assert [o.uri for o in storage.list(f"{bucket}/out")] == []
+
+
+def test_stats_of_nothing_ends_with_4(job: Path) -> None:
+    done = cvt_label("stats", "--config", job)
+    assert done.returncode == 4
+    assert "nothing is labelled yet" in done.stderr
+
+
+def test_label_then_stats_show_the_same_table(
+    job: Path, bucket: str, storage: Storage, s3_server: LocalS3
+) -> None:
+    """A run of its own: it starts a local Ray, labels, and ends with 3 for the shard that is cut."""
+    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(20)] + [("x.jpg", b"no image")])
+    storage.write(f"{bucket}/in/a.tar", whole)
+    storage.write(f"{bucket}/in/cut.tar", whole[:3000])
+    done = cvt_label("label", "--config", job)
+    assert done.returncode == 3, done.stderr
+    assert "21 in 1 shards" in done.stdout
+    assert f"not labelled: {bucket}/in/cut.tar" in done.stderr
+    assert "2 of 2 shards, 21 images" in done.stderr  # progress, without a terminal
+    assert "\x1b" not in done.stderr + done.stdout
+    assert s3_server.secret_key not in done.stdout + done.stderr
+    table = cvt_label("stats", "--config", job)
+    assert table.returncode == 0, table.stderr
+    assert table.stdout.partition("images ")[0] in done.stdout
+    assert "2 shards, 1 of them unreadable; 21 images, 1 of them errors" in table.stdout
