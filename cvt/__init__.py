@@ -1,8 +1,30 @@
 """CvT (arXiv 2103.15808) on PyTorch: model, checkpoints, preprocessing and inference."""
 
-from cvt.configuration import CvtConfig
-from cvt.engine import Engine
-from cvt.modeling import CvtForImageClassification, CvtModel
-from cvt.preprocessing import Preprocessor
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cvt.configuration import CvtConfig
+    from cvt.engine import Engine
+    from cvt.modeling import CvtForImageClassification, CvtModel
+    from cvt.preprocessing import Preprocessor
+
+_MODULES = {
+    "CvtConfig": "cvt.configuration",
+    "CvtForImageClassification": "cvt.modeling",
+    "CvtModel": "cvt.modeling",
+    "Engine": "cvt.engine",
+    "Preprocessor": "cvt.preprocessing",
+}
 
 __all__ = ["CvtConfig", "CvtForImageClassification", "CvtModel", "Engine", "Preprocessor"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are used: a worker that only decodes images needs neither torch nor
+    # transformers, which take seconds and hundreds of megabytes.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

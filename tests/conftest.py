@@ -13,6 +13,14 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.storage import Storage
 
+# Ray reads these when it is imported, which some test modules do; so they are set before any of them.
+# With the token in the environment, Ray writes none into the home folder.
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
+
 Photograph = tuple[str, bytes, int]
 
 
@@ -47,10 +55,6 @@ def ray_local(s3_server: LocalS3) -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # With the token in the environment Ray writes none into the home folder.
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
         ray.init(
             address="local",
