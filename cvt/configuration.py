@@ -126,21 +126,31 @@ def _is_method(value: Any) -> bool:
     return value in PROJECTION_METHODS
 
 
-#: What an entry of each field that has one a stage must be. embed_dim is first: it sets the number.
+_COUNT = (_is_count, "a positive integer")
+_PADDING = (_is_padding, "an integer from 0 up")
+_RATE = (_is_rate, "a number from 0 up and below 1")
+_FLAG = (_is_flag, "true or false")
+
+#: What an entry must be, of each field that has one a stage.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        "embed_dim num_heads depth patch_sizes patch_stride kernel_qkv stride_kv stride_q".split(),
-        (_is_count, "a positive integer"),
-    ),
-    **dict.fromkeys(("patch_padding", "padding_kv", "padding_q"), (_is_padding, "an integer from 0 up")),
-    **dict.fromkeys(
-        ("attention_drop_rate", "drop_rate", "drop_path_rate"),
-        (_is_rate, "a number from 0 up and below 1"),
-    ),
+    "embed_dim": _COUNT,
+    "num_heads": _COUNT,
+    "depth": _COUNT,
     "mlp_ratio": (_is_positive, "a positive number"),
-    "qkv_bias": (_is_flag, "true or false"),
-    "cls_token": (_is_flag, "true or false"),
+    "patch_sizes": _COUNT,
+    "patch_stride": _COUNT,
+    "patch_padding": _PADDING,
+    "attention_drop_rate": _RATE,
+    "drop_rate": _RATE,
+    "drop_path_rate": _RATE,
+    "qkv_bias": _FLAG,
+    "cls_token": _FLAG,
     "qkv_projection_method": (_is_method, f"one of {', '.join(PROJECTION_METHODS)}"),
+    "kernel_qkv": _COUNT,
+    "padding_kv": _PADDING,
+    "stride_kv": _COUNT,
+    "padding_q": _PADDING,
+    "stride_q": _COUNT,
 }
 
 

@@ -15,12 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
 
@@ -133,20 +128,6 @@ class CvtSelfAttention(nn.Module):
         return context.transpose(1, 2).flatten(2)
 
 
-class CvtAttention(nn.Module):
-    """Attention and its output layer."""
-
-    def __init__(self, config: CvtConfig, stage: int) -> None:
-        super().__init__()
-        width = config.embed_dim[stage]
-        self.attention = CvtSelfAttention(config, stage)
-        self.output = _named(dense=nn.Linear(width, width), dropout=nn.Dropout(config.drop_rate[stage]))
-
-    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
-        return self.output(self.attention(hidden_state, height, width))
-
-
 class CvtDropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, drops a sample's residual branch."""
 
@@ -159,7 +140,7 @@ class CvtDropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return branch
         kept = branch.new_empty([len(branch)] + [1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
-        return branch * kept / (1 - self.rate)
+        return branch * (kept / (1 - self.rate))
 
 
 class CvtLayer(nn.Module):
@@ -167,22 +148,26 @@ class CvtLayer(nn.Module):
 
     def __init__(self, config: CvtConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
-        width = config.embed_dim[stage]
+        width, drop_rate = config.embed_dim[stage], config.drop_rate[stage]
         hidden = int(width * config.mlp_ratio[stage])
-        self.layernorm_before = nn.LayerNorm(width)
-        self.attention = CvtAttention(config, stage)
-        self.layernorm_after = nn.LayerNorm(width)
+        self.attention = nn.ModuleDict(
+            {
+                "attention": CvtSelfAttention(config, stage),
+                "output": _named(dense=nn.Linear(width, width), dropout=nn.Dropout(drop_rate)),
+            }
+        )
         self.intermediate = _named(dense=nn.Linear(width, hidden), activation=nn.GELU())
-        self.output = _named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(config.drop_rate[stage]))
+        self.output = _named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(drop_rate))
         self.drop_path = CvtDropPath(drop_path_rate)
+        self.layernorm_before = nn.LayerNorm(width)
+        self.layernorm_after = nn.LayerNorm(width)
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         """(B, T, C) to (B, T, C)."""
-        attended = self.attention(self.layernorm_before(hidden_state), height, width)
-        hidden_state = hidden_state + self.drop_path(attended)
+        context = self.attention["attention"](self.layernorm_before(hidden_state), height, width)
+        hidden_state = hidden_state + self.drop_path(self.attention["output"](context))
         transformed = self.output(self.intermediate(self.layernorm_after(hidden_state)))
-        # transformers drops this sum, and with it the sample's whole state; the paper's code only
-        # the branch.
+        # As in the paper's code, only the branch is dropped; transformers drops the whole sum.
         return hidden_state + self.drop_path(transformed)
 
 
@@ -220,22 +205,6 @@ class CvtStage(nn.Module):
         return _to_image(hidden_state[:, 1:], height, width), hidden_state[:, :1]
 
 
-class CvtEncoder(nn.Module):
-    """The stages, one after the other."""
-
-    def __init__(self, config: CvtConfig) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(CvtStage(config, i) for i in range(len(config.depth)))
-
-    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """(B, C, H, W) to each stage's output, and the last one's class token."""
-        outputs, cls_token = [], None
-        for stage in self.stages:
-            image, cls_token = stage(image)
-            outputs.append(image)
-        return outputs, cls_token
-
-
 class CvtPreTrainedModel(PreTrainedModel):
     """What transformers needs to know to make, load and save the models."""
 
@@ -243,9 +212,7 @@ class CvtPreTrainedModel(PreTrainedModel):
     config_class = CvtConfig
     base_model_prefix = "cvt"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     _no_split_modules = ["CvtLayer"]  # noqa: RUF012
-    _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -263,7 +230,8 @@ class CvtModel(CvtPreTrainedModel):
     def __init__(self, config: CvtConfig, add_pooling_layer: bool = True) -> None:
         check_architecture(config)  # again: a configuration can be changed after it was made
         super().__init__(config)
-        self.encoder = CvtEncoder(config)
+        stages = (CvtStage(config, i) for i in range(len(config.depth)))
+        self.encoder = nn.ModuleDict({"stages": nn.ModuleList(stages)})
         self.post_init()
 
     def forward(
@@ -287,11 +255,14 @@ class CvtModel(CvtPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
-        states, cls_token = self.encoder(pixel_values)
+        image, cls_token = pixel_values, None
+        states: tuple[Tensor, ...] | None = () if output_hidden_states else None
+        for stage in self.encoder["stages"].children():
+            image, cls_token = stage(image)
+            if states is not None:
+                states += (image,)
         outputs = BaseModelOutputWithCLSToken(
-            last_hidden_state=states[-1],
-            cls_token_value=cls_token,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            last_hidden_state=image, cls_token_value=cls_token, hidden_states=states
         )
         return outputs if return_dict else outputs.to_tuple()
 

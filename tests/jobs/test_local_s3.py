@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from jobs.local_s3 import LocalS3, LocalS3Error
+from jobs.local_s3 import LocalS3, LocalS3Error, _remove_sockets
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 HOLD = """
@@ -115,11 +116,13 @@ def test_it_ends_with_the_program_that_started_it_however_that_ends(
         assert program.stdout is not None
         pid, endpoint_url = program.stdout.readline().split()
         assert runs(int(pid))
+        ports = re.findall(r"\.port=(\d+)", Path(f"/proc/{pid}/cmdline").read_text())
         program.send_signal(how)
         program.wait(30)
     deadline = time.monotonic() + 20
     while (runs(int(pid)) or answers(endpoint_url)) and time.monotonic() < deadline:
         time.sleep(0.05)
+    _remove_sockets([int(port) for port in ports])  # a killed server leaves them
     assert not runs(int(pid))
     assert not answers(endpoint_url)
 

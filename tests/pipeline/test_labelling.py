@@ -116,7 +116,7 @@ def test_labels_equal_those_of_transformers_own_model_and_processor(
     processor = ConvNextImageProcessorPil.from_pretrained(BUNDLED["fashion-mnist"])
     # Parquet without paths has row numbers for keys; the others have the samples' names.
     rows = rows_of(formats[0])
-    by_key = {str(row["key"]).removesuffix(".png"): row for row in rows}
+    by_key = {Path(str(row["key"])).stem: row for row in rows}
     by_key |= {samples[40 + int(str(r["key"]))][0]: r for r in rows if str(r["shard"]).endswith("c.parquet")}
     for i, (key, png, label) in enumerate(samples[:100]):
         row = by_key[key]
