@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cvt.configuration import CvtConfig
-from cvt.modeling import CvtForImageClassification
 from transformers.utils import logging as transformers_logging
 
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import PreprocessingError, Preprocessor
 
 #: Checkpoints in the package, by the name that a configuration gives them.
@@ -101,9 +101,7 @@ def _load_model(path: str, source: str, revision: str | None) -> CvtForImageClas
     try:
         kind = CvtConfig.get_config_dict(source, revision=revision)[0].get("model_type")
         if kind != CvtConfig.model_type:
-            raise CheckpointError(
-                f"model {path!r}: config.json says model_type {kind!r}, not 'cvt'"
-            )
+            raise CheckpointError(f"model {path!r}: config.json says model_type {kind!r}, not 'cvt'")
         model, info = CvtForImageClassification.from_pretrained(
             source,
             revision=revision,

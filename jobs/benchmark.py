@@ -167,7 +167,9 @@ def _model(subjects: Subjects, rounds: int) -> list[Measurement]:
 
 def _normalise(pixels: np.ndarray, preprocessor: Preprocessor) -> torch.Tensor:
     scaled = torch.from_numpy(pixels).permute(2, 0, 1) * preprocessor.rescale_factor
-    return (scaled - torch.tensor(preprocessor.mean)[:, None, None]) / torch.tensor(preprocessor.std)[:, None, None]
+    return (scaled - torch.tensor(preprocessor.mean)[:, None, None]) / torch.tensor(preprocessor.std)[
+        :, None, None
+    ]
 
 
 def _pipeline(subjects: Subjects, rounds: int) -> list[Measurement]:

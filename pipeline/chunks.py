@@ -119,8 +119,5 @@ def cut_into_chunks(
 
 
 def _table(samples: list[Sample]) -> pa.Table:
-    columns = [
-        pa.array([getattr(sample, field.name) for sample in samples], field.type)
-        for field in ENCODED
-    ]
+    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in ENCODED]
     return pa.table(columns, schema=pa.schema(list(ENCODED)))

@@ -113,9 +113,7 @@ def _embeddings(embeddings: np.ndarray, options: PredictionOptions) -> pa.Array:
 def _mark(samples: pa.Table, good: np.ndarray, finite: np.ndarray) -> pa.Table:
     broken = np.zeros_like(good)
     broken[good] = ~finite
-    errors = pc.if_else(
-        pa.array(broken), "the model's output for this image is not finite", samples["error"]
-    )
+    errors = pc.if_else(pa.array(broken), "the model's output for this image is not finite", samples["error"])
     return samples.set_column(samples.schema.get_field_index("error"), "error", errors)
 
 

@@ -205,9 +205,7 @@ class TrainConfig(_Section):
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-def load_config(
-    kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()
-) -> SectionT:
+def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()) -> SectionT:
     """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
 
     Without a path, the overrides alone make the configuration.
@@ -245,9 +243,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     return values, lines
 
 
-def _note_lines(
-    node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path
-) -> None:
+def _note_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

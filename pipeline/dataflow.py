@@ -182,9 +182,7 @@ def _read_shards(
             yield chunk.to_block()
 
 
-def _decode_block(
-    block: pa.Table, preprocessor: Preprocessor, max_pixels: int
-) -> Iterator[pa.Table]:
+def _decode_block(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> Iterator[pa.Table]:
     for chunk in Chunk.from_block(block):
         yield decode_chunk(chunk, preprocessor, max_pixels).to_block()
 

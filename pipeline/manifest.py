@@ -68,9 +68,7 @@ class ManifestRow:
 def write_manifest(storage: Storage, uri: str, rows: Iterable[ManifestRow]) -> None:
     """Writes the manifest in one atomic PUT, sorted by shard URI."""
     ordered = sorted(rows, key=lambda row: row.uri)
-    columns = [
-        pa.array([getattr(row, field.name) for row in ordered], field.type) for field in _SCHEMA
-    ]
+    columns = [pa.array([getattr(row, field.name) for row in ordered], field.type) for field in _SCHEMA]
     out = io.BytesIO()
     pq.write_table(pa.table(columns, schema=_SCHEMA), out, compression="zstd")
     storage.write(uri, out.getvalue())
@@ -92,8 +90,7 @@ def read_manifest(storage: Storage, uri: str) -> dict[str, ManifestRow]:
         raise ValueError(f"{uri}: not a manifest: {error}") from None
     names = [field.name for field in fields(ManifestRow)]
     return {
-        record["uri"]: ManifestRow(**{name: record[name] for name in names})
-        for record in table.to_pylist()
+        record["uri"]: ManifestRow(**{name: record[name] for name in names}) for record in table.to_pylist()
     }
 
 

@@ -10,6 +10,7 @@ import jinja2
 if TYPE_CHECKING:
     from pipeline.labelling import RunResult
 
+
 def percent(value: float | None) -> str:
     """A share, for people."""
     return "-" if value is None else f"{value:.1%}"

@@ -137,9 +137,7 @@ class ClassStatistics:
             ValueError: they are of a model with another number of classes.
         """
         if other.num_classes != self.num_classes:
-            raise ValueError(
-                f"statistics of {other.num_classes} classes don't merge with {self.num_classes}"
-            )
+            raise ValueError(f"statistics of {other.num_classes} classes don't merge with {self.num_classes}")
         for name, mine in vars(self).items():
             theirs = getattr(other, name)
             if name == "score_min":
@@ -247,10 +245,7 @@ def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.
     """
     total = int(stats.count.sum())
     knows_top5 = stats.knows_top5(topk)
-    rows = [
-        {"label": label, **_class_row(stats, i, total, knows_top5)}
-        for i, label in enumerate(labels)
-    ]
+    rows = [{"label": label, **_class_row(stats, i, total, knows_top5)} for i, label in enumerate(labels)]
     return pa.Table.from_pylist(rows, schema=CLASS_STATS_SCHEMA)
 
 

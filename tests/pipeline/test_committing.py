@@ -47,9 +47,7 @@ def result(shard: int, start: int, rows: int, total: int | None = None, error: s
 def cut(shard: int, total: int, size: int) -> list[Chunk]:
     """All chunks of a shard."""
     starts = range(0, total, size)
-    return [
-        result(shard, at, min(size, total - at), total if at == starts[-1] else None) for at in starts
-    ]
+    return [result(shard, at, min(size, total - at), total if at == starts[-1] else None) for at in starts]
 
 
 def commit(folder: Path, plan: list[Shard], chunks: list[Chunk], finish: bool = True) -> Committer:

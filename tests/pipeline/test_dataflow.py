@@ -49,7 +49,9 @@ def test_a_fraction_of_a_gpu_makes_room_for_more_actors() -> None:
 
 
 def test_actors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="min_actors: 3 classifiers of 1 don't fit into the cluster's 2 GPUs"):
+    with pytest.raises(
+        ValueError, match="min_actors: 3 classifiers of 1 don't fit into the cluster's 2 GPUs"
+    ):
         choose_resources(config("classify.min_actors=3"), 32, 2, 16)
     with pytest.raises(ValueError, match="0 GPUs"):
         choose_resources(config("classify.device=cuda"), 32, 0, 16)

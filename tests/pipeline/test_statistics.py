@@ -44,10 +44,7 @@ def test_the_fold_over_any_split_equals_the_statistics_of_all_rows(seed: int) ->
     table = predictions(2000, seed)
     rng = np.random.default_rng(seed)
     cuts = [0, *sorted(rng.integers(0, 2000, rng.integers(1, 40)).tolist()), 2000]
-    parts = [
-        ClassStatistics.of(table.slice(start, stop - start), CLASSES)
-        for start, stop in pairwise(cuts)
-    ]
+    parts = [ClassStatistics.of(table.slice(start, stop - start), CLASSES) for start, stop in pairwise(cuts)]
     rng.shuffle(parts)  # type: ignore[arg-type]
     assert_equal(merge(parts, CLASSES), ClassStatistics.of(table, CLASSES))
 

@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtDropPath, CvtForImageClassification, CvtModel
+from tests.cvt.random_models import PUBLISHED, TINY, randomise
+
+#: cvt-w24 has 277 million parameters: its widths and heads at the least depth that transformers builds.
+SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+Twins = tuple[CvtForImageClassification, transformers.CvtForImageClassification]
+
+
+def twins(**fields: Any) -> Twins:
+    """This model and transformers', with the same random weights."""
+    fields = {"num_labels": 10} | fields
+    with torch.device("meta"):  # initial weights would take longer than the tests
+        theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**fields))
+        ours = CvtForImageClassification(CvtConfig(**fields))
+    theirs = randomise(theirs.to_empty(device="cpu"))
+    ours.to_empty(device="cpu").load_state_dict(theirs.state_dict(), strict=True)
+    return ours.eval(), theirs
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def no_drop_path(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {"drop_path_rate": [0.0, 0.0, 0.0]}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def published(request: pytest.FixtureRequest) -> Twins:
+    return twins(**SHAPES[request.param])
+
+
+@pytest.mark.parametrize("size", [224, 384])
+@torch.inference_mode()
+def test_logits_and_hidden_states_equal_those_of_transformers(published: Twins, size: int) -> None:
+    ours, theirs = published
+    pixels = images(1, 3, size, size)
+    one, other = (model(pixels, output_hidden_states=True) for model in (ours, theirs))
+    assert other.logits.std() > 0.1
+    assert_close(one.logits, other.logits, **CLOSE)
+    assert len(one.hidden_states) == 3
+    for mine, wanted in zip(one.hidden_states, other.hidden_states, strict=True):
+        assert_close(mine, wanted, **CLOSE)
+
+
+@torch.inference_mode()
+def test_features_equal_those_of_transformers_for_images_of_any_shape() -> None:
+    ours, theirs = twins(**TINY)
+    pixels = images(2, 3, 70, 101)
+    one, other = ours.cvt(pixels), theirs.cvt(pixels)
+    assert_close(one.last_hidden_state, other.last_hidden_state, **CLOSE)
+    assert_close(one.cls_token_value, other.cls_token_value, **CLOSE)
+    assert one.hidden_states is None
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_and_buffers_are_those_of_transformers_in_the_same_order(name: str) -> None:
+    with torch.device("meta"):
+        ours = CvtForImageClassification(CvtConfig(**SHAPES[name]))
+        theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**SHAPES[name]))
+    for listed in (nn.Module.named_parameters, nn.Module.named_buffers):
+        shapes = [[(key, tensor.shape) for key, tensor in listed(model)] for model in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+
+
+def test_weights_load_strictly_into_transformers() -> None:
+    ours = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**TINY)).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    pixels = images(2, 3, 64, 64)
+    assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_equal_those_of_transformers(name: str, training: bool) -> None:
+    """In training also what batch norm learns of its input; images are small, depth is cut."""
+    ours, theirs = twins(**no_drop_path(SHAPES[name]) | {"depth": [1, 2, 3]})
+    pixels, labels = images(2, 3, 64, 64).requires_grad_(), torch.tensor([3, 7])
+    found = []
+    for model in (ours, theirs):
+        output = model.train(training)(pixels, labels=labels)
+        output.loss.backward()
+        gradients = {key: value.grad for key, value in model.named_parameters()}
+        found.append((output.loss.detach(), pixels.grad, gradients, dict(model.named_buffers())))
+        pixels.grad = None
+    (loss, grad, gradients, buffers), (their_loss, their_grad, their_gradients, their_buffers) = found
+    assert_close(loss, their_loss, **CLOSE)
+    assert_close(grad, their_grad, rtol=1e-4, atol=1e-5 * float(their_grad.abs().max()))
+    assert gradients.keys() == their_gradients.keys()
+    # A key's bias moves all scores of a query alike: its gradient is rounding, hence the scale of all.
+    scale = max(float(g.abs().max()) for g in their_gradients.values())
+    for key, wanted in their_gradients.items():
+        assert_close(gradients[key], wanted, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}")
+    for key, wanted in their_buffers.items():
+        assert_close(buffers[key], wanted, **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_model_without_class_token_classifies_the_mean_of_its_tokens_as_transformers_does() -> None:
+    ours, theirs = twins(**TINY, cls_token=[False] * 3)
+    pixels = images(2, 3, 64, 64)
+    wanted = theirs(pixels, output_hidden_states=True).logits  # without them, it raises IndexError
+    assert_close(ours(pixels).logits, wanted, **CLOSE)
+    assert_close(ours(pixels, return_dict=False)[0], wanted, **CLOSE)
+    assert ours.cvt(pixels).cls_token_value is None
+
+
+@torch.inference_mode()
+def test_class_tokens_of_earlier_stages_take_part_as_in_transformers() -> None:
+    fields = {"embed_dim": [48, 48, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}
+    ours, theirs = twins(**fields, cls_token=[True, False, True])
+    pixels = images(2, 3, 64, 64)
+    assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
+
+
+def naive_attention(module: nn.Module, method: str, hidden: Tensor, height: int, width: int) -> Tensor:
+    """Attention of a projection without weights, from the equations, token by token and head by head.
+
+    Average pooling is that of the paper's code: kernel 3, stride 2, padding 1 that counts as zeros,
+    and one more window where the last one would leave tokens over.
+    """
+    weights = module.state_dict()
+    cls_token, tokens = hidden[:, : -height * width], hidden[:, -height * width :]
+    pooled = tokens
+    if method == "avg":
+        grid = tokens.reshape(len(tokens), height, width, -1)
+        windows = []
+        for y in range(-1, height, 2):
+            for x in range(-1, width, 2):
+                if y + 3 > height + 2 or x + 3 > width + 2:
+                    continue
+                inside = grid[:, max(y, 0) : y + 3, max(x, 0) : x + 3].sum(dim=(1, 2))
+                counted = (min(y + 3, height + 1) - y) * (min(x + 3, width + 1) - x)
+                windows.append(inside / counted)
+        pooled = torch.stack(windows, dim=1)
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        value = torch.cat([cls_token, value], dim=1)
+        return value @ weights[f"projection_{name}.weight"].T + weights[f"projection_{name}.bias"]
+
+    query, key, value = linear("query", tokens), linear("key", pooled), linear("value", pooled)
+    channels = hidden.shape[-1]
+    heads = []
+    for part in torch.arange(channels).chunk(module.num_heads):
+        scores = query[..., part] @ key[..., part].transpose(1, 2) / channels**0.5
+        heads.append(scores.softmax(dim=-1) @ value[..., part])
+    return torch.cat(heads, dim=-1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (7, 5), (6, 9)])
+@pytest.mark.parametrize("method", ["avg", "linear"])
+@torch.inference_mode()
+def test_avg_and_linear_projections_equal_a_naive_reference(method: str, height: int, width: int) -> None:
+    model = randomise(CvtModel(CvtConfig(**TINY, qkv_projection_method=[method] * 3)))
+    for stage, class_tokens in ((1, 0), (2, 1)):
+        module = model.encoder["stages"][stage].layers[0].attention["attention"]
+        hidden = images(2, height * width + class_tokens, TINY["embed_dim"][stage])
+        wanted = naive_attention(module, method, hidden, height, width)
+        assert_close(module(hidden, height, width), wanted, **CLOSE)
+
+
+def test_projections_may_differ_from_stage_to_stage_and_survive_saving(tmp_path: Path) -> None:
+    config = CvtConfig(**TINY, qkv_projection_method=["avg", "linear", "dw_bn"], num_labels=4)
+    model = randomise(CvtForImageClassification(config))
+    assert [
+        key for key in model.state_dict() if "convolution_projection" in key and "stages.2" not in key
+    ] == []
+    model.save_pretrained(tmp_path)
+    again = CvtForImageClassification.from_pretrained(tmp_path)
+    pixels = images(2, 3, 70, 70)
+    assert_close(again(pixels).logits, model(pixels).logits, rtol=0, atol=0)
+
+
+def test_a_checkpoint_saved_here_loads_in_plain_transformers(tmp_path: Path) -> None:
+    ours = randomise(CvtForImageClassification(CvtConfig(**TINY, id2label={0: "cat", 1: "dog", 2: "eel"})))
+    ours.save_pretrained(tmp_path)
+    theirs, info = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert type(theirs) is transformers.CvtForImageClassification
+    assert not any(info.values())
+    assert theirs.config.architectures == ["CvtForImageClassification"]
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    pixels = images(2, 3, 64, 64)
+    assert_close(theirs(pixels).logits, ours(pixels).logits, **CLOSE)
+
+
+def test_a_checkpoint_saved_by_transformers_loads_here(tmp_path: Path) -> None:
+    theirs = randomise(transformers.CvtForImageClassification(transformers.CvtConfig(**TINY, num_labels=3)))
+    theirs.save_pretrained(tmp_path)
+    ours, info = CvtForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(ours.config, CvtConfig)
+    assert not any(info.values())
+    assert not ours.training
+    pixels = images(2, 3, 64, 64)
+    assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
+
+
+def test_a_new_head_on_loaded_features_is_initialised_and_the_features_are_kept(tmp_path: Path) -> None:
+    features = randomise(CvtModel(CvtConfig(**TINY)))
+    features.save_pretrained(tmp_path)
+    model = CvtForImageClassification.from_pretrained(tmp_path, num_labels=500)
+    for key, wanted in features.state_dict().items():
+        assert_close(model.cvt.state_dict()[key], wanted, rtol=0, atol=0)
+    assert float(model.classifier.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert not model.classifier.bias.any()
+    assert (model.layernorm.weight == 1).all()
+
+
+def test_weights_are_initialised_as_in_transformers() -> None:
+    fields = TINY | {"initializer_range": 0.1}
+    ours = CvtForImageClassification(CvtConfig(**fields)).state_dict()
+    theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**fields)).state_dict()
+    for key, wanted in theirs.items():
+        if wanted.is_floating_point() and wanted.std(correction=0) > 0:
+            n = wanted.numel()
+            assert float(ours[key].std()) == pytest.approx(0.1, abs=5 * 0.1 / (2 * n) ** 0.5), key
+            assert abs(float(ours[key].mean())) < 5 * 0.1 / n**0.5, key
+        else:
+            assert_close(ours[key], wanted, rtol=0, atol=0, msg=key)
+
+
+def test_auto_classes_load_these_classes_once_registered(tmp_path: Path) -> None:
+    """In a process of its own, since it changes the Auto classes of its process."""
+    model = CvtForImageClassification(CvtConfig(**TINY, qkv_projection_method=["avg"] * 3))
+    model.save_pretrained(tmp_path)
+    program = """
+import sys, transformers
+from cvt.modeling import CvtForImageClassification, CvtModel, register
+register()
+register()
+model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1])
+assert type(model) is CvtForImageClassification, type(model)
+assert type(transformers.AutoModel.from_pretrained(sys.argv[1])) is CvtModel
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+@torch.inference_mode()
+def test_tuples_hold_what_they_hold_in_transformers(hidden: bool, labelled: bool) -> None:
+    ours, theirs = twins(**TINY)
+    pixels, labels = images(2, 3, 64, 64), torch.tensor([1, 2]) if labelled else None
+    arguments: dict[str, Any] = {"output_hidden_states": hidden, "return_dict": False}
+    assert_close(ours(pixels, labels, **arguments), theirs(pixels, labels, **arguments), **CLOSE)
+    assert_close(ours.cvt(pixels, **arguments), theirs.cvt(pixels, **arguments), **CLOSE)
+
+
+@torch.inference_mode()
+def test_the_configuration_says_what_is_returned_where_the_call_does_not() -> None:
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY, output_hidden_states=True)))
+    pixels = images(1, 3, 64, 64)
+    assert [tuple(state.shape) for state in model(pixels).hidden_states] == [
+        (1, 16, 16, 16),
+        (1, 32, 8, 8),
+        (1, 48, 4, 4),
+    ]
+    assert model(pixels, output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    assert isinstance(model(pixels), tuple)
+    assert isinstance(model.cvt(pixels), tuple)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels"),
+    [
+        (10, torch.tensor([3, 7])),
+        (1, torch.tensor([[0.5], [-2.0]])),
+        (4, torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])),
+    ],
+    ids=["one class an image", "regression", "several classes an image"],
+)
+def test_losses_equal_those_of_transformers(num_labels: int, labels: Tensor) -> None:
+    ours, theirs = twins(**TINY, num_labels=num_labels)
+    pixels = images(2, 3, 64, 64)
+    assert_close(ours(pixels, labels=labels).loss, theirs(pixels, labels=labels).loss, **CLOSE)
+    assert ours.config.problem_type == theirs.config.problem_type
+
+
+def test_without_labels_there_is_no_classifier() -> None:
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY, num_labels=0)))
+    assert model(images(2, 3, 64, 64)).logits.shape == (2, 48)
+
+
+def test_a_call_without_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="You have to specify pixel_values"):
+        CvtModel(CvtConfig(**TINY))()
+
+
+def test_a_configuration_that_was_spoiled_after_it_was_made_is_refused() -> None:
+    config = CvtConfig(**TINY)
+    config.depth = [1, 2]
+    with pytest.raises(ValueError, match="depth has 2 entries"):
+        CvtForImageClassification(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.inference_mode()
+def test_half_precision_gives_about_the_same(dtype: torch.dtype) -> None:
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    pixels = images(2, 3, 32, 32)
+    wanted = model(pixels).logits
+    got = model.to(dtype)(pixels.to(dtype)).logits
+    assert got.dtype == dtype
+    assert_close(got.float(), wanted, rtol=0.1, atol=0.1)
+
+
+def test_channels_last_images_give_the_same() -> None:
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    pixels = images(2, 3, 64, 64)
+    other = pixels.contiguous(memory_format=torch.channels_last)
+    assert_close(model(other).logits, model(pixels).logits, **CLOSE)
+
+
+def test_a_dropped_path_is_dropped_for_whole_samples_and_keeps_the_expectation() -> None:
+    torch.manual_seed(0)
+    path, ones = CvtDropPath(0.25), torch.ones(4000, 3, 2)
+    dropped = path.train()(ones)
+    values = [sample.unique().tolist() for sample in dropped]
+    assert all(len(of_a_sample) == 1 for of_a_sample in values)
+    assert sorted({of_a_sample[0] for of_a_sample in values}) == pytest.approx([0, 4 / 3])
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.05)
+    assert path.eval()(ones) is ones
+
+
+def test_a_layer_whose_paths_are_dropped_passes_its_input_on() -> None:
+    torch.manual_seed(0)
+    model = CvtModel(CvtConfig(**TINY, drop_path_rate=[0.0, 0.0, 0.999999])).train()
+    layer = model.encoder["stages"][2].layers[-1]
+    hidden = images(2, 17, 48)
+    assert_close(layer(hidden, 4, 4), hidden, rtol=0, atol=0)
+
+
+def test_drop_path_rates_rise_over_the_layers_of_a_stage() -> None:
+    model = CvtModel(
+        CvtConfig(depth=[1, 2, 5], embed_dim=[8, 8, 8], num_heads=[1] * 3, drop_path_rate=[0.3, 0.2, 0.1])
+    )
+    rates = [[layer.drop_path.rate for layer in stage.layers] for stage in model.encoder["stages"]]
+    assert rates == [[0], [0, 0.2], pytest.approx([0, 0.025, 0.05, 0.075, 0.1])]

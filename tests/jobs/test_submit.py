@@ -1,0 +1,91 @@
+"""The job as a cluster runs it: `ray job submit` against a Ray that was started by `ray start`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of the dashboard of a running cluster."""
+    ports = {name: _free_port() for name in ("--port", "--dashboard-port", "--dashboard-agent-listen-port")}
+    log = tmp_path / "ray.log"
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
+            + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats"]
+            + [f"{name}={port}" for name, port in ports.items()],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{ports['--dashboard-port']}"
+    try:
+        _wait_for(address, head, log)
+        yield address
+    finally:
+        # SIGTERM lets the head stop what it started; the rest of its group, if there is any, follows.
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+def _wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(
+        f"{address}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=5)
+            return
+        except OSError:
+            if time.monotonic() > deadline or head.poll() is not None:
+                raise AssertionError(f"the cluster did not start:\n{log.read_text()[-2000:]}") from None
+            time.sleep(0.5)
+
+
+def test_a_submitted_job_labels_on_the_cluster(cluster: str, tmp_path: Path) -> None:
+    arguments = [
+        "--set",
+        f"input.uri={REPOSITORY}/jobs/data/fashion-mnist",
+        "--set",
+        f"output.uri={tmp_path}/out",
+    ]
+    done = subprocess.run(
+        [RAY, *f"job submit --address {cluster} --working-dir . --".split()]
+        + ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1,000 in 2 shards" in done.stdout
+    files = list((tmp_path / "out").glob("model=*/predictions/**/*.parquet"))
+    assert sum(pq.read_metadata(path).num_rows for path in files) == 1000
