@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cvt.configuration import CvtConfig
+from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import PreprocessingError, Preprocessor
 
@@ -24,10 +25,6 @@ from cvt.preprocessing import PreprocessingError, Preprocessor
 BUNDLED = {"fashion-mnist": Path(__file__).parent / "bundled" / "fashion-mnist"}
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint can't be loaded; the message names it and the cause."""
 
 
 @dataclass(frozen=True)

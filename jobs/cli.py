@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from jobs.benchmark import benchmark
+import importlib
+import sys
+
 from jobs.console import make_app
-from jobs.demo import demo
-from jobs.label import label
-from jobs.plan import plan
-from jobs.stats import stats
-from jobs.train import train
+
+COMMANDS = ("label", "plan", "stats", "demo", "train", "benchmark")
 
 
 def main() -> None:
     """Runs `cvt-label`."""
+    # Only the module of the command that is asked for: some take seconds to import.
+    asked = sys.argv[1] if len(sys.argv) > 1 else None
     app = make_app()
-    for command in (label, plan, stats, train, demo, benchmark):
-        app.command()(command)
+    app.callback()(_describe)
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
     app()
+
+
+def _describe() -> None:
+    """Label image datasets with CvT: shards in object storage in, Parquet with statistics out."""
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def run_alone(command: Callable[..., None]) -> None:
 @contextmanager
 def exit_status() -> Iterator[None]:
     """Ends the process with a message and a status where a command can't go on."""
-    from cvt.checkpoints import CheckpointError
+    from cvt.errors import CheckpointError
     from pipeline.config import ConfigError
     from pipeline.labelling import NoShardsError
     from pipeline.storage import StorageError

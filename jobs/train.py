@@ -19,7 +19,7 @@ def train(config: ConfigOption, set: SetOption = None) -> None:
     when interrupted; 1 otherwise.
     """
     with exit_status():
-        from pipeline import training
+        from pipeline import training  # takes seconds, which --help need not wait for
 
         loaded = load_config(TrainConfig, config, set or ())
         with ray_cluster(loaded.ray.address):

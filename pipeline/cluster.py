@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-
 #: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
 #: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder).
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
@@ -26,6 +24,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     Raises:
         ConnectionError: no cluster answers at the address.
     """
+    import ray
+
     if ray.is_initialized():
         yield
         return

@@ -132,8 +132,11 @@ class Committer:
         if not shard.add(chunk):
             return
         self._images += chunk.samples.num_rows
-        self._errors += chunk.samples.num_rows - chunk.samples["error"].null_count
+        self._errors += _errors(chunk)
         if shard.complete:
+            if shard.error is not None:  # then its samples don't come out after all
+                self._images -= shard.samples
+                self._errors -= sum(map(_errors, shard.chunks.values()))
             del self._open[chunk.shard]
             self._closed.add(chunk.shard)
             self._writes.append(self._writers.submit(self._commit, self._plan[chunk.shard], shard))
@@ -229,3 +232,7 @@ class Committer:
             committed_at=datetime.now(UTC),
             statistics=statistics,
         )
+
+
+def _errors(chunk: Chunk) -> int:
+    return chunk.samples.num_rows - chunk.samples["error"].null_count

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cvt.checkpoints import Checkpoint, load_checkpoint
 from pipeline.classifying import PredictionOptions
 from pipeline.committing import Committer, Progress
 from pipeline.config import Config, ConfigError, InputConfig, StorageConfig
@@ -31,6 +30,9 @@ from pipeline.report import render_report
 from pipeline.shards import Shard, list_shards
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from cvt.checkpoints import Checkpoint
 
 _PACKAGES = ("cvt-label", "ray", "torch", "transformers", "pyarrow", "pillow", "numpy", "boto3")
 
@@ -153,6 +155,8 @@ def open_partition(config: Config) -> Partition:
         CheckpointError: the model can't be loaded.
         ConfigError: an option doesn't fit the model.
     """
+    from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
+
     checkpoint = load_checkpoint(config.model.path, config.model.revision)
     if config.output.topk > len(checkpoint.labels):
         raise ConfigError(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cvt.checkpoints import BUNDLED, CheckpointError, load_checkpoint
+from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 

@@ -36,6 +36,8 @@ def cluster(tmp_path: Path) -> Iterator[str]:
             [RAY, "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
             + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats"]
             + [f"{name}={port}" for name, port in ports.items()],
+            # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
+            env=os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -76,9 +78,9 @@ def test_a_submitted_job_labels_on_the_cluster(cluster: str, tmp_path: Path) -> 
         "--set",
         f"output.uri={tmp_path}/out",
     ]
+    job = ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *arguments]
     done = subprocess.run(
-        [RAY, *f"job submit --address {cluster} --working-dir . --".split()]
-        + ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *arguments],
+        [RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--", *job],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

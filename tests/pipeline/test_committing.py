@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions, classify
-from pipeline.committing import Committer, IncompleteShardError
+from pipeline.committing import Committer, IncompleteShardError, Progress
 from pipeline.manifest import ManifestRow, fold_statistics, read_manifest, write_manifest
 from pipeline.predictions import prediction_schema, read_footer
 from pipeline.shards import Shard
@@ -132,6 +132,7 @@ def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_pa
         row = committer.rows["s3://bucket/000.tar"]
         assert (row.error, row.rows, row.output, row.statistics) == (error, None, None, None)
         assert files(tmp_path) == {}
+        assert committer.progress() == Progress(images=0, errors=0, shards=1)
 
 
 def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cvt.checkpoints import BUNDLED, CheckpointError, load_checkpoint
+from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.errors import CheckpointError
 from pipeline.config import ConfigError, TrainConfig, load_config
 from pipeline.training import augment, make_subject, train
 from tests.makers import make_tar

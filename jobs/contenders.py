@@ -1,0 +1,224 @@
+"""What the benchmark measures: this package's ways and others', each checked for how many images came out.
+
+They run in turn, on one machine, on the same images and weights. What counts are the ratios: they hold
+where the machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from cvt.configuration import CvtConfig
+from cvt.engine import Engine
+from cvt.modeling import CvtForImageClassification
+from cvt.preprocessing import Preprocessor
+from jobs.console import err
+from pipeline.cluster import ray_cluster
+from pipeline.committing import Progress
+from pipeline.config import Config, InputConfig, load_config
+from pipeline.decoding import decode
+from pipeline.labelling import Plan, input_shards, read_options, run_labelling
+from pipeline.reading import read_samples
+from pipeline.storage import Storage
+from pipeline.training import Subject, save_model
+
+#: A way of doing something: called, it returns how many images came out, and in which time.
+Way = Callable[[], tuple[int, float]]
+
+
+class WrongCountError(RuntimeError):
+    """Something lost images, or made some up: then its speed is none."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of doing one thing: what it is, and its images/s in each round."""
+
+    name: str
+    images: int
+    rates: list[float]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How one way compares to another, round by round, since the two were measured in turn."""
+
+    name: str
+    rounds: list[float]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What everything is measured on: images as they lie, decoded, and a model with random weights."""
+
+    uri: str
+    encoded: list[bytes]
+    pixels: np.ndarray
+    subject: Subject
+    batch_size: int
+
+
+def load_subjects(uri: str, count: int, batch_size: int, size: int) -> Subjects:
+    section = InputConfig(uri=uri, labels=False)
+    storage = Storage()
+    shards, _ = input_shards(storage, section)
+    samples = (s for shard in shards for s in read_samples(storage, shard, read_options(section, [])))
+    encoded = [s.image for s in samples if s.image is not None]
+    preprocessor = Preprocessor.from_dict(
+        {"feature_extractor_type": "ConvNextFeatureExtractor", "size": size, "crop_pct": 0.875}, "benchmark"
+    )
+    decoded = [decode(data, preprocessor, section.max_image_pixels).pixels for data in encoded[:count]]
+    pixels = np.stack([p for p in decoded if p is not None])
+    torch.manual_seed(0)
+    labels = {i: f"class {i}" for i in range(1000)}
+    model = CvtForImageClassification(CvtConfig(id2label=labels)).eval()
+    return Subjects(uri, encoded, pixels, Subject(model, preprocessor), batch_size)
+
+
+def decoding(subjects: Subjects, rounds: int) -> list[Measurement]:
+    preprocessor = subjects.subject.preprocessor
+    processor = transformers.ConvNextImageProcessorPil(**preprocessor.to_dict())
+
+    def mine() -> int:
+        return sum(decode(data, preprocessor, 10**9).pixels is not None for data in subjects.encoded)
+
+    def theirs() -> int:
+        done = 0
+        for data in subjects.encoded:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            done += len(processor(image, return_tensors="pt").pixel_values)
+        return done
+
+    ways = {"decode": _timed(mine), "decode, transformers' processor": _timed(theirs)}
+    return _in_turn(ways, len(subjects.encoded), rounds)
+
+
+def model(subjects: Subjects, rounds: int) -> list[Measurement]:
+    subject, pixels = subjects.subject, subjects.pixels
+    engine = Engine(subject.model, subject.preprocessor, device="cpu", batch_size=subjects.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(subject, Path(folder))
+        reference = transformers.CvtForImageClassification.from_pretrained(folder).eval()
+        processor = transformers.ConvNextImageProcessorPil.from_pretrained(folder)
+    normalised = torch.stack([_normalise(p, subject.preprocessor) for p in pixels])
+    images = [Image.open(io.BytesIO(data)) for data in subjects.encoded[: len(pixels)]]
+    whole = transformers.pipeline("image-classification", model=reference, image_processor=processor)
+
+    def eager() -> int:
+        with torch.inference_mode():
+            return sum(len(reference(batch).logits) for batch in normalised.split(subjects.batch_size))
+
+    def pipeline() -> int:
+        return len(whole(images, batch_size=subjects.batch_size))
+
+    ways = {
+        "engine": _timed(lambda: len(engine(pixels).logits)),
+        "model, transformers eager": _timed(eager),
+        "pipeline, transformers image-classification": _timed(pipeline),
+    }
+    return _in_turn(ways, len(pixels), rounds)
+
+
+def _normalise(pixels: np.ndarray, preprocessor: Preprocessor) -> torch.Tensor:
+    scaled = torch.from_numpy(pixels).permute(2, 0, 1) * preprocessor.rescale_factor
+    return (scaled - torch.tensor(preprocessor.mean)[:, None, None]) / torch.tensor(preprocessor.std)[
+        :, None, None
+    ]
+
+
+def pipeline(subjects: Subjects, rounds: int) -> list[Measurement]:
+    subject, pixels = subjects.subject, subjects.pixels
+    engine = Engine(subject.model, subject.preprocessor, device="cpu", batch_size=subjects.batch_size)
+    with tempfile.TemporaryDirectory() as folder, ray_cluster(None):
+        save_model(subject, Path(folder) / "cvt-13")
+        settings = {
+            "input.uri": subjects.uri,
+            "input.labels": "false",
+            "model.path": f"{folder}/cvt-13",
+            "output.uri": f"{folder}/labels",
+            "read.chunk_images": "64",
+            "classify.device": "cpu",
+            "classify.batch_size": str(subjects.batch_size),
+        }
+        config = load_config(Config, None, [f"{name}={value}" for name, value in settings.items()])
+        whole = _in_turn(
+            {
+                "bare loop over the engine": _timed(lambda: len(engine(pixels).logits)),
+                "pipeline, steady state": lambda: _label(config, len(subjects.encoded)),
+            },
+            None,
+            rounds,
+        )
+    return whole
+
+
+def _label(config: Config, expected: int) -> tuple[int, float]:
+    """Runs the whole job; returns the images and seconds between its first and last results."""
+    seen: list[tuple[int, float]] = []
+
+    def note(progress: Progress, plan: Plan) -> None:
+        seen.append((progress.images, time.perf_counter()))
+
+    result = run_labelling(config, note)
+    if (result.images, result.errors) != (expected, 0):
+        raise WrongCountError(f"the pipeline labelled {result.images} images of {expected}")
+    (first, start), *_ = seen
+    last, end = next((images, at) for images, at in seen if images == expected)
+    if last == first:
+        raise WrongCountError("too few images for a steady state: all came out at once")
+    return last - first, end - start
+
+
+def _timed(way: Callable[[], int]) -> Way:
+    def timed() -> tuple[int, float]:
+        start = time.perf_counter()
+        images = way()
+        return images, time.perf_counter() - start
+
+    return timed
+
+
+def _in_turn(ways: Mapping[str, Way], expected: int | None, rounds: int) -> list[Measurement]:
+    """Measures each way in each round, after one round that doesn't count.
+
+    Raises:
+        WrongCountError: a way gave another number of images than `expected`.
+    """
+    measured = {name: Measurement(name, 0, []) for name in ways}
+    counts: dict[str, int] = {}
+    for turn, (name, way) in itertools.product(range(rounds + 1), ways.items()):
+        err.print(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}", highlight=False)
+        images, seconds = way()
+        if expected is not None and images != expected:
+            raise WrongCountError(f"{name}: {images} images came out of {expected}")
+        counts[name] = images
+        if turn:
+            measured[name].rates.append(images / seconds)
+    return [Measurement(name, counts[name], m.rates) for name, m in measured.items()]
+
+
+def ratios(measured: Mapping[str, Measurement]) -> list[Ratio]:
+    pairs = [
+        ("decode", "decode, transformers' processor"),
+        ("engine", "model, transformers eager"),
+        ("engine", "pipeline, transformers image-classification"),
+        ("pipeline, steady state", "bare loop over the engine"),
+    ]
+    return [
+        Ratio(
+            f"{one} / {other}",
+            [a / b for a, b in zip(measured[one].rates, measured[other].rates, strict=True)],
+        )
+        for one, other in pairs
+    ]
