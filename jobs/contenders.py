@@ -70,13 +70,20 @@ class Subjects:
 
 
 def load_subjects(uri: str, count: int, batch_size: int, size: int) -> Subjects:
+    """Reads the images at `uri`, decodes `count` of them, and makes a CvT-13 for `size` pixels."""
     section = InputConfig(uri=uri, labels=False)
     storage = Storage()
     shards, _ = input_shards(storage, section)
     samples = (s for shard in shards for s in read_samples(storage, shard, read_options(section, [])))
     encoded = [s.image for s in samples if s.image is not None]
     preprocessor = Preprocessor.from_dict(
-        {"feature_extractor_type": "ConvNextFeatureExtractor", "size": size, "crop_pct": 0.875}, "benchmark"
+        {
+            "image_processor_type": "ConvNextImageProcessor",
+            "size": {"shortest_edge": size},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+        "benchmark",
     )
     decoded = [decode(data, preprocessor, section.max_image_pixels).pixels for data in encoded[:count]]
     pixels = np.stack([p for p in decoded if p is not None])
@@ -87,6 +94,7 @@ def load_subjects(uri: str, count: int, batch_size: int, size: int) -> Subjects:
 
 
 def decoding(subjects: Subjects, rounds: int) -> list[Measurement]:
+    """From encoded images to the model's input, on one thread."""
     preprocessor = subjects.subject.preprocessor
     processor = transformers.ConvNextImageProcessorPil(**preprocessor.to_dict())
 
@@ -105,6 +113,7 @@ def decoding(subjects: Subjects, rounds: int) -> list[Measurement]:
 
 
 def model(subjects: Subjects, rounds: int) -> list[Measurement]:
+    """From the model's input to logits; and transformers' pipeline, from encoded images to labels."""
     subject, pixels = subjects.subject, subjects.pixels
     engine = Engine(subject.model, subject.preprocessor, device="cpu", batch_size=subjects.batch_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +121,6 @@ def model(subjects: Subjects, rounds: int) -> list[Measurement]:
         reference = transformers.CvtForImageClassification.from_pretrained(folder).eval()
         processor = transformers.ConvNextImageProcessorPil.from_pretrained(folder)
     normalised = torch.stack([_normalise(p, subject.preprocessor) for p in pixels])
-    images = [Image.open(io.BytesIO(data)) for data in subjects.encoded[: len(pixels)]]
     whole = transformers.pipeline("image-classification", model=reference, image_processor=processor)
 
     def eager() -> int:
@@ -120,6 +128,8 @@ def model(subjects: Subjects, rounds: int) -> list[Measurement]:
             return sum(len(reference(batch).logits) for batch in normalised.split(subjects.batch_size))
 
     def pipeline() -> int:
+        # Opened anew each time: an image that was decoded once stays so.
+        images = [Image.open(io.BytesIO(data)) for data in subjects.encoded[: len(pixels)]]
         return len(whole(images, batch_size=subjects.batch_size))
 
     ways = {
@@ -131,13 +141,12 @@ def model(subjects: Subjects, rounds: int) -> list[Measurement]:
 
 
 def _normalise(pixels: np.ndarray, preprocessor: Preprocessor) -> torch.Tensor:
-    scaled = torch.from_numpy(pixels).permute(2, 0, 1) * preprocessor.rescale_factor
-    return (scaled - torch.tensor(preprocessor.mean)[:, None, None]) / torch.tensor(preprocessor.std)[
-        :, None, None
-    ]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std))
+    return (torch.from_numpy(pixels).permute(2, 0, 1) * preprocessor.rescale_factor - mean) / std
 
 
 def pipeline(subjects: Subjects, rounds: int) -> list[Measurement]:
+    """The whole job, and a bare loop over the same engine that has its images decoded already."""
     subject, pixels = subjects.subject, subjects.pixels
     engine = Engine(subject.model, subject.preprocessor, device="cpu", batch_size=subjects.batch_size)
     with tempfile.TemporaryDirectory() as folder, ray_cluster(None):
@@ -209,6 +218,7 @@ def _in_turn(ways: Mapping[str, Way], expected: int | None, rounds: int) -> list
 
 
 def ratios(measured: Mapping[str, Measurement]) -> list[Ratio]:
+    """How this package's ways compare to the others."""
     pairs = [
         ("decode", "decode, transformers' processor"),
         ("engine", "model, transformers eager"),
