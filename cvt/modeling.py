@@ -216,12 +216,9 @@ class CvtPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # normalisations and biases
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.trunc_normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, CvtStage) and module.cls_token is not None:
-            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+        super()._init_weights(module)  # all but the class token
+        if isinstance(module, CvtStage) and module.cls_token is not None:
+            init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
 
 class CvtModel(CvtPreTrainedModel):

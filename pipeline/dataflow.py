@@ -254,7 +254,8 @@ def label_chunks(
         # A chunk that kills its actor must end the job, not restart it for ever.
         max_task_retries=3,
     )
-    for block in classified.iter_batches(batch_size=None, batch_format="pyarrow"):
+    # Prefetching would hold each result back until the next one is there.
+    for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from Chunk.from_block(block)
 
 

@@ -76,6 +76,34 @@ def test_features_equal_those_of_transformers_for_images_of_any_shape() -> None:
     assert one.hidden_states is None
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"qkv_bias": [False, True, False]},
+        {"kernel_qkv": [5, 3, 1], "padding_q": [2, 1, 0], "padding_kv": [0, 1, 0], "stride_kv": [3, 1, 2]},
+        {"mlp_ratio": [2.5, 1.0, 3.0]},
+        {"patch_sizes": [4, 2, 3], "patch_stride": [4, 2, 1], "patch_padding": [0, 0, 1]},
+        {"num_channels": 1},
+        {"drop_rate": [0.5] * 3, "attention_drop_rate": [0.5] * 3, "drop_path_rate": [0.5] * 3},
+    ],
+    ids=lambda fields: ", ".join(fields),
+)
+@torch.inference_mode()
+def test_each_field_has_the_effect_that_it_has_in_transformers(fields: dict[str, Any]) -> None:
+    ours, theirs = twins(**TINY | fields)
+    pixels = images(2, fields.get("num_channels", 3), 64, 64)
+    assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
+
+
+@torch.inference_mode()
+def test_a_model_of_four_stages_equals_that_of_transformers() -> None:
+    fields = {name: [value[1]] * 4 for name, value in vars(CvtConfig).items() if isinstance(value, tuple)}
+    fields |= {"embed_dim": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4], "depth": [1, 2, 3, 4]}
+    ours, theirs = twins(**fields | {"cls_token": [False, False, False, True]})
+    pixels = images(2, 3, 64, 64)
+    assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_and_buffers_are_those_of_transformers_in_the_same_order(name: str) -> None:
     with torch.device("meta"):
@@ -301,6 +329,14 @@ def test_losses_equal_those_of_transformers(num_labels: int, labels: Tensor) -> 
     pixels = images(2, 3, 64, 64)
     assert_close(ours(pixels, labels=labels).loss, theirs(pixels, labels=labels).loss, **CLOSE)
     assert ours.config.problem_type == theirs.config.problem_type
+
+
+def test_the_loss_of_a_part_of_a_batch_is_divided_by_the_size_of_the_whole() -> None:
+    """As transformers' Trainer wants it when it accumulates gradients."""
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY, num_labels=10)))
+    pixels, labels = images(2, 3, 64, 64), torch.tensor([3, 7])
+    whole = model(pixels, labels=labels).loss
+    assert_close(model(pixels, labels=labels, num_items_in_batch=8).loss, whole * 2 / 8)
 
 
 def test_without_labels_there_is_no_classifier() -> None:

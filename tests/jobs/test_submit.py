@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sysconfig
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -29,31 +31,36 @@ def _free_port() -> int:
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """The address of the dashboard of a running cluster."""
-    ports = {name: _free_port() for name in ("--port", "--dashboard-port", "--dashboard-agent-listen-port")}
+    options = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     log = tmp_path / "ray.log"
+    # Its own, and short: the sockets in it must have short names. It tells its processes from others' too.
+    folder = tempfile.mkdtemp(prefix="ray-")
     with log.open("wb") as output:
         head = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
-            + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats"]
-            + [f"{name}={port}" for name, port in ports.items()],
+            + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder}"]
+            + [f"--{name}={port}" for name, port in options.items()],
             # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
             env=os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"},
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
-    address = f"http://127.0.0.1:{ports['--dashboard-port']}"
+    address = f"http://127.0.0.1:{options['dashboard-port']}"
     try:
         _wait_for(address, head, log)
         yield address
     finally:
-        # SIGTERM lets the head stop what it started; the rest of its group, if there is any, follows.
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(30)
-        finally:
+        for pid in [head.pid, *_processes_of(folder)]:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(head.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        head.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(folder: str) -> list[int]:
+    """The processes that have the cluster's folder in their command line."""
+    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if folder in line]
 
 
 def _wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
