@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cvt.configuration import CvtConfig
 from cvt.engine import Engine
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtForImageClassification, CvtStage
 from cvt.preprocessing import Preprocessor
 from tests.cvt.random_models import TINY, randomise
 
@@ -80,10 +82,23 @@ def test_results_do_not_depend_on_the_company_of_an_image(batch_size: int) -> No
     np.testing.assert_allclose(apart.embeddings[::-1], together.embeddings, atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_that_is_split_to_fit_the_cpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_engine()(IMAGES)
-    monkeypatch.setattr("cvt.engine.LARGEST_CPU_ACTIVATION", 2 * 12 * 12 * 64 * 4 + 1)  # two images
-    np.testing.assert_allclose(make_engine()(IMAGES).logits, whole.logits, atol=1e-5, rtol=1e-5)
+def test_batches_are_split_to_fit_the_cpu_without_effect_on_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = make_engine(batch_size=6)(IMAGES)
+    an_image = 12 * 12 * 64 * 4  # the first stage's tokens, inside its MLP, in bytes
+    monkeypatch.setattr("cvt.engine.LARGEST_CPU_ACTIVATION", 2 * an_image + 1)
+    sizes = []
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, CvtStage):
+            sizes.append(len(inputs[0]))
+
+    with register_module_forward_pre_hook(note):
+        split = make_engine(batch_size=6)(IMAGES)
+    assert sizes == [size for size in (2, 2, 2, 1) for _ in range(3)]
+    np.testing.assert_allclose(split.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(split.embeddings, whole.embeddings, atol=1e-5, rtol=1e-5)
 
 
 def test_it_is_deterministic() -> None:
