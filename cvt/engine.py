@@ -49,7 +49,8 @@ class Engine:
         model: the model; a copy of it is used and it stays as it is.
         preprocessor: what made the images; its mean, std and rescale factor are applied here.
         device: "cpu", "cuda", or "auto": a GPU if there is one.
-        precision: "fp32", "bf16" or "fp16", of everything but the normalisation and the head.
+        precision: "fp32", "bf16" or "fp16", of everything but the normalisation and the head. A CPU
+            without instructions for them emulates the latter two, far slower than "fp32".
         batch_size: most images that go to the device at once.
         threads: CPU threads of PyTorch, for the whole process; its own choice if None.
 

@@ -45,7 +45,8 @@ def label(config: ConfigOption, set: SetOption = None) -> None:
 
 def run(config: Config) -> RunResult:
     """Labels with progress shown, and prints what came of it."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logger.setLevel(logging.INFO)
     with show_progress() as progress:
         result = run_labelling(config, progress)
     print_result(result)

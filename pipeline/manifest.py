@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.predictions import unpack_partial
 from pipeline.statistics import ClassStatistics, merge
-from pipeline.storage import ObjectNotFound, Storage
+from pipeline.storage import ObjectNotFound, Storage, StorageError
 
 _SCHEMA = pa.schema(
     [
@@ -78,7 +78,7 @@ def read_manifest(storage: Storage, uri: str) -> dict[str, ManifestRow]:
     """The manifest's rows by shard URI; empty where there is no manifest yet.
 
     Raises:
-        ValueError: the object is there, but is no manifest.
+        StorageError: the object is there, but can't be read, or is no manifest.
     """
     try:
         data = storage.read(uri)
@@ -87,7 +87,7 @@ def read_manifest(storage: Storage, uri: str) -> dict[str, ManifestRow]:
     try:
         table = pq.read_table(io.BytesIO(data)).cast(_SCHEMA)
     except (pa.ArrowInvalid, ValueError, KeyError) as error:
-        raise ValueError(f"{uri}: not a manifest: {error}") from None
+        raise StorageError(uri, f"not a manifest: {error}") from None
     names = [field.name for field in fields(ManifestRow)]
     return {
         record["uri"]: ManifestRow(**{name: record[name] for name in names}) for record in table.to_pylist()

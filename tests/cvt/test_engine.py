@@ -200,8 +200,9 @@ def test_a_gpu_that_is_not_there_is_refused_unless_the_choice_is_free() -> None:
 
 def test_it_sets_the_number_of_threads() -> None:
     before = torch.get_num_threads()
+    wanted = 2 if before == 1 else 1
     try:
-        make_engine(threads=1)
-        assert torch.get_num_threads() == 1
+        make_engine(threads=wanted)
+        assert torch.get_num_threads() == wanted
     finally:
         torch.set_num_threads(before)

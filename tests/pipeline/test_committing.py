@@ -186,5 +186,5 @@ def test_a_missing_manifest_is_empty_and_a_damaged_one_is_refused(tmp_path: Path
     uri = tmp_path / "manifest.parquet"
     assert read_manifest(Storage(), str(uri)) == {}
     uri.write_bytes(b"PAR1 not at all")
-    with pytest.raises(ValueError, match=r"manifest\.parquet: not a manifest"):
+    with pytest.raises(StorageError, match=r"manifest\.parquet: not a manifest"):
         read_manifest(Storage(), str(uri))
