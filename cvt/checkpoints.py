@@ -122,6 +122,10 @@ def _load_model(path: str, source: str, revision: str | None) -> CvtForImageClas
     if any(faults.values()):
         listed = "; ".join(f"{why}: {_some(keys)}" for why, keys in faults.items() if keys)
         raise CheckpointError(f"model {path!r}: weights don't fit the configuration: {listed}")
+    if sorted(model.config.id2label) != list(range(model.config.num_labels)):
+        raise CheckpointError(f"model {path!r}: id2label in config.json doesn't count its classes from 0 up")
+    if model.config.num_channels != 3:
+        raise CheckpointError(f"model {path!r}: num_channels is {model.config.num_channels}, not 3")
     return model.eval()
 
 

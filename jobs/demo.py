@@ -6,12 +6,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import pyarrow as pa
@@ -23,6 +19,7 @@ import configs
 from jobs.console import Exit, err, exit_status, out, run_alone
 from jobs.label import run
 from jobs.local_s3 import LocalS3, LocalS3Error
+from pipeline.cluster import sigterm_interrupts
 from pipeline.config import Config, load_config
 from pipeline.labelling import Partition, RunResult
 from pipeline.storage import Storage
@@ -38,9 +35,9 @@ def demo(
 ) -> None:
     """Label 1,000 images of Fashion-MNIST from an S3 server that runs for the demo alone.
 
-    Exit status: 0; 4 when the S3 server can't be started; 130 when interrupted.
+    Exit status: 0; 4 when the S3 server can't be started; 130 when interrupted; 1 otherwise.
     """
-    with exit_status(), _terminated_like_interrupted():
+    with exit_status(), sigterm_interrupts():
         try:
             with LocalS3() as server:
                 _label(server, output)
@@ -89,20 +86,6 @@ def _copy(partition: Partition, output: Path) -> list[Path]:
         path.write_bytes(partition.storage.read(info.uri))
         copies.append(path)
     return copies
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does: with what it started stopped."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

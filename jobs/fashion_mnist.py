@@ -18,20 +18,6 @@ from PIL import Image
 
 from jobs.console import run_alone
 
-#: The classes' names, by class id (arXiv 1708.07747, table 1).
-LABELS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-
 
 def read_idx(path: Path) -> np.ndarray:
     """Reads an IDX file of unsigned bytes, gzipped.

@@ -105,8 +105,7 @@ def _log_progress(started: float) -> Callable[[committing.Progress, Plan], None]
 
 def _images(progress: committing.Progress, plan: Plan, started: float) -> str:
     """Images done, of how many where the listing knows, and their rate."""
-    known = [shard.members for shard in plan.shards]
-    total = f" of {sum(map(len, known)):,}" if all(known) else ""
+    total = f" of {plan.images:,}" if plan.images is not None else ""
     rate = progress.images / max(time.monotonic() - started, 1e-9)
     return f"{progress.images:,}{total} images, {rate:,.0f}/s"
 

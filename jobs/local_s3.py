@@ -94,6 +94,8 @@ class LocalS3:
             "AWS_SESSION_TOKEN": "",  # one that is set for another account would be sent along
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
 
     def client(self) -> Any:
@@ -108,6 +110,7 @@ class LocalS3:
                 retries={"total_max_attempts": 1},
                 connect_timeout=5,
                 read_timeout=30,
+                proxies={},
                 s3={"addressing_style": "path"},
             ),
         )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 #: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
@@ -36,6 +39,24 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        yield
+        with sigterm_interrupts():  # ray.init has set a handler of its own
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Lets SIGTERM end the block as Ctrl-C does, so that what was started is stopped."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -119,6 +119,9 @@ class Committer:
         traceback: TracebackType | None,
     ) -> None:
         self._writers.shutdown(wait=True, cancel_futures=error is not None)
+        for write in self._writes:  # left where an error ended the run: what is written is done
+            if not write.cancelled() and write.exception() is None:
+                self._settle(write)
 
     def add(self, chunk: Chunk) -> None:
         """Takes a chunk's results, and commits its shard if they complete it.

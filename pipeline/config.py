@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
@@ -23,7 +25,7 @@ class _Section(BaseModel):
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class InputConfig(_Section):
@@ -66,6 +68,13 @@ class StorageConfig(_Section):
 
     endpoint_url: str | None = None
     region: str | None = None
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _holds_no_secret(cls, url: str | None) -> str | None:
+        if url is not None and "@" in urlsplit(url).netloc:
+            raise PydanticCustomError("secret", "credentials don't belong here, but in the environment")
+        return url
 
 
 class ReadConfig(_Section):
@@ -228,16 +237,20 @@ def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterab
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Returns the file's values, and the line of each field."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+        lines: dict[tuple[str, ...], int] = {}
+        if node is not None:
+            _note_lines(node, (), lines, path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if node is None:
+    if values is None:
         return {}, {}
-    lines: dict[tuple[str, ...], int] = {}
-    _note_lines(node, (), lines, path)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}, not a mapping of sections")
     return values, lines
@@ -264,7 +277,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.field=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     for field in fields[:-1]:
         values = values.setdefault(field, {})
@@ -277,6 +290,8 @@ def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> st
     field = tuple(str(part) for part in fault["loc"])
     where = f"line {lines[field]}: " if field in lines else ""
     name = ".".join(field)
+    if fault["type"] == "secret":
+        return f"  {where}{name}: {fault['msg']}"
     if fault["type"] == "extra_forbidden":
         return f"  {where}{name}: unknown field"
     if fault["type"] == "missing":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,23 +71,25 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
         ConfigError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
     """
     classify, read = config.classify, config.read
+    readers = read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2)))
     on_gpu = classify.device == "cuda" or (gpus > 0 and classify.device == "auto")
     decode_cpus = config.decode.num_cpus or (1.0 if cpus >= 4 else 0.5 if cpus >= 2 else 0.25)
     threads = classify.threads
+    cpus_left = cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
         actor_gpus = classify.num_gpus or 1.0
         actor_cpus = classify.num_cpus or 1.0
-        room = math.floor(gpus / actor_gpus)
+        room = math.floor(min(gpus / actor_gpus, cpus_left / actor_cpus))
     else:
         actor_gpus = 0.0
         # Half of a small machine's slots, at the most eight: the rest is for readers and decoders.
         actor_cpus = classify.num_cpus or min(8.0, max(0.5, node_cpus // 2))
-        room = math.floor((cpus - decode_cpus - read.num_cpus) / actor_cpus)
+        room = math.floor(cpus_left / actor_cpus)
     if classify.max_actors is None and room < classify.min_actors:
-        kind = f"{gpus:g} GPUs" if on_gpu else f"{cpus:g} CPUs"
+        kind = f"{cpus:g} CPUs and {gpus:g} GPUs"
         raise ConfigError(
-            f"classify.min_actors: {classify.min_actors} classifiers of {actor_gpus or actor_cpus:g} "
-            f"don't fit into the cluster's {kind} (a cluster that grows needs classify.max_actors)"
+            f"classify.min_actors: {classify.min_actors} classifiers don't fit beside readers and decoders "
+            f"into the cluster's {kind} (a cluster that grows needs classify.max_actors)"
         )
     max_actors = classify.max_actors or room
     if not on_gpu and threads is None:
@@ -98,7 +100,7 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
         # A CPU takes a minute for what a GPU does in a tenth of a second: smaller steps, seen sooner.
         chunk_images=read.chunk_images or (512 if on_gpu else 128),
         read_cpus=read.num_cpus,
-        readers=read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2))),
+        readers=readers,
         decode_cpus=decode_cpus,
         classify_cpus=actor_cpus,
         classify_gpus=actor_gpus,
@@ -129,10 +131,11 @@ class ShardSource(Datasource):
         self,
         plan: Sequence[Shard],
         storage: Storage,
-        options: ReadOptions,
+        options: ray.ObjectRef,
         max_images: int,
         max_bytes: int,
     ) -> None:
+        """`options` are ReadOptions, put once: with 22,000 class names they are too large for each task."""
         super().__init__()
         self._plan = plan
         self._read = functools.partial(
@@ -172,12 +175,13 @@ def _read_shards(
     shards: Sequence[tuple[int, Shard]],
     *,
     storage: Storage,
-    options: ReadOptions,
+    options: ray.ObjectRef,
     max_images: int,
     max_bytes: int,
 ) -> Iterator[pa.Table]:
+    known: ReadOptions = ray.get(options)
     for number, shard in shards:
-        samples = read_samples(storage, shard, options)
+        samples = read_samples(storage, shard, known)
         for chunk in cut_into_chunks(samples, number, max_images, max_bytes):
             yield chunk.to_block()
 
@@ -223,15 +227,18 @@ def label_chunks(
     options: PredictionOptions,
     config: Config,
     resources: Resources,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Labels the plan's shards; yields their chunks as they are done, in any order, without pixels."""
     _set_context(config)
-    source = ShardSource(plan, storage, read_options, resources.chunk_images, config.read.chunk_bytes)
+    source = ShardSource(
+        plan, storage, ray.put(read_options), resources.chunk_images, config.read.chunk_bytes
+    )
     chunks = ray.data.read_datasource(
         source,
         num_cpus=resources.read_cpus,
         concurrency=resources.readers,
         override_num_blocks=source.tasks,
+        ray_remote_args={"max_retries": 3},
     )
     decoded = chunks.map_batches(
         _decode_block,
@@ -271,8 +278,10 @@ def labelled_images(
     Samples without a target, and images that can't be decoded, are left out. A shard that can't be
     read to its end raises.
     """
-    DataContext.get_current().enable_progress_bars = False
-    source = ShardSource(plan, storage, read_options, max_images=512, max_bytes=64 * 1024**2)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 128 * 1024**2  # here rows are samples, not chunks
+    source = ShardSource(plan, storage, ray.put(read_options), max_images=512, max_bytes=64 * 1024**2)
     chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
     return chunks.map_batches(
         _labelled_rows,

@@ -12,10 +12,12 @@ import json
 import platform
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -29,7 +31,7 @@ from pipeline.reading import ReadOptions
 from pipeline.report import render_report
 from pipeline.shards import Shard, list_shards
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError, normalised
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -60,8 +62,7 @@ class Partition:
     @property
     def uri(self) -> str:
         """Where it lies, without a slash at the end."""
-        root = self.config.output.uri.rstrip("/")
-        return f"{root}/model={self.checkpoint.name}-{self.fingerprint[:8]}"
+        return f"{normalised(self.config.output.uri)}/model={self.checkpoint.name}-{self.fingerprint[:8]}"
 
     @property
     def manifest_uri(self) -> str:
@@ -96,6 +97,13 @@ class Plan:
     partition: Partition
     shards: list[Shard]
     ignored: int
+
+    @cached_property
+    def images(self) -> int | None:
+        """Images in all, where the listing tells: of loose images only."""
+        if not all(shard.members for shard in self.shards):
+            return None
+        return sum(len(shard.members) for shard in self.shards)
 
 
 @dataclass
@@ -176,9 +184,13 @@ def make_plan(config: Config) -> Plan:
     Raises:
         StorageError: the input can't be listed.
         NoShardsError: nothing there is a shard.
+        ConfigError: the output lies in the input.
         CheckpointError, ConfigError: as `open_partition`.
     """
     # The input first: it answers at once, and loading a model takes seconds.
+    source, target = normalised(config.input.uri), normalised(config.output.uri)
+    if f"{target}/".startswith(f"{source}/"):
+        raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
     shards, ignored = input_shards(make_storage(config.storage), config.input)
     return Plan(open_partition(config), shards, ignored)
 
@@ -201,14 +213,18 @@ def input_shards(storage: Storage, section: InputConfig) -> tuple[list[Shard], i
 
 
 def read_options(section: InputConfig, labels: Sequence[str]) -> ReadOptions:
-    """What readers need to know of the input, and of the model's classes."""
+    """What readers need to know of the input, and of the model's classes.
+
+    Of classes that share a name, as ImageNet's two cranes do, none is told by it.
+    """
+    times = Counter(labels)
     return ReadOptions(
         labels=section.labels,
         label_field=section.label_field,
         image_column=section.image_column,
         label_column=section.label_column,
         key_column=section.key_column,
-        class_ids=tuple((name, i) for i, name in enumerate(labels)),
+        class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
         num_labels=len(labels),
         max_image_bytes=section.max_image_bytes,
     )
@@ -245,51 +261,74 @@ def run_labelling(
     clock = _Clock()
     plan = make_plan(config)
     clock.mark("planned")
+    partition = plan.partition
     with _recorded(plan, clock) as record:
-        run = record["run"]
-        partition = plan.partition
-        options = partition.prediction_options
-        with ray_cluster(config.ray.address):
-            resources = cluster_resources(config)
-            record["resources"] = asdict(resources)
-            clock.mark("ray_ready")
-            with Committer(
-                partition.storage, partition.uri, plan.shards, partition.fingerprint, options, run
-            ) as committer:
-                for chunk in label_chunks(
+        committer = Committer(
+            partition.storage,
+            partition.uri,
+            plan.shards,
+            partition.fingerprint,
+            partition.prediction_options,
+            record["run"],
+        )
+        try:
+            with ray_cluster(config.ray.address), committer:
+                resources = cluster_resources(config)
+                record["resources"] = asdict(resources)
+                clock.mark("ray_ready")
+                chunks = label_chunks(
                     plan.shards,
                     partition.storage,
                     read_options(config.input, partition.checkpoint.labels),
                     partition.checkpoint,
-                    options,
+                    partition.prediction_options,
                     config,
                     resources,
-                ):
-                    clock.mark("first_result")
-                    committer.add(chunk)
-                    on_progress(committer.progress(), plan)
+                )
+                with closing(chunks):
+                    for chunk in chunks:
+                        clock.mark("first_result")
+                        committer.add(chunk)
+                        on_progress(committer.progress(), plan)
                 clock.mark("last_result", again=True)
                 committer.finish()
                 on_progress(committer.progress(), plan)
-        result = RunResult(run, plan, committer.rows, _fold(partition, committer.rows), clock.seconds)
+        except BaseException:
+            with suppress(StorageError):  # it would hide what ended the run
+                _update_manifest(partition, committer.rows)
+            raise
+        finally:
+            record["counts"] = _counts(committer.rows)
+            record["unreadable"] = {r.uri: r.error for r in committer.rows.values() if r.error is not None}
+        manifest = _update_manifest(partition, committer.rows)
+        stats = fold_statistics(manifest, len(partition.checkpoint.labels))
+        result = RunResult(record["run"], plan, committer.rows, stats, clock.seconds)
         _publish(result)
         clock.mark("published")
-        record["counts"] = {
-            "shards": len(result.rows),
-            "unreadable_shards": len(result.unreadable),
-            "images": result.images,
-            "errors": result.errors,
-            "duplicate_keys": sum(row.duplicate_keys or 0 for row in result.rows.values()),
-        }
-        record["unreadable"] = {row.uri: row.error for row in result.unreadable}
     return result
 
 
-def _fold(partition: Partition, rows: dict[str, ManifestRow]) -> ClassStatistics:
-    """Writes the manifest with this run's shards in it, and folds the statistics from it."""
-    manifest = read_manifest(partition.storage, partition.manifest_uri) | rows
+def _counts(rows: dict[str, ManifestRow]) -> dict[str, int]:
+    return {
+        "shards": len(rows),
+        "unreadable_shards": sum(row.error is not None for row in rows.values()),
+        "images": sum(row.rows or 0 for row in rows.values()),
+        "errors": sum(row.errors or 0 for row in rows.values()),
+        "duplicate_keys": sum(row.duplicate_keys or 0 for row in rows.values()),
+    }
+
+
+def _update_manifest(partition: Partition, rows: dict[str, ManifestRow]) -> dict[str, ManifestRow]:
+    """Writes the manifest with this run's shards in it; returns its rows."""
+    manifest = read_manifest(partition.storage, partition.manifest_uri)
+    for uri, row in rows.items():
+        before = manifest.get(uri)
+        if row.error is not None and before is not None and before.output is not None:
+            # Its labels of an earlier run are still there, and so are their statistics.
+            row = replace(before, error=row.error)
+        manifest[uri] = row
     write_manifest(partition.storage, partition.manifest_uri, manifest.values())
-    return fold_statistics(manifest, len(partition.checkpoint.labels))
+    return manifest
 
 
 def _publish(result: RunResult) -> None:
@@ -341,12 +380,10 @@ def _recorded(plan: Plan, clock: _Clock) -> Iterator[dict[str, Any]]:
     partition.storage.write(uri, json.dumps(record, indent=2).encode())
     try:
         yield record
-    except KeyboardInterrupt:
-        write("interrupted")
-        raise
     except BaseException as error:
         record["failure"] = f"{type(error).__name__}: {error}"
-        write("failed")
+        with suppress(StorageError):  # it would hide what ended the run
+            write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     write("incomplete" if record["unreadable"] else "complete")
 

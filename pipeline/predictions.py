@@ -1,8 +1,8 @@
 """The prediction file of a shard: its columns, its Parquet bytes, and what its footer says.
 
 The files are read by programs that know nothing of this project, and are the truth from which
-everything else can be rebuilt. Their bytes depend on the shard, its version and the fingerprint alone:
-no run, no time.
+everything else can be rebuilt. Nothing of a run or a time is in them: the same shard, labelled with the
+same fingerprint on the same kind of device, gives the same bytes.
 """
 
 from __future__ import annotations
@@ -94,16 +94,17 @@ def encode(predictions: pa.Table, footer: Footer) -> bytes:
         # Base64, since the Parquet format wants text here and some readers insist on it.
         "statistics": base64.b64encode(pack_partial(footer.partial)).decode(),
     }
-    table = predictions.replace_schema_metadata({_FOOTER + k: v for k, v in metadata.items()})
     out = io.BytesIO()
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         out,
+        predictions.schema,
         compression="zstd",
-        row_group_size=ROW_GROUP_ROWS,
         # Keys are unique and scores nearly so: a dictionary would only cost them space.
         use_dictionary=["shard", "label", "error"],
-    )
+    ) as writer:
+        writer.write_table(predictions, row_group_size=ROW_GROUP_ROWS)
+        # Not as the schema's metadata, which Arrow writes a second time.
+        writer.add_key_value_metadata({_FOOTER + name: value for name, value in metadata.items()})
     return out.getvalue()
 
 
@@ -113,7 +114,7 @@ def read_footer(file: io.IOBase, num_classes: int) -> tuple[Footer, ClassStatist
     Raises:
         ValueError: the file is Parquet, but not a prediction file.
     """
-    metadata = pq.read_schema(file).metadata or {}
+    metadata = pq.read_metadata(file).metadata or {}
     try:
         values = {
             name: metadata[(_FOOTER + name).encode()].decode()

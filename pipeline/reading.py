@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.shards import IMAGE_EXTENSIONS, Shard, name_below
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
+_MAX_MEMBERS = 1000  # of one sample: names like `frame.000001.jpg` all have the key `frame`
 _MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
 _PARQUET_BATCH_ROWS = 16
 _PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
@@ -226,7 +227,7 @@ def _read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[
         gathered: _TarSample | None = None
         for info in _members(stream):
             key, kind = _split_name(info.name)
-            if gathered is None or key != gathered.key or kind in gathered.kinds:
+            if gathered is None or key != gathered.key or gathered.is_full_for(kind):
                 if gathered is not None:
                     yield gathered.finished(options, names)
                 gathered = _TarSample(key)
@@ -273,14 +274,18 @@ class _TarSample:
     """The members of one sample, gathered as they come; only what is needed is read."""
 
     key: str
-    kinds: list[str] = field(default_factory=list)
+    kinds: dict[str, None] = field(default_factory=dict)  # in their order
     image: bytes | None = None
     error: str | None = None
     label: object = None
     has_image: bool = False
 
+    def is_full_for(self, kind: str) -> bool:
+        """Whether a member with the same key must belong to another sample."""
+        return kind in self.kinds or len(self.kinds) == _MAX_MEMBERS
+
     def add(self, kind: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
-        self.kinds.append(kind)
+        self.kinds[kind] = None
         if kind in IMAGE_EXTENSIONS and not self.has_image:
             self.has_image = True
             self.image = self._content(info, stream, "image", options.max_image_bytes)
@@ -291,7 +296,7 @@ class _TarSample:
 
     def finished(self, options: ReadOptions, names: dict[str, int]) -> Sample:
         if not self.has_image:
-            members = " ".join(f".{kind}" for kind in self.kinds[:8])
+            members = " ".join(f".{kind}" for kind in islice(self.kinds, 8))
             self.error = (
                 f"no image in a supported format (members: {members}); the members of a sample must "
                 "be adjacent in the tar, and extensions start at the first dot"

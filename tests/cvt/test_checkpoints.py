@@ -130,6 +130,11 @@ def test_a_configuration_that_cannot_be_is_refused_with_its_field(folder: Path) 
     assert "num_heads" in refusal(folder)
 
 
+def test_class_ids_that_do_not_start_at_0_are_refused(folder: Path) -> None:
+    change_json(folder / "config.json", id2label={str(i + 1): f"label {i}" for i in range(10)})
+    assert "id2label" in refusal(folder)
+
+
 def test_missing_or_foreign_preprocessing_is_refused(folder: Path) -> None:
     change_json(folder / "preprocessor_config.json", image_processor_type="ViTImageProcessor")
     assert "ViTImageProcessor" in refusal(folder)

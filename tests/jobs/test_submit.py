@@ -84,6 +84,8 @@ def test_a_submitted_job_labels_on_the_cluster(cluster: str, tmp_path: Path) -> 
         f"input.uri={REPOSITORY}/jobs/data/fashion-mnist",
         "--set",
         f"output.uri={tmp_path}/out",
+        "--set",
+        "ray.address=null",
     ]
     job = ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *arguments]
     done = subprocess.run(

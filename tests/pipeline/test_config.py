@@ -74,6 +74,17 @@ def test_text_that_is_not_yaml_is_refused_by_file(tmp_path: Path) -> None:
     assert "job.yaml: not valid YAML" in refusal(tmp_path, "input: [")
 
 
+@pytest.mark.parametrize("text", ["input: !python x", "? [a]\n: b", "input: 2024-13-45", "a: &x {b: *x}"])
+def test_yaml_that_makes_no_plain_values_is_refused_by_file(tmp_path: Path, text: str) -> None:
+    assert "job.yaml" in refusal(tmp_path, text)
+
+
+def test_a_secret_in_an_endpoint_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, "storage.endpoint_url=http://me:hunter2@host:9000")
+    assert "storage.endpoint_url: credentials don't belong here" in message
+    assert "hunter2" not in message
+
+
 def test_a_file_that_is_a_list_is_refused(tmp_path: Path) -> None:
     assert "holds a list" in refusal(tmp_path, "- input")
 

@@ -23,7 +23,8 @@ def test_one_slot_of_each_stage_fits_into_a_single_machine(cpus: int) -> None:
         + resources.min_actors * resources.classify_cpus
     )
     assert taken <= cpus
-    assert resources.max_actors >= 1
+    most = taken + (resources.max_actors - resources.min_actors) * resources.classify_cpus
+    assert most <= cpus
     assert resources.device == "cpu"
 
 
@@ -44,14 +45,18 @@ def test_gpus_are_used_where_there_are_any() -> None:
     assert choose_resources(config("classify.device=cpu"), 32, 4, 16).device == "cpu"
 
 
+def test_actors_on_gpus_leave_cpus_to_the_other_stages() -> None:
+    resources = choose_resources(config(), cpus=4, gpus=8, node_cpus=4)
+    taken = resources.readers * resources.read_cpus + resources.decode_cpus
+    assert taken + resources.max_actors * resources.classify_cpus <= 4
+
+
 def test_a_fraction_of_a_gpu_makes_room_for_more_actors() -> None:
     assert choose_resources(config("classify.num_gpus=0.5"), 32, 4, 16).max_actors == 8
 
 
 def test_actors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="min_actors: 3 classifiers of 1 don't fit into the cluster's 2 GPUs"
-    ):
+    with pytest.raises(ValueError, match=r"min_actors: 3 classifiers don't fit .* 32 CPUs and 2 GPUs"):
         choose_resources(config("classify.min_actors=3"), 32, 2, 16)
     with pytest.raises(ValueError, match="0 GPUs"):
         choose_resources(config("classify.device=cuda"), 32, 0, 16)

@@ -21,8 +21,8 @@ from PIL import Image
 from cvt.checkpoints import BUNDLED
 from jobs.local_s3 import LocalS3
 from pipeline.committing import Progress
-from pipeline.config import Config, load_config
-from pipeline.labelling import Plan, RunResult, run_labelling
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.labelling import Plan, RunResult, make_plan, run_labelling
 from pipeline.predictions import prediction_schema
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
@@ -267,6 +267,52 @@ def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifes
     assert int(grown.statistics.count.sum()) == 25
     table = ds.dataset(grown.plan.partition.uri + "/predictions", format="parquet").to_table()
     assert table.num_rows == 25
+
+
+def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_statistics(
+    ray_local: None, tmp_path: Path, samples: list[Sample]
+) -> None:
+    shard = tmp_path / "in" / "a.tar"
+    shard.parent.mkdir()
+    shard.write_bytes(make_tar(wds(samples[:20])))
+    job = config(f"file://{tmp_path}")
+    first = run_labelling(job)
+    shard.write_bytes(shard.read_bytes()[:3000])
+    second = run_labelling(job)
+    assert [row.uri for row in second.unreadable] == [str(shard)]
+    assert int(second.statistics.count.sum()) == int(first.statistics.count.sum()) == 20
+    [row] = pq.read_table(second.plan.partition.manifest_uri).to_pylist()
+    assert (row["rows"], row["run"]) == (20, first.run)
+    assert "damaged" in row["error"]
+    assert Path(second.plan.partition.uri, row["output"]).is_file()
+
+
+def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output\.uri: .* lies in the input"):
+        make_plan(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
+
+
+def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
+    ray_local: None, tmp_path: Path, samples: list[Sample]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.tar").write_bytes(make_tar(wds(samples[i * 10 : i * 10 + 10])))
+    job = config(str(tmp_path))
+
+    def interrupt(progress: Progress, plan: Plan) -> None:
+        if progress.shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_labelling(job, interrupt)
+    partition = make_plan(job).partition
+    manifest = pq.read_table(partition.manifest_uri).to_pylist()
+    files = list(Path(partition.uri, "predictions").rglob("*.parquet"))
+    assert len(manifest) == len(files) >= 1
+    [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]
+    assert record["status"] == "interrupted"
+    assert record["counts"]["shards"] == len(files)
 
 
 def _png_of_size(width: int, height: int) -> bytes:
