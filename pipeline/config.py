@@ -136,7 +136,7 @@ class ArchitectureConfig(_Section):
     """A new model: what `CvtConfig` takes, and the preprocessing that it is to be used with."""
 
     #: The classes' names, by class id.
-    labels: list[str]
+    labels: Annotated[list[str], Field(min_length=1)]
     #: Fields of `CvtConfig`, such as `embed_dim` and `depth`.
     cvt: dict[str, Any] = {}
     #: Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.

@@ -32,7 +32,7 @@ from cvt.checkpoints import load_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
-from pipeline.config import InputConfig, ScheduleConfig, TrainConfig
+from pipeline.config import ConfigError, InputConfig, ScheduleConfig, TrainConfig
 from pipeline.dataflow import labelled_images
 from pipeline.labelling import input_shards, make_storage, read_options
 from pipeline.storage import Storage
@@ -75,7 +75,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
 
     Raises:
         StorageError, NoShardsError: the data can't be listed.
-        CheckpointError, ValueError: the model can't be loaded or made.
+        CheckpointError, ConfigError: the model can't be loaded or made.
         ray.train.TrainingFailedError: a worker failed.
     """
     subject = make_subject(config)
@@ -130,12 +130,18 @@ def make_subject(config: TrainConfig) -> Subject:
 
     Raises:
         CheckpointError: the checkpoint can't be loaded.
-        ValueError: the architecture or its preprocessing can't be.
+        ConfigError: the architecture or its preprocessing can't be.
     """
     torch.manual_seed(config.schedule.seed)
     if (new := config.model.new) is not None:
-        architecture = CvtConfig(**new.cvt, **_label_fields(new.labels))
-        preprocessor = Preprocessor.from_dict(new.preprocessor, "model.new.preprocessor")
+        unknown = sorted(new.cvt.keys() - CvtConfig.__annotations__.keys())
+        if unknown:
+            raise ConfigError(f"model.new.cvt: unknown field {', '.join(unknown)}")
+        try:
+            architecture = CvtConfig(**new.cvt, **_label_fields(new.labels))
+            preprocessor = Preprocessor.from_dict(new.preprocessor, "model.new.preprocessor")
+        except ValueError as error:
+            raise ConfigError(f"model.new: {error}") from None
         return Subject(CvtForImageClassification(architecture), preprocessor)
     assert config.model.start is not None  # the configuration has the one or the other
     checkpoint = load_checkpoint(config.model.start, config.model.revision)
@@ -273,6 +279,7 @@ class _Trainer:
         progress = {
             "optimizer": self._optimizer.state_dict(),
             "rate": self._rate.state_dict(),
+            "settings": self._settings,
             "epoch": state.epoch,
             "history": state.history,
         }
@@ -282,9 +289,21 @@ class _Trainer:
         saved = CvtForImageClassification.from_pretrained(folder, dtype=torch.float32)
         self._model.load_state_dict(saved.state_dict())
         progress = torch.load(folder / _STATE, weights_only=True, map_location=self._device)
+        if progress["settings"] != self._settings:
+            raise ValueError(
+                f"a training of this name was begun with {progress['settings']}, not {self._settings}: "
+                "go on with those, or give it another output.name"
+            )
         self._optimizer.load_state_dict(progress["optimizer"])
         self._rate.load_state_dict(progress["rate"])
         return _State(progress["epoch"], progress["history"])
+
+    @property
+    def _settings(self) -> dict[str, float]:
+        """What the optimiser's state depends on, so that a training can't go on with others."""
+        return self._schedule.model_dump(
+            include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
+        )
 
     @property
     def _image_bytes(self) -> int:

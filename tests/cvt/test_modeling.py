@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,6 @@ from tests.cvt.random_models import PUBLISHED, TINY, randomise
 #: cvt-w24 has 277 million parameters: its widths and heads at the least depth that transformers builds.
 SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Faster than two for models this small, and much so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Twins = tuple[CvtForImageClassification, transformers.CvtForImageClassification]

@@ -63,6 +63,9 @@ def test_a_training_that_was_cut_off_goes_on_where_it_was(
     assert whole.best["accuracy"] == max(row["accuracy"] for row in whole.history)
     assert all(0 <= row["accuracy"] <= 1 for row in whole.history)
 
+    with pytest.raises(Exception, match=r"begun with .*'batch_size': 32"):
+        train(config(shards, tmp_path, "schedule.batch_size=16"), seen.append)
+
     checkpoint = load_checkpoint(whole.path)
     assert checkpoint.labels == load_checkpoint("fashion-mnist").labels
     assert checkpoint.preprocessor == load_checkpoint("fashion-mnist").preprocessor
@@ -101,6 +104,13 @@ def test_a_start_that_cannot_be_loaded_is_named(shards: Path, tmp_path: Path) ->
 def test_a_new_model_and_a_start_exclude_each_other(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"either model\.new or model\.start"):
         config(shards, tmp_path, "model.start=fashion-mnist")
+
+
+def test_an_unknown_field_of_the_architecture_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.new\.cvt: unknown field depht"):
+        make_subject(config(shards, tmp_path, "model.new.cvt.depht=[1, 1, 1]"))
+    with pytest.raises(ConfigError, match=r"model\.new: .*num_heads"):
+        make_subject(config(shards, tmp_path, "model.new.cvt.num_heads=[1, 2, 3]"))
 
 
 def test_the_bundled_checkpoint_has_the_architecture_of_its_configuration() -> None:
