@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cvt.configuration import CvtConfig
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtForImageClassification, CvtLayer
 from cvt.preprocessing import Preprocessor
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -43,7 +43,7 @@ class Engine:
     """A model that is ready to classify batches.
 
     The same images in the same call give the same bits on the same device; in another company,
-    they may differ by rounding.
+    they may differ by rounding. Not for calls from several threads at once.
 
     Args:
         model: the model; a copy of it is used and it stays as it is.
@@ -124,7 +124,7 @@ class Engine:
         staged = self._staged[: len(images)]
         staged.numpy()[:] = images
         pixels = staged.to(self.device, non_blocking=True)
-        parts = [self._forward(part) for part in pixels.chunk(-(-len(pixels) // self._split))]
+        parts = [self._forward(part) for part in pixels.tensor_split(-(-len(pixels) // self._split))]
         logits, embeddings = zip(*parts, strict=True)
         return torch.cat(logits), torch.cat(embeddings)
 
@@ -152,7 +152,7 @@ def _find_device(name: str) -> torch.device:
 def _simplified(
     model: CvtForImageClassification, device: torch.device, dtype: torch.dtype
 ) -> CvtForImageClassification:
-    """A copy for inference: batch norm is folded into the convolutions ahead of it.
+    """A copy for inference, without batch norm and without what the head doesn't see of the last layer.
 
     The head stays in float32, for next to no time: logits in half precision have ties.
     """
@@ -161,9 +161,47 @@ def _simplified(
         if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
             module.convolution = fuse_conv_bn_eval(module.convolution, module.normalization)
             module.normalization = nn.Identity()
+        if isinstance(getattr(module, "activation", None), nn.GELU):
+            module.activation = _InPlaceGELU()
+    if model.config.cls_token[-1]:
+        last_stage: Any = [*model.cvt.encoder["stages"].children()][-1]
+        last_stage.layers[-1] = _ClassTokenLayer(last_stage.layers[-1])
     model.to(device=device, memory_format=torch.channels_last)
     model.cvt.to(dtype)
     return model
+
+
+class _InPlaceGELU(nn.Module):
+    """GELU without a second copy of the largest activation, so that more of it stays in the cache."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(hidden_state)
+
+
+class _ClassTokenLayer(nn.Module):
+    """A layer for the class token alone, which attends to all tokens: these pass through unchanged.
+
+    In the last layer, that saves 6 % of CvT-13's operations, and changes nothing that the head sees.
+    """
+
+    def __init__(self, layer: CvtLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        layer.attention["attention"].convolution_projection_query = _NoTokens()
+
+    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
+        layer, (token, others) = self.layer, hidden_state.tensor_split([1], dim=1)
+        context = layer.attention["attention"](layer.layernorm_before(hidden_state), height, width)
+        token = token + layer.attention["output"](context)
+        token = token + layer.output(layer.intermediate(layer.layernorm_after(token)))
+        return torch.cat((token, others), dim=1)
+
+
+class _NoTokens(nn.Module):
+    """Instead of a query's convolution: leaves only the class token, which passes by it, to query."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[:, :, :0]
 
 
 def _images_at_once(config: CvtConfig, size: int) -> int:
