@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pyarrow as pa
 import typer
@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.report import occurring, percent, score
+
+if TYPE_CHECKING:
+    from pipeline.statistics import ClassStatistics
 
 
 class Exit(IntEnum):
@@ -107,6 +110,12 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
             cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
         table.add_row(_plain(row["label"]), *cells)
     return table
+
+
+def accuracy(stats: ClassStatistics, topk: int) -> str:
+    """Top-1 accuracy over all rows with targets, and top-5 where rows of `topk` classes tell it."""
+    top5 = stats.top5_accuracy(topk)
+    return f"{stats.top1_accuracy():.2%} top-1" + (f", {top5:.2%} top-5" if top5 is not None else "")
 
 
 def _plain(text: str) -> str:

@@ -15,6 +15,7 @@ from jobs.console import (
     ConfigOption,
     Exit,
     SetOption,
+    accuracy,
     class_statistics_table,
     err,
     exit_status,
@@ -123,9 +124,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
     }
     stats = result.statistics
     if stats.has_targets:
-        top5 = result.top5_accuracy
-        rows["accuracy"] = f"{stats.top1_accuracy():.2%} top-1"
-        rows["accuracy"] += f", {top5:.2%} top-5" if top5 is not None else ""
+        rows["accuracy"] = accuracy(stats, result.plan.partition.config.output.topk)
     for name, value in rows.items():
         facts.add_row(name, value)
     out.print(facts, soft_wrap=True, markup=False)

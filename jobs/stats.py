@@ -11,6 +11,7 @@ from jobs.console import (
     ConfigOption,
     Exit,
     SetOption,
+    accuracy,
     class_statistics_table,
     err,
     exit_status,
@@ -48,7 +49,7 @@ def stats(
         highlight=False,
     )
     if total.has_targets:
-        out.print(f"{total.top1_accuracy():.2%} top-1 accuracy", highlight=False)
+        out.print(accuracy(total, partition.config.output.topk), highlight=False)
 
 
 if __name__ == "__main__":

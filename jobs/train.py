@@ -19,10 +19,10 @@ def train(config: ConfigOption, set: SetOption = None) -> None:
     when interrupted; 1 otherwise.
     """
     with exit_status():
-        from pipeline import training  # takes seconds, which --help need not wait for
-
         loaded = load_config(TrainConfig, config, set or ())
         with ray_cluster(loaded.ray.address):
+            from pipeline import training  # Ray is imported only now, when its environment is set
+
             result = training.train(loaded, lambda metrics: _print_epoch(metrics, loaded.schedule.epochs))
     out.print(
         f"best: epoch {result.best['epoch']}, accuracy {result.best['accuracy']:.2%}; saved in {result.path}",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +29,17 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     Raises:
         ConnectionError: no cluster answers at the address.
     """
-    import ray
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address == "local" and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # Ray's own token is a file in the home folder, which every later Ray of the machine would ask for.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray  # reads its variables of the environment now, and never again
 
     if ray.is_initialized():
         yield
         return
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

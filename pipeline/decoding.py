@@ -100,11 +100,11 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int) -> Decoded:
             return Decoded(None, width, height, error)
         file.load()
         image = _upright(_to_rgb(file), file)
+        return Decoded(preprocessor(image), *image.size, None)
     # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
     # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
     except Exception as error:
         return Decoded(None, width, height, _one_line(f"cannot decode {name}: {_cause(error)}"))
-    return Decoded(preprocessor(image), *image.size, None)
 
 
 def _unknown(data: bytes) -> str:

@@ -256,7 +256,6 @@ def run_labelling(
         ConnectionError: no Ray cluster answers.
     """
     from pipeline.cluster import ray_cluster
-    from pipeline.dataflow import cluster_resources, label_chunks
 
     clock = _Clock()
     plan = make_plan(config)
@@ -273,6 +272,9 @@ def run_labelling(
         )
         try:
             with ray_cluster(config.ray.address), committer:
+                # Ray is imported only now, when its environment is set.
+                from pipeline.dataflow import cluster_resources, label_chunks
+
                 resources = cluster_resources(config)
                 record["resources"] = asdict(resources)
                 clock.mark("ray_ready")

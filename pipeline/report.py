@@ -40,7 +40,7 @@ caption { text-align: left; font-weight: bold; padding: .5rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 dt { font-weight: bold; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
-meter { width: 6rem; }
+meter { width: 100%; min-width: 4rem; }
 </style>
 </head>
 <body>
@@ -62,7 +62,7 @@ meter { width: 6rem; }
 <table>
 <caption>{{ classes | length }} classes occur, of {{ class_count }}</caption>
 <thead>
-<tr><th scope="col">Label</th><th scope="col">Images</th><th scope="col">Share</th>
+<tr><th scope="col">Label</th><th scope="col">Images</th><th scope="col" colspan="2">Share</th>
 <th scope="col">Mean score</th><th scope="col">5 %</th><th scope="col">50 %</th><th scope="col">95 %</th>
 {% if has_targets %}
 <th scope="col">Precision</th><th scope="col">Recall</th><th scope="col">F1</th>
@@ -72,7 +72,8 @@ meter { width: 6rem; }
 <tbody>
 {% for row in classes %}
 <tr><th scope="row">{{ row.label }}</th><td>{{ "{:,}".format(row.count) }}</td>
-<td><meter min="0" max="1" value="{{ row.fraction or 0 }}"></meter> {{ row.fraction | percent }}</td>
+<td>{{ row.fraction | percent }}</td>
+<td><meter min="0" max="1" value="{{ row.fraction or 0 }}"></meter></td>
 <td>{{ row.score_mean | score }}</td><td>{{ row.score_p05 | score }}</td>
 <td>{{ row.score_p50 | score }}</td><td>{{ row.score_p95 | score }}</td>
 {% if has_targets %}

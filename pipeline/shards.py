@@ -166,15 +166,15 @@ _UNSAFE_PLACES = re.compile(r"(?:^|(?<=/))[._/]|/$")
 
 
 def prediction_path(shard_uri: str) -> str:
-    """Where a shard's predictions go, relative to the folder of predictions: `bucket/key.parquet`.
+    """Where a shard's predictions go, relative to the folder of predictions: `s3/bucket/key.parquet`.
 
-    `s3://b/train/0000.tar` becomes `b/train/0000.tar.parquet`, `/data/x.tar` `data/x.tar.parquet`. What
-    could leave the folder, be hidden, or mean something to a glob or to a reader of partitions is
-    percent-encoded, and so is `%`: two URIs of one scheme never share a path, since the path decodes
-    to the URI.
+    `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar`
+    `file/data/x.tar.parquet`. What could leave the folder, be hidden, or mean something to a glob or to a reader of partitions is
+    percent-encoded, and so is `%`: two URIs never share a path, since the path decodes to the URI.
     """
     uri = normalised(shard_uri)
-    path = uri.partition("://")[2] if "://" in uri else uri[1:]
+    scheme, separator, rest = uri.partition("://")
+    path = f"{scheme}/{rest}" if separator else f"file{uri}"
     path = _UNSAFE.sub(_encoded, path)
     return _UNSAFE_PLACES.sub(_encoded, path) + ".parquet"
 

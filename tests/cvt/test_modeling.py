@@ -112,12 +112,13 @@ def test_weights_load_strictly_into_transformers() -> None:
     assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("size", "training"), [(64, False), (64, True), (224, False), (384, False)], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradients_equal_those_of_transformers(name: str, training: bool) -> None:
-    """In training also what batch norm learns of its input. The images are small."""
+def test_gradients_equal_those_of_transformers(name: str, size: int, training: bool) -> None:
+    """In training also what batch norm learns of its input."""
+    count = 2 if size == 64 else 1
     ours, theirs = twins(**SHAPES[name], drop_path_rate=[0.0, 0.0, 0.0])
-    pixels, labels = images(2, 3, 64, 64).requires_grad_(), torch.tensor([3, 7])
+    pixels, labels = images(count, 3, size, size).requires_grad_(), torch.tensor([3, 7][:count])
     found = []
     for model in (ours, theirs):
         output = model.train(training)(pixels, labels=labels)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import pytest
 
 DEMO = [sys.executable, "-m", "jobs.demo", "--output"]
 
@@ -30,37 +30,42 @@ def test_the_demo_labels_its_sample_and_leaves_the_labels_in_a_folder(tmp_path: 
     assert (partition / "report.html").is_file()
 
 
-def test_ctrl_c_stops_the_server_and_everything_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "once_there"),
+    [(signal.SIGINT, "weed"), (signal.SIGINT, "ray::"), (signal.SIGTERM, "ray::")],
+    ids=["Ctrl-C before Ray", "Ctrl-C", "SIGTERM"],
+)
+def test_interrupting_it_stops_the_server_and_ray(tmp_path: Path, number: int, once_there: str) -> None:
     demo = subprocess.Popen(
-        [*DEMO, tmp_path / "labels"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        [*DEMO, tmp_path / "labels"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    assert demo.stdout is not None
-    assert "S3 server at" in demo.stdout.readline()
-    servers = _children(demo.pid, "weed")
-    assert servers
-    demo.send_signal(signal.SIGINT)
+    started: dict[int, str] = {}
+    deadline = time.monotonic() + 60
+    while not any(once_there in command for command in started.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        started |= _descendants(demo.pid)
+    demo.send_signal(number)
     assert demo.wait(60) == 130
-    assert not any(_runs(pid) for pid in servers)
     deadline = time.monotonic() + 20
-    while (left := _session(demo.pid)) and time.monotonic() < deadline:
+    while (left := [started[pid] for pid in started if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left
 
 
-def _children(parent: int, name: str) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(parent)], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if name in line]
-
-
-def _session(leader: int) -> list[str]:
-    found = subprocess.run(["ps", "-o", "pid=,args=", "-s", str(leader)], capture_output=True, text=True)
-    return found.stdout.splitlines()
+def _descendants(ancestor: int) -> dict[int, str]:
+    """The commands of the processes below one, by their ids."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    processes = [line.split(maxsplit=2) for line in listed.splitlines()]
+    below = {ancestor: ""}
+    for pid, parent, command in processes:  # parents are older, and come first
+        if int(parent) in below:
+            below[int(pid)] = command
+    return {pid: command for pid, command in below.items() if pid != ancestor}
 
 
 def _runs(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False

@@ -103,7 +103,7 @@ def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
 def test_nothing_is_visible_of_a_shard_that_is_not_complete(tmp_path: Path) -> None:
     plan = shards(2)
     commit(tmp_path, plan, cut(0, 10, 4)[1:] + cut(1, 6, 4), finish=False)
-    assert list(files(tmp_path)) == ["predictions/bucket/001.tar.parquet"]
+    assert list(files(tmp_path)) == ["predictions/s3/bucket/001.tar.parquet"]
 
 
 def test_a_shard_that_lacks_samples_at_the_end_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_shard_of_which_nothing_came_is_an_error_too(tmp_path: Path) -> None:
 
 def test_a_shard_without_samples_has_a_file_without_rows(tmp_path: Path) -> None:
     committer = commit(tmp_path, shards(1), [result(0, 0, 0, total=0)])
-    table = pq.read_table(tmp_path / "predictions/bucket/000.tar.parquet")
+    table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
     assert table.num_rows == 0
     assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
     assert committer.rows["s3://bucket/000.tar"].rows == 0
@@ -137,7 +137,7 @@ def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_pa
 
 def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:
     committer = commit(tmp_path, shards(1), cut(0, 30, 7))
-    content = (tmp_path / "predictions/bucket/000.tar.parquet").read_bytes()
+    content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
     footer, stats = read_footer(io.BytesIO(content), len(LABELS))
     assert (footer.shard, footer.version) == ("s3://bucket/000.tar", "v0")
     assert (footer.fingerprint, footer.rows, footer.errors) == ("f" * 64, 30, 7)

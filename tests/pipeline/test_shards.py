@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline.shards import Shard, list_shards, prediction_path
-from pipeline.storage import ObjectInfo, ObjectNotFound, Storage
+from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalised
 
 
 class Listed(Storage):
@@ -182,16 +182,16 @@ ODD_NAMES = [
 
 
 def test_normal_names_stay_readable() -> None:
-    assert prediction_path("s3://b/train/0000.tar") == "b/train/0000.tar.parquet"
-    assert prediction_path("gs://b/a-b_c/ü 1.tar.gz") == "b/a-b_c/ü 1.tar.gz.parquet"
-    assert prediction_path("/data/x.tar") == "data/x.tar.parquet"
-    assert prediction_path("s3://b/in/images-0123456789abcdef") == "b/in/images-0123456789abcdef.parquet"
+    assert prediction_path("s3://b/train/0000.tar") == "s3/b/train/0000.tar.parquet"
+    assert prediction_path("gs://b/a-b_c/ü 1.tar.gz") == "gs/b/a-b_c/ü 1.tar.gz.parquet"
+    assert prediction_path("/data/x.tar") == "file/data/x.tar.parquet"
+    assert prediction_path("s3://b/in/images-0123456789abcdef") == "s3/b/in/images-0123456789abcdef.parquet"
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_path_decodes_to_the_uri_and_stays_in_its_folder(name: str) -> None:
     path = prediction_path(f"s3://bucket/{name}")
-    assert unquote(path) == f"bucket/{name}.parquet"
+    assert unquote(path) == f"s3/bucket/{name}.parquet"
     assert posixpath.normpath(path) == path
     assert not path.startswith(("/", "../"))
     assert all(part and part[0] not in "._" for part in path.split("/"))
@@ -199,5 +199,6 @@ def test_a_path_decodes_to_the_uri_and_stays_in_its_folder(name: str) -> None:
 
 
 def test_no_two_uris_share_a_path() -> None:
-    paths = {prediction_path(f"s3://bucket/{name}") for name in ODD_NAMES}
-    assert len(paths) == len(ODD_NAMES)
+    folders = ("s3://bucket", "gs://bucket", "/bucket", "/s3/bucket")
+    uris = {f"{folder}/{name}" for folder in folders for name in ODD_NAMES}
+    assert len({prediction_path(uri) for uri in uris}) == len({normalised(uri) for uri in uris})
