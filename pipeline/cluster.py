@@ -8,7 +8,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -41,13 +41,16 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
+        with _interrupts_deferred():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         with sigterm_interrupts():  # ray.init has set a handler of its own
             yield
     finally:
-        ray.shutdown()
+        with _interrupts_deferred():
+            ray.shutdown()
 
 
 @contextmanager
@@ -57,11 +60,36 @@ def sigterm_interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    with _handler(interrupt, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Lets SIGTERM and Ctrl-C wait until the block has ended, and end what comes after it."""
+    came = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    try:
+        with _handler(note, signal.SIGTERM, signal.SIGINT):
+            yield
+    except SystemExit:  # Ray, as it starts, sets a handler of SIGTERM that exits
+        came = True
+    if came:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _handler(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, former in zip(numbers, before, strict=True):
+            signal.signal(number, former)

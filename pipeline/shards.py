@@ -169,8 +169,9 @@ def prediction_path(shard_uri: str) -> str:
     """Where a shard's predictions go, relative to the folder of predictions: `s3/bucket/key.parquet`.
 
     `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar`
-    `file/data/x.tar.parquet`. What could leave the folder, be hidden, or mean something to a glob or to a reader of partitions is
-    percent-encoded, and so is `%`: two URIs never share a path, since the path decodes to the URI.
+    `file/data/x.tar.parquet`. What could leave the folder, be hidden, or mean something to a glob or to
+    a reader of partitions is percent-encoded, and so is `%`: two URIs never share a path, since the path
+    decodes to the URI.
     """
     uri = normalised(shard_uri)
     scheme, separator, rest = uri.partition("://")

@@ -65,7 +65,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_shard_becomes_one_file_with_the_columns_of_the_contract_in_its_order(tmp_path: Path) -> None:
     commit(tmp_path, shards(1), cut(0, 10, 4))
-    table = pq.read_table(tmp_path / "predictions" / "bucket" / "000.tar.parquet")
+    table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
     assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
     assert table["shard"].unique().to_pylist() == ["s3://bucket/000.tar"]
     assert table["index"].to_pylist() == list(range(10))
