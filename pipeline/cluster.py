@@ -66,7 +66,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C wait until the block has ended, and end what comes after it."""
+    """Lets SIGTERM and Ctrl-C wait until the block has ended, and end what comes after it.
+
+    For about a second of its start, Ray's core handles SIGTERM itself: then it ends the process at once.
+    """
     came = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -76,7 +79,7 @@ def _interrupts_deferred() -> Iterator[None]:
     try:
         with _handler(note, signal.SIGTERM, signal.SIGINT):
             yield
-    except SystemExit:  # Ray, as it starts, sets a handler of SIGTERM that exits
+    except SystemExit:  # by a handler of SIGTERM that Ray sets at first
         came = True
     if came:
         raise KeyboardInterrupt
