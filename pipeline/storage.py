@@ -1,25 +1,25 @@
-"""Object storage: s3://, gs:// and local files behind four verbs (list, open, stat, write).
+"""Object storage: s3://, gs:// and local files behind five verbs (list, open, stat, write, delete).
 
 The only module that talks to a storage service. Not a file system: objects are written whole, in one
-atomic step, and read at a pinned version.
+atomic step, and read at a pinned version. What fails in a way that may pass is tried again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import http.client
 import io
 import os
-import random
+import shutil
 import stat
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
 import boto3
@@ -27,11 +27,15 @@ import botocore.exceptions
 import urllib3.exceptions
 from botocore.config import Config
 
+from pipeline.retrying import Fault, retried
+
 _CHUNK_BYTES = 8 * 1024**2  # one ranged GET; what an open object holds in memory
-_READ_ATTEMPTS = 5
-_BACKOFF_SECONDS = 0.25
 _CHANGED = "the object is no longer the version that was listed"
+_NOT_EXPECTED = "the object is not the version that was to be replaced"
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
+
+#: In the place of a version: there is to be no such object.
+ABSENT = "absent"
 
 T = TypeVar("T")
 
@@ -90,7 +94,9 @@ class _Service(Protocol):
 
     def open(self, info: ObjectInfo) -> _RangeReader: ...
 
-    def write(self, uri: str, data: bytes) -> ObjectInfo: ...
+    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo: ...
+
+    def delete(self, uri: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -151,16 +157,31 @@ class Storage:
             data = stream.read()
         return data if data is not None else b""
 
-    def write(self, uri: str, data: bytes) -> ObjectInfo:
+    def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old one or the new one.
 
+        Args:
+            uri: the object.
+            data: its content, as bytes or as a seekable file.
+            expected: the version that is to be replaced, or `ABSENT`; None replaces any. Of writers
+                that expect the same, one succeeds.
+
         Raises:
+            ObjectChanged: the object is not as expected. Where an answer was lost and the write was
+                tried again, it may be this very write that changed it: look what is there.
             StorageError: the object is not written (or, after a lost answer, whole all the same).
         """
         uri = normalised(uri)
-        if len(data) > _MAX_PUT_BYTES:
-            raise StorageError(uri, f"{len(data)} bytes are more than one PUT can hold (5 GiB)")
-        return self._service(uri).write(uri, data)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        size = file.seek(0, os.SEEK_END)
+        if size > _MAX_PUT_BYTES:
+            raise StorageError(uri, f"{size} bytes are more than one PUT can hold (5 GiB)")
+        return self._service(uri).write(uri, file, expected)
+
+    def delete(self, uri: str) -> None:
+        """Removes an object, if it is there."""
+        uri = normalised(uri)
+        self._service(uri).delete(uri)
 
     def _service(self, uri: str) -> _Service:
         scheme = uri.partition("://")[0] if "://" in uri else ""
@@ -260,20 +281,6 @@ class _RangeReader(io.RawIOBase):
         super().close()
 
 
-def _retried(uri: str, transient: tuple[type[Exception], ...], action: Callable[[], T]) -> T:
-    """Runs `action` again, with growing pauses, while it fails in a way that may pass."""
-    for attempt in range(1, _READ_ATTEMPTS + 1):
-        try:
-            return action()
-        except transient as error:
-            if attempt == _READ_ATTEMPTS:
-                cause = f"failed {attempt} times, last with {_described(error)}"
-                raise StorageError(uri, cause) from error
-            # Jitter keeps readers that failed together from returning together.
-            time.sleep(_BACKOFF_SECONDS * 2**attempt * random.uniform(0.5, 1))
-    raise AssertionError("unreachable")
-
-
 @contextlib.contextmanager
 def _errors_of(uri: str) -> Iterator[None]:
     """Names the URI in a failure to make a client, which serves all URIs."""
@@ -289,10 +296,8 @@ def _described(error: BaseException) -> str:
 
 # S3 --------------------------------------------------------------------------------------------
 
-# boto3 itself retries a request for some seconds, until the answer's headers are there. A body that
-# breaks off, and an outage of up to a minute, are retried here, for single objects only: a listing
-# comes first in any job and should tell soon that an endpoint is wrong.
-_S3_TRANSIENT = (
+# boto3 is kept from trying again by itself: it doesn't know of bodies that break off, and isn't counted.
+_S3_CONNECTION = (
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.IncompleteReadError,
@@ -310,6 +315,8 @@ _S3_REJECTED = {
     "TokenRefreshRequired",
 }
 _S3_DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
+_S3_BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
+_S3_BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
 
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
 
@@ -328,10 +335,8 @@ def _s3(
         "read_timeout": 60,
         "max_pool_connections": 32,
         "tcp_keepalive": True,
-        "retries": {"mode": "standard"},
+        "retries": {"total_max_attempts": 1},
     }
-    if "AWS_MAX_ATTEMPTS" not in variables:
-        options["retries"]["total_max_attempts"] = 5
     if endpoint:  # other services: not all know virtual hosts, nor AWS's newer checksums
         options["s3"] = {"addressing_style": "path"}
         options["request_checksum_calculation"] = "when_required"
@@ -384,35 +389,56 @@ class _S3:
         etag = '"' + info.version.rpartition("-")[0] + '"'
 
         def fetch(start: int, stop: int) -> bytes:
+            place = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": etag}
+
             def attempt() -> bytes:
-                response = self._call(
-                    info.uri,
-                    "get_object",
-                    Bucket=bucket,
-                    Key=key,
-                    Range=f"bytes={start}-{stop - 1}",
-                    IfMatch=etag,
-                )
-                with response["Body"] as body:
+                with self._client.get_object(**place)["Body"] as body:
                     data: bytes = body.read()
                 if len(data) < stop - start:
                     raise http.client.IncompleteRead(data, stop - start - len(data))
                 return data
 
-            return _retried(info.uri, _S3_TRANSIENT, attempt)
+            return self._tried(info.uri, attempt)
 
         return _RangeReader(info, fetch)
 
-    def write(self, uri: str, data: bytes) -> ObjectInfo:
+    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
         bucket, key = _split(uri)
-        put = functools.partial(self._call, uri, "put_object", Bucket=bucket, Key=key, Body=data)
-        response = _retried(uri, _S3_TRANSIENT, put)
-        return ObjectInfo(uri, len(data), _s3_version(response["ETag"], len(data)))
+        condition = {}
+        if expected == ABSENT:
+            condition = {"IfNoneMatch": "*"}
+        elif expected is not None:
+            condition = {"IfMatch": '"' + expected.rpartition("-")[0] + '"'}
+
+        def attempt() -> Any:
+            data.seek(0)
+            return self._client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+
+        try:
+            response = self._tried(uri, attempt)
+        except ObjectChanged:
+            raise ObjectChanged(uri, _NOT_EXPECTED) from None
+        except ObjectNotFound as error:
+            if expected in (None, ABSENT) or error.cause == _no_bucket(bucket):
+                raise
+            raise ObjectChanged(uri, _NOT_EXPECTED) from None
+        size = data.seek(0, os.SEEK_END)
+        return ObjectInfo(uri, size, _s3_version(response["ETag"], size))
+
+    def delete(self, uri: str) -> None:
+        bucket, key = _split(uri)
+        self._call(uri, "delete_object", Bucket=bucket, Key=key)
 
     def _call(self, uri: str, operation: str, **request: Any) -> Any:
-        """One request, retried by boto3; what fails for good becomes a `StorageError`."""
+        return self._tried(uri, lambda: getattr(self._client, operation)(**request), soon="list" in operation)
+
+    def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
+        """One request, tried again if need be; what fails for good becomes a `StorageError`.
+
+        A listing comes first in any job, and should tell soon that an endpoint is wrong.
+        """
         try:
-            return getattr(self._client, operation)(**request)
+            return retried(action, functools.partial(_s3_fault, soon=soon))
         except botocore.exceptions.ClientError as error:
             raise _s3_error(uri, error) from error
         except (
@@ -427,14 +453,32 @@ class _S3:
                 "AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
             )
             raise AccessDenied(uri, cause) from error
-        except _S3_TRANSIENT as error:
-            if operation in {"get_object", "put_object"}:
-                raise  # the caller tries again
+        except botocore.exceptions.ConnectionError as error:
             endpoint = self._client.meta.endpoint_url
             cause = f"the endpoint {endpoint} can't be reached: {_described(error)}"
             raise StorageError(uri, cause) from error
+        except _S3_CONNECTION as error:
+            raise StorageError(uri, f"failed again and again, last with {_described(error)}") from error
         except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
             raise StorageError(uri, " ".join(str(error).split())) from error
+
+
+def _s3_fault(error: Exception, soon: bool) -> Fault | None:
+    """Whether a failure may pass."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        code, status = _s3_code(error)
+        if code in _S3_BUSY or status == 429 or (status or 0) >= 500:
+            return Fault(code)
+        # Busy stores deny access now and then; where it is really denied, that should be told soon.
+        return Fault(code, attempts=4) if code in _S3_DENIED else None
+    if isinstance(error, _S3_CONNECTION):
+        return Fault(type(error).__name__, attempts=5 if soon else 10)
+    return None
+
+
+def _s3_code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
 def _s3_info(bucket: str, entry: dict[str, Any]) -> ObjectInfo:
@@ -448,10 +492,8 @@ def _s3_version(etag: str, size: int) -> str:
 
 
 def _s3_error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
-    details = error.response.get("Error", {})
-    code = str(details.get("Code", ""))
-    message = str(details.get("Message", "")) or code
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code, status = _s3_code(error)
+    message = str(error.response.get("Error", {}).get("Message", "")) or code
     if code == "NoSuchBucket":
         return ObjectNotFound(uri, _no_bucket(_split(uri)[0]))
     if code in {"404", "NoSuchKey", "NotFound"}:
@@ -510,17 +552,6 @@ class _Gcs:
         return _gcs_info(blob)
 
     def open(self, info: ObjectInfo) -> _RangeReader:
-        import google.api_core.exceptions as api
-        import requests.exceptions
-
-        transient = (
-            requests.exceptions.RequestException,
-            urllib3.exceptions.HTTPError,
-            http.client.HTTPException,
-            api.ServerError,
-            api.TooManyRequests,
-            OSError,
-        )
         bucket, name = _split(info.uri)
         blob = self._client.bucket(bucket).blob(name)
         generation = int(info.version.rpartition("-")[0])
@@ -533,27 +564,43 @@ class _Gcs:
                     if_generation_match=generation,
                     raw_download=True,  # else what is stored as gzip comes unpacked, at other offsets
                     checksum=None,  # is over the whole object
+                    retry=None,
                 )
                 if len(data) < stop - start:
                     raise http.client.IncompleteRead(data, stop - start - len(data))
                 return data
 
-            return self._call(info.uri, _retried, info.uri, transient, attempt)
+            return self._call(info.uri, retried, attempt, _gcs_fault)
 
         return _RangeReader(info, fetch)
 
-    def write(self, uri: str, data: bytes) -> ObjectInfo:
-        from google.cloud.storage.retry import DEFAULT_RETRY
+    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
+        bucket, name = _split(uri)
+        generation = None
+        if expected is not None:  # no object has generation 0
+            generation = 0 if expected == ABSENT else int(expected.rpartition("-")[0])
+        blob = self._client.bucket(bucket).blob(name)
 
+        def attempt() -> None:
+            blob.upload_from_file(
+                data,
+                rewind=True,
+                content_type="application/octet-stream",
+                if_generation_match=generation,
+                retry=None,
+            )
+
+        try:
+            self._call(uri, retried, attempt, _gcs_fault, missing=_no_bucket(bucket))
+        except ObjectChanged:
+            raise ObjectChanged(uri, _NOT_EXPECTED) from None
+        return _gcs_info(blob)
+
+    def delete(self, uri: str) -> None:
         bucket, name = _split(uri)
         blob = self._client.bucket(bucket).blob(name)
-        upload = functools.partial(
-            blob.upload_from_string,
-            content_type="application/octet-stream",
-            retry=DEFAULT_RETRY,  # writing the same bytes again is harmless
-        )
-        self._call(uri, upload, data, missing=_no_bucket(bucket))
-        return _gcs_info(blob)
+        with contextlib.suppress(ObjectNotFound):
+            self._call(uri, retried, functools.partial(blob.delete, retry=None), _gcs_fault)
 
     def _below(self, uri: str, bucket: str, prefix: str) -> Iterator[Any]:
         missing = _no_bucket(bucket)
@@ -562,7 +609,7 @@ class _Gcs:
             yield blob
 
     def _call(self, uri: str, action: Callable[..., T], *args: Any, missing: str = "no such object") -> T:
-        """One request, retried by the client; what fails for good becomes a `StorageError`."""
+        """One request; what fails for good becomes a `StorageError`."""
         import google.api_core.exceptions as api
         import google.auth.exceptions
 
@@ -578,6 +625,21 @@ class _Gcs:
             raise AccessDenied(uri, f"credentials were rejected: {error}") from error
         except (api.GoogleAPIError, OSError, ValueError) as error:
             raise StorageError(uri, _described(error)) from error
+
+
+def _gcs_fault(error: Exception) -> Fault | None:
+    """Whether a failure may pass."""
+    import google.api_core.exceptions as api
+    import requests.exceptions
+
+    connection = (
+        requests.exceptions.RequestException,
+        urllib3.exceptions.HTTPError,
+        http.client.HTTPException,
+        OSError,
+    )
+    passing = isinstance(error, (api.ServerError, api.TooManyRequests, *connection))
+    return Fault(type(error).__name__) if passing else None
 
 
 def _gcs_info(blob: Any) -> ObjectInfo:
@@ -621,7 +683,7 @@ class _Local:
 
         return _RangeReader(info, fetch, close=functools.partial(os.close, descriptor))
 
-    def write(self, uri: str, data: bytes) -> ObjectInfo:
+    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
         folder = Path(uri).parent
         # No reader's `**/*.parquet` may ever match what a crash leaves behind.
         temporary = folder / f".{uuid.uuid4().hex}.tmp"
@@ -629,16 +691,47 @@ class _Local:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("xb") as file:
-                    file.write(data)
+                    data.seek(0)
+                    shutil.copyfileobj(data, file)
                     file.flush()
                     os.fsync(file.fileno())
-                    found = os.fstat(file.fileno())
-                temporary.replace(uri)
+                with _locked(folder):  # no other writer's between the look and the renaming
+                    self._check(uri, expected, temporary)
+                    found = temporary.stat()
+                    temporary.replace(uri)
+                    _sync_folder(folder)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_folder(folder)
         return _local_info(uri, found)
+
+    def delete(self, uri: str) -> None:
+        with _local_errors(uri), contextlib.suppress(FileNotFoundError):
+            Path(uri).unlink()
+
+    def _check(self, uri: str, expected: str | None, temporary: Path) -> None:
+        """Raises ObjectChanged if the file is not as expected; else makes its successor younger."""
+        try:
+            former = os.stat(uri)  # noqa: PTH116
+        except FileNotFoundError:
+            former = None
+        version = _local_info(uri, former).version if former else ABSENT
+        if expected not in (None, version):
+            raise ObjectChanged(uri, _NOT_EXPECTED)
+        # Clocks of file systems tick every few milliseconds: two writes may fall together.
+        if former and temporary.stat().st_mtime_ns <= former.st_mtime_ns:
+            os.utime(temporary, ns=(former.st_atime_ns, former.st_mtime_ns + 1))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps others that lock the folder out of the block."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:

@@ -285,7 +285,7 @@ def test_a_body_that_always_breaks_off_is_an_error_in_the_end(
     info = storage.write(f"{bucket}/x", bytes(2_000_000))
     proxy = CuttingProxy(s3_server.endpoint_url, cuts=1000, after=200_000)
     try:
-        with pytest.raises(StorageError, match=f"{info.uri}: failed 5 times, last with"):
+        with pytest.raises(StorageError, match=f"{info.uri}: failed again and again, last with"):
             Storage(endpoint_url=proxy.url).read(info.uri, info.version)
     finally:
         proxy.close()
