@@ -15,9 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.planning import State
 from pipeline.report import occurring, percent, score
 
 if TYPE_CHECKING:
+    from pipeline.planning import Work
     from pipeline.statistics import ClassStatistics
 
 
@@ -33,6 +35,8 @@ class Exit(IntEnum):
     INCOMPLETE = 3
     #: Input, output or model can't be reached or used.
     UNUSABLE = 4
+    #: Another run works on the same labels.
+    BUSY = 5
     INTERRUPTED = 130
 
 
@@ -43,6 +47,11 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: section.field=value. May be given several times."),
 ]
+
+RetryErrorsOption = Annotated[
+    bool, typer.Option("--retry-errors", help="Also shards with error rows, or that could not be read.")
+]
+RelabelOption = Annotated[bool, typer.Option("--relabel", help="All shards, whatever is labelled.")]
 
 #: Tables in files and pipes are as wide as they need; only a terminal has an edge.
 _WIDTH = 120
@@ -67,7 +76,8 @@ def exit_status() -> Iterator[None]:
     """Ends the process with a message and a status where a command can't go on."""
     from cvt.errors import CheckpointError
     from pipeline.config import ConfigError
-    from pipeline.labelling import NoShardsError
+    from pipeline.labelling import NoShardsError, Stopped
+    from pipeline.lease import LeaseHeldError, LeaseLostError
     from pipeline.storage import StorageError
 
     try:
@@ -76,6 +86,10 @@ def exit_status() -> Iterator[None]:
         _leave(Exit.USAGE, error)
     except (StorageError, CheckpointError, NoShardsError, ConnectionError) as error:
         _leave(Exit.UNUSABLE, error)
+    except (LeaseHeldError, LeaseLostError) as error:
+        _leave(Exit.BUSY, error)
+    except Stopped:
+        _leave(Exit.INTERRUPTED, "stopped; what is labelled is in the manifest, and a rerun does the rest")
     except KeyboardInterrupt:
         _leave(Exit.INTERRUPTED, "interrupted")
 
@@ -110,6 +124,13 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
             cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
         table.add_row(_plain(row["label"]), *cells)
     return table
+
+
+def states_line(work: Work) -> str:
+    """How many shards are in which state, and how many are to be labelled."""
+    counts = [f"{work.states[state]:,} {state}" for state in State if work.states[state]]
+    again = f" ({work.again:,} of them again)" if work.again else ""
+    return f"{', '.join(counts)}; {len(work.shards):,} to label{again}"
 
 
 def accuracy(stats: ClassStatistics, topk: int) -> str:

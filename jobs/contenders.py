@@ -28,7 +28,8 @@ from pipeline.cluster import ray_cluster
 from pipeline.committing import Progress
 from pipeline.config import Config, InputConfig, load_config
 from pipeline.decoding import decode
-from pipeline.labelling import Plan, input_shards, read_options, run_labelling
+from pipeline.labelling import Plan, input_shards, run_labelling
+from pipeline.partition import read_options
 from pipeline.reading import read_samples
 from pipeline.storage import Storage
 from pipeline.training import Subject, save_model
@@ -73,7 +74,7 @@ def load_subjects(uri: str, count: int, batch_size: int, size: int) -> Subjects:
     """Reads the images at `uri`, decodes `count` of them, and makes a CvT-13 for `size` pixels."""
     section = InputConfig(uri=uri, labels=False)
     storage = Storage()
-    shards, _ = input_shards(storage, section)
+    shards = input_shards(storage, section)
     samples = (s for shard in shards for s in read_samples(storage, shard, read_options(section, [])))
     encoded = [s.image for s in samples if s.image is not None]
     preprocessor = Preprocessor.from_dict(
@@ -180,8 +181,8 @@ def _label(config: Config, expected: int) -> tuple[int, float]:
         seen.append((progress.images, time.perf_counter()))
 
     result = run_labelling(config, note)
-    if (result.images, result.errors) != (expected, 0):
-        raise WrongCountError(f"the pipeline labelled {result.images} images of {expected}")
+    if (result.totals.images, result.totals.errors) != (expected, 0):
+        raise WrongCountError(f"the pipeline labelled {result.totals.images} images of {expected}")
     (first, start), *_ = seen
     last, end = next((images, at) for images, at in seen if images == expected)
     if last == first:

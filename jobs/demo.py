@@ -21,7 +21,8 @@ from jobs.label import run
 from jobs.local_s3 import LocalS3, LocalS3Error
 from pipeline.cluster import sigterm_interrupts
 from pipeline.config import Config, load_config
-from pipeline.labelling import Partition, RunResult
+from pipeline.labelling import RunResult
+from pipeline.partition import Partition
 from pipeline.storage import Storage
 
 _SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"

@@ -7,13 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from jobs.console import (
     ConfigOption,
     Exit,
+    RelabelOption,
+    RetryErrorsOption,
     SetOption,
     accuracy,
     class_statistics_table,
@@ -21,10 +25,12 @@ from jobs.console import (
     exit_status,
     out,
     run_alone,
+    states_line,
 )
 from pipeline import committing
 from pipeline.config import Config, load_config
 from pipeline.labelling import Plan, RunResult, run_labelling
+from pipeline.planning import LABEL_NEW, Selection
 
 logger = logging.getLogger("cvt_label")
 
@@ -32,24 +38,36 @@ logger = logging.getLogger("cvt_label")
 LOG_INTERVAL = 10.0
 
 
-def label(config: ConfigOption, set: SetOption = None) -> None:
-    """Label every shard of the input, and write Parquet with per-class statistics.
+def label(
+    config: ConfigOption,
+    set: SetOption = None,
+    retry_errors: RetryErrorsOption = False,
+    relabel: RelabelOption = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove the labels of shards that the input no longer has.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another run on the same labels to end.")
+    ] = False,
+) -> None:
+    """Label every shard of the input that is new or has changed; write Parquet and per-class statistics.
 
     Exit status: 0 when everything is labelled; 2 when the configuration can't be used; 3 when shards
-    could not be read (the others are labelled); 4 when input, output or model can't be used; 130 when
-    interrupted; 1 otherwise.
+    could not be read (the others are labelled); 4 when input, output or model can't be used; 5 when
+    another run works on the same labels; 130 when stopped by Ctrl-C or SIGTERM; 1 otherwise.
     """
     with exit_status():
-        result = run(load_config(Config, config, set or ()))
-    sys.exit(Exit.INCOMPLETE if result.unreadable else Exit.OK)
+        selection = Selection(retry_errors, relabel, prune)
+        result = run(load_config(Config, config, set or ()), selection, wait)
+    sys.exit(Exit.OK if result.is_complete else Exit.INCOMPLETE)
 
 
-def run(config: Config) -> RunResult:
+def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels with progress shown, and prints what came of it."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logger.setLevel(logging.INFO)
     with show_progress() as progress:
-        result = run_labelling(config, progress)
+        result = run_labelling(config, progress, selection, wait=wait, on_wait=logger.info)
     print_result(result)
     return result
 
@@ -113,26 +131,34 @@ def _images(progress: committing.Progress, plan: Plan, started: float) -> str:
 
 def print_result(result: RunResult, most: int = 20) -> None:
     """Prints the classes, and what a person wants to know at the end."""
-    if result.images > result.errors:
+    totals, stats, work = result.totals, result.statistics, result.plan.work
+    if stats is not None and stats.count.any():
         out.print(class_statistics_table(result.class_table, most))
     facts = Table.grid(padding=(0, 2))
     rows = {
-        "images": f"{result.images:,} in {len(result.rows) - len(result.unreadable):,} shards",
-        "errors": f"{result.errors:,}",
+        "shards": states_line(work),
+        "images": f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards",
+        "errors": f"{totals.errors:,}",
         "images/s": f"{result.rate:,.1f}",
         "output": result.plan.partition.uri,
     }
-    stats = result.statistics
-    if stats.has_targets:
+    if not work.shards:
+        rows = {name: rows[name] for name in ("shards", "output")}
+    if result.pruned:
+        rows["pruned"] = f"{result.pruned:,} shards that the input no longer has"
+    if stats is not None and stats.has_targets:
         rows["accuracy"] = accuracy(stats, result.plan.partition.config.output.topk)
     for name, value in rows.items():
         facts.add_row(name, value)
     out.print(facts, soft_wrap=True, markup=False)
-    duplicates = sum(row.duplicate_keys or 0 for row in result.rows.values())
-    if duplicates:
-        err.print(f"{duplicates:,} samples share a key with an earlier one of their shard", markup=False)
-    for row in result.unreadable:
+    if totals.duplicate_keys:
+        message = f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard"
+        err.print(message, markup=False)
+    for row in totals.unreadable:
         err.print(f"not labelled: {row.error}", markup=False, soft_wrap=True)
+    if work.skipped_failures:
+        message = f"not labelled: {work.skipped_failures:,} shards that earlier runs could not read"
+        err.print(f"{message} (--retry-errors tries them again)", markup=False)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,37 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
-from jobs.console import ConfigOption, SetOption, exit_status, out, run_alone
+from jobs.console import (
+    ConfigOption,
+    RelabelOption,
+    RetryErrorsOption,
+    SetOption,
+    exit_status,
+    out,
+    run_alone,
+    states_line,
+)
 from pipeline.config import Config, load_config
 from pipeline.labelling import make_plan
+from pipeline.planning import Selection
 
 
 def plan(
     config: ConfigOption,
     set: SetOption = None,
-    shards: Annotated[bool, typer.Option("--shards", help="List every shard, one line each.")] = False,
+    retry_errors: RetryErrorsOption = False,
+    relabel: RelabelOption = False,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="List what is to be labelled, a line a shard.")
+    ] = False,
 ) -> None:
     """Show what `label` would do, without doing it: nothing is written, and Ray is not started.
 
     Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
     """
     with exit_status():
-        planned = make_plan(load_config(Config, config, set or ()))
+        selection = Selection(retry_errors, relabel)
+        planned = make_plan(load_config(Config, config, set or ()), selection)
     if shards:
         for shard in planned.shards:
             line = f"{shard.uri}\t{shard.format}\t{shard.size}\t{shard.version}"
@@ -34,6 +49,7 @@ def plan(
     table = Table.grid(padding=(0, 2))
     rows = {
         "input": partition.config.input.uri,
+        "shards": states_line(planned.work),
         "to label": f"{len(planned.shards):,} shards, {decimal(sum(shard.size for shard in planned.shards))}"
         + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
         "ignored": f"{planned.ignored:,} objects that are no shard",

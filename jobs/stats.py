@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import pyarrow.compute as pc
 import typer
 
 from jobs.console import (
@@ -18,34 +19,40 @@ from jobs.console import (
     out,
     run_alone,
 )
+from pipeline import labelling
 from pipeline.config import Config, load_config
-from pipeline.labelling import open_partition
-from pipeline.manifest import fold_statistics, read_manifest
+from pipeline.partition import open_partition
 
 
 def stats(
     config: ConfigOption,
     set: SetOption = None,
     most: Annotated[int, typer.Option("--most", min=1, help="Classes to show, at most.")] = 1000,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="First make manifest and statistics anew from the labels.")
+    ] = False,
 ) -> None:
     """Show the per-class statistics of what the configured model has labelled so far.
 
     Exit status: 0; 2 when the configuration can't be used; 4 when output or model can't be used, or
-    nothing is labelled yet.
+    nothing is labelled yet; 5 when a run is at work, with --rebuild.
     """
     with exit_status():
-        partition = open_partition(load_config(Config, config, set or ()))
-        manifest = read_manifest(partition.storage, partition.manifest_uri)
-    if not manifest:
+        loaded = load_config(Config, config, set or ())
+        partition = labelling.rebuild(loaded) if rebuild else open_partition(loaded)
+        manifest = partition.manifest.read(("rows", "errors", "output", "failed_version", "gone"))
+        total = partition.manifest.fold_statistics()
+    if not manifest.num_rows:
         err.print(f"cvt-label: {partition.uri}: nothing is labelled yet", markup=False, soft_wrap=True)
         sys.exit(Exit.UNUSABLE)
-    total = fold_statistics(manifest, len(partition.checkpoint.labels))
     out.print(class_statistics_table(partition.class_table(total), most))
-    errors = sum(row.errors or 0 for row in manifest.values())
-    unreadable = sum(row.error is not None for row in manifest.values())
+    labelled = manifest.num_rows - manifest["output"].null_count
+    failed = manifest.num_rows - manifest["failed_version"].null_count
+    gone = pc.sum(manifest["gone"]).as_py()
     out.print(
-        f"{len(manifest):,} shards, {unreadable:,} of them unreadable; "
-        f"{sum(row.rows or 0 for row in manifest.values()):,} images, {errors:,} of them errors",
+        f"{labelled:,} shards, {gone:,} of them gone from the input; {failed:,} could not be read; "
+        f"{pc.sum(manifest['rows']).as_py() or 0:,} images, {pc.sum(manifest['errors']).as_py() or 0:,} "
+        "of them errors",
         highlight=False,
     )
     if total.has_targets:

@@ -6,8 +6,8 @@ is of and which of its samples it holds rides in the row; nothing is derived fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,8 @@ ENCODED = pa.struct(
     ]
 )
 
+_FAULTS = pa.map_(pa.string(), pa.int64())
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -36,6 +38,7 @@ class Chunk:
         total: the shard's number of samples, on its last chunk only.
         error: why the shard can't be read any further; only on its last chunk.
         pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order.
+        faults: failures of storage that passed while it was read, by kind.
     """
 
     shard: int
@@ -44,6 +47,7 @@ class Chunk:
     total: int | None = None
     error: str | None = None
     pixels: np.ndarray | None = None
+    faults: Mapping[str, int] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:
         """The chunk as a table of one row; pixels are not copied."""
@@ -53,6 +57,7 @@ class Chunk:
             "start": pa.array([self.start], pa.int64()),
             "total": pa.array([self.total], pa.int64()),
             "error": pa.array([self.error], pa.string()),
+            "faults": pa.array([list(self.faults.items())], _FAULTS),
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
         }
         if self.pixels is not None:
@@ -77,6 +82,7 @@ class Chunk:
                 total=record["total"][0].as_py(),
                 error=record["error"][0].as_py(),
                 pixels=pixels,
+                faults=dict(record["faults"][0].as_py()),
             )
 
 

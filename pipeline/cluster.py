@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -62,6 +63,55 @@ def sigterm_interrupts() -> Iterator[None]:
 
     with _handler(interrupt, signal.SIGTERM):
         yield
+
+
+@dataclass
+class Stop:
+    """Whether the job is asked to stop.
+
+    Attributes:
+        requested: set by the first SIGTERM or Ctrl-C.
+        abandoned: whether what was begun was given up: the grace was over, or a second signal came.
+    """
+
+    requested: bool = False
+    abandoned: bool = False
+
+    @contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """A block that ends where what was begun is to be given up."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.requested:
+                raise
+            self.abandoned = True
+
+
+@contextmanager
+def graceful_stop(grace: float) -> Iterator[Stop]:
+    """Lets a first SIGTERM or Ctrl-C ask the block to stop, and interrupts it `grace` seconds later.
+
+    A second one interrupts it at once.
+    """
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.requested or grace <= 0:
+            stop.requested = True
+            raise KeyboardInterrupt
+        stop.requested = True
+        signal.setitimer(signal.ITIMER_REAL, grace)
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handler(ask, signal.SIGTERM, signal.SIGINT), _handler(give_up, signal.SIGALRM):
+        try:
+            yield stop
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager

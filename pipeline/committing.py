@@ -5,16 +5,17 @@ What it holds is the open shards' result rows, never pixels. It runs in the driv
 The order of a commit:
  1. chunks of a shard are kept, by their first index, until they cover the shard, however they arrive;
  2. the file is assembled, in the shard's order, and encoded in memory;
- 3. one atomic write makes it visible: before it there is no trace of the shard, after it the whole of it;
+ 3. one atomic write makes it visible: before it there is no trace of the shard, after it the whole of it.
+    It is conditional: it replaces what the plan has seen there, or else finds out whose is right;
  4. only then does the shard get a manifest row.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import TracebackType
 
@@ -25,10 +26,10 @@ import pyarrow.compute as pc
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions
 from pipeline.manifest import ManifestRow
-from pipeline.predictions import Footer, encode, pack_partial, prediction_schema
+from pipeline.predictions import Footer, encode, pack_partial, prediction_schema, read_footer
 from pipeline.shards import Shard, prediction_path
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import Storage
+from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage
 
 #: Files in the making: each is one shard's result rows, so few are enough to hide a PUT's latency.
 WRITERS = 4
@@ -71,11 +72,31 @@ class Progress:
     shards: int
 
 
+@dataclass
+class Totals:
+    """What is committed.
+
+    Attributes:
+        shards: shards that are done, those that couldn't be read too.
+        images: samples, error rows included.
+        errors: samples that are error rows.
+        duplicate_keys: samples whose key an earlier sample of their shard has.
+        unreadable: the shards that couldn't be read.
+    """
+
+    shards: int = 0
+    images: int = 0
+    errors: int = 0
+    duplicate_keys: int = 0
+    unreadable: list[ManifestRow] = field(default_factory=list)
+
+
 class Committer:
     """Assembles shards and writes their prediction files; use it as a context manager.
 
     Attributes:
-        rows: the manifest rows of the shards that are done, by URI, those that couldn't be read too.
+        totals: what is committed.
+        faults: failures of storage that passed, in the workers, by kind.
     """
 
     def __init__(
@@ -86,6 +107,10 @@ class Committer:
         fingerprint: str,
         options: PredictionOptions,
         run: str,
+        *,
+        expected: Mapping[str, str],
+        is_current: Callable[[Shard], bool],
+        on_commit: Callable[[ManifestRow], None],
     ) -> None:
         """Args:
         storage: where the files go.
@@ -94,8 +119,17 @@ class Committer:
         fingerprint: hash over everything that decides a label.
         options: what the prediction columns are.
         run: id of the run.
+        expected: by URI of a shard, the version of the prediction file that it has already.
+        is_current: says whether a shard is still what the input has; asked where another run has
+            meanwhile labelled another version of it.
+        on_commit: called with the manifest row of each shard that is done, in this thread.
         """
-        self.rows: dict[str, ManifestRow] = {}
+        self.totals = Totals()
+        self.faults: Counter[str] = Counter()
+        self._expected = expected
+        self._is_current = is_current
+        self._on_commit = on_commit
+        self._accepts_new = True
         self._storage = storage
         self._partition = partition
         self._plan = plan
@@ -129,11 +163,12 @@ class Committer:
         Raises:
             StorageError: an earlier shard's file couldn't be written.
         """
-        if chunk.shard in self._closed:
+        if chunk.shard in self._closed or not (self._accepts_new or chunk.shard in self._open):
             return
         shard = self._open.setdefault(chunk.shard, _OpenShard())
         if not shard.add(chunk):
             return
+        self.faults.update(chunk.faults)
         self._images += chunk.samples.num_rows
         self._errors += _errors(chunk)
         if shard.complete:
@@ -146,6 +181,24 @@ class Committer:
         while self._writes and (len(self._writes) > 2 * WRITERS or self._writes[0].done()):
             self._settle(self._writes.popleft())
 
+    def wind_down(self) -> None:
+        """From now on takes results only of shards that it has some of already."""
+        self._accepts_new = False
+
+    @property
+    def open_shards(self) -> int:
+        """Shards of which some results have come, but not all."""
+        return len(self._open)
+
+    def settle(self) -> None:
+        """Waits for the files of complete shards.
+
+        Raises:
+            StorageError: a file couldn't be written.
+        """
+        while self._writes:
+            self._settle(self._writes.popleft())
+
     def finish(self) -> None:
         """Waits for the last files, when the stream of results has ended.
 
@@ -153,8 +206,7 @@ class Committer:
             StorageError: a file couldn't be written.
             IncompleteShardError: results are missing, so that a shard of the plan isn't covered.
         """
-        while self._writes:
-            self._settle(self._writes.popleft())
+        self.settle()
         for number, shard in enumerate(self._plan):
             if number not in self._closed:
                 arrived = self._open.get(number, _OpenShard())
@@ -164,36 +216,77 @@ class Committer:
 
     def progress(self) -> Progress:
         """How far it is."""
-        return Progress(self._images, self._errors, len(self.rows))
+        return Progress(self._images, self._errors, self.totals.shards)
 
     def _settle(self, write: Future[ManifestRow]) -> None:
         row = write.result()
-        self.rows[row.uri] = row
+        self.totals.shards += 1
+        self.totals.images += row.rows or 0
+        self.totals.errors += row.errors or 0
+        self.totals.duplicate_keys += row.duplicate_keys or 0
+        if row.error is not None:
+            self.totals.unreadable.append(row)
+        self._on_commit(row)
 
     def _commit(self, shard: Shard, arrived: _OpenShard) -> ManifestRow:
         if arrived.error is not None:
-            return self._row(shard, error=arrived.error)
+            return ManifestRow(
+                shard.uri,
+                format=shard.format,
+                size=shard.size,
+                error=arrived.error,
+                failed_version=shard.version,
+                run=self._run,
+                committed_at=datetime.now(UTC),
+            )
         predictions = self._assemble(shard, arrived)
-        stats = ClassStatistics.of(predictions, len(self._options.labels)).to_partial()
-        errors = predictions.num_rows - predictions["error"].null_count
         footer = Footer(
             shard=shard.uri,
             version=shard.version,
+            format=shard.format,
+            size=shard.size,
             fingerprint=self._fingerprint,
             rows=predictions.num_rows,
-            errors=errors,
-            partial=stats,
+            errors=predictions.num_rows - predictions["error"].null_count,
+            duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
+            partial=ClassStatistics.of(predictions, len(self._options.labels)).to_partial(),
         )
         output = f"predictions/{prediction_path(shard.uri)}"
-        self._storage.write(f"{self._partition}/{output}", encode(predictions, footer))
-        return self._row(
-            shard,
-            rows=predictions.num_rows,
-            errors=errors,
-            duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
-            output=output,
-            statistics=pack_partial(stats),
-        )
+        written, version = self._write(shard, output, encode(predictions, footer), footer)
+        return replace(labelled_row(written, output, version), run=self._run, committed_at=datetime.now(UTC))
+
+    def _write(self, shard: Shard, output: str, content: bytes, footer: Footer) -> tuple[Footer, str]:
+        """Writes a prediction file; returns what lies there then, and its version.
+
+        Where there is another file than the plan has seen, another run is at work, or was until it
+        died: a file of the same version of the shard stays; of two versions, the input's own wins.
+        """
+        uri = f"{self._partition}/{output}"
+        expected = self._expected.get(shard.uri, ABSENT)
+        while True:
+            try:
+                return footer, self._storage.write(uri, content, expected).version
+            except ObjectChanged:
+                found = self._found(uri)
+            if found is None:
+                expected = ABSENT
+                continue
+            theirs, expected = found
+            same = (theirs.version, theirs.fingerprint) == (footer.version, footer.fingerprint)
+            if same or not self._is_current(shard):
+                return theirs, expected
+
+    def _found(self, uri: str) -> tuple[Footer, str] | None:
+        """The footer and the version of a prediction file; None if there is none."""
+        while True:
+            try:
+                version = self._storage.stat(uri).version
+                with self._storage.open(uri, version) as file:
+                    return read_footer(uri, file), version
+            except ObjectNotFound:
+                return None
+            except ObjectChanged:
+                continue
 
     def _assemble(self, shard: Shard, arrived: _OpenShard) -> pa.Table:
         """The shard's prediction rows, in its order."""
@@ -210,31 +303,21 @@ class Committer:
         samples = samples.append_column("index", pa.array(np.arange(count), pa.int64()))
         return samples.select(self._schema.names).cast(self._schema).combine_chunks()
 
-    def _row(
-        self,
-        shard: Shard,
-        *,
-        rows: int | None = None,
-        errors: int | None = None,
-        duplicate_keys: int | None = None,
-        error: str | None = None,
-        output: str | None = None,
-        statistics: bytes | None = None,
-    ) -> ManifestRow:
-        return ManifestRow(
-            uri=shard.uri,
-            version=shard.version,
-            format=shard.format,
-            size=shard.size,
-            rows=rows,
-            errors=errors,
-            duplicate_keys=duplicate_keys,
-            error=error,
-            output=output,
-            run=self._run,
-            committed_at=datetime.now(UTC),
-            statistics=statistics,
-        )
+
+def labelled_row(footer: Footer, output: str, output_version: str) -> ManifestRow:
+    """The manifest row of a prediction file, but for the run that wrote it."""
+    return ManifestRow(
+        uri=footer.shard,
+        version=footer.version,
+        format=footer.format,
+        size=footer.size,
+        rows=footer.rows,
+        errors=footer.errors,
+        duplicate_keys=footer.duplicate_keys,
+        output=output,
+        output_version=output_version,
+        statistics=pack_partial(footer.partial),
+    )
 
 
 def _errors(chunk: Chunk) -> int:

@@ -119,6 +119,17 @@ class RayConfig(_Section):
     no_progress_timeout_s: PositiveFloat = 900
 
 
+class RunConfig(_Section):
+    """How a run shares its output with others, and how it ends when it is told to."""
+
+    #: The lease on the output holds for so long without renewal; clocks should agree to a fraction of it.
+    lease_s: PositiveFloat = 60
+    #: After SIGTERM or Ctrl-C, shards that are begun may be finished for so long.
+    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
+    #: The manifest is written as often as this, as long as that takes little of the time.
+    flush_s: PositiveFloat = 30
+
+
 class Config(_Section):
     """The whole configuration of a labelling job."""
 
@@ -129,6 +140,7 @@ class Config(_Section):
     read: ReadConfig = ReadConfig()
     decode: DecodeConfig = DecodeConfig()
     classify: ClassifyConfig = ClassifyConfig()
+    run: RunConfig = RunConfig()
     ray: RayConfig = RayConfig()
 
 

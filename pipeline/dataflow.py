@@ -12,7 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,7 @@ from pipeline.classifying import PredictionOptions, classify
 from pipeline.config import Config, ConfigError
 from pipeline.decoding import decode_chunk
 from pipeline.reading import ReadOptions, read_samples
+from pipeline.retrying import faults
 from pipeline.shards import Shard
 from pipeline.storage import Storage
 
@@ -182,8 +183,11 @@ def _read_shards(
     known: ReadOptions = ray.get(options)
     for number, shard in shards:
         samples = read_samples(storage, shard, known)
+        before = faults()
         for chunk in cut_into_chunks(samples, number, max_images, max_bytes):
-            yield chunk.to_block()
+            now = faults()
+            yield replace(chunk, faults=now - before).to_block()
+            before = now
 
 
 def _decode_block(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> Iterator[pa.Table]:

@@ -1,87 +1,43 @@
 """One run of the labelling job, from configuration to run record.
 
-It hands each part what it needs, and holds no logic of theirs: listing, dataflow and commit are elsewhere.
+It hands each part what it needs, and holds no logic of theirs: planning, dataflow and commit are elsewhere.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import io
-import json
-import platform
-import secrets
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.classifying import PredictionOptions
-from pipeline.committing import Committer, Progress
-from pipeline.config import Config, ConfigError, InputConfig, StorageConfig
-from pipeline.manifest import ManifestRow, fold_statistics, read_manifest, write_manifest
-from pipeline.reading import ReadOptions
+from pipeline.cluster import Stop, graceful_stop, ray_cluster
+from pipeline.committing import Committer, Progress, Totals
+from pipeline.config import Config, ConfigError, InputConfig
+from pipeline.lease import Lease, left_in_order
+from pipeline.manifest import ManifestRow, ManifestWriter
+from pipeline.partition import Partition, make_storage, open_partition
+from pipeline.planning import LABEL_NEW, Known, Selection, Work, compare, read_known
+from pipeline.record import Clock, new_run_id, recorded
+from pipeline.recovering import prediction_files, rebuilt_rows, recovered_rows
 from pipeline.report import render_report
-from pipeline.shards import Shard, list_shards
-from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import Storage, StorageError, normalised
-
-if TYPE_CHECKING:
-    from cvt.checkpoints import Checkpoint
-
-_PACKAGES = ("cvt-label", "ray", "torch", "transformers", "pyarrow", "pillow", "numpy", "boto3")
+from pipeline.retrying import faults
+from pipeline.shards import Shard, ShardListing, list_shards, name_below, prediction_path
+from pipeline.statistics import ClassStatistics
+from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError, normalised
 
 
 class NoShardsError(ValueError):
     """The input has nothing to label."""
 
 
-@dataclass(frozen=True)
-class Partition:
-    """The output of one model with one set of options, and how to reach it.
-
-    Attributes:
-        config: the job's configuration.
-        storage: access to input and output.
-        checkpoint: the model, loaded.
-        fingerprint: hash over everything that decides a label, in hexadecimal.
-    """
-
-    config: Config
-    storage: Storage
-    checkpoint: Checkpoint
-    fingerprint: str
-
-    @property
-    def uri(self) -> str:
-        """Where it lies, without a slash at the end."""
-        return f"{normalised(self.config.output.uri)}/model={self.checkpoint.name}-{self.fingerprint[:8]}"
-
-    @property
-    def manifest_uri(self) -> str:
-        """Where its manifest lies."""
-        return f"{self.uri}/manifest.parquet"
-
-    @property
-    def prediction_options(self) -> PredictionOptions:
-        """What the prediction columns are."""
-        return PredictionOptions(
-            labels=self.checkpoint.labels,
-            topk=self.config.output.topk,
-            embedding=self.config.output.embedding,
-            embedding_width=self.checkpoint.embedding_width,
-        )
-
-    def class_table(self, stats: ClassStatistics) -> pa.Table:
-        """Statistics as `class_stats.parquet` holds them."""
-        return class_table(stats, self.checkpoint.labels, self.config.output.topk)
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and has left everything in order."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +46,24 @@ class Plan:
 
     Attributes:
         partition: where the labels go.
-        shards: what is to be labelled.
+        work: which shards are in which state, and what is to be labelled.
         ignored: objects under the input URI that are no shard.
+        recovered: rows that the manifest lacks, of shards that an earlier run has labelled.
+        lost: shards whose prediction files somebody has removed.
+        in_order: whether the last run has left manifest and statistics up to date.
     """
 
     partition: Partition
-    shards: list[Shard]
+    work: Work
     ignored: int
+    recovered: Mapping[str, ManifestRow]
+    lost: list[str]
+    in_order: bool
+
+    @property
+    def shards(self) -> list[Shard]:
+        """What is to be labelled."""
+        return self.work.shards
 
     @cached_property
     def images(self) -> int | None:
@@ -113,90 +80,67 @@ class RunResult:
     Attributes:
         run: its id.
         plan: what it was to do.
-        rows: the manifest rows of the shards that it has done.
-        statistics: the class statistics over everything that the partition holds.
+        totals: what it has committed.
+        pruned: shards whose labels it has removed, since the input no longer has them.
+        statistics: the class statistics over everything that the partition holds; None where the run
+            has changed nothing.
         timings: seconds from its start to each event, by name.
+        worker_faults: failures of storage that passed, in the workers, by kind.
     """
 
     run: str
     plan: Plan
-    rows: dict[str, ManifestRow]
-    statistics: ClassStatistics
+    totals: Totals = field(default_factory=Totals)
+    pruned: int = 0
+    statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def images(self) -> int:
-        """Samples that came out, error rows included."""
-        return sum(row.rows or 0 for row in self.rows.values())
-
-    @property
-    def errors(self) -> int:
-        """Samples that are error rows."""
-        return sum(row.errors or 0 for row in self.rows.values())
+    worker_faults: Counter[str] = field(default_factory=Counter)
 
     @property
     def rate(self) -> float:
         """Samples a second, from the start of the dataflow to its last result."""
-        seconds = self.timings["last_result"] - self.timings["ray_ready"]
-        return self.images / max(seconds, 1e-9)
+        if "last_result" not in self.timings:
+            return 0.0
+        return self.totals.images / max(self.timings["last_result"] - self.timings["ray_ready"], 1e-9)
 
     @property
-    def unreadable(self) -> list[ManifestRow]:
-        """The shards that couldn't be read."""
-        return [row for row in self.rows.values() if row.error is not None]
-
-    @property
-    def top5_accuracy(self) -> float | None:
-        """Over all rows with targets; None without them, or where the rows hold too few classes."""
-        return self.statistics.top5_accuracy(self.plan.partition.config.output.topk)
+    def is_complete(self) -> bool:
+        """Whether every shard of the input is labelled, as it is now."""
+        return not self.totals.unreadable and not self.plan.work.skipped_failures
 
     @property
     def class_table(self) -> pa.Table:
         """The class statistics as `class_stats.parquet` holds them."""
+        assert self.statistics is not None
         return self.plan.partition.class_table(self.statistics)
 
 
-def open_partition(config: Config) -> Partition:
-    """Loads the model, and finds where its labels go; neither input nor output is touched.
+def make_plan(config: Config, selection: Selection = LABEL_NEW) -> Plan:
+    """Lists input and manifest, and loads the model; nothing is written, and Ray is not needed.
 
     Raises:
+        StorageError: the input can't be listed, or the output not read.
+        NoShardsError: nothing in the input is a shard.
+        ConfigError: the output lies in the input, or an option doesn't fit the model.
         CheckpointError: the model can't be loaded.
-        ConfigError: an option doesn't fit the model.
     """
-    from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
-
-    checkpoint = load_checkpoint(config.model.path, config.model.revision)
-    if config.output.topk > len(checkpoint.labels):
-        raise ConfigError(
-            f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
-        )
-    return Partition(config, make_storage(config.storage), checkpoint, _fingerprint(config, checkpoint))
+    check_input(config)
+    partition = open_partition(config)
+    return _plan(partition, selection, left_in_order(partition.storage, partition.uri))
 
 
-def make_storage(section: StorageConfig) -> Storage:
-    """The storage that the configuration describes."""
-    return Storage(endpoint_url=section.endpoint_url, region=section.region)
-
-
-def make_plan(config: Config) -> Plan:
-    """Lists the input and loads the model; nothing is written, and Ray is not needed.
-
-    Raises:
-        StorageError: the input can't be listed.
-        NoShardsError: nothing there is a shard.
-        ConfigError: the output lies in the input.
-        CheckpointError, ConfigError: as `open_partition`.
-    """
-    # The input first: it answers at once, and loading a model takes seconds.
+def check_input(config: Config) -> None:
+    """Makes sure that there is something to label; raises as `make_plan`."""
     source, target = normalised(config.input.uri), normalised(config.output.uri)
     if f"{target}/".startswith(f"{source}/"):
         raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
-    shards, ignored = input_shards(make_storage(config.storage), config.input)
-    return Plan(open_partition(config), shards, ignored)
+    listing = list_shards(make_storage(config.storage), config.input.uri, config.input.format)
+    if next(listing, None) is None:
+        raise _no_shards(config.input, listing)
 
 
-def input_shards(storage: Storage, section: InputConfig) -> tuple[list[Shard], int]:
-    """The shards of an input, and how many objects there are none.
+def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
+    """The shards of an input.
 
     Raises:
         StorageError: the input can't be listed.
@@ -205,196 +149,282 @@ def input_shards(storage: Storage, section: InputConfig) -> tuple[list[Shard], i
     listing = list_shards(storage, section.uri, section.format)
     shards = list(listing)
     if not shards:
-        others = f" ({listing.ignored} objects there are none)" if listing.ignored else ""
-        raise NoShardsError(
-            f"{section.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
-        )
-    return shards, listing.ignored
+        raise _no_shards(section, listing)
+    return shards
 
 
-def read_options(section: InputConfig, labels: Sequence[str]) -> ReadOptions:
-    """What readers need to know of the input, and of the model's classes.
-
-    Of classes that share a name, as ImageNet's two cranes do, none is told by it.
-    """
-    times = Counter(labels)
-    return ReadOptions(
-        labels=section.labels,
-        label_field=section.label_field,
-        image_column=section.image_column,
-        label_column=section.label_column,
-        key_column=section.key_column,
-        class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
-        num_labels=len(labels),
-        max_image_bytes=section.max_image_bytes,
+def _no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
+    others = f" ({listing.ignored} objects there are none)" if listing.ignored else ""
+    return NoShardsError(
+        f"{section.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
     )
 
 
-def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
-    """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
-    decides = {
-        "checkpoint": checkpoint.digest,
-        "precision": config.model.precision,
-        "output": config.output.model_dump(exclude={"uri"}),
-        "input": config.input.model_dump(exclude={"uri", "format"}),
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
+    config, storage, manifest = partition.config, partition.storage, partition.manifest
+    known = read_known(manifest)
+    recovered: dict[str, ManifestRow] = {}
+    lost: list[str] = []
+    if not in_order or not manifest.exists():
+        recovered, lost = _recover(partition, known)
+        known |= {uri: Known.of(row) for uri, row in recovered.items()}
+        for uri in lost:
+            del known[uri]
+    listing = list_shards(storage, config.input.uri, config.input.format)
+    work = compare(listing, known, config.input.uri, selection)
+    return Plan(partition, work, listing.ignored, recovered, lost, in_order)
+
+
+def _recover(partition: Partition, known: Mapping[str, Known]) -> tuple[dict[str, ManifestRow], list[str]]:
+    """Rows that the manifest lacks, and shards of which it has rows, but no file is there."""
+    labelled = {row.output: (uri, row.output_version) for uri, row in known.items() if row.output}
+    unknown = []
+    for info in prediction_files(partition.storage, partition.uri):
+        _, version = labelled.pop(info.uri.removeprefix(f"{partition.uri}/"), (None, None))
+        if version != info.version:
+            unknown.append(info)
+    rows = recovered_rows(partition.storage, partition.uri, partition.fingerprint, unknown)
+    return {row.uri: row for row in rows}, [uri for uri, _ in labelled.values()]
 
 
 def run_labelling(
-    config: Config, on_progress: Callable[[Progress, Plan], None] = lambda progress, plan: None
+    config: Config,
+    on_progress: Callable[[Progress, Plan], None] = lambda progress, plan: None,
+    selection: Selection = LABEL_NEW,
+    *,
+    wait: bool = False,
+    on_wait: Callable[[str], None] = lambda message: None,
 ) -> RunResult:
-    """Labels every shard of the input, and writes predictions, manifest, statistics and report.
+    """Labels what is new or changed in the input; writes predictions, manifest, statistics and report.
 
     Args:
         config: the job's configuration.
         on_progress: called when results have come in, from the thread that calls this.
+        selection: what else is to be labelled.
+        wait: until no other run works on the same labels, rather than to raise.
+        on_wait: called with what is waited for.
 
     Raises:
         StorageError: input can't be listed, or output can't be written.
         NoShardsError, CheckpointError, ConfigError: as `make_plan`.
         ConnectionError: no Ray cluster answers.
+        LeaseHeldError: another run works on the same labels.
+        LeaseLostError: another run has taken over.
+        Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
-    from pipeline.cluster import ray_cluster
-
-    clock = _Clock()
-    plan = make_plan(config)
-    clock.mark("planned")
-    partition = plan.partition
-    with _recorded(plan, clock) as record:
-        committer = Committer(
-            partition.storage,
-            partition.uri,
-            plan.shards,
-            partition.fingerprint,
-            partition.prediction_options,
-            record["run"],
-        )
-        try:
-            with ray_cluster(config.ray.address), committer:
-                # Ray is imported only now, when its environment is set.
-                from pipeline.dataflow import cluster_resources, label_chunks
-
-                resources = cluster_resources(config)
-                record["resources"] = asdict(resources)
-                clock.mark("ray_ready")
-                chunks = label_chunks(
-                    plan.shards,
-                    partition.storage,
-                    read_options(config.input, partition.checkpoint.labels),
-                    partition.checkpoint,
-                    partition.prediction_options,
-                    config,
-                    resources,
-                )
-                with closing(chunks):
-                    for chunk in chunks:
-                        clock.mark("first_result")
-                        committer.add(chunk)
-                        on_progress(committer.progress(), plan)
-                clock.mark("last_result", again=True)
-                committer.finish()
-                on_progress(committer.progress(), plan)
-        except BaseException:
-            with suppress(StorageError):  # it would hide what ended the run
-                _update_manifest(partition, committer.rows)
-            raise
-        finally:
-            record["counts"] = _counts(committer.rows)
-            record["unreadable"] = {r.uri: r.error for r in committer.rows.values() if r.error is not None}
-        manifest = _update_manifest(partition, committer.rows)
-        stats = fold_statistics(manifest, len(partition.checkpoint.labels))
-        result = RunResult(record["run"], plan, committer.rows, stats, clock.seconds)
-        _publish(result)
-        clock.mark("published")
+    clock = Clock()
+    check_input(config)
+    partition = open_partition(config)
+    run = new_run_id()
+    lease = Lease(partition.storage, partition.uri, run, config.run.lease_s)
+    was_in_order = lease.acquire(wait, on_wait)
+    in_order = False
+    try:
+        with recorded(partition, run, clock) as record:
+            plan = _plan(partition, selection, was_in_order)
+            clock.mark("planned")
+            record["plan"] = {str(state): count for state, count in plan.work.states.items()}
+            record["plan"]["to_label"] = len(plan.shards)
+            result = RunResult(run, plan, timings=clock.seconds)
+            _carry_out(result, record, clock, lease, on_progress)
+        in_order = True
+    except Stopped:
+        in_order = True
+        raise
+    finally:
+        lease.release(in_order)
     return result
 
 
-def _counts(rows: dict[str, ManifestRow]) -> dict[str, int]:
-    return {
-        "shards": len(rows),
-        "unreadable_shards": sum(row.error is not None for row in rows.values()),
-        "images": sum(row.rows or 0 for row in rows.values()),
-        "errors": sum(row.errors or 0 for row in rows.values()),
-        "duplicate_keys": sum(row.duplicate_keys or 0 for row in rows.values()),
-    }
+def _carry_out(
+    result: RunResult,
+    record: dict[str, Any],
+    clock: Clock,
+    lease: Lease,
+    on_progress: Callable[[Progress, Plan], None],
+) -> None:
+    plan, config = result.plan, result.plan.partition.config
+    before = faults()
+    writer = ManifestWriter(plan.partition.manifest, config.run.flush_s)
+    stop = Stop()
+    record["unreadable"] = []
+    try:
+        changed = _tidy(result)
+        if plan.shards:
+            stop = _label(result, record, clock, lease, writer, on_progress)
+        writer.flush()
+        if changed or plan.shards or not plan.in_order:
+            result.statistics = plan.partition.manifest.fold_statistics()
+            _publish(result)
+            clock.mark("published")
+    except BaseException:
+        with suppress(StorageError):  # it would hide what ended the run
+            writer.flush()
+        raise
+    finally:
+        writer.close()
+        totals = result.totals
+        record["counts"] = {
+            "shards": totals.shards,
+            "unreadable_shards": len(totals.unreadable),
+            "images": totals.images,
+            "errors": totals.errors,
+            "duplicate_keys": totals.duplicate_keys,
+            "pruned_shards": result.pruned,
+        }
+        names = ("uri", "format", "size", "error", "failed_version")
+        record["unreadable"] = [{name: getattr(row, name) for name in names} for row in totals.unreadable]
+        record["storage_faults"] = dict(faults() - before + result.worker_faults)
+    if stop.requested:
+        raise KeyboardInterrupt if stop.abandoned else Stopped
 
 
-def _update_manifest(partition: Partition, rows: dict[str, ManifestRow]) -> dict[str, ManifestRow]:
-    """Writes the manifest with this run's shards in it; returns its rows."""
-    manifest = read_manifest(partition.storage, partition.manifest_uri)
-    for uri, row in rows.items():
-        before = manifest.get(uri)
-        if row.error is not None and before is not None and before.output is not None:
-            # Its labels of an earlier run are still there, and so are their statistics.
-            row = replace(before, error=row.error)
-        manifest[uri] = row
-    write_manifest(partition.storage, partition.manifest_uri, manifest.values())
-    return manifest
+def _tidy(result: RunResult) -> bool:
+    """Brings manifest and files in line with the listing, before anything is labelled; says if it had to.
+
+    Labels of images that now belong to another group are removed first, so that no image is ever seen
+    in two groups' files.
+    """
+    plan = result.plan
+    partition, work = plan.partition, plan.work
+    labelled = {uri: row for uri, row in work.gone.items() if row.output is not None}
+    to_remove = {uri for uri in labelled if work.selection.prune}
+    result.pruned = len(to_remove)
+    to_remove |= _regrouped(partition, labelled, work.shards)
+    to_remove |= {uri for uri in work.moved if uri in work.expected}
+    for uri in to_remove:
+        partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}")
+        work.expected.pop(uri, None)
+    removed = to_remove | set(plan.lost) | (work.gone.keys() - labelled.keys())
+    gone = {uri: True for uri, row in labelled.items() if not row.gone and uri not in removed}
+    gone |= dict.fromkeys(work.returned, False)
+    rows = {uri: row for uri, row in plan.recovered.items() if uri not in removed}
+    if not (rows or removed or gone):
+        return False
+    partition.manifest.update(rows, removed, gone)
+    return True
+
+
+def _regrouped(partition: Partition, gone: Mapping[str, Known], shards: list[Shard]) -> set[str]:
+    """Groups of loose images that are gone, but of which images are in other groups now."""
+    groups = {uri: row for uri, row in gone.items() if row.format == "images"}
+    if not groups:
+        return set()
+    listed = {name_below(shard.uri.rpartition("/")[0], m.uri) for shard in shards for m in shard.members}
+    found = set()
+    for uri, row in groups.items():
+        try:
+            with partition.storage.open(f"{partition.uri}/{row.output}", row.output_version) as file:
+                keys = pq.read_table(file, columns=["key"])["key"]
+        except (ObjectNotFound, ObjectChanged):
+            continue
+        if not listed.isdisjoint(keys.to_pylist()):
+            found.add(uri)
+    return found
+
+
+def _label(
+    result: RunResult,
+    record: dict[str, Any],
+    clock: Clock,
+    lease: Lease,
+    writer: ManifestWriter,
+    on_progress: Callable[[Progress, Plan], None],
+) -> Stop:
+    """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
+    plan, partition = result.plan, result.plan.partition
+    config = partition.config
+    committer = Committer(
+        partition.storage,
+        partition.uri,
+        plan.shards,
+        partition.fingerprint,
+        partition.prediction_options,
+        result.run,
+        expected=plan.work.expected,
+        is_current=partial(_is_current, partition.storage),
+        on_commit=writer.add,
+    )
+    result.totals, result.worker_faults = committer.totals, committer.faults
+    with ray_cluster(config.ray.address), committer, graceful_stop(config.run.grace_s) as stop:
+        # Ray is imported only now, when its environment is set.
+        from pipeline.dataflow import cluster_resources, label_chunks
+
+        resources = cluster_resources(config)
+        record["resources"] = asdict(resources)
+        clock.mark("ray_ready")
+        chunks = label_chunks(
+            plan.shards,
+            partition.storage,
+            partition.read_options,
+            partition.checkpoint,
+            partition.prediction_options,
+            config,
+            resources,
+        )
+        with closing(chunks), stop.abandoning():
+            for chunk in chunks:
+                clock.mark("first_result")
+                if stop.requested:
+                    committer.wind_down()
+                committer.add(chunk)
+                on_progress(committer.progress(), plan)
+                lease.check()
+                if stop.requested and not committer.open_shards:
+                    break
+        clock.mark("last_result", again=True)
+        if stop.requested:
+            committer.settle()
+        else:
+            committer.finish()
+        on_progress(committer.progress(), plan)
+    return stop
+
+
+def _is_current(storage: Storage, shard: Shard) -> bool:
+    """Whether the input still has this version of a shard."""
+    if shard.members:
+        listing = list_shards(storage, shard.uri.rpartition("/")[0], "auto")
+        return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
+    try:
+        return storage.stat(shard.uri).version == shard.version
+    except ObjectNotFound:
+        return False
 
 
 def _publish(result: RunResult) -> None:
     """Writes class statistics and report."""
-    partition, storage = result.plan.partition.uri, result.plan.partition.storage
+    partition = result.plan.partition
+    _write_class_table(partition, result.class_table)
+    partition.storage.write(f"{partition.uri}/report.html", render_report(result).encode())
+
+
+def _write_class_table(partition: Partition, table: pa.Table) -> None:
     out = io.BytesIO()
-    pq.write_table(result.class_table, out, compression="zstd")
-    storage.write(f"{partition}/class_stats.parquet", out.getvalue())
-    storage.write(f"{partition}/report.html", render_report(result).encode())
+    pq.write_table(table, out, compression="zstd")
+    partition.storage.write(f"{partition.uri}/class_stats.parquet", out.getvalue())
 
 
-class _Clock:
-    """Seconds from the start to each event."""
+def rebuild(config: Config) -> Partition:
+    """Makes manifest and class statistics anew, from the prediction files and the records of runs.
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    def mark(self, event: str, *, again: bool = False) -> None:
-        """Notes an event's time; the first one counts, unless it may happen `again`."""
-        if again or event not in self.seconds:
-            self.seconds[event] = round(time.monotonic() - self._start, 3)
-
-
-@contextmanager
-def _recorded(plan: Plan, clock: _Clock) -> Iterator[dict[str, Any]]:
-    """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at
-    the end, with how it ended.
+    Raises:
+        StorageError: the input can't be listed, the output not read or written.
+        LeaseHeldError: a run is at work.
+        CheckpointError, ConfigError: as `make_plan`.
     """
-    started = datetime.now(UTC)
-    run = f"{started:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    partition = plan.partition
-    uri = f"{partition.uri}/runs/{run}.json"
-    record: dict[str, Any] = {
-        "run": run,
-        "status": "running",
-        "started_at": started.isoformat(),
-        "config": partition.config.model_dump(),
-        "fingerprint": partition.fingerprint,
-        "model_digest": partition.checkpoint.digest,
-        "planned_shards": len(plan.shards),
-        "versions": _versions(),
-    }
-
-    def write(status: str) -> None:
-        record.update(status=status, ended_at=datetime.now(UTC).isoformat(), seconds=clock.seconds)
-        partition.storage.write(uri, json.dumps(record, indent=2).encode())
-
-    partition.storage.write(uri, json.dumps(record, indent=2).encode())
+    partition = open_partition(config)
+    storage = partition.storage
+    lease = Lease(storage, partition.uri, new_run_id(), config.run.lease_s)
+    lease.acquire()
+    in_order = False
     try:
-        yield record
-    except BaseException as error:
-        record["failure"] = f"{type(error).__name__}: {error}"
-        with suppress(StorageError):  # it would hide what ended the run
-            write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
-    write("incomplete" if record["unreadable"] else "complete")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a working directory
-            versions[package] = "not installed"
-    return versions
+        listing = list_shards(storage, config.input.uri, config.input.format)
+        below = normalised(config.input.uri)
+        rows = rebuilt_rows(storage, partition.uri, partition.fingerprint, listing, below)
+        partition.manifest.replace(rows)
+        _write_class_table(partition, partition.class_table(partition.manifest.fold_statistics()))
+        in_order = True
+    finally:
+        lease.release(in_order)
+    return partition

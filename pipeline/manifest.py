@@ -1,33 +1,55 @@
 """The manifest: what is labelled, one row a shard, and the per-class statistics folded from it.
 
-It is a fold over the prediction files, never the truth itself.
+It is a fold over the prediction files, never the truth itself: `recovering` makes it anew from them. It is
+rewritten in one conditional PUT, as a stream, so that neither two writers nor its size do any harm.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+import bisect
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import unpack_partial
-from pipeline.statistics import ClassStatistics, merge
-from pipeline.storage import ObjectNotFound, Storage, StorageError
+from pipeline.predictions import read_partial, unpack_partial
+from pipeline.statistics import ClassStatistics
+from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage, StorageError
+
+#: Rows of a row group, with statistics (some 50 MB) and without (some 10 MB): what is in memory at once
+#: while the manifest is rewritten.
+ROW_GROUP_ROWS = 2000
+BARE_ROW_GROUP_ROWS = 50_000
+#: Shards times (classes + 100), up to which rows hold their statistics: some 500 MB. In a larger
+#: manifest that column is null, and the statistics are folded from the footers of the files.
+MOST_STATISTICS = 17_000_000
+#: Rows that wait, at the most, until the manifest is rewritten.
+MOST_PENDING = 5000
+_READERS = 32
 
 _SCHEMA = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
-        pa.field("version", pa.string(), nullable=False),
+        ("version", pa.string()),
         ("format", pa.string()),
         ("size", pa.int64()),
         ("rows", pa.int64()),
         ("errors", pa.int64()),
         ("duplicate_keys", pa.int64()),
-        ("error", pa.string()),
         ("output", pa.string()),
+        ("output_version", pa.string()),
+        ("error", pa.string()),
+        ("failed_version", pa.string()),
+        pa.field("gone", pa.bool_(), nullable=False),
         ("run", pa.string()),
         ("committed_at", pa.timestamp("ms", tz="UTC")),
         ("statistics", pa.binary()),
@@ -40,67 +62,286 @@ class ManifestRow:
     """What became of a shard.
 
     Attributes:
-        uri, version, format, size: the shard, and the version of it that was read.
-        rows: its samples; None where it couldn't be read.
+        uri: the shard.
+        version: the version of it that is labelled; None where none is.
+        format, size: of the shard, as it was last read.
+        rows: its samples; None where none is labelled.
         errors: samples that are error rows.
         duplicate_keys: samples whose key an earlier sample of the shard has.
-        error: why the shard couldn't be read; None where it was labelled.
         output: its prediction file, relative to the model's partition; None where there is none.
-        run: the run that labelled it.
-        committed_at: when (UTC).
-        statistics: partial class statistics, packed.
+        output_version: that object's version.
+        error: why the shard couldn't be read at last; None where it could.
+        failed_version: the version of it that couldn't be read.
+        gone: whether the input no longer has it.
+        run: the run that labelled it; None where that was found out from its prediction file.
+        committed_at: when (UTC); None likewise.
+        statistics: partial class statistics, packed; None in a large manifest.
     """
 
     uri: str
-    version: str
-    format: str
-    size: int
-    rows: int | None
-    errors: int | None
-    duplicate_keys: int | None
-    error: str | None
-    output: str | None
-    run: str
-    committed_at: datetime
-    statistics: bytes | None
+    version: str | None = None
+    format: str | None = None
+    size: int | None = None
+    rows: int | None = None
+    errors: int | None = None
+    duplicate_keys: int | None = None
+    output: str | None = None
+    output_version: str | None = None
+    error: str | None = None
+    failed_version: str | None = None
+    gone: bool = False
+    run: str | None = None
+    committed_at: datetime | None = None
+    statistics: bytes | None = None
 
 
-def write_manifest(storage: Storage, uri: str, rows: Iterable[ManifestRow]) -> None:
-    """Writes the manifest in one atomic PUT, sorted by shard URI."""
-    ordered = sorted(rows, key=lambda row: row.uri)
-    columns = [pa.array([getattr(row, field.name) for row in ordered], field.type) for field in _SCHEMA]
-    out = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), out, compression="zstd")
-    storage.write(uri, out.getvalue())
+class Manifest:
+    """The manifest of a partition, as it lies in storage.
 
-
-def read_manifest(storage: Storage, uri: str) -> dict[str, ManifestRow]:
-    """The manifest's rows by shard URI; empty where there is no manifest yet.
-
-    Raises:
-        StorageError: the object is there, but can't be read, or is no manifest.
+    Attributes:
+        uri: where it lies.
     """
-    try:
-        data = storage.read(uri)
-    except ObjectNotFound:
-        return {}
-    try:
-        table = pq.read_table(io.BytesIO(data)).cast(_SCHEMA)
-    except (pa.ArrowInvalid, ValueError, KeyError) as error:
-        raise StorageError(uri, f"not a manifest: {error}") from None
-    names = [field.name for field in fields(ManifestRow)]
-    return {
-        record["uri"]: ManifestRow(**{name: record[name] for name in names}) for record in table.to_pylist()
-    }
+
+    def __init__(self, storage: Storage, partition: str, num_classes: int) -> None:
+        self.uri = f"{partition}/manifest.parquet"
+        self._storage = storage
+        self._partition = partition
+        self._num_classes = num_classes
+
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return self._version() != ABSENT
+
+    def read(self, columns: Collection[str]) -> pa.Table:
+        """Some columns of all rows, sorted by URI; none where there is no manifest yet.
+
+        Raises:
+            StorageError: the object is there, but can't be read, or is no manifest.
+        """
+        tables = [table.select(list(columns)) for table in self._tables(self._version(), columns)]
+        empty = pa.schema([_SCHEMA.field(name) for name in columns]).empty_table()
+        return pa.concat_tables([empty, *tables])
+
+    def rows(self) -> Iterator[ManifestRow]:
+        """All rows, sorted by URI. Streams."""
+        for table in self._tables(self._version(), None):
+            yield from map(_to_row, table.to_pylist())
+
+    def update(
+        self,
+        rows: Mapping[str, ManifestRow],
+        removed: Collection[str] = (),
+        gone: Mapping[str, bool] | None = None,
+    ) -> None:
+        """Puts rows in the place of those of the same shards, and takes others out; keeps all the rest.
+
+        A row that only says that a shard couldn't be read leaves the labels of an earlier version of it
+        standing. Of two writers at once, the later adds to what the earlier has written.
+
+        Args:
+            rows: by URI.
+            removed: URIs of rows that are to go.
+            gone: by URI, whether the input has lost the shard; rows not named keep what they say.
+        """
+        while True:
+            version = self._version()
+            try:
+                self._write(self._merged(version, rows, removed, gone or {}), version)
+            except ObjectChanged:
+                continue
+            return
+
+    def replace(self, rows: Iterable[ManifestRow]) -> None:
+        """Writes all rows anew, whatever is there."""
+        ordered = sorted(rows, key=lambda row: row.uri)
+        groups = (ordered[at : at + ROW_GROUP_ROWS] for at in range(0, len(ordered), ROW_GROUP_ROWS))
+        self._write((_to_table(group) for group in groups), None)
+
+    def fold_statistics(self) -> ClassStatistics:
+        """The class statistics over every labelled shard."""
+        total = ClassStatistics.empty(self._num_classes)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
+            for table in self._tables(self._version(), ("output", "statistics")):
+                table = table.filter(pc.is_valid(table["output"]))
+                packed = [data for data in table["statistics"].to_pylist() if data is not None]
+                partials = [unpack_partial(data) for data in packed]
+                if len(packed) < table.num_rows:
+                    outputs = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
+                    partials += pool.map(self._partial_of, outputs)
+                if partials:
+                    total.add_partial(pa.concat_tables(partials))
+        return total
+
+    def _partial_of(self, output: str) -> pa.Table:
+        uri = f"{self._partition}/{output}"
+        with self._storage.open(uri) as file:
+            return read_partial(uri, file)
+
+    def _version(self) -> str:
+        try:
+            return self._storage.stat(self.uri).version
+        except ObjectNotFound:
+            return ABSENT
+
+    def _tables(self, version: str, columns: Collection[str] | None) -> Iterator[pa.Table]:
+        """The rows of one version, a row group at a time."""
+        if version == ABSENT:
+            return
+        with self._errors(), self._storage.open_raw(self.uri, version) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=True)
+            missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
+            if missing:
+                raise StorageError(self.uri, f"not a manifest: it has no column {', '.join(missing)}")
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowInvalid, ValueError, KeyError) as error:
+            raise StorageError(self.uri, f"not a manifest: {error}") from None
+
+    def _merged(
+        self,
+        version: str,
+        rows: Mapping[str, ManifestRow],
+        removed: Collection[str],
+        gone: Mapping[str, bool],
+    ) -> Iterator[pa.Table]:
+        """What `version` becomes with these changes: a merge of two sorted streams."""
+        waiting = sorted(rows)
+        gone_column = _SCHEMA.get_field_index("gone")
+        uris_of = {
+            flag: pa.array((uri for uri, value in gone.items() if value is flag), pa.string())
+            for flag in (True, False)
+        }
+        for table in self._tables(version, None):
+            last = table["uri"][-1].as_py()
+            count = bisect.bisect_right(waiting, last)
+            now, waiting = waiting[:count], waiting[count:]
+            changed = [*now, *removed]
+            if changed:
+                is_changed = pc.is_in(table["uri"], value_set=pa.array(changed, pa.string()))
+                before = {row["uri"]: _to_row(row) for row in table.filter(is_changed).to_pylist()}
+                added = _to_table([_succeeded(before.get(uri), rows[uri]) for uri in now])
+                table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
+            for flag, uris in uris_of.items():
+                if len(uris):
+                    column = pc.if_else(pc.is_in(table["uri"], value_set=uris), flag, table["gone"])
+                    table = table.set_column(gone_column, _SCHEMA.field("gone"), column)
+            yield table
+        yield _to_table([rows[uri] for uri in waiting])
+
+    def _write(self, tables: Iterable[pa.Table], expected: str | None) -> None:
+        with tempfile.TemporaryFile() as whole:
+            labelled = _save(tables, whole, ROW_GROUP_ROWS)
+            if labelled * (self._num_classes + 100) > MOST_STATISTICS:
+                with tempfile.TemporaryFile() as less:
+                    groups = pq.ParquetFile(whole)
+                    rest = (groups.read_row_group(i) for i in range(groups.num_row_groups))
+                    _save(map(_without_statistics, rest), less, BARE_ROW_GROUP_ROWS)
+                    self._storage.write(self.uri, less, expected)
+            else:
+                self._storage.write(self.uri, whole, expected)
 
 
-def fold_statistics(manifest: Mapping[str, ManifestRow], num_classes: int) -> ClassStatistics:
-    """The class statistics over every labelled shard of the manifest."""
-    return merge(
-        (
-            ClassStatistics.from_partial(unpack_partial(row.statistics), num_classes)
-            for row in manifest.values()
-            if row.statistics is not None
-        ),
-        num_classes,
-    )
+def _without_statistics(table: pa.Table) -> pa.Table:
+    column = _SCHEMA.get_field_index("statistics")
+    return table.set_column(column, "statistics", pa.nulls(table.num_rows, pa.binary()))
+
+
+def _save(tables: Iterable[pa.Table], file: BinaryIO, group_rows: int) -> int:
+    """Writes rows in groups of one size, so that the same rows make the same bytes; counts the labelled."""
+    labelled = 0
+    left = _SCHEMA.empty_table()
+    with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+        for table in tables:
+            labelled += table.num_rows - table["output"].null_count
+            left = pa.concat_tables([left, table.cast(_SCHEMA)])
+            while left.num_rows >= group_rows:
+                writer.write_table(left.slice(0, group_rows).combine_chunks())
+                left = left.slice(group_rows)
+        if left.num_rows:
+            writer.write_table(left.combine_chunks())
+    return labelled
+
+
+def _succeeded(before: ManifestRow | None, row: ManifestRow) -> ManifestRow:
+    if before is None or before.output is None or row.output is not None:
+        return row
+    # Its labels of an earlier version are still there, and so are their statistics.
+    return replace(before, error=row.error, failed_version=row.failed_version, gone=row.gone)
+
+
+def _to_table(rows: list[ManifestRow]) -> pa.Table:
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SCHEMA]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+_ROW_FIELDS = [field.name for field in fields(ManifestRow)]
+
+
+def _to_row(record: Mapping[str, object]) -> ManifestRow:
+    return ManifestRow(**{name: record[name] for name in _ROW_FIELDS})  # type: ignore[arg-type]
+
+
+class ManifestWriter:
+    """Gathers the rows of a run, and writes them every now and then, in the background.
+
+    What it hasn't written when a run dies is recovered from the prediction files.
+    """
+
+    def __init__(self, manifest: Manifest, interval: float) -> None:
+        """Writes every `interval` seconds, or less often where that would take a twentieth of the time."""
+        self._manifest = manifest
+        self._interval = interval
+        self._pending: dict[str, ManifestRow] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="manifest")
+        self._writing: Future[None] | None = None
+        self._next = time.monotonic() + interval
+
+    def add(self, row: ManifestRow) -> None:
+        """Takes a row; writes what there is, if it is time.
+
+        Raises:
+            StorageError: an earlier write has failed.
+        """
+        with self._lock:
+            self._pending[row.uri] = row
+            count = len(self._pending)
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
+            self._writing = None
+        due = time.monotonic() >= self._next or count >= MOST_PENDING
+        if due and self._writing is None:
+            self._writing = self._pool.submit(self._write)
+        elif count >= 2 * MOST_PENDING and self._writing is not None:
+            self._writing.result()
+
+    def flush(self) -> None:
+        """Writes what hasn't been written.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        self._pool.submit(self._write).result()
+
+    def close(self) -> None:
+        """Ends the thread; writes nothing."""
+        self._pool.shutdown()
+
+    def _write(self) -> None:
+        with self._lock:
+            rows = dict(self._pending)
+        if not rows:
+            return
+        start = time.monotonic()
+        self._manifest.update(rows)
+        with self._lock:
+            for uri, row in rows.items():
+                if self._pending.get(uri) is row:
+                    del self._pending[uri]
+        end = time.monotonic()
+        self._next = end + max(self._interval, 20 * (end - start))

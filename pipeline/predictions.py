@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.statistics import ClassStatistics
+from pipeline.storage import StorageError
 
 #: Rows of a row group: enough to compress well, few enough for a reader to skip some.
 ROW_GROUP_ROWS = 65_536
@@ -69,17 +69,22 @@ class Footer:
     Attributes:
         shard: the shard's URI.
         version: the version of the shard that was labelled.
+        format, size: of the shard, as listed.
         fingerprint: hash over everything that decides a label.
         rows: samples, errors included.
         errors: samples that could not be classified.
+        duplicate_keys: samples whose key an earlier sample of the shard has.
         partial: the shard's partial class statistics, as `ClassStatistics.to_partial` makes them.
     """
 
     shard: str
     version: str
+    format: str
+    size: int
     fingerprint: str
     rows: int
     errors: int
+    duplicate_keys: int
     partial: pa.Table
 
 
@@ -88,9 +93,12 @@ def encode(predictions: pa.Table, footer: Footer) -> bytes:
     metadata = {
         "shard": footer.shard,
         "version": footer.version,
+        "format": footer.format,
+        "size": str(footer.size),
         "fingerprint": footer.fingerprint,
         "rows": str(footer.rows),
         "errors": str(footer.errors),
+        "duplicate_keys": str(footer.duplicate_keys),
         # Base64, since the Parquet format wants text here and some readers insist on it.
         "statistics": base64.b64encode(pack_partial(footer.partial)).decode(),
     }
@@ -108,30 +116,48 @@ def encode(predictions: pa.Table, footer: Footer) -> bytes:
     return out.getvalue()
 
 
-def read_footer(file: io.IOBase, num_classes: int) -> tuple[Footer, ClassStatistics]:
-    """What a prediction file says of itself, and its statistics; its rows are not read.
+_NAMES = (
+    "shard",
+    "version",
+    "format",
+    "size",
+    "fingerprint",
+    "rows",
+    "errors",
+    "duplicate_keys",
+    "statistics",
+)
+
+
+def read_footer(uri: str, file: io.IOBase) -> Footer:
+    """What a prediction file says of itself; its rows are not read.
 
     Raises:
-        ValueError: the file is Parquet, but not a prediction file.
+        StorageError: it is no prediction file; names it, by its URI.
     """
-    metadata = pq.read_metadata(file).metadata or {}
     try:
-        values = {
-            name: metadata[(_FOOTER + name).encode()].decode()
-            for name in ("shard", "version", "fingerprint", "rows", "errors", "statistics")
-        }
+        metadata = pq.read_metadata(file).metadata or {}
+        values = {name: metadata[(_FOOTER + name).encode()].decode() for name in _NAMES}
+        return Footer(
+            shard=values["shard"],
+            version=values["version"],
+            format=values["format"],
+            size=int(values["size"]),
+            fingerprint=values["fingerprint"],
+            rows=int(values["rows"]),
+            errors=int(values["errors"]),
+            duplicate_keys=int(values["duplicate_keys"]),
+            partial=unpack_partial(base64.b64decode(values["statistics"])),
+        )
     except KeyError as missing:
-        raise ValueError(f"not a prediction file: its footer has no {missing}") from None
-    partial = unpack_partial(base64.b64decode(values["statistics"]))
-    footer = Footer(
-        shard=values["shard"],
-        version=values["version"],
-        fingerprint=values["fingerprint"],
-        rows=int(values["rows"]),
-        errors=int(values["errors"]),
-        partial=partial,
-    )
-    return footer, ClassStatistics.from_partial(partial, num_classes)
+        raise StorageError(uri, f"not a prediction file: its footer has no {missing}") from None
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise StorageError(uri, f"not a prediction file: {error}") from None
+
+
+def read_partial(uri: str, file: io.IOBase) -> pa.Table:
+    """The partial statistics in the footer of a prediction file; see `read_footer`."""
+    return read_footer(uri, file).partial
 
 
 def pack_partial(partial: pa.Table) -> bytes:

@@ -97,23 +97,24 @@ def occurring(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def render_report(result: RunResult) -> str:
     """The page for a run; whatever comes from data is escaped."""
-    partition, stats = result.plan.partition, result.statistics
+    partition, stats, totals = result.plan.partition, result.statistics, result.totals
+    assert stats is not None
     classes = result.class_table.to_pylist()
     facts = {
         "Input": partition.config.input.uri,
         "Output": partition.uri,
         "Run": result.run,
         "Fingerprint": partition.fingerprint,
-        "This run": f"{result.images:,} images in {len(result.rows):,} shards; {result.errors:,} errors",
+        "This run": f"{totals.images:,} images in {totals.shards:,} shards; {totals.errors:,} errors",
         "In all": f"{int(stats.count.sum()):,} labelled images",
     }
     if stats.has_targets:
         facts["Top-1 accuracy"] = percent(stats.top1_accuracy())
-        facts["Top-5 accuracy"] = percent(result.top5_accuracy)
+        facts["Top-5 accuracy"] = percent(stats.top5_accuracy(partition.config.output.topk))
     return _PAGE.render(
         model=partition.checkpoint.name,
         facts=facts,
-        unreadable=result.unreadable,
+        unreadable=totals.unreadable,
         classes=occurring(classes),
         class_count=len(classes),
         has_targets=stats.has_targets,

@@ -29,7 +29,9 @@ _PARTIAL = pa.schema(
         ("score_min", pa.float32()),
         ("score_max", pa.float32()),
         ("entropy_sum", pa.int64()),
-        ("score_histogram", pa.list_(pa.int64(), BINS)),
+        # Only the bins that hold anything: of a thousand classes, a shard has an image or two each.
+        ("score_bins", pa.list_(pa.uint8())),
+        ("score_bin_counts", pa.list_(pa.int64())),
         ("predicted_with_target", pa.int64()),
         ("support", pa.int64()),
         ("true_positives", pa.int64()),
@@ -151,27 +153,38 @@ class ClassStatistics:
     def to_partial(self) -> pa.Table:
         """The mergeable form, one row a class that occurs; `from_partial` is the way back."""
         seen = np.flatnonzero((self.count > 0) | (self.support > 0))
-        columns = [pa.array(seen, pa.int32())]
+        histogram = self.score_histogram[seen]
+        rows, bins = np.nonzero(histogram)
+        ends = pa.array(np.searchsorted(rows, np.arange(len(seen) + 1)), pa.int32())
+        lists = {"score_bins": bins, "score_bin_counts": histogram[rows, bins]}
+        columns = {"label_id": pa.array(seen, pa.int32())}
         for field in list(_PARTIAL)[1:]:
-            values = getattr(self, field.name)[seen]
-            if field.name == "score_histogram":
-                columns.append(pa.FixedSizeListArray.from_arrays(values.reshape(-1), BINS))
+            if field.name in lists:
+                values = pa.array(lists[field.name], field.type.value_type)
+                columns[field.name] = pa.ListArray.from_arrays(ends, values)
             else:
-                columns.append(pa.array(values, field.type))
+                columns[field.name] = pa.array(getattr(self, field.name)[seen], field.type)
         return pa.table(columns, schema=_PARTIAL)
 
     @classmethod
     def from_partial(cls, partial: pa.Table, num_classes: int) -> ClassStatistics:
         """The statistics that `to_partial` wrote."""
         stats = cls.empty(num_classes)
-        seen = partial["label_id"].to_numpy()
-        for name, values in vars(stats).items():
-            column = partial[name].combine_chunks()
-            if name == "score_histogram":
-                values[seen] = column.flatten().to_numpy().reshape(-1, BINS)
-            else:
-                values[seen] = column.to_numpy(zero_copy_only=False)
+        stats.add_partial(partial)
         return stats
+
+    def add_partial(self, partial: pa.Table) -> None:
+        """Merges what `to_partial` wrote, or several of such tables one after another, into these."""
+        partial = partial.combine_chunks()
+        label = partial["label_id"].to_numpy()
+        for name, values in vars(self).items():
+            if name == "score_histogram":
+                bins, counts = (partial[n].combine_chunks() for n in ("score_bins", "score_bin_counts"))
+                rows = np.repeat(label, bins.value_lengths().to_numpy())
+                np.add.at(values, (rows, bins.flatten().to_numpy()), counts.flatten().to_numpy())
+            else:
+                fold = {"score_min": np.minimum, "score_max": np.maximum}.get(name, np.add)
+                fold.at(values, label, partial[name].to_numpy())
 
     @property
     def has_targets(self) -> bool:

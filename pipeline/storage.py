@@ -317,6 +317,12 @@ _S3_REJECTED = {
 _S3_DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _S3_BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 _S3_BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
+# botocore takes an answer that breaks off in its head, or right after it, for one that lacks the rest.
+_S3_WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "head_object": lambda answer: "ETag" in answer and "ContentLength" in answer,
+    "list_objects_v2": lambda answer: len(answer) > 1,  # has more than the ResponseMetadata
+    "put_object": lambda answer: "ETag" in answer,
+}
 
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
 
@@ -412,7 +418,7 @@ class _S3:
 
         def attempt() -> Any:
             data.seek(0)
-            return self._client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+            return self._request("put_object", Bucket=bucket, Key=key, Body=data, **condition)
 
         try:
             response = self._tried(uri, attempt)
@@ -430,7 +436,13 @@ class _S3:
         self._call(uri, "delete_object", Bucket=bucket, Key=key)
 
     def _call(self, uri: str, operation: str, **request: Any) -> Any:
-        return self._tried(uri, lambda: getattr(self._client, operation)(**request), soon="list" in operation)
+        return self._tried(uri, lambda: self._request(operation, **request), soon="list" in operation)
+
+    def _request(self, operation: str, **request: Any) -> Any:
+        answer = getattr(self._client, operation)(**request)
+        if operation in _S3_WHOLE and not _S3_WHOLE[operation](answer):
+            raise http.client.IncompleteRead(b"")
+        return answer
 
     def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
         """One request, tried again if need be; what fails for good becomes a `StorageError`.

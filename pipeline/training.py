@@ -34,7 +34,8 @@ from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from pipeline.config import ConfigError, InputConfig, ScheduleConfig, TrainConfig
 from pipeline.dataflow import labelled_images
-from pipeline.labelling import input_shards, make_storage, read_options
+from pipeline.labelling import input_shards
+from pipeline.partition import make_storage, read_options
 from pipeline.storage import Storage
 
 _STATE = "training_state.pt"
@@ -163,7 +164,7 @@ def _label_fields(labels: list[str]) -> dict[str, Any]:
 
 
 def _dataset(storage: Storage, section: InputConfig, subject: Subject) -> ray.data.Dataset:
-    shards, _ = input_shards(storage, section)
+    shards = input_shards(storage, section)
     labels = [subject.model.config.id2label[i] for i in range(subject.model.config.num_labels)]
     options = read_options(section, labels)
     return labelled_images(shards, storage, options, subject.preprocessor, section.max_image_pixels)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions, classify
 from pipeline.committing import Committer, IncompleteShardError, Progress
-from pipeline.manifest import ManifestRow, fold_statistics, read_manifest, write_manifest
+from pipeline.manifest import Manifest, ManifestRow
 from pipeline.predictions import prediction_schema, read_footer
 from pipeline.shards import Shard
 from pipeline.statistics import ClassStatistics
@@ -50,13 +52,41 @@ def cut(shard: int, total: int, size: int) -> list[Chunk]:
     return [result(shard, at, min(size, total - at), total if at == starts[-1] else None) for at in starts]
 
 
-def commit(folder: Path, plan: list[Shard], chunks: list[Chunk], finish: bool = True) -> Committer:
-    with Committer(Storage(), str(folder), plan, "f" * 64, OPTIONS, "run-1") as committer:
+@dataclass
+class Committed:
+    """What a committer did: manifest rows by URI, and the rest of it."""
+
+    rows: dict[str, ManifestRow]
+    committer: Committer
+
+
+def commit(
+    folder: Path,
+    plan: list[Shard],
+    chunks: list[Chunk],
+    *,
+    finish: bool = True,
+    expected: Mapping[str, str] | None = None,
+    is_current: Callable[[Shard], bool] = lambda shard: True,
+) -> Committed:
+    rows: dict[str, ManifestRow] = {}
+    committer = Committer(
+        Storage(),
+        str(folder),
+        plan,
+        "f" * 64,
+        OPTIONS,
+        "run-1",
+        expected=expected or {},
+        is_current=is_current,
+        on_commit=lambda row: rows.update({row.uri: row}),
+    )
+    with committer:
         for chunk in chunks:
             committer.add(chunk)
         if finish:
             committer.finish()
-    return committer
+    return Committed(rows, committer)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -97,7 +127,7 @@ def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
     commit(tmp_path / "once", plan, chunks)
     again = commit(tmp_path / "twice", plan, [c for chunk in chunks for c in (chunk, chunk)] + chunks)
     assert files(tmp_path / "twice") == files(tmp_path / "once")
-    assert again.progress().images == 16
+    assert again.committer.progress().images == 16
 
 
 def test_nothing_is_visible_of_a_shard_that_is_not_complete(tmp_path: Path) -> None:
@@ -132,17 +162,20 @@ def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_pa
         row = committer.rows["s3://bucket/000.tar"]
         assert (row.error, row.rows, row.output, row.statistics) == (error, None, None, None)
         assert files(tmp_path) == {}
-        assert committer.progress() == Progress(images=0, errors=0, shards=1)
+        assert committer.committer.progress() == Progress(images=0, errors=0, shards=1)
 
 
 def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:
     committer = commit(tmp_path, shards(1), cut(0, 30, 7))
     content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
-    footer, stats = read_footer(io.BytesIO(content), len(LABELS))
+    footer = read_footer("file", io.BytesIO(content))
+    stats = ClassStatistics.from_partial(footer.partial, len(LABELS))
     assert (footer.shard, footer.version) == ("s3://bucket/000.tar", "v0")
     assert (footer.fingerprint, footer.rows, footer.errors) == ("f" * 64, 30, 7)
     expected = ClassStatistics.of(pq.read_table(io.BytesIO(content)), len(LABELS))
-    folded = fold_statistics(committer.rows, len(LABELS))
+    manifest = Manifest(Storage(), str(tmp_path), len(LABELS))
+    manifest.update(committer.rows)
+    folded = manifest.fold_statistics()
     for name, values in vars(expected).items():
         np.testing.assert_array_equal(getattr(stats, name), values)
         np.testing.assert_array_equal(getattr(folded, name), values)
@@ -151,8 +184,8 @@ def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) ->
 def test_another_parquet_file_is_not_taken_for_predictions() -> None:
     out = io.BytesIO()
     pq.write_table(pa.table({"a": [1]}), out)
-    with pytest.raises(ValueError, match="not a prediction file"):
-        read_footer(io.BytesIO(out.getvalue()), 3)
+    with pytest.raises(StorageError, match=r"some\.parquet: not a prediction file"):
+        read_footer("some.parquet", io.BytesIO(out.getvalue()))
 
 
 def test_keys_that_stand_twice_are_kept_and_counted(tmp_path: Path) -> None:
@@ -169,22 +202,62 @@ def test_output_that_cannot_be_written_ends_the_run_with_its_name(tmp_path: Path
         commit(tmp_path, shards(1), cut(0, 4, 4))
 
 
-def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    rows = commit(tmp_path, shards(3), [c for i in range(3) for c in cut(i, 5, 4)]).rows
-    uri = str(tmp_path / "manifest.parquet")
-    write_manifest(Storage(), uri, rows.values())
-    back = read_manifest(Storage(), uri)
-    assert list(back) == sorted(rows)
-    for name, row in back.items():
-        assert isinstance(row, ManifestRow)
-        for field in ManifestRow.__dataclass_fields__:
-            if field != "committed_at":  # kept to the millisecond
-                assert getattr(row, field) == getattr(rows[name], field)
+def overwrite(folder: Path, plan: list[Shard], is_current: bool) -> Committed:
+    """Commits a plan over what is there, of which it knows nothing."""
+    return commit(folder, plan, cut(0, 12, 5), is_current=lambda shard: is_current)
 
 
-def test_a_missing_manifest_is_empty_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
-    uri = tmp_path / "manifest.parquet"
-    assert read_manifest(Storage(), str(uri)) == {}
-    uri.write_bytes(b"PAR1 not at all")
-    with pytest.raises(StorageError, match=r"manifest\.parquet: not a manifest"):
-        read_manifest(Storage(), str(uri))
+def test_of_two_runs_that_label_the_same_the_second_finds_the_shard_done(tmp_path: Path) -> None:
+    plan = shards(1)
+    first = commit(tmp_path, plan, cut(0, 12, 4))
+    content = files(tmp_path)
+    second = overwrite(tmp_path, plan, is_current=True)
+    assert files(tmp_path) == content
+    [row], [other] = first.rows.values(), second.rows.values()
+    assert replace(row, committed_at=None) == replace(other, committed_at=None)
+
+
+def test_a_zombie_does_not_replace_the_labels_of_a_newer_version(tmp_path: Path) -> None:
+    newer = [replace(shards(1)[0], version="newer")]
+    commit(tmp_path, newer, cut(0, 9, 4))
+    content = files(tmp_path)
+    zombie = overwrite(tmp_path, shards(1), is_current=False)
+    assert files(tmp_path) == content
+    assert [(row.version, row.rows) for row in zombie.rows.values()] == [("newer", 9)]
+
+
+def test_the_labels_that_a_zombie_left_give_way_to_those_of_the_current_version(tmp_path: Path) -> None:
+    commit(tmp_path, [replace(shards(1)[0], version="older")], cut(0, 9, 4))
+    done = overwrite(tmp_path, shards(1), is_current=True)
+    assert [(row.version, row.rows) for row in done.rows.values()] == [("v0", 12)]
+    assert pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet").num_rows == 12
+
+
+def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path) -> None:
+    done = commit(tmp_path, shards(1), cut(0, 12, 5), expected={"s3://bucket/000.tar": "1-1"})
+    assert [row.rows for row in done.rows.values()] == [12]
+
+
+def test_a_committer_that_winds_down_ends_what_is_open_and_takes_nothing_new(tmp_path: Path) -> None:
+    rows: dict[str, ManifestRow] = {}
+    with Committer(
+        Storage(),
+        str(tmp_path),
+        shards(2),
+        "f" * 64,
+        OPTIONS,
+        "run-1",
+        expected={},
+        is_current=lambda shard: True,
+        on_commit=lambda row: rows.update({row.uri: row}),
+    ) as committer:
+        first, *rest = cut(0, 10, 4)
+        committer.add(first)
+        committer.wind_down()
+        for chunk in cut(1, 6, 4) + rest:
+            committer.add(chunk)
+        assert committer.open_shards == 0
+        committer.settle()
+    assert list(files(tmp_path)) == ["predictions/s3/bucket/000.tar.parquet"]
+    assert list(rows) == ["s3://bucket/000.tar"]
+    assert committer.totals.images == 10

@@ -23,6 +23,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.committing import Progress
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.labelling import Plan, RunResult, make_plan, run_labelling
+from pipeline.planning import Selection
 from pipeline.predictions import prediction_schema
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
@@ -140,6 +141,7 @@ def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Pro
     assert written.equals(expected)
     with_target = [row for row in rows.to_pylist() if row["target_id"] is not None]
     hits = np.mean([row["target_id"] == row["label_id"] for row in with_target])
+    assert result.statistics is not None
     assert result.statistics.top1_accuracy() == pytest.approx(hits)
     assert hits > 0.8  # the checkpoint is a real one
 
@@ -147,7 +149,7 @@ def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Pro
 def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, list[Progress]]) -> None:
     result, _ = formats
     partition, storage = result.plan.partition, result.plan.partition.storage
-    manifest = pq.read_table(io.BytesIO(storage.read(partition.manifest_uri))).to_pylist()
+    manifest = pq.read_table(io.BytesIO(storage.read(partition.manifest.uri))).to_pylist()
     assert sum(row["rows"] for row in manifest) == 100
     for row in manifest:
         assert storage.stat(f"{partition.uri}/{row['output']}").size > 0
@@ -209,7 +211,8 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
     for row in rows:
         if row["error"] is not None:
             assert row["label"] is row["score"] is row["topk_label_ids"] is row["entropy"] is None
-    assert (result.images, result.errors, result.unreadable) == (19, 8, [])
+    totals = result.totals
+    assert (totals.images, totals.errors, totals.unreadable) == (19, 8, [])
 
 
 def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
@@ -222,7 +225,7 @@ def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
     result = run_labelling(config(bucket, "read.chunk_images=5"))
     assert {str(row["shard"]) for row in rows_of(result)} == {f"{bucket}/in/good.tar"}
     assert len(rows_of(result)) == 30
-    unreadable = {row.uri: row.error for row in result.unreadable}
+    unreadable = {row.uri: row.error for row in result.totals.unreadable}
     assert set(unreadable) == {f"{bucket}/in/cut.tar", f"{bucket}/in/not.parquet"}
     for uri, error in unreadable.items():
         assert error is not None
@@ -230,10 +233,11 @@ def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
     partition = result.plan.partition
     record = json.loads(partition.storage.read(f"{partition.uri}/runs/{result.run}.json"))
     assert record["status"] == "incomplete"
-    assert set(record["unreadable"]) == set(unreadable)
+    assert {failure["uri"]: failure["error"] for failure in record["unreadable"]} == unreadable
+    assert not result.is_complete
 
 
-def test_a_second_run_writes_the_same_bytes(
+def test_labelling_anew_writes_the_same_bytes(
     ray_local: None, bucket: str, storage: Storage, samples: list[Sample]
 ) -> None:
     for i in range(3):
@@ -249,7 +253,9 @@ def test_a_second_run_writes_the_same_bytes(
     job = config(bucket, "read.chunk_images=8", "output.embedding=float16")
     first = predictions(run_labelling(job))
     assert len(first) == 3
-    assert predictions(run_labelling(job)) == first
+    again = run_labelling(job, selection=Selection(relabel=True))
+    assert again.totals.shards == 3
+    assert predictions(again) == first
 
 
 def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifest_whole(
@@ -263,7 +269,8 @@ def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifes
     (tmp_path / "in" / "a.tar").unlink()
     (tmp_path / "in" / "b.tar").write_bytes(make_tar(wds(samples[10:25])))
     grown = run_labelling(config(str(tmp_path)))
-    assert grown.images == 15
+    assert grown.totals.images == 15
+    assert grown.statistics is not None
     assert int(grown.statistics.count.sum()) == 25
     table = ds.dataset(grown.plan.partition.uri + "/predictions", format="parquet").to_table()
     assert table.num_rows == 25
@@ -279,9 +286,11 @@ def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_stat
     first = run_labelling(job)
     shard.write_bytes(shard.read_bytes()[:3000])
     second = run_labelling(job)
-    assert [row.uri for row in second.unreadable] == [str(shard)]
+    assert [row.uri for row in second.totals.unreadable] == [str(shard)]
+    assert first.statistics is not None
+    assert second.statistics is not None
     assert int(second.statistics.count.sum()) == int(first.statistics.count.sum()) == 20
-    [row] = pq.read_table(second.plan.partition.manifest_uri).to_pylist()
+    [row] = pq.read_table(second.plan.partition.manifest.uri).to_pylist()
     assert (row["rows"], row["run"]) == (20, first.run)
     assert "damaged" in row["error"]
     assert Path(second.plan.partition.uri, row["output"]).is_file()
@@ -307,7 +316,7 @@ def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
     with pytest.raises(KeyboardInterrupt):
         run_labelling(job, interrupt)
     partition = make_plan(job).partition
-    manifest = pq.read_table(partition.manifest_uri).to_pylist()
+    manifest = pq.read_table(partition.manifest.uri).to_pylist()
     files = list(Path(partition.uri, "predictions").rglob("*.parquet"))
     assert len(manifest) == len(files) >= 1
     [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]

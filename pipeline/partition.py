@@ -1,0 +1,119 @@
+"""A partition of the output: one model with one set of options, its fingerprint, and how to reach it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from pipeline.classifying import PredictionOptions
+from pipeline.config import Config, ConfigError, InputConfig, StorageConfig
+from pipeline.manifest import Manifest
+from pipeline.reading import ReadOptions
+from pipeline.statistics import ClassStatistics, class_table
+from pipeline.storage import Storage, normalised
+
+if TYPE_CHECKING:
+    from cvt.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The output of one model with one set of options, and how to reach it.
+
+    Attributes:
+        config: the job's configuration.
+        storage: access to input and output.
+        checkpoint: the model, loaded.
+        fingerprint: hash over everything that decides a label, in hexadecimal.
+    """
+
+    config: Config
+    storage: Storage
+    checkpoint: Checkpoint
+    fingerprint: str
+
+    @property
+    def uri(self) -> str:
+        """Where it lies, without a slash at the end."""
+        return f"{normalised(self.config.output.uri)}/model={self.checkpoint.name}-{self.fingerprint[:8]}"
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is labelled."""
+        return Manifest(self.storage, self.uri, len(self.checkpoint.labels))
+
+    @property
+    def prediction_options(self) -> PredictionOptions:
+        """What the prediction columns are."""
+        return PredictionOptions(
+            labels=self.checkpoint.labels,
+            topk=self.config.output.topk,
+            embedding=self.config.output.embedding,
+            embedding_width=self.checkpoint.embedding_width,
+        )
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What readers need to know of the input, and of the model's classes."""
+        return read_options(self.config.input, self.checkpoint.labels)
+
+    def class_table(self, stats: ClassStatistics) -> pa.Table:
+        """Statistics as `class_stats.parquet` holds them."""
+        return class_table(stats, self.checkpoint.labels, self.config.output.topk)
+
+
+def open_partition(config: Config) -> Partition:
+    """Loads the model, and finds where its labels go; neither input nor output is touched.
+
+    Raises:
+        CheckpointError: the model can't be loaded.
+        ConfigError: an option doesn't fit the model.
+    """
+    from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
+
+    checkpoint = load_checkpoint(config.model.path, config.model.revision)
+    if config.output.topk > len(checkpoint.labels):
+        raise ConfigError(
+            f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
+        )
+    return Partition(config, make_storage(config.storage), checkpoint, _fingerprint(config, checkpoint))
+
+
+def make_storage(section: StorageConfig) -> Storage:
+    """The storage that the configuration describes."""
+    return Storage(endpoint_url=section.endpoint_url, region=section.region)
+
+
+def read_options(section: InputConfig, labels: Sequence[str]) -> ReadOptions:
+    """What readers need to know of the input, and of the model's classes.
+
+    Of classes that share a name, as ImageNet's two cranes do, none is told by it.
+    """
+    times = Counter(labels)
+    return ReadOptions(
+        labels=section.labels,
+        label_field=section.label_field,
+        image_column=section.image_column,
+        label_column=section.label_column,
+        key_column=section.key_column,
+        class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
+        num_labels=len(labels),
+        max_image_bytes=section.max_image_bytes,
+    )
+
+
+def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
+    """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
+    decides = {
+        "checkpoint": checkpoint.digest,
+        "precision": config.model.precision,
+        "output": config.output.model_dump(exclude={"uri"}),
+        "input": config.input.model_dump(exclude={"uri", "format"}),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

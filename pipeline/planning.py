@@ -1,0 +1,147 @@
+"""What is left to do: the listing of the input against the manifest. Only names and versions are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from pipeline.manifest import Manifest, ManifestRow
+from pipeline.shards import Shard
+from pipeline.storage import normalised
+
+
+class State(StrEnum):
+    """What a shard is to a plan."""
+
+    NEW = "new"
+    CHANGED = "changed"
+    DONE = "done"
+    FAILED = "failed"  # this version of it couldn't be read
+    GONE = "gone"  # no longer in the input
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a run labels beside shards that are new or have changed.
+
+    Attributes:
+        retry_errors: shards with error rows, and those that couldn't be read.
+        relabel: every shard.
+        prune: remove the labels of shards that are gone.
+    """
+
+    retry_errors: bool = False
+    relabel: bool = False
+    prune: bool = False
+
+
+#: What is new or has changed, and nothing else.
+LABEL_NEW = Selection()
+
+
+class Known(NamedTuple):
+    """What the manifest knows of a shard; see `ManifestRow`."""
+
+    version: str | None
+    errors: int | None
+    output: str | None
+    output_version: str | None
+    failed_version: str | None
+    gone: bool
+    format: str | None
+
+    @classmethod
+    def of(cls, row: ManifestRow) -> Known:
+        """The part of a manifest's row that plans are made from."""
+        return cls(*(getattr(row, name) for name in cls._fields))
+
+
+@dataclass
+class Work:
+    """What is to be done.
+
+    Attributes:
+        selection: what is labelled beside what is new or has changed.
+        shards: what is to be labelled, in the order of the listing.
+        expected: by URI, the version of the prediction file that is to be replaced, where there is one.
+        states: how many shards of the input are in which state; and those that are gone.
+        again: shards of `shards` that are neither new nor changed.
+        skipped_failures: shards that couldn't be read, and that are not to be tried again.
+        gone: shards that the input no longer has, and what is known of them.
+        returned: shards that the manifest calls gone, and that are there again.
+        moved: changed groups of loose images that have lost images to a new group after them.
+    """
+
+    selection: Selection
+    shards: list[Shard] = field(default_factory=list)
+    expected: dict[str, str] = field(default_factory=dict)
+    states: Counter[State] = field(default_factory=Counter)
+    again: int = 0
+    skipped_failures: int = 0
+    gone: dict[str, Known] = field(default_factory=dict)
+    returned: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+
+
+def read_known(manifest: Manifest) -> dict[str, Known]:
+    """What the manifest knows of every shard, by URI."""
+    table = manifest.read(("uri", *Known._fields))
+    # Few values, that stand in every row: one object each.
+    shared = {"format", "failed_version"}
+    columns = [
+        (column.dictionary_encode() if name in shared else column).to_pylist()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    return {uri: Known(*values) for uri, *values in zip(*columns, strict=True)}
+
+
+def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, selection: Selection) -> Work:
+    """Finds out what is to be done.
+
+    Args:
+        listing: the shards of the input.
+        known: what the manifest knows; what remains in it afterwards is of other inputs.
+        input_uri: what was listed: only what lies there can be gone.
+        selection: what is labelled beside what is new or has changed.
+    """
+    work = Work(selection)
+    last_changed: str | None = None  # the group of loose images just before, if it has changed
+    for shard in listing:
+        row = known.pop(shard.uri, None)
+        state = _state(shard, row)
+        work.states[state] += 1
+        if row is not None and row.gone:
+            work.returned.append(shard.uri)
+        again = selection.relabel or (
+            selection.retry_errors and (state is State.FAILED or bool(row is not None and row.errors))
+        )
+        if state in (State.NEW, State.CHANGED) or again:
+            work.shards.append(shard)
+            work.again += state not in (State.NEW, State.CHANGED)
+            if row is not None and row.output_version is not None:
+                work.expected[shard.uri] = row.output_version
+        elif state is State.FAILED:
+            work.skipped_failures += 1
+        if shard.format == "images":
+            if state is State.NEW and last_changed is not None:
+                work.moved.append(last_changed)
+            if state is not State.NEW:
+                has_labels = row is not None and row.output is not None
+                last_changed = shard.uri if state is State.CHANGED and has_labels else None
+    root = normalised(input_uri)
+    gone = [uri for uri in known if uri == root or uri.startswith(f"{root}/")]
+    work.gone = {uri: known.pop(uri) for uri in gone}
+    work.states[State.GONE] = len(work.gone)
+    work.moved = list(dict.fromkeys(work.moved))
+    return work
+
+
+def _state(shard: Shard, row: Known | None) -> State:
+    if row is None:
+        return State.NEW
+    if row.version == shard.version:
+        return State.DONE
+    return State.FAILED if row.failed_version == shard.version else State.CHANGED
