@@ -29,7 +29,7 @@ from pipeline.report import render_report
 from pipeline.retrying import faults
 from pipeline.shards import Shard, ShardListing, list_shards, name_below, prediction_path
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError, normalised
+from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
 
 
 class NoShardsError(ValueError):
@@ -314,9 +314,9 @@ def _regrouped(partition: Partition, gone: Mapping[str, Known], shards: list[Sha
     found = set()
     for uri, row in groups.items():
         try:
-            with partition.storage.open(f"{partition.uri}/{row.output}", row.output_version) as file:
+            with partition.storage.open(f"{partition.uri}/{row.output}") as file:
                 keys = pq.read_table(file, columns=["key"])["key"]
-        except (ObjectNotFound, ObjectChanged):
+        except ObjectNotFound:
             continue
         if not listed.isdisjoint(keys.to_pylist()):
             found.add(uri)

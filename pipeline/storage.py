@@ -12,6 +12,7 @@ import functools
 import http.client
 import io
 import os
+import re
 import shutil
 import stat
 import threading
@@ -746,10 +747,16 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+#: What a write has in the making, or a crash has left of one.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+
+
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:
     """Files below `folder`, bytewise by path; links are followed, except back to a folder above."""
     with _local_errors(folder), os.scandir(folder) as scan:
-        entries = [(os.fsencode(e.name) + b"/" * e.is_dir(), e.path) for e in scan]
+        entries = [
+            (os.fsencode(e.name) + b"/" * e.is_dir(), e.path) for e in scan if not _UNFINISHED.match(e.name)
+        ]
     for _, path in sorted(entries):
         try:
             path.encode()

@@ -5,23 +5,37 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import pytest
 
 from jobs.local_s3 import LocalS3
+from pipeline import retrying
 from pipeline.storage import (
+    ABSENT,
     AccessDenied,
     ObjectChanged,
+    ObjectInfo,
     ObjectNotFound,
     Storage,
     StorageError,
 )
+from tests.fault_proxy import ALL_KINDS, FaultProxy
+
+CHUNK = 8 * 1024**2  # of one ranged read
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrying, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(retrying, "_LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +55,54 @@ def gcs_emulator() -> Iterator[str]:
 def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A place that can be written to, on each service."""
     if request.param == "s3":
-        return str(request.getfixturevalue("bucket")) + "/root"
+        return str(request.getfixturevalue("folder"))
     if request.param == "local":
         return str(request.getfixturevalue("tmp_path"))
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("gcs_emulator"))
     return f"gs://emulated/{request.node.name}"
+
+
+@pytest.fixture(scope="module")
+def shared_bucket(s3_server: LocalS3) -> str:
+    s3_server.create_bucket("shared-by-tests")
+    return "s3://shared-by-tests"
+
+
+@pytest.fixture
+def folder(shared_bucket: str) -> str:
+    """The URI of a fresh folder; a bucket takes the server longer."""
+    return f"{shared_bucket}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture(scope="module")
+def shared_proxy(s3_server: LocalS3) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """In front of the S3 server; passes all on but for what a test scripts."""
+    shared_proxy.clear()
+    yield shared_proxy
+    assert shared_proxy.upstream_failures == 0
+
+
+@pytest.fixture
+def faulty(proxy: FaultProxy) -> Storage:
+    """Storage that reaches the S3 server through the proxy."""
+    return Storage(endpoint_url=proxy.url)
+
+
+class Faults:
+    """How many failures were tried again in the block, by kind."""
+
+    def __enter__(self) -> Faults:
+        self._before = retrying.faults()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.counts = retrying.faults() - self._before
 
 
 def names(storage: Storage, uri: str) -> list[str]:
@@ -116,8 +173,8 @@ def test_reads_at_any_offset_return_the_same_bytes_as_the_whole(storage: Storage
 
 
 @pytest.mark.parametrize("kind", ["s3", "local"])  # the emulator of gs:// knows no preconditions
-def test_a_reader_never_mixes_two_versions(storage: Storage, kind: str, bucket: str, tmp_path: Path) -> None:
-    uri = (bucket if kind == "s3" else str(tmp_path)) + "/x"
+def test_a_reader_never_mixes_two_versions(storage: Storage, kind: str, folder: str, tmp_path: Path) -> None:
+    uri = (folder if kind == "s3" else str(tmp_path)) + "/x"
     info = storage.write(uri, b"a" * 20_000_000)
     stream = storage.open(uri)
     assert stream.read(10) == b"a" * 10
@@ -131,6 +188,81 @@ def test_a_reader_never_mixes_two_versions(storage: Storage, kind: str, bucket: 
         storage.read(uri, info.version)
 
 
+def test_a_file_is_written_from_its_start(storage: Storage, root: str, tmp_path: Path) -> None:
+    data = random.Random(5).randbytes(300_000)
+    (tmp_path / "source").write_bytes(data)
+    with (tmp_path / "source").open("rb") as file:
+        file.seek(77)
+        info = storage.write(f"{root}/x", file)
+    assert info == storage.stat(f"{root}/x")
+    assert storage.read(f"{root}/x", info.version) == data
+
+
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(storage: Storage, root: str) -> None:
+    storage.write(f"{root}/x", b"x")
+    storage.write(f"{root}/xy", b"y")
+    storage.delete(f"{root}/x")
+    with pytest.raises(ObjectNotFound):
+        storage.stat(f"{root}/x")
+    assert names(storage, root) == [f"{root}/xy"]
+    storage.delete(f"{root}/x")
+    storage.delete(f"{root}/no/such/folder/x")
+    assert storage.read(f"{root}/xy") == b"y"
+
+
+def test_what_is_expected_is_replaced(storage: Storage, root: str) -> None:
+    first = storage.write(f"{root}/x", b"first", ABSENT)
+    second = storage.write(f"{root}/x", b"second", first.version)
+    assert second == storage.stat(f"{root}/x")
+    assert storage.read(f"{root}/x") == b"second"
+    storage.delete(f"{root}/x")
+    storage.write(f"{root}/x", b"third", ABSENT)
+    assert storage.read(f"{root}/x") == b"third"
+
+
+exact = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)  # gs: its emulator isn't
+
+
+@exact
+def test_what_is_not_expected_is_left_as_it_is(storage: Storage, root: str) -> None:
+    stale = storage.write(f"{root}/x", b"stale")
+    current = storage.write(f"{root}/x", b"other")
+    for expected in (ABSENT, stale.version):
+        with pytest.raises(ObjectChanged, match="not the version that was to be replaced") as caught:
+            storage.write(f"{root}/x", b"lost", expected)
+        assert caught.value.uri == f"{root}/x"
+        assert storage.stat(f"{root}/x") == current
+        assert storage.read(f"{root}/x") == b"other"
+    with pytest.raises(ObjectChanged):
+        storage.write(f"{root}/missing", b"lost", current.version)
+    assert [info.uri for info in storage.list(root)] == [f"{root}/x"]
+
+
+@exact
+def test_of_writers_that_expect_the_same_exactly_one_succeeds(storage: Storage, root: str) -> None:
+    expected = ABSENT
+    for turn in range(2):
+        # On S3 a version is told by its content, so that no two may be alike.
+        contents = [b"by writer %d of turn %d" % (i, turn) for i in range(16)]
+        start = threading.Barrier(len(contents))
+
+        def write(
+            content: bytes, start: threading.Barrier = start, expected: str = expected
+        ) -> ObjectInfo | None:
+            start.wait()
+            try:
+                return storage.write(f"{root}/x", content, expected)
+            except ObjectChanged:
+                return None
+
+        with ThreadPoolExecutor(len(contents)) as pool:
+            results = list(pool.map(write, contents))
+        ((content, info),) = [(c, info) for c, info in zip(contents, results, strict=True) if info]
+        assert storage.stat(f"{root}/x") == info
+        assert storage.read(f"{root}/x") == content
+        expected = info.version
+
+
 def test_storage_travels_to_other_processes(storage: Storage, root: str) -> None:
     info = storage.write(f"{root}/x", b"bytes")
     assert pickle.loads(pickle.dumps(storage)).read(info.uri) == b"bytes"
@@ -142,11 +274,19 @@ def test_storage_travels_to_other_processes(storage: Storage, root: str) -> None
 # S3 ----------------------------------------------------------------------------------------------
 
 
-def test_listings_of_several_pages_are_complete_and_in_order(storage: Storage, bucket: str) -> None:
-    expected = [f"{bucket}/many/{i:05d}" for i in range(1100)]  # S3's pages hold 1000
+@pytest.fixture(scope="module")
+def many(shared_bucket: str) -> list[str]:
+    """All the URIs of a folder: more than fit on a page, which holds 1000."""
+    uris = [f"{shared_bucket}/many/{i:05d}" for i in range(1001)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda uri: storage.write(uri, b""), expected))
-    assert names(storage, f"{bucket}/many") == expected
+        list(pool.map(lambda uri: Storage().write(uri, b""), uris))
+    return uris
+
+
+def test_listings_of_several_pages_are_complete_and_in_order(
+    storage: Storage, shared_bucket: str, many: list[str]
+) -> None:
+    assert names(storage, f"{shared_bucket}/many") == many
 
 
 def test_an_empty_prefix_lists_nothing_and_folder_markers_are_no_objects(
@@ -171,6 +311,7 @@ def test_a_missing_bucket_is_called_a_missing_bucket(storage: Storage, s3_server
         lambda: storage.stat("s3://no-such-bucket/x"),
         lambda: storage.read("s3://no-such-bucket/x"),
         lambda: storage.write("s3://no-such-bucket/x", b"data"),
+        lambda: storage.write("s3://no-such-bucket/x", b"data", ABSENT),
     ):
         with pytest.raises(ObjectNotFound, match="bucket 'no-such-bucket' does not exist"):
             action()
@@ -203,8 +344,7 @@ def test_missing_credentials_are_told_with_what_to_set(
         list(storage.list(bucket))
 
 
-def test_an_endpoint_that_nobody_serves_is_named(s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+def test_an_endpoint_that_nobody_serves_is_named(s3_server: LocalS3) -> None:
     storage = Storage(endpoint_url="http://127.0.0.1:9")
     with pytest.raises(StorageError, match=r"s3://b/x: the endpoint http://127.0.0.1:9 can't be reached"):
         list(storage.list("s3://b/x"))
@@ -215,80 +355,204 @@ def test_the_endpoint_may_come_from_the_environment(bucket: str) -> None:
     assert Storage().read(info.uri) == b"by AWS_ENDPOINT_URL_S3"
 
 
-class CuttingProxy:
-    """Passes TCP on to the server, and breaks the first `cuts` connections off within an answer."""
+# S3 that fails -----------------------------------------------------------------------------------
 
-    def __init__(self, upstream: str, cuts: int, after: int) -> None:
-        self._upstream = (urlsplit(upstream).hostname, urlsplit(upstream).port)
-        self._after = after
-        self.cuts_left = cuts
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(self._upstream)  # type: ignore[arg-type]
-            threading.Thread(target=self._pass_on, args=(client, server), daemon=True).start()
-            threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
-
-    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        with source, target:
-            try:
-                while data := source.recv(65536):
-                    target.sendall(data)
-            except OSError:
-                return
-
-    def _answer(self, server: socket.socket, client: socket.socket) -> None:
-        passed = 0
-        try:
-            while data := server.recv(65536):
-                client.sendall(data)
-                passed += len(data)
-                if passed > self._after and self.cuts_left:
-                    self.cuts_left -= 1
-                    break
-        except OSError:
-            return
-        finally:
-            for end in (client, server):
-                try:
-                    end.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue
-
-    def close(self) -> None:
-        self._listener.close()
+OPERATIONS: dict[str, Callable[[Storage, ObjectInfo], Any]] = {
+    "read": lambda storage, info: storage.read(info.uri, info.version),
+    "write": lambda storage, info: storage.write(info.uri, b"some bytes"),
+    "list": lambda storage, info: list(storage.list(info.uri.rpartition("/")[0])),
+    "stat": lambda storage, info: storage.stat(info.uri),
+    "delete": lambda storage, info: storage.delete(info.uri),
+}
+CONNECTION = {"ConnectionClosedError", "IncompleteRead", "ProtocolError"}
+CALLED = {
+    "error": {"InternalError", "500"},  # the answer to a HEAD has no body that would say more
+    "slow_down": {"SlowDown", "503"},
+    "denied": {"AccessDenied", "403"},
+    "reset": CONNECTION,
+    "lost_answer": CONNECTION,
+    "truncated": CONNECTION | {"500"},  # what botocore makes of a listing that is no XML
+    "no_body": CONNECTION,
+    "no_head": CONNECTION,
+}
 
 
-def test_a_body_that_breaks_off_is_fetched_again(storage: Storage, bucket: str, s3_server: LocalS3) -> None:
-    data = random.Random(3).randbytes(10_000_000)
-    info = storage.write(f"{bucket}/x", data)
-    proxy = CuttingProxy(s3_server.endpoint_url, cuts=3, after=200_000)
-    try:
-        with Storage(endpoint_url=proxy.url).open(info.uri, info.version) as stream:
-            stream.seek(1_000_000)
-            assert stream.read() == data[1_000_000:]
-    finally:
-        proxy.close()
-    assert proxy.cuts_left == 0
-
-
-def test_a_body_that_always_breaks_off_is_an_error_in_the_end(
-    storage: Storage, bucket: str, s3_server: LocalS3
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("kind", CALLED)
+def test_what_fails_for_a_moment_is_tried_again_and_counted(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str, operation: str
 ) -> None:
-    info = storage.write(f"{bucket}/x", bytes(2_000_000))
-    proxy = CuttingProxy(s3_server.endpoint_url, cuts=1000, after=200_000)
-    try:
-        with pytest.raises(StorageError, match=f"{info.uri}: failed again and again, last with"):
-            Storage(endpoint_url=proxy.url).read(info.uri, info.version)
-    finally:
-        proxy.close()
+    info = storage.write(f"{folder}/x", b"some bytes")
+    expected = {"read": b"some bytes", "write": info, "list": [info], "stat": info, "delete": None}[operation]
+    proxy.next(kind, kind, kind)
+    with Faults() as faults:
+        assert OPERATIONS[operation](faulty, info) == expected
+    if (kind, operation) == ("no_head", "delete"):  # its first line tells it all
+        assert (len(proxy.seen), faults.counts) == (1, Counter())
+        return
+    assert proxy.injected == {kind: 3}
+    assert faults.counts.total() == 3
+    assert set(faults.counts) <= CALLED[kind]
+    if operation == "delete":
+        assert names(storage, folder) == []
+    else:
+        assert storage.read(info.uri) == b"some bytes"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("kind", "attempts", "error", "told"),
+    [
+        ("denied", 4, AccessDenied, "access denied"),
+        ("error", 10, StorageError, "InternalError|500"),
+        ("reset", 10, StorageError, "failed again and again, last with"),
+    ],
+)
+def test_what_never_ends_is_an_error_that_names_the_object(
+    storage: Storage,
+    folder: str,
+    proxy: FaultProxy,
+    faulty: Storage,
+    operation: str,
+    kind: str,
+    attempts: int,
+    error: type[StorageError],
+    told: str,
+) -> None:
+    info = storage.write(f"{folder}/x", b"some bytes")
+    if (kind, operation) == ("reset", "list"):
+        attempts = 5  # tells sooner that an endpoint is wrong
+    proxy.next(*[kind] * 50)
+    with Faults() as faults, pytest.raises(error, match=told) as caught:
+        OPERATIONS[operation](faulty, info)
+    assert caught.value.uri == (f"{folder}" if operation == "list" else info.uri)
+    assert type(caught.value) is error
+    assert len(proxy.seen) == attempts
+    assert faults.counts.total() == attempts - 1
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no_body"])
+def test_an_answer_that_always_breaks_off_is_an_error_in_the_end(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str
+) -> None:
+    info = storage.write(f"{folder}/x", bytes(2_000_000))
+    proxy.next(*[kind] * 50)
+    with pytest.raises(StorageError, match=f"{info.uri}: failed again and again, last with"):
+        faulty.read(info.uri, info.version)
+    assert len(proxy.seen) == 10
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no_body", "reset", "error"])
+def test_of_a_large_object_only_the_range_that_failed_is_read_again(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str
+) -> None:
+    data = random.Random(3).randbytes(2 * CHUNK + 12345)
+    info = storage.write(f"{folder}/x", data)
+    ranges = [f"bytes={i * CHUNK}-{min((i + 1) * CHUNK, len(data)) - 1}" for i in range(3)]
+    proxy.next(kind, kind, where=lambda request: request.range == ranges[1])
+    assert faulty.read(info.uri, info.version) == data
+    assert [request.range for request in proxy.seen] == [ranges[0], *[ranges[1]] * 3, ranges[2]]
+
+
+def test_a_listing_of_which_a_page_breaks_off_is_complete(
+    shared_bucket: str, many: list[str], proxy: FaultProxy, faulty: Storage
+) -> None:
+    kinds = ("no_body", "truncated", "no_head")
+    proxy.next(*kinds, where=lambda request: "max-keys=1&" in request.path)
+    proxy.next(*kinds, where=lambda request: "continuation-token" in request.path)
+    proxy.next(*kinds, where=lambda request: "max-keys=1&" not in request.path)
+    assert names(faulty, f"{shared_bucket}/many") == many
+    assert proxy.left == 0
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize("operation", sorted(set(OPERATIONS) - {"stat"}))  # a HEAD tells nothing but 403
+def test_wrong_credentials_are_not_tried_again(
+    storage: Storage,
+    folder: str,
+    proxy: FaultProxy,
+    faulty: Storage,
+    operation: str,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = storage.write(f"{folder}/x", b"some bytes")
+    monkeypatch.setenv(variable, "wrong" * 5)
+    with Faults() as faults, pytest.raises(AccessDenied, match="credentials were rejected"):
+        OPERATIONS[operation](faulty, info)
+    assert len(proxy.seen) == 1
+    assert faults.counts == Counter()
+
+
+def test_a_missing_object_is_not_tried_again(folder: str, proxy: FaultProxy, faulty: Storage) -> None:
+    with Faults() as faults:
+        with pytest.raises(ObjectNotFound):
+            faulty.read(f"{folder}/x", "0123456789abcdef-5")
+        assert [request.method for request in proxy.seen] == ["GET"]
+        with pytest.raises(ObjectNotFound):
+            faulty.stat(f"{folder}/y")
+        assert [request.method for request in proxy.seen] == ["GET", "HEAD", "GET"]  # is there a bucket?
+    assert faults.counts == Counter()
+
+
+def test_a_write_whose_answer_was_lost_is_told_as_a_change_of_the_object(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage
+) -> None:
+    proxy.next("lost_answer")
+    with pytest.raises(ObjectChanged, match="not the version that was to be replaced"):
+        faulty.write(f"{folder}/x", b"mine", ABSENT)
+    assert storage.read(f"{folder}/x") == b"mine"
+    proxy.next("lost_answer")
+    with pytest.raises(ObjectChanged):
+        faulty.write(f"{folder}/x", b"mine too", storage.stat(f"{folder}/x").version)
+    assert storage.read(f"{folder}/x") == b"mine too"
+
+
+@pytest.mark.parametrize("kind", ["error", "denied", "reset"])
+def test_a_conditional_write_that_was_not_carried_out_is_tried_again(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str
+) -> None:
+    proxy.next(kind)
+    first = faulty.write(f"{folder}/x", b"first", ABSENT)
+    proxy.next(kind)
+    second = faulty.write(f"{folder}/x", b"second", first.version)
+    assert storage.stat(f"{folder}/x") == second
+    assert storage.read(f"{folder}/x") == b"second"
+
+
+@pytest.mark.parametrize("kind", ["error", "reset", "lost_answer"])
+def test_a_file_is_written_whole_though_it_was_sent_before(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str, tmp_path: Path
+) -> None:
+    data = random.Random(4).randbytes(3_000_000)
+    (tmp_path / "file").write_bytes(data)
+    proxy.next(kind, kind)
+    with (tmp_path / "file").open("rb") as file:
+        file.seek(1000)
+        written = faulty.write(f"{folder}/x", file)
+        assert not file.closed
+    assert written.size == len(data)
+    assert len(proxy.seen) == 3
+    assert storage.read(f"{folder}/x") == data
+
+
+def test_many_at_once_come_through_faults_by_chance(
+    storage: Storage, folder: str, s3_server: LocalS3
+) -> None:
+    contents = {f"{folder}/{i}": random.Random(i).randbytes(20_000 + i) for i in range(60)}
+
+    def write_and_read(uri: str) -> bool:
+        written = through.write(uri, contents[uri])
+        return through.stat(uri) == written and through.read(uri, written.version) == contents[uri]
+
+    with FaultProxy(s3_server.endpoint_url, seed=1, rate=0.4, delay_seconds=0.01) as proxy:
+        through = Storage(endpoint_url=proxy.url)
+        with Faults() as faults, ThreadPoolExecutor(12) as pool:
+            assert all(pool.map(write_and_read, contents))
+            assert sorted(names(through, folder)) == sorted(contents)
+        assert set(proxy.injected) == set(ALL_KINDS)
+        assert faults.counts.total() == proxy.injected.total() - proxy.injected["delay"]
+        assert proxy.upstream_failures == 0
 
 
 # Google Cloud Storage ----------------------------------------------------------------------------
@@ -305,6 +569,27 @@ def test_a_missing_bucket_of_google_is_called_a_missing_bucket(
     ):
         with pytest.raises(ObjectNotFound, match="bucket 'no-such-bucket' does not exist"):
             action()
+
+
+@pytest.mark.parametrize("kind", ["error", "slow_down", "reset", "lost_answer", "truncated", "no_body"])
+@pytest.mark.parametrize("operation", ["read", "write", "delete"])
+def test_what_fails_for_a_moment_at_google_is_tried_again_and_counted(
+    storage: Storage, gcs_emulator: str, kind: str, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
+    info = storage.write(f"gs://emulated/{kind}-{operation}/x", b"some bytes")
+    with FaultProxy(gcs_emulator) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        proxy.next(kind, kind, where=lambda request: "/b/emulated/o" in request.path)  # not on the bucket
+        with Faults() as faults:
+            result = OPERATIONS[operation](storage, info)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
+    assert faults.counts.total() == 2
+    if operation == "delete":
+        assert names(storage, info.uri) == []
+    else:
+        assert result == (b"some bytes" if operation == "read" else storage.stat(info.uri))
+        assert storage.read(info.uri) == b"some bytes"
 
 
 # Local files -------------------------------------------------------------------------------------
@@ -369,6 +654,23 @@ def test_readers_of_a_local_folder_see_whole_files_only(storage: Storage, tmp_pa
         seen.add(data[:1])
     writer.join()
     assert seen
+
+
+def test_local_writes_of_one_moment_have_different_versions(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:  # the last step before a file is looked at: time stands still
+        os.utime(descriptor, ns=(10**18, 10**18))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for expected in (None, "as before"):
+        written = [storage.write(f"{tmp_path}/x", b"0")]
+        for i in range(1, 10):
+            written.append(storage.write(f"{tmp_path}/x", b"%d" % i, expected and written[-1].version))
+            assert storage.stat(f"{tmp_path}/x") == written[-1]
+        assert len({info.version for info in written}) == 10
+        with pytest.raises(ObjectChanged):
+            storage.read(f"{tmp_path}/x", written[-2].version)
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "gs:///", "file://relative/x", ""])

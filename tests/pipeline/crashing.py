@@ -1,0 +1,146 @@
+"""Runs of the job in child processes that die at a chosen storage write.
+
+The stages, planning, commit and bookkeeping are the real ones; only Ray is left out, which takes no part
+in what is written, so that hundreds of runs take a minute.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from typing import Any, Literal
+
+import torch
+
+from cvt.checkpoints import load_checkpoint
+from cvt.engine import Engine
+from pipeline import committing, labelling, lease, manifest, shards
+from pipeline.chunks import Chunk, cut_into_chunks
+from pipeline.classifying import classify
+from pipeline.config import Config, load_config
+from pipeline.decoding import decode_chunk
+from pipeline.planning import Selection
+from pipeline.reading import read_samples
+from pipeline.shards import Shard
+from pipeline.storage import Storage
+
+torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
+CHECKPOINT = load_checkpoint("fashion-mnist")
+
+Moment = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class Crash:
+    """At which storage write (or removal) a run dies: the first is number 1."""
+
+    number: int
+    moment: Moment
+
+
+@dataclass(frozen=True)
+class _NoResources:
+    device: str = "cpu"
+
+
+def _label_chunks(
+    plan: Sequence[Shard],
+    storage: Storage,
+    read_options: Any,
+    checkpoint: Any,
+    options: Any,
+    config: Config,
+    resources: Any,
+) -> Iterator[Chunk]:
+    """`dataflow.label_chunks` without Ray: chunks of all shards in turn."""
+    engine = Engine(checkpoint.model, checkpoint.preprocessor, device="cpu")
+    open_shards = [
+        cut_into_chunks(read_samples(storage, shard, read_options), number, 5, 10**9)
+        for number, shard in enumerate(plan)
+    ]
+    while open_shards:
+        for chunks in list(open_shards):
+            chunk = next(chunks, None)
+            if chunk is None:
+                open_shards.remove(chunks)
+            else:
+                decoded = decode_chunk(chunk, checkpoint.preprocessor, 10**6)
+                yield classify(decoded, engine, options)
+
+
+@contextmanager
+def _no_ray(address: str | None) -> Iterator[None]:
+    yield
+
+
+def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[..., Any]:
+    @functools.wraps(action)
+    def act(*args: Any, **options: Any) -> Any:
+        with done.get_lock():
+            done.value += 1
+            due = done.value == crash.number
+        if due and crash.moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = action(*args, **options)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return act
+
+
+def _run(
+    environment: dict[str, str], overrides: list[str], selection: Selection, crash: Crash | None
+) -> None:
+    os.environ |= environment
+    dataflow: Any = types.ModuleType("pipeline.dataflow")
+    dataflow.label_chunks = _label_chunks
+    dataflow.cluster_resources = lambda config: _NoResources()
+    sys.modules["pipeline.dataflow"] = dataflow
+    patches: list[tuple[Any, str, Any]] = [
+        (labelling, "ray_cluster", _no_ray),
+        (sys.modules["cvt.checkpoints"], "load_checkpoint", lambda path, revision: CHECKPOINT),
+        (shards, "_GROUP_IMAGES", 4),
+        (committing, "WRITERS", 1),
+        (manifest, "MOST_PENDING", 2),
+        # The last run was killed just now: what is tested is not that its lease expires.
+        (lease._State, "is_live", False),
+    ]
+    if crash is not None:
+        done = multiprocessing.Value("i", 0)
+        patches += [
+            (Storage, name, _dying(getattr(Storage, name), crash, done)) for name in ("write", "delete")
+        ]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    labelling.run_labelling(load_config(Config, None, overrides), selection=selection)
+
+
+@functools.cache
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def run(overrides: list[str], selection: Selection, crash: Crash | None = None) -> bool:
+    """Runs the job in a child process; returns whether it came to its end, and didn't die.
+
+    Raises:
+        RuntimeError: it ended in another way.
+    """
+    child = _context().Process(target=_run, args=(dict(os.environ), overrides, selection, crash))
+    child.start()
+    child.join(120)
+    if child.exitcode not in (0, -signal.SIGKILL):
+        child.kill()
+        raise RuntimeError(f"the run ended with {child.exitcode}")
+    return child.exitcode == 0
