@@ -7,6 +7,7 @@ resizes images, nor says what logits mean.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification, CvtLayer
 from cvt.preprocessing import Preprocessor
+
+logger = logging.getLogger("cvt_label")
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +54,7 @@ class Engine:
         device: "cpu", "cuda", or "auto": a GPU if there is one.
         precision: "fp32", "bf16" or "fp16", of everything but the normalisation and the head. A CPU
             without instructions for them emulates the latter two, far slower than "fp32".
-        batch_size: most images that go to the device at once.
+        batch_size: most images that go to the device at once; halved where a GPU runs out of memory.
         threads: CPU threads of PyTorch, for the whole process; its own choice if None.
 
     Raises:
@@ -114,11 +117,26 @@ class Engine:
         embeddings = np.empty((len(images), width), np.float32)
         # cuDNN left to itself may take another algorithm, or TensorFloat-32, from run to run.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for start in range(0, len(images), self.batch_size):
+            start = 0
+            while start < len(images):
                 rows = slice(start, start + self.batch_size)
-                for got, kept in zip(self._run(images[rows]), (logits, embeddings), strict=True):
-                    kept[rows] = got.cpu().numpy()
+                try:
+                    results = [result.cpu().numpy() for result in self._run(images[rows])]
+                except torch.OutOfMemoryError:
+                    if self.batch_size == 1:
+                        raise
+                    self._halve()
+                    continue
+                logits[rows], embeddings[rows] = results
+                start = rows.stop
         return EngineOutput(logits, embeddings)
+
+    def _halve(self) -> None:
+        """Goes on with half the batch, for good: others may use the GPU too."""
+        self.batch_size //= 2
+        self._split = min(self._split, self.batch_size)
+        torch.cuda.empty_cache()
+        logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
 
     def _run(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
         staged = self._staged[: len(images)]

@@ -5,7 +5,8 @@ The model is reached through one small interface, `Backend`: another one fits be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,7 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.chunks import Chunk
+from pipeline.decoding import one_line
 from pipeline.predictions import model_fields
+
+logger = logging.getLogger("cvt_label")
 
 
 class Outputs(Protocol):
@@ -57,25 +61,61 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     """Adds the prediction columns to a chunk's samples, and drops its pixels.
 
     They are null where the sample has an error. An image for which the model gives a logit that
-    isn't finite (as half precision may) has no label, and becomes an error.
+    isn't finite (as half precision may) has no label, and becomes an error; so does one for which the
+    model fails, but not the others of its chunk.
+
+    Raises:
+        Exception: the model fails for each of several images: it isn't they that are at fault.
     """
     samples = chunk.samples
     good = pc.is_null(samples["error"]).to_numpy()
     fields = model_fields(options.embedding, options.embedding_width)
     columns = [pa.nulls(0, field.type) for field in fields]
     if chunk.pixels is not None and len(chunk.pixels):
-        outputs = backend(chunk.pixels)
-        finite = np.isfinite(outputs.logits).all(axis=1)
-        if not finite.all():
-            samples = _mark(samples, good, finite)
-            good[good] = finite
-        predicted = _predict(outputs.logits[finite], options)
-        if options.embedding != "none":
-            predicted["embedding"] = _embeddings(outputs.embeddings[finite], options)
-        columns = [predicted[field.name].cast(field.type) for field in fields]
+        failures: dict[int, Exception] = {}
+        outputs = list(_bisected(backend, chunk.pixels, failures))
+        if not outputs and len(failures) > 1:
+            raise next(iter(failures.values()))
+        messages: list[str | None] = [None] * len(chunk.pixels)
+        for place, failure in failures.items():
+            messages[place] = one_line(
+                f"the model failed for this image: {type(failure).__name__}: {failure}"
+            )
+        if outputs:
+            logits = np.concatenate([part.logits for part in outputs])
+            embeddings = np.concatenate([part.embeddings for part in outputs])
+            finite = np.isfinite(logits).all(axis=1)
+            answered = [place for place, message in enumerate(messages) if message is None]
+            for place in np.flatnonzero(~finite).tolist():
+                messages[answered[place]] = "the model's output for this image is not finite"
+            predicted = _predict(logits[finite], options)
+            if options.embedding != "none":
+                predicted["embedding"] = _embeddings(embeddings[finite], options)
+            columns = [predicted[field.name].cast(field.type) for field in fields]
+        if any(messages):
+            samples = _mark(samples, good, messages)
+            good = pc.is_null(samples["error"]).to_numpy()
     for field, values in zip(fields, columns, strict=True):
         samples = samples.append_column(field, _spread(values, good))
     return replace(chunk, samples=samples, pixels=None)
+
+
+def _bisected(
+    backend: Backend, pixels: np.ndarray, failures: dict[int, Exception], start: int = 0
+) -> Iterator[Outputs]:
+    """The model's outputs for those images for which it doesn't fail; the others go to `failures`."""
+    try:
+        outputs = backend(pixels)
+    except Exception as error:
+        if len(pixels) == 1:
+            failures[start] = error
+            return
+        half = len(pixels) // 2
+        logger.warning("the model failed for %d images, trying each half: %s", len(pixels), error)
+        yield from _bisected(backend, pixels[:half], failures, start)
+        yield from _bisected(backend, pixels[half:], failures, start + half)
+        return
+    yield outputs
 
 
 def _predict(logits: np.ndarray, options: PredictionOptions) -> dict[str, pa.Array]:
@@ -110,10 +150,10 @@ def _embeddings(embeddings: np.ndarray, options: PredictionOptions) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
 
 
-def _mark(samples: pa.Table, good: np.ndarray, finite: np.ndarray) -> pa.Table:
-    broken = np.zeros_like(good)
-    broken[good] = ~finite
-    errors = pc.if_else(pa.array(broken), "the model's output for this image is not finite", samples["error"])
+def _mark(samples: pa.Table, good: np.ndarray, messages: Sequence[str | None]) -> pa.Table:
+    """Adds what is wrong with the images of the good rows to their errors."""
+    marks = _spread(pa.array(messages, pa.string()), good)
+    errors = pc.coalesce(samples["error"], marks)
     return samples.set_column(samples.schema.get_field_index("error"), "error", errors)
 
 

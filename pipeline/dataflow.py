@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
 MAX_READ_TASKS = 10_000
 
+#: How often a task may die, with its worker or its node; Ray Data's own default is for ever.
+TASK_RETRIES = 3
+
+#: Likewise of a chunk at a classifier. Until Ray knows a node to be lost (after 15 s, as it is delivered),
+#: trying to reach an actor there costs a retry every few seconds, eight in all: this lasts over a minute.
+ACTOR_TASK_RETRIES = 20
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -74,7 +81,7 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
     classify, read = config.classify, config.read
     readers = read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2)))
     on_gpu = classify.device == "cuda" or (gpus > 0 and classify.device == "auto")
-    decode_cpus = config.decode.num_cpus or (1.0 if cpus >= 4 else 0.5 if cpus >= 2 else 0.25)
+    decode_cpus = config.decode.num_cpus or (1.0 if node_cpus >= 4 else 0.5 if node_cpus >= 2 else 0.25)
     threads = classify.threads
     cpus_left = cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
@@ -83,8 +90,7 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
         room = math.floor(min(gpus / actor_gpus, cpus_left / actor_cpus))
     else:
         actor_gpus = 0.0
-        # Half of a small machine's slots, at the most eight: the rest is for readers and decoders.
-        actor_cpus = classify.num_cpus or min(8.0, max(0.5, node_cpus // 2))
+        actor_cpus = classify.num_cpus or _share_of_node(node_cpus, decode_cpus + read.num_cpus)
         room = math.floor(cpus_left / actor_cpus)
     if classify.max_actors is None and room < classify.min_actors:
         kind = f"{cpus:g} CPUs and {gpus:g} GPUs"
@@ -95,7 +101,7 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
     max_actors = classify.max_actors or room
     if not on_gpu and threads is None:
         # A classifier that is alone on its machine gets all of it: decoding is a small part.
-        threads = int(node_cpus) if max_actors == 1 else max(1, int(actor_cpus))
+        threads = int(node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
     return Resources(
         device="cuda" if on_gpu else "cpu",
         # A CPU takes a minute for what a GPU does in a tenth of a second: smaller steps, seen sooner.
@@ -109,6 +115,18 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
         max_actors=max_actors,
         threads=threads,
     )
+
+
+def _share_of_node(node_cpus: float, spare: float) -> float:
+    """CPUs of a classifier on a CPU: about half of a machine, at the most eight.
+
+    However many of them a machine holds, `spare` is left, for a reader and a decoder: they must find room
+    on any machine, for when the others are lost, the actors of those come to it and never make room again.
+    """
+    actors = max(1, int(node_cpus // min(8.0, max(0.5, node_cpus // 2))))
+    while actors > 1 and (node_cpus - spare) / actors <= spare:  # else one more would fit into the rest
+        actors -= 1
+    return max(0.25, math.floor((node_cpus - spare) / actors * 100) / 100)
 
 
 def cluster_resources(config: Config) -> Resources:
@@ -242,7 +260,7 @@ def label_chunks(
         num_cpus=resources.read_cpus,
         concurrency=resources.readers,
         override_num_blocks=source.tasks,
-        ray_remote_args={"max_retries": 3},
+        ray_remote_args={"max_retries": TASK_RETRIES},
     )
     decoded = chunks.map_batches(
         _decode_block,
@@ -250,7 +268,7 @@ def label_chunks(
         batch_format="pyarrow",
         fn_kwargs={"preprocessor": checkpoint.preprocessor, "max_pixels": config.input.max_image_pixels},
         num_cpus=resources.decode_cpus,
-        max_retries=3,
+        max_retries=TASK_RETRIES,
     )
     # Put once, so that the weights cross the network once a node, and not once an actor.
     reference = ray.put(checkpoint)
@@ -263,7 +281,7 @@ def label_chunks(
         num_cpus=resources.classify_cpus,
         num_gpus=resources.classify_gpus or None,
         # A chunk that kills its actor must end the job, not restart it for ever.
-        max_task_retries=3,
+        max_task_retries=ACTOR_TASK_RETRIES,
     )
     # Prefetching would hold each result back until the next one is there.
     for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

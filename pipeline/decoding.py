@@ -104,7 +104,7 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int) -> Decoded:
     # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
     # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
     except Exception as error:
-        return Decoded(None, width, height, _one_line(f"cannot decode {name}: {_cause(error)}"))
+        return Decoded(None, width, height, one_line(f"cannot decode {name}: {_cause(error)}"))
 
 
 def _unknown(data: bytes) -> str:
@@ -158,7 +158,7 @@ def _cause(error: Exception) -> str:
     return text if isinstance(error, OSError | SyntaxError | ValueError) else f"{kind}: {text}"
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
     """A message without line breaks, control characters, excessive length, and memory addresses.
 
     Addresses differ from attempt to attempt, and prediction files must not.

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
 from cvt.engine import Engine
@@ -206,3 +207,36 @@ def test_it_sets_the_number_of_threads() -> None:
         assert torch.get_num_threads() == wanted
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_device_out_of_memory_gets_smaller_batches_and_the_same_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = make_engine(batch_size=64)(IMAGES)
+    engine = make_engine(batch_size=64)
+    run, sizes = engine._run, []
+
+    def short_of_memory(images: np.ndarray) -> tuple[Tensor, Tensor]:
+        sizes.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(images)
+
+    monkeypatch.setattr(engine, "_run", short_of_memory)
+    found = engine(IMAGES)
+    assert engine.batch_size == 2
+    assert_close(torch.tensor(found.logits), torch.tensor(wanted.logits))
+    engine(IMAGES)
+    assert sizes.count(2) >= len(IMAGES) // 2 * 2
+    assert sum(size > 3 for size in sizes) <= 5
+
+
+def test_a_device_without_memory_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(batch_size=4)
+
+    def no_memory(images: np.ndarray) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine, "_run", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(IMAGES)

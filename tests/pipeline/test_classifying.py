@@ -95,3 +95,34 @@ def test_very_large_logits_do_not_overflow() -> None:
     [row] = classify(chunk([[254, 0, 0, 0]], [None]), Backend(), options()).samples.to_pylist()
     assert row["score"] == 1.0
     assert row["entropy"] == 0.0
+
+
+class Fragile(Backend):
+    """A model that fails for whole batches if one of their images starts with 200."""
+
+    def __call__(self, images: np.ndarray) -> Outputs:
+        if (images[:, 0, 0, 0] == 200).any():
+            raise RuntimeError("shape mismatch")
+        return super().__call__(images)
+
+
+@pytest.mark.parametrize("bad", [[0], [6], [2, 3], [0, 1, 5], [0, 1, 2, 3, 4, 5]])
+def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labelled(bad: list[int]) -> None:
+    logits = [[200 if i in bad else 1, 0, i, 0] for i in range(7)]
+    errors = [None, "corrupt", *[None] * 6]
+    rows = classify(chunk(logits, errors), Fragile(), options(embedding="float32")).samples.to_pylist()
+    wanted = classify(
+        chunk([[1, 0, i, 0] for i in range(7)], errors), Backend(), options(embedding="float32")
+    ).samples.to_pylist()
+    for place, (row, want) in enumerate(zip(rows, wanted, strict=True)):
+        image = place - (place > 1)
+        if place != 1 and image in bad:
+            assert row["error"] == "the model failed for this image: RuntimeError: shape mismatch"
+            assert row["label"] is row["score"] is row["embedding"] is None
+        else:
+            assert row == want
+
+
+def test_a_model_that_fails_for_every_image_is_no_fault_of_theirs() -> None:
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        classify(chunk([[200, 0, 0, 0]] * 5, [None] * 5), Fragile(), options())

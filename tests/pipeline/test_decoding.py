@@ -20,7 +20,7 @@ from transformers.image_utils import load_image
 
 from cvt.preprocessing import Preprocessor
 from pipeline.chunks import Chunk
-from pipeline.decoding import MAX_ERROR_LENGTH, MAX_SIDE, Decoded, _one_line, decode, decode_chunk
+from pipeline.decoding import MAX_ERROR_LENGTH, MAX_SIDE, Decoded, decode, decode_chunk, one_line
 
 PREPROCESSOR = Preprocessor.from_dict({"size": 32}, "test")
 LIMIT = 1_000_000
@@ -450,8 +450,8 @@ def test_an_error_tells_the_size_where_the_header_does() -> None:
 
 
 def test_memory_addresses_and_line_breaks_stay_out_of_errors() -> None:
-    assert _one_line("no <io.BytesIO object at 0x7fd11f2bafc0>\n\tread\0") == "no <io.BytesIO object> read?"
-    assert len(_one_line("long " * 100)) == MAX_ERROR_LENGTH
+    assert one_line("no <io.BytesIO object at 0x7fd11f2bafc0>\n\tread\0") == "no <io.BytesIO object> read?"
+    assert len(one_line("long " * 100)) == MAX_ERROR_LENGTH
 
 
 @pytest.mark.parametrize("name", SAMPLES)

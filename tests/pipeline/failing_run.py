@@ -1,0 +1,138 @@
+"""One labelling run on two Ray nodes of this machine, in which a classifier, a decoder and a node are killed.
+
+Run by `test_failures` in a process of its own, for the tests' process is connected to another Ray. Writes
+JSON: the samples seen, and for each failure the results after it, and the longest wait for one in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.config import Config, load_config
+from pipeline.dataflow import cluster_resources, label_chunks
+from pipeline.labelling import make_plan
+from tests.makers import make_image, make_tar
+
+SHARDS, IMAGES, CHUNK = 100, 32, 8
+
+
+def workers(parents: list[int]) -> dict[int, str]:
+    """What Ray's workers below these processes do now, by process id."""
+    found: dict[int, str] = {}
+    for parent in parents:
+        for entry in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            try:
+                title = Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " ").strip()
+            except OSError:  # it has ended
+                continue
+            if title.startswith("ray::"):
+                found[int(entry)] = title
+    return found
+
+
+def kill_one(parents: list[int], doing: str) -> bool:
+    """Kills one worker that does this; false where none does."""
+    for pid, title in workers(parents).items():
+        if doing in title and "__init__" not in title:
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
+def main(folder: Path, result: Path) -> None:
+    images = [make_image(i, (300, 300)) for i in range(IMAGES)]
+    for shard in range(SHARDS):
+        tar = make_tar([(f"{shard}-{i}.jpg", image) for i, image in enumerate(images)])
+        (folder / f"{shard:03d}.tar").write_bytes(tar)
+    config = load_config(
+        Config,
+        None,
+        [
+            f"input.uri={folder}",
+            "model.path=fashion-mnist",
+            f"output.uri={folder.parent}/out",
+            f"read.chunk_images={CHUNK}",
+            "classify.threads=1",
+            "classify.min_actors=4",  # more than one node holds
+        ],
+    )
+    plan = make_plan(config)
+    partition = plan.partition
+    node_options: dict[str, Any] = {
+        "num_cpus": 4,
+        "object_store_memory": 150_000_000,
+        "include_dashboard": False,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=node_options)
+    try:
+        node = cluster.add_node(num_cpus=4, object_store_memory=150_000_000)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        nodes: list[Any] = [node, cluster.head_node]
+        raylets = [n.all_processes["raylet"][0].process.pid for n in nodes]
+
+        def lose_node() -> bool:
+            if not any("MapWorker" in title for title in workers(raylets[:1]).values()):
+                return False
+            cluster.remove_node(node, allow_graceful=False)
+            return True
+
+        failures = {
+            "decoder": (0.1, lambda: kill_one(raylets, "_decode_block")),
+            "classifier": (0.2, lambda: kill_one(raylets, "MapWorker")),
+            "node": (0.5, lose_node),
+        }
+        seen: Counter[str] = Counter()
+        arrivals: list[float] = []
+        came: dict[str, float] = {}
+        errors = 0
+
+        def fail() -> None:
+            for name, (share, failure) in failures.items():
+                while len(seen) < share * SHARDS * IMAGES or not failure():
+                    time.sleep(0.02)
+                came[name] = time.monotonic()
+
+        threading.Thread(target=fail, daemon=True).start()
+        for chunk in label_chunks(
+            plan.shards,
+            partition.storage,
+            partition.read_options,
+            partition.checkpoint,
+            partition.prediction_options,
+            config,
+            cluster_resources(config),
+        ):
+            arrivals.append(time.monotonic())
+            seen.update(f"{chunk.shard}/{key}" for key in chunk.samples["key"].to_pylist())
+            errors += sum(error is not None for error in chunk.samples["error"].to_pylist())
+        at = [*arrivals, time.monotonic()]
+        gaps = [(end - start, end) for start, end in pairwise(at)]
+        found = {
+            "samples": len(seen),
+            "twice": sum(count - 1 for count in seen.values()),
+            "errors": errors,
+            "after": {name: sum(t > when for t in arrivals) for name, when in came.items()},
+            "stall": {name: max(gap for gap, end in gaps if end > when) for name, when in came.items()},
+            "until_end": {name: at[-1] - when for name, when in came.items()},
+        }
+        result.write_text(json.dumps(found))  # Ray writes to standard output
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
