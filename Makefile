@@ -11,10 +11,11 @@ install: $(VENV)/installed
 # The environment is made anew where what it is made from has changed.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+	@[ ! -e $(VENV) ] || [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] || [ $(VENV) = .venv ] || { echo "$(VENV) was not made here: it would be wiped"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing (PyTorch, Ray and more: some minutes at the first time)"
 	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 demo: $(VENV)/installed
 	@$(RUN) jobs.cli demo

@@ -6,10 +6,11 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 #: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
 #: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder).
 _SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+_CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -42,16 +44,30 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    _check_reachable(address)
     # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
-        with _interrupts_deferred():
+        with _interrupts_deferred() if local else nullcontext():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+        import ray.data  # sets the level of its logs anew
+
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         with sigterm_interrupts():  # ray.init has set a handler of its own
             yield
     finally:
         with _interrupts_deferred():
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError if nothing listens at `host:port`: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ don't belong here: credentials come from the standard chains of each storage ser
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,6 +23,27 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_sections(cls, values: Any) -> Any:
+        """A section of which every line is a comment is null in YAML."""
+        if not isinstance(values, dict):
+            return values
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        sections = {
+            name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, _Section)
+        }
+        return {name: {} if value is None and name in sections else value for name, value in values.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as everybody writes it: with numbers such as 1e-3, which it takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -72,8 +94,15 @@ class StorageConfig(_Section):
     @field_validator("endpoint_url")
     @classmethod
     def _holds_no_secret(cls, url: str | None) -> str | None:
-        if url is not None and "@" in urlsplit(url).netloc:
-            raise PydanticCustomError("secret", "credentials don't belong here, but in the environment")
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # whose message holds the URL
+            raise PydanticCustomError("secret", "not a URL") from None
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            message = "credentials don't belong here, but in the environment: only scheme, host and port do"
+            raise PydanticCustomError("secret", message)
         return url
 
 
@@ -250,8 +279,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Returns the file's values, and the line of each field."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, _Loader)
         lines: dict[tuple[str, ...], int] = {}
         if node is not None:
             _note_lines(node, (), lines, path)
@@ -288,11 +317,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not all(fields):
         raise ConfigError(f"--set {override}: expected section.field=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     for field in fields[:-1]:
-        values = values.setdefault(field, {})
+        if values.get(field) is None:
+            values[field] = {}
+        values = values[field]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {field} is not a section")
     values[fields[-1]] = value

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.predictions import read_partial, unpack_partial
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage, StorageError
+from pipeline.storage import ABSENT, BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
 #: Rows of a row group, with statistics (some 50 MB) and without (some 10 MB): what is in memory at once
 #: while the manifest is rewritten.
@@ -180,6 +180,8 @@ class Manifest:
     def _version(self) -> str:
         try:
             return self._storage.stat(self.uri).version
+        except BucketNotFound:
+            raise
         except ObjectNotFound:
             return ABSENT
 

@@ -62,6 +62,10 @@ class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
     """There is no such object, bucket or folder."""
 
 
+class BucketNotFound(ObjectNotFound):
+    """There is no such bucket."""
+
+
 class AccessDenied(StorageError):  # noqa: N818
     """Credentials are missing, rejected, or don't allow it."""
 
@@ -426,7 +430,7 @@ class _S3:
         except ObjectChanged:
             raise ObjectChanged(uri, _NOT_EXPECTED) from None
         except ObjectNotFound as error:
-            if expected in (None, ABSENT) or error.cause == _no_bucket(bucket):
+            if expected in (None, ABSENT) or isinstance(error, BucketNotFound):
                 raise
             raise ObjectChanged(uri, _NOT_EXPECTED) from None
         size = data.seek(0, os.SEEK_END)
@@ -467,7 +471,7 @@ class _S3:
             )
             raise AccessDenied(uri, cause) from error
         except botocore.exceptions.ConnectionError as error:
-            endpoint = self._client.meta.endpoint_url
+            endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
             cause = f"the endpoint {endpoint} can't be reached: {_described(error)}"
             raise StorageError(uri, cause) from error
         except _S3_CONNECTION as error:
@@ -508,7 +512,7 @@ def _s3_error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
     code, status = _s3_code(error)
     message = str(error.response.get("Error", {}).get("Message", "")) or code
     if code == "NoSuchBucket":
-        return ObjectNotFound(uri, _no_bucket(_split(uri)[0]))
+        return BucketNotFound(uri, _no_bucket(_split(uri)[0]))
     if code in {"404", "NoSuchKey", "NotFound"}:
         return ObjectNotFound(uri, "no such object")
     if code in {"412", "PreconditionFailed"}:
@@ -629,7 +633,8 @@ class _Gcs:
         try:
             return action(*args)
         except api.NotFound as error:
-            raise ObjectNotFound(uri, missing) from error
+            kind = BucketNotFound if missing == _no_bucket(_split(uri)[0]) else ObjectNotFound
+            raise kind(uri, missing) from error
         except api.PreconditionFailed as error:
             raise ObjectChanged(uri, _CHANGED) from error
         except (api.Forbidden, api.Unauthorized) as error:

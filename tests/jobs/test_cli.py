@@ -140,4 +140,20 @@ def test_label_then_stats_show_the_same_table(
     table = cvt_label("stats", "--config", job)
     assert table.returncode == 0, table.stderr
     assert table.stdout.partition("images ")[0] in done.stdout
-    assert "2 shards, 1 of them unreadable; 21 images, 1 of them errors" in table.stdout
+    assert "1 shards, 0 of them gone from the input; 1 could not be read; 21 images, 1 of" in table.stdout
+    again = cvt_label("label", "--config", job)
+    assert again.returncode == 3, again.stderr
+    assert "1 done, 1 failed; 0 to label" in again.stdout
+    assert "1 shards that earlier runs could not read (--retry-errors tries them again)" in again.stderr
+    assert (
+        "1 done, 1 failed; 2 to label (2 of them again)"
+        in cvt_label("plan", "--config", job, "--relabel").stdout
+    )
+    assert cvt_label("stats", "--config", job, "--rebuild").stdout == table.stdout
+
+
+def test_a_ray_that_does_not_answer_is_told_at_once(job: Path, bucket: str, storage: Storage) -> None:
+    storage.write(f"{bucket}/in/a.tar", make_tar([("a.jpg", make_image(1))]))
+    done = cvt_label("label", "--config", job, "--set", "ray.address=127.0.0.1:1")
+    assert done.returncode == 4
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr

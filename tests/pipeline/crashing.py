@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from cvt.checkpoints import load_checkpoint
@@ -97,30 +98,31 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
     return act
 
 
+def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
+    """Lets `run_labelling` do in this process what it does on a cluster, with groups of few images."""
+    dataflow: Any = types.ModuleType("pipeline.dataflow")
+    dataflow.label_chunks = _label_chunks
+    dataflow.cluster_resources = lambda config: _NoResources()
+    patch.setitem(sys.modules, "pipeline.dataflow", dataflow)
+    patch.setattr(labelling, "ray_cluster", _no_ray)
+    patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision: CHECKPOINT)
+    patch.setattr(shards, "_GROUP_IMAGES", 4)
+
+
 def _run(
     environment: dict[str, str], overrides: list[str], selection: Selection, crash: Crash | None
 ) -> None:
     os.environ |= environment
-    dataflow: Any = types.ModuleType("pipeline.dataflow")
-    dataflow.label_chunks = _label_chunks
-    dataflow.cluster_resources = lambda config: _NoResources()
-    sys.modules["pipeline.dataflow"] = dataflow
-    patches: list[tuple[Any, str, Any]] = [
-        (labelling, "ray_cluster", _no_ray),
-        (sys.modules["cvt.checkpoints"], "load_checkpoint", lambda path, revision: CHECKPOINT),
-        (shards, "_GROUP_IMAGES", 4),
-        (committing, "WRITERS", 1),
-        (manifest, "MOST_PENDING", 2),
-        # The last run was killed just now: what is tested is not that its lease expires.
-        (lease._State, "is_live", False),
-    ]
+    patch = pytest.MonkeyPatch()
+    leave_out_ray(patch)
+    patch.setattr(committing, "WRITERS", 1)
+    patch.setattr(manifest, "MOST_PENDING", 2)
+    # The last run was killed just now: what is tested is not that its lease expires.
+    patch.setattr(lease._State, "is_live", False)
     if crash is not None:
         done = multiprocessing.Value("i", 0)
-        patches += [
-            (Storage, name, _dying(getattr(Storage, name), crash, done)) for name in ("write", "delete")
-        ]
-    for owner, name, value in patches:
-        setattr(owner, name, value)
+        for name in ("write", "delete"):
+            patch.setattr(Storage, name, _dying(getattr(Storage, name), crash, done))
     labelling.run_labelling(load_config(Config, None, overrides), selection=selection)
 
 

@@ -123,3 +123,22 @@ def test_actor_bounds_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
 def test_every_configuration_that_comes_with_the_project_is_valid(path: Path) -> None:
     kind = TrainConfig if "train" in path.stem else Config
     assert load_config(kind, path)
+
+
+def test_an_empty_section_is_a_section_and_numbers_may_have_exponents(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("input: {uri: in}\nmodel: {path: m}\noutput: {uri: out}\nstorage:\n  # nothing\n")
+    config = load_config(Config, file, ["storage.region=x", "run.lease_s=6e1", "run.flush_s=1.5e-1"])
+    assert (config.storage.region, config.run.lease_s, config.run.flush_s) == ("x", 60, 0.15)
+    assert load_config(Config, file).storage.region is None
+
+
+@pytest.mark.parametrize(
+    "url", ["http://u:SECRET@host", "http://u:SECRET@[::1", "https://host/?X-Amz-Signature=SECRET"]
+)
+def test_an_endpoint_with_a_secret_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"storage\.endpoint_url") as caught:
+        load_config(
+            Config, None, ["input.uri=a", "model.path=b", "output.uri=c", f"storage.endpoint_url={url}"]
+        )
+    assert "SECRET" not in str(caught.value)

@@ -1,0 +1,317 @@
+"""Runs after runs: what is labelled again and what isn't, and what two runs at once do to each other."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.local_s3 import LocalS3
+from pipeline import labelling
+from pipeline.committing import Progress
+from pipeline.config import Config, load_config
+from pipeline.labelling import Plan, RunResult, Stopped, make_plan, rebuild, run_labelling
+from pipeline.lease import LeaseHeldError, LeaseLostError
+from pipeline.planning import Selection, State
+from pipeline.storage import Storage
+from tests.fault_proxy import FaultProxy
+from tests.makers import make_image, make_tar
+from tests.pipeline.crashing import leave_out_ray
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_ray(monkeypatch)
+
+
+def config(root: str, *overrides: str) -> Config:
+    base = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist"]
+    return load_config(Config, None, [*base, *overrides])
+
+
+def write(root: str, name: str, seed: int, count: int = 12, bad: bool = False) -> None:
+    members = [(f"{i}.jpg", make_image(seed * 100 + i)) for i in range(count)]
+    members += [("bad.jpg", b"no image")] * bad
+    Storage().write(f"{root}/in/{name}", make_tar(members))
+
+
+def files(root: str, below: str = "/predictions/") -> dict[str, bytes]:
+    storage = Storage()
+    return {o.uri: storage.read(o.uri) for o in storage.list(f"{root}/out") if below in o.uri}
+
+
+def keys(root: str) -> list[tuple[str, str]]:
+    tables = [pq.read_table(io.BytesIO(data)) for data in files(root).values()]
+    return [(row["shard"], row["key"]) for table in tables for row in table.to_pylist()]
+
+
+def record(result: RunResult) -> dict[str, Any]:
+    partition = result.plan.partition
+    return dict(json.loads(Storage().read(f"{partition.uri}/runs/{result.run}.json")))
+
+
+def test_a_rerun_with_nothing_new_starts_no_ray_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    write(root, "a.tar", 1)
+    run_labelling(config(root))
+    kept = {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")}
+
+    def no_ray(address: str | None) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(labelling, "ray_cluster", no_ray)
+    again = run_labelling(config(root))
+    assert again.is_complete
+    assert again.plan.work.states == {State.DONE: 1, State.GONE: 0}
+    assert {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")} == kept
+    assert record(again)["status"] == "complete"
+
+
+def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+    first = run_labelling(config(root))
+    assert first.totals.images == 36
+    write(root, "1.tar", 9, count=5)
+    write(root, "3.tar", 3)
+    (tmp_path / "in" / "2.tar").unlink()
+    plan = make_plan(config(root))
+    assert plan.work.states == {State.DONE: 1, State.CHANGED: 1, State.NEW: 1, State.GONE: 1}
+    second = run_labelling(config(root))
+    assert (second.totals.shards, second.totals.images) == (2, 17)
+    assert second.statistics is not None
+    assert int(second.statistics.count.sum()) == len(keys(root)) == len(set(keys(root))) == 12 + 5 + 12 + 12
+    assert record(second)["plan"] == {"new": 1, "changed": 1, "done": 1, "gone": 1, "to_label": 2}
+
+
+def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(2):
+        write(root, f"{i}.tar", i)
+    run_labelling(config(root))
+    gone = tmp_path / "in" / "0.tar"
+    content = gone.read_bytes()
+    gone.unlink()
+    run_labelling(config(root))
+    assert len(files(root)) == 2
+    assert [row.gone for row in make_plan(config(root)).partition.manifest.rows()] == [True, False]
+    pruned = run_labelling(config(root), selection=Selection(prune=True))
+    assert pruned.pruned == 1
+    assert len(files(root)) == 1
+    assert pruned.statistics is not None
+    assert int(pruned.statistics.count.sum()) == 12
+    gone.write_bytes(content)
+    back = run_labelling(config(root))
+    assert back.totals.shards == 1
+    assert len(files(root)) == 2
+
+
+def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, "good.tar", 1)
+    write(root, "bad.tar", 2, bad=True)
+    (tmp_path / "in" / "cut.tar").write_bytes((tmp_path / "in" / "good.tar").read_bytes()[:2000])
+    first = run_labelling(config(root))
+    assert not first.is_complete
+    second = run_labelling(config(root))
+    assert (second.totals.shards, second.is_complete) == (0, False)
+    third = run_labelling(config(root), selection=Selection(retry_errors=True))
+    assert (third.totals.shards, third.totals.errors, third.is_complete) == (2, 1, False)
+    write(root, "cut.tar", 3)
+    fourth = run_labelling(config(root))
+    assert (fourth.totals.shards, fourth.is_complete) == (1, True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_manifest_and_statistics_are_rebuilt_from_the_labels(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
+    for i in range(3):
+        write(root, f"{i}.tar", i, bad=i == 1)
+    storage = Storage()
+    run_labelling(config(root))
+    cut = storage.read(f"{root}/in/0.tar")[:2000]
+    storage.write(f"{root}/in/0.tar", cut)  # labelled, and then a version that can't be read
+    storage.write(f"{root}/in/cut.tar", cut)
+    storage.delete(f"{root}/in/2.tar")
+    partition = run_labelling(config(root)).plan.partition
+    names = [f"{partition.uri}/{name}.parquet" for name in ("manifest", "class_stats")]
+    before = [storage.read(name) for name in names]
+    for name in names:
+        storage.delete(name)
+    rebuild(config(root))
+    after = [storage.read(name) for name in names]
+    assert after[1] == before[1]
+    tables = [
+        pq.read_table(io.BytesIO(data)).drop_columns(["run", "committed_at"])
+        for data in (before[0], after[0])
+    ]
+    assert tables[0].equals(tables[1])
+    assert [row["gone"] for row in tables[0].to_pylist()] == [False, False, True, False]
+    assert make_plan(config(root)).shards == []
+
+
+def test_without_a_manifest_a_run_finds_out_what_is_labelled(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+    partition = run_labelling(config(root)).plan.partition
+    Path(partition.manifest.uri).unlink()
+    write(root, "3.tar", 3)
+    again = run_labelling(config(root))
+    assert again.totals.shards == 1
+    assert again.statistics is not None
+    assert int(again.statistics.count.sum()) == 48
+
+
+def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, "a.tar", 1)
+    refused = []
+
+    def another(progress: Progress, plan: Plan) -> None:
+        try:
+            run_labelling(config(root))
+        except LeaseHeldError as error:
+            refused.append(str(error))
+
+    run_labelling(config(root), another)
+    assert refused
+    assert "works on these labels" in refused[0]
+    assert make_plan(config(root)).shards == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither knows of the other; and the input changes under the first, which is a zombie in the end."""
+    root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
+    for i in range(8):
+        write(root, f"{i}.tar", i)
+    monkeypatch.setattr(labelling.Lease, "acquire", lambda self, wait, on_wait: False)
+    monkeypatch.setattr(labelling.Lease, "release", lambda self, in_order: None)
+    half_way, changed = threading.Event(), threading.Event()
+    failures = []
+
+    def zombie_goes_on_late(progress: Progress, plan: Plan) -> None:
+        if progress.images >= 50 and not half_way.is_set():
+            half_way.set()
+            changed.wait(60)
+
+    def job(on_progress: Callable[[Progress, Plan], None]) -> None:
+        try:
+            run_labelling(config(root), on_progress)
+        except Exception as error:
+            failures.append(error)
+
+    zombie = threading.Thread(target=job, args=(zombie_goes_on_late,))
+    zombie.start()
+    assert half_way.wait(60)
+    for i in (1, 5, 7):
+        write(root, f"{i}.tar", 50 + i, count=9)
+    other = threading.Thread(target=job, args=(lambda progress, plan: changed.set(),))
+    other.start()
+    zombie.join()
+    other.join()
+    assert failures == []
+    run_labelling(config(root))
+    found = keys(root)
+    assert len(found) == len(set(found)) == 5 * 12 + 3 * 9
+    ended = files(root)
+    alone = config(root, f"output.uri={root}/out/alone")
+    storage = Storage()
+    partition = run_labelling(alone).plan.partition
+    for uri, data in ended.items():
+        assert storage.read(f"{partition.uri}/predictions/{uri.partition('/predictions/')[2]}") == data
+
+
+def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(4):
+        write(root, f"{i}.tar", i)
+
+    def take_over(progress: Progress, plan: Plan) -> None:
+        lease = Path(plan.partition.uri, "lease.json")
+        lease.write_text(lease.read_text().replace('"run": "', '"run": "other-'))
+        time.sleep(0.3)
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root, "run.lease_s=0.3"), take_over)
+    assert run_labelling(config(root), wait=True).is_complete
+    assert len(keys(root)) == len(set(keys(root))) == 48
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, number: int) -> None:
+    root = str(tmp_path)
+    for i in range(6):
+        write(root, f"{i}.tar", i)
+
+    told = []
+
+    def stop(progress: Progress, plan: Plan) -> None:
+        if not told:
+            told.append(progress.images)
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped):
+        run_labelling(config(root), stop)
+    assert told == [5]
+    plan = make_plan(config(root))
+    assert plan.in_order
+    assert plan.work.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
+    assert files(root, "class_stats.parquet")
+    [path] = files(root, "/runs/")
+    status = json.loads(Path(path).read_text())
+    assert (status["status"], status["counts"]["shards"]) == ("interrupted", 1)
+    assert run_labelling(config(root)).totals.shards == 5
+
+
+def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+
+    def stop(progress: Progress, plan: Plan) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_labelling(config(root, "run.grace_s=0.5"), stop)
+    assert time.monotonic() - start < 15
+    assert files(root) == {}
+    assert run_labelling(config(root)).totals.shards == 3
+
+
+def test_storage_that_fails_now_and_then_costs_nothing_but_time(
+    bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.retrying._FIRST_PAUSE", 0.01)
+    for i in range(6):
+        write(bucket, f"{i}.tar", i)
+    with FaultProxy(s3_server.endpoint_url, seed=3, rate=0.5) as proxy:
+        result = run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"))
+        injected = dict(proxy.injected)
+    assert (result.totals.images, result.is_complete) == (72, True)
+    assert sum(injected.values()) > 10
+    counted = record(result)["storage_faults"]
+    assert sum(counted.values()) >= sum(injected.get(kind, 0) for kind in ("error", "slow_down", "denied"))
+    assert {"SlowDown", "InternalError", "AccessDenied"} & counted.keys()
+    disturbed = files(bucket)
+    again = run_labelling(config(bucket), selection=Selection(relabel=True))
+    assert again.totals.shards == 6
+    assert files(bucket) == disturbed
