@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
+ROUNDS ?= 40
+SEED ?= 0
 
-.PHONY: demo test lint install clean
+.PHONY: demo test soak lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -22,6 +24,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	@$(RUN) pytest
+
+# Kills and faults at random: make soak ROUNDS=100 SEED=3
+soak: $(VENV)/installed
+	@$(RUN) tests.soak --rounds $(ROUNDS) --seed $(SEED)
 
 lint: $(VENV)/installed
 	@$(RUN) ruff check

@@ -163,7 +163,13 @@ class Lease:
         if self._lost:
             return
         try:
-            self._write("released" if in_order else "unfinished", self._version)
+            while True:
+                try:
+                    self._write("released" if in_order else "unfinished", self._version)
+                    return
+                except ObjectChanged:
+                    if not self._is_mine():
+                        return
         except StorageError as error:  # it expires
             _logger.warning("the lease could not be given back: %s", error)
 

@@ -10,6 +10,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from tests.soak import descendants
+
 DEMO = [sys.executable, "-m", "jobs.demo", "--output"]
 
 
@@ -44,24 +46,13 @@ def test_interrupting_it_stops_the_server_and_ray(tmp_path: Path, number: int, o
     while not any(once_there in command for command in started.values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-        started |= _descendants(demo.pid)
+        started |= descendants(demo.pid)
     demo.send_signal(number)
     assert demo.wait(60) == 130
     deadline = time.monotonic() + 20
     while (left := [started[pid] for pid in started if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left
-
-
-def _descendants(ancestor: int) -> dict[int, str]:
-    """The commands of the processes below one, by their ids."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
-    processes = [line.split(maxsplit=2) for line in listed.splitlines()]
-    below = {ancestor: ""}
-    for pid, parent, command in processes:  # parents are older, and come first
-        if int(parent) in below:
-            below[int(pid)] = command
-    return {pid: command for pid, command in below.items() if pid != ancestor}
 
 
 def _runs(pid: int) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import pytest
@@ -133,14 +134,20 @@ def _context() -> ForkServerContext:
     return context
 
 
+def start(overrides: list[str], selection: Selection, crash: Crash | None = None) -> BaseProcess:
+    """Starts a run of the job in a child process."""
+    child = _context().Process(target=_run, args=(dict(os.environ), overrides, selection, crash))
+    child.start()
+    return child
+
+
 def run(overrides: list[str], selection: Selection, crash: Crash | None = None) -> bool:
     """Runs the job in a child process; returns whether it came to its end, and didn't die.
 
     Raises:
         RuntimeError: it ended in another way.
     """
-    child = _context().Process(target=_run, args=(dict(os.environ), overrides, selection, crash))
-    child.start()
+    child = start(overrides, selection, crash)
     child.join(120)
     if child.exitcode not in (0, -signal.SIGKILL):
         child.kill()
