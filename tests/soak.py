@@ -31,7 +31,6 @@ from tests.pipeline import crashing
 
 ROOT = "s3://soak"
 TARS = 12
-RAY_EVERY = 8
 _LONGEST_RUN = 240
 
 
@@ -91,7 +90,7 @@ class Soak:
         return seen
 
     def lost_and_doubled(self, storage: Storage) -> tuple[int, int]:
-        """Samples of the input that are not among the labels (or that shouldn't be), and those that are twice."""
+        """Samples of the input that have no label (or labels of no sample), and samples that have two."""
         found = self.found(storage)
         expected = {
             ("loose" if name.startswith("loose/") else name, key)
@@ -101,7 +100,7 @@ class Soak:
         return len(expected ^ found.keys()), sum(count - 1 for count in found.values())
 
 
-def run_soak(rounds: int, seed: int, ray_every: int = RAY_EVERY) -> tuple[Soak, int, int]:
+def run_soak(rounds: int, seed: int, ray_every: int) -> tuple[Soak, int, int]:
     """Runs the soak; returns its state, and the samples lost and doubled."""
     soak = Soak(random.Random(seed))
     with LocalS3() as server:
@@ -119,9 +118,7 @@ def run_soak(rounds: int, seed: int, ray_every: int = RAY_EVERY) -> tuple[Soak, 
                     _round(soak, proxy.url)
                 doubled = [sample for sample, count in soak.found(storage).items() if count > 1]
                 if doubled:
-                    soak.problems.append(
-                        f"round {number}: {len(doubled)} samples twice, such as {doubled[0]}"
-                    )
+                    soak.problems.append(f"round {number}: twice: {doubled[:3]}")
                 print(f"round {number}: {_line(soak, proxy)}", flush=True)
             soak.events.update(proxy.injected)
         fields = [f"storage.endpoint_url={server.endpoint_url}", *_fields()]
@@ -163,16 +160,8 @@ def _round(soak: Soak, url: str) -> None:
 
 def _round_on_ray(soak: Soak, url: str) -> None:
     """A job on a local Ray, whose workers, or which itself, is killed in its midst."""
-    fields = [
-        "--set",
-        f"storage.endpoint_url={url}",
-        "--set",
-        "run.lease_s=3",
-        "--set",
-        "read.chunk_images=4",
-    ]
-    for value in _fields():
-        fields += ["--set", value]
+    values = [f"storage.endpoint_url={url}", *_fields(), "run.lease_s=3", "read.chunk_images=4"]
+    fields = [word for value in values for word in ("--set", value)]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.label", "--config", os.devnull, "--relabel", "--wait", *fields],
         cwd=Path(__file__).parents[1],
@@ -223,8 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill, fault and restart labelling jobs at random.")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ray-every", type=int, default=8, help="rounds from one on a real Ray to the next")
     arguments = parser.parse_args()
-    soak, lost, doubled = run_soak(arguments.rounds, arguments.seed)
+    soak, lost, doubled = run_soak(arguments.rounds, arguments.seed, arguments.ray_every)
     print(f"rounds: {arguments.rounds}")
     for kind, count in sorted(soak.events.items()):
         print(f"{kind}: {count}")
