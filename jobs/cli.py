@@ -7,7 +7,7 @@ import sys
 
 from jobs.console import make_app
 
-COMMANDS = ("label", "plan", "stats", "demo", "train", "benchmark")
+COMMANDS = ("label", "plan", "stats", "demo", "train", "benchmark", "bookkeeping")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from itertools import islice
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -152,10 +153,10 @@ class Manifest:
             return
 
     def replace(self, rows: Iterable[ManifestRow]) -> None:
-        """Writes all rows anew, whatever is there."""
-        ordered = sorted(rows, key=lambda row: row.uri)
-        groups = (ordered[at : at + ROW_GROUP_ROWS] for at in range(0, len(ordered), ROW_GROUP_ROWS))
-        self._write((_to_table(group) for group in groups), None)
+        """Writes all rows anew, whatever is there; they come sorted by URI."""
+        left = iter(rows)
+        groups = iter(lambda: list(islice(left, ROW_GROUP_ROWS)), [])
+        self._write(map(_to_table, groups), None)
 
     def fold_statistics(self) -> ClassStatistics:
         """The class statistics over every labelled shard."""

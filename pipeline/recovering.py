@@ -59,7 +59,7 @@ def recovered_rows(
 def rebuilt_rows(
     storage: Storage, partition: str, fingerprint: str, listing: Iterable[Shard], below: str
 ) -> list[ManifestRow]:
-    """All manifest rows anew: labels from the prediction files, failures from the records of runs.
+    """All manifest rows anew, sorted by URI: labels from the prediction files, failures from the records of runs.
 
     Args:
         storage: access to the partition.
@@ -80,7 +80,7 @@ def rebuilt_rows(
                 rows[uri] = failure
         elif rows[uri].version != failure.failed_version == versions.get(uri):
             rows[uri] = replace(rows[uri], error=failure.error, failed_version=failure.failed_version)
-    return list(rows.values())
+    return [rows[uri] for uri in sorted(rows)]
 
 
 def recorded_failures(storage: Storage, partition: str) -> dict[str, ManifestRow]:
