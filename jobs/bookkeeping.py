@@ -55,8 +55,7 @@ class Figure:
 
 
 def bookkeeping(
-    shards: Annotated[int, typer.Option(min=100, help="Shards of the manifest that is planned against.")] = 10
-    ** 6,
+    shards: Annotated[int, typer.Option(min=100, help="Shards of the manifest.")] = 10**6,
     rows: Annotated[int, typer.Option(min=10**4, help="Rows that are committed.")] = 4 * 10**6,
     output: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
 ) -> None:
@@ -72,10 +71,8 @@ def bookkeeping(
         figures = [_apart(_plan, folder, shards), _apart(_commit, folder, rows)]
     table = Table("", "count", "seconds", "a second", "peak MiB", "after a quarter")
     for f in figures:
-        early = f"{f.early_peak_mib:,.0f}" if f.early_peak_mib is not None else ""
-        table.add_row(
-            f.name, f"{f.count:,}", f"{f.seconds:.1f}", f"{f.rate:,.0f}", f"{f.peak_mib:,.0f}", early
-        )
+        cells = [f"{f.count:,}", f"{f.seconds:.1f}", f"{f.rate:,.0f}", f"{f.peak_mib:,.0f}"]
+        table.add_row(f.name, *cells, "" if f.early_peak_mib is None else f"{f.early_peak_mib:,.0f}")
     out.print(table)
     if output is not None:
         output.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")

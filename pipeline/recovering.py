@@ -59,7 +59,7 @@ def recovered_rows(
 def rebuilt_rows(
     storage: Storage, partition: str, fingerprint: str, listing: Iterable[Shard], below: str
 ) -> list[ManifestRow]:
-    """All manifest rows anew, sorted by URI: labels from the prediction files, failures from the records of runs.
+    """All manifest rows anew, sorted by URI: from prediction files, and failures from the records of runs.
 
     Args:
         storage: access to the partition.

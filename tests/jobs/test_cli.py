@@ -42,7 +42,7 @@ def cvt_label(*arguments: object, **environment: str) -> subprocess.CompletedPro
 def test_help_lists_every_command() -> None:
     done = cvt_label("--help")
     assert done.returncode == 0
-    for command in ("label", "plan", "stats", "demo", "train", "benchmark"):
+    for command in ("label", "plan", "stats", "demo", "train", "benchmark", "bookkeeping"):
         assert command in done.stdout
 
 
