@@ -38,6 +38,7 @@ class Chunk:
         total: the shard's number of samples, on its last chunk only.
         error: why the shard can't be read any further; only on its last chunk.
         pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order.
+        may_pass: whether an error is the storage's fault, and not the shard's.
         faults: failures of storage that passed while it was read, by kind.
     """
 
@@ -47,6 +48,7 @@ class Chunk:
     total: int | None = None
     error: str | None = None
     pixels: np.ndarray | None = None
+    may_pass: bool = False
     faults: Mapping[str, int] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:
@@ -57,6 +59,7 @@ class Chunk:
             "start": pa.array([self.start], pa.int64()),
             "total": pa.array([self.total], pa.int64()),
             "error": pa.array([self.error], pa.string()),
+            "may_pass": pa.array([self.may_pass]),
             "faults": pa.array([list(self.faults.items())], _FAULTS),
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
         }
@@ -81,6 +84,7 @@ class Chunk:
                 samples=pa.Table.from_struct_array(samples),
                 total=record["total"][0].as_py(),
                 error=record["error"][0].as_py(),
+                may_pass=record["may_pass"][0].as_py(),
                 pixels=pixels,
                 faults=dict(record["faults"][0].as_py()),
             )
@@ -110,7 +114,7 @@ def cut_into_chunks(
     """
     start, size = 0, 0
     waiting: list[Sample] = []
-    error = None
+    error, may_pass = None, False
     try:
         for sample in samples:
             more = len(sample.image or b"")
@@ -120,8 +124,9 @@ def cut_into_chunks(
             waiting.append(sample)
             size += more
     except ShardError as failure:
-        error = str(failure)
-    yield Chunk(shard, start, _table(waiting), total=start + len(waiting), error=error)
+        error, may_pass = str(failure), failure.may_pass
+    total = start + len(waiting)
+    yield Chunk(shard, start, _table(waiting), total=total, error=error, may_pass=may_pass)
 
 
 def _table(samples: list[Sample]) -> pa.Table:

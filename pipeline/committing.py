@@ -46,6 +46,7 @@ class _OpenShard:
     chunks: dict[int, Chunk] = field(default_factory=dict)
     total: int | None = None
     error: str | None = None
+    may_pass: bool = False
     samples: int = 0
 
     def add(self, chunk: Chunk) -> bool:
@@ -55,7 +56,7 @@ class _OpenShard:
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
         if chunk.total is not None:
-            self.total, self.error = chunk.total, chunk.error
+            self.total, self.error, self.may_pass = chunk.total, chunk.error, chunk.may_pass
         return True
 
     @property
@@ -235,7 +236,7 @@ class Committer:
                 format=shard.format,
                 size=shard.size,
                 error=arrived.error,
-                failed_version=shard.version,
+                failed_version=None if arrived.may_pass else shard.version,
                 run=self._run,
                 committed_at=datetime.now(UTC),
             )

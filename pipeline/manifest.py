@@ -72,7 +72,8 @@ class ManifestRow:
         output: its prediction file, relative to the model's partition; None where there is none.
         output_version: that object's version.
         error: why the shard couldn't be read at last; None where it could.
-        failed_version: the version of it that couldn't be read.
+        failed_version: the version of it that couldn't be read; None where that was the storage's fault,
+            and the next run is to try again.
         gone: whether the input no longer has it.
         run: the run that labelled it; None where that was found out from its prediction file.
         committed_at: when (UTC); None likewise.

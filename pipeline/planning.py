@@ -140,7 +140,7 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
 
 
 def _state(shard: Shard, row: Known | None) -> State:
-    if row is None:
+    if row is None or row.version is row.failed_version is None:
         return State.NEW
     if row.version == shard.version:
         return State.DONE

@@ -39,12 +39,14 @@ class ShardError(Exception):
     Attributes:
         uri: The shard's URI.
         cause: The message without the URI.
+        may_pass: Whether it is the storage's fault, not the shard's: another day it may be readable.
     """
 
-    def __init__(self, uri: str, cause: str) -> None:
-        super().__init__(uri, cause)
+    def __init__(self, uri: str, cause: str, may_pass: bool = False) -> None:
+        super().__init__(uri, cause, may_pass)
         self.uri = uri
         self.cause = cause
+        self.may_pass = may_pass
 
     def __str__(self) -> str:
         return f"{self.uri}: {self.cause}"
@@ -128,7 +130,8 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     except Exception as error:
         # Whatever the bytes of one shard do to a parser must not end the job for all others.
         place = f"after {count} samples (the last was {key!r}): " if count else ""
-        raise ShardError(shard.uri, place + _cause(shard, error)) from error
+        is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
+        raise ShardError(shard.uri, place + _cause(shard, error), may_pass=is_storage) from error
 
 
 def _cause(shard: Shard, error: Exception) -> str:

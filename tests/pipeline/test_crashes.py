@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from collections import Counter
@@ -121,6 +122,12 @@ class Place:
         assert not [key for key, times in loose.items() if times > 1]
         return shards
 
+    def last_counts(self) -> dict[str, int]:
+        """What the last run did, by its record."""
+        records = {name: data for name, data in self.objects("out").items() if "/runs/" in name}
+        last = max(map(json.loads, records.values()), key=lambda record: record["started_at"])
+        return dict(last["counts"])
+
     def end_state(self) -> dict[str, Any]:
         """What two runs have in common that came to the same end."""
         state: dict[str, Any] = {}
@@ -154,10 +161,13 @@ def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_
     for number in points(place):
         place.put("out", {})
         died = not place.run(crash=Crash(number, moment))
-        for uri, rows in place.labels().items():
+        there = place.labels()
+        for uri, rows in there.items():
             assert rows == labels[uri]
         assert place.run()
         assert place.end_state() == end
+        counts = place.last_counts()
+        assert counts["shards"] - counts["unreadable_shards"] == len(labels) - len(there)  # paid once
         if not died:
             assert number > 10
             return

@@ -59,6 +59,12 @@ def test_everything_is_labelled_anew_if_wanted() -> None:
     assert work.again == 3
 
 
+def test_a_shard_that_storage_kept_from_being_read_is_tried_again() -> None:
+    work = plan([shard("x")], {"x": known(None)})
+    assert names(work) == ["x"]
+    assert work.states[State.NEW] == 1
+
+
 def test_a_failed_shard_that_changes_is_tried_again() -> None:
     assert names(plan([shard("failed", "v2")], ROWS)) == ["failed"]
 

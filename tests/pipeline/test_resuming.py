@@ -133,6 +133,25 @@ def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path)
     assert (fourth.totals.shards, fourth.is_complete) == (1, True)
 
 
+def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
+    bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.retrying._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("pipeline.retrying._LONGEST_PAUSE", 0.01)
+    write(bucket, "a.tar", 1)
+    write(bucket, "b.tar", 2)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        is_b = lambda request: request.method == "GET" and request.path.endswith("/b.tar")  # noqa: E731
+        proxy.next(*["slow_down"] * 50, where=is_b)
+        first = run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"))
+    [row] = first.totals.unreadable
+    assert row.uri == f"{bucket}/in/b.tar"
+    assert "SlowDown" in str(row.error)
+    assert not first.is_complete
+    second = run_labelling(config(bucket))
+    assert (second.totals.shards, second.totals.images, second.is_complete) == (1, 12, True)
+
+
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
 def test_manifest_and_statistics_are_rebuilt_from_the_labels(
     kind: str, request: pytest.FixtureRequest
