@@ -67,9 +67,15 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logger.setLevel(logging.INFO)
     with show_progress() as progress:
-        result = run_labelling(config, progress, selection, wait=wait, on_wait=logger.info)
+        result = run_labelling(
+            config, progress, selection, wait=wait, on_wait=logger.info, on_plan=_print_plan
+        )
     print_result(result)
     return result
+
+
+def _print_plan(plan: Plan) -> None:
+    err.print(states_line(plan.work), markup=False, highlight=False)
 
 
 @contextmanager

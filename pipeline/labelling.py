@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster import Stop, graceful_stop, ray_cluster
+from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import Committer, Progress, Totals
 from pipeline.config import Config, ConfigError, InputConfig
 from pipeline.lease import Lease, left_in_order
@@ -194,6 +194,7 @@ def run_labelling(
     *,
     wait: bool = False,
     on_wait: Callable[[str], None] = lambda message: None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> RunResult:
     """Labels what is new or changed in the input; writes predictions, manifest, statistics and report.
 
@@ -203,6 +204,7 @@ def run_labelling(
         selection: what else is to be labelled.
         wait: until no other run works on the same labels, rather than to raise.
         on_wait: called with what is waited for.
+        on_plan: called with what is to be done, before it is.
 
     Raises:
         StorageError: input can't be listed, or output can't be written.
@@ -220,9 +222,10 @@ def run_labelling(
     was_in_order = lease.acquire(wait, on_wait)
     in_order = False
     try:
-        with recorded(partition, run, clock) as record:
+        with sigterm_interrupts(), recorded(partition, run, clock) as record:
             plan = _plan(partition, selection, was_in_order)
             clock.mark("planned")
+            on_plan(plan)
             record["plan"] = {str(state): count for state, count in plan.work.states.items()}
             record["plan"]["to_label"] = len(plan.shards)
             result = RunResult(run, plan, timings=clock.seconds)

@@ -145,10 +145,12 @@ class Manifest:
             removed: URIs of rows that are to go.
             gone: by URI, whether the input has lost the shard; rows not named keep what they say.
         """
+        gone = gone or {}
+        rows = {uri: replace(row, gone=gone.get(uri, row.gone)) for uri, row in rows.items()}
         while True:
             version = self._version()
             try:
-                self._write(self._merged(version, rows, removed, gone or {}), version)
+                self._write(self._merged(version, rows, removed, gone), version)
             except ObjectChanged:
                 continue
             return

@@ -144,6 +144,7 @@ def test_label_then_stats_show_the_same_table(
     again = cvt_label("label", "--config", job)
     assert again.returncode == 3, again.stderr
     assert "1 done, 1 failed; 0 to label" in again.stdout
+    assert "1 done, 1 failed; 0 to label" in again.stderr  # said before it starts
     assert "1 shards that earlier runs could not read (--retry-errors tries them again)" in again.stderr
     assert (
         "1 done, 1 failed; 2 to label (2 of them again)"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -258,70 +257,9 @@ def test_labelling_anew_writes_the_same_bytes(
     assert predictions(again) == first
 
 
-def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifest_whole(
-    ray_local: None, tmp_path: Path, samples: list[Sample]
-) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.tar").write_bytes(make_tar(wds(samples[:10])))
-    one = run_labelling(config(str(tmp_path)))
-    other = run_labelling(config(str(tmp_path), "output.topk=2"))
-    assert one.plan.partition.uri != other.plan.partition.uri
-    (tmp_path / "in" / "a.tar").unlink()
-    (tmp_path / "in" / "b.tar").write_bytes(make_tar(wds(samples[10:25])))
-    grown = run_labelling(config(str(tmp_path)))
-    assert grown.totals.images == 15
-    assert grown.statistics is not None
-    assert int(grown.statistics.count.sum()) == 25
-    table = ds.dataset(grown.plan.partition.uri + "/predictions", format="parquet").to_table()
-    assert table.num_rows == 25
-
-
-def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_statistics(
-    ray_local: None, tmp_path: Path, samples: list[Sample]
-) -> None:
-    shard = tmp_path / "in" / "a.tar"
-    shard.parent.mkdir()
-    shard.write_bytes(make_tar(wds(samples[:20])))
-    job = config(f"file://{tmp_path}")
-    first = run_labelling(job)
-    shard.write_bytes(shard.read_bytes()[:3000])
-    second = run_labelling(job)
-    assert [row.uri for row in second.totals.unreadable] == [str(shard)]
-    assert first.statistics is not None
-    assert second.statistics is not None
-    assert int(second.statistics.count.sum()) == int(first.statistics.count.sum()) == 20
-    [row] = pq.read_table(second.plan.partition.manifest.uri).to_pylist()
-    assert (row["rows"], row["run"]) == (20, first.run)
-    assert "damaged" in row["error"]
-    assert Path(second.plan.partition.uri, row["output"]).is_file()
-
-
 def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output\.uri: .* lies in the input"):
         make_plan(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
-
-
-def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
-    ray_local: None, tmp_path: Path, samples: list[Sample]
-) -> None:
-    (tmp_path / "in").mkdir()
-    for i in range(3):
-        (tmp_path / "in" / f"{i}.tar").write_bytes(make_tar(wds(samples[i * 10 : i * 10 + 10])))
-    job = config(str(tmp_path))
-
-    def interrupt(progress: Progress, plan: Plan) -> None:
-        if progress.shards:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_labelling(job, interrupt)
-    partition = make_plan(job).partition
-    manifest = pq.read_table(partition.manifest.uri).to_pylist()
-    files = list(Path(partition.uri, "predictions").rglob("*.parquet"))
-    assert len(manifest) == len(files) >= 1
-    [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]
-    assert record["status"] == "interrupted"
-    assert record["counts"]["shards"] == len(files)
 
 
 def _png_of_size(width: int, height: int) -> bytes:

@@ -80,6 +80,8 @@ def test_an_update_replaces_adds_removes_and_marks_and_keeps_the_rest(manifest: 
     assert list(manifest.rows()) == list(expected.values())
     manifest.update({}, gone={row(8).uri: False})
     assert {r.uri: r.gone for r in manifest.rows()}[row(8).uri] is False
+    manifest.update(by_uri(row(50), row(3)), gone={row(50).uri: True, row(3).uri: True})
+    assert [r.uri for r in manifest.rows() if r.gone] == [row(3).uri, row(50).uri]
 
 
 def test_the_same_rows_give_the_same_bytes_however_they_came(manifest: Manifest, tmp_path: Path) -> None:

@@ -334,3 +334,60 @@ def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     again = run_labelling(config(bucket), selection=Selection(relabel=True))
     assert again.totals.shards == 6
     assert files(bucket) == disturbed
+
+
+def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifest_whole(
+    tmp_path: Path,
+) -> None:
+    write(str(tmp_path), "a.tar", 1, count=10)
+    one = run_labelling(config(str(tmp_path)))
+    other = run_labelling(config(str(tmp_path), "output.topk=2"))
+    assert one.plan.partition.uri != other.plan.partition.uri
+    (tmp_path / "in" / "a.tar").unlink()
+    write(str(tmp_path), "b.tar", 2, count=15)
+    grown = run_labelling(config(str(tmp_path)))
+    assert grown.totals.images == 15
+    assert grown.statistics is not None
+    assert int(grown.statistics.count.sum()) == 25
+    assert len(files(str(tmp_path), f"{grown.plan.partition.uri}/predictions")) == 2
+
+
+def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_statistics(
+    tmp_path: Path,
+) -> None:
+    shard = tmp_path / "in" / "a.tar"
+    write(str(tmp_path), "a.tar", 1, count=20)
+    job = config(f"file://{tmp_path}")
+    first = run_labelling(job)
+    shard.write_bytes(shard.read_bytes()[:3000])
+    second = run_labelling(job)
+    assert [row.uri for row in second.totals.unreadable] == [str(shard)]
+    assert first.statistics is not None
+    assert second.statistics is not None
+    assert int(second.statistics.count.sum()) == int(first.statistics.count.sum()) == 20
+    [row] = pq.read_table(second.plan.partition.manifest.uri).to_pylist()
+    assert (row["rows"], row["run"]) == (20, first.run)
+    assert "damaged" in row["error"]
+    assert Path(second.plan.partition.uri, row["output"]).is_file()
+
+
+def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
+    tmp_path: Path,
+) -> None:
+    for i in range(3):
+        write(str(tmp_path), f"{i}.tar", i)
+    job = config(str(tmp_path))
+
+    def interrupt(progress: Progress, plan: Plan) -> None:
+        if progress.shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_labelling(job, interrupt)
+    partition = make_plan(job).partition
+    manifest = pq.read_table(partition.manifest.uri).to_pylist()
+    labelled = list(Path(partition.uri, "predictions").rglob("*.parquet"))
+    assert len(manifest) == len(labelled) >= 1
+    [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]
+    assert record["status"] == "interrupted"
+    assert record["counts"]["shards"] == len(labelled)
