@@ -24,8 +24,9 @@ from pipeline.classifying import PredictionOptions, classify
 from pipeline.committing import Committer
 from pipeline.manifest import Manifest, ManifestRow, ManifestWriter
 from pipeline.planning import LABEL_NEW, State, compare, read_known
+from pipeline.recovering import reconcile
 from pipeline.shards import Shard
-from pipeline.storage import Storage
+from pipeline.storage import ObjectInfo, Storage
 
 _CLASSES = 1000
 _CHUNK = 512
@@ -88,6 +89,10 @@ def _uri(number: int) -> str:
     return f"{_ROOT}/part-{number // 1000:04d}/shard-{number:07d}.tar"
 
 
+def _output(number: int) -> str:
+    return f"predictions/s3/{_uri(number)[5:]}.parquet"
+
+
 def _version(number: int) -> str:
     return f"{number:032x}-{10**9 + number}"
 
@@ -95,7 +100,6 @@ def _version(number: int) -> str:
 def _write_manifest(folder: str, shards: int) -> None:
     def rows() -> Iterator[ManifestRow]:
         for number in range(shards):
-            output = f"predictions/s3/{_uri(number)[5:]}.parquet"
             yield ManifestRow(
                 uri=_uri(number),
                 version=_version(number),
@@ -104,7 +108,7 @@ def _write_manifest(folder: str, shards: int) -> None:
                 rows=1000,
                 errors=0,
                 duplicate_keys=0,
-                output=output,
+                output=_output(number),
                 output_version=_version(number + 1),
                 run="20260102T030405Z-012345",
             )
@@ -118,12 +122,18 @@ def _plan(folder: str, shards: int) -> Figure:
             version = _version(number) if number % 100 else _version(number + 7)
             yield Shard(_uri(number), version, "webdataset", 10**9 + number)
 
+    def files() -> Iterator[ObjectInfo]:
+        for number in range(shards):
+            yield ObjectInfo(f"{folder}/{_output(number)}", 10**5, _version(number + 1))
+
     start = time.perf_counter()
-    work = compare(listing(), read_known(Manifest(Storage(), folder, _CLASSES)), _ROOT, LABEL_NEW)
+    known = read_known(Manifest(Storage(), folder, _CLASSES))
+    unlisted, lost = reconcile(files(), known, folder)
+    work = compare(listing(), known, _ROOT, LABEL_NEW)
     seconds = time.perf_counter() - start
     changed = -(-shards // 100)
     expected = {State.NEW: shards // 10, State.CHANGED: changed, State.DONE: shards - changed, State.GONE: 0}
-    if work.states != expected or len(work.shards) != shards // 10 + changed:
+    if unlisted or lost or work.states != expected or len(work.shards) != shards // 10 + changed:
         raise RuntimeError(f"the plan is wrong: {work.states}")
     count = sum(work.states.values())
     return Figure("planning: shards listed", count, seconds, count / seconds, _peak_mib())

@@ -40,14 +40,14 @@ def stats(
     with exit_status():
         loaded = load_config(Config, config, set or ())
         partition = labelling.rebuild(loaded) if rebuild else open_partition(loaded)
-        manifest = partition.manifest.read(("rows", "errors", "output", "failed_version", "gone"))
+        manifest = partition.manifest.read(("rows", "errors", "output", "error", "gone"))
         total = partition.manifest.fold_statistics()
     if not manifest.num_rows:
         err.print(f"cvt-label: {partition.uri}: nothing is labelled yet", markup=False, soft_wrap=True)
         sys.exit(Exit.UNUSABLE)
     out.print(class_statistics_table(partition.class_table(total), most))
     labelled = manifest.num_rows - manifest["output"].null_count
-    failed = manifest.num_rows - manifest["failed_version"].null_count
+    failed = manifest.num_rows - manifest["error"].null_count
     gone = pc.sum(manifest["gone"]).as_py()
     out.print(
         f"{labelled:,} shards, {gone:,} of them gone from the input; {failed:,} could not be read; "

@@ -76,6 +76,10 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
         outputs = list(_bisected(backend, chunk.pixels, failures))
         if not outputs and len(failures) > 1:
             raise next(iter(failures.values()))
+        if outputs and failures:
+            # Once more one for which it didn't fail: it isn't a device that broke midway.
+            worked = next(place for place in range(len(chunk.pixels)) if place not in failures)
+            backend(chunk.pixels[worked : worked + 1])
         messages: list[str | None] = [None] * len(chunk.pixels)
         for place, failure in failures.items():
             messages[place] = one_line(

@@ -231,15 +231,7 @@ class Committer:
 
     def _commit(self, shard: Shard, arrived: _OpenShard) -> ManifestRow:
         if arrived.error is not None:
-            return ManifestRow(
-                shard.uri,
-                format=shard.format,
-                size=shard.size,
-                error=arrived.error,
-                failed_version=None if arrived.may_pass else shard.version,
-                run=self._run,
-                committed_at=datetime.now(UTC),
-            )
+            return self._failed(shard, arrived.error, None if arrived.may_pass else shard.version)
         predictions = self._assemble(shard, arrived)
         footer = Footer(
             shard=shard.uri,
@@ -253,11 +245,25 @@ class Committer:
             partial=ClassStatistics.of(predictions, len(self._options.labels)).to_partial(),
         )
         output = f"predictions/{prediction_path(shard.uri)}"
-        written, version = self._write(shard, output, encode(predictions, footer), footer)
-        return replace(labelled_row(written, output, version), run=self._run, committed_at=datetime.now(UTC))
+        written = self._write(shard, output, encode(predictions, footer), footer)
+        if written is None:
+            return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version)
+        row = labelled_row(written[0], output, written[1])
+        return replace(row, run=self._run, committed_at=datetime.now(UTC))
 
-    def _write(self, shard: Shard, output: str, content: bytes, footer: Footer) -> tuple[Footer, str]:
-        """Writes a prediction file; returns what lies there then, and its version.
+    def _failed(self, shard: Shard, error: str, failed_version: str | None) -> ManifestRow:
+        return ManifestRow(
+            shard.uri,
+            format=shard.format,
+            size=shard.size,
+            error=error,
+            failed_version=failed_version,
+            run=self._run,
+            committed_at=datetime.now(UTC),
+        )
+
+    def _write(self, shard: Shard, output: str, content: bytes, footer: Footer) -> tuple[Footer, str] | None:
+        """Writes a prediction file; returns what lies there then, and its version; None if nothing does.
 
         Where there is another file than the plan has seen, another run is at work, or was until it
         died: a file of the same version of the shard stays; of two versions, the input's own wins.
@@ -270,6 +276,9 @@ class Committer:
             except ObjectChanged:
                 found = self._found(uri)
             if found is None:
+                # Removed: by hand, or since its images are in other groups now.
+                if not self._is_current(shard):
+                    return None
                 expected = ABSENT
                 continue
             theirs, expected = found

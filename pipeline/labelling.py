@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -19,15 +20,15 @@ import pyarrow.parquet as pq
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import Committer, Progress, Totals
 from pipeline.config import Config, ConfigError, InputConfig
-from pipeline.lease import Lease, left_in_order
+from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
 from pipeline.partition import Partition, make_storage, open_partition
 from pipeline.planning import LABEL_NEW, Known, Selection, Work, compare, read_known
 from pipeline.record import Clock, new_run_id, recorded
-from pipeline.recovering import prediction_files, rebuilt_rows, recovered_rows
+from pipeline.recovering import prediction_files, rebuilt_rows, reconcile, recovered_rows
 from pipeline.report import render_report
 from pipeline.retrying import faults
-from pipeline.shards import Shard, ShardListing, list_shards, name_below, prediction_path
+from pipeline.shards import Shard, ShardListing, list_shards, prediction_path
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
 
@@ -48,7 +49,7 @@ class Plan:
         partition: where the labels go.
         work: which shards are in which state, and what is to be labelled.
         ignored: objects under the input URI that are no shard.
-        recovered: rows that the manifest lacks, of shards that an earlier run has labelled.
+        recovered: rows that the manifest lacks, of prediction files that are there.
         lost: shards whose prediction files somebody has removed.
         in_order: whether the last run has left manifest and statistics up to date.
     """
@@ -163,28 +164,30 @@ def _no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
 def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     config, storage, manifest = partition.config, partition.storage, partition.manifest
     known = read_known(manifest)
-    recovered: dict[str, ManifestRow] = {}
-    lost: list[str] = []
-    if not in_order or not manifest.exists():
-        recovered, lost = _recover(partition, known)
-        known |= {uri: Known.of(row) for uri, row in recovered.items()}
-        for uri in lost:
+    # Always, not only after a run that died: the prediction files are the truth, whoever wrote them.
+    unlisted, lost = reconcile(prediction_files(storage, partition.uri), known, partition.uri)
+    rows = recovered_rows(storage, partition.uri, partition.fingerprint, unlisted)
+    recovered = {row.uri: row for row in rows}
+    known |= {uri: Known.of(row) for uri, row in recovered.items()}
+    for uri in lost:
+        if uri not in recovered:
             del known[uri]
+    _check_groups(known, config.input.uri)
     listing = list_shards(storage, config.input.uri, config.input.format)
     work = compare(listing, known, config.input.uri, selection)
     return Plan(partition, work, listing.ignored, recovered, lost, in_order)
 
 
-def _recover(partition: Partition, known: Mapping[str, Known]) -> tuple[dict[str, ManifestRow], list[str]]:
-    """Rows that the manifest lacks, and shards of which it has rows, but no file is there."""
-    labelled = {row.output: (uri, row.output_version) for uri, row in known.items() if row.output}
-    unknown = []
-    for info in prediction_files(partition.storage, partition.uri):
-        _, version = labelled.pop(info.uri.removeprefix(f"{partition.uri}/"), (None, None))
-        if version != info.version:
-            unknown.append(info)
-    rows = recovered_rows(partition.storage, partition.uri, partition.fingerprint, unknown)
-    return {row.uri: row for row in rows}, [uri for uri, _ in labelled.values()]
+def _check_groups(known: Mapping[str, Known], input_uri: str) -> None:
+    """Refuses an input within a folder whose loose images are labelled already, in groups of their own."""
+    root = normalised(input_uri)
+    for uri, row in known.items():
+        folder = uri.rpartition("/")[0]
+        if row.format == "images" and row.output is not None and root.startswith(f"{folder}/"):
+            raise ConfigError(
+                f"input.uri: {input_uri} lies in {folder}, whose loose images have labels in this output: "
+                "label all of them, or choose another output.uri, or they would be labelled twice"
+            )
 
 
 def run_labelling(
@@ -252,7 +255,7 @@ def _carry_out(
     stop = Stop()
     record["unreadable"] = []
     try:
-        changed = _tidy(result)
+        changed = _tidy(result, lease)
         if plan.shards:
             stop = _label(result, record, clock, lease, writer, on_progress)
         writer.flush()
@@ -260,6 +263,8 @@ def _carry_out(
             result.statistics = plan.partition.manifest.fold_statistics()
             _publish(result)
             clock.mark("published")
+    except LeaseLostError:  # what the other run knows is newer
+        raise
     except BaseException:
         with suppress(StorageError):  # it would hide what ended the run
             writer.flush()
@@ -282,7 +287,7 @@ def _carry_out(
         raise KeyboardInterrupt if stop.abandoned else Stopped
 
 
-def _tidy(result: RunResult) -> bool:
+def _tidy(result: RunResult, lease: Lease) -> bool:
     """Brings manifest and files in line with the listing, before anything is labelled; says if it had to.
 
     Labels of images that now belong to another group are removed first, so that no image is ever seen
@@ -293,10 +298,12 @@ def _tidy(result: RunResult) -> bool:
     labelled = {uri: row for uri, row in work.gone.items() if row.output is not None}
     to_remove = {uri for uri in labelled if work.selection.prune}
     result.pruned = len(to_remove)
-    to_remove |= _regrouped(partition, labelled, work.shards)
+    to_remove |= _regrouped(partition, labelled, work)
     to_remove |= {uri for uri in work.moved if uri in work.expected}
+    versions = {uri: row.output_version for uri, row in labelled.items()} | work.expected
     for uri in to_remove:
-        partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}")
+        lease.check()
+        _remove(partition, uri, versions[uri])
         work.expected.pop(uri, None)
     removed = to_remove | set(plan.lost) | (work.gone.keys() - labelled.keys())
     gone = {uri: True for uri, row in labelled.items() if not row.gone and uri not in removed}
@@ -308,22 +315,38 @@ def _tidy(result: RunResult) -> bool:
     return True
 
 
-def _regrouped(partition: Partition, gone: Mapping[str, Known], shards: list[Shard]) -> set[str]:
+def _remove(partition: Partition, shard_uri: str, version: str | None) -> None:
+    """Removes a shard's prediction file, unless another run has meanwhile written it anew."""
+    uri = f"{partition.uri}/predictions/{prediction_path(shard_uri)}"
+    try:
+        if partition.storage.stat(uri).version == version:
+            partition.storage.delete(uri)
+    except ObjectNotFound:
+        return
+
+
+def _regrouped(partition: Partition, labelled: Mapping[str, Known], work: Work) -> set[str]:
     """Groups of loose images that are gone, but of which images are in other groups now."""
-    groups = {uri: row for uri, row in gone.items() if row.format == "images"}
-    if not groups:
-        return set()
-    listed = {name_below(shard.uri.rpartition("/")[0], m.uri) for shard in shards for m in shard.members}
-    found = set()
-    for uri, row in groups.items():
+    groups = {uri: row for uri, row in labelled.items() if row.format == "images"}
+    if not work.shards and all(row.gone for row in groups.values()):
+        return set()  # as it was when they were found to be gone
+
+    def images(group: tuple[str, Known]) -> list[tuple[str, str]]:
+        uri, row = group
         try:
             with partition.storage.open(f"{partition.uri}/{row.output}") as file:
-                keys = pq.read_table(file, columns=["key"])["key"]
+                keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
         except ObjectNotFound:
-            continue
-        if not listed.isdisjoint(keys.to_pylist()):
-            found.add(uri)
-    return found
+            return []
+        return [(f"{uri.rpartition('/')[0]}/{key}", uri) for key in keys]
+
+    with ThreadPoolExecutor(16, thread_name_prefix="keys") as pool:
+        group_of = dict(image for found in pool.map(images, groups.items()) for image in found)
+    if not group_of:
+        return set()
+    section = partition.config.input
+    listing = list_shards(partition.storage, section.uri, section.format)
+    return {group_of[m.uri] for shard in listing for m in shard.members if m.uri in group_of}
 
 
 def _label(

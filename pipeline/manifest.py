@@ -197,7 +197,10 @@ class Manifest:
             file = pq.ParquetFile(stream, pre_buffer=True)
             missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
             if missing:
-                raise StorageError(self.uri, f"not a manifest: it has no column {', '.join(missing)}")
+                raise StorageError(
+                    self.uri,
+                    f"not a manifest: it has no column {', '.join(missing)} (stats --rebuild makes it anew)",
+                )
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
 

@@ -49,6 +49,7 @@ class Known(NamedTuple):
     errors: int | None
     output: str | None
     output_version: str | None
+    error: str | None
     failed_version: str | None
     gone: bool
     format: str | None
@@ -90,7 +91,7 @@ def read_known(manifest: Manifest) -> dict[str, Known]:
     """What the manifest knows of every shard, by URI."""
     table = manifest.read(("uri", *Known._fields))
     # Few values, that stand in every row: one object each.
-    shared = {"format", "failed_version"}
+    shared = {"format", "error", "failed_version"}
     columns = [
         (column.dictionary_encode() if name in shared else column).to_pylist()
         for name, column in zip(table.column_names, table.columns, strict=True)
@@ -115,9 +116,8 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
         work.states[state] += 1
         if row is not None and row.gone:
             work.returned.append(shard.uri)
-        again = selection.relabel or (
-            selection.retry_errors and (state is State.FAILED or bool(row is not None and row.errors))
-        )
+        failed = row is not None and (row.error is not None or bool(row.errors))
+        again = selection.relabel or (selection.retry_errors and failed)
         if state in (State.NEW, State.CHANGED) or again:
             work.shards.append(shard)
             work.again += state not in (State.NEW, State.CHANGED)
@@ -126,7 +126,7 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
         elif state is State.FAILED:
             work.skipped_failures += 1
         if shard.format == "images":
-            if state is State.NEW and last_changed is not None:
+            if (row is None or row.version is None or row.gone) and last_changed is not None:
                 work.moved.append(last_changed)
             if state is not State.NEW:
                 has_labels = row is not None and row.output is not None

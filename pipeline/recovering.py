@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from pipeline.committing import labelled_row
 from pipeline.manifest import ManifestRow
+from pipeline.planning import Known
 from pipeline.predictions import read_footer
 from pipeline.shards import Shard
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
@@ -25,6 +26,23 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
                 yield info
     except ObjectNotFound:  # a local folder that isn't there yet
         return
+
+
+def reconcile(
+    files: Iterable[ObjectInfo], known: Mapping[str, Known], partition: str
+) -> tuple[list[ObjectInfo], list[str]]:
+    """Compares the prediction files with the manifest.
+
+    Returns:
+        the files that the manifest doesn't know in this version, and the shards whose files are not there.
+    """
+    labelled = {row.output: (uri, row.output_version) for uri, row in known.items() if row.output}
+    unlisted = []
+    for info in files:
+        _, version = labelled.pop(info.uri.removeprefix(f"{partition}/"), (None, None))
+        if version != info.version:
+            unlisted.append(info)
+    return unlisted, [uri for uri, _ in labelled.values()]
 
 
 def recovered_rows(

@@ -123,6 +123,20 @@ def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labell
             assert row == want
 
 
+def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:
+    class Breaking(Backend):
+        calls = 0
+
+        def __call__(self, images: np.ndarray) -> Outputs:
+            self.calls += 1
+            if self.calls != 2:
+                raise RuntimeError("device lost")
+            return super().__call__(images)
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        classify(chunk([[1, 0, 0, 0]] * 8, [None] * 8), Breaking(), options())
+
+
 def test_a_model_that_fails_for_every_image_is_no_fault_of_theirs() -> None:
     with pytest.raises(RuntimeError, match="shape mismatch"):
         classify(chunk([[200, 0, 0, 0]] * 5, [None] * 5), Fragile(), options())

@@ -12,8 +12,15 @@ def shard(name: str, version: str = "v1", format: str = "webdataset") -> Shard:
 
 def known(version: str | None = "v1", **fields: object) -> Known:
     labelled = {"output": "predictions/x.parquet", "output_version": "etag"} if version else {}
-    values: dict[str, object] = {"errors": 0, "failed_version": None, "gone": False, "format": "webdataset"}
-    values = {"version": version, "output": None, "output_version": None} | values | labelled | fields
+    values: dict[str, object] = {
+        "errors": 0,
+        "error": None,
+        "failed_version": None,
+        "gone": False,
+        "format": "webdataset",
+    }
+    values |= {"version": version, "output": None, "output_version": None, "format": "webdataset"}
+    values |= labelled | fields
     return Known(**values)  # type: ignore[arg-type]
 
 
@@ -31,7 +38,7 @@ LISTING = [shard("done"), shard("changed", "v2"), shard("new"), shard("failed"),
 ROWS = {
     "done": known(),
     "changed": known(),
-    "failed": known(None, failed_version="v1"),
+    "failed": known(None, error="cut", failed_version="v1"),
     "errors": known(errors=3),
     "gone": known(),
 }
@@ -59,8 +66,20 @@ def test_everything_is_labelled_anew_if_wanted() -> None:
     assert work.again == 3
 
 
+def test_a_labelled_shard_that_could_not_be_read_again_is_tried_again_if_wanted() -> None:
+    rows = {"x": known(error="cut", failed_version="v1")}
+    assert names(plan([shard("x")], rows)) == []
+    assert names(plan([shard("x")], rows, Selection(retry_errors=True))) == ["x"]
+
+
+def test_a_group_that_has_lost_images_to_one_that_returns_is_told() -> None:
+    rows = {"a": known(format="images"), "b": known(gone=True, format="images")}
+    work = plan([shard("a", "v2", "images"), shard("b", "v2", "images")], rows)
+    assert work.moved == [f"{ROOT}/a"]
+
+
 def test_a_shard_that_storage_kept_from_being_read_is_tried_again() -> None:
-    work = plan([shard("x")], {"x": known(None)})
+    work = plan([shard("x")], {"x": known(None, error="503")})
     assert names(work) == ["x"]
     assert work.states[State.NEW] == 1
 

@@ -17,9 +17,9 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline import labelling
 from pipeline.committing import Progress
-from pipeline.config import Config, load_config
+from pipeline.config import Config, ConfigError, load_config
 from pipeline.labelling import Plan, RunResult, Stopped, make_plan, rebuild, run_labelling
-from pipeline.lease import LeaseHeldError, LeaseLostError
+from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from pipeline.planning import Selection, State
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy
@@ -391,3 +391,103 @@ def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
     [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]
     assert record["status"] == "interrupted"
     assert record["counts"]["shards"] == len(labelled)
+
+
+def write_images(root: str, *numbers: int) -> None:
+    for i in numbers:
+        Storage().write(f"{root}/in/sub/{i:03d}.jpg", make_image(i))
+
+
+def image_uris(root: str) -> list[str]:
+    """The images that a reader finds labels of, by their URIs."""
+    return sorted(f"{shard.rpartition('/')[0]}/{key}" for shard, key in keys(root))
+
+
+def test_labels_of_a_group_that_a_zombie_brings_back_are_removed(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    first = run_labelling(config(root))
+    kept = files(root)
+    groups = [shard.members for shard in first.plan.shards]
+    first_image, *others = next(members for members in groups[1:] if len(members) > 2)
+    assert others
+    Storage().delete(first_image.uri)  # whose name begins the group: the others join the one before
+    run_labelling(config(root))
+    [removed] = kept.keys() - files(root).keys()
+    Storage().write(removed, kept[removed])
+    for _ in range(2):
+        run_labelling(config(root))
+        assert len(image_uris(root)) == len(set(image_uris(root))) == 29
+
+
+def test_a_wider_input_takes_over_the_images_of_a_narrower_one_and_not_the_reverse(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_images(root, *range(10))
+    narrow = config(root, f"input.uri={root}/in/sub")
+    run_labelling(narrow)
+    run_labelling(config(root))
+    assert len(image_uris(root)) == len(set(image_uris(root))) == 10
+    with pytest.raises(ConfigError, match=r"in/sub lies in .*/in, whose loose images have labels"):
+        run_labelling(narrow)
+
+
+def test_labels_that_somebody_removed_are_made_again(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+    run_labelling(config(root))
+    Path(sorted(files(root))[1]).unlink()
+    again = run_labelling(config(root))
+    assert again.totals.shards == 1
+    assert len(keys(root)) == 36
+    assert again.statistics is not None
+    assert int(again.statistics.count.sum()) == 36
+
+
+def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_path: Path) -> None:
+    """It has labelled a shard; before it lists it, the shard goes, and another run prunes its labels."""
+    root = str(tmp_path)
+    for i in range(4):
+        write(root, f"{i}.tar", i)
+    content = (tmp_path / "in" / "0.tar").read_bytes()
+
+    def meanwhile(progress: Progress, plan: Plan) -> None:
+        if progress.shards < 1 or not (tmp_path / "in" / "0.tar").exists():
+            return
+        (tmp_path / "in" / "0.tar").unlink()
+        lease = Path(plan.partition.uri, "lease.json")
+        lease.write_text(lease.read_text().replace('"run": "', '"run": "other-').replace("held", "released"))
+        run_labelling(config(root), selection=Selection(prune=True))
+        time.sleep(0.5)
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root, "run.lease_s=0.3"), meanwhile)
+    (tmp_path / "in" / "0.tar").write_bytes(content)
+    assert run_labelling(config(root)).is_complete
+    assert len(keys(root)) == len(set(keys(root))) == 48
+
+
+def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    for i in range(2):
+        write(root, f"{i}.tar", i)
+    run_labelling(config(root))
+    (tmp_path / "in" / "0.tar").unlink()
+    tidy = labelling._tidy
+
+    def suspended(result: RunResult, lease: Lease) -> bool:
+        monkeypatch.setattr(labelling, "_tidy", tidy)
+        write(root, "0.tar", 7, count=3)
+        path = Path(result.plan.partition.uri, "lease.json")
+        held = path.read_text()
+        path.unlink()
+        run_labelling(config(root))
+        path.write_text(held)
+        return tidy(result, lease)
+
+    monkeypatch.setattr(labelling, "_tidy", suspended)
+    run_labelling(config(root), selection=Selection(prune=True))
+    run_labelling(config(root))
+    assert len(keys(root)) == 12 + 3
