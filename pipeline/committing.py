@@ -112,6 +112,7 @@ class Committer:
         expected: Mapping[str, str],
         is_current: Callable[[Shard], bool],
         on_commit: Callable[[ManifestRow], None],
+        before_group: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
         storage: where the files go.
@@ -124,12 +125,16 @@ class Committer:
         is_current: says whether a shard is still what the input has; asked where another run has
             meanwhile labelled another version of it.
         on_commit: called with the manifest row of each shard that is done, in this thread.
+        before_group: called before the labels of a group of loose images are written, in any thread;
+            raises if they mustn't be. Another run may have grouped the images otherwise, so that
+            an overtaken run's labels would be there twice; tars and Parquet files don't share samples.
         """
         self.totals = Totals()
         self.faults: Counter[str] = Counter()
         self._expected = expected
         self._is_current = is_current
         self._on_commit = on_commit
+        self._before_group = before_group
         self._accepts_new = True
         self._storage = storage
         self._partition = partition
@@ -245,7 +250,10 @@ class Committer:
             partial=ClassStatistics.of(predictions, len(self._options.labels)).to_partial(),
         )
         output = f"predictions/{prediction_path(shard.uri)}"
-        written = self._write(shard, output, encode(predictions, footer), footer)
+        content = encode(predictions, footer)
+        if shard.members:
+            self._before_group()
+        written = self._write(shard, output, content, footer)
         if written is None:
             return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version)
         row = labelled_row(written[0], output, written[1])

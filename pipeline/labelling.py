@@ -370,6 +370,7 @@ def _label(
         expected=plan.work.expected,
         is_current=partial(_is_current, partition.storage),
         on_commit=writer.add,
+        before_group=lease.verify,
     )
     result.totals, result.worker_faults = committer.totals, committer.faults
     with ray_cluster(config.ray.address), committer, graceful_stop(config.run.grace_s) as stop:

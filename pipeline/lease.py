@@ -151,6 +151,11 @@ class Lease:
                 f"{self._seconds:g} s"
             )
 
+    def verify(self) -> None:
+        """As `check`, but looks at the lease itself, not only at what the last renewal has found."""
+        self._lost = self._lost or not self._is_mine()
+        self.check()
+
     def release(self, in_order: bool) -> None:
         """Gives the lease back, if it is still this run's.
 

@@ -491,3 +491,20 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
     run_labelling(config(root), selection=Selection(prune=True))
     run_labelling(config(root))
     assert len(keys(root)) == 12 + 3
+
+
+def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path: Path) -> None:
+    """For the other run may have grouped them otherwise."""
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    overtaken = []
+
+    def overtake(progress: Progress, plan: Plan) -> None:
+        if not overtaken:
+            lease = Path(plan.partition.uri, "lease.json")
+            lease.write_text(lease.read_text().replace('"run": "', '"run": "other-'))
+            overtaken.append(progress)
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root), overtake)
+    assert len(files(root)) <= 1  # the group that was being written just then
