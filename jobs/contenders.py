@@ -30,6 +30,7 @@ from pipeline.config import Config, InputConfig, load_config
 from pipeline.decoding import decode
 from pipeline.labelling import Plan, input_shards, run_labelling
 from pipeline.partition import read_options
+from pipeline.planning import Selection
 from pipeline.reading import read_samples
 from pipeline.storage import Storage
 from pipeline.training import Subject, save_model
@@ -180,7 +181,7 @@ def _label(config: Config, expected: int) -> tuple[int, float]:
     def note(progress: Progress, plan: Plan) -> None:
         seen.append((progress.images, time.perf_counter()))
 
-    result = run_labelling(config, note)
+    result = run_labelling(config, note, Selection(relabel=True))
     if (result.totals.images, result.totals.errors) != (expected, 0):
         raise WrongCountError(f"the pipeline labelled {result.totals.images} images of {expected}")
     (first, start), *_ = seen

@@ -26,7 +26,7 @@ from pipeline.dataflow import cluster_resources, label_chunks
 from pipeline.labelling import make_plan
 from tests.makers import make_image, make_tar
 
-SHARDS, IMAGES, CHUNK = 72, 32, 8
+SHARDS, IMAGES, CHUNK = 60, 32, 8
 
 
 def workers(parents: list[int]) -> dict[int, str]:
