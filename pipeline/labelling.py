@@ -28,7 +28,7 @@ from pipeline.record import Clock, new_run_id, recorded
 from pipeline.recovering import prediction_files, rebuilt_rows, reconcile, recovered_rows
 from pipeline.report import render_report
 from pipeline.retrying import faults
-from pipeline.shards import Shard, ShardListing, list_shards, prediction_path
+from pipeline.shards import Shard, ShardListing, lies_in, list_shards, prediction_path
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
 
@@ -133,7 +133,7 @@ def make_plan(config: Config, selection: Selection = LABEL_NEW) -> Plan:
 def check_input(config: Config) -> None:
     """Makes sure that there is something to label; raises as `make_plan`."""
     source, target = normalised(config.input.uri), normalised(config.output.uri)
-    if f"{target}/".startswith(f"{source}/"):
+    if lies_in(target, source):
         raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
     listing = list_shards(make_storage(config.storage), config.input.uri, config.input.format)
     if next(listing, None) is None:

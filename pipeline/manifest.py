@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import read_partial, unpack_partial
+from pipeline.predictions import read_footer, unpack_partial
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
@@ -179,7 +179,7 @@ class Manifest:
     def _partial_of(self, output: str) -> pa.Table:
         uri = f"{self._partition}/{output}"
         with self._storage.open(uri) as file:
-            return read_partial(uri, file)
+            return read_footer(uri, file).partial
 
     def _version(self) -> str:
         try:

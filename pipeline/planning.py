@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from pipeline.manifest import Manifest, ManifestRow
-from pipeline.shards import Shard
+from pipeline.shards import Shard, lies_in
 from pipeline.storage import normalised
 
 
@@ -132,7 +132,7 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
                 has_labels = row is not None and row.output is not None
                 last_changed = shard.uri if state is State.CHANGED and has_labels else None
     root = normalised(input_uri)
-    gone = [uri for uri in known if uri == root or uri.startswith(f"{root}/")]
+    gone = [uri for uri in known if lies_in(uri, root)]
     work.gone = {uri: known.pop(uri) for uri in gone}
     work.states[State.GONE] = len(work.gone)
     work.moved = list(dict.fromkeys(work.moved))

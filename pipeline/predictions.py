@@ -155,11 +155,6 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
         raise StorageError(uri, f"not a prediction file: {error}") from None
 
 
-def read_partial(uri: str, file: io.IOBase) -> pa.Table:
-    """The partial statistics in the footer of a prediction file; see `read_footer`."""
-    return read_footer(uri, file).partial
-
-
 def pack_partial(partial: pa.Table) -> bytes:
     """Partial statistics as the bytes of an Arrow stream."""
     sink = pa.BufferOutputStream()

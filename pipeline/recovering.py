@@ -11,7 +11,7 @@ from pipeline.committing import labelled_row
 from pipeline.manifest import ManifestRow
 from pipeline.planning import Known
 from pipeline.predictions import read_footer
-from pipeline.shards import Shard
+from pipeline.shards import Shard, lies_in
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
 _READERS = 32
@@ -90,7 +90,7 @@ def rebuilt_rows(
     rows = {row.uri: row for row in recovered_rows(storage, partition, fingerprint, files)}
     versions = {shard.uri: shard.version for shard in listing}
     for uri, row in rows.items():
-        if uri not in versions and (uri == below or uri.startswith(f"{below}/")):
+        if uri not in versions and lies_in(uri, below):
             rows[uri] = replace(row, gone=True)
     for uri, failure in recorded_failures(storage, partition).items():
         if uri not in rows:

@@ -94,6 +94,11 @@ def list_shards(storage: Storage, uri: str, format: str = "auto") -> ShardListin
     raise ValueError(f"unknown input format {format!r}: one of auto, {', '.join(get_args(Format))}")
 
 
+def lies_in(uri: str, root: str) -> bool:
+    """Whether a URI is the root itself, or below it; both as `storage.normalised` makes them."""
+    return uri == root or uri.startswith(f"{root}/")
+
+
 def name_below(folder: str, uri: str) -> str:
     """An object's name relative to the folder; its last part, if it is the `folder` itself."""
     return uri[len(folder) :].lstrip("/") or uri.rpartition("/")[2]
