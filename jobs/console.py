@@ -52,6 +52,9 @@ RetryErrorsOption = Annotated[
     bool, typer.Option("--retry-errors", help="Also shards with error rows, or that could not be read.")
 ]
 RelabelOption = Annotated[bool, typer.Option("--relabel", help="All shards, whatever is labelled.")]
+PruneOption = Annotated[
+    bool, typer.Option("--prune", help="Remove the labels of shards that the input no longer has.")
+]
 
 #: Tables in files and pipes are as wide as they need; only a terminal has an edge.
 _WIDTH = 120
@@ -130,7 +133,8 @@ def states_line(work: Work) -> str:
     """How many shards are in which state, and how many are to be labelled."""
     counts = [f"{work.states[state]:,} {state}" for state in State if work.states[state]]
     again = f" ({work.again:,} of them again)" if work.again else ""
-    return f"{', '.join(counts)}; {len(work.shards):,} to label{again}"
+    prune = f", {len(work.to_prune):,} to prune" if work.selection.prune else ""
+    return f"{', '.join(counts)}; {len(work.shards):,} to label{again}{prune}"
 
 
 def accuracy(stats: ClassStatistics, topk: int) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from jobs.console import (
     ConfigOption,
     Exit,
+    PruneOption,
     RelabelOption,
     RetryErrorsOption,
     SetOption,
@@ -43,9 +44,7 @@ def label(
     set: SetOption = None,
     retry_errors: RetryErrorsOption = False,
     relabel: RelabelOption = False,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Remove the labels of shards that the input no longer has.")
-    ] = False,
+    prune: PruneOption = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run on the same labels to end.")
     ] = False,

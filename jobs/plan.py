@@ -11,6 +11,7 @@ from rich.table import Table
 
 from jobs.console import (
     ConfigOption,
+    PruneOption,
     RelabelOption,
     RetryErrorsOption,
     SetOption,
@@ -29,6 +30,7 @@ def plan(
     set: SetOption = None,
     retry_errors: RetryErrorsOption = False,
     relabel: RelabelOption = False,
+    prune: PruneOption = False,
     shards: Annotated[
         bool, typer.Option("--shards", help="List what is to be labelled, a line a shard.")
     ] = False,
@@ -38,7 +40,7 @@ def plan(
     Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
     """
     with exit_status():
-        selection = Selection(retry_errors, relabel)
+        selection = Selection(retry_errors, relabel, prune)
         planned = make_plan(load_config(Config, config, set or ()), selection)
     if shards:
         for shard in planned.shards:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,13 +23,13 @@ from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
 from pipeline.partition import Partition, make_storage, open_partition
 from pipeline.planning import LABEL_NEW, Known, Selection, Work, compare, read_known
-from pipeline.record import Clock, new_run_id, recorded
-from pipeline.recovering import prediction_files, rebuilt_rows, reconcile, recovered_rows
+from pipeline.record import Clock, RunRecord, new_run_id, recorded
+from pipeline.recovering import prediction_files, read_history, rebuilt_rows, reconcile, recovered_rows
 from pipeline.report import render_report
 from pipeline.retrying import faults
 from pipeline.shards import Shard, ShardListing, lies_in, list_shards, prediction_path
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
+from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError, normalised
 
 
 class NoShardsError(ValueError):
@@ -49,8 +48,10 @@ class Plan:
         partition: where the labels go.
         work: which shards are in which state, and what is to be labelled.
         ignored: objects under the input URI that are no shard.
-        recovered: rows that the manifest lacks, of prediction files that are there.
+        recovered: rows that the manifest lacks, of prediction files that are there, and of shards that
+            a run which died couldn't read.
         lost: shards whose prediction files somebody has removed.
+        failing: shards that couldn't be read at last, before this run.
         in_order: whether the last run has left manifest and statistics up to date.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     ignored: int
     recovered: Mapping[str, ManifestRow]
     lost: list[str]
+    failing: frozenset[str]
     in_order: bool
 
     @property
@@ -164,6 +166,7 @@ def _no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
 def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     config, storage, manifest = partition.config, partition.storage, partition.manifest
     known = read_known(manifest)
+    failing = {uri for uri, row in known.items() if row.error is not None}
     # Always, not only after a run that died: the prediction files are the truth, whoever wrote them.
     unlisted, lost = reconcile(prediction_files(storage, partition.uri), known, partition.uri)
     rows = recovered_rows(storage, partition.uri, partition.fingerprint, unlisted)
@@ -172,10 +175,18 @@ def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     for uri in lost:
         if uri not in recovered:
             del known[uri]
+    if not in_order or not manifest.exists():
+        for uri, failure in read_history(storage, partition.uri).failures.items():
+            if uri not in failing | recovered.keys():  # whose files are newer
+                recovered[uri] = failure
+                known[uri] = known.get(uri, Known.of(failure))._replace(
+                    error=failure.error, failed_version=failure.failed_version
+                )
+            failing.add(uri)
     _check_groups(known, config.input.uri)
     listing = list_shards(storage, config.input.uri, config.input.format)
     work = compare(listing, known, config.input.uri, selection)
-    return Plan(partition, work, listing.ignored, recovered, lost, in_order)
+    return Plan(partition, work, listing.ignored, recovered, lost, frozenset(failing), in_order)
 
 
 def _check_groups(known: Mapping[str, Known], input_uri: str) -> None:
@@ -229,8 +240,8 @@ def run_labelling(
             plan = _plan(partition, selection, was_in_order)
             clock.mark("planned")
             on_plan(plan)
-            record["plan"] = {str(state): count for state, count in plan.work.states.items()}
-            record["plan"]["to_label"] = len(plan.shards)
+            counts = {str(state): count for state, count in plan.work.states.items()}
+            record.note(plan=counts | {"to_label": len(plan.shards)})
             result = RunResult(run, plan, timings=clock.seconds)
             _carry_out(result, record, clock, lease, on_progress)
         in_order = True
@@ -244,18 +255,17 @@ def run_labelling(
 
 def _carry_out(
     result: RunResult,
-    record: dict[str, Any],
+    record: RunRecord,
     clock: Clock,
     lease: Lease,
     on_progress: Callable[[Progress, Plan], None],
 ) -> None:
     plan, config = result.plan, result.plan.partition.config
     before = faults()
-    writer = ManifestWriter(plan.partition.manifest, config.run.flush_s)
+    writer = ManifestWriter(plan.partition.manifest, config.run.flush_s, before_write=record.save)
     stop = Stop()
-    record["unreadable"] = []
     try:
-        changed = _tidy(result, lease)
+        changed = _tidy(result, record, lease)
         if plan.shards:
             stop = _label(result, record, clock, lease, writer, on_progress)
         writer.flush()
@@ -272,7 +282,7 @@ def _carry_out(
     finally:
         writer.close()
         totals = result.totals
-        record["counts"] = {
+        counts = {
             "shards": totals.shards,
             "unreadable_shards": len(totals.unreadable),
             "images": totals.images,
@@ -280,14 +290,12 @@ def _carry_out(
             "duplicate_keys": totals.duplicate_keys,
             "pruned_shards": result.pruned,
         }
-        names = ("uri", "format", "size", "error", "failed_version")
-        record["unreadable"] = [{name: getattr(row, name) for name in names} for row in totals.unreadable]
-        record["storage_faults"] = dict(faults() - before + result.worker_faults)
+        record.note(counts=counts, storage_faults=dict(faults() - before + result.worker_faults))
     if stop.requested:
         raise KeyboardInterrupt if stop.abandoned else Stopped
 
 
-def _tidy(result: RunResult, lease: Lease) -> bool:
+def _tidy(result: RunResult, record: RunRecord, lease: Lease) -> bool:
     """Brings manifest and files in line with the listing, before anything is labelled; says if it had to.
 
     Labels of images that now belong to another group are removed first, so that no image is ever seen
@@ -295,8 +303,8 @@ def _tidy(result: RunResult, lease: Lease) -> bool:
     """
     plan = result.plan
     partition, work = plan.partition, plan.work
-    labelled = {uri: row for uri, row in work.gone.items() if row.output is not None}
-    to_remove = {uri for uri in labelled if work.selection.prune}
+    labelled = work.labelled_gone
+    to_remove = work.to_prune
     result.pruned = len(to_remove)
     to_remove |= _regrouped(partition, labelled, work)
     to_remove |= {uri for uri in work.moved if uri in work.expected}
@@ -306,23 +314,25 @@ def _tidy(result: RunResult, lease: Lease) -> bool:
         _remove(partition, uri, versions[uri])
         work.expected.pop(uri, None)
     removed = to_remove | set(plan.lost) | (work.gone.keys() - labelled.keys())
-    gone = {uri: True for uri, row in labelled.items() if not row.gone and uri not in removed}
-    gone |= dict.fromkeys(work.returned, False)
+    gone = [uri for uri, row in labelled.items() if not row.gone and uri not in removed]
     rows = {uri: row for uri, row in plan.recovered.items() if uri not in removed}
-    if not (rows or removed or gone):
+    cured = [*work.cured, *(uri for uri, row in rows.items() if row.error is None and uri in plan.failing)]
+    record.shards("removed", removed)
+    record.shards("gone", gone)
+    record.shards("present", work.returned)
+    record.shards("cured", cured)
+    record.save()
+    if not (rows or removed or gone or work.returned or cured):
         return False
-    partition.manifest.update(rows, removed, gone)
+    is_gone = dict.fromkeys(gone, True) | dict.fromkeys(work.returned, False)
+    partition.manifest.update(rows, removed, is_gone, work.cured)
     return True
 
 
 def _remove(partition: Partition, shard_uri: str, version: str | None) -> None:
     """Removes a shard's prediction file, unless another run has meanwhile written it anew."""
-    uri = f"{partition.uri}/predictions/{prediction_path(shard_uri)}"
-    try:
-        if partition.storage.stat(uri).version == version:
-            partition.storage.delete(uri)
-    except ObjectNotFound:
-        return
+    with suppress(ObjectChanged):
+        partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(shard_uri)}", version)
 
 
 def _regrouped(partition: Partition, labelled: Mapping[str, Known], work: Work) -> set[str]:
@@ -351,7 +361,7 @@ def _regrouped(partition: Partition, labelled: Mapping[str, Known], work: Work) 
 
 def _label(
     result: RunResult,
-    record: dict[str, Any],
+    record: RunRecord,
     clock: Clock,
     lease: Lease,
     writer: ManifestWriter,
@@ -360,6 +370,14 @@ def _label(
     """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
     plan, partition = result.plan, result.plan.partition
     config = partition.config
+
+    def on_commit(row: ManifestRow) -> None:
+        if row.error is not None:
+            record.failure(row)
+        elif row.uri in plan.failing:
+            record.shards("cured", [row.uri])
+        writer.add(row)
+
     committer = Committer(
         partition.storage,
         partition.uri,
@@ -368,9 +386,9 @@ def _label(
         partition.prediction_options,
         result.run,
         expected=plan.work.expected,
-        is_current=partial(_is_current, partition.storage),
-        on_commit=writer.add,
-        before_group=lease.verify,
+        is_current=partial(_is_current, partition.storage, config.input.format),
+        on_commit=on_commit,
+        check_group=lease.verify,
     )
     result.totals, result.worker_faults = committer.totals, committer.faults
     with ray_cluster(config.ray.address), committer, graceful_stop(config.run.grace_s) as stop:
@@ -378,7 +396,7 @@ def _label(
         from pipeline.dataflow import cluster_resources, label_chunks
 
         resources = cluster_resources(config)
-        record["resources"] = asdict(resources)
+        record.note(resources=asdict(resources))
         clock.mark("ray_ready")
         chunks = label_chunks(
             plan.shards,
@@ -408,10 +426,10 @@ def _label(
     return stop
 
 
-def _is_current(storage: Storage, shard: Shard) -> bool:
+def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
     """Whether the input still has this version of a shard."""
     if shard.members:
-        listing = list_shards(storage, shard.uri.rpartition("/")[0], "auto")
+        listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
         return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
     try:
         return storage.stat(shard.uri).version == shard.version
@@ -436,7 +454,7 @@ def rebuild(config: Config) -> Partition:
     """Makes manifest and class statistics anew, from the prediction files and the records of runs.
 
     Raises:
-        StorageError: the input can't be listed, the output not read or written.
+        StorageError: the output can't be read or written.
         LeaseHeldError: a run is at work.
         CheckpointError, ConfigError: as `make_plan`.
     """
@@ -446,10 +464,7 @@ def rebuild(config: Config) -> Partition:
     lease.acquire()
     in_order = False
     try:
-        listing = list_shards(storage, config.input.uri, config.input.format)
-        below = normalised(config.input.uri)
-        rows = rebuilt_rows(storage, partition.uri, partition.fingerprint, listing, below)
-        partition.manifest.replace(rows)
+        partition.manifest.replace(rebuilt_rows(storage, partition.uri, partition.fingerprint))
         _write_class_table(partition, partition.class_table(partition.manifest.fold_statistics()))
         in_order = True
     finally:

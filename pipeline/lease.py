@@ -198,9 +198,9 @@ class Lease:
             state, version = _read(self._storage, self.uri)
         except StorageError:
             return True
-        if state is None or state.run != self._run:
+        if state is not None and state.run != self._run:
             return False
-        self._version = version
+        self._version = version  # ABSENT, if somebody has removed it: the next renewal writes it anew
         return True
 
     def _write(self, state: Literal["held", "released", "unfinished"], expected: str) -> str:

@@ -10,7 +10,7 @@ import bisect
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -134,6 +134,7 @@ class Manifest:
         rows: Mapping[str, ManifestRow],
         removed: Collection[str] = (),
         gone: Mapping[str, bool] | None = None,
+        cured: Collection[str] = (),
     ) -> None:
         """Puts rows in the place of those of the same shards, and takes others out; keeps all the rest.
 
@@ -144,13 +145,14 @@ class Manifest:
             rows: by URI.
             removed: URIs of rows that are to go.
             gone: by URI, whether the input has lost the shard; rows not named keep what they say.
+            cured: URIs of rows whose `error` and `failed_version` no longer hold.
         """
         gone = gone or {}
         rows = {uri: replace(row, gone=gone.get(uri, row.gone)) for uri, row in rows.items()}
         while True:
             version = self._version()
             try:
-                self._write(self._merged(version, rows, removed, gone), version)
+                self._write(self._merged(version, rows, removed, gone, cured), version)
             except ObjectChanged:
                 continue
             return
@@ -217,14 +219,14 @@ class Manifest:
         rows: Mapping[str, ManifestRow],
         removed: Collection[str],
         gone: Mapping[str, bool],
+        cured: Collection[str],
     ) -> Iterator[pa.Table]:
         """What `version` becomes with these changes: a merge of two sorted streams."""
         waiting = sorted(rows)
-        gone_column = _SCHEMA.get_field_index("gone")
-        uris_of = {
-            flag: pa.array((uri for uri, value in gone.items() if value is flag), pa.string())
-            for flag in (True, False)
-        }
+        lost, found = ([uri for uri, value in gone.items() if value is flag] for flag in (True, False))
+        marks: list[tuple[str, list[str], bool | None]] = [("gone", lost, True), ("gone", found, False)]
+        marks += [(name, list(cured), None) for name in ("error", "failed_version")]
+        changes = [(name, pa.array(uris, pa.string()), value) for name, uris, value in marks if uris]
         for table in self._tables(version, None):
             last = table["uri"][-1].as_py()
             count = bisect.bisect_right(waiting, last)
@@ -235,10 +237,11 @@ class Manifest:
                 before = {row["uri"]: _to_row(row) for row in table.filter(is_changed).to_pylist()}
                 added = _to_table([_succeeded(before.get(uri), rows[uri]) for uri in now])
                 table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
-            for flag, uris in uris_of.items():
-                if len(uris):
-                    column = pc.if_else(pc.is_in(table["uri"], value_set=uris), flag, table["gone"])
-                    table = table.set_column(gone_column, _SCHEMA.field("gone"), column)
+            for name, uris, value in changes:
+                field = _SCHEMA.field(name)
+                is_named = pc.is_in(table["uri"], value_set=uris)
+                column = pc.if_else(is_named, pa.scalar(value, field.type), table[name])
+                table = table.set_column(_SCHEMA.get_field_index(name), field, column)
             yield table
         yield _to_table([rows[uri] for uri in waiting])
 
@@ -301,8 +304,14 @@ class ManifestWriter:
     What it hasn't written when a run dies is recovered from the prediction files.
     """
 
-    def __init__(self, manifest: Manifest, interval: float) -> None:
-        """Writes every `interval` seconds, or less often where that would take a twentieth of the time."""
+    def __init__(
+        self, manifest: Manifest, interval: float, before_write: Callable[[], None] = lambda: None
+    ) -> None:
+        """Writes every `interval` seconds, or less often where that would take a twentieth of the time.
+
+        `before_write` is called before each write, in any thread.
+        """
+        self._before_write = before_write
         self._manifest = manifest
         self._interval = interval
         self._pending: dict[str, ManifestRow] = {}
@@ -347,6 +356,7 @@ class ManifestWriter:
         if not rows:
             return
         start = time.monotonic()
+        self._before_write()
         self._manifest.update(rows)
         with self._lock:
             for uri, row in rows.items():

@@ -74,6 +74,7 @@ class Work:
         gone: shards that the input no longer has, and what is known of them.
         returned: shards that the manifest calls gone, and that are there again.
         moved: changed groups of loose images that have lost images to a new group after them.
+        cured: shards that are labelled as they are, and of which another version couldn't be read.
     """
 
     selection: Selection
@@ -85,6 +86,17 @@ class Work:
     gone: dict[str, Known] = field(default_factory=dict)
     returned: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
+    cured: list[str] = field(default_factory=list)
+
+    @property
+    def labelled_gone(self) -> dict[str, Known]:
+        """Shards that are gone, and whose labels are there."""
+        return {uri: row for uri, row in self.gone.items() if row.output is not None}
+
+    @property
+    def to_prune(self) -> set[str]:
+        """Shards whose labels are to be removed, since the input no longer has them."""
+        return set(self.labelled_gone) if self.selection.prune else set()
 
 
 def read_known(manifest: Manifest) -> dict[str, Known]:
@@ -116,8 +128,11 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
         work.states[state] += 1
         if row is not None and row.gone:
             work.returned.append(shard.uri)
-        failed = row is not None and (row.error is not None or bool(row.errors))
-        again = selection.relabel or (selection.retry_errors and failed)
+        failed = row is not None and row.failed_version == shard.version
+        if state is State.DONE and row is not None and row.error is not None and not failed:
+            work.cured.append(shard.uri)
+        has_errors = failed or (row is not None and bool(row.errors))
+        again = selection.relabel or (selection.retry_errors and has_errors)
         if state in (State.NEW, State.CHANGED) or again:
             work.shards.append(shard)
             work.again += state not in (State.NEW, State.CHANGED)
@@ -144,4 +159,7 @@ def _state(shard: Shard, row: Known | None) -> State:
         return State.NEW
     if row.version == shard.version:
         return State.DONE
-    return State.FAILED if row.failed_version == shard.version else State.CHANGED
+    if row.failed_version != shard.version:
+        return State.CHANGED
+    # As something else than it was taken for, when `input.format` was another, it may be readable.
+    return State.FAILED if row.version is not None or row.format == shard.format else State.NEW

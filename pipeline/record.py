@@ -1,4 +1,6 @@
-"""The record of a run: its configuration, versions, counts, timings, and how it ended."""
+"""The record of a run: its configuration, versions, counts, timings, how it ended, and what it found out
+that no prediction file tells. From that and the files, `recovering` makes the manifest anew.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,21 @@ import importlib.metadata
 import json
 import platform
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.manifest import ManifestRow
 from pipeline.partition import Partition
-from pipeline.storage import StorageError
+from pipeline.storage import Storage, StorageError
 
 _PACKAGES = ("cvt-label", "ray", "torch", "transformers", "pyarrow", "pillow", "numpy", "boto3")
+#: What is recorded of shards, and of one that couldn't be read.
+_LISTS = ("removed", "gone", "present", "cured", "unreadable")
+_FAILURE = ("uri", "format", "size", "error", "failed_version")
 
 
 class Clock:
@@ -31,18 +38,73 @@ class Clock:
             self.seconds[event] = round(time.monotonic() - self._start, 3)
 
 
+class RunRecord:
+    """`runs/<run id>.json`, as it grows. Several threads may add to it.
+
+    What happened to shards is saved before the manifest says so, and in this order it is replayed: shards
+    `removed` from the manifest, `gone` from the input, `present` in it again, `cured` of a failure that
+    an earlier run had found, and `unreadable` ones.
+    """
+
+    def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
+        self._storage = storage
+        self._uri = uri
+        self._values = values | {name: [] for name in _LISTS}
+        self._lock = threading.Lock()
+        self._is_saved = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it lists no shard that couldn't be read."""
+        return not self._values["unreadable"]
+
+    def note(self, **values: Any) -> None:
+        """Sets values."""
+        with self._lock:
+            self._values |= values
+
+    def shards(self, what: str, uris: Iterable[str]) -> None:
+        """Adds shards to a list of what happened to shards."""
+        found = sorted(uris)
+        with self._lock:
+            self._values[what] += found
+            self._is_saved = self._is_saved and not found
+
+    def failure(self, row: ManifestRow) -> None:
+        """Adds a shard that couldn't be read."""
+        with self._lock:
+            self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE})
+            self._is_saved = False
+
+    def save(self) -> None:
+        """Writes it, if shards were added since it was written.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        with self._lock:
+            if not self._is_saved:
+                self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
+                self._is_saved = True
+
+    def end(self, **values: Any) -> None:
+        """Sets the last values, and writes it."""
+        self.note(**values)
+        self._is_saved = False
+        self.save()
+
+
 def new_run_id() -> str:
     """An id that sorts by time, and that no other run has."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(3)}"
 
 
 @contextmanager
-def recorded(partition: Partition, run: str, clock: Clock) -> Iterator[dict[str, Any]]:
+def recorded(partition: Partition, run: str, clock: Clock) -> Iterator[RunRecord]:
     """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at
     the end, with how it ended.
     """
-    uri = f"{partition.uri}/runs/{run}.json"
-    record: dict[str, Any] = {
+    values = {
         "run": run,
         "status": "running",
         "started_at": datetime.now(UTC).isoformat(),
@@ -51,20 +113,20 @@ def recorded(partition: Partition, run: str, clock: Clock) -> Iterator[dict[str,
         "model_digest": partition.checkpoint.digest,
         "versions": _versions(),
     }
+    record = RunRecord(partition.storage, f"{partition.uri}/runs/{run}.json", values)
 
-    def write(status: str) -> None:
-        record.update(status=status, ended_at=datetime.now(UTC).isoformat(), seconds=clock.seconds)
-        partition.storage.write(uri, json.dumps(record, indent=2).encode())
+    def end(status: str, **more: str) -> None:
+        record.end(status=status, ended_at=datetime.now(UTC).isoformat(), seconds=clock.seconds, **more)
 
-    partition.storage.write(uri, json.dumps(record, indent=2).encode())
+    record.save()
     try:
         yield record
     except BaseException as error:
-        record["failure"] = f"{type(error).__name__}: {error}"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(StorageError):  # it would hide what ended the run
-            write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            end(status, failure=f"{type(error).__name__}: {error}")
         raise
-    write("incomplete" if record["unreadable"] else "complete")
+    end("complete" if record.is_complete else "incomplete")
 
 
 def _versions() -> dict[str, str]:

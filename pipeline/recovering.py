@@ -1,17 +1,22 @@
-"""Prediction files back into manifest rows: after a run that died, and to make the manifest anew."""
+"""Manifest rows from prediction files, and from the records of runs: after a run that died, and to make the
+manifest anew.
+
+Files tell what is labelled. What they can't tell, which shards couldn't be read or are gone from the input,
+each run has recorded before the manifest said so; replayed in their order, the records tell it again.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pipeline.committing import labelled_row
 from pipeline.manifest import ManifestRow
 from pipeline.planning import Known
 from pipeline.predictions import read_footer
-from pipeline.shards import Shard, lies_in
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
 _READERS = 32
@@ -74,45 +79,62 @@ def recovered_rows(
         yield from filter(None, pool.map(recover, waiting))
 
 
-def rebuilt_rows(
-    storage: Storage, partition: str, fingerprint: str, listing: Iterable[Shard], below: str
-) -> list[ManifestRow]:
-    """All manifest rows anew, sorted by URI: from prediction files, and failures from the records of runs.
+@dataclass
+class History:
+    """What the records of runs tell of shards, and prediction files don't.
 
-    Args:
-        storage: access to the partition.
-        partition: its URI.
-        fingerprint: its fingerprint.
-        listing: the shards of the input.
-        below: URI of the input: labelled shards that are there, but not in the listing, are gone.
+    Attributes:
+        failures: by URI, the shards that couldn't be read at last.
+        gone: the shards that the input no longer had.
+    """
+
+    failures: dict[str, ManifestRow] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+
+
+def read_history(storage: Storage, partition: str) -> History:
+    """Replays the records of all runs.
+
+    Raises:
+        StorageError: one of them is no record of a run.
+    """
+    history = History()
+    try:
+        uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
+    except ObjectNotFound:  # a local folder that isn't there yet
+        return history
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
+        for uri, content in zip(uris, pool.map(storage.read, uris), strict=True):
+            try:
+                _replay(json.loads(content), history)
+            except (ValueError, TypeError, KeyError) as error:
+                raise StorageError(uri, f"not the record of a run: {error!r}") from None
+    return history
+
+
+def _replay(record: Mapping[str, Any], history: History) -> None:
+    history.gone -= {*record["removed"], *record["present"]}
+    history.gone |= {*record["gone"]}
+    for uri in (*record["removed"], *record["cured"]):
+        history.failures.pop(uri, None)
+    for failure in record["unreadable"]:
+        history.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
+
+
+def rebuilt_rows(storage: Storage, partition: str, fingerprint: str) -> list[ManifestRow]:
+    """All manifest rows anew, sorted by URI: from prediction files and the records of runs.
+
+    Raises:
+        StorageError: one of them is no prediction file of this partition, or no record.
     """
     files = prediction_files(storage, partition)
     rows = {row.uri: row for row in recovered_rows(storage, partition, fingerprint, files)}
-    versions = {shard.uri: shard.version for shard in listing}
-    for uri, row in rows.items():
-        if uri not in versions and lies_in(uri, below):
-            rows[uri] = replace(row, gone=True)
-    for uri, failure in recorded_failures(storage, partition).items():
-        if uri not in rows:
-            if uri in versions:
-                rows[uri] = failure
-        elif rows[uri].version != failure.failed_version == versions.get(uri):
-            rows[uri] = replace(rows[uri], error=failure.error, failed_version=failure.failed_version)
+    history = read_history(storage, partition)
+    for uri in history.gone & rows.keys():
+        rows[uri] = replace(rows[uri], gone=True)
+    for uri, failure in history.failures.items():
+        labelled = rows.get(uri)
+        if labelled is not None:
+            failure = replace(labelled, error=failure.error, failed_version=failure.failed_version)
+        rows[uri] = failure
     return [rows[uri] for uri in sorted(rows)]
-
-
-def recorded_failures(storage: Storage, partition: str) -> dict[str, ManifestRow]:
-    """What the records of runs say of shards that couldn't be read, the last word on each."""
-    failures: dict[str, ManifestRow] = {}
-    try:
-        records = sorted(info.uri for info in storage.list(f"{partition}/runs"))
-    except ObjectNotFound:
-        return failures
-    for uri in records:
-        try:
-            record = json.loads(storage.read(uri))
-            for failure in record.get("unreadable", []):
-                failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StorageError(uri, f"not the record of a run: {error}") from None
-    return failures

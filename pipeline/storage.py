@@ -32,7 +32,7 @@ from pipeline.retrying import Fault, retried
 
 _CHUNK_BYTES = 8 * 1024**2  # one ranged GET; what an open object holds in memory
 _CHANGED = "the object is no longer the version that was listed"
-_NOT_EXPECTED = "the object is not the version that was to be replaced"
+_NOT_EXPECTED = "the object is not the version that was expected"
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
 
 #: In the place of a version: there is to be no such object.
@@ -101,7 +101,7 @@ class _Service(Protocol):
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo: ...
 
-    def delete(self, uri: str) -> None: ...
+    def delete(self, uri: str, expected: str | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,19 @@ class Storage:
             raise StorageError(uri, f"{size} bytes are more than one PUT can hold (5 GiB)")
         return self._service(uri).write(uri, file, expected)
 
-    def delete(self, uri: str) -> None:
-        """Removes an object, if it is there."""
+    def delete(self, uri: str, expected: str | None = None) -> None:
+        """Removes an object, if it is there.
+
+        Args:
+            uri: the object.
+            expected: the version that is to be removed; None removes any.
+
+        Raises:
+            ObjectChanged: the object is there, and not as expected.
+            StorageError: the object is not removed (or, after a lost answer, is all the same).
+        """
         uri = normalised(uri)
-        self._service(uri).delete(uri)
+        self._service(uri).delete(uri, expected)
 
     def _service(self, uri: str) -> _Service:
         scheme = uri.partition("://")[0] if "://" in uri else ""
@@ -397,7 +406,7 @@ class _S3:
 
     def open(self, info: ObjectInfo) -> _RangeReader:
         bucket, key = _split(info.uri)
-        etag = '"' + info.version.rpartition("-")[0] + '"'
+        etag = _s3_etag(info.version)
 
         def fetch(start: int, stop: int) -> bytes:
             place = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": etag}
@@ -419,7 +428,7 @@ class _S3:
         if expected == ABSENT:
             condition = {"IfNoneMatch": "*"}
         elif expected is not None:
-            condition = {"IfMatch": '"' + expected.rpartition("-")[0] + '"'}
+            condition = {"IfMatch": _s3_etag(expected)}
 
         def attempt() -> Any:
             data.seek(0)
@@ -436,9 +445,18 @@ class _S3:
         size = data.seek(0, os.SEEK_END)
         return ObjectInfo(uri, size, _s3_version(response["ETag"], size))
 
-    def delete(self, uri: str) -> None:
+    def delete(self, uri: str, expected: str | None) -> None:
         bucket, key = _split(uri)
-        self._call(uri, "delete_object", Bucket=bucket, Key=key)
+        condition = {} if expected is None else {"IfMatch": _s3_etag(expected)}
+        try:
+            self._call(uri, "delete_object", Bucket=bucket, Key=key, **condition)
+        except ObjectChanged:
+            with contextlib.suppress(ObjectNotFound):  # then there is nothing that could have changed
+                self.stat(uri)
+                raise ObjectChanged(uri, _NOT_EXPECTED) from None
+        except ObjectNotFound as error:
+            if isinstance(error, BucketNotFound):
+                raise
 
     def _call(self, uri: str, operation: str, **request: Any) -> Any:
         return self._tried(uri, lambda: self._request(operation, **request), soon="list" in operation)
@@ -508,6 +526,10 @@ def _s3_version(etag: str, size: int) -> str:
     return f"{etag}-{size}"
 
 
+def _s3_etag(version: str) -> str:
+    return '"' + version.rpartition("-")[0] + '"'
+
+
 def _s3_error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
     code, status = _s3_code(error)
     message = str(error.response.get("Error", {}).get("Message", "")) or code
@@ -552,7 +574,7 @@ class _Gcs:
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, name = _split(uri)
         if name:
-            blob = self._call(uri, self._client.bucket(bucket).get_blob, name)
+            blob = self._blob(uri)
             if blob is not None:
                 yield _gcs_info(blob)
                 return
@@ -562,7 +584,7 @@ class _Gcs:
 
     def stat(self, uri: str) -> ObjectInfo:
         bucket, name = _split(uri)
-        blob = self._call(uri, self._client.bucket(bucket).get_blob, name)
+        blob = self._blob(uri)
         if blob is None:
             next(self._below(uri, bucket, name), None)  # tells a missing bucket from a missing object
             raise ObjectNotFound(uri, "no such object")
@@ -571,7 +593,7 @@ class _Gcs:
     def open(self, info: ObjectInfo) -> _RangeReader:
         bucket, name = _split(info.uri)
         blob = self._client.bucket(bucket).blob(name)
-        generation = int(info.version.rpartition("-")[0])
+        generation = _gcs_generation(info.version)
 
         def fetch(start: int, stop: int) -> bytes:
             def attempt() -> bytes:
@@ -595,7 +617,7 @@ class _Gcs:
         bucket, name = _split(uri)
         generation = None
         if expected is not None:  # no object has generation 0
-            generation = 0 if expected == ABSENT else int(expected.rpartition("-")[0])
+            generation = 0 if expected == ABSENT else _gcs_generation(expected)
         blob = self._client.bucket(bucket).blob(name)
 
         def attempt() -> None:
@@ -613,17 +635,32 @@ class _Gcs:
             raise ObjectChanged(uri, _NOT_EXPECTED) from None
         return _gcs_info(blob)
 
-    def delete(self, uri: str) -> None:
+    def delete(self, uri: str, expected: str | None) -> None:
         bucket, name = _split(uri)
         blob = self._client.bucket(bucket).blob(name)
+        generation = None if expected is None else _gcs_generation(expected)
+        attempt = functools.partial(blob.delete, if_generation_match=generation, retry=None)
         with contextlib.suppress(ObjectNotFound):
-            self._call(uri, retried, functools.partial(blob.delete, retry=None), _gcs_fault)
+            self._call(uri, retried, attempt, _gcs_fault)
 
     def _below(self, uri: str, bucket: str, prefix: str) -> Iterator[Any]:
-        missing = _no_bucket(bucket)
-        blobs = iter(self._client.list_blobs(bucket, prefix=prefix or None))
-        while (blob := self._call(uri, next, blobs, None, missing=missing)) is not None:
-            yield blob
+        token: str | None = None
+
+        def page() -> tuple[list[Any], str | None]:
+            blobs = self._client.list_blobs(bucket, prefix=prefix or None, page_token=token, retry=None)
+            return list(next(blobs.pages, ())), blobs.next_page_token
+
+        while True:
+            blobs, token = self._call(uri, retried, page, _gcs_fault, missing=_no_bucket(bucket))
+            yield from blobs
+            if not token:
+                return
+
+    def _blob(self, uri: str) -> Any:
+        """An object's properties; None if there is none."""
+        bucket, name = _split(uri)
+        get = functools.partial(self._client.bucket(bucket).get_blob, name, retry=None)
+        return self._call(uri, retried, get, _gcs_fault)
 
     def _call(self, uri: str, action: Callable[..., T], *args: Any, missing: str = "no such object") -> T:
         """One request; what fails for good becomes a `StorageError`."""
@@ -656,8 +693,14 @@ def _gcs_fault(error: Exception) -> Fault | None:
         http.client.HTTPException,
         OSError,
     )
+    if isinstance(error, api.Forbidden):  # as on S3
+        return Fault(type(error).__name__, attempts=4)
     passing = isinstance(error, (api.ServerError, api.TooManyRequests, *connection))
     return Fault(type(error).__name__) if passing else None
+
+
+def _gcs_generation(version: str) -> int:
+    return int(version.rpartition("-")[0])
 
 
 def _gcs_info(blob: Any) -> ObjectInfo:
@@ -723,8 +766,10 @@ class _Local:
                 raise
         return _local_info(uri, found)
 
-    def delete(self, uri: str) -> None:
-        with _local_errors(uri), contextlib.suppress(FileNotFoundError):
+    def delete(self, uri: str, expected: str | None) -> None:
+        with _local_errors(uri), contextlib.suppress(FileNotFoundError), _locked(Path(uri).parent):
+            if expected not in (None, _local_info(uri, os.stat(uri)).version):  # noqa: PTH116
+                raise ObjectChanged(uri, _NOT_EXPECTED)
             Path(uri).unlink()
 
     def _check(self, uri: str, expected: str | None, temporary: Path) -> None:

@@ -24,6 +24,14 @@ os.environ |= {
 Photograph = tuple[str, bytes, int]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-crash-point",
+        action="store_true",
+        help="in buckets too, kill runs at every write, not at every eighth (takes ten minutes more)",
+    )
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[LocalS3]:
     """A running S3 server; for the session, the AWS variables of the environment point to it."""

@@ -115,7 +115,7 @@ def run_soak(rounds: int, seed: int, ray_every: int) -> tuple[Soak, int, int]:
                 if ray_every and number % ray_every == 0:
                     _round_on_ray(soak, proxy.url)
                 else:
-                    _round(soak, proxy.url)
+                    _round(soak, storage, proxy.url)
                 doubled = [sample for sample, count in soak.found(storage).items() if count > 1]
                 if doubled:
                     soak.problems.append(f"round {number}: twice: {doubled[:3]}")
@@ -134,21 +134,31 @@ def _line(soak: Soak, proxy: FaultProxy) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted((soak.events + proxy.injected).items()))
 
 
-def _round(soak: Soak, url: str) -> None:
+def _round(soak: Soak, storage: Storage, url: str) -> None:
     """One or two jobs without Ray, each with an end of its own; neither respects the other's lease."""
     fields = [f"storage.endpoint_url={url}", *_fields(), "run.flush_s=0.2", "run.grace_s=0.3"]
     jobs = []
     for _ in range(soak.random.choice([1, 1, 2])):
         job = crashing.start(fields, Selection(prune=soak.random.random() < 0.2))
-        jobs.append((job, soak.random.choice(["none", "SIGKILL", "SIGKILL", "SIGTERM"])))
+        jobs.append((job, soak.random.choice(["none", "SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP"])))
     if len(jobs) > 1:
         soak.events["overlapping run"] += 1
+    if soak.random.random() < 0.3:
+        jobs[0][0].join(soak.random.uniform(0, 2))
+        soak.change_input(storage)
+        soak.events["input changed under a run"] += 1
+    suspended = []
     for job, end in jobs:
         if end != "none":
             job.join(soak.random.uniform(0, 2.5))
             if job.is_alive() and job.pid is not None:
                 os.kill(job.pid, signal.Signals[end])
                 soak.events[end] += 1
+                suspended += [job] if end == "SIGSTOP" else []
+    for job in suspended:  # while it sleeps, another run begins and ends
+        other = crashing.start(fields, LABEL_NEW)
+        other.join(_LONGEST_RUN)
+        os.kill(job.pid or 0, signal.SIGCONT)
     for job, _ in jobs:
         job.join(_LONGEST_RUN)
         if job.is_alive():

@@ -147,8 +147,8 @@ def test_label_then_stats_show_the_same_table(
     assert "1 done, 1 failed; 0 to label" in again.stderr  # said before it starts
     assert "1 shards that earlier runs could not read (--retry-errors tries them again)" in again.stderr
     assert (
-        "1 done, 1 failed; 2 to label (2 of them again)"
-        in cvt_label("plan", "--config", job, "--relabel").stdout
+        "1 done, 1 failed; 2 to label (2 of them again), 0 to prune"
+        in cvt_label("plan", "--config", job, "--relabel", "--prune").stdout
     )
     assert cvt_label("stats", "--config", job, "--rebuild").stdout == table.stdout
 

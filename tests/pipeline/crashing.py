@@ -111,7 +111,7 @@ def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
 
 
 def _run(
-    environment: dict[str, str], overrides: list[str], selection: Selection, crash: Crash | None
+    environment: dict[str, str], overrides: list[str], selection: Selection | None, crash: Crash | None
 ) -> None:
     os.environ |= environment
     patch = pytest.MonkeyPatch()
@@ -124,7 +124,11 @@ def _run(
         done = multiprocessing.Value("i", 0)
         for name in ("write", "delete"):
             patch.setattr(Storage, name, _dying(getattr(Storage, name), crash, done))
-    labelling.run_labelling(load_config(Config, None, overrides), selection=selection)
+    config = load_config(Config, None, overrides)
+    if selection is None:
+        labelling.rebuild(config)
+    else:
+        labelling.run_labelling(config, selection=selection)
 
 
 @functools.cache
@@ -134,15 +138,15 @@ def _context() -> ForkServerContext:
     return context
 
 
-def start(overrides: list[str], selection: Selection, crash: Crash | None = None) -> BaseProcess:
-    """Starts a run of the job in a child process."""
+def start(overrides: list[str], selection: Selection | None, crash: Crash | None = None) -> BaseProcess:
+    """Starts a run of the job in a child process; without a selection, one of `stats --rebuild`."""
     child = _context().Process(target=_run, args=(dict(os.environ), overrides, selection, crash))
     child.start()
     return child
 
 
-def run(overrides: list[str], selection: Selection, crash: Crash | None = None) -> bool:
-    """Runs the job in a child process; returns whether it came to its end, and didn't die.
+def run(overrides: list[str], selection: Selection | None, crash: Crash | None = None) -> bool:
+    """As `start`; waits, and returns whether it came to its end, and didn't die.
 
     Raises:
         RuntimeError: it ended in another way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 import tarfile
 from collections import Counter
@@ -100,8 +101,8 @@ class Place:
         else:
             self.put("out", self._kept)
 
-    def run(self, selection: Selection = LABEL_NEW, crash: Crash | None = None) -> bool:
-        """A run of the job; returns whether it came to its end."""
+    def run(self, selection: Selection | None = LABEL_NEW, crash: Crash | None = None) -> bool:
+        """A run of the job, or of `stats --rebuild`; returns whether it came to its end."""
         places = [f"input.uri={self.root}/in", f"output.uri={self.root}/out"]
         return crashing.run([*places, "model.path=fashion-mnist"], selection, crash)
 
@@ -149,16 +150,23 @@ def place(request: pytest.FixtureRequest) -> Place:
     return Place(str(request.getfixturevalue("bucket")))
 
 
+@pytest.fixture
+def points(request: pytest.FixtureRequest, place: Place) -> Iterator[int]:
+    """Writes at which to die: all of them; in a bucket, where they take longer, every eighth."""
+    every = place.root.startswith("/") or request.config.getoption("--every-crash-point")
+    return count(1) if every else count(3, 8)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_the_rest(
-    place: Place, members: Members, moment: Moment
+    place: Place, members: Members, moment: Moment, points: Iterator[int]
 ) -> None:
     """The first run over an input."""
     place.put("in", first_day(members))
     assert place.run()
     end, labels = place.end_state(), place.labels()
     assert len(labels) > 8
-    for number in points(place):
+    for number in points:
         place.put("out", {})
         died = not place.run(crash=Crash(number, moment))
         there = place.labels()
@@ -178,7 +186,7 @@ def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_
     "selection", [LABEL_NEW, Selection(retry_errors=True, prune=True)], ids=["increment", "retry and prune"]
 )
 def test_an_increment_that_dies_at_any_write_does_so_too(
-    place: Place, members: Members, selection: Selection, moment: Moment
+    place: Place, members: Members, selection: Selection, moment: Moment, points: Iterator[int]
 ) -> None:
     """A second run, over an input that has changed."""
     place.put("in", first_day(members))
@@ -189,7 +197,7 @@ def test_an_increment_that_dies_at_any_write_does_so_too(
     assert place.run(selection)
     end, new = place.end_state(), place.labels()
     assert end.keys() != start.keys()
-    for number in points(place):
+    for number in points:
         place.put_back()
         died = not place.run(selection, Crash(number, moment))
         for uri, rows in place.labels().items():
@@ -201,6 +209,74 @@ def test_an_increment_that_dies_at_any_write_does_so_too(
             return
 
 
-def points(place: Place) -> Iterator[int]:
-    """Writes at which to die: all of them; in a bucket, where they take longer, every eighth."""
-    return count(1) if place.root.startswith("/") else count(3, 8)
+def test_runs_that_die_one_after_the_other_leave_no_more_than_one_does(
+    tmp_path: Path, members: Members
+) -> None:
+    """Each of a row of runs dies at a random write, and so does a rebuilding of the manifest between them."""
+    place, chance = Place(str(tmp_path)), random.Random(5)
+    place.put("in", first_day(members))
+    assert place.run()
+    place.keep()
+    place.put("in", second_day(members))
+    assert place.run()
+    end, new = place.end_state(), place.labels()
+    for _ in range(6):
+        place.put_back()
+        old = place.labels()
+        for _ in range(4):
+            crash = Crash(chance.randint(1, 25), chance.choice(["before", "after"]))
+            place.run(chance.choice([LABEL_NEW, LABEL_NEW, None]), crash)
+            for uri, rows in place.labels().items():
+                assert rows in (old.get(uri), new.get(uri)), uri
+        assert place.run()
+        assert place.end_state() == end
+
+
+def test_an_input_that_has_changed_since_a_run_died_is_labelled_as_it_is(
+    tmp_path: Path, members: Members
+) -> None:
+    place = Place(str(tmp_path))
+    place.put("in", second_day(members))
+    assert place.run()
+    new = place.labels()
+    place.put("out", {})
+    place.put("in", first_day(members))
+    assert place.run()
+    old = place.labels()
+    for number in count(1, 3):
+        place.put("out", {})
+        place.put("in", first_day(members))
+        died = not place.run(crash=Crash(number, "after"))
+        place.put("in", second_day(members))
+        assert place.run(Selection(prune=True))
+        labels = place.labels()
+        [broken] = [
+            uri for uri in old if uri.endswith("/broken.tar")
+        ]  # its old labels stay, if there are any
+        assert labels.pop(broken, old[broken]) == old[broken]
+        assert labels == new
+        assert place.last_counts()["unreadable_shards"] >= 1
+        if not died:
+            return
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_rebuilding_that_dies_at_any_write_is_made_up_for(
+    place: Place, members: Members, moment: Moment
+) -> None:
+    """By a run, and by another rebuilding."""
+    place.put("in", first_day(members))
+    assert place.run()
+    place.put("in", second_day(members))
+    assert place.run()
+    end = place.end_state()
+    for number in count(1):
+        for name in place.objects("out"):
+            if name.endswith(("manifest.parquet", "class_stats.parquet")):
+                place.storage.delete(f"{place.root}/out/{name}")
+        died = not place.run(None, Crash(number, moment))
+        assert place.run(LABEL_NEW if number % 2 else None)
+        assert place.end_state() == end
+        if not died:
+            assert number > 3
+            return

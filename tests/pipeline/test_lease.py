@@ -87,6 +87,18 @@ def test_a_run_that_was_held_up_learns_that_another_has_taken_over(place: str) -
     other.release(in_order=True)
 
 
+def test_a_lease_that_somebody_removes_is_written_anew(place: str) -> None:
+    first = make(place, "run-1", seconds=0.6)
+    first.acquire()
+    Storage().delete(f"{place}/lease.json")
+    time.sleep(0.5)
+    first.verify()
+    with pytest.raises(LeaseHeldError, match="run-1"):
+        make(place, "run-2").acquire()
+    first.release(in_order=True)
+    assert left_in_order(Storage(), place)
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_it_tells_how_the_last_run_left_things(place: str, in_order: bool) -> None:
     assert left_in_order(Storage(), place)

@@ -51,6 +51,8 @@ def test_only_what_is_new_or_has_changed_is_labelled() -> None:
     assert work.states == {State.NEW: 1, State.CHANGED: 1, State.DONE: 2, State.FAILED: 1, State.GONE: 1}
     assert list(work.gone) == [f"{ROOT}/gone"]
     assert (work.again, work.skipped_failures) == (0, 1)
+    assert work.to_prune == set()
+    assert plan(LISTING, ROWS, Selection(prune=True)).to_prune == {f"{ROOT}/gone"}
 
 
 def test_errors_are_tried_again_if_wanted() -> None:
@@ -93,6 +95,19 @@ def test_a_labelled_shard_whose_new_version_could_not_be_read_waits_for_another_
     assert names(plan([shard("x", "v2")], rows)) == []
     assert names(plan([shard("x", "v3")], rows)) == ["x"]
     assert plan([shard("x", "v1")], rows).states[State.DONE] == 1
+
+
+def test_a_failed_shard_that_is_read_as_another_format_is_tried_again() -> None:
+    rows = {"x": known(None, error="no Parquet file", failed_version="v1", format="parquet")}
+    assert names(plan([shard("x", format="webdataset")], rows)) == ["x"]
+    assert names(plan([shard("x", format="parquet")], rows)) == []
+
+
+def test_a_shard_that_is_again_what_is_labelled_is_cured_of_a_failure_between() -> None:
+    rows = {"x": known("v1", error="cut", failed_version="v2")}
+    assert plan([shard("x", "v1")], rows).cured == [f"{ROOT}/x"]
+    assert plan([shard("x", "v2")], rows).cured == []
+    assert names(plan([shard("x", "v1")], rows, Selection(retry_errors=True))) == []
 
 
 def test_shards_of_another_input_are_not_gone() -> None:

@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline import labelling
+from pipeline import committing, labelling
 from pipeline.committing import Progress
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.labelling import Plan, RunResult, Stopped, make_plan, rebuild, run_labelling
 from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from pipeline.planning import Selection, State
-from pipeline.storage import Storage
+from pipeline.record import RunRecord
+from pipeline.shards import prediction_path
+from pipeline.storage import ObjectInfo, Storage
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
 from tests.pipeline.crashing import leave_out_ray
@@ -477,7 +479,7 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
     (tmp_path / "in" / "0.tar").unlink()
     tidy = labelling._tidy
 
-    def suspended(result: RunResult, lease: Lease) -> bool:
+    def suspended(result: RunResult, record: RunRecord, lease: Lease) -> bool:
         monkeypatch.setattr(labelling, "_tidy", tidy)
         write(root, "0.tar", 7, count=3)
         path = Path(result.plan.partition.uri, "lease.json")
@@ -485,12 +487,41 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
         path.unlink()
         run_labelling(config(root))
         path.write_text(held)
-        return tidy(result, lease)
+        return tidy(result, record, lease)
 
     monkeypatch.setattr(labelling, "_tidy", suspended)
     run_labelling(config(root), selection=Selection(prune=True))
     run_labelling(config(root))
     assert len(keys(root)) == 12 + 3
+
+
+def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_takes_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has asked for its lease, and sleeps; the images are grouped anew, and another run labels them."""
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    groups = [shard for shard in make_plan(config(root)).shards if len(shard.members) > 2]
+    victim = groups[-1]
+    name = prediction_path(victim.uri)
+    monkeypatch.setattr(committing, "WRITERS", 1)
+    write_object = Storage.write
+
+    def suspended(self: Storage, uri: str, *args: Any) -> ObjectInfo:
+        if not uri.endswith(name):
+            return write_object(self, uri, *args)
+        monkeypatch.setattr(Storage, "write", write_object)
+        Storage().delete(victim.members[0].uri)  # which gave the group its name
+        lease = next(info.uri for info in Storage().list(f"{root}/out") if info.uri.endswith("lease.json"))
+        Storage().delete(lease)
+        monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
+        run_labelling(config(root))
+        return write_object(self, uri, *args)
+
+    monkeypatch.setattr(Storage, "write", suspended)
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root))
+    assert len(image_uris(root)) == len(set(image_uris(root))) == 29
 
 
 def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path: Path) -> None:

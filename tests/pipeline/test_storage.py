@@ -224,11 +224,23 @@ exact = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)  # gs: i
 
 
 @exact
+def test_only_the_expected_version_is_deleted(storage: Storage, root: str) -> None:
+    first = storage.write(f"{root}/x", b"first")
+    second = storage.write(f"{root}/x", b"second")
+    with pytest.raises(ObjectChanged, match=r"/x: the object is not the version that was expected"):
+        storage.delete(f"{root}/x", first.version)
+    assert storage.read(f"{root}/x") == b"second"
+    storage.delete(f"{root}/x", second.version)
+    assert names(storage, root) == []
+    storage.delete(f"{root}/x", second.version)
+
+
+@exact
 def test_what_is_not_expected_is_left_as_it_is(storage: Storage, root: str) -> None:
     stale = storage.write(f"{root}/x", b"stale")
     current = storage.write(f"{root}/x", b"other")
     for expected in (ABSENT, stale.version):
-        with pytest.raises(ObjectChanged, match="not the version that was to be replaced") as caught:
+        with pytest.raises(ObjectChanged, match="not the version that was expected") as caught:
             storage.write(f"{root}/x", b"lost", expected)
         assert caught.value.uri == f"{root}/x"
         assert storage.stat(f"{root}/x") == current
@@ -499,7 +511,7 @@ def test_a_write_whose_answer_was_lost_is_told_as_a_change_of_the_object(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage
 ) -> None:
     proxy.next("lost_answer")
-    with pytest.raises(ObjectChanged, match="not the version that was to be replaced"):
+    with pytest.raises(ObjectChanged, match="not the version that was expected"):
         faulty.write(f"{folder}/x", b"mine", ABSENT)
     assert storage.read(f"{folder}/x") == b"mine"
     proxy.next("lost_answer")
@@ -571,8 +583,10 @@ def test_a_missing_bucket_of_google_is_called_a_missing_bucket(
             action()
 
 
-@pytest.mark.parametrize("kind", ["error", "slow_down", "reset", "lost_answer", "truncated", "no_body"])
-@pytest.mark.parametrize("operation", ["read", "write", "delete"])
+@pytest.mark.parametrize(
+    "kind", ["error", "slow_down", "denied", "reset", "lost_answer", "truncated", "no_body"]
+)
+@pytest.mark.parametrize("operation", ["read", "write", "delete", "list", "stat"])
 def test_what_fails_for_a_moment_at_google_is_tried_again_and_counted(
     storage: Storage, gcs_emulator: str, kind: str, operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,6 +601,8 @@ def test_what_fails_for_a_moment_at_google_is_tried_again_and_counted(
     assert faults.counts.total() == 2
     if operation == "delete":
         assert names(storage, info.uri) == []
+    elif operation == "list":
+        assert result == [info]
     else:
         assert result == (b"some bytes" if operation == "read" else storage.stat(info.uri))
         assert storage.read(info.uri) == b"some bytes"
