@@ -13,11 +13,12 @@ The order of a commit:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import islice
 from types import TracebackType
 
 import numpy as np
@@ -215,12 +216,17 @@ class Committer:
             IncompleteShardError: results are missing, so that a shard of the plan isn't covered.
         """
         self.settle()
-        for number, shard in enumerate(self._plan):
-            if number not in self._closed:
-                arrived = self._open.get(number, _OpenShard())
-                raise IncompleteShardError(
-                    f"{shard.uri}: {arrived.samples} of {arrived.total or 'unknown'} samples came out"
-                )
+        for number in self._missing():
+            uri, arrived = self._plan[number].uri, self._open.get(number, _OpenShard())
+            total = arrived.total or "an unknown number"
+            raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples came out")
+
+    def missing(self, most: int) -> list[str]:
+        """The first shards of the plan that are not complete, by URI."""
+        return [self._plan[number].uri for number in islice(self._missing(), most)]
+
+    def _missing(self) -> Iterator[int]:
+        return (number for number in range(len(self._plan)) if number not in self._closed)
 
     def progress(self) -> Progress:
         """How far it is."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 
@@ -52,7 +52,8 @@ class Plan:
             a run which died couldn't read.
         lost: shards whose prediction files somebody has removed.
         failing: shards that couldn't be read at last, before this run.
-        in_order: whether the last run has left manifest and statistics up to date.
+        in_order: whether the last run has left manifest and statistics up to date, and nobody has removed
+            the manifest.
     """
 
     partition: Partition
@@ -175,8 +176,12 @@ def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     for uri in lost:
         if uri not in recovered:
             del known[uri]
-    if not in_order or not manifest.exists():
-        for uri, failure in read_history(storage, partition.uri).failures.items():
+    in_order = in_order and manifest.exists()
+    if not in_order:
+        history = read_history(storage, partition.uri)
+        for uri in history.gone & known.keys():
+            known[uri] = known[uri]._replace(gone=True)
+        for uri, failure in history.failures.items():
             if uri not in failing | recovered.keys():  # whose files are newer
                 recovered[uri] = failure
                 known[uri] = known.get(uri, Known.of(failure))._replace(
@@ -314,7 +319,8 @@ def _tidy(result: RunResult, record: RunRecord, lease: Lease) -> bool:
         _remove(partition, uri, versions[uri])
         work.expected.pop(uri, None)
     removed = to_remove | set(plan.lost) | (work.gone.keys() - labelled.keys())
-    gone = [uri for uri, row in labelled.items() if not row.gone and uri not in removed]
+    # After a run that died, the records may know of shards that are gone, and the manifest not yet.
+    gone = [uri for uri, row in labelled.items() if uri not in removed and not (row.gone and plan.in_order)]
     rows = {uri: row for uri, row in plan.recovered.items() if uri not in removed}
     cured = [*work.cured, *(uri for uri, row in rows.items() if row.error is None and uri in plan.failing)]
     record.shards("removed", removed)
@@ -407,7 +413,7 @@ def _label(
             config,
             resources,
         )
-        with closing(chunks), stop.abandoning():
+        with closing(chunks), stop.abandoning(), _missing_shards_noted(committer):
             for chunk in chunks:
                 clock.mark("first_result")
                 if stop.requested:
@@ -424,6 +430,16 @@ def _label(
             committer.finish()
         on_progress(committer.progress(), plan)
     return stop
+
+
+@contextmanager
+def _missing_shards_noted(committer: Committer) -> Iterator[None]:
+    """Adds to an error what it may be about; where workers die again and again, Ray can't say."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"The first shards that were not done: {', '.join(committer.missing(5))}")
+        raise
 
 
 def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:

@@ -1,13 +1,13 @@
-"""One labelling run on two Ray nodes of this machine, in which a classifier, a decoder and a node are killed.
+"""A run of the job on two Ray nodes of this machine, in which a classifier, a decoder and a node are killed.
 
 Run by `test_failures` in a process of its own, for the tests' process is connected to another Ray. Writes
-JSON: the samples seen, and for each failure the results after it, and the longest wait for one in seconds.
+JSON: the samples in the prediction files, how the run ended, and for each failure the results after it, and
+the longest wait for one in seconds.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -18,12 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ray
+import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
+from pipeline.committing import Progress
 from pipeline.config import Config, load_config
-from pipeline.dataflow import cluster_resources, label_chunks
-from pipeline.labelling import make_plan
+from pipeline.labelling import Plan, run_labelling
 from tests.makers import make_image, make_tar
 
 SHARDS, IMAGES, CHUNK = 60, 32, 8
@@ -57,20 +57,6 @@ def main(folder: Path, result: Path) -> None:
     for shard in range(SHARDS):
         tar = make_tar([(f"{shard}-{i}.jpg", image) for i, image in enumerate(images)])
         (folder / f"{shard:03d}.tar").write_bytes(tar)
-    config = load_config(
-        Config,
-        None,
-        [
-            f"input.uri={folder}",
-            "model.path=fashion-mnist",
-            f"output.uri={folder.parent}/out",
-            f"read.chunk_images={CHUNK}",
-            "classify.threads=1",
-            "classify.min_actors=4",  # more than one node holds
-        ],
-    )
-    plan = make_plan(config)
-    partition = plan.partition
     node_options: dict[str, Any] = {
         "num_cpus": 4,
         "object_store_memory": 150_000_000,
@@ -79,7 +65,19 @@ def main(folder: Path, result: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=node_options)
     try:
         node = cluster.add_node(num_cpus=4, object_store_memory=150_000_000)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        config = load_config(
+            Config,
+            None,
+            [
+                f"input.uri={folder}",
+                "model.path=fashion-mnist",
+                f"output.uri={folder.parent}/out",
+                f"read.chunk_images={CHUNK}",
+                "classify.threads=1",
+                "classify.min_actors=4",  # more than one node holds
+                f"ray.address={cluster.address}",
+            ],
+        )
         nodes: list[Any] = [node, cluster.head_node]
         raylets = [n.all_processes["raylet"][0].process.pid for n in nodes]
 
@@ -94,43 +92,39 @@ def main(folder: Path, result: Path) -> None:
             "classifier": (0.2, lambda: kill_one(raylets, "MapWorker")),
             "node": (0.5, lose_node),
         }
-        seen: Counter[str] = Counter()
         arrivals: list[float] = []
         came: dict[str, float] = {}
-        errors = 0
+        images = 0
 
         def fail() -> None:
             for name, (share, failure) in failures.items():
-                while len(seen) < share * SHARDS * IMAGES or not failure():
+                while images < share * SHARDS * IMAGES or not failure():
                     time.sleep(0.02)
                 came[name] = time.monotonic()
 
-        threading.Thread(target=fail, daemon=True).start()
-        for chunk in label_chunks(
-            plan.shards,
-            partition.storage,
-            partition.read_options,
-            partition.checkpoint,
-            partition.prediction_options,
-            config,
-            cluster_resources(config),
-        ):
+        def arrived(progress: Progress, plan: Plan) -> None:
+            nonlocal images
+            images = progress.images
             arrivals.append(time.monotonic())
-            seen.update(f"{chunk.shard}/{key}" for key in chunk.samples["key"].to_pylist())
-            errors += sum(error is not None for error in chunk.samples["error"].to_pylist())
+
+        threading.Thread(target=fail, daemon=True).start()
+        done = run_labelling(config, arrived)
         at = [*arrivals, time.monotonic()]
+        files = [pq.read_table(path) for path in (folder.parent / "out").rglob("predictions/**/*.parquet")]
+        seen = Counter(f"{row['shard']}/{row['key']}" for file in files for row in file.to_pylist())
         gaps = [(end - start, end) for start, end in pairwise(at)]
         found = {
             "samples": len(seen),
             "twice": sum(count - 1 for count in seen.values()),
-            "errors": errors,
+            "errors": done.totals.errors,
+            "shards": done.totals.shards,
+            "complete": done.is_complete,
             "after": {name: sum(t > when for t in arrivals) for name, when in came.items()},
             "stall": {name: max(gap for gap, end in gaps if end > when) for name, when in came.items()},
             "until_end": {name: at[-1] - when for name, when in came.items()},
         }
         result.write_text(json.dumps(found))  # Ray writes to standard output
     finally:
-        ray.shutdown()
         cluster.shutdown()
 
 

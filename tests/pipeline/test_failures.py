@@ -52,3 +52,4 @@ def test_the_run_goes_on_after_a_failure(run: dict[str, Any], failure: str) -> N
 
 def test_every_sample_comes_out_exactly_once(run: dict[str, Any]) -> None:
     assert (run["samples"], run["twice"], run["errors"]) == (SHARDS * IMAGES, 0, 0)
+    assert (run["shards"], run["complete"]) == (SHARDS, True)

@@ -86,7 +86,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     assert error_after(good) is None
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 18])
 def test_after_any_history_the_manifest_is_rebuilt_as_it_was(
     bucket: str, s3_server: LocalS3, seed: int
 ) -> None:
