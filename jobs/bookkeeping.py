@@ -113,7 +113,7 @@ def _write_manifest(folder: str, shards: int) -> None:
                 run="20260102T030405Z-012345",
             )
 
-    Manifest(Storage(), folder, _CLASSES).replace(rows())
+    Manifest(Storage(), folder, _CLASSES).replace(rows)
 
 
 def _plan(folder: str, shards: int) -> Figure:

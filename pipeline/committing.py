@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -52,8 +51,11 @@ class _OpenShard:
     samples: int = 0
 
     def add(self, chunk: Chunk) -> bool:
-        """Keeps a chunk; False where a second attempt brought one that is there already."""
-        if chunk.start in self.chunks:
+        """Keeps a chunk; False where a second attempt brought one that is there already.
+
+        A second attempt may fail earlier than the first, and says so in the place of a chunk that is there.
+        """
+        if chunk.start in self.chunks and chunk.error is None:
             return False
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
@@ -63,7 +65,7 @@ class _OpenShard:
 
     @property
     def complete(self) -> bool:
-        return self.samples == self.total
+        return self.error is not None or self.samples == self.total
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class Committer:
         expected: Mapping[str, str],
         is_current: Callable[[Shard], bool],
         on_commit: Callable[[ManifestRow], None],
-        check_group: Callable[[], None] = lambda: None,
+        before_group: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
         storage: where the files go.
@@ -127,17 +129,16 @@ class Committer:
         is_current: says whether a shard is still what the input has; asked where another run has
             meanwhile labelled another version of it.
         on_commit: called with the manifest row of each shard that is done, in this thread.
-        check_group: called before the labels of a group of loose images are written, and after it, in
-            any thread; raises if they mustn't be. Another run may have grouped the images otherwise, so
-            that an overtaken run's labels would be there twice; tars and Parquet files don't share
-            samples.
+        before_group: called before the labels of a group of loose images are written, in any thread;
+            raises if they mustn't be. Another run may have grouped the images otherwise, so that
+            an overtaken run's labels would be there twice; tars and Parquet files don't share samples.
         """
         self.totals = Totals()
         self.faults: Counter[str] = Counter()
         self._expected = expected
         self._is_current = is_current
         self._on_commit = on_commit
-        self._check_group = check_group
+        self._before_group = before_group
         self._accepts_new = True
         self._storage = storage
         self._partition = partition
@@ -218,7 +219,7 @@ class Committer:
         self.settle()
         for number in self._missing():
             uri, arrived = self._plan[number].uri, self._open.get(number, _OpenShard())
-            total = arrived.total or "an unknown number"
+            total = arrived.total or "an unknown number of"
             raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples came out")
 
     def missing(self, most: int) -> list[str]:
@@ -260,12 +261,10 @@ class Committer:
         output = f"predictions/{prediction_path(shard.uri)}"
         content = encode(predictions, footer)
         if shard.members:
-            self._check_group()
+            self._before_group()
         written = self._write(shard, output, content, footer)
         if written is None:
             return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version)
-        if shard.members:
-            self._check_after(shard, output, written[1])
         row = labelled_row(written[0], output, written[1])
         return replace(row, run=self._run, committed_at=datetime.now(UTC))
 
@@ -303,16 +302,6 @@ class Committer:
             same = (theirs.version, theirs.fingerprint) == (footer.version, footer.fingerprint)
             if same or not self._is_current(shard):
                 return theirs, expected
-
-    def _check_after(self, shard: Shard, output: str, version: str) -> None:
-        """Takes labels of loose images back, if this run was overtaken in the moment before it wrote them."""
-        try:
-            self._check_group()
-        except Exception:
-            if not self._is_current(shard):
-                with suppress(ObjectChanged):
-                    self._storage.delete(f"{self._partition}/{output}", version)
-            raise
 
     def _found(self, uri: str) -> tuple[Footer, str] | None:
         """The footer and the version of a prediction file; None if there is none."""

@@ -6,7 +6,7 @@ It hands each part what it needs, and holds no logic of theirs: planning, datafl
 from __future__ import annotations
 
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -24,7 +24,7 @@ from pipeline.manifest import ManifestRow, ManifestWriter
 from pipeline.partition import Partition, make_storage, open_partition
 from pipeline.planning import LABEL_NEW, Known, Selection, Work, compare, read_known
 from pipeline.record import Clock, RunRecord, new_run_id, recorded
-from pipeline.recovering import prediction_files, read_history, rebuilt_rows, reconcile, recovered_rows
+from pipeline.recovering import Repairs, find_repairs, rebuilt_rows
 from pipeline.report import render_report
 from pipeline.retrying import faults
 from pipeline.shards import Shard, ShardListing, lies_in, list_shards, prediction_path
@@ -48,9 +48,7 @@ class Plan:
         partition: where the labels go.
         work: which shards are in which state, and what is to be labelled.
         ignored: objects under the input URI that are no shard.
-        recovered: rows that the manifest lacks, of prediction files that are there, and of shards that
-            a run which died couldn't read.
-        lost: shards whose prediction files somebody has removed.
+        repairs: how the manifest differs from what it is made from.
         failing: shards that couldn't be read at last, before this run.
         in_order: whether the last run has left manifest and statistics up to date, and nobody has removed
             the manifest.
@@ -59,8 +57,7 @@ class Plan:
     partition: Partition
     work: Work
     ignored: int
-    recovered: Mapping[str, ManifestRow]
-    lost: list[str]
+    repairs: Repairs
     failing: frozenset[str]
     in_order: bool
 
@@ -86,6 +83,7 @@ class RunResult:
         plan: what it was to do.
         totals: what it has committed.
         pruned: shards whose labels it has removed, since the input no longer has them.
+        withdrawn: groups of loose images whose labels it has removed again, since its input has changed.
         statistics: the class statistics over everything that the partition holds; None where the run
             has changed nothing.
         timings: seconds from its start to each event, by name.
@@ -96,6 +94,7 @@ class RunResult:
     plan: Plan
     totals: Totals = field(default_factory=Totals)
     pruned: int = 0
+    withdrawn: set[str] = field(default_factory=set)
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
     worker_faults: Counter[str] = field(default_factory=Counter)
@@ -166,32 +165,14 @@ def _no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
 
 def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     config, storage, manifest = partition.config, partition.storage, partition.manifest
-    known = read_known(manifest)
-    failing = {uri for uri, row in known.items() if row.error is not None}
-    # Always, not only after a run that died: the prediction files are the truth, whoever wrote them.
-    unlisted, lost = reconcile(prediction_files(storage, partition.uri), known, partition.uri)
-    rows = recovered_rows(storage, partition.uri, partition.fingerprint, unlisted)
-    recovered = {row.uri: row for row in rows}
-    known |= {uri: Known.of(row) for uri, row in recovered.items()}
-    for uri in lost:
-        if uri not in recovered:
-            del known[uri]
     in_order = in_order and manifest.exists()
-    if not in_order:
-        history = read_history(storage, partition.uri)
-        for uri in history.gone & known.keys():
-            known[uri] = known[uri]._replace(gone=True)
-        for uri, failure in history.failures.items():
-            if uri not in failing | recovered.keys():  # whose files are newer
-                recovered[uri] = failure
-                known[uri] = known.get(uri, Known.of(failure))._replace(
-                    error=failure.error, failed_version=failure.failed_version
-                )
-            failing.add(uri)
+    known = read_known(manifest)
+    repairs = find_repairs(storage, partition.uri, partition.fingerprint, known, in_order)
+    failing = frozenset(uri for uri, row in known.items() if row.error is not None)
     _check_groups(known, config.input.uri)
     listing = list_shards(storage, config.input.uri, config.input.format)
-    work = compare(listing, known, config.input.uri, selection)
-    return Plan(partition, work, listing.ignored, recovered, lost, frozenset(failing), in_order)
+    work = compare(listing, known, config.input.uri, selection, config.input.format)
+    return Plan(partition, work, listing.ignored, repairs, failing, in_order)
 
 
 def _check_groups(known: Mapping[str, Known], input_uri: str) -> None:
@@ -233,28 +214,28 @@ def run_labelling(
         LeaseLostError: another run has taken over.
         Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
-    clock = Clock()
+    clock, before = Clock(), faults()
     check_input(config)
     partition = open_partition(config)
     run = new_run_id()
     lease = Lease(partition.storage, partition.uri, run, config.run.lease_s)
-    was_in_order = lease.acquire(wait, on_wait)
-    in_order = False
-    try:
-        with sigterm_interrupts(), recorded(partition, run, clock) as record:
-            plan = _plan(partition, selection, was_in_order)
-            clock.mark("planned")
-            on_plan(plan)
-            counts = {str(state): count for state, count in plan.work.states.items()}
-            record.note(plan=counts | {"to_label": len(plan.shards)})
-            result = RunResult(run, plan, timings=clock.seconds)
-            _carry_out(result, record, clock, lease, on_progress)
-        in_order = True
-    except Stopped:
-        in_order = True
-        raise
-    finally:
-        lease.release(in_order)
+    with sigterm_interrupts(), lease.held(wait, on_wait) as holding:
+        try:
+            with recorded(partition, run, clock) as record:
+                plan = _plan(partition, selection, holding.found_in_order)
+                clock.mark("planned")
+                on_plan(plan)
+                counts = {str(state): count for state, count in plan.work.states.items()}
+                record.note(plan=counts | {"to_label": len(plan.shards)})
+                result = RunResult(run, plan, timings=clock.seconds)
+                try:
+                    _carry_out(result, record, clock, lease, on_progress)
+                finally:
+                    record.note(storage_faults=dict(faults() - before + result.worker_faults))
+        except Stopped:
+            holding.left_in_order = True
+            raise
+        holding.left_in_order = True
     return result
 
 
@@ -265,20 +246,22 @@ def _carry_out(
     lease: Lease,
     on_progress: Callable[[Progress, Plan], None],
 ) -> None:
-    plan, config = result.plan, result.plan.partition.config
-    before = faults()
-    writer = ManifestWriter(plan.partition.manifest, config.run.flush_s, before_write=record.save)
+    plan, partition = result.plan, result.plan.partition
+    writer = ManifestWriter(partition.manifest, partition.config.run.flush_s, before_write=record.save)
     stop = Stop()
     try:
         changed = _tidy(result, record, lease)
         if plan.shards:
             stop = _label(result, record, clock, lease, writer, on_progress)
         writer.flush()
+        if result.withdrawn:
+            partition.manifest.update({}, result.withdrawn)
         if changed or plan.shards or not plan.in_order:
-            result.statistics = plan.partition.manifest.fold_statistics()
+            result.statistics = partition.manifest.fold_statistics()
             _publish(result)
             clock.mark("published")
     except LeaseLostError:  # what the other run knows is newer
+        record.forget()
         raise
     except BaseException:
         with suppress(StorageError):  # it would hide what ended the run
@@ -295,7 +278,7 @@ def _carry_out(
             "duplicate_keys": totals.duplicate_keys,
             "pruned_shards": result.pruned,
         }
-        record.note(counts=counts, storage_faults=dict(faults() - before + result.worker_faults))
+        record.note(counts=counts)
     if stop.requested:
         raise KeyboardInterrupt if stop.abandoned else Stopped
 
@@ -314,31 +297,37 @@ def _tidy(result: RunResult, record: RunRecord, lease: Lease) -> bool:
     to_remove |= _regrouped(partition, labelled, work)
     to_remove |= {uri for uri in work.moved if uri in work.expected}
     versions = {uri: row.output_version for uri, row in labelled.items()} | work.expected
+    lease.check()
+    _remove(partition, {uri: versions[uri] for uri in to_remove})
     for uri in to_remove:
-        lease.check()
-        _remove(partition, uri, versions[uri])
         work.expected.pop(uri, None)
-    removed = to_remove | set(plan.lost) | (work.gone.keys() - labelled.keys())
-    # After a run that died, the records may know of shards that are gone, and the manifest not yet.
-    gone = [uri for uri, row in labelled.items() if uri not in removed and not (row.gone and plan.in_order)]
-    rows = {uri: row for uri, row in plan.recovered.items() if uri not in removed}
-    cured = [*work.cured, *(uri for uri, row in rows.items() if row.error is None and uri in plan.failing)]
+    repairs = plan.repairs
+    removed = to_remove | repairs.removed | (work.gone.keys() - labelled.keys())
+    gone = [uri for uri, row in labelled.items() if uri not in removed and not row.gone]
+    rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
+    cured = repairs.cured.union(work.cured) - removed
     record.shards("removed", removed)
     record.shards("gone", gone)
     record.shards("present", work.returned)
     record.shards("cured", cured)
     record.save()
-    if not (rows or removed or gone or work.returned or cured):
+    is_gone = repairs.gone | dict.fromkeys(gone, True) | dict.fromkeys(work.returned, False)
+    if not (rows or removed or cured or is_gone):
         return False
-    is_gone = dict.fromkeys(gone, True) | dict.fromkeys(work.returned, False)
-    partition.manifest.update(rows, removed, is_gone, work.cured)
+    partition.manifest.update(rows, removed, is_gone, cured)
     return True
 
 
-def _remove(partition: Partition, shard_uri: str, version: str | None) -> None:
-    """Removes a shard's prediction file, unless another run has meanwhile written it anew."""
-    with suppress(ObjectChanged):
-        partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(shard_uri)}", version)
+def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
+    """Removes shards' prediction files, except those that another run has meanwhile written anew."""
+
+    def remove(shard: tuple[str, str | None]) -> None:
+        uri, version = shard
+        with suppress(ObjectChanged):
+            partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}", version)
+
+    with ThreadPoolExecutor(16, thread_name_prefix="remove") as pool:
+        deque(pool.map(remove, versions.items()), 0)
 
 
 def _regrouped(partition: Partition, labelled: Mapping[str, Known], work: Work) -> set[str]:
@@ -376,12 +365,15 @@ def _label(
     """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
     plan, partition = result.plan, result.plan.partition
     config = partition.config
+    groups: dict[str, str | None] = {}
 
     def on_commit(row: ManifestRow) -> None:
         if row.error is not None:
             record.failure(row)
         elif row.uri in plan.failing:
             record.shards("cured", [row.uri])
+        if row.format == "images" and row.output is not None:
+            groups[row.uri] = row.output_version
         writer.add(row)
 
     committer = Committer(
@@ -394,10 +386,15 @@ def _label(
         expected=plan.work.expected,
         is_current=partial(_is_current, partition.storage, config.input.format),
         on_commit=on_commit,
-        check_group=lease.verify,
+        before_group=lease.verify,
     )
     result.totals, result.worker_faults = committer.totals, committer.faults
-    with ray_cluster(config.ray.address), committer, graceful_stop(config.run.grace_s) as stop:
+    with (
+        _regrouped_withdrawn(result, groups),
+        ray_cluster(config.ray.address),
+        committer,
+        graceful_stop(config.run.grace_s) as stop,
+    ):
         # Ray is imported only now, when its environment is set.
         from pipeline.dataflow import cluster_resources, label_chunks
 
@@ -430,6 +427,24 @@ def _label(
             committer.finish()
         on_progress(committer.progress(), plan)
     return stop
+
+
+@contextmanager
+def _regrouped_withdrawn(result: RunResult, groups: Mapping[str, str | None]) -> Iterator[None]:
+    """Removes, in the end, labels of loose images that the input has meanwhile in other groups.
+
+    For another run may have labelled these, knowing nothing of this one.
+    """
+    try:
+        yield
+    finally:
+        if groups:
+            partition, section = result.plan.partition, result.plan.partition.config.input
+            mine = {m.uri: s.uri for s in result.plan.shards if s.uri in groups for m in s.members}
+            listing = list_shards(partition.storage, section.uri, section.format)
+            members = ((member.uri, shard.uri) for shard in listing for member in shard.members)
+            result.withdrawn = {mine[uri] for uri, group in members if mine.get(uri, group) != group}
+            _remove(partition, {uri: groups[uri] for uri in result.withdrawn})
 
 
 @contextmanager
@@ -472,17 +487,15 @@ def rebuild(config: Config) -> Partition:
     Raises:
         StorageError: the output can't be read or written.
         LeaseHeldError: a run is at work.
+        LeaseLostError: a run has taken over.
         CheckpointError, ConfigError: as `make_plan`.
     """
     partition = open_partition(config)
     storage = partition.storage
     lease = Lease(storage, partition.uri, new_run_id(), config.run.lease_s)
-    lease.acquire()
-    in_order = False
-    try:
-        partition.manifest.replace(rebuilt_rows(storage, partition.uri, partition.fingerprint))
+    with sigterm_interrupts(), lease.held() as holding:
+        partition.manifest.replace(lambda: rebuilt_rows(storage, partition.uri, partition.fingerprint))
+        lease.verify()
         _write_class_table(partition, partition.class_table(partition.manifest.fold_statistics()))
-        in_order = True
-    finally:
-        lease.release(in_order)
+        holding.left_in_order = True
     return partition

@@ -13,7 +13,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -87,6 +88,19 @@ def _read(storage: Storage, uri: str) -> tuple[_State | None, str]:
             continue
 
 
+@dataclass
+class Holding:
+    """A lease while it is held.
+
+    Attributes:
+        found_in_order: whether the last run left manifest and statistics up to date.
+        left_in_order: whether this one does; else the next run sees to that.
+    """
+
+    found_in_order: bool
+    left_in_order: bool = False
+
+
 class Lease:
     """A partition's lease: `acquire` it, ask `check` now and then, `release` it.
 
@@ -109,6 +123,23 @@ class Lease:
         self._lost = False
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    @contextmanager
+    def held(
+        self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None
+    ) -> Iterator[Holding]:
+        """Holds the lease while the block runs; see `acquire`."""
+        try:
+            holding = Holding(self.acquire(wait, on_wait))
+        except KeyboardInterrupt:  # it may have come just after the lease was taken
+            state, self._version = _read(self._storage, self.uri)
+            if state is not None and state.run == self._run:
+                self.release(in_order=False)
+            raise
+        try:
+            yield holding
+        finally:
+            self.release(holding.left_in_order)
 
     def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
         """Takes the lease; returns whether the last run left everything in order.

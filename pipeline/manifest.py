@@ -157,11 +157,15 @@ class Manifest:
                 continue
             return
 
-    def replace(self, rows: Iterable[ManifestRow]) -> None:
-        """Writes all rows anew, whatever is there; they come sorted by URI."""
-        left = iter(rows)
-        groups = iter(lambda: list(islice(left, ROW_GROUP_ROWS)), [])
-        self._write(map(_to_table, groups), None)
+    def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
+        """Writes all rows anew, and again if somebody else has written meanwhile; they come sorted by URI."""
+        while True:
+            version = self._version()
+            try:
+                self._write(map(_to_table, _batched(make_rows(), ROW_GROUP_ROWS)), version)
+            except ObjectChanged:
+                continue
+            return
 
     def fold_statistics(self) -> ClassStatistics:
         """The class statistics over every labelled shard."""
@@ -289,6 +293,12 @@ def _succeeded(before: ManifestRow | None, row: ManifestRow) -> ManifestRow:
 def _to_table(rows: list[ManifestRow]) -> pa.Table:
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SCHEMA]
     return pa.table(columns, schema=_SCHEMA)
+
+
+def _batched(rows: Iterable[ManifestRow], size: int) -> Iterator[list[ManifestRow]]:
+    left = iter(rows)
+    while batch := list(islice(left, size)):
+        yield batch
 
 
 _ROW_FIELDS = [field.name for field in fields(ManifestRow)]

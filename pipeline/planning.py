@@ -111,7 +111,13 @@ def read_known(manifest: Manifest) -> dict[str, Known]:
     return {uri: Known(*values) for uri, *values in zip(*columns, strict=True)}
 
 
-def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, selection: Selection) -> Work:
+def compare(
+    listing: Iterable[Shard],
+    known: dict[str, Known],
+    input_uri: str,
+    selection: Selection,
+    input_format: str = "auto",
+) -> Work:
     """Finds out what is to be done.
 
     Args:
@@ -119,6 +125,7 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
         known: what the manifest knows; what remains in it afterwards is of other inputs.
         input_uri: what was listed: only what lies there can be gone.
         selection: what is labelled beside what is new or has changed.
+        input_format: what was looked for: only shards of this format can be gone.
     """
     work = Work(selection)
     last_changed: str | None = None  # the group of loose images just before, if it has changed
@@ -147,7 +154,7 @@ def compare(listing: Iterable[Shard], known: dict[str, Known], input_uri: str, s
                 has_labels = row is not None and row.output is not None
                 last_changed = shard.uri if state is State.CHANGED and has_labels else None
     root = normalised(input_uri)
-    gone = [uri for uri in known if lies_in(uri, root)]
+    gone = [uri for uri, row in known.items() if lies_in(uri, root) and input_format in ("auto", row.format)]
     work.gone = {uri: known.pop(uri) for uri in gone}
     work.states[State.GONE] = len(work.gone)
     work.moved = list(dict.fromkeys(work.moved))

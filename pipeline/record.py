@@ -52,6 +52,7 @@ class RunRecord:
         self._values = values | {name: [] for name in _LISTS}
         self._lock = threading.Lock()
         self._is_saved = False
+        self._saved = dict.fromkeys(_LISTS, 0)
 
     @property
     def is_complete(self) -> bool:
@@ -76,6 +77,13 @@ class RunRecord:
             self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE})
             self._is_saved = False
 
+    def forget(self) -> None:
+        """Takes back what was added of shards since it was written last."""
+        with self._lock:
+            for name, count in self._saved.items():
+                del self._values[name][count:]
+            self._is_saved = True
+
     def save(self) -> None:
         """Writes it, if shards were added since it was written.
 
@@ -85,6 +93,7 @@ class RunRecord:
         with self._lock:
             if not self._is_saved:
                 self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
+                self._saved = {name: len(self._values[name]) for name in _LISTS}
                 self._is_saved = True
 
     def end(self, **values: Any) -> None:

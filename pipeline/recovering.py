@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,6 +122,93 @@ def _replay(record: Mapping[str, Any], history: History) -> None:
         history.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
 
 
+@dataclass
+class Repairs:
+    """What the manifest lacks of what prediction files and records tell, and what it has too much.
+
+    Attributes:
+        rows: by URI, rows that are to be put in.
+        removed: shards whose rows are to go.
+        cured: shards whose failures are over.
+        gone: by URI, whether the input has lost the shard, where the manifest says otherwise.
+    """
+
+    rows: dict[str, ManifestRow]
+    removed: set[str]
+    cured: set[str] = field(default_factory=set)
+    gone: dict[str, bool] = field(default_factory=dict)
+
+
+def find_repairs(
+    storage: Storage, partition: str, fingerprint: str, known: dict[str, Known], in_order: bool
+) -> Repairs:
+    """Finds out how the manifest differs from what it is made from.
+
+    Prediction files are looked at always, for they are the truth, whoever wrote them; the records of runs
+    only where the last one died.
+
+    Args:
+        storage: access to the partition.
+        partition: its URI.
+        fingerprint: its fingerprint.
+        known: what the manifest knows; repaired here.
+        in_order: whether the last run left everything in order, and the manifest is there.
+
+    Raises:
+        StorageError: something there is no prediction file of this partition, or no record.
+    """
+    had_rows = bool(known)
+    failing = {uri for uri, row in known.items() if row.error is not None}
+    unlisted, lost = reconcile(prediction_files(storage, partition), known, partition)
+    found = {row.uri: row for row in recovered_rows(storage, partition, fingerprint, unlisted)}
+    repairs = Repairs(dict(found), set(lost) - found.keys())
+    for uri in repairs.removed:
+        del known[uri]
+    known |= {uri: Known.of(row) for uri, row in found.items()}
+    # A file that a manifest doesn't know is newer than all it knows; without a manifest, none is.
+    newer: AbstractSet[str] = found.keys() if had_rows else set()
+    repairs.cured |= newer & failing
+    if not in_order:
+        _apply(read_history(storage, partition), known, newer, repairs)
+    return repairs
+
+
+def _apply(history: History, known: dict[str, Known], newer: AbstractSet[str], repairs: Repairs) -> None:
+    """Brings what is known of failures and of gone shards in line with the records."""
+    for uri in newer & history.failures.keys():
+        repairs.cured.add(uri)
+        del history.failures[uri]
+    for uri, row in list(known.items()):
+        failure = history.failures.get(uri)
+        if row.gone != (uri in history.gone):
+            repairs.gone[uri] = not row.gone
+            known[uri] = row = row._replace(gone=not row.gone)
+        if failure is None and row.error is not None:
+            if row.output is None:
+                repairs.removed.add(uri)
+                del known[uri]
+            else:
+                repairs.cured.add(uri)
+                known[uri] = row._replace(error=None, failed_version=None)
+        elif failure is not None and (row.error, row.failed_version) != (
+            failure.error,
+            failure.failed_version,
+        ):
+            repairs.rows[uri] = _failed(repairs.rows.get(uri), failure)
+            known[uri] = row._replace(error=failure.error, failed_version=failure.failed_version)
+    for uri, failure in history.failures.items():
+        if uri not in known.keys() | repairs.removed:
+            repairs.rows[uri] = failure
+            known[uri] = Known.of(failure)
+
+
+def _failed(labelled: ManifestRow | None, failure: ManifestRow) -> ManifestRow:
+    """A failure; where an earlier version of the shard is labelled, in its row."""
+    if labelled is None:
+        return failure
+    return replace(labelled, error=failure.error, failed_version=failure.failed_version)
+
+
 def rebuilt_rows(storage: Storage, partition: str, fingerprint: str) -> list[ManifestRow]:
     """All manifest rows anew, sorted by URI: from prediction files and the records of runs.
 
@@ -133,8 +221,5 @@ def rebuilt_rows(storage: Storage, partition: str, fingerprint: str) -> list[Man
     for uri in history.gone & rows.keys():
         rows[uri] = replace(rows[uri], gone=True)
     for uri, failure in history.failures.items():
-        labelled = rows.get(uri)
-        if labelled is not None:
-            failure = replace(labelled, error=failure.error, failed_version=failure.failed_version)
-        rows[uri] = failure
+        rows[uri] = _failed(rows.get(uri), failure)
     return [rows[uri] for uri in sorted(rows)]

@@ -771,6 +771,7 @@ class _Local:
             if expected not in (None, _local_info(uri, os.stat(uri)).version):  # noqa: PTH116
                 raise ObjectChanged(uri, _NOT_EXPECTED)
             Path(uri).unlink()
+            _sync_folder(Path(uri).parent)
 
     def _check(self, uri: str, expected: str | None, temporary: Path) -> None:
         """Raises ObjectChanged if the file is not as expected; else makes its successor younger."""

@@ -32,6 +32,13 @@ from tests.pipeline import crashing
 ROOT = "s3://soak"
 TARS = 12
 _LONGEST_RUN = 240
+#: With what a run may end that was sent a signal (1: of a KeyboardInterrupt).
+_STATUSES = {
+    "none": {0},
+    "SIGKILL": {0, -signal.SIGKILL},
+    "SIGTERM": {0, 1, -signal.SIGTERM},  # the signal, as long as Python starts
+    "SIGSTOP": {0},
+}
 
 
 @dataclass
@@ -159,13 +166,15 @@ def _round(soak: Soak, storage: Storage, url: str) -> None:
         other = crashing.start(fields, LABEL_NEW)
         other.join(_LONGEST_RUN)
         os.kill(job.pid or 0, signal.SIGCONT)
-    for job, _ in jobs:
+    for job, end in jobs:
         job.join(_LONGEST_RUN)
         if job.is_alive():
             job.kill()
             soak.problems.append("a run did not end")
-        elif job.exitcode not in (0, 130, -signal.SIGKILL, -signal.SIGTERM):
-            soak.events[f"run that failed ({job.exitcode})"] += 1
+        elif job.exitcode == crashing.OVERTAKEN:
+            soak.events["run that was overtaken"] += 1
+        elif job.exitcode not in _STATUSES[end]:
+            soak.problems.append(f"a run ended with {job.exitcode} ({end})")
 
 
 def _round_on_ray(soak: Soak, url: str) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from jobs.local_s3 import LocalS3
+from pipeline.config import Config, load_config
+from pipeline.lease import Lease
+from pipeline.partition import open_partition
 from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
 
@@ -151,6 +154,31 @@ def test_label_then_stats_show_the_same_table(
         in cvt_label("plan", "--config", job, "--relabel", "--prune").stdout
     )
     assert cvt_label("stats", "--config", job, "--rebuild").stdout == table.stdout
+
+
+def test_statuses_of_a_run_that_is_refused_waits_and_is_stopped(tmp_path: Path) -> None:
+    """Another run holds the lease: 5; or it is waited for, until SIGTERM comes: 130."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(make_tar([("a.jpg", make_image(1))]))
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.format(input=tmp_path / "in", output=tmp_path / "out"))
+    partition = open_partition(load_config(Config, path))
+    other = Lease(partition.storage, partition.uri, "other-run", 60)
+    other.acquire()
+    refused = cvt_label("label", "--config", path)
+    assert refused.returncode == 5
+    assert "run other-run" in refused.stderr
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "label", "--config", str(path), "--wait"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    assert "run other-run" in waiting.stderr.readline()
+    waiting.terminate()
+    assert waiting.wait(60) == 130
+    assert other._is_mine()
+    other.release(in_order=True)
 
 
 def test_a_ray_that_does_not_answer_is_told_at_once(job: Path, bucket: str, storage: Storage) -> None:

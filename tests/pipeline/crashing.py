@@ -37,6 +37,9 @@ from pipeline.storage import Storage
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
 CHECKPOINT = load_checkpoint("fashion-mnist")
 
+#: The status of a run that another has taken over from.
+OVERTAKEN = 5
+
 Moment = Literal["before", "after"]
 
 
@@ -125,10 +128,13 @@ def _run(
         for name in ("write", "delete"):
             patch.setattr(Storage, name, _dying(getattr(Storage, name), crash, done))
     config = load_config(Config, None, overrides)
-    if selection is None:
-        labelling.rebuild(config)
-    else:
-        labelling.run_labelling(config, selection=selection)
+    try:
+        if selection is None:
+            labelling.rebuild(config)
+        else:
+            labelling.run_labelling(config, selection=selection)
+    except lease.LeaseLostError:
+        sys.exit(OVERTAKEN)
 
 
 @functools.cache

@@ -106,7 +106,7 @@ class Fragile(Backend):
         return super().__call__(images)
 
 
-@pytest.mark.parametrize("bad", [[0], [6], [2, 3], [0, 1, 5], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("bad", [[0], [6], [2, 3], [0, 1, 5], [0, 1, 2, 3, 4, 5], [*range(7)]])
 def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labelled(bad: list[int]) -> None:
     logits = [[200 if i in bad else 1, 0, i, 0] for i in range(7)]
     errors = [None, "corrupt", *[None] * 6]
@@ -137,6 +137,11 @@ def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:
         classify(chunk([[1, 0, 0, 0]] * 8, [None] * 8), Breaking(), options())
 
 
-def test_a_model_that_fails_for_every_image_is_no_fault_of_theirs() -> None:
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        classify(chunk([[200, 0, 0, 0]] * 5, [None] * 5), Fragile(), options())
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_model_that_fails_for_a_black_image_too_is_no_fault_of_the_images(count: int) -> None:
+    class Broken(Backend):
+        def __call__(self, images: np.ndarray) -> Outputs:
+            raise RuntimeError("device lost")
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        classify(chunk([[1, 0, 0, 0]] * count, [None] * count), Broken(), options())

@@ -89,6 +89,14 @@ def commit(
     return Committed(rows, committer)
 
 
+def test_a_second_attempt_that_fails_makes_the_shard_unreadable(tmp_path: Path) -> None:
+    """A chunk has come; the others were lost with a node, and meanwhile the shard has changed."""
+    failed = replace(result(0, 0, 0, 0, error="s3://bucket/000.tar: has changed"), pixels=None)
+    committed = commit(tmp_path, shards(1), [result(0, 0, 4), failed])
+    assert [row.error for row in committed.rows.values()] == ["s3://bucket/000.tar: has changed"]
+    assert (committed.committer.progress().images, files(tmp_path)) == (0, {})
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -142,7 +150,7 @@ def test_a_shard_that_lacks_samples_at_the_end_is_an_error_that_names_it(tmp_pat
 
 
 def test_a_shard_of_which_nothing_came_is_an_error_too(tmp_path: Path) -> None:
-    with pytest.raises(IncompleteShardError, match=r"001\.tar: 0 of unknown"):
+    with pytest.raises(IncompleteShardError, match=r"001\.tar: 0 of an unknown number of samples"):
         commit(tmp_path, shards(2), cut(0, 10, 4))
 
 

@@ -86,7 +86,7 @@ def test_an_update_replaces_adds_removes_and_marks_and_keeps_the_rest(manifest: 
 
 def test_the_same_rows_give_the_same_bytes_however_they_came(manifest: Manifest, tmp_path: Path) -> None:
     rows = [row(i) for i in range(11)]
-    manifest.replace(rows)
+    manifest.replace(lambda: rows)
     whole = Path(manifest.uri).read_bytes()
     Path(manifest.uri).unlink()
     for part in (rows[5:7], rows[:3], rows[7:], rows[3:5]):

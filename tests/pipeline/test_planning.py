@@ -116,6 +116,12 @@ def test_shards_of_another_input_are_not_gone() -> None:
     assert work.gone == {}
 
 
+def test_only_shards_of_the_format_that_was_looked_for_can_be_gone() -> None:
+    rows = {f"{ROOT}/x.tar": known(), f"{ROOT}/images-1": known(format="images")}
+    assert list(compare([], dict(rows), ROOT, LABEL_NEW, "images").gone) == [f"{ROOT}/images-1"]
+    assert len(compare([], dict(rows), ROOT, LABEL_NEW, "auto").gone) == 2
+
+
 def test_an_input_that_is_one_object_is_found_and_is_gone() -> None:
     rows = {"x.tar": known()}
     assert plan([shard("x.tar")], rows, uri=f"{ROOT}/x.tar").states[State.DONE] == 1

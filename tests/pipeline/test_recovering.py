@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline import lease
+from pipeline import labelling, lease
+from pipeline.committing import Progress
 from pipeline.config import Config, load_config
-from pipeline.labelling import make_plan, rebuild, run_labelling
+from pipeline.labelling import Plan, make_plan, rebuild, run_labelling
+from pipeline.lease import LeaseLostError
 from pipeline.manifest import ManifestRow
 from pipeline.partition import Partition, open_partition
 from pipeline.planning import LABEL_NEW, Selection
@@ -148,6 +151,112 @@ def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str
     assert_rebuilds(partition)
 
 
+def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partition:
+    """A shard is each of these in turn, None where it is gone, and labelled; the last run may die.
+
+    It dies between its record and the manifest.
+    """
+    storage, partition = Storage(), open_partition(config(bucket))
+    storage.write(f"{bucket}/in/always.tar", make_tar([("0.jpg", make_image(9))]))
+    for place, content in enumerate(contents):
+        if content is None:
+            storage.delete(f"{bucket}/in/a.tar")
+        else:
+            storage.write(f"{bucket}/in/a.tar", content)
+        if not die_at_last or place < len(contents) - 1:
+            run_labelling(config(bucket))
+            continue
+        before = storage.stat(partition.manifest.uri)
+        for number in range(3, 10):
+            crashing.run(fields(bucket), LABEL_NEW, Crash(number, "before"))
+            last = max(info.uri for info in storage.list(f"{partition.uri}/runs"))
+            if b"a.tar" in storage.read(last):
+                break
+        assert storage.stat(partition.manifest.uri) == before
+    return partition
+
+
+GOOD = make_tar([("0.jpg", make_image(1)), ("1.jpg", make_image(2))])
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [(GOOD, GOOD[:700], GOOD[:800]), (GOOD[:700], None), (GOOD, GOOD[:700], GOOD), (GOOD, GOOD[:700], None)],
+    ids=["fails otherwise", "fails and goes", "fails and is cured", "labelled, fails and goes"],
+)
+@pytest.mark.parametrize(
+    "then", [GOOD, GOOD[:700], GOOD[:800], None], ids=["good", "cut", "cut more", "gone"]
+)
+def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
+    bucket: str, contents: tuple[bytes | None, ...], then: bytes | None
+) -> None:
+    partition = history(bucket, *contents, die_at_last=True)
+    if then is None:
+        Storage().delete(f"{bucket}/in/a.tar")
+    else:
+        Storage().write(f"{bucket}/in/a.tar", then)
+    run_labelling(config(bucket))
+    assert_rebuilds(partition)
+    assert make_plan(config(bucket)).shards == []
+
+
+def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> None:
+    partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
+    states = make_plan(config(bucket)).work.states
+    Storage().delete(partition.manifest.uri)
+    assert make_plan(config(bucket)).work.states == states
+    run_labelling(config(bucket))
+    assert_rebuilds(partition)
+
+
+def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: str) -> None:
+    partition = history(bucket, GOOD, None, die_at_last=False)
+    Storage().delete(partition.manifest.uri)
+    Storage().write(f"{bucket}/other/b.tar", GOOD)
+    run_labelling(config(bucket, f"input.uri={bucket}/other"))
+    assert_rebuilds(partition)
+    assert [row.gone for row in partition.manifest.rows()] == [True, False, False]
+
+
+def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str) -> None:
+    storage = Storage()
+    for i in range(4):
+        storage.write(f"{bucket}/in/{i}.tar", GOOD[:700])
+    partition = open_partition(config(bucket))
+
+    def overtaken(progress: Progress, plan: Plan) -> None:
+        if not plan.partition.manifest.exists():
+            for i in range(4):
+                storage.write(f"{bucket}/in/{i}.tar", GOOD)
+            run_labelling(config(bucket))
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(bucket, "run.lease_s=0.1"), overtaken)
+    run_labelling(config(bucket))
+    assert_rebuilds(partition)
+    assert [row.error for row in partition.manifest.rows()] == [None] * 4
+
+
+def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partition = history(bucket, GOOD, die_at_last=False)
+    make_rows = labelling.rebuilt_rows
+
+    def meanwhile(*args: Any) -> list[ManifestRow]:
+        rows = make_rows(*args)
+        monkeypatch.setattr(labelling, "rebuilt_rows", make_rows)
+        Storage().write(f"{bucket}/in/b.tar", GOOD[:700])
+        run_labelling(config(bucket))
+        return rows
+
+    monkeypatch.setattr(labelling, "rebuilt_rows", meanwhile)
+    with pytest.raises(LeaseLostError):
+        rebuild(config(bucket))
+    assert_rebuilds(partition)
+    assert [row.error is None for row in partition.manifest.rows()] == [True, True, False]
+
+
 def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
     root = str(tmp_path)
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
@@ -166,3 +275,14 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     Storage().write(f"{partition.uri}/predictions/stray.parquet", Storage().read(file.uri))
     with pytest.raises(StorageError, match=r"stray\.parquet: is of another model or options"):
         rebuild(config(root))
+
+
+def test_without_the_records_nothing_but_failures_is_forgotten(bucket: str) -> None:
+    partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
+    for info in Storage().list(f"{partition.uri}/runs"):
+        Storage().delete(info.uri)
+    assert make_plan(config(bucket)).shards == []
+    rebuild(config(bucket))
+    assert [shard.uri for shard in make_plan(config(bucket)).shards] == [f"{bucket}/in/a.tar"]
+    run_labelling(config(bucket))
+    assert_rebuilds(partition)
