@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
 
 from cvt.configuration import CvtConfig, check_architecture
@@ -139,11 +140,11 @@ class CvtDropPath(nn.Module):
         """(B, ...) to (B, ...), of the same expectation."""
         if not self.training or self.rate == 0.0:
             return branch
-        kept = branch.new_empty([len(branch)] + [1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        kept = branch.new_empty([branch.shape[0]] + [1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
         return branch * (kept / (1 - self.rate))
 
 
-class CvtLayer(nn.Module):
+class CvtLayer(GradientCheckpointingLayer):
     """Transformer block, with layer norm ahead of attention and MLP."""
 
     def __init__(self, config: CvtConfig, stage: int, drop_path_rate: float) -> None:
@@ -196,7 +197,7 @@ class CvtStage(nn.Module):
         height, width = image.shape[-2:]
         hidden_state = _to_tokens(image)
         if self.cls_token is not None:
-            cls_token = self.cls_token.expand(len(image), -1, -1)
+            cls_token = self.cls_token.expand(image.shape[0], -1, -1)
             hidden_state = torch.cat((cls_token, hidden_state), dim=1)
         for layer in self.layers:
             hidden_state = layer(hidden_state, height, width)
@@ -212,6 +213,7 @@ class CvtPreTrainedModel(PreTrainedModel):
     config_class = CvtConfig
     base_model_prefix = "cvt"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["CvtLayer"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -219,6 +221,16 @@ class CvtPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)  # all but the class token
         if isinstance(module, CvtStage) and module.cls_token is not None:
             init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        # A layer that is computed again in the backward pass shows its batch norms each batch twice:
+        # two steps with the smaller momentum come to one with PyTorch's 0.1.
+        for layer in self.modules():
+            if isinstance(layer, CvtLayer):
+                for module in layer.modules():
+                    if isinstance(module, nn.BatchNorm2d):
+                        module.momentum = 1 - 0.9**0.5 if layer.gradient_checkpointing else 0.1
 
 
 class CvtModel(CvtPreTrainedModel):

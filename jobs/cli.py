@@ -7,7 +7,17 @@ import sys
 
 from jobs.console import make_app
 
-COMMANDS = ("label", "plan", "stats", "demo", "train", "benchmark", "bookkeeping")
+COMMANDS = (
+    "label",
+    "plan",
+    "stats",
+    "demo",
+    "train",
+    "verify",
+    "benchmark",
+    "benchmark-model",
+    "bookkeeping",
+)
 
 
 def main() -> None:
@@ -17,7 +27,8 @@ def main() -> None:
     app = make_app()
     app.callback()(_describe)
     for name in [asked] if asked in COMMANDS else COMMANDS:
-        app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
+        module = name.replace("-", "_")
+        app.command(name)(getattr(importlib.import_module(f"jobs.{module}"), module))
     app()
 
 

@@ -10,7 +10,7 @@ import io
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,15 @@ import torch
 import transformers
 from PIL import Image
 
-from cvt.configuration import CvtConfig
 from cvt.engine import Engine
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
+from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from jobs.console import err
+from jobs.model_contenders import normalise, to_transformers
 from pipeline.cluster import ray_cluster
 from pipeline.committing import Progress
-from pipeline.config import Config, InputConfig, load_config
+from pipeline.config import Config, ConfigError, InputConfig, load_config
 from pipeline.decoding import decode
 from pipeline.labelling import Plan, input_shards, run_labelling
 from pipeline.partition import read_options
@@ -73,26 +74,46 @@ class Subjects:
 
 def load_subjects(uri: str, count: int, batch_size: int, size: int) -> Subjects:
     """Reads the images at `uri`, decodes `count` of them, and makes a CvT-13 for `size` pixels."""
-    section = InputConfig(uri=uri, labels=False)
-    storage = Storage()
-    shards = input_shards(storage, section)
-    samples = (s for shard in shards for s in read_samples(storage, shard, read_options(section, [])))
-    encoded = [s.image for s in samples if s.image is not None]
-    preprocessor = Preprocessor.from_dict(
-        {
-            "image_processor_type": "ConvNextImageProcessor",
-            "size": {"shortest_edge": size},
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-        },
-        "benchmark",
-    )
-    decoded = [decode(data, preprocessor, section.max_image_pixels).pixels for data in encoded[:count]]
-    pixels = np.stack([p for p in decoded if p is not None])
+    subject = random_subject("cvt-13", size)
+    encoded = list(_read(uri))
+    return Subjects(uri, encoded, _decoded(encoded[:count], subject.preprocessor), subject, batch_size)
+
+
+def random_subject(name: str, size: int) -> Subject:
+    """A published variant with random weights, for images of `size` pixels.
+
+    Raises:
+        ConfigError: there is no such variant.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"--model: {name!r} is none of {', '.join(PRESETS)}")
     torch.manual_seed(0)
     labels = {i: f"class {i}" for i in range(1000)}
-    model = CvtForImageClassification(CvtConfig(id2label=labels)).eval()
-    return Subjects(uri, encoded, pixels, Subject(model, preprocessor), batch_size)
+    model = CvtForImageClassification(preset_config(name, id2label=labels)).eval()
+    return Subject(model, preset_preprocessor(size))
+
+
+def load_images(uri: str, preprocessor: Preprocessor, count: int) -> np.ndarray:
+    """The first images at `uri`, decoded: uint8 (count, size, size, 3); fewer, if there are fewer.
+
+    Raises:
+        StorageError, NoShardsError: they can't be read.
+    """
+    return _decoded(list(itertools.islice(_read(uri), count)), preprocessor)
+
+
+def _read(uri: str) -> Iterator[bytes]:
+    section = InputConfig(uri=uri, labels=False)
+    storage = Storage()
+    for shard in input_shards(storage, section):
+        for sample in read_samples(storage, shard, read_options(section, [])):
+            if sample.image is not None:
+                yield sample.image
+
+
+def _decoded(encoded: list[bytes], preprocessor: Preprocessor) -> np.ndarray:
+    decoded = [decode(data, preprocessor, 10**9).pixels for data in encoded]
+    return np.stack([pixels for pixels in decoded if pixels is not None])
 
 
 def decoding(subjects: Subjects, rounds: int) -> list[Measurement]:
@@ -118,11 +139,9 @@ def model(subjects: Subjects, rounds: int) -> list[Measurement]:
     """From the model's input to logits; and transformers' pipeline, from encoded images to labels."""
     subject, pixels = subjects.subject, subjects.pixels
     engine = Engine(subject.model, subject.preprocessor, device="cpu", batch_size=subjects.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(subject, Path(folder))
-        reference = transformers.CvtForImageClassification.from_pretrained(folder).eval()
-        processor = transformers.ConvNextImageProcessorPil.from_pretrained(folder)
-    normalised = torch.stack([_normalise(p, subject.preprocessor) for p in pixels])
+    reference = to_transformers(subject.model)
+    processor = transformers.ConvNextImageProcessorPil(**subject.preprocessor.to_dict())
+    normalised = normalise(pixels, subject.preprocessor)
     whole = transformers.pipeline("image-classification", model=reference, image_processor=processor)
 
     def eager() -> int:
@@ -140,11 +159,6 @@ def model(subjects: Subjects, rounds: int) -> list[Measurement]:
         "pipeline, transformers image-classification": _timed(pipeline),
     }
     return _in_turn(ways, len(pixels), rounds)
-
-
-def _normalise(pixels: np.ndarray, preprocessor: Preprocessor) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std))
-    return (torch.from_numpy(pixels).permute(2, 0, 1) * preprocessor.rescale_factor - mean) / std
 
 
 def pipeline(subjects: Subjects, rounds: int) -> list[Measurement]:

@@ -125,6 +125,8 @@ class ClassifyConfig(_Section):
     """Classifier actors; whatever is null is chosen from what the cluster has."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: What runs the model: PyTorch as it is, compiled, or OpenVINO (on CPUs; cvt-label[openvino]).
+    runtime: Literal["torch", "compile", "openvino"] = "torch"
     num_gpus: PositiveFloat | None = None
     num_cpus: PositiveFloat | None = None
     min_actors: PositiveInt = 1

@@ -232,9 +232,11 @@ class _ClassifierActor:
             loaded.preprocessor,
             device=resources.device,
             precision=config.model.precision,
+            runtime=config.classify.runtime,
             batch_size=config.classify.batch_size,
             threads=resources.threads,
         )
+        self._engine.warm_up()
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         for chunk in Chunk.from_block(block):

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
-from cvt.engine import Engine
+from cvt.engine import Engine, Runtime, resolve_precision
 from cvt.modeling import CvtForImageClassification, CvtStage
 from cvt.preprocessing import Preprocessor
 from tests.cvt.random_models import TINY, randomise
@@ -182,7 +188,8 @@ def test_other_arrays_are_refused(images: np.ndarray, message: str) -> None:
     ("options", "message"),
     [
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
-        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16, not 'int8'"),
+        ({"precision": "int8"}, "precision must be one of auto, fp32, bf16, fp16, not 'int8'"),
+        ({"runtime": "tensorrt"}, "runtime must be one of torch, compile, openvino, not 'tensorrt'"),
         ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
         ({"model": make_model(num_channels=1)}, "takes images of 1 channels, its preprocessing makes 3"),
     ],
@@ -209,34 +216,120 @@ def test_it_sets_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
+class ShortOfMemory:
+    """A runtime on a device that has memory for some images only."""
+
+    def __init__(self, runtime: Runtime, most: int) -> None:
+        self.batch_size = runtime.batch_size
+        self.sizes: list[int] = []
+        self._runtime = runtime
+        self._most = most
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.sizes.append(len(images))
+        if len(images) > self._most:
+            raise torch.OutOfMemoryError("out of memory")
+        return self._runtime(images)
+
+
 def test_a_device_out_of_memory_gets_smaller_batches_and_the_same_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = make_engine(batch_size=64)(IMAGES)
     engine = make_engine(batch_size=64)
-    run, sizes = engine._run, []
-
-    def short_of_memory(images: np.ndarray) -> tuple[Tensor, Tensor]:
-        sizes.append(len(images))
-        if len(images) > 3:
-            raise torch.OutOfMemoryError("out of memory")
-        return run(images)
-
-    monkeypatch.setattr(engine, "_run", short_of_memory)
+    device = ShortOfMemory(engine._runtime, most=3)
+    monkeypatch.setattr(engine, "_runtime", device)
     found = engine(IMAGES)
     assert engine.batch_size == 2
     assert_close(torch.tensor(found.logits), torch.tensor(wanted.logits))
     engine(IMAGES)
-    assert sizes.count(2) >= len(IMAGES) // 2 * 2
-    assert sum(size > 3 for size in sizes) <= 5
+    assert device.sizes.count(2) >= len(IMAGES) // 2 * 2
+    assert sum(size > 3 for size in device.sizes) <= 5
 
 
 def test_a_device_without_memory_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(batch_size=4)
-
-    def no_memory(images: np.ndarray) -> tuple[Tensor, Tensor]:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(engine, "_run", no_memory)
+    monkeypatch.setattr(engine, "_runtime", ShortOfMemory(engine._runtime, most=0))
     with pytest.raises(torch.OutOfMemoryError):
         engine(IMAGES)
+
+
+def test_automatic_precision_is_full_on_a_cpu_and_half_on_a_gpu() -> None:
+    assert make_engine(precision="auto").precision == "fp32"
+    assert resolve_precision("auto", "cuda") == "bf16"
+    assert resolve_precision("fp16", "cpu") == "fp16"
+
+
+def same_as_the_model(engine: Engine, model: CvtForImageClassification, tolerance: float = 1e-4) -> None:
+    logits, embeddings = outputs_of_the_model(model)
+    output = engine(IMAGES)
+    assert output.logits.dtype == output.embeddings.dtype == np.float32
+    np.testing.assert_allclose(output.logits, logits, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(output.embeddings, embeddings, atol=tolerance, rtol=0)
+    again = engine(IMAGES)
+    np.testing.assert_array_equal(again.logits, output.logits)
+    np.testing.assert_array_equal(again.embeddings, output.embeddings)
+
+
+@pytest.mark.parametrize("method", ["dw_bn", "linear"])
+def test_openvino_gives_what_the_model_gives(method: str) -> None:
+    pytest.importorskip(
+        "cvt.openvino_runtime", exc_type=ImportError, reason="cvt-label[openvino] is not installed"
+    )
+    model = make_model(qkv_projection_method=[method] * 3)
+    engine = make_engine(model, runtime="openvino", batch_size=5)  # 7 images: batches are filled up
+    same_as_the_model(engine, model)
+    assert engine(IMAGES[:0]).logits.shape == (0, 5)
+    with pytest.raises(ValueError, match="runtime 'openvino' has no precision 'fp16' on this CPU"):
+        make_engine(model, runtime="openvino", precision="fp16")
+    with pytest.raises(ValueError, match="can't run a model whose qkv_projection_method is 'avg'"):
+        make_engine(make_model(qkv_projection_method=["avg"] * 3), runtime="openvino")
+    assert sys.modules["openvino_telemetry"] is None
+
+
+def test_openvino_in_half_precision_gives_about_the_same() -> None:
+    pytest.importorskip(
+        "cvt.openvino_runtime", exc_type=ImportError, reason="cvt-label[openvino] is not installed"
+    )
+    from cvt.openvino_runtime import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no instructions for bfloat16")
+    model = make_model(num_labels=1000)
+    engine = make_engine(model, runtime="openvino", precision="bf16")
+    same_as_the_model(engine, model, tolerance=0.2)
+    assert all(len(np.unique(row)) > 990 for row in engine(IMAGES).logits)
+
+
+def test_without_openvino_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "cvt.openvino_runtime", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'cvt-label\[openvino\]'"):
+        make_engine(runtime="openvino")
+
+
+COMPILED = """
+import json, sys
+import numpy as np, torch
+from torch._dynamo.utils import counters
+from tests.cvt.test_engine import make_engine, make_model, same_as_the_model
+torch.set_num_threads(1)
+model = make_model(depth=[1, 1, 1])
+engine = make_engine(model, runtime="compile", batch_size=4)  # 7 images: the second batch is filled up
+same_as_the_model(engine, model)
+found = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]
+json.dump(dict(zip(["graphs", "hits"], found)), sys.stdout)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which torch.compile needs")
+def test_compiled_it_gives_what_the_model_gives_and_is_compiled_once_a_machine(tmp_path: Path) -> None:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout))
+    assert found == [{"graphs": 1, "hits": 0}, {"graphs": 1, "hits": 1}]

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtDropPath, CvtForImageClassification, CvtModel
 from tests.cvt.random_models import PUBLISHED, TINY, randomise
@@ -265,21 +269,46 @@ def test_weights_are_initialised_as_in_transformers() -> None:
             assert_close(ours[key], wanted, rtol=0, atol=0, msg=key)
 
 
-def test_auto_classes_load_these_classes_once_registered(tmp_path: Path) -> None:
-    """In a process of its own, since it changes the Auto classes of its process."""
-    model = CvtForImageClassification(CvtConfig(**TINY, qkv_projection_method=["avg"] * 3))
-    model.save_pretrained(tmp_path)
-    program = """
-import sys, transformers
-from cvt.modeling import CvtForImageClassification, CvtModel, register
-register()
-register()
-model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1])
-assert type(model) is CvtForImageClassification, type(model)
-assert type(transformers.AutoModel.from_pretrained(sys.argv[1])) is CvtModel
+AUTO = """
+import json, sys, transformers
+if sys.argv[3:]:
+    from cvt.modeling import register
+    register()
+    register()
+classifier = transformers.pipeline("image-classification", model=sys.argv[1])
+loaded = transformers.AutoModel, transformers.AutoModelForImageClassification
+models = [auto.from_pretrained(sys.argv[1]) for auto in loaded] + [classifier.model]
+scores = {found["label"]: found["score"] for found in classifier(sys.argv[2], top_k=10)}
+print(json.dumps([[f"{type(model).__module__}.{type(model).__name__}" for model in models], scores]))
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+
+def test_auto_classes_and_pipelines_load_a_checkpoint_of_this_project_by_either_classes(
+    tmp_path: Path,
+) -> None:
+    """In processes of their own: one that doesn't know this package, and one that registered it."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    folder = BUNDLED["fashion-mnist"]
+    found = []
+    for register in ([], ["register"]):
+        command = [sys.executable, "-c", AUTO, str(folder), str(tmp_path / "image.png"), *register]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    (plain, their_scores), (registered, our_scores) = found
+    names = ["CvtModel", "CvtForImageClassification", "CvtForImageClassification"]
+    assert plain == [f"transformers.models.cvt.modeling_cvt.{name}" for name in names]
+    assert registered == [f"cvt.modeling.{name}" for name in names]
+
+    checkpoint = load_checkpoint("fashion-mnist")
+    preprocessor = checkpoint.preprocessor
+    pixels = torch.from_numpy(preprocessor(image)) * preprocessor.rescale_factor
+    pixels = (pixels - torch.tensor(preprocessor.mean)) / torch.tensor(preprocessor.std)
+    probabilities = checkpoint.model(pixels.float().permute(2, 0, 1)[None]).logits.softmax(dim=1)[0].tolist()
+    wanted = dict(zip(checkpoint.labels, probabilities, strict=True))
+    assert their_scores == pytest.approx(wanted, abs=1e-5)
+    assert our_scores == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -358,6 +387,53 @@ def test_half_precision_gives_about_the_same(dtype: torch.dtype) -> None:
     got = model.to(dtype)(pixels.to(dtype)).logits
     assert got.dtype == dtype
     assert_close(got.float(), wanted, rtol=0.1, atol=0.1)
+
+
+@torch.inference_mode()
+def test_a_saved_model_in_half_precision_loads_as_it_was(tmp_path: Path) -> None:
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY))).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = CvtForImageClassification.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    pixels = images(2, 3, 32, 32).to(torch.bfloat16)
+    assert_close(again(pixels).logits, model(pixels).logits, rtol=0, atol=0)
+
+
+# The names that transformers has for it from 5.0 on.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reentrant: bool) -> None:
+    """It computes layers again in the backward pass, where batch norm must not learn twice."""
+    pixels, labels = images(2, 3, 64, 64), torch.tensor([0, 1])
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model = randomise(CvtForImageClassification(CvtConfig(**TINY, drop_rate=[0.5] * 3))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        layer = model.cvt.encoder["stages"][1].layers[0]
+        layer.intermediate.register_forward_hook(lambda *_, at=checkpointing: calls.append(at))
+        torch.manual_seed(0)  # of dropout, which is the same when a layer is computed again
+        model(pixels, labels=labels).loss.backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        found.append((gradients, dict(model.named_buffers())))
+    assert calls == [False, True, True]
+    (gradients, buffers), (our_gradients, our_buffers) = found
+    assert_close(our_gradients, gradients, rtol=0, atol=0)
+    moved = {key: value for key, value in buffers.items() if value.is_floating_point()}
+    assert_close({key: our_buffers[key] for key in moved}, moved, **CLOSE)
+
+    model.gradient_checkpointing_disable()
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+
+
+@torch.inference_mode()
+def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:
+    model = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    shapes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(model, (images(2, 3, 64, 64),), dynamic_shapes=shapes).module()
+    for count in (1, 5):
+        pixels = images(count, 3, 64, 64)
+        assert_close(exported(pixels).logits, model(pixels).logits, **CLOSE)
 
 
 def test_channels_last_images_give_the_same() -> None:

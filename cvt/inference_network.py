@@ -1,0 +1,102 @@
+"""The network that inference runs: the model, simplified, from uint8 pixels to logits and embeddings."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from cvt.modeling import CvtForImageClassification, CvtLayer
+from cvt.preprocessing import Preprocessor
+
+
+class InferenceNetwork(nn.Module):
+    """Normalisation, features and head, without batch norm and without what the head never sees.
+
+    Keys and values keep a depthwise convolution each: one of twice the channels is five times slower on a
+    CPU, for which libraries have no kernel. What they share is its input, which is laid out once.
+
+    Args:
+        model: the model; it is copied and stays as it is.
+        preprocessor: what made the images; its mean, std and rescale factor are applied here.
+        dtype: of the features. Normalisation and head stay in float32, for next to no time: logits in half
+            precision have ties.
+    """
+
+    def __init__(
+        self, model: CvtForImageClassification, preprocessor: Preprocessor, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.model = _simplified(model)
+        self.model.cvt.to(dtype)
+        self.dtype = dtype
+        mean, std = np.array(preprocessor.mean), np.array(preprocessor.std)
+        self.scale = nn.Buffer(torch.tensor(preprocessor.rescale_factor / std, dtype=torch.float32))
+        self.shift = nn.Buffer(torch.tensor(-mean / std, dtype=torch.float32))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Uint8 (n, H, W, channels) to the vectors that the classifier sees, float32 (n, C)."""
+        # Not folded into the first convolution: its zero padding stands for the mean.
+        normalised = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype)
+        features = self.model.cvt(normalised.permute(0, 3, 1, 2), return_dict=True)
+        return self.model.pool(features.last_hidden_state, features.cls_token_value)
+
+    def classify(self, embeddings: Tensor) -> Tensor:
+        """Those vectors to logits, float32 (n, num_labels)."""
+        return self.model.classifier(embeddings)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Uint8 (n, H, W, channels) to logits and embeddings."""
+        embeddings = self.embed(pixels)
+        return self.classify(embeddings), embeddings
+
+
+def _simplified(model: CvtForImageClassification) -> CvtForImageClassification:
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
+            module.convolution = fuse_conv_bn_eval(module.convolution, module.normalization)
+            module.normalization = nn.Identity()
+        if isinstance(getattr(module, "activation", None), nn.GELU):
+            module.activation = _InPlaceGELU()
+    if model.config.cls_token[-1]:
+        last_stage: Any = [*model.cvt.encoder["stages"].children()][-1]
+        last_stage.layers[-1] = _ClassTokenLayer(last_stage.layers[-1])
+    return model.to(memory_format=torch.channels_last)
+
+
+class _InPlaceGELU(nn.Module):
+    """GELU without a second copy of the largest activation, so that more of it stays in the cache."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(hidden_state)
+
+
+class _ClassTokenLayer(nn.Module):
+    """A layer for the class token alone, which attends to all tokens: these pass through unchanged.
+
+    In the last layer, that saves 6 % of CvT-13's operations, and changes nothing that the head sees.
+    """
+
+    def __init__(self, layer: CvtLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        layer.attention["attention"].convolution_projection_query = _NoTokens()
+
+    def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
+        layer, (token, others) = self.layer, hidden_state.tensor_split([1], dim=1)
+        context = layer.attention["attention"](layer.layernorm_before(hidden_state), height, width)
+        token = token + layer.attention["output"](context)
+        token = token + layer.output(layer.intermediate(layer.layernorm_after(token)))
+        return torch.cat((token, others), dim=1)
+
+
+class _NoTokens(nn.Module):
+    """Instead of a query's convolution: leaves only the class token, which passes by it, to query."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[:, :, :0]

@@ -1,0 +1,121 @@
+"""Compares the engine with transformers' model on real images: `cvt-label verify`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from jobs.console import Exit, err, exit_status, out, run_alone
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: What is to be reached: the share of images with the same top class, and the largest logit difference.
+GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the engine's logits compare to those of transformers' float32 model.
+
+    Attributes:
+        runtime, precision: of the engine.
+        images: compared.
+        top1: share of them with the same top class.
+        difference: largest difference of a logit.
+    """
+
+    runtime: str
+    precision: str
+    images: int
+    top1: float
+    difference: float
+
+    @classmethod
+    def of(cls, runtime: str, precision: str, found: np.ndarray, wanted: np.ndarray) -> Agreement:
+        """Compares logits, both (n, classes)."""
+        import numpy as np
+
+        top1 = float((found.argmax(1) == wanted.argmax(1)).mean())
+        return cls(runtime, precision, len(wanted), top1, float(np.abs(found - wanted).max()))
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether it is as good as `GOALS` says."""
+        top1, difference = GOALS[self.precision]
+        return self.top1 >= top1 and self.difference <= difference
+
+
+def verify(
+    images: Annotated[str, typer.Option("--images", help="Shards with images: a folder or a URI.")],
+    model: Annotated[
+        str, typer.Option("--model", help="As model.path in a configuration.")
+    ] = "fashion-mnist",
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights for --model cvt-13, cvt-21 or cvt-w24.")
+    ] = False,
+    size: Annotated[int, typer.Option(help="With --random: of the model's images, in pixels.")] = 224,
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", help="May be repeated [fp32, bf16, fp16].")
+    ] = None,
+    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="May be repeated [torch].")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
+    count: Annotated[int, typer.Option(min=1, help="Images, at the most.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+) -> None:
+    """Compare the engine with transformers' model in float32, on the same pixels.
+
+    To be reached: the same top class for all images, and logits within 1e-4, in fp32; the same top class
+    for 99.5 % in bf16 and fp16.
+
+    Exit status: 0; 1 where that isn't reached; 4 when model or images can't be used.
+    """
+    from jobs import model_contenders
+    from jobs.contenders import load_images, random_subject
+
+    with exit_status():
+        from cvt.checkpoints import load_checkpoint
+        from cvt.engine import Engine
+
+        if random:
+            subject = random_subject(model, size)
+            network, preprocessor = subject.model, subject.preprocessor
+        else:
+            checkpoint = load_checkpoint(model)
+            network, preprocessor = checkpoint.model, checkpoint.preprocessor
+        pixels = load_images(images, preprocessor, count)
+    err.print(f"{len(pixels):,} images; transformers' model first", highlight=False)
+    wanted = model_contenders.reference(network, preprocessor)(pixels)
+    found = []
+    for one_runtime in runtime or ["torch"]:
+        for one in precision or list(GOALS):
+            err.print(f"engine, {one_runtime}, {one}", highlight=False)
+            engine = Engine(
+                network,
+                preprocessor,
+                device=device,
+                precision=one,
+                runtime=one_runtime,
+                batch_size=batch_size,
+            )
+            found.append(Agreement.of(one_runtime, one, engine(pixels).logits, wanted))
+    _print(found)
+    sys.exit(Exit.OK if all(agreement.is_reached for agreement in found) else Exit.FAILED)
+
+
+def _print(agreements: list[Agreement]) -> None:
+    table = Table("runtime", "precision", "images", "same top class", "largest logit difference", "reached")
+    for a in agreements:
+        reached = "yes" if a.is_reached else "no"
+        table.add_row(
+            a.runtime, a.precision, f"{a.images:,}", f"{a.top1:.2%}", f"{a.difference:.2g}", reached
+        )
+    out.print(table)
+
+
+if __name__ == "__main__":
+    run_alone(verify)

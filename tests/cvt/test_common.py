@@ -1,0 +1,175 @@
+"""transformers' own tests of what all of its models have in common, on this package's CvT.
+
+They are in the source distribution of transformers and not in its wheel, so the first run has pip
+download that of the installed version (10 MB), from wherever pip downloads packages. Later runs find it in
+the user's cache folder. Where it can't be had, the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import TestCase, skip
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtForImageClassification, CvtModel
+from tests.cvt.random_models import TINY
+
+#: The name under which transformers' `tests` are imported, since this project's have that name.
+PACKAGE = "transformers_tests"
+
+#: What the common tests import from folders of tests that the source distribution leaves out: tests of
+#: generated text and of exporters, which CvT's own tests of `torch.export` stand in for, and values for the
+#: fields that all configurations have, here each with another than its default.
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "utils.test_configuration_utils": {
+        "config_common_kwargs": {
+            "return_dict": False,
+            "output_hidden_states": True,
+            "dtype": "float16",
+            "chunk_size_feed_forward": 5,
+            "architectures": ["BertModel"],
+            "id2label": {0: "label"},
+            "label2id": {"label": 0},
+            "problem_type": "regression",
+        }
+    },
+}
+
+
+def downloaded() -> Path:
+    """The folder with transformers' `tests` and the package `parameterized`, which they need.
+
+    Raises:
+        subprocess.SubprocessError: pip can't download them.
+        OSError: the cache folder can't be written.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvt-label"
+    found = cache / f"transformers-{transformers.__version__}-tests"
+    if not found.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            wanted = [f"transformers=={transformers.__version__}", "parameterized"]
+            options = ["--no-deps", "--no-binary", "transformers", "--no-build-isolation", "--dest", folder]
+            quick = ["--quiet", "--disable-pip-version-check", "--retries", "0", "--timeout", "10"]
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", *quick, *options, *wanted],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            (archive,) = Path(folder).glob("transformers-*.tar.gz")
+            (wheel,) = Path(folder).glob("parameterized-*.whl")
+            with tarfile.open(archive) as tar:
+                members = [member for member in tar if Path(member.name).parts[1:2] == ("tests",)]
+                tar.extractall(folder, members, filter="data")
+            extracted = Path(folder) / archive.name.removesuffix(".tar.gz") / "tests"
+            (extracted / "__init__.py").touch()  # read by one of the tests' modules
+            shutil.copy(wheel, extracted / "parameterized.whl")
+            try:
+                extracted.rename(found)
+            except OSError:  # another process was faster
+                if not found.exists():
+                    raise
+    return found
+
+
+def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
+    """The modules of the common tests of models and of configurations."""
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(folder)]
+    sys.modules[PACKAGE] = package
+    for name, contents in LEFT_OUT.items():
+        module = sys.modules[f"{PACKAGE}.{name}"] = ModuleType(f"{PACKAGE}.{name}")
+        vars(module).update(contents)
+    sys.path.append(str(folder / "parameterized.whl"))
+    return (
+        importlib.import_module(f"{PACKAGE}.test_modeling_common"),
+        importlib.import_module(f"{PACKAGE}.test_configuration_common"),
+    )
+
+
+try:
+    modeling, configuration = imported(downloaded())
+except (subprocess.SubprocessError, OSError) as error:
+    pytest.skip(
+        f"the source distribution of transformers {transformers.__version__}, whose tests these are, "
+        f"can't be downloaded: {(getattr(error, 'stderr', None) or str(error)).strip()}",
+        allow_module_level=True,
+    )
+
+
+class CvtModelTester:
+    """What the common tests ask about a model: a configuration, and inputs for it."""
+
+    batch_size = 13
+    image_size = 64
+    num_labels = 2
+    is_training = True
+
+    def get_config(self) -> CvtConfig:
+        return CvtConfig(**TINY, num_labels=self.num_labels)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[CvtConfig, dict[str, Tensor]]:
+        shape = [self.batch_size, 3, self.image_size, self.image_size]
+        return self.get_config(), {"pixel_values": modeling.floats_tensor(shape)}
+
+
+class TestCommon(modeling.ModelTesterMixin, TestCase):
+    """Skipped by name is only what transformers' own tests of its CvT skip too."""
+
+    all_model_classes = (CvtModel, CvtForImageClassification)
+    test_resize_embeddings = False
+    has_attentions = False
+    # Otherwise asked only of models that are newer than CvT.
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self) -> None:
+        self.model_tester = CvtModelTester()
+
+    def test_config(self) -> None:
+        configuration.ConfigTester(
+            self,
+            config_class=CvtConfig,
+            has_text_modality=False,
+            common_properties=["hidden_size", "num_channels"],
+            hidden_size=37,
+        ).run_common_tests()
+
+    @skip("CvT returns no attentions")
+    def test_attention_outputs(self) -> None: ...
+
+    @skip("CvT has no embeddings of tokens")
+    def test_inputs_embeds(self) -> None: ...
+
+    @skip("CvT has no embeddings of tokens")
+    def test_model_get_set_embeddings(self) -> None: ...
+
+    @torch.no_grad()
+    def test_hidden_states_output(self) -> None:
+        """Of stages, not of layers as elsewhere: an image each, and not tokens."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(config).to(modeling.torch_device).eval()
+            states = model(**inputs, output_hidden_states=True).hidden_states
+            assert [tuple(state.shape) for state in states] == [
+                (13, 16, 16, 16),
+                (13, 32, 8, 8),
+                (13, 48, 4, 4),
+            ]
