@@ -1,6 +1,7 @@
-"""Finding and loading a checkpoint: the model, its preprocessing, its labels, and a digest of them.
+"""Finding, loading and writing a checkpoint: the model, its preprocessing, its labels, a digest of them.
 
-A checkpoint is a folder in Hugging Face's layout, local or on the hub, or one that this package brings.
+A checkpoint is a folder in Hugging Face's layout, local, on the hub or in this package; or a file of
+Microsoft's. Whatever it comes from, the model, and so the digest, is the same.
 """
 
 from __future__ import annotations
@@ -8,23 +9,38 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from cvt import microsoft
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import PreprocessingError, Preprocessor
+from cvt.presets import preset_preprocessor
+from cvt.weights import (
+    CONFIG_FILE,
+    MICROSOFT_SUFFIXES,
+    PREPROCESSOR_FILE,
+    TENSORFLOW_SUFFIX,
+    read_file,
+    read_folder,
+    used_files,
+)
 
 #: Checkpoints in the package, by the name that a configuration gives them.
 BUNDLED = {"fashion-mnist": Path(__file__).parent / "bundled" / "fashion-mnist"}
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 
 
 @dataclass(frozen=True)
@@ -56,76 +72,212 @@ class Checkpoint:
         return int(self.model.config.embed_dim[-1])
 
 
-def load_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
-    """Loads a bundled name, a folder, or a hub id.
+@dataclass(frozen=True)
+class _Parts:
+    """What a checkpoint's files say.
+
+    Attributes:
+        name: short name, before what no path can hold is replaced.
+        config: the model's configuration.
+        weights: the weights, by transformers' names unless they are of no such.
+        preprocessor: what turns an image into the model's input.
+        shapes_from: what tells the weights' shapes, for errors.
+        spelled: the name in the files of the weight that transformers calls so.
+    """
+
+    name: str
+    config: CvtConfig
+    weights: Mapping[str, Tensor]
+    preprocessor: Preprocessor
+    shapes_from: str
+    spelled: Callable[[str], str]
+
+
+def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
+    """Loads a checkpoint from wherever it is.
 
     Args:
-        path: what to load; a name of `BUNDLED` comes before a folder, a folder before a hub id.
+        path: what to load. In the order in which they are tried: a name of `BUNDLED`; a local folder with
+            config.json, preprocessor_config.json and weights (the first of safetensors, PyTorch's and
+            TensorFlow's); a local file of TensorFlow's (.h5) with both beside it; a local file of
+            Microsoft's (.pth or .pt), whose name tells 384 pixels by `-384x384-`, else they are 224;
+            a hub id, to which a revision may be added as `id@revision`.
         revision: branch, tag or commit of a hub id.
+        labels: local file with the names of the classes, instead of those of the checkpoint: one a line,
+            or in a .json file a list, or an object of names by class id.
 
     Raises:
         CheckpointError: nothing is there, or it isn't a complete CvT classifier.
     """
-    source = _locate(path)
-    model = _load_model(path, source, revision)
     try:
-        preprocessor = Preprocessor.from_pretrained(source, revision)
-    except PreprocessingError as error:
-        raise CheckpointError(f"model {path!r}: {error}") from None
-    name = re.sub(r"[^\w.-]+", "-", Path(path).name).strip("-.") or "model"
-    return Checkpoint(name, model, preprocessor, _digest(model, preprocessor))
+        parts = _read(path, revision)
+        if labels is not None:
+            _relabel(parts.config, read_labels(Path(labels).expanduser()), labels)
+        model = _make_model(parts)
+    except (CheckpointError, PreprocessingError) as error:
+        raise CheckpointError(f"model {path!r}: {error}") from error
+    name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
+    return Checkpoint(name, model, parts.preprocessor, _digest(model, parts.preprocessor))
 
 
-def _locate(path: str) -> str:
+def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
+    """Writes model and preprocessing as `load_checkpoint`, and transformers, load them."""
+    with _no_progress_bars():
+        model.save_pretrained(folder)
+    (folder / PREPROCESSOR_FILE).write_text(json.dumps(preprocessor.to_dict(), indent=2) + "\n")
+
+
+def read_labels(file: Path) -> list[str]:
+    """Reads the names of classes, by class id.
+
+    Args:
+        file: one name a line; or, by its suffix .json, a list of names, or an object of names by class id.
+
+    Raises:
+        CheckpointError: it can't be read, or holds something else; names the file.
+    """
+    is_json = file.suffix == ".json"
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if is_json else text.splitlines()
+        if isinstance(names, dict):
+            names = [names[str(i)] for i in range(len(names))]
+    except OSError as error:
+        raise CheckpointError(f"labels {file}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"labels {file}: no class {error}, but ids count from 0 up") from error
+    except ValueError as error:
+        kind = "JSON" if is_json else "UTF-8"
+        raise CheckpointError(f"labels {file}: not {kind}: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"labels {file}: neither a list of names nor an object of names by class id")
+    for i, name in enumerate(names):
+        if not name.strip():
+            raise CheckpointError(f"labels {file}: the name of class {i} is empty")
+    return names
+
+
+def _read(path: str, revision: str | None) -> _Parts:
+    """Reads whatever `path` names."""
     if path in BUNDLED:
-        return str(BUNDLED[path])
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"model {path!r}: the folder has no config.json")
-        return str(folder)
-    if folder.exists():
-        raise CheckpointError(f"model {path!r}: this is a file, not a folder with a config.json")
-    if path.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(path):
-        raise CheckpointError(f"model {path!r}: no such folder")
-    return path
+        return _read_folder(BUNDLED[path], path)
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _read_folder(place, place.name)
+    if place.suffix in MICROSOFT_SUFFIXES and place.is_file():
+        return _read_microsoft(place)
+    if place.suffix == TENSORFLOW_SUFFIX and place.is_file():
+        return _read_folder(place.parent, place.absolute().parent.name, place)
+    if place.exists():
+        raise CheckpointError("this is a file, not a folder with a config.json, a .pth or an .h5 file")
+    if place.suffix in (*MICROSOFT_SUFFIXES, TENSORFLOW_SUFFIX):
+        raise CheckpointError("no such file")
+    hub = _HUB_ID.fullmatch(path)
+    if path.startswith(("/", ".", "~")) or hub is None:
+        raise CheckpointError("no such folder")
+    if revision and hub["revision"]:
+        raise CheckpointError(f"there are two revisions, {hub['revision']!r} and {revision!r}")
+    return _read_folder(_fetch(hub["name"], revision or hub["revision"]), hub["name"].rpartition("/")[2])
 
 
-def _load_model(path: str, source: str, revision: str | None) -> CvtForImageClassification:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its table of keys; ours is the error below
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    """The folder of a hub id's files, from the hub, or from the local cache where it can't be reached."""
+    try:
+        try:
+            listed = HfApi().model_info(hub_id, revision=revision).siblings or []
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:  # no network, an overloaded hub, or HF_HUB_OFFLINE
+            cached = try_to_load_from_cache(hub_id, CONFIG_FILE, revision=revision)
+            if not isinstance(cached, str):
+                raise
+            return Path(cached).parent
+        files = used_files(file.rfilename for file in listed)
+        with _no_progress_bars():
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
+    except Exception as error:  # the hub's client has some ten kinds of errors, without a common base
+        raise CheckpointError(f"{_one_line(error)} (bundled: {', '.join(BUNDLED)})") from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps transformers and the hub's client from drawing over the program's own output."""
     transformers_logging.disable_progress_bar()
     try:
-        kind = CvtConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _Parts:
+    """Reads a folder in Hugging Face's layout; its weights may have Microsoft's names, too."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError("the folder has no config.json")
+    try:
+        kind = CvtConfig.get_config_dict(folder)[0].get("model_type")
         if kind != CvtConfig.model_type:
-            raise CheckpointError(f"model {path!r}: config.json says model_type {kind!r}, not 'cvt'")
-        model, info = CvtForImageClassification.from_pretrained(
-            source,
-            revision=revision,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the others, by name
-        )
+            raise CheckpointError(f"config.json says model_type {kind!r}, not 'cvt'")
+        config = CvtConfig.from_pretrained(folder)
     except CheckpointError:
         raise
-    except Exception as error:  # files of any origin: whatever reading them raises is about them
-        known = "" if Path(source).is_dir() else f" (bundled: {', '.join(BUNDLED)})"
-        raise CheckpointError(f"model {path!r}: {_one_line(error)}{known}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+    except Exception as error:  # a file of any origin: whatever reading it raises is about it
+        raise CheckpointError(f"config.json: {_one_line(error)}") from error
+    weights = read_folder(folder) if weights_file is None else read_file(weights_file)
+    preprocessor = Preprocessor.from_pretrained(folder)
+    return _Parts(name, config, weights, preprocessor, "config.json says", str)
+
+
+def _read_microsoft(file: Path) -> _Parts:
+    weights = read_file(file)
+    try:
+        variant, config = microsoft.infer_config(weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file.name}: {error}") from None
+    preprocessor = preset_preprocessor(microsoft.image_size(file.name))
+    return _Parts(file.stem, config, weights, preprocessor, f"{variant} has", microsoft.microsoft_key)
+
+
+def _relabel(config: CvtConfig, names: list[str], file: str) -> None:
+    count = config.num_labels
+    if len(names) != count:
+        raise CheckpointError(f"labels {file}: {len(names)} names, but the model has {count} classes")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def _make_model(parts: _Parts) -> CvtForImageClassification:
+    """The model of a configuration with these weights, copied; nothing else than them will do."""
+    config = parts.config
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise CheckpointError("id2label in config.json doesn't count its classes from 0 up")
+    if config.num_channels != 3:
+        raise CheckpointError(f"num_channels is {config.num_channels}, not 3")
+    with torch.device("meta"):  # initial weights would take longer than loading
+        model = CvtForImageClassification(config)
+    expected = model.state_dict()
+    weights = microsoft.renamed(parts.weights, expected)
+    if not any(key.startswith("classifier.") for key in weights) and any("stages." in key for key in weights):
+        raise CheckpointError("it has no classifier: the weights are those of a CvtModel alone")
+    shared = weights.keys() & expected.keys()
+    # How many batches a normalisation has seen changes nothing, and TensorFlow doesn't know it.
+    missing = {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")}
     faults = {
-        "missing": info["missing_keys"],
-        "unexpected": info["unexpected_keys"],
-        "of another shape than config.json says": [key for key, *_ in info["mismatched_keys"]],
+        "missing": missing,
+        "unexpected": weights.keys() - shared,
+        f"of another shape than {parts.shapes_from}": {
+            key for key in shared if weights[key].shape != expected[key].shape
+        },
+        "no floating-point numbers": {
+            key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
+        },
     }
     if any(faults.values()):
-        listed = "; ".join(f"{why}: {_some(keys)}" for why, keys in faults.items() if keys)
-        raise CheckpointError(f"model {path!r}: weights don't fit the configuration: {listed}")
-    if sorted(model.config.id2label) != list(range(model.config.num_labels)):
-        raise CheckpointError(f"model {path!r}: id2label in config.json doesn't count its classes from 0 up")
-    if model.config.num_channels != 3:
-        raise CheckpointError(f"model {path!r}: num_channels is {model.config.num_channels}, not 3")
+        described = (f"{why}: {_some(map(parts.spelled, keys))}" for why, keys in faults.items() if keys)
+        listed = "; ".join(described)
+        raise CheckpointError(f"weights don't fit the configuration: {listed}")
+    model.to_empty(device="cpu")
+    counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - shared}
+    model.load_state_dict(weights | counters)
     return model.eval()
 
 

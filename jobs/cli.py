@@ -13,6 +13,7 @@ COMMANDS = (
     "stats",
     "demo",
     "train",
+    "convert",
     "verify",
     "benchmark",
     "benchmark-model",

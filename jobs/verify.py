@@ -78,14 +78,15 @@ def verify(
     from jobs.contenders import load_images, random_subject
 
     with exit_status():
-        from cvt.checkpoints import load_checkpoint
         from cvt.engine import Engine
+        from pipeline.model_files import open_checkpoint
+        from pipeline.storage import Storage
 
         if random:
             subject = random_subject(model, size)
             network, preprocessor = subject.model, subject.preprocessor
         else:
-            checkpoint = load_checkpoint(model)
+            checkpoint = open_checkpoint(Storage(), model)
             network, preprocessor = checkpoint.model, checkpoint.preprocessor
         pixels = load_images(images, preprocessor, count)
     err.print(f"{len(pixels):,} images; transformers' model first", highlight=False)

@@ -69,12 +69,16 @@ class InputConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """Which checkpoint classifies, and in which precision."""
+    """Which checkpoint classifies, and in which precision: "auto" is bf16 on a GPU and fp32 on a CPU."""
 
-    #: `fashion-mnist` (in the package), a folder in Hugging Face's layout, or a hub id.
+    #: `fashion-mnist` (in the package), a hub id, or the path or URI of a folder in Hugging Face's layout or
+    #: of a file of Microsoft's (.pth) or TensorFlow's (.h5).
     path: Annotated[str, Field(min_length=1)]
+    #: Of a hub id, which may also have it behind an @.
     revision: str | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: Path or URI of a file with the classes' names, instead of the checkpoint's own: one a line, or .json.
+    labels: Annotated[str, Field(min_length=1)] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
 
 class OutputConfig(_Section):
@@ -174,12 +178,23 @@ class Config(_Section):
     run: RunConfig = RunConfig()
     ray: RayConfig = RayConfig()
 
+    @model_validator(mode="after")
+    def _precision_is_known(self) -> Config:
+        if self.model.precision == "auto" and self.classify.device == "auto":
+            raise ValueError(
+                "model.precision: 'auto' needs classify.device to be cpu or cuda: precision is part of what "
+                "decides a label, and has to be known before the cluster is"
+            )
+        return self
+
 
 class ArchitectureConfig(_Section):
     """A new model: what `CvtConfig` takes, and the preprocessing that it is to be used with."""
 
     #: The classes' names, by class id.
     labels: Annotated[list[str], Field(min_length=1)]
+    #: A published variant: cvt-13, cvt-21 or cvt-w24; what `cvt` and `preprocessor` say comes before it.
+    preset: str | None = None
     #: Fields of `CvtConfig`, such as `embed_dim` and `depth`.
     cvt: dict[str, Any] = {}
     #: Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.

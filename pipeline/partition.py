@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipeline.classifying import PredictionOptions
 from pipeline.config import Config, ConfigError, InputConfig, StorageConfig
 from pipeline.manifest import Manifest
+from pipeline.model_files import open_checkpoint
 from pipeline.reading import ReadOptions
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage, normalised
@@ -73,16 +74,16 @@ def open_partition(config: Config) -> Partition:
 
     Raises:
         CheckpointError: the model can't be loaded.
+        StorageError: an object of the model can't be read.
         ConfigError: an option doesn't fit the model.
     """
-    from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
-
-    checkpoint = load_checkpoint(config.model.path, config.model.revision)
+    model, storage = config.model, make_storage(config.storage)
+    checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     if config.output.topk > len(checkpoint.labels):
         raise ConfigError(
             f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
         )
-    return Partition(config, make_storage(config.storage), checkpoint, _fingerprint(config, checkpoint))
+    return Partition(config, storage, checkpoint, _fingerprint(config, checkpoint))
 
 
 def make_storage(section: StorageConfig) -> Storage:
@@ -110,9 +111,11 @@ def read_options(section: InputConfig, labels: Sequence[str]) -> ReadOptions:
 
 def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
     """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
+    from cvt.engine import resolve_precision
+
     decides = {
         "checkpoint": checkpoint.digest,
-        "precision": config.model.precision,
+        "precision": resolve_precision(config.model.precision, config.classify.device),
         "output": config.output.model_dump(exclude={"uri"}),
         "input": config.input.model_dump(exclude={"uri", "format"}),
     }

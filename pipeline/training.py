@@ -6,7 +6,6 @@ format that labelling loads.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -28,13 +27,15 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from torch import Tensor, nn
 
-from cvt.checkpoints import load_checkpoint
+from cvt.checkpoints import save_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
+from cvt.presets import preset_config, preset_preprocessor
 from pipeline.config import ConfigError, InputConfig, ScheduleConfig, TrainConfig
 from pipeline.dataflow import labelled_images
 from pipeline.labelling import input_shards
+from pipeline.model_files import open_checkpoint
 from pipeline.partition import make_storage, read_options
 from pipeline.storage import Storage
 
@@ -139,13 +140,18 @@ def make_subject(config: TrainConfig) -> Subject:
         if unknown:
             raise ConfigError(f"model.new.cvt: unknown field {', '.join(unknown)}")
         try:
-            architecture = CvtConfig(**new.cvt, **_label_fields(new.labels))
-            preprocessor = Preprocessor.from_dict(new.preprocessor, "model.new.preprocessor")
+            fields, preprocessing = {**new.cvt, **_label_fields(new.labels)}, new.preprocessor
+            if new.preset is None:
+                architecture = CvtConfig(**fields)
+            else:
+                architecture = preset_config(new.preset, **fields)
+                preprocessing = {**preset_preprocessor().to_dict(), **preprocessing}
+            preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None
         return Subject(CvtForImageClassification(architecture), preprocessor)
     assert config.model.start is not None  # the configuration has the one or the other
-    checkpoint = load_checkpoint(config.model.start, config.model.revision)
+    checkpoint = open_checkpoint(make_storage(config.storage), config.model.start, config.model.revision)
     model, labels = checkpoint.model, config.model.labels
     if labels is not None and tuple(labels) != checkpoint.labels:
         model.config.update(_label_fields(labels))
@@ -357,9 +363,7 @@ def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
 
 def save_model(subject: Subject, folder: Path) -> None:
     """Writes a model and its preprocessing as labelling, and transformers, load them."""
-    subject.model.save_pretrained(folder)
-    preprocessing = json.dumps(subject.preprocessor.to_dict(), indent=2)
-    (folder / "preprocessor_config.json").write_text(preprocessing + "\n")
+    save_checkpoint(subject.model, subject.preprocessor, folder)
 
 
 def _save_best(result: ray.train.Result, storage: Storage, target: str) -> TrainResult:

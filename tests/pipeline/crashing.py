@@ -109,7 +109,7 @@ def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
     dataflow.cluster_resources = lambda config: _NoResources()
     patch.setitem(sys.modules, "pipeline.dataflow", dataflow)
     patch.setattr(labelling, "ray_cluster", _no_ray)
-    patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision: CHECKPOINT)
+    patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
     patch.setattr(shards, "_GROUP_IMAGES", 4)
 
 

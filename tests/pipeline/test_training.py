@@ -11,6 +11,7 @@ import torch
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.errors import CheckpointError
+from cvt.presets import preset_preprocessor
 from pipeline.config import ConfigError, TrainConfig, load_config
 from pipeline.training import augment, make_subject, train
 from tests.makers import make_tar
@@ -111,6 +112,17 @@ def test_an_unknown_field_of_the_architecture_is_refused(shards: Path, tmp_path:
         make_subject(config(shards, tmp_path, "model.new.cvt.depht=[1, 1, 1]"))
     with pytest.raises(ConfigError, match=r"model\.new: .*num_heads"):
         make_subject(config(shards, tmp_path, "model.new.cvt.num_heads=[1, 2, 3]"))
+
+
+def test_a_new_model_may_be_a_published_variant(shards: Path, tmp_path: Path) -> None:
+    plain = ["model.new.cvt={}", "model.new.preprocessor={}", "model.new.preset=cvt-21"]
+    made = make_subject(config(shards, tmp_path, *plain, "model.new.cvt.depth=[1, 1, 2]"))
+    assert made.model.config.embed_dim == [64, 192, 384]
+    assert made.model.config.depth == [1, 1, 2]
+    assert made.model.config.num_labels == 10
+    assert made.preprocessor == preset_preprocessor(224)
+    with pytest.raises(ConfigError, match=r"model\.new: there is no preset 'cvt-14', only cvt-13"):
+        make_subject(config(shards, tmp_path, "model.new.preset=cvt-14"))
 
 
 def test_the_bundled_checkpoint_has_the_architecture_of_its_configuration() -> None:

@@ -1,0 +1,88 @@
+"""Rewrites a checkpoint in another layout: `python -m jobs.convert SOURCE TARGET`, or `cvt-label convert`."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.console import err, exit_status, out, run_alone
+
+
+class Layout(StrEnum):
+    """What is written."""
+
+    HUGGING_FACE = "hugging-face"
+    MICROSOFT = "microsoft"
+
+
+class Size(StrEnum):
+    """Height and width of the model's images, in pixels."""
+
+    SMALL = "224"
+    LARGE = "384"
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="What is converted: whatever `model.path` can be; URIs, too.")
+    ],
+    target: Annotated[Path, typer.Argument(help="New folder; or new .pth file, with `--to microsoft`.")],
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="File of the classes' names: one a line, or .json."),
+    ] = None,
+    to: Annotated[Layout, typer.Option("--to", help="Layout of the target.")] = Layout.HUGGING_FACE,
+    size: Annotated[
+        Size | None,
+        typer.Option("--size", help="Pixels of the model's images, instead of what the checkpoint says."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads, or as a .pth file for Microsoft's code.
+
+    A .pth file holds the weights alone, and neither labels nor preprocessing.
+
+    Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
+    loaded.
+    """
+    if target.exists():
+        raise typer.BadParameter(f"{target} exists, and is not overwritten", param_hint="TARGET")
+    if to == Layout.MICROSOFT and target.suffix != ".pth":
+        raise typer.BadParameter(f"{target}: the name must end with .pth", param_hint="TARGET")
+    with exit_status():
+        from pipeline.model_files import open_checkpoint
+        from pipeline.storage import Storage
+
+        checkpoint = open_checkpoint(Storage(), source, labels=labels)
+    import torch
+
+    from cvt.checkpoints import save_checkpoint
+    from cvt.microsoft import image_size, microsoft_key
+
+    preprocessor = checkpoint.preprocessor
+    if size is not None:
+        preprocessor = replace(preprocessor, size=int(size))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # What is under the target's name is whole.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
+        written = Path(unfinished) / target.name
+        if to == Layout.HUGGING_FACE:
+            save_checkpoint(checkpoint.model, preprocessor, written)
+        else:
+            weights = checkpoint.model.state_dict()
+            torch.save({microsoft_key(key): tensor for key, tensor in weights.items()}, written)
+        written.rename(target)
+    line = f"{target}: {checkpoint.name}, {len(checkpoint.labels):,} classes, {preprocessor.size} pixels"
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
+    told = image_size(target.name)
+    if to == Layout.MICROSOFT and told != preprocessor.size:
+        warning = f"cvt-label: who loads {target.name} takes it for a model of {told} pixels, by its name"
+        err.print(warning, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_alone(convert)

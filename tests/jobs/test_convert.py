@@ -1,0 +1,140 @@
+"""Converting checkpoints, as a person does it; what comes out is loaded by plain transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch.testing import assert_close
+
+from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.configuration import CvtConfig
+from tests.cvt.microsoft_names import as_microsoft
+from tests.cvt.random_models import randomise
+
+FOLDER = BUNDLED["fashion-mnist"]
+DEPTH = [1, 2, 3]  # of the bundled checkpoint
+FILE = "CvT-13-384x384-IN-1k.pth"
+
+
+def convert(*arguments: object, status: int = 0) -> str:
+    """Runs the command; returns what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "convert", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def published(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, transformers.CvtForImageClassification]:
+    """A file of Microsoft's of the shape of CvT-13, with random weights; and transformers' model of them."""
+    with torch.device("meta"):
+        model = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=3))
+    model = randomise(model.to_empty(device="cpu"))
+    file = tmp_path_factory.mktemp("published") / FILE
+    torch.save(as_microsoft(model.state_dict(), model.config.depth), file)
+    return file, model
+
+
+@torch.inference_mode()
+def test_microsofts_file_becomes_a_folder_that_transformers_loads(
+    published: tuple[Path, transformers.CvtForImageClassification], tmp_path: Path
+) -> None:
+    file, model = published
+    labels, target = tmp_path / "labels.txt", tmp_path / "new" / "cvt-13-384"
+    labels.write_text("cat\ndog\neel\n")
+    said = convert(file, target, "--labels", labels)
+    assert said == f"{target}: CvT-13-384x384-IN-1k, 3 classes, 384 pixels\n"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["cvt-13-384"]
+    assert sorted(path.name for path in target.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    theirs, info = transformers.CvtForImageClassification.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values())
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    written = json.loads((target / "config.json").read_text())
+    assert written.keys() >= CvtConfig.__annotations__.keys() | {"id2label", "label2id", "model_type"}
+
+    processor = transformers.AutoImageProcessor.from_pretrained(target)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+    pixels = processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 384, 384)
+    logits = model(pixels).logits
+    assert logits.std() > 0.01
+    assert_close(theirs.eval()(pixels).logits, logits)
+
+    checkpoint = load_checkpoint(str(target))
+    assert checkpoint.digest == load_checkpoint(str(file), labels=str(labels)).digest
+    assert checkpoint.labels == ("cat", "dog", "eel")
+
+    back = tmp_path / FILE
+    convert(target, back, "--to", "microsoft")
+    assert load_checkpoint(str(back)).digest == load_checkpoint(str(file)).digest
+
+
+def test_the_bundled_checkpoint_goes_to_microsofts_names_and_back(tmp_path: Path) -> None:
+    file = tmp_path / "clothes.pth"
+    said = convert("fashion-mnist", file, "--to", "microsoft")
+    assert "who loads clothes.pth takes it for a model of 224 pixels" in said
+    weights = torch.load(file, weights_only=True)
+    expected = as_microsoft(load_checkpoint("fashion-mnist").model.state_dict(), DEPTH)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+    # Its shape is of no published variant, so that it takes a config.json to load it.
+    assert "no published variant of CvT has embed_dim [32, 64, 128]" in convert(
+        file, tmp_path / "x", status=4
+    )
+    folder = tmp_path / "clothes"
+    folder.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).write_bytes((FOLDER / name).read_bytes())
+    file.rename(folder / "pytorch_model.bin")
+    convert(folder, tmp_path / "again")
+    assert load_checkpoint(str(tmp_path / "again")).digest == load_checkpoint("fashion-mnist").digest
+
+
+def test_the_size_of_images_can_be_given(tmp_path: Path) -> None:
+    assert "224 pixels" in convert("fashion-mnist", tmp_path / "clothes", "--size", "224")
+    assert load_checkpoint(str(tmp_path / "clothes")).preprocessor.size == 224
+    assert "256" in convert("fashion-mnist", tmp_path / "x", "--size", "256", status=2)
+
+
+def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.pth").write_bytes(b"mine")
+    assert "exists" in convert("fashion-mnist", tmp_path / "empty", status=2)
+    assert "exists" in convert("fashion-mnist", tmp_path / "x.pth", "--to", "microsoft", status=2)
+    assert (tmp_path / "x.pth").read_bytes() == b"mine"
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_microsofts_file_must_have_its_suffix(tmp_path: Path) -> None:
+    assert "must end with .pth" in convert("fashion-mnist", tmp_path / "x", "--to", "microsoft", status=2)
+
+
+def test_what_cannot_be_loaded_ends_with_4_and_leaves_nothing(tmp_path: Path) -> None:
+    assert "no such folder" in convert("/no/such/model", tmp_path / "out", status=4)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat\n")
+    said = convert("fashion-mnist", tmp_path / "out", "--labels", labels, status=4)
+    assert "1 names, but the model has 10 classes" in said
+    assert list(tmp_path.iterdir()) == [labels]
