@@ -122,7 +122,8 @@ class Engine:
             network = InferenceNetwork(model, preprocessor, PRECISIONS[self.precision]).to(self.device)
             split = batch_size
             if self.device.type == "cpu":
-                split = min(batch_size, _images_at_once(model.config, preprocessor.size))
+                parts = -(-batch_size // _images_at_once(model.config, preprocessor.size))
+                split = -(-batch_size // parts)  # as equal as can be: what is compiled fills up the last one
             self._runtime = TorchRuntime(network, self._image_shape, batch_size, split, runtime == "compile")
 
     @property

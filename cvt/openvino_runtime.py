@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ class OpenVinoRuntime:
         self._at_once = min(_AT_ONCE, -(-batch_size // threads))
         self._width = config.embed_dim[-1]
         example = torch.zeros((self._at_once, *image_shape), dtype=torch.uint8)
-        exported = openvino.convert_model(torch.export.export(_Features(network), (example,)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's, about its own code
+            exported = openvino.convert_model(torch.export.export(_Features(network), (example,)))
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": threads,

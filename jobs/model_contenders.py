@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -170,6 +171,7 @@ def _onnxruntime(
 
     example = torch.zeros(batch_size, 3, preprocessor.size, preprocessor.size)
     path = folder / f"{preprocessor.size}.onnx"
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it reports its progress
         torch.onnx.export(to_transformers(model), (example,), str(path), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, ConfigError, TrainConfig, load_config
+from pipeline.partition import open_partition
 
 MINIMAL = """\
 input:
@@ -142,3 +143,18 @@ def test_an_endpoint_with_a_secret_is_refused_without_showing_it(url: str) -> No
             Config, None, ["input.uri=a", "model.path=b", "output.uri=c", f"storage.endpoint_url={url}"]
         )
     assert "SECRET" not in str(caught.value)
+
+
+def test_automatic_precision_needs_to_know_the_device() -> None:
+    fields = ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist", "model.precision=auto"]
+    with pytest.raises(ConfigError, match=r"'auto' needs classify.device to be cpu or cuda"):
+        load_config(Config, None, fields)
+    partitions = {
+        device: open_partition(load_config(Config, None, [*fields, f"classify.device={device}"])).uri
+        for device in ("cpu", "cuda")
+    }
+    said = {
+        precision: open_partition(load_config(Config, None, [*fields[:3], f"model.precision={precision}"])).uri
+        for precision in ("fp32", "bf16")
+    }
+    assert partitions == {"cpu": said["fp32"], "cuda": said["bf16"]}
