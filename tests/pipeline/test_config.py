@@ -154,7 +154,9 @@ def test_automatic_precision_needs_to_know_the_device() -> None:
         for device in ("cpu", "cuda")
     }
     said = {
-        precision: open_partition(load_config(Config, None, [*fields[:3], f"model.precision={precision}"])).uri
+        precision: open_partition(
+            load_config(Config, None, [*fields[:3], f"model.precision={precision}"])
+        ).uri
         for precision in ("fp32", "bf16")
     }
     assert partitions == {"cpu": said["fp32"], "cuda": said["bf16"]}
