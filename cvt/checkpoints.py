@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from cvt import microsoft
 from cvt.configuration import CvtConfig
-from cvt.errors import CheckpointError
+from cvt.errors import CheckpointError, some
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import PreprocessingError, Preprocessor
 from cvt.presets import preset_preprocessor
@@ -272,7 +272,7 @@ def _make_model(parts: _Parts) -> CvtForImageClassification:
         },
     }
     if any(faults.values()):
-        described = (f"{why}: {_some(map(parts.spelled, keys))}" for why, keys in faults.items() if keys)
+        described = (f"{why}: {some(map(parts.spelled, keys))}" for why, keys in faults.items() if keys)
         listed = "; ".join(described)
         raise CheckpointError(f"weights don't fit the configuration: {listed}")
     model.to_empty(device="cpu")
@@ -295,11 +295,6 @@ def _digest(model: CvtForImageClassification, preprocessor: Preprocessor) -> str
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _some(keys: Iterable[str], most: int = 8) -> str:
-    names = sorted(keys)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _one_line(error: Exception) -> str:

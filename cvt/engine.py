@@ -188,7 +188,10 @@ class TorchRuntime:
         self._split = split
         self._compiled = compiled
         self._device = network.scale.device
+        self._network = network
         self._forward = network.forward
+        if not compiled and self._device.type == "cpu":
+            network.pack()
         if compiled:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
             # CUDA graphs spare a GPU the launch of each kernel by itself.

@@ -54,6 +54,15 @@ class InferenceNetwork(nn.Module):
         embeddings = self.embed(pixels)
         return self.classify(embeddings), embeddings
 
+    def pack(self) -> None:
+        """Lays out the weights of linear layers for oneDNN, if PyTorch has it, for inference on a CPU.
+
+        An eighth faster than the library that PyTorch takes for float32, with GELU in the same pass; in half
+        precision it takes oneDNN anyway. Afterwards the network can't be exported, compiled or moved.
+        """
+        if self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            _pack(self.model.cvt)
+
 
 def _simplified(model: CvtForImageClassification) -> CvtForImageClassification:
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
@@ -67,6 +76,35 @@ def _simplified(model: CvtForImageClassification) -> CvtForImageClassification:
         last_stage: Any = [*model.cvt.encoder["stages"].children()][-1]
         last_stage.layers[-1] = _ClassTokenLayer(last_stage.layers[-1])
     return model.to(memory_format=torch.channels_last)
+
+
+def _pack(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if not isinstance(child, nn.Linear):
+            _pack(child)
+        elif isinstance(getattr(module, "activation", None), _InPlaceGELU):
+            setattr(module, name, _PackedLinear(child, "gelu", "none"))
+            module.activation = nn.Identity()
+        else:
+            setattr(module, name, _PackedLinear(child, "none", ""))
+
+
+class _PackedLinear(nn.Module):
+    """A linear layer, and what follows it at once, with oneDNN's own layout of the weight.
+
+    `torch.compile` makes the same of linear layers; there is no public way to it.
+    """
+
+    def __init__(self, linear: nn.Linear, operation: str, algorithm: str) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+        self._operation, self._algorithm = operation, algorithm
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(
+            hidden_state, self.weight, self.bias, self._operation, [], self._algorithm
+        )
 
 
 class _InPlaceGELU(nn.Module):

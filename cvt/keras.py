@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cvt.configuration import CvtConfig, check_architecture
-from cvt.errors import CheckpointError
+from cvt.errors import CheckpointError, some
 from cvt.modeling import CvtForImageClassification, CvtModel
 
 try:
@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 
 from keras import ops
 
-from cvt.tensorflow_weights import TO_TORCH, check_keys, read_h5, some, torch_name, write_h5
+from cvt.tensorflow_weights import TO_TORCH, check_keys, read_h5, torch_name, write_h5
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.errors import CheckpointError
+from cvt.errors import CheckpointError, some
 
 try:
     import h5py
@@ -112,12 +112,6 @@ def check_keys(found: Iterable[str], expected: Iterable[str], reason: str) -> No
     if any(faults.values()):
         listed = "; ".join(f"{what}: {some(keys)}" for what, keys in faults.items() if keys)
         raise CheckpointError(f"{reason}: {listed}")
-
-
-def some(keys: Iterable[str], most: int = 8) -> str:
-    """The first of the keys, for a message."""
-    names = sorted(keys)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_h5(path: Path) -> dict[str, Tensor]:

@@ -90,10 +90,13 @@ def to_transformers(model: CvtForImageClassification) -> transformers.CvtForImag
     return theirs.eval()
 
 
-def normalise(images: np.ndarray, preprocessor: Preprocessor) -> Tensor:
-    """Images, uint8 (n, H, W, 3), as transformers' model takes them: float32 (n, 3, H, W)."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std))
-    return (torch.from_numpy(images).permute(0, 3, 1, 2) * preprocessor.rescale_factor - mean) / std
+def normalise(images: np.ndarray, preprocessor: Preprocessor, device: str = "cpu") -> Tensor:
+    """Images, uint8 (n, H, W, 3), as transformers' model takes them: float32 (n, 3, H, W), on a device."""
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std)
+    )
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+    return (pixels * preprocessor.rescale_factor - mean) / std
 
 
 def matrix_rate(device: str, precision: str) -> float:
@@ -130,7 +133,7 @@ def _transformers(
 
     @torch.inference_mode()
     def classify(images: np.ndarray) -> np.ndarray:
-        parts = [normalise(batch, preprocessor).to(device, dtype) for batch in _batches(images, batch_size)]
+        parts = [normalise(batch, preprocessor, device).to(dtype) for batch in _batches(images, batch_size)]
         logits: np.ndarray = torch.cat([forward(part).logits.float().cpu() for part in parts]).numpy()
         return logits
 

@@ -108,6 +108,15 @@ def test_batches_are_split_to_fit_the_cpu_without_effect_on_the_result(
     np.testing.assert_allclose(split.embeddings, whole.embeddings, atol=1e-5, rtol=1e-5)
 
 
+def test_without_onednn_it_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = make_engine()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    plain = make_engine()
+    names = [{type(m).__name__ for m in e._runtime._network.modules()} for e in (packed, plain)]  # type: ignore[attr-defined]
+    assert ["_PackedLinear" in found for found in names] == [True, False]
+    np.testing.assert_allclose(plain(IMAGES).logits, packed(IMAGES).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_it_is_deterministic() -> None:
     model = make_model()
     first, second = make_engine(model), make_engine(model)
