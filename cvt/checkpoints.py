@@ -136,10 +136,10 @@ def read_labels(file: Path) -> list[str]:
     Raises:
         CheckpointError: it can't be read, or holds something else; names the file.
     """
-    is_json = file.suffix == ".json"
+    is_json = file.suffix.lower() == ".json"
     try:
         text = file.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if is_json else text.splitlines()
+        names = json.loads(text) if is_json else text.removesuffix("\n").split("\n")
         if isinstance(names, dict):
             names = [names[str(i)] for i in range(len(names))]
     except OSError as error:
@@ -196,7 +196,10 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         with _no_progress_bars():
             return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub's client has some ten kinds of errors, without a common base
-        raise CheckpointError(f"{_one_line(error)} (bundled: {', '.join(BUNDLED)})") from error
+        raise CheckpointError(
+            f"no such local folder, and not to be had from the Hugging Face hub: {_one_line(error)}"
+            f" (bundled: {', '.join(BUNDLED)})"
+        ) from error
 
 
 @contextmanager

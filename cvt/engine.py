@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ logger = logging.getLogger("cvt_label")
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Where compiled code is kept from run to run, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
-COMPILE_CACHE = Path.home() / ".cache" / "cvt-label" / "torchinductor"
+COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
 RUNTIMES = ("torch", "compile", "openvino")
 
 # glibc maps and unmaps every allocation above 32 MiB afresh, and the kernel clears its pages each
@@ -96,6 +95,7 @@ class Engine:
         self.precision = resolve_precision(precision, self.device.type)
         if runtime not in RUNTIMES:
             raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}")
+        self.runtime = runtime
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         channels = len(preprocessor.mean)
@@ -193,7 +193,7 @@ class TorchRuntime:
         if not compiled and self._device.type == "cpu":
             network.pack()
         if compiled:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
             # CUDA graphs spare a GPU the launch of each kernel by itself.
             mode = "reduce-overhead" if self._device.type == "cuda" else "default"
             self._forward = torch.compile(network, dynamic=False, fullgraph=True, mode=mode)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -107,7 +108,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_pytorch(file: Path) -> dict[str, Tensor]:
     try:
         # Files of PyTorch before 1.6 are no zip archives, and can't be mapped.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it asks to report files that are refused below
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         # PyTorch's message names a way to unpickle all the same; better that nobody takes it.
         raise CheckpointError(

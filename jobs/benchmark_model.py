@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from jobs.console import Exit, err, exit_status, out, run_alone
+from jobs.console import Exit, Precision, err, exit_status, out, run_alone
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,17 +54,17 @@ def benchmark_model(
         str, typer.Option("--model", help="cvt-13, cvt-21 or cvt-w24; random weights.")
     ] = "cvt-13",
     size: Annotated[
-        list[int] | None, typer.Option("--size", help="Pixels; may be repeated [224, 384].")
+        list[int] | None, typer.Option("--size", help="Pixels; may be repeated (224, 384).")
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="May be repeated [fp32; bf16 too on a GPU].")
+        list[Precision] | None, typer.Option("--precision", help="May be repeated (fp32; on a GPU bf16 too).")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option("--only", help="Ways whose names begin so; may be repeated [all].")
+        list[str] | None, typer.Option("--only", help="Ways whose names begin so; may be repeated (all).")
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Times that each way is measured.")] = 3,
-    count: Annotated[int, typer.Option(min=1, help="Images in a round.")] = 64,
+    count: Annotated[int | None, typer.Option(min=1, help="Images in a round (64; 2,048 on a GPU).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, everywhere.")] = 32,
     profile: Annotated[bool, typer.Option("--profile", help="Print the engine's time by operator.")] = False,
     output: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
@@ -78,9 +78,15 @@ def benchmark_model(
     """
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch finds no GPU", param_hint="--device")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    precisions = precision or (["fp32", "bf16"] if device == "cuda" else ["fp32"])
+    count = count or (2048 if device == "cuda" else 64)
+    defaults = [Precision.FP32, Precision.BF16] if device == "cuda" else [Precision.FP32]
+    precisions = [str(each) for each in precision or defaults]
     ways: list[Way] = []
     for pixels in size or [224, 384]:
         with exit_status():
@@ -132,10 +138,12 @@ def _measure(
     reference = model_contenders.reference(subject.model, subject.preprocessor)(images)
     macs = count_macs(subject.model.config, size, size)
     made: list[tuple[Way, Classify]] = []
+    skipped: list[str] = []
     for name, precision, make in model_contenders.contenders(
         subject.model, subject.preprocessor, device, batch_size, precisions, folder
     ):
         if only and not any(name.startswith(start) for start in only):
+            skipped.append(name)
             continue
         err.print(f"{size} pixels, {name}, {precision}: getting ready", highlight=False)
         start = time.perf_counter()
@@ -146,6 +154,8 @@ def _measure(
             raise RuntimeError(f"{name}: {len(logits)} images came out of {len(images)}")
         difference = float(np.abs(logits - reference).max())
         made.append((Way(name, size, precision, ready, difference), classify))
+    if not made:
+        raise typer.BadParameter(f"none of {', '.join(skipped)}", param_hint="--only")
     for turn in range(rounds):
         err.print(f"{size} pixels: round {turn + 1} of {rounds}", highlight=False)
         limits = {p: model_contenders.matrix_rate(device, p) / macs for p in precisions}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +38,14 @@ class Exit(IntEnum):
     #: Another run works on the same labels.
     BUSY = 5
     INTERRUPTED = 130
+
+
+class Precision(StrEnum):
+    """Numbers that a model computes in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 ConfigOption = Annotated[

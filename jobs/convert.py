@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cvt.errors import CheckpointError
 from jobs.console import err, exit_status, out, run_alone
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 
 class Layout(StrEnum):
@@ -49,6 +54,10 @@ def convert(
     Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
     loaded.
     """
+    if re.match(r"\w+:/", str(target)):
+        raise typer.BadParameter(f"{target}: must be a local path", param_hint="TARGET")
+    if to == Layout.HUGGING_FACE and target.suffix in (".pth", ".pt"):
+        raise typer.BadParameter(f"{target}: a .pth file needs --to microsoft", param_hint="TARGET")
     if target.exists():
         raise typer.BadParameter(f"{target} exists, and is not overwritten", param_hint="TARGET")
     if to == Layout.MICROSOFT and target.suffix != ".pth":
@@ -66,7 +75,10 @@ def convert(
     preprocessor = checkpoint.preprocessor
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{target.parent}: {error.strerror}", param_hint="TARGET") from None
     # What is under the target's name is whole.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         written = Path(unfinished) / target.name
@@ -78,10 +90,34 @@ def convert(
         written.rename(target)
     line = f"{target}: {checkpoint.name}, {len(checkpoint.labels):,} classes, {preprocessor.size} pixels"
     out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if to == Layout.MICROSOFT and not _is_published(checkpoint.model):
+        warning = (
+            "cvt-label: this is no published variant: to be loaded again, the file needs the name "
+            "pytorch_model.bin, and config.json and preprocessor_config.json beside it"
+        )
+        err.print(warning, markup=False, highlight=False, soft_wrap=True)
     told = image_size(target.name)
     if to == Layout.MICROSOFT and told != preprocessor.size:
         warning = f"cvt-label: who loads {target.name} takes it for a model of {told} pixels, by its name"
         err.print(warning, markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_published(model: CvtForImageClassification) -> bool:
+    """Whether Microsoft's names and shapes tell the architecture of a model."""
+    from cvt.configuration import CvtConfig
+    from cvt.microsoft import infer_config, microsoft_key
+
+    try:
+        _, told = infer_config({microsoft_key(key): tensor for key, tensor in model.state_dict().items()})
+    except CheckpointError:
+        return False
+    rates = {"drop_rate", "drop_path_rate", "attention_drop_rate", "initializer_range", "layer_norm_eps"}
+    fields = CvtConfig.__annotations__.keys() - rates
+    return all(_plain(getattr(told, name)) == _plain(getattr(model.config, name)) for name in fields)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

@@ -23,14 +23,13 @@ from torch import Tensor
 from cvt.engine import PRECISIONS, Engine
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
+from jobs.console import err
 
 #: Images in, logits out.
 Classify = Callable[[np.ndarray], np.ndarray]
 
 #: Largest logit differences to transformers' eager float32 that a way may have, by precision.
 TOLERANCES = {"fp32": 1e-3, "bf16": 1.0, "fp16": 0.5}
-
-_MATRIX = 2048
 
 
 def contenders(
@@ -52,7 +51,7 @@ def contenders(
         folder: for exported models.
     """
     runtimes = ["torch", "compile"]
-    if device == "cpu" and importlib.util.find_spec("openvino"):
+    if device == "cpu" and _is_installed("openvino"):
         runtimes.append("openvino")
 
     def engine(runtime: str, precision: str) -> Classify:
@@ -70,12 +69,20 @@ def contenders(
             make = partial(_transformers, model, preprocessor, device, precision, batch_size, compiled)
             yield name, precision, make
     if device == "cpu":
-        if importlib.util.find_spec("openvino"):
+        missing = [name for name in ("openvino", "onnxruntime", "onnxscript") if not _is_installed(name)]
+        if missing:
+            message = f"not measured without {', '.join(missing)} (pip install 'cvt-label[contenders]')"
+            err.print(message, markup=False, highlight=False)
+        if "openvino" not in missing:
             make = partial(_openvino, model, preprocessor, batch_size)
             yield "OpenVINO, transformers' model", "fp32", make
-        if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+        if not {"onnxruntime", "onnxscript"} & set(missing):
             make = partial(_onnxruntime, model, preprocessor, batch_size, folder)
             yield "ONNX Runtime, transformers' model", "fp32", make
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def reference(model: CvtForImageClassification, preprocessor: Preprocessor) -> Classify:
@@ -102,7 +109,8 @@ def normalise(images: np.ndarray, preprocessor: Preprocessor, device: str = "cpu
 def matrix_rate(device: str, precision: str) -> float:
     """Multiply-accumulates a second of a large matrix product, the best of some: what a device can do."""
     dtype = PRECISIONS[precision]
-    a, b = (torch.randn(_MATRIX, _MATRIX).to(device, dtype) for _ in range(2))
+    size = 8192 if device == "cuda" else 2048  # so large that its start doesn't count
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = 0.0
     for _ in range(10):
         start = time.perf_counter()
@@ -110,7 +118,7 @@ def matrix_rate(device: str, precision: str) -> float:
             a @ b
         if device == "cuda":
             torch.cuda.synchronize()
-        best = max(best, repeats * _MATRIX**3 / (time.perf_counter() - start))
+        best = max(best, repeats * size**3 / (time.perf_counter() - start))
     return best
 
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from jobs.console import Exit, err, exit_status, out, run_alone
+from jobs.console import Exit, Precision, err, exit_status, out, run_alone
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: What is to be reached: the share of images with the same top class, and the largest logit difference.
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
+
+
+class Runtime(StrEnum):
+    """What runs the engine."""
+
+    TORCH = "torch"
+    COMPILE = "compile"
+    OPENVINO = "openvino"
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,12 @@ def verify(
     ] = False,
     size: Annotated[int, typer.Option(help="With --random: of the model's images, in pixels.")] = 224,
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="May be repeated [fp32, bf16, fp16].")
+        list[Precision] | None,
+        typer.Option("--precision", help="May be repeated (what the runtime has)."),
     ] = None,
-    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="May be repeated [torch].")] = None,
+    runtime: Annotated[
+        list[Runtime] | None, typer.Option("--runtime", help="May be repeated (torch).")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
     count: Annotated[int, typer.Option(min=1, help="Images, at the most.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
@@ -72,13 +84,15 @@ def verify(
     To be reached: the same top class for all images, and logits within 1e-4, in fp32; the same top class
     for 99.5 % in bf16 and fp16.
 
-    Exit status: 0; 1 where that isn't reached; 4 when model or images can't be used.
+    Exit status: 0; 1 where that isn't reached; 2 when runtime, precision or device can't be used here; 4 when
+    model or images can't.
     """
     from jobs import model_contenders
     from jobs.contenders import load_images, random_subject
 
     with exit_status():
         from cvt.engine import Engine
+        from pipeline.config import ConfigError
         from pipeline.model_files import open_checkpoint
         from pipeline.storage import Storage
 
@@ -89,23 +103,33 @@ def verify(
             checkpoint = open_checkpoint(Storage(), model)
             network, preprocessor = checkpoint.model, checkpoint.preprocessor
         pixels = load_images(images, preprocessor, count)
+        try:
+            engines = [
+                Engine(
+                    network,
+                    preprocessor,
+                    device=device,
+                    precision=one.value,
+                    runtime=each.value,
+                    batch_size=batch_size,
+                )
+                for each in runtime or [Runtime.TORCH]
+                for one in precision or _precisions(each)
+            ]
+        except (ValueError, ImportError) as error:
+            raise ConfigError(str(error)) from None
     err.print(f"{len(pixels):,} images; transformers' model first", highlight=False)
     wanted = model_contenders.reference(network, preprocessor)(pixels)
     found = []
-    for one_runtime in runtime or ["torch"]:
-        for one in precision or list(GOALS):
-            err.print(f"engine, {one_runtime}, {one}", highlight=False)
-            engine = Engine(
-                network,
-                preprocessor,
-                device=device,
-                precision=one,
-                runtime=one_runtime,
-                batch_size=batch_size,
-            )
-            found.append(Agreement.of(one_runtime, one, engine(pixels).logits, wanted))
+    for engine in engines:
+        err.print(f"engine, {engine.runtime}, {engine.precision}", highlight=False)
+        found.append(Agreement.of(engine.runtime, engine.precision, engine(pixels).logits, wanted))
     _print(found)
     sys.exit(Exit.OK if all(agreement.is_reached for agreement in found) else Exit.FAILED)
+
+
+def _precisions(runtime: Runtime) -> list[Precision]:
+    return [p for p in Precision if (runtime, p) != (Runtime.OPENVINO, Precision.FP16)]
 
 
 def _print(agreements: list[Agreement]) -> None:

@@ -185,6 +185,12 @@ class Config(_Section):
                 "model.precision: 'auto' needs classify.device to be cpu or cuda: precision is part of what "
                 "decides a label, and has to be known before the cluster is"
             )
+        if self.classify.runtime == "openvino" and self.classify.device == "cuda":
+            raise ValueError("classify.runtime: 'openvino' is for CPUs, and classify.device is 'cuda'")
+        if self.classify.runtime == "openvino" and self.model.precision == "fp16":
+            raise ValueError(
+                "classify.runtime: 'openvino' computes in fp32 or bf16, and model.precision is 'fp16'"
+            )
         return self
 
 
@@ -350,6 +356,8 @@ def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> st
     field = tuple(str(part) for part in fault["loc"])
     where = f"line {lines[field]}: " if field in lines else ""
     name = ".".join(field)
+    if not name:  # of several fields; the message names them
+        return f"  {fault['msg'].removeprefix('Value error, ')}"
     if fault["type"] == "secret":
         return f"  {where}{name}: {fault['msg']}"
     if fault["type"] == "extra_forbidden":

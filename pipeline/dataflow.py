@@ -80,7 +80,9 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
     """
     classify, read = config.classify, config.read
     readers = read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2)))
-    on_gpu = classify.device == "cuda" or (gpus > 0 and classify.device == "auto")
+    on_gpu = classify.device == "cuda" or (
+        gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # which is for CPUs
+    )
     decode_cpus = config.decode.num_cpus or (1.0 if node_cpus >= 4 else 0.5 if node_cpus >= 2 else 0.25)
     threads = classify.threads
     cpus_left = cpus - decode_cpus - readers * read.num_cpus

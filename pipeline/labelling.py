@@ -5,6 +5,7 @@ It hands each part what it needs, and holds no logic of theirs: planning, datafl
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -142,6 +143,13 @@ def check_input(config: Config) -> None:
         raise _no_shards(config.input, listing)
 
 
+def _check_runtime(config: Config) -> None:
+    """Tells at once, not from within a worker, that the runtime isn't installed; nodes are alike."""
+    runtime = config.classify.runtime
+    if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
+        raise ConfigError("classify.runtime: openvino is not installed: pip install 'cvt-label[openvino]'")
+
+
 def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
     """The shards of an input.
 
@@ -215,6 +223,7 @@ def run_labelling(
         Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
     clock, before = Clock(), faults()
+    _check_runtime(config)
     check_input(config)
     partition = open_partition(config)
     run = new_run_id()

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cvt.errors import CheckpointError
-from pipeline.storage import ObjectInfo, Storage
+from pipeline.storage import ObjectInfo, Storage, normalised
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -38,7 +38,9 @@ def open_checkpoint(
     with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
         fetched = _Fetched(storage, Path(temporary))
         if "://" in path:
-            path = fetched.model(path.rstrip("/"))
+            path = normalised(path)  # of file:// a local path
+        if "://" in path:
+            path = fetched.model(path)
         if labels is not None and "://" in labels:
             labels = fetched.file(labels)
         try:

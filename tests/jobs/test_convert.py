@@ -18,6 +18,7 @@ from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.configuration import CvtConfig
 from tests.cvt.microsoft_names import as_microsoft
 from tests.cvt.random_models import randomise
+from tests.jobs.test_cli import cvt_label
 
 FOLDER = BUNDLED["fashion-mnist"]
 DEPTH = [1, 2, 3]  # of the bundled checkpoint
@@ -138,3 +139,12 @@ def test_what_cannot_be_loaded_ends_with_4_and_leaves_nothing(tmp_path: Path) ->
     said = convert("fashion-mnist", tmp_path / "out", "--labels", labels, status=4)
     assert "1 names, but the model has 10 classes" in said
     assert list(tmp_path.iterdir()) == [labels]
+
+
+@pytest.mark.parametrize("target", ["s3://bucket/model", "new.pth", "file.txt/below"])
+def test_a_target_that_cannot_be_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file.txt").write_text("a file")
+    place = target if "://" in target else str(tmp_path / target)
+    done = cvt_label("convert", "fashion-mnist", place)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt"]

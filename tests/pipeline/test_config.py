@@ -149,6 +149,9 @@ def test_automatic_precision_needs_to_know_the_device() -> None:
     fields = ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist", "model.precision=auto"]
     with pytest.raises(ConfigError, match=r"'auto' needs classify.device to be cpu or cuda"):
         load_config(Config, None, fields)
+    openvino = ["classify.runtime=openvino", "classify.device=cuda"]
+    with pytest.raises(ConfigError, match=r"\n  classify\.runtime: 'openvino' is for CPUs"):
+        load_config(Config, None, [*fields[:3], *openvino])
     partitions = {
         device: open_partition(load_config(Config, None, [*fields, f"classify.device={device}"])).uri
         for device in ("cpu", "cuda")
