@@ -189,9 +189,11 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
             raise
         except Exception:  # no network, an overloaded hub, or HF_HUB_OFFLINE
             cached = try_to_load_from_cache(hub_id, CONFIG_FILE, revision=revision)
-            if not isinstance(cached, str):
+            folder = Path(cached).parent if isinstance(cached, str) else None
+            # A download that broke off leaves some of the files.
+            if folder is None or len(used_files(file.name for file in folder.iterdir())) < 3:
                 raise
-            return Path(cached).parent
+            return folder
         files = used_files(file.rfilename for file in listed)
         with _no_progress_bars():
             return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
@@ -273,6 +275,7 @@ def _make_model(parts: _Parts) -> CvtForImageClassification:
         "no floating-point numbers": {
             key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
         },
+        "not finite": {key for key in shared if not weights[key].isfinite().all()},
     }
     if any(faults.values()):
         described = (f"{why}: {some(map(parts.spelled, keys))}" for why, keys in faults.items() if keys)

@@ -175,6 +175,13 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(folder: 
     assert "no floating-point numbers: classifier.weight" in refusal(folder)
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    weights["layernorm.weight"][3] = float("nan")
+    save_file(weights, folder / WEIGHTS)
+    assert "not finite: layernorm.weight" in refusal(folder)
+
+
 def test_a_model_of_another_kind_is_refused(folder: Path) -> None:
     change_json(folder / "config.json", model_type="vit")
     assert "model_type 'vit', not 'cvt'" in refusal(folder)
@@ -376,6 +383,10 @@ def test_a_hub_id_in_the_cache_loads_with_its_revision(
     assert checkpoint.name == "clothes"
     assert checkpoint.digest == load_checkpoint("fashion-mnist").digest
     assert "offline" in refusal("someone/clothes@v2")
+    (repository / "snapshots" / COMMIT / WEIGHTS).unlink()  # as a download that broke off leaves it
+    message = refusal("someone/clothes@v1")
+    assert "not to be had from the Hugging Face hub" in message
+    assert "offline" in message
 
 
 LOAD = """
