@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from cvt import microsoft
 from cvt.configuration import CvtConfig
-from cvt.errors import CheckpointError, some
-from cvt.modeling import CvtForImageClassification
+from cvt.errors import CheckpointError, NoClassifierError, some
+from cvt.modeling import CvtForImageClassification, CvtModel
 from cvt.preprocessing import PreprocessingError, Preprocessor
 from cvt.presets import preset_preprocessor
 from cvt.weights import (
@@ -41,6 +41,12 @@ from cvt.weights import (
 BUNDLED = {"fashion-mnist": Path(__file__).parent / "bundled" / "fashion-mnist"}
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
+
+
+#: Of a CvtModel's weights, where a classifier holds it.
+_PREFIX = f"{CvtModel.base_model_prefix}."
+
+Model = TypeVar("Model", CvtForImageClassification, CvtModel)
 
 
 @dataclass(frozen=True)
@@ -107,20 +113,42 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
             or in a .json file a list, or an object of names by class id.
 
     Raises:
+        NoClassifierError: it has no classifier.
         CheckpointError: nothing is there, or it isn't a complete CvT classifier.
     """
-    try:
+    with _named(path):
         parts = _read(path, revision)
         if labels is not None:
             _relabel(parts.config, read_labels(Path(labels).expanduser()), labels)
-        model = _make_model(parts)
-    except (CheckpointError, PreprocessingError) as error:
-        raise CheckpointError(f"model {path!r}: {error}") from error
+        model = _make_model(parts, CvtForImageClassification)
     name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
     return Checkpoint(name, model, parts.preprocessor, _digest(model, parts.preprocessor))
 
 
-def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
+def load_features(path: str, revision: str | None = None) -> tuple[CvtModel, Preprocessor]:
+    """Loads a checkpoint without a classifier, from wherever `load_checkpoint` loads one that has it.
+
+    Raises:
+        CheckpointError: nothing is there, or it isn't a complete CvtModel.
+    """
+    with _named(path):
+        parts = _read(path, revision)
+        return _make_model(parts, CvtModel), parts.preprocessor
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Names the checkpoint in what is wrong with it."""
+    try:
+        yield
+    except (CheckpointError, PreprocessingError) as error:
+        kind = NoClassifierError if isinstance(error, NoClassifierError) else CheckpointError
+        raise kind(f"model {path!r}: {error}") from error
+
+
+def save_checkpoint(
+    model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, folder: Path
+) -> None:
     """Writes model and preprocessing as `load_checkpoint`, and transformers, load them."""
     with _no_progress_bars():
         model.save_pretrained(folder)
@@ -250,7 +278,7 @@ def _relabel(config: CvtConfig, names: list[str], file: str) -> None:
     config.label2id = {name: i for i, name in enumerate(names)}
 
 
-def _make_model(parts: _Parts) -> CvtForImageClassification:
+def _make_model(parts: _Parts, make: type[Model]) -> Model:
     """The model of a configuration with these weights, copied; nothing else than them will do."""
     config = parts.config
     if sorted(config.id2label) != list(range(config.num_labels)):
@@ -258,11 +286,16 @@ def _make_model(parts: _Parts) -> CvtForImageClassification:
     if config.num_channels != 3:
         raise CheckpointError(f"num_channels is {config.num_channels}, not 3")
     with torch.device("meta"):  # initial weights would take longer than loading
-        model = CvtForImageClassification(config)
+        model = make(config)
     expected = model.state_dict()
-    weights = microsoft.renamed(parts.weights, expected)
-    if not any(key.startswith("classifier.") for key in weights) and any("stages." in key for key in weights):
-        raise CheckpointError("it has no classifier: the weights are those of a CvtModel alone")
+    if make is CvtModel:
+        weights = microsoft.renamed(parts.weights, [f"{_PREFIX}{key}" for key in expected])
+        weights = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
+    else:
+        weights = microsoft.renamed(parts.weights, expected)
+        has_head = any(key.startswith("classifier.") for key in weights)
+        if not has_head and any("stages." in key for key in weights):
+            raise NoClassifierError("it has no classifier: the weights are those of a CvtModel alone")
     shared = weights.keys() & expected.keys()
     # How many batches a normalisation has seen changes nothing, and TensorFlow doesn't know it.
     missing = {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")}

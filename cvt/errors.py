@@ -9,6 +9,10 @@ class CheckpointError(ValueError):
     """A checkpoint can't be loaded; the message names it and the cause."""
 
 
+class NoClassifierError(CheckpointError):
+    """The weights are those of a CvtModel alone, which can't label."""
+
+
 def some(keys: Iterable[str], most: int = 8) -> str:
     """The first of some keys, in order, for a message."""
     names = sorted(keys)

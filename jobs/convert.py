@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvt.errors import CheckpointError
+from cvt.errors import CheckpointError, NoClassifierError
 from jobs.console import err, exit_status, out, run_alone
 
 if TYPE_CHECKING:
-    from cvt.modeling import CvtForImageClassification
+    from torch import Tensor
+
+    from cvt.modeling import CvtForImageClassification, CvtModel
 
 
 class Layout(StrEnum):
@@ -49,7 +51,8 @@ def convert(
 ) -> None:
     """Write a checkpoint as a folder that transformers loads, or as a .pth file for Microsoft's code.
 
-    A .pth file holds the weights alone, and neither labels nor preprocessing.
+    A .pth file holds the weights alone, and neither labels nor preprocessing. Weights without a classifier
+    become those of a CvtModel.
 
     Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
     loaded.
@@ -63,16 +66,24 @@ def convert(
     if to == Layout.MICROSOFT and target.suffix != ".pth":
         raise typer.BadParameter(f"{target}: the name must end with .pth", param_hint="TARGET")
     with exit_status():
-        from pipeline.model_files import open_checkpoint
+        from pipeline.model_files import open_checkpoint, open_features
         from pipeline.storage import Storage
 
-        checkpoint = open_checkpoint(Storage(), source, labels=labels)
+        model: CvtForImageClassification | CvtModel
+        try:
+            checkpoint = open_checkpoint(Storage(), source, labels=labels)
+        except NoClassifierError:
+            if labels is not None:
+                raise
+            (model, preprocessor), described = open_features(Storage(), source), "no classifier"
+        else:
+            model, preprocessor = checkpoint.model, checkpoint.preprocessor
+            described = f"{checkpoint.name}, {len(checkpoint.labels):,} classes"
     import torch
 
     from cvt.checkpoints import save_checkpoint
-    from cvt.microsoft import image_size, microsoft_key
+    from cvt.microsoft import image_size
 
-    preprocessor = checkpoint.preprocessor
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
     try:
@@ -83,14 +94,13 @@ def convert(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         written = Path(unfinished) / target.name
         if to == Layout.HUGGING_FACE:
-            save_checkpoint(checkpoint.model, preprocessor, written)
+            save_checkpoint(model, preprocessor, written)
         else:
-            weights = checkpoint.model.state_dict()
-            torch.save({microsoft_key(key): tensor for key, tensor in weights.items()}, written)
+            torch.save(_by_microsoft_name(model), written)
         written.rename(target)
-    line = f"{target}: {checkpoint.name}, {len(checkpoint.labels):,} classes, {preprocessor.size} pixels"
+    line = f"{target}: {described}, {preprocessor.size} pixels"
     out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if to == Layout.MICROSOFT and not _is_published(checkpoint.model):
+    if to == Layout.MICROSOFT and not _is_published(model):
         warning = (
             "cvt-label: this is no published variant: to be loaded again, the file needs the name "
             "pytorch_model.bin, and config.json and preprocessor_config.json beside it"
@@ -102,13 +112,21 @@ def convert(
         err.print(warning, markup=False, highlight=False, soft_wrap=True)
 
 
-def _is_published(model: CvtForImageClassification) -> bool:
+def _by_microsoft_name(model: CvtForImageClassification | CvtModel) -> dict[str, Tensor]:
+    from cvt.microsoft import microsoft_key
+    from cvt.modeling import CvtModel
+
+    prefix = f"{CvtModel.base_model_prefix}." if isinstance(model, CvtModel) else ""
+    return {microsoft_key(f"{prefix}{key}"): tensor for key, tensor in model.state_dict().items()}
+
+
+def _is_published(model: CvtForImageClassification | CvtModel) -> bool:
     """Whether Microsoft's names and shapes tell the architecture of a model."""
     from cvt.configuration import CvtConfig
-    from cvt.microsoft import infer_config, microsoft_key
+    from cvt.microsoft import infer_config
 
     try:
-        _, told = infer_config({microsoft_key(key): tensor for key, tensor in model.state_dict().items()})
+        _, told = infer_config(_by_microsoft_name(model))
     except CheckpointError:
         return False
     rates = {"drop_rate", "drop_path_rate", "attention_drop_rate", "initializer_range", "layer_norm_eps"}

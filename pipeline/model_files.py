@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from pipeline.storage import ObjectInfo, Storage, normalised
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
+    from cvt.modeling import CvtModel
+    from cvt.preprocessing import Preprocessor
 
 
 def open_checkpoint(
@@ -35,18 +38,30 @@ def open_checkpoint(
     """
     from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
 
-    with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
-        fetched = _Fetched(storage, Path(temporary))
-        if "://" in path:
-            path = normalised(path)  # of file:// a local path
-        if "://" in path:
-            path = fetched.model(path)
+    with _fetched(storage) as fetched:
+        path = fetched.local(path)
         if labels is not None and "://" in labels:
             labels = fetched.file(labels)
-        try:
+        with fetched.errors_by_uri():
             return load_checkpoint(path, revision, labels)
-        except CheckpointError as error:
-            raise CheckpointError(fetched.by_uri(str(error))) from error
+
+
+def open_features(storage: Storage, path: str) -> tuple[CvtModel, Preprocessor]:
+    """Loads a checkpoint without a classifier as `cvt.checkpoints.load_features` does, from storage too.
+
+    Raises:
+        CheckpointError, StorageError: as `open_checkpoint`.
+    """
+    from cvt.checkpoints import load_features
+
+    with _fetched(storage) as fetched, fetched.errors_by_uri():
+        return load_features(fetched.local(path))
+
+
+@contextmanager
+def _fetched(storage: Storage) -> Iterator[_Fetched]:
+    with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
+        yield _Fetched(storage, Path(temporary))
 
 
 class _Fetched:
@@ -56,6 +71,12 @@ class _Fetched:
         self._storage = storage
         self._root = root
         self._folders: dict[str, str] = {}  # local: URI
+
+    def local(self, path: str) -> str:
+        """What a checkpoint's path or URI is on this machine."""
+        if "://" in path:
+            path = normalised(path)  # of file:// a local path
+        return self.model(path) if "://" in path else path
 
     def model(self, uri: str) -> str:
         """Copies what loading uses; returns the local folder or file that stands for the URI."""
@@ -77,11 +98,16 @@ class _Fetched:
         objects = [self._storage.stat(f"{folder}/{each}") for each in (name, *beside)]
         return str(self._copy(folder, objects) / name)
 
-    def by_uri(self, message: str) -> str:
-        """A message with URIs in the place of local paths."""
-        for local, uri in self._folders.items():
-            message = message.replace(local, uri)
-        return message
+    @contextmanager
+    def errors_by_uri(self) -> Iterator[None]:
+        """Puts URIs in the place of local paths in what is wrong with a checkpoint."""
+        try:
+            yield
+        except CheckpointError as error:
+            message = str(error)
+            for local, uri in self._folders.items():
+                message = message.replace(local, uri)
+            raise type(error)(message) from error
 
     def _copy(self, uri: str, objects: Iterable[ObjectInfo]) -> Path:
         """Copies objects of one folder, each in the version that was listed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,27 @@ def test_a_target_that_cannot_be_is_refused(tmp_path: Path, target: str) -> None
     done = cvt_label("convert", "fashion-mnist", place)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt"]
+
+
+@pytest.mark.parametrize("origin", ["CvtModel", "TFCvtModel"])
+def test_weights_without_a_classifier_become_those_of_a_model_alone(tmp_path: Path, origin: str) -> None:
+    classifier = load_checkpoint("fashion-mnist")
+    source, target = tmp_path / "features", tmp_path / "converted"
+    classifier.model.cvt.save_pretrained(source)
+    shutil.copy(BUNDLED["fashion-mnist"] / "preprocessor_config.json", source)
+    if origin == "TFCvtModel":
+        tensorflow_weights = pytest.importorskip("cvt.tensorflow_weights", exc_type=ImportError)
+        state = {f"cvt.{key}": value for key, value in classifier.model.cvt.state_dict().items()}
+        tensorflow_weights.write_h5(state, source / "tf_model.h5")
+        (source / "model.safetensors").unlink()
+    done = cvt_label("convert", source, target)
+    assert done.returncode == 0, done.stderr
+    assert "no classifier, 28 pixels" in done.stdout
+    pixels = torch.randn(2, 3, 28, 28)
+    theirs = transformers.CvtModel.from_pretrained(target).eval()
+    with torch.inference_mode():
+        assert_close(theirs(pixels).last_hidden_state, classifier.model.cvt(pixels).last_hidden_state)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"{name}\n" for name in classifier.labels))
+    refused = cvt_label("convert", source, tmp_path / "labelled", "--labels", labels)
+    assert (refused.returncode, "it has no classifier" in refused.stderr) == (4, True)
