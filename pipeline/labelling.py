@@ -356,11 +356,17 @@ def _regrouped(partition: Partition, labelled: Mapping[str, Known], work: Work) 
 
     with ThreadPoolExecutor(16, thread_name_prefix="keys") as pool:
         group_of = dict(image for found in pool.map(images, groups.items()) for image in found)
+    return _grouped_otherwise(partition, group_of)
+
+
+def _grouped_otherwise(partition: Partition, group_of: Mapping[str, str]) -> set[str]:
+    """Of groups of loose images, by image, those of which the input has images in other groups now."""
     if not group_of:
         return set()
     section = partition.config.input
     listing = list_shards(partition.storage, section.uri, section.format)
-    return {group_of[m.uri] for shard in listing for m in shard.members if m.uri in group_of}
+    members = ((member.uri, shard.uri) for shard in listing for member in shard.members)
+    return {group_of[uri] for uri, group in members if group_of.get(uri, group) != group}
 
 
 def _label(
@@ -447,13 +453,9 @@ def _regrouped_withdrawn(result: RunResult, groups: Mapping[str, str | None]) ->
     try:
         yield
     finally:
-        if groups:
-            partition, section = result.plan.partition, result.plan.partition.config.input
-            mine = {m.uri: s.uri for s in result.plan.shards if s.uri in groups for m in s.members}
-            listing = list_shards(partition.storage, section.uri, section.format)
-            members = ((member.uri, shard.uri) for shard in listing for member in shard.members)
-            result.withdrawn = {mine[uri] for uri, group in members if mine.get(uri, group) != group}
-            _remove(partition, {uri: groups[uri] for uri in result.withdrawn})
+        mine = {m.uri: s.uri for s in result.plan.shards if s.uri in groups for m in s.members}
+        result.withdrawn = _grouped_otherwise(result.plan.partition, mine)
+        _remove(result.plan.partition, {uri: groups[uri] for uri in result.withdrawn})
 
 
 @contextmanager
