@@ -35,6 +35,8 @@ _ATTEMPTS = 3
 # ports (32768 and up on Linux), which any outgoing connection may take at any moment.
 _PORTS = range(12_000, 22_000)
 _GRPC_OFFSET = 10_000
+# A bucket takes one volume at least; by default there are as many as gigabytes are free on the disk.
+_VOLUMES = 10_000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -170,6 +172,7 @@ class LocalS3:
             "-webdav=false",
             "-master.telemetry=false",
             "-volume.preStopSeconds=0",
+            f"-volume.max={_VOLUMES}",
         ]
         # SeaweedFS would take credentials of the environment as one more identity.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "S3_"))}
