@@ -170,7 +170,7 @@ class Preprocessor:
         new_size = (self.size, self.size)
         if self.size >= SQUASH_FROM:
             return np.array(image.resize(new_size, self.resample))
-        resized = self._resized_size(*image.size)
+        resized = self.resized_size(*image.size)
         box = self._kept_box(image.size, resized)
         if _height_first(image.size, new_size) and not _height_first(image.size, resized):
             return np.array(self._resize_width_first(image, box, resized[1]))
@@ -189,8 +189,15 @@ class Preprocessor:
             (self.size, self.size), self.resample, box=(0, top - first, self.size, bottom - first)
         )
 
-    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height before the crop, as transformers' get_resize_output_image_size."""
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height before the crop, as transformers' get_resize_output_image_size.
+
+        Args:
+            width: of the source image, in pixels.
+            height: likewise.
+        """
+        if self.size >= SQUASH_FROM:
+            return self.size, self.size
         shortest = int(self.size / self.crop_pct)
         if width <= height:
             return shortest, int(shortest * height / width)

@@ -32,6 +32,7 @@ from pipeline import committing
 from pipeline.config import Config, load_config
 from pipeline.labelling import Plan, RunResult, run_labelling
 from pipeline.planning import LABEL_NEW, Selection
+from pipeline.stages import bound_by
 
 logger = logging.getLogger("cvt_label")
 
@@ -147,6 +148,8 @@ def print_result(result: RunResult, most: int = 20) -> None:
         "images/s": f"{result.rate:,.1f}",
         "output": result.plan.partition.uri,
     }
+    if result.stages:
+        rows["bound by"] = bound_by(result.stages)
     if not work.shards:
         rows = {name: rows[name] for name in ("shards", "output")}
     if result.pruned:

@@ -25,6 +25,7 @@ ENCODED = pa.struct(
 )
 
 _FAULTS = pa.map_(pa.string(), pa.int64())
+_SPENT = pa.map_(pa.string(), pa.float64())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Chunk:
         pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order.
         may_pass: whether an error is the storage's fault, and not the shard's.
         faults: failures of storage that passed while it was read, by kind.
+        spent: seconds and bytes by stage, as `pipeline.stages.Meter` names them.
     """
 
     shard: int
@@ -50,6 +52,7 @@ class Chunk:
     pixels: np.ndarray | None = None
     may_pass: bool = False
     faults: Mapping[str, int] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:
         """The chunk as a table of one row; pixels are not copied."""
@@ -61,6 +64,7 @@ class Chunk:
             "error": pa.array([self.error], pa.string()),
             "may_pass": pa.array([self.may_pass]),
             "faults": pa.array([list(self.faults.items())], _FAULTS),
+            "spent": pa.array([list(self.spent.items())], _SPENT),
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
         }
         if self.pixels is not None:
@@ -87,6 +91,7 @@ class Chunk:
                 may_pass=record["may_pass"][0].as_py(),
                 pixels=pixels,
                 faults=dict(record["faults"][0].as_py()),
+                spent=dict(record["spent"][0].as_py()),
             )
 
 

@@ -29,6 +29,7 @@ from pipeline.classifying import PredictionOptions
 from pipeline.manifest import ManifestRow
 from pipeline.predictions import Footer, encode, pack_partial, prediction_schema, read_footer
 from pipeline.shards import Shard, prediction_path
+from pipeline.stages import COMMIT, Meter
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage
 
@@ -102,6 +103,7 @@ class Committer:
     Attributes:
         totals: what is committed.
         faults: failures of storage that passed, in the workers, by kind.
+        spent: seconds and bytes of what came out, by stage, as `pipeline.stages.Meter` names them.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Committer:
         """
         self.totals = Totals()
         self.faults: Counter[str] = Counter()
+        self.spent: Counter[str] = Counter()
         self._expected = expected
         self._is_current = is_current
         self._on_commit = on_commit
@@ -151,7 +154,7 @@ class Committer:
         self._closed: set[int] = set()
         self._images = self._errors = 0
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
-        self._writes: deque[Future[ManifestRow]] = deque()
+        self._writes: deque[Future[tuple[ManifestRow, dict[str, float]]]] = deque()
 
     def __enter__(self) -> Committer:
         return self
@@ -179,6 +182,7 @@ class Committer:
         if not shard.add(chunk):
             return
         self.faults.update(chunk.faults)
+        self.spent.update(chunk.spent)
         self._images += chunk.samples.num_rows
         self._errors += _errors(chunk)
         if shard.complete:
@@ -187,7 +191,7 @@ class Committer:
                 self._errors -= sum(map(_errors, shard.chunks.values()))
             del self._open[chunk.shard]
             self._closed.add(chunk.shard)
-            self._writes.append(self._writers.submit(self._commit, self._plan[chunk.shard], shard))
+            self._writes.append(self._writers.submit(self._measured_commit, self._plan[chunk.shard], shard))
         while self._writes and (len(self._writes) > 2 * WRITERS or self._writes[0].done()):
             self._settle(self._writes.popleft())
 
@@ -233,8 +237,9 @@ class Committer:
         """How far it is."""
         return Progress(self._images, self._errors, self.totals.shards)
 
-    def _settle(self, write: Future[ManifestRow]) -> None:
-        row = write.result()
+    def _settle(self, write: Future[tuple[ManifestRow, dict[str, float]]]) -> None:
+        row, spent = write.result()
+        self.spent.update(spent)
         self.totals.shards += 1
         self.totals.images += row.rows or 0
         self.totals.errors += row.errors or 0
@@ -243,9 +248,16 @@ class Committer:
             self.totals.unreadable.append(row)
         self._on_commit(row)
 
-    def _commit(self, shard: Shard, arrived: _OpenShard) -> ManifestRow:
+    def _measured_commit(self, shard: Shard, arrived: _OpenShard) -> tuple[ManifestRow, dict[str, float]]:
+        meter = Meter(COMMIT)
+        with meter:
+            row, size = self._commit(shard, arrived)
+        return row, meter.taken(bytes=size)
+
+    def _commit(self, shard: Shard, arrived: _OpenShard) -> tuple[ManifestRow, int]:
+        """Writes the shard's prediction file; returns its manifest row, and the bytes written."""
         if arrived.error is not None:
-            return self._failed(shard, arrived.error, None if arrived.may_pass else shard.version)
+            return self._failed(shard, arrived.error, None if arrived.may_pass else shard.version), 0
         predictions = self._assemble(shard, arrived)
         footer = Footer(
             shard=shard.uri,
@@ -264,9 +276,9 @@ class Committer:
             self._before_group()
         written = self._write(shard, output, content, footer)
         if written is None:
-            return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version)
+            return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version), 0
         row = labelled_row(written[0], output, written[1])
-        return replace(row, run=self._run, committed_at=datetime.now(UTC))
+        return replace(row, run=self._run, committed_at=datetime.now(UTC)), len(content)
 
     def _failed(self, shard: Shard, error: str, failed_version: str | None) -> ManifestRow:
         return ManifestRow(

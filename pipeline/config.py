@@ -115,14 +115,30 @@ class ReadConfig(_Section):
 
     concurrency: PositiveInt | None = None
     num_cpus: PositiveFloat = 0.25
+    #: Ranges of one tar, of 8 MiB, that are fetched at once.
+    fetches: PositiveInt = 4
+    #: Images in a chunk; chosen by the model's size where it is null.
     chunk_images: PositiveInt | None = None
-    chunk_bytes: PositiveInt = 64 * 1024**2
+    chunk_bytes: PositiveInt = 128 * 1024**2
+    #: Bytes that Ray is to keep free for a task; chosen by the size of chunks where it is null.
+    memory: PositiveInt | None = None
 
 
 class DecodeConfig(_Section):
-    """Decode tasks."""
+    """How images are decoded, and the tasks that do it."""
 
+    #: "gpu": by the classifier, JPEG on its GPU (torchvision); "auto": that, where classify.device is cuda.
+    device: Literal["cpu", "gpu", "auto"] = "cpu"
+    #: "fast": a JPEG twice as large as needed, or larger, is decoded at a half, a quarter or an eighth.
+    quality: Literal["exact", "fast"] = "exact"
     num_cpus: PositiveFloat | None = None
+    memory: PositiveInt | None = None
+
+    def resolved_device(self, classify_device: str) -> str:
+        """Where images are decoded, "cpu" or "gpu", with "auto" resolved."""
+        if self.device == "auto":
+            return "gpu" if classify_device == "cuda" else "cpu"
+        return self.device
 
 
 class ClassifyConfig(_Section):
@@ -136,6 +152,8 @@ class ClassifyConfig(_Section):
     min_actors: PositiveInt = 1
     max_actors: PositiveInt | None = None
     batch_size: PositiveInt = 64
+    #: Chunks in an actor's hands at once: one is computed, while others are decoded or put into rows.
+    chunks_at_once: PositiveInt = 2
     #: Threads of a CPU classifier.
     threads: PositiveInt | None = None
 
@@ -152,6 +170,14 @@ class RayConfig(_Section):
     address: str | None = None
     #: A run that hangs for so long ends with an error; one chunk must take less.
     no_progress_timeout_s: PositiveFloat = 900
+    #: Share of Ray's object store that the chunks between the stages may fill.
+    object_store_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    #: A stage pauses where what waits for the next one is so many times what that one has in work.
+    backpressure_ratio: PositiveFloat = 2.0
+    #: Chunks sent to an actor before it is done with the last, so that none is waited for.
+    chunks_in_flight: PositiveInt = 4
+    #: Actors in a row that may die while they start.
+    actor_start_retries: Annotated[int, Field(ge=0)] = 3
 
 
 class RunConfig(_Section):
@@ -179,12 +205,23 @@ class Config(_Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _precision_is_known(self) -> Config:
+    def _fields_fit(self) -> Config:
         if self.model.precision == "auto" and self.classify.device == "auto":
             raise ValueError(
                 "model.precision: 'auto' needs classify.device to be cpu or cuda: precision is part of what "
                 "decides a label, and has to be known before the cluster is"
             )
+        if self.decode.device == "auto" and self.classify.device == "auto":
+            raise ValueError(
+                "decode.device: 'auto' needs classify.device to be cpu or cuda: the decoder is part of what "
+                "decides a label, and has to be known before the cluster is"
+            )
+        if self.decode.device == "gpu" and self.classify.device != "cuda":
+            raise ValueError(
+                f"decode.device: 'gpu' needs classify.device 'cuda', and it is {self.classify.device!r}"
+            )
+        if self.decode.resolved_device(self.classify.device) == "gpu" and self.decode.quality == "fast":
+            raise ValueError("decode.quality: 'fast' is for the CPU, and decode.device is the GPU")
         if self.classify.runtime == "openvino" and self.classify.device == "cuda":
             raise ValueError("classify.runtime: 'openvino' is for CPUs, and classify.device is 'cuda'")
         if self.classify.runtime == "openvino" and self.model.precision == "fp16":

@@ -25,11 +25,12 @@ from ray.data.block import BlockMetadata
 from cvt.preprocessing import Preprocessor
 from pipeline.chunks import Chunk, cut_into_chunks
 from pipeline.classifying import PredictionOptions, classify
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, RayConfig
 from pipeline.decoding import decode_chunk
 from pipeline.reading import ReadOptions, read_samples
 from pipeline.retrying import faults
 from pipeline.shards import Shard
+from pipeline.stages import CLASSIFY, DECODE, STORAGE, GpuMeter, Meter
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ TASK_RETRIES = 3
 #: trying to reach an actor there costs a retry every few seconds, eight in all: this lasts over a minute.
 ACTOR_TASK_RETRIES = 20
 
+# Multiply-accumulates of a chunk, by what classifies it.
+_CHUNK_MACS = {"cpu": 600_000_000_000, "cuda": 4_800_000_000_000}
+_CHUNK_PIXEL_BYTES = 160_000_000
+_LEAST_CHUNK_IMAGES, _MOST_CHUNK_IMAGES = 16, 4096
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -52,13 +58,18 @@ class Resources:
 
     The stages' CPUs are fractions that fit together with room to spare, and readers are capped: a
     reader that waits for room downstream keeps its CPU, and must not starve the stage it waits for.
+    `decoders` is how many decode tasks find room beside all others, none where classifiers decode;
+    memory is in bytes.
     """
 
     device: str
     chunk_images: int
     read_cpus: float
+    read_memory: int
     readers: int
     decode_cpus: float
+    decode_memory: int
+    decoders: int
     classify_cpus: float
     classify_gpus: float
     min_actors: int
@@ -66,24 +77,38 @@ class Resources:
     threads: int | None
 
 
-def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resources:
+@dataclass(frozen=True)
+class Cluster:
+    """What a cluster has in all: CPUs and GPUs; and of its largest node, CPUs and bytes of memory."""
+
+    cpus: float
+    gpus: float
+    node_cpus: float
+    node_memory: float = math.inf
+
+
+def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> Resources:
     """Fills in what the configuration leaves to the cluster.
 
     Args:
         config: the job's configuration.
-        cpus: what the cluster has, in all.
-        gpus: likewise.
-        node_cpus: the CPUs of its largest node.
+        cluster: that it is to run on.
+        macs: multiply-accumulates of one image.
+        size: of the model's images, in pixels.
 
     Raises:
         ConfigError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
     """
-    classify, read = config.classify, config.read
+    classify, read, decode = config.classify, config.read, config.decode
+    cpus, gpus, node_cpus = cluster.cpus, cluster.gpus, cluster.node_cpus
     readers = read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2)))
     on_gpu = classify.device == "cuda" or (
         gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # which is for CPUs
     )
-    decode_cpus = config.decode.num_cpus or (1.0 if node_cpus >= 4 else 0.5 if node_cpus >= 2 else 0.25)
+    decodes_apart = decode.resolved_device(classify.device) == "cpu"
+    decode_cpus = decode.num_cpus or (1.0 if node_cpus >= 4 else 0.5 if node_cpus >= 2 else 0.25)
+    if not decodes_apart:
+        decode_cpus = 0.0
     threads = classify.threads
     cpus_left = cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
@@ -104,19 +129,38 @@ def choose_resources(config: Config, cpus: float, gpus: float, node_cpus: float)
     if not on_gpu and threads is None:
         # A classifier that is alone on its machine gets all of it: decoding is a small part.
         threads = int(node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
+    chunk_images = read.chunk_images or _chunk_images(macs, size, on_gpu)
+    room_for_decoders = cpus_left + decode_cpus - max_actors * actor_cpus
+    most_memory = cluster.node_memory / 4  # so that a slot of each stage fits into any node
     return Resources(
         device="cuda" if on_gpu else "cpu",
-        # A CPU takes a minute for what a GPU does in a tenth of a second: smaller steps, seen sooner.
-        chunk_images=read.chunk_images or (512 if on_gpu else 128),
+        chunk_images=chunk_images,
         read_cpus=read.num_cpus,
+        # A chunk as samples, as a table, and as what Ray writes; and what is read ahead.
+        read_memory=read.memory
+        or int(min(3 * read.chunk_bytes + (read.fetches + 1) * 8 * 1024**2, most_memory)),
         readers=readers,
         decode_cpus=decode_cpus,
+        # The chunk's pixels as they are made and as Ray writes them, and one large photograph.
+        decode_memory=decode.memory or int(min(2 * chunk_images * size**2 * 3 + 256 * 1024**2, most_memory)),
+        decoders=max(1, math.floor(room_for_decoders / decode_cpus)) if decodes_apart else 0,
         classify_cpus=actor_cpus,
         classify_gpus=actor_gpus,
         min_actors=classify.min_actors,
         max_actors=max_actors,
         threads=threads,
     )
+
+
+def _chunk_images(macs: int, size: int, on_gpu: bool) -> int:
+    """Images in a chunk: so many that Ray's own work, some 20 ms a chunk, is lost in the classifier's.
+
+    128 of CvT-13's at 224 pixels on a CPU, which takes seconds for them, and 1024 on a GPU. A chunk of the
+    largest models must still be done in a minute, and pixels must not fill the object store.
+    """
+    work = _CHUNK_MACS["cuda" if on_gpu else "cpu"]
+    fitting = min(work // macs, _CHUNK_PIXEL_BYTES // (size**2 * 3), _MOST_CHUNK_IMAGES)
+    return max(_LEAST_CHUNK_IMAGES, 1 << int(fitting).bit_length() - 1 if fitting else 0)
 
 
 def _share_of_node(node_cpus: float, spare: float) -> float:
@@ -131,15 +175,19 @@ def _share_of_node(node_cpus: float, spare: float) -> float:
     return max(0.25, math.floor((node_cpus - spare) / actors * 100) / 100)
 
 
-def cluster_resources(config: Config) -> Resources:
+def cluster_resources(config: Config, checkpoint: Checkpoint) -> Resources:
     """`choose_resources` for the Ray that this process is connected to."""
+    from cvt.counting import count_macs
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return choose_resources(
-        config,
+    cluster = Cluster(
         cpus=sum(node.get("CPU", 0.0) for node in nodes),
         gpus=sum(node.get("GPU", 0.0) for node in nodes),
         node_cpus=max(node.get("CPU", 0.0) for node in nodes),
+        node_memory=min(node.get("memory", math.inf) for node in nodes),
     )
+    size = checkpoint.preprocessor.size
+    return choose_resources(config, cluster, count_macs(checkpoint.model.config, size, size), size)
 
 
 class ShardSource(Datasource):
@@ -201,18 +249,30 @@ def _read_shards(
     max_bytes: int,
 ) -> Iterator[pa.Table]:
     known: ReadOptions = ray.get(options)
+    meter, before = Meter(STORAGE), faults()
     for number, shard in shards:
-        samples = read_samples(storage, shard, known)
-        before = faults()
-        for chunk in cut_into_chunks(samples, number, max_images, max_bytes):
+        chunks = cut_into_chunks(read_samples(storage, shard, known), number, max_images, max_bytes)
+        while True:
+            with meter:
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
             now = faults()
-            yield replace(chunk, faults=now - before).to_block()
+            read = pc.sum(pc.binary_length(chunk.samples["image"])).as_py() or 0
+            yield replace(chunk, faults=now - before, spent=meter.taken(bytes=read)).to_block()
             before = now
 
 
-def _decode_block(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> Iterator[pa.Table]:
+def _decode_block(
+    block: pa.Table, preprocessor: Preprocessor, max_pixels: int, fast: bool
+) -> Iterator[pa.Table]:
+    meter = Meter(DECODE)
     for chunk in Chunk.from_block(block):
-        yield decode_chunk(chunk, preprocessor, max_pixels).to_block()
+        with meter:
+            decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
+        assert decoded.pixels is not None
+        spent = meter.taken(bytes=decoded.pixels.nbytes)
+        yield replace(decoded, spent={**chunk.spent, **spent}).to_block()
 
 
 class _ClassifierActor:
@@ -239,10 +299,17 @@ class _ClassifierActor:
             threads=resources.threads,
         )
         self._engine.warm_up()
+        self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
+        self._meter = Meter(CLASSIFY)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         for chunk in Chunk.from_block(block):
-            yield classify(chunk, self._engine, self._options).to_block()
+            with self._meter:
+                classified = classify(chunk, self._engine, self._options)
+            spent = self._meter.taken(bytes=classified.samples.nbytes)
+            if self._gpu_meter is not None:
+                spent |= self._gpu_meter.taken()
+            yield replace(classified, spent={**chunk.spent, **spent}).to_block()
 
 
 def label_chunks(
@@ -255,7 +322,7 @@ def label_chunks(
     resources: Resources,
 ) -> Generator[Chunk, None, None]:
     """Labels the plan's shards; yields their chunks as they are done, in any order, without pixels."""
-    _set_context(config)
+    _set_context(config.ray)
     source = ShardSource(
         plan, storage, ray.put(read_options), resources.chunk_images, config.read.chunk_bytes
     )
@@ -264,14 +331,20 @@ def label_chunks(
         num_cpus=resources.read_cpus,
         concurrency=resources.readers,
         override_num_blocks=source.tasks,
+        memory=resources.read_memory,
         ray_remote_args={"max_retries": TASK_RETRIES},
     )
     decoded = chunks.map_batches(
         _decode_block,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocessor": checkpoint.preprocessor, "max_pixels": config.input.max_image_pixels},
+        fn_kwargs={
+            "preprocessor": checkpoint.preprocessor,
+            "max_pixels": config.input.max_image_pixels,
+            "fast": config.decode.quality == "fast",
+        },
         num_cpus=resources.decode_cpus,
+        memory=resources.decode_memory,
         max_retries=TASK_RETRIES,
     )
     # Put once, so that the weights cross the network once a node, and not once an actor.
@@ -281,7 +354,13 @@ def label_chunks(
         fn_constructor_args=(reference, options, config, resources),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=resources.min_actors, max_size=resources.max_actors),
+        compute=ActorPoolStrategy(
+            min_size=resources.min_actors,
+            max_size=resources.max_actors,
+            max_tasks_in_flight_per_actor=max(config.ray.chunks_in_flight, config.classify.chunks_at_once),
+            max_concurrent_calls_per_actor=config.classify.chunks_at_once,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=resources.classify_cpus,
         num_gpus=resources.classify_gpus or None,
         # A chunk that kills its actor must end the job, not restart it for ever.
@@ -343,13 +422,17 @@ def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int)
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
-def _set_context(config: Config) -> None:
+def _set_context(settings: RayConfig) -> None:
     context = DataContext.get_current()
     # Every block that a stage yields stays the block that the next stage sees: one chunk.
     context.target_max_block_size = 1
     # A dropped block would be labels lost while the job succeeds.
     context.max_errored_blocks = 0
-    context.execution_no_progress_timeout_s = config.ray.no_progress_timeout_s
+    context.execution_no_progress_timeout_s = settings.no_progress_timeout_s
+    context.override_object_store_memory_limit_fraction = settings.object_store_fraction
+    context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio
+    # A machine that is taken away while an actor starts there is no reason to end the job.
+    context.max_consecutive_actor_init_deaths = settings.actor_start_retries
     # The job shows its own progress, by what is committed.
     context.enable_progress_bars = False
     context.print_on_execution_start = False

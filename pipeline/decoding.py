@@ -53,6 +53,14 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Of these turns, the ones that exchange width and height.
+SIDEWAYS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+
 # Damage in metadata that nobody reads here is no news; with a billion images it would fill the logs.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -74,7 +82,7 @@ class Decoded(NamedTuple):
     error: str | None
 
 
-def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int) -> Decoded:
+def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Decoded:
     """Decodes one image, turns it upright, makes it RGB, and resizes and crops it.
 
     Of an animation, and of several pages, the first is taken. Transparency is dropped, as in
@@ -87,6 +95,8 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int) -> Decoded:
         preprocessor: makes the model's input of an RGB image.
         max_pixels: larger images are an error, found in the header, before anything is decoded. (For
             WebP and TIFF, Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
+        fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its own,
+            which libjpeg does within the inverse cosine transform.
     """
     known = next((known for known in FORMATS if known[1].match(data)), None)
     if known is None:
@@ -98,9 +108,16 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int) -> Decoded:
         width, height = file.size
         if error := _too_large(width, height, max_pixels):
             return Decoded(None, width, height, error)
+        scaled = fast and file.draft(file.mode, preprocessor.resized_size(width, height)) is not None
         file.load()
-        image = _upright(_to_rgb(file), file)
-        return Decoded(preprocessor(image), *image.size, None)
+        turn = _turn(file)
+        image = _to_rgb(file)
+        if turn is not None:
+            image = image.transpose(turn)
+        shown = image.size
+        if scaled:
+            shown = (height, width) if turn in SIDEWAYS else (width, height)
+        return Decoded(preprocessor(image), *shown, None)
     # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
     # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
     except Exception as error:
@@ -138,16 +155,15 @@ def _to_rgb(file: ImageFile) -> Image.Image:
     return file.convert("RGB")
 
 
-def _upright(image: Image.Image, file: ImageFile) -> Image.Image:
-    """Turns an image as its file's EXIF (or XMP) says; not a copy where there is nothing to turn.
+def _turn(file: ImageFile) -> Image.Transpose | None:
+    """How an image is to be turned as its file's EXIF (or XMP) says; None where there is nothing to turn.
 
-    Does to pixels what PIL.ImageOps.exif_transpose does, but lives with damaged EXIF.
+    As in PIL.ImageOps.exif_transpose, but lives with damaged EXIF.
     """
     try:
-        method = ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+        return ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
-        return image
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _cause(error: Exception) -> str:
@@ -168,11 +184,11 @@ def one_line(message: str) -> str:
     return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
 
 
-def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int) -> Chunk:
+def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
     """Replaces the encoded images of a chunk by their pixels.
 
     Its samples lose the column `image`, and get `width` and `height`; an image that can't be decoded
-    becomes an error.
+    becomes an error. `fast` as in `decode`.
     """
     samples = chunk.samples
     size = preprocessor.size
@@ -181,7 +197,7 @@ def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int) -> C
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
-            decoded = decode(image.as_buffer().to_pybytes(), preprocessor, max_pixels)
+            decoded = decode(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast)
         if decoded.pixels is not None:
             pixels[good] = decoded.pixels
             good += 1

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections import Counter, deque
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
-from pipeline.committing import Committer, Progress, Totals
+from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.config import Config, ConfigError, InputConfig
 from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
@@ -28,9 +28,20 @@ from pipeline.record import Clock, RunRecord, new_run_id, recorded
 from pipeline.recovering import Repairs, find_repairs, rebuilt_rows
 from pipeline.report import render_report
 from pipeline.retrying import faults
-from pipeline.shards import Shard, ShardListing, lies_in, list_shards, prediction_path
+from pipeline.shards import Shard, ShardListing, lies_in, list_shards
+from pipeline.stages import (
+    CLASSIFY,
+    COMMIT,
+    DECODE,
+    STORAGE,
+    StageFigures,
+    bound_by,
+    gpu_utilisation,
+    stage_figures,
+)
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError, normalised
+from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
+from pipeline.tidying import grouped_otherwise, remove, tidy
 
 
 class NoShardsError(ValueError):
@@ -89,6 +100,7 @@ class RunResult:
             has changed nothing.
         timings: seconds from its start to each event, by name.
         worker_faults: failures of storage that passed, in the workers, by kind.
+        stages: each stage's part in it; empty where nothing was to be labelled.
     """
 
     run: str
@@ -99,6 +111,7 @@ class RunResult:
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
     worker_faults: Counter[str] = field(default_factory=Counter)
+    stages: dict[str, StageFigures] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -259,7 +272,8 @@ def _carry_out(
     writer = ManifestWriter(partition.manifest, partition.config.run.flush_s, before_write=record.save)
     stop = Stop()
     try:
-        changed = _tidy(result, record, lease)
+        result.pruned = len(plan.work.to_prune)
+        changed = tidy(partition, plan.work, plan.repairs, record, lease)
         if plan.shards:
             stop = _label(result, record, clock, lease, writer, on_progress)
         writer.flush()
@@ -292,83 +306,6 @@ def _carry_out(
         raise KeyboardInterrupt if stop.abandoned else Stopped
 
 
-def _tidy(result: RunResult, record: RunRecord, lease: Lease) -> bool:
-    """Brings manifest and files in line with the listing, before anything is labelled; says if it had to.
-
-    Labels of images that now belong to another group are removed first, so that no image is ever seen
-    in two groups' files.
-    """
-    plan = result.plan
-    partition, work = plan.partition, plan.work
-    labelled = work.labelled_gone
-    to_remove = work.to_prune
-    result.pruned = len(to_remove)
-    to_remove |= _regrouped(partition, labelled, work)
-    to_remove |= {uri for uri in work.moved if uri in work.expected}
-    versions = {uri: row.output_version for uri, row in labelled.items()} | work.expected
-    lease.check()
-    _remove(partition, {uri: versions[uri] for uri in to_remove})
-    for uri in to_remove:
-        work.expected.pop(uri, None)
-    repairs = plan.repairs
-    removed = to_remove | repairs.removed | (work.gone.keys() - labelled.keys())
-    gone = [uri for uri, row in labelled.items() if uri not in removed and not row.gone]
-    rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
-    cured = repairs.cured.union(work.cured) - removed
-    record.shards("removed", removed)
-    record.shards("gone", gone)
-    record.shards("present", work.returned)
-    record.shards("cured", cured)
-    record.save()
-    is_gone = repairs.gone | dict.fromkeys(gone, True) | dict.fromkeys(work.returned, False)
-    if not (rows or removed or cured or is_gone):
-        return False
-    partition.manifest.update(rows, removed, is_gone, cured)
-    return True
-
-
-def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
-    """Removes shards' prediction files, except those that another run has meanwhile written anew."""
-
-    def remove(shard: tuple[str, str | None]) -> None:
-        uri, version = shard
-        with suppress(ObjectChanged):
-            partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}", version)
-
-    with ThreadPoolExecutor(16, thread_name_prefix="remove") as pool:
-        deque(pool.map(remove, versions.items()), 0)
-
-
-def _regrouped(partition: Partition, labelled: Mapping[str, Known], work: Work) -> set[str]:
-    """Groups of loose images that are gone, but of which images are in other groups now."""
-    groups = {uri: row for uri, row in labelled.items() if row.format == "images"}
-    if not work.shards and all(row.gone for row in groups.values()):
-        return set()  # as it was when they were found to be gone
-
-    def images(group: tuple[str, Known]) -> list[tuple[str, str]]:
-        uri, row = group
-        try:
-            with partition.storage.open(f"{partition.uri}/{row.output}") as file:
-                keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
-        except ObjectNotFound:
-            return []
-        return [(f"{uri.rpartition('/')[0]}/{key}", uri) for key in keys]
-
-    with ThreadPoolExecutor(16, thread_name_prefix="keys") as pool:
-        group_of = dict(image for found in pool.map(images, groups.items()) for image in found)
-    return _grouped_otherwise(partition, group_of)
-
-
-def _grouped_otherwise(partition: Partition, group_of: Mapping[str, str]) -> set[str]:
-    """Of groups of loose images, by image, those of which the input has images in other groups now."""
-    if not group_of:
-        return set()
-    section = partition.config.input
-    listing = list_shards(partition.storage, section.uri, section.format)
-    members = ((member.uri, shard.uri) for shard in listing for member in shard.members)
-    return {group_of[uri] for uri, group in members if group_of.get(uri, group) != group}
-
-
 def _label(
     result: RunResult,
     record: RunRecord,
@@ -390,6 +327,7 @@ def _label(
         if row.format == "images" and row.output is not None:
             groups[row.uri] = row.output_version
         writer.add(row)
+        clock.mark("first_commit")
 
     committer = Committer(
         partition.storage,
@@ -404,6 +342,7 @@ def _label(
         before_group=lease.verify,
     )
     result.totals, result.worker_faults = committer.totals, committer.faults
+    started = 0.0
     with (
         _regrouped_withdrawn(result, groups),
         ray_cluster(config.ray.address),
@@ -413,7 +352,7 @@ def _label(
         # Ray is imported only now, when its environment is set.
         from pipeline.dataflow import cluster_resources, label_chunks
 
-        resources = cluster_resources(config)
+        resources = cluster_resources(config, partition.checkpoint)
         record.note(resources=asdict(resources))
         clock.mark("ray_ready")
         chunks = label_chunks(
@@ -428,6 +367,7 @@ def _label(
         with closing(chunks), stop.abandoning(), _missing_shards_noted(committer):
             for chunk in chunks:
                 clock.mark("first_result")
+                started = started or time.perf_counter() - chunk.spent.get(f"{CLASSIFY}.busy_s", 0.0)
                 if stop.requested:
                     committer.wind_down()
                 committer.add(chunk)
@@ -435,11 +375,19 @@ def _label(
                 lease.check()
                 if stop.requested and not committer.open_shards:
                     break
+        seconds = time.perf_counter() - started if started else 0.0
         clock.mark("last_result", again=True)
         if stop.requested:
             committer.settle()
         else:
             committer.finish()
+        workers = {STORAGE: resources.readers, COMMIT: WRITERS}
+        if resources.decoders:
+            workers[DECODE] = resources.decoders
+        result.stages = stage_figures(committer.spent, committer.progress().images, workers, seconds)
+        stages = {stage: asdict(figures) for stage, figures in result.stages.items()}
+        utilisation = gpu_utilisation(committer.spent)
+        record.note(stages=stages, bound_by=bound_by(result.stages), gpu_utilisation=utilisation)
         on_progress(committer.progress(), plan)
     return stop
 
@@ -454,8 +402,8 @@ def _regrouped_withdrawn(result: RunResult, groups: Mapping[str, str | None]) ->
         yield
     finally:
         mine = {m.uri: s.uri for s in result.plan.shards if s.uri in groups for m in s.members}
-        result.withdrawn = _grouped_otherwise(result.plan.partition, mine)
-        _remove(result.plan.partition, {uri: groups[uri] for uri in result.withdrawn})
+        result.withdrawn = grouped_otherwise(result.plan.partition, mine)
+        remove(result.plan.partition, {uri: groups[uri] for uri in result.withdrawn})
 
 
 @contextmanager

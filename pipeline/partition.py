@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -62,7 +62,7 @@ class Partition:
     @property
     def read_options(self) -> ReadOptions:
         """What readers need to know of the input, and of the model's classes."""
-        return read_options(self.config.input, self.checkpoint.labels)
+        return read_options(self.config.input, self.checkpoint.labels, self.config.read.fetches)
 
     def class_table(self, stats: ClassStatistics) -> pa.Table:
         """Statistics as `class_stats.parquet` holds them."""
@@ -91,7 +91,7 @@ def make_storage(section: StorageConfig) -> Storage:
     return Storage(endpoint_url=section.endpoint_url, region=section.region)
 
 
-def read_options(section: InputConfig, labels: Sequence[str]) -> ReadOptions:
+def read_options(section: InputConfig, labels: Sequence[str], fetches: int = 4) -> ReadOptions:
     """What readers need to know of the input, and of the model's classes.
 
     Of classes that share a name, as ImageNet's two cranes do, none is told by it.
@@ -106,6 +106,7 @@ def read_options(section: InputConfig, labels: Sequence[str]) -> ReadOptions:
         class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
         num_labels=len(labels),
         max_image_bytes=section.max_image_bytes,
+        fetches=fetches,
     )
 
 
@@ -113,10 +114,13 @@ def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
     """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
     from cvt.engine import resolve_precision
 
-    decides = {
+    decides: dict[str, Any] = {
         "checkpoint": checkpoint.digest,
         "precision": resolve_precision(config.model.precision, config.classify.device),
         "output": config.output.model_dump(exclude={"uri"}),
         "input": config.input.model_dump(exclude={"uri", "format"}),
     }
+    decoder = config.decode.resolved_device(config.classify.device), config.decode.quality
+    if decoder != ("cpu", "exact"):
+        decides["decode"] = decoder
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -82,6 +82,7 @@ class ReadOptions:
         class_ids: Pairs of class name and class index, for labels that are names.
         num_labels: Class indices go from 0 to below this; null: any that fits an int32.
         max_image_bytes: Larger images become error rows (unread, in tars and loose images).
+        fetches: Ranges of a tar, of 8 MiB, that are fetched at once.
     """
 
     labels: bool = True
@@ -92,14 +93,15 @@ class ReadOptions:
     class_ids: tuple[tuple[str, int], ...] = ()
     num_labels: int | None = None
     max_image_bytes: int = 256 * 1024**2
+    fetches: int = 4
 
 
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the shard's samples in shard order; a second reading yields the same.
 
     Streams: it holds one sample of a tar, 16 rows of a Parquet file and the pages that they lie in (by
-    default pyarrow writes 1024 rows a page), or 16 loose images, and read buffers of 8 MiB. The object
-    is pinned to the shard's version.
+    default pyarrow writes 1024 rows a page), or 16 loose images, and read buffers of 8 MiB: one, or of a
+    tar in object storage one more than `fetches`. The object is pinned to the shard's version.
 
     **WebDataset.** Adjacent members whose names are equal up to the first dot of the last part form a
     sample, with that as its key; the image is the first whose remaining extension is an image's. A
@@ -222,7 +224,7 @@ _HEADER_FAULTS = {
 
 def _read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     names = dict(options.class_ids)
-    with storage.open(shard.uri, shard.version) as file:
+    with storage.open_ahead(shard.uri, shard.version, options.fetches) as file:
         # By content: gzip is often called .tar. Not by tarfile, which checks neither gzip's end nor
         # its checksum.
         zipped = file.peek(2)[:2] == b"\x1f\x8b"

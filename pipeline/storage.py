@@ -18,6 +18,7 @@ import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -31,6 +32,7 @@ from botocore.config import Config
 from pipeline.retrying import Fault, retried
 
 _CHUNK_BYTES = 8 * 1024**2  # one ranged GET; what an open object holds in memory
+_AHEAD_BUFFER_BYTES = 1024**2
 _CHANGED = "the object is no longer the version that was listed"
 _NOT_EXPECTED = "the object is not the version that was expected"
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
@@ -148,6 +150,18 @@ class Storage:
             ObjectNotFound, ObjectChanged, StorageError: here or from any read.
         """
         return io.BufferedReader(self.open_raw(uri, version), buffer_size=_CHUNK_BYTES)
+
+    def open_ahead(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
+        """As `open`, for reading from start to end: as many ranges as `at_once` are fetched at a time.
+
+        A local file is read ahead by the operating system.
+        """
+        uri = normalised(uri)
+        service = self._service(uri)
+        raw = service.open(_pinned(uri, version))
+        if isinstance(service, _Local):
+            return io.BufferedReader(raw, buffer_size=_CHUNK_BYTES)
+        return io.BufferedReader(raw.ahead(at_once), buffer_size=_AHEAD_BUFFER_BYTES)
 
     def open_raw(self, uri: str, version: str | None = None) -> io.RawIOBase:
         """As `open`, but each read fetches what it asks for: for callers that buffer themselves."""
@@ -275,24 +289,73 @@ class _RangeReader(io.RawIOBase):
         for done in range(0, wanted, _CHUNK_BYTES):
             count = min(_CHUNK_BYTES, wanted - done)
             start = self._position + done
-            data = self._fetch(start, start + count)
-            if len(data) != count:
-                raise StorageError(
-                    self._info.uri, f"{len(data)} bytes at offset {start} where {count} should be"
-                )
-            view[done : done + count] = data
+            view[done : done + count] = self._fetched(start, start + count)
         self._position += wanted
         return wanted
+
+    def _fetched(self, start: int, stop: int) -> bytes:
+        data = self._fetch(start, stop)
+        if len(data) != stop - start:
+            cause = f"{len(data)} bytes at offset {start} where {stop - start} should be"
+            raise StorageError(self._info.uri, cause)
+        return data
 
     def readall(self) -> bytes:
         data = bytearray(max(0, self._info.size - self._position))
         self.readinto(data)
         return bytes(data)
 
+    def ahead(self, at_once: int) -> _ReadAhead:
+        """The same, fetching ahead."""
+        return _ReadAhead(self._info, self._fetch, at_once)
+
     def close(self) -> None:
         if not self.closed and self._close is not None:
             self._close()
         super().close()
+
+
+class _ReadAhead(_RangeReader):
+    """Fetches what comes next while its reader works on what came before.
+
+    Blocks of 8 MiB, as many at once as `at_once`, which it holds beside the one that is read. For reading
+    forwards: a jump to where nothing was fetched starts anew there.
+    """
+
+    def __init__(self, info: ObjectInfo, fetch: Callable[[int, int], bytes], at_once: int) -> None:
+        super().__init__(info, fetch)
+        self._at_once = at_once
+        self._blocks: dict[int, Future[bytes]] = {}
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="read-ahead")
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills the buffer up to the end of the object."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view) and self._position < self._info.size:
+            number, offset = divmod(self._position, _CHUNK_BYTES)
+            data = memoryview(self._block(number))[offset : offset + len(view) - done]
+            view[done : done + len(data)] = data
+            done += len(data)
+            self._position += len(data)
+        return done
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _block(self, number: int) -> bytes:
+        """A block's bytes; sees to it that the next ones are on their way."""
+        last = (self._info.size - 1) // _CHUNK_BYTES
+        wanted = range(number, min(number + self._at_once, last) + 1)
+        for other in self._blocks.keys() - set(wanted):
+            self._blocks.pop(other).cancel()
+        for other in wanted:
+            if other not in self._blocks:
+                start = other * _CHUNK_BYTES
+                stop = min(start + _CHUNK_BYTES, self._info.size)
+                self._blocks[other] = self._pool.submit(self._fetched, start, stop)
+        return self._blocks[number].result()
 
 
 @contextlib.contextmanager

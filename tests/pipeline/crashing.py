@@ -54,6 +54,8 @@ class Crash:
 @dataclass(frozen=True)
 class _NoResources:
     device: str = "cpu"
+    readers: int = 1
+    decoders: int = 1
 
 
 def _label_chunks(
@@ -106,7 +108,7 @@ def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
     """Lets `run_labelling` do in this process what it does on a cluster, with groups of few images."""
     dataflow: Any = types.ModuleType("pipeline.dataflow")
     dataflow.label_chunks = _label_chunks
-    dataflow.cluster_resources = lambda config: _NoResources()
+    dataflow.cluster_resources = lambda config, checkpoint: _NoResources()
     patch.setitem(sys.modules, "pipeline.dataflow", dataflow)
     patch.setattr(labelling, "ray_cluster", _no_ray)
     patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import Config, load_config
-from pipeline.dataflow import MAX_READ_TASKS, ShardSource, choose_resources
+from pipeline.dataflow import MAX_READ_TASKS, Cluster, Resources, ShardSource, choose_resources
 from pipeline.reading import ReadOptions
 from pipeline.shards import Shard
 from pipeline.storage import Storage
@@ -14,9 +14,16 @@ def config(*overrides: str) -> Config:
     return load_config(Config, None, [*base, *overrides])
 
 
+CVT_13 = 4_566_000_000  # multiply-accumulates of an image of 224 pixels
+
+
+def choose(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resources:
+    return choose_resources(config, Cluster(cpus, gpus, node_cpus), CVT_13, 224)
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
 def test_one_slot_of_each_stage_fits_into_a_single_machine(cpus: int) -> None:
-    resources = choose_resources(config(), cpus=cpus, gpus=0, node_cpus=cpus)
+    resources = choose(config(), cpus=cpus, gpus=0, node_cpus=cpus)
     taken = (
         resources.readers * resources.read_cpus
         + resources.decode_cpus
@@ -29,42 +36,79 @@ def test_one_slot_of_each_stage_fits_into_a_single_machine(cpus: int) -> None:
 
 
 def test_a_classifier_alone_on_a_small_machine_gets_all_of_its_threads() -> None:
-    assert choose_resources(config(), cpus=2, gpus=0, node_cpus=2).threads == 2
+    assert choose(config(), cpus=2, gpus=0, node_cpus=2).threads == 2
 
 
 def test_several_classifiers_share_the_cores() -> None:
-    resources = choose_resources(config(), cpus=64, gpus=0, node_cpus=64)
+    resources = choose(config(), cpus=64, gpus=0, node_cpus=64)
     assert resources.max_actors > 1
     assert resources.threads is not None
     assert resources.threads * resources.max_actors <= 64
 
 
 def test_gpus_are_used_where_there_are_any() -> None:
-    resources = choose_resources(config(), cpus=32, gpus=4, node_cpus=16)
+    resources = choose(config(), cpus=32, gpus=4, node_cpus=16)
     assert (resources.device, resources.classify_gpus, resources.max_actors) == ("cuda", 1.0, 4)
-    assert choose_resources(config("classify.device=cpu"), 32, 4, 16).device == "cpu"
+    assert choose(config("classify.device=cpu"), 32, 4, 16).device == "cpu"
 
 
 def test_actors_on_gpus_leave_cpus_to_the_other_stages() -> None:
-    resources = choose_resources(config(), cpus=4, gpus=8, node_cpus=4)
+    resources = choose(config(), cpus=4, gpus=8, node_cpus=4)
     taken = resources.readers * resources.read_cpus + resources.decode_cpus
     assert taken + resources.max_actors * resources.classify_cpus <= 4
 
 
 def test_a_fraction_of_a_gpu_makes_room_for_more_actors() -> None:
-    assert choose_resources(config("classify.num_gpus=0.5"), 32, 4, 16).max_actors == 8
+    assert choose(config("classify.num_gpus=0.5"), 32, 4, 16).max_actors == 8
 
 
 def test_actors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"min_actors: 3 classifiers don't fit .* 32 CPUs and 2 GPUs"):
-        choose_resources(config("classify.min_actors=3"), 32, 2, 16)
+        choose(config("classify.min_actors=3"), 32, 2, 16)
     with pytest.raises(ValueError, match="0 GPUs"):
-        choose_resources(config("classify.device=cuda"), 32, 0, 16)
+        choose(config("classify.device=cuda"), 32, 0, 16)
 
 
 def test_a_cluster_that_grows_may_start_without_gpus() -> None:
-    resources = choose_resources(config("classify.device=cuda", "classify.max_actors=8"), 4, 0, 4)
+    resources = choose(config("classify.device=cuda", "classify.max_actors=8"), 4, 0, 4)
     assert (resources.device, resources.max_actors) == ("cuda", 8)
+
+
+@pytest.mark.parametrize(
+    ("macs", "size", "on_cpu", "on_gpu"),
+    [
+        (18_626_000, 28, 4096, 4096),
+        (CVT_13, 224, 128, 1024),
+        (14_000_000_000, 384, 32, 256),
+        (194_200_000_000, 384, 16, 16),
+    ],
+)
+def test_chunks_are_as_large_as_keeps_a_classifier_busy(
+    macs: int, size: int, on_cpu: int, on_gpu: int
+) -> None:
+    assert choose_resources(config(), Cluster(8, 0, 8), macs, size).chunk_images == on_cpu
+    assert choose_resources(config(), Cluster(8, 1, 8), macs, size).chunk_images == on_gpu
+    assert choose_resources(config("read.chunk_images=7"), Cluster(8, 1, 8), macs, size).chunk_images == 7
+
+
+def test_decoders_are_as_many_as_find_room() -> None:
+    resources = choose(config(), 16, 1, 16)
+    taken = resources.readers * resources.read_cpus + resources.max_actors * resources.classify_cpus
+    assert taken + resources.decoders * resources.decode_cpus <= 16
+    assert resources.decoders == 14
+
+
+def test_where_the_gpu_decodes_no_decoder_takes_room() -> None:
+    resources = choose(config("classify.device=cuda", "decode.device=auto"), 16, 1, 16)
+    assert (resources.decoders, resources.decode_cpus) == (0, 0.0)
+
+
+def test_memory_of_tasks_leaves_room_on_a_small_machine() -> None:
+    cluster = Cluster(2, 0, 2, node_memory=1 << 30)
+    resources = choose_resources(config(), cluster, CVT_13, 224)
+    assert resources.read_memory + resources.decode_memory <= 1 << 29
+    resources = choose_resources(config("read.memory=1000", "decode.memory=2000"), cluster, CVT_13, 224)
+    assert (resources.read_memory, resources.decode_memory) == (1000, 2000)
 
 
 def plan(count: int) -> list[Shard]:

@@ -236,6 +236,38 @@ def test_of_an_animation_or_several_pages_the_first_is_taken(format: str) -> Non
     assert np.abs(decoded(data).pixels - alone).mean() < 2
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("size", "scale"), [((90, 60), 1), ((190, 150), 4), ((640, 800), 16), ((75, 2000), 2)]
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_fast_decoding_of_a_jpeg_is_close_and_tells_its_true_size(
+    mode: str, size: tuple[int, int], scale: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(picture(mode, size), "JPEG", quality=95, exif=exif)
+    exact, fast = decode(data, PREPROCESSOR, LIMIT * 2), decode(data, PREPROCESSOR, LIMIT * 2, fast=True)
+    assert fast[1:] == exact[1:]
+    assert exact.pixels is not None
+    assert fast.pixels is not None
+    difference = np.abs(exact.pixels.astype(int) - fast.pixels)
+    assert difference.mean() < 2
+    assert (difference.max() > 0) == (scale > 1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_fast_decoding_changes_nothing_but_jpegs(format: str) -> None:
+    data = encode(picture(size=(640, 480)), format)
+    exact, fast = decode(data, PREPROCESSOR, LIMIT), decode(data, PREPROCESSOR, LIMIT, fast=True)
+    assert np.array_equal(exact.pixels, fast.pixels) == (format != "JPEG")  # type: ignore[arg-type]
+
+
+def test_fast_decoding_keeps_the_message_of_a_broken_jpeg() -> None:
+    data = encode(picture(size=(640, 480)), "JPEG")[:-2000]
+    assert decode(data, PREPROCESSOR, LIMIT, fast=True) == decode(data, PREPROCESSOR, LIMIT)
+
+
 def test_a_photograph_with_a_second_picture_is_its_first() -> None:
     data = encode(picture(), "MPO", save_all=True, append_images=[picture().rotate(180)])
     assert_decodes_to(data, by_transformers(data))

@@ -158,6 +158,16 @@ def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, 
     assert record["counts"]["images"] == 100
     assert record["config"]["read"]["chunk_images"] == 7
     assert record["versions"]["ray"]
+    stages = record["stages"]
+    assert list(stages) == ["storage", "decode", "classify", "commit"]
+    assert {stage["images"] for stage in stages.values()} == {100}
+    for stage in stages.values():
+        assert stage["busy_s"] > 0
+        assert stage["bytes"] > 0
+        assert 0 < stage["share_busy"] <= 1
+    assert stages["decode"]["bytes"] == 100 * 28 * 28 * 3
+    assert "busy" in record["bound_by"]
+    assert record["seconds"]["first_result"] <= record["seconds"]["first_commit"]
     report = storage.read(f"{partition.uri}/report.html").decode()
     assert "Ankle boot" in report
     assert "T-shirt/top" in report

@@ -21,8 +21,10 @@ from pipeline.committing import Progress
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.labelling import Plan, RunResult, Stopped, make_plan, rebuild, run_labelling
 from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
-from pipeline.planning import Selection, State
+from pipeline.partition import Partition
+from pipeline.planning import Selection, State, Work
 from pipeline.record import RunRecord
+from pipeline.recovering import Repairs
 from pipeline.shards import prediction_path
 from pipeline.storage import ObjectInfo, Storage
 from tests.fault_proxy import FaultProxy
@@ -478,19 +480,21 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
         write(root, f"{i}.tar", i)
     run_labelling(config(root))
     (tmp_path / "in" / "0.tar").unlink()
-    tidy = labelling._tidy
+    tidy = labelling.tidy
 
-    def suspended(result: RunResult, record: RunRecord, lease: Lease) -> bool:
-        monkeypatch.setattr(labelling, "_tidy", tidy)
+    def suspended(
+        partition: Partition, work: Work, repairs: Repairs, record: RunRecord, lease: Lease
+    ) -> bool:
+        monkeypatch.setattr(labelling, "tidy", tidy)
         write(root, "0.tar", 7, count=3)
-        path = Path(result.plan.partition.uri, "lease.json")
+        path = Path(partition.uri, "lease.json")
         held = path.read_text()
         path.unlink()
         run_labelling(config(root))
         path.write_text(held)
-        return tidy(result, record, lease)
+        return tidy(partition, work, repairs, record, lease)
 
-    monkeypatch.setattr(labelling, "_tidy", suspended)
+    monkeypatch.setattr(labelling, "tidy", suspended)
     run_labelling(config(root), selection=Selection(prune=True))
     run_labelling(config(root))
     assert len(keys(root)) == 12 + 3

@@ -8,6 +8,7 @@ import random
 import secrets
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -464,6 +465,46 @@ def test_of_a_large_object_only_the_range_that_failed_is_read_again(
     proxy.next(kind, kind, where=lambda request: request.range == ranges[1])
     assert faulty.read(info.uri, info.version) == data
     assert [request.range for request in proxy.seen] == [ranges[0], *[ranges[1]] * 3, ranges[2]]
+
+
+def test_reading_ahead_has_several_ranges_under_way_and_gives_the_same_bytes(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage
+) -> None:
+    data = random.Random(4).randbytes(4 * CHUNK + 12345)
+    info = storage.write(f"{folder}/x", data)
+    proxy.next("reset", "truncated", where=lambda request: request.range.startswith(f"bytes={2 * CHUNK}-"))
+    with faulty.open_ahead(info.uri, info.version, 3) as file:
+        assert file.read(100) == data[:100]
+        deadline = time.monotonic() + 30
+        while len({request.range for request in proxy.seen}) < 4:  # though only the first was asked for
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert file.seek(CHUNK - 7) == CHUNK - 7
+        assert file.read(CHUNK) == data[CHUNK - 7 : 2 * CHUNK - 7]
+        assert file.read() == data[2 * CHUNK - 7 :]
+        assert file.read(1) == b""
+        file.seek(5)
+        assert file.read(2 * CHUNK) == data[5 : 5 + 2 * CHUNK]
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == data[-3:]
+    assert proxy.left == 0
+
+
+def test_what_is_read_ahead_is_pinned_to_its_version(storage: Storage, folder: str) -> None:
+    info = storage.write(f"{folder}/x", bytes(3 * CHUNK))
+    with storage.open_ahead(info.uri, info.version, 1) as file:
+        assert file.read(10) == bytes(10)
+        storage.write(info.uri, b"1" * 3 * CHUNK)
+        with pytest.raises(ObjectChanged):
+            file.read()
+    with storage.open_ahead(f"{folder}/none", info.version, 2) as file, pytest.raises(ObjectNotFound):
+        file.read()
+
+
+def test_an_empty_object_can_be_read_ahead(storage: Storage, folder: str) -> None:
+    info = storage.write(f"{folder}/x", b"")
+    with storage.open_ahead(info.uri, info.version, 2) as file:
+        assert file.read() == b""
 
 
 def test_a_listing_of_which_a_page_breaks_off_is_complete(
