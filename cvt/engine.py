@@ -5,9 +5,11 @@ Neither decodes nor resizes images, nor says what logits mean.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -47,20 +49,26 @@ class EngineOutput(NamedTuple):
 class Runtime(Protocol):
     """What runs the network: uint8 (n, H, W, channels) to logits and embeddings, float32.
 
-    `batch_size` is the most images of one call; it may be lowered.
+    `batch_size` is the most images of one call; it may be lowered. Not for several threads at once.
     """
 
     batch_size: int
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Runs the network on n images, n from 1 to `batch_size`."""
+    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Runs the network on n images, n from 1 to `batch_size`.
+
+        A device may still be filling in what this returns, until `finish` is called.
+        """
+
+    def finish(self) -> None:
+        """Waits until all that was returned is filled in."""
 
 
 class Engine:
     """A model that is ready to classify batches.
 
     The same images in the same call give the same bits on the same machine; in another company,
-    they may differ by rounding. Not for calls from several threads at once.
+    they may differ by rounding. Several threads may call it: each waits for its turn.
 
     Args:
         model: the model; a copy of it is used and it stays as it is.
@@ -72,7 +80,7 @@ class Engine:
         runtime: "torch"; "compile": with `torch.compile`, which takes a minute, once a machine and shape
             of batch, and on a GPU uses CUDA graphs; or "openvino", for a CPU.
         batch_size: most images that go to the device at once; halved where a GPU runs out of memory.
-        threads: CPU threads; of PyTorch, for the whole process; its own choice if None.
+        threads: CPU threads; PyTorch's own choice if None.
 
     Raises:
         ValueError: an argument isn't one of these, or there is no GPU, or model and preprocessor
@@ -104,9 +112,8 @@ class Engine:
                 f"the model takes images of {model.config.num_channels} channels,"
                 f" its preprocessing makes {channels}"
             )
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._image_shape = (preprocessor.size, preprocessor.size, channels)
+        self._threads = threads or torch.get_num_threads()
         self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
         self._runtime: Runtime
         if runtime == "openvino":
@@ -116,47 +123,73 @@ class Engine:
                 raise ValueError(f"runtime 'openvino' is for a CPU, and device is {self.device.type!r}")
             network = InferenceNetwork(model, preprocessor, torch.float32)
             self._runtime = OpenVinoRuntime(
-                network, self._image_shape, self.precision, batch_size, threads or torch.get_num_threads()
+                network, self._image_shape, self.precision, batch_size, self._threads
             )
-        else:
-            network = InferenceNetwork(model, preprocessor, PRECISIONS[self.precision]).to(self.device)
-            split = batch_size
-            if self.device.type == "cpu":
-                parts = -(-batch_size // _images_at_once(model.config, preprocessor.size))
-                split = -(-batch_size // parts)  # as equal as can be: what is compiled fills up the last one
-            self._runtime = TorchRuntime(network, self._image_shape, batch_size, split, runtime == "compile")
+            return
+        if runtime == "compile":
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
+        network = InferenceNetwork(model, preprocessor, PRECISIONS[self.precision]).to(self.device)
+        if self.device.type == "cuda":
+            from cvt.cuda_runtime import CudaRuntime
+
+            self._runtime = CudaRuntime(network, self._image_shape, batch_size, runtime == "compile")
+            return
+        parts = -(-batch_size // _images_at_once(model.config, preprocessor.size))
+        split = -(-batch_size // parts)  # as equal as can be: what is compiled fills up the last one
+        self._runtime = TorchRuntime(network, self._image_shape, batch_size, split, runtime == "compile")
 
     @property
     def batch_size(self) -> int:
         """Most images that go to the device at once."""
         return self._runtime.batch_size
 
-    def __call__(self, images: np.ndarray) -> EngineOutput:
+    def __call__(self, images: np.ndarray | Tensor) -> EngineOutput:
         """Classifies images, uint8 (n, size, size, channels).
 
+        Args:
+            images: an array; or a tensor on the engine's device, which doesn't pass through the host.
+
         Raises:
-            ValueError: the array has another type or shape.
+            ValueError: the images have another type or shape, or are on another device.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != self._image_shape:
+        pixel_type = torch.uint8 if isinstance(images, Tensor) else np.uint8
+        if images.dtype != pixel_type or images.shape[1:] != self._image_shape:
             wanted = ", ".join(map(str, self._image_shape))
-            raise ValueError(f"images must be uint8 (n, {wanted}), not {images.dtype} {images.shape}")
-        logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
-        start = 0
+            raise ValueError(f"images must be uint8 (n, {wanted}), not {images.dtype} {tuple(images.shape)}")
+        if isinstance(images, Tensor) and images.device.type != self.device.type:
+            raise ValueError(f"images are on {images.device.type!r}, and the engine on {self.device.type!r}")
+        if isinstance(images, Tensor):
+            if self.device.type == "cuda":  # what makes them may be queued on a stream of the caller's
+                torch.cuda.current_stream(images.device).synchronize()
+            else:
+                images = images.numpy()
+        return _thread(os.getpid()).submit(self._classify, images).result()
+
+    def _classify(self, images: np.ndarray | Tensor) -> EngineOutput:
+        if self._threads != torch.get_num_threads():
+            torch.set_num_threads(self._threads)
+        outputs, start = [], 0
         while start < len(images):
             rows = slice(start, start + self.batch_size)
             try:
-                logits[rows], embeddings[rows] = self._runtime(images[rows])
+                outputs.append((rows, self._runtime(images[rows])))
+            # Raised where memory is asked for, which is here: what is queued already is not affected.
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
                 self._halve()
                 continue
             start = rows.stop
+        self._runtime.finish()
+        logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
+        for rows, output in outputs:
+            logits[rows], embeddings[rows] = output
         return EngineOutput(logits, embeddings)
 
     def warm_up(self) -> None:
         """Classifies a black image, so that the first call that counts finds everything made."""
-        self(np.zeros((1, *self._image_shape), np.uint8))
+        for _ in range(2):  # a CUDA graph is recorded the second time
+            self(np.zeros((1, *self._image_shape), np.uint8))
 
     def _halve(self) -> None:
         """Goes on with half the batch, for good: others may use the GPU too."""
@@ -165,11 +198,22 @@ class Engine:
         logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
 
 
+@functools.cache
+def _thread(process: int) -> ThreadPoolExecutor:
+    """The one thread of this process that runs networks.
+
+    PyTorch keeps CUDA graphs by thread: called from another one, compiled code fails. On a CPU, each thread
+    that computes would have worker threads of its own, and a number of them that is set for it alone. A
+    fork has another process id, and makes its own.
+    """
+    return ThreadPoolExecutor(1, "engine")
+
+
 class TorchRuntime:
-    """The network in PyTorch, eager or compiled.
+    """The network in PyTorch on a CPU, eager or compiled.
 
     Args:
-        network: on its device.
+        network: on the CPU.
         image_shape: (size, size, channels).
         batch_size: most images of one call.
         split: most images that go through the network at once.
@@ -187,37 +231,28 @@ class TorchRuntime:
         self.batch_size = batch_size
         self._split = split
         self._compiled = compiled
-        self._device = network.scale.device
         self._network = network
         self._forward = network.forward
-        if not compiled and self._device.type == "cpu":
-            network.pack()
         if compiled:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
-            # CUDA graphs spare a GPU the launch of each kernel by itself.
-            mode = "reduce-overhead" if self._device.type == "cuda" else "default"
-            self._forward = torch.compile(network, dynamic=False, fullgraph=True, mode=mode)
-        # Page-locked for a GPU; also because PyTorch doesn't take read-only arrays, which Ray gives.
-        self._staged = torch.zeros(
-            (-(-batch_size // split) * split, *image_shape),
-            dtype=torch.uint8,
-            pin_memory=self._device.type == "cuda",
-        )
+            self._forward = torch.compile(network, dynamic=False, fullgraph=True)
+        else:
+            network.pack()
+        # PyTorch doesn't take read-only arrays, which Ray gives.
+        self._staged = torch.zeros((-(-batch_size // split) * split, *image_shape), dtype=torch.uint8)
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Runs the network; see `Runtime`."""
         count, split = len(images), min(self._split, self.batch_size)
         parts = -(-count // split)
         staged = self._staged[: parts * split if self._compiled else count]
         staged.numpy()[:count] = images
-        # cuDNN left to itself may take another algorithm, or TensorFloat-32, from run to run.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            pixels = staged.to(self._device, non_blocking=True)
-            # A CUDA graph's outputs are overwritten by its next run: they are copied at once.
-            results = [[out.cpu() for out in self._forward(part)] for part in pixels.tensor_split(parts)]
+        results = [self._forward(part) for part in staged.tensor_split(parts)]
         logits, embeddings = (_joined(outputs)[:count] for outputs in zip(*results, strict=True))
         return logits, embeddings
+
+    def finish(self) -> None:
+        """Nothing is under way."""
 
 
 def _joined(outputs: tuple[Tensor, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cvt.inference_network import InferenceNetwork
 
@@ -70,8 +71,9 @@ class OpenVinoRuntime:
         self._queue = openvino.AsyncInferQueue(core.compile_model(exported, "CPU", options), threads)
         self._queue.set_callback(self._keep)
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Runs the network; see `Runtime`."""
+        images = np.asarray(images)
         embeddings = np.empty((len(images), self._width), np.float32)
         for start in range(0, len(images), self._at_once):
             part = images[start : start + self._at_once]
@@ -83,6 +85,9 @@ class OpenVinoRuntime:
         with torch.inference_mode():
             logits: np.ndarray = self._network.classify(torch.from_numpy(embeddings)).numpy()
         return logits, embeddings
+
+    def finish(self) -> None:
+        """Nothing is under way."""
 
     @staticmethod
     def _keep(request: Any, rows: np.ndarray) -> None:

@@ -203,9 +203,13 @@ class Preprocessor:
             return shortest, int(shortest * height / width)
         return int(shortest * width / height), shortest
 
+    def crop_corner(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top of the crop in the resized image, rounded as transformers' center_crop."""
+        return (width - self.size) // 2, (height - self.size) // 2
+
     def _kept_box(self, source: tuple[int, int], resized: tuple[int, int]) -> Box:
-        """The part of the source that the crop keeps, rounded as transformers' center_crop."""
-        left, top = ((length - self.size) // 2 for length in resized)
+        """The part of the source that the crop keeps."""
+        left, top = self.crop_corner(*resized)
         # Multiplied first: the far edge is then the source's own where the crop reaches it.
         return (
             left * source[0] / resized[0],

@@ -149,6 +149,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
         "output": result.plan.partition.uri,
     }
     if result.stages:
+        rows["decoded by"] = result.decoder
         rows["bound by"] = bound_by(result.stages)
     if not work.shards:
         rows = {name: rows[name] for name in ("shards", "output")}

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.reading import Sample, ShardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: What a reader knows of each sample.
 ENCODED = pa.struct(
@@ -38,7 +42,8 @@ class Chunk:
         samples: one row a sample; its columns depend on the stage it has come through.
         total: the shard's number of samples, on its last chunk only.
         error: why the shard can't be read any further; only on its last chunk.
-        pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order.
+        pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order; a
+            tensor where they were decoded on the classifier's device: they stay there.
         may_pass: whether an error is the storage's fault, and not the shard's.
         faults: failures of storage that passed while it was read, by kind.
         spent: seconds and bytes by stage, as `pipeline.stages.Meter` names them.
@@ -49,13 +54,13 @@ class Chunk:
     samples: pa.Table
     total: int | None = None
     error: str | None = None
-    pixels: np.ndarray | None = None
+    pixels: np.ndarray | Tensor | None = None
     may_pass: bool = False
     faults: Mapping[str, int] = field(default_factory=dict)
     spent: Mapping[str, float] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:
-        """The chunk as a table of one row; pixels are not copied."""
+        """The chunk as a table of one row; pixels are not copied, and must be an array."""
         rows = self.samples.to_struct_array().combine_chunks()
         columns = {
             "shard": pa.array([self.shard], pa.int64()),
@@ -68,6 +73,7 @@ class Chunk:
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
         }
         if self.pixels is not None:
+            assert isinstance(self.pixels, np.ndarray)
             columns["shape"] = pa.array([self.pixels.shape], pa.list_(pa.int64()))
             columns["pixels"] = _one_binary(self.pixels)
         return pa.table(columns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,9 @@ import pyarrow.compute as pc
 from pipeline.chunks import Chunk
 from pipeline.decoding import one_line
 from pipeline.predictions import model_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("cvt_label")
 
@@ -34,9 +37,12 @@ class Outputs(Protocol):
 
 
 class Backend(Protocol):
-    """A model: uint8 images (n, height, width, 3) in, logits and embeddings out."""
+    """A model: uint8 images (n, height, width, 3) in, logits and embeddings out.
 
-    def __call__(self, images: np.ndarray) -> Outputs:
+    Images are an array, or what decoding put on the model's device: `classify` only slices them.
+    """
+
+    def __call__(self, images: Any) -> Outputs:
         """Classifies n images, n from 1 up."""
 
 
@@ -75,7 +81,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
         failures: dict[int, Exception] = {}
         outputs = list(_bisected(backend, chunk.pixels, failures))
         if failures:  # is it the images, or a device that broke midway?
-            backend(np.zeros_like(chunk.pixels[:1]))
+            backend(chunk.pixels[:1] * 0)
         messages: list[str | None] = [None] * len(chunk.pixels)
         for place, failure in failures.items():
             messages[place] = one_line(
@@ -101,7 +107,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
 
 
 def _bisected(
-    backend: Backend, pixels: np.ndarray, failures: dict[int, Exception], start: int = 0
+    backend: Backend, pixels: np.ndarray | Tensor, failures: dict[int, Exception], start: int = 0
 ) -> Iterator[Outputs]:
     """The model's outputs for those images for which it doesn't fail; the others go to `failures`."""
     try:

@@ -35,6 +35,7 @@ from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
+    from pipeline.gpu_decoding import GpuDecoder
 
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
 MAX_READ_TASKS = 10_000
@@ -299,17 +300,30 @@ class _ClassifierActor:
             threads=resources.threads,
         )
         self._engine.warm_up()
+        self._decoder: GpuDecoder | None = None
+        if not resources.decoders:
+            from pipeline.gpu_decoding import GpuDecoder
+
+            max_pixels = config.input.max_image_pixels
+            self._decoder = GpuDecoder(loaded.preprocessor, max_pixels, self._engine.device)
+            self._decode_meter = Meter(DECODE)
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
         self._meter = Meter(CLASSIFY)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         for chunk in Chunk.from_block(block):
+            decoded, spent = chunk, {}
+            if self._decoder is not None:
+                with self._decode_meter:
+                    decoded = self._decoder(chunk)
+                assert decoded.pixels is not None
+                spent = self._decode_meter.taken(bytes=decoded.pixels.nbytes)
             with self._meter:
-                classified = classify(chunk, self._engine, self._options)
-            spent = self._meter.taken(bytes=classified.samples.nbytes)
+                classified = classify(decoded, self._engine, self._options)
+            spent |= {**decoded.spent, **self._meter.taken(bytes=classified.samples.nbytes)}
             if self._gpu_meter is not None:
                 spent |= self._gpu_meter.taken()
-            yield replace(classified, spent={**chunk.spent, **spent}).to_block()
+            yield replace(classified, spent=spent).to_block()
 
 
 def label_chunks(
@@ -334,22 +348,23 @@ def label_chunks(
         memory=resources.read_memory,
         ray_remote_args={"max_retries": TASK_RETRIES},
     )
-    decoded = chunks.map_batches(
-        _decode_block,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "preprocessor": checkpoint.preprocessor,
-            "max_pixels": config.input.max_image_pixels,
-            "fast": config.decode.quality == "fast",
-        },
-        num_cpus=resources.decode_cpus,
-        memory=resources.decode_memory,
-        max_retries=TASK_RETRIES,
-    )
+    if resources.decoders:
+        chunks = chunks.map_batches(
+            _decode_block,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={
+                "preprocessor": checkpoint.preprocessor,
+                "max_pixels": config.input.max_image_pixels,
+                "fast": config.decode.quality == "fast",
+            },
+            num_cpus=resources.decode_cpus,
+            memory=resources.decode_memory,
+            max_retries=TASK_RETRIES,
+        )
     # Put once, so that the weights cross the network once a node, and not once an actor.
     reference = ray.put(checkpoint)
-    classified = decoded.map_batches(
+    classified = chunks.map_batches(
         _ClassifierActor,
         fn_constructor_args=(reference, options, config, resources),
         batch_size=None,
@@ -404,7 +419,7 @@ def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int)
         if chunk.error is not None:
             raise ValueError(chunk.error)
         decoded = decode_chunk(chunk, preprocessor, max_pixels)
-        assert decoded.pixels is not None
+        assert isinstance(decoded.pixels, np.ndarray)
         good = decoded.samples.filter(pc.is_null(decoded.samples["error"]))
         has_target = pc.is_valid(good["target"])
         images.append(decoded.pixels.reshape(-1, width)[has_target.to_numpy()])

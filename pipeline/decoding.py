@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -106,11 +107,11 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     try:
         file = reader(io.BytesIO(data))
         width, height = file.size
-        if error := _too_large(width, height, max_pixels):
+        if error := too_large(width, height, max_pixels):
             return Decoded(None, width, height, error)
         scaled = fast and file.draft(file.mode, preprocessor.resized_size(width, height)) is not None
         file.load()
-        turn = _turn(file)
+        turn = turn_of(file)
         image = _to_rgb(file)
         if turn is not None:
             image = image.transpose(turn)
@@ -131,7 +132,8 @@ def _unknown(data: bytes) -> str:
     return f"not an image in a supported format ({names}): starts with {data[:12]!r}"
 
 
-def _too_large(width: int, height: int, max_pixels: int) -> str | None:
+def too_large(width: int, height: int, max_pixels: int) -> str | None:
+    """What is wrong with an image of this size, in pixels; None if nothing is."""
     if width * height > max_pixels:
         return f"{width} x {height} pixels are more than the limit of {max_pixels}"
     if max(width, height) > MAX_SIDE:
@@ -155,8 +157,8 @@ def _to_rgb(file: ImageFile) -> Image.Image:
     return file.convert("RGB")
 
 
-def _turn(file: ImageFile) -> Image.Transpose | None:
-    """How an image is to be turned as its file's EXIF (or XMP) says; None where there is nothing to turn.
+def turn_of(file: ImageFile) -> Image.Transpose | None:
+    """How an image is to be turned, as its file's EXIF (or XMP) says; None if it is upright.
 
     As in PIL.ImageOps.exif_transpose, but lives with damaged EXIF.
     """
@@ -193,7 +195,7 @@ def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast
     samples = chunk.samples
     size = preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
-    widths, heights, errors, good = [], [], [], 0
+    outcomes, good = [], 0
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
@@ -201,11 +203,13 @@ def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast
         if decoded.pixels is not None:
             pixels[good] = decoded.pixels
             good += 1
-        widths.append(decoded.width)
-        heights.append(decoded.height)
-        errors.append(decoded.error)
+        outcomes.append(decoded._replace(pixels=None))
+    return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:good])
+
+
+def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:
+    """The samples with what their decoding said (but for pixels) in place of the encoded images."""
     samples = samples.drop_columns(["image", "error"])
-    samples = samples.append_column("width", pa.array(widths, pa.int32()))
-    samples = samples.append_column("height", pa.array(heights, pa.int32()))
-    samples = samples.append_column("error", pa.array(errors, pa.string()))
-    return replace(chunk, samples=samples, pixels=pixels[:good])
+    samples = samples.append_column("width", pa.array([o.width for o in outcomes], pa.int32()))
+    samples = samples.append_column("height", pa.array([o.height for o in outcomes], pa.int32()))
+    return samples.append_column("error", pa.array([o.error for o in outcomes], pa.string()))

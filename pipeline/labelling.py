@@ -101,6 +101,7 @@ class RunResult:
         timings: seconds from its start to each event, by name.
         worker_faults: failures of storage that passed, in the workers, by kind.
         stages: each stage's part in it; empty where nothing was to be labelled.
+        decoded_on_gpu: images that a GPU decoded; None where only the CPU was to.
     """
 
     run: str
@@ -112,6 +113,7 @@ class RunResult:
     timings: dict[str, float] = field(default_factory=dict)
     worker_faults: Counter[str] = field(default_factory=Counter)
     stages: dict[str, StageFigures] = field(default_factory=dict)
+    decoded_on_gpu: int | None = None
 
     @property
     def rate(self) -> float:
@@ -119,6 +121,14 @@ class RunResult:
         if "last_result" not in self.timings:
             return 0.0
         return self.totals.images / max(self.timings["last_result"] - self.timings["ray_ready"], 1e-9)
+
+    @property
+    def decoder(self) -> str:
+        """What decoded the images, in words."""
+        if self.decoded_on_gpu is not None:
+            on_cpu = self.totals.images - self.decoded_on_gpu
+            return f"the GPU, {self.decoded_on_gpu:,} images, and the CPU, {on_cpu:,}"
+        return f"the CPU, {self.plan.partition.config.decode.quality}"
 
     @property
     def is_complete(self) -> bool:
@@ -156,11 +166,17 @@ def check_input(config: Config) -> None:
         raise _no_shards(config.input, listing)
 
 
-def _check_runtime(config: Config) -> None:
-    """Tells at once, not from within a worker, that the runtime isn't installed; nodes are alike."""
+def _check_installed(config: Config) -> None:
+    """Tells at once, not from within a worker, that something isn't installed; nodes are alike."""
     runtime = config.classify.runtime
     if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
         raise ConfigError("classify.runtime: openvino is not installed: pip install 'cvt-label[openvino]'")
+    decodes_on_gpu = config.decode.resolved_device(config.classify.device) == "gpu"
+    if decodes_on_gpu and importlib.util.find_spec("torchvision") is None:
+        raise ConfigError(
+            "decode.device: the GPU decodes by torchvision, which is not installed: pip install "
+            "'cvt-label[gpu]', or set decode.device: cpu"
+        )
 
 
 def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
@@ -236,7 +252,7 @@ def run_labelling(
         Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
     clock, before = Clock(), faults()
-    _check_runtime(config)
+    _check_installed(config)
     check_input(config)
     partition = open_partition(config)
     run = new_run_id()
@@ -385,9 +401,16 @@ def _label(
         if resources.decoders:
             workers[DECODE] = resources.decoders
         result.stages = stage_figures(committer.spent, committer.progress().images, workers, seconds)
+        if not resources.decoders:
+            result.decoded_on_gpu = int(committer.spent["decode.on_gpu"])
         stages = {stage: asdict(figures) for stage, figures in result.stages.items()}
         utilisation = gpu_utilisation(committer.spent)
-        record.note(stages=stages, bound_by=bound_by(result.stages), gpu_utilisation=utilisation)
+        record.note(
+            stages=stages,
+            bound_by=bound_by(result.stages),
+            gpu_utilisation=utilisation,
+            decoder=result.decoder,
+        )
         on_progress(committer.progress(), plan)
     return stop
 

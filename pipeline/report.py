@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from pipeline.stages import bound_by
+
 if TYPE_CHECKING:
     from pipeline.labelling import RunResult
 
@@ -108,6 +110,8 @@ def render_report(result: RunResult) -> str:
         "This run": f"{totals.images:,} images in {totals.shards:,} shards; {totals.errors:,} errors",
         "In all": f"{int(stats.count.sum()):,} labelled images",
     }
+    if result.stages:
+        facts |= {"Decoded by": result.decoder, "Bound by": bound_by(result.stages)}
     if stats.has_targets:
         facts["Top-1 accuracy"] = percent(stats.top1_accuracy())
         facts["Top-5 accuracy"] = percent(stats.top5_accuracy(partition.config.output.topk))

@@ -5,18 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
+from cvt.cuda_runtime import CudaRuntime
 from cvt.engine import Engine, Runtime, resolve_precision
+from cvt.inference_network import InferenceNetwork
 from cvt.modeling import CvtForImageClassification, CvtStage
 from cvt.preprocessing import Preprocessor
 from tests.cvt.random_models import TINY, randomise
@@ -142,6 +147,41 @@ def test_read_only_and_strided_arrays_are_taken() -> None:
     np.testing.assert_array_equal(engine(frozen).logits, wanted.logits)
 
 
+def test_a_tensor_on_the_device_gives_what_an_array_gives() -> None:
+    engine = make_engine(batch_size=3)
+    wanted, found = engine(IMAGES), engine(torch.tensor(IMAGES))
+    np.testing.assert_array_equal(found.logits, wanted.logits)
+    np.testing.assert_array_equal(found.embeddings, wanted.embeddings)
+    strided = torch.tensor(IMAGES).flip(0)[::2]
+    np.testing.assert_array_equal(engine(strided).logits, engine(IMAGES[::-2].copy()).logits)
+    assert engine(torch.tensor(IMAGES[:0])).logits.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.tensor(IMAGES).float(), r"must be uint8 \(n, 48, 48, 3\), not torch.float32 \(7, 48, 48, 3\)"),
+        (torch.tensor(IMAGES).permute(0, 3, 1, 2), r"not torch.uint8 \(7, 3, 48, 48\)"),
+        (torch.tensor(IMAGES, device="meta"), "images are on 'meta', and the engine on 'cpu'"),
+    ],
+    ids=["floats", "channels first", "elsewhere"],
+)
+def test_other_tensors_are_refused(images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_engine()(images)
+
+
+def test_threads_that_call_it_at_once_get_what_is_theirs() -> None:
+    engine = make_engine(batch_size=3)
+    inputs = [IMAGES[start:] + np.uint8(start) for start in range(6)] * 4
+    wanted = [engine(images) for images in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(engine, inputs))
+    for got, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got.logits, expected.logits)
+        np.testing.assert_array_equal(got.embeddings, expected.embeddings)
+
+
 def test_no_images_give_empty_outputs() -> None:
     output = make_engine()(IMAGES[:0])
     assert output.logits.shape == (0, 5)
@@ -175,6 +215,61 @@ def test_a_gpu_gives_what_the_model_gives(precision: str, tolerance: float) -> N
     np.testing.assert_allclose(output.logits, logits, atol=tolerance, rtol=0)
     np.testing.assert_allclose(output.embeddings, embeddings, atol=tolerance, rtol=0)
     np.testing.assert_array_equal(engine(IMAGES).logits, output.logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("runtime", ["torch", "compile"])
+def test_a_gpu_gives_the_same_in_many_batches_by_many_threads_from_arrays_and_tensors(runtime: str) -> None:
+    model = make_model()
+    images = np.random.default_rng(1).integers(0, 256, (50, SIZE, SIZE, 3), dtype=np.uint8)
+    logits, embeddings = outputs_of_the_model(model, images)
+    engine = make_engine(model, device="cuda", runtime=runtime, batch_size=8)
+    engine.warm_up()
+    inputs: list[Any] = [images, torch.tensor(images, device="cuda")] * 6
+    with ThreadPoolExecutor(3) as pool:
+        for output in pool.map(engine, inputs):
+            np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
+
+
+class Overwriting:
+    """A network compiled into a CUDA graph: batches of one size, and outputs that the next run overwrites."""
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        self._network = network
+        self._size = size
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        assert len(pixels) == self._size
+        found = self._network(pixels)
+        if not self._outputs:
+            self._outputs = tuple(out.clone() for out in found)
+        for kept, out in zip(self._outputs, found, strict=True):
+            kept.copy_(out)
+        return self._outputs
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """On the CPU, with streams that do all at once: what is copied where, not when."""
+    stream = MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "Event", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr("cvt.cuda_runtime._pinned", lambda *shape, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(torch, "compile", lambda network, **_: Overwriting(network, size=3))
+    model = make_model()
+    engine = make_engine(model, batch_size=3)
+    network = InferenceNetwork(model, PREPROCESSOR, torch.float32)
+    monkeypatch.setattr(engine, "_runtime", CudaRuntime(network, (SIZE, SIZE, 3), 3, compiled))
+    logits, embeddings = outputs_of_the_model(model)
+    for images in (IMAGES, torch.tensor(IMAGES), IMAGES):
+        output = engine._classify(images)
+        np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -215,14 +310,23 @@ def test_a_gpu_that_is_not_there_is_refused_unless_the_choice_is_free() -> None:
     assert make_engine(device="auto").device.type == "cpu"
 
 
-def test_it_sets_the_number_of_threads() -> None:
+def test_each_engine_has_its_number_of_threads_and_the_caller_keeps_his() -> None:
     before = torch.get_num_threads()
-    wanted = 2 if before == 1 else 1
-    try:
-        make_engine(threads=wanted)
-        assert torch.get_num_threads() == wanted
-    finally:
-        torch.set_num_threads(before)
+    seen = []
+
+    def note(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seen.append(torch.get_num_threads())
+        return runtime(images)
+
+    for threads, wanted in ((3, 3), (2, 2), (None, before)):
+        engine = make_engine(threads=threads)
+        runtime = engine._runtime
+        note.batch_size, note.finish = 1, runtime.finish  # type: ignore[attr-defined]
+        engine._runtime = note  # type: ignore[assignment]
+        engine.warm_up()
+        assert set(seen) == {wanted}
+        seen.clear()
+    assert torch.get_num_threads() == before
 
 
 class ShortOfMemory:
@@ -234,11 +338,14 @@ class ShortOfMemory:
         self._runtime = runtime
         self._most = most
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
         self.sizes.append(len(images))
         if len(images) > self._most:
             raise torch.OutOfMemoryError("out of memory")
         return self._runtime(images)
+
+    def finish(self) -> None:
+        self._runtime.finish()
 
 
 def test_a_device_out_of_memory_gets_smaller_batches_and_the_same_results(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions, classify
@@ -121,6 +123,22 @@ def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labell
             assert row["label"] is row["score"] is row["embedding"] is None
         else:
             assert row == want
+
+
+def test_pixels_may_be_a_tensor_on_the_device_of_the_model() -> None:
+    class OnDevice(Fragile):
+        def __call__(self, images: Any) -> Outputs:
+            assert isinstance(images, torch.Tensor)
+            assert images.dtype == torch.uint8
+            return super().__call__(images.numpy())
+
+    array = chunk([[200 if i == 2 else 1, 0, i, 0] for i in range(7)], [None, "corrupt", *[None] * 6])
+    assert isinstance(array.pixels, np.ndarray)
+    tensor = replace(array, pixels=torch.from_numpy(array.pixels))
+    done, wanted = classify(tensor, OnDevice(), options()), classify(array, Fragile(), options())
+    assert done.pixels is None
+    assert done.samples.equals(wanted.samples)
+    assert done.samples["error"].null_count == 6
 
 
 def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:

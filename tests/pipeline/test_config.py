@@ -163,3 +163,31 @@ def test_automatic_precision_needs_to_know_the_device() -> None:
         for precision in ("fp32", "bf16")
     }
     assert partitions == {"cpu": said["fp32"], "cuda": said["bf16"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decode.device=auto"], "decode.device: 'auto' needs classify.device to be cpu or cuda"),
+        (["decode.device=gpu"], "decode.device: 'gpu' needs classify.device 'cuda', and it is 'auto'"),
+        (["decode.device=gpu", "classify.device=cpu"], "needs classify.device 'cuda', and it is 'cpu'"),
+        (
+            ["decode.device=auto", "classify.device=cuda", "decode.quality=fast"],
+            "decode.quality: 'fast' is for the CPU",
+        ),
+    ],
+)
+def test_a_decoder_that_can_not_be_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(tmp_path, MINIMAL, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("decode", "classify", "resolved"),
+    [("cpu", "cuda", "cpu"), ("auto", "cpu", "cpu"), ("auto", "cuda", "gpu"), ("gpu", "cuda", "gpu")],
+)
+def test_what_decodes_is_known_before_the_cluster_is(
+    tmp_path: Path, decode: str, classify: str, resolved: str
+) -> None:
+    overrides = [f"decode.device={decode}", f"classify.device={classify}"]
+    config = load_config(Config, write(tmp_path, MINIMAL), overrides)
+    assert config.decode.resolved_device(config.classify.device) == resolved

@@ -167,6 +167,8 @@ def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, 
         assert 0 < stage["share_busy"] <= 1
     assert stages["decode"]["bytes"] == 100 * 28 * 28 * 3
     assert "busy" in record["bound_by"]
+    assert record["decoder"] == "the CPU, exact"
+    assert record["gpu_utilisation"] is None
     assert record["seconds"]["first_result"] <= record["seconds"]["first_commit"]
     report = storage.read(f"{partition.uri}/report.html").decode()
     assert "Ankle boot" in report
