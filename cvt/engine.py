@@ -33,6 +33,9 @@ RUNTIMES = ("torch", "compile", "openvino")
 # time: a fifth of a forward pass. On a CPU, batches are split so that no activation is so large.
 LARGEST_CPU_ACTIVATION = 32 * 2**20
 
+# Of a CPU's threads, those that go through the network by themselves: more would wait for Python's lock.
+MOST_WORKERS = 8
+
 
 class EngineOutput(NamedTuple):
     """What the engine says of n images.
@@ -113,7 +116,7 @@ class Engine:
                 f" its preprocessing makes {channels}"
             )
         self._image_shape = (preprocessor.size, preprocessor.size, channels)
-        self._threads = threads or torch.get_num_threads()
+        threads = threads or torch.get_num_threads()
         self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
         self._runtime: Runtime
         if runtime == "openvino":
@@ -122,9 +125,7 @@ class Engine:
             if self.device.type != "cpu":
                 raise ValueError(f"runtime 'openvino' is for a CPU, and device is {self.device.type!r}")
             network = InferenceNetwork(model, preprocessor, torch.float32)
-            self._runtime = OpenVinoRuntime(
-                network, self._image_shape, self.precision, batch_size, self._threads
-            )
+            self._runtime = OpenVinoRuntime(network, self._image_shape, self.precision, batch_size, threads)
             return
         if runtime == "compile":
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
@@ -134,9 +135,10 @@ class Engine:
 
             self._runtime = CudaRuntime(network, self._image_shape, batch_size, runtime == "compile")
             return
-        parts = -(-batch_size // _images_at_once(model.config, preprocessor.size))
-        split = -(-batch_size // parts)  # as equal as can be: what is compiled fills up the last one
-        self._runtime = TorchRuntime(network, self._image_shape, batch_size, split, runtime == "compile")
+        at_once = _images_at_once(model.config, preprocessor.size)
+        self._runtime = TorchRuntime(
+            network, self._image_shape, batch_size, at_once, threads, runtime == "compile"
+        )
 
     @property
     def batch_size(self) -> int:
@@ -166,8 +168,6 @@ class Engine:
         return _thread(os.getpid()).submit(self._classify, images).result()
 
     def _classify(self, images: np.ndarray | Tensor) -> EngineOutput:
-        if self._threads != torch.get_num_threads():
-            torch.set_num_threads(self._threads)
         outputs, start = [], 0
         while start < len(images):
             rows = slice(start, start + self.batch_size)
@@ -202,9 +202,8 @@ class Engine:
 def _thread(process: int) -> ThreadPoolExecutor:
     """The one thread of this process that runs networks.
 
-    PyTorch keeps CUDA graphs by thread: called from another one, compiled code fails. On a CPU, each thread
-    that computes would have worker threads of its own, and a number of them that is set for it alone. A
-    fork has another process id, and makes its own.
+    PyTorch keeps CUDA graphs by thread: called from another one, compiled code fails. A fork has another
+    process id, and makes its own.
     """
     return ThreadPoolExecutor(1, "engine")
 
@@ -212,12 +211,17 @@ def _thread(process: int) -> ThreadPoolExecutor:
 class TorchRuntime:
     """The network in PyTorch on a CPU, eager or compiled.
 
+    A batch goes through the network in parts. Eager, each thread computes a part of its own, rather than all
+    threads each operation together: they needn't wait for one another at every one, and a part's
+    activations stay in a core's cache.
+
     Args:
         network: on the CPU.
         image_shape: (size, size, channels).
         batch_size: most images of one call.
-        split: most images that go through the network at once.
-        compiled: by `torch.compile`, for batches of exactly `split` images: the last one is filled up.
+        at_once: most images of a part.
+        threads: that compute.
+        compiled: by `torch.compile`, for parts of one size: the last one is filled up.
     """
 
     def __init__(
@@ -225,11 +229,14 @@ class TorchRuntime:
         network: InferenceNetwork,
         image_shape: tuple[int, int, int],
         batch_size: int,
-        split: int,
+        at_once: int,
+        threads: int,
         compiled: bool,
     ) -> None:
         self.batch_size = batch_size
-        self._split = split
+        self._workers = 1 if compiled else min(threads, MOST_WORKERS)
+        self._threads_of_each = threads // self._workers
+        self._at_once = at_once
         self._compiled = compiled
         self._network = network
         self._forward = network.forward
@@ -237,19 +244,37 @@ class TorchRuntime:
             self._forward = torch.compile(network, dynamic=False, fullgraph=True)
         else:
             network.pack()
+        self._split = -(-batch_size // self._parts(batch_size))
         # PyTorch doesn't take read-only arrays, which Ray gives.
-        self._staged = torch.zeros((-(-batch_size // split) * split, *image_shape), dtype=torch.uint8)
+        staged = self._parts(batch_size) * self._split
+        self._staged = torch.zeros((staged, *image_shape), dtype=torch.uint8)
+        self._pool = ThreadPoolExecutor(self._workers, "network")
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Runs the network; see `Runtime`."""
-        count, split = len(images), min(self._split, self.batch_size)
-        parts = -(-count // split)
-        staged = self._staged[: parts * split if self._compiled else count]
+        count = len(images)
+        if self._compiled:
+            parts = -(-count // self._split)
+            staged = self._staged[: parts * self._split]
+        else:
+            parts = self._parts(count)
+            staged = self._staged[:count]
         staged.numpy()[:count] = images
-        results = [self._forward(part) for part in staged.tensor_split(parts)]
+        results = list(self._pool.map(self._run, staged.tensor_split(parts)))
         logits, embeddings = (_joined(outputs)[:count] for outputs in zip(*results, strict=True))
         return logits, embeddings
+
+    def _parts(self, count: int) -> int:
+        """Parts of so many images: as many for each worker, and as few as `at_once` allows."""
+        rounds = -(-count // (self._at_once * self._workers))
+        return min(count, rounds * self._workers)
+
+    @torch.inference_mode()
+    def _run(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.get_num_threads() != self._threads_of_each:  # which PyTorch keeps for each thread
+            torch.set_num_threads(self._threads_of_each)
+        outputs: tuple[Tensor, Tensor] = self._forward(part)
+        return outputs
 
     def finish(self) -> None:
         """Nothing is under way."""

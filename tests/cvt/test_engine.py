@@ -310,22 +310,33 @@ def test_a_gpu_that_is_not_there_is_refused_unless_the_choice_is_free() -> None:
     assert make_engine(device="auto").device.type == "cpu"
 
 
-def test_each_engine_has_its_number_of_threads_and_the_caller_keeps_his() -> None:
-    before = torch.get_num_threads()
-    seen = []
+@pytest.mark.parametrize(
+    ("runtime", "threads", "parts"),
+    [
+        ("torch", 1, [(7, 1)]),
+        ("torch", 3, [(2, 1), (2, 1), (3, 1)]),
+        ("torch", 9, [(1, 1)] * 7),
+        ("compile", 3, [(8, 3)]),
+    ],
+)
+def test_threads_take_parts_of_a_batch_or_compute_compiled_code_together(
+    runtime: str, threads: int, parts: list[tuple[int, int]]
+) -> None:
+    """Parts as images and threads; the caller's own number of threads stays."""
+    before, seen = torch.get_num_threads(), []
+    model = make_model()
+    engine = make_engine(model, runtime=runtime, threads=threads, batch_size=8)
+    forward = engine._runtime._forward  # type: ignore[attr-defined]
 
-    def note(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        seen.append(torch.get_num_threads())
-        return runtime(images)
+    def note(part: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((len(part), torch.get_num_threads()))
+        outputs: tuple[Tensor, Tensor] = forward(part)
+        return outputs
 
-    for threads, wanted in ((3, 3), (2, 2), (None, before)):
-        engine = make_engine(threads=threads)
-        runtime = engine._runtime
-        note.batch_size, note.finish = 1, runtime.finish  # type: ignore[attr-defined]
-        engine._runtime = note  # type: ignore[assignment]
-        engine.warm_up()
-        assert set(seen) == {wanted}
-        seen.clear()
+    engine._runtime._forward = note  # type: ignore[attr-defined]
+    logits, _ = outputs_of_the_model(model)
+    np.testing.assert_allclose(engine(IMAGES).logits, logits, atol=1e-4, rtol=0)
+    assert sorted(seen) == parts
     assert torch.get_num_threads() == before
 
 
