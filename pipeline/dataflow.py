@@ -80,7 +80,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a cluster has in all: CPUs and GPUs; and of its largest node, CPUs and bytes of memory."""
+    """CPUs and GPUs of a cluster, CPUs of its largest node, and bytes of memory of its smallest."""
 
     cpus: float
     gpus: float
@@ -114,7 +114,7 @@ def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> 
     cpus_left = cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
         actor_gpus = classify.num_gpus or 1.0
-        actor_cpus = classify.num_cpus or 1.0
+        actor_cpus = classify.num_cpus or (1.0 if decodes_apart else 2.0)  # what the GPU leaves to it
         room = math.floor(min(gpus / actor_gpus, cpus_left / actor_cpus))
     else:
         actor_gpus = 0.0
