@@ -153,11 +153,18 @@ class Preprocessor:
             "image_std": list(self.std),
         }
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(
+        self,
+        image: Image.Image,
+        source: tuple[int, int] | None = None,
+        extent: tuple[float, float] | None = None,
+    ) -> np.ndarray:
         """Resizes and crops in one step that computes the kept pixels only.
 
         Args:
             image: in mode RGB.
+            source: width and height of the image that this one is a reduced copy of, if it is one.
+            extent: width and height that the source has in it, which need not be whole pixels.
 
         Returns:
             uint8 of shape (size, size, 3), writable.
@@ -168,10 +175,11 @@ class Preprocessor:
         if image.mode != "RGB":
             raise ValueError(f"an RGB image is needed, not one in mode {image.mode}")
         new_size = (self.size, self.size)
+        extent = extent or image.size
         if self.size >= SQUASH_FROM:
-            return np.array(image.resize(new_size, self.resample))
-        resized = self.resized_size(*image.size)
-        box = self._kept_box(image.size, resized)
+            return np.array(image.resize(new_size, self.resample, box=(0, 0, *extent)))
+        resized = self.resized_size(*(source or image.size))
+        box = self._kept_box(extent, resized)
         if _height_first(image.size, new_size) and not _height_first(image.size, resized):
             return np.array(self._resize_width_first(image, box, resized[1]))
         return np.array(image.resize(new_size, self.resample, box=box))
@@ -207,7 +215,7 @@ class Preprocessor:
         """Left and top of the crop in the resized image, rounded as transformers' center_crop."""
         return (width - self.size) // 2, (height - self.size) // 2
 
-    def _kept_box(self, source: tuple[int, int], resized: tuple[int, int]) -> Box:
+    def _kept_box(self, source: tuple[float, float], resized: tuple[int, int]) -> Box:
         """The part of the source that the crop keeps."""
         left, top = self.crop_corner(*resized)
         # Multiplied first: the far edge is then the source's own where the crop reaches it.

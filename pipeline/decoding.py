@@ -97,7 +97,7 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
         max_pixels: larger images are an error, found in the header, before anything is decoded. (For
             WebP and TIFF, Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
         fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its own,
-            which libjpeg does within the inverse cosine transform.
+            which libjpeg does within the inverse cosine transform. (Not one that EXIF says to turn.)
     """
     known = next((known for known in FORMATS if known[1].match(data)), None)
     if known is None:
@@ -109,16 +109,18 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
         width, height = file.size
         if error := too_large(width, height, max_pixels):
             return Decoded(None, width, height, error)
-        scaled = fast and file.draft(file.mode, preprocessor.resized_size(width, height)) is not None
+        if fast and isinstance(file, JpegImageFile) and turn_of(file) is None:
+            drafted = file.draft(file.mode, preprocessor.resized_size(width, height))
+            if drafted is not None:
+                file.load()
+                # The last pixels may be of the source in part only.
+                pixels = preprocessor(_to_rgb(file), (width, height), drafted[1][2:])
+                return Decoded(pixels, width, height, None)
         file.load()
-        turn = turn_of(file)
         image = _to_rgb(file)
-        if turn is not None:
+        if (turn := turn_of(file)) is not None:  # of a TIFF, it is turned by now
             image = image.transpose(turn)
-        shown = image.size
-        if scaled:
-            shown = (height, width) if turn in SIDEWAYS else (width, height)
-        return Decoded(preprocessor(image), *shown, None)
+        return Decoded(preprocessor(image), *image.size, None)
     # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
     # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
     except Exception as error:
