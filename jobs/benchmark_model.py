@@ -94,7 +94,7 @@ def benchmark_model(
         with tempfile.TemporaryDirectory() as folder:
             ways += _measure(subject, decoded, device, batch_size, precisions, only, rounds, Path(folder))
         if profile:
-            _profile(subject, decoded[:batch_size], device, precisions[-1], batch_size)
+            _profile(subject, decoded[:batch_size], device, precisions[-1])
     _print(ways)
     if output is not None:
         output.write_text(json.dumps([asdict(way) for way in ways], indent=2) + "\n")
@@ -167,20 +167,24 @@ def _measure(
     return [way for way, _ in made]
 
 
-def _profile(subject: Subject, images: np.ndarray, device: str, precision: str, batch_size: int) -> None:
-    """Prints where the time of the engine's plain runtime goes."""
+def _profile(subject: Subject, images: np.ndarray, device: str, precision: str) -> None:
+    """Prints where the time of the engine's network goes; run here, since a profiler sees one thread."""
+    import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from cvt.engine import Engine
+    from cvt.engine import PRECISIONS
+    from cvt.inference_network import InferenceNetwork
 
-    engine = Engine(
-        subject.model, subject.preprocessor, device=device, precision=precision, batch_size=batch_size
-    )
-    engine(images)
+    network = InferenceNetwork(subject.model, subject.preprocessor, PRECISIONS[precision]).to(device)
+    if device == "cpu":
+        network.pack()
+    pixels = torch.from_numpy(images).to(device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profiler(activities=activities) as found:
-        engine(images)
+    with torch.inference_mode():
+        network(pixels)
+        with profiler(activities=activities) as found:
+            network(pixels)
     by = f"self_{device}_time_total"
     out.print(found.key_averages().table(sort_by=by, row_limit=20), markup=False, highlight=False)
 
