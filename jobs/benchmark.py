@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,7 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from jobs.console import Exit, Precision, SetOption, err, exit_status, out, run_alone
+from jobs.console import (
+    Exit,
+    Precision,
+    SetOption,
+    check_folder_of,
+    err,
+    exit_status,
+    found_device,
+    out,
+    run_alone,
+)
+from pipeline.record import installed_version
 
 if TYPE_CHECKING:
     from jobs.alone import Decoding
@@ -65,8 +75,6 @@ def benchmark(
     Exit status: 0; 1 where one lost images, or our own run failed; 2 when an option can't be used; 4
     when images or model can't.
     """
-    import torch
-
     from jobs import contenders  # takes seconds, which --help need not wait for
     from jobs.peers import PEERS
 
@@ -74,12 +82,8 @@ def benchmark(
     unknown = [name for name in asked if name not in PEERS]
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: not one of ray, dataloader, daft, none")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("PyTorch finds no GPU", param_hint="--device")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found_device(device)
+    check_folder_of(output)
     settings = {
         "batch_size": batch_size,
         "device": device,
@@ -226,13 +230,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    return {"python": platform.python_version()} | {name: installed_version(name) for name in _PACKAGES}
 
 
 def _print(figures: Mapping[str, Any]) -> None:

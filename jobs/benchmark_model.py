@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from jobs.console import Exit, Precision, err, exit_status, out, run_alone
+from jobs.console import Exit, Precision, check_folder_of, err, exit_status, found_device, out, run_alone
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,14 +76,8 @@ def benchmark_model(
 
     Exit status: 0; 1 where a way gave other logits; 4 when the images can't be read.
     """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("PyTorch finds no GPU", param_hint="--device")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found_device(device)
+    check_folder_of(output)
     count = count or (2048 if device == "cuda" else 64)
     defaults = [Precision.FP32, Precision.BF16] if device == "cuda" else [Precision.FP32]
     precisions = [str(each) for each in precision or defaults]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pyarrow as pa
 import typer
@@ -103,6 +103,23 @@ def exit_status() -> Iterator[None]:
         _leave(Exit.INTERRUPTED, "stopped; what is labelled is in the manifest, and a rerun does the rest")
     except KeyboardInterrupt:
         _leave(Exit.INTERRUPTED, "interrupted")
+
+
+def found_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """What `--device` auto, cpu or cuda means here, "cpu" or "cuda"; refuses a GPU that isn't there."""
+    import torch  # takes seconds, which --help need not wait for
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch finds no GPU", param_hint="--device")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def check_folder_of(output: Path | None) -> None:
+    """Refuses, before anything is measured, an `--output` that couldn't be written after it."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
 
 
 def _leave(status: Exit, message: object) -> None:

@@ -138,11 +138,14 @@ def recorded(partition: Partition, run: str, clock: Clock) -> Iterator[RunRecord
     end("complete" if record.is_complete else "incomplete")
 
 
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it isn't installed, as ours when run from a working directory."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a working directory
-            versions[package] = "not installed"
-    return versions
+    versions = {name: installed_version(name) or "not installed" for name in _PACKAGES}
+    return {"python": platform.python_version()} | versions

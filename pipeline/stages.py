@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 
 STORAGE, DECODE, CLASSIFY, COMMIT = STAGES = ("storage", "decode", "classify", "commit")
 
@@ -38,12 +37,7 @@ class Meter:
     def __enter__(self) -> None:
         self._turn(1)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._turn(-1)
 
     def taken(self, **counts: float) -> dict[str, float]:
