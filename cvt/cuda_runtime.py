@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cvt.inference_network import InferenceNetwork
+
+if TYPE_CHECKING:
+    from cvt.engine import Result
 
 
 class CudaRuntime:
@@ -38,8 +43,8 @@ class CudaRuntime:
         self._uploaded = [_event() for _ in range(2)]
 
     @torch.inference_mode()
-    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Queues n images; the arrays that it returns are filled in when `finish` returns."""
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
+        """Queues n images; see `Runtime`."""
         count = len(images)
         pixels = images if isinstance(images, Tensor) else self._to_device(images)
         if self._compiled:
@@ -56,13 +61,14 @@ class CudaRuntime:
             _pinned(count, out.shape[1], dtype=torch.float32).copy_(out[:count], non_blocking=True)
             for out in outputs
         )
-        return logits.numpy(), embeddings.numpy()
-
-    def finish(self) -> None:
-        """Waits until everything that was queued is done."""
         done = _event()
         done.record(torch.cuda.current_stream(self._device))
-        done.synchronize()
+
+        def result() -> tuple[np.ndarray, np.ndarray]:
+            done.synchronize()
+            return logits.numpy(), embeddings.numpy()
+
+        return result
 
     def _to_device(self, images: np.ndarray) -> Tensor:
         staged, uploaded = self._staged[0], self._uploaded[0]

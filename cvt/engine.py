@@ -9,7 +9,8 @@ import functools
 import logging
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -49,6 +50,10 @@ class EngineOutput(NamedTuple):
     embeddings: np.ndarray
 
 
+#: Waits for logits and embeddings of a batch, float32; in any thread.
+Result = Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
 class Runtime(Protocol):
     """What runs the network: uint8 (n, H, W, channels) to logits and embeddings, float32.
 
@@ -57,21 +62,16 @@ class Runtime(Protocol):
 
     batch_size: int
 
-    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Runs the network on n images, n from 1 to `batch_size`.
-
-        A device may still be filling in what this returns, until `finish` is called.
-        """
-
-    def finish(self) -> None:
-        """Waits until all that was returned is filled in."""
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
+        """Begins with n images, n from 1 to `batch_size`; they stay as they are until the result is there."""
 
 
 class Engine:
     """A model that is ready to classify batches.
 
     The same images in the same call give the same bits on the same machine; in another company,
-    they may differ by rounding. Several threads may call it: each waits for its turn.
+    they may differ by rounding. Several threads may call it: while one waits for its last images, the
+    next one's are begun.
 
     Args:
         model: the model; a copy of it is used and it stays as it is.
@@ -136,9 +136,7 @@ class Engine:
             self._runtime = CudaRuntime(network, self._image_shape, batch_size, runtime == "compile")
             return
         at_once = _images_at_once(model.config, preprocessor.size)
-        self._runtime = TorchRuntime(
-            network, self._image_shape, batch_size, at_once, threads, runtime == "compile"
-        )
+        self._runtime = TorchRuntime(network, batch_size, at_once, threads, runtime == "compile")
 
     @property
     def batch_size(self) -> int:
@@ -165,14 +163,19 @@ class Engine:
                 torch.cuda.current_stream(images.device).synchronize()
             else:
                 images = images.numpy()
-        return _thread(os.getpid()).submit(self._classify, images).result()
+        results = _thread(os.getpid()).submit(self._begin, images).result()
+        logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
+        for rows, result in results:
+            logits[rows], embeddings[rows] = result()
+        return EngineOutput(logits, embeddings)
 
-    def _classify(self, images: np.ndarray | Tensor) -> EngineOutput:
-        outputs, start = [], 0
+    def _begin(self, images: np.ndarray | Tensor) -> list[tuple[slice, Result]]:
+        results: list[tuple[slice, Result]] = []
+        start = 0
         while start < len(images):
             rows = slice(start, start + self.batch_size)
             try:
-                outputs.append((rows, self._runtime(images[rows])))
+                results.append((rows, self._runtime(images[rows])))
             # Raised where memory is asked for, which is here: what is queued already is not affected.
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
@@ -180,11 +183,7 @@ class Engine:
                 self._halve()
                 continue
             start = rows.stop
-        self._runtime.finish()
-        logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
-        for rows, output in outputs:
-            logits[rows], embeddings[rows] = output
-        return EngineOutput(logits, embeddings)
+        return results
 
     def warm_up(self) -> None:
         """Classifies a black image, so that the first call that counts finds everything made."""
@@ -217,7 +216,6 @@ class TorchRuntime:
 
     Args:
         network: on the CPU.
-        image_shape: (size, size, channels).
         batch_size: most images of one call.
         at_once: most images of a part.
         threads: that compute.
@@ -227,7 +225,6 @@ class TorchRuntime:
     def __init__(
         self,
         network: InferenceNetwork,
-        image_shape: tuple[int, int, int],
         batch_size: int,
         at_once: int,
         threads: int,
@@ -245,24 +242,18 @@ class TorchRuntime:
         else:
             network.pack()
         self._split = -(-batch_size // self._parts(batch_size))
-        # PyTorch doesn't take read-only arrays, which Ray gives.
-        staged = self._parts(batch_size) * self._split
-        self._staged = torch.zeros((staged, *image_shape), dtype=torch.uint8)
         self._pool = ThreadPoolExecutor(self._workers, "network")
 
-    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Runs the network; see `Runtime`."""
-        count = len(images)
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
+        """Begins with n images; see `Runtime`."""
+        images = np.asarray(images)
         if self._compiled:
-            parts = -(-count // self._split)
-            staged = self._staged[: parts * self._split]
+            parts = [images[start : start + self._split] for start in range(0, len(images), self._split)]
         else:
-            parts = self._parts(count)
-            staged = self._staged[:count]
-        staged.numpy()[:count] = images
-        results = list(self._pool.map(self._run, staged.tensor_split(parts)))
-        logits, embeddings = (_joined(outputs)[:count] for outputs in zip(*results, strict=True))
-        return logits, embeddings
+            parts = np.array_split(images, self._parts(len(images)))
+        # All in one queue: no thread waits for the others at the end of a batch.
+        outputs = [self._pool.submit(self._run, part) for part in parts]
+        return functools.partial(_joined, outputs)
 
     def _parts(self, count: int) -> int:
         """Parts of so many images: as many for each worker, and as few as `at_once` allows."""
@@ -270,19 +261,20 @@ class TorchRuntime:
         return min(count, rounds * self._workers)
 
     @torch.inference_mode()
-    def _run(self, part: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if torch.get_num_threads() != self._threads_of_each:  # which PyTorch keeps for each thread
             torch.set_num_threads(self._threads_of_each)
-        outputs: tuple[Tensor, Tensor] = self._forward(part)
-        return outputs
+        count = len(part)
+        # A copy, as PyTorch doesn't take read-only arrays, which Ray gives.
+        pixels = torch.zeros((self._split if self._compiled else count, *part.shape[1:]), dtype=torch.uint8)
+        pixels.numpy()[:count] = part
+        logits, embeddings = self._forward(pixels)
+        return logits[:count].numpy(), embeddings[:count].numpy()
 
-    def finish(self) -> None:
-        """Nothing is under way."""
 
-
-def _joined(outputs: tuple[Tensor, ...]) -> np.ndarray:
-    joined: np.ndarray = torch.cat(outputs).numpy()
-    return joined
+def _joined(outputs: list[Future[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
+    logits, embeddings = zip(*(output.result() for output in outputs), strict=True)
+    return np.concatenate(logits), np.concatenate(embeddings)
 
 
 def resolve_precision(precision: str, device: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cvt.inference_network import InferenceNetwork
+
+if TYPE_CHECKING:
+    from cvt.engine import Result
 
 # OpenVINO reports over the network that it is used, unasked; where it doesn't find this package, it doesn't.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -71,7 +74,7 @@ class OpenVinoRuntime:
         self._queue = openvino.AsyncInferQueue(core.compile_model(exported, "CPU", options), threads)
         self._queue.set_callback(self._keep)
 
-    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
         """Runs the network; see `Runtime`."""
         images = np.asarray(images)
         embeddings = np.empty((len(images), self._width), np.float32)
@@ -84,10 +87,7 @@ class OpenVinoRuntime:
         self._queue.wait_all()
         with torch.inference_mode():
             logits: np.ndarray = self._network.classify(torch.from_numpy(embeddings)).numpy()
-        return logits, embeddings
-
-    def finish(self) -> None:
-        """Nothing is under way."""
+        return lambda: (logits, embeddings)
 
     @staticmethod
     def _keep(request: Any, rows: np.ndarray) -> None:

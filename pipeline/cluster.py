@@ -16,8 +16,13 @@ from types import FrameType
 from typing import Any
 
 #: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
-#: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder).
-_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+#: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder). A local Ray
+#: keeps workers that wait for the next chunk: it would end them after a second, and start anew for each.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
 _CONNECT_SECONDS = 10
 
 

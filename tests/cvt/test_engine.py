@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
 from cvt.cuda_runtime import CudaRuntime
-from cvt.engine import Engine, Runtime, resolve_precision
+from cvt.engine import Engine, Result, Runtime, resolve_precision
 from cvt.inference_network import InferenceNetwork
 from cvt.modeling import CvtForImageClassification, CvtStage
 from cvt.preprocessing import Preprocessor
@@ -267,9 +267,11 @@ def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine, "_runtime", CudaRuntime(network, (SIZE, SIZE, 3), 3, compiled))
     logits, embeddings = outputs_of_the_model(model)
     for images in (IMAGES, torch.tensor(IMAGES), IMAGES):
-        output = engine._classify(images)
-        np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
-        np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
+        begun = [(rows, result()) for rows, result in engine._begin(images)]
+        assert [rows.start for rows, _ in begun] == [0, 3, 6]
+        for rows, output in begun:
+            np.testing.assert_allclose(output[0], logits[rows], atol=1e-4, rtol=0)
+            np.testing.assert_allclose(output[1], embeddings[rows], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -349,14 +351,11 @@ class ShortOfMemory:
         self._runtime = runtime
         self._most = most
 
-    def __call__(self, images: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
         self.sizes.append(len(images))
         if len(images) > self._most:
             raise torch.OutOfMemoryError("out of memory")
         return self._runtime(images)
-
-    def finish(self) -> None:
-        self._runtime.finish()
 
 
 def test_a_device_out_of_memory_gets_smaller_batches_and_the_same_results(
