@@ -9,6 +9,8 @@ import functools
 import logging
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
@@ -163,7 +165,9 @@ class Engine:
                 torch.cuda.current_stream(images.device).synchronize()
             else:
                 images = images.numpy()
-        results = _thread(os.getpid()).submit(self._begin, images).result()
+        with _thread_lock:  # or two first calls would make a thread each
+            thread = _thread(os.getpid())
+        results = thread.submit(self._begin, images).result()
         logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
         for rows, result in results:
             logits[rows], embeddings[rows] = result()
@@ -176,25 +180,29 @@ class Engine:
             rows = slice(start, start + self.batch_size)
             try:
                 results.append((rows, self._runtime(images[rows])))
+                start = rows.stop
+                continue
             # Raised where memory is asked for, which is here: what is queued already is not affected.
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
-                self._halve()
-                continue
-            start = rows.stop
+            self._halve()  # only now is free what the error has held on to
         return results
 
     def warm_up(self) -> None:
-        """Classifies a black image, so that the first call that counts finds everything made."""
+        """Classifies black images, so that the first call that counts finds everything made."""
+        count = self.batch_size if self.device.type == "cuda" else 1
         for _ in range(2):  # a CUDA graph is recorded the second time
-            self(np.zeros((1, *self._image_shape), np.uint8))
+            self(np.zeros((count, *self._image_shape), np.uint8))
 
     def _halve(self) -> None:
         """Goes on with half the batch, for good: others may use the GPU too."""
         self._runtime.batch_size //= 2
         torch.cuda.empty_cache()
         logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
+
+
+_thread_lock = threading.Lock()
 
 
 @functools.cache
@@ -232,7 +240,6 @@ class TorchRuntime:
     ) -> None:
         self.batch_size = batch_size
         self._workers = 1 if compiled else min(threads, MOST_WORKERS)
-        self._threads_of_each = threads // self._workers
         self._at_once = at_once
         self._compiled = compiled
         self._network = network
@@ -242,7 +249,11 @@ class TorchRuntime:
         else:
             network.pack()
         self._split = -(-batch_size // self._parts(batch_size))
-        self._pool = ThreadPoolExecutor(self._workers, "network")
+        # Some workers have one thread more than others, if need be.
+        shares = queue.SimpleQueue[int]()
+        for worker in range(self._workers):
+            shares.put(threads // self._workers + (worker < threads % self._workers))
+        self._pool = ThreadPoolExecutor(self._workers, "network", _take_threads, (shares,))
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:
         """Begins with n images; see `Runtime`."""
@@ -262,14 +273,18 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def _run(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if torch.get_num_threads() != self._threads_of_each:  # which PyTorch keeps for each thread
-            torch.set_num_threads(self._threads_of_each)
         count = len(part)
         # A copy, as PyTorch doesn't take read-only arrays, which Ray gives.
         pixels = torch.zeros((self._split if self._compiled else count, *part.shape[1:]), dtype=torch.uint8)
         pixels.numpy()[:count] = part
         logits, embeddings = self._forward(pixels)
         return logits[:count].numpy(), embeddings[:count].numpy()
+
+
+def _take_threads(shares: queue.SimpleQueue[int]) -> None:
+    """Takes the next share of threads for this one's work in PyTorch."""
+    torch.get_num_threads()  # a thread's first look takes over what others have set last
+    torch.set_num_threads(shares.get())
 
 
 def _joined(outputs: list[Future[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:

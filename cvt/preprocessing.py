@@ -157,14 +157,14 @@ class Preprocessor:
         self,
         image: Image.Image,
         source: tuple[int, int] | None = None,
-        extent: tuple[float, float] | None = None,
+        part: Box | None = None,
     ) -> np.ndarray:
         """Resizes and crops in one step that computes the kept pixels only.
 
         Args:
             image: in mode RGB.
             source: width and height of the image that this one is a reduced copy of, if it is one.
-            extent: width and height that the source has in it, which need not be whole pixels.
+            part: where in it the source lies, left, top, right and bottom; need not be whole pixels.
 
         Returns:
             uint8 of shape (size, size, 3), writable.
@@ -175,11 +175,11 @@ class Preprocessor:
         if image.mode != "RGB":
             raise ValueError(f"an RGB image is needed, not one in mode {image.mode}")
         new_size = (self.size, self.size)
-        extent = extent or image.size
+        part = part or (0, 0, *image.size)
         if self.size >= SQUASH_FROM:
-            return np.array(image.resize(new_size, self.resample, box=(0, 0, *extent)))
+            return np.array(image.resize(new_size, self.resample, box=part))
         resized = self.resized_size(*(source or image.size))
-        box = self._kept_box(extent, resized)
+        box = self._kept_box(part, resized)
         if _height_first(image.size, new_size) and not _height_first(image.size, resized):
             return np.array(self._resize_width_first(image, box, resized[1]))
         return np.array(image.resize(new_size, self.resample, box=box))
@@ -215,15 +215,16 @@ class Preprocessor:
         """Left and top of the crop in the resized image, rounded as transformers' center_crop."""
         return (width - self.size) // 2, (height - self.size) // 2
 
-    def _kept_box(self, source: tuple[float, float], resized: tuple[int, int]) -> Box:
+    def _kept_box(self, source: Box, resized: tuple[int, int]) -> Box:
         """The part of the source that the crop keeps."""
         left, top = self.crop_corner(*resized)
+        width, height = source[2] - source[0], source[3] - source[1]
         # Multiplied first: the far edge is then the source's own where the crop reaches it.
         return (
-            left * source[0] / resized[0],
-            top * source[1] / resized[1],
-            (left + self.size) * source[0] / resized[0],
-            (top + self.size) * source[1] / resized[1],
+            source[0] + left * width / resized[0],
+            source[1] + top * height / resized[1],
+            source[0] + (left + self.size) * width / resized[0],
+            source[1] + (top + self.size) * height / resized[1],
         )
 
 

@@ -46,7 +46,7 @@ class Chunk:
             tensor where they were decoded on the classifier's device: they stay there.
         may_pass: whether an error is the storage's fault, and not the shard's.
         faults: failures of storage that passed while it was read, by kind.
-        spent: seconds and bytes by stage, as `pipeline.stages.Meter` names them.
+        spent: seconds, images and bytes by stage, as `pipeline.stages.Meter` names them.
     """
 
     shard: int

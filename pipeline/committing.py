@@ -103,7 +103,7 @@ class Committer:
     Attributes:
         totals: what is committed.
         faults: failures of storage that passed, in the workers, by kind.
-        spent: seconds and bytes of what came out, by stage, as `pipeline.stages.Meter` names them.
+        spent: seconds, images and bytes of what came out, by stage, as `pipeline.stages.Meter` names them.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Committer:
         meter = Meter(COMMIT)
         with meter:
             row, size = self._commit(shard, arrived)
-        return row, meter.taken(bytes=size)
+        return row, meter.taken(images=row.rows or 0, bytes=size)
 
     def _commit(self, shard: Shard, arrived: _OpenShard) -> tuple[ManifestRow, int]:
         """Writes the shard's prediction file; returns its manifest row, and the bytes written."""

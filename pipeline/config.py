@@ -178,6 +178,11 @@ class RayConfig(_Section):
     chunks_in_flight: PositiveInt = 4
     #: Actors in a row that may die while they start.
     actor_start_retries: Annotated[int, Field(ge=0)] = 3
+    #: How often a reading or decoding task may die, with its worker or its node.
+    task_retries: Annotated[int, Field(ge=0)] = 3
+    #: Likewise of a chunk at a classifier. Until Ray knows a node to be lost (after 15 s, if it isn't set),
+    #: trying to reach an actor there costs a retry every few seconds, eight in all: 20 last over a minute.
+    actor_task_retries: Annotated[int, Field(ge=0)] = 20
 
 
 class RunConfig(_Section):

@@ -40,13 +40,6 @@ if TYPE_CHECKING:
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
 MAX_READ_TASKS = 10_000
 
-#: How often a task may die, with its worker or its node; Ray Data's own default is for ever.
-TASK_RETRIES = 3
-
-#: Likewise of a chunk at a classifier. Until Ray knows a node to be lost (after 15 s, as it is delivered),
-#: trying to reach an actor there costs a retry every few seconds, eight in all: this lasts over a minute.
-ACTOR_TASK_RETRIES = 20
-
 # Multiply-accumulates of a chunk, by what classifies it.
 _CHUNK_MACS = {"cpu": 600_000_000_000, "cuda": 4_800_000_000_000}
 _CHUNK_PIXEL_BYTES = 160_000_000
@@ -131,7 +124,7 @@ def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> 
         # A classifier that is alone on its machine gets all of it: decoding is a small part.
         threads = int(node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
     chunk_images = read.chunk_images or _chunk_images(macs, size, on_gpu)
-    room_for_decoders = cpus_left + decode_cpus - max_actors * actor_cpus
+    room_for_decoders = cpus_left + decode_cpus - min(max_actors, room) * actor_cpus
     most_memory = cluster.node_memory / 4  # so that a slot of each stage fits into any node
     return Resources(
         device="cuda" if on_gpu else "cpu",
@@ -260,7 +253,8 @@ def _read_shards(
                 break
             now = faults()
             read = pc.sum(pc.binary_length(chunk.samples["image"])).as_py() or 0
-            yield replace(chunk, faults=now - before, spent=meter.taken(bytes=read)).to_block()
+            spent = meter.taken(images=chunk.samples.num_rows, bytes=read)
+            yield replace(chunk, faults=now - before, spent=spent).to_block()
             before = now
 
 
@@ -271,9 +265,12 @@ def _decode_block(
     for chunk in Chunk.from_block(block):
         with meter:
             decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
-        assert decoded.pixels is not None
-        spent = meter.taken(bytes=decoded.pixels.nbytes)
-        yield replace(decoded, spent={**chunk.spent, **spent}).to_block()
+        yield replace(decoded, spent={**chunk.spent, **_decoding(meter, chunk, decoded)}).to_block()
+
+
+def _decoding(meter: Meter, chunk: Chunk, decoded: Chunk) -> dict[str, float]:
+    assert decoded.pixels is not None
+    return meter.taken(images=chunk.samples["error"].null_count, bytes=decoded.pixels.nbytes)
 
 
 class _ClassifierActor:
@@ -290,6 +287,17 @@ class _ClassifierActor:
 
         loaded: Checkpoint = ray.get(checkpoint)
         self._options = options
+        self._decoder: GpuDecoder | None = None
+        if not resources.decoders:  # before the engine, which may take a minute to get ready
+            from pipeline.gpu_decoding import GpuDecoder
+
+            self._decoder = GpuDecoder(
+                loaded.preprocessor,
+                config.input.max_image_pixels,
+                resources.device,
+                threads=max(2, int(resources.classify_cpus)),
+            )
+            self._decode_meter = Meter(DECODE)
         self._engine = Engine(
             loaded.model,
             loaded.preprocessor,
@@ -300,13 +308,6 @@ class _ClassifierActor:
             threads=resources.threads,
         )
         self._engine.warm_up()
-        self._decoder: GpuDecoder | None = None
-        if not resources.decoders:
-            from pipeline.gpu_decoding import GpuDecoder
-
-            max_pixels = config.input.max_image_pixels
-            self._decoder = GpuDecoder(loaded.preprocessor, max_pixels, self._engine.device)
-            self._decode_meter = Meter(DECODE)
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
         self._meter = Meter(CLASSIFY)
 
@@ -316,11 +317,12 @@ class _ClassifierActor:
             if self._decoder is not None:
                 with self._decode_meter:
                     decoded = self._decoder(chunk)
-                assert decoded.pixels is not None
-                spent = self._decode_meter.taken(bytes=decoded.pixels.nbytes)
+                spent = _decoding(self._decode_meter, chunk, decoded)
+            images = decoded.samples["error"].null_count
             with self._meter:
                 classified = classify(decoded, self._engine, self._options)
-            spent |= {**decoded.spent, **self._meter.taken(bytes=classified.samples.nbytes)}
+            spent |= decoded.spent
+            spent |= self._meter.taken(images=images, bytes=classified.samples.nbytes)
             if self._gpu_meter is not None:
                 spent |= self._gpu_meter.taken()
             yield replace(classified, spent=spent).to_block()
@@ -346,7 +348,7 @@ def label_chunks(
         concurrency=resources.readers,
         override_num_blocks=source.tasks,
         memory=resources.read_memory,
-        ray_remote_args={"max_retries": TASK_RETRIES},
+        ray_remote_args={"max_retries": config.ray.task_retries},
     )
     if resources.decoders:
         chunks = chunks.map_batches(
@@ -360,7 +362,7 @@ def label_chunks(
             },
             num_cpus=resources.decode_cpus,
             memory=resources.decode_memory,
-            max_retries=TASK_RETRIES,
+            max_retries=config.ray.task_retries,
         )
     # Put once, so that the weights cross the network once a node, and not once an actor.
     reference = ray.put(checkpoint)
@@ -379,7 +381,7 @@ def label_chunks(
         num_cpus=resources.classify_cpus,
         num_gpus=resources.classify_gpus or None,
         # A chunk that kills its actor must end the job, not restart it for ever.
-        max_task_retries=ACTOR_TASK_RETRIES,
+        max_task_retries=config.ray.actor_task_retries,
     )
     # Prefetching would hold each result back until the next one is there.
     for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -433,7 +435,7 @@ def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int)
     )
 
 
-# `max_retries` and `max_task_retries` have no other way into Ray Data yet, and its default is for ever.
+# `max_retries` and `max_task_retries` have no other way into Ray Data yet; its own default is for ever.
 warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 

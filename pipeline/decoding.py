@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +62,22 @@ SIDEWAYS = {
     Image.Transpose.ROTATE_90,
 }
 
+# And those after which the first column, or row, shows what the file has last in a row, or column.
+FROM_THE_RIGHT = {
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+}
+FROM_BELOW = {
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+}
+
+_N = TypeVar("_N", int, float)
+
 # Damage in metadata that nobody reads here is no news; with a billion images it would fill the logs.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -97,7 +113,7 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
         max_pixels: larger images are an error, found in the header, before anything is decoded. (For
             WebP and TIFF, Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
         fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its own,
-            which libjpeg does within the inverse cosine transform. (Not one that EXIF says to turn.)
+            which libjpeg does within the inverse cosine transform.
     """
     known = next((known for known in FORMATS if known[1].match(data)), None)
     if known is None:
@@ -109,13 +125,8 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
         width, height = file.size
         if error := too_large(width, height, max_pixels):
             return Decoded(None, width, height, error)
-        if fast and isinstance(file, JpegImageFile) and turn_of(file) is None:
-            drafted = file.draft(file.mode, preprocessor.resized_size(width, height))
-            if drafted is not None:
-                file.load()
-                # The last pixels may be of the source in part only.
-                pixels = preprocessor(_to_rgb(file), (width, height), drafted[1][2:])
-                return Decoded(pixels, width, height, None)
+        if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
+            return scaled
         file.load()
         image = _to_rgb(file)
         if (turn := turn_of(file)) is not None:  # of a TIFF, it is turned by now
@@ -125,6 +136,30 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
     except Exception as error:
         return Decoded(None, width, height, one_line(f"cannot decode {name}: {_cause(error)}"))
+
+
+def _decode_scaled(file: JpegImageFile, preprocessor: Preprocessor) -> Decoded | None:
+    """Decodes a JPEG at a fraction of its size; None if it isn't large enough for that."""
+    turn = turn_of(file)
+    size = _exchanged(file.size, turn)
+    drafted = file.draft(file.mode, _exchanged(preprocessor.resized_size(*size), turn))
+    if drafted is None:
+        return None
+    file.load()
+    image = _to_rgb(file)
+    # The last pixels, which a turn may make the first, may be of the source in part only.
+    width, height = _exchanged(drafted[1][2:], turn)
+    left = top = 0.0
+    if turn is not None:
+        image = image.transpose(turn)
+        left = image.width - width if turn in FROM_THE_RIGHT else 0.0
+        top = image.height - height if turn in FROM_BELOW else 0.0
+    return Decoded(preprocessor(image, size, (left, top, left + width, top + height)), *size, None)
+
+
+def _exchanged(size: tuple[_N, _N], turn: Image.Transpose | None) -> tuple[_N, _N]:
+    """A width and height after a turn, or what they were before it."""
+    return (size[1], size[0]) if turn in SIDEWAYS else size
 
 
 def _unknown(data: bytes) -> str:

@@ -1,12 +1,15 @@
 """Decoding on the GPU that classifies: plain JPEGs by nvJPEG, everything else as `pipeline.decoding` does.
 
 Chunks in, the same chunks out as from `decode_chunk`, but for their pixels: these are on the device, and
-differ from Pillow's by how the decoders upsample colour and where they round.
+differ from Pillow's by how the decoders upsample colour and where they round. Which of the two decodes an
+image is up to its file alone, but where the GPU fails, for lack of memory, say: then, another attempt may
+give other pixels.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +26,8 @@ from torch import Tensor
 from cvt.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.chunks import Chunk
-from pipeline.decoding import SIDEWAYS, Decoded, decode, too_large, turn_of, with_outcomes
-from pipeline.stages import DECODE
+from pipeline.decoding import SIDEWAYS, Decoded, decode, decode_chunk, too_large, turn_of, with_outcomes
+from pipeline.stages import ON_GPU
 
 logger = logging.getLogger("cvt_label")
 
@@ -46,6 +49,9 @@ END_OF_IMAGE = b"\xff\xd9"
 
 # Horizontal and vertical sampling of luminance, where that of colour is 1 x 1: 4:4:4 to 4:1:1.
 SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
+
+# Between two decoders of the same smooth JPEG, on average.
+_SAME_GREY_LEVELS = 3
 
 TURNS: dict[Image.Transpose, Callable[[Tensor], Tensor]] = {
     Image.Transpose.FLIP_LEFT_RIGHT: lambda image: image.flip(2),
@@ -116,16 +122,30 @@ class GpuDecoder:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._decode_jpegs = decode_jpegs or nvjpeg(self._device)
         self._cpu = ThreadPoolExecutor(threads, "decode")
-        self._turn = threading.Lock()
+        self._device_lock = threading.Lock()
+        self._has_failed = False
 
     def __call__(self, chunk: Chunk) -> Chunk:
         """The same as `pipeline.decoding.decode_chunk`, with pixels on the device, ready to be used.
 
-        Its `spent` says how many images were decoded there, as `decode.on_gpu`.
+        Its `spent` says how many images were decoded there, as ON_GPU. If the device has no memory for the
+        chunk's pixels, they are in an array, and all decoded by the CPU.
         """
+        try:
+            return self._decode_chunk(chunk)
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "the GPU is out of memory, the CPU decodes %d images: %s", len(chunk.samples), error
+            )
+        torch.cuda.empty_cache()  # the engine beside may need it
+        decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels)
+        return replace(decoded, spent={**decoded.spent, ON_GPU: 0})
+
+    def _decode_chunk(self, chunk: Chunk) -> Chunk:
         samples, size = chunk.samples, self._preprocessor.size
         outcomes: list[Decoded] = []
         plain: list[PlainJpeg] = []
+        done: set[int] = set()
         left: dict[int, Future[Decoded]] = {}
         for row, (image, error) in enumerate(
             zip(samples["image"], samples["error"].to_pylist(), strict=True)
@@ -142,10 +162,11 @@ class GpuDecoder:
         with self._device_to_itself():
             pixels = torch.empty((len(outcomes), size, size, 3), dtype=torch.uint8, device=self._device)
             for batch in _batches(plain):
-                for jpeg in self._decoded(batch, pixels):
-                    outcomes[jpeg.row] = Decoded(None, *jpeg.upright_size, None)
-        refused = [jpeg for jpeg in plain if outcomes[jpeg.row].width is None]
-        left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in refused}
+                for jpeg, image in self._decoded(batch):
+                    if self._resized(jpeg, image, pixels[jpeg.row : jpeg.row + 1]):
+                        outcomes[jpeg.row] = Decoded(None, *jpeg.upright_size, None)
+                        done.add(jpeg.row)
+        left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in plain if jpeg.row not in done}
         by_cpu = {row: future.result() for row, future in left.items()}
         with self._device_to_itself():
             self._put(by_cpu, pixels)
@@ -155,37 +176,50 @@ class GpuDecoder:
             good = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
             if len(good) < len(outcomes):
                 pixels = pixels[torch.tensor(good, dtype=torch.int64, device=self._device)]
-        spent = {**chunk.spent, f"{DECODE}.on_gpu": len(plain) - len(refused)}
+        spent = {**chunk.spent, ON_GPU: len(done)}
         return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels, spent=spent)
 
     def _leave_to_cpu(self, data: bytes) -> Future[Decoded]:
         return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels)
 
-    def _decoded(self, jpegs: Sequence[PlainJpeg], pixels: Tensor) -> Sequence[PlainJpeg]:
-        """Decodes and resizes JPEGs, each into its row; returns those for which this worked.
+    def _decoded(
+        self, jpegs: Sequence[PlainJpeg], is_half: bool = False
+    ) -> Iterator[tuple[PlainJpeg, Tensor]]:
+        """Decodes JPEGs; those for which it doesn't work are missing.
 
         Where it doesn't, it is tried with each half, be it for an image at fault or for lack of memory.
         """
+        images = None
         try:
-            self._decode(jpegs, pixels)
-            return jpegs
+            images = self._decode_jpegs([jpeg.data for jpeg in jpegs])
         except Exception as error:
-            logger.info("the GPU failed to decode %d JPEGs: %s", len(jpegs), error)
-            out_of_memory = "out of memory" in str(error)  # in torchvision, its type is lost
-        if len(jpegs) == 1:
-            return []
-        if out_of_memory:  # and freed only here: the error has held on to what was decoded
-            torch.cuda.empty_cache()
-        half = len(jpegs) // 2
-        return [*self._decoded(jpegs[:half], pixels), *self._decoded(jpegs[half:], pixels)]
+            self._note_failure(f"decode {len(jpegs)} JPEGs", error)
+        if images is not None:
+            yield from zip(jpegs, images, strict=True)
+        elif len(jpegs) > 1:
+            if not is_half:
+                # nvJPEG asks the driver for memory, and gets none of what PyTorch keeps for later; its errors
+                # don't tell. Freed only here: the error has held on to what was decoded.
+                torch.cuda.empty_cache()
+            half = len(jpegs) // 2
+            yield from self._decoded(jpegs[:half], is_half=True)
+            yield from self._decoded(jpegs[half:], is_half=True)
 
-    def _decode(self, jpegs: Sequence[PlainJpeg], pixels: Tensor) -> None:
-        images = self._decode_jpegs([jpeg.data for jpeg in jpegs])
-        for jpeg, image in zip(jpegs, images, strict=True):
+    def _resized(self, jpeg: PlainJpeg, image: Tensor, out: Tensor) -> bool:
+        """Turns and resizes a decoded JPEG into its row; returns whether this worked."""
+        try:
             if image.shape != (3, jpeg.height, jpeg.width):
                 raise ValueError(f"{tuple(image.shape)}, where the header says {(jpeg.height, jpeg.width)}")
-            upright = image if jpeg.turn is None else TURNS[jpeg.turn](image)
-            self._resize([upright], pixels[jpeg.row : jpeg.row + 1])
+            self._resize([image if jpeg.turn is None else TURNS[jpeg.turn](image)], out)
+        except Exception as error:  # a resize to a small part of its size may be too much for a GPU
+            self._note_failure("resize a JPEG", error)
+            return False
+        return True
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        level = logging.DEBUG if self._has_failed else logging.WARNING
+        self._has_failed = True
+        logger.log(level, "the GPU failed to %s, which the CPU decodes if need be: %s", what, error)
 
     def _put(self, decoded: Mapping[int, Decoded], pixels: Tensor) -> None:
         """Copies what the CPU decoded into its rows."""
@@ -200,13 +234,15 @@ class GpuDecoder:
 
         Waits at its end for what was queued on the device.
         """
-        with self._turn:
+        with self._device_lock:
             if self._stream is None:
                 yield
                 return
             with torch.cuda.stream(self._stream):
                 yield
-            self._stream.synchronize()
+                done = torch.cuda.Event(blocking=True)  # which keeps no CPU busy
+                done.record()
+            done.synchronize()
 
 
 def _batches(jpegs: Sequence[PlainJpeg]) -> Iterator[Sequence[PlainJpeg]]:
@@ -286,7 +322,7 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
         # doesn't wait for that: without this, it overwrites images that are still being resized
         # (https://github.com/pytorch/vision/pull/9606).
         torch.cuda.current_stream(device).synchronize()
-        tensors = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+        tensors = [torch.from_numpy(np.frombuffer(file, np.uint8).copy()) for file in files]
         try:
             images: list[Tensor] = decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device)
         except Exception:
@@ -294,10 +330,33 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
             raise
         return images
 
-    stream = io.BytesIO()
-    Image.new("RGB", (256, 256)).save(stream, "JPEG")
     try:
-        decode_jpegs([stream.getvalue()])
+        _check(decode_jpegs)
     except Exception as error:
         raise ValueError(f"torchvision can't decode JPEGs on {device.type!r} ({error}): {remedy}") from error
     return decode_jpegs
+
+
+def _check(decode_jpegs: DecodeJpegs) -> None:
+    """Makes sure that a batch of different JPEGs comes out as Pillow decodes it.
+
+    A decoder that skips an image without saying so leaves in its place what was in memory.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    x, y = np.meshgrid(np.linspace(0, 255, 97), np.linspace(0, 255, 75))
+    smooth = Image.fromarray(np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8))
+    files: list[bytes] = []
+    for mode, progressive, subsampling in itertools.product(("RGB", "L"), (False, True), (0, 1, 2)):
+        stream = io.BytesIO()
+        image = smooth.convert(mode).crop((0, 0, 97 - len(files), 75))
+        image.save(stream, "JPEG", quality=95, progressive=progressive, subsampling=subsampling)
+        files.append(stream.getvalue())
+    for file, found in zip(files, decode_jpegs(files), strict=True):
+        wanted = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), np.int16)
+        if found.shape[1:] != wanted.shape[:2]:
+            raise ValueError(f"an image of {wanted.shape[:2]} comes out as {tuple(found.shape)}")
+        difference = np.abs(found.permute(1, 2, 0).cpu().numpy() - wanted).mean()
+        if difference > _SAME_GREY_LEVELS:
+            raise ValueError(f"an image comes out {difference:.0f} grey levels from what it is")

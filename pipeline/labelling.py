@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cvt.device_preprocessing import DevicePreprocessor
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.config import Config, ConfigError, InputConfig
@@ -33,6 +35,7 @@ from pipeline.stages import (
     CLASSIFY,
     COMMIT,
     DECODE,
+    ON_GPU,
     STORAGE,
     StageFigures,
     bound_by,
@@ -42,6 +45,9 @@ from pipeline.stages import (
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
 from pipeline.tidying import grouped_otherwise, remove, tidy
+
+if TYPE_CHECKING:
+    from pipeline.dataflow import Resources
 
 
 class NoShardsError(ValueError):
@@ -101,7 +107,8 @@ class RunResult:
         timings: seconds from its start to each event, by name.
         worker_faults: failures of storage that passed, in the workers, by kind.
         stages: each stage's part in it; empty where nothing was to be labelled.
-        decoded_on_gpu: images that a GPU decoded; None where only the CPU was to.
+        decoded_on_gpu: of the images that were decoded, those by a GPU; None where only the CPU was to.
+        gpu_utilisation: share of the time in which GPUs were busy; None where nobody measured it.
     """
 
     run: str
@@ -114,6 +121,7 @@ class RunResult:
     worker_faults: Counter[str] = field(default_factory=Counter)
     stages: dict[str, StageFigures] = field(default_factory=dict)
     decoded_on_gpu: int | None = None
+    gpu_utilisation: float | None = None
 
     @property
     def rate(self) -> float:
@@ -126,7 +134,7 @@ class RunResult:
     def decoder(self) -> str:
         """What decoded the images, in words."""
         if self.decoded_on_gpu is not None:
-            on_cpu = self.totals.images - self.decoded_on_gpu
+            on_cpu = self.stages[DECODE].images - self.decoded_on_gpu
             return f"the GPU, {self.decoded_on_gpu:,} images, and the CPU, {on_cpu:,}"
         return f"the CPU, {self.plan.partition.config.decode.quality}"
 
@@ -153,6 +161,7 @@ def make_plan(config: Config, selection: Selection = LABEL_NEW) -> Plan:
     """
     check_input(config)
     partition = open_partition(config)
+    _check_decodable(partition)
     return _plan(partition, selection, left_in_order(partition.storage, partition.uri))
 
 
@@ -177,6 +186,15 @@ def _check_installed(config: Config) -> None:
             "decode.device: the GPU decodes by torchvision, which is not installed: pip install "
             "'cvt-label[gpu]', or set decode.device: cpu"
         )
+
+
+def _check_decodable(partition: Partition) -> None:
+    """Tells at once whether a GPU can do this model's preprocessing."""
+    if partition.config.decode.resolved_device(partition.config.classify.device) == "gpu":
+        try:
+            DevicePreprocessor(partition.checkpoint.preprocessor)
+        except ValueError as error:
+            raise ConfigError(f"decode.device: {error}") from error
 
 
 def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
@@ -255,6 +273,7 @@ def run_labelling(
     _check_installed(config)
     check_input(config)
     partition = open_partition(config)
+    _check_decodable(partition)
     run = new_run_id()
     lease = Lease(partition.storage, partition.uri, run, config.run.lease_s)
     with sigterm_interrupts(), lease.held(wait, on_wait) as holding:
@@ -397,22 +416,32 @@ def _label(
             committer.settle()
         else:
             committer.finish()
-        workers = {STORAGE: resources.readers, COMMIT: WRITERS}
-        if resources.decoders:
-            workers[DECODE] = resources.decoders
-        result.stages = stage_figures(committer.spent, committer.progress().images, workers, seconds)
-        if not resources.decoders:
-            result.decoded_on_gpu = int(committer.spent["decode.on_gpu"])
-        stages = {stage: asdict(figures) for stage, figures in result.stages.items()}
-        utilisation = gpu_utilisation(committer.spent)
-        record.note(
-            stages=stages,
-            bound_by=bound_by(result.stages),
-            gpu_utilisation=utilisation,
-            decoder=result.decoder,
-        )
+        _note_stages(result, record, committer.spent, resources, seconds)
         on_progress(committer.progress(), plan)
     return stop
+
+
+def _note_stages(
+    result: RunResult,
+    record: RunRecord,
+    spent: Mapping[str, float],
+    resources: Resources,
+    seconds: float,
+) -> None:
+    """Notes what each stage did in so many seconds of the dataflow, in the result and in the record."""
+    workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
+    if resources.decoders:
+        workers[DECODE] = resources.decoders
+    else:
+        result.decoded_on_gpu = int(spent.get(ON_GPU, 0))
+    result.stages = stage_figures(spent, workers, seconds)
+    result.gpu_utilisation = gpu_utilisation(spent)
+    record.note(
+        stages={stage: asdict(figures) for stage, figures in result.stages.items()},
+        bound_by=bound_by(result.stages),
+        gpu_utilisation=result.gpu_utilisation,
+        decoder=result.decoder,
+    )
 
 
 @contextmanager

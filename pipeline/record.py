@@ -19,7 +19,10 @@ from pipeline.manifest import ManifestRow
 from pipeline.partition import Partition
 from pipeline.storage import Storage, StorageError
 
-_PACKAGES = ("cvt-label", "ray", "torch", "transformers", "pyarrow", "pillow", "numpy", "boto3")
+_PACKAGES = (
+    "cvt-label", "ray", "torch", "torchvision", "openvino", "transformers", "pyarrow", "pillow", "numpy",
+    "boto3",
+)  # fmt: skip
 #: What is recorded of shards, and of one that couldn't be read.
 _LISTS = ("removed", "gone", "present", "cured", "unreadable")
 _FAILURE = ("uri", "format", "size", "error", "failed_version")

@@ -112,6 +112,8 @@ def render_report(result: RunResult) -> str:
     }
     if result.stages:
         facts |= {"Decoded by": result.decoder, "Bound by": bound_by(result.stages)}
+    if result.gpu_utilisation is not None:
+        facts["GPU utilisation"] = percent(result.gpu_utilisation)
     if stats.has_targets:
         facts["Top-1 accuracy"] = percent(stats.top1_accuracy())
         facts["Top-5 accuracy"] = percent(stats.top5_accuracy(partition.config.output.topk))

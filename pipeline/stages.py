@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 STORAGE, DECODE, CLASSIFY, COMMIT = STAGES = ("storage", "decode", "classify", "commit")
 
+#: Images that a GPU decoded, in a chunk's `spent`.
+ON_GPU = f"{DECODE}.on_gpu"
+
 _GPU_INTERVAL = 0.5
 
 logger = logging.getLogger("cvt_label")
@@ -98,7 +101,7 @@ class StageFigures:
     """One stage's part in a run.
 
     Attributes:
-        images: that it did.
+        images: that came to it: of some, reading or decoding says already what is wrong with them.
         busy_s: seconds in which its workers worked, summed over them.
         wait_s: seconds in which they could have worked and didn't, likewise.
         bytes: that it passed on: encoded images, pixels, labels, and what was written.
@@ -115,13 +118,12 @@ class StageFigures:
 
 
 def stage_figures(
-    spent: Mapping[str, float], images: int, workers: Mapping[str, int], seconds: float
+    spent: Mapping[str, float], workers: Mapping[str, int], seconds: float
 ) -> dict[str, StageFigures]:
     """Adds up what the stages measured.
 
     Args:
-        spent: seconds and bytes by stage, as `Meter.taken` names them.
-        images: that came out.
+        spent: seconds, images and bytes by stage, as `Meter.taken` names them.
         workers: of each stage, but of `classify`, whose actors know how long they waited.
         seconds: the run's, from its first work at a classifier to its last result.
     """
@@ -135,7 +137,7 @@ def stage_figures(
             wait = spent.get(f"{stage}.wait_s", 0.0)
             count = (busy + wait) / seconds if seconds else 0.0
         figures[stage] = StageFigures(
-            images=images,
+            images=int(spent.get(f"{stage}.images", 0)),
             busy_s=round(busy, 3),
             wait_s=round(wait, 3),
             bytes=int(spent.get(f"{stage}.bytes", 0)),

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
 from cvt.cuda_runtime import CudaRuntime
-from cvt.engine import Engine, Result, Runtime, resolve_precision
+from cvt.engine import Engine, Result, Runtime, _thread, resolve_precision
 from cvt.inference_network import InferenceNetwork
 from cvt.modeling import CvtForImageClassification, CvtStage
 from cvt.preprocessing import Preprocessor
@@ -317,7 +319,7 @@ def test_a_gpu_that_is_not_there_is_refused_unless_the_choice_is_free() -> None:
     [
         ("torch", 1, [(7, 1)]),
         ("torch", 3, [(2, 1), (2, 1), (3, 1)]),
-        ("torch", 9, [(1, 1)] * 7),
+        ("torch", 16, [(1, 2)] * 7),
         ("compile", 3, [(8, 3)]),
     ],
 )
@@ -340,6 +342,38 @@ def test_threads_take_parts_of_a_batch_or_compute_compiled_code_together(
     np.testing.assert_allclose(engine(IMAGES).logits, logits, atol=1e-4, rtol=0)
     assert sorted(seen) == parts
     assert torch.get_num_threads() == before
+
+
+def test_no_thread_is_left_out_where_workers_cannot_have_the_same_number() -> None:
+    engine, seen, together = make_engine(threads=11, batch_size=8), [], threading.Barrier(8)
+    forward = engine._runtime._forward  # type: ignore[attr-defined]
+
+    def note(part: Tensor) -> tuple[Tensor, Tensor]:
+        together.wait(10)  # so that each worker takes one
+        seen.append(torch.get_num_threads())
+        outputs: tuple[Tensor, Tensor] = forward(part)
+        return outputs
+
+    engine._runtime._forward = note  # type: ignore[attr-defined]
+    engine(np.concatenate([IMAGES, IMAGES[:1]]))
+    assert sorted(seen) == [1] * 5 + [2] * 3
+
+
+def test_two_first_calls_make_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, it keeps what was compiled."""
+    made = []
+
+    def slow(*arguments: Any) -> ThreadPoolExecutor:
+        made.append(arguments)
+        time.sleep(0.2)
+        return ThreadPoolExecutor(*arguments)
+
+    engine = make_engine()
+    monkeypatch.setattr("cvt.engine.ThreadPoolExecutor", slow)
+    _thread.cache_clear()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(engine, [IMAGES, IMAGES]))
+    assert made == [(1, "engine")]
 
 
 class ShortOfMemory:

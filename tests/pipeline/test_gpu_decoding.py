@@ -195,6 +195,55 @@ def test_an_image_of_another_size_than_its_header_says_is_decoded_on_the_cpu() -
     assert (decoder.on_device, decoder.on_cpu) == (1, 1)
 
 
+def test_a_resize_that_fails_costs_its_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [jpeg((50 + row, 60)) for row in range(9)]
+    decode_jpegs = PillowJpegs()
+    decoder = make_decoder(decode_jpegs)
+    resize = decoder._resize
+
+    def fail(given: Sequence[Tensor], out: Tensor) -> None:
+        if given[0].shape[2] == 54:
+            raise RuntimeError("Too much shared memory required")
+        resize(given, out)
+
+    monkeypatch.setattr(decoder, "_resize", fail)
+    assert_as_on_the_cpu(decoder(chunk_of(images)), images)
+    assert decode_jpegs.batches == [9]
+    assert (decoder.on_device, decoder.on_cpu) == (8, 1)
+
+
+def test_where_the_driver_has_no_memory_pytorch_gives_its_own_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvJPEG asks the driver, and its errors don't say what was missing."""
+    free: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(True))
+
+    class ShortOfMemory(PillowJpegs):
+        def __call__(self, files: list[bytes]) -> list[Tensor]:
+            if not free:
+                raise RuntimeError("Failed to decode batch: 5")
+            return super().__call__(files)
+
+    decoder, images = make_decoder(ShortOfMemory()), [jpeg((50 + row, 60)) for row in range(8)]
+    assert_as_on_the_cpu(decoder(chunk_of(images)), images)
+    assert (decoder.on_device, decoder.on_cpu, len(free)) == (8, 0, 1)
+
+
+def test_without_memory_for_its_pixels_a_chunk_is_decoded_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    images: list[bytes | None] = [*PLAIN.values(), None, *UNUSUAL.values()]
+    decoder = make_decoder()
+    monkeypatch.setattr(torch, "empty", fail)
+    done, expected = decoder(chunk_of(images)), decode_chunk(chunk_of(images), PREPROCESSOR, LIMIT)
+    assert done.samples.equals(expected.samples)
+    assert np.array_equal(done.pixels, expected.pixels)  # type: ignore[arg-type]
+    assert (decoder.on_device, decoder.on_cpu) == (0, len(images) - 1)
+    assert "the GPU is out of memory" in caplog.text
+
+
 def test_a_device_out_of_memory_gets_smaller_batches() -> None:
     class ShortOfMemory(PillowJpegs):
         def __call__(self, files: list[bytes]) -> list[Tensor]:
@@ -309,6 +358,20 @@ def test_a_torchvision_without_nvjpeg_is_refused_at_once(monkeypatch: pytest.Mon
 
     stand_in_for_torchvision(monkeypatch, fail)
     with pytest.raises(ValueError, match=r"not compiled with nvJPEG support\): .* or set decode.device: cpu"):
+        GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
+
+
+@pytest.mark.parametrize(("place", "left"), [(0, 0), (7, 0), (11, 255)])
+def test_a_decoder_that_leaves_out_an_image_is_refused(
+    monkeypatch: pytest.MonkeyPatch, place: int, left: int
+) -> None:
+    def decode(files: list[bytes]) -> list[Tensor]:
+        images = PillowJpegs()(files)
+        images[place] = torch.full_like(images[place], left)
+        return images
+
+    stand_in_for_torchvision(monkeypatch, decode)
+    with pytest.raises(ValueError, match=r"can't decode JPEGs on 'cpu' \(an image comes out \d+ grey levels"):
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 

@@ -76,31 +76,34 @@ def test_threads_that_work_together_count_once(clock: list[float]) -> None:
 
 SPENT = {
     "storage.busy_s": 2.0,
+    "storage.images": 400.0,
     "storage.bytes": 1000.0,
     "decode.busy_s": 10.0,
+    "decode.images": 390.0,
     "classify.busy_s": 19.0,
+    "classify.images": 380.0,
     "classify.wait_s": 1.0,
     "commit.busy_s": 0.5,
 }
 
 
 def test_waiting_is_what_workers_could_have_done() -> None:
-    figures = stage_figures(SPENT, 400, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
+    figures = stage_figures(SPENT, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
     assert figures[STORAGE] == StageFigures(400, 2.0, 18.0, 1000, 2, 0.1)
-    assert figures[DECODE] == StageFigures(400, 10.0, 30.0, 0, 4, 0.25)
-    assert figures[CLASSIFY] == StageFigures(400, 19.0, 1.0, 0, 2.0, 0.95)
+    assert figures[DECODE] == StageFigures(390, 10.0, 30.0, 0, 4, 0.25)
+    assert figures[CLASSIFY] == StageFigures(380, 19.0, 1.0, 0, 2.0, 0.95)
     assert bound_by(figures) == "classify, busy 95% of the time (decode 25%, storage 10%, commit 5%)"
 
 
 @pytest.mark.parametrize("stage", [STORAGE, DECODE, COMMIT])
 def test_the_busiest_stage_bound_the_run(stage: str) -> None:
     spent = {"classify.wait_s": 9.0, "classify.busy_s": 1.0, f"{stage}.busy_s": 9.0}
-    figures = stage_figures(spent, 1, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
+    figures = stage_figures(spent, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
     assert bound_by(figures).startswith(f"{stage}, busy 90% of the time (classify 10%")
 
 
 def test_a_run_that_mostly_started_was_bound_by_no_stage() -> None:
-    figures = stage_figures(SPENT, 1, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
+    figures = stage_figures(SPENT, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
     assert bound_by(figures).startswith("no stage (busy: classify 48%, decode 25%")
 
 
@@ -121,6 +124,6 @@ def test_without_a_gpu_nothing_is_said_of_one() -> None:
 
 
 def test_a_run_without_results_has_figures_too() -> None:
-    figures = stage_figures({}, 0, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
+    figures = stage_figures({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
     assert {f.share_busy for f in figures.values()} == {0.0}
     assert bound_by(figures).startswith("no stage")
