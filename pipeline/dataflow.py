@@ -94,35 +94,32 @@ def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> 
         ConfigError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
     """
     classify, read, decode = config.classify, config.read, config.decode
-    cpus, gpus, node_cpus = cluster.cpus, cluster.gpus, cluster.node_cpus
-    readers = read.concurrency or max(1, min(32, int(cpus // 4) or int(cpus // 2)))
+    readers = read.concurrency or max(1, min(32, int(cluster.cpus // 4) or int(cluster.cpus // 2)))
     on_gpu = classify.device == "cuda" or (
-        gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # which is for CPUs
+        cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # which is for CPUs
     )
     decodes_apart = decode.resolved_device(classify.device) == "cpu"
-    decode_cpus = decode.num_cpus or (1.0 if node_cpus >= 4 else 0.5 if node_cpus >= 2 else 0.25)
-    if not decodes_apart:
-        decode_cpus = 0.0
-    threads = classify.threads
-    cpus_left = cpus - decode_cpus - readers * read.num_cpus
+    decode_cpus = (decode.num_cpus or _decode_cpus(cluster.node_cpus)) if decodes_apart else 0.0
+    cpus_left = cluster.cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
         actor_gpus = classify.num_gpus or 1.0
         actor_cpus = classify.num_cpus or (1.0 if decodes_apart else 2.0)  # what the GPU leaves to it
-        room = math.floor(min(gpus / actor_gpus, cpus_left / actor_cpus))
+        room = math.floor(min(cluster.gpus / actor_gpus, cpus_left / actor_cpus))
     else:
         actor_gpus = 0.0
-        actor_cpus = classify.num_cpus or _share_of_node(node_cpus, decode_cpus + read.num_cpus)
+        actor_cpus = classify.num_cpus or _share_of_node(cluster.node_cpus, decode_cpus + read.num_cpus)
         room = math.floor(cpus_left / actor_cpus)
     if classify.max_actors is None and room < classify.min_actors:
-        kind = f"{cpus:g} CPUs and {gpus:g} GPUs"
         raise ConfigError(
             f"classify.min_actors: {classify.min_actors} classifiers don't fit beside readers and decoders "
-            f"into the cluster's {kind} (a cluster that grows needs classify.max_actors)"
+            f"into the cluster's {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs "
+            "(a cluster that grows needs classify.max_actors)"
         )
     max_actors = classify.max_actors or room
+    threads = classify.threads
     if not on_gpu and threads is None:
         # A classifier that is alone on its machine gets all of it: decoding is a small part.
-        threads = int(node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
+        threads = int(cluster.node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
     chunk_images = read.chunk_images or _chunk_images(macs, size, on_gpu)
     room_for_decoders = cpus_left + decode_cpus - min(max_actors, room) * actor_cpus
     most_memory = cluster.node_memory / 4  # so that a slot of each stage fits into any node
@@ -146,8 +143,15 @@ def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> 
     )
 
 
+def _decode_cpus(node_cpus: float) -> float:
+    """CPUs of a decode task, by those of the largest machine."""
+    if node_cpus >= 4:
+        return 1.0
+    return 0.5 if node_cpus >= 2 else 0.25
+
+
 def _chunk_images(macs: int, size: int, on_gpu: bool) -> int:
-    """Images in a chunk: so many that Ray's own work, some 20 ms a chunk, is lost in the classifier's.
+    """Images in a chunk: so many that Ray's own work, some 20 ms a chunk, is little beside the classifier's.
 
     128 of CvT-13's at 224 pixels on a CPU, which takes seconds for them, and 1024 on a GPU. A chunk of the
     largest models must still be done in a minute, and pixels must not fill the object store.
