@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated
 
 import typer
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -39,6 +41,9 @@ logger = logging.getLogger("cvt_label")
 #: Seconds between lines of progress where there is no terminal.
 LOG_INTERVAL = 10.0
 
+#: Seconds after the first results until they tell a pace.
+PACE_AFTER = 5.0
+
 
 def label(
     config: ConfigOption,
@@ -64,7 +69,13 @@ def label(
 
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels with progress shown, and prints what came of it."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    # In a terminal, lines have to go above the bar.
+    in_terminal = (
+        [RichHandler(console=err, show_path=False, log_time_format="[%X]")] if err.is_terminal else None
+    )
+    logging.basicConfig(
+        format="%(message)s" if in_terminal else "%(asctime)s %(levelname)s %(message)s", handlers=in_terminal
+    )
     logger.setLevel(logging.INFO)
     with show_progress() as progress:
         result = run_labelling(
@@ -81,19 +92,19 @@ def _print_plan(plan: Plan) -> None:
 @contextmanager
 def show_progress() -> Iterator[Callable[[committing.Progress, Plan], None]]:
     """Progress as a bar in a terminal, and as a line every few seconds elsewhere."""
-    started = time.monotonic()
+    pace = _Pace()
     if not err.is_terminal:
-        yield _log_progress(started)
+        yield _log_progress(pace)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("shards · {task.fields[images]} · {task.fields[errors]:,} errors"),
+        TextColumn("shards · {task.fields[state]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("listing, starting Ray", total=None, images="no images", errors=0)
+        task = bar.add_task("listing, starting Ray", total=None, state="no images")
 
         def show(progress: committing.Progress, plan: Plan) -> None:
             bar.update(
@@ -101,38 +112,48 @@ def show_progress() -> Iterator[Callable[[committing.Progress, Plan], None]]:
                 description="labelling",
                 total=len(plan.shards),
                 completed=progress.shards,
-                images=_images(progress, plan, started),
-                errors=progress.errors,
+                state=pace.described(progress, plan),
             )
 
         yield show
 
 
-def _log_progress(started: float) -> Callable[[committing.Progress, Plan], None]:
-    last = started
+def _log_progress(pace: _Pace) -> Callable[[committing.Progress, Plan], None]:
+    last = time.monotonic()
 
     def log(progress: committing.Progress, plan: Plan) -> None:
         nonlocal last
         finished = progress.shards == len(plan.shards)
+        state = pace.described(progress, plan)
         if time.monotonic() - last < LOG_INTERVAL and not finished:
             return
         last = time.monotonic()
-        logger.info(
-            "%d of %d shards, %s, %d errors",
-            progress.shards,
-            len(plan.shards),
-            _images(progress, plan, started),
-            progress.errors,
-        )
+        logger.info("%d of %d shards, %s", progress.shards, len(plan.shards), state)
 
     return log
 
 
-def _images(progress: committing.Progress, plan: Plan, started: float) -> str:
-    """Images done, of how many where the listing knows, and their rate."""
-    total = f" of {plan.images:,}" if plan.images is not None else ""
-    rate = progress.images / max(time.monotonic() - started, 1e-9)
-    return f"{progress.images:,}{total} images, {rate:,.0f}/s"
+class _Pace:
+    """What progress means in images a second and time left, from the first results on."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, committing.Progress] | None = None
+
+    def described(self, progress: committing.Progress, plan: Plan) -> str:
+        """Images, of how many if the listing knows, errors, and, when it can be told, pace and time left."""
+        total = f" of {plan.images:,}" if plan.images is not None else ""
+        text = f"{progress.images:,}{total} images, {progress.errors:,} errors"
+        now = time.monotonic()
+        if self._first is None:
+            if progress.images:
+                self._first = now, progress
+            return text
+        since, first = self._first
+        images, share = progress.images - first.images, progress.share - first.share
+        if now - since < PACE_AFTER or images <= 0 or share <= 0:
+            return text
+        left = timedelta(seconds=round((1 - progress.share) / share * (now - since)))
+        return f"{text}, {images / (now - since):,.1f}/s, {left} left"
 
 
 def print_result(result: RunResult, most: int = 20) -> None:

@@ -12,6 +12,7 @@ The order of a commit:
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,12 +30,17 @@ from pipeline.classifying import PredictionOptions
 from pipeline.manifest import ManifestRow
 from pipeline.predictions import Footer, encode, pack_partial, prediction_schema, read_footer
 from pipeline.shards import Shard, prediction_path
-from pipeline.stages import COMMIT, Meter
+from pipeline.stages import COMMIT, STORAGE, Meter
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage
 
+logger = logging.getLogger("cvt_label")
+
 #: Files in the making: each is one shard's result rows, so few are enough to hide a PUT's latency.
 WRITERS = 4
+
+# Of a shard; all are in its prediction file.
+_LOGGED_ERRORS = 3
 
 
 class IncompleteShardError(RuntimeError):
@@ -50,6 +56,7 @@ class _OpenShard:
     error: str | None = None
     may_pass: bool = False
     samples: int = 0
+    bytes: float = 0.0
 
     def add(self, chunk: Chunk) -> bool:
         """Keeps a chunk; False where a second attempt brought one that is there already.
@@ -71,11 +78,19 @@ class _OpenShard:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the committer is: what has arrived, and what is committed."""
+    """How far the committer is.
+
+    Attributes:
+        images: that have arrived, error rows included.
+        errors: error rows among them.
+        shards: that are done.
+        share: of the plan's bytes that have arrived, from 0 to 1.
+    """
 
     images: int
     errors: int
     shards: int
+    share: float
 
 
 @dataclass
@@ -153,6 +168,7 @@ class Committer:
         self._open: dict[int, _OpenShard] = {}
         self._closed: set[int] = set()
         self._images = self._errors = 0
+        self._bytes, self._planned_bytes = 0.0, sum(shard.size for shard in plan)
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
         self._writes: deque[Future[tuple[ManifestRow, dict[str, float]]]] = deque()
 
@@ -185,7 +201,12 @@ class Committer:
         self.spent.update(chunk.spent)
         self._images += chunk.samples.num_rows
         self._errors += _errors(chunk)
+        # Encoded images, of what is open; a tar has more bytes, which may be as many again if they are small.
+        size = chunk.spent.get(f"{STORAGE}.bytes", 0.0)
+        self._bytes += size
+        shard.bytes += size
         if shard.complete:
+            self._bytes += self._plan[chunk.shard].size - shard.bytes
             if shard.error is not None:  # then its samples don't come out after all
                 self._images -= shard.samples
                 self._errors -= sum(map(_errors, shard.chunks.values()))
@@ -235,7 +256,8 @@ class Committer:
 
     def progress(self) -> Progress:
         """How far it is."""
-        return Progress(self._images, self._errors, self.totals.shards)
+        share = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
+        return Progress(self._images, self._errors, self.totals.shards, min(1.0, share))
 
     def _settle(self, write: Future[tuple[ManifestRow, dict[str, float]]]) -> None:
         row, spent = write.result()
@@ -270,6 +292,7 @@ class Committer:
             duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
             partial=ClassStatistics.of(predictions, len(self._options.labels)).to_partial(),
         )
+        self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
         content = encode(predictions, footer)
         if shard.members:
@@ -279,6 +302,16 @@ class Committer:
             return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version), 0
         row = labelled_row(written[0], output, written[1])
         return replace(row, run=self._run, committed_at=datetime.now(UTC)), len(content)
+
+    def _log_errors(self, shard: Shard, predictions: pa.Table) -> None:
+        """Tells of a shard's first error rows; names come from data, so they are quoted."""
+        bad = predictions.filter(pc.is_valid(predictions["error"]))
+        for row in bad.slice(0, _LOGGED_ERRORS).select(["index", "key", "error"]).to_pylist():
+            where = self._run, shard.uri, row["index"], row["key"]
+            logger.warning("run %s: shard %r, sample %d, key %r: %s", *where, row["error"])
+        if bad.num_rows > _LOGGED_ERRORS:
+            more = bad.num_rows - _LOGGED_ERRORS
+            logger.warning("run %s: shard %r: %d more error rows", self._run, shard.uri, more)
 
     def _failed(self, shard: Shard, error: str, failed_version: str | None) -> ManifestRow:
         return ManifestRow(

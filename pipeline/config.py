@@ -89,6 +89,15 @@ class OutputConfig(_Section):
     embedding: Literal["none", "float16", "float32"] = "none"
 
 
+class ReportConfig(_Section):
+    """What the report shows beside figures; no label depends on it."""
+
+    #: Images of each class that are shown as thumbnails: so many of the surest, and of the least sure.
+    gallery: Annotated[int, Field(ge=0, le=20)] = 3
+    #: Pixels of a thumbnail's longest side.
+    thumbnail_side: Annotated[int, Field(ge=16, le=512)] = 96
+
+
 class StorageConfig(_Section):
     """How object storage is reached; credentials come from the environment."""
 
@@ -202,6 +211,7 @@ class Config(_Section):
     input: InputConfig
     model: ModelConfig
     output: OutputConfig
+    report: ReportConfig = ReportConfig()
     storage: StorageConfig = StorageConfig()
     read: ReadConfig = ReadConfig()
     decode: DecodeConfig = DecodeConfig()

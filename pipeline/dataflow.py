@@ -27,6 +27,7 @@ from pipeline.chunks import Chunk, cut_into_chunks
 from pipeline.classifying import PredictionOptions, classify
 from pipeline.config import Config, ConfigError, RayConfig
 from pipeline.decoding import decode_chunk
+from pipeline.gallery import Thumbnails
 from pipeline.reading import ReadOptions, read_samples
 from pipeline.retrying import faults
 from pipeline.shards import Shard
@@ -312,6 +313,11 @@ class _ClassifierActor:
             threads=resources.threads,
         )
         self._engine.warm_up()
+        self._thumbnails = None
+        if config.report.gallery:
+            self._thumbnails = Thumbnails(
+                config.report.gallery, config.report.thumbnail_side, len(options.labels)
+            )
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
         self._meter = Meter(CLASSIFY)
 
@@ -325,6 +331,8 @@ class _ClassifierActor:
             images = decoded.samples["error"].null_count
             with self._meter:
                 classified = classify(decoded, self._engine, self._options)
+                if self._thumbnails is not None:
+                    classified = self._thumbnails.added(decoded, classified)
             spent |= decoded.spent
             spent |= self._meter.taken(images=images, bytes=classified.samples.nbytes)
             if self._gpu_meter is not None:

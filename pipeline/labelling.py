@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from cvt.device_preprocessing import DevicePreprocessor
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.config import Config, ConfigError, InputConfig
+from pipeline.gallery import Gallery, read_gallery, write_gallery
 from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
 from pipeline.partition import Partition, make_storage, open_partition
@@ -48,6 +50,8 @@ from pipeline.tidying import grouped_otherwise, remove, tidy
 
 if TYPE_CHECKING:
     from pipeline.dataflow import Resources
+
+logger = logging.getLogger("cvt_label")
 
 
 class NoShardsError(ValueError):
@@ -108,6 +112,7 @@ class RunResult:
         worker_faults: failures of storage that passed, in the workers, by kind.
         stages: each stage's part in it; empty where nothing was to be labelled.
         decoded_on_gpu: of the images that were decoded, those by a GPU; None where only the CPU was to.
+        gallery: thumbnails of what it has labelled; None where nothing was to be.
         gpu_utilisation: share of the time in which GPUs were busy; None where nobody measured it.
     """
 
@@ -121,6 +126,7 @@ class RunResult:
     worker_faults: Counter[str] = field(default_factory=Counter)
     stages: dict[str, StageFigures] = field(default_factory=dict)
     decoded_on_gpu: int | None = None
+    gallery: Gallery | None = None
     gpu_utilisation: float | None = None
 
     @property
@@ -282,6 +288,7 @@ def run_labelling(
                 plan = _plan(partition, selection, holding.found_in_order)
                 clock.mark("planned")
                 on_plan(plan)
+                logger.info("run %s labels %d shards to %s", run, len(plan.shards), partition.uri)
                 counts = {str(state): count for state, count in plan.work.states.items()}
                 record.note(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, plan, timings=clock.seconds)
@@ -353,6 +360,7 @@ def _label(
     plan, partition = result.plan, result.plan.partition
     config = partition.config
     groups: dict[str, str | None] = {}
+    gallery = result.gallery = Gallery(config.report.gallery, plan.shards)
 
     def on_commit(row: ManifestRow) -> None:
         if row.error is not None:
@@ -361,6 +369,7 @@ def _label(
             record.shards("cured", [row.uri])
         if row.format == "images" and row.output is not None:
             groups[row.uri] = row.output_version
+        gallery.settle(row.uri, row.error is None)
         writer.add(row)
         clock.mark("first_commit")
 
@@ -377,7 +386,7 @@ def _label(
         before_group=lease.verify,
     )
     result.totals, result.worker_faults = committer.totals, committer.faults
-    started = 0.0
+    started, faults_before = 0.0, faults()
     with (
         _regrouped_withdrawn(result, groups),
         ray_cluster(config.ray.address),
@@ -386,10 +395,22 @@ def _label(
     ):
         # Ray is imported only now, when its environment is set.
         from pipeline.dataflow import cluster_resources, label_chunks
+        from pipeline.metrics import RunMetrics
 
         resources = cluster_resources(config, partition.checkpoint)
         record.note(resources=asdict(resources))
         clock.mark("ray_ready")
+        metrics = RunMetrics(
+            config.input.uri,
+            partition.uri.rpartition("/")[2].removeprefix("model="),
+            config.classify.batch_size,
+            len(plan.shards),
+        )
+
+        def note_progress() -> None:
+            metrics.update(committer.totals, committer.spent, faults() - faults_before + committer.faults)
+            on_progress(committer.progress(), plan)
+
         chunks = label_chunks(
             plan.shards,
             partition.storage,
@@ -405,8 +426,9 @@ def _label(
                 started = started or time.perf_counter() - chunk.spent.get(f"{CLASSIFY}.busy_s", 0.0)
                 if stop.requested:
                     committer.wind_down()
-                committer.add(chunk)
-                on_progress(committer.progress(), plan)
+                committer.add(gallery.take(chunk))
+                metrics.chunk(chunk)
+                note_progress()
                 lease.check()
                 if stop.requested and not committer.open_shards:
                     break
@@ -417,7 +439,7 @@ def _label(
         else:
             committer.finish()
         _note_stages(result, record, committer.spent, resources, seconds)
-        on_progress(committer.progress(), plan)
+        note_progress()
     return stop
 
 
@@ -480,8 +502,12 @@ def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
 
 
 def _publish(result: RunResult) -> None:
-    """Writes class statistics and report."""
+    """Writes class statistics, gallery and report."""
     partition = result.plan.partition
+    if result.gallery is not None and partition.config.report.gallery:
+        before = read_gallery(partition.storage, partition.uri)
+        items = result.gallery.merged(before, result.plan.work.to_prune | result.withdrawn)
+        write_gallery(partition.storage, partition.uri, items)
     _write_class_table(partition, result.class_table)
     partition.storage.write(f"{partition.uri}/report.html", render_report(result).encode())
 

@@ -129,6 +129,38 @@ def test_the_bytes_do_not_depend_on_how_chunks_were_cut_or_in_which_order_they_c
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
+def test_progress_tells_the_share_of_the_bytes_that_have_come(tmp_path: Path) -> None:
+    plan = [replace(shard, size=1000 * (number + 1)) for number, shard in enumerate(shards(2))]
+    first, last = cut(0, 8, 4)
+    other = replace(result(1, 0, 4), spent={"storage.bytes": 300.0})
+    first = replace(first, spent={"storage.bytes": 400.0})
+    for chunks, share in (
+        ([], 0),
+        ([first], 0.4 / 3),
+        ([first, other], 0.7 / 3),
+        ([first, other, last], 1.3 / 3),
+    ):
+        progress = commit(tmp_path, plan, chunks, finish=False).committer.progress()
+        assert progress.share == pytest.approx(share)
+
+
+def test_the_log_names_run_shard_and_key_of_error_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks = cut(0, 40, 40)
+    keys = pa.array([f"k{i}\n\x1b[31m" for i in range(40)])
+    samples = chunks[0].samples
+    chunks = [replace(chunks[0], samples=samples.set_column(samples.column_names.index("key"), "key", keys))]
+    commit(tmp_path, shards(1), chunks)
+    assert [record.getMessage() for record in caplog.records] == [
+        *(
+            f"run run-1: shard 's3://bucket/000.tar', sample {i}, key 'k{i}\\n\\x1b[31m': bad"
+            for i in (3, 7, 11)
+        ),
+        "run run-1: shard 's3://bucket/000.tar': 7 more error rows",
+    ]
+
+
 def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
     plan = shards(2)
     chunks = cut(0, 10, 4) + cut(1, 6, 4)
@@ -170,7 +202,7 @@ def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_pa
         row = committer.rows["s3://bucket/000.tar"]
         assert (row.error, row.rows, row.output, row.statistics) == (error, None, None, None)
         assert files(tmp_path) == {}
-        assert committer.committer.progress() == Progress(images=0, errors=0, shards=1)
+        assert committer.committer.progress() == Progress(images=0, errors=0, shards=1, share=1.0)
 
 
 def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cvt.checkpoints import BUNDLED
 from jobs.local_s3 import LocalS3
 from pipeline.committing import Progress
 from pipeline.config import Config, ConfigError, load_config
+from pipeline.gallery import read_gallery
 from pipeline.labelling import Plan, RunResult, make_plan, run_labelling
 from pipeline.planning import Selection
 from pipeline.predictions import prediction_schema
@@ -171,6 +172,10 @@ def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, 
     assert record["gpu_utilisation"] is None
     assert record["seconds"]["first_result"] <= record["seconds"]["first_commit"]
     report = storage.read(f"{partition.uri}/report.html").decode()
+    gallery = read_gallery(storage, partition.uri)
+    assert {item.sample for item in gallery} <= {(row["shard"], row["index"]) for row in rows_of(result)}
+    assert {item.label_id for item in gallery} == {row["label_id"] for row in rows_of(result)}
+    assert Image.open(io.BytesIO(gallery[0].thumbnail)).size == (28, 28)
     assert "Ankle boot" in report
     assert "T-shirt/top" in report
 

@@ -1,0 +1,239 @@
+"""The gallery: of each class, small pictures of the images that the model is surest of, and least sure of.
+
+Classifiers make the thumbnails, since only they have both pixels and scores, of those images alone that
+beat what they have seen: with n images of a class, about k * ln(n / k) for each end. The driver keeps the
+best k of what is committed, in `gallery.parquet`. No label depends on any of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline.chunks import Chunk
+from pipeline.shards import Shard
+from pipeline.storage import ObjectNotFound, Storage
+
+FILE_NAME = "gallery.parquet"
+
+#: Of a model with more classes, only so many are in the gallery.
+MOST_CLASSES = 1000
+
+#: The surest and the least sure.
+MOST, LEAST = ENDS = ("most", "least")
+
+SCHEMA = pa.schema(
+    [
+        ("label_id", pa.int32()),
+        ("label", pa.string()),
+        ("end", pa.string()),
+        ("score", pa.float32()),
+        ("shard", pa.string()),
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("thumbnail", pa.binary()),
+    ]
+)
+
+_COLUMN = "thumbnail"
+_QUALITY = 80
+
+# Thumbnails in the driver's hands before it drops those that others have surpassed.
+_MOST_HELD = 8 * MOST_CLASSES * len(ENDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of the gallery, as the row of its file.
+
+    Attributes:
+        label_id, label, score: as predicted.
+        end: "most" or "least", by confidence.
+        shard, index, key: which sample it is.
+        thumbnail: a JPEG.
+    """
+
+    label_id: int
+    label: str
+    end: str
+    score: float
+    shard: str
+    index: int
+    key: str
+    thumbnail: bytes
+
+    @property
+    def sample(self) -> tuple[str, int]:
+        """Shard and index."""
+        return self.shard, self.index
+
+
+class Thumbnails:
+    """Makes thumbnails, in a classifier, of images that may come into the gallery.
+
+    Args:
+        count: images of each class that are kept at each end.
+        side: pixels of a thumbnail's longest side.
+        classes: of the model.
+    """
+
+    def __init__(self, count: int, side: int, classes: int) -> None:
+        self._count, self._side = count, side
+        self._kept: dict[str, dict[int, list[float]]] = {end: {} for end in ENDS}
+        # What a score has to beat, by class.
+        self._bars = {end: np.full(classes, -np.inf, np.float32) for end in ENDS}
+
+    def added(self, decoded: Chunk, classified: Chunk) -> Chunk:
+        """A classified chunk with a column of thumbnails, null for most samples.
+
+        Args:
+            decoded: the same chunk, as it came to the classifier, with its pixels.
+            classified: what came of it.
+        """
+        samples, pixels = classified.samples, decoded.pixels
+        assert pixels is not None
+        labelled = np.flatnonzero(pc.is_valid(samples["label_id"]).to_numpy())
+        labels = samples["label_id"].drop_null().to_numpy()
+        scores = samples["score"].drop_null().to_numpy()
+        wanted = {place for end in ENDS for place in self._better(end, labels, scores)}
+        # Where a row's pixels are: only those rows have any that were decoded.
+        place_of = np.cumsum(pc.is_null(decoded.samples["error"]).to_numpy()) - 1
+        pictures: list[bytes | None] = [None] * samples.num_rows
+        for row in labelled[sorted(wanted)].tolist():
+            pictures[row] = _thumbnail(pixels[int(place_of[row])], self._side)
+        return replace(classified, samples=samples.append_column(_COLUMN, pa.array(pictures, pa.binary())))
+
+    def _better(self, end: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
+        """Places of those that are among the best of their class up to now."""
+        kept, bars = self._kept[end], self._bars[end]
+        scores = _ranked(end, scores)
+        for place in np.flatnonzero(scores > bars[labels]).tolist():
+            label, score = int(labels[place]), float(scores[place])
+            if label not in kept and len(kept) == MOST_CLASSES:
+                continue
+            best = kept.setdefault(label, [])
+            if len(best) < self._count:
+                heapq.heappush(best, score)
+            elif score > best[0]:
+                heapq.heapreplace(best, score)
+            else:
+                continue
+            if len(best) == self._count:
+                bars[label] = best[0]
+            yield place
+
+
+def _ranked(end: str, scores: Any) -> Any:
+    """Scores, turned round for the least sure: the higher, the better."""
+    return scores if end == MOST else -scores
+
+
+def _thumbnail(pixels: Any, side: int) -> bytes:
+    image = Image.fromarray(np.asarray(pixels.cpu() if hasattr(pixels, "cpu") else pixels))
+    image.thumbnail((side, side))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=_QUALITY)
+    return stream.getvalue()
+
+
+class Gallery:
+    """Gathers, in the driver, what is to be shown of the shards that are committed.
+
+    Args:
+        count: images of each class that are kept at each end.
+        shards: of the plan, by the number that their chunks carry.
+    """
+
+    def __init__(self, count: int, shards: Sequence[Shard]) -> None:
+        self._count = count
+        self._shards = shards
+        self._arrived: dict[str, list[Item]] = {}
+        self._settled: set[str] = set()
+        self._items: list[Item] = []
+
+    def take(self, chunk: Chunk) -> Chunk:
+        """Takes a chunk's thumbnails out of it, until its shard is committed or not."""
+        if _COLUMN not in chunk.samples.column_names:
+            return chunk
+        shard = self._shards[chunk.shard].uri
+        numbered = chunk.samples.append_column("row", pa.array(range(chunk.samples.num_rows)))
+        items = self._arrived.setdefault(shard, [])
+        for row in numbered.filter(pc.is_valid(numbered[_COLUMN])).to_pylist():
+            at = chunk.start + row["row"]
+            for end in ENDS:
+                about = (row["label_id"], row["label"], end, row["score"], shard, at, row["key"])
+                items.append(Item(*about, thumbnail=row[_COLUMN]))
+        return replace(chunk, samples=chunk.samples.drop_columns([_COLUMN]))
+
+    def settle(self, shard: str, is_committed: bool) -> None:
+        """Keeps the thumbnails of a shard whose labels are there now, or forgets them."""
+        items = self._arrived.pop(shard, [])
+        if is_committed:
+            self._settled.add(shard)
+            self._items += items
+        if len(self._items) > _MOST_HELD:
+            self._items = best_of(self._items, self._count)
+
+    def merged(self, before: Iterable[Item], gone: Collection[str]) -> list[Item]:
+        """What the gallery is now.
+
+        Args:
+            before: what it was.
+            gone: shards whose labels were removed since.
+        """
+        old = (item for item in before if item.shard not in gone and item.shard not in self._settled)
+        return best_of([*old, *self._items], self._count)
+
+
+def best_of(items: Iterable[Item], count: int) -> list[Item]:
+    """Of each class the surest and the least sure images, so many of each, in the order of their classes.
+
+    The same image is not both; a class with few images has them among its surest.
+    """
+    groups: dict[tuple[int, str], dict[tuple[str, int], Item]] = {}
+    for item in items:
+        groups.setdefault((item.label_id, item.end), {})[item.sample] = item
+    found = []
+    for label_id in sorted({label_id for label_id, _ in groups})[:MOST_CLASSES]:
+        taken: set[tuple[str, int]] = set()
+        for end in ENDS:
+            group = groups.get((label_id, end), {})
+            ranked = sorted(group.values(), key=lambda item: (_ranked(item.end, -item.score), item.sample))
+            best = [item for item in ranked if item.sample not in taken][:count]
+            taken.update(item.sample for item in best)
+            found += best
+    return found
+
+
+def read_gallery(storage: Storage, partition: str) -> list[Item]:
+    """The gallery of a partition; empty where there is none.
+
+    Raises:
+        StorageError: it can't be read.
+    """
+    uri = f"{partition}/{FILE_NAME}"
+    try:
+        with storage.open(uri, storage.stat(uri).version) as file:
+            return [Item(**row) for row in pq.read_table(file, schema=SCHEMA).to_pylist()]
+    except ObjectNotFound:
+        return []
+
+
+def write_gallery(storage: Storage, partition: str, items: Sequence[Item]) -> None:
+    """Writes it.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([asdict(item) for item in items], SCHEMA), out, compression="zstd")
+    storage.write(f"{partition}/{FILE_NAME}", out.getvalue())
