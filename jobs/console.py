@@ -49,7 +49,7 @@ class Precision(StrEnum):
 
 
 ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="YAML configuration; see configs/ for examples.")
+    Path, typer.Option("--config", "-c", help="YAML configuration (see configs/), or the record of a run.")
 ]
 SetOption = Annotated[
     list[str] | None,

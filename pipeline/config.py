@@ -341,6 +341,9 @@ def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterab
     """
     source = str(path) if path is not None else "configuration"
     values, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
+    if {"run", "fingerprint", "config"} <= values.keys():  # a run's record
+        values = values["config"]
+        lines = {field[1:]: line for field, line in lines.items() if field[0] == "config"}
     for override in overrides:
         _apply(values, override)
     try:

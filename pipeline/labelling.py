@@ -290,7 +290,7 @@ def run_labelling(
                 on_plan(plan)
                 logger.info("run %s labels %d shards to %s", run, len(plan.shards), partition.uri)
                 counts = {str(state): count for state, count in plan.work.states.items()}
-                record.note(plan=counts | {"to_label": len(plan.shards)})
+                record.note(plan=counts | {"to_label": len(plan.shards)}, selection=asdict(selection))
                 result = RunResult(run, plan, timings=clock.seconds)
                 try:
                     _carry_out(result, record, clock, lease, on_progress)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,14 @@ def test_what_decodes_is_known_before_the_cluster_is(
     overrides = [f"decode.device={decode}", f"classify.device={classify}"]
     config = load_config(Config, write(tmp_path, MINIMAL), overrides)
     assert config.decode.resolved_device(config.classify.device) == resolved
+
+
+def test_the_record_of_a_run_is_its_configuration(tmp_path: Path) -> None:
+    config = load_config(Config, write(tmp_path, MINIMAL), ["output.topk=7"])
+    record = {"run": "20260101T000000Z-abc", "status": "complete", "config": config.model_dump()}
+    text = json.dumps(record | {"fingerprint": "ab", "versions": {"ray": "2.60.0"}}, indent=2)
+    assert load_config(Config, write(tmp_path, text)) == config
+    assert load_config(Config, write(tmp_path, text), ["output.topk=3"]).output.topk == 3
+    message = refusal(tmp_path, text.replace('"topk": 7', '"topk": "seven"'))
+    line = next(n for n, content in enumerate(text.splitlines(), 1) if '"topk"' in content)
+    assert f"line {line}: output.topk" in message

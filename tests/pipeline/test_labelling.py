@@ -156,6 +156,7 @@ def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, 
         assert row["version"] == next(s.version for s in result.plan.shards if s.uri == row["uri"])
     record = json.loads(storage.read(f"{partition.uri}/runs/{result.run}.json"))
     assert record["status"] == "complete"
+    assert record["selection"] == {"retry_errors": False, "relabel": False, "prune": False}
     assert record["counts"]["images"] == 100
     assert record["config"]["read"]["chunk_images"] == 7
     assert record["versions"]["ray"]
