@@ -1,0 +1,40 @@
+"""What the services over the network share: buckets with keys, and answers that break off."""
+
+from __future__ import annotations
+
+import http.client
+
+import urllib3.exceptions
+
+from pipeline.storage.objects import BucketNotFound, ObjectNotFound
+
+#: How a connection fails, below every client library; those of `requests` are OSErrors.
+CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """`s3://bucket/some/key` -> `bucket`, `some/key`."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
+
+
+def whole(data: bytes, count: int) -> bytes:
+    """The body of an answer, which is to have `count` bytes; fewer are a failure of the connection."""
+    if len(data) < count:
+        raise http.client.IncompleteRead(data, count - len(data))
+    return data
+
+
+def described(error: BaseException) -> str:
+    """An exception by its class and message."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def no_bucket(uri: str) -> BucketNotFound:
+    """That the bucket which `uri` names isn't there."""
+    return BucketNotFound(uri, f"bucket {split(uri)[0]!r} does not exist")
+
+
+def no_object(uri: str) -> ObjectNotFound:
+    """That the object `uri` isn't there."""
+    return ObjectNotFound(uri, "no such object")

@@ -1,0 +1,177 @@
+"""Local files as objects: replaced by renaming, so that readers see them whole."""
+
+# ruff: noqa: D102 - `Storage` describes the verbs
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.storage.objects import (
+    ABSENT,
+    NOT_AS_EXPECTED,
+    NOT_AS_LISTED,
+    AccessDenied,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    StorageError,
+)
+from pipeline.storage.ranges import RangeReader
+
+
+class LocalFiles:
+    """The service of the operating system."""
+
+    def list(self, uri: str) -> Iterator[ObjectInfo]:
+        with _errors_of(uri):
+            found = os.stat(uri)  # noqa: PTH116
+        if stat.S_ISDIR(found.st_mode):
+            yield from _walk(uri, frozenset({(found.st_dev, found.st_ino)}))
+        else:
+            yield _info(uri, found)
+
+    def stat(self, uri: str) -> ObjectInfo:
+        with _errors_of(uri):
+            found = os.stat(uri)  # noqa: PTH116
+        if not stat.S_ISREG(found.st_mode):
+            raise ObjectNotFound(uri, "not a file")
+        return _info(uri, found)
+
+    def open(self, info: ObjectInfo) -> RangeReader:
+        with _errors_of(info.uri):
+            descriptor = os.open(info.uri, os.O_RDONLY)
+
+        def fetch(start: int, stop: int) -> bytes:
+            with _errors_of(info.uri):
+                parts = []
+                while start < stop and (part := os.pread(descriptor, stop - start, start)):
+                    parts.append(part)
+                    start += len(part)
+                # Looked at after the bytes: what was written meanwhile is noticed.
+                if _info(info.uri, os.fstat(descriptor)).version != info.version:
+                    raise ObjectChanged(info.uri, NOT_AS_LISTED)
+            return b"".join(parts)
+
+        return RangeReader(info, fetch, close=functools.partial(os.close, descriptor))
+
+    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
+        folder = Path(uri).parent
+        # No reader's `**/*.parquet` may ever match what a crash leaves behind.
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        with _errors_of(uri):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("xb") as file:
+                    data.seek(0)
+                    shutil.copyfileobj(data, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with _locked(folder):  # no other writer's between the look and the renaming
+                    self._check(uri, expected, temporary)
+                    found = temporary.stat()
+                    temporary.replace(uri)
+                    _sync_folder(folder)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        return _info(uri, found)
+
+    def delete(self, uri: str, expected: str | None) -> None:
+        with _errors_of(uri), contextlib.suppress(FileNotFoundError), _locked(Path(uri).parent):
+            if expected not in (None, _info(uri, os.stat(uri)).version):  # noqa: PTH116
+                raise ObjectChanged(uri, NOT_AS_EXPECTED)
+            Path(uri).unlink()
+            _sync_folder(Path(uri).parent)
+
+    def _check(self, uri: str, expected: str | None, temporary: Path) -> None:
+        """Raises ObjectChanged if the file is not as expected; else makes its successor younger."""
+        try:
+            former = os.stat(uri)  # noqa: PTH116
+        except FileNotFoundError:
+            former = None
+        version = _info(uri, former).version if former else ABSENT
+        if expected not in (None, version):
+            raise ObjectChanged(uri, NOT_AS_EXPECTED)
+        # Clocks of file systems tick every few milliseconds: two writes may fall together.
+        if former and temporary.stat().st_mtime_ns <= former.st_mtime_ns:
+            os.utime(temporary, ns=(former.st_atime_ns, former.st_mtime_ns + 1))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps others that lock the folder out of the block."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+#: What a write has in the making, or a crash has left of one.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:
+    """Files below `folder`, bytewise by path; links are followed, except back to a folder above."""
+    with _errors_of(folder), os.scandir(folder) as scan:
+        entries = [
+            (os.fsencode(e.name) + b"/" * e.is_dir(), e.path) for e in scan if not _UNFINISHED.match(e.name)
+        ]
+    for _, path in sorted(entries):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise StorageError(ascii(path), "the file's name is not UTF-8") from None
+        try:
+            found = os.stat(path)  # noqa: PTH116
+        except FileNotFoundError:  # a dead link, or just removed: let its reading say so
+            yield ObjectInfo(path, 0, "0-0")
+            continue
+        except OSError as error:
+            raise _error(path, error) from error
+        identity = (found.st_dev, found.st_ino)
+        if stat.S_ISREG(found.st_mode):
+            yield _info(path, found)
+        elif stat.S_ISDIR(found.st_mode) and identity not in above:
+            yield from _walk(path, above | {identity})
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a renaming last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _info(path: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns}-{found.st_size}")
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Turns an OSError of the block into a `StorageError` of the path."""
+    try:
+        yield
+    except OSError as error:
+        raise _error(path, error) from error
+
+
+def _error(path: str, error: OSError) -> StorageError:
+    if isinstance(error, FileNotFoundError):
+        return ObjectNotFound(path, "no such file or folder")
+    if isinstance(error, PermissionError):
+        return AccessDenied(path, "access denied")
+    return StorageError(path, error.strerror or str(error))

@@ -1,0 +1,61 @@
+"""Objects as they are listed, and what can go wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: In the place of a version: there is to be no such object.
+ABSENT = "absent"
+
+#: The causes of an `ObjectChanged`: in a read, and in a write or a deletion.
+NOT_AS_LISTED = "the object is no longer the version that was listed"
+NOT_AS_EXPECTED = "the object is not the version that was expected"
+
+
+class StorageError(Exception):
+    """A permanent failure, after retries; the message names the URI and the cause.
+
+    Attributes:
+        uri: The object's, folder's or bucket's URI.
+        cause: The message without the URI.
+    """
+
+    def __init__(self, uri: str, cause: str) -> None:
+        super().__init__(uri, cause)
+        self.uri = uri
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.cause}"
+
+
+class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
+    """There is no such object, bucket or folder."""
+
+
+class BucketNotFound(ObjectNotFound):
+    """There is no such bucket."""
+
+
+class AccessDenied(StorageError):  # noqa: N818
+    """Credentials are missing, rejected, or don't allow it."""
+
+
+class ObjectChanged(StorageError):  # noqa: N818
+    """The object is no longer the version that was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object as listed.
+
+    Attributes:
+        uri: `s3://bucket/key`, `gs://bucket/name`, or an absolute local path.
+        size: Bytes.
+        version: Changes whenever the content does: `<etag>-<size>` on S3, `<generation>-<size>` on
+            Google Cloud Storage, `<modification time in ns>-<size>` for a local file.
+    """
+
+    uri: str
+    size: int
+    version: str

@@ -1,0 +1,265 @@
+"""Amazon S3, and the services that speak its protocol."""
+
+# ruff: noqa: D102 - `Storage` describes the verbs
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
+
+import boto3
+import botocore.exceptions
+from botocore.config import Config
+
+from pipeline.retrying import Fault, retried
+from pipeline.storage.buckets import CONNECTION_ERRORS, described, no_bucket, no_object, split, whole
+from pipeline.storage.objects import (
+    ABSENT,
+    NOT_AS_EXPECTED,
+    NOT_AS_LISTED,
+    AccessDenied,
+    BucketNotFound,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    StorageError,
+)
+from pipeline.storage.ranges import RangeReader
+
+T = TypeVar("T")
+
+# boto3 is kept from trying again by itself: it doesn't know of bodies that break off, and isn't counted.
+_CONNECTION = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.IncompleteReadError,
+    *CONNECTION_ERRORS,
+)
+_REJECTED = {
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
+_BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
+_BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
+# botocore takes an answer that breaks off in its head, or right after it, for one that lacks the rest.
+_WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "head_object": lambda answer: "ETag" in answer and "ContentLength" in answer,
+    "list_objects_v2": lambda answer: len(answer) > 1,  # has more than the ResponseMetadata
+    "put_object": lambda answer: "ETag" in answer,
+}
+
+
+@functools.lru_cache(maxsize=8)
+def connected(
+    endpoint_url: str | None, region: str | None, environment: tuple[tuple[str, str], ...], pid: int
+) -> S3:
+    """One client per process, made anew when the AWS variables of the environment change."""
+    del pid
+    variables = dict(environment)
+    endpoint = endpoint_url or variables.get("AWS_ENDPOINT_URL_S3")
+    endpoint = endpoint or variables.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": 60,
+        "max_pool_connections": 32,
+        "tcp_keepalive": True,
+        "retries": {"total_max_attempts": 1},
+    }
+    if endpoint:  # other services: not all know virtual hosts, nor AWS's newer checksums
+        options["s3"] = {"addressing_style": "path"}
+        options["request_checksum_calculation"] = "when_required"
+        options["response_checksum_validation"] = "when_required"
+    try:
+        client = boto3.session.Session().client(
+            "s3", endpoint_url=endpoint or None, region_name=region, config=Config(**options)
+        )
+    except (botocore.exceptions.BotoCoreError, ValueError) as error:
+        raise StorageError("s3://", f"the S3 client can't be made: {error}") from error
+    return S3(client)
+
+
+class S3:
+    """The service, through a boto3 client."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def list(self, uri: str) -> Iterator[ObjectInfo]:
+        bucket, key = split(uri)
+        if key:
+            # The object itself sorts first among those that share its name as a prefix.
+            first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+            for entry in first.get("Contents", []):
+                if entry["Key"] == key:
+                    yield _info(bucket, entry)
+                    return
+        request = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+        while True:
+            page = self._call(uri, "list_objects_v2", **request)
+            for entry in page.get("Contents", []):
+                if not entry["Key"].endswith("/"):
+                    yield _info(bucket, entry)
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def stat(self, uri: str) -> ObjectInfo:
+        bucket, key = split(uri)
+        try:
+            head = self._call(uri, "head_object", Bucket=bucket, Key=key)
+        except ObjectNotFound:
+            # A HEAD has no body that would tell a missing bucket from a missing object.
+            self._call(uri, "list_objects_v2", Bucket=bucket, MaxKeys=1)
+            raise
+        size = head["ContentLength"]
+        return ObjectInfo(uri, size, _version(head["ETag"], size))
+
+    def open(self, info: ObjectInfo) -> RangeReader:
+        bucket, key = split(info.uri)
+        etag = _etag(info.version)
+
+        def fetch(start: int, stop: int) -> bytes:
+            place = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": etag}
+
+            def attempt() -> bytes:
+                with self._client.get_object(**place)["Body"] as body:
+                    return whole(body.read(), stop - start)
+
+            return self._tried(info.uri, attempt)
+
+        return RangeReader(info, fetch)
+
+    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
+        bucket, key = split(uri)
+        condition = {}
+        if expected == ABSENT:
+            condition = {"IfNoneMatch": "*"}
+        elif expected is not None:
+            condition = {"IfMatch": _etag(expected)}
+
+        def attempt() -> Any:
+            data.seek(0)
+            return self._request("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+
+        try:
+            response = self._tried(uri, attempt)
+        except ObjectChanged:
+            raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
+        except ObjectNotFound as error:
+            if expected in (None, ABSENT) or isinstance(error, BucketNotFound):
+                raise
+            raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
+        size = data.seek(0, os.SEEK_END)
+        return ObjectInfo(uri, size, _version(response["ETag"], size))
+
+    def delete(self, uri: str, expected: str | None) -> None:
+        bucket, key = split(uri)
+        condition = {} if expected is None else {"IfMatch": _etag(expected)}
+        try:
+            self._call(uri, "delete_object", Bucket=bucket, Key=key, **condition)
+        except ObjectChanged:
+            with contextlib.suppress(ObjectNotFound):  # then there is nothing that could have changed
+                self.stat(uri)
+                raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
+        except ObjectNotFound as error:
+            if isinstance(error, BucketNotFound):
+                raise
+
+    def _call(self, uri: str, operation: str, **request: Any) -> Any:
+        return self._tried(uri, lambda: self._request(operation, **request), soon="list" in operation)
+
+    def _request(self, operation: str, **request: Any) -> Any:
+        answer = getattr(self._client, operation)(**request)
+        if operation in _WHOLE and not _WHOLE[operation](answer):
+            raise http.client.IncompleteRead(b"")
+        return answer
+
+    def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
+        """One request, tried again if need be; what fails for good becomes a `StorageError`.
+
+        A listing comes first in any job, and should tell soon that an endpoint is wrong.
+        """
+        try:
+            return retried(action, functools.partial(_fault, soon=soon))
+        except botocore.exceptions.ClientError as error:
+            raise _error(uri, error) from error
+        except (
+            botocore.exceptions.NoCredentialsError,
+            botocore.exceptions.PartialCredentialsError,
+            botocore.exceptions.CredentialRetrievalError,
+            botocore.exceptions.TokenRetrievalError,
+            botocore.exceptions.SSOError,
+        ) as error:
+            cause = (
+                f"no usable AWS credentials were found ({error}): set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
+            )
+            raise AccessDenied(uri, cause) from error
+        except botocore.exceptions.ConnectionError as error:
+            endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
+            cause = f"the endpoint {endpoint} can't be reached: {described(error)}"
+            raise StorageError(uri, cause) from error
+        except _CONNECTION as error:
+            raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
+        except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
+            raise StorageError(uri, " ".join(str(error).split())) from error
+
+
+def _fault(error: Exception, soon: bool) -> Fault | None:
+    """Whether a failure may pass."""
+    if isinstance(error, botocore.exceptions.ClientError):
+        code, status = _code(error)
+        if code in _BUSY or status == 429 or (status or 0) >= 500:
+            return Fault(code)
+        # Busy stores deny access now and then; where it is really denied, that should be told soon.
+        return Fault(code, attempts=4) if code in _DENIED else None
+    if isinstance(error, _CONNECTION):
+        return Fault(type(error).__name__, attempts=5 if soon else 10)
+    return None
+
+
+def _code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+
+
+def _info(bucket: str, entry: dict[str, Any]) -> ObjectInfo:
+    version = _version(entry["ETag"], entry["Size"])
+    return ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], version)
+
+
+def _version(etag: str, size: int) -> str:
+    etag = etag.strip('"')
+    return f"{etag}-{size}"
+
+
+def _etag(version: str) -> str:
+    return '"' + version.rpartition("-")[0] + '"'
+
+
+def _error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
+    code, status = _code(error)
+    message = str(error.response.get("Error", {}).get("Message", "")) or code
+    if code == "NoSuchBucket":
+        return no_bucket(uri)
+    if code in {"404", "NoSuchKey", "NotFound"}:
+        return no_object(uri)
+    if code in {"412", "PreconditionFailed"}:
+        return ObjectChanged(uri, NOT_AS_LISTED)
+    if code in _REJECTED:
+        return AccessDenied(uri, f"credentials were rejected: {message} ({code})")
+    if code in _DENIED:
+        return AccessDenied(uri, f"access denied: {message} ({code})")
+    if status in {301, 307, 400} and code in {"301", "307", "400", "PermanentRedirect"}:
+        return StorageError(uri, f"the bucket is in another region: {message} ({code})")
+    return StorageError(uri, f"{message} ({code})")

@@ -1,0 +1,174 @@
+"""Object storage, alike on the real S3 server, local disks, and a Google Cloud Storage emulator."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
+from tests.pipeline.storage.operations import names
+
+
+def test_what_is_written_is_read_listed_and_described_alike(storage: Storage, root: str) -> None:
+    written = storage.write(f"{root}/a/b.bin", b"some bytes")
+    assert written.uri == f"{root}/a/b.bin"
+    assert written.size == 10
+    assert written.version.endswith("-10")
+    assert storage.stat(written.uri) == written
+    assert list(storage.list(root)) == [written]
+    assert storage.read(written.uri) == b"some bytes"
+    assert storage.read(written.uri, written.version) == b"some bytes"
+
+
+def test_a_new_version_replaces_the_old_one_and_has_another_name(storage: Storage, root: str) -> None:
+    first = storage.write(f"{root}/x", b"first")
+    second = storage.write(f"{root}/x", b"other")
+    assert first.version != second.version
+    assert storage.read(first.uri) == b"other"
+    assert names(storage, root) == [f"{root}/x"]
+
+
+def test_an_empty_object_is_an_object(storage: Storage, root: str) -> None:
+    info = storage.write(f"{root}/empty", b"")
+    assert storage.read(info.uri) == b""
+    assert names(storage, root) == [info.uri]
+
+
+def test_a_listing_holds_the_folder_and_not_siblings_that_start_alike(storage: Storage, root: str) -> None:
+    for name in ["train/1", "train/sub/2", "train-old/3", "train.tar", "trainer/4"]:
+        storage.write(f"{root}/{name}", b"x")
+    below = [f"{root}/train/1", f"{root}/train/sub/2"]
+    assert names(storage, f"{root}/train") == below
+    assert names(storage, f"{root}/train/") == below
+
+
+def test_the_uri_of_an_object_lists_that_object_alone(storage: Storage, root: str) -> None:
+    for name in ["a.tar", "a.tar.gz", "a.tar-1"]:
+        storage.write(f"{root}/{name}", b"x")
+    assert names(storage, f"{root}/a.tar") == [f"{root}/a.tar"]
+
+
+def test_a_missing_object_is_named(storage: Storage, root: str) -> None:
+    storage.write(f"{root}/there", b"x")
+    for action in (storage.stat, storage.read, storage.open):
+        with pytest.raises(ObjectNotFound, match="no such") as caught:
+            action(f"{root}/missing.tar")
+        assert caught.value.uri == f"{root}/missing.tar"
+
+
+def test_a_file_is_written_from_its_start(storage: Storage, root: str, tmp_path: Path) -> None:
+    data = random.Random(5).randbytes(300_000)
+    (tmp_path / "source").write_bytes(data)
+    with (tmp_path / "source").open("rb") as file:
+        file.seek(77)
+        info = storage.write(f"{root}/x", file)
+    assert info == storage.stat(f"{root}/x")
+    assert storage.read(f"{root}/x", info.version) == data
+
+
+def test_what_is_deleted_is_gone_and_may_be_deleted_again(storage: Storage, root: str) -> None:
+    storage.write(f"{root}/x", b"x")
+    storage.write(f"{root}/xy", b"y")
+    storage.delete(f"{root}/x")
+    with pytest.raises(ObjectNotFound):
+        storage.stat(f"{root}/x")
+    assert names(storage, root) == [f"{root}/xy"]
+    storage.delete(f"{root}/x")
+    storage.delete(f"{root}/no/such/folder/x")
+    assert storage.read(f"{root}/xy") == b"y"
+
+
+def test_what_is_expected_is_replaced(storage: Storage, root: str) -> None:
+    first = storage.write(f"{root}/x", b"first", ABSENT)
+    second = storage.write(f"{root}/x", b"second", first.version)
+    assert second == storage.stat(f"{root}/x")
+    assert storage.read(f"{root}/x") == b"second"
+    storage.delete(f"{root}/x")
+    storage.write(f"{root}/x", b"third", ABSENT)
+    assert storage.read(f"{root}/x") == b"third"
+
+
+exact = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)  # gs: its emulator isn't
+
+
+@exact
+def test_only_the_expected_version_is_deleted(storage: Storage, root: str) -> None:
+    first = storage.write(f"{root}/x", b"first")
+    second = storage.write(f"{root}/x", b"second")
+    with pytest.raises(ObjectChanged, match=r"/x: the object is not the version that was expected"):
+        storage.delete(f"{root}/x", first.version)
+    assert storage.read(f"{root}/x") == b"second"
+    storage.delete(f"{root}/x", second.version)
+    assert names(storage, root) == []
+    storage.delete(f"{root}/x", second.version)
+
+
+@exact
+def test_what_is_not_expected_is_left_as_it_is(storage: Storage, root: str) -> None:
+    stale = storage.write(f"{root}/x", b"stale")
+    current = storage.write(f"{root}/x", b"other")
+    for expected in (ABSENT, stale.version):
+        with pytest.raises(ObjectChanged, match="not the version that was expected") as caught:
+            storage.write(f"{root}/x", b"lost", expected)
+        assert caught.value.uri == f"{root}/x"
+        assert storage.stat(f"{root}/x") == current
+        assert storage.read(f"{root}/x") == b"other"
+    with pytest.raises(ObjectChanged):
+        storage.write(f"{root}/missing", b"lost", current.version)
+    assert [info.uri for info in storage.list(root)] == [f"{root}/x"]
+
+
+@exact
+def test_of_writers_that_expect_the_same_exactly_one_succeeds(storage: Storage, root: str) -> None:
+    expected = ABSENT
+    for turn in range(2):
+        # On S3 a version is told by its content, so that no two may be alike.
+        contents = [b"by writer %d of turn %d" % (i, turn) for i in range(16)]
+        start = threading.Barrier(len(contents))
+
+        def write(
+            content: bytes, start: threading.Barrier = start, expected: str = expected
+        ) -> ObjectInfo | None:
+            start.wait()
+            try:
+                return storage.write(f"{root}/x", content, expected)
+            except ObjectChanged:
+                return None
+
+        with ThreadPoolExecutor(len(contents)) as pool:
+            results = list(pool.map(write, contents))
+        ((content, info),) = [(c, info) for c, info in zip(contents, results, strict=True) if info]
+        assert storage.stat(f"{root}/x") == info
+        assert storage.read(f"{root}/x") == content
+        expected = info.version
+
+
+def test_storage_travels_to_other_processes(storage: Storage, root: str) -> None:
+    info = storage.write(f"{root}/x", b"bytes")
+    assert pickle.loads(pickle.dumps(storage)).read(info.uri) == b"bytes"
+    error = pickle.loads(pickle.dumps(ObjectChanged("s3://b/k", "changed")))
+    assert type(error) is ObjectChanged
+    assert str(error) == "s3://b/k: changed"
+
+
+@pytest.mark.parametrize("uri", ["ftp://host/x", "s3://", "gs:///", "file://relative/x", ""])
+def test_what_is_no_place_is_refused(storage: Storage, uri: str) -> None:
+    with pytest.raises(StorageError, match=r"not supported|names no bucket|is not a"):
+        storage.stat(uri)
+
+
+def test_client_libraries_are_imported_when_first_needed(tmp_path: Path) -> None:
+    code = """
+import sys
+from pipeline.storage import Storage
+Storage().write(sys.argv[1], b"x")
+assert not {"boto3", "botocore", "google.cloud.storage"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True, timeout=60)

@@ -1,0 +1,90 @@
+"""What is the local files' own."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError
+from tests.pipeline.storage.operations import names
+
+
+def test_local_listings_are_bytewise_and_follow_links_but_no_cycles(storage: Storage, tmp_path: Path) -> None:
+    files = ["a/1", "a-b/2", "a.tar", "B", "ü", "z/y/x"]
+    root = tmp_path / "root"
+    for name in files:
+        storage.write(f"{root}/{name}", b"x")
+    (root / "z" / "back").symlink_to(root)
+    (root / "dead.tar").symlink_to(tmp_path / "gone")
+    outside = storage.write(f"{tmp_path}/outside/in.tar", b"x")
+    (root / "linked").symlink_to(tmp_path / "outside")
+    found = [uri.removeprefix(f"{root}/") for uri in names(storage, str(root))]
+    assert found == sorted([*files, "dead.tar", "linked/in.tar"], key=str.encode)
+    with pytest.raises(ObjectNotFound):
+        storage.read(f"{root}/dead.tar", "0-0")
+    assert storage.read(outside.uri) == b"x"
+
+
+def test_local_paths_have_one_spelling(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = storage.write(f"file://{tmp_path}/with%20space/x", b"x")
+    assert info.uri == f"{tmp_path}/with space/x"
+    monkeypatch.chdir(tmp_path)
+    assert names(storage, "with space/../with space/") == [info.uri]
+    assert storage.stat("with space/x") == info
+
+
+def test_a_missing_local_folder_is_told(storage: Storage, tmp_path: Path) -> None:
+    with pytest.raises(ObjectNotFound, match="nowhere: no such file or folder"):
+        list(storage.list(f"{tmp_path}/nowhere"))
+
+
+def test_a_failed_local_write_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").mkdir()  # can't be replaced by a file
+    with pytest.raises(StorageError, match=f"{tmp_path}/x.parquet: "):
+        storage.write(f"{tmp_path}/x.parquet", b"data")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+
+
+def test_readers_of_a_local_folder_see_whole_files_only(storage: Storage, tmp_path: Path) -> None:
+    contents = [b"a" * 3_000_000, b"b" * 2_000_000]
+    storage.write(f"{tmp_path}/x.parquet", contents[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for i in range(20):
+            storage.write(f"{tmp_path}/x.parquet", contents[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        found = list(tmp_path.glob("**/*.parquet"))
+        assert [path.name for path in found] == ["x.parquet"]
+        data = found[0].read_bytes()
+        assert data in contents
+        seen.add(data[:1])
+    writer.join()
+    assert seen
+
+
+def test_local_writes_of_one_moment_have_different_versions(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:  # the last step before a file is looked at: time stands still
+        os.utime(descriptor, ns=(10**18, 10**18))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for expected in (None, "as before"):
+        written = [storage.write(f"{tmp_path}/x", b"0")]
+        for i in range(1, 10):
+            written.append(storage.write(f"{tmp_path}/x", b"%d" % i, expected and written[-1].version))
+            assert storage.stat(f"{tmp_path}/x") == written[-1]
+        assert len({info.version for info in written}) == 10
+        with pytest.raises(ObjectChanged):
+            storage.read(f"{tmp_path}/x", written[-2].version)
