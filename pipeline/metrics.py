@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.metrics import Counter, Histogram
 
 from pipeline.chunks import Chunk
 from pipeline.committing import Totals
@@ -47,16 +47,14 @@ class RunMetrics:
         self._retries = self._counter(
             "retries", "Failures of storage that were tried again, by kind.", "kind"
         )
-        self._left = Gauge(
-            f"{PREFIX}shards_left", "Shards that are planned and not done.", tag_keys=tuple(self._tags)
-        ).set_default_tags(self._tags)
+        # Not a gauge of those that are left: Ray forgets gauges with their process.
+        self._counter("shards_planned", "Shards that are to be labelled.").inc(planned)
         self._batches = Histogram(
             f"{PREFIX}batch_seconds",
             "Seconds that classifying a batch takes, as an average over its chunk.",
             boundaries=BATCH_SECONDS,
             tag_keys=tuple(self._tags),
         ).set_default_tags(self._tags)
-        self._planned = planned
         self._counted: dict[tuple[str, ...], float] = {}
 
     def chunk(self, chunk: Chunk) -> None:
@@ -86,7 +84,6 @@ class RunMetrics:
                 self._grow(self._seconds, spent.get(f"{stage}.{state}_s", 0.0), stage=stage, state=state)
         for kind, count in faults.items():
             self._grow(self._retries, count, kind=kind)
-        self._left.set(self._planned - totals.shards)
 
     def _grow(self, counter: Counter, value: float, **tags: str) -> None:
         """Raises a counter to a value that it has for these tags."""

@@ -1,0 +1,74 @@
+"""A Ray cluster of one node, as `ray start` makes it, with the Jobs API at an address of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def ray_head(folder_of_log: Path) -> Iterator[str]:
+    """The address of the dashboard of a running cluster, which has this process's environment."""
+    options = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    log = folder_of_log / "ray.log"
+    # Its own, and short: the sockets in it must have short names. It tells its processes from others' too.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
+            + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder}"]
+            + [f"--{name}={port}" for name, port in options.items()],
+            # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
+            env=os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{options['dashboard-port']}"
+    try:
+        _wait_for(address, head, log)
+        yield address
+    finally:
+        for pid in [head.pid, *_processes_of(folder)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(folder: str) -> list[int]:
+    """The processes that have the cluster's folder in their command line."""
+    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if folder in line]
+
+
+def _wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(
+        f"{address}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=5)
+            return
+        except OSError:
+            if time.monotonic() > deadline or head.poll() is not None:
+                raise AssertionError(f"the cluster did not start:\n{log.read_text()[-2000:]}") from None
+            time.sleep(0.5)
