@@ -104,7 +104,7 @@ def _load(images: str | None, model: str, count: int, size: int) -> tuple[Subjec
     """A model with random weights, and images, uint8 (count, size, size, 3)."""
     import numpy as np
 
-    from jobs.contenders import load_images, random_subject
+    from jobs.benchmark_data import load_images, random_subject
 
     subject = random_subject(model, size)
     if images is None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,13 +25,15 @@ class Task:
     """What a contender is to do; every one of a round gets the same.
 
     Attributes:
-        tars: folder with the input: uncompressed tars of images `<key>.<extension>`.
+        tars: folder with the input: uncompressed tars of images `<key>.<extension>`; the pipeline's may be
+            in S3.
         files: folder with the same images, `<key>.<extension>`, for who can't read tars; it may be empty.
         extension: of every image, without the dot.
         model: folder with a checkpoint in Hugging Face's layout.
         size: of the model's images, in pixels.
-        output: folder for the Parquet files; there is none yet.
+        output: folder for the Parquet files; there is none yet. The pipeline's may be in S3.
         events: file to which a line is added whenever images are labelled: how many, and `time.monotonic()`.
+            What else a contender leaves lies beside it.
         batch_size: images in a batch.
         device: "cpu" or "cuda".
         precision: "fp32", "bf16" or "fp16".
@@ -239,12 +241,26 @@ def daft(task: Task) -> None:
     ).write_parquet(task.output)
 
 
-#: By the names that `--peers` takes: the function, what a person calls it, and the package it needs.
-PEERS: dict[str, tuple[Callable[[Task], None], str, str]] = {
-    "ray": (ray_data, "Ray Data, transformers", "ray"),
-    "dataloader": (dataloader, "DataLoader, transformers", "torch"),
-    "daft": (daft, "Daft, transformers", "daft"),
+class Peer(NamedTuple):
+    """What the pipeline is measured against.
+
+    Attributes:
+        run: does a task.
+        title: what a person calls it.
+        package: that it needs.
+    """
+
+    run: Callable[[Task], None]
+    title: str
+    package: str
+
+
+#: By the names that `--peers` takes.
+PEERS = {
+    "ray": Peer(ray_data, "Ray Data, transformers", "ray"),
+    "dataloader": Peer(dataloader, "DataLoader, transformers", "torch"),
+    "daft": Peer(daft, "Daft, transformers", "daft"),
 }
 
 if __name__ == "__main__":
-    PEERS[sys.argv[1]][0](Task.read(sys.argv[2]))
+    PEERS[sys.argv[1]].run(Task.read(sys.argv[2]))

@@ -88,7 +88,7 @@ def verify(
     model or images can't.
     """
     from jobs import model_contenders
-    from jobs.contenders import load_images, random_subject
+    from jobs.benchmark_data import load_images, random_subject
 
     with exit_status():
         from cvt.engine import Engine

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cvt.device_preprocessing import DevicePreprocessor
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.config import Config, ConfigError, InputConfig
@@ -197,6 +196,9 @@ def _check_installed(config: Config) -> None:
 def _check_decodable(partition: Partition) -> None:
     """Tells at once whether a GPU can do this model's preprocessing."""
     if partition.config.decode.resolved_device(partition.config.classify.device) == "gpu":
+        # With torch, for which --help needn't wait.
+        from cvt.device_preprocessing import DevicePreprocessor
+
         try:
             DevicePreprocessor(partition.checkpoint.preprocessor)
         except ValueError as error:
