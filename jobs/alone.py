@@ -102,11 +102,11 @@ def _engine_rate(task: Task, config: Config, checkpoint: Checkpoint, resources: 
         device=resources.device,
         precision=config.model.precision,
         runtime=config.classify.runtime,
-        batch_size=config.classify.batch_size,
+        batch_size=resources.batch_size,
         threads=resources.threads,
     )
     engine.warm_up()
-    count = max(resources.chunk_images, _RESIDENT_BATCHES * config.classify.batch_size)
+    count = max(resources.chunk_images, _RESIDENT_BATCHES * resources.batch_size)
     encoded = itertools.islice(itertools.cycle(read_images(task.tars)), count)
     decoded = [
         decode(data, checkpoint.preprocessor, config.input.max_image_pixels).pixels for data in encoded

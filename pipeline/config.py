@@ -160,7 +160,8 @@ class ClassifyConfig(_Section):
     num_cpus: PositiveFloat | None = None
     min_actors: PositiveInt = 1
     max_actors: PositiveInt | None = None
-    batch_size: PositiveInt = 64
+    #: Images that the model gets at once; chosen by the model's size where it is null.
+    batch_size: PositiveInt | None = None
     #: Chunks in an actor's hands at once: one is computed, while others are decoded or put into rows.
     chunks_at_once: PositiveInt = 2
     #: Threads of a CPU classifier.

@@ -405,7 +405,7 @@ def _label(
         metrics = RunMetrics(
             config.input.uri,
             partition.uri.rpartition("/")[2].removeprefix("model="),
-            config.classify.batch_size,
+            resources.batch_size,
             len(plan.shards),
         )
 

@@ -91,6 +91,15 @@ def test_chunks_are_as_large_as_keeps_a_classifier_busy(
     assert choose_resources(config("read.chunk_images=7"), Cluster(8, 1, 8), macs, size).chunk_images == 7
 
 
+def test_small_models_get_larger_batches() -> None:
+    sizes = [
+        choose_resources(config(), Cluster(8, 0, 8), macs, 224).batch_size for macs in (1, 2 * 10**9, CVT_13)
+    ]
+    assert sizes == [256, 128, 64]
+    assert choose_resources(config(), Cluster(8, 0, 8), 10**12, 384).batch_size == 64
+    assert choose_resources(config("classify.batch_size=7"), Cluster(8, 0, 8), CVT_13, 224).batch_size == 7
+
+
 def test_decoders_are_as_many_as_find_room() -> None:
     resources = choose(config(), 16, 1, 16)
     taken = resources.readers * resources.read_cpus + resources.max_actors * resources.classify_cpus
