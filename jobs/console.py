@@ -37,6 +37,8 @@ class Exit(IntEnum):
     UNUSABLE = 4
     #: Another run works on the same labels.
     BUSY = 5
+    #: The job was submitted before, or another one for the same dataset and model isn't over.
+    REFUSED = 6
     INTERRUPTED = 130
 
 
@@ -54,6 +56,18 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: section.field=value. May be given several times."),
+]
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this "
+        "machine's.",
+        show_default=False,
+    ),
+]
+JobArgument = Annotated[
+    str, typer.Argument(metavar="JOB", help="The job's id, as submit and status tell it.")
 ]
 
 RetryErrorsOption = Annotated[
@@ -90,6 +104,7 @@ def exit_status() -> Iterator[None]:
     from pipeline.labelling import NoShardsError, Stopped
     from pipeline.lease import LeaseHeldError, LeaseLostError
     from pipeline.storage import StorageError
+    from pipeline.submission import SubmissionRefusedError, UnknownJobError
 
     try:
         yield
@@ -97,6 +112,10 @@ def exit_status() -> Iterator[None]:
         _leave(Exit.USAGE, error)
     except (StorageError, CheckpointError, NoShardsError, ConnectionError) as error:
         _leave(Exit.UNUSABLE, error)
+    except UnknownJobError as error:
+        _leave(Exit.UNUSABLE, error)
+    except SubmissionRefusedError as error:
+        _leave(Exit.REFUSED, error)
     except (LeaseHeldError, LeaseLostError) as error:
         _leave(Exit.BUSY, error)
     except Stopped:
@@ -150,7 +169,7 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
         cells += [score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
         if has_targets:
             cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
-        table.add_row(_plain(row["label"]), *cells)
+        table.add_row(plain(row["label"]), *cells)
     return table
 
 
@@ -168,7 +187,14 @@ def accuracy(stats: ClassStatistics, topk: int) -> str:
     return f"{stats.top1_accuracy():.2%} top-1" + (f", {top5:.2%} top-5" if top5 is not None else "")
 
 
-def _plain(text: str) -> str:
+def print_log(text: str) -> None:
+    """Prints part of a job's log as it is, but for what a terminal would act on."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "�" for c in lines))
+    sys.stdout.flush()
+
+
+def plain(text: str) -> str:
     """Text from data, with nothing in it that a terminal or rich would act on."""
     from rich.markup import escape
 

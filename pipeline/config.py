@@ -6,11 +6,13 @@ don't belong here: credentials come from the standard chains of each storage ser
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -98,6 +100,19 @@ class ReportConfig(_Section):
     thumbnail_side: Annotated[int, Field(ge=16, le=512)] = 96
 
 
+def _without_secret(url: str | None) -> str | None:
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose message holds the URL
+        raise PydanticCustomError("secret", "not a URL") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        message = "credentials don't belong here, but in the environment: only scheme, host and port do"
+        raise PydanticCustomError("secret", message)
+    return url
+
+
 class StorageConfig(_Section):
     """How object storage is reached; credentials come from the environment."""
 
@@ -107,16 +122,7 @@ class StorageConfig(_Section):
     @field_validator("endpoint_url")
     @classmethod
     def _holds_no_secret(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        try:
-            parts = urlsplit(url)
-        except ValueError:  # whose message holds the URL
-            raise PydanticCustomError("secret", "not a URL") from None
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            message = "credentials don't belong here, but in the environment: only scheme, host and port do"
-            raise PydanticCustomError("secret", message)
-        return url
+        return _without_secret(url)
 
 
 class ReadConfig(_Section):
@@ -247,6 +253,104 @@ class Config(_Section):
         return self
 
 
+class SubmitConfig(_Section):
+    """The Ray cluster that a schedule submits to, and what its jobs need there."""
+
+    #: Of its dashboard, http://head:8265; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.
+    address: str | None = None
+    #: Local folder with the code, which is uploaded; null where the cluster's image has it.
+    working_dir: str | None = None
+    #: Local requirements file, of what Ray installs for the job; null where the image has everything.
+    requirements: str | None = None
+    #: The cluster's interpreter.
+    python: Annotated[str, Field(min_length=1)] = "python"
+    #: Seconds between two looks at the datasets.
+    poll_s: PositiveFloat = 15
+
+    @field_validator("address")
+    @classmethod
+    def _holds_no_secret(cls, url: str | None) -> str | None:
+        return _without_secret(url)
+
+
+class DatasetConfig(Config):
+    """One dataset of a schedule: a labelling job, and when it is due."""
+
+    #: Five fields (minute, hour, day of the month, month, day of the week), or @daily and its like.
+    cron: str
+    timezone: str = "UTC"
+    #: Also shards with error rows, or that couldn't be read.
+    retry_errors: bool = False
+    #: Remove the labels of shards that the input no longer has.
+    prune: bool = False
+
+    @field_validator("cron")
+    @classmethod
+    def _is_cron(cls, cron: str) -> str:
+        from croniter import croniter
+
+        fields = cron.split()
+        # Its R and H fields are other times for everybody who asks.
+        usual = len(fields) == 5 and not any(field[:1] in "rRhH" for field in fields)
+        try:
+            if usual or (len(fields) == 1 and cron.startswith("@")):
+                croniter(cron).get_next()
+                return cron
+        except ValueError:
+            pass
+        raise ValueError("not a cron expression of five fields that ever comes")
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_timezone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ValueError, OSError, LookupError):
+            raise ValueError("not a time zone, such as Europe/Berlin") from None
+        return name
+
+    @property
+    def job(self) -> Config:
+        """The labelling job alone."""
+        return Config.model_validate(self.model_dump(include=set(Config.model_fields)))
+
+
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class DatasetsConfig(_Section):
+    """A list of datasets, each with its own input, model, output and schedule."""
+
+    submit: SubmitConfig = SubmitConfig()
+    #: Fields of every dataset that doesn't have them itself.
+    defaults: dict[str, Any] = {}
+    datasets: Annotated[dict[DatasetName, DatasetConfig], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_are_inherited(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults, datasets = values.get("defaults") or {}, values.get("datasets")
+        if not isinstance(defaults, dict) or not isinstance(datasets, dict):
+            return values
+        whole = {name: _over(defaults, {} if own is None else own) for name, own in datasets.items()}
+        return values | {"defaults": defaults, "datasets": whole}
+
+
+def _over(defaults: Mapping[str, Any], own: Any) -> Any:
+    """A dataset's own fields over the common ones, field by field of each section."""
+    if not isinstance(own, dict):
+        return own
+    merged = dict(defaults)
+    for name, value in own.items():
+        common = merged.get(name)
+        if isinstance(common, dict) and isinstance(value, dict):
+            value = common | value
+        merged[name] = value
+    return merged
+
+
 class ArchitectureConfig(_Section):
     """A new model: what `CvtConfig` takes, and the preprocessing that it is to be used with."""
 
@@ -334,7 +438,8 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()) -> SectionT:
     """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
 
-    Without a path, the overrides alone make the configuration.
+    Without a path, the overrides alone make the configuration. `env:NAME` for a path reads the variable
+    NAME of the environment: so a job carries its configuration.
 
     Raises:
         ConfigError: unreadable file, not YAML, an unknown or ill-typed field, a missing one. The
@@ -357,7 +462,7 @@ def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterab
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Returns the file's values, and the line of each field."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
         node = yaml.compose(text, Loader=_Loader)
         values = yaml.load(text, _Loader)
         lines: dict[tuple[str, ...], int] = {}
@@ -374,6 +479,15 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}, not a mapping of sections")
     return values, lines
+
+
+def _read_text(path: Path) -> str:
+    if not str(path).startswith("env:"):
+        return path.read_text(encoding="utf-8")
+    try:
+        return os.environ[str(path).removeprefix("env:")]
+    except KeyError:
+        raise ConfigError(f"{path}: there is no such variable in the environment") from None
 
 
 def _note_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...], int], path: Path) -> None:
@@ -410,7 +524,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> str:
     field = tuple(str(part) for part in fault["loc"])
-    where = f"line {lines[field]}: " if field in lines else ""
+    inherited = ("defaults", *field[2:]) if field[:1] == ("datasets",) else field
+    line = lines.get(field) or lines.get(inherited)
+    where = f"line {line}: " if line else ""
     name = ".".join(field)
     if not name:  # of several fields; the message names them
         return f"  {fault['msg'].removeprefix('Value error, ')}"

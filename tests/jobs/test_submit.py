@@ -1,93 +1,103 @@
-"""The job as a cluster runs it: `ray job submit` against a Ray that was started by `ray start`."""
+"""The job as a cluster runs it: submitted, followed, looked up and stopped, at a Ray of `ray start`."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import shutil
+import re
 import signal
-import socket
 import subprocess
-import sysconfig
-import tempfile
-import time
-import urllib.request
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from jobs.local_s3 import LocalS3
+from jobs.logs import logs
+from jobs.status import status
+from jobs.stop import stop
+from jobs.submit import submit
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.planning import Selection
+from pipeline.storage import Storage
+from pipeline.submission import (
+    CONFIG_VARIABLE,
+    AlreadySubmittedError,
+    Cluster,
+    ClusterError,
+    StillRunningError,
+    Submission,
+    minute_tick,
+)
+from tests.makers import make_image, make_tar
+from tests.ray_head import RAY, ray_head
 
 REPOSITORY = Path(__file__).parents[2]
-RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
+SECRET = "planted-in-the-submitters-environment"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="module")
+def cluster(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cluster that has the S3 server's credentials, and the code as an image has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+        with ray_head(tmp_path_factory.mktemp("cluster")) as address:
+            yield address
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[str]:
-    """The address of the dashboard of a running cluster."""
-    options = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    log = tmp_path / "ray.log"
-    # Its own, and short: the sockets in it must have short names. It tells its processes from others' too.
-    folder = tempfile.mkdtemp(prefix="ray-")
-    with log.open("wb") as output:
-        head = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
-            + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder}"]
-            + [f"--{name}={port}" for name, port in options.items()],
-            # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
-            env=os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    address = f"http://127.0.0.1:{options['dashboard-port']}"
-    try:
-        _wait_for(address, head, log)
-        yield address
-    finally:
-        for pid in [head.pid, *_processes_of(folder)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        head.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+def job(tmp_path: Path, bucket: str) -> Path:
+    path = tmp_path / "job.yaml"
+    lines = [f'input: {{uri: "{bucket}/in"}}', "model: {path: fashion-mnist}"]
+    lines += [f'output: {{uri: "{bucket}/out"}}', "ray: {address: local}  # not where it is submitted to"]
+    path.write_text("\n".join(lines))
+    return path
 
 
-def _processes_of(folder: str) -> list[int]:
-    """The processes that have the cluster's folder in their command line."""
-    found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if folder in line]
+@pytest.fixture
+def sleeper(tmp_path: Path) -> str:
+    """An interpreter that runs no module, but waits to be stopped."""
+    path = tmp_path / "sleeper"
+    path.write_text(f"#!/bin/sh\necho awake\nexec {sys.executable} -c 'import time; time.sleep(300)'\n")
+    path.chmod(0o755)
+    return str(path)
 
 
-def _wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    request = urllib.request.Request(
-        f"{address}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+def command(*arguments: object) -> Result:
+    """A command in this process, where that takes less time."""
+    app = typer.Typer()
+    for function in (submit, status, logs, stop):
+        app.command()(function)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            urllib.request.urlopen(request, timeout=5)
-            return
-        except OSError:
-            if time.monotonic() > deadline or head.poll() is not None:
-                raise AssertionError(f"the cluster did not start:\n{log.read_text()[-2000:]}") from None
-            time.sleep(0.5)
 
 
-def test_a_submitted_job_labels_on_the_cluster(cluster: str, tmp_path: Path) -> None:
-    arguments = [
-        "--set",
-        f"input.uri={REPOSITORY}/jobs/data/fashion-mnist",
-        "--set",
-        f"output.uri={tmp_path}/out",
-        "--set",
-        "ray.address=null",
-    ]
-    job = ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *arguments]
+def config_of(job: Path) -> Config:
+    return load_config(Config, job)
+
+
+def test_a_job_is_submitted_by_rays_own_command(cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(make_tar([(f"{i}.jpg", make_image(i)) for i in range(5)]))
+    overrides = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "ray.address=null"]
+    options = [part for override in overrides for part in ("--set", override)]
+    job = ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *options]
     done = subprocess.run(
         [RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--", *job],
         cwd=REPOSITORY,
@@ -97,6 +107,184 @@ def test_a_submitted_job_labels_on_the_cluster(cluster: str, tmp_path: Path) -> 
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1,000 in 2 shards" in done.stdout
-    files = list((tmp_path / "out").glob("model=*/predictions/**/*.parquet"))
-    assert sum(pq.read_metadata(path).num_rows for path in files) == 1000
+    assert "5 in 1 shards" in done.stdout
+    (labels,) = (tmp_path / "out").glob("model=*/predictions/**/*.parquet")
+    assert pq.read_metadata(labels).num_rows == 5
+    assert re.search(r"raysubmit_\w+  succeeded", command("status", "--address", cluster).stdout)
+
+
+def test_the_code_of_a_working_dir_goes_before_the_clusters_own(
+    cluster: str, job: Path, tmp_path: Path
+) -> None:
+    """And what it writes reaches a terminal without what that would act on."""
+    code = tmp_path / "code" / "jobs"
+    code.mkdir(parents=True)
+    (code / "__init__.py").touch()
+    (code / "label.py").write_text(
+        "import os, sys\n"
+        f"print('uploaded', sys.argv[1:], 'key_column' in os.environ['{CONFIG_VARIABLE}'])\n"
+        "print('\\x1b[2Jred')\n"
+        "sys.exit(7)\n"
+    )
+    options = ["--config", job, "--address", cluster, "--working-dir", code.parent]
+    done = command("submit", *options, "--retry-errors", "--prune")
+    assert done.exit_code == 7, done.output
+    arguments = [f"--config=env:{CONFIG_VARIABLE}", "--retry-errors", "--prune"]
+    assert f"uploaded {arguments} True" in done.stdout
+    assert "�[2Jred" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
+    cluster: str, job: Path, bucket: str, storage: Storage, s3_server: LocalS3
+) -> None:
+    """The configuration goes with it, and no secret; the shard that is cut makes it end with 3."""
+    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(10)])
+    storage.write(f"{bucket}/in/a.tar", whole)
+    storage.write(f"{bucket}/in/cut.tar", whole[:3000])
+    options = ["--config", job, "--address", cluster, "--set", "output.topk=3", "--tick", "night-1"]
+    done = process("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "10 in 1 shards" in done.stdout
+    assert "2 of 2 shards" in done.stdout  # progress
+    assert "failed, exit status 3" in done.stderr
+    name = re.findall(r"submitted (\S+);", done.stderr)[0]
+
+    again = command("submit", *options)
+    assert again.exit_code == 6
+    assert f"job {name} is on the cluster already (failed)" in again.stderr
+
+    shown = command("status", name, "--address", cluster)
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"exit status +3", shown.stdout)
+    assert f"{bucket}/in" in shown.stdout
+    assert f"{name}  failed" in command("status", "--address", cluster).stdout
+    log = command("logs", name, "--address", cluster)
+    assert "10 in 1 shards" in log.stdout
+
+    records = [o.uri for o in storage.list(f"{bucket}/out") if "/runs/" in o.uri]
+    record = storage.read(records[0]).decode()
+    assert json.loads(record)["config"]["output"]["topk"] == 3
+    told = Cluster(cluster)._client.get_job_info(name).model_dump_json()
+    for text in (told, record, *(o for d in (done, again, shown, log) for o in (d.stdout, d.stderr))):
+        assert SECRET not in text
+        assert s3_server.secret_key not in text
+        assert os.environ["RAY_AUTH_TOKEN"] not in text
+
+
+def test_a_job_that_is_stopped_ends_with_130(cluster: str, job: Path, sleeper: str) -> None:
+    options = ["--config", job, "--address", cluster, "--python", sleeper]
+    first = command("submit", *options, "--tick", "1", "--no-wait")
+    assert first.exit_code == 0, first.stderr
+    name = first.stdout.strip()
+    other_tick = command("submit", *options, "--tick", "2")
+    assert other_tick.exit_code == 6
+    assert f"job {name}, for the same dataset and model, is" in other_tick.stderr
+
+    following = subprocess.Popen(
+        [sys.executable, "-m", "jobs.logs", name, "--address", cluster, "--follow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert following.stdout is not None
+    assert "awake\n" in iter(following.stdout.readline, "")
+    following.send_signal(signal.SIGINT)
+    _, told = following.communicate(timeout=60)
+    assert following.returncode == 130
+    assert "the job goes on" in told
+    assert Cluster(cluster).job(name).state == "RUNNING"
+
+    stopped = command("stop", name, "--address", cluster)
+    assert stopped.exit_code == 0, stopped.stderr
+    assert "stopped, exit status 130" in stopped.stdout
+    assert command("logs", name, "--address", cluster, "--follow").exit_code == 130
+    assert command("stop", name, "--address", cluster).exit_code == 0  # of a job that is over
+
+
+def test_of_submissions_that_race_one_wins(cluster: str, job: Path, sleeper: str) -> None:
+    submission = Submission(config_of(job), "race", python=sleeper)
+    first, second = Cluster(cluster), Cluster(cluster)
+    known = second.jobs()
+    second.jobs = lambda: known  # type: ignore[method-assign] # as it was before the first one submitted
+    first.submit(submission)
+    with pytest.raises(AlreadySubmittedError):
+        second.submit(submission)
+    with pytest.raises(StillRunningError):
+        first.submit(Submission(config_of(job), "later", python=sleeper))
+    assert first.stop(submission.id).exit_status == 130
+
+
+def test_an_explicit_address_wins_over_the_environment(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    Cluster(cluster).jobs()
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
+    with pytest.raises(ClusterError, match=re.escape("answers at http://127.0.0.1:1")):
+        Cluster()
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    Cluster().jobs()
+
+
+def test_an_unknown_job_ends_with_4(cluster: str) -> None:
+    for name in ("status", "logs", "stop"):
+        done = command(name, "no-such-job", "--address", cluster)
+        assert done.exit_code == 4
+        assert "has no job no-such-job" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp_path: Path) -> None:
+    # In processes of their own: Ray reads the token once.
+    for environment in ({"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        done = process("status", "--address", cluster, **environment)
+        assert done.returncode == 4, done.stderr
+        assert "the cluster asks for a token" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_not_there_is_named(cluster: str, job: Path) -> None:
+    for option in ("--pip", "--working-dir"):
+        done = command("submit", "--config", job, "--address", cluster, option, "/no/such")
+        assert done.exit_code == 4, done.stderr
+        assert "/no/such" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_no_cluster_at_the_address_ends_with_4(job: Path) -> None:
+    done = command("submit", "--config", job, "--address", "http://127.0.0.1:1")
+    assert done.exit_code == 4
+    assert "no Ray cluster answers at http://127.0.0.1:1" in done.stderr
+
+
+def test_a_wrong_field_ends_with_2_before_any_cluster_is_asked(job: Path) -> None:
+    done = command("submit", "--config", job, "--set", "output.topkk=3", "--address", "http://127.0.0.1:1")
+    assert done.exit_code == 2
+    assert "output.topkk: unknown field" in done.stderr
+    done = command("submit", "--config", job, "--tick", "a b", "--address", "http://127.0.0.1:1")
+    assert done.exit_code == 2
+    assert "tick 'a b'" in done.stderr
+
+
+def test_the_id_derives_from_dataset_model_and_tick(job: Path) -> None:
+    config = load_config(Config, job, ["input.uri=s3://Photos/2026/new/", "model.path=microsoft/cvt-13"])
+    name = Submission(config, "20261123T0200Z").id
+    assert re.fullmatch(r"label-photos-2026-new-microsoft-cvt-13-[0-9a-f]{6}-20261123T0200Z", name)
+    assert Submission(config, "20261123T0200Z", Selection(relabel=True)).id == name
+    same = load_config(Config, job, ["input.uri=s3://Photos/2026/new", "model.path=microsoft/cvt-13"])
+    assert Submission(same, "20261123T0200Z").id == name
+    for override in ("input.uri=s3://Photos/2026-new", "model.revision=v2", "output.uri=s3://b/other"):
+        other = load_config(Config, job, ["input.uri=s3://Photos/2026/new", override])
+        assert Submission(other, "20261123T0200Z").id != name
+    assert minute_tick(datetime(2026, 11, 23, 2, 0, 59, tzinfo=UTC)) == "20261123T0200Z"
+
+
+def test_the_configuration_survives_its_journey(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = ["input.label_field='1e3'", "input.key_column='日本 \"x\": 🙂'", "classify.batch_size=7"]
+    config = load_config(Config, job, [*odd, "run.flush_s=1e-05"])
+    variables = Submission(config, "1").runtime_env["env_vars"]
+    monkeypatch.setenv(CONFIG_VARIABLE, variables[CONFIG_VARIABLE])
+    arrived = load_config(Config, f"env:{CONFIG_VARIABLE}")
+    assert arrived.ray.address is None
+    assert arrived.model_copy(update={"ray": config.ray}) == config
+    with pytest.raises(ConfigError, match="env:NOT_SET: there is no such variable"):
+        load_config(Config, "env:NOT_SET")

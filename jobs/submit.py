@@ -1,0 +1,106 @@
+"""Submits a labelling job to a Ray cluster: `python -m jobs.submit --config FILE`, or `cvt-label submit`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from jobs.console import (
+    AddressOption,
+    ConfigOption,
+    Exit,
+    PruneOption,
+    RelabelOption,
+    RetryErrorsOption,
+    SetOption,
+    err,
+    exit_status,
+    print_log,
+    run_alone,
+)
+from pipeline.cluster import sigterm_interrupts
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.planning import Selection
+from pipeline.submission import Cluster, Job, Submission, minute_tick
+
+
+def submit(
+    config: ConfigOption,
+    set: SetOption = None,
+    address: AddressOption = None,
+    tick: Annotated[
+        str | None,
+        typer.Option(
+            help="Names the occasion, such as 2026-11-23: one tick of a dataset and model runs once. "
+            "Default: this minute, UTC.",
+            show_default=False,
+        ),
+    ] = None,
+    retry_errors: RetryErrorsOption = False,
+    relabel: RelabelOption = False,
+    prune: PruneOption = False,
+    working_dir: Annotated[
+        str | None,
+        typer.Option(help="Local folder with the code to upload; else the cluster's image must have it."),
+    ] = None,
+    pip: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Requirements that Ray installs for the job, on every node."),
+    ] = None,
+    python: Annotated[str, typer.Option(help="The cluster's interpreter.")] = "python",
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job's log, and end as it ends.")
+    ] = True,
+) -> None:
+    """Send a labelling job to a Ray cluster, follow it, and end with its own exit status.
+
+    The configuration is checked here, and travels with the job; credentials don't: the cluster has its own.
+    Ctrl-C stops following, and not the job.
+
+    Exit status: the job's own (see label), 130 when it was stopped; 2 when the configuration can't be
+    used; 4 when the cluster can't be reached or refuses; 6 when this job was submitted before, or one for
+    the same dataset and model isn't over. With --no-wait, 0 once it is submitted.
+    """
+    with exit_status():
+        loaded = load_config(Config, config, set or ())
+        selection = Selection(retry_errors, relabel, prune)
+        try:
+            tick = tick or minute_tick(datetime.now(UTC))
+            submission = Submission(loaded, tick, selection, working_dir, pip, python)
+        except ValueError as error:
+            raise ConfigError(f"--tick: {error}") from None
+        cluster = Cluster(address)
+        cluster.submit(submission)
+        job = submission.id
+        hint = shlex.join([job, "--address", cluster.address])
+        _tell(f"submitted {job}; stop it: cvt-label stop {hint}")
+        if not wait:
+            sys.stdout.write(f"{job}\n")
+            return
+        ended = follow(cluster, job)
+    sys.exit(ended.exit_status)
+
+
+def follow(cluster: Cluster, job: str) -> Job:
+    """Shows what a job writes until it is over; Ctrl-C and SIGTERM stop that, and not the job."""
+    try:
+        with sigterm_interrupts():
+            ended = cluster.follow(job, print_log)
+    except KeyboardInterrupt:
+        hint = shlex.join([job, "--address", cluster.address])
+        _tell(f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}")
+        sys.exit(Exit.INTERRUPTED)
+    _tell(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
+    return ended
+
+
+def _tell(message: str) -> None:
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_alone(submit)
