@@ -11,6 +11,7 @@ COMMANDS = (
     "label",
     "plan",
     "stats",
+    "publish",
     "submit",
     "status",
     "logs",

@@ -103,6 +103,7 @@ def exit_status() -> Iterator[None]:
     from pipeline.config import ConfigError
     from pipeline.labelling import NoShardsError, Stopped
     from pipeline.lease import LeaseHeldError, LeaseLostError
+    from pipeline.publishing import TableBusyError
     from pipeline.storage import StorageError
     from pipeline.submission import SubmissionRefusedError, UnknownJobError
 
@@ -116,7 +117,7 @@ def exit_status() -> Iterator[None]:
         _leave(Exit.UNUSABLE, error)
     except SubmissionRefusedError as error:
         _leave(Exit.REFUSED, error)
-    except (LeaseHeldError, LeaseLostError) as error:
+    except (LeaseHeldError, LeaseLostError, TableBusyError) as error:
         _leave(Exit.BUSY, error)
     except Stopped:
         _leave(Exit.INTERRUPTED, "stopped; what is labelled is in the manifest, and a rerun does the rest")

@@ -40,9 +40,14 @@ class Partition:
     fingerprint: str
 
     @property
+    def model(self) -> str:
+        """What tells it from other partitions, and is the value of the column `model` for their readers."""
+        return f"{self.checkpoint.name}-{self.fingerprint[:8]}"
+
+    @property
     def uri(self) -> str:
         """Where it lies, without a slash at the end."""
-        return f"{normalised(self.config.output.uri)}/model={self.checkpoint.name}-{self.fingerprint[:8]}"
+        return f"{normalised(self.config.output.uri)}/model={self.model}"
 
     @property
     def manifest(self) -> Manifest:

@@ -50,6 +50,13 @@ class Storage:
     endpoint_url: str | None = None
     region: str | None = None
 
+    @property
+    def s3_endpoint(self) -> str | None:
+        """The URL of the S3-compatible service that is in use; None where that is AWS. For other clients."""
+        from pipeline.storage.s3 import endpoint_in_use
+
+        return endpoint_in_use(self.endpoint_url, os.environ)
+
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or everything below the folder `uri`.
 

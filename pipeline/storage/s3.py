@@ -8,7 +8,7 @@ import contextlib
 import functools
 import http.client
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
 import boto3
@@ -59,6 +59,11 @@ _WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
+def endpoint_in_use(endpoint_url: str | None, variables: Mapping[str, str]) -> str | None:
+    """The URL of the service: what was configured, else what the environment says; None is AWS."""
+    return endpoint_url or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+
+
 @functools.lru_cache(maxsize=8)
 def connected(
     endpoint_url: str | None, region: str | None, environment: tuple[tuple[str, str], ...], pid: int
@@ -66,8 +71,7 @@ def connected(
     """One client per process, made anew when the AWS variables of the environment change."""
     del pid
     variables = dict(environment)
-    endpoint = endpoint_url or variables.get("AWS_ENDPOINT_URL_S3")
-    endpoint = endpoint or variables.get("AWS_ENDPOINT_URL")
+    endpoint = endpoint_in_use(endpoint_url, variables)
     options: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": 60,

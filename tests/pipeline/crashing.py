@@ -56,6 +56,7 @@ class _NoResources:
     device: str = "cpu"
     readers: int = 1
     decoders: int = 1
+    batch_size: int = 64
 
 
 def _label_chunks(

@@ -1,0 +1,309 @@
+"""A consumer table as Delta Lake: one for all models, partitioned by model, one transaction an increment.
+
+The data files are those of any consumer table; `deltalake` only writes the log: files that come and files
+that go, in one commit. So no condition over rows is ever put into words, whatever the keys are. A commit
+says, as the transaction of an application that is the partition, which version of the partition's rows it
+makes: whoever asks for that knows whether an attempt came through, and finds its list of shards,
+
+    <target>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
+
+which was written before it. Delta's own VACUUM removes data files that no version needs; nothing here does.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.parquet_table import read_shards, shards_table
+from pipeline.publishing import NOTHING, DataFile, Snapshot, TableChangedError
+from pipeline.storage import ObjectNotFound, Storage, StorageError
+
+_TOKEN_BITS = 32
+#: How often a commit is tried while others, who don't concern it, are faster.
+_COMMITS = 20
+_FOOTER = b"cvt_label.table"
+#: Columns whose least and greatest values stand in the log.
+_STATISTICS = ("shard", "label", "label_id", "score", "entropy", "target_id", "published")
+
+
+class DeltaTable:
+    """One model's rows in a Delta table.
+
+    Attributes:
+        uri: where the table lies.
+    """
+
+    def __init__(self, storage: Storage, target: str, model: str) -> None:
+        """Args:
+        storage: access to it.
+        target: URI of the Delta table.
+        model: the partition's name and the beginning of its fingerprint.
+
+        Raises:
+            StorageError: `deltalake` is not installed.
+        """
+        try:
+            import deltalake  # noqa: F401
+        except ImportError:
+            cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
+            raise StorageError(target, cause) from None
+        self.uri = target
+        self._storage = storage
+        self._model = model
+        self._app = f"cvt-label/model={model}"
+        self._states = f"{target}/_cvt_label/model={model}"
+        # The log has paths percent-encoded, and not every reader decodes them: so nothing is there to encode.
+        self._folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", model)
+        self._delta: Any = None
+
+    def schema(self, predictions: pa.Schema) -> pa.Schema:
+        """The columns as Delta has them: it knows neither half precision nor lists of one length."""
+        return pa.schema([_as_delta(column) for column in predictions])
+
+    def data_path(self, name: str) -> str:
+        """Where a data file goes."""
+        return f"{self._folder}/{name}"
+
+    def read(self) -> Snapshot:
+        """The current version.
+
+        Raises:
+            StorageError: it can't be read, or is a table that something else has made.
+        """
+        while True:
+            self._load()
+            number = self._transaction()
+            if number is None:
+                return NOTHING
+            version, token = number >> _TOKEN_BITS, f"{number % 2**_TOKEN_BITS:08x}"
+            try:
+                data = self._storage.read(self._state(version, token))
+            except ObjectNotFound:
+                self._load()
+                if self._transaction() != number:  # another publisher has tidied up
+                    continue
+                return Snapshot(version, token, files=tuple(self._files({})))  # so that all is published anew
+            return self._snapshot(version, token, pq.read_table(io.BytesIO(data)))
+
+    def _snapshot(self, version: int, token: str, state: pa.Table) -> Snapshot:
+        notes = json.loads(state.schema.metadata[_FOOTER])
+        ranges = {path: (first, last) for path, first, last in notes["files"]}
+        files, shards = tuple(self._files(ranges)), read_shards(state)
+        if sum(file.rows for file in files) != sum(shard.rows for shard in shards.values()):
+            # Somebody has put back an earlier version, or taken rows out: all is published anew.
+            return Snapshot(version, token, files=files)
+        return Snapshot(version, token, tuple(notes["columns"]), files, shards)
+
+    def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
+        """Makes a version the current one, in one transaction; see `ConsumerTable`."""
+        from deltalake import CommitProperties, Transaction
+        from deltalake.exceptions import DeltaError
+        from deltalake.transaction import create_table_with_add_actions
+
+        self._storage.write(self._state(snapshot.version, snapshot.token), _state_file(snapshot))
+        properties = CommitProperties(
+            # Whoever is slower looks what the other has committed: it is not to be added twice.
+            max_commit_retries=0,
+            app_transactions=[Transaction(self._app, _number(snapshot))],
+            custom_metadata={"cvt_label": {"model": self._model, "version": snapshot.version}},
+        )
+        was, now = ({file.path for file in files} for files in (base.files, snapshot.files))
+        added = [self._added(file) for file in snapshot.files if file.path not in was]
+        removed = [self._removed(file) for file in base.files if file.path not in now]
+        options = {"partition_by": ["model"], "commit_properties": properties}
+        for _ in range(_COMMITS):
+            try:
+                if self._delta is None:
+                    create_table_with_add_actions(
+                        self.uri, self._table_schema(), added, storage_options=self._options(), **options
+                    )
+                else:
+                    self._delta.create_write_transaction(
+                        [*added, *removed], "append", self._table_schema(), **options
+                    )
+                return
+            except (DeltaError, OSError) as error:
+                if self._came_through(base, snapshot, error):
+                    return
+        raise TableChangedError(f"{self.uri}: others committed {_COMMITS} times meanwhile")
+
+    def tidy(self, snapshot: Snapshot) -> None:
+        """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
+        try:
+            found = [info.uri for info in self._storage.list(self._states)]
+        except ObjectNotFound:
+            return
+        for uri in found:
+            digits = uri.rpartition("/")[2].partition("-")[0]
+            is_over = digits.isdecimal() and int(digits) <= snapshot.version
+            if is_over and uri != self._state(snapshot.version, snapshot.token):
+                self._storage.delete(uri)
+
+    def _came_through(self, base: Snapshot, snapshot: Snapshot, error: Exception) -> bool:
+        """What it means that a commit failed.
+
+        Returns:
+            whether it was committed all the same, and only its answer was lost; else it can be tried again,
+            since what others have committed doesn't concern this model.
+
+        Raises:
+            TableChangedError: it does.
+            StorageError: nobody has committed anything.
+        """
+        before = self._delta and self._delta.version()
+        self._load()
+        if self._transaction() == _number(snapshot):
+            return True
+        if self._delta is None or self._delta.version() == before:
+            raise StorageError(self.uri, f"the transaction was not committed: {error}") from error
+        paths = {file.path for file in self._files({})}
+        if self._transaction() != _number(base) or paths != {file.path for file in base.files}:
+            raise TableChangedError(f"{self.uri}: another publisher was faster") from error
+        return False
+
+    def _load(self) -> None:
+        """Opens the table as it is now, if there is one."""
+        import deltalake
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        try:
+            self._delta = deltalake.DeltaTable(self.uri, storage_options=self._options())
+        except TableNotFoundError:
+            self._delta = None
+        except (DeltaError, OSError) as error:
+            raise StorageError(self.uri, f"can't be read as a Delta table: {error}") from None
+        else:
+            self._check()
+
+    def _options(self) -> dict[str, str] | None:
+        """How the storage is reached; credentials are found by the standard chain, there as here."""
+        if not self.uri.startswith("s3://"):
+            return None
+        options = {}
+        if endpoint := self._storage.s3_endpoint:
+            options = {"endpoint_url": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+        if self._storage.region:
+            options["region"] = self._storage.region
+        return options
+
+    def _check(self) -> None:
+        """Refuses tables that it could harm."""
+        if self._delta.metadata().partition_columns != ["model"]:
+            raise StorageError(self.uri, "is a Delta table that is not partitioned by model alone")
+        if "deletionVectors" in (self._delta.protocol().writer_features or ()):
+            raise StorageError(self.uri, "uses Delta's deletion vectors, which publishing doesn't know")
+
+    def _transaction(self) -> int | None:
+        """What the last publication has left in the log."""
+        if self._delta is None:
+            return None
+        number: int | None = self._delta.transaction_version(self._app)
+        return number
+
+    def _state(self, version: int, token: str) -> str:
+        return f"{self._states}/{version:08d}-{token}.parquet"
+
+    def _files(self, ranges: dict[str, tuple[str | None, str | None]]) -> Iterator[DataFile]:
+        """The model's files, as the log has them: somebody may have compacted the table since."""
+        actions = pa.table(self._delta.get_add_actions(flatten=True))
+        names = ("path", "num_records", "size_bytes", "partition.model")
+        for path, rows, size, model in zip(*(actions[n].to_pylist() for n in names), strict=True):
+            if model == self._model:
+                yield DataFile(unquote(path), rows or 0, size, *ranges.get(path, (None, None)))
+
+    def _removed(self, file: DataFile) -> Any:
+        from deltalake.transaction import RemoveAction
+
+        return RemoveAction(
+            path=file.path,
+            data_change=True,
+            deletion_timestamp=_milliseconds(),
+            size=file.bytes,
+            partition_values={"model": self._model},
+        )
+
+    def _added(self, file: DataFile) -> Any:
+        from deltalake.transaction import AddAction
+
+        with self._storage.open(f"{self.uri}/{file.path}") as stream:
+            statistics = json.dumps(_statistics(pq.read_metadata(stream)))
+        return AddAction(file.path, file.bytes, {"model": self._model}, _milliseconds(), True, statistics)
+
+    def _table_schema(self) -> Any:
+        """The table's columns, embeddings among them: other models may have some."""
+        from deltalake import Schema
+
+        from pipeline.predictions import prediction_schema
+
+        columns = self.schema(prediction_schema("float32", 1))
+        return Schema.from_arrow(
+            pa.schema([*columns, pa.field("published", pa.int64()), pa.field("model", pa.string())])
+        )
+
+
+def _as_delta(column: pa.Field) -> pa.Field:
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        kind = pa.list_(pa.float32())
+    return pa.field(column.name, kind)
+
+
+def _number(snapshot: Snapshot) -> int | None:
+    """A version and its attempt as the version of a Delta transaction; None before there is one."""
+    return (snapshot.version << _TOKEN_BITS) | int(snapshot.token, 16) if snapshot.version else None
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 10**6
+
+
+def _state_file(snapshot: Snapshot) -> bytes:
+    notes = {
+        "columns": snapshot.columns,
+        "files": [(file.path, file.first_shard, file.last_shard) for file in snapshot.files],
+    }
+    table = shards_table(snapshot).replace_schema_metadata({_FOOTER: json.dumps(notes)})
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    return out.getvalue()
+
+
+def _statistics(metadata: pq.FileMetaData) -> dict[str, Any]:
+    """A file's statistics as Delta's log has them, folded over its row groups."""
+    # pyarrow's objects are views: they must not outlive what they were taken from.
+    chunks: dict[str, list[tuple[int, bool, Any, Any]]] = {name: [] for name in _STATISTICS}
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            found = column.statistics
+            if column.path_in_schema in chunks and found is not None:
+                # Without a value there are no bounds; with values they may lack, where those are long.
+                known = found.has_min_max or not found.num_values
+                bounds = (found.min, found.max) if found.has_min_max else (None, None)
+                chunks[column.path_in_schema].append((found.null_count, known, *bounds))
+    least: dict[str, Any] = {}
+    greatest: dict[str, Any] = {}
+    nulls: dict[str, int] = {}
+    for name, groups in chunks.items():
+        if len(groups) != metadata.num_row_groups or not groups:
+            continue
+        nulls[name] = sum(null_count for null_count, *_ in groups)
+        values = [bound for _, _, *bounds in groups for bound in bounds if bound is not None]
+        if values and all(known for _, known, *_ in groups):
+            least[name], greatest[name] = min(values), max(values)
+    return {
+        "numRecords": metadata.num_rows,
+        "minValues": least,
+        "maxValues": greatest,
+        "nullCount": nulls,
+    }

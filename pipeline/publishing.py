@@ -1,0 +1,411 @@
+"""Consumer tables: what a partition's prediction files hold, in few large files, kept up to date.
+
+A prediction file is the unit of commit, and so there are as many as shards; who queries all of them is
+better served by large ones. Publishing brings a table in line with the manifest, and takes of it only what
+is new, has changed or is gone. Both formats, `parquet_table` and `delta_table`, share what is here, and
+differ in how a version becomes the current one.
+
+The order of a publication:
+ 1. the current version of the table is read, and compared with the manifest;
+ 2. data files are written, under names that no other attempt has: readers don't know of them;
+ 3. one conditional write makes the next version the current one, if no other publisher was faster: then
+    it begins anew, from what that one has published;
+ 4. what earlier attempts and versions have left behind is removed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import secrets
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import BinaryIO, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.partition import Partition
+from pipeline.predictions import ROW_GROUP_ROWS, prediction_schema
+from pipeline.recovering import prediction_files
+from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
+
+#: Bytes of rows in memory that make one file. As Parquet that is a third of it; with embeddings, most of it.
+FILE_BYTES = 512 * 1024**2
+#: Files with less than this share of that many bytes are written anew, together with what is added.
+_SMALL = 1 / 12
+_ATTEMPTS = 5
+_READERS = 8
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class TableChangedError(Exception):
+    """Another publisher was faster: the table is no longer the version that was read."""
+
+
+class TableBusyError(RuntimeError):
+    """Table or labels changed again and again while they were read; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A data file of a table; it is never changed.
+
+    Attributes:
+        path: relative to the table.
+        rows, bytes: its size.
+        first_shard, last_shard: the least and the greatest of its rows' shards; None where that isn't known.
+    """
+
+    path: str
+    rows: int
+    bytes: int
+    first_shard: str | None
+    last_shard: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedShard:
+    """A shard in a table.
+
+    Attributes:
+        output_version: the version of its prediction file that was published.
+        rows: its rows.
+        published: the version of the table that brought them.
+    """
+
+    output_version: str
+    rows: int
+    published: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A version of a table, as far as one model's rows are concerned.
+
+    Attributes:
+        version: counts up from 1; 0 before anything is published.
+        token: tells attempts at the same version apart.
+        columns: names and types.
+        files: what it consists of.
+        shards: what it holds, by URI.
+    """
+
+    version: int
+    token: str
+    columns: tuple[str, ...] = ()
+    files: tuple[DataFile, ...] = ()
+    shards: Mapping[str, PublishedShard] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards.values())
+
+
+#: What there is before anything is published.
+NOTHING = Snapshot(0, "")
+
+
+class ConsumerTable(Protocol):
+    """Where rows are published: how a version is read and made."""
+
+    #: What the paths of data files are relative to.
+    uri: str
+
+    def read(self) -> Snapshot:
+        """The current version; `NOTHING` before there is one."""
+
+    def schema(self, predictions: pa.Schema) -> pa.Schema:
+        """The columns as the format can hold them."""
+
+    def data_path(self, name: str) -> str:
+        """Where a data file goes, relative to the table."""
+
+    def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
+        """Makes `snapshot` the current version in the place of `base`, the one that was read last.
+
+        Raises:
+            TableChangedError: the current version is another one.
+            StorageError: it can't be written.
+        """
+
+    def tidy(self, snapshot: Snapshot) -> None:
+        """Removes what is no longer needed now that this is the current version."""
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What a table lacks.
+
+    Attributes:
+        added: prediction files to publish, relative to the partition, and their versions, by shard.
+        replaced: those of the shards that the table has in an earlier version.
+        removed: shards of the table that are no longer labelled.
+        pending: shards whose file has changed since the manifest was written: they stay as they are.
+    """
+
+    added: Mapping[str, tuple[str, str]]
+    replaced: frozenset[str]
+    removed: frozenset[str]
+    pending: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What came of publishing.
+
+    Attributes:
+        snapshot: the version of the table that is current now.
+        increment: what it brought.
+        is_new: whether it was made; else there was nothing to do.
+    """
+
+    snapshot: Snapshot
+    increment: Increment
+    is_new: bool
+
+
+def publish(
+    partition: Partition, table: ConsumerTable, *, embedding: bool = True, file_bytes: int = FILE_BYTES
+) -> Publication:
+    """Brings a table in line with the manifest of a partition.
+
+    Args:
+        partition: whose predictions are published.
+        table: where.
+        embedding: whether embeddings are published too, where there are any.
+        file_bytes: bytes of rows in memory that make one file; memory is about three times that.
+
+    Raises:
+        TableBusyError: other publishers, or a run, were faster each time.
+        StorageError: something can't be read or written.
+    """
+    options = partition.prediction_options
+    kind = options.embedding if embedding else "none"
+    schema = table.schema(prediction_schema(kind, options.embedding_width))
+    schema = schema.append(pa.field("published", pa.int64()))
+    cause: Exception | None = None
+    for _ in range(_ATTEMPTS):
+        base = table.read()
+        increment = _increment(partition, base, _columns(schema))
+        if not (increment.added or increment.removed):
+            table.tidy(base)
+            return Publication(base, increment, is_new=False)
+        try:
+            snapshot = _Writer(partition, table, schema, file_bytes, base).write(increment)
+            table.commit(base, snapshot)
+        except TableChangedError as error:
+            cause = error
+            continue
+        except BucketNotFound:
+            raise
+        except (ObjectChanged, ObjectNotFound) as error:  # by a run; or by a publisher that has tidied up
+            if not error.uri.startswith(f"{partition.uri}/") and table.read().token == base.token:
+                raise
+            cause = error
+            continue
+        table.tidy(snapshot)
+        return Publication(snapshot, increment, is_new=True)
+    raise TableBusyError(f"{table.uri}: not published, since others were faster {_ATTEMPTS} times: {cause}")
+
+
+def _columns(schema: pa.Schema) -> tuple[str, ...]:
+    return tuple(f"{column.name} {column.type}" for column in schema)
+
+
+def _increment(partition: Partition, base: Snapshot, columns: tuple[str, ...]) -> Increment:
+    """Compares the manifest with what is published."""
+    table = partition.manifest.read(("uri", "output", "output_version"))
+    labelled = {
+        uri: (output, version)
+        for uri, output, version in zip(*(column.to_pylist() for column in table.columns), strict=True)
+        if output is not None
+    }
+    same_columns = base.columns == columns
+    added = {
+        uri: row
+        for uri, row in labelled.items()
+        if not same_columns or uri not in base.shards or base.shards[uri].output_version != row[1]
+    }
+    pending: frozenset[str] = frozenset()
+    if added:
+        there = {info.uri: info.version for info in prediction_files(partition.storage, partition.uri)}
+        pending = frozenset(
+            uri
+            for uri, (output, version) in added.items()
+            if there.get(f"{partition.uri}/{output}") != version
+        )
+        added = {uri: row for uri, row in added.items() if uri not in pending}
+    removed = base.shards.keys() - labelled
+    if added and not same_columns:  # then no row can be taken over
+        removed |= base.shards.keys() & pending
+    return Increment(added, frozenset(added.keys() & base.shards), frozenset(removed), pending)
+
+
+class _Writer:
+    """Writes the data files of one attempt at the next version."""
+
+    def __init__(
+        self, partition: Partition, table: ConsumerTable, schema: pa.Schema, file_bytes: int, base: Snapshot
+    ) -> None:
+        self._storage = partition.storage
+        self._partition = partition.uri
+        self._table = table
+        self._schema = schema
+        self._file_bytes = file_bytes
+        self._base = base
+        self._version = base.version + 1
+        self._token = secrets.token_hex(4)
+        self._files: list[DataFile] = []
+        self._rows: dict[str, int] = {}
+
+    def write(self, increment: Increment) -> Snapshot:
+        """Writes them; returns the version that they make."""
+        gone = sorted(increment.replaced | increment.removed)
+        stay, go = self._split(gone)
+        units = self._units(increment.added, go, pa.array(gone, pa.string()))
+        try:
+            for rows in _packed(units, self._file_bytes):
+                self._write_file(rows)
+            if not self._files and not stay:  # never none: then a reader would not know the columns
+                self._write_file(self._schema.empty_table())
+        except BaseException:
+            for file in self._files:
+                with suppress(StorageError):  # it would hide what went wrong; the next publication tidies up
+                    self._storage.delete(f"{self._table.uri}/{file.path}")
+            raise
+        is_gone = set(gone)
+        shards = {uri: shard for uri, shard in self._base.shards.items() if uri not in is_gone}
+        for uri, (_, output_version) in increment.added.items():
+            shards[uri] = PublishedShard(output_version, self._rows[uri], self._version)
+        return Snapshot(
+            self._version,
+            self._token,
+            _columns(self._schema),
+            (*stay, *self._files),
+            dict(sorted(shards.items())),
+        )
+
+    def _split(self, gone: list[str]) -> tuple[list[DataFile], list[DataFile]]:
+        """The files of the base that stay, and those whose rows are taken over into new ones."""
+        if len(gone) == len(self._base.shards):
+            return [], []
+        values = pa.array(gone, pa.string())
+        go = [file for file in self._base.files if self._is_small(file) or self._has_any(file, gone, values)]
+        return [file for file in self._base.files if file not in go], go
+
+    def _is_small(self, file: DataFile) -> bool:
+        return file.bytes < self._file_bytes * _SMALL
+
+    def _has_any(self, file: DataFile, gone: list[str], values: pa.Array) -> bool:
+        """Whether a file has rows of these shards; most are known not to by their range of shards."""
+        if file.first_shard is not None and file.last_shard is not None:
+            at = bisect.bisect_left(gone, file.first_shard)
+            if at == len(gone) or gone[at] > file.last_shard:
+                return False
+        shards = _read(self._storage, f"{self._table.uri}/{file.path}", None, ["shard"])["shard"]
+        return bool(pc.any(pc.is_in(shards, value_set=values)).as_py())
+
+    def _units(
+        self, added: Mapping[str, tuple[str, str]], go: Iterable[DataFile], gone: pa.Array
+    ) -> Iterator[pa.Table]:
+        """The rows to write: a shard's, or those that a file still has; shards in their order."""
+        columns = self._schema.names
+        for file in go:
+            rows = _read(self._storage, f"{self._table.uri}/{file.path}", None, columns)
+            yield rows.filter(pc.invert(pc.is_in(rows["shard"], value_set=gone))).cast(self._schema)
+
+        def read(uri: str) -> pa.Table:
+            output, version = added[uri]
+            rows = _read(self._storage, f"{self._partition}/{output}", version, columns[:-1])
+            self._rows[uri] = rows.num_rows
+            number = pa.array(np.full(rows.num_rows, self._version), pa.int64())
+            return rows.append_column("published", number).cast(self._schema)
+
+        yield from _ahead(read, sorted(added))
+
+    def _write_file(self, rows: pa.Table) -> None:
+        path = self._table.data_path(f"{self._version:08d}-{self._token}-{len(self._files):04d}.parquet")
+        shards = pc.min_max(rows["shard"]).as_py()
+        with tempfile.TemporaryFile() as file:
+            _encode(rows, file)
+            size = file.tell()
+            self._storage.write(f"{self._table.uri}/{path}", file)
+        self._files.append(DataFile(path, rows.num_rows, size, shards["min"], shards["max"]))
+
+
+def _read(storage: Storage, uri: str, version: str | None, columns: list[str]) -> pa.Table:
+    try:
+        with storage.open(uri, version) as file:
+            return pq.ParquetFile(file).read(columns=columns).select(columns)
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise StorageError(uri, f"not a file of predictions: {error}") from None
+
+
+def _ahead(action: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What `action` makes of the items, in their order, a few of them ahead."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="publish") as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(action, item))
+                if len(waiting) > _READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _packed(units: Iterable[pa.Table], file_bytes: int) -> Iterator[pa.Table]:
+    """The rows of one file after the other: as many units as fit, at least one, sorted."""
+    held: list[pa.Table] = []
+    size = 0
+    for unit in units:
+        if not unit.num_rows:
+            continue
+        if held and size + unit.nbytes > file_bytes:
+            yield _sorted(held)
+            held, size = [], 0
+        held.append(unit)
+        size += unit.nbytes
+    if held:
+        yield _sorted(held)
+
+
+#: By class, and within it the least certain first: a filter on label, or on label and score, reads a few row
+#: groups of each file. The rest only makes the order a total one.
+_ORDER = ("label", "score", "shard", "index")
+
+
+def _sorted(units: list[pa.Table]) -> pa.Table:
+    rows = pa.concat_tables(units)
+    units.clear()
+    keys = rows.select(list(_ORDER)).combine_chunks()
+    order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in _ORDER])
+    return rows.take(order)
+
+
+def _encode(rows: pa.Table, file: BinaryIO) -> None:
+    with pq.ParquetWriter(
+        file,
+        rows.schema,
+        compression="zstd",
+        use_dictionary=["shard", "label", "error"],
+        write_page_index=True,
+        # For one image by its key: sorted by class, a row group's range of keys tells nothing.
+        bloom_filter_options={"key": {"ndv": max(1, min(rows.num_rows, ROW_GROUP_ROWS)), "fpp": 0.01}},
+        sorting_columns=pq.SortingColumn.from_ordering(
+            rows.schema, [(name, "ascending") for name in _ORDER], null_placement="at_end"
+        ),
+    ) as writer:
+        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
