@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,10 @@ def check_folder_of(output: Path | None) -> None:
 
 
 def _leave(status: Exit, message: object) -> None:
-    err.print(f"cvt-label: {message}", markup=False, highlight=False, soft_wrap=True)
+    # A configuration's faults stand on a line each; all other messages may name what a bucket holds.
+    lines = str(message).split("\n") if isinstance(message, ValueError) else [str(message)]
+    shown = "\n".join(map(one_line, lines))
+    err.print(f"cvt-label: {shown}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
 
 
@@ -200,3 +204,20 @@ def plain(text: str) -> str:
     from rich.markup import escape
 
     return escape("".join(c if c.isprintable() else "�" for c in text))
+
+
+def one_line(text: str) -> str:
+    """Text that may hold names from data, on one line, with nothing in it that a terminal would act on.
+
+    What can't be printed is shown as Python would write it: names in a bucket may have line breaks, which
+    would forge lines, and control characters.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class OneLineFormatter(logging.Formatter):
+    """Writes each message on one line; see `one_line`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802 - logging's own
+        record.message = one_line(record.message)
+        return super().formatMessage(record)

@@ -18,6 +18,7 @@ from rich.table import Table
 from jobs.console import (
     ConfigOption,
     Exit,
+    OneLineFormatter,
     PruneOption,
     RelabelOption,
     RetryErrorsOption,
@@ -26,6 +27,7 @@ from jobs.console import (
     class_statistics_table,
     err,
     exit_status,
+    one_line,
     out,
     run_alone,
     states_line,
@@ -70,12 +72,13 @@ def label(
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels with progress shown, and prints what came of it."""
     # In a terminal, lines have to go above the bar.
-    in_terminal = (
-        [RichHandler(console=err, show_path=False, log_time_format="[%X]")] if err.is_terminal else None
-    )
-    logging.basicConfig(
-        format="%(message)s" if in_terminal else "%(asctime)s %(levelname)s %(message)s", handlers=in_terminal
-    )
+    handler: logging.Handler = logging.StreamHandler()
+    form = "%(asctime)s %(levelname)s %(message)s"
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, log_time_format="[%X]")
+        form = "%(message)s"
+    handler.setFormatter(OneLineFormatter(form))
+    logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO)
     with show_progress() as progress:
         result = run_labelling(
@@ -185,7 +188,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
         message = f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard"
         err.print(message, markup=False)
     for row in totals.unreadable:
-        err.print(f"not labelled: {row.error}", markup=False, soft_wrap=True)
+        err.print(f"not labelled: {one_line(str(row.error))}", markup=False, soft_wrap=True)
     if work.skipped_failures:
         message = f"not labelled: {work.skipped_failures:,} shards that earlier runs could not read"
         err.print(f"{message} (--retry-errors tries them again)", markup=False)

@@ -16,6 +16,7 @@ from jobs.console import (
     RetryErrorsOption,
     SetOption,
     exit_status,
+    one_line,
     out,
     run_alone,
     states_line,
@@ -44,7 +45,7 @@ def plan(
         planned = make_plan(load_config(Config, config, set or ()), selection)
     if shards:
         for shard in planned.shards:
-            line = f"{shard.uri}\t{shard.format}\t{shard.size}\t{shard.version}"
+            line = f"{one_line(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
     partition = planned.partition
     formats = Counter(shard.format for shard in planned.shards)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import ConfigOption, Exit, SetOption, exit_status, out, plain, run_alone
+from jobs.console import ConfigOption, Exit, OneLineFormatter, SetOption, exit_status, out, plain, run_alone
 from pipeline.config import DatasetConfig, DatasetsConfig, load_config
 from pipeline.partition import make_storage
 from pipeline.scheduling import DatasetState, Scheduler, next_ticks, read_state, state_uri
@@ -48,7 +48,9 @@ def schedule(
     elif status:
         sys.exit(_print_states(loaded))
     else:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.basicConfig(handlers=[handler])
         logging.getLogger("cvt_label").setLevel(logging.INFO)
         with exit_status():
             sys.exit(_run(loaded, once))

@@ -15,7 +15,15 @@ from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -52,10 +60,24 @@ PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _holding_no_secret(uri: str) -> str:
+    """Refuses credentials before the host of a URI, and signed web addresses; the message shows neither."""
+    scheme, separator, rest = uri.partition("://")
+    before_path = rest.partition("/")[0]
+    if separator and ("@" in before_path or (scheme.startswith("http") and "?" in rest)):
+        message = "credentials don't belong here, but in the environment: only a plain address does"
+        raise PydanticCustomError("secret", message)
+    return uri
+
+
+#: A path, a URI or an address; it goes into records and messages as it is.
+Address = Annotated[str, AfterValidator(_holding_no_secret)]
+
+
 class InputConfig(_Section):
     """Where the shards are, and what in them is an image, a label and a key."""
 
-    uri: Annotated[str, Field(min_length=1)]
+    uri: Annotated[Address, Field(min_length=1)]
     format: Literal["auto", "webdataset", "parquet", "images"] = "auto"
     #: Read the samples' own labels (targets). Without, every target is null.
     labels: bool = True
@@ -75,18 +97,18 @@ class ModelConfig(_Section):
 
     #: `fashion-mnist` (in the package), a hub id, or the path or URI of a folder in Hugging Face's layout or
     #: of a file of Microsoft's (.pth) or TensorFlow's (.h5).
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[Address, Field(min_length=1)]
     #: Of a hub id, which may also have it behind an @.
     revision: str | None = None
     #: Path or URI of a file with the classes' names, instead of the checkpoint's own: one a line, or .json.
-    labels: Annotated[str, Field(min_length=1)] | None = None
+    labels: Annotated[Address, Field(min_length=1)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
 
 class OutputConfig(_Section):
     """Where the labels go, and what each row holds."""
 
-    uri: Annotated[str, Field(min_length=1)]
+    uri: Annotated[Address, Field(min_length=1)]
     topk: PositiveInt = 5
     embedding: Literal["none", "float16", "float32"] = "none"
 
@@ -183,7 +205,7 @@ class ClassifyConfig(_Section):
 class RayConfig(_Section):
     """Which Ray runs the job: the submitted job's cluster, an address, or (null) a local one."""
 
-    address: str | None = None
+    address: Address | None = None
     #: A run that hangs for so long ends with an error; one chunk must take less.
     no_progress_timeout_s: PositiveFloat = 900
     #: Share of Ray's object store that the chunks between the stages may fill.
@@ -369,7 +391,7 @@ class TrainedModelConfig(_Section):
 
     new: ArchitectureConfig | None = None
     #: A checkpoint as in `model.path`; with `labels` that differ from its own, its head starts anew.
-    start: str | None = None
+    start: Address | None = None
     revision: str | None = None
     labels: list[str] | None = None
 
@@ -413,7 +435,7 @@ class TrainOutputConfig(_Section):
     """Where training keeps its state, and leaves the model."""
 
     #: Folder that every worker reaches (Ray Train's storage path); a rerun goes on from what is there.
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[Address, Field(min_length=1)]
     name: str = "train"
 
 

@@ -153,7 +153,8 @@ class Storage:
         if scheme == "":
             return LocalFiles()
         if scheme not in ("s3", "gs"):
-            raise StorageError(uri, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
+            shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
+            raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
         with _clients_lock, _errors_of(uri):
             return _s3(self.endpoint_url, self.region) if scheme == "s3" else _gcs()
 
@@ -193,6 +194,8 @@ def normalised(uri: str) -> str:
         return "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100 - Path keeps '..'
     if not rest.strip("/"):
         raise StorageError(uri, "names no bucket")
+    if "@" in rest.partition("/")[0]:
+        raise StorageError(f"{scheme}://...", "credentials don't belong into a URI, but in the environment")
     return uri.rstrip("/")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 
 import urllib3.exceptions
 
@@ -27,7 +28,13 @@ def whole(data: bytes, count: int) -> bytes:
 
 def described(error: BaseException) -> str:
     """An exception by its class and message."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    message = without_credentials(str(error))
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def without_credentials(message: str) -> str:
+    """A message without what stands before the host in URLs."""
+    return re.sub(r"(?<=://)[^/\s\"']*@", "", message)
 
 
 def no_bucket(uri: str) -> BucketNotFound:

@@ -16,7 +16,15 @@ import botocore.exceptions
 from botocore.config import Config
 
 from pipeline.retrying import Fault, retried
-from pipeline.storage.buckets import CONNECTION_ERRORS, described, no_bucket, no_object, split, whole
+from pipeline.storage.buckets import (
+    CONNECTION_ERRORS,
+    described,
+    no_bucket,
+    no_object,
+    split,
+    whole,
+    without_credentials,
+)
 from pipeline.storage.objects import (
     ABSENT,
     NOT_AS_EXPECTED,
@@ -88,7 +96,9 @@ def connected(
             "s3", endpoint_url=endpoint or None, region_name=region, config=Config(**options)
         )
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise StorageError("s3://", f"the S3 client can't be made: {error}") from error
+        raise StorageError(
+            "s3://", f"the S3 client can't be made: {without_credentials(str(error))}"
+        ) from error
     return S3(client)
 
 
@@ -123,7 +133,7 @@ class S3:
             head = self._call(uri, "head_object", Bucket=bucket, Key=key)
         except ObjectNotFound:
             # A HEAD has no body that would tell a missing bucket from a missing object.
-            self._call(uri, "list_objects_v2", Bucket=bucket, MaxKeys=1)
+            self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
             raise
         size = head["ContentLength"]
         return ObjectInfo(uri, size, _version(head["ETag"], size))
@@ -216,7 +226,7 @@ class S3:
         except _CONNECTION as error:
             raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
         except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
-            raise StorageError(uri, " ".join(str(error).split())) from error
+            raise StorageError(uri, " ".join(without_credentials(str(error)).split())) from error
 
 
 def _fault(error: Exception, soon: bool) -> Fault | None:

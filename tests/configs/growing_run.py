@@ -1,0 +1,62 @@
+"""A run of the manifests' configuration that begins on a head without CPUs, and gets a worker later.
+
+Run by `test_growing` in a process of its own, for the tests' process is connected to another Ray. Writes
+JSON: images, how the run ended, and the seconds at which the worker and the first result came.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import yaml
+from ray.cluster_utils import Cluster
+
+from pipeline.config import Config, load_config
+from pipeline.labelling import run_labelling
+from tests.makers import make_image, make_tar
+
+MANIFEST = Path(__file__).parents[2] / "configs" / "kubernetes" / "config.yaml"
+SHARDS, IMAGES = 4, 10
+#: Seconds that the cluster takes to grow.
+DELAY = 8.0
+
+
+def main(folder: Path, result: Path) -> None:
+    for shard in range(SHARDS):
+        (folder / f"{shard}.tar").write_bytes(make_tar([(f"{i}.jpg", make_image(i)) for i in range(IMAGES)]))
+    job = folder.parent / "job.yaml"
+    job.write_text(yaml.safe_load(MANIFEST.read_text())["data"]["job.yaml"])
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False},
+    )
+    try:
+        there = [f"input.uri={folder}", f"output.uri={folder.parent}/out", "model.path=fashion-mnist"]
+        # As on a machine without a GPU; the stages' CPUs are the manifests'.
+        cpu = ["classify.device=cpu", "classify.num_gpus=null", "model.precision=fp32", "classify.threads=1"]
+        config = load_config(Config, job, [*there, *cpu, f"ray.address={cluster.address}"])
+        start = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run_labelling, config)
+            time.sleep(DELAY)
+            cluster.add_node(num_cpus=8, object_store_memory=150_000_000)  # in the main thread alone
+            grown = time.monotonic() - start
+            done = running.result()
+        found = {
+            "images": done.totals.images,
+            "complete": done.is_complete,
+            "grown": grown,
+            "ray_ready": done.timings["ray_ready"],
+            "first_result": done.timings["first_result"],
+        }
+        result.write_text(json.dumps(found))  # Ray writes to standard output
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

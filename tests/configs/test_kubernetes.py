@@ -1,0 +1,401 @@
+"""The manifests: against the published schemas, this project's own commands, and each other."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from cvt.counting import count_macs
+from cvt.presets import preset_config
+from jobs.console import make_app
+from pipeline.config import Config, load_config
+from pipeline.dataflow import Cluster, Resources, choose_resources
+from pipeline.submission import Submission
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "configs" / "kubernetes"
+Json = dict[str, Any]
+MANIFESTS: dict[str, list[Json]] = {
+    path.name: list(yaml.safe_load_all(path.read_text())) for path in sorted(FOLDER.glob("*.yaml"))
+}
+DOCUMENTS = [(name, document) for name, documents in MANIFESTS.items() for document in documents]
+CLUSTERS: dict[str, Json] = {
+    "rayjob.yaml": MANIFESTS["rayjob.yaml"][0]["spec"]["rayClusterSpec"],
+    "raycluster.yaml": MANIFESTS["raycluster.yaml"][0]["spec"],
+    "raycronjob.yaml": MANIFESTS["raycronjob.yaml"][0]["spec"]["jobTemplate"]["rayClusterSpec"],
+}
+CLUSTER = CLUSTERS["raycluster.yaml"]
+CRON = MANIFESTS["cronjob.yaml"][0]["spec"]
+CRON_POD = CRON["jobTemplate"]["spec"]["template"]["spec"]
+#: Where any key may stand: names of labels, files, resources and parameters.
+FREE = {"annotations", "labels", "data", "nodeSelector", "requests", "limits", "rayStartParams"}
+KUBERNETES = "1.37"
+_DEFINITIONS = "https://kubernetes.io/api/_definitions.json"
+_META = f"{_DEFINITIONS}#/$defs/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
+
+
+# Against the published schemas ------------------------------------------------------------------
+
+
+def schema_of(kind: str) -> Json:
+    """The JSON schema of what kuberay.yaml says of a type; fields that it doesn't name are refused."""
+    if kind in ("string", "integer", "number", "boolean"):
+        return {"type": kind}
+    if kind == "any":
+        return {}
+    if kind.startswith("["):
+        return {"type": "array", "items": schema_of(kind[1:-1])}
+    if kind.startswith("{"):
+        return {"type": "object", "additionalProperties": schema_of(kind[1:-1])}
+    if "|" in kind:
+        return {"enum": kind.split("|")}
+    if kind.startswith("io.k8s."):
+        return {"$ref": f"{_DEFINITIONS}#/$defs/{kind}"}
+    fields: dict[str, str] = kuberay()[kind]
+    return {
+        "type": "object",
+        "properties": {name.rstrip("*"): schema_of(each) for name, each in fields.items()},
+        "required": [name.rstrip("*") for name in fields if name.endswith("*")],
+        "additionalProperties": False,
+    }
+
+
+@cache
+def kuberay() -> dict[str, dict[str, str]]:
+    return dict(yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text()))
+
+
+@cache
+def ray_validator(kind: str) -> Any:
+    from jsonschema import Draft202012Validator
+    from kubernetes_validate.utils import schema_contents
+    from referencing import Registry, Resource
+
+    schema = schema_of(kind)
+    schema["properties"] |= {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": kind},
+        "metadata": {"$ref": _META},
+    }
+    schema["required"] += ["apiVersion", "kind", "metadata"]
+    folder = f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict"
+    definitions = schema_contents(f"{folder}/_definitions.json", KUBERNETES)
+    registry = Registry().with_resource(_DEFINITIONS, Resource.from_contents(definitions))
+    return Draft202012Validator(schema, registry=registry)
+
+
+def faults(document: Json) -> list[str]:
+    """What is wrong with a document, by the schema of its kind."""
+    if document["apiVersion"] == "ray.io/v1":
+        return [error.message for error in ray_validator(document["kind"]).iter_errors(document)]
+    import kubernetes_validate
+
+    try:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return [error.message]
+    return []
+
+
+def mappings(value: Any) -> Iterator[Json]:
+    """The mappings in a document whose keys a schema names."""
+    if isinstance(value, dict):
+        yield value
+        for name, each in value.items():
+            if name not in FREE:
+                yield from mappings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from mappings(each)
+
+
+@pytest.fixture
+def _schemas() -> None:
+    pytest.importorskip("kubernetes_validate", reason="the schemas of Kubernetes are not installed")
+
+
+@pytest.mark.usefixtures("_schemas")
+@pytest.mark.parametrize(
+    "document", [d for _, d in DOCUMENTS], ids=[f"{n} {d['kind']}" for n, d in DOCUMENTS]
+)
+def test_every_manifest_is_valid(document: Json) -> None:
+    assert faults(document) == []
+
+
+@pytest.mark.usefixtures("_schemas")
+@pytest.mark.parametrize("name", ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml"])
+def test_a_misspelt_field_is_refused_wherever_it_stands(name: str) -> None:
+    document = copy.deepcopy(MANIFESTS[name][0])
+    tried = 0
+    for mapping in mappings(document):
+        for field in list(mapping):
+            if field in ("kind", "apiVersion") and mapping is document:
+                continue  # by these the schema is found
+            mapping[f"{field}s"] = mapping.pop(field)
+            assert faults(document), f"{field}s"
+            mapping[field] = mapping.pop(f"{field}s")
+            tried += 1
+    assert faults(document) == []
+    assert tried > {"access.yaml": 2, "config.yaml": 2}.get(name, 50)
+
+
+@pytest.mark.usefixtures("_schemas")
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.backoffLimit", "2"),
+        ("spec.submissionMode", "K8sJob"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", "8"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.rayStartParams.num-cpus", 8),
+        ("spec.rayClusterSpec.autoscalerOptions.upscalingMode", "Fast"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env.0.value", 1),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.terminationGracePeriodSeconds", "60s"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(path: str, value: object) -> None:
+    document: Any = copy.deepcopy(MANIFESTS["rayjob.yaml"][0])
+    *before, last = path.split(".")
+    place = document
+    for part in before:
+        place = place[int(part) if part.isdecimal() else part]
+    place[last] = value
+    assert len(faults(document)) == 1
+
+
+# Against this project's commands and configuration ----------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Config:
+    """The configuration as the pods find it."""
+    (name,) = MANIFESTS["config.yaml"][0]["data"]
+    path = tmp_path / name
+    path.write_text(MANIFESTS["config.yaml"][0]["data"][name])
+    return load_config(Config, path)
+
+
+def commands() -> dict[str, str]:
+    """The command lines in the manifests that run this project."""
+    return {
+        "rayjob.yaml": MANIFESTS["rayjob.yaml"][0]["spec"]["entrypoint"],
+        "raycronjob.yaml": MANIFESTS["raycronjob.yaml"][0]["spec"]["jobTemplate"]["entrypoint"],
+        "cronjob.yaml": CRON_POD["containers"][0]["command"][2].partition("||")[0],
+    }
+
+
+def pods() -> dict[str, Json]:
+    """The specifications of all pods, by where they stand."""
+    found = {"cronjob.yaml submit": CRON_POD}
+    for name, cluster in CLUSTERS.items():
+        found[f"{name} head"] = cluster["headGroupSpec"]["template"]["spec"]
+        for group in cluster["workerGroupSpecs"]:
+            found[f"{name} {group['groupName']}"] = group["template"]["spec"]
+    return found
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_line_parses_and_names_the_file_that_is_mounted(name: str) -> None:
+    words = [word for word in shlex.split(commands()[name]) if word != "exec"]
+    assert words[:2] == ["python", "-m"]
+    package, _, command = words[2].partition(".")
+    assert package == "jobs"
+    app = make_app()
+    app.command()(getattr(importlib.import_module(words[2]), command))
+    parsed = typer.main.get_command(app).make_context(command, words[3:]).params
+    (file,) = MANIFESTS["config.yaml"][0]["data"]
+    assert str(parsed["config"]) == f"/etc/cvt-label/{file}"
+    with pytest.raises(Exception, match="No such option"):
+        typer.main.get_command(app).make_context(command, [*words[3:], "--no-such-option"])
+
+
+def test_the_tick_of_a_night_is_one_that_submit_takes() -> None:
+    job = f"{MANIFESTS['cronjob.yaml'][0]['metadata']['name']}-29384720"  # minutes since 1970
+    config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist"])
+    assert Submission(config, job).id.endswith(job)
+
+
+def test_the_job_is_waited_for_where_tries_overlap_and_not_where_it_is_submitted() -> None:
+    assert "--wait" in commands()["rayjob.yaml"]
+    assert "--wait" in commands()["raycronjob.yaml"]
+    assert MANIFESTS["rayjob.yaml"][0]["spec"]["backoffLimit"] > 0
+    assert "--wait" not in commands()["cronjob.yaml"]
+    assert CRON["concurrencyPolicy"] == "Forbid"
+    assert CRON["startingDeadlineSeconds"] > 0
+
+
+def test_all_clusters_are_the_same() -> None:
+    assert CLUSTERS["rayjob.yaml"] == CLUSTERS["raycluster.yaml"] == CLUSTERS["raycronjob.yaml"]
+    once, nightly = (
+        MANIFESTS["rayjob.yaml"][0]["spec"],
+        MANIFESTS["raycronjob.yaml"][0]["spec"]["jobTemplate"],
+    )
+    assert once == nightly
+
+
+def test_the_head_waits_longer_than_a_job_that_is_told_to_stop(job: Config) -> None:
+    head = CLUSTER["headGroupSpec"]["template"]["spec"]
+    environment = {each["name"]: each.get("value") for each in head["containers"][0]["env"]}
+    patience = int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert job.run.grace_s + 30 <= patience < head["terminationGracePeriodSeconds"]
+    assert head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2].endswith("ray stop")
+
+
+def test_versions_are_those_of_the_image() -> None:
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    images = {c["image"] for pod in pods().values() for c in pod["containers"]}
+    assert CLUSTER["rayVersion"] == pinned["ray"]
+    assert images == {f"registry.example.com/cvt-label:{project['project']['version']}"}
+
+
+def test_the_image_is_made_of_everything_that_is_installed() -> None:
+    lines = (FOLDER / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    assert packages | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    (extras,) = re.findall(r"'\.\[(.*)\]'", "\n".join(lines))
+    assert set(extras.split(",")) <= set(project["project"]["optional-dependencies"])
+    python = lines[[line.startswith("FROM") for line in lines].index(True)].split(":")[1]
+    assert python.startswith(re.findall(r"Python (3\.\d+)", (ROOT / "constraints.txt").read_text())[0])
+
+
+def test_what_the_manifests_name_is_there() -> None:
+    accounts = {document["metadata"]["name"] for document in MANIFESTS["access.yaml"]}
+    (config,) = MANIFESTS["config.yaml"]
+    cluster = MANIFESTS["raycluster.yaml"][0]["metadata"]["name"]
+    for pod in pods().values():
+        assert pod.get("serviceAccountName", "cvt-label") in accounts
+        for volume in pod["volumes"]:
+            assert (
+                volume.get("configMap", {"name": config["metadata"]["name"]})["name"]
+                == config["metadata"]["name"]
+            )
+        mounted = {m["name"]: m["mountPath"] for c in pod["containers"] for m in c["volumeMounts"]}
+        assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
+        assert mounted.get("config", "/etc/cvt-label") == "/etc/cvt-label"
+    assert f"http://{cluster}-head-svc:8265" in commands()["cronjob.yaml"]
+    token = {each["name"]: each for each in CRON_POD["containers"][0]["env"]}["RAY_AUTH_TOKEN"]
+    assert token["valueFrom"]["secretKeyRef"] == {"name": cluster, "key": "auth_token"}
+    assert CLUSTER["authOptions"]["mode"] == "token"
+
+
+@pytest.mark.parametrize("name", pods())
+def test_no_pod_has_a_key_or_more_rights_than_it_needs(name: str) -> None:
+    pod = pods()[name]
+    for container in pod["containers"]:
+        for variable in container["env"]:
+            is_secret = re.search("KEY|SECRET|TOKEN|PASSWORD", variable["name"])
+            assert not (is_secret and "value" in variable), variable["name"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod.get("automountServiceAccountToken") is False or name.endswith("head")  # its autoscaler's
+
+
+# Against what a job asks of its cluster ---------------------------------------------------------
+
+UNITS = {"Ki": 1024, "Mi": 1024**2, "Gi": 1024**3, "": 1}
+
+
+def quantity(text: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)([KMG]i)?", text).groups("")  # type: ignore[union-attr]
+    return float(number) * UNITS[unit]
+
+
+def node(group: Json) -> dict[str, float]:
+    """What Ray sees of a pod of a group."""
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return {
+        "cpus": float(group["rayStartParams"].get("num-cpus", limits["cpu"])),
+        "gpus": float(limits.get("nvidia.com/gpu", 0)),
+        "memory": quantity(limits["memory"]),
+        "object_store": float(group["rayStartParams"]["object-store-memory"]),
+    }
+
+
+def cluster_of(bound: str) -> Cluster:
+    """The cluster at its least (`minReplicas`) or its largest (`maxReplicas`)."""
+    nodes = [node(CLUSTER["headGroupSpec"])]
+    for group in CLUSTER["workerGroupSpecs"]:
+        nodes += [node(group)] * group[bound]
+    return Cluster(
+        cpus=sum(each["cpus"] for each in nodes),
+        gpus=sum(each["gpus"] for each in nodes),
+        node_cpus=max(each["cpus"] for each in nodes),
+        node_memory=min(each["memory"] for each in nodes),
+    )
+
+
+def chosen(job: Config, cluster: Cluster) -> Resources:
+    return choose_resources(job, cluster, count_macs(preset_config("cvt-13"), 224, 224), 224)
+
+
+def test_a_job_gets_the_same_whatever_of_the_cluster_is_up_when_it_starts(job: Config) -> None:
+    least, most = cluster_of("minReplicas"), cluster_of("maxReplicas")
+    assert (least.cpus, least.gpus) == (0, 0)
+    small, large = chosen(job, least), chosen(job, most)
+    # How many decoders find room beside all others is only told, in the report.
+    assert replace(small, decoders=large.decoders) == large
+
+
+def test_the_stages_fit_into_the_largest_cluster(job: Config) -> None:
+    largest = cluster_of("maxReplicas")
+    resources = chosen(job, largest)
+    groups = {
+        group["groupName"]: (node(group), group["maxReplicas"]) for group in CLUSTER["workerGroupSpecs"]
+    }
+    assert resources.device == "cuda"
+    assert resources.max_actors * resources.classify_gpus == largest.gpus
+    assert resources.chunk_images == 1024
+    gpu, _ = groups["gpu"]
+    assert (
+        gpu["gpus"] // resources.classify_gpus * resources.classify_cpus < gpu["cpus"]
+    )  # some are left to decode
+    cpu, most = groups["cpu"]
+    assert resources.readers * resources.read_cpus + resources.decode_cpus <= cpu["cpus"] * most
+    for each, _ in groups.values():  # a node that is alone goes on: one slot of each stage
+        assert (
+            resources.readers * resources.read_cpus + resources.decode_cpus + resources.classify_cpus
+            <= each["cpus"]
+        )
+
+
+def test_memory_fits_the_tasks_of_a_node_beside_its_object_store(job: Config) -> None:
+    resources = chosen(job, cluster_of("maxReplicas"))
+    for group in CLUSTER["workerGroupSpecs"]:
+        each = node(group)
+        decoding = each["cpus"] / resources.decode_cpus * resources.decode_memory
+        reading = resources.readers * resources.read_memory
+        assert decoding + reading + each["object_store"] < each["memory"], group["groupName"]
+    for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"]):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        shm = volumes["shm"]["emptyDir"]
+        assert shm["medium"] == "Memory"
+        assert node(group)["object_store"] < quantity(shm["sizeLimit"]) < node(group)["memory"] / 2
+
+
+def test_the_head_alone_is_on_a_machine_that_stays_and_gpu_workers_alone_ask_for_a_gpu() -> None:
+    capacity = {name: pod.get("nodeSelector") for name, pod in pods().items()}
+    assert capacity["rayjob.yaml head"] == {"karpenter.sh/capacity-type": "on-demand"}
+    for name in ("rayjob.yaml cpu", "rayjob.yaml gpu"):
+        assert capacity[name] == {"karpenter.sh/capacity-type": "spot"}
+        assert {each["key"] for each in pods()[name]["tolerations"]} >= {"karpenter.sh/capacity-type"}
+    asking = {name for name in pods() if "nvidia.com/gpu" in str(pods()[name]["containers"])}
+    assert asking == {f"{name} gpu" for name in CLUSTERS}
+    for name in asking:
+        assert "nvidia.com/gpu" in {each["key"] for each in pods()[name]["tolerations"]}

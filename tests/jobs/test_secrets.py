@@ -1,0 +1,170 @@
+"""Planted secrets: in whatever a run writes, prints or says on its way down, they are not to be found."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from jobs.console import make_app
+from jobs.label import label
+from jobs.local_s3 import LocalS3
+from jobs.plan import plan
+from jobs.stats import stats
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.storage import Storage, StorageError
+from tests.makers import make_image, make_tar
+
+PLANTED = f"planted-{secrets.token_hex(8)}"
+JOB = """\
+input: {{uri: "{root}/in"}}
+model: {{path: fashion-mnist}}
+output: {{uri: "{root}/out"}}
+"""
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.fixture
+def job(tmp_path: Path, bucket: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.format(root=bucket))
+    return path
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where a Ray keeps its logs; short, for the names of its sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def cvt_label(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def opened(uri: str, data: bytes) -> bytes:
+    """An object as it is, and what of a Parquet file is compressed or encoded."""
+    if not uri.endswith(".parquet"):
+        return data
+    metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
+    footer = b"".join(k + b"=" + v for k, v in metadata.items())
+    schema = base64.b64decode(metadata.get(b"ARROW:schema", b""))
+    return data + footer + schema + repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode()
+
+
+def test_a_run_leaves_no_secret_in_output_terminal_or_logs(
+    job: Path, bucket: str, storage: Storage, s3_server: LocalS3, ray_folder: Path
+) -> None:
+    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)] + [("bad.jpg", b"no image")])
+    storage.write(f"{bucket}/in/a.tar", whole)
+    storage.write(f"{bucket}/in/cut.tar", whole[:3000])
+    environment = {"HF_TOKEN": f"hf_{PLANTED}", "RAY_TMPDIR": str(ray_folder)}
+    done = cvt_label("label", "--config", job, **environment)
+    assert done.returncode == 3, done.stderr
+    written = {o.uri: opened(o.uri, storage.read(o.uri)) for o in storage.list(f"{bucket}/out")}
+    logs = {str(path): path.read_bytes() for path in ray_folder.rglob("*") if path.is_file()}
+    said = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    for kind in ("/runs/", "/predictions/", "/manifest.", "/class_stats.", "/report.", "/lease."):
+        assert any(kind in uri for uri in written), kind
+    assert any("raylet" in path for path in logs)
+    # What must be found shows that the search finds something.
+    assert b"bad" in next(content for uri, content in written.items() if "/predictions/" in uri)
+    for place, content in {**written, **logs, **said}.items():
+        for secret in (s3_server.secret_key, s3_server.access_key, PLANTED):
+            assert secret.encode() not in content, place
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "said"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": PLANTED}, [], "credentials were rejected"),
+        ({"AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@{NOWHERE}"}, [], "can't be reached"),
+        (
+            {"HF_TOKEN": f"hf_{PLANTED}", "HF_ENDPOINT": f"http://{NOWHERE}"},
+            ["model.path=a/b"],
+            "the Hugging",
+        ),
+    ],
+    ids=["wrong secret", "unreachable endpoint", "unreachable hub"],
+)
+def test_a_job_that_gets_no_access_says_so_without_the_secret(
+    job: Path,
+    bucket: str,
+    storage: Storage,
+    environment: dict[str, str],
+    overrides: list[str],
+    said: str,
+) -> None:
+    storage.write(f"{bucket}/in/a.tar", make_tar([("a.jpg", make_image())]))
+    options = [part for override in overrides for part in ("--set", override)]
+    done = cvt_label("plan", "--config", job, *options, **environment)
+    assert done.returncode == 4, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert PLANTED not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("field", ["input.uri", "output.uri", "model.path", "model.labels", "ray.address"])
+@pytest.mark.parametrize(
+    "address",
+    [f"s3://AKIA:{PLANTED}@bucket/x", f"https://h/x?X-Amz-Signature={PLANTED}"],
+    ids=["user", "signature"],
+)
+def test_an_address_with_a_secret_is_refused_without_showing_it(field: str, address: str) -> None:
+    fields = ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist", f"{field}={address}"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, None, fields)
+    assert f"{field}: credentials don't belong here" in str(caught.value)
+    assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://bucket/with @ and ?x=1", "/folder/of/me@home", "microsoft/cvt-13@main", "gs://b/a@b"]
+)
+def test_an_address_without_a_secret_is_taken_as_it_is(place: str) -> None:
+    config = load_config(Config, None, [f"input.uri={place}", f"output.uri={place}", f"model.path={place}"])
+    assert (config.input.uri, config.output.uri, config.model.path) == (place, place, place)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [f"s3://AKIA:{PLANTED}@bucket/x", f"https://h/x?X-Amz-Signature={PLANTED}"],
+    ids=["user", "signature"],
+)
+def test_storage_refuses_a_uri_with_a_secret_without_showing_it(uri: str) -> None:
+    for action in (Storage().list, Storage().stat, Storage().read, Storage().delete):
+        with pytest.raises(StorageError) as caught:
+            list(action(uri))  # type: ignore[call-overload]
+        assert PLANTED not in f"{caught.value!r} {caught.value}"
+
+
+def test_help_shows_no_value_of_the_environment() -> None:
+    planted = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"), PLANTED)
+    app = make_app()
+    for command in (label, plan, stats):
+        app.command()(command)
+    for name in ("label", "plan", "stats"):
+        done = CliRunner(env=planted).invoke(app, [name, "--help"])
+        assert done.exit_code == 0, done.output
+        assert "--config" in done.output
+        assert PLANTED not in done.output
