@@ -11,6 +11,8 @@ COMMANDS = (
     "label",
     "plan",
     "stats",
+    "report",
+    "compare",
     "publish",
     "submit",
     "status",

@@ -40,6 +40,8 @@ class Exit(IntEnum):
     BUSY = 5
     #: The job was submitted before, or another one for the same dataset and model isn't over.
     REFUSED = 6
+    #: A comparison breaks a limit that was given.
+    DRIFTED = 7
     INTERRUPTED = 130
 
 

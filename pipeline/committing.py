@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.causes import Causes
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions
 from pipeline.manifest import ManifestRow
@@ -103,6 +104,7 @@ class Totals:
         errors: samples that are error rows.
         duplicate_keys: samples whose key an earlier sample of their shard has.
         unreadable: the shards that couldn't be read.
+        causes: of the error rows.
     """
 
     shards: int = 0
@@ -110,6 +112,16 @@ class Totals:
     errors: int = 0
     duplicate_keys: int = 0
     unreadable: list[ManifestRow] = field(default_factory=list)
+    causes: Causes = field(default_factory=Causes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A shard that is done: its manifest row, what that took, and its error rows."""
+
+    row: ManifestRow
+    spent: dict[str, float]
+    causes: Causes
 
 
 class Committer:
@@ -170,7 +182,7 @@ class Committer:
         self._images = self._errors = 0
         self._bytes, self._planned_bytes = 0.0, sum(shard.size for shard in plan)
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
-        self._writes: deque[Future[tuple[ManifestRow, dict[str, float]]]] = deque()
+        self._writes: deque[Future[_Done]] = deque()
 
     def __enter__(self) -> Committer:
         return self
@@ -259,9 +271,11 @@ class Committer:
         share = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
         return Progress(self._images, self._errors, self.totals.shards, min(1.0, share))
 
-    def _settle(self, write: Future[tuple[ManifestRow, dict[str, float]]]) -> None:
-        row, spent = write.result()
-        self.spent.update(spent)
+    def _settle(self, write: Future[_Done]) -> None:
+        done = write.result()
+        row = done.row
+        self.spent.update(done.spent)
+        self.totals.causes.merge(done.causes)
         self.totals.shards += 1
         self.totals.images += row.rows or 0
         self.totals.errors += row.errors or 0
@@ -270,11 +284,14 @@ class Committer:
             self.totals.unreadable.append(row)
         self._on_commit(row)
 
-    def _measured_commit(self, shard: Shard, arrived: _OpenShard) -> tuple[ManifestRow, dict[str, float]]:
-        meter = Meter(COMMIT)
+    def _measured_commit(self, shard: Shard, arrived: _OpenShard) -> _Done:
+        meter, causes = Meter(COMMIT), Causes()
         with meter:
             row, size = self._commit(shard, arrived)
-        return row, meter.taken(images=row.rows or 0, bytes=size)
+            if row.output is not None:
+                for _, chunk in sorted(arrived.chunks.items()):
+                    causes.add(shard.uri, chunk.samples)
+        return _Done(row, meter.taken(images=row.rows or 0, bytes=size), causes)
 
     def _commit(self, shard: Shard, arrived: _OpenShard) -> tuple[ManifestRow, int]:
         """Writes the shard's prediction file; returns its manifest row, and the bytes written."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
+from pipeline.comparing import with_previous
 from pipeline.config import Config, ConfigError, InputConfig
 from pipeline.gallery import Gallery, read_gallery, write_gallery
 from pipeline.lease import Lease, LeaseLostError, left_in_order
@@ -29,7 +31,7 @@ from pipeline.partition import Partition, make_storage, open_partition
 from pipeline.planning import LABEL_NEW, Known, Selection, Work, compare, read_known
 from pipeline.record import Clock, RunRecord, new_run_id, recorded
 from pipeline.recovering import Repairs, find_repairs, rebuilt_rows
-from pipeline.report import render_report
+from pipeline.report import make_report
 from pipeline.retrying import faults
 from pipeline.shards import Shard, ShardListing, lies_in, list_shards
 from pipeline.stages import (
@@ -45,6 +47,7 @@ from pipeline.stages import (
 )
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
+from pipeline.stored import StoredPartition
 from pipeline.tidying import grouped_otherwise, remove, tidy
 
 if TYPE_CHECKING:
@@ -325,7 +328,8 @@ def _carry_out(
             partition.manifest.update({}, result.withdrawn)
         if changed or plan.shards or not plan.in_order:
             result.statistics = partition.manifest.fold_statistics()
-            _publish(result)
+            _note_counts(result, record)
+            _publish(result, record)
             clock.mark("published")
     except LeaseLostError:  # what the other run knows is newer
         record.forget()
@@ -336,18 +340,22 @@ def _carry_out(
         raise
     finally:
         writer.close()
-        totals = result.totals
-        counts = {
-            "shards": totals.shards,
-            "unreadable_shards": len(totals.unreadable),
-            "images": totals.images,
-            "errors": totals.errors,
-            "duplicate_keys": totals.duplicate_keys,
-            "pruned_shards": result.pruned,
-        }
-        record.note(counts=counts)
+        _note_counts(result, record)
     if stop.requested:
         raise KeyboardInterrupt if stop.abandoned else Stopped
+
+
+def _note_counts(result: RunResult, record: RunRecord) -> None:
+    totals = result.totals
+    counts = {
+        "shards": totals.shards,
+        "unreadable_shards": len(totals.unreadable),
+        "images": totals.images,
+        "errors": totals.errors,
+        "duplicate_keys": totals.duplicate_keys,
+        "pruned_shards": result.pruned,
+    }
+    record.note(counts=counts, causes=totals.causes.to_record())
 
 
 def _label(
@@ -503,15 +511,24 @@ def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
         return False
 
 
-def _publish(result: RunResult) -> None:
+def _publish(result: RunResult, record: RunRecord) -> None:
     """Writes class statistics, gallery and report."""
     partition = result.plan.partition
+    storage, uri = partition.storage, partition.uri
+    assert result.statistics is not None
     if result.gallery is not None and partition.config.report.gallery:
-        before = read_gallery(partition.storage, partition.uri)
-        items = result.gallery.merged(before, result.plan.work.to_prune | result.withdrawn)
-        write_gallery(partition.storage, partition.uri, items)
+        gone = result.plan.work.to_prune | result.withdrawn
+        write_gallery(storage, uri, result.gallery.merged(read_gallery(storage, uri), gone))
     _write_class_table(partition, result.class_table)
-    partition.storage.write(f"{partition.uri}/report.html", render_report(result).encode())
+    stored = StoredPartition(storage, uri, result.class_table)
+    page = make_report(
+        stored,
+        record.values | {"seconds": result.timings, "ended_at": datetime.now(UTC).isoformat()},
+        result.statistics,
+        with_previous(stored, result.run),
+        gallery=read_gallery(storage, uri) if partition.config.report.gallery else (),
+    )
+    storage.write(f"{uri}/report.html", page.encode())
 
 
 def _write_class_table(partition: Partition, table: pa.Table) -> None:

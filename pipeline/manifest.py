@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.predictions import read_footer, unpack_partial
-from pipeline.statistics import ClassStatistics
+from pipeline.statistics import ClassStatistics, concatenated
 from pipeline.storage import ABSENT, BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
 #: Rows of a row group, with statistics (some 50 MB) and without (some 10 MB): what is in memory at once
@@ -167,19 +167,21 @@ class Manifest:
                 continue
             return
 
-    def fold_statistics(self) -> ClassStatistics:
-        """The class statistics over every labelled shard."""
+    def fold_statistics(self, run: str | None = None) -> ClassStatistics:
+        """The class statistics over every labelled shard, or over those that one run has labelled."""
         total = ClassStatistics.empty(self._num_classes)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-            for table in self._tables(self._version(), ("output", "statistics")):
+            for table in self._tables(self._version(), ("output", "run", "statistics")):
                 table = table.filter(pc.is_valid(table["output"]))
+                if run is not None:
+                    table = table.filter(pc.equal(table["run"], run))
                 packed = [data for data in table["statistics"].to_pylist() if data is not None]
                 partials = [unpack_partial(data) for data in packed]
                 if len(packed) < table.num_rows:
                     outputs = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
                     partials += pool.map(self._partial_of, outputs)
                 if partials:
-                    total.add_partial(pa.concat_tables(partials))
+                    total.add_partial(concatenated(partials))
         return total
 
     def _partial_of(self, output: str) -> pa.Table:

@@ -62,6 +62,12 @@ class RunRecord:
         """Whether it lists no shard that couldn't be read."""
         return not self._values["unreadable"]
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it says so far."""
+        with self._lock:
+            return dict(self._values)
+
     def note(self, **values: Any) -> None:
         """Sets values."""
         with self._lock:

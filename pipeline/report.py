@@ -1,94 +1,45 @@
-"""The run's report for people: one self-contained HTML page that opens without a network."""
+"""The report for people: one self-contained HTML page that opens without a network, and runs no script.
+
+It is made from what is stored: the record of a run, the class statistics, the manifest. So it can be made
+again at any time, and against other labels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-
-from pipeline.stages import bound_by
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
-    from pipeline.labelling import RunResult
+    from pipeline.comparing import Comparison
+    from pipeline.gallery import Item
+    from pipeline.statistics import ClassStatistics
+    from pipeline.stored import StoredPartition
+
+#: Shards that could not be read that are shown, at most; the manifest has the rest.
+MOST_UNREADABLE = 20
+#: Classes with samples to look at: some kilobytes each.
+MOST_IN_GALLERY = 20
 
 
 def percent(value: float | None) -> str:
     """A share, for people."""
-    return "-" if value is None else f"{value:.1%}"
+    return "-" if value is None or value != value else f"{value:.1%}"
 
 
 def score(value: float | None) -> str:
     """A score, for people."""
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or value != value else f"{value:.3f}"
 
 
-_TEMPLATES = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_TEMPLATES.filters.update(percent=percent, score=score)
-
-_PAGE = _TEMPLATES.from_string(
-    """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Labels by {{ model }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: bold; padding: .5rem 0; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #8884; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-dt { font-weight: bold; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
-meter { width: 100%; min-width: 4rem; }
-</style>
-</head>
-<body>
-<h1>Labels by {{ model }}</h1>
-<dl>
-{% for name, value in facts.items() %}
-<dt>{{ name }}</dt><dd>{{ value }}</dd>
-{% endfor %}
-</dl>
-{% if unreadable %}
-<h2>Shards that could not be read</h2>
-<ul>
-{% for row in unreadable %}
-<li>{{ row.error }}</li>
-{% endfor %}
-</ul>
-{% endif %}
-<h2>Classes</h2>
-<table>
-<caption>{{ classes | length }} classes occur, of {{ class_count }}</caption>
-<thead>
-<tr><th scope="col">Label</th><th scope="col">Images</th><th scope="col" colspan="2">Share</th>
-<th scope="col">Mean score</th><th scope="col">5 %</th><th scope="col">50 %</th><th scope="col">95 %</th>
-{% if has_targets %}
-<th scope="col">Precision</th><th scope="col">Recall</th><th scope="col">F1</th>
-{% endif %}
-</tr>
-</thead>
-<tbody>
-{% for row in classes %}
-<tr><th scope="row">{{ row.label }}</th><td>{{ "{:,}".format(row.count) }}</td>
-<td>{{ row.fraction | percent }}</td>
-<td><meter min="0" max="1" value="{{ row.fraction or 0 }}"></meter></td>
-<td>{{ row.score_mean | score }}</td><td>{{ row.score_p05 | score }}</td>
-<td>{{ row.score_p50 | score }}</td><td>{{ row.score_p95 | score }}</td>
-{% if has_targets %}
-<td>{{ row.precision | percent }}</td><td>{{ row.recall | percent }}</td><td>{{ row.f1 | score }}</td>
-{% endif %}
-</tr>
-{% endfor %}
-</tbody>
-</table>
-</body>
-</html>
-"""
-)
+def number(value: float | None) -> str:
+    """A count, for people."""
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def occurring(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -97,31 +48,218 @@ def occurring(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(seen, key=lambda row: (-row["count"], row["label_id"]))
 
 
-def render_report(result: RunResult) -> str:
-    """The page for a run; whatever comes from data is escaped."""
-    partition, stats, totals = result.plan.partition, result.statistics, result.totals
-    assert stats is not None
-    classes = result.class_table.to_pylist()
-    facts = {
-        "Input": partition.config.input.uri,
-        "Output": partition.uri,
-        "Run": result.run,
-        "Fingerprint": partition.fingerprint,
-        "This run": f"{totals.images:,} images in {totals.shards:,} shards; {totals.errors:,} errors",
-        "In all": f"{int(stats.count.sum()):,} labelled images",
-    }
-    if result.stages:
-        facts |= {"Decoded by": result.decoder, "Bound by": bound_by(result.stages)}
-    if result.gpu_utilisation is not None:
-        facts["GPU utilisation"] = percent(result.gpu_utilisation)
-    if stats.has_targets:
-        facts["Top-1 accuracy"] = percent(stats.top1_accuracy())
-        facts["Top-5 accuracy"] = percent(stats.top5_accuracy(partition.config.output.topk))
-    return _PAGE.render(
-        model=partition.checkpoint.name,
-        facts=facts,
-        unreadable=totals.unreadable,
-        classes=occurring(classes),
-        class_count=len(classes),
-        has_targets=stats.has_targets,
+@dataclass(frozen=True)
+class Chart:
+    """A drawing, and the numbers in it as a table.
+
+    Attributes:
+        title: of both.
+        drawing: inline SVG.
+        columns: the table's headings.
+        rows: the table's cells, as text.
+        note: what to know of it.
+    """
+
+    title: str
+    drawing: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass
+class Section:
+    """A part of the page, of whatever it has.
+
+    Attributes:
+        id: for links to it.
+        title: its heading.
+        notes: paragraphs.
+        facts: by name.
+        charts: with their numbers as tables.
+        tables: without a drawing.
+        causes: of errors, as `Causes.to_record` makes them.
+        query: SQL that tells more, after `query_note`.
+        unreadable: errors of shards, after `unreadable_note`.
+        gallery: samples to look at, by class.
+    """
+
+    id: str
+    title: str
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Chart] = field(default_factory=list)
+    causes: Sequence[Mapping[str, Any]] = ()
+    query: str = ""
+    query_note: str = ""
+    unreadable: Sequence[str] = ()
+    unreadable_note: str = ""
+    gallery: Sequence[tuple[str, Sequence[Item]]] = ()
+
+
+def make_report(
+    partition: StoredPartition,
+    record: Mapping[str, Any],
+    stats: ClassStatistics,
+    *comparisons: Comparison | None,
+    gallery: Iterable[Item] = (),
+) -> str:
+    """The page; whatever comes from data is escaped.
+
+    Args:
+        partition: whose labels it is of.
+        record: of the run that it is of.
+        stats: class statistics of all labels.
+        comparisons: with other labels; None is passed over.
+        gallery: samples to look at.
+
+    Raises:
+        StorageError: the manifest can't be read.
+    """
+    from pipeline import sections  # draws: Matplotlib takes a second to import
+
+    manifest = partition.manifest.read(("rows", "errors", "error", "gone"))
+    topk = record.get("config", {}).get("output", {}).get("topk", 5)
+    found = [
+        _failures(partition, record, manifest),
+        sections.speed(record),
+        sections.classes(partition, stats),
+        sections.accuracy(partition, topk, stats) if stats.has_targets else None,
+        *(sections.comparison(each, i) for i, each in enumerate(filter(None, comparisons))),
+        _gallery(gallery, stats),
+        _run(record),
+    ]
+    page = _environment().get_template("report.html")
+    return page.render(
+        model=partition.name.removeprefix("model="),
+        facts=_facts(partition, record),
+        cards=_cards(record, stats, manifest),
+        sections=[section for section in found if section is not None],
     )
+
+
+def _environment() -> jinja2.Environment:
+    from pipeline.charts import clean
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(score=score, clean=clean, base64=lambda data: base64.b64encode(data).decode())
+    return environment
+
+
+def _facts(partition: StoredPartition, record: Mapping[str, Any]) -> dict[str, str]:
+    config = record.get("config", {})
+    model, section = config.get("model", {}), config.get("input", {})
+    facts = {
+        "Input": section.get("uri"),
+        "Checkpoint": model.get("path"),
+        "Precision": model.get("precision"),
+        "Output": partition.uri,
+        "Fingerprint": record.get("fingerprint"),
+        "Run": record.get("run"),
+        "Started": _moment(record.get("started_at")),
+        "Ended": _moment(record.get("ended_at")),
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _moment(text: str | None) -> str | None:
+    return None if text is None else f"{text[:10]} {text[11:19]} UTC"
+
+
+def _cards(record: Mapping[str, Any], stats: ClassStatistics, manifest: Any) -> list[tuple[str, str, str]]:
+    """The figures that come first: name, value, and what it is of."""
+    counts = record.get("counts", {})
+    labelled = int(stats.count.sum())
+    errors = pc.sum(manifest["errors"]).as_py() or 0
+    gone, share = pc.sum(manifest["gone"]).as_py() or 0, errors / max(1, labelled + errors)
+    shards = manifest.num_rows - manifest["rows"].null_count
+    more = f", {gone:,} of them gone from the input" if gone else ""
+    cards = [
+        ("Labelled images", f"{labelled:,}", f"in all, of {shards:,} shards{more}"),
+        ("Images that could not be labelled", f"{errors:,}", f"in all, {percent(share)}"),
+    ]
+    if counts:
+        this = f"in {counts['shards']:,} shards, {counts['errors']:,} errors"
+        cards.append(("Images of this run", f"{counts['images']:,}", this))
+    if (rate := _rate(record)) is not None:
+        cards.append(("Images a second", f"{rate:,.1f}", "of this run, start-up aside"))
+    if stats.has_targets:
+        of = f"of {int(stats.support.sum()):,} with a target"
+        cards.append(("Top-1 accuracy", percent(stats.top1_accuracy()), of))
+    return cards
+
+
+def _rate(record: Mapping[str, Any]) -> float | None:
+    seconds = record.get("seconds", {})
+    if "last_result" not in seconds or "ray_ready" not in seconds:
+        return None
+    rate: float = record["counts"]["images"] / max(seconds["last_result"] - seconds["ray_ready"], 1e-9)
+    return rate
+
+
+def _failures(partition: StoredPartition, record: Mapping[str, Any], manifest: Any) -> Section:
+    failed = manifest["error"].drop_null()
+    errors = pc.sum(manifest["errors"]).as_py() or 0
+    section = Section("failures", "What failed")
+    if not errors and not len(failed):
+        section.notes.append("Nothing: every sample of every shard is labelled.")
+        return section
+    section.causes = causes = record.get("causes", [])
+    count = record.get("counts", {}).get("errors", 0)
+    if causes:
+        section.notes.append(f"Of this run, {_samples(count)} could not be labelled, by cause:")
+    elif count:
+        section.notes.append(
+            f"Of this run, {_samples(count)} could not be labelled; its record has no causes."
+        )
+    else:
+        section.notes.append("Every sample of this run is labelled.")
+    if errors:
+        source = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
+        section.query = f"SELECT error, count(*) FROM '{source}' WHERE error IS NOT NULL GROUP BY error"
+        section.query_note = f"In all labels, {_samples(errors)} could not be labelled. This lists why:"
+    if len(failed):
+        section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
+        first = "" if len(section.unreadable) == len(failed) else f", the first {len(section.unreadable)}"
+        shards = "1 shard" if len(failed) == 1 else f"{len(failed):,} shards"
+        section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
+    return section
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count:,} samples"
+
+
+def _gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:
+    """The samples of the most frequent classes."""
+    by_class: dict[int, list[Item]] = {}
+    for item in items:
+        by_class.setdefault(item.label_id, []).append(item)
+    if not by_class:
+        return None
+    shown = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))[:MOST_IN_GALLERY]
+    section = Section("gallery", "Samples")
+    section.gallery = [(by_class[label_id][0].label, by_class[label_id]) for label_id in shown]
+    note = "Those that the model is most sure of, and least sure of, with their scores."
+    more = f" Of the {len(shown)} most frequent classes; gallery.parquet has more." * (
+        len(by_class) > len(shown)
+    )
+    section.notes.append(note + more)
+    return section
+
+
+def _run(record: Mapping[str, Any]) -> Section:
+    versions = {name: str(value) for name, value in record.get("versions", {}).items()}
+    counts = {name.replace("_", " "): f"{value:,}" for name, value in record.get("counts", {}).items()}
+    section = Section("run", "The run")
+    section.notes.append(f"runs/{record.get('run')}.json has its whole configuration.")
+    section.tables.append(Chart("Counts of this run", "", ["What", "Number"], [*map(list, counts.items())]))
+    section.tables.append(Chart("Versions", "", ["Package", "Version"], [*map(list, versions.items())]))
+    return section

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.pairs import PairCounts
+
 #: Bins of the score histogram over [0, 1]; a bin's width is the resolution of the quantiles.
 BINS = 100
 QUANTILE_RESOLUTION = 1 / BINS
@@ -36,13 +38,26 @@ _PARTIAL = pa.schema(
         ("support", pa.int64()),
         ("true_positives", pa.int64()),
         ("top5_hits", pa.int64()),
+        # Of the rows given this class, the targets that are another one, and how often each.
+        ("confused_ids", pa.list_(pa.int32())),
+        ("confused_counts", pa.list_(pa.int64())),
+        # Of the rows with a target, by bin of their score. These are of all classes: the first row has them.
+        ("calibration_bins", pa.list_(pa.uint8())),
+        ("calibration_counts", pa.list_(pa.int64())),
+        ("calibration_hits", pa.list_(pa.int64())),
+        ("calibration_score_sums", pa.list_(pa.int64())),
     ]
 )
+_CONFUSED = ("confused_ids", "confused_counts")
+_CALIBRATION = ("calibration_counts", "calibration_hits", "calibration_score_sums")
 
 
 @dataclass
 class ClassStatistics:
-    """Statistics of every class over some rows; arrays of shape (classes,), by class id.
+    """Statistics of every class over some rows; arrays of shape (classes,), by class id, but for the last.
+
+    Files of earlier versions lack what `confusion` and `calibration` are made of: these are then of fewer
+    rows than the others, and say of how many.
 
     Attributes:
         count: rows that were given this class.
@@ -54,6 +69,9 @@ class ClassStatistics:
         true_positives: rows given this class whose target it is.
         top5_hits: rows whose target is this class, and is among their five best.
             Too low where rows hold fewer classes than that: see `knows_top5`.
+        confusion: pairs (class given, target) of rows that were given another class than their target.
+        calibration: int64 (3, `BINS`), by bin of the score, over rows with a target: rows, rows whose
+            target is the class given, and the fixed-point sum of their scores.
     """
 
     count: np.ndarray
@@ -67,6 +85,8 @@ class ClassStatistics:
     support: np.ndarray
     true_positives: np.ndarray
     top5_hits: np.ndarray
+    confusion: PairCounts
+    calibration: np.ndarray
 
     @classmethod
     def empty(cls, num_classes: int) -> ClassStatistics:
@@ -87,6 +107,8 @@ class ClassStatistics:
             support=zeros(),
             true_positives=zeros(),
             top5_hits=zeros(),
+            confusion=PairCounts(),
+            calibration=np.zeros((3, BINS), np.int64),
         )
 
     @property
@@ -115,23 +137,26 @@ class ClassStatistics:
         np.add.at(stats.entropy_sum, label, _fixed(entropy))
         np.minimum.at(stats.score_min, label, score)
         np.maximum.at(stats.score_max, label, score)
-        bins = np.minimum((score * BINS).astype(np.int64), BINS - 1)
-        np.add.at(stats.score_histogram, (label, bins), 1)
-        stats._count_targets(rows, label)
+        np.add.at(stats.score_histogram, (label, _bins(score)), 1)
+        stats._count_targets(rows, label, score)
         return stats
 
-    def _count_targets(self, rows: pa.Table, label: np.ndarray) -> None:
+    def _count_targets(self, rows: pa.Table, label: np.ndarray, score: np.ndarray) -> None:
         has_target = pc.is_valid(rows["target_id"]).to_numpy()
         if not has_target.any():
             return
         target = rows["target_id"].filter(pa.array(has_target)).to_numpy()
-        label = label[has_target]
+        label, score = label[has_target], score[has_target]
         topk = rows["topk_label_ids"].filter(pa.array(has_target)).combine_chunks()
         best = topk.flatten().to_numpy().reshape(len(target), -1)[:, :5]
         np.add.at(self.predicted_with_target, label, 1)
         np.add.at(self.support, target, 1)
         np.add.at(self.true_positives, label[label == target], 1)
         np.add.at(self.top5_hits, target[(best == target[:, None]).any(axis=1)], 1)
+        is_wrong = label != target
+        self.confusion.add(label[is_wrong], target[is_wrong])
+        for row, values in zip(self.calibration, (1, ~is_wrong, _fixed(score)), strict=True):
+            np.add.at(row, _bins(score), values)
 
     def add(self, other: ClassStatistics) -> None:
         """Merges other rows' statistics into these.
@@ -148,20 +173,29 @@ class ClassStatistics:
             elif name == "score_max":
                 np.maximum(mine, theirs, out=mine)
             else:
-                mine += theirs
+                mine += theirs  # as arrays and pairs do, in place
 
     def to_partial(self) -> pa.Table:
         """The mergeable form, one row a class that occurs; `from_partial` is the way back."""
         seen = np.flatnonzero((self.count > 0) | (self.support > 0))
         histogram = self.score_histogram[seen]
         rows, bins = np.nonzero(histogram)
-        ends = pa.array(np.searchsorted(rows, np.arange(len(seen) + 1)), pa.int32())
-        lists = {"score_bins": bins, "score_bin_counts": histogram[rows, bins]}
+        lists = {"score_bins": (rows, bins), "score_bin_counts": (rows, histogram[rows, bins])}
+        label, target, counts = self.confusion.arrays()
+        rows = np.searchsorted(seen, label)
+        lists |= {"confused_ids": (rows, target), "confused_counts": (rows, counts)}
+        bins = np.flatnonzero(self.calibration[0])
+        rows = np.zeros(len(bins), np.int64)
+        lists["calibration_bins"] = rows, bins
+        lists |= {
+            name: (rows, values[bins]) for name, values in zip(_CALIBRATION, self.calibration, strict=True)
+        }
         columns = {"label_id": pa.array(seen, pa.int32())}
         for field in list(_PARTIAL)[1:]:
             if field.name in lists:
-                values = pa.array(lists[field.name], field.type.value_type)
-                columns[field.name] = pa.ListArray.from_arrays(ends, values)
+                rows, values = lists[field.name]
+                ends = pa.array(np.searchsorted(rows, np.arange(len(seen) + 1)), pa.int32())
+                columns[field.name] = pa.ListArray.from_arrays(ends, pa.array(values, field.type.value_type))
             else:
                 columns[field.name] = pa.array(getattr(self, field.name)[seen], field.type)
         return pa.table(columns, schema=_PARTIAL)
@@ -179,9 +213,15 @@ class ClassStatistics:
         label = partial["label_id"].to_numpy()
         for name, values in vars(self).items():
             if name == "score_histogram":
-                bins, counts = (partial[n].combine_chunks() for n in ("score_bins", "score_bin_counts"))
-                rows = np.repeat(label, bins.value_lengths().to_numpy())
-                np.add.at(values, (rows, bins.flatten().to_numpy()), counts.flatten().to_numpy())
+                rows, bins, counts = _flattened(partial, "score_bins", "score_bin_counts")
+                np.add.at(values, (label[rows], bins), counts)
+            elif name == "confusion":
+                rows, target, counts = _flattened(partial, *_CONFUSED)
+                values.add(label[rows], target, counts)
+            elif name == "calibration":
+                _, bins, *sums = _flattened(partial, "calibration_bins", *_CALIBRATION)
+                for row, more in zip(values, sums, strict=True):
+                    np.add.at(row, bins, more)
             else:
                 fold = {"score_min": np.minimum, "score_max": np.maximum}.get(name, np.add)
                 fold.at(values, label, partial[name].to_numpy())
@@ -208,6 +248,23 @@ class ClassStatistics:
     def knows_top5(self, topk: int) -> bool:
         """Whether rows of `topk` classes tell if a target is among the five best."""
         return topk >= min(5, self.num_classes)
+
+
+def _flattened(partial: pa.Table, *names: str) -> list[np.ndarray]:
+    """The values of list columns that are alike, after the number of the row that each is of.
+
+    Nothing, where a file of an earlier version has no such columns.
+    """
+    if names[0] not in partial.column_names:
+        return [np.zeros(0, np.int64)] * (len(names) + 1)
+    columns = [partial[name].combine_chunks() for name in names]
+    rows = pc.list_parent_indices(columns[0]).to_numpy()
+    return [rows, *(column.flatten().to_numpy() for column in columns)]
+
+
+def concatenated(partials: Iterable[pa.Table]) -> pa.Table:
+    """Partial statistics one after another, those of earlier versions among them."""
+    return pa.concat_tables(partials, promote_options="default")
 
 
 def merge(parts: Iterable[ClassStatistics], num_classes: int) -> ClassStatistics:
@@ -298,6 +355,10 @@ def _quantile(histogram: np.ndarray, q: float) -> float:
     """The middle of the bin that holds the q-quantile."""
     upto = np.cumsum(histogram)
     return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / BINS
+
+
+def _bins(scores: np.ndarray) -> np.ndarray:
+    return np.minimum((scores * BINS).astype(np.int64), BINS - 1)
 
 
 def _fixed(values: np.ndarray) -> np.ndarray:

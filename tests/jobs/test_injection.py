@@ -109,7 +109,8 @@ def test_nothing_is_written_outside_of_the_output(labelled: Labelled) -> None:
     assert len(list((labelled.root / "in").iterdir())) == len(SHARDS) + 1
     (partition,) = (labelled.root / "out").iterdir()
     assert {path.name for path in partition.iterdir()} == {
-        "predictions", "runs", "class_stats.parquet", "manifest.parquet", "report.html", "lease.json"
+        "predictions", "runs", "class_stats.parquet", "gallery.parquet", "manifest.parquet", "report.html",
+        "lease.json",
     }  # fmt: skip
     files = [path for path in (partition / "predictions").rglob("*") if path.is_file()]
     assert len(files) == len(SHARDS)

@@ -230,6 +230,13 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
             assert row["label"] is row["score"] is row["topk_label_ids"] is row["entropy"] is None
     totals = result.totals
     assert (totals.images, totals.errors, totals.unreadable) == (19, 8, [])
+    partition = result.plan.partition
+    causes = json.loads(storage.read(f"{partition.uri}/runs/{result.run}.json"))["causes"]
+    assert sum(cause["count"] for cause in causes) == 8
+    assert {sample["key"] for cause in causes for sample in cause["samples"]} == set(errors)
+    report = storage.read(f"{partition.uri}/report.html").decode()
+    assert "Of this run, 8 samples could not be labelled, by cause:" in report
+    assert "N x N pixels are more than the limit of N" in report
 
 
 def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(

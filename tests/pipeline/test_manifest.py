@@ -58,6 +58,14 @@ def manifest(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     return Manifest(Storage(), str(tmp_path), CLASSES)
 
 
+def test_the_statistics_of_one_run_are_those_of_the_shards_that_it_labelled_last(manifest: Manifest) -> None:
+    manifest.update(by_uri(row(1), row(2, run="run-2"), row(3, run=None), row(4, run="run-2")))
+    manifest.update(by_uri(row(4, run="run-3")))
+    np.testing.assert_array_equal(manifest.fold_statistics("run-2").count, statistics(2).count)
+    assert manifest.fold_statistics().count.sum() == 2 + 3 + 4 + 5
+    assert manifest.fold_statistics("run-9").count.sum() == 0
+
+
 def test_rows_come_back_as_they_were_written_sorted(manifest: Manifest) -> None:
     assert not manifest.exists()
     assert list(manifest.rows()) == []

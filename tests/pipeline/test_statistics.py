@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.statistics import BINS, ClassStatistics, class_table, merge
+from pipeline.calibration import Calibration
+from pipeline.statistics import _CALIBRATION, BINS, ClassStatistics, class_table, concatenated, merge
 
 CLASSES = 7
 
@@ -55,6 +57,43 @@ def test_the_fold_of_folds_and_of_what_was_written_is_the_same() -> None:
     back = [ClassStatistics.from_partial(part.to_partial(), CLASSES) for part in parts]
     halves = [merge(back[:4], CLASSES), merge(back[4:], CLASSES)]
     assert_equal(merge(halves, CLASSES), ClassStatistics.of(table, CLASSES))
+
+
+def test_confusion_and_calibration_agree_with_a_plain_computation() -> None:
+    table = predictions(3000)
+    rows = [row for row in table.to_pylist() if row["label_id"] is not None and row["target_id"] is not None]
+    stats = ClassStatistics.from_partial(ClassStatistics.of(table, CLASSES).to_partial(), CLASSES)
+    confused = Counter((r["label_id"], r["target_id"]) for r in rows if r["label_id"] != r["target_id"])
+    assert {(a, b): n for a, b, n in stats.confusion.top(CLASSES**2)} == confused
+    found = Calibration.of(stats)
+    assert found is not None
+    assert found.samples == len(rows)
+    error = 0.0
+    for i in range(10):
+        mine = [r for r in rows if i / 10 <= r["score"] < (i + 1) / 10 + (i == 9)]
+        assert found.counts[i] == len(mine)
+        if mine:
+            accuracy = np.mean([r["label_id"] == r["target_id"] for r in mine])
+            confidence = np.mean([r["score"] for r in mine])
+            assert found.accuracy[i] == pytest.approx(accuracy)
+            assert found.confidence[i] == pytest.approx(confidence, abs=1e-7)
+            error += len(mine) / len(rows) * abs(accuracy - confidence)
+    assert found.ece == pytest.approx(error, abs=1e-7)
+
+
+def test_what_earlier_versions_wrote_merges_and_lacks_only_confusion_and_calibration() -> None:
+    old, new = predictions(500, seed=1), predictions(300, seed=2)
+    added = ("confused_ids", "confused_counts", "calibration_bins", *_CALIBRATION)
+    partials = [ClassStatistics.of(table, CLASSES).to_partial() for table in (old, new)]
+    partials[0] = partials[0].drop_columns(list(added))
+    found = ClassStatistics.from_partial(concatenated(partials), CLASSES)
+    expected = ClassStatistics.of(pa.concat_tables([old, new]), CLASSES)
+    known = ClassStatistics.of(new, CLASSES)
+    expected.confusion, expected.calibration = known.confusion, known.calibration
+    assert_equal(found, expected)
+    alone = ClassStatistics.from_partial(partials[0], CLASSES)
+    assert Calibration.of(alone) is None
+    assert alone.has_targets
 
 
 def test_the_table_agrees_with_a_plain_computation() -> None:

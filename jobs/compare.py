@@ -1,0 +1,169 @@
+"""Compares the labels of two models, or of two runs: `python -m jobs.compare A B`, or `cvt-label compare`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import pyarrow.parquet as pq
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from jobs.console import Exit, err, exit_status, out, plain, run_alone
+from pipeline.report import percent, score
+from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from pipeline.comparing import Comparison
+
+_SIDE = "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous."
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Likewise, what is compared with it.")],
+    output: Annotated[
+        str | None, typer.Option(help="Path or URI of a Parquet file for it: a row a class.")
+    ] = None,
+    max_psi: Annotated[float | None, typer.Option(min=0, help="Of the classes.")] = None,
+    max_js: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Jensen-Shannon distance of the classes.")
+    ] = None,
+    max_score_psi: Annotated[float | None, typer.Option(min=0, help="Of the scores.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the samples with the same class.")
+    ] = None,
+    drift_only: Annotated[
+        bool, typer.Option("--drift-only", help="Read statistics alone, not every label.")
+    ] = False,
+    most: Annotated[int, typer.Option(min=1, help="Rows of each table, at most.")] = 15,
+) -> None:
+    """Compare two models' labels, or two runs': drift by class, and agreement on the same samples.
+
+    Exit status: 0; 2 when an option can't be used; 4 when a side can't be read, or there is nothing to
+    compare; 7 when a limit is broken.
+    """
+    if drift_only and min_agreement is not None:
+        raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
+    with exit_status():
+        from pipeline import comparing
+        from pipeline.storage import StorageError
+        from pipeline.stored import Side
+
+        storage = Storage()
+        first, second = Side.open(storage, a), Side.open(storage, b)
+        with err.status("reading statistics") as status:  # in a terminal only
+            found = comparing.compare(
+                first,
+                second,
+                not drift_only,
+                on_progress=lambda shards: status.update(f"comparing labels: {shards:,} shards"),
+            )
+        if min_agreement is not None and (found.agreement is None or not found.agreement.compared):
+            raise StorageError(b, f"nothing to measure agreement on: no sample is labelled there and in {a}")
+        if output is not None:
+            file = io.BytesIO()
+            pq.write_table(found.table(), file, compression="zstd")
+            storage.write(output, file.getvalue())
+    print_comparison(found, most)
+    broken = _broken(found, max_psi, max_js, max_score_psi, min_agreement)
+    for message in broken:
+        err.print(f"cvt-label: {message}", markup=False, highlight=False)
+    sys.exit(Exit.DRIFTED if broken else Exit.OK)
+
+
+def _broken(
+    found: Comparison,
+    max_psi: float | None,
+    max_js: float | None,
+    max_score_psi: float | None,
+    min_agreement: float | None,
+) -> list[str]:
+    """The limits that don't hold, in words."""
+    drift, agreement = found.drift, found.agreement
+    broken = [
+        f"{name} {value:.4g} is more than {limit:g}"
+        for name, value, limit in (
+            ("PSI", drift.psi, max_psi),
+            ("Jensen-Shannon distance", drift.js, max_js),
+            ("PSI of the scores", drift.score_psi, max_score_psi),
+        )
+        if limit is not None and value > limit
+    ]
+    share = agreement.share if agreement is not None else None
+    if min_agreement is not None and share is not None and share < min_agreement:
+        broken.append(f"agreement {share:.4g} is less than {min_agreement:g}")
+    return broken
+
+
+def print_comparison(found: Comparison, most: int) -> None:
+    """Prints the figures, the classes that changed most, and the most frequent disagreements."""
+    agreement, classes = found.agreement, found.drift.classes
+    grid = Table.grid(padding=(0, 2))
+    for name, value in _facts(found).items():
+        grid.add_row(name, value)
+    out.print(_class_table(found, most))
+    if agreement is not None and (pairs := agreement.disagreements.top(most)):
+        table = _table("Most frequent disagreements", ["A", "B"], ["images", "share"])
+        for i, j, count in pairs:
+            names = [plain(classes.labels[k]) for k in (i, j)]
+            table.add_row(*names, f"{count:,}", percent(count / agreement.compared))
+        out.print(table)
+    out.print(grid, soft_wrap=True, markup=False)
+
+
+def _facts(found: Comparison) -> dict[str, str]:
+    drift, agreement, classes = found.drift, found.agreement, found.drift.classes
+    facts = {
+        "A": f"{found.a.name}, {drift.images_a:,} labelled images",
+        "B": f"{found.b.name}, {drift.images_b:,} labelled images",
+        "PSI": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
+        "JS distance": f"{drift.js:.4f}",
+        "PSI of scores": f"{drift.score_psi:.4f}",
+    }
+    if classes.only_a or classes.only_b:
+        facts["classes"] = (
+            f"matched by name: {classes.only_a:,} are in A alone, {classes.only_b:,} in B alone, "
+            f"of {len(classes.labels):,}"
+        )
+    if agreement is not None:
+        facts["agreement"] = (
+            f"{percent(agreement.share)} of {agreement.compared:,} samples, kappa {score(agreement.kappa)}"
+        )
+        facts["not compared"] = (
+            f"{agreement.only_a:,} samples labelled in A alone, {agreement.only_b:,} in B alone; "
+            f"{agreement.changed_shards:,} shards labelled in different versions"
+        )
+    return facts
+
+
+def _class_table(found: Comparison, most: int) -> Table:
+    drift, agreement = found.drift, found.agreement
+    headings = ["A", "B", "share A", "share B", "PSI", "PSI of scores"]
+    if agreement is not None:
+        headings.append("B agrees")
+    table = _table("Classes that changed most", ["label"], headings)
+    parts, scores, a, b = drift.psi_parts, drift.class_score_psi, drift.fraction_a, drift.fraction_b
+    for i in drift.most_changed(most):
+        cells = [f"{drift.count_a[i]:,}", f"{drift.count_b[i]:,}", percent(a[i]), percent(b[i])]
+        cells += [f"{parts[i]:.4f}", "-" if scores[i] != scores[i] else f"{scores[i]:.4f}"]
+        if agreement is not None:
+            given = int(agreement.given_a[i])
+            cells.append(percent(int(agreement.same[i]) / given if given else None))
+        table.add_row(plain(drift.classes.labels[i]), *cells)
+    return table
+
+
+def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+if __name__ == "__main__":
+    run_alone(compare)

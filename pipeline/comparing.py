@@ -1,0 +1,167 @@
+"""The comparison of two sides: what two models, or two runs, made of it; and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.agreement import Agreement, measure_agreement
+from pipeline.drift import SCORE_BINS, Classes, Drift
+from pipeline.storage import StorageError
+from pipeline.stored import Side, StoredPartition
+
+#: Where the Parquet file's footer has the totals, as JSON.
+TOTALS = "cvt_label.comparison"
+_MOST_PAIRS = 100
+
+COMPARISON_SCHEMA = pa.schema(
+    [
+        ("label", pa.string()),
+        ("label_id_a", pa.int32()),
+        ("label_id_b", pa.int32()),
+        ("count_a", pa.int64()),
+        ("count_b", pa.int64()),
+        ("fraction_a", pa.float64()),
+        ("fraction_b", pa.float64()),
+        ("psi", pa.float64()),
+        ("score_psi", pa.float64()),
+        ("compared_a", pa.int64()),
+        ("compared_b", pa.int64()),
+        ("same", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides, and how they differ.
+
+    Attributes:
+        a, b: what is compared.
+        drift: by class.
+        agreement: on the same samples; None where it wasn't measured.
+    """
+
+    a: Side
+    b: Side
+    drift: Drift
+    agreement: Agreement | None
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """The figures that are of no single class; the file has them in its footer."""
+        drift, agreement = self.drift, self.agreement
+        values: dict[str, Any] = {
+            "a": self.a.name,
+            "b": self.b.name,
+            "images_a": drift.images_a,
+            "images_b": drift.images_b,
+            "classes": len(drift.classes.labels),
+            "classes_only_a": drift.classes.only_a,
+            "classes_only_b": drift.classes.only_b,
+            "psi": drift.psi,
+            "psi_by_chance": drift.psi_by_chance,
+            "js_distance": drift.js,
+            "score_psi": drift.score_psi,
+            "score_bins": SCORE_BINS,
+        }
+        if agreement is not None:
+            labels = drift.classes.labels
+            values |= {
+                "compared": agreement.compared,
+                "only_a": agreement.only_a,
+                "only_b": agreement.only_b,
+                "shards": agreement.shards,
+                "changed_shards": agreement.changed_shards,
+                "agreement": agreement.share,
+                "kappa": agreement.kappa,
+                "disagreements": [
+                    {"a": labels[a], "b": labels[b], "count": count}
+                    for a, b, count in agreement.disagreements.top(_MOST_PAIRS)
+                ],
+            }
+        return values
+
+    def table(self) -> pa.Table:
+        """One row a class of either side; without agreement, `compared_*` and `same` are null."""
+        drift, classes, agreement = self.drift, self.drift.classes, self.agreement
+        score_psi = drift.class_score_psi
+        columns: dict[str, Any] = {
+            "label": classes.labels,
+            "label_id_a": _ids(classes.ids_a, len(classes.labels)),
+            "label_id_b": _ids(classes.ids_b, len(classes.labels)),
+            "count_a": drift.count_a,
+            "count_b": drift.count_b,
+            "fraction_a": drift.fraction_a,
+            "fraction_b": drift.fraction_b,
+            "psi": drift.psi_parts,
+            "score_psi": pa.array(score_psi, pa.float64(), mask=np.isnan(score_psi)),
+        }
+        if agreement is not None:
+            columns |= {
+                "compared_a": agreement.given_a,
+                "compared_b": agreement.given_b,
+                "same": agreement.same,
+            }
+        none = pa.nulls(len(classes.labels))
+        arrays = [pa.array(columns.get(f.name, none)).cast(f.type) for f in COMPARISON_SCHEMA]
+        schema = COMPARISON_SCHEMA.with_metadata({TOTALS: json.dumps(self.totals)})
+        return pa.table(arrays, schema=schema)
+
+
+def compare(
+    a: Side, b: Side, with_agreement: bool = True, on_progress: Callable[[int], None] = lambda shards: None
+) -> Comparison:
+    """Compares two sides.
+
+    Two runs of one partition share no sample, since a shard has one set of labels there: of these there is
+    drift alone.
+
+    Args:
+        a: one side.
+        b: the other.
+        with_agreement: also read every label, to compare them sample by sample.
+        on_progress: told how many shards' labels were looked at.
+
+    Raises:
+        StorageError: a side can't be read, or holds no labelled image.
+    """
+    classes = Classes.matched(a.partition.labels, b.partition.labels)
+    for side in (a, b):
+        if not side.counts[0].any():
+            raise StorageError(side.name, "nothing to compare: no image is labelled there")
+    drift = Drift.between(classes, a.counts, b.counts)
+    agreement = None
+    if with_agreement and a.partition.uri != b.partition.uri:
+        first, second = ((side.partition.storage, side.partition.uri, side.holds) for side in (a, b))
+        agreement = measure_agreement(classes, first, second, on_progress)
+    return Comparison(a, b, drift, agreement)
+
+
+def _ids(places: np.ndarray, classes: int) -> pa.Array:
+    ids = np.full(classes, -1, np.int32)
+    ids[places] = np.arange(len(places))
+    return pa.array(ids, mask=ids < 0)
+
+
+def with_previous(partition: StoredPartition, run: str) -> Comparison | None:
+    """What a run labelled, compared with what the last run before it labelled that still stands.
+
+    None where one of the two has no labelled image.
+
+    Raises:
+        StorageError: the manifest can't be read.
+    """
+    runs = partition.runs
+    before = [other for other in runs if other < run]
+    if run not in runs or not before:
+        return None
+    a, b = Side(partition, before[-1]), Side(partition, run)
+    if not (a.counts[0].any() and b.counts[0].any()):
+        return None
+    return compare(a, b, with_agreement=False)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from pipeline.causes import MOST_CAUSES, MOST_KEYS, OTHERS, Causes, cause_of
+
+
+def samples(*errors: str | None) -> pa.Table:
+    return pa.table({"key": [f"k{i}" for i in range(len(errors))], "error": pa.array(errors, pa.string())})
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        ("60000 x 70000 pixels are more than the limit of 178", "N x N pixels are more than the limit of N"),
+        (r"not an image: starts with b'<ht\'ml 4'", "not an image: starts with '...'"),
+        ("label 'boot-ish' names no class", "label '...' names no class"),
+        ("an empty object", "an empty object"),
+    ],
+)
+def test_what_differs_from_sample_to_sample_is_left_out(error: str, cause: str) -> None:
+    assert cause_of(error) == cause
+
+
+def test_errors_are_counted_by_cause_the_most_frequent_first_with_a_few_samples() -> None:
+    causes = Causes()
+    causes.add("s3://b/a.tar", samples("3 bytes", None, "no image", *(f"{i} bytes" for i in range(20))))
+    other = Causes()
+    other.add("s3://b/b.tar", samples("no image", "9 bytes"))
+    causes.merge(other)
+    first, second = causes.to_record()
+    assert (first["cause"], first["count"]) == ("N bytes", 22)
+    assert (second["cause"], second["count"]) == ("no image", 2)
+    assert first["samples"][0] == {"shard": "s3://b/a.tar", "key": "k0", "error": "3 bytes"}
+    assert len(first["samples"]) == MOST_KEYS
+    assert [sample["shard"] for sample in second["samples"]] == ["s3://b/a.tar", "s3://b/b.tar"]
+
+
+def test_causes_without_end_are_counted_as_one() -> None:
+    causes = Causes()
+    causes.add("s3://b/a.tar", samples(*("x" * i for i in range(1, 200))))
+    record = causes.to_record()
+    assert len(record) == MOST_CAUSES + 1
+    assert record[0]["cause"] == OTHERS
+    assert sum(cause["count"] for cause in record) == 199
