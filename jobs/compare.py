@@ -90,10 +90,10 @@ def _broken(
             ("Jensen-Shannon distance", drift.js, max_js),
             ("PSI of the scores", drift.score_psi, max_score_psi),
         )
-        if limit is not None and value > limit
+        if limit is not None and not value <= limit  # a limit that is no number holds nothing
     ]
     share = agreement.share if agreement is not None else None
-    if min_agreement is not None and share is not None and share < min_agreement:
+    if min_agreement is not None and share is not None and not share >= min_agreement:
         broken.append(f"agreement {share:.4g} is less than {min_agreement:g}")
     return broken
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import io
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.storage import ObjectNotFound, Storage
 
 FILE_NAME = "gallery.parquet"
 
-#: Of a model with more classes, only so many are in the gallery.
+#: Of a model with more classes, only so many are in the gallery: the most frequent.
 MOST_CLASSES = 1000
 
 #: The surest and the least sure.
@@ -88,6 +89,7 @@ class Thumbnails:
 
     def __init__(self, count: int, side: int, classes: int) -> None:
         self._count, self._side = count, side
+        self._lock = threading.Lock()  # a classifier has several chunks at once
         self._kept: dict[str, dict[int, list[float]]] = {end: {} for end in ENDS}
         # What a score has to beat, by class.
         self._bars = {end: np.full(classes, -np.inf, np.float32) for end in ENDS}
@@ -104,7 +106,8 @@ class Thumbnails:
         labelled = np.flatnonzero(pc.is_valid(samples["label_id"]).to_numpy())
         labels = samples["label_id"].drop_null().to_numpy()
         scores = samples["score"].drop_null().to_numpy()
-        wanted = {place for end in ENDS for place in self._better(end, labels, scores)}
+        with self._lock:
+            wanted = {place for end in ENDS for place in self._better(end, labels, scores)}
         # Where a row's pixels are: only those rows have any that were decoded.
         place_of = np.cumsum(pc.is_null(decoded.samples["error"]).to_numpy()) - 1
         pictures: list[bytes | None] = [None] * samples.num_rows
@@ -118,7 +121,7 @@ class Thumbnails:
         scores = _ranked(end, scores)
         for place in np.flatnonzero(scores > bars[labels]).tolist():
             label, score = int(labels[place]), float(scores[place])
-            if label not in kept and len(kept) == MOST_CLASSES:
+            if label not in kept and len(kept) >= MOST_CLASSES:
                 continue
             best = kept.setdefault(label, [])
             if len(best) < self._count:
@@ -157,6 +160,7 @@ class Gallery:
         self._count = count
         self._shards = shards
         self._arrived: dict[str, list[Item]] = {}
+        self._most_held = _MOST_HELD
         self._settled: set[str] = set()
         self._items: list[Item] = []
 
@@ -180,18 +184,21 @@ class Gallery:
         if is_committed:
             self._settled.add(shard)
             self._items += items
-        if len(self._items) > _MOST_HELD:
+        if len(self._items) > self._most_held:
             self._items = best_of(self._items, self._count)
+            self._most_held = max(_MOST_HELD, 2 * len(self._items))
 
-    def merged(self, before: Iterable[Item], gone: Collection[str]) -> list[Item]:
+    def merged(self, before: Iterable[Item], gone: Collection[str], classes: Collection[int]) -> list[Item]:
         """What the gallery is now.
 
         Args:
             before: what it was.
             gone: shards whose labels were removed since.
+            classes: that it is to show.
         """
         old = (item for item in before if item.shard not in gone and item.shard not in self._settled)
-        return best_of([*old, *self._items], self._count)
+        shown = [item for item in [*old, *self._items] if item.label_id in classes]
+        return best_of(shown, self._count)
 
 
 def best_of(items: Iterable[Item], count: int) -> list[Item]:
@@ -203,7 +210,7 @@ def best_of(items: Iterable[Item], count: int) -> list[Item]:
     for item in items:
         groups.setdefault((item.label_id, item.end), {})[item.sample] = item
     found = []
-    for label_id in sorted({label_id for label_id, _ in groups})[:MOST_CLASSES]:
+    for label_id in sorted({label_id for label_id, _ in groups}):
         taken: set[tuple[str, int]] = set()
         for end in ENDS:
             group = groups.get((label_id, end), {})

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +25,8 @@ from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupt
 from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.comparing import with_previous
 from pipeline.config import Config, ConfigError, InputConfig
-from pipeline.gallery import Gallery, read_gallery, write_gallery
+from pipeline.gallery import FILE_NAME as GALLERY
+from pipeline.gallery import MOST_CLASSES, Gallery, read_gallery, write_gallery
 from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
 from pipeline.partition import Partition, make_storage, open_partition
@@ -516,19 +518,36 @@ def _publish(result: RunResult, record: RunRecord) -> None:
     partition = result.plan.partition
     storage, uri = partition.storage, partition.uri
     assert result.statistics is not None
-    if result.gallery is not None and partition.config.report.gallery:
-        gone = result.plan.work.to_prune | result.withdrawn
-        write_gallery(storage, uri, result.gallery.merged(read_gallery(storage, uri), gone))
+    _publish_gallery(result, record)
     _write_class_table(partition, result.class_table)
     stored = StoredPartition(storage, uri, result.class_table)
-    page = make_report(
-        stored,
-        record.values | {"seconds": result.timings, "ended_at": datetime.now(UTC).isoformat()},
-        result.statistics,
-        with_previous(stored, result.run),
-        gallery=read_gallery(storage, uri) if partition.config.report.gallery else (),
-    )
+    try:
+        page = make_report(
+            stored,
+            record.values | {"seconds": result.timings, "ended_at": datetime.now(UTC).isoformat()},
+            result.statistics,
+            with_previous(stored, result.run),
+            gallery=read_gallery(storage, uri),
+        )
+    except StorageError:
+        raise
+    except Exception:  # a page that can't be drawn must not fail a run that is labelled
+        logger.exception("the report could not be drawn")
+        return
     storage.write(f"{uri}/report.html", page.encode())
+
+
+def _publish_gallery(result: RunResult, record: RunRecord) -> None:
+    partition = result.plan.partition
+    storage, uri, count = partition.storage, partition.uri, partition.config.report.gallery
+    if not count:
+        storage.delete(f"{uri}/{GALLERY}")
+        return
+    assert result.statistics is not None
+    frequent = np.argsort(-result.statistics.count, kind="stable")[:MOST_CLASSES].tolist()
+    kept = result.gallery or Gallery(count, ())
+    gone = {*record.values["removed"], *result.withdrawn}
+    write_gallery(storage, uri, kept.merged(read_gallery(storage, uri), gone, set(frequent)))
 
 
 def _write_class_table(partition: Partition, table: pa.Table) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import os
 import re
@@ -133,11 +134,15 @@ class Submission:
     @property
     def _names(self) -> dict[str, str]:
         config = self.config
+        decides = config.model_dump(include={"input", "model", "output", "decode"})
+        decides["device"] = config.classify.device
         revision = f"@{config.model.revision}" if config.model.revision else ""
         return {
             "input": _place(config.input.uri),
             "output": _place(config.output.uri),
             "model": _place(config.model.path) + revision,
+            # Whatever else decides a label: another precision, say, is another set of labels.
+            "settings": hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8],
         }
 
 
@@ -205,6 +210,10 @@ class Cluster:
             address = f"http://{address}"
         named = [os.environ[name] for name in _ADDRESS_VARIABLES if os.environ.get(name)]
         self.address = address or named[0]
+        if "@" in self.address.partition("://")[2].partition("/")[0]:
+            raise ClusterError(
+                "the cluster's address holds credentials, which would be shown: set RAY_AUTH_TOKEN"
+            )
         _check_reachable(self.address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.job_submission import JobSubmissionClient  # takes seconds
@@ -397,7 +406,10 @@ def _check_reachable(address: str) -> None:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise ClusterError(f"{address}: not an address: {error}") from None
     try:
         socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:

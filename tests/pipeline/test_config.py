@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import Config, ConfigError, DatasetsConfig, TrainConfig, load_config
 from pipeline.partition import open_partition
@@ -203,3 +204,11 @@ def test_the_record_of_a_run_is_its_configuration(tmp_path: Path) -> None:
     message = refusal(tmp_path, text.replace('"topk": 7', '"topk": "seven"'))
     line = next(n for n, content in enumerate(text.splitlines(), 1) if '"topk"' in content)
     assert f"line {line}: output.topk" in message
+
+
+def test_the_clusters_file_shows_every_field() -> None:
+    shown = yaml.safe_load((CONFIGS[0].parent / "gpu_cluster.yaml").read_text())
+    whole = load_config(Config, CONFIGS[0].parent / "gpu_cluster.yaml").model_dump()
+    assert {name: set(section) for name, section in shown.items()} == {
+        name: set(section) for name, section in whole.items()
+    }

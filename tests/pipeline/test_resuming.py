@@ -19,6 +19,7 @@ from jobs.local_s3 import LocalS3
 from pipeline import committing, labelling
 from pipeline.committing import Progress
 from pipeline.config import Config, ConfigError, load_config
+from pipeline.gallery import Item, read_gallery, write_gallery
 from pipeline.labelling import Plan, RunResult, Stopped, make_plan, rebuild, run_labelling
 from pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from pipeline.partition import Partition
@@ -100,6 +101,32 @@ def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> 
     assert record(second)["plan"] == {"new": 1, "changed": 1, "done": 1, "gone": 1, "to_label": 2}
 
 
+def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, "0.tar", 0)
+    gallery = Storage(), make_plan(config(root)).partition.uri
+    write_gallery(*gallery, [Item(0, "a class", "most", 0.5, f"{root}/in/old.tar", 0, "key", b"JPEG")])
+    run_labelling(config(root))
+    assert len(read_gallery(*gallery)) == 1
+    write(root, "1.tar", 1)
+    run_labelling(config(root, "report.gallery=0"))
+    assert files(root, "gallery") == {}
+
+
+def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> str:
+        raise RuntimeError("no fonts")
+
+    root = str(tmp_path)
+    write(root, "0.tar", 0)
+    monkeypatch.setattr(labelling, "make_report", fail)
+    assert run_labelling(config(root)).is_complete
+    assert "the report could not be drawn" in caplog.text
+    assert record(run_labelling(config(root)))["status"] == "complete"
+
+
 def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(2):
@@ -111,11 +138,15 @@ def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Pat
     run_labelling(config(root))
     assert len(files(root)) == 2
     assert [row.gone for row in make_plan(config(root)).partition.manifest.rows()] == [True, False]
+    gallery = Storage(), make_plan(config(root)).partition.uri
+    items = [Item(0, "a class", "most", 0.5, f"{root}/in/{i}.tar", i, "key", b"JPEG") for i in range(2)]
+    write_gallery(*gallery, items)
     pruned = run_labelling(config(root), selection=Selection(prune=True))
     assert pruned.pruned == 1
     assert len(files(root)) == 1
     assert pruned.statistics is not None
     assert int(pruned.statistics.count.sum()) == 12
+    assert [item.shard for item in read_gallery(*gallery)] == [f"{root}/in/1.tar"]
     gone.write_bytes(content)
     back = run_labelling(config(root))
     assert back.totals.shards == 1
