@@ -134,7 +134,8 @@ class Submission:
     @property
     def _names(self) -> dict[str, str]:
         config = self.config
-        decides = config.model_dump(include={"input", "model", "output", "decode"})
+        named = {"input": {"uri"}, "model": {"path", "revision"}, "output": {"uri"}}
+        decides = config.model_dump(include={*named, "decode"}, exclude=named)
         decides["device"] = config.classify.device
         revision = f"@{config.model.revision}" if config.model.revision else ""
         return {

@@ -270,10 +270,12 @@ def test_the_id_derives_from_dataset_model_and_tick(job: Path) -> None:
     name = Submission(config, "20261123T0200Z").id
     assert re.fullmatch(r"label-photos-2026-new-microsoft-cvt-13-[0-9a-f]{6}-20261123T0200Z", name)
     assert Submission(config, "20261123T0200Z", Selection(relabel=True)).id == name
-    same = load_config(Config, job, ["input.uri=s3://Photos/2026/new", "model.path=microsoft/cvt-13"])
+    settings = ["input.uri=s3://Photos/2026/new", "model.path=microsoft/cvt-13"]
+    same = load_config(Config, job, [*settings, "classify.batch_size=7"])  # which decides no label
     assert Submission(same, "20261123T0200Z").id == name
-    for override in ("input.uri=s3://Photos/2026-new", "model.revision=v2", "output.uri=s3://b/other"):
-        other = load_config(Config, job, ["input.uri=s3://Photos/2026/new", override])
+    places = ("input.uri=s3://Photos/2026-new", "model.revision=v2", "output.uri=s3://b/other")
+    for override in (*places, "model.precision=bf16", "output.topk=3", "classify.device=cuda"):
+        other = load_config(Config, job, [*settings, override])
         assert Submission(other, "20261123T0200Z").id != name
     assert minute_tick(datetime(2026, 11, 23, 2, 0, 59, tzinfo=UTC)) == "20261123T0200Z"
 
