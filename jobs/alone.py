@@ -21,7 +21,6 @@ import torch
 
 from cvt.checkpoints import Checkpoint, load_checkpoint
 from cvt.counting import count_macs
-from cvt.engine import Engine
 from cvt.preprocessing import Preprocessor
 from jobs.benchmark_data import read_images
 from jobs.contenders import ContenderError, run_module
@@ -96,16 +95,9 @@ def _rate(work: Callable[[], int]) -> float:
 
 def _engine_rate(task: Task, config: Config, checkpoint: Checkpoint, resources: Resources) -> float:
     """Images/s of the engine that the pipeline would make, on images that are decoded already."""
-    engine = Engine(
-        checkpoint.model,
-        checkpoint.preprocessor,
-        device=resources.device,
-        precision=config.model.precision,
-        runtime=config.classify.runtime,
-        batch_size=resources.batch_size,
-        threads=resources.threads,
-    )
-    engine.warm_up()
+    from pipeline.dataflow import warm_engine  # imports Ray, which others here don't need
+
+    engine = warm_engine(checkpoint, config, resources)
     count = max(resources.chunk_images, _RESIDENT_BATCHES * resources.batch_size)
     encoded = itertools.islice(itertools.cycle(read_images(task.tars)), count)
     decoded = [

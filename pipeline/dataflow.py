@@ -36,6 +36,7 @@ from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
+    from cvt.engine import Engine
     from pipeline.gpu_decoding import GpuDecoder
 
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
@@ -289,6 +290,23 @@ def _decoding(meter: Meter, chunk: Chunk, decoded: Chunk) -> dict[str, float]:
     return meter.taken(images=chunk.samples["error"].null_count, bytes=decoded.pixels.nbytes)
 
 
+def warm_engine(checkpoint: Checkpoint, config: Config, resources: Resources) -> Engine:
+    """The engine of a classifier, ready for its first chunk."""
+    from cvt.engine import Engine  # with torch, which readers and decoders don't need
+
+    engine = Engine(
+        checkpoint.model,
+        checkpoint.preprocessor,
+        device=resources.device,
+        precision=config.model.precision,
+        runtime=config.classify.runtime,
+        batch_size=resources.batch_size,
+        threads=resources.threads,
+    )
+    engine.warm_up()
+    return engine
+
+
 class _ClassifierActor:
     """Holds the model on its device, for as long as the run lasts."""
 
@@ -299,8 +317,6 @@ class _ClassifierActor:
         config: Config,
         resources: Resources,
     ) -> None:
-        from cvt.engine import Engine
-
         loaded: Checkpoint = ray.get(checkpoint)
         self._options = options
         self._decoder: GpuDecoder | None = None
@@ -314,16 +330,7 @@ class _ClassifierActor:
                 threads=max(2, int(resources.classify_cpus)),
             )
             self._decode_meter = Meter(DECODE)
-        self._engine = Engine(
-            loaded.model,
-            loaded.preprocessor,
-            device=resources.device,
-            precision=config.model.precision,
-            runtime=config.classify.runtime,
-            batch_size=resources.batch_size,
-            threads=resources.threads,
-        )
-        self._engine.warm_up()
+        self._engine = warm_engine(loaded, config, resources)
         self._thumbnails = None
         if config.report.gallery:
             self._thumbnails = Thumbnails(

@@ -26,7 +26,7 @@ from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.comparing import with_previous
 from pipeline.config import Config, ConfigError, InputConfig
 from pipeline.gallery import FILE_NAME as GALLERY
-from pipeline.gallery import MOST_CLASSES, Gallery, read_gallery, write_gallery
+from pipeline.gallery import MOST_CLASSES, Gallery, Item, read_gallery, write_gallery
 from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
 from pipeline.partition import Partition, make_storage, open_partition
@@ -518,7 +518,7 @@ def _publish(result: RunResult, record: RunRecord) -> None:
     partition = result.plan.partition
     storage, uri = partition.storage, partition.uri
     assert result.statistics is not None
-    _publish_gallery(result, record)
+    gallery = _publish_gallery(result, record)
     _write_class_table(partition, result.class_table)
     stored = StoredPartition(storage, uri, result.class_table)
     try:
@@ -527,7 +527,7 @@ def _publish(result: RunResult, record: RunRecord) -> None:
             record.values | {"seconds": result.timings, "ended_at": datetime.now(UTC).isoformat()},
             result.statistics,
             with_previous(stored, result.run),
-            gallery=read_gallery(storage, uri),
+            gallery=gallery,
         )
     except StorageError:
         raise
@@ -537,17 +537,20 @@ def _publish(result: RunResult, record: RunRecord) -> None:
     storage.write(f"{uri}/report.html", page.encode())
 
 
-def _publish_gallery(result: RunResult, record: RunRecord) -> None:
+def _publish_gallery(result: RunResult, record: RunRecord) -> list[Item]:
+    """Writes the gallery as it is now, and returns it."""
     partition = result.plan.partition
     storage, uri, count = partition.storage, partition.uri, partition.config.report.gallery
     if not count:
         storage.delete(f"{uri}/{GALLERY}")
-        return
+        return []
     assert result.statistics is not None
     frequent = np.argsort(-result.statistics.count, kind="stable")[:MOST_CLASSES].tolist()
     kept = result.gallery or Gallery(count, ())
     gone = {*record.values["removed"], *result.withdrawn}
-    write_gallery(storage, uri, kept.merged(read_gallery(storage, uri), gone, set(frequent)))
+    items = kept.merged(read_gallery(storage, uri), gone, set(frequent))
+    write_gallery(storage, uri, items)
+    return items
 
 
 def _write_class_table(partition: Partition, table: pa.Table) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pipeline.config import Config, load_config
 from pipeline.lease import Lease
 from pipeline.partition import open_partition
 from pipeline.storage import Storage
+from tests.command import cvt_label
 from tests.makers import make_image, make_tar
 
 JOB = """\
@@ -30,18 +30,6 @@ def job(tmp_path: Path, bucket: str) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(JOB.format(input=f"{bucket}/in", output=f"{bucket}/out"))
     return path
-
-
-def cvt_label(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_help_lists_every_command() -> None:

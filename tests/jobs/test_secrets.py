@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import secrets
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +21,7 @@ from jobs.plan import plan
 from jobs.stats import stats
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.storage import Storage, StorageError
+from tests.command import cvt_label
 from tests.makers import make_image, make_tar
 
 PLANTED = f"planted-{secrets.token_hex(8)}"
@@ -48,18 +46,6 @@ def ray_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def cvt_label(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def opened(uri: str, data: bytes) -> bytes:

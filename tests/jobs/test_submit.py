@@ -34,6 +34,7 @@ from pipeline.submission import (
     Submission,
     minute_tick,
 )
+from tests.command import cvt_label
 from tests.makers import make_image, make_tar
 from tests.ray_head import RAY, ray_head
 
@@ -74,18 +75,6 @@ def command(*arguments: object) -> Result:
     for function in (submit, status, logs, stop):
         app.command()(function)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def config_of(job: Path) -> Config:
@@ -143,7 +132,7 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
     options = ["--config", job, "--address", cluster, "--set", "output.topk=3", "--tick", "night-1"]
-    done = process("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
+    done = cvt_label("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "10 in 1 shards" in done.stdout
     assert "2 of 2 shards" in done.stdout  # progress
@@ -236,7 +225,7 @@ def test_an_unknown_job_ends_with_4(cluster: str) -> None:
 def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp_path: Path) -> None:
     # In processes of their own: Ray reads the token once.
     for environment in ({"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        done = process("status", "--address", cluster, **environment)
+        done = cvt_label("status", "--address", cluster, **environment)
         assert done.returncode == 4, done.stderr
         assert "the cluster asks for a token" in done.stderr
         assert "Traceback" not in done.stderr
