@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 ENTRYPOINT = "exec python -m jobs.label --config /etc/cvt-label/job.yaml"
 #: Ray kills a job 3 seconds after it told it to stop, unless this is set: more than `run.grace_s`.
 RUNTIME_ENV = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "80"}}
-#: Exit statuses that another try wouldn't change: an unusable configuration, and shards that can't be read.
-HOPELESS = {2, 3}
+#: Exit statuses that no other try would change: an unusable configuration, shards that can't be read, drift.
+HOPELESS = {2, 3, 7}
 
 _logger = logging.getLogger(__name__)
 

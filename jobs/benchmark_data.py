@@ -19,7 +19,7 @@ from cvt.preprocessing import Preprocessor
 from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from pipeline.config import ConfigError, InputConfig
 from pipeline.decoding import FORMATS, decode
-from pipeline.labelling import NoShardsError, input_shards
+from pipeline.inputs import NoShardsError, input_shards
 from pipeline.model_files import open_checkpoint
 from pipeline.partition import read_options
 from pipeline.reading import read_samples

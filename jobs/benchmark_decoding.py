@@ -24,7 +24,7 @@ from jobs.contenders import WrongCountError
 from pipeline.chunks import cut_into_chunks
 from pipeline.decoding import decode
 from pipeline.gpu_decoding import GpuDecoder
-from pipeline.labelling import NoShardsError
+from pipeline.inputs import NoShardsError
 from pipeline.reading import Sample
 from pipeline.training import Subject
 

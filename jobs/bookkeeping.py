@@ -21,7 +21,7 @@ from rich.table import Table
 from jobs.console import out, run_alone
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions, classify
-from pipeline.committing import Committer
+from pipeline.committing import Committer, Target
 from pipeline.manifest import Manifest, ManifestRow, ManifestWriter
 from pipeline.planning import LABEL_NEW, State, compare, read_known
 from pipeline.recovering import reconcile
@@ -151,11 +151,8 @@ def _commit(folder: str, rows: int) -> Figure:
     manifest = Manifest(Storage(), f"{folder}/committed", _CLASSES)
     writer = ManifestWriter(manifest, interval=30)
     committer = Committer(
-        Storage(),
-        f"{folder}/committed",
+        Target(Storage(), f"{folder}/committed", "f" * 64, options),
         plan,
-        "f" * 64,
-        options,
         "run",
         expected={},
         is_current=lambda shard: True,

@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jobs.console import Exit, err, exit_status, out, plain, run_alone
+from jobs.console import Exit, err, exit_status, one_line, out, plain, run_alone
 from pipeline.report import percent, score
 from pipeline.storage import Storage
 
@@ -38,22 +38,32 @@ def compare(
     drift_only: Annotated[
         bool, typer.Option("--drift-only", help="Read statistics alone, not every label.")
     ] = False,
+    min_images: Annotated[
+        int, typer.Option(min=1, help="Hold drift to its limits only where both sides have so many images.")
+    ] = 1,
     most: Annotated[int, typer.Option(min=1, help="Rows of each table, at most.")] = 15,
 ) -> None:
     """Compare two models' labels, or two runs': drift by class, and agreement on the same samples.
 
-    Exit status: 0; 2 when an option can't be used; 4 when a side can't be read, or there is nothing to
-    compare; 7 when a limit is broken.
+    Exit status: 0, also when @previous is asked for and the labels are of one run alone, so that nothing is
+    compared; 2 when an option can't be used; 4 when a side can't be read, or holds no label; 7 when a limit
+    is broken.
     """
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
     with exit_status():
         from pipeline import comparing
         from pipeline.storage import StorageError
-        from pipeline.stored import Side
+        from pipeline.stored import NoPreviousRunError, Side
 
         storage = Storage()
-        first, second = Side.open(storage, a), Side.open(storage, b)
+        try:
+            first, second = Side.open(storage, a), Side.open(storage, b)
+        except NoPreviousRunError as error:
+            err.print(
+                f"cvt-label: nothing is compared: {one_line(str(error))}", markup=False, highlight=False
+            )
+            return
         with err.status("reading statistics") as status:  # in a terminal only
             found = comparing.compare(
                 first,
@@ -68,34 +78,11 @@ def compare(
             pq.write_table(found.table(), file, compression="zstd")
             storage.write(output, file.getvalue())
     print_comparison(found, most)
-    broken = _broken(found, max_psi, max_js, max_score_psi, min_agreement)
+    limits = comparing.Limits(max_psi, max_js, max_score_psi, min_agreement, min_images)
+    broken = limits.broken(found.totals)
     for message in broken:
         err.print(f"cvt-label: {message}", markup=False, highlight=False)
     sys.exit(Exit.DRIFTED if broken else Exit.OK)
-
-
-def _broken(
-    found: Comparison,
-    max_psi: float | None,
-    max_js: float | None,
-    max_score_psi: float | None,
-    min_agreement: float | None,
-) -> list[str]:
-    """The limits that don't hold, in words."""
-    drift, agreement = found.drift, found.agreement
-    broken = [
-        f"{name} {value:.4g} is more than {limit:g}"
-        for name, value, limit in (
-            ("PSI", drift.psi, max_psi),
-            ("Jensen-Shannon distance", drift.js, max_js),
-            ("PSI of the scores", drift.score_psi, max_score_psi),
-        )
-        if limit is not None and not value <= limit  # a limit that is no number holds nothing
-    ]
-    share = agreement.share if agreement is not None else None
-    if min_agreement is not None and share is not None and not share >= min_agreement:
-        broken.append(f"agreement {share:.4g} is less than {min_agreement:g}")
-    return broken
 
 
 def print_comparison(found: Comparison, most: int) -> None:

@@ -40,7 +40,7 @@ class Exit(IntEnum):
     BUSY = 5
     #: The job was submitted before, or another one for the same dataset and model isn't over.
     REFUSED = 6
-    #: A comparison breaks a limit that was given.
+    #: A run, or a comparison, breaks a limit on drift that was given.
     DRIFTED = 7
     INTERRUPTED = 130
 
@@ -104,7 +104,8 @@ def exit_status() -> Iterator[None]:
     """Ends the process with a message and a status where a command can't go on."""
     from cvt.errors import CheckpointError
     from pipeline.config import ConfigError
-    from pipeline.labelling import NoShardsError, Stopped
+    from pipeline.inputs import NoShardsError
+    from pipeline.labelling import Stopped
     from pipeline.lease import LeaseHeldError, LeaseLostError
     from pipeline.publishing import TableBusyError
     from pipeline.storage import StorageError

@@ -61,11 +61,14 @@ def label(
 
     Exit status: 0 when everything is labelled; 2 when the configuration can't be used; 3 when shards
     could not be read (the others are labelled); 4 when input, output or model can't be used; 5 when
-    another run works on the same labels; 130 when stopped by Ctrl-C or SIGTERM; 1 otherwise.
+    another run works on the same labels; 7 when a limit of the configured gate is broken (what 3 says may
+    be so, too); 130 when stopped by Ctrl-C or SIGTERM; 1 otherwise.
     """
     with exit_status():
         selection = Selection(retry_errors, relabel, prune)
         result = run(load_config(Config, config, set or ()), selection, wait)
+    if result.broken_limits:
+        sys.exit(Exit.DRIFTED)
     sys.exit(Exit.OK if result.is_complete else Exit.INCOMPLETE)
 
 
@@ -192,6 +195,8 @@ def print_result(result: RunResult, most: int = 20) -> None:
     if work.skipped_failures:
         message = f"not labelled: {work.skipped_failures:,} shards that earlier runs could not read"
         err.print(f"{message} (--retry-errors tries them again)", markup=False)
+    for message in result.broken_limits:
+        err.print(f"drifted from the run before: {message}", markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def report(
     Exit status: 0; 4 when labels can't be read, or the page can't be written.
     """
     with exit_status():
-        from pipeline.comparing import compare, with_previous
+        from pipeline.comparing import compare, compare_runs
         from pipeline.gallery import read_gallery
         from pipeline.report import make_report
         from pipeline.storage import StorageError
@@ -38,7 +38,7 @@ def report(
 
         storage = Storage()
         partition = StoredPartition.open(storage, uri)
-        run = run or next(iter((partition.runs or partition.records())[-1:]), None)
+        run = run or next(iter((partition.manifest.runs() or partition.records())[-1:]), None)
         record = None if run is None else partition.record(run)
         if run is None or record is None:
             raise StorageError(
@@ -46,8 +46,8 @@ def report(
             )
         others = [Side.open(storage, name) for name in against or ()]
         comparisons = [compare(other, Side(partition)) for other in others]
-        stats = partition.manifest.fold_statistics()
-        previous, gallery = with_previous(partition, run), read_gallery(storage, partition.uri)
+        stats, by_run = partition.manifest.fold_with_previous(run)
+        previous, gallery = compare_runs(partition, run, by_run), read_gallery(storage, partition.uri)
         page = make_report(partition, record, stats, previous, *comparisons, gallery=gallery)
         target = output or f"{partition.uri}/report.html"
         storage.write(target, page.encode())

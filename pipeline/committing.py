@@ -44,6 +44,23 @@ WRITERS = 4
 _LOGGED_ERRORS = 3
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where prediction files go, and what they hold.
+
+    Attributes:
+        storage: where they go.
+        partition: URI of the model's partition.
+        fingerprint: hash over everything that decides a label.
+        options: what the prediction columns are.
+    """
+
+    storage: Storage
+    partition: str
+    fingerprint: str
+    options: PredictionOptions
+
+
 class IncompleteShardError(RuntimeError):
     """The stream of results ended, or went wrong, before a shard was covered."""
 
@@ -135,11 +152,8 @@ class Committer:
 
     def __init__(
         self,
-        storage: Storage,
-        partition: str,
+        target: Target,
         plan: Sequence[Shard],
-        fingerprint: str,
-        options: PredictionOptions,
         run: str,
         *,
         expected: Mapping[str, str],
@@ -148,11 +162,8 @@ class Committer:
         before_group: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
-        storage: where the files go.
-        partition: URI of the model's partition.
+        target: where the files go.
         plan: the shards, by the number that their chunks carry.
-        fingerprint: hash over everything that decides a label.
-        options: what the prediction columns are.
         run: id of the run.
         expected: by URI of a shard, the version of the prediction file that it has already.
         is_current: says whether a shard is still what the input has; asked where another run has
@@ -170,13 +181,11 @@ class Committer:
         self._on_commit = on_commit
         self._before_group = before_group
         self._accepts_new = True
-        self._storage = storage
-        self._partition = partition
+        self._target = target
+        self._storage = target.storage
         self._plan = plan
-        self._fingerprint = fingerprint
-        self._options = options
         self._run = run
-        self._schema = prediction_schema(options.embedding, options.embedding_width)
+        self._schema = prediction_schema(target.options.embedding, target.options.embedding_width)
         self._open: dict[int, _OpenShard] = {}
         self._closed: set[int] = set()
         self._images = self._errors = 0
@@ -303,11 +312,11 @@ class Committer:
             version=shard.version,
             format=shard.format,
             size=shard.size,
-            fingerprint=self._fingerprint,
+            fingerprint=self._target.fingerprint,
             rows=predictions.num_rows,
             errors=predictions.num_rows - predictions["error"].null_count,
             duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
-            partial=ClassStatistics.of(predictions, len(self._options.labels)).to_partial(),
+            partial=ClassStatistics.of(predictions, len(self._target.options.labels)).to_partial(),
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
@@ -347,7 +356,7 @@ class Committer:
         Where there is another file than the plan has seen, another run is at work, or was until it
         died: a file of the same version of the shard stays; of two versions, the input's own wins.
         """
-        uri = f"{self._partition}/{output}"
+        uri = f"{self._target.partition}/{output}"
         expected = self._expected.get(shard.uri, ABSENT)
         while True:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.agreement import Agreement, measure_agreement
 from pipeline.drift import SCORE_BINS, Classes, Drift
+from pipeline.statistics import ClassStatistics
 from pipeline.storage import StorageError
 from pipeline.stored import Side, StoredPartition
 
@@ -149,19 +150,64 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
     return pa.array(ids, mask=ids < 0)
 
 
-def with_previous(partition: StoredPartition, run: str) -> Comparison | None:
-    """What a run labelled, compared with what the last run before it labelled that still stands.
+def compare_runs(
+    partition: StoredPartition, run: str, statistics: Mapping[str, ClassStatistics]
+) -> Comparison | None:
+    """What a run labelled, compared with what the last run before it did.
 
     None where one of the two has no labelled image.
 
-    Raises:
-        StorageError: the manifest can't be read.
+    Args:
+        partition: that they labelled for.
+        run: the later of the two.
+        statistics: of both, by run, as `Manifest.fold_with_previous` makes them.
     """
-    runs = partition.runs
-    before = [other for other in runs if other < run]
-    if run not in runs or not before:
+    sides = [Side(partition, *each) for each in sorted(statistics.items()) if each[1].count.any()]
+    if len(sides) < 2 or run not in statistics:
         return None
-    a, b = Side(partition, before[-1]), Side(partition, run)
-    if not (a.counts[0].any() and b.counts[0].any()):
-        return None
-    return compare(a, b, with_agreement=False)
+    return compare(sides[0], sides[1], with_agreement=False)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a comparison is held to; None is no limit.
+
+    Attributes:
+        max_psi: of the classes.
+        max_js: Jensen-Shannon distance of the classes.
+        max_score_psi: of the scores.
+        min_agreement: share of the compared samples that have the same class.
+        min_images: drift isn't judged where a side has fewer.
+    """
+
+    max_psi: float | None = None
+    max_js: float | None = None
+    max_score_psi: float | None = None
+    min_agreement: float | None = None
+    min_images: int = 1
+
+    @property
+    def are_any(self) -> bool:
+        """Whether anything is limited."""
+        return self != Limits(min_images=self.min_images)
+
+    def broken(self, totals: Mapping[str, Any]) -> list[str]:
+        """Those that don't hold, in words.
+
+        Args:
+            totals: of a comparison, as `Comparison.totals` has them.
+        """
+        enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
+        broken = [
+            f"{what} {value:.4g} is more than {limit:g}"
+            for what, name, limit in (
+                ("PSI", "psi", self.max_psi),
+                ("Jensen-Shannon distance", "js_distance", self.max_js),
+                ("PSI of the scores", "score_psi", self.max_score_psi),
+            )
+            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN holds nothing
+        ]
+        share = totals.get("agreement")
+        if self.min_agreement is not None and share is not None and not share >= self.min_agreement:
+            broken.append(f"agreement {share:.4g} is less than {self.min_agreement:g}")
+        return broken

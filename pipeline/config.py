@@ -135,6 +135,20 @@ def _without_secret(url: str | None) -> str | None:
     return url
 
 
+class GateConfig(_Section):
+    """Limits on how a run's labels differ from those of the last run before it; a broken one sets the exit
+    status. No label depends on them. What is null has no limit.
+    """
+
+    #: Population stability index of the classes, and of the scores; 0.1 is often called small, 0.25 large.
+    max_psi: PositiveFloat | None = None
+    max_score_psi: PositiveFloat | None = None
+    #: Jensen-Shannon distance of the classes, from 0 to 1.
+    max_js: Annotated[float, Field(gt=0, le=1)] | None = None
+    #: Two runs are compared where both have labelled so many images: few differ by chance alone.
+    min_images: PositiveInt = 1
+
+
 class StorageConfig(_Section):
     """How object storage is reached; credentials come from the environment."""
 
@@ -241,6 +255,7 @@ class Config(_Section):
     model: ModelConfig
     output: OutputConfig
     report: ReportConfig = ReportConfig()
+    gate: GateConfig = GateConfig()
     storage: StorageConfig = StorageConfig()
     read: ReadConfig = ReadConfig()
     decode: DecodeConfig = DecodeConfig()

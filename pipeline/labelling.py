@@ -6,7 +6,6 @@ It hands each part what it needs, and holds no logic of theirs: planning, datafl
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 import time
 from collections import Counter
@@ -17,25 +16,23 @@ from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import summaries
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
-from pipeline.comparing import with_previous
-from pipeline.config import Config, ConfigError, InputConfig
-from pipeline.gallery import FILE_NAME as GALLERY
-from pipeline.gallery import MOST_CLASSES, Gallery, Item, read_gallery, write_gallery
+from pipeline.comparing import Comparison, Limits, compare_runs
+from pipeline.config import Config, ConfigError
+from pipeline.gallery import Gallery
+from pipeline.inputs import check_groups, check_input
 from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
-from pipeline.partition import Partition, make_storage, open_partition
-from pipeline.planning import LABEL_NEW, Known, Selection, Work, compare, read_known
-from pipeline.record import Clock, RunRecord, new_run_id, recorded
+from pipeline.partition import Partition, open_partition
+from pipeline.planning import LABEL_NEW, Selection, Work, compare, read_known
+from pipeline.record import Clock, RunRecord, new_run_id, read_record, recorded
 from pipeline.recovering import Repairs, find_repairs, rebuilt_rows
-from pipeline.report import make_report
 from pipeline.retrying import faults
-from pipeline.shards import Shard, ShardListing, lies_in, list_shards
+from pipeline.shards import Shard, list_shards
 from pipeline.stages import (
     CLASSIFY,
     COMMIT,
@@ -48,7 +45,7 @@ from pipeline.stages import (
     stage_figures,
 )
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
+from pipeline.storage import ObjectNotFound, Storage, StorageError
 from pipeline.stored import StoredPartition
 from pipeline.tidying import grouped_otherwise, remove, tidy
 
@@ -56,10 +53,6 @@ if TYPE_CHECKING:
     from pipeline.dataflow import Resources
 
 logger = logging.getLogger("cvt_label")
-
-
-class NoShardsError(ValueError):
-    """The input has nothing to label."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -118,6 +111,7 @@ class RunResult:
         decoded_on_gpu: of the images that were decoded, those by a GPU; None where only the CPU was to.
         gallery: thumbnails of what it has labelled; None where nothing was to be.
         gpu_utilisation: share of the time in which GPUs were busy; None where nobody measured it.
+        broken_limits: of the configured gate, in words.
     """
 
     run: str
@@ -132,6 +126,7 @@ class RunResult:
     decoded_on_gpu: int | None = None
     gallery: Gallery | None = None
     gpu_utilisation: float | None = None
+    broken_limits: list[str] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -175,16 +170,6 @@ def make_plan(config: Config, selection: Selection = LABEL_NEW) -> Plan:
     return _plan(partition, selection, left_in_order(partition.storage, partition.uri))
 
 
-def check_input(config: Config) -> None:
-    """Makes sure that there is something to label; raises as `make_plan`."""
-    source, target = normalised(config.input.uri), normalised(config.output.uri)
-    if lies_in(target, source):
-        raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
-    listing = list_shards(make_storage(config.storage), config.input.uri, config.input.format)
-    if next(listing, None) is None:
-        raise _no_shards(config.input, listing)
-
-
 def _check_installed(config: Config) -> None:
     """Tells at once, not from within a worker, that something isn't installed; nodes are alike."""
     runtime = config.classify.runtime
@@ -210,49 +195,16 @@ def _check_decodable(partition: Partition) -> None:
             raise ConfigError(f"decode.device: {error}") from error
 
 
-def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
-    """The shards of an input.
-
-    Raises:
-        StorageError: the input can't be listed.
-        NoShardsError: nothing there is a shard.
-    """
-    listing = list_shards(storage, section.uri, section.format)
-    shards = list(listing)
-    if not shards:
-        raise _no_shards(section, listing)
-    return shards
-
-
-def _no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
-    others = f" ({listing.ignored} objects there are none)" if listing.ignored else ""
-    return NoShardsError(
-        f"{section.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
-    )
-
-
 def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     config, storage, manifest = partition.config, partition.storage, partition.manifest
     in_order = in_order and manifest.exists()
     known = read_known(manifest)
     repairs = find_repairs(storage, partition.uri, partition.fingerprint, known, in_order)
     failing = frozenset(uri for uri, row in known.items() if row.error is not None)
-    _check_groups(known, config.input.uri)
+    check_groups(known, config.input.uri)
     listing = list_shards(storage, config.input.uri, config.input.format)
     work = compare(listing, known, config.input.uri, selection, config.input.format)
     return Plan(partition, work, listing.ignored, repairs, failing, in_order)
-
-
-def _check_groups(known: Mapping[str, Known], input_uri: str) -> None:
-    """Refuses an input within a folder whose loose images are labelled already, in groups of their own."""
-    root = normalised(input_uri)
-    for uri, row in known.items():
-        folder = uri.rpartition("/")[0]
-        if row.format == "images" and row.output is not None and root.startswith(f"{folder}/"):
-            raise ConfigError(
-                f"input.uri: {input_uri} lies in {folder}, whose loose images have labels in this output: "
-                "label all of them, or choose another output.uri, or they would be labelled twice"
-            )
 
 
 def run_labelling(
@@ -300,7 +252,7 @@ def run_labelling(
                 record.note(plan=counts | {"to_label": len(plan.shards)}, selection=asdict(selection))
                 result = RunResult(run, plan, timings=clock.seconds)
                 try:
-                    _carry_out(result, record, clock, lease, on_progress)
+                    _Run(result, record, clock, lease, on_progress).carry_out()
                 finally:
                     record.note(storage_faults=dict(faults() - before + result.worker_faults))
         except Stopped:
@@ -310,118 +262,156 @@ def run_labelling(
     return result
 
 
-def _carry_out(
-    result: RunResult,
-    record: RunRecord,
-    clock: Clock,
-    lease: Lease,
-    on_progress: Callable[[Progress, Plan], None],
-) -> None:
-    plan, partition = result.plan, result.plan.partition
-    writer = ManifestWriter(partition.manifest, partition.config.run.flush_s, before_write=record.save)
-    stop = Stop()
-    try:
-        result.pruned = len(plan.work.to_prune)
-        changed = tidy(partition, plan.work, plan.repairs, record, lease)
-        if plan.shards:
-            stop = _label(result, record, clock, lease, writer, on_progress)
-        writer.flush()
-        if result.withdrawn:
-            partition.manifest.update({}, result.withdrawn)
-        if changed or plan.shards or not plan.in_order:
-            result.statistics = partition.manifest.fold_statistics()
-            _note_counts(result, record)
-            _publish(result, record)
-            clock.mark("published")
-    except LeaseLostError:  # what the other run knows is newer
-        record.forget()
-        raise
-    except BaseException:
-        with suppress(StorageError):  # it would hide what ended the run
-            writer.flush()
-        raise
-    finally:
-        writer.close()
-        _note_counts(result, record)
-    if stop.requested:
-        raise KeyboardInterrupt if stop.abandoned else Stopped
+@dataclass
+class _Run:
+    """A run at work.
 
+    Attributes:
+        result: what it does.
+        record: of it.
+        clock: its own.
+        lease: that it holds.
+        on_progress: called when results have come in.
+        writer: of the manifest.
+    """
 
-def _note_counts(result: RunResult, record: RunRecord) -> None:
-    totals = result.totals
-    counts = {
-        "shards": totals.shards,
-        "unreadable_shards": len(totals.unreadable),
-        "images": totals.images,
-        "errors": totals.errors,
-        "duplicate_keys": totals.duplicate_keys,
-        "pruned_shards": result.pruned,
-    }
-    record.note(counts=counts, causes=totals.causes.to_record())
+    result: RunResult
+    record: RunRecord
+    clock: Clock
+    lease: Lease
+    on_progress: Callable[[Progress, Plan], None]
+    writer: ManifestWriter = field(init=False)
 
+    def __post_init__(self) -> None:
+        partition = self.result.plan.partition
+        flush_s = partition.config.run.flush_s
+        self.writer = ManifestWriter(partition.manifest, flush_s, before_write=self.record.save)
 
-def _label(
-    result: RunResult,
-    record: RunRecord,
-    clock: Clock,
-    lease: Lease,
-    writer: ManifestWriter,
-    on_progress: Callable[[Progress, Plan], None],
-) -> Stop:
-    """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
-    plan, partition = result.plan, result.plan.partition
-    config = partition.config
-    groups: dict[str, str | None] = {}
-    gallery = result.gallery = Gallery(config.report.gallery, plan.shards)
+    def carry_out(self) -> None:
+        """Does what is planned, and leaves everything in order; raises as `run_labelling`."""
+        result, plan, partition = self.result, self.result.plan, self.result.plan.partition
+        stop = Stop()
+        try:
+            result.pruned = len(plan.work.to_prune)
+            changed = tidy(partition, plan.work, plan.repairs, self.record, self.lease)
+            if plan.shards:
+                stop = self._label()
+            self.writer.flush()
+            if result.withdrawn:
+                partition.manifest.update({}, result.withdrawn)
+            if changed or plan.shards or not plan.in_order:
+                self._summarise()
+                self.clock.mark("published")
+            else:
+                self._judge(None)
+        except LeaseLostError:  # what the other run knows is newer
+            self.record.forget()
+            raise
+        except BaseException:
+            with suppress(StorageError):  # it would hide what ended the run
+                self.writer.flush()
+            raise
+        finally:
+            self.writer.close()
+            self._note_counts()
+        if stop.requested:
+            raise KeyboardInterrupt if stop.abandoned else Stopped
 
-    def on_commit(row: ManifestRow) -> None:
-        if row.error is not None:
-            record.failure(row)
-        elif row.uri in plan.failing:
-            record.shards("cured", [row.uri])
-        if row.format == "images" and row.output is not None:
-            groups[row.uri] = row.output_version
-        gallery.settle(row.uri, row.error is None)
-        writer.add(row)
-        clock.mark("first_commit")
+    def _note_counts(self) -> None:
+        totals = self.result.totals
+        counts = {
+            "shards": totals.shards,
+            "unreadable_shards": len(totals.unreadable),
+            "images": totals.images,
+            "errors": totals.errors,
+            "duplicate_keys": totals.duplicate_keys,
+            "pruned_shards": self.result.pruned,
+        }
+        self.record.note(counts=counts, causes=totals.causes.to_record())
 
-    committer = Committer(
-        partition.storage,
-        partition.uri,
-        plan.shards,
-        partition.fingerprint,
-        partition.prediction_options,
-        result.run,
-        expected=plan.work.expected,
-        is_current=partial(_is_current, partition.storage, config.input.format),
-        on_commit=on_commit,
-        before_group=lease.verify,
-    )
-    result.totals, result.worker_faults = committer.totals, committer.faults
-    started, faults_before = 0.0, faults()
-    with (
-        _regrouped_withdrawn(result, groups),
-        ray_cluster(config.ray.address),
-        committer,
-        graceful_stop(config.run.grace_s) as stop,
-    ):
+    def _summarise(self) -> None:
+        """Writes what lies beside the predictions."""
+        result, partition = self.result, self.result.plan.partition
+        result.statistics, by_run = partition.manifest.fold_with_previous(result.run)
+        table = summaries.write_class_table(partition, result.statistics)
+        stored = StoredPartition(partition.storage, partition.uri, table)
+        previous = compare_runs(stored, result.run, by_run)
+        self._note_counts()
+        self._judge(previous)
+        gone = {*self.record.values["removed"], *result.withdrawn}
+        gallery = summaries.update_gallery(partition, result.statistics, result.gallery, gone)
+        so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
+        values = self.record.values | so_far
+        summaries.write_report(stored, values, result.statistics, previous, gallery)
+
+    def _judge(self, previous: Comparison | None) -> None:
+        """Holds what was labelled to the limits of the gate.
+
+        Where the run has nothing to compare, what the last run that labelled has found out still stands.
+        """
+        result, partition = self.result, self.result.plan.partition
+        drift = None if previous is None else previous.totals
+        if drift is not None:
+            self.record.note(drift=drift)
+        limits = Limits(**partition.config.gate.model_dump())
+        if drift is None and limits.are_any and (runs := partition.manifest.runs()):
+            drift = (read_record(partition.storage, partition.uri, runs[-1]) or {}).get("drift")
+        result.broken_limits = limits.broken(drift) if drift else []
+        self.record.note(broken_limits=result.broken_limits)
+
+    def _label(self) -> Stop:
+        """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
+        result, plan, partition = self.result, self.result.plan, self.result.plan.partition
+        config = partition.config
+        groups: dict[str, str | None] = {}
+        gallery = result.gallery = Gallery(config.report.gallery, plan.shards)
+
+        def on_commit(row: ManifestRow) -> None:
+            if row.error is not None:
+                self.record.failure(row)
+            elif row.uri in plan.failing:
+                self.record.shards("cured", [row.uri])
+            if row.format == "images" and row.output is not None:
+                groups[row.uri] = row.output_version
+            gallery.settle(row.uri, row.error is None)
+            self.writer.add(row)
+            self.clock.mark("first_commit")
+
+        committer = Committer(
+            partition.target,
+            plan.shards,
+            result.run,
+            expected=plan.work.expected,
+            is_current=partial(_is_current, partition.storage, config.input.format),
+            on_commit=on_commit,
+            before_group=self.lease.verify,
+        )
+        result.totals, result.worker_faults = committer.totals, committer.faults
+        with (
+            _regrouped_withdrawn(result, groups),
+            ray_cluster(config.ray.address),
+            committer,
+            graceful_stop(config.run.grace_s) as stop,
+        ):
+            self._commit_results(committer, gallery, stop)
+        return stop
+
+    def _commit_results(self, committer: Committer, gallery: Gallery, stop: Stop) -> None:
+        """Takes the results of all shards, or, after a stop, of those that are begun."""
         # Ray is imported only now, when its environment is set.
         from pipeline.dataflow import cluster_resources, label_chunks
         from pipeline.metrics import RunMetrics
 
+        plan, partition = self.result.plan, self.result.plan.partition
+        config, faults_before = partition.config, faults()
         resources = cluster_resources(config, partition.checkpoint)
-        record.note(resources=asdict(resources))
-        clock.mark("ray_ready")
-        metrics = RunMetrics(
-            config.input.uri,
-            partition.uri.rpartition("/")[2].removeprefix("model="),
-            resources.batch_size,
-            len(plan.shards),
-        )
+        self.record.note(resources=asdict(resources))
+        self.clock.mark("ray_ready")
+        metrics = RunMetrics(config.input.uri, partition.model, resources.batch_size, len(plan.shards))
 
         def note_progress() -> None:
             metrics.update(committer.totals, committer.spent, faults() - faults_before + committer.faults)
-            on_progress(committer.progress(), plan)
+            self.on_progress(committer.progress(), plan)
 
         chunks = label_chunks(
             plan.shards,
@@ -432,50 +422,44 @@ def _label(
             config,
             resources,
         )
+        started = 0.0
         with closing(chunks), stop.abandoning(), _missing_shards_noted(committer):
             for chunk in chunks:
-                clock.mark("first_result")
+                self.clock.mark("first_result")
                 started = started or time.perf_counter() - chunk.spent.get(f"{CLASSIFY}.busy_s", 0.0)
                 if stop.requested:
                     committer.wind_down()
                 committer.add(gallery.take(chunk))
                 metrics.chunk(chunk)
                 note_progress()
-                lease.check()
+                self.lease.check()
                 if stop.requested and not committer.open_shards:
                     break
         seconds = time.perf_counter() - started if started else 0.0
-        clock.mark("last_result", again=True)
+        self.clock.mark("last_result", again=True)
         if stop.requested:
             committer.settle()
         else:
             committer.finish()
-        _note_stages(result, record, committer.spent, resources, seconds)
+        self._note_stages(committer.spent, resources, seconds)
         note_progress()
-    return stop
 
-
-def _note_stages(
-    result: RunResult,
-    record: RunRecord,
-    spent: Mapping[str, float],
-    resources: Resources,
-    seconds: float,
-) -> None:
-    """Notes what each stage did in so many seconds of the dataflow, in the result and in the record."""
-    workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
-    if resources.decoders:
-        workers[DECODE] = resources.decoders
-    else:
-        result.decoded_on_gpu = int(spent.get(ON_GPU, 0))
-    result.stages = stage_figures(spent, workers, seconds)
-    result.gpu_utilisation = gpu_utilisation(spent)
-    record.note(
-        stages={stage: asdict(figures) for stage, figures in result.stages.items()},
-        bound_by=bound_by(result.stages),
-        gpu_utilisation=result.gpu_utilisation,
-        decoder=result.decoder,
-    )
+    def _note_stages(self, spent: Mapping[str, float], resources: Resources, seconds: float) -> None:
+        """Notes what each stage did in so many seconds of the dataflow, in the result and in the record."""
+        result = self.result
+        workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
+        if resources.decoders:
+            workers[DECODE] = resources.decoders
+        else:
+            result.decoded_on_gpu = int(spent.get(ON_GPU, 0))
+        result.stages = stage_figures(spent, workers, seconds)
+        result.gpu_utilisation = gpu_utilisation(spent)
+        self.record.note(
+            stages={stage: asdict(figures) for stage, figures in result.stages.items()},
+            bound_by=bound_by(result.stages),
+            gpu_utilisation=result.gpu_utilisation,
+            decoder=result.decoder,
+        )
 
 
 @contextmanager
@@ -513,52 +497,6 @@ def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
         return False
 
 
-def _publish(result: RunResult, record: RunRecord) -> None:
-    """Writes class statistics, gallery and report."""
-    partition = result.plan.partition
-    storage, uri = partition.storage, partition.uri
-    assert result.statistics is not None
-    gallery = _publish_gallery(result, record)
-    _write_class_table(partition, result.class_table)
-    stored = StoredPartition(storage, uri, result.class_table)
-    try:
-        page = make_report(
-            stored,
-            record.values | {"seconds": result.timings, "ended_at": datetime.now(UTC).isoformat()},
-            result.statistics,
-            with_previous(stored, result.run),
-            gallery=gallery,
-        )
-    except StorageError:
-        raise
-    except Exception:  # a page that can't be drawn must not fail a run that is labelled
-        logger.exception("the report could not be drawn")
-        return
-    storage.write(f"{uri}/report.html", page.encode())
-
-
-def _publish_gallery(result: RunResult, record: RunRecord) -> list[Item]:
-    """Writes the gallery as it is now, and returns it."""
-    partition = result.plan.partition
-    storage, uri, count = partition.storage, partition.uri, partition.config.report.gallery
-    if not count:
-        storage.delete(f"{uri}/{GALLERY}")
-        return []
-    assert result.statistics is not None
-    frequent = np.argsort(-result.statistics.count, kind="stable")[:MOST_CLASSES].tolist()
-    kept = result.gallery or Gallery(count, ())
-    gone = {*record.values["removed"], *result.withdrawn}
-    items = kept.merged(read_gallery(storage, uri), gone, set(frequent))
-    write_gallery(storage, uri, items)
-    return items
-
-
-def _write_class_table(partition: Partition, table: pa.Table) -> None:
-    out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    partition.storage.write(f"{partition.uri}/class_stats.parquet", out.getvalue())
-
-
 def rebuild(config: Config) -> Partition:
     """Makes manifest and class statistics anew, from the prediction files and the records of runs.
 
@@ -574,6 +512,6 @@ def rebuild(config: Config) -> Partition:
     with sigterm_interrupts(), lease.held() as holding:
         partition.manifest.replace(lambda: rebuilt_rows(storage, partition.uri, partition.fingerprint))
         lease.verify()
-        _write_class_table(partition, partition.class_table(partition.manifest.fold_statistics()))
+        summaries.write_class_table(partition, partition.manifest.fold_statistics())
         holding.left_in_order = True
     return partition

@@ -10,7 +10,7 @@ import bisect
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -167,22 +167,48 @@ class Manifest:
                 continue
             return
 
+    def runs(self) -> list[str]:
+        """The runs of which labels stand, the first first.
+
+        Raises:
+            StorageError: the manifest can't be read.
+        """
+        rows = self.read(("output", "run"))
+        runs: list[str] = pc.unique(rows.filter(rows["output"].is_valid())["run"]).drop_null().to_pylist()
+        return sorted(runs)
+
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
         """The class statistics over every labelled shard, or over those that one run has labelled."""
-        total = ClassStatistics.empty(self._num_classes)
+        return self._fold((run,))[0]
+
+    def fold_with_previous(self, run: str) -> tuple[ClassStatistics, dict[str, ClassStatistics]]:
+        """The class statistics over every labelled shard; and, by run, over those that this run has
+        labelled, and the last run before it, as far as their labels stand.
+        """
+        runs = self.runs()
+        pair = [other for other in runs if other < run][-1:] + [other for other in runs if other == run]
+        total, *parts = self._fold((None, *pair))
+        return total, dict(zip(pair, parts, strict=True))
+
+    def _fold(self, runs: Sequence[str | None]) -> list[ClassStatistics]:
+        """The class statistics of each of these runs, and, for None, of all, in one pass."""
+        totals = [ClassStatistics.empty(self._num_classes) for _ in runs]
+        named = pa.array([run for run in runs if run is not None], pa.string())
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
             for table in self._tables(self._version(), ("output", "run", "statistics")):
                 table = table.filter(pc.is_valid(table["output"]))
-                if run is not None:
-                    table = table.filter(pc.equal(table["run"], run))
-                packed = [data for data in table["statistics"].to_pylist() if data is not None]
-                partials = [unpack_partial(data) for data in packed]
-                if len(packed) < table.num_rows:
-                    outputs = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
-                    partials += pool.map(self._partial_of, outputs)
-                if partials:
-                    total.add_partial(concatenated(partials))
-        return total
+                if None not in runs:
+                    table = table.filter(pc.is_in(table["run"], value_set=named))
+                without = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
+                read = iter(pool.map(self._partial_of, without))
+                packed = table["statistics"].to_pylist()
+                partials = [next(read) if data is None else unpack_partial(data) for data in packed]
+                by = table["run"].to_pylist()
+                for run, total in zip(runs, totals, strict=True):
+                    own = [part for part, of in zip(partials, by, strict=True) if run in (None, of)]
+                    if own:
+                        total.add_partial(concatenated(own))
+        return totals
 
     def _partial_of(self, output: str) -> pa.Table:
         uri = f"{self._partition}/{output}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.classifying import PredictionOptions
+from pipeline.committing import Target
 from pipeline.config import Config, ConfigError, InputConfig, StorageConfig
 from pipeline.manifest import Manifest
 from pipeline.model_files import open_checkpoint
@@ -53,6 +54,11 @@ class Partition:
     def manifest(self) -> Manifest:
         """What is labelled."""
         return Manifest(self.storage, self.uri, len(self.checkpoint.labels))
+
+    @property
+    def target(self) -> Target:
+        """Where its prediction files go."""
+        return Target(self.storage, self.uri, self.fingerprint, self.prediction_options)
 
     @property
     def prediction_options(self) -> PredictionOptions:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.manifest import ManifestRow
 from pipeline.partition import Partition
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import ObjectNotFound, Storage, StorageError
 
 _PACKAGES = (
     "cvt-label", "ray", "torch", "torchvision", "openvino", "transformers", "pyarrow", "pillow", "numpy",
@@ -110,6 +110,24 @@ class RunRecord:
         self.note(**values)
         self._is_saved = False
         self.save()
+
+
+def read_record(storage: Storage, partition: str, run: str) -> dict[str, Any] | None:
+    """The record of a run; None where there is none.
+
+    Raises:
+        StorageError: it can't be read, or is no record.
+    """
+    uri = f"{partition}/runs/{run}.json"
+    try:
+        values = json.loads(storage.read(uri))
+    except ObjectNotFound:
+        return None
+    except ValueError as error:
+        raise StorageError(uri, f"not the record of a run: {error}") from None
+    if not isinstance(values, dict):
+        raise StorageError(uri, "not the record of a run")
+    return values
 
 
 def new_run_id() -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.manifest import Manifest
+from pipeline.record import read_record
 from pipeline.statistics import BINS, CLASS_STATS_SCHEMA, ClassStatistics
 from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError, normalised
 
 _RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
+
+
+class NoPreviousRunError(StorageError):
+    """There is no run before the last one, to compare that with."""
 
 
 @dataclass(frozen=True)
@@ -75,29 +79,13 @@ class StoredPartition:
         """What is labelled."""
         return Manifest(self.storage, self.uri, len(self.labels))
 
-    @cached_property
-    def runs(self) -> list[str]:
-        """The runs of which labels stand, the first first."""
-        rows = self.manifest.read(("rows", "run"))
-        runs: list[str] = pc.unique(rows.filter(rows["rows"].is_valid())["run"]).drop_null().to_pylist()
-        return sorted(runs)
-
     def record(self, run: str) -> dict[str, Any] | None:
         """The record of a run; None where there is none.
 
         Raises:
             StorageError: it can't be read, or is no record.
         """
-        uri = f"{self.uri}/runs/{run}.json"
-        try:
-            values = json.loads(self.storage.read(uri))
-        except ObjectNotFound:
-            return None
-        except ValueError as error:
-            raise StorageError(uri, f"not the record of a run: {error}") from None
-        if not isinstance(values, dict):
-            raise StorageError(uri, "not the record of a run")
-        return values
+        return read_record(self.storage, self.uri, run)
 
     def records(self) -> list[str]:
         """The ids of all runs that left a record, the first first."""
@@ -115,10 +103,12 @@ class Side:
     Attributes:
         partition: whose labels they are.
         run: the run's id; None for all labels.
+        statistics: of what that run wrote; folded from the manifest where None.
     """
 
     partition: StoredPartition
     run: str | None = None
+    statistics: ClassStatistics | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, storage: Storage, name: str) -> Side:
@@ -126,19 +116,21 @@ class Side:
 
         Raises:
             StorageError: there is no such partition, no such run, or nothing that it labelled still stands.
+            NoPreviousRunError: labels of one run alone stand there.
         """
         found = _RUN.fullmatch(name)
         if found is None:
             return cls(StoredPartition.open(storage, name))
         partition = StoredPartition.open(storage, found[1])
-        runs, asked = partition.runs, found[2]
+        runs, asked = partition.manifest.runs(), found[2]
         if asked in ("latest", "previous"):
-            place = -1 if asked == "latest" else -2
-            if len(runs) < -place:
-                raise StorageError(
-                    partition.uri, f"has no {asked} run: labels of {len(runs)} runs stand there"
+            if not runs:
+                raise StorageError(partition.uri, "labels of no run stand there")
+            if asked == "previous" and len(runs) == 1:
+                raise NoPreviousRunError(
+                    f"{partition.uri}@previous", f"all labels that stand there are of one run, {runs[0]}"
                 )
-            return cls(partition, runs[place])
+            return cls(partition, runs[-1 if asked == "latest" else -2])
         if asked not in runs:
             why = (
                 "what that run labelled has been labelled again since, or it labelled nothing"
@@ -161,7 +153,7 @@ class Side:
             StorageError: they can't be read.
         """
         if self.run is not None:
-            stats: ClassStatistics = self.partition.manifest.fold_statistics(self.run)
+            stats = self.statistics or self.partition.manifest.fold_statistics(self.run)
             return stats.count, stats.score_histogram
         classes = self.partition.classes
         histograms = classes["score_histogram"].combine_chunks().flatten().to_numpy()

@@ -34,7 +34,7 @@ from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_config, preset_preprocessor
 from pipeline.config import ConfigError, InputConfig, ScheduleConfig, TrainConfig
 from pipeline.dataflow import labelled_images
-from pipeline.labelling import input_shards
+from pipeline.inputs import input_shards
 from pipeline.model_files import open_checkpoint
 from pipeline.partition import make_storage, read_options
 from pipeline.storage import Storage

@@ -10,7 +10,7 @@ import pytest
 from jobs import benchmark_data
 from jobs.benchmark_data import Dataset, load_subject, make_dataset, shard_count
 from pipeline.config import ConfigError
-from pipeline.labelling import NoShardsError
+from pipeline.inputs import NoShardsError
 from tests.makers import make_image, make_tar
 
 

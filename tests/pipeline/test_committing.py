@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.chunks import Chunk
 from pipeline.classifying import PredictionOptions, classify
-from pipeline.committing import Committer, IncompleteShardError, Progress
+from pipeline.committing import Committer, IncompleteShardError, Progress, Target
 from pipeline.manifest import Manifest, ManifestRow
 from pipeline.predictions import prediction_schema, read_footer
 from pipeline.shards import Shard
@@ -71,11 +71,8 @@ def commit(
 ) -> Committed:
     rows: dict[str, ManifestRow] = {}
     committer = Committer(
-        Storage(),
-        str(folder),
+        Target(Storage(), str(folder), "f" * 64, OPTIONS),
         plan,
-        "f" * 64,
-        OPTIONS,
         "run-1",
         expected=expected or {},
         is_current=is_current,
@@ -281,11 +278,8 @@ def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path
 def test_a_committer_that_winds_down_ends_what_is_open_and_takes_nothing_new(tmp_path: Path) -> None:
     rows: dict[str, ManifestRow] = {}
     with Committer(
-        Storage(),
-        str(tmp_path),
+        Target(Storage(), str(tmp_path), "f" * 64, OPTIONS),
         shards(2),
-        "f" * 64,
-        OPTIONS,
         "run-1",
         expected={},
         is_current=lambda shard: True,

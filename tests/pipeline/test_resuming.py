@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline import committing, labelling
+from pipeline import committing, labelling, summaries
 from pipeline.committing import Progress
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.gallery import Item, read_gallery, write_gallery
@@ -121,7 +121,7 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
 
     root = str(tmp_path)
     write(root, "0.tar", 0)
-    monkeypatch.setattr(labelling, "make_report", fail)
+    monkeypatch.setattr(summaries, "make_report", fail)
     assert run_labelling(config(root)).is_complete
     assert "the report could not be drawn" in caplog.text
     assert record(run_labelling(config(root)))["status"] == "complete"

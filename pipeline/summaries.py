@@ -1,0 +1,75 @@
+"""What lies beside the predictions, for people and programs: class statistics, gallery and report."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.comparing import Comparison
+from pipeline.gallery import FILE_NAME as GALLERY
+from pipeline.gallery import MOST_CLASSES, Gallery, Item, read_gallery, write_gallery
+from pipeline.partition import Partition
+from pipeline.report import make_report
+from pipeline.statistics import ClassStatistics
+from pipeline.storage import StorageError
+from pipeline.stored import StoredPartition
+
+_logger = logging.getLogger("cvt_label")
+
+
+def write_class_table(partition: Partition, statistics: ClassStatistics) -> pa.Table:
+    """Writes `class_stats.parquet`; returns what is in it."""
+    table = partition.class_table(statistics)
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    partition.storage.write(f"{partition.uri}/class_stats.parquet", out.getvalue())
+    return table
+
+
+def update_gallery(
+    partition: Partition, statistics: ClassStatistics, new: Gallery | None, gone: Collection[str]
+) -> list[Item]:
+    """Writes `gallery.parquet` with what a run has found; returns what is in it.
+
+    Args:
+        partition: whose gallery it is.
+        statistics: of all labels; the gallery keeps the most frequent classes.
+        new: what the run has found; None where it has labelled nothing.
+        gone: shards whose labels it has removed.
+    """
+    storage, uri, count = partition.storage, partition.uri, partition.config.report.gallery
+    if not count:
+        storage.delete(f"{uri}/{GALLERY}")
+        return []
+    frequent = np.argsort(-statistics.count, kind="stable")[:MOST_CLASSES].tolist()
+    items = (new or Gallery(count, ())).merged(read_gallery(storage, uri), gone, set(frequent))
+    write_gallery(storage, uri, items)
+    return items
+
+
+def write_report(
+    stored: StoredPartition,
+    record: Mapping[str, Any],
+    statistics: ClassStatistics,
+    previous: Comparison | None,
+    gallery: Collection[Item],
+) -> None:
+    """Writes `report.html`; one that can't be drawn is logged, for it must not fail a run that is labelled.
+
+    Raises:
+        StorageError: the manifest can't be read, or the page not be written.
+    """
+    try:
+        page = make_report(stored, record, statistics, previous, gallery=gallery)
+    except StorageError:
+        raise
+    except Exception:
+        _logger.exception("the report could not be drawn")
+        return
+    stored.storage.write(f"{stored.uri}/report.html", page.encode())
