@@ -88,8 +88,10 @@ err = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 def make_app() -> typer.Typer:
-    """A command line whose unexpected errors are plain Python tracebacks."""
-    return typer.Typer(pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
+    """A command line whose unexpected errors are plain Python tracebacks, and whose help is plain text."""
+    return typer.Typer(
+        pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True, rich_markup_mode=None
+    )
 
 
 def run_alone(command: Callable[..., None]) -> None:
@@ -164,8 +166,10 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
     rows = occurring(classes.to_pylist())
     has_targets = any(row["support"] is not None for row in rows)
     shown = rows[:most]
-    more = f" (the {len(shown)} most frequent of {len(rows)})" if len(shown) < len(rows) else ""
-    table = Table(title=f"Classes{more}", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    title = f"Classes of all {sum(row['count'] for row in rows):,} labelled images"
+    if len(shown) < len(rows):
+        title += f" (the {len(shown)} most frequent of {len(rows)})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("label", overflow="fold")
     headings = ["images", "share", "score", "p05", "p50", "p95"]
     if has_targets:

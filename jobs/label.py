@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +101,8 @@ def show_progress() -> Iterator[Callable[[committing.Progress, Plan], None]]:
     """Progress as a bar in a terminal, and as a line every few seconds elsewhere."""
     pace = _Pace()
     if not err.is_terminal:
-        yield _log_progress(pace)
+        with _lines(pace) as told:
+            yield told
         return
     columns = (
         TextColumn("{task.description}"),
@@ -124,19 +126,30 @@ def show_progress() -> Iterator[Callable[[committing.Progress, Plan], None]]:
         yield show
 
 
-def _log_progress(pace: _Pace) -> Callable[[committing.Progress, Plan], None]:
-    last = time.monotonic()
+@contextmanager
+def _lines(pace: _Pace) -> Iterator[Callable[[committing.Progress, Plan], None]]:
+    """Logs how far the run is every few seconds, whether results come or not, and when the last has come."""
+    started, over = time.monotonic(), threading.Event()
+    state = ""
 
-    def log(progress: committing.Progress, plan: Plan) -> None:
-        nonlocal last
-        finished = progress.shards == len(plan.shards)
-        state = pace.described(progress, plan)
-        if time.monotonic() - last < LOG_INTERVAL and not finished:
-            return
-        last = time.monotonic()
-        logger.info("%d of %d shards, %s", progress.shards, len(plan.shards), state)
+    def tell() -> None:
+        while not over.wait(LOG_INTERVAL):
+            logger.info("%s", state or f"no results yet, after {time.monotonic() - started:.0f} s")
 
-    return log
+    def note(progress: committing.Progress, plan: Plan) -> None:
+        nonlocal state
+        state = f"{progress.shards} of {len(plan.shards)} shards, {pace.described(progress, plan)}"
+        if progress.shards == len(plan.shards) and not over.is_set():
+            over.set()
+            logger.info("%s", state)
+
+    teller = threading.Thread(target=tell, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield note
+    finally:
+        over.set()
+        teller.join()
 
 
 class _Pace:
@@ -183,7 +196,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
     if result.pruned:
         rows["pruned"] = f"{result.pruned:,} shards that the input no longer has"
     if stats is not None and stats.has_targets:
-        rows["accuracy"] = accuracy(stats, result.plan.partition.config.output.topk)
+        rows["accuracy"] = f"{accuracy(stats, result.plan.partition.config.output.topk)}, of all labels"
     for name, value in rows.items():
         facts.add_row(name, value)
     out.print(facts, soft_wrap=True, markup=False)

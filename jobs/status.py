@@ -11,6 +11,9 @@ from rich.table import Table
 from jobs.console import AddressOption, exit_status, out, plain, run_alone
 from pipeline.submission import Cluster, Job
 
+#: State, start, seconds and exit status, as wide as they get; the id, which may be long, comes last.
+_LINE = "{:<9}  {:<23}  {:>8}  {:>6}  {}"
+
 
 def status(
     job: Annotated[
@@ -34,16 +37,11 @@ def _list(jobs: list[Job]) -> None:
     if not jobs:
         out.print("no labelling jobs")
         return
+    out.print(_LINE.format("state", "started", "took", "status", "job"), highlight=False, soft_wrap=True)
     for job in jobs:
         facts = _facts(job)
-        line = [
-            job.id,
-            facts["state"],
-            facts["started"],
-            facts["took"],
-            f"exit status {facts['exit status']}",
-        ]
-        out.print(plain("  ".join(line)), highlight=False, soft_wrap=True)
+        cells = facts["state"], facts["started"], facts["took"], facts["exit status"], job.id
+        out.print(plain(_LINE.format(*cells)), highlight=False, soft_wrap=True)
 
 
 def _show(job: Job) -> None:

@@ -69,7 +69,7 @@ def submit(
         loaded = load_config(Config, config, set or ())
         selection = Selection(retry_errors, relabel, prune)
         try:
-            tick = tick or minute_tick(datetime.now(UTC))
+            tick = minute_tick(datetime.now(UTC)) if tick is None else tick
             submission = Submission(loaded, tick, selection, working_dir, pip, python)
         except ValueError as error:
             raise ConfigError(f"--tick: {error}") from None

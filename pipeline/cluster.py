@@ -8,6 +8,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,7 +44,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if address == "local" and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # Ray's own token is a file in the home folder, which every later Ray of the machine would ask for.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    import ray  # reads its variables of the environment now, and never again
+    with _interrupts_deferred():  # one that comes between leaves half a module, which the process trips over
+        import ray  # reads its variables of the environment now, and never again
 
     if ray.is_initialized():
         yield
@@ -52,7 +54,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     _check_reachable(address)
     # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
-        with _interrupts_deferred() if local else nullcontext():
+        with _interrupts_deferred() if local else nullcontext(), _without_notice():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
         import ray.data  # sets the level of its logs anew
 
@@ -62,6 +64,21 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     finally:
         with _interrupts_deferred():
             ray.shutdown()
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """Keeps Ray's core from telling on standard error that it has been given a level for its logs."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept, os.fdopen(os.dup(2), "wb", 0) as standard_error:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(standard_error.fileno(), 2)
+            kept.seek(0)
+            standard_error.write(b"".join(line for line in kept if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _check_reachable(address: str) -> None:

@@ -559,6 +559,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[fields[-1]] = value
 
 
+def _without_secrets(text: str) -> str:
+    """A value that is shown as it was given, without what may be a secret in its URLs."""
+    return re.sub(r"(?<=://)[^/\s\"']*@|(?<=\?)[^\s\"']+", "...", text)
+
+
 def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> str:
     field = tuple(str(part) for part in fault["loc"])
     inherited = ("defaults", *field[2:]) if field[:1] == ("datasets",) else field
@@ -574,5 +579,5 @@ def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> st
     if fault["type"] == "missing":
         return f"  {name}: required, but missing"
     message = fault["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(fault["input"], Mapping) else f", not {fault['input']!r}"
+    shown = "" if isinstance(fault["input"], Mapping) else f", not {_without_secrets(repr(fault['input']))}"
     return f"  {where}{name}: {message}{shown}"

@@ -299,7 +299,7 @@ class _Run:
             self.writer.flush()
             if result.withdrawn:
                 partition.manifest.update({}, result.withdrawn)
-            if changed or plan.shards or not plan.in_order:
+            if changed or plan.shards or not plan.in_order or summaries.has_unwanted(partition):
                 self._summarise()
                 self.clock.mark("published")
             else:

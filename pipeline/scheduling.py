@@ -120,7 +120,9 @@ def read_state(storage: Storage, uri: str) -> tuple[DatasetState | None, str]:
         except ObjectChanged:
             continue
         except ValidationError as error:
-            raise StorageError(uri, f"not a schedule's state: {error}") from None
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise StorageError(uri, f"not a schedule's state: {field or 'it'}: {first['msg']}") from None
 
 
 class Scheduler:
@@ -244,7 +246,9 @@ class Scheduler:
 def _submission(config: DatasetsConfig, dataset: DatasetConfig, tick: datetime) -> Submission:
     to = config.submit
     selection = Selection(retry_errors=dataset.retry_errors, prune=dataset.prune)
-    return Submission(dataset.job, minute_tick(tick), selection, to.working_dir, to.requirements, to.python)
+    tick_name, python = minute_tick(tick), to.python
+    # Datasets may share an output.
+    return Submission(dataset.job, tick_name, selection, to.working_dir, to.requirements, python, wait=True)
 
 
 def _outcome(state: DatasetState, job: Job | None) -> Outcome:

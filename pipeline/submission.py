@@ -76,6 +76,7 @@ class Submission:
         working_dir: a local folder with the code, which is uploaded; None where the cluster has it.
         requirements: a local requirements file, of what Ray is to install for the job on every node.
         python: the cluster's interpreter.
+        wait: for other runs on the same labels to end, of another input, say.
     """
 
     config: Config
@@ -84,6 +85,7 @@ class Submission:
     working_dir: str | None = None
     requirements: str | None = None
     python: str = "python"
+    wait: bool = False
 
     def __post_init__(self) -> None:
         if not _TICK.fullmatch(self.tick):
@@ -109,6 +111,7 @@ class Submission:
             "--retry-errors": self.selection.retry_errors,
             "--relabel": self.selection.relabel,
             "--prune": self.selection.prune,
+            "--wait": self.wait,
         }
         options = [f"--config=env:{CONFIG_VARIABLE}", *(name for name, given in chosen.items() if given)]
         return f"exec {shlex.join([self.python, '-m', 'jobs.label', *options])}"
@@ -135,7 +138,8 @@ class Submission:
     def _names(self) -> dict[str, str]:
         config = self.config
         named = {"input": {"uri"}, "model": {"path", "revision"}, "output": {"uri"}}
-        decides = config.model_dump(include={*named, "decode"}, exclude=named)
+        decides = config.model_dump(include={*named}, exclude=named)
+        decides["decode"] = config.decode.model_dump(include={"device", "quality"})
         decides["device"] = config.classify.device
         revision = f"@{config.model.revision}" if config.model.revision else ""
         return {
@@ -211,7 +215,7 @@ class Cluster:
             address = f"http://{address}"
         named = [os.environ[name] for name in _ADDRESS_VARIABLES if os.environ.get(name)]
         self.address = address or named[0]
-        if "@" in self.address.partition("://")[2].partition("/")[0]:
+        if "@" in self.address.rpartition("://")[2].partition("/")[0]:
             raise ClusterError(
                 "the cluster's address holds credentials, which would be shown: set RAY_AUTH_TOKEN"
             )
@@ -266,6 +270,8 @@ class Cluster:
 
     def find(self, name: str) -> Job | None:
         """One job by its id; None where the cluster doesn't know it."""
+        if not name:
+            return None
         with self._errors():
             try:
                 details = self._client.get_job_info(name)
@@ -320,10 +326,15 @@ class Cluster:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        from ray.exceptions import AuthenticationError
+        import requests
+        from ray.exceptions import AuthenticationError, RayError
 
         try:
             yield
+        except requests.exceptions.InvalidHeader:  # whose message holds it
+            raise ClusterError(
+                "the token in RAY_AUTH_TOKEN holds a line break, or begins with a space"
+            ) from None
         except AuthenticationError:
             raise ClusterError(
                 f"{self.address}: the cluster asks for a token, and has none or another one from here: set "
@@ -331,7 +342,7 @@ class Cluster:
             ) from None
         except (ClusterError, SubmissionRefusedError):
             raise
-        except (RuntimeError, ValueError, OSError) as error:  # OSError: of requests, too
+        except (RuntimeError, ValueError, OSError, RayError) as error:  # OSError: of requests, too
             raise ClusterError(f"{self.address}: {_last_line(error)}") from None
 
 
@@ -404,13 +415,13 @@ def _already_submitted(job: Job) -> AlreadySubmittedError:
 
 def _check_reachable(address: str) -> None:
     """Raises ClusterError if nothing listens there: Ray's client knows no end of waiting."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError as error:
         raise ClusterError(f"{address}: not an address: {error}") from None
+    if not parts.hostname or port is None:  # such as "auto"
+        return
     try:
         socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:

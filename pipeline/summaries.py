@@ -17,10 +17,21 @@ from pipeline.gallery import MOST_CLASSES, Gallery, Item, read_gallery, write_ga
 from pipeline.partition import Partition
 from pipeline.report import make_report
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import StorageError
+from pipeline.storage import ObjectNotFound, StorageError
 from pipeline.stored import StoredPartition
 
 _logger = logging.getLogger("cvt_label")
+
+
+def has_unwanted(partition: Partition) -> bool:
+    """Whether there is a gallery, and the configuration has since been set to none."""
+    if partition.config.report.gallery:
+        return False
+    try:
+        partition.storage.stat(f"{partition.uri}/{GALLERY}")
+    except ObjectNotFound:
+        return False
+    return True
 
 
 def write_class_table(partition: Partition, statistics: ClassStatistics) -> pa.Table:

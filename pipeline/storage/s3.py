@@ -224,6 +224,9 @@ class S3:
             cause = f"the endpoint {endpoint} can't be reached: {described(error)}"
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
+            if _is_unsendable(error):  # its message holds the header
+                cause = "the AWS credentials hold a line break, which no request can carry"
+                raise AccessDenied(uri, cause) from None
             raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
         except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
             raise StorageError(uri, " ".join(without_credentials(str(error)).split())) from error
@@ -237,9 +240,16 @@ def _fault(error: Exception, soon: bool) -> Fault | None:
             return Fault(code)
         # Busy stores deny access now and then; where it is really denied, that should be told soon.
         return Fault(code, attempts=4) if code in _DENIED else None
-    if isinstance(error, _CONNECTION):
+    if isinstance(error, _CONNECTION) and not _is_unsendable(error):
         return Fault(type(error).__name__, attempts=5 if soon else 10)
     return None
+
+
+def _is_unsendable(error: Exception) -> bool:
+    """Whether a header can't be sent; nothing in one is foreign but credentials."""
+    return isinstance(error, botocore.exceptions.HTTPClientError) and isinstance(
+        error.kwargs.get("error"), ValueError
+    )
 
 
 def _code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:

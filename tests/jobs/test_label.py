@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jobs.label import _Pace
+from jobs import label
+from jobs.label import _Pace, show_progress
 from pipeline.committing import Progress
 
 
@@ -37,3 +39,25 @@ def test_pace_and_time_left_are_told_from_the_first_results_on(clock: list[float
     assert described(1800, 0.2, known).startswith("1,800 of 9,000 images, 2 errors, ")
     clock[0] += 64
     assert described(9000, 1.0) == "9,000 images, 2 errors, 111.1/s, 0:00:00 left"
+
+
+def test_without_a_terminal_it_logs_a_line_now_and_then_before_and_between_results(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(label, "LOG_INTERVAL", 0.05)
+    caplog.set_level(logging.INFO, "cvt_label")
+    plan: Any = SimpleNamespace(images=None, shards=[None, None])
+
+    def wait_for(text: str, times: int) -> None:
+        end = time.monotonic() + 20
+        while caplog.text.count(text) < times:
+            assert time.monotonic() < end, caplog.text
+            time.sleep(0.01)
+
+    with show_progress() as progress:
+        wait_for("no results yet, after 0 s", 2)
+        progress(Progress(7, 1, 1, 0.5), plan)
+        wait_for("1 of 2 shards, 7 images, 1 errors", 3)
+        progress(Progress(9, 1, 2, 1.0), plan)
+    assert caplog.messages[-1].startswith("2 of 2 shards, 9 images, 1 errors")
+    assert caplog.text.count("2 of 2 shards") == 1

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socketserver
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -220,6 +221,7 @@ def test_an_unknown_job_ends_with_4(cluster: str) -> None:
         assert done.exit_code == 4
         assert "has no job no-such-job" in done.stderr
         assert "Traceback" not in done.stderr
+        assert command(name, "", "--address", cluster).exit_code == 4  # of a variable that isn't set
 
 
 def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp_path: Path) -> None:
@@ -245,6 +247,40 @@ def test_no_cluster_at_the_address_ends_with_4(job: Path) -> None:
     assert "no Ray cluster answers at http://127.0.0.1:1" in done.stderr
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "localhost:1"])
+def test_no_cluster_where_the_environment_says_ends_with_4(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    done = command("status")
+    assert done.exit_code == 4
+    assert f"no Ray cluster answers at {address}" in done.stderr
+
+
+def test_an_address_with_credentials_is_refused_without_showing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "planted:secret@127.0.0.1:1")
+    done = command("status")
+    assert done.exit_code == 4
+    assert "holds credentials" in done.stderr
+    assert "planted" not in done.output
+
+
+def test_an_empty_tick_is_refused(job: Path) -> None:
+    done = command("submit", "--config", job, "--tick", "")
+    assert done.exit_code == 2
+    assert "--tick" in done.stderr
+
+
+def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "planted\nsecret"}
+        done = cvt_label("status", "--address", address, **environment)
+    assert done.returncode == 4, done.stderr
+    assert "the token in RAY_AUTH_TOKEN holds a line break" in done.stderr
+    assert "planted" not in done.stdout + done.stderr
+
+
 def test_a_wrong_field_ends_with_2_before_any_cluster_is_asked(job: Path) -> None:
     done = command("submit", "--config", job, "--set", "output.topkk=3", "--address", "http://127.0.0.1:1")
     assert done.exit_code == 2
@@ -260,7 +296,9 @@ def test_the_id_derives_from_dataset_model_and_tick(job: Path) -> None:
     assert re.fullmatch(r"label-photos-2026-new-microsoft-cvt-13-[0-9a-f]{6}-20261123T0200Z", name)
     assert Submission(config, "20261123T0200Z", Selection(relabel=True)).id == name
     settings = ["input.uri=s3://Photos/2026/new", "model.path=microsoft/cvt-13"]
-    same = load_config(Config, job, [*settings, "classify.batch_size=7"])  # which decides no label
+    same = load_config(
+        Config, job, [*settings, "classify.batch_size=7", "decode.num_cpus=2"]
+    )  # no label's matter
     assert Submission(same, "20261123T0200Z").id == name
     places = ("input.uri=s3://Photos/2026-new", "model.revision=v2", "output.uri=s3://b/other")
     for override in (*places, "model.precision=bf16", "output.topk=3", "classify.device=cuda"):

@@ -113,6 +113,20 @@ def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
     assert files(root, "gallery") == {}
 
 
+def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_label(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, "0.tar", 0)
+    gallery = Storage(), make_plan(config(root)).partition.uri
+    write_gallery(*gallery, [Item(0, "a class", "most", 0.5, f"{root}/in/old.tar", 0, "key", b"JPEG")])
+    run_labelling(config(root))
+    [page] = files(root, "report.html").values()
+    assert b"data:image/jpeg" in page
+    run_labelling(config(root, "report.gallery=0"))
+    assert files(root, "gallery") == {}
+    [page] = files(root, "report.html").values()
+    assert b"data:image/jpeg" not in page
+
+
 def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

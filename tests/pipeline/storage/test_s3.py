@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import pytest
 
 from jobs.local_s3 import LocalS3
+from pipeline.retrying import faults
 from pipeline.storage import ABSENT, AccessDenied, ObjectNotFound, Storage, StorageError
 from tests.pipeline.storage.operations import names
 
@@ -43,6 +45,21 @@ def test_a_missing_bucket_is_called_a_missing_bucket(storage: Storage, s3_server
     ):
         with pytest.raises(ObjectNotFound, match="bucket 'no-such-bucket' does not exist"):
             action()
+
+
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
+def test_credentials_with_a_line_break_are_told_at_once_without_showing_them(
+    storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "planted\nsecret\n")
+    before = faults()
+    for action in (storage.list, storage.read, lambda uri: storage.write(uri, b"x")):
+        with pytest.raises(AccessDenied, match="the AWS credentials hold a line break") as caught:
+            list(action(f"{bucket}/x"))
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "planted" not in shown
+        assert "Signature" not in shown
+    assert faults() == before
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
