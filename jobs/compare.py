@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jobs.console import Exit, err, exit_status, one_line, out, plain, run_alone
-from pipeline.report import percent, score
+from pipeline.report import percent
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def print_comparison(found: Comparison, most: int) -> None:
     """Prints the figures, the classes that changed most, and the most frequent disagreements."""
     agreement, classes = found.agreement, found.drift.classes
     grid = Table.grid(padding=(0, 2))
-    for name, value in _facts(found).items():
+    for name, value in {"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")}.items():
         grid.add_row(name, value)
     out.print(_class_table(found, most))
     if agreement is not None and (pairs := agreement.disagreements.top(most)):
@@ -99,31 +99,6 @@ def print_comparison(found: Comparison, most: int) -> None:
             table.add_row(*names, f"{count:,}", percent(count / agreement.compared))
         out.print(table)
     out.print(grid, soft_wrap=True, markup=False)
-
-
-def _facts(found: Comparison) -> dict[str, str]:
-    drift, agreement, classes = found.drift, found.agreement, found.drift.classes
-    facts = {
-        "A": f"{found.a.name}, {drift.images_a:,} labelled images",
-        "B": f"{found.b.name}, {drift.images_b:,} labelled images",
-        "PSI": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
-        "JS distance": f"{drift.js:.4f}",
-        "PSI of scores": f"{drift.score_psi:.4f}",
-    }
-    if classes.only_a or classes.only_b:
-        facts["classes"] = (
-            f"matched by name: {classes.only_a:,} are in A alone, {classes.only_b:,} in B alone, "
-            f"of {len(classes.labels):,}"
-        )
-    if agreement is not None:
-        facts["agreement"] = (
-            f"{percent(agreement.share)} of {agreement.compared:,} samples, kappa {score(agreement.kappa)}"
-        )
-        facts["not compared"] = (
-            f"{agreement.only_a:,} samples labelled in A alone, {agreement.only_b:,} in B alone; "
-            f"{agreement.changed_shards:,} shards labelled in different versions"
-        )
-    return facts
 
 
 def _class_table(found: Comparison, most: int) -> Table:

@@ -59,8 +59,8 @@ def publish(
         table = _table(partition, target, format, keep)
         publication = publish_table(partition, table, embedding=embedding, file_bytes=file_mb * 1024**2)
     out.print(_described(publication, table.uri), markup=False, highlight=False, soft_wrap=True)
-    if pending := publication.increment.pending:
-        message = f"{len(pending):,} shards have changed since the manifest was written: publish again later"
+    if pending := len(publication.increment.pending):
+        message = f"{pending:,} shards have changed since the manifest was written: publish again later"
         err.print(message, markup=False, highlight=False)
         sys.exit(Exit.INCOMPLETE)
 

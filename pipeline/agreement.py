@@ -1,15 +1,18 @@
 """Agreement of two models on the same samples: joined on shard and index, a shard at a time.
 
-A shard's prediction file has the same path in both partitions, so that two sorted listings are merged and
-only the open shards' rows are in memory.
+The two manifests, both sorted by shard, are merged, and tell of each shard whether there is anything to
+compare: only prediction files of shards that both sides have, in one version, are opened. In memory are
+the names of these, and the open shards' rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +20,11 @@ import pyarrow.parquet as pq
 
 from pipeline.drift import Classes
 from pipeline.pairs import PairCounts
-from pipeline.predictions import Footer, read_footer
-from pipeline.recovering import prediction_files
-from pipeline.storage import ObjectInfo, Storage
+from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, StorageError
+from pipeline.stored import Side, StoredShard
 
 _READERS = 16
+_AT_ONCE = 10_000
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Agreement:
         only_a, only_b: samples labelled on one side only: those that are error rows on the other, or
             of shards that the other doesn't have.
         shards: that both have, and of which the samples were compared.
-        changed_shards: that both have, but labelled in different versions: not compared.
+        changed_shards: that both have, but labelled in different versions, or labelled anew since the
+            manifest was written: not compared.
     """
 
     classes: Classes
@@ -67,6 +71,12 @@ class Agreement:
         chance = float((self.given_a / self.compared * (self.given_b / self.compared)).sum())
         return (self.share - chance) / (1 - chance) if chance < 1 else None
 
+    def leave_out(self, labelled_a: int | None, labelled_b: int | None) -> None:
+        """Counts the labelled samples of a shard that isn't compared; None where a side doesn't have it."""
+        self.changed_shards += labelled_a is not None and labelled_b is not None
+        self.only_a += labelled_a or 0
+        self.only_b += labelled_b or 0
+
     def add(self, a: pa.Table, b: pa.Table) -> None:
         """Counts the samples of a shard, from the columns `index` and `label_id` of either side."""
         index_a, label_a = _labelled(a)
@@ -85,93 +95,100 @@ class Agreement:
 
 
 def measure_agreement(
-    classes: Classes,
-    a: tuple[Storage, str, Callable[[str], bool]],
-    b: tuple[Storage, str, Callable[[str], bool]],
-    on_progress: Callable[[int], None] = lambda shards: None,
+    classes: Classes, a: Side, b: Side, on_progress: Callable[[int], None] = lambda shards: None
 ) -> Agreement:
-    """Reads the labels of both sides, and compares them.
+    """Reads the labels of the shards that both sides have, and compares them.
 
     Args:
         classes: of both.
-        a: the storage, the partition's URI, and which prediction files count, by their path in it.
-        b: the same of the other side.
+        a: one side.
+        b: the other.
         on_progress: told the shards that were looked at.
 
     Raises:
-        StorageError: a prediction file can't be read, or changes meanwhile.
+        StorageError: a manifest or a prediction file can't be read.
     """
     result = Agreement(classes)
-    pairs = _merged(*(_files(storage, uri, counts) for storage, uri, counts in (a, b)))
+    # First of all: while labels are read, which may take hours, a run may write its manifest.
+    common = _common(result, a, b)
     done = 0
-
-    def read(pair: tuple[ObjectInfo | None, ObjectInfo | None]) -> tuple[_Labels | None, _Labels | None]:
-        whole = None not in pair
-        mine, theirs = (
-            None if info is None else _read(side[0], info, whole)
-            for side, info in zip((a, b), pair, strict=True)
-        )
-        return mine, theirs
-
     with ThreadPoolExecutor(_READERS, thread_name_prefix="compare") as pool:
-        while batch := list(islice(pairs, 4 * _READERS)):
-            for mine, theirs in pool.map(read, batch):
-                _count(result, mine, theirs)
-                done += 1
+        while batch := list(islice(common, 4 * _READERS)):
+            for pair, rows in zip(batch, pool.map(partial(_read, a, b), batch), strict=True):
+                if rows is None:
+                    result.leave_out(pair.labelled_a, pair.labelled_b)
+                else:
+                    result.add(*rows)
+            done += len(batch)
             on_progress(done)
     return result
 
 
-def _count(result: Agreement, mine: _Labels | None, theirs: _Labels | None) -> None:
-    if mine is not None and theirs is not None and mine.footer.version == theirs.footer.version:
-        result.add(mine.rows, theirs.rows)
-        return
-    result.changed_shards += mine is not None and theirs is not None
-    result.only_a += 0 if mine is None else mine.footer.rows - mine.footer.errors
-    result.only_b += 0 if theirs is None else theirs.footer.rows - theirs.footer.errors
+class _Pair(NamedTuple):
+    """A shard that both sides have in one version: its prediction files, and their labelled samples."""
+
+    output: str
+    version_a: str
+    version_b: str
+    labelled_a: int
+    labelled_b: int
 
 
-@dataclass(frozen=True)
-class _Labels:
-    footer: Footer
-    rows: pa.Table
+def _common(result: Agreement, a: Side, b: Side) -> Iterator[_Pair]:
+    """The shards that can be compared; the others are counted in `result`, at once."""
+    tables = []
+    pairs = _pairs(result, a, b)
+    while some := list(islice(pairs, _AT_ONCE)):  # a million as objects would be a gigabyte
+        tables.append(pa.table([*map(pa.array, zip(*some, strict=True))], names=_Pair._fields))
+    columns = ((column.to_pylist() for column in table.columns) for table in tables)
+    return (_Pair(*values) for each in columns for values in zip(*each, strict=True))
 
 
-def _read(storage: Storage, info: ObjectInfo, whole: bool) -> _Labels:
-    with storage.open(info.uri, info.version) as file:
-        footer = read_footer(info.uri, file)
-        columns = ["index", "label_id"]
-        return _Labels(footer, pq.read_table(file, columns=columns) if whole else pa.table({}))
+def _pairs(result: Agreement, a: Side, b: Side) -> Iterator[_Pair]:
+    for mine, theirs in _merged(a.shards(), b.shards()):
+        if mine is not None and theirs is not None and mine.version == theirs.version:
+            versions = mine.output_version, theirs.output_version
+            yield _Pair(mine.output, *versions, mine.labelled, theirs.labelled)
+        else:
+            result.leave_out(mine and mine.labelled, theirs and theirs.labelled)
+
+
+def _merged(
+    a: Iterator[StoredShard], b: Iterator[StoredShard]
+) -> Iterator[tuple[StoredShard | None, StoredShard | None]]:
+    """The same shards in pairs, and the others alone; both sides are sorted."""
+    mine, theirs = next(a, None), next(b, None)
+    while mine is not None or theirs is not None:
+        if theirs is None or (mine is not None and mine.uri < theirs.uri):
+            yield mine, None
+            mine = next(a, None)
+        elif mine is None or theirs.uri < mine.uri:
+            yield None, theirs
+            theirs = next(b, None)
+        else:
+            yield mine, theirs
+            mine, theirs = next(a, None), next(b, None)
+
+
+def _read(a: Side, b: Side, pair: _Pair) -> tuple[pa.Table, pa.Table] | None:
+    """The labels of a shard on either side; None where one has changed since the manifest was written."""
+    try:
+        return _labels(a, pair.output, pair.version_a), _labels(b, pair.output, pair.version_b)
+    except BucketNotFound:
+        raise
+    except (ObjectChanged, ObjectNotFound):
+        return None
+
+
+def _labels(side: Side, output: str, version: str) -> pa.Table:
+    uri = f"{side.partition.uri}/{output}"
+    try:
+        with side.partition.storage.open(uri, version) as file:
+            return pq.read_table(file, columns=["index", "label_id"])
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise StorageError(uri, f"not a prediction file: {error}") from None
 
 
 def _labelled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     rows = rows.filter(rows["label_id"].is_valid())
     return rows["index"].to_numpy(), rows["label_id"].to_numpy()
-
-
-def _files(
-    storage: Storage, partition: str, counts: Callable[[str], bool]
-) -> Iterator[tuple[str, ObjectInfo]]:
-    for info in prediction_files(storage, partition):
-        path = info.uri.removeprefix(f"{partition}/")
-        if counts(path):
-            yield path, info
-
-
-def _merged(
-    a: Iterable[tuple[str, ObjectInfo]], b: Iterable[tuple[str, ObjectInfo]]
-) -> Iterator[tuple[ObjectInfo | None, ObjectInfo | None]]:
-    """Files of the same path in pairs, and the others alone; both listings are sorted."""
-    left, right = iter(a), iter(b)
-    mine, theirs = next(left, None), next(right, None)
-    while mine is not None or theirs is not None:
-        if theirs is None or (mine is not None and mine[0] < theirs[0]):
-            assert mine is not None
-            yield mine[1], None
-            mine = next(left, None)
-        elif mine is None or theirs[0] < mine[0]:
-            yield None, theirs[1]
-            theirs = next(right, None)
-        else:
-            yield mine[1], theirs[1]
-            mine, theirs = next(left, None), next(right, None)

@@ -2,7 +2,8 @@
 
 The expected calibration error (ECE) is the mean of |accuracy - mean score| over bins of the score, weighted
 by their samples (Naeini et al., AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", 2017),
-here `BINS` bins of equal width, each with its lower end. Nothing is estimated: counts and sums are exact.
+here `CALIBRATION_BINS` bins of equal width, each with its lower end. Nothing is estimated: counts and sums
+are exact.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 
 from pipeline.statistics import SCALE, ClassStatistics
 
-BINS = 10
+CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Accuracy by score; arrays of shape (`BINS`,).
+    """Accuracy by score; arrays of shape (`CALIBRATION_BINS`,).
 
     Attributes:
         counts: samples with a target whose score is in the bin.
@@ -33,7 +34,7 @@ class Calibration:
     @classmethod
     def of(cls, stats: ClassStatistics) -> Calibration | None:
         """From class statistics; None where no sample has a target."""
-        counts, hits, sums = stats.calibration.reshape(3, BINS, -1).sum(axis=2)
+        counts, hits, sums = stats.calibration.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
         if not counts.any():
             return None
         with np.errstate(invalid="ignore"):
@@ -52,4 +53,4 @@ class Calibration:
     @property
     def edges(self) -> np.ndarray:
         """The bins' lower ends, and the last one's upper end."""
-        return np.linspace(0, 1, BINS + 1)
+        return np.linspace(0, 1, CALIBRATION_BINS + 1)

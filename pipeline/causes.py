@@ -1,4 +1,4 @@
-"""Errors of samples grouped by cause, with a few keys of each: what a run's record keeps of them.
+"""Errors of samples grouped by cause, with a few keys of each: of a run, for its record, and of all labels.
 
 A cause is an error's text without what differs from sample to sample: numbers and what stands in quotes.
 Bounded: `MOST_CAUSES` causes with `MOST_KEYS` samples each, and all the rest counted as one.
@@ -6,26 +6,37 @@ Bounded: `MOST_CAUSES` causes with `MOST_KEYS` samples each, and all the rest co
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
 MOST_CAUSES = 50
 MOST_KEYS = 5
 #: The cause of what has no room among the others.
 OTHERS = "other causes"
+#: What `read_causes` wants to know of shards.
+SHARD_COLUMNS = ("uri", "errors", "output", "output_version")
+_READERS = 16
 
-_QUOTED = re.compile(r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_DIFFERENT = (
+    (r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""", "'...'"),
+    (r"\d+(?:\.\d+)?", "N"),
+)
 
 
-def cause_of(error: str) -> str:
-    """An error's text with its quotes and numbers taken out."""
-    return _NUMBER.sub("N", _QUOTED.sub("'...'", error))
+def causes_of(errors: pa.Array) -> pa.Array:
+    """Errors' texts with their quotes and numbers taken out."""
+    for pattern, mark in _DIFFERENT:
+        errors = pc.replace_substring_regex(errors, pattern, mark)
+    return errors
 
 
 @dataclass
@@ -47,11 +58,23 @@ class Causes:
     def __init__(self) -> None:
         self._causes: dict[str, Cause] = {}
 
+    @property
+    def count(self) -> int:
+        """Errors in all."""
+        return sum(cause.count for cause in self._causes.values())
+
     def add(self, shard: str, samples: pa.Table) -> None:
         """Counts the errors of some samples of a shard: columns `key` and `error`."""
-        bad = samples.filter(pc.is_valid(samples["error"]))
-        for key, error in zip(bad["key"].to_pylist(), bad["error"].to_pylist(), strict=True):
-            self._count(cause_of(error), 1, [(shard, key, error)])
+        bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"])).combine_chunks()
+        if not bad.num_rows:
+            return
+        causes = causes_of(bad["error"]).combine_chunks().dictionary_encode()
+        places = causes.indices.to_numpy()
+        order, counts = np.argsort(places, kind="stable"), np.bincount(places)
+        firsts = np.cumsum(counts) - counts
+        for text, count, first in zip(causes.dictionary.to_pylist(), counts.tolist(), firsts, strict=True):
+            some = bad.take(order[first : first + min(count, MOST_KEYS)]).to_pylist()
+            self._count(text, count, [(shard, row["key"], row["error"]) for row in some])
 
     def merge(self, other: Causes) -> None:
         """Counts another's errors, too."""
@@ -75,3 +98,45 @@ class Causes:
 
 def _sample(shard: str, key: str, error: str) -> Mapping[str, str]:
     return {"shard": shard, "key": key, "error": error}
+
+
+def read_causes(storage: Storage, partition: str, shards: Iterable[pa.Table], most_files: int) -> Causes:
+    """The causes of the errors in labels as they lie there; only files that have any are read.
+
+    Of more than so many such files, those with the most errors are. What has been labelled anew since the
+    manifest was written is left out.
+
+    Args:
+        storage: access to them.
+        partition: its URI.
+        shards: `SHARD_COLUMNS` of the manifest.
+        most_files: files that are read, at the most.
+
+    Raises:
+        StorageError: a prediction file can't be read.
+    """
+    order = [("errors", "descending"), ("uri", "ascending")]
+    worst: list[dict[str, Any]] = []
+    for table in shards:
+        bad = table.filter(pc.greater(table["errors"], 0))
+        bad = pa.concat_tables([pa.Table.from_pylist(worst, bad.schema), bad])
+        worst = bad.take(pc.select_k_unstable(bad, most_files, order)).to_pylist()
+
+    def read(row: Mapping[str, Any]) -> Causes:
+        causes, uri = Causes(), f"{partition}/{row['output']}"
+        try:
+            with storage.open(uri, row["output_version"]) as file:
+                causes.add(row["uri"], pq.read_table(file, columns=["key", "error"]))
+        except BucketNotFound:
+            raise
+        except (ObjectChanged, ObjectNotFound):
+            pass
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise StorageError(uri, f"not a prediction file: {error}") from None
+        return causes
+
+    total = Causes()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="causes") as pool:
+        for causes in pool.map(read, worst):
+            total.merge(causes)
+    return total

@@ -38,7 +38,7 @@ _SERIES = (_A, _B)
 _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar in a label is one
-    "font.size": 12,
+    "font.size": 13,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _LINE,
@@ -92,7 +92,7 @@ def bars(
             drawn = axes.barh(
                 places + (i + 0.5) * thick - 0.38, values, thick * 0.9, color=_SERIES[i], label=name
             )
-            axes.bar_label(drawn, [number(value) for value in values], padding=3, fontsize=10)
+            axes.bar_label(drawn, [number(value) for value in values], padding=3, fontsize=11)
         axes.set_yticks(places, [short(label) for label in labels])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.16 * max([value for _, values in series for value in values] + [1e-9]))

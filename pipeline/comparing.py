@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.agreement import Agreement, measure_agreement
-from pipeline.drift import SCORE_BINS, Classes, Drift
+from pipeline.drift import DRIFT_BINS, Classes, Drift
+from pipeline.report import percent, score
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import StorageError
 from pipeline.stored import Side, StoredPartition
@@ -30,6 +31,7 @@ COMPARISON_SCHEMA = pa.schema(
         ("fraction_a", pa.float64()),
         ("fraction_b", pa.float64()),
         ("psi", pa.float64()),
+        ("js_divergence", pa.float64()),
         ("score_psi", pa.float64()),
         ("compared_a", pa.int64()),
         ("compared_b", pa.int64()),
@@ -69,7 +71,7 @@ class Comparison:
             "psi_by_chance": drift.psi_by_chance,
             "js_distance": drift.js,
             "score_psi": drift.score_psi,
-            "score_bins": SCORE_BINS,
+            "score_bins": DRIFT_BINS,
         }
         if agreement is not None:
             labels = drift.classes.labels
@@ -88,8 +90,42 @@ class Comparison:
             }
         return values
 
+    def facts(self, in_a: str, in_b: str) -> dict[str, str]:
+        """The figures in words, for people.
+
+        Args:
+            in_a: words for where the first side's labels are, such as "there".
+            in_b: the same for the second.
+        """
+        drift, agreement, classes = self.drift, self.agreement, self.drift.classes
+        facts = {
+            "Labelled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
+            "PSI of the classes": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
+            "Jensen-Shannon distance": f"{drift.js:.4f}",
+            "PSI of the scores": f"{drift.score_psi:.4f}",
+        }
+        if classes.only_a or classes.only_b:
+            facts["Classes"] = (
+                f"{len(classes.labels):,}, matched by name: {classes.only_a:,} only {in_a}, "
+                f"{classes.only_b:,} only {in_b}"
+            )
+        if agreement is not None:
+            facts["Same class"] = (
+                f"{percent(agreement.share)} of {agreement.compared:,} images that both have labelled, "
+                f"Cohen's kappa {score(agreement.kappa)}"
+            )
+            facts["Not compared"] = (
+                f"{agreement.only_a:,} images labelled only {in_a}, {agreement.only_b:,} only {in_b}; "
+                f"{agreement.changed_shards:,} shards labelled in different versions"
+            )
+        return facts
+
     def table(self) -> pa.Table:
-        """One row a class of either side; without agreement, `compared_*` and `same` are null."""
+        """One row a class of either side; without agreement, `compared_*` and `same` are null.
+
+        `psi` and `js_divergence` are the classes' parts: they sum to the PSI, and to the square of the
+        Jensen-Shannon distance.
+        """
         drift, classes, agreement = self.drift, self.drift.classes, self.agreement
         score_psi = drift.class_score_psi
         columns: dict[str, Any] = {
@@ -101,6 +137,7 @@ class Comparison:
             "fraction_a": drift.fraction_a,
             "fraction_b": drift.fraction_b,
             "psi": drift.psi_parts,
+            "js_divergence": drift.js_parts,
             "score_psi": pa.array(score_psi, pa.float64(), mask=np.isnan(score_psi)),
         }
         if agreement is not None:
@@ -139,8 +176,7 @@ def compare(
     drift = Drift.between(classes, a.counts, b.counts)
     agreement = None
     if with_agreement and a.partition.uri != b.partition.uri:
-        first, second = ((side.partition.storage, side.partition.uri, side.holds) for side in (a, b))
-        agreement = measure_agreement(classes, first, second, on_progress)
+        agreement = measure_agreement(classes, a, b, on_progress)
     return Comparison(a, b, drift, agreement)
 
 

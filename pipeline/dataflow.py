@@ -12,6 +12,7 @@ import functools
 import math
 import warnings
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from pipeline.reading import ReadOptions, read_samples
 from pipeline.retrying import faults
 from pipeline.shards import Shard
 from pipeline.stages import CLASSIFY, DECODE, STORAGE, GpuMeter, Meter
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -260,6 +261,8 @@ def _read_shards(
     max_bytes: int,
 ) -> Iterator[pa.Table]:
     known: ReadOptions = ray.get(options)
+    with suppress(StorageError):  # what reads the shard meets it again, and says so
+        storage.connect(shards[0][1].uri)
     meter, before = Meter(STORAGE), faults()
     for number, shard in shards:
         chunks = cut_into_chunks(read_samples(storage, shard, known), number, max_images, max_bytes)

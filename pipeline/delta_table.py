@@ -21,10 +21,10 @@ from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.parquet_table import read_shards, shards_table
-from pipeline.publishing import NOTHING, DataFile, Snapshot, TableChangedError
+from pipeline.publishing import NOTHING, SHARDS, DataFile, Snapshot, TableChangedError
 from pipeline.storage import ObjectNotFound, Storage, StorageError
 
 _TOKEN_BITS = 32
@@ -83,7 +83,7 @@ class DeltaTable:
             self._load()
             number = self._transaction()
             if number is None:
-                return NOTHING
+                return self._unsigned()
             version, token = number >> _TOKEN_BITS, f"{number % 2**_TOKEN_BITS:08x}"
             try:
                 data = self._storage.read(self._state(version, token))
@@ -94,14 +94,25 @@ class DeltaTable:
                 return Snapshot(version, token, files=tuple(self._files({})))  # so that all is published anew
             return self._snapshot(version, token, pq.read_table(io.BytesIO(data)))
 
+    def _unsigned(self) -> Snapshot:
+        """What the table has of the model without a transaction of ours, which a copy of a table lacks.
+
+        Nothing, as a rule; else all is published anew, in the place of the rows that are there, and under
+        a version that none of them has.
+        """
+        if self._delta is None or not (files := tuple(self._files({}))):
+            return NOTHING
+        return Snapshot(self._last_published(), "", files=files)
+
     def _snapshot(self, version: int, token: str, state: pa.Table) -> Snapshot:
         notes = json.loads(state.schema.metadata[_FOOTER])
         ranges = {path: (first, last) for path, first, last in notes["files"]}
-        files, shards = tuple(self._files(ranges)), read_shards(state)
-        if sum(file.rows for file in files) != sum(shard.rows for shard in shards.values()):
+        files = tuple(self._files(ranges))
+        known = Snapshot(version, token, tuple(notes["columns"]), files, state.cast(SHARDS))
+        if sum(file.rows for file in files) != known.rows:
             # Somebody has put back an earlier version, or taken rows out: all is published anew.
             return Snapshot(version, token, files=files)
-        return Snapshot(version, token, tuple(notes["columns"]), files, shards)
+        return known
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
         """Makes a version the current one, in one transaction; see `ConsumerTable`."""
@@ -214,11 +225,19 @@ class DeltaTable:
 
     def _files(self, ranges: dict[str, tuple[str | None, str | None]]) -> Iterator[DataFile]:
         """The model's files, as the log has them: somebody may have compacted the table since."""
+        columns = (self._logged()[name].to_pylist() for name in ("path", "num_records", "size_bytes"))
+        for path, rows, size in zip(*columns, strict=True):
+            yield DataFile(unquote(path), rows or 0, size, *ranges.get(path, (None, None)))
+
+    def _last_published(self) -> int:
+        """The greatest version that the log knows of rows of the model; 0 where it knows of none."""
+        logged, name = self._logged(), "max.published"
+        return pc.max(logged[name]).as_py() or 0 if name in logged.column_names else 0
+
+    def _logged(self) -> pa.Table:
+        """What the log says of each of the model's files."""
         actions = pa.table(self._delta.get_add_actions(flatten=True))
-        names = ("path", "num_records", "size_bytes", "partition.model")
-        for path, rows, size, model in zip(*(actions[n].to_pylist() for n in names), strict=True):
-            if model == self._model:
-                yield DataFile(unquote(path), rows or 0, size, *ranges.get(path, (None, None)))
+        return actions.filter(pc.equal(actions["partition.model"], self._model))
 
     def _removed(self, file: DataFile) -> Any:
         from deltalake.transaction import RemoveAction
@@ -259,7 +278,7 @@ def _as_delta(column: pa.Field) -> pa.Field:
 
 def _number(snapshot: Snapshot) -> int | None:
     """A version and its attempt as the version of a Delta transaction; None before there is one."""
-    return (snapshot.version << _TOKEN_BITS) | int(snapshot.token, 16) if snapshot.version else None
+    return (snapshot.version << _TOKEN_BITS) | int(snapshot.token, 16) if snapshot.token else None
 
 
 def _milliseconds() -> int:
@@ -271,7 +290,7 @@ def _state_file(snapshot: Snapshot) -> bytes:
         "columns": snapshot.columns,
         "files": [(file.path, file.first_shard, file.last_shard) for file in snapshot.files],
     }
-    table = shards_table(snapshot).replace_schema_metadata({_FOOTER: json.dumps(notes)})
+    table = snapshot.shards.replace_schema_metadata({_FOOTER: json.dumps(notes)})
     out = io.BytesIO()
     pq.write_table(table, out, compression="zstd")
     return out.getvalue()

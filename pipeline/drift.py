@@ -7,7 +7,8 @@
   population stability index", Journal of Risk Model Validation 14(4), 2020): `psi_by_chance`.
 - Jensen-Shannon distance: the square root of the divergence in bits, from 0 to 1 (Endres and Schindelin, "A
   new metric for probability distributions", IEEE Trans. Inf. Theory 49(7), 2003), as
-  `scipy.spatial.distance.jensenshannon(a, b, base=2)`. Nothing is added to empty classes.
+  `scipy.spatial.distance.jensenshannon(a, b, base=2)`. Nothing is added to empty classes. The classes' parts
+  are parts of the divergence: they sum to the square of the distance.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.statistics import BINS
+from pipeline.statistics import HISTOGRAM_BINS
 
 #: Bins of the scores' PSI, over [0, 1].
-SCORE_BINS = 10
+DRIFT_BINS = 10
 _ADDED = 0.5
 
 
@@ -49,14 +50,20 @@ def psi_by_chance(a: np.ndarray, b: np.ndarray) -> float:
     return max(0, classes - 1) * (1 / max(1, int(a.sum())) + 1 / max(1, int(b.sum())))
 
 
-def js_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The Jensen-Shannon distance between counts: 0 for equal fractions, 1 for disjoint ones."""
+def js_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Each class's part of the Jensen-Shannon divergence between counts, in bits; none is negative."""
     p, q = a / max(1, int(a.sum())), b / max(1, int(b.sum()))
     middle = (p + q) / 2
-    divergence = sum(
-        float((side[side > 0] * np.log2(side[side > 0] / middle[side > 0])).sum()) for side in (p, q)
-    )
-    return float(np.sqrt(np.clip(divergence / 2, 0, 1)))
+    parts = np.zeros(len(p))
+    for side in (p, q):
+        ratio = np.divide(side, middle, out=np.ones_like(side), where=side > 0)
+        parts += side * np.log2(ratio) / 2
+    return np.maximum(parts, 0)  # where they are equal, rounding may leave less
+
+
+def js_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The Jensen-Shannon distance between counts: 0 for equal fractions, 1 for disjoint ones."""
+    return float(np.sqrt(np.clip(js_parts(a, b).sum(), 0, 1)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Drift:
     Attributes:
         classes: of both.
         count_a, count_b: images that were given each class, int64 (classes,).
-        scores_a, scores_b: histograms of their scores, int64 (classes, `SCORE_BINS`).
+        scores_a, scores_b: histograms of their scores, int64 (classes, `DRIFT_BINS`).
     """
 
     classes: Classes
@@ -136,7 +143,7 @@ class Drift:
             return result
 
         def coarse(histogram: np.ndarray) -> np.ndarray:
-            return histogram.reshape(-1, SCORE_BINS, BINS // SCORE_BINS).sum(axis=2)
+            return histogram.reshape(-1, DRIFT_BINS, HISTOGRAM_BINS // DRIFT_BINS).sum(axis=2)
 
         return cls(
             classes,
@@ -180,6 +187,11 @@ class Drift:
     def psi_by_chance(self) -> float:
         """What it is on average without drift."""
         return psi_by_chance(self.count_a, self.count_b)
+
+    @property
+    def js_parts(self) -> np.ndarray:
+        """Each class's part of the Jensen-Shannon divergence, in bits: they sum to the distance squared."""
+        return js_parts(self.count_a, self.count_b)
 
     @property
     def js(self) -> float:

@@ -124,6 +124,14 @@ class Manifest:
         empty = pa.schema([_SCHEMA.field(name) for name in columns]).empty_table()
         return pa.concat_tables([empty, *tables])
 
+    def labelled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
+        """Some columns of the shards that have labels, or of those that one run labelled. Streams."""
+        for table in self._tables(self._version(), {*columns, "output", "run"}):
+            table = table.filter(pc.is_valid(table["output"]))
+            if run is not None:
+                table = table.filter(pc.equal(table["run"], run))
+            yield table.select(list(columns))
+
     def rows(self) -> Iterator[ManifestRow]:
         """All rows, sorted by URI. Streams."""
         for table in self._tables(self._version(), None):
@@ -195,8 +203,7 @@ class Manifest:
         totals = [ClassStatistics.empty(self._num_classes) for _ in runs]
         named = pa.array([run for run in runs if run is not None], pa.string())
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-            for table in self._tables(self._version(), ("output", "run", "statistics")):
-                table = table.filter(pc.is_valid(table["output"]))
+            for table in self.labelled(("output", "run", "statistics")):
                 if None not in runs:
                     table = table.filter(pc.is_in(table["run"], value_set=named))
                 without = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()

@@ -25,15 +25,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.publishing import NOTHING, DataFile, PublishedShard, Snapshot, TableChangedError
+from pipeline.publishing import NOTHING, SHARDS, DataFile, Snapshot, TableChangedError
 from pipeline.storage import ABSENT, BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
 #: Versions whose files are kept, the current one among them.
 KEEP = 10
-
-_SHARDS = pa.schema(
-    [("shard", pa.string()), ("output_version", pa.string()), ("rows", pa.int64()), ("published", pa.int64())]
-)
 
 
 class ParquetTable:
@@ -149,7 +145,7 @@ class ParquetTable:
         content = self._current
         uri = f"{self.uri}/{content['shards']}"
         try:
-            table = pq.read_table(io.BytesIO(self._storage.read(uri)), schema=_SHARDS)
+            table = pq.read_table(io.BytesIO(self._storage.read(uri)), schema=SHARDS)
         except pa.ArrowInvalid as error:
             raise StorageError(uri, f"not the shards of a table: {error}") from None
         return Snapshot(
@@ -157,7 +153,7 @@ class ParquetTable:
             content["token"],
             tuple(content["columns"]),
             tuple(DataFile(**file) for file in content["files"]),
-            read_shards(table),
+            table,
         )
 
     def _kept(self, base: Snapshot) -> list[dict[str, Any]]:
@@ -189,25 +185,9 @@ def _in_single_precision(column: pa.Field) -> pa.Field:
     return column
 
 
-def shards_table(snapshot: Snapshot) -> pa.Table:
-    """The shards of a version, one row each."""
-    shards = snapshot.shards.values()
-    columns = [
-        pa.array(snapshot.shards, pa.string()),
-        *(pa.array([getattr(shard, name) for shard in shards]) for name in _SHARDS.names[1:]),
-    ]
-    return pa.table([c.cast(f.type) for c, f in zip(columns, _SHARDS, strict=True)], schema=_SHARDS)
-
-
-def read_shards(table: pa.Table) -> dict[str, PublishedShard]:
-    """What `shards_table` made a table of."""
-    columns = (table[name].to_pylist() for name in _SHARDS.names)
-    return {shard: PublishedShard(*rest) for shard, *rest in zip(*columns, strict=True)}
-
-
 def _shards_file(snapshot: Snapshot) -> bytes:
     out = io.BytesIO()
-    pq.write_table(shards_table(snapshot), out, compression="zstd")
+    pq.write_table(snapshot.shards, out, compression="zstd")
     return out.getvalue()
 
 

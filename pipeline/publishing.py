@@ -15,15 +15,14 @@ The order of a publication:
 
 from __future__ import annotations
 
-import bisect
 import secrets
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +40,10 @@ FILE_BYTES = 512 * 1024**2
 _SMALL = 1 / 12
 _ATTEMPTS = 5
 _READERS = 8
+
+_LABELLED = pa.schema(
+    [pa.field("uri", pa.string(), nullable=False), ("output", pa.string()), ("output_version", pa.string())]
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,19 +74,11 @@ class DataFile:
     last_shard: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class PublishedShard:
-    """A shard in a table.
-
-    Attributes:
-        output_version: the version of its prediction file that was published.
-        rows: its rows.
-        published: the version of the table that brought them.
-    """
-
-    output_version: str
-    rows: int
-    published: int
+#: A row a shard in a table, sorted: the version of its prediction file that was published, its rows, and the
+#: version of the table that brought them. As Arrow, since a million of them as objects are a gigabyte.
+SHARDS = pa.schema(
+    [("shard", pa.string()), ("output_version", pa.string()), ("rows", pa.int64()), ("published", pa.int64())]
+)
 
 
 @dataclass(frozen=True)
@@ -95,19 +90,19 @@ class Snapshot:
         token: tells attempts at the same version apart.
         columns: names and types.
         files: what it consists of.
-        shards: what it holds, by URI.
+        shards: what it holds, as `SHARDS`.
     """
 
     version: int
     token: str
     columns: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
-    shards: Mapping[str, PublishedShard] = field(default_factory=dict)
+    shards: pa.Table = field(default_factory=SHARDS.empty_table)
 
     @property
     def rows(self) -> int:
         """Rows of all shards."""
-        return sum(shard.rows for shard in self.shards.values())
+        return pc.sum(self.shards["rows"]).as_py() or 0
 
 
 #: What there is before anything is published.
@@ -146,16 +141,17 @@ class Increment:
     """What a table lacks.
 
     Attributes:
-        added: prediction files to publish, relative to the partition, and their versions, by shard.
-        replaced: those of the shards that the table has in an earlier version.
+        added: shards to publish, sorted: `uri`, and their prediction files, `output` (relative to the
+            partition) and `output_version`.
+        replaced: those of them that the table has in an earlier version.
         removed: shards of the table that are no longer labelled.
         pending: shards whose file has changed since the manifest was written: they stay as they are.
     """
 
-    added: Mapping[str, tuple[str, str]]
-    replaced: frozenset[str]
-    removed: frozenset[str]
-    pending: frozenset[str]
+    added: pa.Table
+    replaced: pa.ChunkedArray
+    removed: pa.ChunkedArray
+    pending: pa.ChunkedArray
 
 
 @dataclass(frozen=True)
@@ -196,7 +192,7 @@ def publish(
     for _ in range(_ATTEMPTS):
         base = table.read()
         increment = _increment(partition, base, _columns(schema))
-        if not (increment.added or increment.removed):
+        if not (len(increment.added) or len(increment.removed)):
             table.tidy(base)
             return Publication(base, increment, is_new=False)
         try:
@@ -223,31 +219,49 @@ def _columns(schema: pa.Schema) -> tuple[str, ...]:
 
 def _increment(partition: Partition, base: Snapshot, columns: tuple[str, ...]) -> Increment:
     """Compares the manifest with what is published."""
-    table = partition.manifest.read(("uri", "output", "output_version"))
-    labelled = {
-        uri: (output, version)
-        for uri, output, version in zip(*(column.to_pylist() for column in table.columns), strict=True)
-        if output is not None
-    }
-    same_columns = base.columns == columns
-    added = {
-        uri: row
-        for uri, row in labelled.items()
-        if not same_columns or uri not in base.shards or base.shards[uri].output_version != row[1]
-    }
-    pending: frozenset[str] = frozenset()
-    if added:
-        there = {info.uri: info.version for info in prediction_files(partition.storage, partition.uri)}
-        pending = frozenset(
-            uri
-            for uri, (output, version) in added.items()
-            if there.get(f"{partition.uri}/{output}") != version
-        )
-        added = {uri: row for uri, row in added.items() if uri not in pending}
-    removed = base.shards.keys() - labelled
-    if added and not same_columns:  # then no row can be taken over
-        removed |= base.shards.keys() & pending
-    return Increment(added, frozenset(added.keys() & base.shards), frozenset(removed), pending)
+    tables = partition.manifest.labelled(_LABELLED.names)
+    labelled = pa.concat_tables([_LABELLED.empty_table(), *tables])
+    known = base.shards["shard"]
+    removed = known.filter(pc.invert(pc.is_in(known, value_set=labelled["uri"])))
+    place = pc.index_in(labelled["uri"], value_set=known)
+    added = labelled.append_column("is_known", pc.is_valid(place))
+    if same_columns := base.columns == columns:
+        published = base.shards["output_version"].take(place)
+        is_same = pc.fill_null(pc.equal(labelled["output_version"], published), False)
+        added = added.filter(pc.invert(is_same))
+    is_there = _are_there(partition, added)
+    pending, added = added.filter(pc.invert(is_there)), added.filter(is_there)
+    if len(added) and not same_columns:  # then no row can be taken over
+        removed = _concatenated(removed, pending.filter(pending["is_known"])["uri"])
+    replaced = added.filter(added["is_known"])["uri"]
+    return Increment(added.select(_LABELLED.names), replaced, removed, pending["uri"])
+
+
+def _are_there(partition: Partition, shards: pa.Table) -> pa.Array:
+    """Of each shard, whether its prediction file is there in the version that the manifest says.
+
+    By hashes, which are a tenth of the names. If two were the same, a file would be tried to be read in a
+    version that isn't there, and that fails.
+    """
+    if not len(shards):
+        return pa.array([], pa.bool_())
+    files = prediction_files(partition.storage, partition.uri)
+    found = np.fromiter((hash((info.uri, info.version)) for info in files), np.int64)
+    wanted = (
+        hash((f"{partition.uri}/{output}", version))
+        for _, output, version in _rows(shards.select(_LABELLED.names))
+    )
+    return pa.array(np.isin(np.fromiter(wanted, np.int64, len(shards)), found))
+
+
+def _rows(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """The rows as tuples, a few thousand of them at once."""
+    for batch in table.to_batches(max_chunksize=10_000):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _concatenated(*columns: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
 
 
 class _Writer:
@@ -265,13 +279,13 @@ class _Writer:
         self._version = base.version + 1
         self._token = secrets.token_hex(4)
         self._files: list[DataFile] = []
-        self._rows: dict[str, int] = {}
 
     def write(self, increment: Increment) -> Snapshot:
         """Writes them; returns the version that they make."""
-        gone = sorted(increment.replaced | increment.removed)
+        gone = _concatenated(increment.replaced, increment.removed)
         stay, go = self._split(gone)
-        units = self._units(increment.added, go, pa.array(gone, pa.string()))
+        rows_of = np.zeros(len(increment.added), np.int64)
+        units = self._units(increment.added, rows_of, go, gone)
         try:
             for rows in _packed(units, self._file_bytes):
                 self._write_file(rows)
@@ -282,55 +296,58 @@ class _Writer:
                 with suppress(StorageError):  # it would hide what went wrong; the next publication tidies up
                     self._storage.delete(f"{self._table.uri}/{file.path}")
             raise
-        is_gone = set(gone)
-        shards = {uri: shard for uri, shard in self._base.shards.items() if uri not in is_gone}
-        for uri, (_, output_version) in increment.added.items():
-            shards[uri] = PublishedShard(output_version, self._rows[uri], self._version)
-        return Snapshot(
-            self._version,
-            self._token,
-            _columns(self._schema),
-            (*stay, *self._files),
-            dict(sorted(shards.items())),
-        )
+        files = (*stay, *self._files)
+        shards = self._shards(increment.added, rows_of, gone)
+        return Snapshot(self._version, self._token, _columns(self._schema), files, shards)
 
-    def _split(self, gone: list[str]) -> tuple[list[DataFile], list[DataFile]]:
+    def _shards(self, added: pa.Table, rows_of: np.ndarray, gone: pa.ChunkedArray) -> pa.Table:
+        """What the version holds."""
+        base, version = self._base.shards, pa.array(np.full(len(added), self._version))
+        stay = base.filter(pc.invert(pc.is_in(base["shard"], value_set=gone)))
+        columns = [added["uri"], added["output_version"], pa.array(rows_of), version]
+        return pa.concat_tables([stay, pa.table(columns, schema=SHARDS)]).sort_by("shard")
+
+    def _split(self, gone: pa.ChunkedArray) -> tuple[list[DataFile], list[DataFile]]:
         """The files of the base that stay, and those whose rows are taken over into new ones."""
         if len(gone) == len(self._base.shards):
             return [], []
-        values = pa.array(gone, pa.string())
-        go = [file for file in self._base.files if self._is_small(file) or self._has_any(file, gone, values)]
+        go = [file for file in self._base.files if self._is_small(file) or self._has_any(file, gone)]
         return [file for file in self._base.files if file not in go], go
 
     def _is_small(self, file: DataFile) -> bool:
         return file.bytes < self._file_bytes * _SMALL
 
-    def _has_any(self, file: DataFile, gone: list[str], values: pa.Array) -> bool:
+    def _has_any(self, file: DataFile, gone: pa.ChunkedArray) -> bool:
         """Whether a file has rows of these shards; most are known not to by their range of shards."""
         if file.first_shard is not None and file.last_shard is not None:
-            at = bisect.bisect_left(gone, file.first_shard)
-            if at == len(gone) or gone[at] > file.last_shard:
+            is_within = pc.and_(
+                pc.greater_equal(gone, file.first_shard), pc.less_equal(gone, file.last_shard)
+            )
+            if not pc.any(is_within).as_py():
                 return False
         shards = _read(self._storage, f"{self._table.uri}/{file.path}", None, ["shard"])["shard"]
-        return bool(pc.any(pc.is_in(shards, value_set=values)).as_py())
+        return bool(pc.any(pc.is_in(shards, value_set=gone)).as_py())
 
     def _units(
-        self, added: Mapping[str, tuple[str, str]], go: Iterable[DataFile], gone: pa.Array
+        self, added: pa.Table, rows_of: np.ndarray, go: Iterable[DataFile], gone: pa.ChunkedArray
     ) -> Iterator[pa.Table]:
-        """The rows to write: a shard's, or those that a file still has; shards in their order."""
+        """The rows to write: a shard's, or those that a file still has; shards in their order.
+
+        Notes in `rows_of` how many each of the added shards has.
+        """
         columns = self._schema.names
         for file in go:
             rows = _read(self._storage, f"{self._table.uri}/{file.path}", None, columns)
             yield rows.filter(pc.invert(pc.is_in(rows["shard"], value_set=gone))).cast(self._schema)
 
-        def read(uri: str) -> pa.Table:
-            output, version = added[uri]
+        def read(numbered: tuple[int, tuple[str, str, str]]) -> pa.Table:
+            number, (_, output, version) = numbered
             rows = _read(self._storage, f"{self._partition}/{output}", version, columns[:-1])
-            self._rows[uri] = rows.num_rows
-            number = pa.array(np.full(rows.num_rows, self._version), pa.int64())
-            return rows.append_column("published", number).cast(self._schema)
+            rows_of[number] = rows.num_rows
+            published = pa.array(np.full(rows.num_rows, self._version), pa.int64())
+            return rows.append_column("published", published).cast(self._schema)
 
-        yield from _ahead(read, sorted(added))
+        yield from _ahead(read, enumerate(_rows(added)))
 
     def _write_file(self, rows: pa.Table) -> None:
         path = self._table.data_path(f"{self._version:08d}-{self._token}-{len(self._files):04d}.parquet")

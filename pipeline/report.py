@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import pyarrow.compute as pc
 
+from pipeline.causes import SHARD_COLUMNS, read_causes
+
 if TYPE_CHECKING:
     from pipeline.comparing import Comparison
     from pipeline.gallery import Item
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Shards that could not be read that are shown, at most; the manifest has the rest.
 MOST_UNREADABLE = 20
+#: Prediction files that are read for the causes of errors: some seconds' worth.
+MOST_FILES = 500
 #: Classes with samples to look at: some kilobytes each.
 MOST_IN_GALLERY = 20
 
@@ -58,6 +62,7 @@ class Chart:
         columns: the table's headings.
         rows: the table's cells, as text.
         note: what to know of it.
+        names: how many of the columns, from the first, hold names; the others hold numbers.
     """
 
     title: str
@@ -65,6 +70,7 @@ class Chart:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    names: int = 1
 
 
 @dataclass
@@ -122,7 +128,7 @@ def make_report(
     manifest = partition.manifest.read(("rows", "errors", "error", "gone"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     found = [
-        _failures(partition, record, manifest),
+        _failures(partition, manifest),
         sections.speed(record),
         sections.classes(partition, stats),
         sections.accuracy(partition, topk, stats) if stats.has_targets else None,
@@ -182,14 +188,15 @@ def _cards(record: Mapping[str, Any], stats: ClassStatistics, manifest: Any) -> 
     shards = manifest.num_rows - manifest["rows"].null_count
     more = f", {gone:,} of them gone from the input" if gone else ""
     cards = [
-        ("Labelled images", f"{labelled:,}", f"in all, of {shards:,} shards{more}"),
+        ("Labelled images", f"{labelled:,}", f"in all, of {_counted(shards, 'shard')}{more}"),
         ("Images that could not be labelled", f"{errors:,}", f"in all, {percent(share)}"),
     ]
     if counts:
-        this = f"in {counts['shards']:,} shards, {counts['errors']:,} errors"
+        read = counts["shards"] - counts.get("unreadable_shards", 0)
+        this = f"of {_counted(read, 'shard')}, {_counted(counts['errors'], 'error')}"
         cards.append(("Images of this run", f"{counts['images']:,}", this))
     if (rate := _rate(record)) is not None:
-        cards.append(("Images a second", f"{rate:,.1f}", "of this run, start-up aside"))
+        cards.append(("Images a second", f"{rate:,.1f}", "of this run, from when Ray was ready"))
     if stats.has_targets:
         of = f"of {int(stats.support.sum()):,} with a target"
         cards.append(("Top-1 accuracy", percent(stats.top1_accuracy()), of))
@@ -204,37 +211,41 @@ def _rate(record: Mapping[str, Any]) -> float | None:
     return rate
 
 
-def _failures(partition: StoredPartition, record: Mapping[str, Any], manifest: Any) -> Section:
+def _failures(partition: StoredPartition, manifest: Any) -> Section:
+    """Why samples of any run have no label, and which shards couldn't be read."""
     failed = manifest["error"].drop_null()
     errors = pc.sum(manifest["errors"]).as_py() or 0
     section = Section("failures", "What failed")
     if not errors and not len(failed):
         section.notes.append("Nothing: every sample of every shard is labelled.")
         return section
-    section.causes = causes = record.get("causes", [])
-    count = record.get("counts", {}).get("errors", 0)
-    if causes:
-        section.notes.append(f"Of this run, {_samples(count)} could not be labelled, by cause:")
-    elif count:
-        section.notes.append(
-            f"Of this run, {_samples(count)} could not be labelled; its record has no causes."
-        )
-    else:
-        section.notes.append("Every sample of this run is labelled.")
     if errors:
+        labelled = partition.manifest.labelled(SHARD_COLUMNS)
+        causes = read_causes(partition.storage, partition.uri, labelled, MOST_FILES)
+        section.causes = causes.to_record()
+        bad = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
+        note = f"{_counted(errors, 'sample')} of {_counted(bad, 'shard')} could not be labelled, by cause"
+        if bad > MOST_FILES:
+            worst = _counted(MOST_FILES, "shard")
+            note += f"; the causes are of {causes.count:,}, in the {worst} with the most"
+        elif causes.count != errors:
+            note += f"; the causes are of {causes.count:,}, the others being labelled anew meanwhile"
+        section.notes.append(f"{note}:")
         source = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
-        section.query = f"SELECT error, count(*) FROM '{source}' WHERE error IS NOT NULL GROUP BY error"
-        section.query_note = f"In all labels, {_samples(errors)} could not be labelled. This lists why:"
+        section.query = (
+            f"SELECT shard, key, error FROM '{source}' WHERE error IS NOT NULL ORDER BY shard, \"index\""
+        )
+        section.query_note = "This lists them all, with DuckDB:"
     if len(failed):
         section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
         first = "" if len(section.unreadable) == len(failed) else f", the first {len(section.unreadable)}"
-        shards = "1 shard" if len(failed) == 1 else f"{len(failed):,} shards"
+        shards = _counted(len(failed), "shard")
         section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
     return section
 
 
-def _samples(count: int) -> str:
-    return "1 sample" if count == 1 else f"{count:,} samples"
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.calibration import Calibration
 from pipeline.charts import bars, histogram, matrix, reliability
 from pipeline.report import Chart, Section, number, occurring, percent, score
+from pipeline.stages import StageFigures, is_telling
 
 if TYPE_CHECKING:
     from pipeline.agreement import Agreement
@@ -29,7 +30,7 @@ MOST_CHANGED = 15
 MOST_PAIRS = 12
 MOST_IN_MATRIX = 15
 
-_HISTOGRAM_BINS = 20
+_SHOWN_BINS = 20
 _EVENTS = {
     "planned": "listing and plan done",
     "ray_ready": "Ray ready",
@@ -58,7 +59,9 @@ def speed(record: Mapping[str, Any]) -> Section | None:
             bars(title, text, list(stages), [("busy", busy)], "share busy", "{:.0%}".format),
             ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "MB passed on", "Busy"],
             [[name, *_stage_cells(figures)] for name, figures in stages.items()],
-            "The stage that is busiest is the one that the others wait for.",
+            "The stage that is busiest is the one that the others wait for."
+            if is_telling({name: StageFigures(**figures) for name, figures in stages.items()})
+            else "Of so short a run this tells little: its first images were read before it counts.",
         )
     )
     times = sorted(record.get("seconds", {}).items(), key=lambda item: item[1])
@@ -116,7 +119,7 @@ def _class_cells(row: Mapping[str, Any], has_targets: bool) -> list[str]:
 
 def _scores(stats: ClassStatistics) -> Chart:
     whole, right = _coarse(stats.score_histogram.sum(axis=0)), _coarse(stats.calibration[1])
-    edges = np.linspace(0, 1, _HISTOGRAM_BINS + 1)
+    edges = np.linspace(0, 1, _SHOWN_BINS + 1)
     series, columns = [("all", whole)], ["Score", "Images"]
     if right.any():
         series.append(("right, of those with a target", right))
@@ -125,14 +128,14 @@ def _scores(stats: ClassStatistics) -> Chart:
     note = f"The score is the softmax of the class given: 0.9 or more for {percent(high)} of the images."
     rows = [
         [f"{edges[i]:.2f} to {edges[i + 1]:.2f}", *(number(values[i]) for _, values in series)]
-        for i in range(_HISTOGRAM_BINS)
+        for i in range(_SHOWN_BINS)
     ]
     title = "Confidence: images by score"
     return Chart(title, histogram(title, note, edges, series, "score", number), columns, rows, note)
 
 
 def _coarse(counts: np.ndarray) -> np.ndarray:
-    coarse: np.ndarray = counts.reshape(_HISTOGRAM_BINS, -1).sum(axis=1)
+    coarse: np.ndarray = counts.reshape(_SHOWN_BINS, -1).sum(axis=1)
     return coarse
 
 
@@ -184,7 +187,8 @@ def _pairs(labels: Sequence[str], stats: ClassStatistics) -> Chart:
         [labels[target], labels[given], number(count), percent(count / max(1, int(stats.support[target])))]
         for given, target, count in stats.confusion.top(MOST_PAIRS)
     ]
-    return Chart("Most confused pairs", "", ["Target", "Labelled as", "Images", "Of the target's"], rows)
+    columns = ["Target", "Labelled as", "Images", "Of the target's"]
+    return Chart("Most confused pairs", "", columns, rows, names=2)
 
 
 def _matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
@@ -228,27 +232,25 @@ def comparison(found: Comparison, place: int) -> Section:
         place: the number of this comparison in the page.
     """
     drift, agreement, labels = found.drift, found.agreement, found.drift.classes.labels
-    is_run = found.a.partition.uri == found.b.partition.uri
-    title = "Against the previous run" if is_run else f"Against {found.a.partition.name}"
-    section = Section(f"against-{place}", title)
-    if is_run:
-        section.notes.append("What this run labelled (here), and what the run before labelled (there).")
-    if drift.classes.only_a or drift.classes.only_b:
-        section.notes.append(
-            f"Classes are matched by name: {drift.classes.only_b:,} are in these labels alone, "
-            f"{drift.classes.only_a:,} in the others alone."
-        )
-    section.facts |= {
-        "Compared with": found.a.name,
-        "Images": f"{drift.images_b:,} here, {drift.images_a:,} there",
-        "PSI of the classes": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
-        "Jensen-Shannon distance": f"{drift.js:.4f}",
-        "PSI of the scores": f"{drift.score_psi:.4f}",
-    }
+    section = Section(f"against-{place}", f"Against {_other(found)}")
+    there = "all labels" if found.a.run is None else "what that run labelled and still stands"
+    section.facts["There"] = f"{there}: {found.a.name}"
+    section.facts["Here"] = "all labels" if found.b.run is None else "what this run labelled"
+    section.facts |= found.facts("there", "here")
     section.charts += [_changed(drift, place), _score_drift(drift, place)]
     if agreement is not None:
         _add_agreement(section, agreement, labels)
     return section
+
+
+def _other(found: Comparison) -> str:
+    """What these labels are compared with, for a heading."""
+    a, b = found.a, found.b
+    if a.partition.uri == b.partition.uri:
+        if a.run is not None and b.run is not None:
+            return "the previous run"
+        return "all labels" if a.run is None else f"run {a.run}"
+    return a.partition.name if a.run is None else f"{a.partition.name}, run {a.run}"
 
 
 def _changed(drift: Drift, place: int) -> Chart:
@@ -282,21 +284,13 @@ def _score_drift(drift: Drift, place: int) -> Chart:
 
 
 def _add_agreement(section: Section, agreement: Agreement, labels: Sequence[str]) -> None:
-    section.facts["Same class"] = (
-        f"{percent(agreement.share)} of {agreement.compared:,} images that both have labelled, "
-        f"Cohen's kappa {score(agreement.kappa)}"
-    )
-    section.facts["Not compared"] = (
-        f"{agreement.only_b:,} images labelled here alone, {agreement.only_a:,} there alone; "
-        f"{agreement.changed_shards:,} shards labelled in different versions"
-    )
     rows = [
         [labels[b], labels[a], number(count), percent(count / agreement.compared)]
         for a, b, count in agreement.disagreements.top(MOST_PAIRS)
     ]
     if rows:
         columns = ["Here", "There", "Images", "Of those compared"]
-        section.tables.append(Chart("Most frequent disagreements", "", columns, rows))
+        section.tables.append(Chart("Most frequent disagreements", "", columns, rows, names=2))
     section.notes += _undercounted(agreement.disagreements)
 
 

@@ -20,6 +20,9 @@ _GPU_INTERVAL = 0.5
 
 logger = logging.getLogger("cvt_label")
 
+#: Seconds of classifying from which on shares tell what bound a run: its first chunks were read and decoded
+#: before, which counts as work too.
+_TELLING_S = 10.0
 #: Below this share of its time, even the busiest stage is not what a run waits for.
 _BOUND_SHARE = 0.5
 
@@ -116,6 +119,11 @@ class StageFigures:
     workers: float
     share_busy: float
 
+    @property
+    def seconds(self) -> float:
+        """Seconds that each of its workers worked or waited."""
+        return (self.busy_s + self.wait_s) / self.workers
+
 
 def stage_figures(
     spent: Mapping[str, float], workers: Mapping[str, int], seconds: float
@@ -147,8 +155,15 @@ def stage_figures(
     return figures
 
 
+def is_telling(figures: Mapping[str, StageFigures]) -> bool:
+    """Whether a run was long enough to tell what bound it."""
+    return min((stage.seconds for stage in figures.values() if stage.workers), default=0.0) >= _TELLING_S
+
+
 def bound_by(figures: Mapping[str, StageFigures]) -> str:
-    """Says in one line which stage the others waited for."""
+    """Says in one line which stage the others waited for, where the run was long enough to tell."""
+    if not is_telling(figures):
+        return "not known: the run was too short to tell"
     by_share = sorted(figures, key=lambda stage: figures[stage].share_busy, reverse=True)
     shares = [f"{stage} {figures[stage].share_busy:.0%}" for stage in by_share]
     busiest = by_share[0]

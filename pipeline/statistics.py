@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from pipeline.pairs import PairCounts
 
 #: Bins of the score histogram over [0, 1]; a bin's width is the resolution of the quantiles.
-BINS = 100
-QUANTILE_RESOLUTION = 1 / BINS
+HISTOGRAM_BINS = 100
+QUANTILE_RESOLUTION = 1 / HISTOGRAM_BINS
 #: Fixed point of the sums: kept to 2**-27, an int64 has room for the entropies of 6e9 images of one
 #: class, even where there are 22,000 classes (10 nats).
 SCALE = 1 << 27
@@ -63,15 +63,15 @@ class ClassStatistics:
         count: rows that were given this class.
         score_sum, score_square_sum, entropy_sum: fixed-point sums over those rows, int64 / `SCALE`.
         score_min, score_max: float32; +inf and -inf where there is no row.
-        score_histogram: int64 (classes, `BINS`).
+        score_histogram: int64 (classes, `HISTOGRAM_BINS`).
         predicted_with_target: rows given this class that carry a target.
         support: rows whose target is this class.
         true_positives: rows given this class whose target it is.
         top5_hits: rows whose target is this class, and is among their five best.
             Too low where rows hold fewer classes than that: see `knows_top5`.
         confusion: pairs (class given, target) of rows that were given another class than their target.
-        calibration: int64 (3, `BINS`), by bin of the score, over rows with a target: rows, rows whose
-            target is the class given, and the fixed-point sum of their scores.
+        calibration: int64 (3, `HISTOGRAM_BINS`), by bin of the score, over rows with a target: rows, rows
+            whose target is the class given, and the fixed-point sum of their scores.
     """
 
     count: np.ndarray
@@ -102,13 +102,13 @@ class ClassStatistics:
             score_min=np.full(num_classes, np.inf, np.float32),
             score_max=np.full(num_classes, -np.inf, np.float32),
             entropy_sum=zeros(),
-            score_histogram=np.zeros((num_classes, BINS), np.int64),
+            score_histogram=np.zeros((num_classes, HISTOGRAM_BINS), np.int64),
             predicted_with_target=zeros(),
             support=zeros(),
             true_positives=zeros(),
             top5_hits=zeros(),
             confusion=PairCounts(),
-            calibration=np.zeros((3, BINS), np.int64),
+            calibration=np.zeros((3, HISTOGRAM_BINS), np.int64),
         )
 
     @property
@@ -298,7 +298,7 @@ CLASS_STATS_SCHEMA = pa.schema(
         ("top5_recall", pa.float64()),
     ],
     metadata={
-        "score_histogram": f"{BINS} bins of equal width over [0, 1]",
+        "score_histogram": f"{HISTOGRAM_BINS} bins of equal width over [0, 1]",
         "score_quantile_resolution": f"{QUANTILE_RESOLUTION:g}",
         "score_std": "population standard deviation",
     },
@@ -354,11 +354,11 @@ def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> 
 def _quantile(histogram: np.ndarray, q: float) -> float:
     """The middle of the bin that holds the q-quantile."""
     upto = np.cumsum(histogram)
-    return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / BINS
+    return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / HISTOGRAM_BINS
 
 
 def _bins(scores: np.ndarray) -> np.ndarray:
-    return np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    return np.minimum((scores * HISTOGRAM_BINS).astype(np.int64), HISTOGRAM_BINS - 1)
 
 
 def _fixed(values: np.ndarray) -> np.ndarray:

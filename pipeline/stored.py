@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.manifest import Manifest
 from pipeline.record import read_record
-from pipeline.statistics import BINS, CLASS_STATS_SCHEMA, ClassStatistics
+from pipeline.statistics import CLASS_STATS_SCHEMA, HISTOGRAM_BINS, ClassStatistics
 from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError, normalised
 
 _RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
@@ -96,6 +95,28 @@ class StoredPartition:
         return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
 
 
+class StoredShard(NamedTuple):
+    """A shard's labels, as the manifest has them.
+
+    Attributes:
+        uri, version: of the shard.
+        rows, errors: its samples, and those of them that are error rows.
+        output, output_version: its prediction file, relative to the partition.
+    """
+
+    uri: str
+    version: str
+    rows: int
+    errors: int
+    output: str
+    output_version: str
+
+    @property
+    def labelled(self) -> int:
+        """Its samples that have a label."""
+        return self.rows - self.errors
+
+
 @dataclass(frozen=True)
 class Side:
     """What is compared: all labels of a partition, or those that one run wrote and that still stand.
@@ -157,13 +178,13 @@ class Side:
             return stats.count, stats.score_histogram
         classes = self.partition.classes
         histograms = classes["score_histogram"].combine_chunks().flatten().to_numpy()
-        return classes["count"].to_numpy(), histograms.reshape(-1, BINS)
+        return classes["count"].to_numpy(), histograms.reshape(-1, HISTOGRAM_BINS)
 
-    @property
-    def holds(self) -> Callable[[str], bool]:
-        """Which prediction files count, by their path in the partition."""
-        if self.run is None:
-            return lambda path: True
-        rows = self.partition.manifest.read(("output", "run"))
-        outputs = frozenset(rows.filter(pc.equal(rows["run"], self.run))["output"].to_pylist())
-        return outputs.__contains__
+    def shards(self) -> Iterator[StoredShard]:
+        """The shards whose labels they are, sorted by URI, from the manifest. Streams.
+
+        Raises:
+            StorageError: the manifest can't be read.
+        """
+        for table in self.partition.manifest.labelled(StoredShard._fields, self.run):
+            yield from map(StoredShard, *(column.to_pylist() for column in table.columns))

@@ -57,6 +57,14 @@ class Storage:
 
         return endpoint_in_use(self.endpoint_url, os.environ)
 
+    def connect(self, uri: str) -> None:
+        """Makes the client that serves a URI, which takes a second; else its first use in a process does.
+
+        Raises:
+            StorageError: the client can't be made.
+        """
+        self._service(normalised(uri))
+
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or everything below the folder `uri`.
 

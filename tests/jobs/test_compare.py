@@ -66,13 +66,38 @@ def test_samples_that_both_have_labelled_are_compared_by_their_classes_names(
     assert found.drift.count_b.tolist() == [6, 0, 3, 2]
 
 
+def test_only_files_of_shards_that_both_have_in_one_version_are_opened(
+    models: tuple[str, str], storage: Storage
+) -> None:
+    """The others aren't there to be opened, and are counted all the same."""
+    before = compare(*(Side.open(storage, uri) for uri in models)).totals
+    files = [info.uri for uri in models for info in storage.list(f"{uri}/predictions")]
+    for uri in files:
+        if "changed.tar" in uri or "zz.tar" in uri:
+            storage.delete(uri)
+    assert compare(*(Side.open(storage, uri) for uri in models)).totals == before
+
+
+def test_labels_that_are_newer_than_the_manifest_are_counted_and_not_compared(
+    models: tuple[str, str], storage: Storage
+) -> None:
+    [uri] = [
+        info.uri for info in storage.list(f"{models[0]}/predictions") if info.uri.endswith("/1.tar.parquet")
+    ]
+    storage.write(uri, b"of another version")
+    agreement = compare(*(Side.open(storage, uri) for uri in models)).agreement
+    assert agreement is not None
+    assert (agreement.shards, agreement.changed_shards, agreement.compared) == (1, 2, 4)
+    assert (agreement.only_a, agreement.only_b) == (7 + 2, 5 + 2)
+
+
 def test_the_command_prints_it_writes_it_and_its_limits_set_the_status(
     models: tuple[str, str], bucket: str, storage: Storage
 ) -> None:
     done = cvt_label(*models, "--output", f"{bucket}/cmp.parquet", "--max-psi", "0.1", "--min-agreement", 0.9)
     assert done.exit_code == 7, done.stderr
-    assert "66.7% of 6 samples" in done.stdout
-    assert "matched by name: 1 are in A alone, 1 in B alone" in done.stdout
+    assert "66.7% of 6 images that both have labelled" in done.stdout
+    assert "matched by name: 1 only in A, 1 only in B" in done.stdout
     assert "[bold]hat" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
     assert "is more than 0.1" in done.stderr
@@ -85,6 +110,9 @@ def test_the_command_prints_it_writes_it_and_its_limits_set_the_status(
     totals = json.loads(table.schema.metadata[TOTALS.encode()])
     assert (totals["compared"], totals["only_a"]) == (6, 7)
     assert sum(row["psi"] for row in table.to_pylist()) == pytest.approx(totals["psi"])
+    parts = [row["js_divergence"] for row in table.to_pylist()]
+    assert min(parts) >= 0
+    assert sum(parts) == pytest.approx(totals["js_distance"] ** 2)
 
 
 def test_runs_of_one_partition_are_compared_by_the_labels_that_stand(bucket: str, storage: Storage) -> None:
@@ -97,7 +125,7 @@ def test_runs_of_one_partition_are_compared_by_the_labels_that_stand(bucket: str
     ids = write_partition(storage, uri, LABELS, [*made, made[0]])  # the last one labels the first's again
     calm = cvt_label(f"{uri}@{ids[1]}", f"{uri}@{ids[3]}", "--max-psi", 0.1, "--max-js", 0.1)
     assert calm.exit_code == 0, calm.stderr
-    assert "1,000 labelled images" in calm.stdout
+    assert "1,000 in A, 1,000 in B" in calm.stdout
     drifted = compare(Side.open(storage, f"{uri}@{ids[1]}"), Side.open(storage, f"{uri}@{ids[2]}"))
     assert drifted.agreement is None
     assert drifted.drift.psi > 0.5

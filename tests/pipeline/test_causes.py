@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
-from pipeline.causes import MOST_CAUSES, MOST_KEYS, OTHERS, Causes, cause_of
+from pipeline.causes import MOST_CAUSES, MOST_KEYS, OTHERS, SHARD_COLUMNS, Causes, causes_of, read_causes
+from pipeline.manifest import Manifest
+from pipeline.storage import Storage
+from tests.partitions import make_predictions, write_partition
 
 
 def samples(*errors: str | None) -> pa.Table:
@@ -20,7 +25,7 @@ def samples(*errors: str | None) -> pa.Table:
     ],
 )
 def test_what_differs_from_sample_to_sample_is_left_out(error: str, cause: str) -> None:
-    assert cause_of(error) == cause
+    assert causes_of(pa.array([error])).to_pylist() == [cause]
 
 
 def test_errors_are_counted_by_cause_the_most_frequent_first_with_a_few_samples() -> None:
@@ -44,3 +49,33 @@ def test_causes_without_end_are_counted_as_one() -> None:
     assert len(record) == MOST_CAUSES + 1
     assert record[0]["cause"] == OTHERS
     assert sum(cause["count"] for cause in record) == 199
+
+
+def test_of_labels_that_lie_there_only_files_with_errors_are_read_those_with_the_most_first(
+    tmp_path: Path,
+) -> None:
+    uri, storage = str(tmp_path / "model=m-ffffffff"), Storage()
+    days = [
+        {
+            f"/in/{day}-{bad}.tar": make_predictions(
+                f"/in/{day}-{bad}.tar", ["a"], [0, *[None] * bad], error=f"{bad} bytes, day '{day}'"
+            )
+            for bad in range(4)
+        }
+        for day in "xy"
+    ]
+    write_partition(storage, uri, ["a"], days)
+    for path in Path(uri).rglob("?-0.tar.parquet"):
+        path.write_bytes(b"without errors: nobody looks at it")
+    manifest = Manifest(storage, uri, 1)
+
+    def causes(most: int) -> Causes:
+        return read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), most)
+
+    [found] = causes(100).to_record()
+    assert (found["cause"], found["count"]) == ("N bytes, day '...'", 2 * (1 + 2 + 3))
+    assert found["samples"][0] == {"shard": "/in/x-3.tar", "key": "k1", "error": "3 bytes, day 'x'"}
+    assert len(found["samples"]) == MOST_KEYS
+    assert causes(3).count == 3 + 3 + 2
+    next(Path(uri).rglob("x-3.tar.parquet")).write_bytes(b"labelled anew since the manifest was written")
+    assert causes(100).count == 2 * (1 + 2 + 3) - 3

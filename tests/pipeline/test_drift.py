@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.drift import Classes, Drift, js_distance, psi, psi_by_chance
-from pipeline.statistics import BINS
+from pipeline.drift import Classes, Drift, js_distance, js_parts, psi, psi_by_chance
+from pipeline.statistics import HISTOGRAM_BINS
 
 
 def test_psi_is_the_sum_of_its_textbook_terms() -> None:
@@ -41,6 +41,14 @@ def test_the_jensen_shannon_distance_is_0_for_equal_fractions_1_for_disjoint_one
     assert js_distance(np.array([1, 0]), np.array([1, 1])) == pytest.approx(0.5579230452841438)
 
 
+def test_the_classes_parts_of_the_divergence_sum_to_the_distance_squared_and_say_which_class_it_was() -> None:
+    a, b = np.array([50, 50, 0, 0, 7]), np.array([50, 30, 20, 0, 7])
+    parts = js_parts(a, b)
+    assert parts.sum() == pytest.approx(js_distance(a, b) ** 2)
+    assert parts.argmax() == 2
+    assert parts[3] == parts[0] == parts[4] == 0
+
+
 def test_classes_are_matched_by_name_and_those_that_share_one_in_their_order() -> None:
     classes = Classes.matched(["crane", "boot", "crane"], ["bag", "crane", "crane", "boot"])
     assert classes.labels == ["crane", "boot", "crane", "bag"]
@@ -50,7 +58,7 @@ def test_classes_are_matched_by_name_and_those_that_share_one_in_their_order() -
 
 def test_drift_is_of_classes_with_one_name_whatever_their_ids() -> None:
     def side(*counts: int) -> tuple[np.ndarray, np.ndarray]:
-        histogram = np.zeros((len(counts), BINS), np.int64)
+        histogram = np.zeros((len(counts), HISTOGRAM_BINS), np.int64)
         histogram[:, 95] = counts
         return np.array(counts), histogram
 

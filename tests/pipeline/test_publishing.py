@@ -109,16 +109,16 @@ def test_every_version_holds_what_the_prediction_files_hold_when_it_is_made(
     place.label()
     history[2] = place.predictions()
     done = place.publish(file_bytes=SMALL_FILES)
-    assert done.increment.added.keys() == {place.shard_uri("new.tar")}
-    assert not done.increment.replaced
+    assert done.increment.added["uri"].to_pylist() == [place.shard_uri("new.tar")]
+    assert not len(done.increment.replaced)
     assert place.published() == history[2]
 
     place.put({"b'; --.tar": make_tar(members[160:200])}, remove=("f.tar",))
     place.label(Selection(prune=True))
     history[3] = place.predictions()
     done = place.publish(file_bytes=SMALL_FILES)
-    assert done.increment.replaced == {place.shard_uri("b'; --.tar")}
-    assert done.increment.removed == {place.shard_uri("f.tar")}
+    assert done.increment.replaced.to_pylist() == [place.shard_uri("b'; --.tar")]
+    assert done.increment.removed.to_pylist() == [place.shard_uri("f.tar")]
     assert place.published() == history[3]
 
     assert history[1] != history[2] != history[3]
@@ -377,7 +377,7 @@ def test_labels_that_the_manifest_does_not_know_yet_stay_as_they_were_published(
     pq.write_table(pa.Table.from_pylist(rows, table.schema), out)
     local.storage.write(f"{local.partition.uri}/manifest.parquet", out.getvalue())
     done = local.publish()
-    assert done.increment.pending == {local.shard_uri("a.tar")}
+    assert done.increment.pending.to_pylist() == [local.shard_uri("a.tar")]
     assert local.published() == old
     local.storage.write(f"{local.partition.uri}/manifest.parquet", newer)
     local.publish()
@@ -529,7 +529,8 @@ def test_a_table_that_its_owner_has_compacted_goes_on(in_delta: Place, members: 
     assert not in_delta.publish().is_new
     in_delta.put({"a.tar": make_tar(members[120:160])}, remove=("f.tar",))
     in_delta.label(Selection(prune=True))
-    assert in_delta.publish(file_bytes=SMALL_FILES).increment.replaced == {in_delta.shard_uri("a.tar")}
+    done = in_delta.publish(file_bytes=SMALL_FILES)
+    assert done.increment.replaced.to_pylist() == [in_delta.shard_uri("a.tar")]
     assert in_delta.published() == in_delta.predictions()
 
 
@@ -544,6 +545,31 @@ def test_a_table_that_its_owner_has_put_back_is_brought_up_to_date(in_delta: Pla
     assert len(in_delta.published()) == 60
     in_delta.publish()
     assert in_delta.published() == in_delta.predictions()
+
+
+def test_a_copy_of_a_table_without_its_transactions_gets_no_row_twice(
+    in_delta: Place, members: Members
+) -> None:
+    """As a tool makes it that knows rows, and nothing of the log."""
+    import deltalake
+
+    other = Place(in_delta.root, "delta", "output.topk=3")
+    in_delta.put(first_day(members))
+    for place in (in_delta, other):
+        place.label()
+        place.publish()
+    in_delta.put({"new.tar": make_tar(members[120:160])})
+    in_delta.label()
+    in_delta.publish()
+    rows = in_delta.delta().to_pyarrow_table()
+    shutil.rmtree(f"{in_delta.root}/table")
+    deltalake.write_deltalake(f"{in_delta.root}/table", rows, partition_by=["model"])
+    assert in_delta.table().read().files
+    done = in_delta.publish()
+    assert (done.is_new, done.snapshot.version) == (True, 3)  # readers know what is new by that
+    found = in_delta.delta().to_pyarrow_table()
+    assert Counter(found["model"].to_pylist()) == {in_delta.partition.model: 80, other.partition.model: 60}
+    assert not in_delta.publish().is_new
 
 
 def test_another_kind_of_table_is_left_alone(in_delta: Place, members: Members) -> None:

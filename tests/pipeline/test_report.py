@@ -135,9 +135,9 @@ def test_ids_are_unique_and_references_have_their_element(page: str) -> None:
 def test_it_tells_the_runs_figures_from_those_of_all_labels(page: str) -> None:
     text = " ".join(Elements(page).text.split())
     assert "Labelled images792in all, of 4 shards" in text
-    assert "Images of this run400in 2 shards, 4 errors" in text
-    assert "Of this run, 4 samples could not be labelled, by cause:" in text
-    assert "In all labels, 8 samples could not be labelled." in text
+    assert "Images of this run400of 2 shards, 4 errors" in text
+    assert "8 samples of 4 shards could not be labelled, by cause:" in text
+    assert "the causes are of" not in text
     assert "of 792 with a target" in text
     assert "Against the previous run" in text
     assert "Most confused pairs" in text
@@ -161,7 +161,9 @@ def test_a_record_of_an_earlier_version_without_stages_causes_and_targets_makes_
     [run] = write_partition(Storage(), uri, ["a", "b"], [{"/in/a.tar": predictions}])
     report(uri)
     text = Elements(Path(uri, "report.html").read_text()).text
-    assert "In all labels, 1 sample could not be labelled." in text
+    assert "1 sample of 1 shard could not be labelled, by cause: 1 \xd7 not an image" in " ".join(
+        text.split()
+    )
     assert run in text
     for absent in ("How fast", "Against targets", "Against the previous run", "Samples"):
         assert absent not in text
@@ -204,8 +206,43 @@ def test_against_another_model_it_has_drift_and_agreement(tmp_path: Path) -> Non
     text = " ".join(Elements((tmp_path / "page.html").read_text()).text.split())
     assert "Against model=other-ffffffff" in text
     assert "of 792 images that both have labelled" in text
-    assert "1 are in these labels alone, 1 in the others alone" in text
+    assert "matched by name: 1 only there, 1 only here" in text
     assert "Most frequent disagreements" in text
+
+
+def test_the_causes_are_of_all_labels_and_it_says_so_where_they_are_of_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "model=m-ffffffff")
+    first, second = (
+        {shard: make_predictions(shard, ["a"], [0, *[None] * bad], error=error)}
+        for shard, bad, error in (("/in/a.tar", 2, "empty"), ("/in/b.tar", 1, "cut off"))
+    )
+    write_partition(Storage(), uri, ["a"], [first, second], RECORD)
+
+    def text() -> str:
+        report(uri)
+        return " ".join(Elements(Path(uri, "report.html").read_text()).text.split())
+
+    assert "3 samples of 2 shards could not be labelled, by cause: 2 \xd7 empty" in text()
+    assert "/in/b.tar: k1 cut off" in text()
+    assert "<script>" not in text()  # the record's own
+    monkeypatch.setattr("pipeline.report.MOST_FILES", 1)
+    assert "by cause; the causes are of 2, in the 1 shard with the most: 2 \xd7 empty" in text()
+
+
+def test_a_comparison_is_headed_by_what_it_is_with(tmp_path: Path) -> None:
+    mine = make_partition(tmp_path, ["a", "b"])
+    other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff")
+    run = mine.manifest.runs()[0]
+    report(mine.uri, against=[f"{mine.uri}@{run}", f"{other.uri}@{run}"], output=str(tmp_path / "page.html"))
+    text = " ".join(Elements((tmp_path / "page.html").read_text()).text.split())
+    for heading, here, there in (
+        ("the previous run", "what this run labelled", "what that run labelled and still stands"),
+        (f"run {run}", "all labels", "what that run labelled and still stands"),
+        (f"model=other-ffffffff, run {run}", "all labels", "what that run labelled and still stands"),
+    ):
+        assert re.search(f"Against {heading} There{there}: \\S+@{run} Here{here} ", text)
 
 
 def test_a_partition_without_a_record_ends_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

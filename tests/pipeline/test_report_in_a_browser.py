@@ -133,6 +133,15 @@ def test_it_fits_narrow_and_wide_windows(browser: Any, path: Path, width: int) -
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_on_paper_nothing_is_cut_off_and_nothing_wants_a_click(browser: Any, path: Path) -> None:
+    page = Opened(browser, path, viewport={"width": 680, "height": 900}).page
+    wants_a_click = page.locator("nav, summary, .skip")
+    assert any(each.is_visible() for each in wants_a_click.all())
+    page.emulate_media(media="print")
+    assert not any(each.is_visible() for each in wants_a_click.all())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 680
+
+
 def test_the_keyboard_reaches_the_skip_link_first_and_then_everything(browser: Any, path: Path) -> None:
     page = Opened(browser, path).page
     page.keyboard.press("Tab")

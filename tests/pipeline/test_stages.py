@@ -126,4 +126,11 @@ def test_without_a_gpu_nothing_is_said_of_one() -> None:
 def test_a_run_without_results_has_figures_too() -> None:
     figures = stage_figures({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
     assert {f.share_busy for f in figures.values()} == {0.0}
-    assert bound_by(figures).startswith("no stage")
+    assert bound_by(figures) == "not known: the run was too short to tell"
+
+
+def test_nothing_is_said_of_a_run_whose_first_chunks_took_longer_to_read_than_all_to_classify() -> None:
+    spent = {"storage.busy_s": 3.0, "decode.busy_s": 2.0, "classify.busy_s": 0.4, "classify.wait_s": 0.1}
+    figures = stage_figures(spent, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
+    assert figures[STORAGE].share_busy == 1
+    assert bound_by(figures) == "not known: the run was too short to tell"

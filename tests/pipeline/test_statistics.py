@@ -8,7 +8,14 @@ import pyarrow as pa
 import pytest
 
 from pipeline.calibration import Calibration
-from pipeline.statistics import _CALIBRATION, BINS, ClassStatistics, class_table, concatenated, merge
+from pipeline.statistics import (
+    _CALIBRATION,
+    HISTOGRAM_BINS,
+    ClassStatistics,
+    class_table,
+    concatenated,
+    merge,
+)
 
 CLASSES = 7
 
@@ -114,7 +121,7 @@ def test_the_table_agrees_with_a_plain_computation() -> None:
         assert row["entropy_mean"] == pytest.approx(np.mean([r["entropy"] for r in mine]), abs=1e-7)
         for name, q in (("score_p05", 0.05), ("score_p50", 0.5), ("score_p95", 0.95)):
             exact = np.quantile(scores, q, method="inverted_cdf")
-            assert row[name] == pytest.approx(exact, abs=0.5 / BINS + 1e-9)
+            assert row[name] == pytest.approx(exact, abs=0.5 / HISTOGRAM_BINS + 1e-9)
         assert sum(row["score_histogram"]) == len(mine)
         support = [r for r in rows if r["target_id"] == i]
         hits = [r for r in support if r["label_id"] == i]

@@ -10,6 +10,7 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.retrying import faults
 from pipeline.storage import ABSENT, AccessDenied, ObjectNotFound, Storage, StorageError
+from pipeline.storage.s3 import connected
 from tests.pipeline.storage.operations import names
 
 
@@ -25,6 +26,14 @@ def test_an_empty_prefix_lists_nothing_and_folder_markers_are_no_objects(
     assert names(storage, f"{bucket}/nothing/here") == []
     s3_server.client().put_object(Bucket=bucket.removeprefix("s3://"), Key="folder/", Body=b"")
     assert names(storage, bucket) == []
+
+
+def test_who_connects_first_waits_for_no_client_later(storage: Storage, bucket: str) -> None:
+    connected.cache_clear()
+    storage.connect(f"{bucket}/x.tar")
+    made = connected.cache_info().misses
+    assert names(storage, bucket) == []
+    assert connected.cache_info().misses == made == 1
 
 
 def test_unusual_keys_come_back_as_they_are(storage: Storage, bucket: str) -> None:
