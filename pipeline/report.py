@@ -197,6 +197,8 @@ def _cards(record: Mapping[str, Any], stats: ClassStatistics, manifest: Any) -> 
         cards.append(("Images of this run", f"{counts['images']:,}", this))
     if (rate := _rate(record)) is not None:
         cards.append(("Images a second", f"{rate:,.1f}", "of this run, from when Ray was ready"))
+    if broken := record.get("broken_limits"):
+        cards.append(("Drift from the run before", "over the limit", "; ".join(broken)))
     if stats.has_targets:
         of = f"of {int(stats.support.sum()):,} with a target"
         cards.append(("Top-1 accuracy", percent(stats.top1_accuracy()), of))

@@ -68,6 +68,8 @@ def test_a_run_like_the_one_before_passes_and_another_breaks_the_limit(tmp_path:
     assert [text.split(" ")[0] for text in third.broken_limits] == ["PSI"]
     assert third.broken_limits[0].endswith("is more than 1")
     assert record(third)["broken_limits"] == third.broken_limits
+    page = Storage().read(f"{third.plan.partition.uri}/report.html").decode()
+    assert third.broken_limits[0] in page
     drift = record(third)["drift"]
     assert isinstance(drift, dict)
     assert (drift["images_a"], drift["images_b"]) == (40, 30)
