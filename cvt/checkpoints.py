@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,12 +59,14 @@ class Checkpoint:
         preprocessor: what turns an image into the model's input.
         digest: SHA-256 over weights, configuration and preprocessing, in hexadecimal; it doesn't
             depend on how the files are laid out.
+        commit: of a hub id, the commit that its revision was when it was loaded; else None.
     """
 
     name: str
     model: CvtForImageClassification
     preprocessor: Preprocessor
     digest: str
+    commit: str | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -89,6 +91,7 @@ class _Parts:
         preprocessor: what turns an image into the model's input.
         shapes_from: what tells the weights' shapes, for errors.
         spelled: the name in the files of the weight that transformers calls so.
+        commit: of a hub id, the commit.
     """
 
     name: str
@@ -97,6 +100,7 @@ class _Parts:
     preprocessor: Preprocessor
     shapes_from: str
     spelled: Callable[[str], str]
+    commit: str | None = None
 
 
 def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
@@ -122,7 +126,9 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
             _relabel(parts.config, read_labels(Path(labels).expanduser()), labels)
         model = _make_model(parts, CvtForImageClassification)
     name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
-    return Checkpoint(name, model, parts.preprocessor, _digest(model, parts.preprocessor))
+    return Checkpoint(
+        name, model, parts.preprocessor, _digest(model, parts.preprocessor), commit=parts.commit
+    )
 
 
 def load_features(path: str, revision: str | None = None) -> tuple[CvtModel, Preprocessor]:
@@ -205,11 +211,15 @@ def _read(path: str, revision: str | None) -> _Parts:
         raise CheckpointError("no such folder")
     if revision and hub["revision"]:
         raise CheckpointError(f"there are two revisions, {hub['revision']!r} and {revision!r}")
-    return _read_folder(_fetch(hub["name"], revision or hub["revision"]), hub["name"].rpartition("/")[2])
+    folder = _fetch(hub["name"], revision or hub["revision"])
+    return replace(_read_folder(folder, hub["name"].rpartition("/")[2]), commit=folder.name)
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
-    """The folder of a hub id's files, from the hub, or from the local cache where it can't be reached."""
+    """The folder of a hub id's files, from the hub, or from the local cache where it can't be reached.
+
+    The hub's client calls it by the commit: `models--<id>/snapshots/<commit>`.
+    """
     try:
         try:
             listed = HfApi().model_info(hub_id, revision=revision).siblings or []

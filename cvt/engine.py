@@ -23,14 +23,13 @@ from cvt.configuration import CvtConfig
 from cvt.inference_network import InferenceNetwork
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
+from cvt.runtimes import DEVICES, DTYPES, RUNTIMES
 
 logger = logging.getLogger("cvt_label")
 
-DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 #: Where compiled code is kept from run to run, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
 COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
-RUNTIMES = ("torch", "compile", "openvino")
 
 # glibc maps and unmaps every allocation above 32 MiB afresh, and the kernel clears its pages each
 # time: a fifth of a forward pass. On a CPU, batches are split so that no activation is so large.

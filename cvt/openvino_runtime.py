@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cvt.inference_network import InferenceNetwork
+from cvt.runtimes import NO_OPENVINO
 
 if TYPE_CHECKING:
     from cvt.engine import Result
@@ -20,7 +21,7 @@ sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 try:
     import openvino
 except ImportError as error:
-    raise ImportError("runtime 'openvino' is not installed: pip install 'cvt-label[openvino]'") from error
+    raise ImportError(f"runtime: {NO_OPENVINO}") from error
 
 __all__ = ["OpenVinoRuntime", "openvino"]
 

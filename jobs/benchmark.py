@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cvt.runtimes import Device, Precision
 from jobs.benchmark_report import print_decoding, print_figures, summary
 from jobs.console import (
     Exit,
-    Precision,
     SetOption,
     check_folder_of,
     err,
@@ -54,7 +54,7 @@ class Options:
         from_s3: whether the pipeline reads from an S3 server, and writes there.
         batch_size: images in a batch, everywhere.
         device: "cpu" or "cuda".
-        precision: "fp32", "bf16" or "fp16".
+        precision: as `cvt.runtimes` has it.
         cores: CPUs of this machine.
         overrides: of the pipeline's configuration.
         price_per_hour: of this machine.
@@ -70,7 +70,7 @@ class Options:
     from_s3: bool
     batch_size: int
     device: str
-    precision: str
+    precision: Precision
     cores: int
     overrides: tuple[str, ...]
     price_per_hour: float | None
@@ -91,8 +91,8 @@ def benchmark(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turn.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, everywhere.")] = 32,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
-    precision: Annotated[Precision, typer.Option("--precision")] = Precision.FP32,
+    device: Annotated[Device, typer.Option("--device")] = "auto",
+    precision: Annotated[Precision, typer.Option("--precision")] = "fp32",
     peers: Annotated[
         str, typer.Option("--peers", help="Of ray, dataloader and daft, with commas; or none.")
     ] = "ray,dataloader,daft",
@@ -133,7 +133,7 @@ def benchmark(
         from_s3=from_s3,
         batch_size=batch_size,
         device=found_device(device),
-        precision=str(precision),
+        precision=precision,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         overrides=tuple(set or ()),
         price_per_hour=price_per_hour,

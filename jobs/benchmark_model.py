@@ -9,12 +9,22 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from jobs.console import Exit, Precision, check_folder_of, err, exit_status, found_device, out, run_alone
+from cvt.runtimes import Device
+from jobs.console import (
+    Exit,
+    check_folder_of,
+    err,
+    exit_status,
+    found_device,
+    out,
+    precisions_option,
+    run_alone,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,13 +66,11 @@ def benchmark_model(
     size: Annotated[
         list[int] | None, typer.Option("--size", help="Pixels; may be repeated (224, 384).")
     ] = None,
-    precision: Annotated[
-        list[Precision] | None, typer.Option("--precision", help="May be repeated (fp32; on a GPU bf16 too).")
-    ] = None,
+    precision: Annotated[list[str] | None, precisions_option("fp32; on a GPU bf16 too")] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Ways whose names begin so; may be repeated (all).")
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
+    device: Annotated[Device, typer.Option("--device")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Times that each way is measured.")] = 3,
     count: Annotated[int | None, typer.Option(min=1, help="Images in a round (64; 2,048 on a GPU).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch, everywhere.")] = 32,
@@ -79,8 +87,7 @@ def benchmark_model(
     device = found_device(device)
     check_folder_of(output)
     count = count or (2048 if device == "cuda" else 64)
-    defaults = [Precision.FP32, Precision.BF16] if device == "cuda" else [Precision.FP32]
-    precisions = [str(each) for each in precision or defaults]
+    precisions = precision or (["fp32", "bf16"] if device == "cuda" else ["fp32"])
     ways: list[Way] = []
     for pixels in size or [224, 384]:
         with exit_status():

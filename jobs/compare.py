@@ -11,9 +11,10 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jobs.console import Exit, err, exit_status, one_line, out, plain, run_alone
+from jobs.console import Exit, err, exit_status, out, plain, run_alone
 from pipeline.report import percent
 from pipeline.storage import Storage
+from pipeline.text import printable
 
 if TYPE_CHECKING:
     from pipeline.comparing import Comparison
@@ -61,7 +62,7 @@ def compare(
             first, second = Side.open(storage, a), Side.open(storage, b)
         except NoPreviousRunError as error:
             err.print(
-                f"cvt-label: nothing is compared: {one_line(str(error))}", markup=False, highlight=False
+                f"cvt-label: nothing is compared: {printable(str(error))}", markup=False, highlight=False
             )
             return
         with err.status("reading statistics") as status:  # in a terminal only

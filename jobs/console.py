@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
 import typer
@@ -16,11 +16,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from cvt.runtimes import DTYPES, RUNTIMES, Device
 from pipeline.planning import State
 from pipeline.report import occurring, percent, score
+from pipeline.text import printable
 
 if TYPE_CHECKING:
-    from pipeline.planning import Work
+    from pipeline.config import Config
+    from pipeline.planning import Selection, Work
     from pipeline.statistics import ClassStatistics
 
 
@@ -45,14 +48,6 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-class Precision(StrEnum):
-    """Numbers that a model computes in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="YAML configuration (see configs/), or the record of a run.")
 ]
@@ -61,6 +56,31 @@ SetOption = Annotated[
     typer.Option("--set", help="Override a field: section.field=value. May be given several times."),
 ]
 
+
+def _each_of(names: Collection[str]) -> Callable[[list[str] | None], list[str] | None]:
+    """Refuses, of an option that may be repeated, what is none of these: Typer knows no lists of literals."""
+
+    def checked(values: list[str] | None) -> list[str] | None:
+        for value in values or ():
+            if value not in names:
+                raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}")
+        return values
+
+    return checked
+
+
+def precisions_option(default: str) -> Any:
+    """The option `--precision`, which may be repeated, with words for what it is where it isn't given."""
+    shown = f"May be repeated ({default})."
+    return typer.Option("--precision", metavar="|".join(DTYPES), callback=_each_of(DTYPES), help=shown)
+
+
+RuntimesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--runtime", metavar="|".join(RUNTIMES), callback=_each_of(RUNTIMES), help="May be repeated (torch)."
+    ),
+]
 AddressOption = Annotated[
     str | None,
     typer.Option(
@@ -73,12 +93,19 @@ JobArgument = Annotated[
     str, typer.Argument(metavar="JOB", help="The job's id, as submit and status tell it.")
 ]
 
+# Not given, they are as the recorded run had them, if --config is its record, and else off.
 RetryErrorsOption = Annotated[
-    bool, typer.Option("--retry-errors", help="Also shards with error rows, or that could not be read.")
+    bool | None,
+    typer.Option(
+        "--retry-errors/--no-retry-errors", help="Also shards with error rows, or that could not be read."
+    ),
 ]
-RelabelOption = Annotated[bool, typer.Option("--relabel", help="All shards, whatever is labelled.")]
+RelabelOption = Annotated[
+    bool | None, typer.Option("--relabel/--no-relabel", help="All shards, whatever is labelled.")
+]
 PruneOption = Annotated[
-    bool, typer.Option("--prune", help="Remove the labels of shards that the input no longer has.")
+    bool | None,
+    typer.Option("--prune/--no-prune", help="Remove the labels of shards that the input no longer has."),
 ]
 
 #: Tables in files and pipes are as wide as they need; only a terminal has an edge.
@@ -131,7 +158,36 @@ def exit_status() -> Iterator[None]:
         _leave(Exit.INTERRUPTED, "interrupted")
 
 
-def found_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+def load_job(
+    path: Path,
+    overrides: list[str] | None,
+    retry_errors: bool | None,
+    relabel: bool | None,
+    prune: bool | None,
+) -> tuple[Config, Selection]:
+    """A job's configuration, and what it selects.
+
+    Of a run's record it is what that run had selected, which is said, unless an option is given (not None).
+
+    Raises:
+        ConfigError: as `pipeline.config.load_config`.
+    """
+    from pipeline.config import Config, load_recorded
+    from pipeline.planning import Selection
+
+    config, record = load_recorded(Config, path, overrides or ())
+    given = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
+    recorded = record.get("selection")
+    selected = recorded if isinstance(recorded, dict) else {}  # of an earlier version, there is none
+    again = [name for name, value in given.items() if value is None and selected.get(name) is True]
+    if again:
+        options = " ".join(f"--{name.replace('_', '-')}" for name in again)
+        message = f"as run {record['run']} had it: {options} ({options.replace('--', '--no-')} leaves it out)"
+        err.print(printable(message), markup=False, highlight=False, soft_wrap=True)
+    return config, Selection(**{name: bool(value) or name in again for name, value in given.items()})
+
+
+def found_device(device: Device) -> Literal["cpu", "cuda"]:
     """What `--device` auto, cpu or cuda means here, "cpu" or "cuda"; refuses a GPU that isn't there."""
     import torch  # takes seconds, which --help need not wait for
 
@@ -151,7 +207,7 @@ def check_folder_of(output: Path | None) -> None:
 def _leave(status: Exit, message: object) -> None:
     # A configuration's faults stand on a line each; all other messages may name what a bucket holds.
     lines = str(message).split("\n") if isinstance(message, ValueError) else [str(message)]
-    shown = "\n".join(map(one_line, lines))
+    shown = "\n".join(map(printable, lines))
     err.print(f"cvt-label: {shown}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
 
@@ -202,7 +258,7 @@ def accuracy(stats: ClassStatistics, topk: int) -> str:
 def print_log(text: str) -> None:
     """Prints part of a job's log as it is, but for what a terminal would act on."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "�" for c in lines))
+    sys.stdout.write(printable(lines, keep="\n\t"))
     sys.stdout.flush()
 
 
@@ -210,21 +266,12 @@ def plain(text: str) -> str:
     """Text from data, with nothing in it that a terminal or rich would act on."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() else "�" for c in text))
-
-
-def one_line(text: str) -> str:
-    """Text that may hold names from data, on one line, with nothing in it that a terminal would act on.
-
-    What can't be printed is shown as Python would write it: names in a bucket may have line breaks, which
-    would forge lines, and control characters.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escape(printable(text))
 
 
 class OneLineFormatter(logging.Formatter):
-    """Writes each message on one line; see `one_line`."""
+    """Writes each message on one line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802 - logging's own
-        record.message = one_line(record.message)
+        record.message = printable(record.message)
         return super().formatMessage(record)

@@ -28,16 +28,17 @@ from jobs.console import (
     class_statistics_table,
     err,
     exit_status,
-    one_line,
+    load_job,
     out,
     run_alone,
     states_line,
 )
 from pipeline import committing
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.labelling import Plan, RunResult, run_labelling
 from pipeline.planning import LABEL_NEW, Selection
 from pipeline.stages import bound_by
+from pipeline.text import printable
 
 logger = logging.getLogger("cvt_label")
 
@@ -51,14 +52,17 @@ PACE_AFTER = 5.0
 def label(
     config: ConfigOption,
     set: SetOption = None,
-    retry_errors: RetryErrorsOption = False,
-    relabel: RelabelOption = False,
-    prune: PruneOption = False,
+    retry_errors: RetryErrorsOption = None,
+    relabel: RelabelOption = None,
+    prune: PruneOption = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run on the same labels to end.")
     ] = False,
 ) -> None:
     """Label every shard of the input that is new or has changed; write Parquet and per-class statistics.
+
+    With a run's record for the configuration it labels with the same model, and selects what that run had
+    selected, unless options say otherwise.
 
     Exit status: 0 when everything is labelled; 2 when the configuration can't be used; 3 when shards
     could not be read (the others are labelled); 4 when input, output or model can't be used; 5 when
@@ -66,8 +70,7 @@ def label(
     be so, too); 130 when stopped by Ctrl-C or SIGTERM; 1 otherwise.
     """
     with exit_status():
-        selection = Selection(retry_errors, relabel, prune)
-        result = run(load_config(Config, config, set or ()), selection, wait)
+        result = run(*load_job(config, set, retry_errors, relabel, prune), wait)
     if result.broken_limits:
         sys.exit(Exit.DRIFTED)
     sys.exit(Exit.OK if result.is_complete else Exit.INCOMPLETE)
@@ -204,7 +207,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
         message = f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard"
         err.print(message, markup=False)
     for row in totals.unreadable:
-        err.print(f"not labelled: {one_line(str(row.error))}", markup=False, soft_wrap=True)
+        err.print(f"not labelled: {printable(str(row.error))}", markup=False, soft_wrap=True)
     if work.skipped_failures:
         message = f"not labelled: {work.skipped_failures:,} shards that earlier runs could not read"
         err.print(f"{message} (--retry-errors tries them again)", markup=False)

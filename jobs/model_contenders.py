@@ -23,6 +23,7 @@ from torch import Tensor
 from cvt.engine import PRECISIONS, Engine
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
+from cvt.runtimes import RUNTIMES, precisions_of
 from jobs.console import err
 
 #: Images in, logits out.
@@ -50,9 +51,8 @@ def contenders(
         precisions: of the engine, and of transformers'.
         folder: for exported models.
     """
-    runtimes = ["torch", "compile"]
-    if device == "cpu" and _is_installed("openvino"):
-        runtimes.append("openvino")
+    has_openvino = device == "cpu" and _is_installed("openvino")
+    runtimes = [name for name in RUNTIMES if name != "openvino" or has_openvino]
 
     def engine(runtime: str, precision: str) -> Classify:
         made = Engine(
@@ -62,7 +62,7 @@ def contenders(
 
     for precision in precisions:
         for runtime in runtimes:
-            if not (runtime == "openvino" and precision == "fp16"):
+            if precision in precisions_of(runtime):
                 yield f"engine, {runtime}", precision, partial(engine, runtime, precision)
         for compiled in (False, True):
             name = f"transformers, {'compiled' if compiled else 'eager'}"

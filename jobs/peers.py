@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cvt.runtimes import DTYPES, Precision
+
 
 @dataclass(frozen=True)
 class Task:
@@ -36,7 +38,7 @@ class Task:
             What else a contender leaves lies beside it.
         batch_size: images in a batch.
         device: "cpu" or "cuda".
-        precision: "fp32", "bf16" or "fp16".
+        precision: as `cvt.runtimes` has it.
         cores: CPUs of this machine.
         overrides: of the pipeline's configuration; peers have none.
     """
@@ -50,7 +52,7 @@ class Task:
     events: str
     batch_size: int
     device: str
-    precision: str
+    precision: Precision
     cores: int
     overrides: tuple[str, ...] = ()
 
@@ -79,7 +81,7 @@ class Classifier:
         if threads is not None:
             torch.set_num_threads(threads)
         self._task = task
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[task.precision]
+        self._dtype = getattr(torch, DTYPES[task.precision])
         model = AutoModelForImageClassification.from_pretrained(task.model)
         self._model = model.to(task.device, self._dtype).eval()
         self._labels = model.config.id2label

@@ -16,22 +16,21 @@ from jobs.console import (
     RetryErrorsOption,
     SetOption,
     exit_status,
-    one_line,
+    load_job,
     out,
     run_alone,
     states_line,
 )
-from pipeline.config import Config, load_config
 from pipeline.labelling import make_plan
-from pipeline.planning import Selection
+from pipeline.text import printable
 
 
 def plan(
     config: ConfigOption,
     set: SetOption = None,
-    retry_errors: RetryErrorsOption = False,
-    relabel: RelabelOption = False,
-    prune: PruneOption = False,
+    retry_errors: RetryErrorsOption = None,
+    relabel: RelabelOption = None,
+    prune: PruneOption = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="List what is to be labelled, a line a shard.")
     ] = False,
@@ -41,11 +40,10 @@ def plan(
     Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
     """
     with exit_status():
-        selection = Selection(retry_errors, relabel, prune)
-        planned = make_plan(load_config(Config, config, set or ()), selection)
+        planned = make_plan(*load_job(config, set, retry_errors, relabel, prune))
     if shards:
         for shard in planned.shards:
-            line = f"{one_line(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
+            line = f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
     partition = planned.partition
     formats = Counter(shard.format for shard in planned.shards)

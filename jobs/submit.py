@@ -19,12 +19,12 @@ from jobs.console import (
     SetOption,
     err,
     exit_status,
+    load_job,
     print_log,
     run_alone,
 )
 from pipeline.cluster import sigterm_interrupts
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.planning import Selection
+from pipeline.config import ConfigError
 from pipeline.submission import Cluster, Job, Submission, minute_tick
 
 
@@ -40,9 +40,9 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    retry_errors: RetryErrorsOption = False,
-    relabel: RelabelOption = False,
-    prune: PruneOption = False,
+    retry_errors: RetryErrorsOption = None,
+    relabel: RelabelOption = None,
+    prune: PruneOption = None,
     working_dir: Annotated[
         str | None,
         typer.Option(help="Local folder with the code to upload; else the cluster's image must have it."),
@@ -66,8 +66,7 @@ def submit(
     the same dataset and model isn't over. With --no-wait, 0 once it is submitted.
     """
     with exit_status():
-        loaded = load_config(Config, config, set or ())
-        selection = Selection(retry_errors, relabel, prune)
+        loaded, selection = load_job(config, set, retry_errors, relabel, prune)
         try:
             tick = minute_tick(datetime.now(UTC)) if tick is None else tick
             submission = Submission(loaded, tick, selection, working_dir, pip, python)

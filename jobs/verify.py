@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from jobs.console import Exit, Precision, err, exit_status, out, run_alone
+from cvt.runtimes import Device, precisions_of
+from jobs.console import Exit, RuntimesOption, err, exit_status, out, precisions_option, run_alone
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: What is to be reached: the share of images with the same top class, and the largest logit difference.
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
-
-
-class Runtime(StrEnum):
-    """What runs the engine."""
-
-    TORCH = "torch"
-    COMPILE = "compile"
-    OPENVINO = "openvino"
 
 
 @dataclass(frozen=True)
@@ -68,14 +60,9 @@ def verify(
         bool, typer.Option("--random", help="Random weights for --model cvt-13, cvt-21 or cvt-w24.")
     ] = False,
     size: Annotated[int, typer.Option(help="With --random: of the model's images, in pixels.")] = 224,
-    precision: Annotated[
-        list[Precision] | None,
-        typer.Option("--precision", help="May be repeated (what the runtime has)."),
-    ] = None,
-    runtime: Annotated[
-        list[Runtime] | None, typer.Option("--runtime", help="May be repeated (torch).")
-    ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device")] = "auto",
+    precision: Annotated[list[str] | None, precisions_option("what the runtime has")] = None,
+    runtime: RuntimesOption = None,
+    device: Annotated[Device, typer.Option("--device")] = "auto",
     count: Annotated[int, typer.Option(min=1, help="Images, at the most.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
 ) -> None:
@@ -109,12 +96,12 @@ def verify(
                     network,
                     preprocessor,
                     device=device,
-                    precision=one.value,
-                    runtime=each.value,
+                    precision=one,
+                    runtime=each,
                     batch_size=batch_size,
                 )
-                for each in runtime or [Runtime.TORCH]
-                for one in precision or _precisions(each)
+                for each in runtime or ["torch"]
+                for one in precision or precisions_of(each)
             ]
         except (ValueError, ImportError) as error:
             raise ConfigError(str(error)) from None
@@ -126,10 +113,6 @@ def verify(
         found.append(Agreement.of(engine.runtime, engine.precision, engine(pixels).logits, wanted))
     _print(found)
     sys.exit(Exit.OK if all(agreement.is_reached for agreement in found) else Exit.FAILED)
-
-
-def _precisions(runtime: Runtime) -> list[Precision]:
-    return [p for p in Precision if (runtime, p) != (Runtime.OPENVINO, Precision.FP16)]
 
 
 def _print(agreements: list[Agreement]) -> None:

@@ -23,6 +23,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from pipeline.text import printable
+
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its caches
 
 #: Stand-ins, in the drawing, for what the page's style says.
@@ -64,14 +66,9 @@ ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
-def clean(text: str) -> str:
-    """Text from data, with nothing in it that is no character, or that turns the writing's direction."""
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
 def short(text: str, longest: int = _LONGEST) -> str:
     """Text from data as a chart has room for."""
-    text = clean(text)
+    text = printable(text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
@@ -218,7 +215,7 @@ def _inlined(figure: Figure, title: str, description: str) -> Markup:
     name = re.sub(r"\W+", "-", title.lower())
     for place, (tag, text) in enumerate((("title", title), ("desc", description))):
         label = ET.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{tag}"})
-        label.text = clean(text)
+        label.text = printable(text)
         root.insert(place, label)
     root.attrib = {
         "viewBox": root.attrib["viewBox"],

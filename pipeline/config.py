@@ -26,6 +26,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from cvt.runtimes import Device, Precision, Runtime, precisions_of
+
 
 class ConfigError(ValueError):
     """The configuration can't be used; the message names the file, the line and the field."""
@@ -102,7 +104,7 @@ class ModelConfig(_Section):
     revision: str | None = None
     #: Path or URI of a file with the classes' names, instead of the checkpoint's own: one a line, or .json.
     labels: Annotated[Address, Field(min_length=1)] | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", Precision] = "fp32"
 
 
 class OutputConfig(_Section):
@@ -175,6 +177,12 @@ class ReadConfig(_Section):
     memory: PositiveInt | None = None
 
 
+#: Where the GPU is to decode, and can't.
+NO_TORCHVISION = (
+    "install the torchvision that fits this PyTorch (pip install 'cvt-label[gpu]'), or set decode.device: cpu"
+)
+
+
 class DecodeConfig(_Section):
     """How images are decoded, and the tasks that do it."""
 
@@ -195,9 +203,9 @@ class DecodeConfig(_Section):
 class ClassifyConfig(_Section):
     """Classifier actors; whatever is null is chosen from what the cluster has."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     #: What runs the model: PyTorch as it is, compiled, or OpenVINO (on CPUs; cvt-label[openvino]).
-    runtime: Literal["torch", "compile", "openvino"] = "torch"
+    runtime: Runtime = "torch"
     num_gpus: PositiveFloat | None = None
     num_cpus: PositiveFloat | None = None
     min_actors: PositiveInt = 1
@@ -283,9 +291,11 @@ class Config(_Section):
             raise ValueError("decode.quality: 'fast' is for the CPU, and decode.device is the GPU")
         if self.classify.runtime == "openvino" and self.classify.device == "cuda":
             raise ValueError("classify.runtime: 'openvino' is for CPUs, and classify.device is 'cuda'")
-        if self.classify.runtime == "openvino" and self.model.precision == "fp16":
+        able = precisions_of(self.classify.runtime)
+        if self.model.precision not in ("auto", *able):
             raise ValueError(
-                "classify.runtime: 'openvino' computes in fp32 or bf16, and model.precision is 'fp16'"
+                f"classify.runtime: {self.classify.runtime!r} computes in {' or '.join(able)}, and "
+                f"model.precision is {self.model.precision!r}"
             )
         return self
 
@@ -482,18 +492,41 @@ def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterab
         ConfigError: unreadable file, not YAML, an unknown or ill-typed field, a missing one. The
             message lists every fault, each with its field, and its line where the file has one.
     """
+    return load_recorded(kind, path, overrides)[0]
+
+
+def load_recorded(
+    kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()
+) -> tuple[SectionT, Mapping[str, Any]]:
+    """As `load_config`; of the record of a run, also the record, which else is empty.
+
+    The commit of a hub's model that the run has used is the model's revision, unless an override names
+    another model or revision.
+    """
     source = str(path) if path is not None else "configuration"
     values, lines = _read_yaml(Path(path)) if path is not None else ({}, {})
-    if {"run", "fingerprint", "config"} <= values.keys():  # a run's record
-        values = values["config"]
+    record: dict[str, Any] = {}
+    if {"run", "fingerprint", "config"} <= values.keys():
+        record, values = values, values["config"]
         lines = {field[1:]: line for field, line in lines.items() if field[0] == "config"}
+    recorded_model = _model_asked_for(values)
     for override in overrides:
         _apply(values, override)
+    commit = record.get("model_commit")
+    if commit is not None and _model_asked_for(values) == recorded_model is not None:
+        values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values), record
     except ValidationError as error:
         faults = "\n".join(_fault(fault, lines) for fault in error.errors())
         raise ConfigError(f"{source}:\n{faults}") from None
+
+
+def _model_asked_for(values: Mapping[str, Any]) -> tuple[str, Any] | None:
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+        return None
+    return model["path"], model.get("revision")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:

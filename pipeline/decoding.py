@@ -25,6 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
 from pipeline.chunks import Chunk
+from pipeline.text import printable
 
 # First bytes and reader of each format. The readers are called by themselves, since Image.open has a
 # pixel limit of its own, global to the process, and doesn't tell the size of what it refuses.
@@ -214,12 +215,12 @@ def _cause(error: Exception) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks, control characters, excessive length, and memory addresses.
+    """A message without line breaks, what can't be printed, excessive length, and memory addresses.
 
     Addresses differ from attempt to attempt, and prediction files must not.
     """
     message = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split()))
-    message = "".join(character if character.isprintable() else "?" for character in message)
+    message = printable(message)
     return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
 
 

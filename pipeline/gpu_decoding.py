@@ -26,6 +26,7 @@ from torch import Tensor
 from cvt.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.chunks import Chunk
+from pipeline.config import NO_TORCHVISION
 from pipeline.decoding import SIDEWAYS, Decoded, decode, decode_chunk, too_large, turn_of, with_outcomes
 from pipeline.stages import ON_GPU
 
@@ -309,13 +310,10 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
         ImportError: torchvision isn't installed, or doesn't fit PyTorch.
         ValueError: it can't decode on this device.
     """
-    remedy = (
-        "install the torchvision that fits this PyTorch (pip install torchvision), or set decode.device: cpu"
-    )
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (ImportError, RuntimeError, OSError) as error:  # of which the last two are of another build
-        raise ImportError(f"decoding on a GPU needs torchvision ({error}): {remedy}") from error
+        raise ImportError(f"decoding on a GPU needs torchvision ({error}): {NO_TORCHVISION}") from error
 
     def decode_jpegs(files: list[bytes]) -> list[Tensor]:
         # torchvision decodes on a stream of its own into memory that it asks for on the current one, but
@@ -333,7 +331,9 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
     try:
         _check(decode_jpegs)
     except Exception as error:
-        raise ValueError(f"torchvision can't decode JPEGs on {device.type!r} ({error}): {remedy}") from error
+        raise ValueError(
+            f"torchvision can't decode JPEGs on {device.type!r} ({error}): {NO_TORCHVISION}"
+        ) from error
     return decode_jpegs
 
 

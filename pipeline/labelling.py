@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from cvt.runtimes import NO_OPENVINO
 from pipeline import summaries
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
 from pipeline.comparing import Comparison, Limits, compare_runs
-from pipeline.config import Config, ConfigError
+from pipeline.config import NO_TORCHVISION, Config, ConfigError
 from pipeline.gallery import Gallery
 from pipeline.inputs import check_groups, check_input
 from pipeline.lease import Lease, LeaseLostError, left_in_order
 from pipeline.manifest import ManifestRow, ManifestWriter
-from pipeline.partition import Partition, open_partition
+from pipeline.partition import Partition, check_room, open_partition
 from pipeline.planning import LABEL_NEW, Selection, Work, compare, read_known
 from pipeline.record import Clock, RunRecord, new_run_id, read_record, recorded
 from pipeline.recovering import Repairs, find_repairs, rebuilt_rows
@@ -174,12 +175,11 @@ def _check_installed(config: Config) -> None:
     """Tells at once, not from within a worker, that something isn't installed; nodes are alike."""
     runtime = config.classify.runtime
     if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
-        raise ConfigError("classify.runtime: openvino is not installed: pip install 'cvt-label[openvino]'")
+        raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
     decodes_on_gpu = config.decode.resolved_device(config.classify.device) == "gpu"
     if decodes_on_gpu and importlib.util.find_spec("torchvision") is None:
         raise ConfigError(
-            "decode.device: the GPU decodes by torchvision, which is not installed: pip install "
-            "'cvt-label[gpu]', or set decode.device: cpu"
+            f"decode.device: the GPU decodes by torchvision, which is missing: {NO_TORCHVISION}"
         )
 
 
@@ -204,6 +204,7 @@ def _plan(partition: Partition, selection: Selection, in_order: bool) -> Plan:
     check_groups(known, config.input.uri)
     listing = list_shards(storage, config.input.uri, config.input.format)
     work = compare(listing, known, config.input.uri, selection, config.input.format)
+    check_room(partition, work.shards)
     return Plan(partition, work, listing.ignored, repairs, failing, in_order)
 
 
@@ -243,13 +244,13 @@ def run_labelling(
     lease = Lease(partition.storage, partition.uri, run, config.run.lease_s)
     with sigterm_interrupts(), lease.held(wait, on_wait) as holding:
         try:
-            with recorded(partition, run, clock) as record:
+            with recorded(partition, run, clock, selection) as record:
                 plan = _plan(partition, selection, holding.found_in_order)
                 clock.mark("planned")
                 on_plan(plan)
                 logger.info("run %s labels %d shards to %s", run, len(plan.shards), partition.uri)
                 counts = {str(state): count for state, count in plan.work.states.items()}
-                record.note(plan=counts | {"to_label": len(plan.shards)}, selection=asdict(selection))
+                record.note(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, plan, timings=clock.seconds)
                 try:
                     _Run(result, record, clock, lease, on_progress).carry_out()

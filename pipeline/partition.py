@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,16 @@ from pipeline.config import Config, ConfigError, InputConfig, StorageConfig
 from pipeline.manifest import Manifest
 from pipeline.model_files import open_checkpoint
 from pipeline.reading import ReadOptions
+from pipeline.shards import MAX_PATH_BYTES, Shard, prediction_path
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import Storage, normalised
+from pipeline.storage import Storage, normalised, room_below
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
+
+#: The longest of the names that every partition has in it.
+_OWN_NAME = "runs/20260101T000000.000000Z-abcdef.json"
+_PREDICTIONS = "predictions/"
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def open_partition(config: Config) -> Partition:
     Raises:
         CheckpointError: the model can't be loaded.
         StorageError: an object of the model can't be read.
-        ConfigError: an option doesn't fit the model.
+        ConfigError: an option doesn't fit the model, or `output.uri` leaves no room for names.
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
@@ -94,7 +99,30 @@ def open_partition(config: Config) -> Partition:
         raise ConfigError(
             f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
         )
-    return Partition(config, storage, checkpoint, _fingerprint(config, checkpoint))
+    partition = Partition(config, storage, checkpoint, _fingerprint(config, checkpoint))
+    _check_room(partition, "what each run writes", _OWN_NAME)
+    return partition
+
+
+def check_room(partition: Partition, shards: Iterable[Shard]) -> None:
+    """Makes sure that the prediction files of these shards can have their names where the labels go.
+
+    Raises:
+        ConfigError: one of them would be too long for the storage.
+    """
+    if room_below(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
+        return
+    for shard in shards:
+        _check_room(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
+
+
+def _check_room(partition: Partition, what: str, name: str) -> None:
+    room, needed = room_below(partition.uri), len(name.encode())
+    if needed > room:
+        raise ConfigError(
+            f"output.uri: too long: a name below {partition.uri} may have {max(room, 0)} bytes, and that of "
+            f"{what} has {needed}"
+        )
 
 
 def make_storage(section: StorageConfig) -> Storage:

@@ -1,5 +1,6 @@
-"""The record of a run: its configuration, versions, counts, timings, how it ended, and what it found out
-that no prediction file tells. From that and the files, `recovering` makes the manifest anew.
+"""The record of a run: its configuration and selection, versions, counts, timings, how it ended, and what it
+found out that no prediction file tells. From that and the files, `recovering` makes the manifest anew; by
+itself it is enough to run the same again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.manifest import ManifestRow
 from pipeline.partition import Partition
+from pipeline.planning import Selection
 from pipeline.storage import ObjectNotFound, Storage, StorageError
 
 _PACKAGES = (
@@ -136,7 +139,7 @@ def new_run_id() -> str:
 
 
 @contextmanager
-def recorded(partition: Partition, run: str, clock: Clock) -> Iterator[RunRecord]:
+def recorded(partition: Partition, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
     """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at
     the end, with how it ended.
     """
@@ -145,8 +148,10 @@ def recorded(partition: Partition, run: str, clock: Clock) -> Iterator[RunRecord
         "status": "running",
         "started_at": datetime.now(UTC).isoformat(),
         "config": partition.config.model_dump(),
+        "selection": asdict(selection),
         "fingerprint": partition.fingerprint,
         "model_digest": partition.checkpoint.digest,
+        "model_commit": partition.checkpoint.commit,
         "versions": _versions(),
     }
     record = RunRecord(partition.storage, f"{partition.uri}/runs/{run}.json", values)

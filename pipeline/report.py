@@ -16,6 +16,7 @@ import jinja2
 import pyarrow.compute as pc
 
 from pipeline.causes import SHARD_COLUMNS, read_causes
+from pipeline.text import printable
 
 if TYPE_CHECKING:
     from pipeline.comparing import Comparison
@@ -146,8 +147,6 @@ def make_report(
 
 
 def _environment() -> jinja2.Environment:
-    from pipeline.charts import clean
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -155,7 +154,9 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(score=score, clean=clean, base64=lambda data: base64.b64encode(data).decode())
+    environment.filters.update(
+        score=score, printable=printable, base64=lambda data: base64.b64encode(data).decode()
+    )
     return environment
 
 

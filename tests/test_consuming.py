@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import secrets
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "consuming.md").read_text(), re.M | re.S)
 #: By what an example imports, or is run by; what is not installed is skipped.
-READERS = ("duckdb", "polars", "pandas", "deltalake")
+READERS = ("duckdb", "polars", "pandas", "deltalake", "pyspark")
 
 
 class Labels:
@@ -107,7 +108,10 @@ def test_every_example_of_the_page_runs(
 ) -> None:
     kind, code = BLOCKS[number]
     for package in sorted(_needed(kind, code)):
-        pytest.importorskip(package, reason=f"{package} is not installed: cvt-label[consumers,delta]")
+        reason = f"{package} is not installed: cvt-label[consumers,delta], or pyspark, which needs Java"
+        pytest.importorskip(package, reason=reason)
+        if package == "pyspark" and shutil.which("java") is None:
+            pytest.skip(reason)
     monkeypatch.chdir(labels.folder)
     if "my-bucket" in code:
         server: LocalS3 = request.getfixturevalue("s3_server")

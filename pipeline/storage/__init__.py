@@ -4,7 +4,7 @@ The only package that talks to a storage service. Not a file system: objects are
 atomic step, and read at a pinned version. What fails in a way that may pass is tried again.
 """
 
-from pipeline.storage.access import Storage, normalised
+from pipeline.storage.access import Storage, normalised, room_below
 from pipeline.storage.objects import (
     ABSENT,
     AccessDenied,
@@ -25,4 +25,5 @@ __all__ = [
     "Storage",
     "StorageError",
     "normalised",
+    "room_below",
 ]

@@ -18,6 +18,13 @@ from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
 _AHEAD_BUFFER_BYTES = 1024**2
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
 
+# Of a key, on S3 and on Google Cloud Storage; of a local path (PATH_MAX, with the NUL at its end), and of the
+# name that a file has in it while it is written.
+_MAX_KEY_BYTES = 1024
+_MAX_LOCAL_PATH_BYTES = 4095
+_TEMPORARY_NAME_BYTES = 37
+_MAX_LOCAL_NAME_BYTES = 255
+
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
 
 
@@ -205,6 +212,21 @@ def normalised(uri: str) -> str:
     if "@" in rest.partition("/")[0]:
         raise StorageError(f"{scheme}://...", "credentials don't belong into a URI, but in the environment")
     return uri.rstrip("/")
+
+
+def room_below(uri: str) -> int:
+    """Bytes that the names of objects below a folder may have; none or less where the folder's are too many.
+
+    Raises:
+        StorageError: it isn't a place.
+    """
+    uri = normalised(uri)
+    if "://" in uri:
+        return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
+    path = os.fsencode(uri)
+    if any(len(part) > _MAX_LOCAL_NAME_BYTES for part in path.split(b"/")):
+        return 0
+    return _MAX_LOCAL_PATH_BYTES - _TEMPORARY_NAME_BYTES - len(path) - 1
 
 
 def _pinned(uri: str, version: str) -> ObjectInfo:

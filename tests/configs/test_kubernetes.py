@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -41,6 +47,7 @@ CRON = MANIFESTS["cronjob.yaml"][0]["spec"]
 CRON_POD = CRON["jobTemplate"]["spec"]["template"]["spec"]
 #: Where any key may stand: names of labels, files, resources and parameters.
 FREE = {"annotations", "labels", "data", "nodeSelector", "requests", "limits", "rayStartParams"}
+FREE |= {"matchLabels"}
 KUBERNETES = "1.37"
 _DEFINITIONS = "https://kubernetes.io/api/_definitions.json"
 _META = f"{_DEFINITIONS}#/$defs/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
@@ -96,8 +103,17 @@ def ray_validator(kind: str) -> Any:
     return Draft202012Validator(schema, registry=registry)
 
 
+@cache
+def monitor_validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(yaml.safe_load((Path(__file__).parent / "podmonitor.yaml").read_text()))
+
+
 def faults(document: Json) -> list[str]:
     """What is wrong with a document, by the schema of its kind."""
+    if document["apiVersion"] == "monitoring.coreos.com/v1":
+        return [error.message for error in monitor_validator().iter_errors(document)]
     if document["apiVersion"] == "ray.io/v1":
         return [error.message for error in ray_validator(document["kind"]).iter_errors(document)]
     import kubernetes_validate
@@ -135,7 +151,9 @@ def test_every_manifest_is_valid(document: Json) -> None:
 
 
 @pytest.mark.usefixtures("_schemas")
-@pytest.mark.parametrize("name", ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "podmonitor.yaml"]
+)
 def test_a_misspelt_field_is_refused_wherever_it_stands(name: str) -> None:
     document = copy.deepcopy(MANIFESTS[name][0])
     tried = 0
@@ -148,7 +166,7 @@ def test_a_misspelt_field_is_refused_wherever_it_stands(name: str) -> None:
             mapping[field] = mapping.pop(f"{field}s")
             tried += 1
     assert faults(document) == []
-    assert tried > {"access.yaml": 2, "config.yaml": 2}.get(name, 50)
+    assert tried > {"access.yaml": 2, "config.yaml": 2, "podmonitor.yaml": 8}.get(name, 50)
 
 
 @pytest.mark.usefixtures("_schemas")
@@ -293,6 +311,76 @@ def test_what_the_manifests_name_is_there() -> None:
     token = {each["name"]: each for each in CRON_POD["containers"][0]["env"]}["RAY_AUTH_TOKEN"]
     assert token["valueFrom"]["secretKeyRef"] == {"name": cluster, "key": "auth_token"}
     assert CLUSTER["authOptions"]["mode"] == "token"
+
+
+def test_prometheus_finds_the_head_by_its_port_and_as_often_as_ray_has_something_new() -> None:
+    (monitor,) = MANIFESTS["podmonitor.yaml"]
+    assert monitor["spec"]["selector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    head, *workers = (
+        group["template"]["spec"]["containers"][0]
+        for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"])
+    )
+    assert {"name": endpoint["port"], "containerPort": 8080} in head["ports"]  # Ray's, by KubeRay's default
+    assert all("metrics-export-port" not in group["rayStartParams"] for group in CLUSTER["workerGroupSpecs"])
+    assert not any("ports" in worker for worker in workers)  # then KubeRay adds it
+    interval, timeout = (int(endpoint[name].removesuffix("s")) for name in ("interval", "scrapeTimeout"))
+    assert 10 <= timeout <= interval <= 30
+
+
+def pod(port: str, **labels: str) -> Json:
+    """A pod's port as Prometheus's service discovery for Kubernetes gives it."""
+    meta = {"namespace": "default", "pod_name": "p", "pod_container_port_name": port}
+    meta |= {f"pod_label_{name}": value for name, value in labels.items()}
+    return {
+        "targets": ["127.0.0.1:9"],
+        "labels": {f"__meta_kubernetes_{name}": value for name, value in meta.items()},
+    }
+
+
+def test_without_its_operator_prometheus_finds_the_same_pods(tmp_path: Path) -> None:
+    """As the page says it, but that the pods are given: not every build of Prometheus finds Kubernetes'."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("prometheus is not installed")
+    found = re.search(r"```yaml\n(scrape_configs:.*?)```", (ROOT / "docs/kubernetes.md").read_text(), re.S)
+    assert found is not None
+    config = yaml.safe_load(found[1])
+    (job,) = config["scrape_configs"]
+    assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
+    ray = {"ray_io_is_ray_node": "yes", "ray_io_cluster": "c", "ray_io_node_type": "head"}
+    job["static_configs"] = [pod("metrics", **ray), pod("gcs", **ray), pod("metrics", app="other")]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address={address}"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([binary, *options], cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        targets = told(f"http://{address}/api/v1/targets")
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert len(targets["droppedTargets"]) == 2
+    (kept,) = targets["activeTargets"]
+    labels = {"namespace": "default", "pod": "p", "ray_io_cluster": "c", "ray_io_node_type": "head"}
+    assert kept["labels"] == labels | {"job": "ray", "instance": "127.0.0.1:9"}
+
+
+def told(url: str, patience: float = 30) -> Json:
+    """What Prometheus answers, once it has found its targets."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                data = dict(json.load(answer)["data"])
+        except OSError:  # not up yet
+            continue
+        if data["activeTargets"]:
+            return data
+    raise TimeoutError(url)
 
 
 @pytest.mark.parametrize("name", pods())

@@ -121,7 +121,7 @@ def test_the_code_of_a_working_dir_goes_before_the_clusters_own(
     assert done.exit_code == 7, done.output
     arguments = [f"--config=env:{CONFIG_VARIABLE}", "--retry-errors", "--prune"]
     assert f"uploaded {arguments} True" in done.stdout
-    assert "�[2Jred" in done.stdout
+    assert r"\x1b[2Jred" in done.stdout
     assert "\x1b" not in done.stdout
 
 

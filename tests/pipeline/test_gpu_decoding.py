@@ -324,7 +324,7 @@ def test_damaged_headers_never_raise(name: str) -> None:
 def test_without_torchvision_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ImportError, match=r"pip install torchvision\), or set decode.device: cpu"):
+    with pytest.raises(ImportError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 

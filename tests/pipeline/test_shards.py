@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from pipeline.shards import Shard, list_shards, prediction_path
+from pipeline.shards import Shard, fits, list_shards, prediction_path
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalised
 
 
@@ -202,3 +203,68 @@ def test_no_two_uris_share_a_path() -> None:
     folders = ("s3://bucket", "gs://bucket", "/bucket", "/s3/bucket")
     uris = {f"{folder}/{name}" for folder in folders for name in ODD_NAMES}
     assert len({prediction_path(uri) for uri in uris}) == len({normalised(uri) for uri in uris})
+
+
+#: Long ones, which differ where they are cut, before it, or behind it; of characters of 1 to 4 bytes.
+LONG_NAMES = [
+    f"{start}{character * count}{end}"
+    for start in ("", "a/", "." * 3, "deep/" * 150)
+    for character in ("x", "ü", "日", "\U0001f600", "%", "x/", " ")
+    for count in (60, 190, 200, 243, 248, 256, 700, 1000)
+    for end in (".tar", "1.tar", "~" * 10, "/x.tar")
+]
+
+
+def storable(path: str) -> bool:
+    return len(path.encode()) <= 800 and all(len(part.encode()) <= 255 for part in path.split("/"))
+
+
+def test_long_names_are_cut_to_what_every_storage_takes() -> None:
+    for name in LONG_NAMES:
+        path = prediction_path(f"s3://bucket/{name}")
+        assert storable(path), name
+        assert posixpath.normpath(path) == path
+        assert all(part and part[0] not in "._" for part in path.split("/"))
+        assert not set(path) & set("*?[]{}\\:=#")
+        whole = f"s3/bucket/{name}.parquet"
+        if "%7E" in path:  # as much of the name as there is room for, without half a character
+            kept, _, end = path.rpartition("%7E")
+            assert whole.startswith(unquote(kept, errors="strict"))
+            assert re.fullmatch(r"[0-9a-f]{40}\.parquet", end)
+        else:
+            assert unquote(path) == whole
+
+
+def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
+    folders = ("s3://bucket", "/s3/bucket")
+    uris = {f"{folder}/{name}" for folder in folders for name in LONG_NAMES}
+    paths = {uri: prediction_path(uri) for uri in uris}
+    assert sum("%7E" in path for path in paths.values()) > 500
+    # Nor do URIs that are called as the labels of others are, encoded or decoded.
+    uris |= {f"s3://bucket/{path.partition('/')[2]}" for path in paths.values()}
+    uris |= {f"/{unquote(path)}" for path in paths.values()}
+    uris |= {f"/{path.partition('/')[2].removesuffix('.parquet')}" for path in paths.values()}
+    distinct = {normalised(uri) for uri in uris}
+    assert len({prediction_path(uri) for uri in distinct}) == len(distinct)
+
+
+@pytest.mark.parametrize(
+    ("fits_yet", "too_long"),
+    [
+        (f"{'x' * 243}.tar", f"{'x' * 244}.tar"),  # with .parquet, 255 and 256 bytes
+        (f"{'日' * 81}.tar", f"{'日' * 82}.tar"),
+        (f"{'x' * 255}/y.tar", f"{'x' * 256}/y.tar"),
+        (f"{'dd/' * 260}yyy.tar", f"{'dd/' * 260}yyyy.tar"),  # with s3/b/ and .parquet, 800 and 801
+    ],
+)
+def test_what_fits_is_called_as_before_there_was_a_limit(fits_yet: str, too_long: str) -> None:
+    assert prediction_path(f"s3://b/{fits_yet}") == f"s3/b/{fits_yet}.parquet"
+    assert fits(f"s3/b/{fits_yet}.parquet")
+    assert "%7E" in prediction_path(f"s3://b/{too_long}")
+    assert not fits(f"s3/b/{too_long}.parquet")
+
+
+def test_a_long_name_is_cut_today_as_ever() -> None:
+    """Labels lie under it: another rule would leave them there, and label the shard again."""
+    path = prediction_path(f"s3://b/{'x' * 300}.tar")
+    assert path == f"s3/b/{'x' * 204}%7E0cb7e3aef221994fc33d29b1444ccad5f1a13089.parquet"
