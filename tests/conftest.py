@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a real S3 server, a real local Ray, and photographs."""
+"""Fixtures shared by all tests: a real S3 server, a real local Ray, a Ray cluster, and photographs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.storage import Storage
+from tests.ray_head import Head, ray_head
 
 # Ray reads these when it is imported, which some test modules do; so they are set before any of them.
 # With the token in the environment, Ray writes none into the home folder.
@@ -23,6 +24,26 @@ os.environ |= {
 
 Photograph = tuple[str, bytes, int]
 
+#: Files that take a minute or so: they are begun first, lest one be left when the other worker is done.
+LONG = (
+    "test_crashes.py",
+    "test_labelling.py",
+    "test_modeling.py",
+    "test_failures.py",
+    "test_soak.py",
+    "test_training.py",
+    "test_demo.py",
+    "test_cli.py",
+    "test_submit.py",
+    "test_secrets.py",
+    "test_schedule.py",
+    "test_monitoring.py",
+    "test_airflow_dag.py",
+    "test_benchmark.py",
+    "test_contenders.py",
+    "test_growing.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -30,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="in buckets too, kill runs at every write, not at every eighth (takes ten minutes more)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take long first; else, all stays in its order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
@@ -66,13 +92,26 @@ def ray_local(s3_server: LocalS3) -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
         ray.init(
             address="local",
-            num_cpus=8,
+            num_cpus=4,  # for each of them Ray starts a worker, wanted or not
             include_dashboard=False,
             object_store_memory=300_000_000,
             logging_level="warning",
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def head(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A running Ray cluster that takes jobs, with the S3 server's credentials in its environment."""
+    with ray_head(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def cluster(head: Head) -> str:
+    """The address of `head`."""
+    return head.address
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
@@ -58,6 +59,7 @@ class FaultProxy:
         url: for clients, in the place of the server's. They sign for it; the Host is passed on as sent.
         injected: how many faults of each kind there were.
         seen: the last requests, faulty or not.
+        missing: those of them that the server answered by 404, in any order.
         upstream_failures: how often the server itself broke off; the client's connection is then reset.
     """
 
@@ -76,6 +78,7 @@ class FaultProxy:
         self.delay_seconds = delay_seconds
         self.injected: Counter[str] = Counter()
         self.seen: deque[Request] = deque(maxlen=100_000)
+        self.missing: set[Request] = set()
         self.upstream_failures = 0
         self.closing = threading.Event()
         self._seed = seed
@@ -117,6 +120,7 @@ class FaultProxy:
             self._in_a_row.clear()
             self.injected.clear()
             self.seen.clear()
+            self.missing.clear()
             self.upstream_failures = 0
 
     @property
@@ -220,7 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         proxy = self.server.proxy
-        kind = proxy.choose(Request(self.command, self.path, self.headers.get("Range")))
+        self._request = Request(self.command, self.path, self.headers.get("Range"))
+        kind = proxy.choose(self._request)
         self._expects = self.headers.get("Expect", "").lower() == "100-continue"
         if kind in _ANSWERS:
             self._refuse(*_ANSWERS[kind])
@@ -268,6 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._send_upstream(upstream)
             with contextlib.closing(upstream.getresponse()) as response:  # has taken the connection over
+                if response.status == HTTPStatus.NOT_FOUND:
+                    self.server.proxy.missing.add(self._request)
                 if kind == "lost_answer":
                     response.read()
                     self._reset()

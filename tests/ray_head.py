@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -13,9 +14,26 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
+REPOSITORY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running cluster.
+
+    Attributes:
+        address: of its dashboard.
+        folder: where it keeps its logs.
+        hub_token: a secret of its environment, which nothing that the tests run asks for.
+    """
+
+    address: str
+    folder: Path
+    hub_token: str
 
 
 def _free_port() -> int:
@@ -25,26 +43,33 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_head(folder_of_log: Path) -> Iterator[str]:
-    """The address of the dashboard of a running cluster, which has this process's environment."""
+def ray_head(folder_of_log: Path) -> Iterator[Head]:
+    """A running cluster that has this process's environment, and the code as an image has it."""
     options = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     log = folder_of_log / "ray.log"
     # Its own, and short: the sockets in it must have short names. It tells its processes from others' too.
     folder = tempfile.mkdtemp(prefix="ray-")
+    hub_token = f"hf_{secrets.token_hex(16)}"
+    environment = {
+        # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
+        "PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "HF_TOKEN": hub_token,
+        "RAY_metrics_report_interval_ms": "1000",
+    }
     with log.open("wb") as output:
         head = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--num-cpus=4", "--include-dashboard=true"]
             + ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", f"--temp-dir={folder}"]
             + [f"--{name}={port}" for name, port in options.items()],
-            # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
-            env=os.environ | {"PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}"},
+            env=os.environ | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     address = f"http://127.0.0.1:{options['dashboard-port']}"
     try:
         _wait_for(address, head, log)
-        yield address
+        yield Head(address, Path(folder), hub_token)
     finally:
         for pid in [head.pid, *_processes_of(folder)]:
             with contextlib.suppress(ProcessLookupError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +18,26 @@ from ray.cluster_utils import Cluster
 
 from pipeline.config import Config, load_config
 from pipeline.labelling import run_labelling
+from pipeline.record import Clock
 from tests.makers import make_image, make_tar
 
 MANIFEST = Path(__file__).parents[2] / "configs" / "kubernetes" / "config.yaml"
 SHARDS, IMAGES = 4, 10
-#: Seconds that the cluster takes to grow.
-DELAY = 8.0
+#: Seconds that the run waits for the cluster to grow.
+DELAY = 3.0
+
+
+def event_at(name: str) -> threading.Event:
+    """An event that is set when a run's clock notes the one of this name."""
+    came, mark = threading.Event(), Clock.mark
+
+    def marked(self: Clock, event: str, *, again: bool = False) -> None:
+        mark(self, event, again=again)
+        if event == name:
+            came.set()
+
+    Clock.mark = marked  # type: ignore[method-assign]
+    return came
 
 
 def main(folder: Path, result: Path) -> None:
@@ -39,9 +54,11 @@ def main(folder: Path, result: Path) -> None:
         # As on a machine without a GPU; the stages' CPUs are the manifests'.
         cpu = ["classify.device=cpu", "classify.num_gpus=null", "model.precision=fp32", "classify.threads=1"]
         config = load_config(Config, job, [*there, *cpu, f"ray.address={cluster.address}"])
-        start = time.monotonic()
+        ready, start = event_at("ray_ready"), time.monotonic()
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(run_labelling, config)
+            while not (ready.wait(0.2) or running.done()):
+                pass
             time.sleep(DELAY)
             cluster.add_node(num_cpus=8, object_store_memory=150_000_000)  # in the main thread alone
             grown = time.monotonic() - start

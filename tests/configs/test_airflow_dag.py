@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,18 +11,16 @@ import pytest
 
 from configs import airflow_dag
 from configs.airflow_dag import JobFailed, job_name, label_once
-from tests.ray_head import ray_head
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobSubmissionClient]:
+def client(cluster: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
-    with ray_head(tmp_path_factory.mktemp("cluster")) as address:
-        yield JobSubmissionClient(address)
+    return JobSubmissionClient(cluster)
 
 
 def test_a_date_has_one_name_wherever_it_is_told() -> None:

@@ -18,16 +18,15 @@ from typing import Any
 import pytest
 
 from tests.makers import make_image, make_tar
-from tests.ray_head import RAY, ray_head
+from tests.ray_head import RAY, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 DASHBOARD = json.loads((REPOSITORY / "configs/grafana_dashboard.json").read_text())
 SAMPLE = re.compile(r"(ray_cvt_label_\w+)\{(.*)\} (\S+)")
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A cluster on which a job has run: 40 images, one more that is none, and a shard that is cut."""
+def dataset(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a job on the cluster has labelled: 40 images, one more that is none, and a shard that is cut."""
     folder = tmp_path_factory.mktemp("monitoring")
     whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(40)] + [("x.jpg", b"no image")])
     (folder / "in").mkdir()
@@ -37,15 +36,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings += ["classify.batch_size=10", "read.chunk_images=20"]
     job = ["python", "-m", "jobs.label", "--config", "configs/demo.yaml"]
     job += [word for setting in settings for word in ("--set", setting)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")
-        with ray_head(folder) as address:
-            submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
-            done = subprocess.run(
-                submit, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
-            )
-            assert "41 in 1 shards" in done.stdout, done.stdout + done.stderr
-            yield address
+    submit = [RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--", *job]
+    done = subprocess.run(submit, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert "41 in 1 shards" in done.stdout, done.stdout + done.stderr
+    return f"{folder}/in"
 
 
 def get(url: str) -> str:
@@ -61,8 +55,8 @@ def targets(cluster: str) -> list[str]:
     ]
 
 
-def scraped(cluster: str) -> dict[str, dict[str, float]]:
-    """By metric, its values by those of its labels that are ours."""
+def scraped(cluster: str, dataset: str) -> dict[str, dict[str, float]]:
+    """By metric, its values of a dataset by those of its labels that are ours."""
     found: dict[str, dict[str, float]] = {}
     for target in targets(cluster):
         try:
@@ -71,18 +65,19 @@ def scraped(cluster: str) -> dict[str, dict[str, float]]:
             continue
         for name, labels, value in SAMPLE.findall(page):
             ours = dict(re.findall(r'(outcome|stage|state|kind|le|dataset|model)="([^"]*)"', labels))
-            assert ours.pop("dataset").endswith("/in")
+            if ours.pop("dataset") != dataset:
+                continue
             assert re.fullmatch(r"fashion-mnist-[0-9a-f]{8}", ours.pop("model"))
             found.setdefault(name, {})[" ".join(ours.values())] = float(value)
     return found
 
 
 @pytest.fixture(scope="module")
-def metrics(cluster: str) -> dict[str, dict[str, float]]:
+def metrics(cluster: str, dataset: str) -> dict[str, dict[str, float]]:
     """The metrics, once the last ones of the job have come."""
     deadline = time.monotonic() + 60
     while True:
-        found = scraped(cluster)
+        found = scraped(cluster, dataset)
         if sum(found.get("ray_cvt_label_shards_total", {}).values()) == 2:
             return found
         assert time.monotonic() < deadline, found
@@ -159,9 +154,9 @@ def prometheus(cluster: str, metrics: dict[str, dict[str, float]], tmp_path: Pat
         process.wait(30)
 
 
-def test_every_panel_has_an_answer_in_prometheus(prometheus: str) -> None:
+def test_every_panel_has_an_answer_in_prometheus(prometheus: str, dataset: str) -> None:
     """But for rates: the run is over, and they are all 0 by now, or unknown."""
-    variables = {"$dataset": ".*", "$model": ".*", "$__rate_interval": "10s", "$__range": "1m"}
+    variables = {"$dataset": dataset, "$model": ".*", "$__rate_interval": "10s", "$__range": "1m"}
 
     def answer(expression: str) -> list[dict[str, Any]]:
         for name, value in variables.items():
@@ -180,4 +175,4 @@ def test_every_panel_has_an_answer_in_prometheus(prometheus: str) -> None:
         assert time.monotonic() < deadline, waiting
         waiting = [text for text in waiting if not answer(text)]
         time.sleep(0.5)
-    assert answer("sum(ray_cvt_label_images_total)")[0]["value"][1] == "41"
+    assert answer('sum(ray_cvt_label_images_total{dataset="$dataset"})')[0]["value"][1] == "41"

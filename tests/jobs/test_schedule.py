@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -26,9 +25,8 @@ from pipeline.scheduling import DatasetState, Scheduler, last_tick, next_ticks, 
 from pipeline.storage import ObjectInfo, Storage
 from pipeline.submission import Cluster, Job, Submission
 from tests.makers import make_image, make_tar
-from tests.ray_head import ray_head
+from tests.ray_head import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 
@@ -40,15 +38,6 @@ defaults:
 datasets:
 """
 DATASET = '  {name}: {{input: {{uri: "{folder}/in"}}, output: {{uri: "{folder}/{name}"}}}}\n'
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a cluster that has the code, as an image has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-        with ray_head(tmp_path_factory.mktemp("cluster")) as address:
-            yield address
 
 
 @dataclass
@@ -96,7 +85,7 @@ class Bench:
 
     def jobs(self) -> list[Job]:
         mine = str(self.folder)
-        return [job for job in Cluster(self.address).jobs() if job.metadata["input"].startswith(mine)]
+        return [job for job in Cluster(self.address).jobs() if job.metadata.get("input", "").startswith(mine)]
 
     def end_jobs(self) -> int:
         """Lets the jobs end; returns how many have run."""

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
+import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from jobs.compare import compare
 from jobs.console import make_app
 from jobs.label import label
 from jobs.local_s3 import LocalS3
+from jobs.logs import logs
 from jobs.plan import plan
+from jobs.publish import publish
+from jobs.report import report
+from jobs.schedule import schedule
 from jobs.stats import stats
-from pipeline.config import Config, ConfigError, load_config
+from jobs.status import status
+from pipeline.config import Config, ConfigError, DatasetsConfig, load_config
+from pipeline.scheduling import DatasetState, read_state, state_uri
 from pipeline.storage import Storage, StorageError
+from pipeline.submission import CONFIG_VARIABLE, Cluster
 from tests.command import cvt_label
 from tests.makers import make_image, make_tar
+from tests.ray_head import Head
 
 PLANTED = f"planted-{secrets.token_hex(8)}"
 JOB = """\
@@ -58,6 +70,13 @@ def opened(uri: str, data: bytes) -> bytes:
     return data + footer + schema + repr(pq.read_table(io.BytesIO(data)).to_pylist()).encode()
 
 
+def assert_without(places: Mapping[str, bytes], *planted: str) -> None:
+    """None of the secrets is in what lies at any of the places."""
+    for place, content in places.items():
+        for secret in planted:
+            assert secret.encode() not in content, place
+
+
 def test_a_run_leaves_no_secret_in_output_terminal_or_logs(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3, ray_folder: Path
 ) -> None:
@@ -75,9 +94,80 @@ def test_a_run_leaves_no_secret_in_output_terminal_or_logs(
     assert any("raylet" in path for path in logs)
     # What must be found shows that the search finds something.
     assert b"bad" in next(content for uri, content in written.items() if "/predictions/" in uri)
-    for place, content in {**written, **logs, **said}.items():
-        for secret in (s3_server.secret_key, s3_server.access_key, PLANTED):
-            assert secret.encode() not in content, place
+    assert_without({**written, **logs, **said}, s3_server.secret_key, s3_server.access_key, PLANTED)
+
+
+SCHEDULE = """\
+submit: {{address: "{address}"}}
+datasets:
+  photos:
+    cron: "@yearly"
+    input: {{uri: "{root}/in"}}
+    model: {{path: fashion-mnist}}
+    output: {{uri: "{root}/out"}}
+"""
+
+
+def in_this_process(function: Callable[..., None], *arguments: object) -> str:
+    """What a command prints that ends well."""
+    app = make_app()
+    app.command()(function)
+    done = CliRunner(env={"HF_TOKEN": f"hf_{PLANTED}"}).invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_terminals(
+    job: Path, bucket: str, storage: Storage, s3_server: LocalS3, head: Head, tmp_path: Path
+) -> None:
+    """A tick of a schedule labels, a submitted job finds nothing new, and then the labels are used."""
+    storage.write(f"{bucket}/in/a.tar", make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)]))
+    path = tmp_path / "schedule.yaml"
+    path.write_text(SCHEDULE.format(address=head.address, root=bucket))
+    uri = state_uri("photos", load_config(DatasetsConfig, path).datasets["photos"])
+    before = DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(days=400))
+    storage.write(uri, before.model_dump_json().encode())
+    said: dict[str, str] = {}
+
+    # The caller's own credentials stay with the caller: with these, no job would get far.
+    planted = {"HF_TOKEN": f"hf_{PLANTED}", "MY_TOKEN": PLANTED}
+    done = cvt_label("schedule", "--config", path, "--once", **planted)
+    said["schedule"] = done.stdout + done.stderr
+    assert "submitted: label-" in said["schedule"]
+    name = (read_state(storage, uri)[0] or before).job or ""
+    assert Cluster(head.address).follow(name, lambda text: None).exit_status == 0
+    at = ["--address", head.address]
+    wrong = planted | {"AWS_SECRET_ACCESS_KEY": PLANTED}
+    done = cvt_label("submit", "--config", job, *at, "--tick", "again", **wrong)
+    said["submit"] = done.stdout + done.stderr
+    assert done.returncode == 0, said["submit"]
+    said["look"] = in_this_process(schedule, "--config", path, "--once")
+    said["state"] = in_this_process(schedule, "--config", path, "--status")
+    said["jobs"] = in_this_process(status, *at)
+    said["job"] = in_this_process(status, name, *at)
+    said["log"] = in_this_process(logs, name, *at)
+
+    partition = next(o.uri for o in storage.list(f"{bucket}/out") if "/lease." in o.uri).rpartition("/")[0]
+    for format in ("parquet", "delta") if importlib.util.find_spec("deltalake") else ("parquet",):
+        options = ["--config", job, "--to", f"{bucket}/{format}", "--format", format]
+        said[f"publish {format}"] = in_this_process(publish, *options)
+    said["compare"] = in_this_process(compare, partition, partition, "--output", f"{bucket}/compared.parquet")
+    said["report"] = in_this_process(report, partition)
+    said["stats"] = in_this_process(stats, "--config", job, "--rebuild")
+
+    written = {o.uri: opened(o.uri, storage.read(o.uri)) for o in storage.list(bucket)}
+    kept = {str(p): p.read_bytes() for p in head.folder.glob("session_2*/logs/**/*") if p.is_file()}
+    told = {"api": "".join(j.model_dump_json() for j in Cluster(head.address)._client.list_jobs())}
+    # What must be found shows that the search finds something.
+    assert b"SUCCEEDED" in written[uri]
+    assert "1 shards" in said["log"]
+    assert f"{name} succeeded" in said["state"]
+    assert CONFIG_VARIABLE in told["api"]
+    assert any(name in place and b"images" in content for place, content in kept.items())
+    assert any("/parquet/" in place for place in written)
+    texts = {place: text.encode() for place, text in (said | told).items()}
+    of_the_cluster = s3_server.secret_key, s3_server.access_key, head.hub_token, os.environ["RAY_AUTH_TOKEN"]
+    assert_without({**written, **kept, **texts}, *of_the_cluster, PLANTED)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import signal
 import socketserver
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,19 +36,9 @@ from pipeline.submission import (
 )
 from tests.command import cvt_label
 from tests.makers import make_image, make_tar
-from tests.ray_head import RAY, ray_head
+from tests.ray_head import RAY, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 SECRET = "planted-in-the-submitters-environment"
-
-
-@pytest.fixture(scope="module")
-def cluster(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a cluster that has the S3 server's credentials, and the code as an image has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-        with ray_head(tmp_path_factory.mktemp("cluster")) as address:
-            yield address
 
 
 @pytest.fixture

@@ -36,6 +36,10 @@ from pipeline.storage import Storage
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
 CHECKPOINT = load_checkpoint("fashion-mnist")
+ENGINE = Engine(CHECKPOINT.model, CHECKPOINT.preprocessor, device="cpu")
+
+#: What a run imports when it needs it, which would be most of a child's time: their parent has it once.
+_PRELOADED = ["matplotlib.backends.backend_svg", "pandas", "pipeline.metrics", "pipeline.sections"]
 
 #: The status of a run that another has taken over from.
 OVERTAKEN = 5
@@ -69,7 +73,6 @@ def _label_chunks(
     resources: Any,
 ) -> Iterator[Chunk]:
     """`dataflow.label_chunks` without Ray: chunks of all shards in turn."""
-    engine = Engine(checkpoint.model, checkpoint.preprocessor, device="cpu")
     open_shards = [
         cut_into_chunks(read_samples(storage, shard, read_options), number, 5, 10**9)
         for number, shard in enumerate(plan)
@@ -81,7 +84,7 @@ def _label_chunks(
                 open_shards.remove(chunks)
             else:
                 decoded = decode_chunk(chunk, checkpoint.preprocessor, 10**6)
-                yield classify(decoded, engine, options)
+                yield classify(decoded, ENGINE, options)
 
 
 @contextmanager
@@ -143,7 +146,7 @@ def _run(
 @functools.cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *_PRELOADED])
     return context
 
 

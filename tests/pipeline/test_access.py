@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -16,13 +17,22 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow.dataset as ds
 import pytest
 from pyarrow.fs import S3FileSystem
+from typer.testing import CliRunner
 
 from cvt.checkpoints import BUNDLED
+from jobs.compare import compare
+from jobs.console import make_app
 from jobs.local_s3 import LocalS3
-from pipeline.config import Config, load_config
-from pipeline.labelling import make_plan, rebuild, run_labelling
+from jobs.plan import plan
+from jobs.publish import publish
+from jobs.report import report
+from jobs.schedule import schedule
+from jobs.stats import stats
+from pipeline.config import Config, DatasetsConfig, load_config
+from pipeline.labelling import rebuild, run_labelling
 from pipeline.partition import open_partition
 from pipeline.planning import Selection
+from pipeline.scheduling import DatasetState, state_uri
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
 from tests.makers import make_image, make_tar
@@ -69,38 +79,48 @@ def access(request: Request) -> Access:
     return Access(ACTIONS[request.method], f"arn:aws:s3:::{bucket}/{key}")
 
 
-def statements(policy: dict[str, Any], needed: Access) -> Iterator[tuple[str, str]]:
-    """The statements (and the action in each) that allow an access."""
+def accesses(proxy: FaultProxy) -> set[Access]:
+    """What all requests need; that an object is missing is told to those alone who may list its bucket."""
+    asked = {access(request) for request in proxy.seen}
+    missing = {access(request).resource.partition("/")[0] for request in proxy.missing}
+    return asked | {Access("s3:ListBucket", bucket) for bucket in missing}
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def grants(policy: dict[str, Any]) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Of each statement its name, each action on each resource, and what listings may ask for."""
     for statement in policy["Statement"]:
-        actions = [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
         prefixes = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", "*")
-        prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
-        if (
-            needed.action in actions
-            and fnmatch.fnmatchcase(needed.resource, statement["Resource"])
-            and any(fnmatch.fnmatchcase(needed.prefix or "", each) for each in prefixes)
-        ):
-            yield statement["Sid"], needed.action
+        for action in listed(statement["Action"]):
+            for resource in listed(statement["Resource"]):
+                yield statement["Sid"], action, resource, listed(prefixes)
 
 
 def check(policy: dict[str, Any], seen: set[Access]) -> None:
     """Everything is allowed, and everything that is allowed was needed by something."""
-    used: set[tuple[str, str]] = set()
+    used: set[tuple[str, str, str]] = set()
     for needed in seen:
-        allowed = set(statements(policy, needed))
+        allowed = {
+            (name, action, resource)
+            for name, action, resource, prefixes in grants(policy)
+            if needed.action == action
+            and fnmatch.fnmatchcase(needed.resource, resource)
+            and any(fnmatch.fnmatchcase(needed.prefix or "", each) for each in prefixes)
+        }
         assert allowed, f"not allowed: {needed}"
         used |= allowed
-    for statement in policy["Statement"]:
-        actions = statement["Action"]
-        for action in [actions] if isinstance(actions, str) else actions:
-            assert (statement["Sid"], action) in used, f"not needed: {statement['Sid']} {action}"
+    for name, action, resource, _ in grants(policy):
+        assert (name, action, resource) in used, f"not needed: {name} {action} {resource}"
 
 
 @pytest.fixture(scope="module")
 def root(s3_server: LocalS3) -> str:
     """What the buckets' names in this test begin with."""
     name = f"access-{secrets.token_hex(4)}-"
-    for kind in ("images", "labels", "models"):
+    for kind in ("images", "labels", "models", "tables"):
         s3_server.create_bucket(name + kind)
     storage = Storage(endpoint_url=s3_server.endpoint_url)
     for file in BUNDLED["fashion-mnist"].iterdir():
@@ -129,10 +149,11 @@ def config(root: str, endpoint: str, *overrides: str) -> Config:
 
 
 def asked(s3_server: LocalS3, action: Callable[[str], object]) -> set[Access]:
-    """The accesses that an action asks for, through the endpoint that it is given."""
-    with FaultProxy(s3_server.endpoint_url) as proxy:
+    """The accesses that an action asks for, through the endpoint that it is given, and the environment's."""
+    with FaultProxy(s3_server.endpoint_url) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         action(proxy.url)
-        return {access(request) for request in proxy.seen}
+        return accesses(proxy)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +174,15 @@ def labelled(root: str, s3_server: LocalS3, ray_local: None) -> set[Access]:
             rebuild(config(root, endpoint))
 
     return asked(s3_server, live)
+
+
+@pytest.fixture(scope="module")
+def other(labelled: set[Access], root: str, s3_server: LocalS3) -> str:
+    """The URI of other labels of the same images, which have no gallery."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_ray(patch)
+        job = config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")
+        return run_labelling(job).plan.partition.uri
 
 
 def test_labelling_needs_what_its_policy_allows_and_nothing_else(labelled: set[Access], root: str) -> None:
@@ -178,12 +208,38 @@ def test_a_policy_that_lacks_an_action_or_has_one_too_many_is_noticed(
         check(generous, labelled)
 
 
+def test_that_an_object_is_missing_is_told_where_the_whole_bucket_may_be_listed(
+    labelled: set[Access], root: str
+) -> None:
+    missing = Access("s3:ListBucket", f"arn:aws:s3:::{root}labels")
+    assert missing in labelled
+    with pytest.raises(AssertionError, match=r"not allowed: .*images"):
+        check(policy("label", root), {Access("s3:ListBucket", f"arn:aws:s3:::{root}images")})
+
+
+def run(command: Callable[..., None], *arguments: object) -> int:
+    """A command's exit status."""
+    app = make_app()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code
+
+
+@pytest.fixture
+def job(root: str, tmp_path: Path) -> Path:
+    """The configuration of `labelled`, for commands; where S3 is, the environment says."""
+    path = tmp_path / "job.yaml"
+    values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
+    path.write_text(json.dumps(values))  # which is YAML, too
+    return path
+
+
 def test_planning_and_statistics_need_what_their_policy_allows(
-    labelled: set[Access], root: str, s3_server: LocalS3
+    labelled: set[Access], root: str, s3_server: LocalS3, job: Path
 ) -> None:
     def look(endpoint: str) -> None:
-        make_plan(config(root, endpoint))
-        open_partition(config(root, endpoint)).manifest.fold_statistics()
+        assert run(plan, "--config", job, "--retry-errors", "--prune") == 0
+        assert run(stats, "--config", job) == 0
+        assert run(stats, "--config", job, "--set", "output.topk=1") == 4  # of which nothing is labelled
 
     check(policy("plan", root), asked(s3_server, look))
 
@@ -207,6 +263,99 @@ def test_a_model_in_a_bucket_needs_what_its_policy_allows(root: str, s3_server: 
     check(policy("model", root), asked(s3_server, load))
 
 
+@pytest.mark.parametrize("format", ["parquet", "delta"])
+def test_publishing_needs_what_its_policy_allows(
+    labelled: set[Access],
+    root: str,
+    s3_server: LocalS3,
+    storage: Storage,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+) -> None:
+    """Three increments, of which the last one's versions let go of the first's, and then nothing new."""
+    if format == "delta":
+        pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
+    leave_out_ray(monkeypatch)
+    target = f"s3://{root}tables/{format}"
+    options = ["--config", job, "--to", target, "--format", format, "--keep", 1]
+    found: set[Access] = set()
+    for number in range(3):
+        found |= asked(s3_server, lambda endpoint: published(options))
+        if format == "delta" and number == 0:
+            write_checkpoints(target, s3_server.endpoint_url)
+        shard = make_tar([("a.jpg", make_image(number))])
+        storage.write(f"s3://{root}images/shards/{format}-{number}.tar", shard)
+        run_labelling(config(root, s3_server.endpoint_url))
+    found |= asked(s3_server, lambda endpoint: published(options))
+    checkpoints = [needed for needed in found if needed.resource.endswith(".checkpoint.parquet")]
+    assert bool(checkpoints) == (format == "delta")
+    text = json.dumps(policy("publish", root)).replace("tables/table/", f"tables/{format}/")
+    check(json.loads(text), found)
+
+
+def published(options: list[object]) -> None:
+    assert run(publish, *options) == 0
+
+
+def write_checkpoints(target: str, endpoint: str) -> None:
+    """Lets every version of a Delta table have a checkpoint, as by default every hundredth has."""
+    from deltalake import DeltaTable
+
+    table = DeltaTable(target, storage_options={"endpoint_url": endpoint, "allow_http": "true"})
+    table.alter.set_table_properties({"delta.checkpointInterval": "1"})
+
+
+def test_a_comparison_needs_what_its_policy_allows(
+    labelled: set[Access], other: str, root: str, s3_server: LocalS3
+) -> None:
+    uri = open_partition(config(root, s3_server.endpoint_url)).uri
+
+    def look(endpoint: str) -> None:
+        assert run(compare, uri, other) == 0
+        assert run(compare, f"{uri}@previous", f"{uri}@latest", "--drift-only") == 0
+        assert run(compare, f"{uri}@20260101T000000.000000Z-000000", uri) == 4  # no such run
+        assert run(compare, f"s3://{root}labels/labels/model=x-00000000", uri) == 4  # no labels of a model
+
+    check(policy("compare", root), asked(s3_server, look))
+    written = f"s3://{root}tables/comparison.parquet"
+    more = asked(s3_server, lambda endpoint: run(compare, uri, other, "--output", written))
+    extra = {needed for needed in more if not needed.resource.startswith(f"arn:aws:s3:::{root}labels")}
+    assert extra == {Access("s3:PutObject", f"arn:aws:s3:::{written.removeprefix('s3://')}")}
+
+
+def test_a_report_needs_what_its_policy_allows(
+    labelled: set[Access], other: str, root: str, s3_server: LocalS3
+) -> None:
+    uri = open_partition(config(root, s3_server.endpoint_url)).uri
+
+    def make(endpoint: str) -> None:
+        assert run(report, uri, "--against", other) == 0
+        assert run(report, other) == 0
+
+    check(policy("report", root), asked(s3_server, make))
+
+
+def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, tmp_path: Path) -> None:
+    """A dataset that is seen for the first time; a tick that is claimed, and finds no cluster; the states."""
+    path = tmp_path / "schedule.yaml"
+    values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
+    submit = {"address": "http://127.0.0.1:1"}
+    path.write_text(json.dumps({"submit": submit, "datasets": {"photos": values | {"cron": "* * * * *"}}}))
+    dataset = load_config(DatasetsConfig, path).datasets["photos"]
+
+    def live(endpoint: str) -> None:
+        assert run(schedule, "--config", path, "--once") == 0
+        earlier = DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(hours=1))
+        uri = state_uri("photos", dataset)
+        Storage(endpoint_url=s3_server.endpoint_url).write(uri, earlier.model_dump_json().encode())
+        assert run(schedule, "--config", path, "--once") == 4
+        assert run(schedule, "--config", path, "--status") == 0
+
+    check(policy("schedule", root), asked(s3_server, live))
+
+
 def test_every_policy_of_the_page_is_tested() -> None:
-    assert set(POLICIES) == {"label", "plan", "read", "model"}
+    tested = {"label", "plan", "read", "model", "publish", "compare", "report", "schedule"}
+    assert set(POLICIES) == tested
     assert DOCUMENT.read_text().count("```json") == len(POLICIES)

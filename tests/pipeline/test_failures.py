@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.own_ray import run_script
 from tests.pipeline.failing_run import IMAGES, SHARDS
 
 STALL_S = 45
@@ -21,27 +15,7 @@ STALL_S = 45
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `failing_run` found: one run, in which a decoder, a classifier and a node died in turn."""
-    folder = tmp_path_factory.mktemp("failing") / "in"
-    folder.mkdir()
-    result = folder.with_name("result.json")
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as ray_folder:  # sockets need a short path
-        root = str(Path(__file__).parents[2])
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.pipeline.failing_run", str(folder), str(result)],
-            cwd=root,
-            env=os.environ | {"PYTHONPATH": root, "RAY_TMPDIR": ray_folder},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            _, err = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it stops its Ray
-            _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err[-4000:]
-    return json.loads(result.read_text())
+    return run_script("tests.pipeline.failing_run", tmp_path_factory.mktemp("failing"), 240)
 
 
 @pytest.mark.parametrize("failure", ["decoder", "classifier", "node"])

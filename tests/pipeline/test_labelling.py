@@ -56,7 +56,8 @@ def wds(samples: list[Sample]) -> list[tuple[str, bytes]]:
 
 def config(bucket: str, *overrides: str) -> Config:
     base = [f"input.uri={bucket}/in", "model.path=fashion-mnist", f"output.uri={bucket}/out"]
-    return load_config(Config, None, [*base, "classify.num_cpus=1", "classify.threads=1", *overrides])
+    stages = ["read.concurrency=2", "classify.num_cpus=1", "classify.threads=1"]
+    return load_config(Config, None, [*base, *stages, *overrides])
 
 
 def rows_of(result: RunResult) -> list[dict[str, object]]:
