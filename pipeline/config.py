@@ -512,6 +512,7 @@ def load_recorded(
     recorded_model = _model_asked_for(values)
     for override in overrides:
         _apply(values, override)
+        lines[_fields(override)] = 0  # no line's fault
     commit = record.get("model_commit")
     if commit is not None and _model_asked_for(values) == recorded_model is not None:
         values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
@@ -575,8 +576,8 @@ def _note_lines(node: yaml.Node, at: tuple[str, ...], lines: dict[tuple[str, ...
 
 def _apply(values: dict[str, Any], override: str) -> None:
     """Sets one `section.field=value`; the value is read as YAML, as it would be in the file."""
-    name, equals, text = override.partition("=")
-    fields = name.strip().split(".")
+    _, equals, text = override.partition("=")
+    fields = _fields(override)
     if not equals or not all(fields):
         raise ConfigError(f"--set {override}: expected section.field=value")
     try:
@@ -592,6 +593,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[fields[-1]] = value
 
 
+def _fields(override: str) -> tuple[str, ...]:
+    return tuple(override.partition("=")[0].strip().split("."))
+
+
 def _without_secrets(text: str) -> str:
     """A value that is shown as it was given, without what may be a secret in its URLs."""
     return re.sub(r"(?<=://)[^/\s\"']*@|(?<=\?)[^\s\"']+", "...", text)
@@ -600,7 +605,7 @@ def _without_secrets(text: str) -> str:
 def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> str:
     field = tuple(str(part) for part in fault["loc"])
     inherited = ("defaults", *field[2:]) if field[:1] == ("datasets",) else field
-    line = lines.get(field) or lines.get(inherited)
+    line = lines.get(field, lines.get(inherited))
     where = f"line {line}: " if line else ""
     name = ".".join(field)
     if not name:  # of several fields; the message names them

@@ -89,7 +89,7 @@ def test_a_job_is_submitted_by_rays_own_command(cluster: str, tmp_path: Path) ->
     assert "5 in 1 shards" in done.stdout
     (labels,) = (tmp_path / "out").glob("model=*/predictions/**/*.parquet")
     assert pq.read_metadata(labels).num_rows == 5
-    assert re.search(r"raysubmit_\w+  succeeded", command("status", "--address", cluster).stdout)
+    assert re.search(r"succeeded .* 0  raysubmit_\w+\n", command("status", "--address", cluster).stdout)
 
 
 def test_the_code_of_a_working_dir_goes_before_the_clusters_own(
@@ -137,7 +137,7 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     assert shown.exit_code == 0, shown.stderr
     assert re.search(r"exit status +3", shown.stdout)
     assert f"{bucket}/in" in shown.stdout
-    assert f"{name}  failed" in command("status", "--address", cluster).stdout
+    assert re.search(rf"failed .* 3  {re.escape(name)}\n", command("status", "--address", cluster).stdout)
     log = command("logs", name, "--address", cluster)
     assert "10 in 1 shards" in log.stdout
 

@@ -113,6 +113,20 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
     assert override in refusal(tmp_path, MINIMAL, override)
 
 
+def test_a_fault_of_an_override_is_blamed_on_no_line_of_the_file(tmp_path: Path) -> None:
+    assert "  output.topk: " in refusal(tmp_path, MINIMAL, "output.topk=no")
+    path = write(tmp_path, "defaults: {cron: '@daily'}\ndatasets: {a: {}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(DatasetsConfig, path, ["datasets.a.cron=never"])
+    assert "  datasets.a.cron: not a cron" in str(caught.value)
+
+
+def test_a_value_that_is_shown_holds_no_secret(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, "input.uri=['s3://key:planted@b/x', 'https://h/x?sig=planted']")
+    assert "input.uri" in message
+    assert "planted" not in message
+
+
 def test_an_override_of_an_unknown_field_is_refused(tmp_path: Path) -> None:
     assert "output.topkk: unknown field" in refusal(tmp_path, MINIMAL, "output.topkk=3")
 
