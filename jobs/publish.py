@@ -29,7 +29,9 @@ class TableFormat(StrEnum):
 
 def publish(
     config: ConfigOption,
-    to: Annotated[str, typer.Option("--to", help="Folder of the table; one table may hold several models.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Folder of the table; it may hold several models and datasets.")
+    ],
     set: SetOption = None,
     format: Annotated[
         TableFormat, typer.Option("--format", help="Delta Lake needs cvt-label[delta].")

@@ -15,8 +15,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -25,14 +27,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.publishing import NOTHING, SHARDS, DataFile, Snapshot, TableChangedError
-from pipeline.storage import ObjectNotFound, Storage, StorageError
+from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError
 
 _TOKEN_BITS = 32
 #: How often a commit is tried while others, who don't concern it, are faster.
 _COMMITS = 20
 _FOOTER = b"cvt_label.table"
-#: Columns whose least and greatest values stand in the log.
-_STATISTICS = ("shard", "label", "label_id", "score", "entropy", "target_id", "published")
+#: Characters of what deltalake says of an error.
+_LONGEST_MESSAGE = 300
+#: Columns whose least and greatest values stand in the log, all that are no lists. Where it has bounds of
+#: some columns, deltalake's datasets take one that is missing for a bound that no value meets.
+_STATISTICS = (
+    *("shard", "key", "index", "label", "label_id", "score", "entropy", "target_id"),
+    *("width", "height", "error", "published"),
+)
+#: Characters of a bound: enough to tell shards apart in one folder.
+_LONGEST_BOUND = 256
 
 
 class DeltaTable:
@@ -108,6 +118,8 @@ class DeltaTable:
         notes = json.loads(state.schema.metadata[_FOOTER])
         ranges = {path: (first, last) for path, first, last in notes["files"]}
         files = tuple(self._files(ranges))
+        if "source" not in state.column_names:
+            state = state.append_column("source", pa.nulls(len(state), pa.string()))
         known = Snapshot(version, token, tuple(notes["columns"]), files, state.cast(SHARDS))
         if sum(file.rows for file in files) != known.rows:
             # Somebody has put back an earlier version, or taken rows out: all is published anew.
@@ -128,9 +140,11 @@ class DeltaTable:
             custom_metadata={"cvt_label": {"model": self._model, "version": snapshot.version}},
         )
         was, now = ({file.path for file in files} for files in (base.files, snapshot.files))
-        added = [self._added(file) for file in snapshot.files if file.path not in was]
+        added = [self._added(file.path, file.bytes) for file in snapshot.files if file.path not in was]
         removed = [self._removed(file) for file in base.files if file.path not in now]
         options = {"partition_by": ["model"], "commit_properties": properties}
+        if self._delta is not None:  # hours may have passed since it was read: with credentials of now
+            self._delta = self._opened(self._delta.version())
         for _ in range(_COMMITS):
             try:
                 if self._delta is None:
@@ -148,7 +162,14 @@ class DeltaTable:
         raise TableChangedError(f"{self.uri}: others committed {_COMMITS} times meanwhile")
 
     def tidy(self, snapshot: Snapshot) -> None:
-        """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
+        """Removes the lists of shards of earlier versions, and of attempts at this one that have lost.
+
+        And adds to the log what statistics it lacks, as those of tables that were compacted may.
+        """
+        self._load()
+        if self._delta is not None:
+            self._complete_statistics()
+        self._storage.sweep(self.uri)
         try:
             found = [info.uri for info in self._storage.list(self._states)]
         except ObjectNotFound:
@@ -175,7 +196,7 @@ class DeltaTable:
         if self._transaction() == _number(snapshot):
             return True
         if self._delta is None or self._delta.version() == before:
-            raise StorageError(self.uri, f"the transaction was not committed: {error}") from error
+            raise StorageError(self.uri, f"the transaction was not committed: {_said(error)}") from error
         paths = {file.path for file in self._files({})}
         if self._transaction() != _number(base) or paths != {file.path for file in base.files}:
             raise TableChangedError(f"{self.uri}: another publisher was faster") from error
@@ -183,28 +204,42 @@ class DeltaTable:
 
     def _load(self) -> None:
         """Opens the table as it is now, if there is one."""
+        try:  # so that what can't be reached is told as it is everywhere
+            is_there = next(self._storage.list(f"{self.uri}/_delta_log"), None) is not None
+        except BucketNotFound:
+            raise
+        except ObjectNotFound:
+            is_there = False
+        self._delta = self._opened(None) if is_there else None
+        if self._delta is not None:
+            self._check()
+
+    def _opened(self, version: int | None) -> Any:
+        """The table in one version, or as it is now; None where there is none."""
         import deltalake
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
         try:
-            self._delta = deltalake.DeltaTable(self.uri, storage_options=self._options())
+            return deltalake.DeltaTable(self.uri, version=version, storage_options=self._options())
         except TableNotFoundError:
-            self._delta = None
+            return None
         except (DeltaError, OSError) as error:
-            raise StorageError(self.uri, f"can't be read as a Delta table: {error}") from None
-        else:
-            self._check()
+            raise StorageError(self.uri, f"can't be read as a Delta table: {_said(error)}") from None
 
     def _options(self) -> dict[str, str] | None:
-        """How the storage is reached; credentials are found by the standard chain, there as here."""
+        """How the storage is reached: as from here, with the credentials of now."""
         if not self.uri.startswith("s3://"):
             return None
-        options = {}
-        if endpoint := self._storage.s3_endpoint:
-            options = {"endpoint_url": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
-        if self._storage.region:
-            options["region"] = self._storage.region
-        return options
+        found = self._storage.s3_access()
+        options = {
+            "endpoint_url": found.endpoint_url,
+            "allow_http": "true" if (found.endpoint_url or "").startswith("http://") else None,
+            "region": found.region,
+            "aws_access_key_id": found.access_key,
+            "aws_secret_access_key": found.secret_key,
+            "aws_session_token": found.token,
+        }
+        return {name: value for name, value in options.items() if value}
 
     def _check(self) -> None:
         """Refuses tables that it could harm."""
@@ -250,12 +285,29 @@ class DeltaTable:
             partition_values={"model": self._model},
         )
 
-    def _added(self, file: DataFile) -> Any:
+    def _added(self, path: str, size: int, is_new: bool = True) -> Any:
         from deltalake.transaction import AddAction
 
-        with self._storage.open(f"{self.uri}/{file.path}") as stream:
-            statistics = json.dumps(_statistics(pq.read_metadata(stream)))
-        return AddAction(file.path, file.bytes, {"model": self._model}, _milliseconds(), True, statistics)
+        with self._storage.open(f"{self.uri}/{path}") as stream:
+            # As it is: deltalake misreads long texts of surrogate pairs, which stand for emoji in ASCII.
+            statistics = json.dumps(_statistics(pq.ParquetFile(stream)), ensure_ascii=False, allow_nan=False)
+        return AddAction(path, size, {"model": self._model}, _milliseconds(), is_new, statistics)
+
+    def _complete_statistics(self) -> None:
+        """Adds the model's files of which the log lacks statistics once more, with all of them."""
+        from deltalake import CommitProperties
+        from deltalake.exceptions import DeltaError
+
+        lacking = [row for row in self._logged().to_pylist() if not _has_statistics(row)]
+        if not lacking:
+            return
+        added = [self._added(unquote(row["path"]), row["size_bytes"], is_new=False) for row in lacking]
+        # Where somebody else commits meanwhile, the files may be gone: then the next publication does it.
+        properties = CommitProperties(max_commit_retries=0)
+        with suppress(DeltaError, OSError):
+            self._delta.create_write_transaction(
+                added, "append", self._table_schema(), ["model"], commit_properties=properties
+            )
 
     def _table_schema(self) -> Any:
         """The table's columns, embeddings among them: other models may have some."""
@@ -296,33 +348,75 @@ def _state_file(snapshot: Snapshot) -> bytes:
     return out.getvalue()
 
 
-def _statistics(metadata: pq.FileMetaData) -> dict[str, Any]:
-    """A file's statistics as Delta's log has them, folded over its row groups."""
-    # pyarrow's objects are views: they must not outlive what they were taken from.
-    chunks: dict[str, list[tuple[int, bool, Any, Any]]] = {name: [] for name in _STATISTICS}
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for place in range(group.num_columns):
-            column = group.column(place)
-            found = column.statistics
-            if column.path_in_schema in chunks and found is not None:
-                # Without a value there are no bounds; with values they may lack, where those are long.
-                known = found.has_min_max or not found.num_values
-                bounds = (found.min, found.max) if found.has_min_max else (None, None)
-                chunks[column.path_in_schema].append((found.null_count, known, *bounds))
+def _statistics(file: pq.ParquetFile) -> dict[str, Any]:
+    """A file's statistics as Delta's log has them: bounds may be shortened, but must hold."""
     least: dict[str, Any] = {}
     greatest: dict[str, Any] = {}
     nulls: dict[str, int] = {}
-    for name, groups in chunks.items():
-        if len(groups) != metadata.num_row_groups or not groups:
-            continue
-        nulls[name] = sum(null_count for null_count, *_ in groups)
-        values = [bound for _, _, *bounds in groups for bound in bounds if bound is not None]
-        if values and all(known for _, known, *_ in groups):
-            least[name], greatest[name] = min(values), max(values)
+    for name in _STATISTICS:
+        nulls[name], low, high = _of_column(file, name)
+        if low is not None:
+            least[name], greatest[name] = _shortened_down(low), _shortened_up(high)
     return {
-        "numRecords": metadata.num_rows,
+        "numRecords": file.metadata.num_rows,
         "minValues": least,
         "maxValues": greatest,
         "nullCount": nulls,
     }
+
+
+def _of_column(file: pq.ParquetFile, name: str) -> tuple[int, Any, Any]:
+    """How many nulls a column has, its least and its greatest value; None where it has no value."""
+    metadata, place = file.metadata, file.schema.names.index(name)
+    nulls, bounds = 0, []
+    for number in range(metadata.num_row_groups):
+        # pyarrow's objects are views: they must not outlive what they were taken from.
+        group = metadata.row_group(number)
+        column = group.column(place)
+        found = column.statistics
+        if found is None or not found.has_null_count or (found.num_values and not found.has_min_max):
+            return _of_values(file.read(columns=[name])[name])  # Parquet leaves out bounds that are long
+        nulls += found.null_count
+        bounds += [found.min, found.max] if found.has_min_max else []
+    return nulls, min(bounds, default=None), max(bounds, default=None)
+
+
+def _of_values(values: pa.ChunkedArray) -> tuple[int, Any, Any]:
+    bounds = pc.min_max(values).as_py()
+    return values.null_count, bounds["min"], bounds["max"]
+
+
+def _shortened_down(bound: Any) -> Any:
+    """The bound, or what is a bit less than it."""
+    return bound[:_LONGEST_BOUND] if isinstance(bound, str) else bound
+
+
+def _shortened_up(bound: Any) -> Any:
+    """The bound, or what is a bit greater: its last character that has a next one is that."""
+    if not isinstance(bound, str) or len(bound) <= _LONGEST_BOUND:
+        return bound
+    for end in range(_LONGEST_BOUND - 1, -1, -1):
+        code = ord(bound[end]) + 1
+        if code <= sys.maxunicode:
+            # Between 0xD7FF and 0xE000 there are no characters.
+            return bound[:end] + chr(0xE000 if 0xD800 <= code < 0xE000 else code)
+    return bound
+
+
+def _has_statistics(logged: Mapping[str, Any]) -> bool:
+    """Whether the log knows all statistics of a file."""
+    for name in _STATISTICS:
+        nulls = logged.get(f"null_count.{name}")
+        if nulls is None:
+            return False
+        bounds = logged.get(f"min.{name}"), logged.get(f"max.{name}")
+        if None in bounds and nulls != logged["num_records"]:
+            return False
+    return True
+
+
+def _said(error: Exception) -> str:
+    """What deltalake says, in one line: without colours, stacks, and the tags of what services answer."""
+    text = re.split(r"\n\s*0: ", str(error))[0]
+    text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)
+    return " ".join(text.split())[:_LONGEST_MESSAGE]

@@ -114,6 +114,7 @@ class ParquetTable:
         Only what has the number of this version or an earlier one: a later number may be that of another
         publisher who is at work; one that has this version's number has lost.
         """
+        self._storage.sweep(self.uri)
         self._load()
         if self._current.get("token") != snapshot.token:
             return  # there is none yet, or another publisher is ahead, and tidies up itself

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
@@ -74,10 +74,17 @@ class DataFile:
     last_shard: str | None
 
 
-#: A row a shard in a table, sorted: the version of its prediction file that was published, its rows, and the
-#: version of the table that brought them. As Arrow, since a million of them as objects are a gigabyte.
+#: A row a shard in a table, sorted: the version of its prediction file that was published, its rows, the
+#: version of the table that brought them, and the partition that they are from; that is null in tables from
+#: before it was noted. As Arrow, since a million of them as objects are a gigabyte.
 SHARDS = pa.schema(
-    [("shard", pa.string()), ("output_version", pa.string()), ("rows", pa.int64()), ("published", pa.int64())]
+    [
+        ("shard", pa.string()),
+        ("output_version", pa.string()),
+        ("rows", pa.int64()),
+        ("published", pa.int64()),
+        ("source", pa.string()),
+    ]
 )
 
 
@@ -144,7 +151,7 @@ class Increment:
         added: shards to publish, sorted: `uri`, and their prediction files, `output` (relative to the
             partition) and `output_version`.
         replaced: those of them that the table has in an earlier version.
-        removed: shards of the table that are no longer labelled.
+        removed: shards that the table has from this partition, and that are no longer labelled.
         pending: shards whose file has changed since the manifest was written: they stay as they are.
     """
 
@@ -174,6 +181,8 @@ def publish(
 ) -> Publication:
     """Brings a table in line with the manifest of a partition.
 
+    It may hold rows of other partitions of the model, of other datasets that is: these stay as they are.
+
     Args:
         partition: whose predictions are published.
         table: where.
@@ -182,7 +191,8 @@ def publish(
 
     Raises:
         TableBusyError: other publishers, or a run, were faster each time.
-        StorageError: something can't be read or written.
+        StorageError: something can't be read or written; or the table has a shard from another partition, or
+            other columns of one.
     """
     options = partition.prediction_options
     kind = options.embedding if embedding else "none"
@@ -191,7 +201,10 @@ def publish(
     cause: Exception | None = None
     for _ in range(_ATTEMPTS):
         base = table.read()
-        increment = _increment(partition, base, _columns(schema))
+        labelled = _labelled(partition)  # after it: what others have published meanwhile is labelled, too
+        base = _adopted(base, labelled, partition.uri)
+        _check_others(table.uri, base, labelled, partition.uri, _columns(schema))
+        increment = _increment(partition, labelled, base, _columns(schema))
         if not (len(increment.added) or len(increment.removed)):
             table.tidy(base)
             return Publication(base, increment, is_new=False)
@@ -217,12 +230,49 @@ def _columns(schema: pa.Schema) -> tuple[str, ...]:
     return tuple(f"{column.name} {column.type}" for column in schema)
 
 
-def _increment(partition: Partition, base: Snapshot, columns: tuple[str, ...]) -> Increment:
-    """Compares the manifest with what is published."""
+def _labelled(partition: Partition) -> pa.Table:
     tables = partition.manifest.labelled(_LABELLED.names)
-    labelled = pa.concat_tables([_LABELLED.empty_table(), *tables])
+    return pa.concat_tables([_LABELLED.empty_table(), *tables])
+
+
+def _adopted(base: Snapshot, labelled: pa.Table, source: str) -> Snapshot:
+    """What a table has from nobody knows which partition is this one's, if it has a shard of them."""
+    unknown = base.shards.filter(pc.is_null(base.shards["source"]))["shard"]
+    if not len(unknown) or not pc.any(pc.is_in(unknown, value_set=labelled["uri"])).as_py():
+        return base
+    sources = pc.fill_null(base.shards["source"], source)
+    place = SHARDS.get_field_index("source")
+    return replace(base, shards=base.shards.set_column(place, SHARDS.field(place), sources))
+
+
+def _check_others(
+    table: str, base: Snapshot, labelled: pa.Table, source: str, columns: tuple[str, ...]
+) -> None:
+    """Refuses what would do harm to rows of other partitions, which can't be made anew from this one."""
+    others = base.shards.filter(pc.fill_null(pc.not_equal(base.shards["source"], source), True))
+    if not len(others):
+        return
+    twice = others.filter(pc.is_in(others["shard"], value_set=labelled["uri"]))
+    if len(twice):
+        [shard], [other] = twice["shard"][:1].to_pylist(), twice["source"][:1].to_pylist()
+        cause = f"has the shard {shard} from {other} already: {source} needs a table of its own"
+        raise StorageError(table, cause)
+    if base.columns != columns:
+        other = others["source"][0].as_py() or "another dataset"
+        cause = (
+            f"has rows of {other} in other columns: publish {source} with or without embeddings as that, "
+            "or into a table of its own"
+        )
+        raise StorageError(table, cause)
+
+
+def _increment(
+    partition: Partition, labelled: pa.Table, base: Snapshot, columns: tuple[str, ...]
+) -> Increment:
+    """Compares the manifest with what is published."""
     known = base.shards["shard"]
-    removed = known.filter(pc.invert(pc.is_in(known, value_set=labelled["uri"])))
+    is_own = pc.fill_null(pc.equal(base.shards["source"], partition.uri), False)
+    removed = known.filter(pc.and_(is_own, pc.invert(pc.is_in(known, value_set=labelled["uri"]))))
     place = pc.index_in(labelled["uri"], value_set=known)
     added = labelled.append_column("is_known", pc.is_valid(place))
     if same_columns := base.columns == columns:
@@ -304,7 +354,8 @@ class _Writer:
         """What the version holds."""
         base, version = self._base.shards, pa.array(np.full(len(added), self._version))
         stay = base.filter(pc.invert(pc.is_in(base["shard"], value_set=gone)))
-        columns = [added["uri"], added["output_version"], pa.array(rows_of), version]
+        source = pa.repeat(self._partition, len(added))
+        columns = [added["uri"], added["output_version"], pa.array(rows_of), version, source]
         return pa.concat_tables([stay, pa.table(columns, schema=SHARDS)]).sort_by("shard")
 
     def _split(self, gone: pa.ChunkedArray) -> tuple[list[DataFile], list[DataFile]]:

@@ -46,6 +46,7 @@ def tidy(partition: Partition, work: Work, repairs: Repairs, record: RunRecord, 
     rows_of_files = labelled | work.outgrown
     versions = {uri: row.output_version for uri, row in rows_of_files.items()} | work.expected
     lease.check()
+    partition.storage.sweep(partition.uri)
     remove(
         partition,
         {uri: versions[uri] for uri in to_remove},

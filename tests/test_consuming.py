@@ -37,17 +37,18 @@ SAMPLE = ROOT / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "consuming.md").read_text(), re.M | re.S)
 #: By what an example imports, or is run by; what is not installed is skipped.
 READERS = ("duckdb", "polars", "pandas", "deltalake", "pyspark")
+NEEDS_EMBEDDING = "needs output.embedding"
 
 
 class Labels:
     """A folder as the page has it: `labels` of two models, one of them with embeddings, and tables."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *options: str) -> None:
         self.folder = folder
         with tarfile.open(SAMPLE) as tar:
             found = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()[:120]]  # type: ignore[union-attr]
         images = [member for member in found if member[0].endswith(".png")]
-        one = Place(str(folder), "parquet", f"output.uri={folder}/labels", "output.embedding=float16")
+        one = Place(str(folder), "parquet", f"output.uri={folder}/labels", *options)
         one.put({"a.tar": make_tar(found[:60]), "deep/no=targets.tar": make_tar(images[30:45])})
         self._label_and_publish(one)
         one.put(
@@ -88,7 +89,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
     with pytest.MonkeyPatch.context() as patch:
         leave_out_ray(patch)
-        yield Labels(tmp_path_factory.mktemp("consumer"), patch)
+        yield Labels(tmp_path_factory.mktemp("consumer"), patch, "output.embedding=float16")
+
+
+@pytest.fixture(scope="module")
+def default_labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Labels]:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_ray(patch)
+        yield Labels(tmp_path_factory.mktemp("default"), patch)
 
 
 def _needed(kind: str, code: str) -> set[str]:
@@ -98,14 +106,17 @@ def _needed(kind: str, code: str) -> set[str]:
     return needed | ({"duckdb"} if kind == "sql" else set())
 
 
+@pytest.mark.parametrize("kept", ["labels", "default_labels"])
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_every_example_of_the_page_runs(
-    labels: Labels,
     number: int,
+    kept: str,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """With embeddings; and without, what doesn't say that it needs them."""
+    labels: Labels = request.getfixturevalue(kept)
     kind, code = BLOCKS[number]
     for package in sorted(_needed(kind, code)):
         reason = f"{package} is not installed: cvt-label[consumers,delta], or pyspark, which needs Java"
@@ -121,20 +132,37 @@ def test_every_example_of_the_page_runs(
             Storage().write(f"s3://{bucket}/{path.relative_to(labels.folder)}", path.read_bytes())
         code = code.replace("my-bucket", bucket)
     if kind == "sql":
-        results = _run_sql(code)
+        results = _run_sql(code, without=NEEDS_EMBEDDING if kept == "default_labels" else None)
         assert all(results), code
     else:
         exec(compile(code, f"docs/consuming.md, example {number}", "exec"), {})
         assert capsys.readouterr().out.strip()
 
 
-def _run_sql(code: str) -> list[list[Any]]:
-    """The rows of each query."""
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])
+def test_the_example_for_buckets_runs_with_an_endpoint_named_and_without(
+    labels: Labels, bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Without one, Polars looks itself where the service is."""
+    pytest.importorskip("polars", reason="polars is not installed: cvt-label[consumers]")
+    for path in labels.files:
+        Storage().write(f"{bucket}/{path.relative_to(labels.folder)}", path.read_bytes())
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setenv(variable, s3_server.endpoint_url)
+    [code] = [code for _, code in BLOCKS if "s3://my-bucket" in code]
+    exec(compile(code.replace("s3://my-bucket", bucket), "docs/consuming.md", "exec"), found := {})
+    assert found["labels"].select("key").collect().height == len(labels.rows)
+
+
+def _run_sql(code: str, without: str | None = None) -> list[list[Any]]:
+    """The rows of each query, but of none that has these words."""
     import duckdb
 
     connection = duckdb.connect()
     answers = []
     for statement in duckdb.extract_statements(code):
+        if without and without in statement.query:
+            continue
         done = connection.execute(statement)
         if statement.type == duckdb.StatementType.SELECT:
             answers.append(done.fetchall())

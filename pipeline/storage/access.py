@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import ObjectInfo, StorageError
+from pipeline.storage.objects import ObjectInfo, S3Access, StorageError
 from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
 
 _AHEAD_BUFFER_BYTES = 1024**2
@@ -56,6 +56,29 @@ class Storage:
 
     endpoint_url: str | None = None
     region: str | None = None
+
+    def s3_access(self) -> S3Access:
+        """How S3 is reached now, for other clients.
+
+        Raises:
+            StorageError: the client can't be made, or credentials can't be found.
+        """
+        from pipeline.storage.s3 import S3
+
+        service = self._service("s3://")
+        assert isinstance(service, S3)
+        return service.access()
+
+    def sweep(self, uri: str) -> None:
+        """Removes what killed writers have left below the folder `uri`; in a bucket that is nothing.
+
+        Raises:
+            StorageError: it can't be removed.
+        """
+        uri = normalised(uri)
+        service = self._service(uri)
+        if isinstance(service, LocalFiles):
+            service.sweep(uri)
 
     @property
     def s3_endpoint(self) -> str | None:

@@ -66,24 +66,18 @@ class LocalFiles:
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
         folder = Path(uri).parent
-        # No reader's `**/*.parquet` may ever match what a crash leaves behind.
-        temporary = folder / f".{uuid.uuid4().hex}.tmp"
         with _errors_of(uri):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("xb") as file:
-                    data.seek(0)
-                    shutil.copyfileobj(data, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+            with _temporary(folder) as (temporary, file):
+                data.seek(0)
+                shutil.copyfileobj(data, file)
+                file.flush()
+                os.fsync(file.fileno())
                 with _locked(folder):  # no other writer's between the look and the renaming
                     self._check(uri, expected, temporary)
                     found = temporary.stat()
                     temporary.replace(uri)
                     _sync_folder(folder)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
         return _info(uri, found)
 
     def delete(self, uri: str, expected: str | None) -> None:
@@ -92,6 +86,12 @@ class LocalFiles:
                 raise ObjectChanged(uri, NOT_AS_EXPECTED)
             Path(uri).unlink()
             _sync_folder(Path(uri).parent)
+
+    def sweep(self, uri: str) -> None:
+        with _errors_of(uri):
+            for folder, _, names in os.walk(uri):
+                for name in filter(_UNFINISHED.match, names):
+                    _remove_if_left(Path(folder, name))
 
     def _check(self, uri: str, expected: str | None, temporary: Path) -> None:
         """Raises ObjectChanged if the file is not as expected; else makes its successor younger."""
@@ -118,8 +118,35 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-#: What a write has in the making, or a crash has left of one.
+#: What a write has in the making, or a crash has left of one: no reader's `**/*.parquet` may ever match it.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file for the block, which ends in its renaming, or without it.
+
+    It is locked meanwhile. A lock ends with its process: so one that nobody locks is what a crash has left.
+    """
+    while True:
+        path = folder / f".{uuid.uuid4().hex}.tmp"
+        with path.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.fstat(file.fileno()).st_nlink:
+                continue  # it was taken for one, before it was locked
+            try:
+                yield path, file
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+            return
+
+
+def _remove_if_left(path: Path) -> None:
+    """Removes a file that a crash has left; not one that somebody is writing."""
+    with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: In the place of a version: there is to be no such object.
 ABSENT = "absent"
@@ -59,3 +59,20 @@ class ObjectInfo:
     uri: str
     size: int
     version: str
+
+
+@dataclass(frozen=True, slots=True)
+class S3Access:
+    """How S3 is reached, for clients other than boto3. What it shows of itself has no credentials.
+
+    Attributes:
+        endpoint_url: of the service; None is AWS.
+        region: None where none is configured.
+        access_key, secret_key, token: the credentials of now; some expire within the hour.
+    """
+
+    endpoint_url: str | None
+    region: str | None
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    token: str | None = field(repr=False)

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import http.client
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
 
@@ -34,6 +35,7 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
+    S3Access,
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
@@ -107,6 +109,24 @@ class S3:
 
     def __init__(self, client: Any) -> None:
         self._client = client
+
+    def access(self) -> S3Access:
+        """How the service is reached now, with the credentials that the client would find."""
+        found = self._client.meta
+        region, endpoint = found.region_name, str(found.endpoint_url)
+        is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
+        try:
+            credentials = boto3.session.Session().get_credentials()
+            if credentials is None:
+                raise botocore.exceptions.NoCredentialsError
+            key = credentials.get_frozen_credentials()
+        except botocore.exceptions.BotoCoreError as error:
+            raise _no_credentials("s3://", error) from error
+        return S3Access(
+            None if is_default else endpoint,
+            region,
+            *(key.access_key, key.secret_key, key.token),
+        )
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, key = split(uri)
@@ -214,11 +234,7 @@ class S3:
             botocore.exceptions.TokenRetrievalError,
             botocore.exceptions.SSOError,
         ) as error:
-            cause = (
-                f"no usable AWS credentials were found ({error}): set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-            )
-            raise AccessDenied(uri, cause) from error
+            raise _no_credentials(uri, error) from error
         except botocore.exceptions.ConnectionError as error:
             endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
             cause = f"the endpoint {endpoint} can't be reached: {described(error)}"
@@ -230,6 +246,14 @@ class S3:
             raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
         except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
             raise StorageError(uri, " ".join(without_credentials(str(error)).split())) from error
+
+
+def _no_credentials(uri: str, error: Exception) -> AccessDenied:
+    cause = (
+        f"no usable AWS credentials were found ({error}): set AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
+    )
+    return AccessDenied(uri, cause)
 
 
 def _fault(error: Exception, soon: bool) -> Fault | None:

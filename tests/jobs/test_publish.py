@@ -124,6 +124,99 @@ def test_wrong_credentials_end_with_4_and_are_not_shown(
     assert "planted" not in done.shown
 
 
+@pytest.fixture
+def without_credentials(
+    s3_server: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> pytest.MonkeyPatch:
+    """An environment that says nothing of S3, and a home without AWS's files."""
+    for name in s3_server.environment():
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, f"{tmp_path}/{name}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("profile", ["default", "labels"])
+@pytest.mark.parametrize("format", TableFormat)
+def test_a_profile_is_enough_to_publish(
+    place: Place,
+    command: Command,
+    bucket: str,
+    s3_server: LocalS3,
+    without_credentials: pytest.MonkeyPatch,
+    format: TableFormat,
+    profile: str,
+) -> None:
+    """Credentials in the one file, and the service in the other."""
+    if format == "delta":
+        pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
+    place.label()
+    Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).write_text(
+        f"[{profile}]\naws_access_key_id = {s3_server.access_key}\n"
+        f"aws_secret_access_key = {s3_server.secret_key}\n"
+    )
+    section = "default" if profile == "default" else f"profile {profile}"
+    Path(os.environ["AWS_CONFIG_FILE"]).write_text(
+        f"[{section}]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint_url}\n"
+    )
+    if profile != "default":
+        without_credentials.setenv("AWS_PROFILE", profile)
+    first = command(f"{bucket}/table", format=format)
+    assert (first.status, first.shown) == (0, first.shown)
+    assert "version 1: 1 shards added" in first.shown
+    assert "has everything already" in command(f"{bucket}/table", format=format).shown
+    assert s3_server.secret_key not in first.shown
+
+
+@pytest.mark.parametrize("format", TableFormat)
+def test_what_is_missing_of_s3_is_told_in_one_line(
+    place: Place,
+    command: Command,
+    without_credentials: pytest.MonkeyPatch,
+    s3_server: LocalS3,
+    format: TableFormat,
+) -> None:
+    if format == "delta":
+        pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
+    place.label()
+    without_credentials.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint_url)
+    done = command("s3://no-such-bucket/table", format=format)
+    assert done.status == 4
+    assert "no usable AWS credentials were found" in done.shown
+    assert done.shown.count("\n") == 1
+    for name, value in s3_server.environment().items():
+        without_credentials.setenv(name, value)
+    done = command("s3://no-such-bucket/table", format=format)
+    assert done.status == 4
+    assert "bucket 'no-such-bucket' does not exist" in done.shown
+    assert done.shown.count("\n") == 1
+
+
+def test_a_log_that_deltalake_cannot_read_is_told_in_one_line(place: Place, command: Command) -> None:
+    pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
+    place.label()
+    place.storage.write(f"{place.root}/table/_delta_log/{0:020d}.json", b"no\nlog")
+    done = command(f"{place.root}/table", format=TableFormat.DELTA)
+    assert done.status == 4
+    assert "table: can't be read as a Delta table: " in done.shown
+    assert done.shown.count("\n") == 1
+    assert "\x1b" not in done.shown
+    assert " 0: " not in done.shown  # the first of many lines of a stack
+
+
+def test_help_names_the_extra_that_delta_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.publish", "--help"],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "cvt-label[delta]" in done.stdout
+
+
 def test_no_secret_is_written_or_logged(
     place: Place, command: Command, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:

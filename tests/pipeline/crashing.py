@@ -73,6 +73,9 @@ def _label_chunks(
     resources: Any,
 ) -> Iterator[Chunk]:
     """`dataflow.label_chunks` without Ray: chunks of all shards in turn."""
+    engine = ENGINE
+    if checkpoint.model is not CHECKPOINT.model:
+        engine = Engine(checkpoint.model, checkpoint.preprocessor, device="cpu")
     open_shards = [
         cut_into_chunks(read_samples(storage, shard, read_options), number, 5, 10**9)
         for number, shard in enumerate(plan)
@@ -84,7 +87,7 @@ def _label_chunks(
                 open_shards.remove(chunks)
             else:
                 decoded = decode_chunk(chunk, checkpoint.preprocessor, 10**6)
-                yield classify(decoded, ENGINE, options)
+                yield classify(decoded, engine, options)
 
 
 @contextmanager

@@ -590,3 +590,40 @@ def test_a_killed_publisher_is_told_from_one_that_failed(local: Place, members: 
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert local.published() == []
+
+
+def test_what_a_kill_in_the_middle_of_a_write_has_left_is_removed(local: Place, members: Members) -> None:
+    """From the table by the next publication, and from beside the labels by the next run."""
+    local.put({"a.tar": make_tar(members[:4])})
+    local.label()
+    local.publish()
+    files = [Path(uri) for folder in ("table", "out") for uri in local.objects(folder)]
+    left = [folder / f".{number:032x}.tmp" for number, folder in enumerate({file.parent for file in files})]
+    assert len(left) > 5
+    for path in left:
+        path.write_bytes(b"half of a file")
+    assert not local.publish().is_new
+    assert {path.exists() for path in left if "/table/" in str(path)} == {False}
+    local.label()
+    assert not [path for path in left if path.exists()]
+    assert all(file.exists() for file in files)
+
+
+def test_what_another_has_labelled_and_published_a_moment_ago_stays(
+    local: Place, members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While this publisher has begun, and not yet read the table."""
+    local.put(first_day(members))
+    local.label()
+    slow = local.table()
+    read = slow.read
+
+    def later() -> Any:
+        local.put({"new.tar": make_tar(members[120:160])})
+        local.label()
+        local.publish()
+        return read()
+
+    monkeypatch.setattr(slow, "read", later)
+    assert not publishing.publish(local.partition, slow).is_new
+    assert local.published() == local.predictions()

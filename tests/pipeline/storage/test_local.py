@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,69 @@ def test_local_writes_of_one_moment_have_different_versions(
         assert len({info.version for info in written}) == 10
         with pytest.raises(ObjectChanged):
             storage.read(f"{tmp_path}/x", written[-2].version)
+
+
+#: Writes a file whose last byte never comes.
+_WRITER = """
+import io, sys, time
+from pipeline.storage import Storage
+
+class Endless(io.BytesIO):
+    def read(self, size=-1):
+        data = super().read(size)
+        if not data:
+            time.sleep(600)
+        return data
+
+Storage().write(sys.argv[1], Endless(b"half of it" * 10_000))
+"""
+
+
+def test_what_a_killed_writer_has_left_is_swept_and_what_is_being_written_is_not(
+    storage: Storage, tmp_path: Path
+) -> None:
+    storage.write(f"{tmp_path}/deep/x.parquet", b"x")
+    (tmp_path / "deep" / ".hidden.tmp").write_bytes(b"somebody else's")
+    command = [sys.executable, "-c", _WRITER, f"{tmp_path}/deep/y.parquet"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())}) as writer:
+        try:
+            until = time.monotonic() + 60
+            while not any(path.stat().st_size for path in _unfinished(tmp_path)):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            storage.sweep(str(tmp_path))
+            assert len(_unfinished(tmp_path)) == 1
+        finally:
+            writer.kill()
+    storage.sweep(str(tmp_path))
+    assert not _unfinished(tmp_path)
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"x.parquet", ".hidden.tmp"}
+
+
+def test_writes_go_on_while_a_folder_is_swept(storage: Storage, tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def sweep() -> None:
+        while not done.is_set():
+            storage.sweep(str(tmp_path))
+
+    sweepers = [threading.Thread(target=sweep) for _ in range(3)]
+    for sweeper in sweepers:
+        sweeper.start()
+    try:
+        for number in range(200):
+            storage.write(f"{tmp_path}/{number}", b"x")
+    finally:
+        done.set()
+        for sweeper in sweepers:
+            sweeper.join()
+    assert len(list(tmp_path.iterdir())) == 200
+
+
+def test_sweeping_a_folder_that_is_not_there_does_nothing(storage: Storage, tmp_path: Path) -> None:
+    storage.sweep(f"{tmp_path}/nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*.tmp") if path.name != ".hidden.tmp"]

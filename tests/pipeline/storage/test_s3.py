@@ -107,3 +107,22 @@ def test_an_endpoint_that_nobody_serves_is_named(s3_server: LocalS3) -> None:
 def test_the_endpoint_may_come_from_the_environment(bucket: str) -> None:
     info = Storage().write(f"{bucket}/x", b"by AWS_ENDPOINT_URL_S3")
     assert Storage().read(info.uri) == b"by AWS_ENDPOINT_URL_S3"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told"),
+    [
+        (None, None),  # Amazon's own, which other clients know
+        ("https://bucket.vpce-1a2b.s3.eu-west-1.vpce.amazonaws.com",) * 2,
+        ("http://127.0.0.1:9000",) * 2,
+    ],
+)
+def test_other_clients_are_told_how_s3_is_reached_and_no_secret_is_shown(
+    s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, told: str | None
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    found = Storage(endpoint, "eu-west-1").s3_access()
+    assert (found.endpoint_url, found.region) == (told, "eu-west-1")
+    assert (found.access_key, found.secret_key) == (s3_server.access_key, s3_server.secret_key)
+    assert s3_server.secret_key not in repr(found)
+    assert s3_server.access_key not in repr(found)
