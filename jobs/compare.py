@@ -47,8 +47,8 @@ def compare(
     """Compare two models' labels, or two runs': drift by class, and agreement on the same samples.
 
     Exit status: 0, also when @previous is asked for and the labels are of one run alone, so that nothing is
-    compared; 2 when an option can't be used; 4 when a side can't be read, or holds no label; 7 when a limit
-    is broken.
+    compared, and nothing written; 2 when an option can't be used; 4 when a side can't be read, or holds no
+    label; 7 when a limit is broken.
     """
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")

@@ -6,8 +6,6 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated
 
@@ -87,72 +85,81 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     handler.setFormatter(OneLineFormatter(form))
     logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO)
-    with show_progress() as progress:
+    with _Bar() if err.is_terminal else _Lines() as shown:
+
+        def planned(plan: Plan) -> None:
+            err.print(states_line(plan.work), markup=False, highlight=False)
+            shown.planned(plan)
+
         result = run_labelling(
-            config, progress, selection, wait=wait, on_wait=logger.info, on_plan=_print_plan
+            config, shown.update, selection, wait=wait, on_wait=logger.info, on_plan=planned
         )
     print_result(result)
     return result
 
 
-def _print_plan(plan: Plan) -> None:
-    err.print(states_line(plan.work), markup=False, highlight=False)
+class _Bar:
+    """Progress as a bar in a terminal, from the first results on: what Ray says before would break it."""
+
+    def __init__(self) -> None:
+        self._pace = _Pace()
+        columns = (
+            TextColumn("labelling"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("shards · {task.fields[state]}"),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=err, transient=True)
+        self._task = self._bar.add_task("", state="")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def planned(self, plan: Plan) -> None:
+        self._bar.update(self._task, total=len(plan.shards))
+
+    def update(self, progress: committing.Progress, plan: Plan) -> None:
+        self._bar.start()
+        state = self._pace.described(progress, plan)
+        self._bar.update(self._task, completed=progress.shards, state=state)
 
 
-@contextmanager
-def show_progress() -> Iterator[Callable[[committing.Progress, Plan], None]]:
-    """Progress as a bar in a terminal, and as a line every few seconds elsewhere."""
-    pace = _Pace()
-    if not err.is_terminal:
-        with _lines(pace) as told:
-            yield told
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("shards · {task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("listing, starting Ray", total=None, state="no images")
+class _Lines:
+    """Progress as a line in the log every few seconds, whether results come or not, until the last has."""
 
-        def show(progress: committing.Progress, plan: Plan) -> None:
-            bar.update(
-                task,
-                description="labelling",
-                total=len(plan.shards),
-                completed=progress.shards,
-                state=pace.described(progress, plan),
-            )
+    def __init__(self) -> None:
+        self._pace = _Pace()
+        self._over = threading.Event()
+        self._state = ""
+        self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
 
-        yield show
+    def __enter__(self) -> _Lines:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._teller.is_alive():
+            self._teller.join()
 
-@contextmanager
-def _lines(pace: _Pace) -> Iterator[Callable[[committing.Progress, Plan], None]]:
-    """Logs how far the run is every few seconds, whether results come or not, and when the last has come."""
-    started, over = time.monotonic(), threading.Event()
-    state = ""
+    def planned(self, plan: Plan) -> None:
+        if plan.shards:
+            self._teller.start()
 
-    def tell() -> None:
-        while not over.wait(LOG_INTERVAL):
-            logger.info("%s", state or f"no results yet, after {time.monotonic() - started:.0f} s")
+    def update(self, progress: committing.Progress, plan: Plan) -> None:
+        described = self._pace.described(progress, plan)
+        self._state = f"{progress.shards} of {len(plan.shards)} shards, {described}"
+        if progress.shards == len(plan.shards) and not self._over.is_set():
+            self._over.set()
+            logger.info("%s", self._state)
 
-    def note(progress: committing.Progress, plan: Plan) -> None:
-        nonlocal state
-        state = f"{progress.shards} of {len(plan.shards)} shards, {pace.described(progress, plan)}"
-        if progress.shards == len(plan.shards) and not over.is_set():
-            over.set()
-            logger.info("%s", state)
-
-    teller = threading.Thread(target=tell, name="progress", daemon=True)
-    teller.start()
-    try:
-        yield note
-    finally:
-        over.set()
-        teller.join()
+    def _tell(self) -> None:
+        started = time.monotonic()
+        while not self._over.wait(LOG_INTERVAL):
+            logger.info("%s", self._state or f"no results yet, after {time.monotonic() - started:.0f} s")
 
 
 class _Pace:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs.console import exit_status, out, run_alone
-from pipeline.storage import Storage
+from pipeline.storage import Storage, normalised
 
 
 def report(
@@ -30,7 +30,7 @@ def report(
     Exit status: 0; 4 when labels can't be read, or the page can't be written.
     """
     with exit_status():
-        from pipeline.comparing import compare, compare_runs
+        from pipeline.comparing import compare, compare_runs, runs_to_compare
         from pipeline.gallery import read_gallery
         from pipeline.report import make_report
         from pipeline.storage import StorageError
@@ -46,8 +46,11 @@ def report(
             )
         others = [Side.open(storage, name) for name in against or ()]
         comparisons = [compare(other, Side(partition)) for other in others]
-        stats, by_run = partition.manifest.fold_with_previous(run)
-        previous, gallery = compare_runs(partition, run, by_run), read_gallery(storage, partition.uri)
+        root, manifest = normalised(record["config"]["input"]["uri"]), partition.manifest
+        before, now = runs_to_compare(storage, partition.uri, manifest, root, run)
+        stats, *sides = manifest.fold_runs(root, before, now)
+        previous = compare_runs(partition, before, now, sides)
+        gallery = read_gallery(storage, partition.uri)
         page = make_report(partition, record, stats, previous, *comparisons, gallery=gallery)
         target = output or f"{partition.uri}/report.html"
         storage.write(target, page.encode())

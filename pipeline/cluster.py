@@ -8,7 +8,6 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -54,7 +53,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     _check_reachable(address)
     # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
-        with _interrupts_deferred() if local else nullcontext(), _without_notice():
+        with _interrupts_deferred() if local else nullcontext():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
         import ray.data  # sets the level of its logs anew
 
@@ -64,21 +63,6 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     finally:
         with _interrupts_deferred():
             ray.shutdown()
-
-
-@contextmanager
-def _without_notice() -> Iterator[None]:
-    """Keeps Ray's core from telling on standard error that it has been given a level for its logs."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as kept, os.fdopen(os.dup(2), "wb", 0) as standard_error:
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(standard_error.fileno(), 2)
-            kept.seek(0)
-            standard_error.write(b"".join(line for line in kept if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _check_reachable(address: str) -> None:

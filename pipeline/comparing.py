@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ import pyarrow as pa
 
 from pipeline.agreement import Agreement, measure_agreement
 from pipeline.drift import DRIFT_BINS, Classes, Drift
+from pipeline.manifest import Manifest
+from pipeline.record import read_record
 from pipeline.report import percent, score
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import StorageError
+from pipeline.storage import Storage, StorageError
 from pipeline.stored import Side, StoredPartition
 
 #: Where the Parquet file's footer has the totals, as JSON.
@@ -186,22 +188,57 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
     return pa.array(ids, mask=ids < 0)
 
 
+def runs_to_compare(
+    storage: Storage, partition: str, manifest: Manifest, root: str, run: str
+) -> tuple[list[str], list[str]]:
+    """What to compare a run of a dataset with, and what to count as its own.
+
+    A run that was killed or stopped is one with those after it that did the rest: they are compared with the
+    last one before them that ended by itself. Labels of which no run is known are of neither.
+
+    Args:
+        storage: access to the partition.
+        partition: its URI.
+        manifest: of it.
+        root: URI of the dataset: others may have labels there, too.
+        run: the run; it may have labelled nothing.
+
+    Returns:
+        The run before, if there is one; and the runs to compare with it, none if nothing is new since.
+
+    Raises:
+        StorageError: manifest or records can't be read.
+    """
+    before, now = [each for each in manifest.runs(root) if each <= run], list[str]()
+    while before and (before[-1] == run or not _has_ended(read_record(storage, partition, before[-1]))):
+        now.insert(0, before.pop())
+    return before[-1:], now
+
+
+def _has_ended(record: Mapping[str, Any] | None) -> bool:
+    return record is None or record.get("status") in ("complete", "incomplete")
+
+
 def compare_runs(
-    partition: StoredPartition, run: str, statistics: Mapping[str, ClassStatistics]
+    partition: StoredPartition,
+    before: Sequence[str],
+    now: Sequence[str],
+    statistics: Sequence[ClassStatistics],
 ) -> Comparison | None:
-    """What a run labelled, compared with what the last run before it did.
+    """What runs have labelled, compared with what the run before them did.
 
     None where one of the two has no labelled image.
 
     Args:
         partition: that they labelled for.
-        run: the later of the two.
-        statistics: of both, by run, as `Manifest.fold_with_previous` makes them.
+        before: as `runs_to_compare` finds it.
+        now: likewise.
+        statistics: of either.
     """
-    sides = [Side(partition, *each) for each in sorted(statistics.items()) if each[1].count.any()]
-    if len(sides) < 2 or run not in statistics:
+    if not (before and now and all(stats.count.any() for stats in statistics)):
         return None
-    return compare(sides[0], sides[1], with_agreement=False)
+    a, b = (Side(partition, runs[-1], stats) for runs, stats in zip((before, now), statistics, strict=True))
+    return compare(a, b, with_agreement=False)
 
 
 @dataclass(frozen=True)

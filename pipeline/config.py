@@ -66,7 +66,11 @@ def _holding_no_secret(uri: str) -> str:
     """Refuses credentials before the host of a URI, and signed web addresses; the message shows neither."""
     scheme, separator, rest = uri.partition("://")
     before_path = rest.partition("/")[0]
-    if separator and ("@" in before_path or (scheme.startswith("http") and "?" in rest)):
+    if scheme.startswith("http"):
+        may_be = any(mark in rest for mark in "@?#")
+    else:  # a password may have a slash in it, and no bucket's name has a colon
+        may_be = "@" in before_path or ":" in before_path
+    if separator and may_be:
         message = "credentials don't belong here, but in the environment: only a plain address does"
         raise PydanticCustomError("secret", message)
     return uri
@@ -127,13 +131,13 @@ class ReportConfig(_Section):
 def _without_secret(url: str | None) -> str | None:
     if url is None:
         return None
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # whose message holds the URL
-        raise PydanticCustomError("secret", "not a URL") from None
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if any(mark in url for mark in "@?#"):
         message = "credentials don't belong here, but in the environment: only scheme, host and port do"
         raise PydanticCustomError("secret", message)
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # whose message holds the URL
+        raise PydanticCustomError("secret", "not a URL") from None
     return url
 
 
@@ -599,7 +603,7 @@ def _fields(override: str) -> tuple[str, ...]:
 
 def _without_secrets(text: str) -> str:
     """A value that is shown as it was given, without what may be a secret in its URLs."""
-    return re.sub(r"(?<=://)[^/\s\"']*@|(?<=\?)[^\s\"']+", "...", text)
+    return re.sub(r"(?<=://)[^\s\"']*@|(?<=[?#])[^\s\"']+", "...", text)
 
 
 def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> str:

@@ -9,12 +9,12 @@ import importlib.util
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -22,7 +22,7 @@ from cvt.runtimes import NO_OPENVINO
 from pipeline import summaries
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
-from pipeline.comparing import Comparison, Limits, compare_runs
+from pipeline.comparing import Limits, compare_runs, runs_to_compare
 from pipeline.config import NO_TORCHVISION, Config, ConfigError
 from pipeline.gallery import Gallery
 from pipeline.inputs import check_groups, check_input
@@ -46,7 +46,7 @@ from pipeline.stages import (
     stage_figures,
 )
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ObjectNotFound, Storage, StorageError
+from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
 from pipeline.stored import StoredPartition
 from pipeline.tidying import grouped_otherwise, remove, tidy
 
@@ -240,9 +240,9 @@ def run_labelling(
     check_input(config)
     partition = open_partition(config)
     _check_decodable(partition)
-    run = new_run_id()
-    lease = Lease(partition.storage, partition.uri, run, config.run.lease_s)
+    lease = Lease(partition.storage, partition.uri, new_run_id(), config.run.lease_s, new_id=new_run_id)
     with sigterm_interrupts(), lease.held(wait, on_wait) as holding:
+        run = lease.run
         try:
             with recorded(partition, run, clock, selection) as record:
                 plan = _plan(partition, selection, holding.found_in_order)
@@ -294,6 +294,8 @@ class _Run:
         stop = Stop()
         try:
             result.pruned = len(plan.work.to_prune)
+            if not plan.in_order:  # some process may have died
+                partition.storage.sweep(partition.uri)
             changed = tidy(partition, plan.work, plan.repairs, self.record, self.lease)
             if plan.shards:
                 stop = self._label()
@@ -304,7 +306,7 @@ class _Run:
                 self._summarise()
                 self.clock.mark("published")
             else:
-                self._judge(None)
+                self._judge_again()
         except LeaseLostError:  # what the other run knows is newer
             self.record.forget()
             raise
@@ -333,32 +335,56 @@ class _Run:
     def _summarise(self) -> None:
         """Writes what lies beside the predictions."""
         result, partition = self.result, self.result.plan.partition
-        result.statistics, by_run = partition.manifest.fold_with_previous(result.run)
+        before, now = self._runs_to_compare()
+        root = normalised(partition.config.input.uri)
+        result.statistics, *sides = partition.manifest.fold_runs(root, before, now)
         table = summaries.write_class_table(partition, result.statistics)
         stored = StoredPartition(partition.storage, partition.uri, table)
-        previous = compare_runs(stored, result.run, by_run)
+        previous = compare_runs(stored, before, now, sides)
         self._note_counts()
-        self._judge(previous)
+        self._judge(previous.totals if previous is not None else None if now else self._drift_of(before))
         gone = {*self.record.values["removed"], *result.withdrawn}
         gallery = summaries.update_gallery(partition, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
         values = self.record.values | so_far
         summaries.write_report(stored, values, result.statistics, previous, gallery)
 
-    def _judge(self, previous: Comparison | None) -> None:
+    def _runs_to_compare(self) -> tuple[list[str], list[str]]:
+        partition = self.result.plan.partition
+        root, run = normalised(partition.config.input.uri), self.result.run
+        return runs_to_compare(partition.storage, partition.uri, partition.manifest, root, run)
+
+    def _judge(self, drift: Mapping[str, Any] | None) -> None:
         """Holds what was labelled to the limits of the gate.
 
-        Where the run has nothing to compare, what the last run that labelled has found out still stands.
+        Args:
+            drift: totals of its comparison with what was before it; None where there is none.
         """
-        result, partition = self.result, self.result.plan.partition
-        drift = None if previous is None else previous.totals
-        if drift is not None:
-            self.record.note(drift=drift)
-        limits = Limits(**partition.config.gate.model_dump())
-        if drift is None and limits.are_any and (runs := partition.manifest.runs()):
-            drift = (read_record(partition.storage, partition.uri, runs[-1]) or {}).get("drift")
-        result.broken_limits = limits.broken(drift) if drift else []
-        self.record.note(broken_limits=result.broken_limits)
+        limits = Limits(**self.result.plan.partition.config.gate.model_dump())
+        self.result.broken_limits = limits.broken(drift) if drift else []
+        self.record.note(drift=drift, broken_limits=self.result.broken_limits)
+
+    def _judge_again(self) -> None:
+        """Holds what earlier runs have found out to the limits, where this one has nothing to add."""
+        partition = self.result.plan.partition
+        if not Limits(**partition.config.gate.model_dump()).are_any:
+            return
+        before, now = self._runs_to_compare()
+        if not now:
+            self._judge(self._drift_of(before))
+            return
+        root = normalised(partition.config.input.uri)
+        _, *sides = partition.manifest.fold_runs(root, before, now)
+        stored = StoredPartition.open(partition.storage, partition.uri)
+        found = compare_runs(stored, before, now, sides)
+        self._judge(None if found is None else found.totals)
+
+    def _drift_of(self, runs: Sequence[str]) -> Mapping[str, Any] | None:
+        """What a run has found out, of which the record says so."""
+        partition = self.result.plan.partition
+        record = read_record(partition.storage, partition.uri, runs[-1]) if runs else None
+        drift: Mapping[str, Any] | None = (record or {}).get("drift")
+        return drift
 
     def _label(self) -> Stop:
         """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
@@ -408,6 +434,7 @@ class _Run:
         resources = cluster_resources(config, partition.checkpoint)
         self.record.note(resources=asdict(resources))
         self.clock.mark("ray_ready")
+        logger.info("Ray is ready; images go to the model in batches of %d", resources.batch_size)
         metrics = RunMetrics(config.input.uri, partition.model, resources.batch_size, len(plan.shards))
 
         def note_progress() -> None:

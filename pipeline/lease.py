@@ -107,16 +107,25 @@ class Lease:
     The clocks of those who use it should agree to within a fraction of its length.
     """
 
-    def __init__(self, storage: Storage, partition: str, run: str, seconds: float) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        partition: str,
+        run: str,
+        seconds: float,
+        new_id: Callable[[], str] | None = None,
+    ) -> None:
         """Args:
         storage: where it lies.
         partition: URI of what it is on.
         run: id of the run that wants it.
         seconds: for how long it holds without renewal; it is renewed three times as often.
+        new_id: names the run anew where it had to wait, so that runs sort by when they were at work.
         """
         self.uri = _uri(partition)
         self._storage = storage
-        self._run = run
+        self.run = run
+        self._new_id = new_id
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
         self._seconds = seconds
         self._version = ABSENT
@@ -133,7 +142,7 @@ class Lease:
             holding = Holding(self.acquire(wait, on_wait))
         except KeyboardInterrupt:  # it may have come just after the lease was taken
             state, self._version = _read(self._storage, self.uri)
-            if state is not None and state.run == self._run:
+            if state is not None and state.run == self.run:
                 self.release(in_order=False)
             raise
         try:
@@ -155,7 +164,7 @@ class Lease:
         told = False
         while True:
             state, version = _read(self._storage, self.uri)
-            if state is not None and state.is_live and state.run != self._run:
+            if state is not None and state.is_live and state.run != self.run:
                 message = (
                     f"{self.uri}: run {state.run} ({state.holder}) works on these labels, "
                     f"and holds their lease until {state.expires_at:%Y-%m-%d %H:%M:%S} UTC or renews it"
@@ -167,6 +176,8 @@ class Lease:
                 told = True
                 time.sleep(min(_POLL, self._seconds / 3))
                 continue
+            if told and self._new_id is not None:
+                self.run, told = self._new_id(), False
             try:
                 self._version = self._write("held", version)
             except ObjectChanged:  # somebody was faster; or this write came through, and its answer didn't
@@ -229,12 +240,12 @@ class Lease:
             state, version = _read(self._storage, self.uri)
         except StorageError:
             return True
-        if state is not None and state.run != self._run:
+        if state is not None and state.run != self.run:
             return False
         self._version = version  # ABSENT, if somebody has removed it: the next renewal writes it anew
         return True
 
     def _write(self, state: Literal["held", "released", "unfinished"], expected: str) -> str:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)
-        content = _State(self._run, self._holder, until, state).to_bytes()
+        content = _State(self.run, self._holder, until, state).to_bytes()
         return self._storage.write(self.uri, content, expected).version

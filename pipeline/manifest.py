@@ -10,7 +10,7 @@ import bisect
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.predictions import read_footer, unpack_partial
+from pipeline.shards import lies_in
 from pipeline.statistics import ClassStatistics, concatenated
 from pipeline.storage import ABSENT, BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
@@ -175,47 +176,50 @@ class Manifest:
                 continue
             return
 
-    def runs(self) -> list[str]:
-        """The runs of which labels stand, the first first.
+    def runs(self, root: str | None = None) -> list[str]:
+        """The runs of which labels stand, the first first; with a root, of shards that lie there alone.
 
         Raises:
             StorageError: the manifest can't be read.
         """
-        rows = self.read(("output", "run"))
-        runs: list[str] = pc.unique(rows.filter(rows["output"].is_valid())["run"]).drop_null().to_pylist()
-        return sorted(runs)
+        found: set[str] = set()
+        for table in self.labelled(("uri", "run")):
+            found.update(pc.unique(_below(table, root)["run"]).drop_null().to_pylist())
+        return sorted(found)
 
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
         """The class statistics over every labelled shard, or over those that one run has labelled."""
-        return self._fold((run,))[0]
+        total = ClassStatistics.empty(self._num_classes)
+        for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
+            total.add_partial(concatenated([partial for _, _, partial in rows]))
+        return total
 
-    def fold_with_previous(self, run: str) -> tuple[ClassStatistics, dict[str, ClassStatistics]]:
-        """The class statistics over every labelled shard; and, by run, over those that this run has
-        labelled, and the last run before it, as far as their labels stand.
+    def fold_runs(self, root: str, *groups: Collection[str]) -> list[ClassStatistics]:
+        """The class statistics over every labelled shard; and, of those that lie at a root, over what each
+        group of runs has labelled. In one pass.
         """
-        runs = self.runs()
-        pair = [other for other in runs if other < run][-1:] + [other for other in runs if other == run]
-        total, *parts = self._fold((None, *pair))
-        return total, dict(zip(pair, parts, strict=True))
+        total, *totals = (ClassStatistics.empty(self._num_classes) for _ in range(1 + len(groups)))
+        for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"))):
+            total.add_partial(concatenated([partial for _, _, partial in rows]))
+            for group, part in zip(groups, totals, strict=True):
+                own = [partial for uri, run, partial in rows if run in group and lies_in(uri, root)]
+                if own:
+                    part.add_partial(concatenated(own))
+        return [total, *totals]
 
-    def _fold(self, runs: Sequence[str | None]) -> list[ClassStatistics]:
-        """The class statistics of each of these runs, and, for None, of all, in one pass."""
-        totals = [ClassStatistics.empty(self._num_classes) for _ in runs]
-        named = pa.array([run for run in runs if run is not None], pa.string())
+    def _partials(self, tables: Iterable[pa.Table]) -> Iterator[list[tuple[str, str | None, pa.Table]]]:
+        """URI, run and partial statistics of labelled shards, a bounded number at a time."""
+        slices = (
+            each.slice(i, ROW_GROUP_ROWS) for each in tables for i in range(0, len(each), ROW_GROUP_ROWS)
+        )
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-            for table in self.labelled(("output", "run", "statistics")):
-                if None not in runs:
-                    table = table.filter(pc.is_in(table["run"], value_set=named))
+            for table in slices:
                 without = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
                 read = iter(pool.map(self._partial_of, without))
                 packed = table["statistics"].to_pylist()
                 partials = [next(read) if data is None else unpack_partial(data) for data in packed]
-                by = table["run"].to_pylist()
-                for run, total in zip(runs, totals, strict=True):
-                    own = [part for part, of in zip(partials, by, strict=True) if run in (None, of)]
-                    if own:
-                        total.add_partial(concatenated(own))
-        return totals
+                uris, runs = table["uri"].to_pylist(), table["run"].to_pylist()
+                yield list(zip(uris, runs, partials, strict=True))
 
     def _partial_of(self, output: str) -> pa.Table:
         uri = f"{self._partition}/{output}"
@@ -295,6 +299,13 @@ class Manifest:
                     self._storage.write(self.uri, less, expected)
             else:
                 self._storage.write(self.uri, whole, expected)
+
+
+def _below(table: pa.Table, root: str | None) -> pa.Table:
+    if root is None:
+        return table
+    uris = table["uri"]
+    return table.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
 
 
 def _without_statistics(table: pa.Table) -> pa.Table:

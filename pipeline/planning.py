@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from pipeline.manifest import Manifest, ManifestRow
-from pipeline.shards import Shard, fits, lies_in
+from pipeline.shards import Shard, lies_in
 from pipeline.storage import normalised
 
 
@@ -75,8 +75,6 @@ class Work:
         returned: shards that the manifest calls gone, and that are there again.
         moved: changed groups of loose images that have lost images to a new group after them.
         cured: shards that are labelled as they are, and of which another version couldn't be read.
-        outgrown: shards whose prediction file has a longer name than is given now, and what is known of
-            them: it goes, and they are labelled as new.
     """
 
     selection: Selection
@@ -89,7 +87,6 @@ class Work:
     returned: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
     cured: list[str] = field(default_factory=list)
-    outgrown: dict[str, Known] = field(default_factory=dict)
 
     @property
     def labelled_gone(self) -> dict[str, Known]:
@@ -134,9 +131,6 @@ def compare(
     last_changed: str | None = None  # the group of loose images just before, if it has changed
     for shard in listing:
         row = known.pop(shard.uri, None)
-        if row is not None and row.output is not None and not fits(row.output.removeprefix("predictions/")):
-            work.outgrown[shard.uri] = row
-            row = row._replace(version=None, failed_version=None, output=None, output_version=None)
         state = _state(shard, row)
         work.states[state] += 1
         if row is not None and row.gone:

@@ -215,7 +215,7 @@ class Cluster:
             address = f"http://{address}"
         named = [os.environ[name] for name in _ADDRESS_VARIABLES if os.environ.get(name)]
         self.address = address or named[0]
-        if "@" in self.address.rpartition("://")[2].partition("/")[0]:
+        if "@" in self.address:
             raise ClusterError(
                 "the cluster's address holds credentials, which would be shown: set RAY_AUTH_TOKEN"
             )
@@ -418,8 +418,8 @@ def _check_reachable(address: str) -> None:
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError as error:
-        raise ClusterError(f"{address}: not an address: {error}") from None
+    except ValueError:
+        raise ClusterError(f"{address}: not an address: its port is no number") from None
     if not parts.hostname or port is None:  # such as "auto"
         return
     try:

@@ -40,18 +40,12 @@ def tidy(partition: Partition, work: Work, repairs: Repairs, record: RunRecord, 
         LeaseLostError: another run has taken over.
     """
     labelled = work.labelled_gone
-    to_remove = work.to_prune | work.outgrown.keys()
+    to_remove = work.to_prune
     to_remove |= _regrouped(partition, labelled, work)
     to_remove |= {uri for uri in work.moved if uri in work.expected}
-    rows_of_files = labelled | work.outgrown
-    versions = {uri: row.output_version for uri, row in rows_of_files.items()} | work.expected
+    versions = {uri: row.output_version for uri, row in labelled.items()} | work.expected
     lease.check()
-    partition.storage.sweep(partition.uri)
-    remove(
-        partition,
-        {uri: versions[uri] for uri in to_remove},
-        {uri: row.output for uri, row in rows_of_files.items() if row.output is not None},
-    )
+    remove(partition, {uri: versions[uri] for uri in to_remove})
     for uri in to_remove:
         work.expected.pop(uri, None)
     removed = to_remove | repairs.removed | (work.gone.keys() - labelled.keys())
@@ -70,16 +64,12 @@ def tidy(partition: Partition, work: Work, repairs: Repairs, record: RunRecord, 
     return True
 
 
-def remove(
-    partition: Partition, versions: Mapping[str, str | None], outputs: Mapping[str, str] | None = None
-) -> None:
+def remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
     """Removes shards' prediction files, except those that another run has meanwhile written anew.
 
     Args:
         partition: whose they are.
         versions: of each file, by its shard's URI.
-        outputs: likewise, where it lies in the partition, where the manifest tells it: names that are longer
-            than `prediction_path` makes them now are from before.
 
     Raises:
         StorageError: one can't be removed.
@@ -87,9 +77,8 @@ def remove(
 
     def remove_one(shard: tuple[str, str | None]) -> None:
         uri, version = shard
-        output = (outputs or {}).get(uri) or f"predictions/{prediction_path(uri)}"
         with suppress(ObjectChanged):
-            partition.storage.delete(f"{partition.uri}/{output}", version)
+            partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}", version)
 
     with ThreadPoolExecutor(16, thread_name_prefix="remove") as pool:
         deque(pool.map(remove_one, versions.items()), 0)

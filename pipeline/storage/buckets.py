@@ -34,7 +34,7 @@ def described(error: BaseException) -> str:
 
 def without_credentials(message: str) -> str:
     """A message without what stands before the host in URLs."""
-    return re.sub(r"(?<=://)[^/\s\"']*@", "", message)
+    return re.sub(r"(?<=://)[^\s\"']*@", "", message)
 
 
 def no_bucket(uri: str) -> BucketNotFound:

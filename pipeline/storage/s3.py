@@ -240,9 +240,11 @@ class S3:
             cause = f"the endpoint {endpoint} can't be reached: {described(error)}"
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
-            if _is_unsendable(error):  # its message holds the header
-                cause = "the AWS credentials hold a line break, which no request can carry"
-                raise AccessDenied(uri, cause) from None
+            if _is_unsendable(error):  # its message holds credentials, or a proxy's password
+                if "Invalid header" in str(error):
+                    cause = "the AWS credentials hold a line break, which no request can carry"
+                    raise AccessDenied(uri, cause) from None
+                raise StorageError(uri, "no request can be sent: is the proxy's address right?") from None
             raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
         except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
             raise StorageError(uri, " ".join(without_credentials(str(error)).split())) from error
@@ -270,7 +272,7 @@ def _fault(error: Exception, soon: bool) -> Fault | None:
 
 
 def _is_unsendable(error: Exception) -> bool:
-    """Whether a header can't be sent; nothing in one is foreign but credentials."""
+    """Whether there was nothing to send: a header can't be, or a proxy's address is none."""
     return isinstance(error, botocore.exceptions.HTTPClientError) and isinstance(
         error.kwargs.get("error"), ValueError
     )

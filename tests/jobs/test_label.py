@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs import label
-from jobs.label import _Pace, show_progress
+from jobs.label import _Lines, _Pace
 from pipeline.committing import Progress
 
 
@@ -49,15 +50,16 @@ def test_without_a_terminal_it_logs_a_line_now_and_then_before_and_between_resul
     plan: Any = SimpleNamespace(images=None, shards=[None, None])
 
     def wait_for(text: str, times: int) -> None:
-        end = time.monotonic() + 20
-        while caplog.text.count(text) < times:
+        end = time.monotonic() + 60
+        while len(re.findall(text, caplog.text)) < times:
             assert time.monotonic() < end, caplog.text
             time.sleep(0.01)
 
-    with show_progress() as progress:
-        wait_for("no results yet, after 0 s", 2)
-        progress(Progress(7, 1, 1, 0.5), plan)
+    with _Lines() as shown:
+        shown.planned(plan)
+        wait_for(r"no results yet, after \d+ s", 2)
+        shown.update(Progress(7, 1, 1, 0.5), plan)
         wait_for("1 of 2 shards, 7 images, 1 errors", 3)
-        progress(Progress(9, 1, 2, 1.0), plan)
+        shown.update(Progress(9, 1, 2, 1.0), plan)
     assert caplog.messages[-1].startswith("2 of 2 shards, 9 images, 1 errors")
     assert caplog.text.count("2 of 2 shards") == 1

@@ -127,6 +127,25 @@ def test_a_value_that_is_shown_holds_no_secret(tmp_path: Path) -> None:
     assert "planted" not in message
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "input.uri=s3://KEY:xq1/xq2@bucket/x",
+        "input.uri=https://host/x#xq1xq2",
+        "output.uri=gs://xq1xq2@bucket/x",
+        "storage.endpoint_url=http://KEY:xq1/xq2@host:9000",
+        "storage.endpoint_url=http://host:9000/?token=xq1xq2",
+        "storage.endpoint_url=http://host:xq1",
+        "ray.address=ray://user:xq1/xq2@host:10001",
+    ],
+)
+def test_credentials_in_an_address_are_refused_without_showing_them(tmp_path: Path, override: str) -> None:
+    message = refusal(tmp_path, MINIMAL, override)
+    assert override.partition("=")[0] in message
+    for part in ("xq1", "xq2"):
+        assert part not in message
+
+
 def test_an_override_of_an_unknown_field_is_refused(tmp_path: Path) -> None:
     assert "output.topkk: unknown field" in refusal(tmp_path, MINIMAL, "output.topkk=3")
 

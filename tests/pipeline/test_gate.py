@@ -30,7 +30,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_ray(monkeypatch)
 
 
-def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0) -> None:
+def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0, folder: str = "in") -> None:
     """A shard of so many real images of each class."""
     members = []
     with tarfile.open(SAMPLE) as tar:
@@ -38,7 +38,7 @@ def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0) 
     for wanted in classes:
         keys = [key[:-4] for key, data in content.items() if key.endswith(".cls") and int(data) == wanted]
         members += [(f"{key}.png", content[f"{key}.png"]) for key in keys[skip : skip + count]]
-    Storage().write(f"{root}/in/{name}", make_tar(members))
+    Storage().write(f"{root}/{folder}/{name}", make_tar(members))
 
 
 def config(root: Path, *overrides: str) -> Config:
@@ -141,3 +141,44 @@ def test_limits_hold_the_totals_of_a_comparison() -> None:
     ]
     assert Limits(0.1, min_agreement=0.9, min_images=51).broken(totals) == ["agreement 0.8 is less than 0.9"]
     assert Limits(0.1).broken(totals | {"psi": float("nan")}) != []
+
+
+def test_datasets_that_share_an_output_are_each_compared_with_themselves(tmp_path: Path) -> None:
+    def labelled(name: str) -> RunResult:
+        settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+        return run_labelling(load_config(Config, None, [*settings, "gate.max_psi=1"]))
+
+    for night in range(2):
+        for name, kind in (("shoes", TROUSER), ("bags", BAG)):
+            write(tmp_path, f"{night}.tar", kind, skip=20 * night, folder=name)
+            assert labelled(name).broken_limits == []
+    write(tmp_path, "2.tar", BAG, folder="shoes")
+    broken = labelled("shoes").broken_limits
+    assert len(broken) == 1
+    assert labelled("bags").broken_limits == []
+    assert labelled("shoes").broken_limits == broken
+    [page] = tmp_path.glob("out/model=*/report.html")
+    assert page.read_text().count(broken[0]) == 1
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_a_run_that_did_not_end_counts_with_the_one_that_does_the_rest(tmp_path: Path, status: str) -> None:
+    """So a night that has drifted doesn't pass for being like its own first half."""
+    write(tmp_path, "0.tar", TROUSER)
+    judged(tmp_path)
+    write(tmp_path, "1.tar", BAG)
+    unended = judged(tmp_path)
+    uri = f"{unended.plan.partition.uri}/runs/{unended.run}.json"
+    values = {
+        name: value for name, value in record(unended).items() if name not in ("drift", "broken_limits")
+    }
+    Storage().write(uri, json.dumps(values | {"status": status}).encode())
+    assert judged(tmp_path).broken_limits == unended.broken_limits  # it finds nothing left to do
+    write(tmp_path, "2.tar", BAG, skip=20)
+    result = judged(tmp_path)
+    assert len(result.broken_limits) == 1
+    drift = record(result)["drift"]
+    assert isinstance(drift, dict)
+    assert (drift["images_a"], drift["images_b"]) == (20, 40)
+    write(tmp_path, "3.tar", BAG)
+    assert judged(tmp_path).broken_limits == []

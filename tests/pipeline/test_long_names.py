@@ -127,29 +127,6 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
     assert (agreement.shards, agreement.compared, agreement.share) == (len(found), 3 * len(found), 1.0)
 
 
-def test_labels_under_a_longer_name_from_before_there_was_a_limit_are_made_anew_under_this_one(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = Place(bucket)
-    deep = "/".join(["d" * 100] * 8)
-    for name in ("kept", "changed", "gone"):
-        place.put({f"{deep}/{name}.tar": tar(1)})
-    with monkeypatch.context() as patch:
-        for module in ("committing", "tidying"):
-            patch.setattr(f"pipeline.{module}.prediction_path", lambda uri: f"s3/{uri[5:]}.parquet")
-        place.label()
-    assert not any(fits(path) for path in outputs(place))
-    place.put({f"{deep}/changed.tar": tar(2, count=4)}, remove=(f"{deep}/gone.tar",))
-    place.label(Selection(prune=True))
-    assert all(fits(path) for path in outputs(place))
-    assert shards(place) == {f"{deep}/kept.tar", f"{deep}/changed.tar"}
-    assert len(place.predictions()) == 3 + 4
-    assert make_plan(place.config).work.states == {State.DONE: 2, State.GONE: 0}
-    rows = {row.uri: row.output for row in place.partition.manifest.rows()}
-    rebuild(place.config)
-    assert {row.uri: row.output for row in place.partition.manifest.rows()} == rows
-
-
 def test_an_output_that_leaves_no_room_for_names_is_refused_before_anything_is_labelled(bucket: str) -> None:
     deep = "/".join(["o" * 100] * 3)
     place = Place(bucket, "parquet", f"output.uri={bucket}/{deep}")

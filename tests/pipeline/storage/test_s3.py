@@ -71,6 +71,19 @@ def test_credentials_with_a_line_break_are_told_at_once_without_showing_them(
     assert faults() == before
 
 
+def test_a_proxy_that_is_none_is_told_without_showing_it(
+    storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://user:pla/nted@127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("AWS_REGION", "elsewhere")  # so that the client is made anew
+    with pytest.raises(StorageError) as caught:
+        storage.read(f"{bucket}/x")
+    assert "proxy" in str(caught.value)
+    assert "nted" not in str(caught.value)
+
+
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
 def test_rejected_credentials_are_told_without_showing_them(
     storage: Storage, bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, variable: str
