@@ -46,7 +46,8 @@ def report(
             )
         others = [Side.open(storage, name) for name in against or ()]
         comparisons = [compare(other, Side(partition)) for other in others]
-        root, manifest = normalised(record["config"]["input"]["uri"]), partition.manifest
+        dataset, manifest = record.get("config", {}).get("input", {}).get("uri"), partition.manifest
+        root = None if dataset is None else normalised(dataset)
         before, now = runs_to_compare(storage, partition.uri, manifest, root, run)
         stats, *sides = manifest.fold_runs(root, before, now)
         previous = compare_runs(partition, before, now, sides)

@@ -189,7 +189,7 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
 
 
 def runs_to_compare(
-    storage: Storage, partition: str, manifest: Manifest, root: str, run: str
+    storage: Storage, partition: str, manifest: Manifest, root: str | None, run: str
 ) -> tuple[list[str], list[str]]:
     """What to compare a run of a dataset with, and what to count as its own.
 
@@ -200,7 +200,7 @@ def runs_to_compare(
         storage: access to the partition.
         partition: its URI.
         manifest: of it.
-        root: URI of the dataset: others may have labels there, too.
+        root: URI of the dataset: others may have labels there, too; None takes all for one.
         run: the run; it may have labelled nothing.
 
     Returns:

@@ -194,15 +194,19 @@ class Manifest:
             total.add_partial(concatenated([partial for _, _, partial in rows]))
         return total
 
-    def fold_runs(self, root: str, *groups: Collection[str]) -> list[ClassStatistics]:
-        """The class statistics over every labelled shard; and, of those that lie at a root, over what each
-        group of runs has labelled. In one pass.
+    def fold_runs(self, root: str | None, *groups: Collection[str]) -> list[ClassStatistics]:
+        """The class statistics over every labelled shard; and over what each group of runs has labelled, with
+        a root of shards that lie there alone. In one pass.
         """
         total, *totals = (ClassStatistics.empty(self._num_classes) for _ in range(1 + len(groups)))
         for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"))):
             total.add_partial(concatenated([partial for _, _, partial in rows]))
             for group, part in zip(groups, totals, strict=True):
-                own = [partial for uri, run, partial in rows if run in group and lies_in(uri, root)]
+                own = [
+                    partial
+                    for uri, run, partial in rows
+                    if run in group and (root is None or lies_in(uri, root))
+                ]
                 if own:
                     part.add_partial(concatenated(own))
         return [total, *totals]

@@ -59,7 +59,7 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
     rng, classes, runs = np.random.default_rng(0), len(labels), []
     for run in range(2):
         shards = {}
-        for shard in (f"/in/{run}-{i}.tar" for i in range(2)):
+        for shard in (f"s3://in/<b>x</b>/{run}-{i}.tar" for i in range(2)):
             target = rng.integers(0, classes, 200)
             wrong = rng.random(200) < 0.1
             given: list[int | None] = np.where(wrong, (target + 1) % classes, target).tolist()
