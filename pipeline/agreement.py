@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.drift import Classes
 from pipeline.pairs import PairCounts
-from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, StorageError
+from pipeline.predictions import read_predictions
 from pipeline.stored import Side, StoredShard
 
 _READERS = 16
@@ -40,8 +39,8 @@ class Agreement:
         only_a, only_b: samples labelled on one side only: those that are error rows on the other, or
             of shards that the other doesn't have.
         shards: that both have, and of which the samples were compared.
-        changed_shards: that both have, but labelled in different versions, or labelled anew since the
-            manifest was written: not compared.
+        changed_shards: that both have, but labelled in different versions, or labelled in another one, or
+            gone, since the manifest was written: not compared.
     """
 
     classes: Classes
@@ -128,8 +127,7 @@ class _Pair(NamedTuple):
     """A shard that both sides have in one version: its prediction files, and their labelled samples."""
 
     output: str
-    version_a: str
-    version_b: str
+    version: str
     labelled_a: int
     labelled_b: int
 
@@ -147,8 +145,7 @@ def _common(result: Agreement, a: Side, b: Side) -> Iterator[_Pair]:
 def _pairs(result: Agreement, a: Side, b: Side) -> Iterator[_Pair]:
     for mine, theirs in _merged(a.shards(), b.shards()):
         if mine is not None and theirs is not None and mine.version == theirs.version:
-            versions = mine.output_version, theirs.output_version
-            yield _Pair(mine.output, *versions, mine.labelled, theirs.labelled)
+            yield _Pair(mine.output, mine.version, mine.labelled, theirs.labelled)
         else:
             result.leave_out(mine and mine.labelled, theirs and theirs.labelled)
 
@@ -171,22 +168,18 @@ def _merged(
 
 
 def _read(a: Side, b: Side, pair: _Pair) -> tuple[pa.Table, pa.Table] | None:
-    """The labels of a shard on either side; None where one has changed since the manifest was written."""
-    try:
-        return _labels(a, pair.output, pair.version_a), _labels(b, pair.output, pair.version_b)
-    except BucketNotFound:
-        raise
-    except (ObjectChanged, ObjectNotFound):
+    """The labels of a shard on either side; None where one is gone, or of another version of the shard."""
+    mine, theirs = _labels(a, pair), _labels(b, pair)
+    return None if mine is None or theirs is None else (mine, theirs)
+
+
+def _labels(side: Side, pair: _Pair) -> pa.Table | None:
+    """As they are now: labelled anew, the same version of a shard has labels that are as good."""
+    uri = f"{side.partition.uri}/{pair.output}"
+    found = read_predictions(side.partition.storage, uri, ["index", "label_id"])
+    if found is None or found[0].version != pair.version:
         return None
-
-
-def _labels(side: Side, output: str, version: str) -> pa.Table:
-    uri = f"{side.partition.uri}/{output}"
-    try:
-        with side.partition.storage.open(uri, version) as file:
-            return pq.read_table(file, columns=["index", "label_id"])
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise StorageError(uri, f"not a prediction file: {error}") from None
+    return found[1]
 
 
 def _labelled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
+from pipeline.predictions import read_predictions
+from pipeline.storage import Storage
 
 MOST_CAUSES = 50
 MOST_KEYS = 5
 #: The cause of what has no room among the others.
 OTHERS = "other causes"
 #: What `read_causes` wants to know of shards.
-SHARD_COLUMNS = ("uri", "errors", "output", "output_version")
+SHARD_COLUMNS = ("uri", "errors", "output")
 _READERS = 16
 
 _DIFFERENT = (
@@ -100,17 +100,21 @@ def _sample(shard: str, key: str, error: str) -> Mapping[str, str]:
     return {"shard": shard, "key": key, "error": error}
 
 
-def read_causes(storage: Storage, partition: str, shards: Iterable[pa.Table], most_files: int) -> Causes:
+def read_causes(
+    storage: Storage, partition: str, shards: Iterable[pa.Table], most_files: int
+) -> tuple[Causes, int]:
     """The causes of the errors in labels as they lie there; only files that have any are read.
 
-    Of more than so many such files, those with the most errors are. What has been labelled anew since the
-    manifest was written is left out.
+    Of more than so many such files, those with the most errors are.
 
     Args:
         storage: access to them.
         partition: its URI.
         shards: `SHARD_COLUMNS` of the manifest.
         most_files: files that are read, at the most.
+
+    Returns:
+        them, and how many of the files are not there.
 
     Raises:
         StorageError: a prediction file can't be read.
@@ -122,21 +126,19 @@ def read_causes(storage: Storage, partition: str, shards: Iterable[pa.Table], mo
         bad = pa.concat_tables([pa.Table.from_pylist(worst, bad.schema), bad])
         worst = bad.take(pc.select_k_unstable(bad, most_files, order)).to_pylist()
 
-    def read(row: Mapping[str, Any]) -> Causes:
-        causes, uri = Causes(), f"{partition}/{row['output']}"
-        try:
-            with storage.open(uri, row["output_version"]) as file:
-                causes.add(row["uri"], pq.read_table(file, columns=["key", "error"]))
-        except BucketNotFound:
-            raise
-        except (ObjectChanged, ObjectNotFound):
-            pass
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise StorageError(uri, f"not a prediction file: {error}") from None
+    def read(row: Mapping[str, Any]) -> Causes | None:
+        found = read_predictions(storage, f"{partition}/{row['output']}", ["key", "error"])
+        if found is None:
+            return None
+        causes = Causes()
+        causes.add(row["uri"], found[1])
         return causes
 
-    total = Causes()
+    total, missing = Causes(), 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="causes") as pool:
         for causes in pool.map(read, worst):
-            total.merge(causes)
-    return total
+            if causes is None:
+                missing += 1
+            else:
+                total.merge(causes)
+    return total, missing

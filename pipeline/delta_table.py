@@ -8,6 +8,9 @@ makes: whoever asks for that knows whether an attempt came through, and finds it
     <target>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
 
 which was written before it. Delta's own VACUUM removes data files that no version needs; nothing here does.
+
+A Delta table is its owner's: who compacts it, deletes rows, puts an earlier version back or copies it changes
+files, and not that list. Where its files are others, the rows of each shard are counted.
 """
 
 from __future__ import annotations
@@ -17,16 +20,28 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.publishing import NOTHING, SHARDS, DataFile, Snapshot, TableChangedError
+from pipeline.predictions import prediction_schema
+from pipeline.publishing import (
+    COUNTED,
+    NOTHING,
+    SHARDS,
+    DataFile,
+    Snapshot,
+    TableChangedError,
+    ahead,
+    columns_of,
+)
 from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError
 
 _TOKEN_BITS = 32
@@ -43,6 +58,17 @@ _STATISTICS = (
 )
 #: Characters of a bound: enough to tell shards apart in one folder.
 _LONGEST_BOUND = 256
+#: Rows of a shard that are there, and the least and the greatest version of the table that brought them.
+_ROWS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("rows", pa.int64()),
+        ("least_published", pa.int64()),
+        ("published", pa.int64()),
+    ]
+)
+#: Counts of shards that are held before they are made one.
+_AT_ONCE = 100_000
 
 
 class DeltaTable:
@@ -92,8 +118,11 @@ class DeltaTable:
         while True:
             self._load()
             number = self._transaction()
-            if number is None:
-                return self._unsigned()
+            if number is None:  # a copy of a table may lack it
+                if self._delta is None or not (files := tuple(self._files({}))):
+                    return NOTHING
+                found = self._counted(0, "", files, SHARDS.empty_table())
+                return replace(found, version=pc.max(found.shards["published"]).as_py() or 0)
             version, token = number >> _TOKEN_BITS, f"{number % 2**_TOKEN_BITS:08x}"
             try:
                 data = self._storage.read(self._state(version, token))
@@ -101,18 +130,8 @@ class DeltaTable:
                 self._load()
                 if self._transaction() != number:  # another publisher has tidied up
                     continue
-                return Snapshot(version, token, files=tuple(self._files({})))  # so that all is published anew
+                return self._counted(version, token, tuple(self._files({})), SHARDS.empty_table())
             return self._snapshot(version, token, pq.read_table(io.BytesIO(data)))
-
-    def _unsigned(self) -> Snapshot:
-        """What the table has of the model without a transaction of ours, which a copy of a table lacks.
-
-        Nothing, as a rule; else all is published anew, in the place of the rows that are there, and under
-        a version that none of them has.
-        """
-        if self._delta is None or not (files := tuple(self._files({}))):
-            return NOTHING
-        return Snapshot(self._last_published(), "", files=files)
 
     def _snapshot(self, version: int, token: str, state: pa.Table) -> Snapshot:
         notes = json.loads(state.schema.metadata[_FOOTER])
@@ -120,11 +139,56 @@ class DeltaTable:
         files = tuple(self._files(ranges))
         if "source" not in state.column_names:
             state = state.append_column("source", pa.nulls(len(state), pa.string()))
-        known = Snapshot(version, token, tuple(notes["columns"]), files, state.cast(SHARDS))
-        if sum(file.rows for file in files) != known.rows:
-            # Somebody has put back an earlier version, or taken rows out: all is published anew.
-            return Snapshot(version, token, files=files)
-        return known
+        if {file.path for file in files} != ranges.keys():
+            return self._counted(version, token, files, state.cast(SHARDS))
+        return Snapshot(version, token, tuple(notes["columns"]), files, state.cast(SHARDS))
+
+    def _counted(self, version: int, token: str, files: tuple[DataFile, ...], listed: pa.Table) -> Snapshot:
+        """A version as its files say, which somebody else has made.
+
+        Args:
+            version: of the last publication.
+            token: likewise.
+            files: what the version consists of.
+            listed: the shards that were published, as far as it is known.
+
+        Raises:
+            StorageError: a file can't be read, or lacks columns that are published.
+        """
+        total, waiting = _ROWS.empty_table(), list[pa.Table]()
+        for rows in ahead(self._count, files):
+            waiting.append(rows)
+            if sum(map(len, waiting)) > max(len(total), _AT_ONCE):
+                total, waiting = _folded([total, *waiting]), []
+        shards = _compared(listed, _folded([total, *waiting]))
+        columns = columns_of(self._schema(self._has_embeddings(files)))
+        return Snapshot(version, token, columns, files, shards)
+
+    def _count(self, file: DataFile) -> pa.Table:
+        """The rows of a file by shard, as `_ROWS`. Streams."""
+        uri, total = f"{self.uri}/{file.path}", _ROWS.empty_table()
+        try:
+            with self._storage.open(uri) as stream:
+                for batch in pq.ParquetFile(stream).iter_batches(columns=["shard", "published"]):
+                    published = batch["published"]
+                    rows = pa.array(np.ones(len(batch), np.int64))
+                    values = batch["shard"].cast(pa.string()), rows, published, published
+                    total = _folded([total, pa.table(values, schema=_ROWS)])
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise StorageError(uri, f"not a file of predictions: {error}") from None
+        return total
+
+    def _has_embeddings(self, files: Iterable[DataFile]) -> bool:
+        """Whether any row has one: who rewrites a table gives all of them the column."""
+        for file in files:
+            with self._storage.open(f"{self.uri}/{file.path}") as stream:
+                found = pq.ParquetFile(stream)
+                if "embedding" not in found.schema_arrow.names:
+                    continue
+                batches = found.iter_batches(1000, columns=["embedding"])
+                if any(batch["embedding"].null_count < len(batch) for batch in batches):
+                    return True
+        return False
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
         """Makes a version the current one, in one transaction; see `ConsumerTable`."""
@@ -264,11 +328,6 @@ class DeltaTable:
         for path, rows, size in zip(*columns, strict=True):
             yield DataFile(unquote(path), rows or 0, size, *ranges.get(path, (None, None)))
 
-    def _last_published(self) -> int:
-        """The greatest version that the log knows of rows of the model; 0 where it knows of none."""
-        logged, name = self._logged(), "max.published"
-        return pc.max(logged[name]).as_py() or 0 if name in logged.column_names else 0
-
     def _logged(self) -> pa.Table:
         """What the log says of each of the model's files."""
         actions = pa.table(self._delta.get_add_actions(flatten=True))
@@ -313,12 +372,40 @@ class DeltaTable:
         """The table's columns, embeddings among them: other models may have some."""
         from deltalake import Schema
 
-        from pipeline.predictions import prediction_schema
+        return Schema.from_arrow(self._schema(embedding=True).append(pa.field("model", pa.string())))
 
-        columns = self.schema(prediction_schema("float32", 1))
-        return Schema.from_arrow(
-            pa.schema([*columns, pa.field("published", pa.int64()), pa.field("model", pa.string())])
-        )
+    def _schema(self, embedding: bool) -> pa.Schema:
+        """The columns of data files; embeddings are the same whatever precision and length they have."""
+        columns = self.schema(prediction_schema("float32" if embedding else "none", 1))
+        return columns.append(pa.field("published", pa.int64()))
+
+
+def _folded(counts: Iterable[pa.Table]) -> pa.Table:
+    """Several counts as one."""
+    sums = [("rows", "sum"), ("least_published", "min"), ("published", "max")]
+    return pa.concat_tables(counts).group_by("shard").aggregate(sums).rename_columns(_ROWS.names).cast(_ROWS)
+
+
+def _compared(listed: pa.Table, counted: pa.Table) -> pa.Table:
+    """The shards that a version has, as `SHARDS`; what is not as it was published is marked as `COUNTED`.
+
+    Args:
+        listed: what was published.
+        counted: what is there, as `_ROWS`.
+    """
+    noted = listed.take(pc.index_in(counted["shard"], value_set=listed["shard"]))
+    is_as_noted = pc.equal(counted["rows"], noted["rows"])
+    for name in ("least_published", "published"):
+        is_as_noted = pc.and_(is_as_noted, pc.equal(counted[name], noted["published"]))
+    versions = pc.if_else(pc.fill_null(is_as_noted, False), noted["output_version"], COUNTED)
+    sources = noted["source"]
+    if len(owners := pc.unique(listed["source"]).to_pylist()) == 1:  # then what came back was its own, too
+        sources = pc.fill_null(sources, pa.scalar(owners[0], pa.string()))
+    columns = [counted["shard"], versions, counted["rows"], counted["published"], sources]
+    is_without = pc.and_(
+        pc.equal(listed["rows"], 0), pc.invert(pc.is_in(listed["shard"], value_set=counted["shard"]))
+    )
+    return pa.concat_tables([listed.filter(is_without), pa.table(columns, schema=SHARDS)]).sort_by("shard")
 
 
 def _as_delta(column: pa.Field) -> pa.Field:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import StorageError
+from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
 
 #: Rows of a row group: enough to compress well, few enough for a reader to skip some.
 ROW_GROUP_ROWS = 65_536
@@ -154,6 +155,30 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
     except KeyError as missing:
         raise StorageError(uri, f"not a prediction file: its footer has no {missing}") from None
     except (pa.ArrowInvalid, ValueError) as error:
+        raise StorageError(uri, f"not a prediction file: {error}") from None
+
+
+def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tuple[Footer, pa.Table] | None:
+    """What a prediction file says of itself, and some of its columns, as it is now.
+
+    Whichever version of the object it is: a copy of a partition has others than the manifest that was
+    copied with it.
+
+    Returns:
+        None where it isn't there, or is replaced while it is read.
+
+    Raises:
+        StorageError: it can't be read, or is no prediction file.
+    """
+    try:
+        with storage.open(uri) as file:
+            footer = read_footer(uri, file)
+            return footer, pq.read_table(file, columns=list(columns)).select(columns)
+    except BucketNotFound:
+        raise
+    except (ObjectChanged, ObjectNotFound):
+        return None
+    except (pa.ArrowInvalid, KeyError) as error:
         raise StorageError(uri, f"not a prediction file: {error}") from None
 
 

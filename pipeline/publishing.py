@@ -75,8 +75,8 @@ class DataFile:
 
 
 #: A row a shard in a table, sorted: the version of its prediction file that was published, its rows, the
-#: version of the table that brought them, and the partition that they are from; that is null in tables from
-#: before it was noted. As Arrow, since a million of them as objects are a gigabyte.
+#: version of the table that brought them, and the partition that they are from; that is null where it was
+#: not noted. As Arrow, since a million of them as objects are a gigabyte.
 SHARDS = pa.schema(
     [
         ("shard", pa.string()),
@@ -86,6 +86,10 @@ SHARDS = pa.schema(
         ("source", pa.string()),
     ]
 )
+
+#: In the place of the version of a prediction file, of which no file is: the rows are counted, and not those
+#: that were published. So the shard's partition publishes it anew, in the place of what is there.
+COUNTED = ""
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,8 @@ def publish(
         base = table.read()
         labelled = _labelled(partition)  # after it: what others have published meanwhile is labelled, too
         base = _adopted(base, labelled, partition.uri)
-        _check_others(table.uri, base, labelled, partition.uri, _columns(schema))
-        increment = _increment(partition, labelled, base, _columns(schema))
+        _check_others(table.uri, base, labelled, partition.uri, columns_of(schema))
+        increment = _increment(partition, labelled, base, columns_of(schema))
         if not (len(increment.added) or len(increment.removed)):
             table.tidy(base)
             return Publication(base, increment, is_new=False)
@@ -226,7 +230,8 @@ def publish(
     raise TableBusyError(f"{table.uri}: not published, since others were faster {_ATTEMPTS} times: {cause}")
 
 
-def _columns(schema: pa.Schema) -> tuple[str, ...]:
+def columns_of(schema: pa.Schema) -> tuple[str, ...]:
+    """Names and types, as `Snapshot` has them."""
     return tuple(f"{column.name} {column.type}" for column in schema)
 
 
@@ -236,13 +241,22 @@ def _labelled(partition: Partition) -> pa.Table:
 
 
 def _adopted(base: Snapshot, labelled: pa.Table, source: str) -> Snapshot:
-    """What a table has from nobody knows which partition is this one's, if it has a shard of them."""
-    unknown = base.shards.filter(pc.is_null(base.shards["source"]))["shard"]
-    if not len(unknown) or not pc.any(pc.is_in(unknown, value_set=labelled["uri"])).as_py():
+    """Notes as this partition's what it has labelled, of the shards that are from nobody knows where.
+
+    If it is one that was published, so are all those that were: the table is from before sources were noted,
+    when it could have one partition only. What was counted may be of several.
+    """
+    shards = base.shards
+    is_unknown = pc.is_null(shards["source"])
+    if not pc.any(is_unknown).as_py():
         return base
-    sources = pc.fill_null(base.shards["source"], source)
+    is_own = pc.and_(is_unknown, pc.is_in(shards["shard"], value_set=labelled["uri"]))
+    is_noted = pc.and_(is_unknown, pc.not_equal(shards["output_version"], COUNTED))
+    if pc.any(pc.and_(is_own, is_noted)).as_py():
+        is_own = pc.or_(is_own, is_noted)
     place = SHARDS.get_field_index("source")
-    return replace(base, shards=base.shards.set_column(place, SHARDS.field(place), sources))
+    sources = pc.if_else(is_own, source, shards["source"])
+    return replace(base, shards=shards.set_column(place, SHARDS.field(place), sources))
 
 
 def _check_others(
@@ -348,7 +362,7 @@ class _Writer:
             raise
         files = (*stay, *self._files)
         shards = self._shards(increment.added, rows_of, gone)
-        return Snapshot(self._version, self._token, _columns(self._schema), files, shards)
+        return Snapshot(self._version, self._token, columns_of(self._schema), files, shards)
 
     def _shards(self, added: pa.Table, rows_of: np.ndarray, gone: pa.ChunkedArray) -> pa.Table:
         """What the version holds."""
@@ -376,7 +390,9 @@ class _Writer:
             )
             if not pc.any(is_within).as_py():
                 return False
-        shards = _read(self._storage, f"{self._table.uri}/{file.path}", None, ["shard"])["shard"]
+        shards = _read(
+            self._storage, f"{self._table.uri}/{file.path}", None, pa.schema([self._schema.field("shard")])
+        )["shard"]
         return bool(pc.any(pc.is_in(shards, value_set=gone)).as_py())
 
     def _units(
@@ -386,19 +402,20 @@ class _Writer:
 
         Notes in `rows_of` how many each of the added shards has.
         """
-        columns = self._schema.names
         for file in go:
-            rows = _read(self._storage, f"{self._table.uri}/{file.path}", None, columns)
-            yield rows.filter(pc.invert(pc.is_in(rows["shard"], value_set=gone))).cast(self._schema)
+            rows = _read(self._storage, f"{self._table.uri}/{file.path}", None, self._schema)
+            yield rows.filter(pc.invert(pc.is_in(rows["shard"], value_set=gone)))
+
+        predictions = self._schema.remove(len(self._schema) - 1)
 
         def read(numbered: tuple[int, tuple[str, str, str]]) -> pa.Table:
             number, (_, output, version) = numbered
-            rows = _read(self._storage, f"{self._partition}/{output}", version, columns[:-1])
+            rows = _read(self._storage, f"{self._partition}/{output}", version, predictions)
             rows_of[number] = rows.num_rows
             published = pa.array(np.full(rows.num_rows, self._version), pa.int64())
             return rows.append_column("published", published).cast(self._schema)
 
-        yield from _ahead(read, enumerate(_rows(added)))
+        yield from ahead(read, enumerate(_rows(added)))
 
     def _write_file(self, rows: pa.Table) -> None:
         path = self._table.data_path(f"{self._version:08d}-{self._token}-{len(self._files):04d}.parquet")
@@ -410,15 +427,16 @@ class _Writer:
         self._files.append(DataFile(path, rows.num_rows, size, shards["min"], shards["max"]))
 
 
-def _read(storage: Storage, uri: str, version: str | None, columns: list[str]) -> pa.Table:
+def _read(storage: Storage, uri: str, version: str | None, schema: pa.Schema) -> pa.Table:
+    """Some columns of a file, as these types: who rewrites a table may choose others, such as views."""
     try:
         with storage.open(uri, version) as file:
-            return pq.ParquetFile(file).read(columns=columns).select(columns)
+            return pq.ParquetFile(file).read(columns=schema.names).select(schema.names).cast(schema)
     except (pa.ArrowInvalid, KeyError) as error:
         raise StorageError(uri, f"not a file of predictions: {error}") from None
 
 
-def _ahead(action: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def ahead(action: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """What `action` makes of the items, in their order, a few of them ahead."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="publish") as pool:
         waiting: deque[Future[R]] = deque()

@@ -16,6 +16,7 @@ import jinja2
 import pyarrow.compute as pc
 
 from pipeline.causes import SHARD_COLUMNS, read_causes
+from pipeline.storage import StorageError
 from pipeline.text import printable
 
 if TYPE_CHECKING:
@@ -223,17 +224,11 @@ def _failures(partition: StoredPartition, manifest: Any) -> Section:
         section.notes.append("Nothing: every sample of every shard is labelled.")
         return section
     if errors:
-        labelled = partition.manifest.labelled(SHARD_COLUMNS)
-        causes = read_causes(partition.storage, partition.uri, labelled, MOST_FILES)
-        section.causes = causes.to_record()
         bad = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
-        note = f"{_counted(errors, 'sample')} of {_counted(bad, 'shard')} could not be labelled, by cause"
-        if bad > MOST_FILES:
-            worst = _counted(MOST_FILES, "shard")
-            note += f"; the causes are of {causes.count:,}, in the {worst} with the most"
-        elif causes.count != errors:
-            note += f"; the causes are of {causes.count:,}, the others being labelled anew meanwhile"
-        section.notes.append(f"{note}:")
+        section.notes.append(
+            f"{_counted(errors, 'sample')} of {_counted(bad, 'shard')} could not be labelled"
+            f"{_by_cause(section, partition, errors, bad)}"
+        )
         source = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
         section.query = (
             f"SELECT shard, key, error FROM '{source}' WHERE error IS NOT NULL ORDER BY shard, \"index\""
@@ -245,6 +240,24 @@ def _failures(partition: StoredPartition, manifest: Any) -> Section:
         shards = _counted(len(failed), "shard")
         section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
     return section
+
+
+def _by_cause(section: Section, partition: StoredPartition, errors: int, bad: int) -> str:
+    """Puts the causes into the section; returns what is to be said of them, the end of a sentence."""
+    labelled = partition.manifest.labelled(SHARD_COLUMNS)
+    try:
+        causes, missing = read_causes(partition.storage, partition.uri, labelled, MOST_FILES)
+    except StorageError as error:  # a run isn't to fail of it, whose labels are there
+        return f". Their causes could not be read: {error}"
+    section.causes = causes.to_record()
+    note = ", by cause"
+    if bad > MOST_FILES or causes.count != errors:
+        note += f"; the causes are of {causes.count:,}"
+    if bad > MOST_FILES:
+        note += f", in the {_counted(MOST_FILES, 'shard')} with the most"
+    if missing:
+        note += f"; prediction files that are not there: {missing:,}"
+    return f"{note}:"
 
 
 def _counted(count: int, what: str) -> str:

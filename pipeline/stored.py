@@ -101,7 +101,7 @@ class StoredShard(NamedTuple):
     Attributes:
         uri, version: of the shard.
         rows, errors: its samples, and those of them that are error rows.
-        output, output_version: its prediction file, relative to the partition.
+        output: its prediction file, relative to the partition.
     """
 
     uri: str
@@ -109,7 +109,6 @@ class StoredShard(NamedTuple):
     rows: int
     errors: int
     output: str
-    output_version: str
 
     @property
     def labelled(self) -> int:

@@ -80,13 +80,6 @@ class Storage:
         if isinstance(service, LocalFiles):
             service.sweep(uri)
 
-    @property
-    def s3_endpoint(self) -> str | None:
-        """The URL of the S3-compatible service that is in use; None where that is AWS. For other clients."""
-        from pipeline.storage.s3 import endpoint_in_use
-
-        return endpoint_in_use(self.endpoint_url, os.environ)
-
     def connect(self, uri: str) -> None:
         """Makes the client that serves a URI, which takes a second; else its first use in a process does.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -78,17 +80,50 @@ def test_only_files_of_shards_that_both_have_in_one_version_are_opened(
     assert compare(*(Side.open(storage, uri) for uri in models)).totals == before
 
 
-def test_labels_that_are_newer_than_the_manifest_are_counted_and_not_compared(
-    models: tuple[str, str], storage: Storage
+@pytest.mark.parametrize("what", ["newer", "gone"])
+def test_labels_of_another_version_than_the_manifest_says_are_counted_and_not_compared(
+    models: tuple[str, str], bucket: str, storage: Storage, what: str
 ) -> None:
     [uri] = [
         info.uri for info in storage.list(f"{models[0]}/predictions") if info.uri.endswith("/1.tar.parquet")
     ]
-    storage.write(uri, b"of another version")
+    if what == "newer":
+        manifest = storage.read(f"{models[0]}/manifest.parquet")
+        newer = {f"{bucket}/in/1.tar": make_predictions(f"{bucket}/in/1.tar", LABELS, [1, 1])}
+        write_partition(storage, models[0], LABELS, [newer], versions={f"{bucket}/in/1.tar": "v2"})
+        storage.write(f"{models[0]}/manifest.parquet", manifest)
+    else:
+        storage.delete(uri)
     agreement = compare(*(Side.open(storage, uri) for uri in models)).agreement
     assert agreement is not None
     assert (agreement.shards, agreement.changed_shards, agreement.compared) == (1, 2, 4)
     assert (agreement.only_a, agreement.only_b) == (7 + 2, 5 + 2)
+
+
+def test_a_copy_is_compared_as_what_was_copied(tmp_path: Path) -> None:
+    """Its files have other versions than the manifest that was copied with them."""
+    a, b, copy = (str(tmp_path / f"model={name}-00000000") for name in ("a", "b", "copy"))
+    shard = {"/in/0.tar": make_predictions("/in/0.tar", LABELS, [0, 1, 2, 2])}
+    write_partition(Storage(), a, LABELS, [shard])
+    write_partition(
+        Storage(), b, LABELS, [{"/in/0.tar": make_predictions("/in/0.tar", LABELS, [0, 1, 2, 1])}]
+    )
+    shutil.copytree(b, copy, copy_function=shutil.copyfile)
+    for other in (b, copy):
+        assert cvt_label(a, other, "--min-agreement", 0.75).exit_code == 0
+        done = cvt_label(a, other, "--min-agreement", 0.76)
+        assert done.exit_code == 7
+        assert "agreement 0.75 is less than 0.76" in done.stderr
+
+
+def test_what_is_no_prediction_file_is_named(models: tuple[str, str], storage: Storage) -> None:
+    [uri] = [
+        info.uri for info in storage.list(f"{models[0]}/predictions") if info.uri.endswith("/1.tar.parquet")
+    ]
+    storage.write(uri, b"of somebody else")
+    done = cvt_label(*models)
+    assert done.exit_code == 4
+    assert "1.tar.parquet: not a prediction file" in done.stderr
 
 
 def test_the_command_prints_it_writes_it_and_its_limits_set_the_status(

@@ -28,6 +28,8 @@ from tests.pipeline.crashing import Crash
 
 Format = Literal["parquet", "delta"]
 Rows = list[dict[str, Any]]
+#: So that a table of two datasets has several files, and some of them rows of both.
+SMALL_FILES = 4000
 
 
 class Place:
@@ -107,11 +109,10 @@ class Place:
         """The Delta table, as any reader opens it."""
         import deltalake
 
-        options = {"endpoint_url": self.storage.s3_endpoint, "allow_http": "true"}
-        is_local = self.root.startswith("/")
-        return deltalake.DeltaTable(
-            f"{self.root}/table", version=version, storage_options=None if is_local else options
-        )
+        options = None
+        if not self.root.startswith("/"):
+            options = {"endpoint_url": self.storage.s3_access().endpoint_url, "allow_http": "true"}
+        return deltalake.DeltaTable(f"{self.root}/table", version=version, storage_options=options)
 
     def _parquet(self, version: int | None) -> list[pa.Table]:
         uri, content = f"{self.root}/table/model={self.partition.model}", self.content()
@@ -144,6 +145,41 @@ class Place:
     def prediction_uri(self, name: str) -> str:
         """A shard's prediction file."""
         return f"{self.partition.uri}/predictions/{prediction_path(self.shard_uri(name))}"
+
+
+class Datasets:
+    """Two datasets with labels of the same model, and a table of both."""
+
+    def __init__(self, root: str, format: Format, shards: list[bytes], *overrides: str) -> None:
+        self.one, self.two = (Place(each, format, *overrides) for each in (root, f"{root}/two"))
+        self.one.put({"a.tar": shards[0], "b.tar": shards[1], "c.tar": shards[2]})
+        self.two.put({"a.tar": shards[3], "z.tar": shards[4]})
+        self.one.label()
+        self.two.label()
+
+    def publish(self, place: Place, **options: Any) -> Publication:
+        """Publishes one of them."""
+        table = make_table(place.partition, f"{self.one.root}/table", place.format)
+        return publish(place.partition, table, file_bytes=SMALL_FILES, **options)
+
+    @property
+    def labels(self) -> Rows:
+        """The rows of both."""
+        rows = self.one.predictions() + self.two.predictions()
+        return sorted(rows, key=lambda row: (row["shard"], row["index"]))
+
+    def lists(self) -> list[str]:
+        """The lists of shards of all versions."""
+        folder = "/versions/" if self.one.format == "parquet" else "/_cvt_label/"
+        found = self.one.objects("table")
+        return [uri for uri in found if folder in uri and uri.endswith(".parquet")]
+
+    def forget_sources(self) -> None:
+        """Makes the table one from before it was noted where shards are from."""
+        for uri in self.lists():
+            table, out = pq.read_table(io.BytesIO(self.one.storage.read(uri))), io.BytesIO()
+            pq.write_table(table.drop_columns(["source"]), out)
+            self.one.storage.write(uri, out.getvalue())
 
 
 def make_table(partition: Partition, target: str, format: Format, keep: int = 10) -> ConsumerTable:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pytest
 
 from pipeline.causes import MOST_CAUSES, MOST_KEYS, OTHERS, SHARD_COLUMNS, Causes, causes_of, read_causes
 from pipeline.manifest import Manifest
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
 
@@ -70,12 +71,34 @@ def test_of_labels_that_lie_there_only_files_with_errors_are_read_those_with_the
     manifest = Manifest(storage, uri, 1)
 
     def causes(most: int) -> Causes:
-        return read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), most)
+        found, missing = read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), most)
+        assert missing == 0
+        return found
 
     [found] = causes(100).to_record()
     assert (found["cause"], found["count"]) == ("N bytes, day '...'", 2 * (1 + 2 + 3))
     assert found["samples"][0] == {"shard": "/in/x-3.tar", "key": "k1", "error": "3 bytes, day 'x'"}
     assert len(found["samples"]) == MOST_KEYS
     assert causes(3).count == 3 + 3 + 2
-    next(Path(uri).rglob("x-3.tar.parquet")).write_bytes(b"labelled anew since the manifest was written")
-    assert causes(100).count == 2 * (1 + 2 + 3) - 3
+    [path] = Path(uri).rglob("x-3.tar.parquet")
+    path.unlink()
+    found, missing = read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), 100)
+    assert (found.count, missing) == (2 * (1 + 2 + 3) - 3, 1)
+    path.write_bytes(b"of somebody else")
+    with pytest.raises(StorageError, match=r"x-3\.tar\.parquet: not a prediction file"):
+        causes(100)
+
+
+def test_the_causes_of_a_copy_are_those_of_what_was_copied(tmp_path: Path) -> None:
+    """Its files have other versions than the manifest that was copied with them."""
+    uri, copy = (str(tmp_path / name / "model=m-ffffffff") for name in ("there", "copy"))
+    predictions = make_predictions("/in/a.tar", ["a"], [0, None, None], error="3 bytes")
+    write_partition(Storage(), uri, ["a"], [{"/in/a.tar": predictions}])
+    shutil.copytree(uri, copy, copy_function=shutil.copyfile)
+    records = []
+    for each in (uri, copy):
+        shards = Manifest(Storage(), each, 1).labelled(SHARD_COLUMNS)
+        found, missing = read_causes(Storage(), each, shards, 100)
+        assert (found.count, missing) == (2, 0)
+        records.append(found.to_record())
+    assert records[0] == records[1]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import tarfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.planning import Selection
@@ -16,7 +14,7 @@ from pipeline.publishing import Publication, publish
 from pipeline.storage import StorageError
 from tests.makers import make_tar
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publishing_runs import Format, Place, Rows, make_table
+from tests.pipeline.publishing_runs import Datasets, Place, make_table
 
 SAMPLE = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 DELTA = pytest.param(
@@ -25,8 +23,6 @@ DELTA = pytest.param(
         importlib.util.find_spec("deltalake") is None, reason="deltalake is not installed: cvt-label[delta]"
     ),
 )
-#: So that a table has several files, and some of them rows of both datasets.
-SMALL_FILES = 4000
 
 
 @pytest.fixture(scope="module")
@@ -35,41 +31,6 @@ def shards() -> list[bytes]:
     with tarfile.open(SAMPLE) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()[:80]]  # type: ignore[union-attr]
     return [make_tar(members[start : start + 10]) for start in range(0, 80, 10)]
-
-
-class Datasets:
-    """Two datasets with labels of the same model, and a table of both."""
-
-    def __init__(self, root: str, format: Format, shards: list[bytes]) -> None:
-        self.one, self.two = Place(root, format), Place(f"{root}/two", format)
-        self.one.put({"a.tar": shards[0], "b.tar": shards[1], "c.tar": shards[2]})
-        self.two.put({"a.tar": shards[3], "z.tar": shards[4]})
-        self.one.label()
-        self.two.label()
-
-    def publish(self, place: Place, **options: Any) -> Publication:
-        """Publishes one of them."""
-        table = make_table(place.partition, f"{self.one.root}/table", place.format)
-        return publish(place.partition, table, file_bytes=SMALL_FILES, **options)
-
-    @property
-    def labels(self) -> Rows:
-        """The rows of both."""
-        rows = self.one.predictions() + self.two.predictions()
-        return sorted(rows, key=lambda row: (row["shard"], row["index"]))
-
-    def lists(self) -> list[str]:
-        """The lists of shards of all versions."""
-        folder = "/versions/" if self.one.format == "parquet" else "/_cvt_label/"
-        found = self.one.objects("table")
-        return [uri for uri in found if folder in uri and uri.endswith(".parquet")]
-
-    def forget_sources(self) -> None:
-        """Makes the table one from before it was noted where shards are from."""
-        for uri in self.lists():
-            table, out = pq.read_table(io.BytesIO(self.one.storage.read(uri))), io.BytesIO()
-            pq.write_table(table.drop_columns(["source"]), out)
-            self.one.storage.write(uri, out.getvalue())
 
 
 @pytest.fixture(params=["parquet", DELTA])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,32 @@ def test_the_causes_are_of_all_labels_and_it_says_so_where_they_are_of_some(
     assert "<script>" not in text()  # the record's own
     monkeypatch.setattr("pipeline.report.MOST_FILES", 1)
     assert "by cause; the causes are of 2, in the 1 shard with the most: 2 \xd7 empty" in text()
+
+
+def failures(uri: str) -> str:
+    """What the report of some labels says of failures."""
+    report(uri)
+    text = " ".join(Elements(Path(uri, "report.html").read_text()).text.split())
+    return text[text.index("could not be labelled") :]
+
+
+def test_the_report_of_a_copy_has_its_causes_and_that_of_one_with_gaps_says_so(tmp_path: Path) -> None:
+    partition = make_partition(tmp_path / "there", ["a", "b"])
+    copy = str(tmp_path / "copy" / partition.name)
+    shutil.copytree(partition.uri, copy, copy_function=shutil.copyfile)
+    assert "8 samples of 4 shards could not be labelled, by cause: 8 \xd7" in failures(copy)
+    next(Path(copy).rglob("1-1.tar.parquet")).unlink()
+    expected = "by cause; the causes are of 6; prediction files that are not there: 1: 6 \xd7"
+    assert expected in failures(copy)
+
+
+def test_a_report_is_made_also_where_the_causes_cannot_be_read(tmp_path: Path) -> None:
+    uri = make_partition(tmp_path, ["a", "b"]).uri
+    next(Path(uri).rglob("1-1.tar.parquet")).write_bytes(b"of somebody else")
+    said = failures(uri)
+    assert "8 samples of 4 shards could not be labelled. Their causes could not be read: " in said
+    assert "1-1.tar.parquet: not a prediction file" in said
+    assert "This lists them all, with DuckDB:" in said
 
 
 def test_a_comparison_is_headed_by_what_it_is_with(tmp_path: Path) -> None:
