@@ -593,7 +593,7 @@ def test_a_killed_publisher_is_told_from_one_that_failed(local: Place, members: 
 
 
 def test_what_a_kill_in_the_middle_of_a_write_has_left_is_removed(local: Place, members: Members) -> None:
-    """From the table by the next publication, and from beside the labels by the next run."""
+    """From the table by the next publication; from beside the labels by the run after one that died."""
     local.put({"a.tar": make_tar(members[:4])})
     local.label()
     local.publish()
@@ -604,6 +604,9 @@ def test_what_a_kill_in_the_middle_of_a_write_has_left_is_removed(local: Place, 
         path.write_bytes(b"half of a file")
     assert not local.publish().is_new
     assert {path.exists() for path in left if "/table/" in str(path)} == {False}
+    [lease] = [path for path in files if path.name == "lease.json"]
+    assert '"released"' in lease.read_text()
+    lease.write_text(lease.read_text().replace('"released"', '"held"'))  # and it has run out
     local.label()
     assert not [path for path in left if path.exists()]
     assert all(file.exists() for file in files)
