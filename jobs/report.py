@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs.console import exit_status, out, run_alone
-from pipeline.storage import Storage, normalised
+from pipeline.storage import Storage
 
 
 def report(
@@ -30,7 +30,7 @@ def report(
     Exit status: 0; 4 when labels can't be read, or the page can't be written.
     """
     with exit_status():
-        from pipeline.comparing import compare, compare_runs, runs_to_compare
+        from pipeline.comparing import Succession, compare
         from pipeline.gallery import read_gallery
         from pipeline.report import make_report
         from pipeline.storage import StorageError
@@ -46,11 +46,9 @@ def report(
             )
         others = [Side.open(storage, name) for name in against or ()]
         comparisons = [compare(other, Side(partition)) for other in others]
-        dataset, manifest = record.get("config", {}).get("input", {}).get("uri"), partition.manifest
-        root = None if dataset is None else normalised(dataset)
-        before, now = runs_to_compare(storage, partition.uri, manifest, root, run)
-        stats, *sides = manifest.fold_runs(root, before, now)
-        previous = compare_runs(partition, before, now, sides)
+        runs = Succession.of(partition, record.get("config", {}).get("input", {}).get("uri"), run)
+        stats, sides = runs.fold()
+        previous = runs.compared(partition, sides)
         gallery = read_gallery(storage, partition.uri)
         page = make_report(partition, record, stats, previous, *comparisons, gallery=gallery)
         target = output or f"{partition.uri}/report.html"

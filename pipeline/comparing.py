@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,11 @@ from pipeline.manifest import Manifest
 from pipeline.record import read_record
 from pipeline.report import percent, score
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import StorageError, normalised
 from pipeline.stored import Side, StoredPartition
+
+if TYPE_CHECKING:
+    from pipeline.partition import Partition
 
 #: Where the Parquet file's footer has the totals, as JSON.
 TOTALS = "cvt_label.comparison"
@@ -188,57 +191,71 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
     return pa.array(ids, mask=ids < 0)
 
 
-def runs_to_compare(
-    storage: Storage, partition: str, manifest: Manifest, root: str | None, run: str
-) -> tuple[list[str], list[str]]:
-    """What to compare a run of a dataset with, and what to count as its own.
+@dataclass(frozen=True)
+class Succession:
+    """A run of a dataset, and the one before it, which it is compared with.
 
     A run that was killed or stopped is one with those after it that did the rest: they are compared with the
     last one before them that ended by itself. Labels of which no run is known are of neither.
 
-    Args:
-        storage: access to the partition.
-        partition: its URI.
-        manifest: of it.
+    Attributes:
+        manifest: of the partition that they labelled for.
         root: URI of the dataset: others may have labels there, too; None takes all for one.
-        run: the run; it may have labelled nothing.
-
-    Returns:
-        The run before, if there is one; and the runs to compare with it, none if nothing is new since.
-
-    Raises:
-        StorageError: manifest or records can't be read.
+        before: the run before, if there is one.
+        now: the runs to compare with it; none where nothing is new since.
     """
-    before, now = [each for each in manifest.runs(root) if each <= run], list[str]()
-    while before and (before[-1] == run or not _has_ended(read_record(storage, partition, before[-1]))):
-        now.insert(0, before.pop())
-    return before[-1:], now
+
+    manifest: Manifest
+    root: str | None
+    before: Sequence[str]
+    now: Sequence[str]
+
+    @classmethod
+    def of(cls, partition: Partition | StoredPartition, dataset: str | None, run: str) -> Succession:
+        """Finds them.
+
+        Args:
+            partition: that they labelled for.
+            dataset: URI of the dataset.
+            run: the later run; it may have labelled nothing.
+
+        Raises:
+            StorageError: manifest or records can't be read.
+        """
+        manifest, root = partition.manifest, None if dataset is None else normalised(dataset)
+        before, now = [each for each in manifest.runs(root) if each <= run], list[str]()
+        while before and (before[-1] == run or not _has_ended(partition, before[-1])):
+            now.insert(0, before.pop())
+        return cls(manifest, root, before[-1:], now)
+
+    def fold(self) -> tuple[ClassStatistics, list[ClassStatistics]]:
+        """The class statistics over all labels of the partition; and of either side.
+
+        Raises:
+            StorageError: the manifest can't be read.
+        """
+        total, *sides = self.manifest.fold_runs(self.root, self.before, self.now)
+        return total, sides
+
+    def compared(self, partition: StoredPartition, sides: Sequence[ClassStatistics]) -> Comparison | None:
+        """What the later side has labelled, compared with what the earlier one did.
+
+        None where one of the two has no labelled image.
+
+        Args:
+            partition: that they labelled for.
+            sides: as `fold` makes them.
+        """
+        if not (self.before and self.now and all(stats.count.any() for stats in sides)):
+            return None
+        runs = self.before[-1], self.now[-1]
+        a, b = (Side(partition, run, stats) for run, stats in zip(runs, sides, strict=True))
+        return compare(a, b, with_agreement=False)
 
 
-def _has_ended(record: Mapping[str, Any] | None) -> bool:
+def _has_ended(partition: Partition | StoredPartition, run: str) -> bool:
+    record = read_record(partition.storage, partition.uri, run)
     return record is None or record.get("status") in ("complete", "incomplete")
-
-
-def compare_runs(
-    partition: StoredPartition,
-    before: Sequence[str],
-    now: Sequence[str],
-    statistics: Sequence[ClassStatistics],
-) -> Comparison | None:
-    """What runs have labelled, compared with what the run before them did.
-
-    None where one of the two has no labelled image.
-
-    Args:
-        partition: that they labelled for.
-        before: as `runs_to_compare` finds it.
-        now: likewise.
-        statistics: of either.
-    """
-    if not (before and now and all(stats.count.any() for stats in statistics)):
-        return None
-    a, b = (Side(partition, runs[-1], stats) for runs, stats in zip((before, now), statistics, strict=True))
-    return compare(a, b, with_agreement=False)
 
 
 @dataclass(frozen=True)

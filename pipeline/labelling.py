@@ -9,12 +9,12 @@ import importlib.util
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -22,7 +22,7 @@ from cvt.runtimes import NO_OPENVINO
 from pipeline import summaries
 from pipeline.cluster import Stop, graceful_stop, ray_cluster, sigterm_interrupts
 from pipeline.committing import WRITERS, Committer, Progress, Totals
-from pipeline.comparing import Limits, compare_runs, runs_to_compare
+from pipeline.comparing import Comparison, Limits, Succession
 from pipeline.config import NO_TORCHVISION, Config, ConfigError
 from pipeline.gallery import Gallery
 from pipeline.inputs import check_groups, check_input
@@ -46,7 +46,7 @@ from pipeline.stages import (
     stage_figures,
 )
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ObjectNotFound, Storage, StorageError, normalised
+from pipeline.storage import ObjectNotFound, Storage, StorageError
 from pipeline.stored import StoredPartition
 from pipeline.tidying import grouped_otherwise, remove, tidy
 
@@ -335,56 +335,47 @@ class _Run:
     def _summarise(self) -> None:
         """Writes what lies beside the predictions."""
         result, partition = self.result, self.result.plan.partition
-        before, now = self._runs_to_compare()
-        root = normalised(partition.config.input.uri)
-        result.statistics, *sides = partition.manifest.fold_runs(root, before, now)
+        runs = self._succession()
+        result.statistics, sides = runs.fold()
         table = summaries.write_class_table(partition, result.statistics)
         stored = StoredPartition(partition.storage, partition.uri, table)
-        previous = compare_runs(stored, before, now, sides)
+        previous = runs.compared(stored, sides)
         self._note_counts()
-        self._judge(previous.totals if previous is not None else None if now else self._drift_of(before))
+        self._judge(runs, previous)
         gone = {*self.record.values["removed"], *result.withdrawn}
         gallery = summaries.update_gallery(partition, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
         values = self.record.values | so_far
         summaries.write_report(stored, values, result.statistics, previous, gallery)
 
-    def _runs_to_compare(self) -> tuple[list[str], list[str]]:
+    def _succession(self) -> Succession:
         partition = self.result.plan.partition
-        root, run = normalised(partition.config.input.uri), self.result.run
-        return runs_to_compare(partition.storage, partition.uri, partition.manifest, root, run)
-
-    def _judge(self, drift: Mapping[str, Any] | None) -> None:
-        """Holds what was labelled to the limits of the gate.
-
-        Args:
-            drift: totals of its comparison with what was before it; None where there is none.
-        """
-        limits = Limits(**self.result.plan.partition.config.gate.model_dump())
-        self.result.broken_limits = limits.broken(drift) if drift else []
-        self.record.note(drift=drift, broken_limits=self.result.broken_limits)
+        return Succession.of(partition, partition.config.input.uri, self.result.run)
 
     def _judge_again(self) -> None:
-        """Holds what earlier runs have found out to the limits, where this one has nothing to add."""
+        """Holds what earlier runs have labelled to the limits of the gate, where this one adds nothing."""
         partition = self.result.plan.partition
-        if not Limits(**partition.config.gate.model_dump()).are_any:
+        if not self._limits.are_any:
             return
-        before, now = self._runs_to_compare()
-        if not now:
-            self._judge(self._drift_of(before))
-            return
-        root = normalised(partition.config.input.uri)
-        _, *sides = partition.manifest.fold_runs(root, before, now)
-        stored = StoredPartition.open(partition.storage, partition.uri)
-        found = compare_runs(stored, before, now, sides)
-        self._judge(None if found is None else found.totals)
+        runs, previous = self._succession(), None
+        if runs.now:
+            stored = StoredPartition.open(partition.storage, partition.uri)
+            previous = runs.compared(stored, runs.fold()[1])
+        self._judge(runs, previous)
 
-    def _drift_of(self, runs: Sequence[str]) -> Mapping[str, Any] | None:
-        """What a run has found out, of which the record says so."""
-        partition = self.result.plan.partition
-        record = read_record(partition.storage, partition.uri, runs[-1]) if runs else None
-        drift: Mapping[str, Any] | None = (record or {}).get("drift")
-        return drift
+    def _judge(self, runs: Succession, previous: Comparison | None) -> None:
+        """Holds a comparison to the limits; where nothing is new, what the last run has found out stands."""
+        drift = None if previous is None else previous.totals
+        if not runs.now and runs.before:
+            partition = self.result.plan.partition
+            record = read_record(partition.storage, partition.uri, runs.before[-1])
+            drift = (record or {}).get("drift")
+        self.result.broken_limits = self._limits.broken(drift) if drift else []
+        self.record.note(drift=drift, broken_limits=self.result.broken_limits)
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(**self.result.plan.partition.config.gate.model_dump())
 
     def _label(self) -> Stop:
         """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
