@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from cvt.runtimes import Device, Precision, Runtime, precisions_of
+from pipeline.text import without_credentials
 
 
 class ConfigError(ValueError):
@@ -58,6 +59,8 @@ _Loader.add_implicit_resolver(
 )
 
 
+#: Marks in a URL: credentials end here; a query, or a fragment, begins.
+_SECRET_MARKS = "@?#"
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -65,17 +68,30 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 def _holding_no_secret(uri: str) -> str:
     """Refuses credentials before the host of a URI, and signed web addresses; the message shows neither."""
     scheme, separator, rest = uri.partition("://")
-    before_path = rest.partition("/")[0]
-    if scheme.startswith("http"):
-        may_be = any(mark in rest for mark in "@?#")
-    else:  # a password may have a slash in it, and no bucket's name has a colon
-        may_be = "@" in before_path or ":" in before_path
-    if separator and may_be:
+    if scheme in ("s3", "gs", "file"):  # a password may have a slash in it, and no bucket's name has a colon
+        place, marks = rest.partition("/")[0], "@:"
+    else:
+        place, marks = rest, _SECRET_MARKS
+    if separator and any(mark in place for mark in marks):
         message = "credentials don't belong here, but in the environment: only a plain address does"
         raise PydanticCustomError("secret", message)
     return uri
 
 
+def _plain_url(url: str) -> str:
+    """Refuses whatever has more than scheme, host and port; the message doesn't show it."""
+    if any(mark in url for mark in _SECRET_MARKS):
+        message = "credentials don't belong here, but in the environment: only scheme, host and port do"
+        raise PydanticCustomError("secret", message)
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # whose message holds the URL
+        raise PydanticCustomError("secret", "not a URL") from None
+    return url
+
+
+#: Of a service; it goes into records and messages as it is.
+ServiceUrl = Annotated[str, AfterValidator(_plain_url)]
 #: A path, a URI or an address; it goes into records and messages as it is.
 Address = Annotated[str, AfterValidator(_holding_no_secret)]
 
@@ -128,19 +144,6 @@ class ReportConfig(_Section):
     thumbnail_side: Annotated[int, Field(ge=16, le=512)] = 96
 
 
-def _without_secret(url: str | None) -> str | None:
-    if url is None:
-        return None
-    if any(mark in url for mark in "@?#"):
-        message = "credentials don't belong here, but in the environment: only scheme, host and port do"
-        raise PydanticCustomError("secret", message)
-    try:
-        _ = urlsplit(url).port
-    except ValueError:  # whose message holds the URL
-        raise PydanticCustomError("secret", "not a URL") from None
-    return url
-
-
 class GateConfig(_Section):
     """Limits on how a run's labels differ from those of the last run before it; a broken one sets the exit
     status. No label depends on them. What is null has no limit.
@@ -158,13 +161,8 @@ class GateConfig(_Section):
 class StorageConfig(_Section):
     """How object storage is reached; credentials come from the environment."""
 
-    endpoint_url: str | None = None
+    endpoint_url: ServiceUrl | None = None
     region: str | None = None
-
-    @field_validator("endpoint_url")
-    @classmethod
-    def _holds_no_secret(cls, url: str | None) -> str | None:
-        return _without_secret(url)
 
 
 class ReadConfig(_Section):
@@ -308,7 +306,7 @@ class SubmitConfig(_Section):
     """The Ray cluster that a schedule submits to, and what its jobs need there."""
 
     #: Of its dashboard, http://head:8265; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.
-    address: str | None = None
+    address: ServiceUrl | None = None
     #: Local folder with the code, which is uploaded; null where the cluster's image has it.
     working_dir: str | None = None
     #: Local requirements file, of what Ray installs for the job; null where the image has everything.
@@ -317,11 +315,6 @@ class SubmitConfig(_Section):
     python: Annotated[str, Field(min_length=1)] = "python"
     #: Seconds between two looks at the datasets.
     poll_s: PositiveFloat = 15
-
-    @field_validator("address")
-    @classmethod
-    def _holds_no_secret(cls, url: str | None) -> str | None:
-        return _without_secret(url)
 
 
 class DatasetConfig(Config):
@@ -601,9 +594,9 @@ def _fields(override: str) -> tuple[str, ...]:
     return tuple(override.partition("=")[0].strip().split("."))
 
 
-def _without_secrets(text: str) -> str:
+def _redacted(text: str) -> str:
     """A value that is shown as it was given, without what may be a secret in its URLs."""
-    return re.sub(r"(?<=://)[^\s\"']*@|(?<=[?#])[^\s\"']+", "...", text)
+    return re.sub(r"(?<=[?#])[^\s\"']+", "", without_credentials(text))
 
 
 def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> str:
@@ -621,5 +614,5 @@ def _fault(fault: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> st
     if fault["type"] == "missing":
         return f"  {name}: required, but missing"
     message = fault["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(fault["input"], Mapping) else f", not {_without_secrets(repr(fault['input']))}"
+    shown = "" if isinstance(fault["input"], Mapping) else f", not {_redacted(repr(fault['input']))}"
     return f"  {where}{name}: {message}{shown}"

@@ -44,3 +44,8 @@ def _joins(text: str, place: int) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def without_credentials(text: str) -> str:
+    """Text without what stands before the host in URLs."""
+    return re.sub(r"(?<=://)[^\s\"']*@", "", text)

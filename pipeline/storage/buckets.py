@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import http.client
-import re
 
 import urllib3.exceptions
 
 from pipeline.storage.objects import BucketNotFound, ObjectNotFound
+from pipeline.text import without_credentials
 
 #: How a connection fails, below every client library; those of `requests` are OSErrors.
 CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
@@ -30,11 +30,6 @@ def described(error: BaseException) -> str:
     """An exception by its class and message."""
     message = without_credentials(str(error))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def without_credentials(message: str) -> str:
-    """A message without what stands before the host in URLs."""
-    return re.sub(r"(?<=://)[^\s\"']*@", "", message)
 
 
 def no_bucket(uri: str) -> BucketNotFound:

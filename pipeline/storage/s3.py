@@ -24,7 +24,6 @@ from pipeline.storage.buckets import (
     no_object,
     split,
     whole,
-    without_credentials,
 )
 from pipeline.storage.objects import (
     ABSENT,
@@ -39,6 +38,7 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
+from pipeline.text import without_credentials
 
 T = TypeVar("T")
 

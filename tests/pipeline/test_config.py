@@ -121,6 +121,16 @@ def test_a_fault_of_an_override_is_blamed_on_no_line_of_the_file(tmp_path: Path)
     assert "  datasets.a.cron: not a cron" in str(caught.value)
 
 
+def test_plain_addresses_of_clusters_and_services_are_taken(tmp_path: Path) -> None:
+    for address in ("127.0.0.1:6379", "ray://head:10001", "auto"):
+        assert (
+            load_config(Config, write(tmp_path, MINIMAL), [f"ray.address={address}"]).ray.address == address
+        )
+    endpoint = "http://127.0.0.1:8333"
+    found = load_config(Config, write(tmp_path, MINIMAL), [f"storage.endpoint_url={endpoint}"])
+    assert found.storage.endpoint_url == endpoint
+
+
 def test_a_value_that_is_shown_holds_no_secret(tmp_path: Path) -> None:
     message = refusal(tmp_path, MINIMAL, "input.uri=['s3://key:planted@b/x', 'https://h/x?sig=planted']")
     assert "input.uri" in message
