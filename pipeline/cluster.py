@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 #: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
 #: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder). A local Ray
@@ -26,6 +27,10 @@ _SETTINGS = {
 _CONNECT_SECONDS = 10
 
 
+class ClusterError(ConnectionError):
+    """No cluster answers at an address, or it refuses what it is asked for."""
+
+
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
     """Connects for the length of the block, and stops a local Ray that it started.
@@ -35,7 +40,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             starts a Ray on this machine where there is none. A process that is connected stays so.
 
     Raises:
-        ConnectionError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     for name, value in _SETTINGS.items():
@@ -50,7 +55,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    _check_reachable(address)
+    check_reachable(address)
     # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
         with _interrupts_deferred() if local else nullcontext():
@@ -65,15 +70,24 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
-    """Raises ConnectionError if nothing listens at `host:port`: Ray itself would try for many minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in host or not (host and port.isdecimal()):
+def check_reachable(address: str) -> None:
+    """Makes sure that something listens at an address, where that tells a port: Ray's clients would try for
+    many minutes, or without an end.
+
+    Raises:
+        ClusterError: nothing does.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        raise ClusterError(f"{address}: not an address: its port is no number") from None
+    if not parts.hostname or port is None:  # such as "auto"
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
-        raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
+        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 @contextmanager

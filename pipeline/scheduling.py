@@ -25,6 +25,7 @@ from zoneinfo import ZoneInfo
 from croniter import croniter
 from pydantic import BaseModel, ValidationError
 
+from pipeline.cluster import ClusterError
 from pipeline.config import DatasetConfig, DatasetsConfig
 from pipeline.partition import make_storage
 from pipeline.planning import Selection
@@ -32,7 +33,6 @@ from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage, Sto
 from pipeline.submission import (
     AlreadySubmittedError,
     Cluster,
-    ClusterError,
     Job,
     StillRunningError,
     Submission,

@@ -13,15 +13,14 @@ import math
 import os
 import re
 import shlex
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from pipeline.cluster import ClusterError, check_reachable
 from pipeline.config import Config
 from pipeline.planning import LABEL_NEW, Selection
 from pipeline.storage import normalised
@@ -37,16 +36,11 @@ _PROGRAM = "cvt-label"
 #: Variables by which Ray would overrule any address that it is given.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
-_CONNECT_SECONDS = 10
 #: How often in a row a log that breaks off is asked for again, and seconds between two looks at a job.
 _RECONNECTIONS = 10
 _POLL = 1.0
 #: Seconds that a job which is stopped has, beyond `run.grace_s`, to write manifest and statistics.
 _STOP_SECONDS = 60
-
-
-class ClusterError(ConnectionError):
-    """No cluster answers at an address, or it refuses what it is asked for."""
 
 
 class UnknownJobError(LookupError):
@@ -219,7 +213,7 @@ class Cluster:
             raise ClusterError(
                 "the cluster's address holds credentials, which would be shown: set RAY_AUTH_TOKEN"
             )
-        _check_reachable(self.address)
+        check_reachable(self.address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.job_submission import JobSubmissionClient  # takes seconds
 
@@ -411,21 +405,6 @@ def _already_submitted(job: Job) -> AlreadySubmittedError:
         f"job {job.id} is on the cluster already ({job.state.lower()}): not submitted again; another --tick "
         "makes another job"
     )
-
-
-def _check_reachable(address: str) -> None:
-    """Raises ClusterError if nothing listens there: Ray's client knows no end of waiting."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    try:
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        raise ClusterError(f"{address}: not an address: its port is no number") from None
-    if not parts.hostname or port is None:  # such as "auto"
-        return
-    try:
-        socket.create_connection((parts.hostname, port), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 @contextmanager

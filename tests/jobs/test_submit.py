@@ -22,6 +22,7 @@ from jobs.logs import logs
 from jobs.status import status
 from jobs.stop import stop
 from jobs.submit import submit
+from pipeline.cluster import ClusterError
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.planning import Selection
 from pipeline.storage import Storage
@@ -29,7 +30,6 @@ from pipeline.submission import (
     CONFIG_VARIABLE,
     AlreadySubmittedError,
     Cluster,
-    ClusterError,
     StillRunningError,
     Submission,
     minute_tick,
