@@ -199,7 +199,7 @@ def prediction_path(shard_uri: str) -> str:
 
 
 def fits(path: str) -> bool:
-    """Whether a path is as short as all that `prediction_path` makes; earlier versions knew no limit."""
+    """Whether a path is as short as all that `prediction_path` makes."""
     data = path.encode()
     if len(data) <= MAX_PART_BYTES:
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from jobs.publish import TableFormat, publish
 from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publishing_runs import Place
+from tests.pipeline.publishing_runs import DELTA, NEEDS_DELTALAKE, PARQUET, Format, Place
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,14 @@ def test_a_missing_package_ends_with_4_and_is_named(
     assert "pip install 'cvt-label[delta]'" in done.shown
 
 
-@pytest.mark.parametrize("format", TableFormat)
+@pytest.mark.parametrize("format", [PARQUET, DELTA])
 def test_wrong_credentials_end_with_4_and_are_not_shown(
-    place: Place, command: Command, bucket: str, format: TableFormat, monkeypatch: pytest.MonkeyPatch
+    place: Place, command: Command, bucket: str, format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if format == "delta" and importlib.util.find_spec("deltalake") is None:
-        pytest.skip("deltalake is not installed: cvt-label[delta]")
     place.label()
-    assert command(f"{bucket}/table", format=format).status == 0
+    assert command(f"{bucket}/table", format=TableFormat(format)).status == 0
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
-    done = command(f"{bucket}/table", format=format)
+    done = command(f"{bucket}/table", format=TableFormat(format))
     assert done.status == 4
     assert "planted" not in done.shown
 
@@ -138,19 +135,17 @@ def without_credentials(
 
 
 @pytest.mark.parametrize("profile", ["default", "labels"])
-@pytest.mark.parametrize("format", TableFormat)
+@pytest.mark.parametrize("format", [PARQUET, DELTA])
 def test_a_profile_is_enough_to_publish(
     place: Place,
     command: Command,
     bucket: str,
     s3_server: LocalS3,
     without_credentials: pytest.MonkeyPatch,
-    format: TableFormat,
+    format: Format,
     profile: str,
 ) -> None:
     """Credentials in the one file, and the service in the other."""
-    if format == "delta":
-        pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     place.label()
     Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).write_text(
         f"[{profile}]\naws_access_key_id = {s3_server.access_key}\n"
@@ -162,39 +157,37 @@ def test_a_profile_is_enough_to_publish(
     )
     if profile != "default":
         without_credentials.setenv("AWS_PROFILE", profile)
-    first = command(f"{bucket}/table", format=format)
+    first = command(f"{bucket}/table", format=TableFormat(format))
     assert (first.status, first.shown) == (0, first.shown)
     assert "version 1: 1 shards added" in first.shown
-    assert "has everything already" in command(f"{bucket}/table", format=format).shown
+    assert "has everything already" in command(f"{bucket}/table", format=TableFormat(format)).shown
     assert s3_server.secret_key not in first.shown
 
 
-@pytest.mark.parametrize("format", TableFormat)
+@pytest.mark.parametrize("format", [PARQUET, DELTA])
 def test_what_is_missing_of_s3_is_told_in_one_line(
     place: Place,
     command: Command,
     without_credentials: pytest.MonkeyPatch,
     s3_server: LocalS3,
-    format: TableFormat,
+    format: Format,
 ) -> None:
-    if format == "delta":
-        pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     place.label()
     without_credentials.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint_url)
-    done = command("s3://no-such-bucket/table", format=format)
+    done = command("s3://no-such-bucket/table", format=TableFormat(format))
     assert done.status == 4
     assert "no usable AWS credentials were found" in done.shown
     assert done.shown.count("\n") == 1
     for name, value in s3_server.environment().items():
         without_credentials.setenv(name, value)
-    done = command("s3://no-such-bucket/table", format=format)
+    done = command("s3://no-such-bucket/table", format=TableFormat(format))
     assert done.status == 4
     assert "bucket 'no-such-bucket' does not exist" in done.shown
     assert done.shown.count("\n") == 1
 
 
+@NEEDS_DELTALAKE
 def test_a_log_that_deltalake_cannot_read_is_told_in_one_line(place: Place, command: Command) -> None:
-    pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     place.label()
     place.storage.write(f"{place.root}/table/_delta_log/{0:020d}.json", b"no\nlog")
     done = command(f"{place.root}/table", format=TableFormat.DELTA)
@@ -217,11 +210,11 @@ def test_help_names_the_extra_that_delta_needs() -> None:
     assert "cvt-label[delta]" in done.stdout
 
 
+@NEEDS_DELTALAKE
 def test_no_secret_is_written_or_logged(
     place: Place, command: Command, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
     """By a process of its own, whose libraries log all that they log."""
-    pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     place.label()
     fields = [part for field in place.fields for part in ("--set", field)]
     options = ["--config", str(command.config), "--to", f"{bucket}/table", "--format", "delta"]

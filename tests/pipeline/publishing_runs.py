@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -27,6 +28,11 @@ from tests.pipeline import crashing
 from tests.pipeline.crashing import Crash
 
 Format = Literal["parquet", "delta"]
+NEEDS_DELTALAKE = pytest.mark.skipif(
+    importlib.util.find_spec("deltalake") is None, reason="deltalake is not installed: cvt-label[delta]"
+)
+PARQUET = pytest.param("parquet", id="parquet")
+DELTA = pytest.param("delta", id="delta", marks=NEEDS_DELTALAKE)
 Rows = list[dict[str, Any]]
 #: So that a table of two datasets has several files, and some of them rows of both.
 SMALL_FILES = 4000

@@ -37,6 +37,7 @@ from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
 from tests.makers import make_image, make_tar
 from tests.pipeline.crashing import leave_out_ray
+from tests.pipeline.publishing_runs import DELTA, PARQUET
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "access.md"
 POLICIES: dict[str, dict[str, Any]] = {
@@ -263,7 +264,7 @@ def test_a_model_in_a_bucket_needs_what_its_policy_allows(root: str, s3_server: 
     check(policy("model", root), asked(s3_server, load))
 
 
-@pytest.mark.parametrize("format", ["parquet", "delta"])
+@pytest.mark.parametrize("format", [PARQUET, DELTA])
 def test_publishing_needs_what_its_policy_allows(
     labelled: set[Access],
     root: str,
@@ -274,8 +275,6 @@ def test_publishing_needs_what_its_policy_allows(
     format: str,
 ) -> None:
     """Three increments, of which the last one's versions let go of the first's, and then nothing new."""
-    if format == "delta":
-        pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     leave_out_ray(monkeypatch)
     target = f"s3://{root}tables/{format}"
     options = ["--config", job, "--to", target, "--format", format, "--keep", 1]

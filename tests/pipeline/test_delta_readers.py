@@ -18,9 +18,9 @@ from pipeline import delta_table
 from pipeline.planning import Selection
 from tests.makers import make_tar
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publishing_runs import Place, Rows
+from tests.pipeline.publishing_runs import NEEDS_DELTALAKE, Place, Rows
 
-pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
+pytestmark = NEEDS_DELTALAKE
 
 SAMPLE = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 #: Two or three shards make a file.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -23,17 +22,10 @@ from pipeline.publishing import TableBusyError
 from pipeline.storage import ObjectChanged, Storage, StorageError
 from tests.makers import make_tar
 from tests.pipeline.crashing import Crash, Moment, leave_out_ray
-from tests.pipeline.publishing_runs import Format, Place
+from tests.pipeline.publishing_runs import DELTA, NEEDS_DELTALAKE, PARQUET, Format, Place
 
 SAMPLE = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 Members = list[tuple[str, bytes]]
-PARQUET = pytest.param("parquet", id="parquet")
-MISSING = "deltalake is not installed: cvt-label[delta]"
-DELTA = pytest.param(
-    "delta",
-    id="delta",
-    marks=pytest.mark.skipif(importlib.util.find_spec("deltalake") is None, reason=MISSING),
-)
 #: Rows of about two of the small shards: so a table has several files, and each one a few shards.
 SMALL_FILES = 4000
 
@@ -84,7 +76,7 @@ def local(tmp_path: Path, format: Format) -> Place:
 
 @pytest.fixture
 def in_delta(tmp_path: Path) -> Place:
-    pytest.importorskip("deltalake", reason=MISSING)
+    pytest.importorskip("deltalake", reason=NEEDS_DELTALAKE.kwargs["reason"])
     return Place(str(tmp_path), "delta")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,9 @@ from pipeline.publishing import Publication, publish
 from pipeline.storage import StorageError
 from tests.makers import make_tar
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publishing_runs import Datasets, Place, make_table
+from tests.pipeline.publishing_runs import DELTA, PARQUET, Datasets, Place, make_table
 
 SAMPLE = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
-DELTA = pytest.param(
-    "delta",
-    marks=pytest.mark.skipif(
-        importlib.util.find_spec("deltalake") is None, reason="deltalake is not installed: cvt-label[delta]"
-    ),
-)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +26,7 @@ def shards() -> list[bytes]:
     return [make_tar(members[start : start + 10]) for start in range(0, 80, 10)]
 
 
-@pytest.fixture(params=["parquet", DELTA])
+@pytest.fixture(params=[PARQUET, DELTA])
 def datasets(
     request: pytest.FixtureRequest, tmp_path: Path, shards: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> Datasets:

@@ -101,13 +101,17 @@ def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> 
     assert record(second)["plan"] == {"new": 1, "changed": 1, "done": 1, "gone": 1, "to_label": 2}
 
 
-def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
-    root = str(tmp_path)
+def label_with_a_thumbnail(root: str) -> None:
     write(root, "0.tar", 0)
     gallery = Storage(), make_plan(config(root)).partition.uri
     write_gallery(*gallery, [Item(0, "a class", "most", 0.5, f"{root}/in/old.tar", 0, "key", b"JPEG")])
     run_labelling(config(root))
     assert len(read_gallery(*gallery)) == 1
+
+
+def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    label_with_a_thumbnail(root)
     write(root, "1.tar", 1)
     run_labelling(config(root, "report.gallery=0"))
     assert files(root, "gallery") == {}
@@ -115,10 +119,7 @@ def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
 
 def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_label(tmp_path: Path) -> None:
     root = str(tmp_path)
-    write(root, "0.tar", 0)
-    gallery = Storage(), make_plan(config(root)).partition.uri
-    write_gallery(*gallery, [Item(0, "a class", "most", 0.5, f"{root}/in/old.tar", 0, "key", b"JPEG")])
-    run_labelling(config(root))
+    label_with_a_thumbnail(root)
     [page] = files(root, "report.html").values()
     assert b"data:image/jpeg" in page
     run_labelling(config(root, "report.gallery=0"))
