@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cvt.configuration import CvtConfig
-    from cvt.engine import Engine
+    from cvt.inference.engine import Engine
     from cvt.modeling import CvtForImageClassification, CvtModel
     from cvt.preprocessing import Preprocessor
 
@@ -15,7 +15,7 @@ _MODULES = {
     "CvtConfig": "cvt.configuration",
     "CvtForImageClassification": "cvt.modeling",
     "CvtModel": "cvt.modeling",
-    "Engine": "cvt.engine",
+    "Engine": "cvt.inference",
     "Preprocessor": "cvt.preprocessing",
 }
 

@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 
 from keras import ops
 
-from cvt.tensorflow_weights import TO_TORCH, check_keys, read_h5, torch_name, write_h5
+from cvt.checkpoints.tensorflow import TO_TORCH, check_keys, read_h5, torch_name, write_h5
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,6 @@ COMMANDS = (
     "convert",
     "verify",
     "benchmark",
-    "benchmark-model",
-    "bookkeeping",
 )
 
 
@@ -36,8 +34,12 @@ def main() -> None:
     app = make_app()
     app.callback()(_describe)
     for name in [asked] if asked in COMMANDS else COMMANDS:
-        module = name.replace("-", "_")
-        app.command(name)(getattr(importlib.import_module(f"jobs.{module}"), module))
+        if name == "benchmark":
+            from jobs.benchmarks.cli import app as benchmarks
+
+            app.add_typer(benchmarks, name=name)
+        else:
+            app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
     app()
 
 

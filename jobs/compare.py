@@ -12,12 +12,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jobs.console import Exit, err, exit_status, out, plain, run_alone
-from pipeline.report import percent
 from pipeline.storage import Storage
-from pipeline.text import printable
+from pipeline.text import percent, printable
 
 if TYPE_CHECKING:
-    from pipeline.comparing import Comparison
+    from pipeline.statistics import Comparison
 
 _SIDE = "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous."
 
@@ -53,9 +52,10 @@ def compare(
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
     with exit_status():
-        from pipeline import comparing
+        from pipeline.compare import NoPreviousRunError, Side
+        from pipeline.compare import compare as compare_sides
+        from pipeline.statistics import Limits
         from pipeline.storage import StorageError
-        from pipeline.stored import NoPreviousRunError, Side
 
         storage = Storage()
         try:
@@ -66,7 +66,7 @@ def compare(
             )
             return
         with err.status("reading statistics") as status:  # in a terminal only
-            found = comparing.compare(
+            found = compare_sides(
                 first,
                 second,
                 not drift_only,
@@ -79,7 +79,7 @@ def compare(
             pq.write_table(found.table(), file, compression="zstd")
             storage.write(output, file.getvalue())
     print_comparison(found, most)
-    limits = comparing.Limits(max_psi, max_js, max_score_psi, min_agreement, min_images)
+    limits = Limits(max_psi, max_js, max_score_psi, min_agreement, min_images)
     broken = limits.broken(found.totals)
     for message in broken:
         err.print(f"cvt-label: {message}", markup=False, highlight=False)

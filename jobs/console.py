@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cvt.runtimes import DTYPES, RUNTIMES, Device
-from pipeline.planning import State
-from pipeline.report import occurring, percent, score
-from pipeline.text import printable
+from pipeline.report import occurring
+from pipeline.run import State
+from pipeline.text import percent, printable, score
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.planning import Selection, Work
+    from pipeline.config import Config, Selection
+    from pipeline.run import Work
     from pipeline.statistics import ClassStatistics
 
 
@@ -132,13 +132,13 @@ def run_alone(command: Callable[..., None]) -> None:
 def exit_status() -> Iterator[None]:
     """Ends the process with a message and a status where a command can't go on."""
     from cvt.errors import CheckpointError
+    from pipeline.commit import LeaseHeldError, LeaseLostError
     from pipeline.config import ConfigError
-    from pipeline.inputs import NoShardsError
-    from pipeline.labelling import Stopped
-    from pipeline.lease import LeaseHeldError, LeaseLostError
-    from pipeline.publishing import TableBusyError
+    from pipeline.publish import TableBusyError
+    from pipeline.read import NoShardsError
+    from pipeline.run import Stopped
+    from pipeline.schedule import SubmissionRefusedError, UnknownJobError
     from pipeline.storage import StorageError
-    from pipeline.submission import SubmissionRefusedError, UnknownJobError
 
     try:
         yield
@@ -172,8 +172,7 @@ def load_job(
     Raises:
         ConfigError: as `pipeline.config.load_config`.
     """
-    from pipeline.config import Config, load_recorded
-    from pipeline.planning import Selection
+    from pipeline.config import Config, Selection, load_recorded
 
     config, record = load_recorded(Config, path, overrides or ())
     given = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}

@@ -66,7 +66,7 @@ def convert(
     if to == Layout.MICROSOFT and target.suffix != ".pth":
         raise typer.BadParameter(f"{target}: the name must end with .pth", param_hint="TARGET")
     with exit_status():
-        from pipeline.model_files import open_checkpoint, open_features
+        from pipeline.classify.checkpoint import open_checkpoint, open_features
         from pipeline.storage import Storage
 
         model: CvtForImageClassification | CvtModel
@@ -82,7 +82,7 @@ def convert(
     import torch
 
     from cvt.checkpoints import save_checkpoint
-    from cvt.microsoft import image_size
+    from cvt.checkpoints.microsoft import image_size
 
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
@@ -113,7 +113,7 @@ def convert(
 
 
 def _by_microsoft_name(model: CvtForImageClassification | CvtModel) -> dict[str, Tensor]:
-    from cvt.microsoft import microsoft_key
+    from cvt.checkpoints.microsoft import microsoft_key
     from cvt.modeling import CvtModel
 
     prefix = f"{CvtModel.base_model_prefix}." if isinstance(model, CvtModel) else ""
@@ -122,8 +122,8 @@ def _by_microsoft_name(model: CvtForImageClassification | CvtModel) -> dict[str,
 
 def _is_published(model: CvtForImageClassification | CvtModel) -> bool:
     """Whether Microsoft's names and shapes tell the architecture of a model."""
+    from cvt.checkpoints.microsoft import infer_config
     from cvt.configuration import CvtConfig
-    from cvt.microsoft import infer_config
 
     try:
         _, told = infer_config(_by_microsoft_name(model))

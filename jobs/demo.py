@@ -19,10 +19,10 @@ import configs
 from jobs.console import Exit, err, exit_status, out, run_alone
 from jobs.label import run
 from jobs.local_s3 import LocalS3, LocalS3Error
-from pipeline.cluster import sigterm_interrupts
+from pipeline.commit import Partition
 from pipeline.config import Config, load_config
-from pipeline.labelling import RunResult
-from pipeline.partition import Partition
+from pipeline.dataflow import sigterm_interrupts
+from pipeline.run import RunResult
 from pipeline.storage import Storage
 
 _SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
@@ -63,7 +63,7 @@ def _label(server: LocalS3, output: Path) -> None:
 
 def _read_back(result: RunResult, output: Path) -> None:
     """Reads the labels back from S3, shows some, and copies all that the run wrote."""
-    partition = result.plan.partition
+    partition = result.plan.job.partition
     copies = _copy(partition, output)
     files = sorted(path for path in copies if "predictions" in path.parts)
     labels = pa.concat_tables([pq.read_table(path) for path in files])

@@ -31,11 +31,10 @@ from jobs.console import (
     run_alone,
     states_line,
 )
-from pipeline import committing
-from pipeline.config import Config
-from pipeline.labelling import Plan, RunResult, run_labelling
-from pipeline.planning import LABEL_NEW, Selection
-from pipeline.stages import bound_by
+from pipeline.commit import committer as committing
+from pipeline.config import LABEL_NEW, Config, Selection
+from pipeline.run import Plan, RunResult, run_labelling
+from pipeline.statistics import bound_by
 from pipeline.text import printable
 
 logger = logging.getLogger("cvt_label")
@@ -196,7 +195,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
         "images": f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards",
         "errors": f"{totals.errors:,}",
         "images/s": f"{result.rate:,.1f}",
-        "output": result.plan.partition.uri,
+        "output": result.plan.job.partition.uri,
     }
     if result.stages:
         rows["decoded by"] = result.decoder
@@ -206,7 +205,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
     if result.pruned:
         rows["pruned"] = f"{result.pruned:,} shards that the input no longer has"
     if stats is not None and stats.has_targets:
-        rows["accuracy"] = f"{accuracy(stats, result.plan.partition.config.output.topk)}, of all labels"
+        rows["accuracy"] = f"{accuracy(stats, result.plan.job.config.output.topk)}, of all labels"
     for name, value in rows.items():
         facts.add_row(name, value)
     out.print(facts, soft_wrap=True, markup=False)

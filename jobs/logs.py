@@ -9,7 +9,7 @@ import typer
 
 from jobs.console import AddressOption, JobArgument, exit_status, print_log, run_alone
 from jobs.submit import follow as follow_job
-from pipeline.submission import Cluster
+from pipeline.schedule import Cluster
 
 
 def logs(

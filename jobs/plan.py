@@ -21,7 +21,7 @@ from jobs.console import (
     run_alone,
     states_line,
 )
-from pipeline.labelling import make_plan
+from pipeline.run import make_plan
 from pipeline.text import printable
 
 
@@ -45,18 +45,18 @@ def plan(
         for shard in planned.shards:
             line = f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
-    partition = planned.partition
+    job = planned.job
     formats = Counter(shard.format for shard in planned.shards)
     table = Table.grid(padding=(0, 2))
     rows = {
-        "input": partition.config.input.uri,
+        "input": job.config.input.uri,
         "shards": states_line(planned.work),
         "to label": f"{len(planned.shards):,} shards, {decimal(sum(shard.size for shard in planned.shards))}"
         + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
         "ignored": f"{planned.ignored:,} objects that are no shard",
-        "model": f"{partition.checkpoint.name}, {len(partition.checkpoint.labels):,} classes, "
-        f"{partition.checkpoint.preprocessor.size} pixels",
-        "output": partition.uri,
+        "model": f"{job.checkpoint.name}, {len(job.checkpoint.labels):,} classes, "
+        f"{job.checkpoint.preprocessor.size} pixels",
+        "output": job.partition.uri,
     }
     for name, value in rows.items():
         table.add_row(name, value)

@@ -9,15 +9,13 @@ from typing import Annotated
 import typer
 
 from jobs.console import ConfigOption, Exit, SetOption, err, exit_status, out, run_alone
-from pipeline import parquet_table
+from pipeline.commit import Partition
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.delta_table import DeltaTable
-from pipeline.parquet_table import ParquetTable
-from pipeline.partition import Partition, open_partition
-from pipeline.publishing import FILE_BYTES, ConsumerTable, Publication
-from pipeline.publishing import publish as publish_table
-from pipeline.shards import lies_in
-from pipeline.storage import StorageError, normalised
+from pipeline.publish import FILE_BYTES, ConsumerTable, ParquetTable, Publication, parquet_table
+from pipeline.publish import publish as publish_table
+from pipeline.publish.delta_table import DeltaTable
+from pipeline.run import make_job
+from pipeline.storage import StorageError, lies_in, normalised
 
 
 class TableFormat(StrEnum):
@@ -55,7 +53,7 @@ def publish(
     with exit_status():
         loaded = load_config(Config, config, set or ())
         target = _checked(loaded, to)
-        partition = open_partition(loaded)
+        partition = make_job(loaded).partition
         if not partition.manifest.exists():
             raise StorageError(partition.uri, "nothing is labelled yet")
         table = _table(partition, target, format, keep)

@@ -30,14 +30,13 @@ def report(
     Exit status: 0; 4 when labels can't be read, or the page can't be written.
     """
     with exit_status():
-        from pipeline.comparing import Succession, compare
-        from pipeline.gallery import read_gallery
-        from pipeline.report import make_report
+        from pipeline.commit import Partition
+        from pipeline.compare import Side, Succession, compare
+        from pipeline.report import make_report, read_gallery
         from pipeline.storage import StorageError
-        from pipeline.stored import Side, StoredPartition
 
         storage = Storage()
-        partition = StoredPartition.open(storage, uri)
+        partition = Partition.open(storage, uri)
         run = run or next(iter((partition.manifest.runs() or partition.records())[-1:]), None)
         record = None if run is None else partition.record(run)
         if run is None or record is None:

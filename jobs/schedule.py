@@ -15,9 +15,8 @@ from typing import Annotated
 import typer
 
 from jobs.console import ConfigOption, Exit, OneLineFormatter, SetOption, exit_status, out, plain, run_alone
-from pipeline.config import DatasetConfig, DatasetsConfig, load_config
-from pipeline.partition import make_storage
-from pipeline.scheduling import DatasetState, Scheduler, next_ticks, read_state, state_uri
+from pipeline.config import DatasetConfig, DatasetsConfig, load_config, make_storage
+from pipeline.schedule import DatasetState, Scheduler, next_ticks, read_state, state_uri
 
 _DRY_RUN_TICKS = 3
 

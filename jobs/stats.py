@@ -19,9 +19,9 @@ from jobs.console import (
     out,
     run_alone,
 )
-from pipeline import labelling
 from pipeline.config import Config, load_config
-from pipeline.partition import open_partition
+from pipeline.run import labelling, make_job
+from pipeline.statistics import class_table
 
 
 def stats(
@@ -39,13 +39,14 @@ def stats(
     """
     with exit_status():
         loaded = load_config(Config, config, set or ())
-        partition = labelling.rebuild(loaded) if rebuild else open_partition(loaded)
+        job = labelling.rebuild(loaded) if rebuild else make_job(loaded)
+        partition = job.partition
         manifest = partition.manifest.read(("rows", "errors", "output", "error", "gone"))
         total = partition.manifest.fold_statistics()
     if not manifest.num_rows:
         err.print(f"cvt-label: {partition.uri}: nothing is labelled yet", markup=False, soft_wrap=True)
         sys.exit(Exit.UNUSABLE)
-    out.print(class_statistics_table(partition.class_table(total), most))
+    out.print(class_statistics_table(class_table(total, partition.labels, loaded.output.topk), most))
     labelled = manifest.num_rows - manifest["output"].null_count
     failed = manifest.num_rows - manifest["error"].null_count
     gone = pc.sum(manifest["gone"]).as_py()
@@ -56,7 +57,7 @@ def stats(
         highlight=False,
     )
     if total.has_targets:
-        out.print(accuracy(total, partition.config.output.topk), highlight=False)
+        out.print(accuracy(total, loaded.output.topk), highlight=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from jobs.console import AddressOption, exit_status, out, plain, run_alone
-from pipeline.submission import Cluster, Job
+from pipeline.schedule import Cluster, Job
 
 #: State, start, seconds and exit status, as wide as they get; the id, which may be long, comes last.
 _LINE = "{:<9}  {:<23}  {:>8}  {:>6}  {}"

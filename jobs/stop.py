@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.console import AddressOption, JobArgument, exit_status, out, run_alone
-from pipeline.submission import Cluster
+from pipeline.schedule import Cluster
 
 
 def stop(job: JobArgument, address: AddressOption = None) -> None:

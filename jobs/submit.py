@@ -23,9 +23,9 @@ from jobs.console import (
     print_log,
     run_alone,
 )
-from pipeline.cluster import sigterm_interrupts
 from pipeline.config import ConfigError
-from pipeline.submission import Cluster, Job, Submission, minute_tick
+from pipeline.dataflow import sigterm_interrupts
+from pipeline.schedule import Cluster, Job, Submission, minute_tick
 
 
 def submit(

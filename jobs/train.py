@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jobs.console import ConfigOption, SetOption, exit_status, out, run_alone
-from pipeline.cluster import ray_cluster
 from pipeline.config import TrainConfig, load_config
+from pipeline.dataflow.ray_cluster import ray_cluster
 
 
 def train(config: ConfigOption, set: SetOption = None) -> None:
@@ -21,7 +21,7 @@ def train(config: ConfigOption, set: SetOption = None) -> None:
     with exit_status():
         loaded = load_config(TrainConfig, config, set or ())
         with ray_cluster(loaded.ray.address):
-            from pipeline import training  # Ray is imported only now, when its environment is set
+            from pipeline.train import training  # Ray is imported only now, when its environment is set
 
             result = training.train(loaded, lambda metrics: _print_epoch(metrics, loaded.schedule.epochs))
     out.print(

@@ -74,13 +74,13 @@ def verify(
     Exit status: 0; 1 where that isn't reached; 2 when runtime, precision or device can't be used here; 4 when
     model or images can't.
     """
-    from jobs import model_contenders
-    from jobs.benchmark_data import load_images, random_subject
+    from jobs.benchmarks import model_contenders
+    from jobs.benchmarks.data import load_images, random_subject
 
     with exit_status():
-        from cvt.engine import Engine
+        from cvt.inference import Engine
+        from pipeline.classify.checkpoint import open_checkpoint
         from pipeline.config import ConfigError
-        from pipeline.model_files import open_checkpoint
         from pipeline.storage import Storage
 
         if random:

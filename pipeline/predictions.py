@@ -8,17 +8,89 @@ same fingerprint on the same kind of device, gives the same bytes.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import BucketNotFound, ObjectChanged, ObjectNotFound, Storage, StorageError
+from pipeline.storage import (
+    BucketNotFound,
+    ObjectChanged,
+    ObjectNotFound,
+    Storage,
+    StorageError,
+    normalised,
+)
+
+# Glob patterns, Hive partitions (`key=value` folders become columns), URI syntax, other systems' paths.
+_UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
+
+# Hidden to Spark, DuckDB and others; `.` and `..` among them. A slash at either end or after another
+# would make an empty part.
+_UNSAFE_PLACES = re.compile(r"(?:^|(?<=/))[._/]|/$")
+
+
+#: Bytes that a part of a path may have, on every usual disk, and on many an object storage that keeps its
+#: objects there; and a whole path: of the 1,024 of an object's key, 224 are left for where the output lies.
+MAX_PART_BYTES = 255
+
+MAX_PATH_BYTES = 800
+
+# An escape that a cut has gone through.
+_BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
+
+
+def prediction_path(shard_uri: str) -> str:
+    """Where a shard's predictions go, relative to the folder of predictions: `s3/bucket/key.parquet`.
+
+    `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar`
+    `file/data/x.tar.parquet`. What could leave the folder, be hidden, or mean something to a glob or to
+    a reader of partitions is percent-encoded, and so is `%`: the path decodes to the URI.
+
+    A path that would have a part of more than 255 bytes, or more than 800 in all, keeps of its beginning what
+    there is room for, and ends in `%7E` (a tilde) and 160 bits of a hash of the URI. No other path has this
+    escape, since a tilde is not encoded: so two URIs never share a path.
+    """
+    uri = normalised(shard_uri)
+    scheme, separator, rest = uri.partition("://")
+    path = f"{scheme}/{rest}" if separator else f"file{uri}"
+    path = _UNSAFE.sub(_encoded, path)
+    path = _UNSAFE_PLACES.sub(_encoded, path)
+    whole = f"{path}.parquet"
+    return whole if fits(whole) else _shortened(path, uri)
+
+
+def fits(path: str) -> bool:
+    """Whether a path is as short as all that `prediction_path` makes."""
+    data = path.encode()
+    if len(data) <= MAX_PART_BYTES:
+        return True
+    return len(data) <= MAX_PATH_BYTES and all(len(part) <= MAX_PART_BYTES for part in data.split(b"/"))
+
+
+def _shortened(path: str, uri: str) -> str:
+    end = f"%7E{hashlib.blake2b(uri.encode(), digest_size=20).hexdigest()}.parquet"
+    parts = path.encode()[: MAX_PATH_BYTES - len(end)].split(b"/")
+    too_long = (i for i, part in enumerate(parts) if len(part) > MAX_PART_BYTES)
+    last = next(too_long, len(parts) - 1)
+    kept = b"/".join([*parts[:last], parts[last][: MAX_PART_BYTES - len(end)]])
+    # A character that the cut has gone through is left out.
+    return _BROKEN_ESCAPE.sub("", kept.decode(errors="ignore")) + end
+
+
+def _encoded(found: re.Match[str]) -> str:
+    character = found.group()
+    return quote(character, safe="") if character not in "._" else f"%{ord(character):02X}"
+
 
 #: Rows of a row group: enough to compress well, few enough for a reader to skip some.
 ROW_GROUP_ROWS = 65_536
+
 
 _FOOTER = "cvt_label."
 
@@ -194,3 +266,20 @@ def pack_partial(partial: pa.Table) -> bytes:
 def unpack_partial(data: bytes) -> pa.Table:
     """The partial statistics that `pack_partial` wrote."""
     return pa.ipc.open_stream(data).read_all()
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """What is kept of the model's outputs.
+
+    Attributes:
+        labels: the classes' names, by class id.
+        topk: best classes kept of each image; no more than there are classes.
+        embedding: "none", "float16" or "float32".
+        embedding_width: values in an embedding.
+    """
+
+    labels: Sequence[str]
+    topk: int
+    embedding: str
+    embedding_width: int

@@ -8,6 +8,7 @@ import unicodedata
 # Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them.
 # The flag of a part of a country is a black flag and its name in tags. Elsewhere they only hide something.
 _JOINERS = "\u200c\u200d"
+
 _FLAG = re.compile("\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f")
 
 
@@ -49,3 +50,31 @@ def _escaped(character: str) -> str:
 def without_credentials(text: str) -> str:
     """Text without what stands before the host in URLs."""
     return re.sub(r"(?<=://)[^\s\"']*@", "", text)
+
+
+MAX_ERROR_LENGTH = 200
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks, what can't be printed, excessive length, and memory addresses.
+
+    Addresses differ from attempt to attempt, and prediction files must not.
+    """
+    message = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split()))
+    message = printable(message)
+    return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
+
+
+def percent(value: float | None) -> str:
+    """A share, for people."""
+    return "-" if value is None or value != value else f"{value:.1%}"
+
+
+def score(value: float | None) -> str:
+    """A score, for people."""
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def number(value: float | None) -> str:
+    """A count, for people."""
+    return "-" if value is None else f"{value:,.0f}"

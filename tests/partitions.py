@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.committing import labelled_row
-from pipeline.manifest import Manifest
-from pipeline.predictions import Footer, encode, prediction_schema
-from pipeline.shards import prediction_path
+from pipeline.commit import Manifest
+from pipeline.commit.manifest import labelled_row
+from pipeline.predictions import Footer, encode, prediction_path, prediction_schema
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from jobs.local_s3 import LocalS3
-from pipeline.planning import LABEL_NEW, Selection
+from pipeline.config import LABEL_NEW, Selection
 from pipeline.storage import ObjectNotFound, Storage
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar

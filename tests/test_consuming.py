@@ -24,13 +24,13 @@ from cvt.checkpoints import Checkpoint
 from jobs.local_s3 import LocalS3
 from pipeline import predictions
 from pipeline.predictions import Footer, encode, prediction_schema
-from pipeline.publishing import publish
+from pipeline.publish import publish
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage
 from tests.makers import make_tar
 from tests.pipeline import crashing
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publishing_runs import Format, Place, make_table
+from tests.pipeline.publish.publishing_runs import Format, Place, make_table
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"

@@ -4,7 +4,7 @@ The only package that talks to a storage service. Not a file system: objects are
 atomic step, and read at a pinned version. What fails in a way that may pass is tried again.
 """
 
-from pipeline.storage.access import Storage, normalised, room_below
+from pipeline.storage.access import Storage
 from pipeline.storage.objects import (
     ABSENT,
     AccessDenied,
@@ -14,16 +14,23 @@ from pipeline.storage.objects import (
     ObjectNotFound,
     StorageError,
 )
+from pipeline.storage.retrying import Fault, faults, retried
+from pipeline.storage.uris import lies_in, name_below, normalised, room_below
 
 __all__ = [
     "ABSENT",
     "AccessDenied",
     "BucketNotFound",
+    "Fault",
     "ObjectChanged",
     "ObjectInfo",
     "ObjectNotFound",
     "Storage",
     "StorageError",
+    "faults",
+    "lies_in",
+    "name_below",
     "normalised",
+    "retried",
     "room_below",
 ]

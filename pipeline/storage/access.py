@@ -9,21 +9,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
-from urllib.parse import unquote
 
 from pipeline.storage.local import LocalFiles
 from pipeline.storage.objects import ObjectInfo, S3Access, StorageError
 from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
+from pipeline.storage.uris import normalised
 
 _AHEAD_BUFFER_BYTES = 1024**2
+
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
 
-# Of a key, on S3 and on Google Cloud Storage; of a local path (PATH_MAX, with the NUL at its end), and of the
-# name that a file has in it while it is written.
-_MAX_KEY_BYTES = 1024
-_MAX_LOCAL_PATH_BYTES = 4095
-_TEMPORARY_NAME_BYTES = 37
-_MAX_LOCAL_NAME_BYTES = 255
 
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
 
@@ -213,36 +208,6 @@ def _errors_of(uri: str) -> Iterator[None]:
         yield
     except StorageError as error:
         raise type(error)(uri, error.cause) from error
-
-
-def normalised(uri: str) -> str:
-    """One spelling for each place: no trailing slash, and local paths absolute, without file://."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        path = unquote(rest) if separator else uri
-        if not path or (separator and not path.startswith("/")):
-            raise StorageError(uri, "is not an absolute path" if separator else "is not a path")
-        return "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100 - Path keeps '..'
-    if not rest.strip("/"):
-        raise StorageError(uri, "names no bucket")
-    if "@" in rest.partition("/")[0]:
-        raise StorageError(f"{scheme}://...", "credentials don't belong into a URI, but in the environment")
-    return uri.rstrip("/")
-
-
-def room_below(uri: str) -> int:
-    """Bytes that the names of objects below a folder may have; none or less where the folder's are too many.
-
-    Raises:
-        StorageError: it isn't a place.
-    """
-    uri = normalised(uri)
-    if "://" in uri:
-        return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
-    path = os.fsencode(uri)
-    if any(len(part) > _MAX_LOCAL_NAME_BYTES for part in path.split(b"/")):
-        return 0
-    return _MAX_LOCAL_PATH_BYTES - _TEMPORARY_NAME_BYTES - len(path) - 1
 
 
 def _pinned(uri: str, version: str) -> ObjectInfo:

@@ -13,7 +13,6 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.retrying import Fault, retried
 from pipeline.storage.buckets import CONNECTION_ERRORS, described, no_bucket, no_object, split, whole
 from pipeline.storage.objects import (
     ABSENT,
@@ -26,6 +25,7 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
+from pipeline.storage.retrying import Fault, retried
 
 T = TypeVar("T")
 

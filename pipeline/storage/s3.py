@@ -16,7 +16,6 @@ import boto3
 import botocore.exceptions
 from botocore.config import Config
 
-from pipeline.retrying import Fault, retried
 from pipeline.storage.buckets import (
     CONNECTION_ERRORS,
     described,
@@ -38,6 +37,7 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
+from pipeline.storage.retrying import Fault, retried
 from pipeline.text import without_credentials
 
 T = TypeVar("T")

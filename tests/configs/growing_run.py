@@ -17,8 +17,8 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from pipeline.config import Config, load_config
-from pipeline.labelling import run_labelling
-from pipeline.record import Clock
+from pipeline.run import run_labelling
+from pipeline.run.recording import Clock
 from tests.makers import make_image, make_tar
 
 MANIFEST = Path(__file__).parents[2] / "configs" / "kubernetes" / "config.yaml"

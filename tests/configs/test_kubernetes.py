@@ -28,7 +28,7 @@ from cvt.presets import preset_config
 from jobs.console import make_app
 from pipeline.config import Config, load_config
 from pipeline.dataflow import Cluster, Resources, choose_resources
-from pipeline.submission import Submission
+from pipeline.schedule import Submission
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "kubernetes"

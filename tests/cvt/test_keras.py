@@ -468,7 +468,7 @@ def attempt(module, without):
     del sys.modules[without]
 
 attempt("cvt.keras", without="keras")
-attempt("cvt.tensorflow_weights", without="h5py")
+attempt("cvt.checkpoints.tensorflow", without="h5py")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 attempt("cvt.keras", without="tensorflow")
 """

@@ -11,9 +11,9 @@ import pytest
 
 from jobs.cli import COMMANDS
 from jobs.local_s3 import LocalS3
+from pipeline.commit import Lease
 from pipeline.config import Config, load_config
-from pipeline.lease import Lease
-from pipeline.partition import open_partition
+from pipeline.run import make_job
 from pipeline.storage import Storage
 from tests.command import cvt_label
 from tests.makers import make_image, make_tar
@@ -154,7 +154,7 @@ def test_statuses_of_a_run_that_is_refused_waits_and_is_stopped(tmp_path: Path) 
     (tmp_path / "in" / "a.tar").write_bytes(make_tar([("a.jpg", make_image(1))]))
     path = tmp_path / "job.yaml"
     path.write_text(JOB.format(input=tmp_path / "in", output=tmp_path / "out"))
-    partition = open_partition(load_config(Config, path))
+    partition = make_job(load_config(Config, path)).partition
     other = Lease(partition.storage, partition.uri, "other-run", 60)
     other.acquire()
     refused = cvt_label("label", "--config", path)

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from jobs.compare import compare as command
 from jobs.console import make_app
-from pipeline.comparing import COMPARISON_SCHEMA, TOTALS, compare
+from pipeline.compare import Side, compare
+from pipeline.statistics.comparison import COMPARISON_SCHEMA, TOTALS
 from pipeline.storage import Storage
-from pipeline.stored import Side
 from tests.partitions import make_predictions, random_given, write_partition
 
 LABELS = ["boot", "bag", "coat"]

@@ -158,7 +158,7 @@ def test_weights_without_a_classifier_become_those_of_a_model_alone(tmp_path: Pa
     classifier.model.cvt.save_pretrained(source)
     shutil.copy(BUNDLED["fashion-mnist"] / "preprocessor_config.json", source)
     if origin == "TFCvtModel":
-        tensorflow_weights = pytest.importorskip("cvt.tensorflow_weights", exc_type=ImportError)
+        tensorflow_weights = pytest.importorskip("cvt.checkpoints.tensorflow", exc_type=ImportError)
         state = {f"cvt.{key}": value for key, value in classifier.model.cvt.state_dict().items()}
         tensorflow_weights.write_h5(state, source / "tf_model.h5")
         (source / "model.safetensors").unlink()

@@ -12,7 +12,7 @@ import pytest
 
 from jobs import label
 from jobs.label import _Lines, _Pace
-from pipeline.committing import Progress
+from pipeline.commit import Progress
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from jobs.publish import TableFormat, publish
 from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publishing_runs import DELTA, NEEDS_DELTALAKE, PARQUET, Format, Place
+from tests.pipeline.publish.publishing_runs import DELTA, NEEDS_DELTALAKE, PARQUET, Format, Place
 
 
 @dataclass(frozen=True)

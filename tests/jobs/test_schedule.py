@@ -21,9 +21,18 @@ from typer.testing import CliRunner, Result
 
 from jobs.schedule import schedule
 from pipeline.config import ConfigError, DatasetConfig, DatasetsConfig, load_config
-from pipeline.scheduling import DatasetState, Scheduler, last_tick, next_ticks, read_state, state_uri
+from pipeline.schedule import (
+    Cluster,
+    DatasetState,
+    Job,
+    Scheduler,
+    Submission,
+    next_ticks,
+    read_state,
+    state_uri,
+)
+from pipeline.schedule.scheduler import last_tick
 from pipeline.storage import ObjectInfo, Storage
-from pipeline.submission import Cluster, Job, Submission
 from tests.makers import make_image, make_tar
 from tests.ray_head import REPOSITORY
 

@@ -29,9 +29,9 @@ from jobs.schedule import schedule
 from jobs.stats import stats
 from jobs.status import status
 from pipeline.config import Config, ConfigError, DatasetsConfig, load_config
-from pipeline.scheduling import DatasetState, read_state, state_uri
+from pipeline.schedule import Cluster, DatasetState, read_state, state_uri
+from pipeline.schedule.submission import CONFIG_VARIABLE
 from pipeline.storage import Storage, StorageError
-from pipeline.submission import CONFIG_VARIABLE, Cluster
 from tests.command import cvt_label
 from tests.makers import make_image, make_tar
 from tests.ray_head import Head

@@ -22,18 +22,11 @@ from jobs.logs import logs
 from jobs.status import status
 from jobs.stop import stop
 from jobs.submit import submit
-from pipeline.cluster import ClusterError
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.planning import Selection
+from pipeline.config import Config, ConfigError, Selection, load_config
+from pipeline.dataflow import ClusterError
+from pipeline.schedule import Cluster, Submission, minute_tick
+from pipeline.schedule.submission import CONFIG_VARIABLE, AlreadySubmittedError, StillRunningError
 from pipeline.storage import Storage
-from pipeline.submission import (
-    CONFIG_VARIABLE,
-    AlreadySubmittedError,
-    Cluster,
-    StillRunningError,
-    Submission,
-    minute_tick,
-)
 from tests.command import cvt_label
 from tests.makers import make_image, make_tar
 from tests.ray_head import RAY, REPOSITORY

@@ -23,15 +23,14 @@ import pytest
 import torch
 
 from cvt.checkpoints import load_checkpoint
-from cvt.engine import Engine
-from pipeline import committing, labelling, lease, manifest, shards
-from pipeline.chunks import Chunk, cut_into_chunks
-from pipeline.classifying import classify
-from pipeline.config import Config, load_config
-from pipeline.decoding import decode_chunk
-from pipeline.planning import Selection
-from pipeline.reading import read_samples
-from pipeline.shards import Shard
+from cvt.inference import Engine
+from pipeline.classify import classify
+from pipeline.commit import committer as committing
+from pipeline.commit import lease, manifest
+from pipeline.config import Config, Selection, load_config
+from pipeline.decode import decode_chunk
+from pipeline.read import Chunk, Shard, cut_into_chunks, read_samples, shards
+from pipeline.run import labelling
 from pipeline.storage import Storage
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
@@ -39,7 +38,12 @@ CHECKPOINT = load_checkpoint("fashion-mnist")
 ENGINE = Engine(CHECKPOINT.model, CHECKPOINT.preprocessor, device="cpu")
 
 #: What a run imports when it needs it, which would be most of a child's time: their parent has it once.
-_PRELOADED = ["matplotlib.backends.backend_svg", "pandas", "pipeline.metrics", "pipeline.sections"]
+_PRELOADED = [
+    "matplotlib.backends.backend_svg",
+    "pandas",
+    "pipeline.dataflow.metrics",
+    "pipeline.report.sections",
+]
 
 #: The status of a run that another has taken over from.
 OVERTAKEN = 5
@@ -113,10 +117,10 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
 
 def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
     """Lets `run_labelling` do in this process what it does on a cluster, with groups of few images."""
-    dataflow: Any = types.ModuleType("pipeline.dataflow")
+    dataflow: Any = types.ModuleType("pipeline.dataflow.ray_executor")
     dataflow.label_chunks = _label_chunks
     dataflow.cluster_resources = lambda config, checkpoint: _NoResources()
-    patch.setitem(sys.modules, "pipeline.dataflow", dataflow)
+    patch.setitem(sys.modules, "pipeline.dataflow.ray_executor", dataflow)
     patch.setattr(labelling, "ray_cluster", _no_ray)
     patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
     patch.setattr(shards, "_GROUP_IMAGES", 4)

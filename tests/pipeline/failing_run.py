@@ -21,9 +21,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from ray.cluster_utils import Cluster
 
-from pipeline.committing import Progress
+from pipeline.commit import Progress
 from pipeline.config import Config, load_config
-from pipeline.labelling import Plan, run_labelling
+from pipeline.run import Plan, run_labelling
 from tests.makers import make_image, make_tar
 
 SHARDS, IMAGES, CHUNK = 60, 32, 8

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from jobs.console import OneLineFormatter, plain, print_log
-from pipeline.charts import bars
-from pipeline.decoding import one_line
-from pipeline.text import printable
+from pipeline.report.charts import bars
+from pipeline.text import one_line, printable
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner
 WRITTEN = [

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline import retrying
-from pipeline.storage import Storage
+from pipeline.storage import Storage, retrying
 from tests.fault_proxy import FaultProxy
 
 

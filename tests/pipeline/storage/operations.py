@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline import retrying
-from pipeline.storage import ObjectInfo, Storage
+from pipeline.storage import ObjectInfo, Storage, retrying
 
 OPERATIONS: dict[str, Callable[[Storage, ObjectInfo], Any]] = {
     "read": lambda storage, info: storage.read(info.uri, info.version),

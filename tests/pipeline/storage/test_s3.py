@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.retrying import faults
-from pipeline.storage import ABSENT, AccessDenied, ObjectNotFound, Storage, StorageError
+from pipeline.storage import ABSENT, AccessDenied, ObjectNotFound, Storage, StorageError, faults
 from pipeline.storage.s3 import connected
 from tests.pipeline.storage.operations import names
 

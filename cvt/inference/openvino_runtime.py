@@ -1,0 +1,111 @@
+"""The network in OpenVINO, for CPUs: `pip install 'cvt-label[openvino]'`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvt.inference.network import InferenceNetwork
+from cvt.runtimes import NO_OPENVINO
+
+if TYPE_CHECKING:
+    from cvt.inference.runtime import Result
+
+
+# OpenVINO reports over the network that it is used, unasked; where it doesn't find this package, it doesn't.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+try:
+    import openvino
+except ImportError as error:
+    raise ImportError(f"runtime: {NO_OPENVINO}") from error
+
+
+__all__ = ["OpenVinoRuntime", "openvino"]
+
+
+#: Images that go through the network at once: its activations fit the cache, its matrices are large enough.
+_AT_ONCE = 8
+
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoRuntime:
+    """Features by OpenVINO, in batches of one static size, several at once; the head in PyTorch's float32.
+
+    Args:
+        network: on the CPU, in float32.
+        image_shape: (size, size, channels).
+        precision: "fp32", or "bf16" where the CPU has instructions for it.
+        batch_size: most images of one call.
+        threads: CPU threads; each works on a batch of its own.
+
+    Raises:
+        ValueError: the CPU can't compute in this precision, or OpenVINO not what the model does.
+    """
+
+    def __init__(
+        self,
+        network: InferenceNetwork,
+        image_shape: tuple[int, int, int],
+        precision: str,
+        batch_size: int,
+        threads: int,
+    ) -> None:
+        core = openvino.Core()
+        able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision not in _HINTS or (precision == "bf16" and "BF16" not in able):
+            raise ValueError(f"runtime 'openvino' has no precision {precision!r} on this CPU")
+        config = network.model.config
+        if "avg" in config.qkv_projection_method:  # of which its converter loses PyTorch's rule for edges
+            raise ValueError("runtime 'openvino' can't run a model whose qkv_projection_method is 'avg'")
+        self.batch_size = batch_size
+        self._network = network
+        self._at_once = min(_AT_ONCE, -(-batch_size // threads))
+        self._width = config.embed_dim[-1]
+        example = torch.zeros((self._at_once, *image_shape), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's, about its own code
+            exported = openvino.convert_model(torch.export.export(_Features(network), (example,)))
+        options = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": threads,
+        }
+        self._queue = openvino.AsyncInferQueue(core.compile_model(exported, "CPU", options), threads)
+        self._queue.set_callback(self._keep)
+
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
+        """Runs the network; see `Runtime`."""
+        images = np.asarray(images)
+        embeddings = np.empty((len(images), self._width), np.float32)
+        for start in range(0, len(images), self._at_once):
+            part = images[start : start + self._at_once]
+            missing = self._at_once - len(part)
+            if missing:
+                part = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            self._queue.start_async([np.ascontiguousarray(part)], embeddings[start : start + self._at_once])
+        self._queue.wait_all()
+        with torch.inference_mode():
+            logits: np.ndarray = self._network.classify(torch.from_numpy(embeddings)).numpy()
+        return lambda: (logits, embeddings)
+
+    @staticmethod
+    def _keep(request: Any, rows: np.ndarray) -> None:
+        rows[:] = request.get_output_tensor().data[: len(rows)]
+
+
+class _Features(torch.nn.Module):
+    """The part of the network that OpenVINO runs."""
+
+    def __init__(self, network: InferenceNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network.embed(pixels)

@@ -1,0 +1,1 @@
+"""Everything that measures. The product imports nothing from here."""

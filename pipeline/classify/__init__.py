@@ -1,0 +1,9 @@
+"""From pixels to predictions: the model's outputs as columns, and thumbnails for the gallery.
+
+`classify.checkpoint` opens checkpoints, needs PyTorch and is imported by its module name. Writing files does not belong here.
+"""
+
+from pipeline.classify.predict import classify
+from pipeline.classify.thumbnails import ENDS, SCHEMA, Thumbnails
+
+__all__ = ["ENDS", "SCHEMA", "Thumbnails", "classify"]

@@ -1,0 +1,121 @@
+"""Checkpoints in object storage: what of them is needed comes to this machine, to be loaded as a local one.
+
+Called in the driver alone: workers get the loaded model through Ray's object store.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from cvt.errors import CheckpointError
+from pipeline.storage import ObjectInfo, Storage, normalised
+
+if TYPE_CHECKING:
+    from cvt.checkpoints import Checkpoint
+    from cvt.modeling import CvtModel
+    from cvt.preprocessing import Preprocessor
+
+
+def open_checkpoint(
+    storage: Storage, path: str, revision: str | None = None, labels: str | None = None
+) -> Checkpoint:
+    """Loads a checkpoint as `cvt.checkpoints.load_checkpoint` does, from object storage too.
+
+    Args:
+        storage: access to URIs.
+        path: what `load_checkpoint` takes, or the URI of such a folder or file, whose last part is the name.
+        revision: branch, tag or commit of a hub id.
+        labels: file of the classes' names, or its URI.
+
+    Raises:
+        CheckpointError: nothing is there, or it isn't a complete CvT classifier.
+        StorageError: an object can't be read; names it.
+    """
+    from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
+
+    with _fetched(storage) as fetched:
+        path = fetched.local(path)
+        if labels is not None and "://" in labels:
+            labels = fetched.file(labels)
+        with fetched.errors_by_uri():
+            return load_checkpoint(path, revision, labels)
+
+
+def open_features(storage: Storage, path: str) -> tuple[CvtModel, Preprocessor]:
+    """Loads a checkpoint without a classifier as `cvt.checkpoints.load_features` does, from storage too.
+
+    Raises:
+        CheckpointError, StorageError: as `open_checkpoint`.
+    """
+    from cvt.checkpoints import load_features
+
+    with _fetched(storage) as fetched, fetched.errors_by_uri():
+        return load_features(fetched.local(path))
+
+
+@contextmanager
+def _fetched(storage: Storage) -> Iterator[_Fetched]:
+    with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
+        yield _Fetched(storage, Path(temporary))
+
+
+class _Fetched:
+    """Local copies of objects, in a folder of their own for each folder that they come from."""
+
+    def __init__(self, storage: Storage, root: Path) -> None:
+        self._storage = storage
+        self._root = root
+        self._folders: dict[str, str] = {}  # local: URI
+
+    def local(self, path: str) -> str:
+        """What a checkpoint's path or URI is on this machine."""
+        if "://" in path:
+            path = normalised(path)  # of file:// a local path
+        return self.model(path) if "://" in path else path
+
+    def model(self, uri: str) -> str:
+        """Copies what loading uses; returns the local folder or file that stands for the URI."""
+        from cvt.checkpoints import weights
+
+        suffix = PurePosixPath(uri).suffix
+        if suffix in weights.MICROSOFT_SUFFIXES:
+            return self.file(uri)
+        if suffix == weights.TENSORFLOW_SUFFIX:
+            return self.file(uri, weights.CONFIG_FILE, weights.PREPROCESSOR_FILE)
+        objects = {info.uri.removeprefix(f"{uri}/"): info for info in self._storage.list(uri)}
+        if not objects:
+            raise CheckpointError(f"model {uri!r}: no such folder")
+        return str(self._copy(uri, [objects[name] for name in weights.used_files(objects)]))
+
+    def file(self, uri: str, *beside: str) -> str:
+        """Copies an object, and others of these names beside it; returns its local path."""
+        folder, _, name = uri.rpartition("/")
+        objects = [self._storage.stat(f"{folder}/{each}") for each in (name, *beside)]
+        return str(self._copy(folder, objects) / name)
+
+    @contextmanager
+    def errors_by_uri(self) -> Iterator[None]:
+        """Puts URIs in the place of local paths in what is wrong with a checkpoint."""
+        try:
+            yield
+        except CheckpointError as error:
+            message = str(error)
+            for local, uri in self._folders.items():
+                message = message.replace(local, uri)
+            raise type(error)(message) from error
+
+    def _copy(self, uri: str, objects: Iterable[ObjectInfo]) -> Path:
+        """Copies objects of one folder, each in the version that was listed."""
+        folder = self._root / str(len(self._folders)) / PurePosixPath(uri).name
+        folder.mkdir(parents=True)
+        self._folders[str(folder)] = uri
+        for info in objects:
+            copy = folder / PurePosixPath(info.uri).name
+            with self._storage.open(info.uri, info.version) as source, copy.open("wb") as target:
+                shutil.copyfileobj(source, target, 8 * 1024**2)
+        return folder

@@ -1,0 +1,153 @@
+"""Classifying a chunk: pixels in, the columns of a prediction out. Knows nothing of Ray.
+
+The model is reached through one small interface, `Backend`: another one fits behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.predictions import PredictionOptions, model_fields
+from pipeline.read import Chunk
+from pipeline.text import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+logger = logging.getLogger("cvt_label")
+
+
+class Outputs(Protocol):
+    """What a backend gives: logits float32 (n, classes) and embeddings float32 (n, width)."""
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Float32 (n, classes)."""
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """Float32 (n, width)."""
+
+
+class Backend(Protocol):
+    """A model: uint8 images (n, height, width, 3) in, logits and embeddings out.
+
+    Images are an array, or what decoding put on the model's device: `classify` only slices them.
+    """
+
+    def __call__(self, images: Any) -> Outputs:
+        """Classifies n images, n from 1 up."""
+
+
+def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chunk:
+    """Adds the prediction columns to a chunk's samples, and drops its pixels.
+
+    They are null where the sample has an error. An image for which the model gives a logit that
+    isn't finite (as half precision may) has no label, and becomes an error; so does one for which the
+    model fails, but not the others of its chunk.
+
+    Raises:
+        Exception: the model fails for a black image too: it isn't the images that are at fault.
+    """
+    samples = chunk.samples
+    good = pc.is_null(samples["error"]).to_numpy()
+    fields = model_fields(options.embedding, options.embedding_width)
+    columns = [pa.nulls(0, field.type) for field in fields]
+    if chunk.pixels is not None and len(chunk.pixels):
+        failures: dict[int, Exception] = {}
+        outputs = list(_bisected(backend, chunk.pixels, failures))
+        if failures:  # is it the images, or a device that broke midway?
+            backend(chunk.pixels[:1] * 0)
+        messages: list[str | None] = [None] * len(chunk.pixels)
+        for place, failure in failures.items():
+            messages[place] = one_line(
+                f"the model failed for this image: {type(failure).__name__}: {failure}"
+            )
+        if outputs:
+            logits = np.concatenate([part.logits for part in outputs])
+            embeddings = np.concatenate([part.embeddings for part in outputs])
+            finite = np.isfinite(logits).all(axis=1)
+            answered = [place for place, message in enumerate(messages) if message is None]
+            for place in np.flatnonzero(~finite).tolist():
+                messages[answered[place]] = "the model's output for this image is not finite"
+            predicted = _predict(logits[finite], options)
+            if options.embedding != "none":
+                predicted["embedding"] = _embeddings(embeddings[finite], options)
+            columns = [predicted[field.name].cast(field.type) for field in fields]
+        if any(messages):
+            samples = _mark(samples, good, messages)
+            good = pc.is_null(samples["error"]).to_numpy()
+    for field, values in zip(fields, columns, strict=True):
+        samples = samples.append_column(field, _spread(values, good))
+    return replace(chunk, samples=samples, pixels=None)
+
+
+def _bisected(
+    backend: Backend, pixels: np.ndarray | Tensor, failures: dict[int, Exception], start: int = 0
+) -> Iterator[Outputs]:
+    """The model's outputs for those images for which it doesn't fail; the others go to `failures`."""
+    try:
+        outputs = backend(pixels)
+    except Exception as error:
+        if len(pixels) == 1:
+            failures[start] = error
+            return
+        half = len(pixels) // 2
+        logger.warning("the model failed for %d images, trying each half: %s", len(pixels), error)
+        yield from _bisected(backend, pixels[:half], failures, start)
+        yield from _bisected(backend, pixels[half:], failures, start + half)
+        return
+    yield outputs
+
+
+def _predict(logits: np.ndarray, options: PredictionOptions) -> dict[str, pa.Array]:
+    # In float64, the sum over 22,000 classes costs no digit of a float32 score.
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True, initial=-np.inf)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    top = _best(p, options.topk)
+    top_p = np.take_along_axis(p, top, axis=1).astype(np.float32)
+    ends = pa.array(np.arange(len(p) + 1) * options.topk, pa.int32())
+    label_id = pa.array(top[:, 0], pa.int32())
+    return {
+        "label": pa.array(options.labels, pa.string()).take(label_id),
+        "label_id": label_id,
+        "score": pa.array(top_p[:, 0]),
+        "topk_label_ids": pa.ListArray.from_arrays(ends, pa.array(top.reshape(-1), pa.int32())),
+        "topk_scores": pa.ListArray.from_arrays(ends, pa.array(top_p.reshape(-1))),
+        "entropy": pa.array(-(p * log_p).sum(axis=1).astype(np.float32)),
+    }
+
+
+def _best(p: np.ndarray, k: int) -> np.ndarray:
+    """Ids of the k likeliest classes, the best first, the lower id first of equals; int64 (n, k)."""
+    some = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
+    order = np.argsort(-np.take_along_axis(p, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1)
+
+
+def _embeddings(embeddings: np.ndarray, options: PredictionOptions) -> pa.Array:
+    values = pa.array(embeddings.astype(options.embedding).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
+
+
+def _mark(samples: pa.Table, good: np.ndarray, messages: Sequence[str | None]) -> pa.Table:
+    """Adds what is wrong with the images of the good rows to their errors."""
+    marks = _spread(pa.array(messages, pa.string()), good)
+    errors = pc.coalesce(samples["error"], marks)
+    return samples.set_column(samples.schema.get_field_index("error"), "error", errors)
+
+
+def _spread(values: pa.Array, good: np.ndarray) -> pa.Array:
+    """Puts the values of the good rows in their places, with nulls between them."""
+    places = np.cumsum(good) - 1
+    return values.take(pa.array(places, pa.int64(), mask=~good))

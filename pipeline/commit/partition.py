@@ -1,0 +1,96 @@
+"""A partition: all labels of one fingerprint under one output URI, opened without its model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commit.manifest import Manifest
+from pipeline.commit.record import read_record
+from pipeline.statistics import CLASS_STATS_SCHEMA
+from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError, normalised
+
+CLASS_STATS = "class_stats.parquet"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """All labels of one fingerprint under one output URI.
+
+    Attributes:
+        storage: access to the partition.
+        uri: `<output>/model=<name>-<fingerprint8>`, without a slash at the end.
+        labels: the classes' names, by class id.
+    """
+
+    storage: Storage
+    uri: str
+    labels: Sequence[str]
+
+    @classmethod
+    def open(cls, storage: Storage, uri: str) -> Partition:
+        """Opens a stored partition.
+
+        Raises:
+            StorageError: there is none at the URI, or it can't be read.
+        """
+        partition = cls(storage, normalised(uri), ())
+        names: list[str] = partition.class_table["label"].to_pylist()
+        return cls(storage, partition.uri, names)
+
+    @property
+    def name(self) -> str:
+        """The folder's name: `model=<name>-<fingerprint8>`."""
+        return self.uri.rpartition("/")[2]
+
+    @property
+    def model(self) -> str:
+        """`<name>-<fingerprint8>`, the value of the Hive column `model`."""
+        return self.name.removeprefix("model=")
+
+    @property
+    def manifest(self) -> Manifest:
+        """One row per labeled shard."""
+        return Manifest(self.storage, self.uri, len(self.labels))
+
+    @cached_property
+    def class_table(self) -> pa.Table:
+        """`class_stats.parquet`: one row per class.
+
+        Raises:
+            StorageError: the file is missing, or holds something else.
+        """
+        uri = f"{self.uri}/{CLASS_STATS}"
+        try:
+            return pq.read_table(io.BytesIO(self.storage.read(uri))).select(CLASS_STATS_SCHEMA.names)
+        except BucketNotFound:
+            raise
+        except ObjectNotFound:
+            raise StorageError(
+                self.uri,
+                f"no labels of a model: it has no {CLASS_STATS} (expected: .../model=NAME-FINGERPRINT)",
+            ) from None
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise StorageError(uri, f"not class statistics: {error}") from None
+
+    def record(self, run: str) -> dict[str, Any] | None:
+        """The record of a run; None where there is none.
+
+        Raises:
+            StorageError: the record can't be read, or is no record.
+        """
+        return read_record(self.storage, self.uri, run)
+
+    def records(self) -> list[str]:
+        """The ids of all runs that left a record, in their order."""
+        try:
+            found = [info.uri.rpartition("/")[2] for info in self.storage.list(f"{self.uri}/runs")]
+        except ObjectNotFound:  # a local folder that isn't there
+            return []
+        return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))

@@ -1,0 +1,115 @@
+"""The record of a run: its configuration and selection, versions, counts, timings, how it ended, and what it
+found out that no prediction file tells. From that and the files, `recovering` makes the manifest anew; by
+itself it is enough to run the same again.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.commit.manifest import ManifestRow
+from pipeline.storage import ObjectNotFound, Storage, StorageError
+
+#: What is recorded of shards, and of one that couldn't be read.
+_LISTS = ("removed", "gone", "present", "cured", "unreadable")
+
+_FAILURE = ("uri", "format", "size", "error", "failed_version")
+
+
+class RunRecord:
+    """`runs/<run id>.json`, as it grows. Several threads may add to it.
+
+    What happened to shards is saved before the manifest says so, and in this order it is replayed: shards
+    `removed` from the manifest, `gone` from the input, `present` in it again, `cured` of a failure that
+    an earlier run had found, and `unreadable` ones.
+    """
+
+    def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
+        self._storage = storage
+        self._uri = uri
+        self._values = values | {name: [] for name in _LISTS}
+        self._lock = threading.Lock()
+        self._is_saved = False
+        self._saved = dict.fromkeys(_LISTS, 0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it lists no shard that couldn't be read."""
+        return not self._values["unreadable"]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it says so far."""
+        with self._lock:
+            return dict(self._values)
+
+    def note(self, **values: Any) -> None:
+        """Sets values."""
+        with self._lock:
+            self._values |= values
+
+    def shards(self, what: str, uris: Iterable[str]) -> None:
+        """Adds shards to a list of what happened to shards."""
+        found = sorted(uris)
+        with self._lock:
+            self._values[what] += found
+            self._is_saved = self._is_saved and not found
+
+    def failure(self, row: ManifestRow) -> None:
+        """Adds a shard that couldn't be read."""
+        with self._lock:
+            self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE})
+            self._is_saved = False
+
+    def forget(self) -> None:
+        """Takes back what was added of shards since it was written last."""
+        with self._lock:
+            for name, count in self._saved.items():
+                del self._values[name][count:]
+            self._is_saved = True
+
+    def save(self) -> None:
+        """Writes it, if shards were added since it was written.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        with self._lock:
+            if not self._is_saved:
+                self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
+                self._saved = {name: len(self._values[name]) for name in _LISTS}
+                self._is_saved = True
+
+    def end(self, **values: Any) -> None:
+        """Sets the last values, and writes it."""
+        self.note(**values)
+        self._is_saved = False
+        self.save()
+
+
+def read_record(storage: Storage, partition: str, run: str) -> dict[str, Any] | None:
+    """The record of a run; None where there is none.
+
+    Raises:
+        StorageError: it can't be read, or is no record.
+    """
+    uri = f"{partition}/runs/{run}.json"
+    try:
+        values = json.loads(storage.read(uri))
+    except ObjectNotFound:
+        return None
+    except ValueError as error:
+        raise StorageError(uri, f"not the record of a run: {error}") from None
+    if not isinstance(values, dict):
+        raise StorageError(uri, "not the record of a run")
+    return values
+
+
+def new_run_id() -> str:
+    """An id that sorts by time, and that no other run has."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(3)}"

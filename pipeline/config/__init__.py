@@ -1,0 +1,35 @@
+"""The configuration of jobs: fields and their types, loading, and what determines a label.
+
+Whatever acts on a configuration does not belong here.
+"""
+
+from pipeline.config.job import (
+    LABEL_NEW,
+    NO_TORCHVISION,
+    Config,
+    InputConfig,
+    RayConfig,
+    Selection,
+    make_storage,
+)
+from pipeline.config.loading import load_config, load_recorded
+from pipeline.config.schedule import DatasetConfig, DatasetsConfig
+from pipeline.config.sections import ConfigError
+from pipeline.config.train import ScheduleConfig, TrainConfig
+
+__all__ = [
+    "LABEL_NEW",
+    "NO_TORCHVISION",
+    "Config",
+    "ConfigError",
+    "DatasetConfig",
+    "DatasetsConfig",
+    "InputConfig",
+    "RayConfig",
+    "ScheduleConfig",
+    "Selection",
+    "TrainConfig",
+    "load_config",
+    "load_recorded",
+    "make_storage",
+]

@@ -1,0 +1,19 @@
+"""How the stages run: on Ray Data or in this process; resources, metrics, shutdown.
+
+`dataflow.ray_executor` imports Ray and is imported by its module name. What a stage does belongs to `read`, `decode`, `classify`, `commit`.
+"""
+
+from pipeline.dataflow.ray_cluster import ClusterError, check_reachable
+from pipeline.dataflow.resources import Cluster, Resources, choose_resources
+from pipeline.dataflow.stopping import Stop, graceful_stop, sigterm_interrupts
+
+__all__ = [
+    "Cluster",
+    "ClusterError",
+    "Resources",
+    "Stop",
+    "check_reachable",
+    "choose_resources",
+    "graceful_stop",
+    "sigterm_interrupts",
+]

@@ -1,0 +1,70 @@
+"""The dataflow: how reading, decoding and classifying are laid over a Ray cluster by Ray Data.
+
+    read tasks -> decode tasks -> classifier actors -> results of chunks, to the driver
+
+The stages are functions of chunks that know nothing of Ray; here they are given their resources.
+Whatever is set of Ray Data is set here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.data import DataContext
+
+from cvt.preprocessing import Preprocessor
+from pipeline.dataflow.ray_executor import ShardSource
+from pipeline.decode import decode_chunk
+from pipeline.read import Chunk, ReadOptions, Shard
+from pipeline.storage import Storage
+
+
+def labelled_images(
+    plan: Sequence[Shard],
+    storage: Storage,
+    read_options: ReadOptions,
+    preprocessor: Preprocessor,
+    max_pixels: int,
+) -> ray.data.Dataset:
+    """The samples that have a target, for training: `image`, uint8 (size * size * 3), and `target`.
+
+    Samples without a target, and images that can't be decoded, are left out. A shard that can't be
+    read to its end raises.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 128 * 1024**2  # here rows are samples, not chunks
+    source = ShardSource(plan, storage, ray.put(read_options), max_images=512, max_bytes=64 * 1024**2)
+    chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
+    return chunks.map_batches(
+        _labelled_rows,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"preprocessor": preprocessor, "max_pixels": max_pixels},
+        num_cpus=0.5,
+    )
+
+
+def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
+    width = preprocessor.size**2 * 3
+    images, targets = [np.empty((0, width), np.uint8)], [pa.array([], pa.int32())]
+    for chunk in Chunk.from_block(block):
+        if chunk.error is not None:
+            raise ValueError(chunk.error)
+        decoded = decode_chunk(chunk, preprocessor, max_pixels)
+        assert isinstance(decoded.pixels, np.ndarray)
+        good = decoded.samples.filter(pc.is_null(decoded.samples["error"]))
+        has_target = pc.is_valid(good["target"])
+        images.append(decoded.pixels.reshape(-1, width)[has_target.to_numpy()])
+        targets.append(good["target"].filter(has_target).combine_chunks())
+    values = pa.array(np.concatenate(images).reshape(-1))
+    return pa.table(
+        {
+            "image": pa.FixedSizeListArray.from_arrays(values, width),
+            "target": pa.concat_arrays(targets),
+        }
+    )

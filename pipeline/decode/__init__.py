@@ -1,0 +1,8 @@
+"""From encoded images to pixels, on the CPU or on the classifier's GPU.
+
+`decode.gpu` needs PyTorch and is imported by its module name. Resizing rules belong to `cvt.preprocessing`.
+"""
+
+from pipeline.decode.cpu import FORMATS, decode, decode_chunk
+
+__all__ = ["FORMATS", "decode", "decode_chunk"]

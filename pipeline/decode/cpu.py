@@ -1,0 +1,248 @@
+"""Image bytes in, pixels at the model's input size out; what is wrong with an image is a value.
+
+Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow. Neither reads shards nor runs models.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from PIL import ExifTags, Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from cvt.preprocessing import Preprocessor
+from pipeline.read import Chunk
+from pipeline.text import one_line
+
+# First bytes and reader of each format. The readers are called by themselves, since Image.open has a
+# pixel limit of its own, global to the process, and doesn't tell the size of what it refuses.
+FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
+    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
+    ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
+    ("BMP", re.compile(rb"BM"), BmpImageFile),
+    ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+)
+
+
+# Longest side in pixels. Resizing to a square takes memory and time by the longest side, however few
+# pixels there are: some 30 MB here, gigabytes for the longest line that a PNG can hold.
+MAX_SIDE = 1 << 20
+
+
+# How the stored image is to be turned for display, by its EXIF orientation.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# Of these turns, the ones that exchange width and height.
+SIDEWAYS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+
+
+# And those after which the first column, or row, shows what the file has last in a row, or column.
+FROM_THE_RIGHT = {
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+}
+
+FROM_BELOW = {
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.TRANSVERSE,
+}
+
+
+_N = TypeVar("_N", int, float)
+
+
+# Damage in metadata that nobody reads here is no news; with a billion images it would fill the logs.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Decoded(NamedTuple):
+    """One decoded image, or what is wrong with it.
+
+    Attributes:
+        pixels: uint8 of shape (size, size, 3), RGB; None where there is an error.
+        width: of the source image in pixels, as displayed (after EXIF orientation); where there is an
+            error, as the header says, or None where that can't be read.
+        height: likewise.
+        error: None, or one line of at most MAX_ERROR_LENGTH characters, the same at every attempt.
+    """
+
+    pixels: np.ndarray | None
+    width: int | None
+    height: int | None
+    error: str | None
+
+
+def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Decoded:
+    """Decodes one image, turns it upright, makes it RGB, and resizes and crops it.
+
+    Of an animation, and of several pages, the first is taken. Transparency is dropped, as in
+    transformers' pipelines: what shows is the colour stored under it. Gray images with 12 or 16 bits
+    are scaled to 8; 32-bit integers and floats, which have no agreed white, are clipped to 0..255.
+    Damaged metadata is no error, an incomplete image is one.
+
+    Args:
+        data: the encoded image.
+        preprocessor: makes the model's input of an RGB image.
+        max_pixels: larger images are an error, found in the header, before anything is decoded. (For
+            WebP and TIFF, Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
+        fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its own,
+            which libjpeg does within the inverse cosine transform.
+    """
+    known = next((known for known in FORMATS if known[1].match(data)), None)
+    if known is None:
+        return Decoded(None, None, None, _unknown(data))
+    name, _, reader = known
+    width, height = None, None
+    try:
+        file = reader(io.BytesIO(data))
+        width, height = file.size
+        if error := too_large(width, height, max_pixels):
+            return Decoded(None, width, height, error)
+        if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
+            return scaled
+        file.load()
+        image = _to_rgb(file)
+        if (turn := turn_of(file)) is not None:  # of a TIFF, it is turned by now
+            image = image.transpose(turn)
+        return Decoded(preprocessor(image), *image.size, None)
+    # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
+    # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
+    except Exception as error:
+        return Decoded(None, width, height, one_line(f"cannot decode {name}: {_cause(error)}"))
+
+
+def _decode_scaled(file: JpegImageFile, preprocessor: Preprocessor) -> Decoded | None:
+    """Decodes a JPEG at a fraction of its size; None if it isn't large enough for that."""
+    turn = turn_of(file)
+    size = _exchanged(file.size, turn)
+    drafted = file.draft(file.mode, _exchanged(preprocessor.resized_size(*size), turn))
+    if drafted is None:
+        return None
+    file.load()
+    image = _to_rgb(file)
+    # The last pixels, which a turn may make the first, may be of the source in part only.
+    width, height = _exchanged(drafted[1][2:], turn)
+    left = top = 0.0
+    if turn is not None:
+        image = image.transpose(turn)
+        left = image.width - width if turn in FROM_THE_RIGHT else 0.0
+        top = image.height - height if turn in FROM_BELOW else 0.0
+    return Decoded(preprocessor(image, size, (left, top, left + width, top + height)), *size, None)
+
+
+def _exchanged(size: tuple[_N, _N], turn: Image.Transpose | None) -> tuple[_N, _N]:
+    """A width and height after a turn, or what they were before it."""
+    return (size[1], size[0]) if turn in SIDEWAYS else size
+
+
+def _unknown(data: bytes) -> str:
+    if not data:
+        return "empty: not a single byte"
+    names = ", ".join(name for name, _, _ in FORMATS)
+    return f"not an image in a supported format ({names}): starts with {data[:12]!r}"
+
+
+def too_large(width: int, height: int, max_pixels: int) -> str | None:
+    """What is wrong with an image of this size, in pixels; None if nothing is."""
+    if width * height > max_pixels:
+        return f"{width} x {height} pixels are more than the limit of {max_pixels}"
+    if max(width, height) > MAX_SIDE:
+        return f"{width} x {height} pixels: a side is longer than {MAX_SIDE}"
+    return None
+
+
+def _to_rgb(file: ImageFile) -> Image.Image:
+    """The image in mode RGB; not a copy where it is RGB already."""
+    if file.mode == "RGB":
+        return file
+    if file.mode.startswith("I;16"):
+        # Pillow would clip to 0..255, which makes nearly everything white.
+        bits = file.tag_v2[BITSPERSAMPLE][0] if isinstance(file, TiffImageFile) else 16
+        gray = np.asarray(file) >> (bits - 8)
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+    # Not wanted in the result, and Pillow stumbles over the more unusual kinds.
+    file.info.pop("transparency", None)
+    if file.mode == "La":
+        return file.convert("LA").convert("RGB")
+    return file.convert("RGB")
+
+
+def turn_of(file: ImageFile) -> Image.Transpose | None:
+    """How an image is to be turned, as its file's EXIF (or XMP) says; None if it is upright.
+
+    As in PIL.ImageOps.exif_transpose, but lives with damaged EXIF.
+    """
+    try:
+        return ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return None
+
+
+def _cause(error: Exception) -> str:
+    kind, text = type(error).__name__, str(error)
+    if not text:
+        return kind
+    # These speak for themselves; a KeyError, say, doesn't.
+    return text if isinstance(error, OSError | SyntaxError | ValueError) else f"{kind}: {text}"
+
+
+def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
+    """Replaces the encoded images of a chunk by their pixels.
+
+    Its samples lose the column `image`, and get `width` and `height`; an image that can't be decoded
+    becomes an error. `fast` as in `decode`.
+    """
+    samples = chunk.samples
+    size = preprocessor.size
+    pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
+    outcomes, good = [], 0
+    for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
+        decoded = Decoded(None, None, None, error)
+        if error is None:
+            decoded = decode(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast)
+        if decoded.pixels is not None:
+            pixels[good] = decoded.pixels
+            good += 1
+        outcomes.append(decoded._replace(pixels=None))
+    return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:good])
+
+
+def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:
+    """The samples with what their decoding said (but for pixels) in place of the encoded images."""
+    samples = samples.drop_columns(["image", "error"])
+    samples = samples.append_column("width", pa.array([o.width for o in outcomes], pa.int32()))
+    samples = samples.append_column("height", pa.array([o.height for o in outcomes], pa.int32()))
+    return samples.append_column("error", pa.array([o.error for o in outcomes], pa.string()))

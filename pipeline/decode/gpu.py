@@ -1,0 +1,280 @@
+"""Decoding on the GPU that classifies: plain JPEGs by nvJPEG, everything else as `pipeline.decoding` does.
+
+Chunks in, the same chunks out as from `decode_chunk`, but for their pixels: these are on the device, and
+differ from Pillow's by how the decoders upsample colour and where they round. Which of the two decodes an
+image is up to its file alone, but where the GPU fails, for lack of memory, say: then, another attempt may
+give other pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cvt.inference.device_preprocessing import DevicePreprocessor
+from cvt.preprocessing import Preprocessor
+from pipeline.config import NO_TORCHVISION
+from pipeline.decode.cpu import Decoded, decode, decode_chunk, with_outcomes
+from pipeline.decode.jpeg import PIXELS_AT_ONCE, PlainJpeg, plain_jpeg
+from pipeline.read import Chunk
+from pipeline.statistics import ON_GPU
+
+logger = logging.getLogger("cvt_label")
+
+
+#: JPEG files to RGB images, uint8 (3, height, width), on the device; raises if any can't be decoded.
+DecodeJpegs = Callable[[list[bytes]], list[Tensor]]
+
+
+# Between two decoders of the same smooth JPEG, on average.
+_SAME_GREY_LEVELS = 3
+
+
+TURNS: dict[Image.Transpose, Callable[[Tensor], Tensor]] = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda image: image.flip(2),
+    Image.Transpose.ROTATE_180: lambda image: image.flip(1, 2),
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda image: image.flip(1),
+    Image.Transpose.TRANSPOSE: lambda image: image.mT,
+    Image.Transpose.ROTATE_270: lambda image: image.mT.flip(2),
+    Image.Transpose.TRANSVERSE: lambda image: image.mT.flip(1, 2),
+    Image.Transpose.ROTATE_90: lambda image: image.mT.flip(1),
+}
+
+
+class GpuDecoder:
+    """Decodes chunks to pixels on a device.
+
+    An image that the GPU doesn't decode, for whatever reason, is left to the CPU, whose word on what is
+    wrong with it counts. May be called from several threads at once.
+
+    Args:
+        preprocessor: makes the model's input of an image.
+        max_pixels: larger images are an error.
+        device: where the pixels are wanted.
+        decode_jpegs: the decoder of plain JPEGs; nvJPEG, in torchvision, if None.
+        threads: for the images that are left to the CPU.
+
+    Raises:
+        ImportError: torchvision isn't installed.
+        ValueError: torchvision can't decode on this device, or the preprocessing can't be done there.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        max_pixels: int,
+        device: torch.device | str,
+        decode_jpegs: DecodeJpegs | None = None,
+        threads: int = 2,
+    ) -> None:
+        self._preprocessor = preprocessor
+        self._resize = DevicePreprocessor(preprocessor)
+        self._max_pixels = max_pixels
+        self._device = torch.device(device)
+        # Its own, so that it doesn't wait for what a model computes.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._decode_jpegs = decode_jpegs or nvjpeg(self._device)
+        self._cpu = ThreadPoolExecutor(threads, "decode")
+        self._device_lock = threading.Lock()
+        self._has_failed = False
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        """The same as `pipeline.decoding.decode_chunk`, with pixels on the device, ready to be used.
+
+        Its `spent` says how many images were decoded there, as ON_GPU. If the device has no memory for the
+        chunk's pixels, they are in an array, and all decoded by the CPU.
+        """
+        try:
+            return self._decode_chunk(chunk)
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "the GPU is out of memory, the CPU decodes %d images: %s", len(chunk.samples), error
+            )
+        torch.cuda.empty_cache()  # the engine beside may need it
+        decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels)
+        return replace(decoded, spent={**decoded.spent, ON_GPU: 0})
+
+    def _decode_chunk(self, chunk: Chunk) -> Chunk:
+        samples, size = chunk.samples, self._preprocessor.size
+        outcomes: list[Decoded] = []
+        plain: list[PlainJpeg] = []
+        done: set[int] = set()
+        left: dict[int, Future[Decoded]] = {}
+        for row, (image, error) in enumerate(
+            zip(samples["image"], samples["error"].to_pylist(), strict=True)
+        ):
+            outcomes.append(Decoded(None, None, None, error))
+            if error is not None:
+                continue
+            data = image.as_buffer().to_pybytes()
+            jpeg = plain_jpeg(row, data, self._max_pixels)
+            if jpeg is None:
+                left[row] = self._leave_to_cpu(data)
+            else:
+                plain.append(jpeg)
+        with self._device_to_itself():
+            pixels = torch.empty((len(outcomes), size, size, 3), dtype=torch.uint8, device=self._device)
+            for batch in _batches(plain):
+                for jpeg, image in self._decoded(batch):
+                    if self._resized(jpeg, image, pixels[jpeg.row : jpeg.row + 1]):
+                        outcomes[jpeg.row] = Decoded(None, *jpeg.upright_size, None)
+                        done.add(jpeg.row)
+        left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in plain if jpeg.row not in done}
+        by_cpu = {row: future.result() for row, future in left.items()}
+        with self._device_to_itself():
+            self._put(by_cpu, pixels)
+            outcomes = [
+                by_cpu.get(row, outcome)._replace(pixels=None) for row, outcome in enumerate(outcomes)
+            ]
+            good = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
+            if len(good) < len(outcomes):
+                pixels = pixels[torch.tensor(good, dtype=torch.int64, device=self._device)]
+        spent = {**chunk.spent, ON_GPU: len(done)}
+        return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels, spent=spent)
+
+    def _leave_to_cpu(self, data: bytes) -> Future[Decoded]:
+        return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels)
+
+    def _decoded(
+        self, jpegs: Sequence[PlainJpeg], is_half: bool = False
+    ) -> Iterator[tuple[PlainJpeg, Tensor]]:
+        """Decodes JPEGs; those for which it doesn't work are missing.
+
+        Where it doesn't, it is tried with each half, be it for an image at fault or for lack of memory.
+        """
+        images = None
+        try:
+            images = self._decode_jpegs([jpeg.data for jpeg in jpegs])
+        except Exception as error:
+            self._note_failure(f"decode {len(jpegs)} JPEGs", error)
+        if images is not None:
+            yield from zip(jpegs, images, strict=True)
+        elif len(jpegs) > 1:
+            if not is_half:
+                # nvJPEG asks the driver for memory, and gets none of what PyTorch keeps for later; its errors
+                # don't tell. Freed only here: the error has held on to what was decoded.
+                torch.cuda.empty_cache()
+            half = len(jpegs) // 2
+            yield from self._decoded(jpegs[:half], is_half=True)
+            yield from self._decoded(jpegs[half:], is_half=True)
+
+    def _resized(self, jpeg: PlainJpeg, image: Tensor, out: Tensor) -> bool:
+        """Turns and resizes a decoded JPEG into its row; returns whether this worked."""
+        try:
+            if image.shape != (3, jpeg.height, jpeg.width):
+                raise ValueError(f"{tuple(image.shape)}, where the header says {(jpeg.height, jpeg.width)}")
+            self._resize([image if jpeg.turn is None else TURNS[jpeg.turn](image)], out)
+        except Exception as error:  # a resize to a small part of its size may be too much for a GPU
+            self._note_failure("resize a JPEG", error)
+            return False
+        return True
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        level = logging.DEBUG if self._has_failed else logging.WARNING
+        self._has_failed = True
+        logger.log(level, "the GPU failed to %s, which the CPU decodes if need be: %s", what, error)
+
+    def _put(self, decoded: Mapping[int, Decoded], pixels: Tensor) -> None:
+        """Copies what the CPU decoded into its rows."""
+        arrays = {row: image.pixels for row, image in decoded.items() if image.pixels is not None}
+        if arrays:
+            rows = torch.tensor([*arrays], dtype=torch.int64, device=self._device)
+            pixels[rows] = torch.from_numpy(np.stack([*arrays.values()])).to(self._device)
+
+    @contextmanager
+    def _device_to_itself(self) -> Iterator[None]:
+        """One chunk at a time: into memory that a stream is done with for one, another may decode (`nvjpeg`).
+
+        Waits at its end for what was queued on the device.
+        """
+        with self._device_lock:
+            if self._stream is None:
+                yield
+                return
+            with torch.cuda.stream(self._stream):
+                yield
+                done = torch.cuda.Event(blocking=True)  # which keeps no CPU busy
+                done.record()
+            done.synchronize()
+
+
+def _batches(jpegs: Sequence[PlainJpeg]) -> Iterator[Sequence[PlainJpeg]]:
+    """Cuts JPEGs into batches of at most PIXELS_AT_ONCE, in their order."""
+    start, pixels = 0, 0
+    for end, jpeg in enumerate(jpegs):
+        pixels += jpeg.width * jpeg.height
+        if pixels > PIXELS_AT_ONCE:
+            yield jpegs[start:end]
+            start, pixels = end, jpeg.width * jpeg.height
+    if jpegs:
+        yield jpegs[start:]
+
+
+def nvjpeg(device: torch.device) -> DecodeJpegs:
+    """NVIDIA's decoder, on a GPU, by torchvision.
+
+    Raises:
+        ImportError: torchvision isn't installed, or doesn't fit PyTorch.
+        ValueError: it can't decode on this device.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except (ImportError, RuntimeError, OSError) as error:  # of which the last two are of another build
+        raise ImportError(f"decoding on a GPU needs torchvision ({error}): {NO_TORCHVISION}") from error
+
+    def decode_jpegs(files: list[bytes]) -> list[Tensor]:
+        # torchvision decodes on a stream of its own into memory that it asks for on the current one, but
+        # doesn't wait for that: without this, it overwrites images that are still being resized
+        # (https://github.com/pytorch/vision/pull/9606).
+        torch.cuda.current_stream(device).synchronize()
+        tensors = [torch.from_numpy(np.frombuffer(file, np.uint8).copy()) for file in files]
+        try:
+            images: list[Tensor] = decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device)
+        except Exception:
+            torch.cuda.synchronize(device)  # it may still be writing to memory that it has given up
+            raise
+        return images
+
+    try:
+        _check(decode_jpegs)
+    except Exception as error:
+        raise ValueError(
+            f"torchvision can't decode JPEGs on {device.type!r} ({error}): {NO_TORCHVISION}"
+        ) from error
+    return decode_jpegs
+
+
+def _check(decode_jpegs: DecodeJpegs) -> None:
+    """Makes sure that a batch of different JPEGs comes out as Pillow decodes it.
+
+    A decoder that skips an image without saying so leaves in its place what was in memory.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    x, y = np.meshgrid(np.linspace(0, 255, 97), np.linspace(0, 255, 75))
+    smooth = Image.fromarray(np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8))
+    files: list[bytes] = []
+    for mode, progressive, subsampling in itertools.product(("RGB", "L"), (False, True), (0, 1, 2)):
+        stream = io.BytesIO()
+        image = smooth.convert(mode).crop((0, 0, 97 - len(files), 75))
+        image.save(stream, "JPEG", quality=95, progressive=progressive, subsampling=subsampling)
+        files.append(stream.getvalue())
+    for file, found in zip(files, decode_jpegs(files), strict=True):
+        wanted = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), np.int16)
+        if found.shape[1:] != wanted.shape[:2]:
+            raise ValueError(f"an image of {wanted.shape[:2]} comes out as {tuple(found.shape)}")
+        difference = np.abs(found.permute(1, 2, 0).cpu().numpy() - wanted).mean()
+        if difference > _SAME_GREY_LEVELS:
+            raise ValueError(f"an image comes out {difference:.0f} grey levels from what it is")

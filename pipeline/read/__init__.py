@@ -1,0 +1,22 @@
+"""From object storage to chunks of encoded samples: listing shards and reading each format.
+
+Nothing is decoded here.
+"""
+
+from pipeline.read.chunks import Chunk, cut_into_chunks
+from pipeline.read.reader import read_samples
+from pipeline.read.samples import ReadOptions, Sample, read_options
+from pipeline.read.shards import NoShardsError, Shard, input_shards, list_shards
+
+__all__ = [
+    "Chunk",
+    "NoShardsError",
+    "ReadOptions",
+    "Sample",
+    "Shard",
+    "cut_into_chunks",
+    "input_shards",
+    "list_shards",
+    "read_options",
+    "read_samples",
+]

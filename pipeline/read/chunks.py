@@ -1,0 +1,148 @@
+"""The chunk: some hundred samples of one shard, and the Arrow form in which it crosses Ray Data.
+
+A chunk is one row of a block, so that Ray can neither split nor merge what is in it. Which shard it
+is of and which of its samples it holds rides in the row; nothing is derived from order of arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.read.samples import Sample, ShardError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+#: What a reader knows of each sample.
+ENCODED = pa.struct(
+    [
+        ("key", pa.string()),
+        ("target", pa.int32()),
+        ("error", pa.string()),
+        ("image", pa.large_binary()),
+    ]
+)
+
+
+_FAULTS = pa.map_(pa.string(), pa.int64())
+
+_SPENT = pa.map_(pa.string(), pa.float64())
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive samples of one shard.
+
+    Attributes:
+        shard: the shard's place in the plan.
+        start: index in the shard of the first sample.
+        samples: one row a sample; its columns depend on the stage it has come through.
+        total: the shard's number of samples, on its last chunk only.
+        error: why the shard can't be read any further; only on its last chunk.
+        pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order; a
+            tensor where they were decoded on the classifier's device: they stay there.
+        may_pass: whether an error is the storage's fault, and not the shard's.
+        faults: failures of storage that passed while it was read, by kind.
+        spent: seconds, images and bytes by stage, as `pipeline.stages.Meter` names them.
+    """
+
+    shard: int
+    start: int
+    samples: pa.Table
+    total: int | None = None
+    error: str | None = None
+    pixels: np.ndarray | Tensor | None = None
+    may_pass: bool = False
+    faults: Mapping[str, int] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+    def to_block(self) -> pa.Table:
+        """The chunk as a table of one row; pixels are not copied, and must be an array."""
+        rows = self.samples.to_struct_array().combine_chunks()
+        columns = {
+            "shard": pa.array([self.shard], pa.int64()),
+            "start": pa.array([self.start], pa.int64()),
+            "total": pa.array([self.total], pa.int64()),
+            "error": pa.array([self.error], pa.string()),
+            "may_pass": pa.array([self.may_pass]),
+            "faults": pa.array([list(self.faults.items())], _FAULTS),
+            "spent": pa.array([list(self.spent.items())], _SPENT),
+            "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
+        }
+        if self.pixels is not None:
+            assert isinstance(self.pixels, np.ndarray)
+            columns["shape"] = pa.array([self.pixels.shape], pa.list_(pa.int64()))
+            columns["pixels"] = _one_binary(self.pixels)
+        return pa.table(columns)
+
+    @staticmethod
+    def from_block(block: pa.Table) -> Iterator[Chunk]:
+        """The chunks of a block, one a row; a block without rows or columns has none."""
+        for row in range(block.num_rows):
+            record = block.slice(row, 1)
+            samples = record["samples"].combine_chunks().flatten()
+            pixels = None
+            if "pixels" in record.column_names:
+                content = np.frombuffer(record["pixels"][0].as_buffer() or b"", np.uint8)
+                pixels = content.reshape(record["shape"][0].as_py())
+            yield Chunk(
+                shard=record["shard"][0].as_py(),
+                start=record["start"][0].as_py(),
+                samples=pa.Table.from_struct_array(samples),
+                total=record["total"][0].as_py(),
+                error=record["error"][0].as_py(),
+                may_pass=record["may_pass"][0].as_py(),
+                pixels=pixels,
+                faults=dict(record["faults"][0].as_py()),
+                spent=dict(record["spent"][0].as_py()),
+            )
+
+
+def _one_binary(content: np.ndarray) -> pa.Array:
+    """A column of one value over the array's own memory."""
+    ends = pa.py_buffer(np.array([0, content.nbytes], np.int64))
+    data = pa.py_buffer(np.ascontiguousarray(content).reshape(-1))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
+
+
+def cut_into_chunks(
+    samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int
+) -> Iterator[Chunk]:
+    """Cuts a shard's samples into chunks, the last of which says how many samples there were.
+
+    The cut depends on the samples alone, so that a second attempt makes the same chunks. A shard
+    that can't be read to its end still ends in a chunk, one that carries the error: an exception
+    would end the job, with every other shard's work. A shard always yields at least one chunk.
+
+    Args:
+        samples: the shard's samples, in its order.
+        shard: the shard's place in the plan.
+        max_images: samples in a chunk, at the most.
+        max_bytes: encoded bytes in a chunk, at the most, unless one image alone has more.
+    """
+    start, size = 0, 0
+    waiting: list[Sample] = []
+    error, may_pass = None, False
+    try:
+        for sample in samples:
+            more = len(sample.image or b"")
+            if waiting and (len(waiting) == max_images or size + more > max_bytes):
+                yield Chunk(shard, start, _table(waiting))
+                start, waiting, size = start + len(waiting), [], 0
+            waiting.append(sample)
+            size += more
+    except ShardError as failure:
+        error, may_pass = str(failure), failure.may_pass
+    total = start + len(waiting)
+    yield Chunk(shard, start, _table(waiting), total=total, error=error, may_pass=may_pass)
+
+
+def _table(samples: list[Sample]) -> pa.Table:
+    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in ENCODED]
+    return pa.table(columns, schema=pa.schema(list(ENCODED)))

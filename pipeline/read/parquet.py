@@ -1,0 +1,135 @@
+"""Readers: a shard in, its samples out, one at a time, in the same order every time.
+
+WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
+and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.read.samples import ReadOptions, Sample, ShardError, too_large
+from pipeline.read.shards import Shard
+from pipeline.read.targets import LabelError, class_index
+from pipeline.storage import Storage
+
+_PARQUET_BATCH_ROWS = 16
+
+_PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
+
+
+# Parquet -----------------------------------------------------------------------------------------
+
+
+def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+    names = dict(options.class_ids)
+    # Column chunks are read through a buffer each, straight from the object: one more buffer in
+    # front would be emptied by each change of column. `pre_buffer` would hold whole row groups.
+    with (
+        storage.open_raw(shard.uri, shard.version) as stream,
+        pq.ParquetFile(
+            stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as file,
+    ):
+        schema = file.schema_arrow
+        image_column = _image_column(schema, shard, options)
+        label_column = options.label_column if options.labels else None
+        wanted = [image_column]
+        for name in (label_column, options.key_column):
+            if name is not None:
+                _require_column(schema, name, shard)
+                wanted.append(name)
+        row = 0
+        for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
+            images, paths = _image_values(batch.column(image_column))
+            labels = batch.column(label_column) if label_column is not None else None
+            keys = batch.column(options.key_column) if options.key_column is not None else paths
+            sizes = pc.binary_length(images)
+            for i in range(batch.num_rows):
+                sample = Sample(_key(keys, i, row), None)
+                label = labels[i].as_py() if labels is not None else None
+                sample.target, sample.error = _checked_row(sizes[i].as_py(), label, options, names)
+                if sample.error is None:
+                    sample.image = images[i].as_py()
+                yield sample
+                row += 1
+
+
+def _image_column(schema: pa.Schema, shard: Shard, options: ReadOptions) -> str:
+    """The column that holds the images: as configured, or found."""
+    found = [column.name for column in schema if _is_image_type(column.type)]
+    name = options.image_column
+    if name is not None:
+        _require_column(schema, name, shard)
+        if name not in found:
+            raise ShardError(
+                shard.uri,
+                f"column {name!r} is {schema.field(name).type}, neither binary nor a struct with "
+                f"binary `bytes`; {_columns(schema)}",
+            )
+        return name
+    if "image" in found:
+        return "image"
+    if len(found) != 1:
+        count = "no column" if not found else "more than one column"
+        raise ShardError(
+            shard.uri,
+            f"{count} could be the image; name it by `input.image_column`; {_columns(schema)}",
+        )
+    return cast(str, found[0])
+
+
+def _require_column(schema: pa.Schema, name: str, shard: Shard) -> None:
+    if schema.names.count(name) != 1:
+        raise ShardError(shard.uri, f"there is no single column {name!r}; {_columns(schema)}")
+
+
+def _columns(schema: pa.Schema) -> str:
+    shown = [f"{column.name} ({column.type})" for column in islice(schema, 20)]
+    return "its columns: " + ", ".join(shown) + (", ..." if len(schema) > 20 else "")
+
+
+def _is_image_type(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _is_binary(kind.field(index).type)
+    return _is_binary(kind)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _image_values(column: pa.Array) -> tuple[pa.Array, pa.Array | None]:
+    """The images' bytes, and their paths where the column holds them."""
+    if not pa.types.is_struct(column.type):
+        return column, None
+    has_path = column.type.get_field_index("path") >= 0
+    return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if has_path else None
+
+
+def _key(keys: pa.Array | None, i: int, row: int) -> str:
+    value = keys[i].as_py() if keys is not None else None
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return f"{row:09d}" if value is None else str(value)
+
+
+def _checked_row(
+    size: int | None, label: object, options: ReadOptions, names: dict[str, int]
+) -> tuple[int | None, str | None]:
+    """A row's target and error."""
+    if size is None:
+        return None, "the row has no image bytes"
+    if size > options.max_image_bytes:
+        return None, too_large("image", size, options.max_image_bytes)
+    try:
+        return class_index(label, options, names), None
+    except LabelError as error:
+        return None, str(error)

@@ -1,0 +1,69 @@
+"""Readers: a shard in, its samples out, one at a time, in the same order every time.
+
+WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
+and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.read.image_files import read_images
+from pipeline.read.parquet import read_parquet
+from pipeline.read.samples import ReadOptions, Sample, ShardError
+from pipeline.read.shards import Shard
+from pipeline.read.webdataset import DamagedTarError, read_tar
+from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError
+
+
+def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+    """Yields the shard's samples in shard order; a second reading yields the same.
+
+    Streams: it holds one sample of a tar, 16 rows of a Parquet file and the pages that they lie in (by
+    default pyarrow writes 1024 rows a page), or 16 loose images, and read buffers of 8 MiB: one, or of a
+    tar in object storage one more than `fetches`. The object is pinned to the shard's version.
+
+    **WebDataset.** Adjacent members whose names are equal up to the first dot of the last part form a
+    sample, with that as its key; the image is the first whose remaining extension is an image's. A
+    member whose extension the sample has already starts another sample of the same key. Members that
+    are not adjacent to their image become a sample of their own: an error that names them. The label
+    is `.cls` (a class index or name), or a field of `.json`. Folders and hidden members (`._x.jpg`,
+    `__MACOSX/`) are skipped.
+
+    **Parquet.** The image column holds binary values, or `struct<bytes, path>` as Hugging Face writes
+    them: the column named `image`, else the only one of such a type.
+
+    **Loose images.** Keys are the names below the listed folder. There are no labels.
+
+    A label that is null or -1 is none; one that is no class makes the sample an error.
+
+    Raises:
+        ShardError: the object is missing, changed, truncated, corrupt, of another format, or lacks a
+            named column. What was yielded before stands for nothing: the shard is not labelled.
+    """
+    key = None
+    count = 0
+    try:
+        for sample in _READERS[shard.format](storage, shard, options):
+            key, count = sample.key, count + 1
+            yield sample
+    except ShardError:
+        raise
+    except Exception as error:
+        # Whatever the bytes of one shard do to a parser must not end the job for all others.
+        place = f"after {count} samples (the last was {key!r}): " if count else ""
+        is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
+        raise ShardError(shard.uri, place + _cause(shard, error), may_pass=is_storage) from error
+
+
+def _cause(shard: Shard, error: Exception) -> str:
+    if isinstance(error, StorageError):
+        return error.cause if error.uri == shard.uri else str(error)
+    if isinstance(error, DamagedTarError):
+        return str(error)
+    what = {"webdataset": "the tar is damaged, or no tar at all"}
+    what |= {"parquet": "the Parquet file is damaged, or none at all"}
+    return f"{what.get(shard.format, 'unreadable')} ({type(error).__name__}: {error})"
+
+
+_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": read_images}

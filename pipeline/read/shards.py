@@ -1,0 +1,180 @@
+"""Shards: what a listing of the input becomes, and where each shard's predictions go.
+
+Names, sizes and versions only; what is inside a shard is `reading`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pipeline.config import InputConfig
+from pipeline.storage import ObjectInfo, Storage, name_below, normalised
+
+Format = Literal["webdataset", "parquet", "images"]
+
+
+#: File name extensions of the image formats, as they stand after the dot, in lower case.
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
+
+
+_GROUP_IMAGES = 1000  # a group's mean; see `_GroupCutter`
+
+_FIRST_GROUP = "0" * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The unit of reading, of commit and of resume.
+
+    Attributes:
+        uri: The object's URI; for a group of loose images `<listed folder>/images-<16 hex digits>`.
+        version: The object's version; for a group, a hash over its members' names and versions.
+        format: How it is read.
+        size: Bytes, of all members together for a group.
+        members: A group's images in listing order, else empty. Their names below the listed folder
+            are `name_below(folder, member.uri)`, with the folder of the group's URI.
+    """
+
+    uri: str
+    version: str
+    format: Format
+    size: int
+    members: tuple[ObjectInfo, ...] = ()
+
+
+class ShardListing(Iterator[Shard]):
+    """The shards of a listing, as they are found.
+
+    Attributes:
+        ignored: How many objects were passed over so far, for their hidden or unknown names.
+    """
+
+    def __init__(self, storage: Storage, uri: str, format: Format | None) -> None:
+        self.ignored = 0
+        self._shards = self._found(storage, normalised(uri), format)
+
+    def __next__(self) -> Shard:
+        return next(self._shards)
+
+    def _found(self, storage: Storage, uri: str, said: Format | None) -> Iterator[Shard]:
+        groups = _GroupCutter(uri)
+        for info in storage.list(uri):
+            name = name_below(uri, info.uri)
+            form = None if _is_hidden(name) and info.uri != uri else _format(name, said)
+            if form is None:
+                self.ignored += 1
+            elif form == "images":
+                yield from groups.add(name, info)
+            else:
+                yield Shard(info.uri, info.version, form, info.size)
+        yield from groups.end()
+
+
+def list_shards(storage: Storage, uri: str, format: str = "auto") -> ShardListing:
+    """Lists the shards at `uri`: one object, or everything below a folder. Streams.
+
+    With `auto`, the extension decides, in any case: `.tar`, `.tar.gz` and `.tgz` are WebDataset,
+    `.parquet` is Parquet, images are gathered into groups, anything else is ignored. With a format,
+    every object is taken for that; for `images`, every one with an image's extension. A name with a
+    part that starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`) is always ignored, except
+    in `uri` itself.
+
+    A group of images comes when it is complete, the last one at the end.
+
+    Raises:
+        StorageError: from the first or any later step of the iteration.
+        ValueError: an unknown format.
+    """
+    if format == "auto":
+        return ShardListing(storage, uri, None)
+    for known in get_args(Format):
+        if format == known:
+            return ShardListing(storage, uri, known)
+    raise ValueError(f"unknown input format {format!r}: one of auto, {', '.join(get_args(Format))}")
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _format(name: str, said: Format | None) -> Format | None:
+    lower = name.lower()
+    is_image = extension(lower) in IMAGE_EXTENSIONS
+    if said is not None:
+        return said if said != "images" or is_image else None
+    if lower.endswith((".tar", ".tar.gz", ".tgz")):
+        return "webdataset"
+    if lower.endswith(".parquet"):
+        return "parquet"
+    return "images" if is_image else None
+
+
+def extension(name: str) -> str:
+    """What follows the last dot of a name's last part, in lower case; empty if there is no dot."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+
+
+class _GroupCutter:
+    """Cuts a sorted listing of loose images into groups of about a thousand, by their names alone.
+
+    An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. So
+    each image's group depends on its own name and on the nearest such name before it, and on nothing
+    else: an image that is added or removed changes its own group (or splits it, or joins it to the one
+    before), and every other group keeps its URI, its members and its version. Cutting every thousand
+    images instead would shift every later group with each new one. (This is content-defined chunking,
+    as in Muthitacharoen et al., "A Low-bandwidth Network File System", 2001, over names.)
+
+    Sizes are geometrically distributed: a group of 5,000 is one in 150, one of 10,000 one in 20,000.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._name = _FIRST_GROUP
+        self._members: list[ObjectInfo] = []
+
+    def add(self, name: str, info: ObjectInfo) -> Iterator[Shard]:
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        # Cut and name come from different halves: all names that cut have that half's remainder.
+        if int(digest[16:], 16) % _GROUP_IMAGES == 0:
+            yield from self.end()
+            self._name = digest[:16]
+        self._members.append(info)
+
+    def end(self) -> Iterator[Shard]:
+        """Yields the group gathered so far, if there is one."""
+        members, self._members = tuple(self._members), []
+        if members:
+            version = hashlib.blake2b(digest_size=16)
+            for info in members:
+                version.update(f"{info.uri}\0{info.version}\0".encode())
+            size = sum(info.size for info in members)
+            uri = f"{self._folder}/images-{self._name}"
+            yield Shard(uri, version.hexdigest(), "images", size, members)
+
+
+class NoShardsError(ValueError):
+    """The input has nothing to label."""
+
+
+def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
+    """The shards of an input.
+
+    Raises:
+        StorageError: the input can't be listed.
+        NoShardsError: nothing there is a shard.
+    """
+    listing = list_shards(storage, section.uri, section.format)
+    shards = list(listing)
+    if not shards:
+        raise no_shards(section, listing)
+    return shards
+
+
+def no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
+    others = f" ({listing.ignored} objects there are none)" if listing.ignored else ""
+    return NoShardsError(
+        f"{section.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
+    )

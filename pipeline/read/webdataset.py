@@ -1,0 +1,195 @@
+"""Readers: a shard in, its samples out, one at a time, in the same order every time.
+
+WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
+and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, BinaryIO, cast
+
+from pipeline.read.samples import ReadOptions, Sample, too_large
+from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
+from pipeline.read.targets import IGNORE_HINT, LabelError, class_index, whole_number
+from pipeline.storage import Storage
+
+_MAX_MEMBERS = 1000  # of one sample: names like `frame.000001.jpg` all have the key `frame`
+
+_MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
+
+
+# WebDataset --------------------------------------------------------------------------------------
+
+
+class DamagedTarError(Exception):
+    """The tar is cut or corrupt."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Reads headers and refuses what `tarfile` takes for the end of the archive.
+
+    After the first member, tarfile ends its iteration without a word at a corrupt header, at half a
+    header and at the end of the file. Only the zero block that closes every tar is an end here.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _StrictTarInfo:
+        start = tarfile.fileobj.tell() if tarfile.fileobj else 0
+        try:
+            info = super().fromtarfile(tarfile)
+        except _HEADER_ERRORS as error:
+            if type(error) is _END_OF_ARCHIVE:
+                raise
+            if start == 0:
+                raise DamagedTarError("no tar or gzipped tar: its first header is none") from error
+            cause = _HEADER_FAULTS.get(type(error).__name__, "a header is corrupt")
+            raise DamagedTarError(f"the tar is damaged: {cause} (at byte {start})") from error
+        if info.size < 0 or tarfile.offset <= start:  # would be read for ever
+            raise DamagedTarError(f"the tar is damaged: a member of negative size at byte {start}")
+        return info
+
+
+_HEADER_ERRORS: type[Exception] = tarfile.HeaderError
+
+_END_OF_ARCHIVE: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+
+_HEADER_FAULTS = {
+    "EmptyHeaderError": "it ends without the closing zero block, so it is cut off",
+    "TruncatedHeaderError": "it ends within a header, so it is cut off",
+}
+
+
+def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+    names = dict(options.class_ids)
+    with storage.open_ahead(shard.uri, shard.version, options.fetches) as file:
+        # By content: gzip is often called .tar. Not by tarfile, which checks neither gzip's end nor
+        # its checksum.
+        zipped = file.peek(2)[:2] == b"\x1f\x8b"
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb") if zipped else file)
+        gathered: _TarSample | None = None
+        for info in _members(stream):
+            key, kind = _split_name(info.name)
+            if gathered is None or key != gathered.key or gathered.is_full_for(kind):
+                if gathered is not None:
+                    yield gathered.finished(options, names)
+                gathered = _TarSample(key)
+            gathered.add(kind, info, stream, options)
+        if gathered is not None:
+            yield gathered.finished(options, names)
+
+
+def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The tar's members that may belong to a sample; at the end, checks that it is the end."""
+    with tarfile.open(
+        fileobj=stream,
+        mode="r:",
+        tarinfo=_StrictTarInfo,
+        encoding="utf-8",
+        errors="backslashreplace",  # keys are written as UTF-8, and stay distinct
+    ) as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined] # else it would keep all of them
+            if not info.isdir() and not _is_hidden(info.name):
+                yield info
+        while block := stream.read(1024**2):
+            if block.count(b"\0") != len(block):
+                raise DamagedTarError(
+                    "the tar is damaged: there is data after its end (a block in its midst is zeroed, "
+                    "or several tars were put together)"
+                )
+
+
+def _is_hidden(name: str) -> bool:
+    parts = name.split("/")
+    return "__MACOSX" in parts or any(part.startswith(".") and part not in {".", ".."} for part in parts)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """`a/b.c.JPG` -> (`a/b`, `c.jpg`): what WebDataset takes for key and extension."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, kind = last.partition(".")
+    return folder + slash + stem, kind.lower()
+
+
+@dataclass(slots=True)
+class _TarSample:
+    """The members of one sample, gathered as they come; only what is needed is read."""
+
+    key: str
+    kinds: dict[str, None] = field(default_factory=dict)  # in their order
+    image: bytes | None = None
+    error: str | None = None
+    label: object = None
+    has_image: bool = False
+
+    def is_full_for(self, kind: str) -> bool:
+        """Whether a member with the same key must belong to another sample."""
+        return kind in self.kinds or len(self.kinds) == _MAX_MEMBERS
+
+    def add(self, kind: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
+        self.kinds[kind] = None
+        if kind in IMAGE_EXTENSIONS and not self.has_image:
+            self.has_image = True
+            self.image = self._content(info, stream, "image", options.max_image_bytes)
+        elif options.labels and kind == ("json" if options.label_field else "cls"):
+            content = self._content(info, stream, "label", _MAX_LABEL_BYTES)
+            if content is not None:
+                self._read_label(content, options.label_field)
+
+    def finished(self, options: ReadOptions, names: dict[str, int]) -> Sample:
+        if not self.has_image:
+            members = " ".join(f".{kind}" for kind in islice(self.kinds, 8))
+            self.error = (
+                f"no image in a supported format (members: {members}); the members of a sample must "
+                "be adjacent in the tar, and extensions start at the first dot"
+            )
+        target = None
+        if self.error is None:
+            try:
+                target = class_index(self.label, options, names)
+            except LabelError as error:
+                self.error = str(error)
+        return Sample(self.key, self.image if self.error is None else None, target, self.error)
+
+    def _content(self, info: tarfile.TarInfo, stream: BinaryIO, what: str, limit: int) -> bytes | None:
+        """The member's bytes; null, and the sample has its error, if they can't be had."""
+        if not info.isreg() or info.issparse():
+            kind = f"a link to {info.linkname!r}" if info.linkname else "not a regular file"
+            self._fail(f"the {what} {info.name!r} is {kind}, not a file with bytes")
+        elif info.size > limit:
+            self._fail(too_large(what, info.size, limit))
+        else:
+            stream.seek(info.offset_data)
+            content = stream.read(info.size)
+            if len(content) < info.size:
+                raise DamagedTarError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
+            return content
+        return None
+
+    def _read_label(self, content: bytes, label_field: str | None) -> None:
+        try:
+            if label_field is None:
+                text = content.decode().strip()
+                number = whole_number(text)
+                self.label = text if number is None else number
+            else:
+                self.label = _field(json.loads(content), label_field)
+        except (ValueError, RecursionError) as error:
+            what = ".cls is not text" if label_field is None else ".json is not valid JSON"
+            self._fail(f"the sample's {what} ({error}); {IGNORE_HINT}")
+
+    def _fail(self, error: str) -> None:
+        self.error = self.error or error
+
+
+def _field(value: Any, dotted: str) -> object:
+    """`_field({"a": {"b": 1}}, "a.b")` -> 1; null where there is no such field."""
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return cast(object, value)

@@ -1,0 +1,122 @@
+"""The job: a configuration with its model loaded, its fingerprint, and its partition."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.classify.checkpoint import open_checkpoint
+from pipeline.commit import Partition, Target
+from pipeline.config import Config, ConfigError, make_storage
+from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
+from pipeline.read import ReadOptions, Shard, read_options
+from pipeline.storage import Storage, normalised, room_below
+
+if TYPE_CHECKING:
+    from cvt.checkpoints import Checkpoint
+
+
+#: The longest of the names that every partition has in it.
+_OWN_NAME = "runs/20260101T000000.000000Z-abcdef.json"
+
+_PREDICTIONS = "predictions/"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A labeling job: built once from its configuration, and passed to whatever runs it.
+
+    Attributes:
+        config: the configuration.
+        storage: access to input and output.
+        checkpoint: the model, loaded.
+        fingerprint: hash over everything that determines a label, in hexadecimal.
+        partition: where the labels go.
+    """
+
+    config: Config
+    storage: Storage
+    checkpoint: Checkpoint
+    fingerprint: str
+    partition: Partition
+
+    @property
+    def target(self) -> Target:
+        """Where its prediction files go."""
+        return Target(self.storage, self.partition.uri, self.fingerprint, self.prediction_options)
+
+    @property
+    def prediction_options(self) -> PredictionOptions:
+        """What the prediction columns hold."""
+        return PredictionOptions(
+            labels=self.checkpoint.labels,
+            topk=self.config.output.topk,
+            embedding=self.config.output.embedding,
+            embedding_width=self.checkpoint.embedding_width,
+        )
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What readers need to know of the input, and of the model's classes."""
+        return read_options(self.config.input, self.checkpoint.labels, self.config.read.fetches)
+
+
+def make_job(config: Config) -> Job:
+    """Loads the model, and determines where its labels go; neither input nor output is accessed.
+
+    Raises:
+        CheckpointError: the model can't be loaded.
+        StorageError: an object of the model can't be read.
+        ConfigError: an option doesn't fit the model, or `output.uri` leaves no room for names.
+    """
+    model, storage = config.model, make_storage(config.storage)
+    checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
+    if config.output.topk > len(checkpoint.labels):
+        raise ConfigError(
+            f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
+        )
+    fingerprint = _fingerprint(config, checkpoint)
+    uri = f"{normalised(config.output.uri)}/model={checkpoint.name}-{fingerprint[:8]}"
+    job = Job(config, storage, checkpoint, fingerprint, Partition(storage, uri, checkpoint.labels))
+    _check_room(job.partition, "what each run writes", _OWN_NAME)
+    return job
+
+
+def check_room(partition: Partition, shards: Iterable[Shard]) -> None:
+    """Makes sure that the prediction files of these shards can have their names where the labels go.
+
+    Raises:
+        ConfigError: one of them would be too long for the storage.
+    """
+    if room_below(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
+        return
+    for shard in shards:
+        _check_room(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
+
+
+def _check_room(partition: Partition, what: str, name: str) -> None:
+    room, needed = room_below(partition.uri), len(name.encode())
+    if needed > room:
+        raise ConfigError(
+            f"output.uri: too long: a name below {partition.uri} may have {max(room, 0)} bytes, and that of "
+            f"{what} has {needed}"
+        )
+
+
+def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
+    """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
+    from cvt.runtimes import resolve_precision
+
+    decides: dict[str, Any] = {
+        "checkpoint": checkpoint.digest,
+        "precision": resolve_precision(config.model.precision, config.classify.device),
+        "output": config.output.model_dump(exclude={"uri"}),
+        "input": config.input.model_dump(exclude={"uri", "format"}),
+    }
+    decoder = config.decode.resolved_device(config.classify.device), config.decode.quality
+    if decoder != ("cpu", "exact"):
+        decides["decode"] = decoder
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

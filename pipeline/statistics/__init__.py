@@ -1,0 +1,61 @@
+"""Statistics of labels and of stages: class statistics, confusion, calibration, drift, causes of errors.
+
+NumPy and Arrow only. Reading and writing files does not belong here.
+"""
+
+from pipeline.statistics.agreement import Agreement
+from pipeline.statistics.calibration import Calibration
+from pipeline.statistics.causes import Causes
+from pipeline.statistics.classes import (
+    CLASS_STATS_SCHEMA,
+    HISTOGRAM_BINS,
+    ClassStatistics,
+    class_table,
+    concatenated,
+)
+from pipeline.statistics.comparison import Comparison, LabelSetId, Limits
+from pipeline.statistics.confusion import PairCounts
+from pipeline.statistics.drift import Classes, Drift
+from pipeline.statistics.stages import (
+    CLASSIFY,
+    COMMIT,
+    DECODE,
+    ON_GPU,
+    STAGES,
+    STORAGE,
+    Meter,
+    StageFigures,
+    bound_by,
+    gpu_utilisation,
+    is_telling,
+    stage_figures,
+)
+
+__all__ = [
+    "CLASSIFY",
+    "CLASS_STATS_SCHEMA",
+    "COMMIT",
+    "DECODE",
+    "HISTOGRAM_BINS",
+    "ON_GPU",
+    "STAGES",
+    "STORAGE",
+    "Agreement",
+    "Calibration",
+    "Causes",
+    "ClassStatistics",
+    "Classes",
+    "Comparison",
+    "Drift",
+    "LabelSetId",
+    "Limits",
+    "Meter",
+    "PairCounts",
+    "StageFigures",
+    "bound_by",
+    "class_table",
+    "concatenated",
+    "gpu_utilisation",
+    "is_telling",
+    "stage_figures",
+]

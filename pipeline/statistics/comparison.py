@@ -1,0 +1,224 @@
+"""The comparison of two sides: what two models, or two runs, made of it; and its table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.statistics.agreement import Agreement
+from pipeline.statistics.drift import DRIFT_BINS, Drift
+from pipeline.text import percent, score
+
+#: Where the Parquet file's footer has the totals, as JSON.
+TOTALS = "cvt_label.comparison"
+
+_MOST_PAIRS = 100
+
+
+COMPARISON_SCHEMA = pa.schema(
+    [
+        ("label", pa.string()),
+        ("label_id_a", pa.int32()),
+        ("label_id_b", pa.int32()),
+        ("count_a", pa.int64()),
+        ("count_b", pa.int64()),
+        ("fraction_a", pa.float64()),
+        ("fraction_b", pa.float64()),
+        ("psi", pa.float64()),
+        ("js_divergence", pa.float64()),
+        ("score_psi", pa.float64()),
+        ("compared_a", pa.int64()),
+        ("compared_b", pa.int64()),
+        ("same", pa.int64()),
+    ]
+)
+
+
+class LabelSetId(NamedTuple):
+    """What was compared: all labels of a partition, or those that one run wrote.
+
+    Attributes:
+        uri: the partition's.
+        run: the run's id; None for all labels.
+    """
+
+    uri: str
+    run: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`URI` or `URI@RUN`."""
+        return self.uri if self.run is None else f"{self.uri}@{self.run}"
+
+    @property
+    def folder(self) -> str:
+        """The partition's folder: `model=<name>-<fingerprint8>`."""
+        return self.uri.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides, and how they differ.
+
+    Attributes:
+        a, b: what is compared.
+        drift: by class.
+        agreement: on the same samples; None where it wasn't measured.
+    """
+
+    a: LabelSetId
+    b: LabelSetId
+    drift: Drift
+    agreement: Agreement | None
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """The figures that are of no single class; the file has them in its footer."""
+        drift, agreement = self.drift, self.agreement
+        values: dict[str, Any] = {
+            "a": self.a.name,
+            "b": self.b.name,
+            "images_a": drift.images_a,
+            "images_b": drift.images_b,
+            "classes": len(drift.classes.labels),
+            "classes_only_a": drift.classes.only_a,
+            "classes_only_b": drift.classes.only_b,
+            "psi": drift.psi,
+            "psi_by_chance": drift.psi_by_chance,
+            "js_distance": drift.js,
+            "score_psi": drift.score_psi,
+            "score_bins": DRIFT_BINS,
+        }
+        if agreement is not None:
+            labels = drift.classes.labels
+            values |= {
+                "compared": agreement.compared,
+                "only_a": agreement.only_a,
+                "only_b": agreement.only_b,
+                "shards": agreement.shards,
+                "changed_shards": agreement.changed_shards,
+                "agreement": agreement.share,
+                "kappa": agreement.kappa,
+                "disagreements": [
+                    {"a": labels[a], "b": labels[b], "count": count}
+                    for a, b, count in agreement.disagreements.top(_MOST_PAIRS)
+                ],
+            }
+        return values
+
+    def facts(self, in_a: str, in_b: str) -> dict[str, str]:
+        """The figures in words, for people.
+
+        Args:
+            in_a: words for where the first side's labels are, such as "there".
+            in_b: the same for the second.
+        """
+        drift, agreement, classes = self.drift, self.agreement, self.drift.classes
+        facts = {
+            "Labelled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
+            "PSI of the classes": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
+            "Jensen-Shannon distance": f"{drift.js:.4f}",
+            "PSI of the scores": f"{drift.score_psi:.4f}",
+        }
+        if classes.only_a or classes.only_b:
+            facts["Classes"] = (
+                f"{len(classes.labels):,}, matched by name: {classes.only_a:,} only {in_a}, "
+                f"{classes.only_b:,} only {in_b}"
+            )
+        if agreement is not None:
+            facts["Same class"] = (
+                f"{percent(agreement.share)} of {agreement.compared:,} images that both have labelled, "
+                f"Cohen's kappa {score(agreement.kappa)}"
+            )
+            facts["Not compared"] = (
+                f"{agreement.only_a:,} images labelled only {in_a}, {agreement.only_b:,} only {in_b}; "
+                f"{agreement.changed_shards:,} shards labelled in different versions"
+            )
+        return facts
+
+    def table(self) -> pa.Table:
+        """One row a class of either side; without agreement, `compared_*` and `same` are null.
+
+        `psi` and `js_divergence` are the classes' parts: they sum to the PSI, and to the square of the
+        Jensen-Shannon distance.
+        """
+        drift, classes, agreement = self.drift, self.drift.classes, self.agreement
+        score_psi = drift.class_score_psi
+        columns: dict[str, Any] = {
+            "label": classes.labels,
+            "label_id_a": _ids(classes.ids_a, len(classes.labels)),
+            "label_id_b": _ids(classes.ids_b, len(classes.labels)),
+            "count_a": drift.count_a,
+            "count_b": drift.count_b,
+            "fraction_a": drift.fraction_a,
+            "fraction_b": drift.fraction_b,
+            "psi": drift.psi_parts,
+            "js_divergence": drift.js_parts,
+            "score_psi": pa.array(score_psi, pa.float64(), mask=np.isnan(score_psi)),
+        }
+        if agreement is not None:
+            columns |= {
+                "compared_a": agreement.given_a,
+                "compared_b": agreement.given_b,
+                "same": agreement.same,
+            }
+        none = pa.nulls(len(classes.labels))
+        arrays = [pa.array(columns.get(f.name, none)).cast(f.type) for f in COMPARISON_SCHEMA]
+        schema = COMPARISON_SCHEMA.with_metadata({TOTALS: json.dumps(self.totals)})
+        return pa.table(arrays, schema=schema)
+
+
+def _ids(places: np.ndarray, classes: int) -> pa.Array:
+    ids = np.full(classes, -1, np.int32)
+    ids[places] = np.arange(len(places))
+    return pa.array(ids, mask=ids < 0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a comparison is held to; None is no limit.
+
+    Attributes:
+        max_psi: of the classes.
+        max_js: Jensen-Shannon distance of the classes.
+        max_score_psi: of the scores.
+        min_agreement: share of the compared samples that have the same class.
+        min_images: drift isn't judged where a side has fewer.
+    """
+
+    max_psi: float | None = None
+    max_js: float | None = None
+    max_score_psi: float | None = None
+    min_agreement: float | None = None
+    min_images: int = 1
+
+    @property
+    def are_any(self) -> bool:
+        """Whether anything is limited."""
+        return self != Limits(min_images=self.min_images)
+
+    def broken(self, totals: Mapping[str, Any]) -> list[str]:
+        """Those that don't hold, in words.
+
+        Args:
+            totals: of a comparison, as `Comparison.totals` has them.
+        """
+        enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
+        broken = [
+            f"{what} {value:.4g} is more than {limit:g}"
+            for what, name, limit in (
+                ("PSI", "psi", self.max_psi),
+                ("Jensen-Shannon distance", "js_distance", self.max_js),
+                ("PSI of the scores", "score_psi", self.max_score_psi),
+            )
+            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN holds nothing
+        ]
+        share = totals.get("agreement")
+        if self.min_agreement is not None and share is not None and not share >= self.min_agreement:
+            broken.append(f"agreement {share:.4g} is less than {self.min_agreement:g}")
+        return broken

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cvt.checkpoints.microsoft import image_size, infer_config, microsoft_key, renamed
+from cvt.checkpoints.weights import read_file, read_folder, used_files
+from cvt.configuration import CvtConfig
+from cvt.errors import CheckpointError
+from cvt.modeling import CvtForImageClassification
+from cvt.presets import PRESETS, preset_config
+from tests.cvt.microsoft_names import as_microsoft, microsoft_names
+from tests.cvt.random_models import TINY
+
+WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0]), "c": torch.ones(1)}
+SHARDS = {"a": "00001-of-00002", "b": "00002-of-00002", "c": "00002-of-00002"}
+PUBLISHED_NAMES = ["CvT-13-224x224-IN-1k.pth", "CvT-13-384x384-IN-22k.pth", "CvT-w24-384x384-IN-22k.pth"]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def write_shards(folder: Path, stem: str, suffix: str, save: Callable[[Any, Path], None]) -> Path:
+    for part in sorted(set(SHARDS.values())):
+        weights = {key: WEIGHTS[key] for key, place in SHARDS.items() if place == part}
+        save(weights, folder / f"{stem}-{part}.{suffix}")
+    places = {key: f"{stem}-{part}.{suffix}" for key, part in SHARDS.items()}
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 36}, "weight_map": places}))
+    return index
+
+
+def refusal(read: Callable[[Path], object], path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read(path)
+    return str(caught.value)
+
+
+def test_safetensors_and_pytorch_files_are_read(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    torch.save(WEIGHTS, tmp_path / "x.pth")
+    assert same(read_file(tmp_path / "model.safetensors"), WEIGHTS)
+    assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
+
+
+def test_shards_are_read_together(tmp_path: Path) -> None:
+    write_shards(tmp_path, "pytorch_model", "bin", torch.save)
+    assert same(read_folder(tmp_path), WEIGHTS)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    write_shards(tmp_path, "model", "safetensors", save_file)
+    assert same(read_folder(tmp_path), WEIGHTS)
+
+
+def test_of_several_kinds_the_first_is_read(tmp_path: Path) -> None:
+    kinds = []
+    for kind in ("pytorch_model.bin", "model.safetensors"):
+        weights = {"a": torch.full((1,), float(len(kinds)))}
+        (save_file if kind.endswith("safetensors") else torch.save)(weights, tmp_path / kind)
+        kinds.append(weights)
+    (tmp_path / "tf_model.h5").write_bytes(b"not read")
+    assert same(read_folder(tmp_path), kinds[1])
+    (tmp_path / "model.safetensors").unlink()
+    assert same(read_folder(tmp_path), kinds[0])
+
+
+def test_of_a_folder_configuration_and_one_kind_of_weights_are_used() -> None:
+    config = ["config.json", "preprocessor_config.json"]
+    others = [
+        "README.md",
+        "onnx/model.safetensors",
+        "training_args.bin",
+        "vocab.json",
+        "model.onnx",
+        ".gitattributes",
+    ]
+    both = ["pytorch_model.bin", "tf_model.h5", *config, *others]
+    assert used_files(["model.safetensors", *both]) == [*config, "model.safetensors"]
+    assert used_files(both) == [*config, "pytorch_model.bin"]
+    assert used_files(["tf_model.h5", *config]) == [*config, "tf_model.h5"]
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = "model.safetensors.index.json"
+    assert used_files([*shards, index, *both]) == [*config, index, *shards]
+    assert used_files(others) == []
+
+
+def test_a_folder_without_weights_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    message = refusal(read_folder, tmp_path)
+    for name in ("model.safetensors", "pytorch_model.bin", "tf_model.h5"):
+        assert name in message
+
+
+def test_a_shard_that_is_missing_or_lacks_a_weight_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, "model", "safetensors", save_file)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({"b": WEIGHTS["b"]}, shard)
+    assert f"{shard}: has no c, which model.safetensors.index.json places there" in refusal(
+        read_folder, tmp_path
+    )
+    shard.unlink()
+    assert str(shard) in refusal(read_folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}'],
+)
+def test_an_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    assert f"{index}: not an index" in refusal(read_folder, tmp_path)
+
+
+def test_an_index_leads_to_no_other_folder(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "outside.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = folder / "model.safetensors.index.json"
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        assert "not the name of a file beside it" in refusal(read_folder, folder)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_what_a_training_script_saved_is_unwrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    weights: dict[str, Any] = OrderedDict((f"{prefix}{key}", tensor) for key, tensor in WEIGHTS.items())
+    if wrapper == "state_dict":  # as Microsoft's lib/utils/utils.py saves it
+        weights = {
+            "epoch": 3,
+            "model": "cls_cvt",
+            "state_dict": weights,
+            "perf": 0.5,
+            "optimizer": {"state": {}},
+        }
+    elif wrapper:
+        weights = {wrapper: weights}
+    torch.save(weights, tmp_path / "x.pth")
+    assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
+
+
+def test_a_file_of_an_old_pytorch_is_read(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_would_run_code_is_refused_and_not_run(tmp_path: Path, wrapped: bool, zipped: bool) -> None:
+    trace, file = tmp_path / "trace", tmp_path / "x.pth"
+    content: Any = {"state_dict": WEIGHTS, "more": Touch(trace)} if wrapped else Touch(trace)
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    message = refusal(read_file, file)
+    assert str(file) in message
+    assert "not unpickled" in message
+    assert "weights_only" not in message  # PyTorch's own message says how to run it
+    assert not trace.exists()
+    torch.load(file, weights_only=False)  # lest the test be one of a harmless file
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ([1, 2], "holds a list"),
+        ({"a": 1.5}, "'a' is a float, not a tensor"),
+        ({"model": {"a": "x"}}, "'a' is a str"),
+    ],
+)
+def test_what_are_no_weights_is_refused_by_file(tmp_path: Path, content: object, cause: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    message = refusal(read_file, tmp_path / "x.pth")
+    assert str(tmp_path / "x.pth") in message
+    assert cause in message
+
+
+@pytest.mark.parametrize("name", ["x.pth", "model.safetensors"])
+def test_a_file_that_is_cut_off_or_something_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    (save_file if name.endswith("safetensors") else torch.save)(WEIGHTS, file)
+    whole = file.read_bytes()
+    for content in (
+        whole[: len(whole) // 2],
+        b"",
+        b"<html>no such page</html>",
+        pickle.dumps("text", protocol=2),
+    ):
+        file.write_bytes(content)
+        assert str(file) in refusal(read_file, file)
+
+
+# Microsoft's names -------------------------------------------------------------------------------
+
+
+def test_names_are_those_of_microsofts_modules() -> None:
+    names = microsoft_names(TINY["depth"])
+    assert {theirs: microsoft_key(theirs) for theirs in names.values()} == {t: o for o, t in names.items()}
+    tensors = {key: torch.tensor(i) for i, key in enumerate(names)}
+    back = renamed(tensors, names.values())
+    assert {key: int(tensor) for key, tensor in back.items()} == {t: i for i, t in enumerate(names.values())}
+
+
+def test_names_of_transformers_stay_as_they_are_and_so_do_unknown_ones() -> None:
+    keys = list(microsoft_names([1, 1, 1]).values())
+    weights = dict.fromkeys(keys, torch.ones(1)) | {"stage0.pos_embed": torch.ones(1)}
+    assert renamed(weights, keys).keys() == weights.keys()
+
+
+def published(name: str, classes: int = 5, **fields: Any) -> dict[str, Tensor]:
+    """Weights, without data, of a variant, under Microsoft's names."""
+    config = preset_config(name, num_labels=classes, **fields)
+    with torch.device("meta"):
+        return as_microsoft(CvtForImageClassification(config).state_dict(), config.depth)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_variant_is_told_by_the_shapes_of_its_weights(name: str) -> None:
+    found, config = infer_config(published(name, classes=21841))
+    assert found == name
+    assert config.num_labels == 21841
+    assert config.id2label[21840] == "LABEL_21840"
+    assert config.num_heads == preset_config(name).num_heads
+    assert isinstance(config, CvtConfig)
+
+
+def test_shapes_of_no_variant_are_refused_by_what_does_not_fit() -> None:
+    def cause(weights: dict[str, Tensor]) -> str:
+        return refusal(lambda _: infer_config(weights), Path())
+
+    deeper = cause(published("cvt-13", depth=[1, 2, 11]))
+    assert "has depth [1, 2, 11]; known: [1, 2, 10] (cvt-13), [1, 4, 16] (cvt-21)" in deeper
+    wider = cause(published("cvt-13", embed_dim=[64, 192, 768]))
+    assert "has embed_dim [64, 192, 768]; known: [64, 192, 384] (cvt-13)" in wider
+    headless = {key: tensor for key, tensor in published("cvt-13").items() if not key.startswith("head.")}
+    assert "no classifier" in cause(headless)
+    scalar = published("cvt-13") | {"stage0.patch_embed.proj.weight": torch.tensor(64.0)}
+    assert "has embed_dim [0, 192, 384]" in cause(scalar)
+    assert "no stage0.patch_embed.proj.weight" in cause({"conv1.weight": torch.ones(1)})
+
+
+def test_the_size_of_images_is_told_by_the_name_of_the_file() -> None:
+    assert [image_size(name) for name in PUBLISHED_NAMES] == [224, 384, 384]
+    assert image_size("checkpoint.pth") == 224

@@ -1,0 +1,107 @@
+"""Preprocessing on a device, here the CPU: held to what Pillow makes of the same images."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cvt.inference.device_preprocessing import DevicePreprocessor
+from cvt.preprocessing import Preprocessor
+
+SHAPES = [(1, 1), (3, 2), (7, 90), (90, 7), (223, 225), (256, 256), (333, 500), (500, 333), (300, 620)]
+SHAPES += [(64, 64), (28, 28), (35, 36), (1200, 1201), (1500, 100)]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+
+
+def preprocessor(size: int = 224, crop_pct: float = 0.875, resample: int = 3) -> Preprocessor:
+    return Preprocessor.from_dict({"size": size, "crop_pct": crop_pct, "resample": int(resample)}, "config")
+
+
+def scene(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Something like a photograph: coarse and fine structure, hard edges, and a little noise."""
+    chance = np.random.default_rng(seed)
+    image = Image.fromarray(chance.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height), 3)
+    pixels = np.asarray(image).astype(np.float32)
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels += 40 * np.sin(x / 3 + y / 5)[..., None]
+    pixels[(x // 17 + y // 23) % 3 == 0] *= 0.4
+    pixels += chance.normal(0, 4, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def tensor(image: Image.Image, device: str = "cpu") -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+
+
+def difference(pixels: Tensor, image: Image.Image, pillow: Preprocessor) -> float:
+    """Mean absolute difference to Pillow, in grey levels."""
+    return float(np.abs(pixels.cpu().numpy().astype(np.int16) - pillow(image)).mean())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [32, 224, 384])
+def test_images_of_any_shape_come_out_as_by_pillow(size: int, device: str) -> None:
+    images = [scene(*shape) for shape in SHAPES]
+    pixels = DevicePreprocessor(preprocessor(size))([tensor(image, device) for image in images])
+    assert pixels.shape == (len(images), size, size, 3)
+    assert pixels.dtype == torch.uint8
+    assert pixels.device.type == device
+    for image, got in zip(images, pixels, strict=True):
+        assert difference(got, image, preprocessor(size)) < 0.4, image.size
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+@pytest.mark.parametrize("crop_pct", [0.3, 0.9, 1.0])
+def test_any_crop_and_interpolation_is_that_of_pillow(crop_pct: float, resample: int) -> None:
+    pillow = preprocessor(32, crop_pct, resample)
+    for shape in [(334, 500), (500, 334), (36, 41), (20, 30)]:
+        image = scene(*shape)
+        assert difference(DevicePreprocessor(pillow)([tensor(image)])[0], image, pillow) < 0.4
+
+
+def test_overshooting_is_clipped_and_not_wrapped() -> None:
+    edge = np.zeros((40, 40, 3), np.uint8)
+    edge[:, 20:] = 255
+    image = Image.fromarray(edge)
+    pixels = DevicePreprocessor(preprocessor())([tensor(image)])[0]
+    assert np.abs(pixels.numpy().astype(np.int16) - preprocessor()(image)).max() <= 1
+
+
+def test_an_image_comes_out_the_same_in_any_company() -> None:
+    images = [tensor(scene(90, 70, seed)) for seed in range(3)] + [tensor(scene(50, 80))]
+    preprocess = DevicePreprocessor(preprocessor(32))
+    together = preprocess(images)
+    for image, got in zip(images, together, strict=True):
+        assert torch.equal(preprocess([image])[0], got)
+
+
+def test_the_result_is_written_where_it_is_wanted() -> None:
+    preprocess, image = DevicePreprocessor(preprocessor(32)), tensor(scene(90, 70))
+    wanted = torch.zeros((3, 32, 32, 3), dtype=torch.uint8)
+    preprocess([image], wanted[1:2])
+    assert torch.equal(wanted[1], preprocess([image])[0])
+    assert not wanted[::2].any()
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.LANCZOS, Image.Resampling.HAMMING])
+def test_an_interpolation_that_pytorch_lacks_is_refused_by_field(resample: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"resample: {int(resample)}, but .* 3 \(bicubic\) and 2 \(bilinear\)"
+    ):
+        DevicePreprocessor(preprocessor(resample=resample))
+
+
+@pytest.mark.parametrize("size", [224, 384])
+def test_photographs_come_out_as_by_pillow(photographs: list[tuple[str, bytes, int]], size: int) -> None:
+    pillow = preprocessor(size)
+    for _, data, _ in photographs[::10]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        assert difference(DevicePreprocessor(pillow)([tensor(image)])[0], image, pillow) < 0.4

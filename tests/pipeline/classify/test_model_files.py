@@ -1,0 +1,165 @@
+"""Checkpoints in a bucket: what is fetched of them, and how failures name it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.errors import CheckpointError
+from cvt.modeling import CvtForImageClassification
+from cvt.presets import preset_config
+from pipeline.classify.checkpoint import open_checkpoint
+from pipeline.config import Config, load_config
+from pipeline.run import make_job
+from pipeline.storage import ObjectNotFound, Storage
+from tests.cvt.microsoft_names import as_microsoft
+
+FOLDER = BUNDLED["fashion-mnist"]
+
+
+class Noting(Storage):
+    """Storage that notes which objects are opened."""
+
+    opened: set[str]
+
+    def open(self, uri: str, version: str | None = None):  # type: ignore[no-untyped-def]
+        assert version is not None  # bytes of two versions never mix
+        self.opened.add(uri)
+        return super().open(uri, version)
+
+
+@pytest.fixture
+def noting(storage: Storage) -> Noting:
+    made = Noting(storage.endpoint_url)
+    object.__setattr__(made, "opened", set())
+    return made
+
+
+def put(storage: Storage, folder: Path, uri: str) -> None:
+    for file in folder.iterdir():
+        storage.write(f"{uri}/{file.name}", file.read_bytes())
+
+
+def refusal(storage: Storage, path: str, labels: str | None = None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(storage, path, labels=labels)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    yield
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_folder_in_a_bucket_loads_and_gives_its_name(bucket: str, noting: Noting, slash: str) -> None:
+    uri = f"{bucket}/models/my clothes"
+    put(noting, FOLDER, uri)
+    for name in ("tf_model.h5", "pytorch_model.bin", "optimizer.pt", "logs/model.safetensors"):
+        noting.write(f"{uri}/{name}", b"of no use")
+    checkpoint = open_checkpoint(noting, uri + slash)
+    assert checkpoint.name == "my-clothes"
+    assert checkpoint.digest == load_checkpoint("fashion-mnist").digest
+    names = {"config.json", "preprocessor_config.json", "model.safetensors"}
+    assert noting.opened == {f"{uri}/{name}" for name in names}
+
+
+def test_shards_in_a_bucket_load(bucket: str, storage: Storage, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "clothes"))
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    half = len(weights) // 2
+    parts = {
+        "pytorch_model-1-of-2.bin": list(weights)[:half],
+        "pytorch_model-2-of-2.bin": list(weights)[half:],
+    }
+    for name, keys in parts.items():
+        torch.save({key: weights[key] for key in keys}, folder / name)
+    places = {key: name for name, keys in parts.items() for key in keys}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    put(storage, folder, f"{bucket}/clothes")
+    assert open_checkpoint(storage, f"{bucket}/clothes").digest == load_checkpoint("fashion-mnist").digest
+    storage.delete(f"{bucket}/clothes/pytorch_model-2-of-2.bin")
+    assert f"{bucket}/clothes/pytorch_model-2-of-2.bin: " in refusal(storage, f"{bucket}/clothes")
+
+
+def test_a_file_of_microsofts_in_a_bucket_loads(bucket: str, storage: Storage, tmp_path: Path) -> None:
+    config = preset_config("cvt-13", num_labels=3)
+    with torch.device("meta"):
+        model = CvtForImageClassification(config)
+    weights = {key: torch.ones(tensor.shape) for key, tensor in model.state_dict().items()}
+    local = tmp_path / "CvT-13-384x384-mine.pth"
+    torch.save(as_microsoft(weights, config.depth), local)
+    with local.open("rb") as file:
+        storage.write(f"{bucket}/{local.name}", file)
+    checkpoint = open_checkpoint(storage, f"{bucket}/{local.name}")
+    assert checkpoint.name == "CvT-13-384x384-mine"
+    assert checkpoint.preprocessor.size == 384
+    assert checkpoint.digest == load_checkpoint(str(local)).digest
+
+
+def test_what_is_not_there_is_named(bucket: str, storage: Storage) -> None:
+    assert f"model '{bucket}/none': no such folder" in refusal(storage, f"{bucket}/none")
+    for name in ("none.pth", "none/tf_model.h5"):
+        with pytest.raises(ObjectNotFound, match=f"{bucket}/{name}: no such object"):
+            open_checkpoint(storage, f"{bucket}/{name}")
+    with pytest.raises(ObjectNotFound, match=f"{bucket}/labels.txt"):
+        open_checkpoint(storage, "fashion-mnist", labels=f"{bucket}/labels.txt")
+
+
+def test_what_is_wrong_with_an_object_is_said_of_its_uri(bucket: str, storage: Storage) -> None:
+    uri = f"{bucket}/clothes"
+    put(storage, FOLDER, uri)
+    storage.write(f"{uri}/model.safetensors", b"no weights")
+    assert f"model '{uri}': {uri}/model.safetensors: " in refusal(storage, uri)
+    storage.delete(f"{uri}/preprocessor_config.json")
+    storage.write(f"{uri}/model.safetensors", (FOLDER / "model.safetensors").read_bytes())
+    assert f"model '{uri}': {uri}/preprocessor_config.json: No such file" in refusal(storage, uri)
+    storage.delete(f"{uri}/config.json")
+    assert f"model '{uri}': the folder has no config.json" in refusal(storage, uri)
+
+
+def test_tensorflows_file_in_a_bucket_comes_with_its_configuration(bucket: str, noting: Noting) -> None:
+    put(noting, FOLDER, f"{bucket}/clothes")
+    noting.write(f"{bucket}/clothes/tf_model.h5", b"no weights")
+    assert f"{bucket}/clothes/tf_model.h5: " in refusal(noting, f"{bucket}/clothes/tf_model.h5")
+    names = {"config.json", "preprocessor_config.json", "tf_model.h5"}
+    assert noting.opened == {f"{bucket}/clothes/{name}" for name in names}
+
+
+def config(output: str, **model: str) -> Config:
+    overrides = [f"model.{field}={value}" for field, value in model.items()]
+    return load_config(Config, None, ["input.uri=/in", f"output.uri={output}", *overrides])
+
+
+def test_labels_of_a_bucket_make_another_partition(bucket: str, storage: Storage, tmp_path: Path) -> None:
+    names = [f"label {i}" for i in range(10)]
+    storage.write(f"{bucket}/labels.txt", "\n".join(names).encode())
+    (tmp_path / "labels.json").write_text(json.dumps(names))
+    own = make_job(config(bucket, path="fashion-mnist"))
+    remote = make_job(config(bucket, path="fashion-mnist", labels=f"{bucket}/labels.txt"))
+    local = make_job(config(bucket, path="fashion-mnist", labels=str(tmp_path / "labels.json")))
+    assert remote.checkpoint.labels == tuple(names)
+    assert remote.fingerprint == local.fingerprint != own.fingerprint
+    assert remote.partition.uri != own.partition.uri
+    storage.write(f"{bucket}/labels.txt", b"a\nb\n")
+    assert f"labels {bucket}/labels.txt: 2 names, but the model has 10 classes" in refusal(
+        storage, "fashion-mnist", f"{bucket}/labels.txt"
+    )
+
+
+def test_the_partition_does_not_depend_on_where_the_model_lies(bucket: str, storage: Storage) -> None:
+    put(storage, FOLDER, f"{bucket}/models/fashion-mnist")
+    remote = make_job(config(bucket, path=f"{bucket}/models/fashion-mnist"))
+    assert remote.partition.uri == make_job(config(bucket, path="fashion-mnist")).partition.uri

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.classify import classify
+from pipeline.commit import Committer, Manifest, ManifestRow, Progress, Target
+from pipeline.commit.assembly import IncompleteShardError
+from pipeline.predictions import PredictionOptions, prediction_schema, read_footer
+from pipeline.read import Chunk, Shard
+from pipeline.statistics import ClassStatistics
+from pipeline.storage import Storage, StorageError
+from tests.pipeline.classify.test_classifying import LABELS, Backend
+
+OPTIONS = PredictionOptions(LABELS, topk=2, embedding="float16", embedding_width=3)
+
+
+def shards(count: int) -> list[Shard]:
+    return [Shard(f"s3://bucket/{i:03d}.tar", f"v{i}", "webdataset", 100) for i in range(count)]
+
+
+def result(shard: int, start: int, rows: int, total: int | None = None, error: str | None = None) -> Chunk:
+    """A chunk as it comes from the classifier; every fourth sample is an error."""
+    numbers = np.arange(start, start + rows)
+    bad = numbers % 4 == 3
+    pixels = np.zeros((rows, 4, 4, 3), np.uint8)
+    pixels[:, 0, :, 0] = (numbers[:, None] * 7 + shard) * [1, 3, 5, 11] % 40
+    samples = pa.table(
+        {
+            "key": [f"k{i}" for i in numbers],
+            "target": pa.array(numbers % 4, pa.int32(), mask=numbers % 5 == 0),
+            "width": pa.array(numbers + 10, pa.int32()),
+            "height": pa.array(numbers + 20, pa.int32()),
+            "error": pa.array(["bad" if b else None for b in bad], pa.string()),
+        }
+    )
+    return classify(Chunk(shard, start, samples, total, error, pixels[~bad]), Backend(), OPTIONS)
+
+
+def cut(shard: int, total: int, size: int) -> list[Chunk]:
+    """All chunks of a shard."""
+    starts = range(0, total, size)
+    return [result(shard, at, min(size, total - at), total if at == starts[-1] else None) for at in starts]
+
+
+@dataclass
+class Committed:
+    """What a committer did: manifest rows by URI, and the rest of it."""
+
+    rows: dict[str, ManifestRow]
+    committer: Committer
+
+
+def commit(
+    folder: Path,
+    plan: list[Shard],
+    chunks: list[Chunk],
+    *,
+    finish: bool = True,
+    expected: Mapping[str, str] | None = None,
+    is_current: Callable[[Shard], bool] = lambda shard: True,
+) -> Committed:
+    rows: dict[str, ManifestRow] = {}
+    committer = Committer(
+        Target(Storage(), str(folder), "f" * 64, OPTIONS),
+        plan,
+        "run-1",
+        expected=expected or {},
+        is_current=is_current,
+        on_commit=lambda row: rows.update({row.uri: row}),
+    )
+    with committer:
+        for chunk in chunks:
+            committer.add(chunk)
+        if finish:
+            committer.finish()
+    return Committed(rows, committer)
+
+
+def test_a_second_attempt_that_fails_makes_the_shard_unreadable(tmp_path: Path) -> None:
+    """A chunk has come; the others were lost with a node, and meanwhile the shard has changed."""
+    failed = replace(result(0, 0, 0, 0, error="s3://bucket/000.tar: has changed"), pixels=None)
+    committed = commit(tmp_path, shards(1), [result(0, 0, 4), failed])
+    assert [row.error for row in committed.rows.values()] == ["s3://bucket/000.tar: has changed"]
+    assert (committed.committer.progress().images, files(tmp_path)) == (0, {})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_shard_becomes_one_file_with_the_columns_of_the_contract_in_its_order(tmp_path: Path) -> None:
+    commit(tmp_path, shards(1), cut(0, 10, 4))
+    table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
+    assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
+    assert table["shard"].unique().to_pylist() == ["s3://bucket/000.tar"]
+    assert table["index"].to_pylist() == list(range(10))
+    assert table["key"].to_pylist() == [f"k{i}" for i in range(10)]
+    assert table["target_id"].to_pylist() == [None if i % 5 == 0 else i % 4 for i in range(10)]
+    assert table["width"].to_pylist() == list(range(10, 20))
+    for row in table.to_pylist():
+        bad = row["index"] % 4 == 3
+        assert (row["error"] == "bad") == bad
+        for name in ("label", "label_id", "score", "topk_label_ids", "topk_scores", "entropy", "embedding"):
+            assert (row[name] is None) == bad
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bytes_do_not_depend_on_how_chunks_were_cut_or_in_which_order_they_came(
+    tmp_path: Path, seed: int
+) -> None:
+    plan = shards(3)
+    commit(tmp_path / "whole", plan, [c for i in range(3) for c in cut(i, 23, 100)])
+    chunks = [c for i in range(3) for c in cut(i, 23, 2 + seed)]
+    random.Random(seed).shuffle(chunks)
+    commit(tmp_path / "parts", plan, chunks)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_progress_tells_the_share_of_the_bytes_that_have_come(tmp_path: Path) -> None:
+    plan = [replace(shard, size=1000 * (number + 1)) for number, shard in enumerate(shards(2))]
+    first, last = cut(0, 8, 4)
+    other = replace(result(1, 0, 4), spent={"storage.bytes": 300.0})
+    first = replace(first, spent={"storage.bytes": 400.0})
+    for chunks, share in (
+        ([], 0),
+        ([first], 0.4 / 3),
+        ([first, other], 0.7 / 3),
+        ([first, other, last], 1.3 / 3),
+    ):
+        progress = commit(tmp_path, plan, chunks, finish=False).committer.progress()
+        assert progress.share == pytest.approx(share)
+
+
+def test_the_log_names_run_shard_and_key_of_error_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks = cut(0, 40, 40)
+    keys = pa.array([f"k{i}\n\x1b[31m" for i in range(40)])
+    samples = chunks[0].samples
+    chunks = [replace(chunks[0], samples=samples.set_column(samples.column_names.index("key"), "key", keys))]
+    commit(tmp_path, shards(1), chunks)
+    assert [record.getMessage() for record in caplog.records] == [
+        *(
+            f"run run-1: shard 's3://bucket/000.tar', sample {i}, key 'k{i}\\n\\x1b[31m': bad"
+            for i in (3, 7, 11)
+        ),
+        "run run-1: shard 's3://bucket/000.tar': 7 more error rows",
+    ]
+
+
+def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    plan = shards(2)
+    chunks = cut(0, 10, 4) + cut(1, 6, 4)
+    commit(tmp_path / "once", plan, chunks)
+    again = commit(tmp_path / "twice", plan, [c for chunk in chunks for c in (chunk, chunk)] + chunks)
+    assert files(tmp_path / "twice") == files(tmp_path / "once")
+    assert again.committer.progress().images == 16
+
+
+def test_nothing_is_visible_of_a_shard_that_is_not_complete(tmp_path: Path) -> None:
+    plan = shards(2)
+    commit(tmp_path, plan, cut(0, 10, 4)[1:] + cut(1, 6, 4), finish=False)
+    assert list(files(tmp_path)) == ["predictions/s3/bucket/001.tar.parquet"]
+
+
+def test_a_shard_that_lacks_samples_at_the_end_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteShardError, match=r"s3://bucket/001\.tar: 2 of 6 samples"):
+        commit(tmp_path, shards(2), cut(0, 10, 4) + cut(1, 6, 4)[1:])
+
+
+def test_a_shard_of_which_nothing_came_is_an_error_too(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteShardError, match=r"001\.tar: 0 of an unknown number of samples"):
+        commit(tmp_path, shards(2), cut(0, 10, 4))
+
+
+def test_a_shard_without_samples_has_a_file_without_rows(tmp_path: Path) -> None:
+    committer = commit(tmp_path, shards(1), [result(0, 0, 0, total=0)])
+    table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
+    assert table.num_rows == 0
+    assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
+    assert committer.rows["s3://bucket/000.tar"].rows == 0
+
+
+def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_path: Path) -> None:
+    error = "s3://bucket/000.tar: truncated"
+    chunks = [result(0, 0, 4), result(0, 4, 2, total=6, error=error)]
+    for order in (chunks, chunks[::-1]):
+        committer = commit(tmp_path, shards(1), order)
+        row = committer.rows["s3://bucket/000.tar"]
+        assert (row.error, row.rows, row.output, row.statistics) == (error, None, None, None)
+        assert files(tmp_path) == {}
+        assert committer.committer.progress() == Progress(images=0, errors=0, shards=1, share=1.0)
+
+
+def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:
+    committer = commit(tmp_path, shards(1), cut(0, 30, 7))
+    content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
+    footer = read_footer("file", io.BytesIO(content))
+    stats = ClassStatistics.from_partial(footer.partial, len(LABELS))
+    assert (footer.shard, footer.version) == ("s3://bucket/000.tar", "v0")
+    assert (footer.fingerprint, footer.rows, footer.errors) == ("f" * 64, 30, 7)
+    expected = ClassStatistics.of(pq.read_table(io.BytesIO(content)), len(LABELS))
+    manifest = Manifest(Storage(), str(tmp_path), len(LABELS))
+    manifest.update(committer.rows)
+    folded = manifest.fold_statistics()
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(stats, name), values)
+        np.testing.assert_array_equal(getattr(folded, name), values)
+
+
+def test_another_parquet_file_is_not_taken_for_predictions() -> None:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), out)
+    with pytest.raises(StorageError, match=r"some\.parquet: not a prediction file"):
+        read_footer("some.parquet", io.BytesIO(out.getvalue()))
+
+
+def test_keys_that_stand_twice_are_kept_and_counted(tmp_path: Path) -> None:
+    chunk = result(0, 0, 5, total=5)
+    keys = pa.array(["a", "b", "a", "a", "c"])
+    chunk = Chunk(0, 0, chunk.samples.set_column(0, "key", keys), 5)
+    row = commit(tmp_path, shards(1), [chunk]).rows["s3://bucket/000.tar"]
+    assert (row.rows, row.duplicate_keys) == (5, 2)
+
+
+def test_output_that_cannot_be_written_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "predictions").write_text("in the way")
+    with pytest.raises(StorageError, match=r"000\.tar\.parquet"):
+        commit(tmp_path, shards(1), cut(0, 4, 4))
+
+
+def overwrite(folder: Path, plan: list[Shard], is_current: bool) -> Committed:
+    """Commits a plan over what is there, of which it knows nothing."""
+    return commit(folder, plan, cut(0, 12, 5), is_current=lambda shard: is_current)
+
+
+def test_of_two_runs_that_label_the_same_the_second_finds_the_shard_done(tmp_path: Path) -> None:
+    plan = shards(1)
+    first = commit(tmp_path, plan, cut(0, 12, 4))
+    content = files(tmp_path)
+    second = overwrite(tmp_path, plan, is_current=True)
+    assert files(tmp_path) == content
+    [row], [other] = first.rows.values(), second.rows.values()
+    assert replace(row, committed_at=None) == replace(other, committed_at=None)
+
+
+def test_a_zombie_does_not_replace_the_labels_of_a_newer_version(tmp_path: Path) -> None:
+    newer = [replace(shards(1)[0], version="newer")]
+    commit(tmp_path, newer, cut(0, 9, 4))
+    content = files(tmp_path)
+    zombie = overwrite(tmp_path, shards(1), is_current=False)
+    assert files(tmp_path) == content
+    assert [(row.version, row.rows) for row in zombie.rows.values()] == [("newer", 9)]
+
+
+def test_the_labels_that_a_zombie_left_give_way_to_those_of_the_current_version(tmp_path: Path) -> None:
+    commit(tmp_path, [replace(shards(1)[0], version="older")], cut(0, 9, 4))
+    done = overwrite(tmp_path, shards(1), is_current=True)
+    assert [(row.version, row.rows) for row in done.rows.values()] == [("v0", 12)]
+    assert pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet").num_rows == 12
+
+
+def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path) -> None:
+    done = commit(tmp_path, shards(1), cut(0, 12, 5), expected={"s3://bucket/000.tar": "1-1"})
+    assert [row.rows for row in done.rows.values()] == [12]
+
+
+def test_a_committer_that_winds_down_ends_what_is_open_and_takes_nothing_new(tmp_path: Path) -> None:
+    rows: dict[str, ManifestRow] = {}
+    with Committer(
+        Target(Storage(), str(tmp_path), "f" * 64, OPTIONS),
+        shards(2),
+        "run-1",
+        expected={},
+        is_current=lambda shard: True,
+        on_commit=lambda row: rows.update({row.uri: row}),
+    ) as committer:
+        first, *rest = cut(0, 10, 4)
+        committer.add(first)
+        committer.wind_down()
+        for chunk in cut(1, 6, 4) + rest:
+            committer.add(chunk)
+        assert committer.open_shards == 0
+        committer.settle()
+    assert list(files(tmp_path)) == ["predictions/s3/bucket/000.tar.parquet"]
+    assert list(rows) == ["s3://bucket/000.tar"]
+    assert committer.totals.images == 10

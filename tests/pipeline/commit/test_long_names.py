@@ -1,0 +1,153 @@
+"""Shards with names as long as a bucket or a disk takes them: labelled once, rebuilt, published, pruned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.compare import Side
+from pipeline.compare.agreement import measure_agreement
+from pipeline.config import ConfigError, Selection
+from pipeline.predictions import fits
+from pipeline.report import read_gallery
+from pipeline.run import State, make_plan, run_labelling
+from pipeline.run.labelling import rebuild
+from pipeline.statistics import Classes
+from pipeline.storage import Storage
+from tests.makers import make_image, make_tar
+from tests.pipeline.crashing import leave_out_ray
+from tests.pipeline.publish.publishing_runs import Format, Place
+
+#: As long as a disk, and a bucket of the test's server, takes a part of a name; with three bytes a character.
+PARTS = ("x" * 251 + ".tar", "y" * 251 + ".tar", "日" * 83 + "a.tar", "=" * 200 + ".tar", "short.tar")
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_ray(monkeypatch)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    root = str(tmp_path) if request.param == "folder" else request.getfixturevalue("bucket")
+    return Place(root)
+
+
+def names(root: str) -> list[str]:
+    """Of a key of 1,024 bytes; and on a disk, of a deep one."""
+    used = len("in/") if "://" in root else len(f"{root}/in/".encode())
+    deep = "/".join(["d" * 100] * 11)[: 1024 - used - len("/1.tar")].rstrip("/")
+    return [*PARTS, f"{deep}/1.tar", f"{deep}/2.tar"]
+
+
+def tar(seed: int, count: int = 3) -> bytes:
+    return make_tar([(f"{i}.jpg", make_image(seed * 10 + i)) for i in range(count)])
+
+
+def put(place: Place) -> list[str]:
+    found = names(place.root)
+    place.put({name: tar(i) for i, name in enumerate(found)})
+    return found
+
+
+def outputs(place: Place) -> list[str]:
+    below = f"{place.partition.uri}/predictions/"
+    return sorted(uri.removeprefix(below) for uri in place.objects("out") if uri.startswith(below))
+
+
+def shards(place: Place) -> set[str]:
+    return {row["shard"].removeprefix(f"{place.root}/in/") for row in place.predictions()}
+
+
+def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place) -> None:
+    found = put(place)
+    result = run_labelling(place.config)
+    assert result.is_complete
+    assert shards(place) == set(found)
+    assert len(place.predictions()) == 3 * len(found) == result.totals.images
+    assert all(fits(path) for path in outputs(place))
+    assert sum("%7E" in path for path in outputs(place)) == len(found) - 1
+    before = place.objects("out")
+    again = run_labelling(place.config)
+    assert again.plan.work.states == {State.DONE: len(found), State.GONE: 0}
+    after = place.objects("out")
+    changed = {uri.rpartition("/")[2] for uri, version in after.items() if before.get(uri) != version}
+    assert changed == {"lease.json", f"{again.run}.json"}
+    assert {item.shard for item in read_gallery(place.storage, place.partition.uri)} <= {
+        place.shard_uri(name) for name in found
+    }
+
+
+def test_they_are_found_again_without_the_manifest_and_their_changes_replace_them(place: Place) -> None:
+    found = put(place)
+    run_labelling(place.config)
+    manifest = {row.uri: replace(row, run=None, committed_at=None) for row in place.partition.manifest.rows()}
+    place.storage.delete(place.partition.manifest.uri)
+    rebuild(place.config)
+    assert {row.uri: row for row in place.partition.manifest.rows()} == manifest
+    before = outputs(place)
+    place.put({found[0]: tar(50, count=5), found[-1]: tar(60, count=1)})
+    result = run_labelling(place.config)
+    assert result.plan.work.states[State.CHANGED] == result.totals.shards == 2
+    assert outputs(place) == before
+    assert len(place.predictions()) == 3 * (len(found) - 2) + 5 + 1
+
+
+@pytest.mark.parametrize(("format", "on_disk"), [("parquet", True), ("delta", False)])
+def test_they_are_pruned_and_what_is_published_follows(
+    format: Format, on_disk: bool, tmp_path: Path, bucket: str
+) -> None:
+    place = Place(str(tmp_path) if on_disk else bucket, format)
+    found = put(place)
+    place.label()
+    place.publish()
+    assert place.published() == place.predictions()
+    removed = {found[0], found[2], found[-1]}
+    place.put({}, remove=tuple(removed))
+    place.label(Selection(prune=True))
+    assert shards(place) == set(found) - removed
+    assert len(outputs(place)) == len(found) - len(removed)
+    place.publish()
+    assert place.published() == place.predictions()
+
+
+def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
+    place = Place(bucket)
+    found = put(place)
+    sides = []
+    for topk in (5, 2):
+        partition = run_labelling(
+            place.config.model_copy(update={"output": place.config.output.model_copy(update={"topk": topk})})
+        ).plan.partition
+        sides.append(Side.open(partition.storage, partition.uri))
+    labels = list(partition.checkpoint.labels)
+    agreement = measure_agreement(Classes.matched(labels, labels), *sides)
+    assert (agreement.shards, agreement.compared, agreement.share) == (len(found), 3 * len(found), 1.0)
+
+
+def test_an_output_that_leaves_no_room_for_names_is_refused_before_anything_is_labelled(bucket: str) -> None:
+    deep = "/".join(["o" * 100] * 3)
+    place = Place(bucket, "parquet", f"output.uri={bucket}/{deep}")
+    found = put(place)
+    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d{3} bytes, .*/in/d.* has 8\d\d"):
+        make_plan(place.config)
+    with pytest.raises(ConfigError, match=r"output\.uri: too long"):
+        run_labelling(place.config)
+    assert not any("/predictions/" in uri for uri in place.objects(deep))
+    for name in found[-2:]:
+        place.storage.delete(place.shard_uri(name))
+    run_labelling(place.config)  # all others have room enough
+    place = Place(bucket, "parquet", f"output.uri={bucket}/{'/'.join(['o' * 100] * 10)}")
+    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d bytes, .* what each run writes"):
+        make_plan(place.config)
+
+
+def test_likewise_on_a_disk(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/in/a.tar", tar(1))
+    for below in ("o" * 256, "/".join(["o" * 200] * 20)):
+        place = Place(str(tmp_path), "parquet", f"output.uri={tmp_path}/{below}")
+        with pytest.raises(ConfigError, match=r"output\.uri: too long"):
+            run_labelling(place.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

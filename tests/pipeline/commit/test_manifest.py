@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.commit import Manifest, ManifestRow, ManifestWriter
+from pipeline.commit import manifest as module
+from pipeline.predictions import Footer, encode, pack_partial, prediction_schema
+from pipeline.statistics import ClassStatistics
+from pipeline.storage import Storage, StorageError
+
+CLASSES = 3
+
+
+def statistics(seed: int) -> ClassStatistics:
+    stats = ClassStatistics.empty(CLASSES)
+    stats.count[seed % CLASSES] = seed + 1
+    stats.score_sum[seed % CLASSES] = 1000 * seed
+    stats.score_histogram[seed % CLASSES, seed % 100] = seed + 1
+    stats.score_min[seed % CLASSES] = stats.score_max[seed % CLASSES] = 1 / (seed + 1)
+    return stats
+
+
+def row(number: int, **fields: object) -> ManifestRow:
+    values: dict[str, object] = {
+        "uri": f"s3://b/{number:05d}.tar",
+        "version": f"v{number}",
+        "format": "webdataset",
+        "size": 10,
+        "rows": number,
+        "errors": 0,
+        "duplicate_keys": 0,
+        "output": f"predictions/s3/b/{number:05d}.tar.parquet",
+        "output_version": f"etag{number}",
+        "run": "run-1",
+        "committed_at": datetime(2026, 1, 2, 3, 4, 5, 678000, UTC),
+        "statistics": pack_partial(statistics(number).to_partial()),
+    }
+    return ManifestRow(**values | fields)  # type: ignore[arg-type]
+
+
+def by_uri(*rows: ManifestRow) -> dict[str, ManifestRow]:
+    return {row.uri: row for row in rows}
+
+
+@pytest.fixture(params=[2000, 3], ids=["one row group", "row groups of three"])
+def manifest(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    monkeypatch.setattr(module, "ROW_GROUP_ROWS", request.param)
+    monkeypatch.setattr(module, "BARE_ROW_GROUP_ROWS", request.param)
+    return Manifest(Storage(), str(tmp_path), CLASSES)
+
+
+def test_the_statistics_of_one_run_are_those_of_the_shards_that_it_labelled_last(manifest: Manifest) -> None:
+    manifest.update(by_uri(row(1), row(2, run="run-2"), row(3, run=None), row(4, run="run-2")))
+    manifest.update(by_uri(row(4, run="run-3")))
+    np.testing.assert_array_equal(manifest.fold_statistics("run-2").count, statistics(2).count)
+    assert manifest.fold_statistics().count.sum() == 2 + 3 + 4 + 5
+    assert manifest.fold_statistics("run-9").count.sum() == 0
+
+
+def test_rows_come_back_as_they_were_written_sorted(manifest: Manifest) -> None:
+    assert not manifest.exists()
+    assert list(manifest.rows()) == []
+    rows = [row(i) for i in range(10)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    manifest.update(by_uri(*shuffled))
+    assert manifest.exists()
+    assert list(manifest.rows()) == rows
+    assert manifest.read(["uri", "rows"]).to_pylist() == [{"uri": r.uri, "rows": r.rows} for r in rows]
+
+
+def test_an_update_replaces_adds_removes_and_marks_and_keeps_the_rest(manifest: Manifest) -> None:
+    manifest.update(by_uri(*(row(i) for i in range(0, 20, 2))))
+    newer = row(4, version="newer", rows=99)
+    manifest.update(
+        by_uri(newer, row(7), row(30), row(1)), removed=[row(6).uri, row(18).uri], gone={row(8).uri: True}
+    )
+    expected = by_uri(*(row(i) for i in (0, 1, 2, 4, 7, 8, 10, 12, 14, 16, 30)))
+    expected |= by_uri(newer, replace(row(8), gone=True))
+    assert list(manifest.rows()) == list(expected.values())
+    manifest.update({}, gone={row(8).uri: False})
+    assert {r.uri: r.gone for r in manifest.rows()}[row(8).uri] is False
+    manifest.update(by_uri(row(50), row(3)), gone={row(50).uri: True, row(3).uri: True})
+    assert [r.uri for r in manifest.rows() if r.gone] == [row(3).uri, row(50).uri]
+
+
+def test_the_same_rows_give_the_same_bytes_however_they_came(manifest: Manifest, tmp_path: Path) -> None:
+    rows = [row(i) for i in range(11)]
+    manifest.replace(lambda: rows)
+    whole = Path(manifest.uri).read_bytes()
+    Path(manifest.uri).unlink()
+    for part in (rows[5:7], rows[:3], rows[7:], rows[3:5]):
+        manifest.update(by_uri(*part))
+    assert Path(manifest.uri).read_bytes() == whole
+
+
+def test_a_failed_reading_leaves_the_labels_of_an_earlier_version(manifest: Manifest) -> None:
+    failed = ManifestRow(row(1).uri, error="cut off", failed_version="v9", run="run-2")
+    never = ManifestRow(row(2).uri, error="cut off", failed_version="v9", run="run-2")
+    manifest.update(by_uri(row(1)))
+    manifest.update(by_uri(failed, never))
+    assert list(manifest.rows()) == [replace(row(1), error="cut off", failed_version="v9"), never]
+    manifest.update(by_uri(row(1, version="v9"), row(2, version="v9")))
+    assert [r.error for r in manifest.rows()] == [None, None]
+
+
+def test_two_writers_at_once_lose_nothing(manifest: Manifest) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: manifest.update(by_uri(row(i))), range(24)))
+    assert list(manifest.rows()) == [row(i) for i in range(24)]
+
+
+@pytest.mark.parametrize("limit", [10**9, 0], ids=["in the manifest", "in the footers"])
+def test_statistics_are_the_fold_over_all_shards(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(module, "MOST_STATISTICS", limit)
+    expected = ClassStatistics.empty(CLASSES)
+    for i in range(8):
+        partial = statistics(i).to_partial()
+        footer = Footer(row(i).uri, f"v{i}", "webdataset", 10, "f" * 64, i, 0, 0, partial)
+        content = encode(prediction_schema().empty_table(), footer)
+        Storage().write(f"{tmp_path}/{row(i).output}", content)
+        expected.add(statistics(i))
+    manifest.update(
+        by_uri(*(row(i) for i in range(8)), ManifestRow("s3://b/x", error="e", failed_version="v"))
+    )
+    assert (manifest.read(["statistics"])["statistics"].null_count == 9) == (limit == 0)
+    folded = manifest.fold_statistics()
+    for name, values in vars(expected).items():
+        np.testing.assert_array_equal(getattr(folded, name), values)
+
+
+def test_a_damaged_manifest_is_refused_by_name(manifest: Manifest) -> None:
+    Path(manifest.uri).write_bytes(b"PAR1 not at all")
+    with pytest.raises(StorageError, match=r"manifest\.parquet: not a manifest"):
+        manifest.read(["uri"])
+    pa.parquet.write_table(pa.table({"uri": ["x"]}), manifest.uri)
+    with pytest.raises(
+        StorageError, match=r"manifest\.parquet: not a manifest: it has no column committed_at"
+    ):
+        list(manifest.rows())
+
+
+def test_a_writer_writes_now_and_then_and_the_rest_at_the_end(manifest: Manifest) -> None:
+    writer = ManifestWriter(manifest, interval=0.05)
+    seen = set()
+    for i in range(40):
+        writer.add(row(i))
+        time.sleep(0.02)
+        seen.add(len(list(manifest.rows())))
+    writer.flush()
+    writer.close()
+    assert list(manifest.rows()) == [row(i) for i in range(40)]
+    assert len(seen) > 1
+
+
+def test_a_writer_that_cannot_write_says_so(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    writer = ManifestWriter(Manifest(Storage(), str(tmp_path / "out"), CLASSES), interval=60)
+    writer.add(row(1))
+    with pytest.raises(StorageError, match=r"manifest\.parquet"):
+        writer.flush()
+    writer.close()

@@ -1,0 +1,283 @@
+"""The manifest that is made anew is the one that runs have left, whatever they went through."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.local_s3 import LocalS3
+from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
+from pipeline.config import LABEL_NEW, Config, Selection, load_config
+from pipeline.run import Plan, labelling, make_job, make_plan, run_labelling
+from pipeline.run.labelling import rebuild
+from pipeline.storage import Storage, StorageError
+from tests.fault_proxy import FaultProxy
+from tests.makers import make_image, make_tar
+from tests.pipeline import crashing
+from tests.pipeline.crashing import Crash, leave_out_ray
+
+SELECTIONS = [
+    LABEL_NEW,
+    LABEL_NEW,
+    Selection(retry_errors=True),
+    Selection(relabel=True),
+    Selection(prune=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_ray(monkeypatch)
+    monkeypatch.setattr("pipeline.storage.retrying._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("pipeline.storage.retrying._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(lease._State, "is_live", False)  # runs are killed, and their leases not waited for
+
+
+def fields(root: str, *overrides: str) -> list[str]:
+    return [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist", *overrides]
+
+
+def config(root: str, *overrides: str) -> Config:
+    return load_config(Config, None, fields(root, *overrides))
+
+
+def untimed(rows: list[ManifestRow]) -> list[ManifestRow]:
+    return [replace(row, run=None, committed_at=None) for row in rows]
+
+
+def assert_rebuilds(partition: Partition, bucket: str) -> None:
+    rebuilt = rebuilt_rows(partition.storage, partition.uri, make_job(config(bucket)).fingerprint)
+    assert untimed(rebuilt) == untimed(list(partition.manifest.rows()))
+
+
+def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None:
+    storage, uri = Storage(), f"{bucket}/in/a.tar"
+    good = make_tar([("0.jpg", make_image(1))])
+    storage.write(f"{bucket}/in/other.tar", good)
+    partition = make_job(config(bucket)).partition
+
+    def error_after(content: bytes, selection: Selection = LABEL_NEW) -> str | None:
+        storage.write(uri, content)
+        run_labelling(config(bucket), selection=selection)
+        assert_rebuilds(partition, bucket)
+        [row] = [row for row in partition.manifest.rows() if row.uri == uri]
+        return row.error
+
+    assert "damaged" in str(error_after(good[:700]))  # never labelled
+    assert error_after(good) is None
+    assert "damaged" in str(error_after(good[:800]))  # labelled in another version
+    assert error_after(good) is None  # there again, and not labelled again
+    assert "damaged" in str(error_after(good[:900]))
+    storage.delete(uri)
+    run_labelling(config(bucket))
+    assert_rebuilds(partition, bucket)
+    assert [(row.gone, row.error is None) for row in partition.manifest.rows()] == [
+        (True, False),
+        (False, True),
+    ]
+    run_labelling(config(bucket), selection=Selection(prune=True))
+    assert_rebuilds(partition, bucket)
+    assert error_after(good) is None
+
+
+@pytest.mark.parametrize("seed", [0, 18])
+def test_after_any_history_the_manifest_is_rebuilt_as_it_was(
+    bucket: str, s3_server: LocalS3, seed: int
+) -> None:
+    """Shards come, change, go, return, and can't be read; runs are killed; files are removed by hand."""
+    chance, storage, partition = random.Random(seed), Storage(), make_job(config(bucket)).partition
+    tars = [make_tar([(f"{i}-{j}.jpg", make_image(10 * i + j)) for j in range(3)]) for i in range(4)]
+    contents = [*tars[:2], tars[2][:3000], tars[3][:3000]]  # two can't be read
+    storage.write(f"{bucket}/in/always.tar", tars[0])
+    settled = 0
+    for _ in range(20):
+        for _ in range(chance.randint(0, 3)):
+            uri = f"{bucket}/in/{chance.randrange(4)}.tar"
+            if chance.random() < 0.3:
+                storage.delete(uri)
+            else:
+                storage.write(uri, chance.choice(contents))
+        if chance.random() < 0.2:
+            remove_one_by_hand(chance, storage, partition)
+        selection = chance.choice(SELECTIONS)
+        if chance.random() < 0.3:
+            crash = Crash(chance.randint(1, 15), chance.choice(["before", "after"]))
+            crashing.run(fields(bucket), selection, crash)
+            continue
+        with FaultProxy(s3_server.endpoint_url) as proxy:
+            if chance.random() < 0.3:
+                name = f"/in/{chance.randrange(4)}.tar"
+                proxy.next(
+                    *["slow_down"] * 50,
+                    where=lambda r, name=name: r.method == "GET" and r.path.endswith(name),
+                )
+            run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"), selection=selection)
+        assert_rebuilds(partition, bucket)
+        settled += 1
+    assert settled > 5
+
+
+def remove_one_by_hand(chance: random.Random, storage: Storage, partition: Partition) -> None:
+    found = sorted(info.uri for info in storage.list(partition.uri) if info.uri.endswith(".parquet"))
+    if found:
+        storage.delete(chance.choice(found))
+
+
+def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str) -> None:
+    storage = Storage()
+    tar = make_tar([("0.jpg", make_image(1))])
+    for i in range(6):
+        storage.write(f"{bucket}/in/{i}.tar", tar[:700])
+    storage.write(f"{bucket}/in/good.tar", tar)
+    partition = make_job(config(bucket)).partition
+    recorded = 0
+    for number in range(3, 7):  # lease, record, the good one's labels, the record with failures, the manifest
+        assert not crashing.run(fields(bucket), LABEL_NEW, Crash(number, "after"))
+        assert not partition.manifest.exists()
+        if recorded := len(make_plan(config(bucket)).failing):
+            break
+    assert recorded > 0
+    result = run_labelling(config(bucket))
+    assert len(result.totals.unreadable) == 6 - recorded
+    assert_rebuilds(partition, bucket)
+
+
+def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partition:
+    """A shard is each of these in turn, None where it is gone, and labelled; the last run may die.
+
+    It dies between its record and the manifest.
+    """
+    storage, partition = Storage(), make_job(config(bucket)).partition
+    storage.write(f"{bucket}/in/always.tar", make_tar([("0.jpg", make_image(9))]))
+    for place, content in enumerate(contents):
+        if content is None:
+            storage.delete(f"{bucket}/in/a.tar")
+        else:
+            storage.write(f"{bucket}/in/a.tar", content)
+        if not die_at_last or place < len(contents) - 1:
+            run_labelling(config(bucket))
+            continue
+        before = storage.stat(partition.manifest.uri)
+        for number in range(3, 10):
+            crashing.run(fields(bucket), LABEL_NEW, Crash(number, "before"))
+            last = max(info.uri for info in storage.list(f"{partition.uri}/runs"))
+            if b"a.tar" in storage.read(last):
+                break
+        assert storage.stat(partition.manifest.uri) == before
+    return partition
+
+
+GOOD = make_tar([("0.jpg", make_image(1)), ("1.jpg", make_image(2))])
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [(GOOD, GOOD[:700], GOOD[:800]), (GOOD[:700], None), (GOOD, GOOD[:700], GOOD), (GOOD, GOOD[:700], None)],
+    ids=["fails otherwise", "fails and goes", "fails and is cured", "labelled, fails and goes"],
+)
+@pytest.mark.parametrize(
+    "then", [GOOD, GOOD[:700], GOOD[:800], None], ids=["good", "cut", "cut more", "gone"]
+)
+def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
+    bucket: str, contents: tuple[bytes | None, ...], then: bytes | None
+) -> None:
+    partition = history(bucket, *contents, die_at_last=True)
+    if then is None:
+        Storage().delete(f"{bucket}/in/a.tar")
+    else:
+        Storage().write(f"{bucket}/in/a.tar", then)
+    run_labelling(config(bucket))
+    assert_rebuilds(partition, bucket)
+    assert make_plan(config(bucket)).shards == []
+
+
+def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> None:
+    partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
+    states = make_plan(config(bucket)).work.states
+    Storage().delete(partition.manifest.uri)
+    assert make_plan(config(bucket)).work.states == states
+    run_labelling(config(bucket))
+    assert_rebuilds(partition, bucket)
+
+
+def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: str) -> None:
+    partition = history(bucket, GOOD, None, die_at_last=False)
+    Storage().delete(partition.manifest.uri)
+    Storage().write(f"{bucket}/other/b.tar", GOOD)
+    run_labelling(config(bucket, f"input.uri={bucket}/other"))
+    assert_rebuilds(partition, bucket)
+    assert [row.gone for row in partition.manifest.rows()] == [True, False, False]
+
+
+def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str) -> None:
+    storage = Storage()
+    for i in range(4):
+        storage.write(f"{bucket}/in/{i}.tar", GOOD[:700])
+    partition = make_job(config(bucket)).partition
+
+    def overtaken(progress: Progress, plan: Plan) -> None:
+        if not plan.partition.manifest.exists():
+            for i in range(4):
+                storage.write(f"{bucket}/in/{i}.tar", GOOD)
+            run_labelling(config(bucket))
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(bucket, "run.lease_s=0.1"), overtaken)
+    run_labelling(config(bucket))
+    assert_rebuilds(partition, bucket)
+    assert [row.error for row in partition.manifest.rows()] == [None] * 4
+
+
+def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partition = history(bucket, GOOD, die_at_last=False)
+    make_rows = labelling.rebuilt_rows
+
+    def meanwhile(*args: Any) -> list[ManifestRow]:
+        rows = make_rows(*args)
+        monkeypatch.setattr(labelling, "rebuilt_rows", make_rows)
+        Storage().write(f"{bucket}/in/b.tar", GOOD[:700])
+        run_labelling(config(bucket))
+        return rows
+
+    monkeypatch.setattr(labelling, "rebuilt_rows", meanwhile)
+    with pytest.raises(LeaseLostError):
+        rebuild(config(bucket))
+    assert_rebuilds(partition, bucket)
+    assert [row.error is None for row in partition.manifest.rows()] == [True, True, False]
+
+
+def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
+    partition = run_labelling(config(root)).plan.partition
+    Storage().write(f"{partition.uri}/runs/20260101.json", b'{"run": "x"}')
+    with pytest.raises(StorageError, match=r"20260101.json: not the record of a run: KeyError\('removed'\)"):
+        rebuild(config(root))
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
+    partition = run_labelling(config(root)).plan.partition
+    other = run_labelling(config(root, "output.topk=2")).plan.partition
+    [file] = Storage().list(f"{other.uri}/predictions")
+    Storage().write(f"{partition.uri}/predictions/stray.parquet", Storage().read(file.uri))
+    with pytest.raises(StorageError, match=r"stray\.parquet: is of another model or options"):
+        rebuild(config(root))
+
+
+def test_without_the_records_nothing_but_failures_is_forgotten(bucket: str) -> None:
+    partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
+    for info in Storage().list(f"{partition.uri}/runs"):
+        Storage().delete(info.uri)
+    assert make_plan(config(bucket)).shards == []
+    rebuild(config(bucket))
+    assert [shard.uri for shard in make_plan(config(bucket)).shards] == [f"{bucket}/in/a.tar"]
+    run_labelling(config(bucket))
+    assert_rebuilds(partition, bucket)

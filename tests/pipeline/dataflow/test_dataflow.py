@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import Config, load_config
+from pipeline.dataflow import Cluster, Resources, choose_resources
+from pipeline.dataflow.ray_executor import MAX_READ_TASKS, ShardSource
+from pipeline.read import ReadOptions, Shard
+from pipeline.storage import Storage
+
+
+def config(*overrides: str) -> Config:
+    base = ["input.uri=s3://b/in", "model.path=fashion-mnist", "output.uri=s3://b/out"]
+    return load_config(Config, None, [*base, *overrides])
+
+
+CVT_13 = 4_566_000_000  # multiply-accumulates of an image of 224 pixels
+
+
+def choose(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resources:
+    return choose_resources(config, Cluster(cpus, gpus, node_cpus), CVT_13, 224)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
+def test_one_slot_of_each_stage_fits_into_a_single_machine(cpus: int) -> None:
+    resources = choose(config(), cpus=cpus, gpus=0, node_cpus=cpus)
+    taken = (
+        resources.readers * resources.read_cpus
+        + resources.decode_cpus
+        + resources.min_actors * resources.classify_cpus
+    )
+    assert taken <= cpus
+    most = taken + (resources.max_actors - resources.min_actors) * resources.classify_cpus
+    assert most <= cpus
+    assert resources.device == "cpu"
+
+
+def test_a_classifier_alone_on_a_small_machine_gets_all_of_its_threads() -> None:
+    assert choose(config(), cpus=2, gpus=0, node_cpus=2).threads == 2
+
+
+def test_several_classifiers_share_the_cores() -> None:
+    resources = choose(config(), cpus=64, gpus=0, node_cpus=64)
+    assert resources.max_actors > 1
+    assert resources.threads is not None
+    assert resources.threads * resources.max_actors <= 64
+
+
+def test_gpus_are_used_where_there_are_any() -> None:
+    resources = choose(config(), cpus=32, gpus=4, node_cpus=16)
+    assert (resources.device, resources.classify_gpus, resources.max_actors) == ("cuda", 1.0, 4)
+    assert choose(config("classify.device=cpu"), 32, 4, 16).device == "cpu"
+
+
+def test_actors_on_gpus_leave_cpus_to_the_other_stages() -> None:
+    resources = choose(config(), cpus=4, gpus=8, node_cpus=4)
+    taken = resources.readers * resources.read_cpus + resources.decode_cpus
+    assert taken + resources.max_actors * resources.classify_cpus <= 4
+
+
+def test_a_fraction_of_a_gpu_makes_room_for_more_actors() -> None:
+    assert choose(config("classify.num_gpus=0.5"), 32, 4, 16).max_actors == 8
+
+
+def test_actors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"min_actors: 3 classifiers don't fit .* 32 CPUs and 2 GPUs"):
+        choose(config("classify.min_actors=3"), 32, 2, 16)
+    with pytest.raises(ValueError, match="0 GPUs"):
+        choose(config("classify.device=cuda"), 32, 0, 16)
+
+
+def test_a_cluster_that_grows_may_start_without_gpus() -> None:
+    resources = choose(config("classify.device=cuda", "classify.max_actors=8"), 4, 0, 4)
+    assert (resources.device, resources.max_actors) == ("cuda", 8)
+
+
+@pytest.mark.parametrize(
+    ("macs", "size", "on_cpu", "on_gpu"),
+    [
+        (18_626_000, 28, 4096, 4096),
+        (CVT_13, 224, 128, 1024),
+        (14_000_000_000, 384, 32, 256),
+        (194_200_000_000, 384, 16, 16),
+    ],
+)
+def test_chunks_are_as_large_as_keeps_a_classifier_busy(
+    macs: int, size: int, on_cpu: int, on_gpu: int
+) -> None:
+    assert choose_resources(config(), Cluster(8, 0, 8), macs, size).chunk_images == on_cpu
+    assert choose_resources(config(), Cluster(8, 1, 8), macs, size).chunk_images == on_gpu
+    assert choose_resources(config("read.chunk_images=7"), Cluster(8, 1, 8), macs, size).chunk_images == 7
+
+
+def test_small_models_get_larger_batches() -> None:
+    sizes = [
+        choose_resources(config(), Cluster(8, 0, 8), macs, 224).batch_size for macs in (1, 2 * 10**9, CVT_13)
+    ]
+    assert sizes == [256, 128, 64]
+    assert choose_resources(config(), Cluster(8, 0, 8), 10**12, 384).batch_size == 64
+    assert choose_resources(config("classify.batch_size=7"), Cluster(8, 0, 8), CVT_13, 224).batch_size == 7
+
+
+def test_decoders_are_as_many_as_find_room() -> None:
+    resources = choose(config(), 16, 1, 16)
+    taken = resources.readers * resources.read_cpus + resources.max_actors * resources.classify_cpus
+    assert taken + resources.decoders * resources.decode_cpus <= 16
+    assert resources.decoders == 14
+
+
+def test_where_the_gpu_decodes_no_decoder_takes_room() -> None:
+    resources = choose(config("classify.device=cuda", "decode.device=auto"), 16, 1, 16)
+    assert (resources.decoders, resources.decode_cpus) == (0, 0.0)
+
+
+def test_memory_of_tasks_leaves_room_on_a_small_machine() -> None:
+    cluster = Cluster(2, 0, 2, node_memory=1 << 30)
+    resources = choose_resources(config(), cluster, CVT_13, 224)
+    assert resources.read_memory + resources.decode_memory <= 1 << 29
+    resources = choose_resources(config("read.memory=1000", "decode.memory=2000"), cluster, CVT_13, 224)
+    assert (resources.read_memory, resources.decode_memory) == (1000, 2000)
+
+
+def plan(count: int) -> list[Shard]:
+    return [Shard(f"s3://b/{i}.tar", "v", "webdataset", 1) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 7, MAX_READ_TASKS, MAX_READ_TASKS + 1, 3 * MAX_READ_TASKS])
+def test_every_shard_is_read_by_exactly_one_task_and_tasks_stay_few(count: int) -> None:
+    source = ShardSource(plan(count), Storage(), ReadOptions(), 128, 1 << 20)
+    tasks = source.get_read_tasks(parallelism=4)
+    assert len(tasks) == source.tasks <= MAX_READ_TASKS
+    read = [number for task in tasks for number, _ in task.read_fn.args[0]]
+    assert read == list(range(count))

@@ -1,0 +1,596 @@
+"""Readers of WebDataset tars, Parquet files and loose images, and what they make of bad input."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from jobs.local_s3 import LocalS3
+from pipeline.read import ReadOptions, Sample, Shard, list_shards, read_samples
+from pipeline.read.samples import ShardError
+from pipeline.storage import ObjectInfo, Storage
+from tests.makers import make_image, make_parquet, make_samples, make_tar, make_tar_gz
+
+PLAIN = ReadOptions()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def shard_of(storage: Storage, uri: str, data: bytes, format: str = "auto") -> Shard:
+    storage.write(uri, data)
+    (shard,) = list_shards(storage, uri, format)
+    return shard
+
+
+def read(root: object, data: bytes, options: ReadOptions = PLAIN, name: str = "x.tar") -> list[Sample]:
+    storage = Storage()
+    return list(read_samples(storage, shard_of(storage, f"{root}/{name}", data), options))
+
+
+def one(root: object, data: bytes, options: ReadOptions = PLAIN, name: str = "x.tar") -> Sample:
+    (sample,) = read(root, data, options, name)
+    return sample
+
+
+# WebDataset --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("a.tar", make_tar), ("a.tar.gz", make_tar_gz), ("gzipped.tar", make_tar_gz)]
+)
+def test_a_tar_on_s3_yields_its_samples_in_order(storage: Storage, bucket: str, name: str, make: Any) -> None:
+    shard = shard_of(storage, f"{bucket}/{name}", make(make_samples(30)))
+    expected = [Sample(f"{i:05d}", make_image(i), i, None) for i in range(30)]
+    assert list(read_samples(storage, shard, PLAIN)) == expected
+    assert list(read_samples(storage, shard, PLAIN)) == expected
+
+
+def test_photographs_in_a_tar_come_whole(
+    storage: Storage, bucket: str, photographs: list[tuple[str, bytes, int]]
+) -> None:
+    members = [
+        member
+        for key, jpeg, label in photographs[:20]
+        for member in ((f"{key}.jpg", jpeg), (f"{key}.cls", str(label).encode()))
+    ]
+    shard = shard_of(storage, f"{bucket}/p.tar", make_tar(members))
+    found = [(s.key, s.image, s.target) for s in read_samples(storage, shard, PLAIN)]
+    assert found == photographs[:20]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "JPEG", "jpe", "png", "webp", "gif", "bmp", "tif", "TIFF"])
+def test_every_image_extension_is_an_image(files: Path, kind: str) -> None:
+    assert one(files, make_tar({f"k.{kind}": b"bytes"})).image == b"bytes"
+
+
+def test_keys_are_whole_paths_up_to_the_first_dot_of_the_name(files: Path) -> None:
+    names = ["a.b/c.jpg", "./d.jpg", "../../etc/passwd.jpg", "/abs/e.jpg", "ü 日本.jpg", "a" * 300 + ".jpg"]
+    keys = [sample.key for sample in read(files, make_tar([(name, b"i") for name in names]))]
+    assert keys == ["a.b/c", "./d", "../../etc/passwd", "/abs/e", "ü 日本", "a" * 300]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_every_tar_format_is_read(files: Path, format: int) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format, pax_headers={"comment": "x"}) as tar:
+        for name in ["folder/" + "n" * 90 + f"{i}.jpg" for i in range(3)]:
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"bytes"))
+    samples = read(files, stream.getvalue())
+    assert [sample.key for sample in samples] == ["folder/" + "n" * 90 + f"{i}" for i in range(3)]
+    assert [sample.image for sample in samples] == [b"bytes"] * 3
+
+
+def test_names_that_are_not_utf8_stay_distinct_and_can_be_written(files: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ["ä.jpg", "ö.jpg"]:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"i"))
+    keys = [sample.key for sample in read(files, stream.getvalue())]
+    assert keys == ["\\xe4", "\\xf6"]
+
+
+def test_folders_and_hidden_members_are_skipped(files: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        folder = tarfile.TarInfo("train")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in ["train/._a.jpg", "train/a.jpg", ".DS_Store", "__MACOSX/train/a.jpg", ".x/b.jpg"]:
+            tar.addfile(tarfile.TarInfo(name))
+    assert [sample.key for sample in read(files, stream.getvalue())] == ["train/a"]
+
+
+def test_an_archive_without_members_has_no_samples(files: Path) -> None:
+    assert read(files, make_tar([])) == []
+
+
+def test_the_first_image_of_a_sample_is_its_image(files: Path) -> None:
+    sample = one(files, make_tar([("a.seg.png", b"mask"), ("a.jpg", b"first"), ("a.png", b"second")]))
+    assert sample == Sample("a", b"first")
+
+
+def test_samples_whose_members_are_not_adjacent_are_told_and_lose_no_image(files: Path) -> None:
+    data = make_tar([("a.jpg", b"A"), ("b.jpg", b"B"), ("b.cls", b"1"), ("a.cls", b"0")])
+    first, second, stray = read(files, data)
+    assert (first, second) == (Sample("a", b"A"), Sample("b", b"B", 1))
+    assert (stray.key, stray.image, stray.target) == ("a", None, None)
+    assert stray.error is not None
+    assert "members: .cls" in stray.error
+    assert "adjacent" in stray.error
+
+
+def test_duplicate_keys_are_separate_samples(files: Path) -> None:
+    data = make_tar([("a.jpg", b"1"), ("a.jpg", b"2"), ("b.jpg", b"3"), ("a.jpg", b"4")])
+    assert [(s.key, s.image) for s in read(files, data)] == [
+        ("a", b"1"),
+        ("a", b"2"),
+        ("b", b"3"),
+        ("a", b"4"),
+    ]
+
+
+def test_a_sample_without_an_image_is_an_error_that_names_its_members(files: Path) -> None:
+    sample = one(files, make_tar([("a.heic", b"?"), ("a.cls", b"1"), ("a.json", b"{}")]))
+    assert sample.image is None
+    assert sample.target is None
+    assert sample.error is not None
+    assert "no image in a supported format (members: .heic .cls .json)" in sample.error
+
+
+def test_links_are_errors_that_name_their_target(files: Path) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, kind in [("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    for sample in read(files, stream.getvalue()):
+        assert sample.image is None
+        assert sample.error is not None
+        assert "a link to '/etc/passwd'" in sample.error
+
+
+def test_an_image_that_is_too_large_is_an_error_and_the_rest_is_read(files: Path) -> None:
+    data = make_tar([("a.jpg", bytes(1001)), ("a.cls", b"1"), ("b.jpg", bytes(1000))])
+    large, small = read(files, data, ReadOptions(max_image_bytes=1000))
+    assert large.error == "the image has 1001 bytes, more than the limit of 1000 (input.max_image_bytes)"
+    assert large.image is None
+    assert small.image == bytes(1000)
+
+
+def test_an_empty_image_is_a_sample_for_the_decoder_to_judge(files: Path) -> None:
+    assert one(files, make_tar({"a.jpg": b""})) == Sample("a", b"")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(Path(os.environ["BOMB"])),)
+
+
+def test_pickles_are_never_loaded(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOMB", str(files / "exploded"))
+    bomb = pickle.dumps(Bomb())
+    names = ["pyd", "pkl", "pickle", "pth", "cls", "json", "jpg"]
+    data = make_tar([(f"a.{kind}", bomb) for kind in names])
+    for options in (PLAIN, ReadOptions(label_field="x")):
+        assert read(files, data, options)[0].key == "a"
+    assert not (files / "exploded").exists()
+    pickle.loads(bomb)
+    assert (files / "exploded").exists()  # it would have worked
+
+
+# Damaged tars ------------------------------------------------------------------------------------
+
+
+def test_a_tar_that_is_cut_anywhere_is_refused(storage: Storage, files: Path) -> None:
+    data = make_tar(make_samples(3))
+    end = data.rstrip(b"\0")
+    last = (len(end) + 511) // 512 * 512  # the end of the last member, padding included
+    whole = read(files, data)
+    cuts = sorted({cut + by for cut in range(0, last + 513, 512) for by in (-1, 0, 1, 100)})
+    for cut in cuts:
+        if not 0 <= cut < last + 512:
+            continue
+        with pytest.raises(ShardError, match=r"x\.tar: "):
+            read(files, data[:cut])
+    # With the first closing block there, nothing is missing.
+    assert read(files, data[: last + 512]) == whole
+
+
+def test_a_cut_at_a_members_boundary_is_told_with_the_last_key(files: Path) -> None:
+    data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])
+    with pytest.raises(ShardError, match=r"after 1 samples \(the last was 'a'\).*cut off \(at byte 2048\)"):
+        read(files, data[: 4 * 512])
+    with pytest.raises(ShardError, match=r"ends within 'b\.jpg', so it is cut off"):
+        read(files, data[: 3 * 512])
+
+
+def test_a_damaged_header_is_refused(files: Path) -> None:
+    data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])
+    for offset in [*range(0, 148, 7), *range(156, 512, 17)]:
+        damaged = bytearray(data)
+        damaged[1024 + offset] ^= 0x41  # in the header of b.jpg
+        with pytest.raises(ShardError, match=r"a header is corrupt \(at byte 1024\)"):
+            read(files, bytes(damaged))
+
+
+def test_zeros_amid_a_tar_are_not_taken_for_its_end(files: Path) -> None:
+    data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])
+    with pytest.raises(ShardError, match="data after its end"):
+        read(files, data[:1024] + bytes(512) + data[1536:])
+    with pytest.raises(ShardError, match="data after its end"):
+        read(files, data + data)
+
+
+def test_a_member_of_negative_size_does_not_loop_for_ever(files: Path) -> None:
+    info = tarfile.TarInfo("a.txt")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512 in base 256: the next header would be this one
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(ShardError, match="the tar is damaged: "):
+        read(files, make_tar([("0.jpg", b"x")])[:1024] + bytes(header) + bytes(2048))
+
+
+def test_a_gzipped_tar_that_is_cut_anywhere_is_refused(files: Path) -> None:
+    data = make_tar_gz(make_samples(3))
+    for cut in [*range(0, len(data), 41), *range(len(data) - 9, len(data))]:
+        with pytest.raises(ShardError, match=r"x\.tar\.gz: "):
+            read(files, data[:cut], name="x.tar.gz")
+
+
+def test_damaged_gzip_is_refused(files: Path) -> None:
+    data = gzip.compress(random.Random(1).randbytes(100_000) + make_tar(make_samples(1)))
+    for offset in range(len(data) // 2, len(data), len(data) // 16):
+        damaged = bytearray(data)
+        damaged[offset] ^= 0x55
+        with pytest.raises(ShardError):
+            read(files, bytes(damaged), name="x.tar.gz")
+    good = make_tar_gz(make_samples(3))
+    with pytest.raises(ShardError, match="CRC check failed"):
+        read(files, good[:-8] + b"\0\0\0\0" + good[-4:], name="x.tar.gz")
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", b"x" * 5000, make_image(1), b"BZh9" + bytes(900)])
+def test_what_is_no_tar_is_refused(files: Path, data: bytes) -> None:
+    with pytest.raises(ShardError, match=r"x\.tar: no tar or gzipped tar"):
+        read(files, data)
+
+
+def test_random_damage_never_loses_a_sample_silently(files: Path) -> None:
+    data = make_tar([(f"{i}.jpg", bytes([i]) * 600) for i in range(6)])
+    choose = random.Random(5)
+    for _ in range(150):
+        damaged = bytearray(data)
+        damaged[choose.randrange(6 * 1536)] ^= 1 << choose.randrange(8)
+        try:
+            assert len(read(files, bytes(damaged))) == 6
+        except ShardError:
+            continue
+
+
+# Labels ------------------------------------------------------------------------------------------
+
+NAMED = ReadOptions(class_ids=(("cat", 0), ("dog", 1), ("7", 2)), num_labels=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [("0", 0), (" 9\n", 9), ("dog", 1), ("dog\n", 1), ("-1", None), ("7", 7), ("007", 7)],
+)
+def test_cls_is_a_class_index_or_a_class_name(files: Path, text: str, target: int | None) -> None:
+    sample = one(files, make_tar({"a.jpg": b"image", "a.cls": text.encode()}), NAMED)
+    assert sample == Sample("a", b"image", target)
+
+
+@pytest.mark.parametrize("text", ["10", "-2", "bird", "", "1.5", "²", "\x00", "9" * 400])
+def test_a_label_that_is_no_class_is_an_error_that_says_how_to_ignore_it(files: Path, text: str) -> None:
+    data = make_tar({"a.cls": text.encode(), "a.jpg": b"image"})
+    sample = one(files, data, NAMED)
+    assert (sample.image, sample.target) == (None, None)
+    assert sample.error is not None
+    assert repr(text)[:20] in sample.error or text in sample.error
+    assert "input.labels: false" in sample.error
+    assert one(files, data, ReadOptions(labels=False)) == Sample("a", b"image")
+
+
+def test_a_label_that_is_not_text_is_an_error(files: Path) -> None:
+    sample = one(files, make_tar({"a.jpg": b"image", "a.cls": b"\xff\xfe"}))
+    assert "the sample's .cls is not text" in (sample.error or "")
+
+
+@pytest.mark.parametrize(
+    ("value", "target"),
+    [(3, 3), ("dog", 1), ("7", 2), ("8", 8), (None, None), (-1, None), (4.0, 4)],
+)
+def test_a_field_of_json_can_be_the_label(files: Path, value: object, target: int | None) -> None:
+    members = {
+        "a.jpg": b"image",
+        "a.json": json.dumps({"meta": {"label": value}}).encode(),
+        "a.cls": b"5",  # not asked for
+    }
+    options = ReadOptions(label_field="meta.label", class_ids=NAMED.class_ids, num_labels=10)
+    assert one(files, make_tar(members), options) == Sample("a", b"image", target)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"meta": 3}', '{"meta": {"x": 1}}', "[1]", "null"])
+def test_json_without_the_field_has_no_label(files: Path, text: str) -> None:
+    data = make_tar({"a.jpg": b"image", "a.json": text.encode()})
+    assert one(files, data, ReadOptions(label_field="meta.label")) == Sample("a", b"image", None)
+
+
+@pytest.mark.parametrize("value", ["true", "[1]", '"bird"', "1.5", "10", "1e300", '"\\ud800"'])
+def test_a_json_value_that_is_no_class_is_an_error(files: Path, value: str) -> None:
+    data = make_tar({"a.jpg": b"image", "a.json": f'{{"y": {value}}}'.encode()})
+    options = ReadOptions(label_field="y", class_ids=NAMED.class_ids, num_labels=10)
+    error = one(files, data, options).error
+    assert error is not None
+    assert "input.labels: false" in error
+    error.encode()  # can be written to Parquet
+
+
+@pytest.mark.parametrize("text", [b"{", b"", b"\xff", b"[" * 100_000])
+def test_malformed_json_is_an_error(files: Path, text: bytes) -> None:
+    data = make_tar({"a.jpg": b"image", "a.json": text})
+    sample = one(files, data, ReadOptions(label_field="y"))
+    assert "the sample's .json is not valid JSON" in (sample.error or "")
+    assert one(files, data) == Sample("a", b"image")  # not looked at unless asked for
+
+
+# Parquet -----------------------------------------------------------------------------------------
+
+IMAGES = [make_image(i) for i in range(40)]
+
+
+def test_binary_columns_and_hugging_faces_structs_are_read_alike(storage: Storage, bucket: str) -> None:
+    columns: dict[str, Any] = {
+        "binary": pa.array(IMAGES, pa.binary()),
+        "large": pa.array(IMAGES, pa.large_binary()),
+        "struct": pa.array([{"bytes": image, "path": None} for image in IMAGES]),
+    }
+    for name, column in columns.items():
+        data = make_parquet({"image": column, "y": list(range(40))}, row_group_size=7)
+        shard = shard_of(storage, f"{bucket}/{name}.parquet", data)
+        samples = list(read_samples(storage, shard, ReadOptions(label_column="y")))
+        assert samples == [Sample(f"{i:09d}", IMAGES[i], i) for i in range(40)]
+
+
+def test_keys_come_from_a_column_or_the_path_or_the_row_number(files: Path) -> None:
+    data = make_parquet(
+        {
+            "image": [{"bytes": b"i", "path": path} for path in ("cat/1.jpg", None, "cat/1.jpg")],
+            "id": [7, 8, None],
+        }
+    )
+    keys = [sample.key for sample in read(files, data, name="x.parquet")]
+    assert keys == ["cat/1.jpg", "000000001", "cat/1.jpg"]
+    keys = [s.key for s in read(files, data, ReadOptions(key_column="id"), name="x.parquet")]
+    assert keys == ["7", "8", "000000002"]
+
+
+def test_the_image_column_is_found_by_name_then_by_type(files: Path) -> None:
+    both = {"image": [b"image"], "thumbnail": [b"small"]}
+    assert one(files, make_parquet(both), name="x.parquet").image == b"image"
+    options = ReadOptions(image_column="thumbnail")
+    assert one(files, make_parquet(both), options, "x.parquet").image == b"small"
+    only = {"image": ["name.jpg"], "jpeg": [b"image"], "n": [1]}
+    assert one(files, make_parquet(only), name="x.parquet").image == b"image"
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "cause"),
+    [
+        ({"a": [b"1"], "b": [b"2"]}, PLAIN, r"more than one column could be the image"),
+        ({"a": ["x"], "b": [1]}, PLAIN, r"no column could be the image"),
+        ({"a": ["x"], "b": [1]}, ReadOptions(image_column="a"), r"column 'a' is string, neither binary"),
+        ({"a": ["x"], "b": [b"1"]}, ReadOptions(image_column="z"), r"no single column 'z'"),
+        ({"a": ["x"], "b": [b"1"]}, ReadOptions(label_column="z"), r"no single column 'z'"),
+        ({"a": ["x"], "b": [b"1"]}, ReadOptions(key_column="z"), r"no single column 'z'"),
+    ],
+)
+def test_a_column_that_is_missing_or_unclear_is_told_with_those_there_are(
+    files: Path, columns: dict[str, Any], options: ReadOptions, cause: str
+) -> None:
+    with pytest.raises(ShardError, match=rf"x\.parquet: .*{cause}.*its columns: a \(") as caught:
+        read(files, make_parquet(columns), options, "x.parquet")
+    assert "b (" in str(caught.value)
+
+
+def test_labels_may_be_numbers_names_or_null(files: Path) -> None:
+    labels: list[Any] = [
+        pa.array([3, -1, None, 10], pa.int64()),
+        pa.array(["dog", "-1", None, "bird"]),
+        pa.array(["dog", "-1", None, "bird"]).dictionary_encode(),
+        pa.array([3.0, float("nan"), None, 1.5]),
+    ]
+    for column in labels:
+        data = make_parquet({"image": [b"i"] * 4, "y": column})
+        options = ReadOptions(label_column="y", class_ids=NAMED.class_ids, num_labels=10)
+        *good, bad = read(files, data, options, "x.parquet")
+        assert [sample.target is None for sample in good] == [False, True, True]
+        assert [sample.error for sample in good] == [None] * 3
+        assert bad.image is None
+        assert "input.labels: false" in (bad.error or "")
+
+
+def test_labels_are_not_read_when_they_are_ignored(files: Path) -> None:
+    data = make_parquet({"image": [b"i"], "y": ["bird"]})
+    options = ReadOptions(labels=False, label_column="y", num_labels=3)
+    assert one(files, data, options, "x.parquet") == Sample("000000000", b"i")
+
+
+def test_rows_without_bytes_or_with_too_many_are_errors(files: Path) -> None:
+    rows = [{"bytes": None, "path": "a"}, None, {"bytes": b"12345", "path": "c"}, {"bytes": b"1"}]
+    data = make_parquet({"image": rows})
+    samples = read(files, data, ReadOptions(max_image_bytes=4), "x.parquet")
+    assert [sample.key for sample in samples] == ["a", "000000001", "c", "000000003"]
+    assert [sample.image for sample in samples] == [None, None, None, b"1"]
+    assert samples[0].error == samples[1].error == "the row has no image bytes"
+    assert "5 bytes, more than the limit of 4" in (samples[2].error or "")
+
+
+def test_damaged_parquet_is_refused(files: Path) -> None:
+    data = make_parquet({"image": IMAGES}, write_page_checksum=True, compression="none")
+    for bad in (b"", b"PAR1", b"no parquet at all", data[:-1], data[: len(data) // 2], data[100:]):
+        with pytest.raises(ShardError, match=r"x\.parquet: the Parquet file is damaged, or none at all"):
+            read(files, bad, name="x.parquet")
+    damaged = bytearray(data)
+    damaged[len(data) // 3] ^= 1
+    with pytest.raises(ShardError):
+        read(files, bytes(damaged), name="x.parquet")
+
+
+# Loose images ------------------------------------------------------------------------------------
+
+
+def test_loose_images_come_in_order_with_their_names_as_keys(storage: Storage, bucket: str) -> None:
+    names = [f"{i % 3}/{i:03d}.jpg" for i in range(50)]
+    for i, name in enumerate(names):
+        storage.write(f"{bucket}/in/{name}", make_image(i))
+    (shard,) = list_shards(storage, f"{bucket}/in")
+    samples = list(read_samples(storage, shard, PLAIN))
+    assert [sample.key for sample in samples] == sorted(names)
+    assert [s.image for s in samples] == [make_image(names.index(s.key)) for s in samples]
+    assert list(read_samples(storage, shard, PLAIN)) == samples
+
+
+def test_an_image_that_vanished_or_changed_since_the_listing_is_an_error(
+    storage: Storage, bucket: str, s3_server: LocalS3
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        storage.write(f"{bucket}/{name}.jpg", name.encode() * (99 if name == "d" else 3))
+    (shard,) = list_shards(storage, bucket)
+    storage.write(f"{bucket}/a.jpg", b"new")
+    s3_server.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key="b.jpg")
+    changed, vanished, good, large = read_samples(storage, shard, ReadOptions(max_image_bytes=98))
+    assert changed.error == f"{bucket}/a.jpg: the object is no longer the version that was listed"
+    assert vanished.error == f"{bucket}/b.jpg: no such object"
+    assert good == Sample("c.jpg", b"ccc")
+    assert "99 bytes" in (large.error or "")
+
+
+# Storage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_a_shard_that_changed_or_vanished_since_the_listing_is_refused(
+    storage: Storage, bucket: str, name: str, s3_server: LocalS3
+) -> None:
+    shard = shard_of(storage, f"{bucket}/{name}", make_tar(make_samples(2)))
+    storage.write(shard.uri, make_tar(make_samples(3)))
+    with pytest.raises(ShardError) as caught:
+        list(read_samples(storage, shard, PLAIN))
+    assert str(caught.value) == f"{shard.uri}: the object is no longer the version that was listed"
+    s3_server.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key=name)
+    with pytest.raises(ShardError, match="no such object"):
+        list(read_samples(storage, shard, PLAIN))
+
+
+def test_a_storage_failure_while_reading_loose_images_fails_the_shard(
+    storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write(f"{bucket}/a.jpg", b"image")
+    (shard,) = list_shards(storage, bucket)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(ShardError, match=r"images-0+: s3://.*a\.jpg: (credentials|access)"):
+        list(read_samples(storage, shard, PLAIN))
+
+
+def test_errors_and_options_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ShardError("s3://b/x.tar", "cut off")))
+    assert (str(error), error.uri) == ("s3://b/x.tar: cut off", "s3://b/x.tar")
+    assert pickle.loads(pickle.dumps(NAMED)) == NAMED
+    assert len({NAMED, ReadOptions(), PLAIN}) == 2
+
+
+def test_a_reader_that_is_left_early_stops(storage: Storage, tmp_path: Path) -> None:
+    uris = [storage.write(f"{tmp_path}/{i:03d}.jpg", b"i") for i in range(100)]
+    shard = Shard(f"{tmp_path}/images-0", "v", "images", 100, tuple(uris))
+    missing = ObjectInfo(f"{tmp_path}/missing.jpg", 1, "1-1")
+    reader = read_samples(storage, Shard(shard.uri, "v", "images", 1, (*uris, missing)), PLAIN)
+    assert next(iter(reader)).key == "000.jpg"
+    reader.close()  # type: ignore[attr-defined]
+    with pytest.raises(StopIteration):
+        next(reader)
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+SHARD_BYTES = 150 * 1024**2
+READ_ALL = """
+import sys
+from pathlib import Path
+from pipeline.reading import ReadOptions, read_samples
+from pipeline.shards import list_shards
+from pipeline.storage import Storage
+
+def peak():  # not getrusage's, which starts from the parent's
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) // 1024
+
+storage = Storage()
+small, large = (list(list_shards(storage, uri)) for uri in sys.argv[1:])
+assert sum(1 for shard in small for _ in read_samples(storage, shard, ReadOptions())) > 0
+before = peak()
+total = sum(len(s.image) for shard in large for s in read_samples(storage, shard, ReadOptions()))
+print(total, peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_members(files: Path) -> None:
+    data = make_tar([(f"{i}.jpg", b"i") for i in range(8000)])
+    shard = shard_of(Storage(), f"{files}/x.tar", data)
+    tracemalloc.start()
+    held = {}
+    for i, _ in enumerate(read_samples(Storage(), shard, PLAIN)):
+        if i in (1000, 7000):
+            held[i] = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held[7000] - held[1000] < 1024**2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_memory_does_not_grow_with_the_shard(storage: Storage, tmp_path: Path, kind: str) -> None:
+    seed = 50 if kind == "tar.gz" else 100 * 1024  # gzip would take its time for random bytes
+    block = random.Random(1).randbytes(seed) * (100 * 1024 // seed)
+    count = SHARD_BYTES // len(block)
+    for name, images in (("small", 200), ("large", count)):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":  # one row group, in pages of 16 rows
+            options = {"use_dictionary": False, "compression": "none", "write_batch_size": 16}
+            path.write_bytes(make_parquet({"image": [block] * images}, **options))
+        else:
+            data = make_tar([(f"{i}.jpg", block) for i in range(images)])
+            path.write_bytes(gzip.compress(data, 1) if kind == "tar.gz" else data)
+            del data
+    result = subprocess.run(
+        [sys.executable, "-c", READ_ALL, f"{tmp_path}/small.{kind}", f"{tmp_path}/large.{kind}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    total, grown_mib = map(int, result.stdout.split())
+    assert total == count * len(block)
+    assert grown_mib < 40

@@ -1,0 +1,271 @@
+"""What a listing becomes: shards, stable groups of loose images, and names of predictions."""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from pipeline.predictions import fits, prediction_path
+from pipeline.read import Shard, list_shards
+from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalised
+
+
+class Listed(Storage):
+    """Storage whose listing is given, where a test needs more names than files."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        object.__setattr__(self, "infos", [ObjectInfo(f"s3://b/{n}", 10, f"etag-{n}") for n in names])
+
+    def list(self, uri: str) -> Iterator[ObjectInfo]:
+        return iter(sorted(self.infos, key=lambda info: info.uri.encode()))  # type: ignore[attr-defined]
+
+
+def write(storage: Storage, root: str, *names: str) -> None:
+    for name in names:
+        storage.write(f"{root}/{name}", b"x")
+
+
+def test_extensions_tell_the_formats_in_any_case(storage: Storage, bucket: str) -> None:
+    write(storage, bucket, "a.tar", "b.TAR.GZ", "c.tgz", "d.parquet", "e.txt", "f", "g.jpg.json")
+    listing = list_shards(storage, bucket)
+    assert [(shard.uri, shard.format) for shard in listing] == [
+        (f"{bucket}/a.tar", "webdataset"),
+        (f"{bucket}/b.TAR.GZ", "webdataset"),
+        (f"{bucket}/c.tgz", "webdataset"),
+        (f"{bucket}/d.parquet", "parquet"),
+    ]
+    assert listing.ignored == 3
+
+
+def test_a_shard_carries_its_objects_version_and_size(storage: Storage, bucket: str) -> None:
+    info = storage.write(f"{bucket}/a.tar", b"12345")
+    assert list(list_shards(storage, bucket)) == [Shard(info.uri, info.version, "webdataset", 5)]
+
+
+def test_hidden_names_are_ignored_and_counted(storage: Storage, tmp_path: Path) -> None:
+    root = f"{tmp_path}/_hidden/.root"  # what is asked for by name may be called anything
+    hidden = ["_SUCCESS", "_x/1.tar", ".DS_Store", "a/.x.tar", "__MACOSX/a.jpg", "._a.jpg"]
+    write(storage, root, *hidden, "a/_b.d/1.tar", "a/b_.c/1.tar")
+    for format in ("auto", "webdataset"):
+        listing = list_shards(storage, root, format)
+        assert [shard.uri for shard in listing] == [f"{root}/a/b_.c/1.tar"]
+        assert listing.ignored == len(hidden) + 1
+
+
+def test_a_format_that_is_said_takes_any_name(storage: Storage, tmp_path: Path) -> None:
+    write(storage, str(tmp_path), "shard-1", "x.jpg")
+    formats = [shard.format for shard in list_shards(storage, str(tmp_path), "webdataset")]
+    assert formats == ["webdataset", "webdataset"]
+    (group,) = list_shards(storage, str(tmp_path), "images")
+    assert [info.uri for info in group.members] == [f"{tmp_path}/x.jpg"]
+    with pytest.raises(ValueError, match=r"'zip': one of auto, webdataset, parquet, images"):
+        list_shards(storage, str(tmp_path), "zip")
+
+
+def test_one_object_can_be_the_whole_input(storage: Storage, tmp_path: Path) -> None:
+    write(storage, str(tmp_path), "_a.tar", "_a.tar.gz")
+    assert [shard.uri for shard in list_shards(storage, f"{tmp_path}/_a.tar")] == [f"{tmp_path}/_a.tar"]
+
+
+def test_an_empty_prefix_has_no_shards_and_a_missing_folder_is_an_error(
+    storage: Storage, bucket: str, tmp_path: Path
+) -> None:
+    assert list(list_shards(storage, f"{bucket}/empty")) == []
+    with pytest.raises(ObjectNotFound):
+        list(list_shards(storage, f"{tmp_path}/missing"))
+
+
+def test_listing_streams(tmp_path: Path) -> None:
+    class Endless(Storage):
+        def list(self, uri: str) -> Iterator[ObjectInfo]:
+            return (ObjectInfo(f"s3://b/{i:09d}.tar", 1, "v-1") for i in itertools.count())
+
+    first = itertools.islice(list_shards(Endless(), "s3://b"), 3)
+    assert [shard.uri for shard in first] == [f"s3://b/{i:09d}.tar" for i in range(3)]
+
+
+# Groups of loose images --------------------------------------------------------------------------
+
+
+def groups_of(names: list[str]) -> dict[str, Shard]:
+    shards = list(list_shards(Listed(names), "s3://b/photos", "images"))
+    by_uri = {shard.uri: shard for shard in shards}
+    assert len(by_uri) == len(shards)
+    return by_uri
+
+
+NAMES = [f"photos/2024/{i:07d}.jpg" for i in range(0, 60_000, 2)]
+
+
+def test_loose_images_become_a_group(storage: Storage, bucket: str) -> None:
+    write(storage, bucket, "in/b.JPEG", "in/a/c.png", "in/a/notes.txt", "in/d.webp")
+    (group,) = list_shards(storage, f"{bucket}/in/")
+    assert group.format == "images"
+    assert [info.uri for info in group.members] == [
+        f"{bucket}/in/{name}" for name in ("a/c.png", "b.JPEG", "d.webp")
+    ]
+    assert group.size == 3
+    assert group.uri == f"{bucket}/in/images-0000000000000000"
+
+
+def test_groups_cover_every_image_once_at_about_a_thousand_each() -> None:
+    groups = groups_of(NAMES)
+    members = [info.uri for shard in groups.values() for info in shard.members]
+    assert members == [f"s3://b/{name}" for name in NAMES]
+    assert 20 <= len(groups) <= 45  # 30 expected
+
+
+def test_adding_an_image_changes_its_own_group_only() -> None:
+    before = groups_of(NAMES)
+    for number in (1, 30_001, 59_999):  # the first, a middle and the last group
+        added = f"photos/2024/{number:07d}.jpg"
+        after = groups_of([*NAMES, added])
+        changed = [uri for uri in before if after.get(uri) != before[uri]]
+        assert len(changed) == 1
+        assert f"s3://b/{added}" in [info.uri for info in after[changed[0]].members]
+
+
+def test_an_image_that_starts_a_group_splits_one_and_leaves_the_others() -> None:
+    starts = [shard.members[0].uri.removeprefix("s3://b/") for shard in groups_of(NAMES).values()][1:]
+    without = [name for name in NAMES if name != starts[5]]
+    before, after = groups_of(without), groups_of(NAMES)
+    assert len(after) == len(before) + 1
+    assert len([uri for uri in before if after.get(uri) != before[uri]]) == 1
+
+
+def test_a_new_version_of_an_image_is_a_new_version_of_its_group_alone(storage: Storage, bucket: str) -> None:
+    write(storage, bucket, "a.jpg", "b.jpg")
+    (before,) = list_shards(storage, bucket)
+    (same,) = list_shards(storage, bucket)
+    storage.write(f"{bucket}/b.jpg", b"other bytes")
+    (after,) = list_shards(storage, bucket)
+    assert before == same
+    assert before.uri == after.uri
+    assert before.version != after.version
+
+
+def test_tars_and_loose_images_may_lie_together(storage: Storage, tmp_path: Path) -> None:
+    write(storage, str(tmp_path), "a.jpg", "b.tar", "c.jpg")
+    found = [(shard.format, len(shard.members)) for shard in list_shards(storage, str(tmp_path))]
+    assert found == [("webdataset", 0), ("images", 2)]
+
+
+# Names of predictions ----------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "train/0000.tar",
+    "train/0000.tar.parquet",
+    "../../etc/x.tar",
+    "..",
+    "./x",
+    "a/./x",
+    "a/../x",
+    "a//x",
+    "a///x",
+    "/x",
+    "//x",
+    "a%2Fx",
+    "a%252Fx",
+    "a/%2Fx",
+    "label=cat/x.tar",
+    'a*b?[c]{d}\\e:f#g"h<i>|j\n',
+    ".hidden/_x/._y",
+    "sp ace/ü/日本.tar",
+    "x.tar",
+    "X.tar",
+]
+
+
+def test_normal_names_stay_readable() -> None:
+    assert prediction_path("s3://b/train/0000.tar") == "s3/b/train/0000.tar.parquet"
+    assert prediction_path("gs://b/a-b_c/ü 1.tar.gz") == "gs/b/a-b_c/ü 1.tar.gz.parquet"
+    assert prediction_path("/data/x.tar") == "file/data/x.tar.parquet"
+    assert prediction_path("s3://b/in/images-0123456789abcdef") == "s3/b/in/images-0123456789abcdef.parquet"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_path_decodes_to_the_uri_and_stays_in_its_folder(name: str) -> None:
+    path = prediction_path(f"s3://bucket/{name}")
+    assert unquote(path) == f"s3/bucket/{name}.parquet"
+    assert posixpath.normpath(path) == path
+    assert not path.startswith(("/", "../"))
+    assert all(part and part[0] not in "._" for part in path.split("/"))
+    assert not set(path) & set("*?[]{}\\:=#")
+
+
+def test_no_two_uris_share_a_path() -> None:
+    folders = ("s3://bucket", "gs://bucket", "/bucket", "/s3/bucket")
+    uris = {f"{folder}/{name}" for folder in folders for name in ODD_NAMES}
+    assert len({prediction_path(uri) for uri in uris}) == len({normalised(uri) for uri in uris})
+
+
+#: Long ones, which differ where they are cut, before it, or behind it; of characters of 1 to 4 bytes.
+LONG_NAMES = [
+    f"{start}{character * count}{end}"
+    for start in ("", "a/", "." * 3, "deep/" * 150)
+    for character in ("x", "ü", "日", "\U0001f600", "%", "x/", " ")
+    for count in (60, 190, 200, 243, 248, 256, 700, 1000)
+    for end in (".tar", "1.tar", "~" * 10, "/x.tar")
+]
+
+
+def storable(path: str) -> bool:
+    return len(path.encode()) <= 800 and all(len(part.encode()) <= 255 for part in path.split("/"))
+
+
+def test_long_names_are_cut_to_what_every_storage_takes() -> None:
+    for name in LONG_NAMES:
+        path = prediction_path(f"s3://bucket/{name}")
+        assert storable(path), name
+        assert posixpath.normpath(path) == path
+        assert all(part and part[0] not in "._" for part in path.split("/"))
+        assert not set(path) & set("*?[]{}\\:=#")
+        whole = f"s3/bucket/{name}.parquet"
+        if "%7E" in path:  # as much of the name as there is room for, without half a character
+            kept, _, end = path.rpartition("%7E")
+            assert whole.startswith(unquote(kept, errors="strict"))
+            assert re.fullmatch(r"[0-9a-f]{40}\.parquet", end)
+        else:
+            assert unquote(path) == whole
+
+
+def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
+    folders = ("s3://bucket", "/s3/bucket")
+    uris = {f"{folder}/{name}" for folder in folders for name in LONG_NAMES}
+    paths = {uri: prediction_path(uri) for uri in uris}
+    assert sum("%7E" in path for path in paths.values()) > 500
+    # Nor do URIs that are called as the labels of others are, encoded or decoded.
+    uris |= {f"s3://bucket/{path.partition('/')[2]}" for path in paths.values()}
+    uris |= {f"/{unquote(path)}" for path in paths.values()}
+    uris |= {f"/{path.partition('/')[2].removesuffix('.parquet')}" for path in paths.values()}
+    distinct = {normalised(uri) for uri in uris}
+    assert len({prediction_path(uri) for uri in distinct}) == len(distinct)
+
+
+@pytest.mark.parametrize(
+    ("fits_yet", "too_long"),
+    [
+        (f"{'x' * 243}.tar", f"{'x' * 244}.tar"),  # with .parquet, 255 and 256 bytes
+        (f"{'日' * 81}.tar", f"{'日' * 82}.tar"),
+        (f"{'x' * 255}/y.tar", f"{'x' * 256}/y.tar"),
+        (f"{'dd/' * 260}yyy.tar", f"{'dd/' * 260}yyyy.tar"),  # with s3/b/ and .parquet, 800 and 801
+    ],
+)
+def test_what_fits_is_called_as_before_there_was_a_limit(fits_yet: str, too_long: str) -> None:
+    assert prediction_path(f"s3://b/{fits_yet}") == f"s3/b/{fits_yet}.parquet"
+    assert fits(f"s3/b/{fits_yet}.parquet")
+    assert "%7E" in prediction_path(f"s3://b/{too_long}")
+    assert not fits(f"s3/b/{too_long}.parquet")
+
+
+def test_a_long_name_is_cut_today_as_ever() -> None:
+    """Labels lie under it: another rule would leave them there, and label the shard again."""
+    path = prediction_path(f"s3://b/{'x' * 300}.tar")
+    assert path == f"s3/b/{'x' * 204}%7E0cb7e3aef221994fc33d29b1444ccad5f1a13089.parquet"

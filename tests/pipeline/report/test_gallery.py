@@ -1,0 +1,169 @@
+"""The gallery: which thumbnails are made, kept and dropped."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.classify import Thumbnails
+from pipeline.read import Chunk, Shard
+from pipeline.report import Gallery, Item, gallery, read_gallery, write_gallery
+from pipeline.report.gallery import best_of
+from pipeline.storage import Storage
+
+SHARDS = [Shard(uri=f"/in/{name}.tar", version="1", format="webdataset", size=1) for name in "ab"]
+
+
+def classified(scores: list[float | None], labels: list[int], shard: int = 0, start: int = 0) -> Chunk:
+    """A chunk whose samples have these scores; None is a sample that could not be decoded."""
+    samples = pa.table(
+        {
+            "key": [f"key {start + row}" for row in range(len(scores))],
+            "error": pa.array(["broken" if score is None else None for score in scores], pa.string()),
+            "label_id": pa.array(
+                [None if s is None else label for s, label in zip(scores, labels, strict=True)], pa.int32()
+            ),
+            "label": pa.array([None if s is None else "a class" for s in scores], pa.string()),
+            "score": pa.array(scores, pa.float32()),
+        }
+    )
+    return Chunk(shard, start, samples)
+
+
+def with_pixels(chunk: Chunk) -> Chunk:
+    """The chunk before it was classified: the pixels of a sample are all 10 times its row."""
+    good = [row for row, error in enumerate(chunk.samples["error"].to_pylist()) if error is None]
+    pixels = np.stack([np.full((40, 40, 3), 10 * row % 256, np.uint8) for row in good])
+    return replace(chunk, pixels=pixels)
+
+
+def shades(chunk: Chunk) -> dict[int, int]:
+    """Rows that have a thumbnail, and how bright it is."""
+    thumbnails = chunk.samples["thumbnail"].to_pylist()
+    return {
+        row: round(float(np.asarray(Image.open(io.BytesIO(data))).mean()))
+        for row, data in enumerate(thumbnails)
+        if data is not None
+    }
+
+
+def test_of_each_class_the_surest_and_the_least_sure_get_thumbnails() -> None:
+    chunk = classified([0.5, None, 0.9, 0.7, 0.6, 0.8], [0, 0, 0, 0, 0, 1])
+    made = Thumbnails(1, 16, 2).added(with_pixels(chunk), chunk)
+    # In its turn 0.5 was the surest, too; 0.7 and 0.6 were neither.
+    assert shades(made) == {0: 0, 2: 20, 5: 50}
+    assert made.samples.drop_columns(["thumbnail"]).equals(chunk.samples)
+
+
+def test_a_tensor_gives_the_same_thumbnails_as_an_array() -> None:
+    chunk = classified([0.5, None, 0.9], [0, 0, 0])
+    decoded = with_pixels(chunk)
+    on_device = replace(decoded, pixels=torch.tensor(decoded.pixels))
+    assert shades(Thumbnails(1, 16, 1).added(on_device, chunk)) == {0: 0, 2: 20}
+
+
+def test_a_sample_for_which_the_model_failed_does_not_shift_the_others() -> None:
+    decoded = with_pixels(classified([0.5, 0.6, 0.9], [0, 0, 0]))
+    failed = classified([0.5, None, 0.9], [0, 0, 0])
+    assert shades(Thumbnails(2, 16, 1).added(decoded, failed)) == {0: 0, 2: 20}
+
+
+def test_the_longer_a_run_the_fewer_thumbnails_are_made() -> None:
+    chance, thumbnails, made = np.random.default_rng(0), Thumbnails(3, 16, 10), []
+    for _ in range(20):
+        chunk = classified(chance.random(500).tolist(), chance.integers(0, 10, 500).tolist())
+        made.append(len(shades(thumbnails.added(with_pixels(chunk), chunk))))
+    assert made[0] > 100
+    # k * ln(n / k) at each end of ten classes; on average, so with room.
+    assert sum(made) < 1.5 * 2 * 10 * 3 * (1 + np.log(1000 / 3))
+    assert sum(made[10:]) < made[0] / 2
+
+
+def test_of_many_classes_only_some_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "MOST_CLASSES", 2)
+    chunk = classified([0.5, 0.6, 0.7], [7, 3, 5])
+    assert set(shades(Thumbnails(1, 16, 9).added(with_pixels(chunk), chunk))) == {0, 1}
+    shown = Gallery(1, SHARDS).merged([item(0.5, label=n) for n in (7, 3, 5)], set(), {7, 5})
+    assert [one.label_id for one in shown] == [5, 7]
+
+
+def test_a_thumbnail_is_as_small_as_asked_for_and_no_larger_than_the_image() -> None:
+    chunk = classified([0.5], [0])
+    for side, wanted in ((16, 16), (64, 40)):
+        data = Thumbnails(1, side, 1).added(with_pixels(chunk), chunk).samples["thumbnail"][0].as_py()
+        assert Image.open(io.BytesIO(data)).size == (wanted, wanted)
+
+
+def item(
+    score: float, end: str = "most", label: int = 0, shard: str = "/in/a.tar", index: int | None = None
+) -> Item:
+    return Item(
+        label, "a class", end, score, shard, int(score * 100) if index is None else index, "key", b"x"
+    )
+
+
+def test_the_best_are_kept_at_each_end_and_an_image_is_at_one_only() -> None:
+    both = [item(score, end) for score in (0.1, 0.2, 0.3, 0.4, 0.5) for end in ("most", "least")]
+    kept = [(one.end, one.score) for one in best_of(both, 2)]
+    assert kept == [("most", 0.5), ("most", 0.4), ("least", 0.1), ("least", 0.2)]
+    kept = [(one.end, one.score) for one in best_of(both, 4)]
+    assert kept == [("most", 0.5), ("most", 0.4), ("most", 0.3), ("most", 0.2), ("least", 0.1)]
+
+
+def arrive(kept: Gallery, chunk: Chunk) -> Chunk:
+    return kept.take(Thumbnails(2, 16, 2).added(with_pixels(chunk), chunk))
+
+
+def test_what_is_shown_is_of_shards_that_are_committed() -> None:
+    kept = Gallery(2, SHARDS)
+    chunk = classified([0.5, None, 0.9], [0, 0, 1], start=10)
+    assert arrive(kept, chunk).samples.equals(chunk.samples)
+    arrive(kept, classified([0.99], [0], shard=1))
+    kept.settle("/in/a.tar", is_committed=True)
+    kept.settle("/in/b.tar", is_committed=False)
+    found = kept.merged([], set(), {0, 1})
+    assert [(one.shard, one.index, one.key) for one in found] == [
+        ("/in/a.tar", 10, "key 10"),
+        ("/in/a.tar", 12, "key 12"),
+    ]
+
+
+def test_what_a_second_attempt_brings_again_is_there_once() -> None:
+    kept = Gallery(2, SHARDS)
+    for _ in range(2):
+        arrive(kept, classified([0.5], [0]))
+    kept.settle("/in/a.tar", is_committed=True)
+    assert len(kept.merged([], set(), {0, 1})) == 1
+
+
+def test_what_was_there_stays_unless_its_shard_is_gone_or_labelled_anew() -> None:
+    kept = Gallery(2, SHARDS)
+    arrive(kept, classified([0.5], [0]))
+    kept.settle("/in/a.tar", is_committed=True)
+    before = [item(0.9), item(0.8, shard="/in/old.tar"), item(0.7, shard="/in/removed.tar")]
+    found = kept.merged(before, {"/in/removed.tar"}, {0})
+    assert [(one.shard, round(one.score, 3)) for one in found] == [("/in/old.tar", 0.8), ("/in/a.tar", 0.5)]
+
+
+def test_the_driver_holds_few_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "_MOST_HELD", 10)
+    kept = Gallery(1, SHARDS)
+    for number in range(50):
+        arrive(kept, classified([0.3 + number / 100], [0], start=number))
+        kept.settle("/in/a.tar", is_committed=True)
+    assert len(kept._items) <= 10 + 2
+    assert [round(one.score, 2) for one in kept.merged([], set(), {0, 1})] == [0.79, 0.3]
+
+
+def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+    storage, items = Storage(), [item(0.5), item(0.25, "least")]
+    assert read_gallery(storage, str(tmp_path)) == []
+    write_gallery(storage, str(tmp_path), items)
+    assert read_gallery(storage, str(tmp_path)) == items

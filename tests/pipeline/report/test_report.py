@@ -1,0 +1,281 @@
+"""The report as text: what it says, that it stays small, and that nothing from data becomes markup."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.report import report
+from pipeline.classify.thumbnails import LEAST, MOST
+from pipeline.commit import Partition
+from pipeline.report import Item, make_report, write_gallery
+from pipeline.statistics import PairCounts
+from pipeline.storage import Storage, StorageError
+from tests.partitions import make_predictions, write_partition
+
+#: What somebody may have put into labels, keys and URIs.
+NASTY = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</title></svg><script>alert(2)</script>",
+    "$x_1$ & friends",
+    "evil\u202elabel\x00\x1b[31m",
+    "{{ 7 * 7 }}",
+    "url(#a) #040404 id='p1'",
+    "日本語のラベル 🥾",
+    "a" * 300,
+    "' onmouseover='alert(1)",
+]
+RECORD: dict[str, Any] = {
+    "fingerprint": "f" * 64,
+    "started_at": "2026-01-02T03:04:05+00:00",
+    "config": {"input": {"uri": "s3://in/<b>x</b>"}, "model": {"path": "m"}, "output": {"topk": 1}},
+    "counts": {"shards": 2, "unreadable_shards": 0, "images": 400, "errors": 4, "duplicate_keys": 0},
+    "seconds": {"planned": 1.0, "ray_ready": 2.0, "first_result": 3.0, "last_result": 12.0},
+    "stages": {
+        stage: {"images": 400, "busy_s": busy, "wait_s": 5.0, "bytes": 10**6, "workers": 1, "share_busy": 0.5}
+        for stage, busy in (("storage", 1.0), ("decode", 2.0), ("classify", 9.0), ("commit", 0.5))
+    },
+    "bound_by": "classify, busy 90% of the time",
+    "decoder": "the CPU, exact",
+    "causes": [
+        {
+            "cause": NASTY[0],
+            "count": 4,
+            "samples": [{"shard": NASTY[1], "key": NASTY[2], "error": NASTY[5]}],
+        }
+    ],
+    "versions": {"ray": "2.60.0"},
+}
+
+
+def make_partition(folder: Path, labels: list[str], name: str = "model=m-ffffffff") -> Partition:
+    """Labels of two runs with targets, a tenth of them wrong, and a few error rows."""
+    rng, classes, runs = np.random.default_rng(0), len(labels), []
+    for run in range(2):
+        shards = {}
+        for shard in (f"s3://in/<b>x</b>/{run}-{i}.tar" for i in range(2)):
+            target = rng.integers(0, classes, 200)
+            wrong = rng.random(200) < 0.1
+            given: list[int | None] = np.where(wrong, (target + 1) % classes, target).tolist()
+            given[7] = given[70] = None
+            scores = rng.uniform(0.5, 1, 200).tolist()
+            shards[shard] = make_predictions(shard, labels, given, target.tolist(), scores, NASTY[0])
+        runs.append(shards)
+    uri = str(folder / name)
+    write_partition(Storage(), uri, labels, runs, RECORD)
+    return Partition.open(Storage(), uri)
+
+
+def make_page(folder: Path, labels: list[str]) -> str:
+    uri = make_partition(folder, labels).uri
+    report(uri)
+    return Path(uri, "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_page(tmp_path_factory.mktemp("report"), NASTY)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_nothing_from_data_becomes_an_element_or_an_attribute(page: str) -> None:
+    elements = Elements(page)
+    tags = {tag for tag, _ in elements.found}
+    assert not tags & {"script", "img", "iframe", "object", "link"}
+    assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
+    for label in NASTY[:4] + NASTY[5:8]:
+        assert label in elements.text
+    assert not set("\x00\x1b\u202e") & set(page)
+
+
+def test_it_loads_nothing_and_allows_no_script(page: str) -> None:
+    elements = Elements(page)
+    [policy] = [a["content"] for tag, a in elements.found if tag == "meta" and "http-equiv" in a]
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "script" not in policy
+    links = [a[name] for _, a in elements.found for name in ("href", "src", "xlink:href") if name in a]
+    assert links
+    assert all(str(link).startswith("#") for link in links)
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_ids_are_unique_and_references_have_their_element(page: str) -> None:
+    elements = Elements(page)
+    ids = [a["id"] for _, a in elements.found if "id" in a]
+    assert len(ids) == len(set(ids))
+    for name in ("aria-labelledby", "aria-describedby"):
+        assert {str(a[name]) for _, a in elements.found if name in a} <= set(map(str, ids))
+    wanted = {str(a[name])[1:] for _, a in elements.found for name in ("href", "xlink:href") if name in a}
+    assert wanted | set(re.findall(r"url\(#([\w-]+)\)", page)) <= set(map(str, ids)) | {"a"}
+
+
+def test_it_tells_the_runs_figures_from_those_of_all_labels(page: str) -> None:
+    text = " ".join(Elements(page).text.split())
+    assert "Labelled images792in all, of 4 shards" in text
+    assert "Images of this run400of 2 shards, 4 errors" in text
+    assert "8 samples of 4 shards could not be labelled, by cause:" in text
+    assert "the causes are of" not in text
+    assert "of 792 with a target" in text
+    assert "Against the previous run" in text
+    assert "Most confused pairs" in text
+    assert "Expected calibration error" in text
+    assert "classify, busy 90% of the time" in text
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_it_stays_small_whatever_the_number_of_classes(tmp_path: Path, classes: int) -> None:
+    page = make_page(tmp_path, [f"class {i}" for i in range(classes)])
+    assert len(page) < 200_000
+    assert page.count("<tr>") < 250
+    assert ("class_stats.parquet has all" in page) == (classes > 50)
+
+
+def test_a_record_of_an_earlier_version_without_stages_causes_and_targets_makes_a_page(
+    tmp_path: Path,
+) -> None:
+    uri = str(tmp_path / "model=old-ffffffff")
+    predictions = make_predictions("/in/a.tar", ["a", "b"], [0, 1, None])
+    [run] = write_partition(Storage(), uri, ["a", "b"], [{"/in/a.tar": predictions}])
+    report(uri)
+    text = Elements(Path(uri, "report.html").read_text()).text
+    assert "1 sample of 1 shard could not be labelled, by cause: 1 \xd7 not an image" in " ".join(
+        text.split()
+    )
+    assert run in text
+    for absent in ("How fast", "Against targets", "Against the previous run", "Samples"):
+        assert absent not in text
+
+
+def test_labels_of_an_earlier_version_have_accuracy_but_neither_calibration_nor_confusion(
+    tmp_path: Path,
+) -> None:
+    partition = make_partition(tmp_path, ["a", "b"])
+    stats = partition.manifest.fold_statistics()
+    stats.calibration[:] = 0
+    stats.confusion = PairCounts()
+    text = Elements(make_report(partition, RECORD, stats)).text
+    assert "Top-1 accuracy" in text
+    assert "Calibration and confusion are not known" in text
+    assert "Expected calibration error" not in text
+
+
+def test_the_gallery_is_shown_where_there_is_one_and_its_texts_are_escaped(tmp_path: Path) -> None:
+    partition = make_partition(tmp_path, NASTY)
+    ends = [(MOST, 0.987), (LEAST, 0.123)]
+    items = [Item(0, NASTY[0], end, x, "/in/a.tar", 1, NASTY[1], b"\xff\xd8thumbnail") for end, x in ends]
+    write_gallery(Storage(), partition.uri, items)
+    report(partition.uri)
+    elements = Elements(Path(partition.uri, "report.html").read_text())
+    images = [attributes for tag, attributes in elements.found if tag == "img"]
+    assert len(images) == 2
+    for image in images:
+        assert set(image) == {"src", "alt"}
+        assert str(image["src"]).startswith("data:image/jpeg;base64,/9h0")
+        assert image["alt"] == NASTY[1]
+    assert "most sure, 0.987" in elements.text
+    assert "least sure, 0.123" in elements.text
+
+
+def test_against_another_model_it_has_drift_and_agreement(tmp_path: Path) -> None:
+    mine = make_partition(tmp_path, [f"class {i}" for i in range(10)])
+    other = make_partition(tmp_path, [f"class {i + 1}" for i in range(10)], "model=other-ffffffff")
+    report(mine.uri, against=[other.uri], output=str(tmp_path / "page.html"))
+    text = " ".join(Elements((tmp_path / "page.html").read_text()).text.split())
+    assert "Against model=other-ffffffff" in text
+    assert "of 792 images that both have labelled" in text
+    assert "matched by name: 1 only there, 1 only here" in text
+    assert "Most frequent disagreements" in text
+
+
+def test_the_causes_are_of_all_labels_and_it_says_so_where_they_are_of_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "model=m-ffffffff")
+    first, second = (
+        {shard: make_predictions(shard, ["a"], [0, *[None] * bad], error=error)}
+        for shard, bad, error in (("/in/a.tar", 2, "empty"), ("/in/b.tar", 1, "cut off"))
+    )
+    write_partition(Storage(), uri, ["a"], [first, second], RECORD)
+
+    def text() -> str:
+        report(uri)
+        return " ".join(Elements(Path(uri, "report.html").read_text()).text.split())
+
+    assert "3 samples of 2 shards could not be labelled, by cause: 2 \xd7 empty" in text()
+    assert "/in/b.tar: k1 cut off" in text()
+    assert "<script>" not in text()  # the record's own
+    monkeypatch.setattr("pipeline.report.page.MOST_FILES", 1)
+    assert "by cause; the causes are of 2, in the 1 shard with the most: 2 \xd7 empty" in text()
+
+
+def failures(uri: str) -> str:
+    """What the report of some labels says of failures."""
+    report(uri)
+    text = " ".join(Elements(Path(uri, "report.html").read_text()).text.split())
+    return text[text.index("could not be labelled") :]
+
+
+def test_the_report_of_a_copy_has_its_causes_and_that_of_one_with_gaps_says_so(tmp_path: Path) -> None:
+    partition = make_partition(tmp_path / "there", ["a", "b"])
+    copy = str(tmp_path / "copy" / partition.name)
+    shutil.copytree(partition.uri, copy, copy_function=shutil.copyfile)
+    assert "8 samples of 4 shards could not be labelled, by cause: 8 \xd7" in failures(copy)
+    next(Path(copy).rglob("1-1.tar.parquet")).unlink()
+    expected = "by cause; the causes are of 6; prediction files that are not there: 1: 6 \xd7"
+    assert expected in failures(copy)
+
+
+def test_a_report_is_made_also_where_the_causes_cannot_be_read(tmp_path: Path) -> None:
+    uri = make_partition(tmp_path, ["a", "b"]).uri
+    next(Path(uri).rglob("1-1.tar.parquet")).write_bytes(b"of somebody else")
+    said = failures(uri)
+    assert "8 samples of 4 shards could not be labelled. Their causes could not be read: " in said
+    assert "1-1.tar.parquet: not a prediction file" in said
+    assert "This lists them all, with DuckDB:" in said
+
+
+def test_a_comparison_is_headed_by_what_it_is_with(tmp_path: Path) -> None:
+    mine = make_partition(tmp_path, ["a", "b"])
+    other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff")
+    run = mine.manifest.runs()[0]
+    report(mine.uri, against=[f"{mine.uri}@{run}", f"{other.uri}@{run}"], output=str(tmp_path / "page.html"))
+    text = " ".join(Elements((tmp_path / "page.html").read_text()).text.split())
+    for heading, here, there in (
+        ("the previous run", "what this run labelled", "what that run labelled and still stands"),
+        (f"run {run}", "all labels", "what that run labelled and still stands"),
+        (f"model=other-ffffffff, run {run}", "all labels", "what that run labelled and still stands"),
+    ):
+        assert re.search(f"Against {heading} There{there}: \\S+@{run} Here{here} ", text)
+
+
+def test_a_partition_without_a_record_ends_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    partition = make_partition(tmp_path, ["a", "b"])
+    with pytest.raises(SystemExit) as ended:
+        report(partition.uri, run="20260101T000000.000000Z-ffffff")
+    assert ended.value.code == 4
+    with pytest.raises(StorageError, match="no labels of a model"):
+        Partition.open(Storage(), str(tmp_path))

@@ -1,0 +1,359 @@
+"""What docs/access.md allows is all that the jobs ask of S3, and no more, by their own requests."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow.dataset as ds
+import pytest
+from pyarrow.fs import S3FileSystem
+from typer.testing import CliRunner
+
+from cvt.checkpoints import BUNDLED
+from jobs.compare import compare
+from jobs.console import make_app
+from jobs.local_s3 import LocalS3
+from jobs.plan import plan
+from jobs.publish import publish
+from jobs.report import report
+from jobs.schedule import schedule
+from jobs.stats import stats
+from pipeline.config import Config, DatasetsConfig, Selection, load_config
+from pipeline.run import make_job, run_labelling
+from pipeline.run.labelling import rebuild
+from pipeline.schedule import DatasetState, state_uri
+from pipeline.storage import Storage
+from tests.fault_proxy import FaultProxy, Request
+from tests.makers import make_image, make_tar
+from tests.pipeline.crashing import leave_out_ray
+from tests.pipeline.publish.publishing_runs import DELTA, PARQUET
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "access.md"
+POLICIES: dict[str, dict[str, Any]] = {
+    name: json.loads(text)
+    for name, text in re.findall(
+        r"<!-- policy: (\w+) -->\n```json\n(.*?)```", DOCUMENT.read_text(), re.DOTALL
+    )
+}
+#: Operations that AWS has an action for; all others, such as uploads in parts, have none here.
+ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
+LISTING = {
+    "list-type",
+    "prefix",
+    "max-keys",
+    "encoding-type",
+    "continuation-token",
+    "delimiter",
+    "start-after",
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a request needs to be allowed, in IAM's words."""
+
+    action: str
+    resource: str
+    prefix: str | None = None
+
+
+def access(request: Request) -> Access:
+    parts = urlsplit(request.path)
+    bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
+    query = parse_qs(parts.query, keep_blank_values=True)
+    if not key:
+        assert request.method in ("GET", "HEAD"), request
+        assert set(query) <= LISTING, request
+        return Access("s3:ListBucket", f"arn:aws:s3:::{bucket}", query.get("prefix", [""])[0])
+    assert set(query) <= {"x-id"}, request  # uploadId, tagging, acl, versionId and others need more
+    return Access(ACTIONS[request.method], f"arn:aws:s3:::{bucket}/{key}")
+
+
+def accesses(proxy: FaultProxy) -> set[Access]:
+    """What all requests need; that an object is missing is told to those alone who may list its bucket."""
+    asked = {access(request) for request in proxy.seen}
+    missing = {access(request).resource.partition("/")[0] for request in proxy.missing}
+    return asked | {Access("s3:ListBucket", bucket) for bucket in missing}
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def grants(policy: dict[str, Any]) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Of each statement its name, each action on each resource, and what listings may ask for."""
+    for statement in policy["Statement"]:
+        prefixes = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", "*")
+        for action in listed(statement["Action"]):
+            for resource in listed(statement["Resource"]):
+                yield statement["Sid"], action, resource, listed(prefixes)
+
+
+def check(policy: dict[str, Any], seen: set[Access]) -> None:
+    """Everything is allowed, and everything that is allowed was needed by something."""
+    used: set[tuple[str, str, str]] = set()
+    for needed in seen:
+        allowed = {
+            (name, action, resource)
+            for name, action, resource, prefixes in grants(policy)
+            if needed.action == action
+            and fnmatch.fnmatchcase(needed.resource, resource)
+            and any(fnmatch.fnmatchcase(needed.prefix or "", each) for each in prefixes)
+        }
+        assert allowed, f"not allowed: {needed}"
+        used |= allowed
+    for name, action, resource, _ in grants(policy):
+        assert (name, action, resource) in used, f"not needed: {name} {action} {resource}"
+
+
+@pytest.fixture(scope="module")
+def root(s3_server: LocalS3) -> str:
+    """What the buckets' names in this test begin with."""
+    name = f"access-{secrets.token_hex(4)}-"
+    for kind in ("images", "labels", "models", "tables"):
+        s3_server.create_bucket(name + kind)
+    storage = Storage(endpoint_url=s3_server.endpoint_url)
+    for file in BUNDLED["fashion-mnist"].iterdir():
+        storage.write(f"s3://{name}models/cvt-13/{file.name}", file.read_bytes())
+    write_shards(storage, name, 0)
+    return name
+
+
+def write_shards(storage: Storage, root: str, seed: int) -> None:
+    for i in range(3):
+        members = [(f"{k}.jpg", make_image(seed + k)) for k in range(5)]
+        storage.write(f"s3://{root}images/shards/{i}.tar", make_tar(members))
+
+
+def policy(name: str, root: str) -> dict[str, Any]:
+    """A policy of the page, for this test's buckets."""
+    text = json.dumps(POLICIES[name])
+    assert "my-" in text
+    return dict(json.loads(text.replace(":::my-", f":::{root}")))
+
+
+def config(root: str, endpoint: str, *overrides: str) -> Config:
+    fields = [f"input.uri=s3://{root}images/shards", f"output.uri=s3://{root}labels/labels"]
+    fields += ["model.path=fashion-mnist", f"storage.endpoint_url={endpoint}"]
+    return load_config(Config, None, [*fields, *overrides])
+
+
+def asked(s3_server: LocalS3, action: Callable[[str], object]) -> set[Access]:
+    """The accesses that an action asks for, through the endpoint that it is given, and the environment's."""
+    with FaultProxy(s3_server.endpoint_url) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        action(proxy.url)
+        return accesses(proxy)
+
+
+@pytest.fixture(scope="module")
+def labelled(root: str, s3_server: LocalS3, ray_local: None) -> set[Access]:
+    """What the life of a partition asks for: a run on Ray, then increments, removals and a rebuild."""
+    storage = Storage(endpoint_url=s3_server.endpoint_url)
+
+    def live(endpoint: str) -> None:
+        run_labelling(config(root, endpoint, "classify.num_cpus=1", "classify.threads=1"))
+        with pytest.MonkeyPatch.context() as patch:
+            leave_out_ray(patch)
+            write_shards(storage, root, 7)
+            storage.write(f"s3://{root}images/shards/cut.tar", b"no tar")
+            run_labelling(config(root, endpoint))
+            storage.delete(f"s3://{root}images/shards/0.tar")
+            run_labelling(config(root, endpoint), selection=Selection(retry_errors=True, prune=True))
+            run_labelling(config(root, endpoint))
+            rebuild(config(root, endpoint))
+
+    return asked(s3_server, live)
+
+
+@pytest.fixture(scope="module")
+def other(labelled: set[Access], root: str, s3_server: LocalS3) -> str:
+    """The URI of other labels of the same images, which have no gallery."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_ray(patch)
+        job = config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")
+        return run_labelling(job).plan.partition.uri
+
+
+def test_labelling_needs_what_its_policy_allows_and_nothing_else(labelled: set[Access], root: str) -> None:
+    check(policy("label", root), labelled)
+    assert {
+        needed.action for needed in labelled if needed.resource.startswith(f"arn:aws:s3:::{root}images/")
+    } == {"s3:GetObject"}
+
+
+@pytest.mark.parametrize("action", ["s3:DeleteObject", "s3:PutObject", "s3:ListBucket"])
+def test_a_policy_that_lacks_an_action_or_has_one_too_many_is_noticed(
+    labelled: set[Access], root: str, action: str
+) -> None:
+    lacking = copy.deepcopy(policy("label", root))
+    for statement in lacking["Statement"]:
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        statement["Action"] = [each for each in actions if each != action]
+    with pytest.raises(AssertionError, match="not allowed"):
+        check(lacking, labelled)
+    generous = copy.deepcopy(policy("label", root))
+    generous["Statement"][1]["Action"] = ["s3:GetObject", "s3:PutObject"]
+    with pytest.raises(AssertionError, match="not needed: ReadShards s3:PutObject"):
+        check(generous, labelled)
+
+
+def test_that_an_object_is_missing_is_told_where_the_whole_bucket_may_be_listed(
+    labelled: set[Access], root: str
+) -> None:
+    missing = Access("s3:ListBucket", f"arn:aws:s3:::{root}labels")
+    assert missing in labelled
+    with pytest.raises(AssertionError, match=r"not allowed: .*images"):
+        check(policy("label", root), {Access("s3:ListBucket", f"arn:aws:s3:::{root}images")})
+
+
+def run(command: Callable[..., None], *arguments: object) -> int:
+    """A command's exit status."""
+    app = make_app()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code
+
+
+@pytest.fixture
+def job(root: str, tmp_path: Path) -> Path:
+    """The configuration of `labelled`, for commands; where S3 is, the environment says."""
+    path = tmp_path / "job.yaml"
+    values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
+    path.write_text(json.dumps(values))  # which is YAML, too
+    return path
+
+
+def test_planning_and_statistics_need_what_their_policy_allows(
+    labelled: set[Access], root: str, s3_server: LocalS3, job: Path
+) -> None:
+    def look(endpoint: str) -> None:
+        assert run(plan, "--config", job, "--retry-errors", "--prune") == 0
+        assert run(stats, "--config", job) == 0
+        assert run(stats, "--config", job, "--set", "output.topk=1") == 4  # of which nothing is labelled
+
+    check(policy("plan", root), asked(s3_server, look))
+
+
+def test_a_reader_of_labels_needs_what_its_policy_allows(
+    labelled: set[Access], root: str, s3_server: LocalS3
+) -> None:
+    partition = make_job(config(root, s3_server.endpoint_url)).partition.uri.removeprefix("s3://")
+
+    def read(endpoint: str) -> None:
+        files = S3FileSystem(endpoint_override=endpoint.removeprefix("http://"), scheme="http")
+        assert ds.dataset(f"{partition}/predictions", filesystem=files).to_table().num_rows == 10
+
+    check(policy("read", root), asked(s3_server, read))
+
+
+def test_a_model_in_a_bucket_needs_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
+    def load(endpoint: str) -> None:
+        make_job(config(root, endpoint, f"model.path=s3://{root}models/cvt-13"))
+
+    check(policy("model", root), asked(s3_server, load))
+
+
+@pytest.mark.parametrize("format", [PARQUET, DELTA])
+def test_publishing_needs_what_its_policy_allows(
+    labelled: set[Access],
+    root: str,
+    s3_server: LocalS3,
+    storage: Storage,
+    job: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+) -> None:
+    """Three increments, of which the last one's versions let go of the first's, and then nothing new."""
+    leave_out_ray(monkeypatch)
+    target = f"s3://{root}tables/{format}"
+    options = ["--config", job, "--to", target, "--format", format, "--keep", 1]
+    found: set[Access] = set()
+    for number in range(3):
+        found |= asked(s3_server, lambda endpoint: published(options))
+        if format == "delta" and number == 0:
+            write_checkpoints(target, s3_server.endpoint_url)
+        shard = make_tar([("a.jpg", make_image(number))])
+        storage.write(f"s3://{root}images/shards/{format}-{number}.tar", shard)
+        run_labelling(config(root, s3_server.endpoint_url))
+    found |= asked(s3_server, lambda endpoint: published(options))
+    checkpoints = [needed for needed in found if needed.resource.endswith(".checkpoint.parquet")]
+    assert bool(checkpoints) == (format == "delta")
+    text = json.dumps(policy("publish", root)).replace("tables/table/", f"tables/{format}/")
+    check(json.loads(text), found)
+
+
+def published(options: list[object]) -> None:
+    assert run(publish, *options) == 0
+
+
+def write_checkpoints(target: str, endpoint: str) -> None:
+    """Lets every version of a Delta table have a checkpoint, as by default every hundredth has."""
+    from deltalake import DeltaTable
+
+    table = DeltaTable(target, storage_options={"endpoint_url": endpoint, "allow_http": "true"})
+    table.alter.set_table_properties({"delta.checkpointInterval": "1"})
+
+
+def test_a_comparison_needs_what_its_policy_allows(
+    labelled: set[Access], other: str, root: str, s3_server: LocalS3
+) -> None:
+    uri = make_job(config(root, s3_server.endpoint_url)).partition.uri
+
+    def look(endpoint: str) -> None:
+        assert run(compare, uri, other) == 0
+        assert run(compare, f"{uri}@previous", f"{uri}@latest", "--drift-only") == 0
+        assert run(compare, f"{uri}@20260101T000000.000000Z-000000", uri) == 4  # no such run
+        assert run(compare, f"s3://{root}labels/labels/model=x-00000000", uri) == 4  # no labels of a model
+
+    check(policy("compare", root), asked(s3_server, look))
+    written = f"s3://{root}tables/comparison.parquet"
+    more = asked(s3_server, lambda endpoint: run(compare, uri, other, "--output", written))
+    extra = {needed for needed in more if not needed.resource.startswith(f"arn:aws:s3:::{root}labels")}
+    assert extra == {Access("s3:PutObject", f"arn:aws:s3:::{written.removeprefix('s3://')}")}
+
+
+def test_a_report_needs_what_its_policy_allows(
+    labelled: set[Access], other: str, root: str, s3_server: LocalS3
+) -> None:
+    uri = make_job(config(root, s3_server.endpoint_url)).partition.uri
+
+    def make(endpoint: str) -> None:
+        assert run(report, uri, "--against", other) == 0
+        assert run(report, other) == 0
+
+    check(policy("report", root), asked(s3_server, make))
+
+
+def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, tmp_path: Path) -> None:
+    """A dataset that is seen for the first time; a tick that is claimed, and finds no cluster; the states."""
+    path = tmp_path / "schedule.yaml"
+    values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
+    submit = {"address": "http://127.0.0.1:1"}
+    path.write_text(json.dumps({"submit": submit, "datasets": {"photos": values | {"cron": "* * * * *"}}}))
+    dataset = load_config(DatasetsConfig, path).datasets["photos"]
+
+    def live(endpoint: str) -> None:
+        assert run(schedule, "--config", path, "--once") == 0
+        earlier = DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(hours=1))
+        uri = state_uri("photos", dataset)
+        Storage(endpoint_url=s3_server.endpoint_url).write(uri, earlier.model_dump_json().encode())
+        assert run(schedule, "--config", path, "--once") == 4
+        assert run(schedule, "--config", path, "--status") == 0
+
+    check(policy("schedule", root), asked(s3_server, live))
+
+
+def test_every_policy_of_the_page_is_tested() -> None:
+    tested = {"label", "plan", "read", "model", "publish", "compare", "report", "schedule"}
+    assert set(POLICIES) == tested
+    assert DOCUMENT.read_text().count("```json") == len(POLICIES)

@@ -1,0 +1,183 @@
+"""The gate: a run whose labels have drifted from those of the run before says so with its exit status."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from jobs.compare import compare
+from jobs.console import make_app
+from jobs.label import label
+from pipeline.config import Config, Selection, load_config
+from pipeline.run import RunResult, run_labelling
+from pipeline.statistics import Limits
+from pipeline.storage import Storage
+from tests.makers import make_tar
+from tests.pipeline.crashing import leave_out_ray
+
+SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
+TROUSER, BAG = 1, 8
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_ray(monkeypatch)
+
+
+def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0, folder: str = "in") -> None:
+    """A shard of so many real images of each class."""
+    members = []
+    with tarfile.open(SAMPLE) as tar:
+        content = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+    for wanted in classes:
+        keys = [key[:-4] for key, data in content.items() if key.endswith(".cls") and int(data) == wanted]
+        members += [(f"{key}.png", content[f"{key}.png"]) for key in keys[skip : skip + count]]
+    Storage().write(f"{root}/{folder}/{name}", make_tar(members))
+
+
+def config(root: Path, *overrides: str) -> Config:
+    base = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist", "gate.max_psi=1"]
+    return load_config(Config, None, [*base, *overrides])
+
+
+def judged(root: Path, *overrides: str, relabel: bool = False) -> RunResult:
+    return run_labelling(config(root, *overrides), selection=Selection(relabel=relabel))
+
+
+def record(result: RunResult) -> dict[str, object]:
+    uri = f"{result.plan.partition.uri}/runs/{result.run}.json"
+    return dict(json.loads(Storage().read(uri)))
+
+
+def test_a_run_like_the_one_before_passes_and_another_breaks_the_limit(tmp_path: Path) -> None:
+    write(tmp_path, "0.tar", TROUSER, BAG)
+    first = judged(tmp_path)
+    assert first.broken_limits == record(first)["broken_limits"] == []
+    write(tmp_path, "1.tar", TROUSER, BAG, skip=20)
+    second = judged(tmp_path)
+    assert second.broken_limits == []
+    write(tmp_path, "2.tar", BAG, count=30)
+    third = judged(tmp_path)
+    assert third.is_complete
+    assert [text.split(" ")[0] for text in third.broken_limits] == ["PSI"]
+    assert third.broken_limits[0].endswith("is more than 1")
+    assert record(third)["broken_limits"] == third.broken_limits
+    page = Storage().read(f"{third.plan.partition.uri}/report.html").decode()
+    assert third.broken_limits[0] in page
+    drift = record(third)["drift"]
+    assert isinstance(drift, dict)
+    assert (drift["images_a"], drift["images_b"]) == (40, 30)
+    assert drift["a"] == f"{third.plan.partition.uri}@{second.run}"
+
+
+def test_the_answer_stays_until_there_is_something_new_or_the_limit_is_another(tmp_path: Path) -> None:
+    write(tmp_path, "0.tar", TROUSER)
+    judged(tmp_path)
+    write(tmp_path, "1.tar", BAG)
+    broken = judged(tmp_path).broken_limits
+    assert len(broken) == 1
+    assert judged(tmp_path).broken_limits == broken
+    assert judged(tmp_path, "gate.max_psi=100").broken_limits == []
+    assert judged(tmp_path, "gate.max_psi=100", "gate.max_js=0.5").broken_limits != []
+    write(tmp_path, "2.tar", BAG, skip=20)
+    assert judged(tmp_path).broken_limits == []
+
+
+def test_what_has_nothing_before_it_or_is_too_small_is_not_judged(tmp_path: Path) -> None:
+    write(tmp_path, "0.tar", TROUSER)
+    judged(tmp_path)
+    write(tmp_path, "1.tar", BAG)
+    assert judged(tmp_path, "gate.min_images=21").broken_limits == []
+    assert judged(tmp_path, "gate.min_images=20").broken_limits != []
+    assert judged(tmp_path, relabel=True).broken_limits == []  # no label of an earlier run stands
+
+
+def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: Path) -> None:
+    def cvt_label(*arguments: str) -> Result:
+        app = make_app()
+        app.command()(label)
+        settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+        sets = [f"--set={each}" for each in (*settings, "gate.max_js=0.9")]
+        Path(tmp_path, "empty.yaml").write_text("{}")
+        return CliRunner().invoke(app, [f"--config={tmp_path}/empty.yaml", *sets, *arguments])
+
+    write(tmp_path, "0.tar", TROUSER)
+    assert cvt_label().exit_code == 0
+    write(tmp_path, "1.tar", BAG)
+    Storage().write(f"{tmp_path}/in/bad.tar", b"no tar")
+    done = cvt_label()
+    assert done.exit_code == 7, done.output
+    assert "drifted from the run before: Jensen-Shannon distance 1 is more than 0.9" in done.stderr
+    assert "bad.tar" in done.stderr
+    assert cvt_label("--set=gate.max_js=null").exit_code == 3
+
+
+def test_with_one_run_alone_compare_has_nothing_to_compare_and_passes(tmp_path: Path) -> None:
+    write(tmp_path, "0.tar", TROUSER)
+    uri = judged(tmp_path).plan.partition.uri
+    app = make_app()
+    app.command()(compare)
+    done = CliRunner().invoke(app, [f"{uri}@previous", f"{uri}@latest", "--max-psi", "0.1"])
+    assert done.exit_code == 0
+    assert "nothing is compared" in done.stderr
+
+
+def test_limits_hold_the_totals_of_a_comparison() -> None:
+    totals = {
+        "images_a": 100, "images_b": 50, "psi": 0.3, "js_distance": 0.2, "score_psi": 0.1, "agreement": 0.8,
+    }  # fmt: skip
+    assert Limits(0.3, 0.2, 0.1, 0.8).broken(totals) == []
+    assert Limits(0.29, 0.19, 0.09, 0.81).broken(totals) == [
+        "PSI 0.3 is more than 0.29",
+        "Jensen-Shannon distance 0.2 is more than 0.19",
+        "PSI of the scores 0.1 is more than 0.09",
+        "agreement 0.8 is less than 0.81",
+    ]
+    assert Limits(0.1, min_agreement=0.9, min_images=51).broken(totals) == ["agreement 0.8 is less than 0.9"]
+    assert Limits(0.1).broken(totals | {"psi": float("nan")}) != []
+
+
+def test_datasets_that_share_an_output_are_each_compared_with_themselves(tmp_path: Path) -> None:
+    def labelled(name: str) -> RunResult:
+        settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+        return run_labelling(load_config(Config, None, [*settings, "gate.max_psi=1"]))
+
+    for night in range(2):
+        for name, kind in (("shoes", TROUSER), ("bags", BAG)):
+            write(tmp_path, f"{night}.tar", kind, skip=20 * night, folder=name)
+            assert labelled(name).broken_limits == []
+    write(tmp_path, "2.tar", BAG, folder="shoes")
+    broken = labelled("shoes").broken_limits
+    assert len(broken) == 1
+    assert labelled("bags").broken_limits == []
+    assert labelled("shoes").broken_limits == broken
+    [page] = tmp_path.glob("out/model=*/report.html")
+    assert page.read_text().count(broken[0]) == 1
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_a_run_that_did_not_end_counts_with_the_one_that_does_the_rest(tmp_path: Path, status: str) -> None:
+    """So a night that has drifted doesn't pass for being like its own first half."""
+    write(tmp_path, "0.tar", TROUSER)
+    judged(tmp_path)
+    write(tmp_path, "1.tar", BAG)
+    unended = judged(tmp_path)
+    uri = f"{unended.plan.partition.uri}/runs/{unended.run}.json"
+    values = {
+        name: value for name, value in record(unended).items() if name not in ("drift", "broken_limits")
+    }
+    Storage().write(uri, json.dumps(values | {"status": status}).encode())
+    assert judged(tmp_path).broken_limits == unended.broken_limits  # it finds nothing left to do
+    write(tmp_path, "2.tar", BAG, skip=20)
+    result = judged(tmp_path)
+    assert len(result.broken_limits) == 1
+    drift = record(result)["drift"]
+    assert isinstance(drift, dict)
+    assert (drift["images_a"], drift["images_b"]) == (20, 40)
+    write(tmp_path, "3.tar", BAG)
+    assert judged(tmp_path).broken_limits == []

@@ -1,0 +1,64 @@
+"""Which settings make another partition of the output, and which don't."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.run import make_job, run_labelling
+
+USUAL = "classify.device=cuda"  # known before there is a cluster, so none is needed here
+
+
+def config(*overrides: str) -> Config:
+    base = ["input.uri=in", "model.path=fashion-mnist", "output.uri=out", USUAL]
+    return load_config(Config, None, [*base, *overrides])
+
+
+def fingerprint(*overrides: str) -> str:
+    return make_job(config(*overrides)).fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "decode.quality=fast",
+        "decode.device=gpu",
+        "decode.device=auto",
+        "model.precision=bf16",
+        "output.topk=3",
+        "input.labels=false",
+    ],
+)
+def test_what_decides_a_row_makes_another_partition(override: str) -> None:
+    assert fingerprint(override) != fingerprint()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "decode.device=cpu",
+        "decode.quality=exact",
+        "input.uri=elsewhere",
+        "read.fetches=1",
+        "read.chunk_images=3",
+        "classify.chunks_at_once=1",
+        "classify.batch_size=3",
+        "ray.backpressure_ratio=9",
+    ],
+)
+def test_how_the_work_is_spread_does_not(override: str) -> None:
+    assert fingerprint(override) == fingerprint()
+
+
+def test_a_gpu_decodes_alike_by_name_and_by_choice() -> None:
+    assert fingerprint("decode.device=auto") == fingerprint("decode.device=gpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_without_torchvision_a_gpu_decoder_is_refused_with_what_to_install(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
+        run_labelling(config("decode.device=auto", f"output.uri={tmp_path}"))

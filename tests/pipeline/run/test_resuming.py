@@ -1,0 +1,620 @@
+"""Runs after runs: what is labelled again and what isn't, and what two runs at once do to each other."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.local_s3 import LocalS3
+from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Progress, Repairs, RunRecord
+from pipeline.commit import committer as committing
+from pipeline.config import Config, ConfigError, Selection, load_config
+from pipeline.predictions import prediction_path
+from pipeline.report import Item, read_gallery, write_gallery
+from pipeline.run import (
+    Job,
+    Plan,
+    RunResult,
+    State,
+    Stopped,
+    Work,
+    labelling,
+    make_plan,
+    run_labelling,
+    summaries,
+)
+from pipeline.run.labelling import rebuild
+from pipeline.storage import ObjectInfo, Storage
+from tests.fault_proxy import FaultProxy
+from tests.makers import make_image, make_tar
+from tests.pipeline.crashing import leave_out_ray
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_ray(monkeypatch)
+
+
+def config(root: str, *overrides: str) -> Config:
+    base = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist"]
+    return load_config(Config, None, [*base, *overrides])
+
+
+def write(root: str, name: str, seed: int, count: int = 12, bad: bool = False) -> None:
+    members = [(f"{i}.jpg", make_image(seed * 100 + i)) for i in range(count)]
+    members += [("bad.jpg", b"no image")] * bad
+    Storage().write(f"{root}/in/{name}", make_tar(members))
+
+
+def files(root: str, below: str = "/predictions/") -> dict[str, bytes]:
+    storage = Storage()
+    return {o.uri: storage.read(o.uri) for o in storage.list(f"{root}/out") if below in o.uri}
+
+
+def keys(root: str) -> list[tuple[str, str]]:
+    tables = [pq.read_table(io.BytesIO(data)) for data in files(root).values()]
+    return [(row["shard"], row["key"]) for table in tables for row in table.to_pylist()]
+
+
+def record(result: RunResult) -> dict[str, Any]:
+    partition = result.plan.partition
+    return dict(json.loads(Storage().read(f"{partition.uri}/runs/{result.run}.json")))
+
+
+def test_a_rerun_with_nothing_new_starts_no_ray_and_touches_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    write(root, "a.tar", 1)
+    run_labelling(config(root))
+    kept = {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")}
+
+    def no_ray(address: str | None) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(labelling, "ray_cluster", no_ray)
+    again = run_labelling(config(root))
+    assert again.is_complete
+    assert again.plan.work.states == {State.DONE: 1, State.GONE: 0}
+    assert {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")} == kept
+    assert record(again)["status"] == "complete"
+
+
+def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+    first = run_labelling(config(root))
+    assert first.totals.images == 36
+    write(root, "1.tar", 9, count=5)
+    write(root, "3.tar", 3)
+    (tmp_path / "in" / "2.tar").unlink()
+    plan = make_plan(config(root))
+    assert plan.work.states == {State.DONE: 1, State.CHANGED: 1, State.NEW: 1, State.GONE: 1}
+    second = run_labelling(config(root))
+    assert (second.totals.shards, second.totals.images) == (2, 17)
+    assert second.statistics is not None
+    assert int(second.statistics.count.sum()) == len(keys(root)) == len(set(keys(root))) == 12 + 5 + 12 + 12
+    assert record(second)["plan"] == {"new": 1, "changed": 1, "done": 1, "gone": 1, "to_label": 2}
+
+
+def label_with_a_thumbnail(root: str) -> None:
+    write(root, "0.tar", 0)
+    gallery = Storage(), make_plan(config(root)).partition.uri
+    write_gallery(*gallery, [Item(0, "a class", "most", 0.5, f"{root}/in/old.tar", 0, "key", b"JPEG")])
+    run_labelling(config(root))
+    assert len(read_gallery(*gallery)) == 1
+
+
+def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    label_with_a_thumbnail(root)
+    write(root, "1.tar", 1)
+    run_labelling(config(root, "report.gallery=0"))
+    assert files(root, "gallery") == {}
+
+
+def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_label(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    label_with_a_thumbnail(root)
+    [page] = files(root, "report.html").values()
+    assert b"data:image/jpeg" in page
+    run_labelling(config(root, "report.gallery=0"))
+    assert files(root, "gallery") == {}
+    [page] = files(root, "report.html").values()
+    assert b"data:image/jpeg" not in page
+
+
+def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> str:
+        raise RuntimeError("no fonts")
+
+    root = str(tmp_path)
+    write(root, "0.tar", 0)
+    monkeypatch.setattr(summaries, "make_report", fail)
+    assert run_labelling(config(root)).is_complete
+    assert "the report could not be drawn" in caplog.text
+    assert record(run_labelling(config(root)))["status"] == "complete"
+
+
+def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(2):
+        write(root, f"{i}.tar", i)
+    run_labelling(config(root))
+    gone = tmp_path / "in" / "0.tar"
+    content = gone.read_bytes()
+    gone.unlink()
+    run_labelling(config(root))
+    assert len(files(root)) == 2
+    assert [row.gone for row in make_plan(config(root)).partition.manifest.rows()] == [True, False]
+    gallery = Storage(), make_plan(config(root)).partition.uri
+    items = [Item(0, "a class", "most", 0.5, f"{root}/in/{i}.tar", i, "key", b"JPEG") for i in range(2)]
+    write_gallery(*gallery, items)
+    pruned = run_labelling(config(root), selection=Selection(prune=True))
+    assert pruned.pruned == 1
+    assert len(files(root)) == 1
+    assert pruned.statistics is not None
+    assert int(pruned.statistics.count.sum()) == 12
+    assert [item.shard for item in read_gallery(*gallery)] == [f"{root}/in/1.tar"]
+    gone.write_bytes(content)
+    back = run_labelling(config(root))
+    assert back.totals.shards == 1
+    assert len(files(root)) == 2
+
+
+def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, "good.tar", 1)
+    write(root, "bad.tar", 2, bad=True)
+    (tmp_path / "in" / "cut.tar").write_bytes((tmp_path / "in" / "good.tar").read_bytes()[:2000])
+    first = run_labelling(config(root))
+    assert not first.is_complete
+    second = run_labelling(config(root))
+    assert (second.totals.shards, second.is_complete) == (0, False)
+    third = run_labelling(config(root), selection=Selection(retry_errors=True))
+    assert (third.totals.shards, third.totals.errors, third.is_complete) == (2, 1, False)
+    write(root, "cut.tar", 3)
+    fourth = run_labelling(config(root))
+    assert (fourth.totals.shards, fourth.is_complete) == (1, True)
+
+
+def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
+    bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("pipeline.storage.retrying._LONGEST_PAUSE", 0.01)
+    write(bucket, "a.tar", 1)
+    write(bucket, "b.tar", 2)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        is_b = lambda request: request.method == "GET" and request.path.endswith("/b.tar")  # noqa: E731
+        proxy.next(*["slow_down"] * 50, where=is_b)
+        first = run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"))
+    [row] = first.totals.unreadable
+    assert row.uri == f"{bucket}/in/b.tar"
+    assert "SlowDown" in str(row.error)
+    assert not first.is_complete
+    second = run_labelling(config(bucket))
+    assert (second.totals.shards, second.totals.images, second.is_complete) == (1, 12, True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_manifest_and_statistics_are_rebuilt_from_the_labels(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
+    for i in range(3):
+        write(root, f"{i}.tar", i, bad=i == 1)
+    storage = Storage()
+    run_labelling(config(root))
+    cut = storage.read(f"{root}/in/0.tar")[:2000]
+    storage.write(f"{root}/in/0.tar", cut)  # labelled, and then a version that can't be read
+    storage.write(f"{root}/in/cut.tar", cut)
+    storage.delete(f"{root}/in/2.tar")
+    partition = run_labelling(config(root)).plan.partition
+    names = [f"{partition.uri}/{name}.parquet" for name in ("manifest", "class_stats")]
+    before = [storage.read(name) for name in names]
+    for name in names:
+        storage.delete(name)
+    rebuild(config(root))
+    after = [storage.read(name) for name in names]
+    assert after[1] == before[1]
+    tables = [
+        pq.read_table(io.BytesIO(data)).drop_columns(["run", "committed_at"])
+        for data in (before[0], after[0])
+    ]
+    assert tables[0].equals(tables[1])
+    assert [row["gone"] for row in tables[0].to_pylist()] == [False, False, True, False]
+    assert make_plan(config(root)).shards == []
+
+
+def test_without_a_manifest_a_run_finds_out_what_is_labelled(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+    partition = run_labelling(config(root)).plan.partition
+    Path(partition.manifest.uri).unlink()
+    write(root, "3.tar", 3)
+    again = run_labelling(config(root))
+    assert again.totals.shards == 1
+    assert again.statistics is not None
+    assert int(again.statistics.count.sum()) == 48
+
+
+def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write(root, "a.tar", 1)
+    refused = []
+
+    def another(progress: Progress, plan: Plan) -> None:
+        try:
+            run_labelling(config(root))
+        except LeaseHeldError as error:
+            refused.append(str(error))
+
+    run_labelling(config(root), another)
+    assert refused
+    assert "works on these labels" in refused[0]
+    assert make_plan(config(root)).shards == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither knows of the other; and the input changes under the first, which is a zombie in the end."""
+    root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
+    for i in range(8):
+        write(root, f"{i}.tar", i)
+    monkeypatch.setattr(labelling.Lease, "acquire", lambda self, wait, on_wait: False)
+    monkeypatch.setattr(labelling.Lease, "release", lambda self, in_order: None)
+    half_way, changed = threading.Event(), threading.Event()
+    failures = []
+
+    def zombie_goes_on_late(progress: Progress, plan: Plan) -> None:
+        if progress.images >= 50 and not half_way.is_set():
+            half_way.set()
+            changed.wait(60)
+
+    def job(on_progress: Callable[[Progress, Plan], None]) -> None:
+        try:
+            run_labelling(config(root), on_progress)
+        except Exception as error:
+            failures.append(error)
+
+    zombie = threading.Thread(target=job, args=(zombie_goes_on_late,))
+    zombie.start()
+    assert half_way.wait(60)
+    for i in (1, 5, 7):
+        write(root, f"{i}.tar", 50 + i, count=9)
+    other = threading.Thread(target=job, args=(lambda progress, plan: changed.set(),))
+    other.start()
+    zombie.join()
+    other.join()
+    assert failures == []
+    run_labelling(config(root))
+    found = keys(root)
+    assert len(found) == len(set(found)) == 5 * 12 + 3 * 9
+    ended = files(root)
+    alone = config(root, f"output.uri={root}/out/alone")
+    storage = Storage()
+    partition = run_labelling(alone).plan.partition
+    for uri, data in ended.items():
+        assert storage.read(f"{partition.uri}/predictions/{uri.partition('/predictions/')[2]}") == data
+
+
+def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(4):
+        write(root, f"{i}.tar", i)
+
+    def take_over(progress: Progress, plan: Plan) -> None:
+        lease = Path(plan.partition.uri, "lease.json")
+        lease.write_text(lease.read_text().replace('"run": "', '"run": "other-'))
+        time.sleep(0.3)
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root, "run.lease_s=0.3"), take_over)
+    assert run_labelling(config(root), wait=True).is_complete
+    assert len(keys(root)) == len(set(keys(root))) == 48
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, number: int) -> None:
+    root = str(tmp_path)
+    for i in range(6):
+        write(root, f"{i}.tar", i)
+
+    told = []
+
+    def stop(progress: Progress, plan: Plan) -> None:
+        if not told:
+            told.append(progress.images)
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped):
+        run_labelling(config(root), stop)
+    assert told == [5]
+    plan = make_plan(config(root))
+    assert plan.in_order
+    assert plan.work.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
+    assert files(root, "class_stats.parquet")
+    [path] = files(root, "/runs/")
+    status = json.loads(Path(path).read_text())
+    assert (status["status"], status["counts"]["shards"]) == ("interrupted", 1)
+    assert run_labelling(config(root)).totals.shards == 5
+
+
+def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+
+    def stop(progress: Progress, plan: Plan) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_labelling(config(root, "run.grace_s=0.5"), stop)
+    assert time.monotonic() - start < 15
+    assert files(root) == {}
+    assert run_labelling(config(root)).totals.shards == 3
+
+
+def test_storage_that_fails_now_and_then_costs_nothing_but_time(
+    bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying._FIRST_PAUSE", 0.01)
+    for i in range(6):
+        write(bucket, f"{i}.tar", i)
+    with FaultProxy(s3_server.endpoint_url, seed=3, rate=0.5) as proxy:
+        result = run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"))
+        injected = dict(proxy.injected)
+    assert (result.totals.images, result.is_complete) == (72, True)
+    assert sum(injected.values()) > 10
+    counted = record(result)["storage_faults"]
+    assert sum(counted.values()) >= sum(injected.values()) / 2  # not those of the record's own writing
+    assert {"SlowDown", "InternalError", "AccessDenied"} & counted.keys()
+    disturbed = files(bucket)
+    again = run_labelling(config(bucket), selection=Selection(relabel=True))
+    assert again.totals.shards == 6
+    assert files(bucket) == disturbed
+
+
+def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifest_whole(
+    tmp_path: Path,
+) -> None:
+    write(str(tmp_path), "a.tar", 1, count=10)
+    one = run_labelling(config(str(tmp_path)))
+    other = run_labelling(config(str(tmp_path), "output.topk=2"))
+    assert one.plan.partition.uri != other.plan.partition.uri
+    (tmp_path / "in" / "a.tar").unlink()
+    write(str(tmp_path), "b.tar", 2, count=15)
+    grown = run_labelling(config(str(tmp_path)))
+    assert grown.totals.images == 15
+    assert grown.statistics is not None
+    assert int(grown.statistics.count.sum()) == 25
+    assert len(files(str(tmp_path), f"{grown.plan.partition.uri}/predictions")) == 2
+
+
+def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_statistics(
+    tmp_path: Path,
+) -> None:
+    shard = tmp_path / "in" / "a.tar"
+    write(str(tmp_path), "a.tar", 1, count=20)
+    job = config(f"file://{tmp_path}")
+    first = run_labelling(job)
+    shard.write_bytes(shard.read_bytes()[:3000])
+    second = run_labelling(job)
+    assert [row.uri for row in second.totals.unreadable] == [str(shard)]
+    assert first.statistics is not None
+    assert second.statistics is not None
+    assert int(second.statistics.count.sum()) == int(first.statistics.count.sum()) == 20
+    [row] = pq.read_table(second.plan.partition.manifest.uri).to_pylist()
+    assert (row["rows"], row["run"]) == (20, first.run)
+    assert "damaged" in row["error"]
+    assert Path(second.plan.partition.uri, row["output"]).is_file()
+
+
+def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
+    tmp_path: Path,
+) -> None:
+    for i in range(3):
+        write(str(tmp_path), f"{i}.tar", i)
+    job = config(str(tmp_path))
+
+    def interrupt(progress: Progress, plan: Plan) -> None:
+        if progress.shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_labelling(job, interrupt)
+    partition = make_plan(job).partition
+    manifest = pq.read_table(partition.manifest.uri).to_pylist()
+    labelled = list(Path(partition.uri, "predictions").rglob("*.parquet"))
+    assert len(manifest) == len(labelled) >= 1
+    [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]
+    assert record["status"] == "interrupted"
+    assert record["counts"]["shards"] == len(labelled)
+
+
+def write_images(root: str, *numbers: int) -> None:
+    for i in numbers:
+        Storage().write(f"{root}/in/sub/{i:03d}.jpg", make_image(i))
+
+
+def image_uris(root: str) -> list[str]:
+    """The images that a reader finds labels of, by their URIs."""
+    return sorted(f"{shard.rpartition('/')[0]}/{key}" for shard, key in keys(root))
+
+
+def test_labels_of_a_group_that_a_zombie_brings_back_are_removed(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    first = run_labelling(config(root))
+    kept = files(root)
+    groups = [shard.members for shard in first.plan.shards]
+    first_image, *others = next(members for members in groups[1:] if len(members) > 2)
+    assert others
+    Storage().delete(first_image.uri)  # whose name begins the group: the others join the one before
+    run_labelling(config(root))
+    [removed] = kept.keys() - files(root).keys()
+    Storage().write(removed, kept[removed])
+    for _ in range(2):
+        run_labelling(config(root))
+        assert len(image_uris(root)) == len(set(image_uris(root))) == 29
+
+
+def test_a_wider_input_takes_over_the_images_of_a_narrower_one_and_not_the_reverse(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_images(root, *range(10))
+    narrow = config(root, f"input.uri={root}/in/sub")
+    run_labelling(narrow)
+    run_labelling(config(root))
+    assert len(image_uris(root)) == len(set(image_uris(root))) == 10
+    with pytest.raises(ConfigError, match=r"in/sub lies in .*/in, whose loose images have labels"):
+        run_labelling(narrow)
+
+
+def test_labels_that_somebody_removed_are_made_again(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for i in range(3):
+        write(root, f"{i}.tar", i)
+    run_labelling(config(root))
+    Path(sorted(files(root))[1]).unlink()
+    again = run_labelling(config(root))
+    assert again.totals.shards == 1
+    assert len(keys(root)) == 36
+    assert again.statistics is not None
+    assert int(again.statistics.count.sum()) == 36
+
+
+def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_path: Path) -> None:
+    """It has labelled a shard; before it lists it, the shard goes, and another run prunes its labels."""
+    root = str(tmp_path)
+    for i in range(4):
+        write(root, f"{i}.tar", i)
+    content = (tmp_path / "in" / "0.tar").read_bytes()
+
+    def meanwhile(progress: Progress, plan: Plan) -> None:
+        if progress.shards < 1 or not (tmp_path / "in" / "0.tar").exists():
+            return
+        (tmp_path / "in" / "0.tar").unlink()
+        lease = Path(plan.partition.uri, "lease.json")
+        lease.write_text(lease.read_text().replace('"run": "', '"run": "other-').replace("held", "released"))
+        run_labelling(config(root), selection=Selection(prune=True))
+        time.sleep(0.5)
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root, "run.lease_s=0.3"), meanwhile)
+    (tmp_path / "in" / "0.tar").write_bytes(content)
+    assert run_labelling(config(root)).is_complete
+    assert len(keys(root)) == len(set(keys(root))) == 48
+
+
+def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    for i in range(2):
+        write(root, f"{i}.tar", i)
+    run_labelling(config(root))
+    (tmp_path / "in" / "0.tar").unlink()
+    tidy = labelling.tidy
+
+    def suspended(job: Job, work: Work, repairs: Repairs, record: RunRecord, lease: Lease) -> bool:
+        monkeypatch.setattr(labelling, "tidy", tidy)
+        write(root, "0.tar", 7, count=3)
+        path = Path(job.partition.uri, "lease.json")
+        held = path.read_text()
+        path.unlink()
+        run_labelling(config(root))
+        path.write_text(held)
+        return tidy(job, work, repairs, record, lease)
+
+    monkeypatch.setattr(labelling, "tidy", suspended)
+    run_labelling(config(root), selection=Selection(prune=True))
+    run_labelling(config(root))
+    assert len(keys(root)) == 12 + 3
+
+
+def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_takes_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has asked for its lease, and sleeps; the images are grouped anew, and another run labels them."""
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    groups = [shard for shard in make_plan(config(root)).shards if len(shard.members) > 2]
+    victim = groups[-1]
+    name = prediction_path(victim.uri)
+    monkeypatch.setattr(committing, "WRITERS", 1)
+    write_object = Storage.write
+
+    def suspended(self: Storage, uri: str, *args: Any) -> ObjectInfo:
+        if not uri.endswith(name):
+            return write_object(self, uri, *args)
+        monkeypatch.setattr(Storage, "write", write_object)
+        Storage().delete(victim.members[0].uri)  # which gave the group its name
+        lease = next(info.uri for info in Storage().list(f"{root}/out") if info.uri.endswith("lease.json"))
+        Storage().delete(lease)
+        monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
+        run_labelling(config(root))
+        return write_object(self, uri, *args)
+
+    monkeypatch.setattr(Storage, "write", suspended)
+    with suppress(LeaseLostError):  # unless it ends before it would renew it
+        run_labelling(config(root))
+    assert len(image_uris(root)) == len(set(image_uris(root))) == 29
+
+
+def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are grouped anew under the first, which goes on with the groups that it has found."""
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    monkeypatch.setattr(Lease, "acquire", lambda self, wait, on_wait: True)
+    monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
+    victim = [shard for shard in make_plan(config(root)).shards if len(shard.members) > 2][-1]
+    changed = []
+
+    def meanwhile(progress: Progress, plan: Plan) -> None:
+        if not changed:
+            changed.append(progress)
+            Storage().delete(victim.members[0].uri)
+            run_labelling(config(root))
+
+    first = run_labelling(config(root), meanwhile)
+    assert len(image_uris(root)) == len(set(image_uris(root))) == 29
+    assert first.withdrawn
+    assert make_plan(config(root)).shards == []
+
+
+def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path: Path) -> None:
+    """For the other run may have grouped them otherwise."""
+    root = str(tmp_path)
+    write_images(root, *range(30))
+    overtaken = []
+
+    def overtake(progress: Progress, plan: Plan) -> None:
+        if not overtaken:
+            lease = Path(plan.partition.uri, "lease.json")
+            lease.write_text(lease.read_text().replace('"run": "', '"run": "other-'))
+            overtaken.append(progress)
+
+    with pytest.raises(LeaseLostError):
+        run_labelling(config(root), overtake)
+    assert len(files(root)) <= 1  # the group that was being written just then

@@ -1,0 +1,154 @@
+"""Training on real shards with a real Ray Train: new, cut off and resumed, and from a checkpoint."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.errors import CheckpointError
+from cvt.presets import preset_preprocessor
+from pipeline.config import ConfigError, TrainConfig, load_config
+from pipeline.train.model import make_subject
+from pipeline.train.training import augment, train
+from tests.makers import make_tar
+
+SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
+FASHION_MNIST = Path(__file__).parents[3] / "configs" / "fashion_mnist_train.yaml"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards to train on and one to validate on, 96 images each, and a few that are no use."""
+    folder = tmp_path_factory.mktemp("shards")
+    with tarfile.open(SAMPLE / "test-0000.tar") as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()[: 3 * 192]]  # type: ignore[union-attr]
+    for name, start in (("train/0.tar", 0), ("train/1.tar", 192), ("validation/0.tar", 384)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        content = [*members[start : start + 192], ("broken.jpg", b"no image"), ("broken.cls", b"1")]
+        (folder / name).write_bytes(make_tar([*content, ("nolabel.png", members[0][1])]))
+    return folder
+
+
+def config(shards: Path, output: Path, *overrides: str) -> TrainConfig:
+    return load_config(
+        TrainConfig,
+        FASHION_MNIST,
+        [
+            f"train.uri={shards}/train",
+            f"validation.uri={shards}/validation",
+            f"output.path={output}",
+            "model.new.cvt.embed_dim=[8, 16, 16]",
+            "model.new.cvt.num_heads=[1, 2, 2]",
+            "model.new.cvt.depth=[1, 1, 1]",
+            "schedule.batch_size=32",
+            "schedule.epochs=2",
+            "workers.threads=1",
+            *overrides,
+        ],
+    )
+
+
+def test_a_training_that_was_cut_off_goes_on_where_it_was(
+    ray_local: None, shards: Path, tmp_path: Path
+) -> None:
+    seen: list[Mapping[str, float]] = []
+    cut = train(config(shards, tmp_path, "schedule.epochs=1"), seen.append)
+    assert [row["epoch"] for row in cut.history] == [row["epoch"] for row in seen] == [1]
+    whole = train(config(shards, tmp_path), seen.append)
+    assert [row["epoch"] for row in whole.history] == [row["epoch"] for row in seen] == [1, 2]
+    assert whole.history[0] == cut.history[0]
+    assert whole.best["accuracy"] == max(row["accuracy"] for row in whole.history)
+    assert all(0 <= row["accuracy"] <= 1 for row in whole.history)
+
+    with pytest.raises(Exception, match=r"begun with .*'batch_size': 32"):
+        train(config(shards, tmp_path, "schedule.batch_size=16"), seen.append)
+
+    checkpoint = load_checkpoint(whole.path)
+    assert checkpoint.labels == load_checkpoint("fashion-mnist").labels
+    assert checkpoint.preprocessor == load_checkpoint("fashion-mnist").preprocessor
+    assert sorted(p.name for p in Path(whole.path).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+
+
+def test_a_shard_that_cannot_be_read_ends_the_training_with_its_name(
+    ray_local: None, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train").mkdir()
+    whole = (shards / "train" / "0.tar").read_bytes()
+    (tmp_path / "train" / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Exception, match=r"cut\.tar"):
+        train(config(shards, tmp_path / "runs", f"train.uri={tmp_path}/train"), lambda _: None)
+
+
+def test_a_training_may_start_from_a_checkpoint_with_other_labels(shards: Path, tmp_path: Path) -> None:
+    start = ["model.new=null", "model.start=fashion-mnist"]
+    same = make_subject(config(shards, tmp_path, *start))
+    assert same.model.config.num_labels == 10
+    other = make_subject(config(shards, tmp_path, *start, "model.labels=[dress, shoe]"))
+    assert other.model.config.id2label == {0: "dress", 1: "shoe"}
+    assert other.model(torch.zeros(1, 3, 28, 28)).logits.shape == (1, 2)
+    torch.testing.assert_close(other.model.cvt.state_dict(), same.model.cvt.state_dict())
+
+
+def test_a_start_that_cannot_be_loaded_is_named(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="/no/such/model"):
+        make_subject(config(shards, tmp_path, "model.new=null", "model.start=/no/such/model"))
+
+
+def test_a_new_model_and_a_start_exclude_each_other(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"either model\.new or model\.start"):
+        config(shards, tmp_path, "model.start=fashion-mnist")
+
+
+def test_an_unknown_field_of_the_architecture_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.new\.cvt: unknown field depht"):
+        make_subject(config(shards, tmp_path, "model.new.cvt.depht=[1, 1, 1]"))
+    with pytest.raises(ConfigError, match=r"model\.new: .*num_heads"):
+        make_subject(config(shards, tmp_path, "model.new.cvt.num_heads=[1, 2, 3]"))
+
+
+def test_a_new_model_may_be_a_published_variant(shards: Path, tmp_path: Path) -> None:
+    plain = ["model.new.cvt={}", "model.new.preprocessor={}", "model.new.preset=cvt-21"]
+    made = make_subject(config(shards, tmp_path, *plain, "model.new.cvt.depth=[1, 1, 2]"))
+    assert made.model.config.embed_dim == [64, 192, 384]
+    assert made.model.config.depth == [1, 1, 2]
+    assert made.model.config.num_labels == 10
+    assert made.preprocessor == preset_preprocessor(224)
+    with pytest.raises(ConfigError, match=r"model\.new: there is no preset 'cvt-14', only cvt-13"):
+        make_subject(config(shards, tmp_path, "model.new.preset=cvt-14"))
+
+
+def test_the_bundled_checkpoint_has_the_architecture_of_its_configuration() -> None:
+    made = make_subject(load_config(TrainConfig, FASHION_MNIST))
+    bundled = load_checkpoint(str(BUNDLED["fashion-mnist"]))
+    assert made.preprocessor == bundled.preprocessor
+    assert {k: v.shape for k, v in made.model.state_dict().items()} == {
+        k: v.shape for k, v in bundled.model.state_dict().items()
+    }
+
+
+def test_augmentation_shifts_and_mirrors_whole_images() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(1, 37, dtype=torch.uint8).reshape(1, 1, 6, 6).expand(64, 3, 6, 6)
+    made = augment(image, flip=True, shift=1)
+    assert made.shape == image.shape
+    padded = torch.nn.functional.pad(image[:1], (1, 1, 1, 1))
+    windows = [padded[0, :, y : y + 6, x : x + 6] for y in range(3) for x in range(3)]
+    windows += [window.flip(-1) for window in windows]
+    possible = {window.contiguous().numpy().tobytes() for window in windows}
+    found = {one.contiguous().numpy().tobytes() for one in made}
+    assert found <= possible
+    assert len(found) > 9  # shifts and mirrors both occur
+
+
+def test_without_augmentation_images_stay_as_they_are() -> None:
+    image = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    assert torch.equal(augment(image, flip=False, shift=0), image)
