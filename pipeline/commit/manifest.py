@@ -254,7 +254,7 @@ class Manifest:
         """The rows of one version, a row group at a time."""
         if version == ABSENT:
             return
-        with self.count_errors(), self._storage.open_raw(self.uri, version) as stream:
+        with self._errors(), self._storage.open_raw(self.uri, version) as stream:
             file = pq.ParquetFile(stream, pre_buffer=True)
             missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
             if missing:
@@ -266,7 +266,7 @@ class Manifest:
                 yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
 
     @contextmanager
-    def count_errors(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowInvalid, ValueError, KeyError) as error:
