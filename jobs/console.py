@@ -22,8 +22,9 @@ from pipeline.run import State
 from pipeline.text import percent, printable, score
 
 if TYPE_CHECKING:
+    from pipeline.commit import Partition
     from pipeline.config import Config, Selection
-    from pipeline.run import Work
+    from pipeline.run import Plan
     from pipeline.statistics import ClassStatistics
 
 
@@ -75,6 +76,18 @@ def precisions_option(default: str) -> Any:
     return typer.Option("--precision", metavar="|".join(DTYPES), callback=_each_of(DTYPES), help=shown)
 
 
+PartitionArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[URI]", help="URI of a model's labels: .../model=NAME-FINGERPRINT.", show_default=False
+    ),
+]
+PartitionConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="Instead of the URI, a job's configuration; its model is not loaded."
+    ),
+]
 RuntimesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -186,6 +199,27 @@ def load_job(
     return config, Selection(**{name: bool(value) or name in again for name, value in given.items()})
 
 
+def given_partition(uri: str | None, config: Path | None, overrides: list[str] | None = None) -> Partition:
+    """The partition that a command line names, by its URI or by the configuration of its job.
+
+    Raises:
+        ConfigError: as `pipeline.config.load_config`.
+        StorageError: there is no such partition.
+    """
+    from pipeline.commit import Partition
+    from pipeline.config import Config, load_config
+    from pipeline.run.partitions import find_partition
+    from pipeline.storage import Storage
+
+    if (uri is None) == (config is None):
+        raise typer.BadParameter("give either a URI or --config")
+    if config is not None:
+        return find_partition(load_config(Config, config, overrides or ()))
+    if overrides:
+        raise typer.BadParameter("--set needs --config")
+    return Partition.open(Storage(), str(uri))
+
+
 def found_device(device: Device) -> Literal["cpu", "cuda"]:
     """What `--device` auto, cpu or cuda means here, "cpu" or "cuda"; refuses a GPU that isn't there."""
     import torch  # takes seconds, which --help need not wait for
@@ -240,12 +274,12 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
     return table
 
 
-def states_line(work: Work) -> str:
+def states_line(plan: Plan) -> str:
     """How many shards are in which state, and how many are to be labelled."""
-    counts = [f"{work.states[state]:,} {state}" for state in State if work.states[state]]
-    again = f" ({work.again:,} of them again)" if work.again else ""
-    prune = f", {len(work.to_prune):,} to prune" if work.selection.prune else ""
-    return f"{', '.join(counts)}; {len(work.shards):,} to label{again}{prune}"
+    counts = [f"{plan.states[state]:,} {state}" for state in State if plan.states[state]]
+    again = f" ({plan.again:,} of them again)" if plan.again else ""
+    prune = f", {len(plan.to_prune):,} to prune" if plan.selection.prune else ""
+    return f"{', '.join(counts)}; {len(plan.shards):,} to label{again}{prune}"
 
 
 def accuracy(stats: ClassStatistics, topk: int) -> str:

@@ -31,10 +31,11 @@ from jobs.console import (
     run_alone,
     states_line,
 )
-from pipeline.commit import committer as committing
+from pipeline import commit
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.run import Plan, RunResult, run_labelling
-from pipeline.statistics import bound_by
+from pipeline.run import Plan, PreparedRun, RunResult
+from pipeline.run import label as label_dataset
+from pipeline.statistics import bound_by, class_table
 from pipeline.text import printable
 
 logger = logging.getLogger("cvt_label")
@@ -86,11 +87,11 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     logger.setLevel(logging.INFO)
     with _Bar() if err.is_terminal else _Lines() as shown:
 
-        def planned(plan: Plan) -> None:
-            err.print(states_line(plan.work), markup=False, highlight=False)
+        def planned(prepared: PreparedRun) -> None:
+            err.print(states_line(prepared.plan), markup=False, highlight=False)
             shown.planned(plan)
 
-        result = run_labelling(
+        result = label_dataset(
             config, shown.update, selection, wait=wait, on_wait=logger.info, on_plan=planned
         )
     print_result(result)
@@ -121,7 +122,7 @@ class _Bar:
     def planned(self, plan: Plan) -> None:
         self._bar.update(self._task, total=len(plan.shards))
 
-    def update(self, progress: committing.Progress, plan: Plan) -> None:
+    def update(self, progress: commit.Progress, plan: Plan) -> None:
         self._bar.start()
         state = self._pace.described(progress, plan)
         self._bar.update(self._task, completed=progress.shards, state=state)
@@ -148,7 +149,7 @@ class _Lines:
         if plan.shards:
             self._teller.start()
 
-    def update(self, progress: committing.Progress, plan: Plan) -> None:
+    def update(self, progress: commit.Progress, plan: Plan) -> None:
         described = self._pace.described(progress, plan)
         self._state = f"{progress.shards} of {len(plan.shards)} shards, {described}"
         if progress.shards == len(plan.shards) and not self._over.is_set():
@@ -165,9 +166,9 @@ class _Pace:
     """What progress means in images a second and time left, from the first results on."""
 
     def __init__(self) -> None:
-        self._first: tuple[float, committing.Progress] | None = None
+        self._first: tuple[float, commit.Progress] | None = None
 
-    def described(self, progress: committing.Progress, plan: Plan) -> str:
+    def described(self, progress: commit.Progress, plan: Plan) -> str:
         """Images, of how many if the listing knows, errors, and, when it can be told, pace and time left."""
         total = f" of {plan.images:,}" if plan.images is not None else ""
         text = f"{progress.images:,}{total} images, {progress.errors:,} errors"
@@ -186,16 +187,20 @@ class _Pace:
 
 def print_result(result: RunResult, most: int = 20) -> None:
     """Prints the classes, and what a person wants to know at the end."""
-    totals, stats, work = result.totals, result.statistics, result.plan.work
+    totals, stats, work = result.totals, result.statistics, result.plan
     if stats is not None and stats.count.any():
-        out.print(class_statistics_table(result.class_table, most))
+        out.print(
+            class_statistics_table(
+                class_table(stats, result.job.partition.labels, result.job.config.output.topk), most
+            )
+        )
     facts = Table.grid(padding=(0, 2))
     rows = {
         "shards": states_line(work),
         "images": f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards",
         "errors": f"{totals.errors:,}",
         "images/s": f"{result.rate:,.1f}",
-        "output": result.plan.job.partition.uri,
+        "output": result.job.partition.uri,
     }
     if result.stages:
         rows["decoded by"] = result.decoder
@@ -205,7 +210,7 @@ def print_result(result: RunResult, most: int = 20) -> None:
     if result.pruned:
         rows["pruned"] = f"{result.pruned:,} shards that the input no longer has"
     if stats is not None and stats.has_targets:
-        rows["accuracy"] = f"{accuracy(stats, result.plan.job.config.output.topk)}, of all labels"
+        rows["accuracy"] = f"{accuracy(stats, result.job.config.output.topk)}, of all labels"
     for name, value in rows.items():
         facts.add_row(name, value)
     out.print(facts, soft_wrap=True, markup=False)

@@ -21,7 +21,7 @@ from jobs.console import (
     run_alone,
     states_line,
 )
-from pipeline.run import make_plan
+from pipeline.run import plan_run
 from pipeline.text import printable
 
 
@@ -40,20 +40,20 @@ def plan(
     Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
     """
     with exit_status():
-        planned = make_plan(*load_job(config, set, retry_errors, relabel, prune))
+        planned = plan_run(*load_job(config, set, retry_errors, relabel, prune))
     if shards:
-        for shard in planned.shards:
+        for shard in planned.plan.shards:
             line = f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
     job = planned.job
-    formats = Counter(shard.format for shard in planned.shards)
+    formats = Counter(shard.format for shard in planned.plan.shards)
     table = Table.grid(padding=(0, 2))
     rows = {
         "input": job.config.input.uri,
-        "shards": states_line(planned.work),
-        "to label": f"{len(planned.shards):,} shards, {decimal(sum(shard.size for shard in planned.shards))}"
+        "shards": states_line(planned.plan),
+        "to label": f"{len(planned.plan.shards):,} shards, {decimal(sum(shard.size for shard in planned.plan.shards))}"
         + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
-        "ignored": f"{planned.ignored:,} objects that are no shard",
+        "ignored": f"{planned.plan.ignored:,} objects that are no shard",
         "model": f"{job.checkpoint.name}, {len(job.checkpoint.labels):,} classes, "
         f"{job.checkpoint.preprocessor.size} pixels",
         "output": job.partition.uri,

@@ -5,16 +5,23 @@ Deciding what to label does not belong here.
 
 from pipeline.commit.committer import WRITERS, Committer, Progress, Target, Totals
 from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in_order
-from pipeline.commit.manifest import Known, Manifest, ManifestRow, read_known
+from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter
-from pipeline.commit.partition import Partition
+from pipeline.commit.partition import CLASS_STATS, Partition
 from pipeline.commit.record import RunRecord, new_run_id, read_record
-from pipeline.commit.recovery import Repairs, find_repairs, prediction_files, rebuilt_rows, reconcile
+from pipeline.commit.recovery import (
+    Repairs,
+    find_repairs,
+    partition_fingerprint,
+    prediction_files,
+    rebuilt_rows,
+    reconcile,
+)
 
 __all__ = [
+    "CLASS_STATS",
     "WRITERS",
     "Committer",
-    "Known",
     "Lease",
     "LeaseHeldError",
     "LeaseLostError",
@@ -30,8 +37,8 @@ __all__ = [
     "find_repairs",
     "left_in_order",
     "new_run_id",
+    "partition_fingerprint",
     "prediction_files",
-    "read_known",
     "read_record",
     "rebuilt_rows",
     "reconcile",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import islice
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -110,6 +110,11 @@ class ManifestRow:
     statistics: bytes | None = None
 
 
+_ENTRY_FIELDS = (
+    "uri", "version", "errors", "output", "output_version", "error", "failed_version", "gone", "format",
+)  # fmt: skip
+
+
 class Manifest:
     """The manifest of a partition, as it lies in storage.
 
@@ -144,6 +149,21 @@ class Manifest:
             if run is not None:
                 table = table.filter(pc.equal(table["run"], run))
             yield table.select(list(columns))
+
+    def entries(self) -> dict[str, ManifestRow]:
+        """Every shard's row by URI, with the fields that planning needs; the others are None."""
+        table = self.read(_ENTRY_FIELDS)
+        # Few values, repeated in every row: one object each.
+        shared = {"format", "error", "failed_version"}
+        columns = [
+            (column.dictionary_encode() if name in shared else column).to_pylist()
+            for name, column in zip(_ENTRY_FIELDS, table.columns, strict=True)
+        ]
+        rows = (
+            ManifestRow(**dict(zip(_ENTRY_FIELDS, values, strict=True)))
+            for values in zip(*columns, strict=True)
+        )
+        return {row.uri: row for row in rows}
 
     def rows(self) -> Iterator[ManifestRow]:
         """All rows, sorted by URI. Streams."""
@@ -384,33 +404,3 @@ def labelled_row(footer: Footer, output: str, output_version: str) -> ManifestRo
         output_version=output_version,
         statistics=pack_partial(footer.partial),
     )
-
-
-class Known(NamedTuple):
-    """What the manifest knows of a shard; see `ManifestRow`."""
-
-    version: str | None
-    errors: int | None
-    output: str | None
-    output_version: str | None
-    error: str | None
-    failed_version: str | None
-    gone: bool
-    format: str | None
-
-    @classmethod
-    def of(cls, row: ManifestRow) -> Known:
-        """The part of a manifest's row that plans are made from."""
-        return cls(*(getattr(row, name) for name in cls._fields))
-
-
-def read_known(manifest: Manifest) -> dict[str, Known]:
-    """What the manifest knows of every shard, by URI."""
-    table = manifest.read(("uri", *Known._fields))
-    # Few values, that stand in every row: one object each.
-    shared = {"format", "error", "failed_version"}
-    columns = [
-        (column.dictionary_encode() if name in shared else column).to_pylist()
-        for name, column in zip(table.column_names, table.columns, strict=True)
-    ]
-    return {uri: Known(*values) for uri, *values in zip(*columns, strict=True)}

@@ -79,6 +79,16 @@ class Partition:
         except (pa.ArrowInvalid, KeyError) as error:
             raise StorageError(uri, f"not class statistics: {error}") from None
 
+    def topk(self) -> int:
+        """How many classes the rows keep, as the last run's record says.
+
+        Raises:
+            StorageError: the record can't be read.
+        """
+        runs = self.records()
+        config = ((self.record(runs[-1]) if runs else None) or {}).get("config", {})
+        return int(config.get("output", {}).get("topk", 5))
+
     def record(self, run: str) -> dict[str, Any] | None:
         """The record of a run; None where there is none.
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.commit.manifest import Known, ManifestRow, labelled_row
+from pipeline.commit.manifest import ManifestRow, labelled_row
 from pipeline.predictions import read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
@@ -33,8 +33,20 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
         return
 
 
+def partition_fingerprint(storage: Storage, partition: str) -> str:
+    """The fingerprint of a partition's prediction files; empty where there are none.
+
+    Raises:
+        StorageError: a file can't be read, or is no prediction file.
+    """
+    for info in prediction_files(storage, partition):
+        with storage.open(info.uri, info.version) as file:
+            return read_footer(info.uri, file).fingerprint
+    return ""
+
+
 def reconcile(
-    files: Iterable[ObjectInfo], known: Mapping[str, Known], partition: str
+    files: Iterable[ObjectInfo], known: Mapping[str, ManifestRow], partition: str
 ) -> tuple[list[ObjectInfo], list[str]]:
     """Compares the prediction files with the manifest.
 
@@ -130,16 +142,22 @@ class Repairs:
         removed: shards whose rows are to go.
         cured: shards whose failures are over.
         gone: by URI, whether the input has lost the shard, where the manifest says otherwise.
+        entries: the manifest's rows with these repairs, by URI.
     """
 
     rows: dict[str, ManifestRow]
     removed: set[str]
+    entries: dict[str, ManifestRow]
     cured: set[str] = field(default_factory=set)
     gone: dict[str, bool] = field(default_factory=dict)
 
 
 def find_repairs(
-    storage: Storage, partition: str, fingerprint: str, known: dict[str, Known], in_order: bool
+    storage: Storage,
+    partition: str,
+    fingerprint: str,
+    manifest: Mapping[str, ManifestRow],
+    in_order: bool,
 ) -> Repairs:
     """Finds out how the manifest differs from what it is made from.
 
@@ -150,30 +168,29 @@ def find_repairs(
         storage: access to the partition.
         partition: its URI.
         fingerprint: its fingerprint.
-        known: what the manifest knows; repaired here.
+        manifest: its rows, by URI, as `Manifest.entries` reads them.
         in_order: whether the last run left everything in order, and the manifest is there.
 
     Raises:
         StorageError: something there is no prediction file of this partition, or no record.
     """
-    had_rows = bool(known)
-    failing = {uri for uri, row in known.items() if row.error is not None}
-    unlisted, lost = reconcile(prediction_files(storage, partition), known, partition)
+    failing = {uri for uri, row in manifest.items() if row.error is not None}
+    unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
     found = {row.uri: row for row in recovered_rows(storage, partition, fingerprint, unlisted)}
-    repairs = Repairs(dict(found), set(lost) - found.keys())
-    for uri in repairs.removed:
-        del known[uri]
-    known |= {uri: Known.of(row) for uri, row in found.items()}
-    # A file that a manifest doesn't know is newer than all it knows; without a manifest, none is.
-    newer: AbstractSet[str] = found.keys() if had_rows else set()
+    removed = set(lost) - found.keys()
+    kept = {uri: row for uri, row in manifest.items() if uri not in removed}
+    repairs = Repairs(dict(found), removed, kept | found)
+    # A file that the manifest doesn't know is newer than all it knows; without a manifest, none is.
+    newer: AbstractSet[str] = found.keys() if manifest else set()
     repairs.cured |= newer & failing
     if not in_order:
-        _apply(read_history(storage, partition), known, newer, repairs)
+        _apply(read_history(storage, partition), newer, repairs)
     return repairs
 
 
-def _apply(history: History, known: dict[str, Known], newer: AbstractSet[str], repairs: Repairs) -> None:
+def _apply(history: History, newer: AbstractSet[str], repairs: Repairs) -> None:
     """Brings what is known of failures and of gone shards in line with the records."""
+    known = repairs.entries
     for uri in newer & history.failures.keys():
         repairs.cured.add(uri)
         del history.failures[uri]
@@ -181,24 +198,24 @@ def _apply(history: History, known: dict[str, Known], newer: AbstractSet[str], r
         failure = history.failures.get(uri)
         if row.gone != (uri in history.gone):
             repairs.gone[uri] = not row.gone
-            known[uri] = row = row._replace(gone=not row.gone)
+            known[uri] = row = replace(row, gone=not row.gone)
         if failure is None and row.error is not None:
             if row.output is None:
                 repairs.removed.add(uri)
                 del known[uri]
             else:
                 repairs.cured.add(uri)
-                known[uri] = row._replace(error=None, failed_version=None)
+                known[uri] = replace(row, error=None, failed_version=None)
         elif failure is not None and (row.error, row.failed_version) != (
             failure.error,
             failure.failed_version,
         ):
             repairs.rows[uri] = _failed(repairs.rows.get(uri), failure)
-            known[uri] = row._replace(error=failure.error, failed_version=failure.failed_version)
+            known[uri] = replace(row, error=failure.error, failed_version=failure.failed_version)
     for uri, failure in history.failures.items():
         if uri not in known.keys() | repairs.removed:
             repairs.rows[uri] = failure
-            known[uri] = Known.of(failure)
+            known[uri] = failure
 
 
 def _failed(labelled: ManifestRow | None, failure: ManifestRow) -> ManifestRow:

@@ -6,8 +6,9 @@ Names, sizes and versions only; what is inside a shard is `reading`'s.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, get_args
 
 from pipeline.config import InputConfig
@@ -46,30 +47,50 @@ class Shard:
 
 
 class ShardListing(Iterator[Shard]):
-    """The shards of a listing, as they are found.
+    """The shards among listed objects, found while iterating.
 
     Attributes:
-        ignored: How many objects were passed over so far, for their hidden or unknown names.
+        uri: what was listed.
+        format: the only format that was looked for; None for all.
+        ignored: objects passed over so far, for their hidden or unknown names.
     """
 
-    def __init__(self, storage: Storage, uri: str, format: Format | None) -> None:
+    def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
+        self.uri = normalised(uri)
+        self.format = format
         self.ignored = 0
-        self._shards = self._found(storage, normalised(uri), format)
+        self._shards = self._find(objects)
 
     def __next__(self) -> Shard:
         return next(self._shards)
 
-    def _found(self, storage: Storage, uri: str, said: Format | None) -> Iterator[Shard]:
-        groups = _GroupCutter(uri)
-        for info in storage.list(uri):
-            name = name_below(uri, info.uri)
-            form = None if _is_hidden(name) and info.uri != uri else _format(name, said)
-            if form is None:
+    def require_any(self) -> None:
+        """Reads as far as the first shard, which stays in the listing.
+
+        Raises:
+            StorageError: the input can't be listed.
+            NoShardsError: there is no shard.
+        """
+        first = next(self._shards, None)
+        if first is None:
+            others = f" ({self.ignored} objects there are none)" if self.ignored else ""
+            raise NoShardsError(
+                f"{self.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
+            )
+        self._shards = chain([first], self._shards)
+
+    def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
+        groups = _GroupCutter(self.uri)
+        for info in objects:
+            name = name_below(self.uri, info.uri)
+            is_hidden = _is_hidden(name) and info.uri != self.uri
+            format = None if is_hidden else _format(name, self.format)
+            if format is None:
                 self.ignored += 1
-            elif form == "images":
+            elif format == "images":
                 yield from groups.add(name, info)
             else:
-                yield Shard(info.uri, info.version, form, info.size)
+                yield Shard(info.uri, info.version, format, info.size)
         yield from groups.end()
 
 
@@ -88,11 +109,12 @@ def list_shards(storage: Storage, uri: str, format: str = "auto") -> ShardListin
         StorageError: from the first or any later step of the iteration.
         ValueError: an unknown format.
     """
+    uri = normalised(uri)
     if format == "auto":
-        return ShardListing(storage, uri, None)
+        return ShardListing(storage.list(uri), uri)
     for known in get_args(Format):
         if format == known:
-            return ShardListing(storage, uri, known)
+            return ShardListing(storage.list(uri), uri, known)
     raise ValueError(f"unknown input format {format!r}: one of auto, {', '.join(get_args(Format))}")
 
 
@@ -167,14 +189,5 @@ def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
         NoShardsError: nothing there is a shard.
     """
     listing = list_shards(storage, section.uri, section.format)
-    shards = list(listing)
-    if not shards:
-        raise no_shards(section, listing)
-    return shards
-
-
-def no_shards(section: InputConfig, listing: ShardListing) -> NoShardsError:
-    others = f" ({listing.ignored} objects there are none)" if listing.ignored else ""
-    return NoShardsError(
-        f"{section.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
-    )
+    listing.require_any()
+    return list(listing)

@@ -4,20 +4,23 @@ What a stage does, and how stages run, belongs to `dataflow` and the stages' pac
 """
 
 from pipeline.run.job import Job, make_job
-from pipeline.run.labelling import Plan, RunResult, Stopped, make_plan, run_labelling
-from pipeline.run.planning import State, Work, compare
+from pipeline.run.labeling import RunResult, Stopped, label
+from pipeline.run.planning import Plan, State, plan
+from pipeline.run.preparing import PreparedRun, plan_run
+from pipeline.run.rebuilding import rebuild
 from pipeline.run.recording import installed_version
 
 __all__ = [
     "Job",
     "Plan",
+    "PreparedRun",
     "RunResult",
     "State",
     "Stopped",
-    "Work",
-    "compare",
     "installed_version",
+    "label",
     "make_job",
-    "make_plan",
-    "run_labelling",
+    "plan",
+    "plan_run",
+    "rebuild",
 ]

@@ -1,73 +1,82 @@
-"""What a run does beside labelling: it brings manifest and prediction files in line with the input.
+"""Brings manifest and prediction files in line with the input, before anything is labeled.
 
-Labels are removed of shards that the input no longer has, if that is asked for, and of groups of loose
-images that are grouped otherwise now.
+Labels are removed of deleted shards, where that is asked for, and of groups of image files whose images
+are in other groups now.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pyarrow.parquet as pq
 
-from pipeline.commit import Known, Lease, Repairs, RunRecord
+from pipeline.commit import Lease, ManifestRow, Partition, Repairs, RunRecord, prediction_files
 from pipeline.predictions import prediction_path
-from pipeline.read import list_shards
-from pipeline.run.job import Job
-from pipeline.run.planning import Work
+from pipeline.read import Shard
+from pipeline.run.planning import Plan, regrouped
 from pipeline.storage import ObjectChanged, ObjectNotFound
 
+_THREADS = 16
 
-def tidy(job: Job, work: Work, repairs: Repairs, record: RunRecord, lease: Lease) -> bool:
-    """Brings manifest and files in line with the listing, before anything is labelled; says if it had to.
 
-    Labels of images that now belong to another group are removed first, so that no image is ever seen
+def clean_up(
+    partition: Partition,
+    plan: Plan,
+    repairs: Repairs,
+    record: RunRecord,
+    lease: Lease,
+    relist: Callable[[], Iterable[Shard]],
+) -> tuple[set[str], bool]:
+    """Removes labels and rows that must go, and repairs the manifest.
+
+    Labels of images that now belong to another group are removed first, so that no image is ever visible
     in two groups' files.
 
     Args:
-        job: whose labels they are.
-        work: which shards are in which state; what is removed is no longer expected to be there.
+        partition: whose labels they are.
+        plan: which shards are in which state.
         repairs: how the manifest differs from what it is made from.
-        record: notes what happens to shards, before the manifest says so.
+        record: lists what happens to shards, before the manifest does.
         lease: the run's, which must hold.
+        relist: lists the input again.
+
+    Returns:
+        the shards whose labels were removed, and whether anything was changed.
 
     Raises:
         StorageError: something can't be read, written or removed.
         LeaseLostError: another run has taken over.
     """
-    labelled = work.labelled_gone
-    to_remove = work.to_prune
-    to_remove |= _regrouped(job, labelled, work)
-    to_remove |= {uri for uri in work.moved if uri in work.expected}
-    versions = {uri: row.output_version for uri, row in labelled.items()} | work.expected
+    labeled = plan.labeled_gone
+    to_remove = plan.to_prune | _regrouped(partition, plan, repairs, relist)
+    to_remove |= {uri for uri in plan.shrunk if uri in plan.expected}
+    versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     lease.check()
-    remove(job, {uri: versions[uri] for uri in to_remove})
-    for uri in to_remove:
-        work.expected.pop(uri, None)
-    removed = to_remove | repairs.removed | (work.gone.keys() - labelled.keys())
-    gone = [uri for uri, row in labelled.items() if uri not in removed and not row.gone]
+    remove(partition, {uri: versions[uri] for uri in to_remove})
+    removed = to_remove | repairs.removed | (plan.gone.keys() - labeled.keys())
+    gone = [uri for uri, row in labeled.items() if uri not in removed and not row.gone]
     rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
-    cured = repairs.cured.union(work.cured) - removed
+    recovered = repairs.cured.union(plan.recovered) - removed
     record.shards("removed", removed)
     record.shards("gone", gone)
-    record.shards("present", work.returned)
-    record.shards("cured", cured)
+    record.shards("present", plan.reappeared)
+    record.shards("cured", recovered)
     record.save()
-    is_gone = repairs.gone | dict.fromkeys(gone, True) | dict.fromkeys(work.returned, False)
-    if not (rows or removed or cured or is_gone):
-        return False
-    job.partition.manifest.update(rows, removed, is_gone, cured)
-    return True
+    is_gone = repairs.gone | dict.fromkeys(gone, True) | dict.fromkeys(plan.reappeared, False)
+    if not (rows or removed or recovered or is_gone):
+        return to_remove, False
+    partition.manifest.update(rows, removed, is_gone, recovered)
+    return to_remove, True
 
 
-def remove(job: Job, versions: Mapping[str, str | None]) -> None:
-    """Removes shards' prediction files, except those that another run has meanwhile written anew.
+def remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
+    """Removes shards' prediction files, except those that another run has rewritten meanwhile.
 
     Args:
-        job: whose they are.
+        partition: whose they are.
         versions: of each file, by its shard's URI.
 
     Raises:
@@ -77,41 +86,71 @@ def remove(job: Job, versions: Mapping[str, str | None]) -> None:
     def remove_one(shard: tuple[str, str | None]) -> None:
         uri, version = shard
         with suppress(ObjectChanged):
-            job.partition.storage.delete(f"{job.partition.uri}/predictions/{prediction_path(uri)}", version)
+            partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}", version)
 
-    with ThreadPoolExecutor(16, thread_name_prefix="remove") as pool:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="remove") as pool:
         deque(pool.map(remove_one, versions.items()), 0)
 
 
-def _regrouped(job: Job, labelled: Mapping[str, Known], work: Work) -> set[str]:
-    """Groups of loose images that are gone, but of which images are in other groups now."""
-    groups = {uri: row for uri, row in labelled.items() if row.format == "images"}
-    if not work.shards and all(row.gone for row in groups.values()):
-        return set()  # as it was when they were found to be gone
+def withdraw_regrouped(
+    partition: Partition,
+    plan: Plan,
+    groups: Mapping[str, str | None],
+    entries: Mapping[str, ManifestRow],
+    relist: Callable[[], Iterable[Shard]],
+) -> set[str]:
+    """Removes what a run labeled of image files that the input has in other groups meanwhile.
 
-    def images(group: tuple[str, Known]) -> list[tuple[str, str]]:
+    That matters only where another run has labeled those other groups, knowing nothing of this run: where
+    there is a prediction file that this run neither found nor wrote.
+
+    Args:
+        partition: whose labels they are.
+        plan: of the run.
+        groups: by URI, the groups that the run labeled, with the versions of their prediction files.
+        entries: the manifest's rows at the start of the run.
+        relist: lists the input again.
+
+    Returns:
+        the groups whose labels were removed.
+
+    Raises:
+        StorageError: something can't be listed or removed.
+    """
+    if not groups:
+        return set()
+    outputs = {f"predictions/{prediction_path(uri)}": version for uri, version in groups.items()}
+    versions = {row.output: row.output_version for row in entries.values() if row.output} | outputs
+    files = prediction_files(partition.storage, partition.uri)
+    if all(versions.get(file.uri.removeprefix(f"{partition.uri}/")) == file.version for file in files):
+        return set()
+    mine = {member.uri: shard.uri for shard in plan.shards if shard.uri in groups for member in shard.members}
+    moved = regrouped(relist(), mine)
+    remove(partition, {uri: groups[uri] for uri in moved})
+    return moved
+
+
+def _regrouped(
+    partition: Partition, plan: Plan, repairs: Repairs, relist: Callable[[], Iterable[Shard]]
+) -> set[str]:
+    """Deleted groups of image files, some of whose images are in other groups now."""
+    groups = {uri: row for uri, row in plan.labeled_gone.items() if row.format == "images"}
+    # An image that is in another group now has changed that group, so it is planned.
+    gaining: Iterable[Shard] = [shard for shard in plan.shards if shard.members]
+    if groups.keys() & repairs.rows.keys():  # unless overlapping runs wrote both
+        gaining = relist()
+    if not gaining or not groups:
+        return set()
+
+    def images(group: tuple[str, ManifestRow]) -> list[tuple[str, str]]:
         uri, row = group
         try:
-            with job.partition.storage.open(f"{job.partition.uri}/{row.output}") as file:
+            with partition.storage.open(f"{partition.uri}/{row.output}") as file:
                 keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
         except ObjectNotFound:
             return []
         return [(f"{uri.rpartition('/')[0]}/{key}", uri) for key in keys]
 
-    with ThreadPoolExecutor(16, thread_name_prefix="keys") as pool:
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="keys") as pool:
         group_of = dict(image for found in pool.map(images, groups.items()) for image in found)
-    return grouped_otherwise(job, group_of)
-
-
-def grouped_otherwise(job: Job, group_of: Mapping[str, str]) -> set[str]:
-    """Of groups of loose images, by image, those of which the input has images in other groups now.
-
-    Raises:
-        StorageError: the input can't be listed.
-    """
-    if not group_of:
-        return set()
-    section = job.config.input
-    listing = list_shards(job.partition.storage, section.uri, section.format)
-    members = ((member.uri, shard.uri) for shard in listing for member in shard.members)
-    return {group_of[uri] for uri, group in members if group_of.get(uri, group) != group}
+    return regrouped(gaining, group_of)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cvt.runtimes import NO_OPENVINO, resolve_precision
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition, Target
-from pipeline.config import Config, ConfigError, make_storage
+from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
 from pipeline.read import ReadOptions, Shard, read_options
 from pipeline.storage import Storage, normalised, room_below
@@ -72,17 +74,42 @@ def make_job(config: Config) -> Job:
         StorageError: an object of the model can't be read.
         ConfigError: an option doesn't fit the model, or `output.uri` leaves no room for names.
     """
+    _check_installed(config)
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     if config.output.topk > len(checkpoint.labels):
         raise ConfigError(
             f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
         )
+    _check_decodable(config, checkpoint)
     fingerprint = _fingerprint(config, checkpoint)
     uri = f"{normalised(config.output.uri)}/model={checkpoint.name}-{fingerprint[:8]}"
     job = Job(config, storage, checkpoint, fingerprint, Partition(storage, uri, checkpoint.labels))
     _check_room(job.partition, "what each run writes", _OWN_NAME)
     return job
+
+
+def _check_installed(config: Config) -> None:
+    """Reports a missing package at once, not from within a worker; nodes are alike."""
+    runtime = config.classify.runtime
+    if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
+        raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
+    decodes_on_gpu = config.decode.resolved_device(config.classify.device) == "gpu"
+    if decodes_on_gpu and importlib.util.find_spec("torchvision") is None:
+        raise ConfigError(
+            f"decode.device: the GPU decodes by torchvision, which is missing: {NO_TORCHVISION}"
+        )
+
+
+def _check_decodable(config: Config, checkpoint: Checkpoint) -> None:
+    """Reports at once whether a GPU can do this model's preprocessing."""
+    if config.decode.resolved_device(config.classify.device) == "gpu":
+        from cvt.inference.device_preprocessing import DevicePreprocessor
+
+        try:
+            DevicePreprocessor(checkpoint.preprocessor)
+        except ValueError as error:
+            raise ConfigError(f"decode.device: {error}") from error
 
 
 def check_room(partition: Partition, shards: Iterable[Shard]) -> None:
@@ -108,8 +135,6 @@ def _check_room(partition: Partition, what: str, name: str) -> None:
 
 def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
     """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
-    from cvt.runtimes import resolve_precision
-
     decides: dict[str, Any] = {
         "checkpoint": checkpoint.digest,
         "precision": resolve_precision(config.model.precision, config.classify.device),

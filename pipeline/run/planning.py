@@ -1,16 +1,16 @@
-"""What is left to do: the listing of the input against the manifest. Only names and versions are read."""
+"""What is left to do: a pure function of the input's listing and the manifest. Nothing is read here."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.commit import Known
+from pipeline.commit import ManifestRow
 from pipeline.config import Selection
-from pipeline.read import Shard
-from pipeline.storage import lies_in, normalised
+from pipeline.read import Shard, ShardListing
+from pipeline.storage import lies_in
 
 
 class State(StrEnum):
@@ -19,105 +19,136 @@ class State(StrEnum):
     NEW = "new"
     CHANGED = "changed"
     DONE = "done"
-    FAILED = "failed"  # this version of it couldn't be read
-    GONE = "gone"  # no longer in the input
+    FAILED = "failed"  # this version of it could not be read
+    GONE = "gone"  # deleted from the input
 
 
-@dataclass
-class Work:
-    """What is to be done.
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do.
 
     Attributes:
-        selection: what is labelled beside what is new or has changed.
-        shards: what is to be labelled, in the order of the listing.
-        expected: by URI, the version of the prediction file that is to be replaced, where there is one.
-        states: how many shards of the input are in which state; and those that are gone.
-        again: shards of `shards` that are neither new nor changed.
-        skipped_failures: shards that couldn't be read, and that are not to be tried again.
-        gone: shards that the input no longer has, and what is known of them.
-        returned: shards that the manifest calls gone, and that are there again.
-        moved: changed groups of loose images that have lost images to a new group after them.
-        cured: shards that are labelled as they are, and of which another version couldn't be read.
+        selection: what is labeled besides new and changed shards.
+        shards: the shards to label, in the order of the listing.
+        states: how many shards are in which state.
+        ignored: objects under the input URI that are no shard.
+        expected: by URI of a shard to label, the version of its present prediction file.
+        again: how many of `shards` are neither new nor changed.
+        skipped_failures: unreadable shards that are not tried again.
+        gone: manifest rows of shards that were deleted from the input.
+        reappeared: shards that the manifest calls gone, and that the input has again.
+        recovered: labeled shards of which another version could not be read.
+        shrunk: changed groups of image files that lost images to a new group after them.
     """
 
     selection: Selection
-    shards: list[Shard] = field(default_factory=list)
-    expected: dict[str, str] = field(default_factory=dict)
-    states: Counter[State] = field(default_factory=Counter)
-    again: int = 0
-    skipped_failures: int = 0
-    gone: dict[str, Known] = field(default_factory=dict)
-    returned: list[str] = field(default_factory=list)
-    moved: list[str] = field(default_factory=list)
-    cured: list[str] = field(default_factory=list)
+    shards: tuple[Shard, ...]
+    states: Mapping[State, int]
+    ignored: int
+    expected: Mapping[str, str]
+    again: int
+    skipped_failures: int
+    gone: Mapping[str, ManifestRow]
+    reappeared: tuple[str, ...]
+    recovered: tuple[str, ...]
+    shrunk: tuple[str, ...]
 
     @property
-    def labelled_gone(self) -> dict[str, Known]:
-        """Shards that are gone, and whose labels are there."""
+    def labeled_gone(self) -> dict[str, ManifestRow]:
+        """Rows of shards that were deleted from the input and still have labels."""
         return {uri: row for uri, row in self.gone.items() if row.output is not None}
 
     @property
     def to_prune(self) -> set[str]:
-        """Shards whose labels are to be removed, since the input no longer has them."""
-        return set(self.labelled_gone) if self.selection.prune else set()
+        """Deleted shards whose labels are to be removed."""
+        return set(self.labeled_gone) if self.selection.prune else set()
+
+    @property
+    def images(self) -> int | None:
+        """Number of images to label; None unless all are image files, which the listing counts."""
+        if not all(shard.members for shard in self.shards):
+            return None
+        return sum(len(shard.members) for shard in self.shards)
 
 
-def compare(
-    listing: Iterable[Shard],
-    known: dict[str, Known],
-    input_uri: str,
-    selection: Selection,
-    input_format: str = "auto",
-) -> Work:
-    """Finds out what is to be done.
+def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
+    """Compares the input with what is labeled.
 
     Args:
-        listing: the shards of the input.
-        known: what the manifest knows; what remains in it afterwards is of other inputs.
-        input_uri: what was listed: only what lies there can be gone.
-        selection: what is labelled beside what is new or has changed.
-        input_format: what was looked for: only shards of this format can be gone.
+        listing: the input's shards; read to its end. Only shards below its URI and of its format can be gone.
+        manifest: the manifest's rows by URI, repaired; rows of other inputs are ignored.
+        selection: what is labeled besides new and changed shards.
     """
-    work = Work(selection)
-    last_changed: str | None = None  # the group of loose images just before, if it has changed
+    shards: list[Shard] = []
+    states: Counter[State] = Counter()
+    again = skipped_failures = 0
+    seen, shrunk = set[str](), list[str]()
+    reappeared, recovered = list[str](), list[str]()
+    last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
-        row = known.pop(shard.uri, None)
+        row = manifest.get(shard.uri)
         state = _state(shard, row)
-        work.states[state] += 1
-        if row is not None and row.gone:
-            work.returned.append(shard.uri)
+        states[state] += 1
         failed = row is not None and row.failed_version == shard.version
-        if state is State.DONE and row is not None and row.error is not None and not failed:
-            work.cured.append(shard.uri)
+        if row is not None:
+            seen.add(shard.uri)
+            if row.gone:
+                reappeared.append(shard.uri)
+            if state is State.DONE and row.error is not None and not failed:
+                recovered.append(shard.uri)
         has_errors = failed or (row is not None and bool(row.errors))
-        again = selection.relabel or (selection.retry_errors and has_errors)
-        if state in (State.NEW, State.CHANGED) or again:
-            work.shards.append(shard)
-            work.again += state not in (State.NEW, State.CHANGED)
-            if row is not None and row.output_version is not None:
-                work.expected[shard.uri] = row.output_version
+        if state in (State.NEW, State.CHANGED):
+            shards.append(shard)
+        elif selection.relabel or (selection.retry_errors and has_errors):
+            shards.append(shard)
+            again += 1
         elif state is State.FAILED:
-            work.skipped_failures += 1
+            skipped_failures += 1
         if shard.format == "images":
             if (row is None or row.version is None or row.gone) and last_changed is not None:
-                work.moved.append(last_changed)
+                shrunk.append(last_changed)
             if state is not State.NEW:
                 has_labels = row is not None and row.output is not None
                 last_changed = shard.uri if state is State.CHANGED and has_labels else None
-    root = normalised(input_uri)
-    gone = [uri for uri, row in known.items() if lies_in(uri, root) and input_format in ("auto", row.format)]
-    work.gone = {uri: known.pop(uri) for uri in gone}
-    work.states[State.GONE] = len(work.gone)
-    work.moved = list(dict.fromkeys(work.moved))
-    return work
+    gone = {
+        uri: row
+        for uri, row in manifest.items()
+        if uri not in seen and lies_in(uri, listing.uri) and listing.format in (None, row.format)
+    }
+    states[State.GONE] = len(gone)
+    outputs = ((shard.uri, manifest.get(shard.uri)) for shard in shards)
+    return Plan(
+        selection=selection,
+        shards=tuple(shards),
+        states=states,
+        ignored=listing.ignored,
+        expected={uri: row.output_version for uri, row in outputs if row and row.output_version is not None},
+        again=again,
+        skipped_failures=skipped_failures,
+        gone=gone,
+        reappeared=tuple(reappeared),
+        recovered=tuple(recovered),
+        shrunk=tuple(dict.fromkeys(shrunk)),
+    )
 
 
-def _state(shard: Shard, row: Known | None) -> State:
+def regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
+    """Groups of image files, some of whose images are in another group of these shards.
+
+    Args:
+        shards: the shards of the input that may have gained images.
+        group_of: by URI of an image, the group under which it is labeled.
+    """
+    members = ((member.uri, shard.uri) for shard in shards for member in shard.members)
+    return {group_of[image] for image, group in members if group_of.get(image, group) != group}
+
+
+def _state(shard: Shard, row: ManifestRow | None) -> State:
     if row is None or row.version is row.failed_version is None:
         return State.NEW
     if row.version == shard.version:
         return State.DONE
     if row.failed_version != shard.version:
         return State.CHANGED
-    # As something else than it was taken for, when `input.format` was another, it may be readable.
+    # A shard that failed under another `input.format` may be readable under this one.
     return State.FAILED if row.version is not None or row.format == shard.format else State.NEW

@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.classify.thumbnails import GALLERY_CLASSES
-from pipeline.commit import Partition
+from pipeline.commit import CLASS_STATS, Partition
 from pipeline.report import FILE_NAME as GALLERY
 from pipeline.report import Gallery, Item, make_report, read_gallery, write_gallery
 from pipeline.run.job import Job
@@ -33,13 +32,11 @@ def has_unwanted(job: Job) -> bool:
     return True
 
 
-def write_class_table(job: Job, statistics: ClassStatistics) -> pa.Table:
-    """Writes `class_stats.parquet`; returns what is in it."""
-    table = class_table(statistics, job.checkpoint.labels, job.config.output.topk)
+def write_class_table(partition: Partition, statistics: ClassStatistics, topk: int) -> None:
+    """Writes `class_stats.parquet`."""
     out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd")
-    job.partition.storage.write(f"{job.partition.uri}/class_stats.parquet", out.getvalue())
-    return table
+    pq.write_table(class_table(statistics, partition.labels, topk), out, compression="zstd")
+    partition.storage.write(f"{partition.uri}/{CLASS_STATS}", out.getvalue())
 
 
 def update_gallery(

@@ -1,0 +1,46 @@
+"""The partition of a configuration, found in storage: the model is not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from pipeline.commit import Partition
+from pipeline.config import Config, label_settings, make_storage
+from pipeline.storage import StorageError
+
+
+def find_partition(config: Config) -> Partition:
+    """The partition to which the latest run wrote whose configuration determines the same labels.
+
+    Where a checkpoint was replaced under the same path, that is the partition of the newer checkpoint.
+
+    Raises:
+        StorageError: there is none, or it can't be read.
+    """
+    storage, wanted = make_storage(config.storage), label_settings(config)
+    latest: tuple[str, Partition] | None = None
+    for uri in storage.folders(config.output.uri):
+        if not uri.rpartition("/")[2].startswith("model="):
+            continue
+        partition = Partition(storage, uri, ())
+        run = next((run for run, found in _recorded(partition) if label_settings(found) == wanted), None)
+        if run is not None and (latest is None or run > latest[0]):
+            latest = run, partition
+    if latest is None:
+        raise StorageError(
+            config.output.uri,
+            "nothing is labeled yet with this model and these options (or name the partition by its URI)",
+        )
+    return Partition.open(storage, latest[1].uri)
+
+
+def _recorded(partition: Partition) -> Iterator[tuple[str, Config]]:
+    """The runs of a partition, the latest first, with their configurations."""
+    for run in reversed(partition.records()):
+        record = partition.record(run) or {}
+        try:
+            yield run, Config.model_validate(record.get("config"))
+        except ValidationError:
+            continue

@@ -1,0 +1,28 @@
+"""Manifest and class statistics regenerated from the prediction files and the records of runs."""
+
+from __future__ import annotations
+
+from pipeline.commit import Lease, Partition, new_run_id, partition_fingerprint, rebuilt_rows
+from pipeline.dataflow import sigterm_interrupts
+from pipeline.run.summaries import write_class_table
+
+#: Seconds for which a rebuild holds the lease without renewal.
+LEASE_S = 60.0
+
+
+def rebuild(partition: Partition) -> None:
+    """Regenerates the manifest and the class statistics of a partition.
+
+    Raises:
+        StorageError: the partition can't be read or written, or has no prediction file.
+        LeaseHeldError: a run is at work.
+        LeaseLostError: a run has taken over.
+    """
+    storage, uri = partition.storage, partition.uri
+    lease = Lease(storage, uri, new_run_id(), LEASE_S)
+    with sigterm_interrupts(), lease.held() as handle:
+        fingerprint = partition_fingerprint(storage, uri)
+        partition.manifest.replace(lambda: rebuilt_rows(storage, uri, fingerprint))
+        lease.verify()
+        write_class_table(partition, partition.manifest.fold_statistics(), partition.topk())
+        handle.left_in_order = True
