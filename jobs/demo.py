@@ -63,7 +63,7 @@ def _label(server: LocalS3, output: Path) -> None:
 
 def _read_back(result: RunResult, output: Path) -> None:
     """Reads the labels back from S3, shows some, and copies all that the run wrote."""
-    partition = result.plan.job.partition
+    partition = result.job.partition
     copies = _copy(partition, output)
     files = sorted(path for path in copies if "predictions" in path.parts)
     labels = pa.concat_tables([pq.read_table(path) for path in files])

@@ -89,10 +89,10 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
 
         def planned(prepared: PreparedRun) -> None:
             err.print(states_line(prepared.plan), markup=False, highlight=False)
-            shown.planned(plan)
+            shown.planned(prepared.plan)
 
         result = label_dataset(
-            config, shown.update, selection, wait=wait, on_wait=logger.info, on_plan=planned
+            config, selection, on_progress=shown.update, wait=wait, on_wait=logger.info, on_plan=planned
         )
     print_result(result)
     return result

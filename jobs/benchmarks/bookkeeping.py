@@ -20,11 +20,11 @@ from rich.table import Table
 
 from jobs.console import out, run_alone
 from pipeline.classify import classify
-from pipeline.commit import Committer, Manifest, ManifestRow, ManifestWriter, Target, read_known, reconcile
+from pipeline.commit import Committer, Manifest, ManifestRow, ManifestWriter, Target, reconcile
 from pipeline.config import LABEL_NEW
 from pipeline.predictions import PredictionOptions
-from pipeline.read import Chunk, Shard
-from pipeline.run import State, compare
+from pipeline.read import Chunk, Shard, ShardListing
+from pipeline.run import State, plan
 from pipeline.storage import ObjectInfo, Storage
 
 _CLASSES = 1000
@@ -119,19 +119,19 @@ def _write_manifest(folder: str, shards: int) -> None:
 
 
 def _plan(folder: str, shards: int) -> Figure:
-    def listing() -> Iterator[Shard]:
+    def objects() -> Iterator[ObjectInfo]:
         for number in range(shards + shards // 10):
             version = _version(number) if number % 100 else _version(number + 7)
-            yield Shard(_uri(number), version, "webdataset", 10**9 + number)
+            yield ObjectInfo(_uri(number), 10**9 + number, version)
 
     def files() -> Iterator[ObjectInfo]:
         for number in range(shards):
             yield ObjectInfo(f"{folder}/{_output(number)}", 10**5, _version(number + 1))
 
     start = time.perf_counter()
-    known = read_known(Manifest(Storage(), folder, _CLASSES))
+    known = Manifest(Storage(), folder, _CLASSES).entries()
     unlisted, lost = reconcile(files(), known, folder)
-    work = compare(listing(), known, _ROOT, LABEL_NEW)
+    work = plan(ShardListing(objects(), _ROOT), known, LABEL_NEW)
     seconds = time.perf_counter() - start
     changed = -(-shards // 100)
     expected = {State.NEW: shards // 10, State.CHANGED: changed, State.DONE: shards - changed, State.GONE: 0}

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.benchmarks.peers import Task
 from pipeline.config import Config, load_config
-from pipeline.run import run_labelling
+from pipeline.run import label as label_dataset
 
 
 def task_config(task: Task) -> Config:
@@ -45,7 +45,7 @@ def label(task: Task) -> None:
 
     config = task_config(task)
     task.labelled(0)  # the clock of the run's record starts now
-    run_labelling(config, note)
+    label_dataset(config, on_progress=note)
 
 
 if __name__ == "__main__":

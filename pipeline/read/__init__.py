@@ -6,7 +6,7 @@ Nothing is decoded here.
 from pipeline.read.chunks import Chunk, cut_into_chunks
 from pipeline.read.reader import read_samples
 from pipeline.read.samples import ReadOptions, Sample, read_options
-from pipeline.read.shards import NoShardsError, Shard, input_shards, list_shards
+from pipeline.read.shards import NoShardsError, Shard, ShardListing, input_shards, list_shards
 
 __all__ = [
     "Chunk",
@@ -14,6 +14,7 @@ __all__ = [
     "ReadOptions",
     "Sample",
     "Shard",
+    "ShardListing",
     "cut_into_chunks",
     "input_shards",
     "list_shards",

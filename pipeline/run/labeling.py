@@ -25,7 +25,8 @@ from pipeline.commit import (
 )
 from pipeline.compare import Succession
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import Resources, Stop, graceful_stop, ray_cluster, sigterm_interrupts
+from pipeline.dataflow import Resources, Stop, graceful_stop, sigterm_interrupts
+from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.read import Shard, list_shards
 from pipeline.report import Gallery
 from pipeline.run import gate, summaries

@@ -17,7 +17,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from pipeline.config import Config, load_config
-from pipeline.run import run_labelling
+from pipeline.run import label
 from pipeline.run.recording import Clock
 from tests.makers import make_image, make_tar
 
@@ -56,7 +56,7 @@ def main(folder: Path, result: Path) -> None:
         config = load_config(Config, job, [*there, *cpu, f"ray.address={cluster.address}"])
         ready, start = event_at("ray_ready"), time.monotonic()
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(run_labelling, config)
+            running = pool.submit(label, config)
             while not (ready.wait(0.2) or running.done()):
                 pass
             time.sleep(DELAY)

@@ -30,7 +30,7 @@ from pipeline.commit import lease, manifest
 from pipeline.config import Config, Selection, load_config
 from pipeline.decode import decode_chunk
 from pipeline.read import Chunk, Shard, cut_into_chunks, read_samples, shards
-from pipeline.run import labelling
+from pipeline.run import labeling, make_job, rebuild
 from pipeline.storage import Storage
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
@@ -116,12 +116,12 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
 
 
 def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
-    """Lets `run_labelling` do in this process what it does on a cluster, with groups of few images."""
+    """Lets `label` do in this process what it does on a cluster, with groups of few images."""
     dataflow: Any = types.ModuleType("pipeline.dataflow.ray_executor")
     dataflow.label_chunks = _label_chunks
     dataflow.cluster_resources = lambda config, checkpoint: _NoResources()
     patch.setitem(sys.modules, "pipeline.dataflow.ray_executor", dataflow)
-    patch.setattr(labelling, "ray_cluster", _no_ray)
+    patch.setattr(labeling, "ray_cluster", _no_ray)
     patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
     patch.setattr(shards, "_GROUP_IMAGES", 4)
 
@@ -143,9 +143,9 @@ def _run(
     config = load_config(Config, None, overrides)
     try:
         if selection is None:
-            labelling.rebuild(config)
+            rebuild(make_job(config).partition)
         else:
-            labelling.run_labelling(config, selection=selection)
+            labeling.label(config, selection=selection)
     except lease.LeaseLostError:
         sys.exit(OVERTAKEN)
 

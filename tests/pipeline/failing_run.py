@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.commit import Progress
 from pipeline.config import Config, load_config
-from pipeline.run import Plan, run_labelling
+from pipeline.run import Plan, label
 from tests.makers import make_image, make_tar
 
 SHARDS, IMAGES, CHUNK = 60, 32, 8
@@ -108,7 +108,7 @@ def main(folder: Path, result: Path) -> None:
             arrivals.append(time.monotonic())
 
         threading.Thread(target=fail, daemon=True).start()
-        done = run_labelling(config, arrived)
+        done = label(config, on_progress=arrived)
         at = [*arrivals, time.monotonic()]
         files = [pq.read_table(path) for path in (folder.parent / "out").rglob("predictions/**/*.parquet")]
         seen = Counter(f"{row['shard']}/{row['key']}" for file in files for row in file.to_pylist())

@@ -12,8 +12,7 @@ from pipeline.compare.agreement import measure_agreement
 from pipeline.config import ConfigError, Selection
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
-from pipeline.run import State, make_plan, run_labelling
-from pipeline.run.labelling import rebuild
+from pipeline.run import State, label, make_job, plan_run, rebuild
 from pipeline.statistics import Classes
 from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
@@ -63,15 +62,15 @@ def shards(place: Place) -> set[str]:
 
 def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place) -> None:
     found = put(place)
-    result = run_labelling(place.config)
+    result = label(place.config)
     assert result.is_complete
     assert shards(place) == set(found)
     assert len(place.predictions()) == 3 * len(found) == result.totals.images
     assert all(fits(path) for path in outputs(place))
     assert sum("%7E" in path for path in outputs(place)) == len(found) - 1
     before = place.objects("out")
-    again = run_labelling(place.config)
-    assert again.plan.work.states == {State.DONE: len(found), State.GONE: 0}
+    again = label(place.config)
+    assert again.plan.states == {State.DONE: len(found), State.GONE: 0}
     after = place.objects("out")
     changed = {uri.rpartition("/")[2] for uri, version in after.items() if before.get(uri) != version}
     assert changed == {"lease.json", f"{again.run}.json"}
@@ -82,15 +81,15 @@ def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place
 
 def test_they_are_found_again_without_the_manifest_and_their_changes_replace_them(place: Place) -> None:
     found = put(place)
-    run_labelling(place.config)
+    label(place.config)
     manifest = {row.uri: replace(row, run=None, committed_at=None) for row in place.partition.manifest.rows()}
     place.storage.delete(place.partition.manifest.uri)
-    rebuild(place.config)
+    rebuild(make_job(place.config).partition)
     assert {row.uri: row for row in place.partition.manifest.rows()} == manifest
     before = outputs(place)
     place.put({found[0]: tar(50, count=5), found[-1]: tar(60, count=1)})
-    result = run_labelling(place.config)
-    assert result.plan.work.states[State.CHANGED] == result.totals.shards == 2
+    result = label(place.config)
+    assert result.plan.states[State.CHANGED] == result.totals.shards == 2
     assert outputs(place) == before
     assert len(place.predictions()) == 3 * (len(found) - 2) + 5 + 1
 
@@ -118,9 +117,9 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
     found = put(place)
     sides = []
     for topk in (5, 2):
-        partition = run_labelling(
+        partition = label(
             place.config.model_copy(update={"output": place.config.output.model_copy(update={"topk": topk})})
-        ).plan.partition
+        ).job.partition
         sides.append(Side.open(partition.storage, partition.uri))
     labels = list(partition.checkpoint.labels)
     agreement = measure_agreement(Classes.matched(labels, labels), *sides)
@@ -132,16 +131,16 @@ def test_an_output_that_leaves_no_room_for_names_is_refused_before_anything_is_l
     place = Place(bucket, "parquet", f"output.uri={bucket}/{deep}")
     found = put(place)
     with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d{3} bytes, .*/in/d.* has 8\d\d"):
-        make_plan(place.config)
+        plan_run(place.config)
     with pytest.raises(ConfigError, match=r"output\.uri: too long"):
-        run_labelling(place.config)
+        label(place.config)
     assert not any("/predictions/" in uri for uri in place.objects(deep))
     for name in found[-2:]:
         place.storage.delete(place.shard_uri(name))
-    run_labelling(place.config)  # all others have room enough
+    label(place.config)  # all others have room enough
     place = Place(bucket, "parquet", f"output.uri={bucket}/{'/'.join(['o' * 100] * 10)}")
     with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d bytes, .* what each run writes"):
-        make_plan(place.config)
+        plan_run(place.config)
 
 
 def test_likewise_on_a_disk(tmp_path: Path) -> None:
@@ -149,5 +148,5 @@ def test_likewise_on_a_disk(tmp_path: Path) -> None:
     for below in ("o" * 256, "/".join(["o" * 200] * 20)):
         place = Place(str(tmp_path), "parquet", f"output.uri={tmp_path}/{below}")
         with pytest.raises(ConfigError, match=r"output\.uri: too long"):
-            run_labelling(place.config)
+            label(place.config)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -12,8 +12,7 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
 from pipeline.config import LABEL_NEW, Config, Selection, load_config
-from pipeline.run import Plan, labelling, make_job, make_plan, run_labelling
-from pipeline.run.labelling import rebuild
+from pipeline.run import Plan, label, labeling, make_job, plan_run, rebuild
 from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
@@ -62,7 +61,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
 
     def error_after(content: bytes, selection: Selection = LABEL_NEW) -> str | None:
         storage.write(uri, content)
-        run_labelling(config(bucket), selection=selection)
+        label(config(bucket), selection=selection)
         assert_rebuilds(partition, bucket)
         [row] = [row for row in partition.manifest.rows() if row.uri == uri]
         return row.error
@@ -73,13 +72,13 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     assert error_after(good) is None  # there again, and not labelled again
     assert "damaged" in str(error_after(good[:900]))
     storage.delete(uri)
-    run_labelling(config(bucket))
+    label(config(bucket))
     assert_rebuilds(partition, bucket)
     assert [(row.gone, row.error is None) for row in partition.manifest.rows()] == [
         (True, False),
         (False, True),
     ]
-    run_labelling(config(bucket), selection=Selection(prune=True))
+    label(config(bucket), selection=Selection(prune=True))
     assert_rebuilds(partition, bucket)
     assert error_after(good) is None
 
@@ -115,7 +114,7 @@ def test_after_any_history_the_manifest_is_rebuilt_as_it_was(
                     *["slow_down"] * 50,
                     where=lambda r, name=name: r.method == "GET" and r.path.endswith(name),
                 )
-            run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"), selection=selection)
+            label(config(bucket, f"storage.endpoint_url={proxy.url}"), selection=selection)
         assert_rebuilds(partition, bucket)
         settled += 1
     assert settled > 5
@@ -138,10 +137,10 @@ def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str
     for number in range(3, 7):  # lease, record, the good one's labels, the record with failures, the manifest
         assert not crashing.run(fields(bucket), LABEL_NEW, Crash(number, "after"))
         assert not partition.manifest.exists()
-        if recorded := len(make_plan(config(bucket)).failing):
+        if recorded := len(plan_run(config(bucket)).failing):
             break
     assert recorded > 0
-    result = run_labelling(config(bucket))
+    result = label(config(bucket))
     assert len(result.totals.unreadable) == 6 - recorded
     assert_rebuilds(partition, bucket)
 
@@ -159,7 +158,7 @@ def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partitio
         else:
             storage.write(f"{bucket}/in/a.tar", content)
         if not die_at_last or place < len(contents) - 1:
-            run_labelling(config(bucket))
+            label(config(bucket))
             continue
         before = storage.stat(partition.manifest.uri)
         for number in range(3, 10):
@@ -190,17 +189,17 @@ def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
         Storage().delete(f"{bucket}/in/a.tar")
     else:
         Storage().write(f"{bucket}/in/a.tar", then)
-    run_labelling(config(bucket))
+    label(config(bucket))
     assert_rebuilds(partition, bucket)
-    assert make_plan(config(bucket)).shards == []
+    assert plan_run(config(bucket)).plan.shards == ()
 
 
 def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> None:
     partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
-    states = make_plan(config(bucket)).work.states
+    states = plan_run(config(bucket)).plan.states
     Storage().delete(partition.manifest.uri)
-    assert make_plan(config(bucket)).work.states == states
-    run_labelling(config(bucket))
+    assert plan_run(config(bucket)).plan.states == states
+    label(config(bucket))
     assert_rebuilds(partition, bucket)
 
 
@@ -208,7 +207,7 @@ def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: s
     partition = history(bucket, GOOD, None, die_at_last=False)
     Storage().delete(partition.manifest.uri)
     Storage().write(f"{bucket}/other/b.tar", GOOD)
-    run_labelling(config(bucket, f"input.uri={bucket}/other"))
+    label(config(bucket, f"input.uri={bucket}/other"))
     assert_rebuilds(partition, bucket)
     assert [row.gone for row in partition.manifest.rows()] == [True, False, False]
 
@@ -223,11 +222,11 @@ def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str)
         if not plan.partition.manifest.exists():
             for i in range(4):
                 storage.write(f"{bucket}/in/{i}.tar", GOOD)
-            run_labelling(config(bucket))
+            label(config(bucket))
 
     with pytest.raises(LeaseLostError):
-        run_labelling(config(bucket, "run.lease_s=0.1"), overtaken)
-    run_labelling(config(bucket))
+        label(config(bucket, "run.lease_s=0.1"), on_progress=overtaken)
+    label(config(bucket))
     assert_rebuilds(partition, bucket)
     assert [row.error for row in partition.manifest.rows()] == [None] * 4
 
@@ -236,18 +235,18 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partition = history(bucket, GOOD, die_at_last=False)
-    make_rows = labelling.rebuilt_rows
+    make_rows = labeling.rebuilt_rows
 
     def meanwhile(*args: Any) -> list[ManifestRow]:
         rows = make_rows(*args)
-        monkeypatch.setattr(labelling, "rebuilt_rows", make_rows)
+        monkeypatch.setattr(labeling, "rebuilt_rows", make_rows)
         Storage().write(f"{bucket}/in/b.tar", GOOD[:700])
-        run_labelling(config(bucket))
+        label(config(bucket))
         return rows
 
-    monkeypatch.setattr(labelling, "rebuilt_rows", meanwhile)
+    monkeypatch.setattr(labeling, "rebuilt_rows", meanwhile)
     with pytest.raises(LeaseLostError):
-        rebuild(config(bucket))
+        rebuild(make_job(config(bucket)).partition)
     assert_rebuilds(partition, bucket)
     assert [row.error is None for row in partition.manifest.rows()] == [True, True, False]
 
@@ -255,29 +254,29 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
 def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
     root = str(tmp_path)
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
-    partition = run_labelling(config(root)).plan.partition
+    partition = label(config(root)).job.partition
     Storage().write(f"{partition.uri}/runs/20260101.json", b'{"run": "x"}')
     with pytest.raises(StorageError, match=r"20260101.json: not the record of a run: KeyError\('removed'\)"):
-        rebuild(config(root))
+        rebuild(make_job(config(root)).partition)
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     root = str(tmp_path)
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
-    partition = run_labelling(config(root)).plan.partition
-    other = run_labelling(config(root, "output.topk=2")).plan.partition
+    partition = label(config(root)).job.partition
+    other = label(config(root, "output.topk=2")).job.partition
     [file] = Storage().list(f"{other.uri}/predictions")
     Storage().write(f"{partition.uri}/predictions/stray.parquet", Storage().read(file.uri))
     with pytest.raises(StorageError, match=r"stray\.parquet: is of another model or options"):
-        rebuild(config(root))
+        rebuild(make_job(config(root)).partition)
 
 
 def test_without_the_records_nothing_but_failures_is_forgotten(bucket: str) -> None:
     partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
     for info in Storage().list(f"{partition.uri}/runs"):
         Storage().delete(info.uri)
-    assert make_plan(config(bucket)).shards == []
-    rebuild(config(bucket))
-    assert [shard.uri for shard in make_plan(config(bucket)).shards] == [f"{bucket}/in/a.tar"]
-    run_labelling(config(bucket))
+    assert plan_run(config(bucket)).plan.shards == ()
+    rebuild(make_job(config(bucket)).partition)
+    assert [shard.uri for shard in plan_run(config(bucket)).plan.shards] == [f"{bucket}/in/a.tar"]
+    label(config(bucket))
     assert_rebuilds(partition, bucket)

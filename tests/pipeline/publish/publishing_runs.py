@@ -20,7 +20,7 @@ from pipeline.config import LABEL_NEW, Config, Selection, load_config
 from pipeline.predictions import prediction_path
 from pipeline.publish import FILE_BYTES, ConsumerTable, ParquetTable, Publication, publish
 from pipeline.publish.delta_table import DeltaTable
-from pipeline.run import make_job, run_labelling
+from pipeline.run import label, make_job
 from pipeline.storage import ObjectNotFound, Storage
 from tests.pipeline import crashing
 from tests.pipeline.crashing import Crash
@@ -56,7 +56,7 @@ class Place:
 
     def label(self, selection: Selection = LABEL_NEW) -> None:
         """Brings the labels up to date."""
-        run_labelling(self.config, selection=selection)
+        label(self.config, selection=selection)
 
     @property
     def partition(self) -> Partition:

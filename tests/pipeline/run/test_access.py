@@ -29,8 +29,7 @@ from jobs.report import report
 from jobs.schedule import schedule
 from jobs.stats import stats
 from pipeline.config import Config, DatasetsConfig, Selection, load_config
-from pipeline.run import make_job, run_labelling
-from pipeline.run.labelling import rebuild
+from pipeline.run import label, make_job, rebuild
 from pipeline.schedule import DatasetState, state_uri
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
@@ -162,16 +161,16 @@ def labelled(root: str, s3_server: LocalS3, ray_local: None) -> set[Access]:
     storage = Storage(endpoint_url=s3_server.endpoint_url)
 
     def live(endpoint: str) -> None:
-        run_labelling(config(root, endpoint, "classify.num_cpus=1", "classify.threads=1"))
+        label(config(root, endpoint, "classify.num_cpus=1", "classify.threads=1"))
         with pytest.MonkeyPatch.context() as patch:
             leave_out_ray(patch)
             write_shards(storage, root, 7)
             storage.write(f"s3://{root}images/shards/cut.tar", b"no tar")
-            run_labelling(config(root, endpoint))
+            label(config(root, endpoint))
             storage.delete(f"s3://{root}images/shards/0.tar")
-            run_labelling(config(root, endpoint), selection=Selection(retry_errors=True, prune=True))
-            run_labelling(config(root, endpoint))
-            rebuild(config(root, endpoint))
+            label(config(root, endpoint), selection=Selection(retry_errors=True, prune=True))
+            label(config(root, endpoint))
+            rebuild(make_job(config(root, endpoint)).partition)
 
     return asked(s3_server, live)
 
@@ -182,7 +181,7 @@ def other(labelled: set[Access], root: str, s3_server: LocalS3) -> str:
     with pytest.MonkeyPatch.context() as patch:
         leave_out_ray(patch)
         job = config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")
-        return run_labelling(job).plan.partition.uri
+        return label(job).job.partition.uri
 
 
 def test_labelling_needs_what_its_policy_allows_and_nothing_else(labelled: set[Access], root: str) -> None:
@@ -284,7 +283,7 @@ def test_publishing_needs_what_its_policy_allows(
             write_checkpoints(target, s3_server.endpoint_url)
         shard = make_tar([("a.jpg", make_image(number))])
         storage.write(f"s3://{root}images/shards/{format}-{number}.tar", shard)
-        run_labelling(config(root, s3_server.endpoint_url))
+        label(config(root, s3_server.endpoint_url))
     found |= asked(s3_server, lambda endpoint: published(options))
     checkpoints = [needed for needed in found if needed.resource.endswith(".checkpoint.parquet")]
     assert bool(checkpoints) == (format == "delta")

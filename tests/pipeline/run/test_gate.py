@@ -10,11 +10,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from jobs import label as label_command
 from jobs.compare import compare
 from jobs.console import make_app
-from jobs.label import label
 from pipeline.config import Config, Selection, load_config
-from pipeline.run import RunResult, run_labelling
+from pipeline.run import RunResult, label
 from pipeline.statistics import Limits
 from pipeline.storage import Storage
 from tests.makers import make_tar
@@ -46,11 +46,11 @@ def config(root: Path, *overrides: str) -> Config:
 
 
 def judged(root: Path, *overrides: str, relabel: bool = False) -> RunResult:
-    return run_labelling(config(root, *overrides), selection=Selection(relabel=relabel))
+    return label(config(root, *overrides), selection=Selection(relabel=relabel))
 
 
 def record(result: RunResult) -> dict[str, object]:
-    uri = f"{result.plan.partition.uri}/runs/{result.run}.json"
+    uri = f"{result.job.partition.uri}/runs/{result.run}.json"
     return dict(json.loads(Storage().read(uri)))
 
 
@@ -67,12 +67,12 @@ def test_a_run_like_the_one_before_passes_and_another_breaks_the_limit(tmp_path:
     assert [text.split(" ")[0] for text in third.broken_limits] == ["PSI"]
     assert third.broken_limits[0].endswith("is more than 1")
     assert record(third)["broken_limits"] == third.broken_limits
-    page = Storage().read(f"{third.plan.partition.uri}/report.html").decode()
+    page = Storage().read(f"{third.job.partition.uri}/report.html").decode()
     assert third.broken_limits[0] in page
     drift = record(third)["drift"]
     assert isinstance(drift, dict)
     assert (drift["images_a"], drift["images_b"]) == (40, 30)
-    assert drift["a"] == f"{third.plan.partition.uri}@{second.run}"
+    assert drift["a"] == f"{third.job.partition.uri}@{second.run}"
 
 
 def test_the_answer_stays_until_there_is_something_new_or_the_limit_is_another(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_what_has_nothing_before_it_or_is_too_small_is_not_judged(tmp_path: Path
 def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: Path) -> None:
     def cvt_label(*arguments: str) -> Result:
         app = make_app()
-        app.command()(label)
+        app.command()(label_command.label)
         settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
         sets = [f"--set={each}" for each in (*settings, "gate.max_js=0.9")]
         Path(tmp_path, "empty.yaml").write_text("{}")
@@ -119,7 +119,7 @@ def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: P
 
 def test_with_one_run_alone_compare_has_nothing_to_compare_and_passes(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
-    uri = judged(tmp_path).plan.partition.uri
+    uri = judged(tmp_path).job.partition.uri
     app = make_app()
     app.command()(compare)
     done = CliRunner().invoke(app, [f"{uri}@previous", f"{uri}@latest", "--max-psi", "0.1"])
@@ -145,7 +145,7 @@ def test_limits_hold_the_totals_of_a_comparison() -> None:
 def test_datasets_that_share_an_output_are_each_compared_with_themselves(tmp_path: Path) -> None:
     def labelled(name: str) -> RunResult:
         settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
-        return run_labelling(load_config(Config, None, [*settings, "gate.max_psi=1"]))
+        return label(load_config(Config, None, [*settings, "gate.max_psi=1"]))
 
     for night in range(2):
         for name, kind in (("shoes", TROUSER), ("bags", BAG)):
@@ -167,7 +167,7 @@ def test_a_run_that_did_not_end_counts_with_the_one_that_does_the_rest(tmp_path:
     judged(tmp_path)
     write(tmp_path, "1.tar", BAG)
     unended = judged(tmp_path)
-    uri = f"{unended.plan.partition.uri}/runs/{unended.run}.json"
+    uri = f"{unended.job.partition.uri}/runs/{unended.run}.json"
     values = {
         name: value for name, value in record(unended).items() if name not in ("drift", "broken_limits")
     }

@@ -23,7 +23,7 @@ from pipeline.commit import Progress
 from pipeline.config import Config, ConfigError, Selection, load_config
 from pipeline.predictions import prediction_schema
 from pipeline.report import read_gallery
-from pipeline.run import Plan, RunResult, make_plan, run_labelling
+from pipeline.run import Plan, RunResult, label, plan_run
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
 from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
@@ -61,8 +61,8 @@ def config(bucket: str, *overrides: str) -> Config:
 
 def rows_of(result: RunResult) -> list[dict[str, object]]:
     """All prediction rows, read as a consumer would: by a glob over what lies in the bucket."""
-    storage = result.plan.partition.storage
-    uris = [o.uri for o in storage.list(result.plan.partition.uri) if "/predictions/" in o.uri]
+    storage = result.job.partition.storage
+    uris = [o.uri for o in storage.list(result.job.partition.uri) if "/predictions/" in o.uri]
     tables = [pq.read_table(io.BytesIO(storage.read(uri))) for uri in uris]
     for table in tables:
         assert table.schema.remove_metadata().equals(prediction_schema())
@@ -91,7 +91,7 @@ def formats(ray_local: None, s3_server: LocalS3, samples: list[Sample]) -> tuple
         storage.write(f"{bucket}/in/{key}", data)
     seen: list[Progress] = []
     job = config(bucket, "input.label_column=label", "read.chunk_images=7", "output.topk=10")
-    return run_labelling(job, lambda progress, plan: seen.append(progress)), seen
+    return label(job, on_progress=lambda progress, plan: seen.append(progress)), seen
 
 
 def test_every_format_is_labelled_whole(formats: tuple[RunResult, list[Progress]]) -> None:
@@ -134,7 +134,7 @@ def test_labels_equal_those_of_transformers_own_model_and_processor(
 
 def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Progress]]) -> None:
     result, _ = formats
-    partition = result.plan.partition
+    partition = result.job.partition
     written = pq.read_table(io.BytesIO(partition.storage.read(f"{partition.uri}/class_stats.parquet")))
     rows = pa.Table.from_pylist(rows_of(result), schema=prediction_schema())
     expected = class_table(ClassStatistics.of(rows, 10), partition.checkpoint.labels, 10)
@@ -148,7 +148,7 @@ def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Pro
 
 def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, list[Progress]]) -> None:
     result, _ = formats
-    partition, storage = result.plan.partition, result.plan.partition.storage
+    partition, storage = result.job.partition, result.job.partition.storage
     manifest = pq.read_table(io.BytesIO(storage.read(partition.manifest.uri))).to_pylist()
     assert sum(row["rows"] for row in manifest) == 100
     for row in manifest:
@@ -190,7 +190,7 @@ def test_progress_counts_up_to_everything(formats: tuple[RunResult, list[Progres
 def test_secrets_are_nowhere_in_what_is_written(
     formats: tuple[RunResult, list[Progress]], s3_server: LocalS3
 ) -> None:
-    partition = formats[0].plan.partition
+    partition = formats[0].job.partition
     for info in partition.storage.list(partition.uri):
         data = partition.storage.read(info.uri)
         assert s3_server.secret_key.encode() not in data
@@ -216,7 +216,7 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
         ("gray16.png", _gray16()),
     ]
     storage.write(f"{bucket}/in/mixed.tar", make_tar(members))
-    result = run_labelling(config(bucket, "read.chunk_images=4"))
+    result = label(config(bucket, "read.chunk_images=4"))
     rows = rows_of(result)
     errors = {str(row["key"]): str(row["error"]) for row in rows if row["error"] is not None}
     good = {str(row["key"]) for row in rows if row["error"] is None}
@@ -230,7 +230,7 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
             assert row["label"] is row["score"] is row["topk_label_ids"] is row["entropy"] is None
     totals = result.totals
     assert (totals.images, totals.errors, totals.unreadable) == (19, 8, [])
-    partition = result.plan.partition
+    partition = result.job.partition
     causes = json.loads(storage.read(f"{partition.uri}/runs/{result.run}.json"))["causes"]
     assert sum(cause["count"] for cause in causes) == 8
     assert {sample["key"] for cause in causes for sample in cause["samples"]} == set(errors)
@@ -246,7 +246,7 @@ def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
     storage.write(f"{bucket}/in/good.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[: len(whole) // 2])
     storage.write(f"{bucket}/in/not.parquet", b"PAR1 not a parquet file at all")
-    result = run_labelling(config(bucket, "read.chunk_images=5"))
+    result = label(config(bucket, "read.chunk_images=5"))
     assert {str(row["shard"]) for row in rows_of(result)} == {f"{bucket}/in/good.tar"}
     assert len(rows_of(result)) == 30
     unreadable = {row.uri: row.error for row in result.totals.unreadable}
@@ -254,7 +254,7 @@ def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
     for uri, error in unreadable.items():
         assert error is not None
         assert uri in error
-    partition = result.plan.partition
+    partition = result.job.partition
     record = json.loads(partition.storage.read(f"{partition.uri}/runs/{result.run}.json"))
     assert record["status"] == "incomplete"
     assert {failure["uri"]: failure["error"] for failure in record["unreadable"]} == unreadable
@@ -270,21 +270,21 @@ def test_labelling_anew_writes_the_same_bytes(
     def predictions(result: RunResult) -> dict[str, bytes]:
         return {
             o.uri: storage.read(o.uri)
-            for o in storage.list(result.plan.partition.uri)
+            for o in storage.list(result.job.partition.uri)
             if "/predictions/" in o.uri
         }
 
     job = config(bucket, "read.chunk_images=8", "output.embedding=float16")
-    first = predictions(run_labelling(job))
+    first = predictions(label(job))
     assert len(first) == 3
-    again = run_labelling(job, selection=Selection(relabel=True))
+    again = label(job, selection=Selection(relabel=True))
     assert again.totals.shards == 3
     assert predictions(again) == first
 
 
 def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output\.uri: .* lies in the input"):
-        make_plan(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
+        plan_run(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
 
 
 def _png_of_size(width: int, height: int) -> bytes:
@@ -316,4 +316,4 @@ def test_nothing_is_called_done_before_it_is_written(
         for info in found:
             assert pq.read_metadata(io.BytesIO(storage.read(info.uri))).num_rows == 20
 
-    run_labelling(config(bucket, "read.chunk_images=6"), check)
+    label(config(bucket, "read.chunk_images=6"), on_progress=check)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.run import make_job, run_labelling
+from pipeline.run import label, make_job
 
 USUAL = "classify.device=cuda"  # known before there is a cluster, so none is needed here
 
@@ -61,4 +61,4 @@ def test_a_gpu_decodes_alike_by_name_and_by_choice() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_without_torchvision_a_gpu_decoder_is_refused_with_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
-        run_labelling(config("decode.device=auto", f"output.uri={tmp_path}"))
+        label(config("decode.device=auto", f"output.uri={tmp_path}"))

@@ -1,146 +1,164 @@
 from __future__ import annotations
 
-from pipeline.commit import Known
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from pipeline.commit import ManifestRow
 from pipeline.config import LABEL_NEW, Selection
-from pipeline.read import Shard
-from pipeline.run import State, Work, compare
+from pipeline.read import ShardListing
+from pipeline.run import Plan, State
+from pipeline.run.planning import plan, regrouped
+from pipeline.storage import ObjectInfo
 
 ROOT = "s3://b/in"
+LABELED = {"output": "predictions/x.parquet", "output_version": "etag", "errors": 0}
 
 
-def shard(name: str, version: str = "v1", format: str = "webdataset") -> Shard:
-    return Shard(f"{ROOT}/{name}", version, format, 10)  # type: ignore[arg-type]
+def listing(objects: Mapping[str, str], format: Any = None) -> ShardListing:
+    """A listing of objects of these versions."""
+    infos = (ObjectInfo(f"{ROOT}/{name}", 10, version) for name, version in sorted(objects.items()))
+    return ShardListing(infos, ROOT, format)
 
 
-def known(version: str | None = "v1", **fields: object) -> Known:
-    labelled = {"output": "predictions/x.parquet", "output_version": "etag"} if version else {}
-    values: dict[str, object] = {
-        "errors": 0,
-        "error": None,
-        "failed_version": None,
-        "gone": False,
-        "format": "webdataset",
-    }
-    values |= {"version": version, "output": None, "output_version": None, "format": "webdataset"}
-    values |= labelled | fields
-    return Known(**values)  # type: ignore[arg-type]
+def row(name: str, version: str | None = "v1", **fields: Any) -> ManifestRow:
+    labeled = LABELED if version else {}
+    values = {"version": version, "format": "webdataset"} | labeled | fields
+    return ManifestRow(f"{ROOT}/{name}", **values)
 
 
-def plan(
-    listing: list[Shard], rows: dict[str, Known], selection: Selection = LABEL_NEW, uri: str = ROOT
-) -> Work:
-    return compare(listing, {f"{ROOT}/{name}": row for name, row in rows.items()}, uri, selection)
+def manifest(*rows: ManifestRow) -> Mapping[str, ManifestRow]:
+    return MappingProxyType({each.uri: each for each in rows})
 
 
-def names(work: Work) -> list[str]:
-    return [s.uri.removeprefix(f"{ROOT}/") for s in work.shards]
+def names(uris: Any) -> list[str]:
+    return [str(getattr(each, "uri", each)).removeprefix(f"{ROOT}/") for each in uris]
 
 
-LISTING = [shard("done"), shard("changed", "v2"), shard("new"), shard("failed"), shard("errors")]
-ROWS = {
-    "done": known(),
-    "changed": known(),
-    "failed": known(None, error="cut", failed_version="v1"),
-    "errors": known(errors=3),
-    "gone": known(),
+FAILED = row("a.tar", None, error="cut", failed_version="v1")
+FAILED_LATER = row("a.tar", error="cut", failed_version="v2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shard `a.tar`, its manifest row, and what becomes of it."""
+
+    listed: str | None  # version
+    known: ManifestRow | None
+    state: State
+    labels: bool
+    selection: Selection = LABEL_NEW
+    expected: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "new": Case("v1", None, State.NEW, True),
+    "done": Case("v1", row("a.tar"), State.DONE, False),
+    "changed": Case("v2", row("a.tar"), State.CHANGED, True),
+    "done, relabel": Case("v1", row("a.tar"), State.DONE, True, Selection(relabel=True), {"again": 1}),
+    "done, retry of no errors": Case("v1", row("a.tar"), State.DONE, False, Selection(retry_errors=True)),
+    "error rows": Case("v1", row("a.tar", errors=3), State.DONE, False),
+    "error rows, retry": Case(
+        "v1", row("a.tar", errors=3), State.DONE, True, Selection(retry_errors=True), {"again": 1}
+    ),
+    "unreadable": Case("v1", FAILED, State.FAILED, False, expected={"skipped_failures": 1}),
+    "unreadable, retry": Case("v1", FAILED, State.FAILED, True, Selection(retry_errors=True), {"again": 1}),
+    "unreadable, changed since": Case("v2", FAILED, State.CHANGED, True),
+    "unreadable by the storage's fault": Case("v1", row("a.tar", None, error="cut"), State.NEW, True),
+    "unreadable as another format": Case("v1", replace(FAILED, format="parquet"), State.NEW, True),
+    "labeled, unreadable since": Case(
+        "v2", FAILED_LATER, State.FAILED, False, expected={"skipped_failures": 1}
+    ),
+    "labeled, unreadable, and back": Case(
+        "v1", FAILED_LATER, State.DONE, False, expected={"recovered": ("s3://b/in/a.tar",)}
+    ),
+    "labeled, unreadable again": Case(
+        "v1", row("a.tar", error="cut", failed_version="v1"), State.DONE, False
+    ),
+    "gone": Case(None, row("a.tar"), State.GONE, False),
+    "gone, and back": Case(
+        "v1", row("a.tar", gone=True), State.DONE, False, expected={"reappeared": ("s3://b/in/a.tar",)}
+    ),
 }
 
 
-def test_only_what_is_new_or_has_changed_is_labelled() -> None:
-    work = plan(LISTING, ROWS)
-    assert names(work) == ["changed", "new"]
-    assert work.expected == {f"{ROOT}/changed": "etag"}
-    assert work.states == {State.NEW: 1, State.CHANGED: 1, State.DONE: 2, State.FAILED: 1, State.GONE: 1}
-    assert list(work.gone) == [f"{ROOT}/gone"]
-    assert (work.again, work.skipped_failures) == (0, 1)
-    assert work.to_prune == set()
-    assert plan(LISTING, ROWS, Selection(prune=True)).to_prune == {f"{ROOT}/gone"}
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_shard_is_planned_by_its_row(case: Case) -> None:
+    known = manifest(*[case.known] * (case.known is not None))
+    objects = {} if case.listed is None else {"a.tar": case.listed}
+    found = plan(listing(objects), known, case.selection)
+    assert {state for state, count in found.states.items() if count} == {case.state}
+    assert names(found.shards) == ["a.tar"] * case.labels
+    has_labels = case.known is not None and case.known.output is not None
+    assert dict(found.expected) == ({f"{ROOT}/a.tar": "etag"} if case.labels and has_labels else {})
+    defaults = {"again": 0, "skipped_failures": 0, "recovered": (), "reappeared": ()}
+    assert {name: getattr(found, name) for name in defaults} == defaults | dict(case.expected)
+    assert names(found.gone) == ["a.tar"] * (case.state is State.GONE)
 
 
-def test_errors_are_tried_again_if_wanted() -> None:
-    work = plan(LISTING, ROWS, Selection(retry_errors=True))
-    assert names(work) == ["changed", "new", "failed", "errors"]
-    assert (work.again, work.skipped_failures) == (2, 0)
-    assert work.expected.keys() == {f"{ROOT}/changed", f"{ROOT}/errors"}
+def test_deleted_shards_are_pruned_only_when_asked() -> None:
+    known = manifest(row("a.tar"), row("b.tar"), row("c.tar", None, error="cut", failed_version="v1"))
+    kept = plan(listing({"a.tar": "v1"}), known, LABEL_NEW)
+    pruned = plan(listing({"a.tar": "v1"}), known, Selection(prune=True))
+    assert names(kept.gone) == ["b.tar", "c.tar"]
+    assert kept.to_prune == set()
+    assert pruned.to_prune == {f"{ROOT}/b.tar"}
 
 
-def test_everything_is_labelled_anew_if_wanted() -> None:
-    work = plan(LISTING, ROWS, Selection(relabel=True))
-    assert work.shards == LISTING
-    assert work.again == 3
+def test_only_the_listed_input_and_format_can_be_gone() -> None:
+    elsewhere = ManifestRow("s3://b/in2/x.tar", "v1", "webdataset", **LABELED)
+    known = manifest(elsewhere, row("y.parquet", format="parquet"), row("z.tar"))
+    assert names(plan(listing({}, "webdataset"), known, LABEL_NEW).gone) == ["z.tar"]
+    assert names(plan(listing({}), known, LABEL_NEW).gone) == ["y.parquet", "z.tar"]
 
 
-def test_a_labelled_shard_that_could_not_be_read_again_is_tried_again_if_wanted() -> None:
-    rows = {"x": known(error="cut", failed_version="v1")}
-    assert names(plan([shard("x")], rows)) == []
-    assert names(plan([shard("x")], rows, Selection(retry_errors=True))) == ["x"]
+def test_ignored_objects_are_counted() -> None:
+    found = plan(listing({"a.tar": "v1", "README.md": "v1", "_SUCCESS": "v1"}), {}, LABEL_NEW)
+    assert (names(found.shards), found.ignored) == (["a.tar"], 2)
 
 
-def test_a_group_that_has_lost_images_to_one_that_returns_is_told() -> None:
-    rows = {"a": known(format="images"), "b": known(gone=True, format="images")}
-    work = plan([shard("a", "v2", "images"), shard("b", "v2", "images")], rows)
-    assert work.moved == [f"{ROOT}/a"]
+IMAGES = {f"{i:05d}.jpg": "v1" for i in range(4000)}
 
 
-def test_a_shard_that_storage_kept_from_being_read_is_tried_again() -> None:
-    work = plan([shard("x")], {"x": known(None, error="503")})
-    assert names(work) == ["x"]
-    assert work.states[State.NEW] == 1
+def labeled_groups(objects: Mapping[str, str]) -> Mapping[str, ManifestRow]:
+    shards = list(listing(objects))
+    return manifest(*(row(names([s])[0], s.version, format="images") for s in shards))
 
 
-def test_a_failed_shard_that_changes_is_tried_again() -> None:
-    assert names(plan([shard("failed", "v2")], ROWS)) == ["failed"]
+def test_images_to_label_are_counted_where_the_listing_counts_them() -> None:
+    assert plan(listing(IMAGES), {}, LABEL_NEW).images == 4000
+    assert plan(listing({**IMAGES, "a.tar": "v1"}), {}, LABEL_NEW).images is None
 
 
-def test_a_labelled_shard_whose_new_version_could_not_be_read_waits_for_another_one() -> None:
-    rows = {"x": known("v1", failed_version="v2")}
-    assert names(plan([shard("x", "v2")], rows)) == []
-    assert names(plan([shard("x", "v3")], rows)) == ["x"]
-    assert plan([shard("x", "v1")], rows).states[State.DONE] == 1
+def cutting_image() -> str:
+    """An image that starts a group, so that its removal moves the group's images to the one before."""
+    return names([list(listing(IMAGES))[2].members[0]])[0]
 
 
-def test_a_failed_shard_that_is_read_as_another_format_is_tried_again() -> None:
-    rows = {"x": known(None, error="no Parquet file", failed_version="v1", format="parquet")}
-    assert names(plan([shard("x", format="webdataset")], rows)) == ["x"]
-    assert names(plan([shard("x", format="parquet")], rows)) == []
+def test_a_removed_image_moves_the_others_of_its_group() -> None:
+    known, cut = labeled_groups(IMAGES), cutting_image()
+    found = plan(listing({name: v for name, v in IMAGES.items() if name != cut}), known, LABEL_NEW)
+    assert found.states[State.GONE] == 1
+    [merged] = found.shards
+    [gone] = found.gone
+    group_of = {member.uri: shard.uri for shard in listing(IMAGES) for member in shard.members}
+    assert regrouped(found.shards, {uri: group for uri, group in group_of.items() if group == gone}) == {gone}
+    assert merged.uri in known
 
 
-def test_a_shard_that_is_again_what_is_labelled_is_cured_of_a_failure_between() -> None:
-    rows = {"x": known("v1", error="cut", failed_version="v2")}
-    assert plan([shard("x", "v1")], rows).cured == [f"{ROOT}/x"]
-    assert plan([shard("x", "v2")], rows).cured == []
-    assert names(plan([shard("x", "v1")], rows, Selection(retry_errors=True))) == []
+def test_an_added_image_that_splits_a_group_shrinks_it() -> None:
+    cut = cutting_image()
+    before = labeled_groups({name: v for name, v in IMAGES.items() if name != cut})
+    found: Plan = plan(listing(IMAGES), before, LABEL_NEW)
+    changed = [s.uri for s in found.shards if s.uri in before]
+    assert list(found.shrunk) == changed
+    assert len(found.shards) == 2
 
 
-def test_shards_of_another_input_are_not_gone() -> None:
-    rows = {"../other/x": known(), "../in-2/x": known()}
-    work = compare([shard("a")], {f"s3://b/{name[3:]}": row for name, row in rows.items()}, ROOT, LABEL_NEW)
-    assert work.gone == {}
-
-
-def test_only_shards_of_the_format_that_was_looked_for_can_be_gone() -> None:
-    rows = {f"{ROOT}/x.tar": known(), f"{ROOT}/images-1": known(format="images")}
-    assert list(compare([], dict(rows), ROOT, LABEL_NEW, "images").gone) == [f"{ROOT}/images-1"]
-    assert len(compare([], dict(rows), ROOT, LABEL_NEW, "auto").gone) == 2
-
-
-def test_an_input_that_is_one_object_is_found_and_is_gone() -> None:
-    rows = {"x.tar": known()}
-    assert plan([shard("x.tar")], rows, uri=f"{ROOT}/x.tar").states[State.DONE] == 1
-    assert list(plan([], rows, uri=f"{ROOT}/x.tar").gone) == [f"{ROOT}/x.tar"]
-
-
-def test_a_shard_that_is_there_again_is_done_and_no_longer_gone() -> None:
-    work = plan([shard("x")], {"x": known(gone=True)})
-    assert work.returned == [f"{ROOT}/x"]
-    assert (work.states[State.DONE], work.gone) == (1, {})
-
-
-def test_a_group_that_has_lost_images_to_a_new_group_is_told() -> None:
-    def group(name: str, version: str = "v1") -> Shard:
-        return shard(name, version, "images")
-
-    rows = {name: known(format="images") for name in ("a", "b", "c", "d")}
-    listing = [group("a", "v2"), group("new1"), group("new2"), group("b"), group("new3"), group("c", "v2")]
-    work = plan([*listing, group("d", "v2")], rows)
-    assert work.moved == [f"{ROOT}/a"]
+def test_an_image_in_its_own_group_regroups_nothing() -> None:
+    shards = list(listing(IMAGES))
+    group_of = {member.uri: shard.uri for shard in shards for member in shard.members}
+    assert regrouped(shards, group_of) == set()

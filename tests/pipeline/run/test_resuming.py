@@ -28,12 +28,13 @@ from pipeline.run import (
     State,
     Stopped,
     Work,
-    labelling,
-    make_plan,
-    run_labelling,
+    label,
+    labeling,
+    make_job,
+    plan_run,
+    rebuild,
     summaries,
 )
-from pipeline.run.labelling import rebuild
 from pipeline.storage import ObjectInfo, Storage
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
@@ -67,7 +68,7 @@ def keys(root: str) -> list[tuple[str, str]]:
 
 
 def record(result: RunResult) -> dict[str, Any]:
-    partition = result.plan.partition
+    partition = result.job.partition
     return dict(json.loads(Storage().read(f"{partition.uri}/runs/{result.run}.json")))
 
 
@@ -76,16 +77,16 @@ def test_a_rerun_with_nothing_new_starts_no_ray_and_touches_nothing(
 ) -> None:
     root = str(tmp_path)
     write(root, "a.tar", 1)
-    run_labelling(config(root))
+    label(config(root))
     kept = {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")}
 
     def no_ray(address: str | None) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(labelling, "ray_cluster", no_ray)
-    again = run_labelling(config(root))
+    monkeypatch.setattr(labeling, "ray_cluster", no_ray)
+    again = label(config(root))
     assert again.is_complete
-    assert again.plan.work.states == {State.DONE: 1, State.GONE: 0}
+    assert again.plan.states == {State.DONE: 1, State.GONE: 0}
     assert {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")} == kept
     assert record(again)["status"] == "complete"
 
@@ -94,14 +95,14 @@ def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> 
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
-    first = run_labelling(config(root))
+    first = label(config(root))
     assert first.totals.images == 36
     write(root, "1.tar", 9, count=5)
     write(root, "3.tar", 3)
     (tmp_path / "in" / "2.tar").unlink()
-    plan = make_plan(config(root))
-    assert plan.work.states == {State.DONE: 1, State.CHANGED: 1, State.NEW: 1, State.GONE: 1}
-    second = run_labelling(config(root))
+    plan = plan_run(config(root)).plan
+    assert plan.states == {State.DONE: 1, State.CHANGED: 1, State.NEW: 1, State.GONE: 1}
+    second = label(config(root))
     assert (second.totals.shards, second.totals.images) == (2, 17)
     assert second.statistics is not None
     assert int(second.statistics.count.sum()) == len(keys(root)) == len(set(keys(root))) == 12 + 5 + 12 + 12
@@ -110,9 +111,9 @@ def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> 
 
 def label_with_a_thumbnail(root: str) -> None:
     write(root, "0.tar", 0)
-    gallery = Storage(), make_plan(config(root)).partition.uri
+    gallery = Storage(), plan_run(config(root)).job.partition.uri
     write_gallery(*gallery, [Item(0, "a class", "most", 0.5, f"{root}/in/old.tar", 0, "key", b"JPEG")])
-    run_labelling(config(root))
+    label(config(root))
     assert len(read_gallery(*gallery)) == 1
 
 
@@ -120,7 +121,7 @@ def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
     root = str(tmp_path)
     label_with_a_thumbnail(root)
     write(root, "1.tar", 1)
-    run_labelling(config(root, "report.gallery=0"))
+    label(config(root, "report.gallery=0"))
     assert files(root, "gallery") == {}
 
 
@@ -129,7 +130,7 @@ def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_
     label_with_a_thumbnail(root)
     [page] = files(root, "report.html").values()
     assert b"data:image/jpeg" in page
-    run_labelling(config(root, "report.gallery=0"))
+    label(config(root, "report.gallery=0"))
     assert files(root, "gallery") == {}
     [page] = files(root, "report.html").values()
     assert b"data:image/jpeg" not in page
@@ -144,33 +145,33 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
     root = str(tmp_path)
     write(root, "0.tar", 0)
     monkeypatch.setattr(summaries, "make_report", fail)
-    assert run_labelling(config(root)).is_complete
+    assert label(config(root)).is_complete
     assert "the report could not be drawn" in caplog.text
-    assert record(run_labelling(config(root)))["status"] == "complete"
+    assert record(label(config(root)))["status"] == "complete"
 
 
 def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(2):
         write(root, f"{i}.tar", i)
-    run_labelling(config(root))
+    label(config(root))
     gone = tmp_path / "in" / "0.tar"
     content = gone.read_bytes()
     gone.unlink()
-    run_labelling(config(root))
+    label(config(root))
     assert len(files(root)) == 2
-    assert [row.gone for row in make_plan(config(root)).partition.manifest.rows()] == [True, False]
-    gallery = Storage(), make_plan(config(root)).partition.uri
+    assert [row.gone for row in plan_run(config(root)).job.partition.manifest.rows()] == [True, False]
+    gallery = Storage(), plan_run(config(root)).job.partition.uri
     items = [Item(0, "a class", "most", 0.5, f"{root}/in/{i}.tar", i, "key", b"JPEG") for i in range(2)]
     write_gallery(*gallery, items)
-    pruned = run_labelling(config(root), selection=Selection(prune=True))
+    pruned = label(config(root), selection=Selection(prune=True))
     assert pruned.pruned == 1
     assert len(files(root)) == 1
     assert pruned.statistics is not None
     assert int(pruned.statistics.count.sum()) == 12
     assert [item.shard for item in read_gallery(*gallery)] == [f"{root}/in/1.tar"]
     gone.write_bytes(content)
-    back = run_labelling(config(root))
+    back = label(config(root))
     assert back.totals.shards == 1
     assert len(files(root)) == 2
 
@@ -180,14 +181,14 @@ def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path)
     write(root, "good.tar", 1)
     write(root, "bad.tar", 2, bad=True)
     (tmp_path / "in" / "cut.tar").write_bytes((tmp_path / "in" / "good.tar").read_bytes()[:2000])
-    first = run_labelling(config(root))
+    first = label(config(root))
     assert not first.is_complete
-    second = run_labelling(config(root))
+    second = label(config(root))
     assert (second.totals.shards, second.is_complete) == (0, False)
-    third = run_labelling(config(root), selection=Selection(retry_errors=True))
+    third = label(config(root), selection=Selection(retry_errors=True))
     assert (third.totals.shards, third.totals.errors, third.is_complete) == (2, 1, False)
     write(root, "cut.tar", 3)
-    fourth = run_labelling(config(root))
+    fourth = label(config(root))
     assert (fourth.totals.shards, fourth.is_complete) == (1, True)
 
 
@@ -201,12 +202,12 @@ def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
     with FaultProxy(s3_server.endpoint_url) as proxy:
         is_b = lambda request: request.method == "GET" and request.path.endswith("/b.tar")  # noqa: E731
         proxy.next(*["slow_down"] * 50, where=is_b)
-        first = run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"))
+        first = label(config(bucket, f"storage.endpoint_url={proxy.url}"))
     [row] = first.totals.unreadable
     assert row.uri == f"{bucket}/in/b.tar"
     assert "SlowDown" in str(row.error)
     assert not first.is_complete
-    second = run_labelling(config(bucket))
+    second = label(config(bucket))
     assert (second.totals.shards, second.totals.images, second.is_complete) == (1, 12, True)
 
 
@@ -218,17 +219,17 @@ def test_manifest_and_statistics_are_rebuilt_from_the_labels(
     for i in range(3):
         write(root, f"{i}.tar", i, bad=i == 1)
     storage = Storage()
-    run_labelling(config(root))
+    label(config(root))
     cut = storage.read(f"{root}/in/0.tar")[:2000]
     storage.write(f"{root}/in/0.tar", cut)  # labelled, and then a version that can't be read
     storage.write(f"{root}/in/cut.tar", cut)
     storage.delete(f"{root}/in/2.tar")
-    partition = run_labelling(config(root)).plan.partition
+    partition = label(config(root)).job.partition
     names = [f"{partition.uri}/{name}.parquet" for name in ("manifest", "class_stats")]
     before = [storage.read(name) for name in names]
     for name in names:
         storage.delete(name)
-    rebuild(config(root))
+    rebuild(make_job(config(root)).partition)
     after = [storage.read(name) for name in names]
     assert after[1] == before[1]
     tables = [
@@ -237,17 +238,17 @@ def test_manifest_and_statistics_are_rebuilt_from_the_labels(
     ]
     assert tables[0].equals(tables[1])
     assert [row["gone"] for row in tables[0].to_pylist()] == [False, False, True, False]
-    assert make_plan(config(root)).shards == []
+    assert plan_run(config(root)).plan.shards == ()
 
 
 def test_without_a_manifest_a_run_finds_out_what_is_labelled(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
-    partition = run_labelling(config(root)).plan.partition
+    partition = label(config(root)).job.partition
     Path(partition.manifest.uri).unlink()
     write(root, "3.tar", 3)
-    again = run_labelling(config(root))
+    again = label(config(root))
     assert again.totals.shards == 1
     assert again.statistics is not None
     assert int(again.statistics.count.sum()) == 48
@@ -260,14 +261,14 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
 
     def another(progress: Progress, plan: Plan) -> None:
         try:
-            run_labelling(config(root))
+            label(config(root))
         except LeaseHeldError as error:
             refused.append(str(error))
 
-    run_labelling(config(root), another)
+    label(config(root), on_progress=another)
     assert refused
     assert "works on these labels" in refused[0]
-    assert make_plan(config(root)).shards == []
+    assert plan_run(config(root)).plan.shards == ()
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
@@ -278,8 +279,8 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
     root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
     for i in range(8):
         write(root, f"{i}.tar", i)
-    monkeypatch.setattr(labelling.Lease, "acquire", lambda self, wait, on_wait: False)
-    monkeypatch.setattr(labelling.Lease, "release", lambda self, in_order: None)
+    monkeypatch.setattr(labeling.Lease, "acquire", lambda self, wait, on_wait: False)
+    monkeypatch.setattr(labeling.Lease, "release", lambda self, in_order: None)
     half_way, changed = threading.Event(), threading.Event()
     failures = []
 
@@ -290,7 +291,7 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
 
     def job(on_progress: Callable[[Progress, Plan], None]) -> None:
         try:
-            run_labelling(config(root), on_progress)
+            label(config(root), on_progress=on_progress)
         except Exception as error:
             failures.append(error)
 
@@ -304,13 +305,13 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
     zombie.join()
     other.join()
     assert failures == []
-    run_labelling(config(root))
+    label(config(root))
     found = keys(root)
     assert len(found) == len(set(found)) == 5 * 12 + 3 * 9
     ended = files(root)
     alone = config(root, f"output.uri={root}/out/alone")
     storage = Storage()
-    partition = run_labelling(alone).plan.partition
+    partition = label(alone).job.partition
     for uri, data in ended.items():
         assert storage.read(f"{partition.uri}/predictions/{uri.partition('/predictions/')[2]}") == data
 
@@ -326,8 +327,8 @@ def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
         time.sleep(0.3)
 
     with pytest.raises(LeaseLostError):
-        run_labelling(config(root, "run.lease_s=0.3"), take_over)
-    assert run_labelling(config(root), wait=True).is_complete
+        label(config(root, "run.lease_s=0.3"), on_progress=take_over)
+    assert label(config(root), wait=True).is_complete
     assert len(keys(root)) == len(set(keys(root))) == 48
 
 
@@ -345,16 +346,16 @@ def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, numbe
             signal.raise_signal(number)
 
     with pytest.raises(Stopped):
-        run_labelling(config(root), stop)
+        label(config(root), on_progress=stop)
     assert told == [5]
-    plan = make_plan(config(root))
+    plan = plan_run(config(root)).plan
     assert plan.in_order
-    assert plan.work.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
+    assert plan.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
     assert files(root, "class_stats.parquet")
     [path] = files(root, "/runs/")
     status = json.loads(Path(path).read_text())
     assert (status["status"], status["counts"]["shards"]) == ("interrupted", 1)
-    assert run_labelling(config(root)).totals.shards == 5
+    assert label(config(root)).totals.shards == 5
 
 
 def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path) -> None:
@@ -368,10 +369,10 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_labelling(config(root, "run.grace_s=0.5"), stop)
+        label(config(root, "run.grace_s=0.5"), on_progress=stop)
     assert time.monotonic() - start < 15
     assert files(root) == {}
-    assert run_labelling(config(root)).totals.shards == 3
+    assert label(config(root)).totals.shards == 3
 
 
 def test_storage_that_fails_now_and_then_costs_nothing_but_time(
@@ -381,7 +382,7 @@ def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     for i in range(6):
         write(bucket, f"{i}.tar", i)
     with FaultProxy(s3_server.endpoint_url, seed=3, rate=0.5) as proxy:
-        result = run_labelling(config(bucket, f"storage.endpoint_url={proxy.url}"))
+        result = label(config(bucket, f"storage.endpoint_url={proxy.url}"))
         injected = dict(proxy.injected)
     assert (result.totals.images, result.is_complete) == (72, True)
     assert sum(injected.values()) > 10
@@ -389,7 +390,7 @@ def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     assert sum(counted.values()) >= sum(injected.values()) / 2  # not those of the record's own writing
     assert {"SlowDown", "InternalError", "AccessDenied"} & counted.keys()
     disturbed = files(bucket)
-    again = run_labelling(config(bucket), selection=Selection(relabel=True))
+    again = label(config(bucket), selection=Selection(relabel=True))
     assert again.totals.shards == 6
     assert files(bucket) == disturbed
 
@@ -398,16 +399,16 @@ def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifes
     tmp_path: Path,
 ) -> None:
     write(str(tmp_path), "a.tar", 1, count=10)
-    one = run_labelling(config(str(tmp_path)))
-    other = run_labelling(config(str(tmp_path), "output.topk=2"))
-    assert one.plan.partition.uri != other.plan.partition.uri
+    one = label(config(str(tmp_path)))
+    other = label(config(str(tmp_path), "output.topk=2"))
+    assert one.job.partition.uri != other.job.partition.uri
     (tmp_path / "in" / "a.tar").unlink()
     write(str(tmp_path), "b.tar", 2, count=15)
-    grown = run_labelling(config(str(tmp_path)))
+    grown = label(config(str(tmp_path)))
     assert grown.totals.images == 15
     assert grown.statistics is not None
     assert int(grown.statistics.count.sum()) == 25
-    assert len(files(str(tmp_path), f"{grown.plan.partition.uri}/predictions")) == 2
+    assert len(files(str(tmp_path), f"{grown.job.partition.uri}/predictions")) == 2
 
 
 def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_statistics(
@@ -416,17 +417,17 @@ def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_stat
     shard = tmp_path / "in" / "a.tar"
     write(str(tmp_path), "a.tar", 1, count=20)
     job = config(f"file://{tmp_path}")
-    first = run_labelling(job)
+    first = label(job)
     shard.write_bytes(shard.read_bytes()[:3000])
-    second = run_labelling(job)
+    second = label(job)
     assert [row.uri for row in second.totals.unreadable] == [str(shard)]
     assert first.statistics is not None
     assert second.statistics is not None
     assert int(second.statistics.count.sum()) == int(first.statistics.count.sum()) == 20
-    [row] = pq.read_table(second.plan.partition.manifest.uri).to_pylist()
+    [row] = pq.read_table(second.job.partition.manifest.uri).to_pylist()
     assert (row["rows"], row["run"]) == (20, first.run)
     assert "damaged" in row["error"]
-    assert Path(second.plan.partition.uri, row["output"]).is_file()
+    assert Path(second.job.partition.uri, row["output"]).is_file()
 
 
 def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
@@ -441,8 +442,8 @@ def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_labelling(job, interrupt)
-    partition = make_plan(job).partition
+        label(job, on_progress=interrupt)
+    partition = plan_run(job).partition
     manifest = pq.read_table(partition.manifest.uri).to_pylist()
     labelled = list(Path(partition.uri, "predictions").rglob("*.parquet"))
     assert len(manifest) == len(labelled) >= 1
@@ -464,17 +465,17 @@ def image_uris(root: str) -> list[str]:
 def test_labels_of_a_group_that_a_zombie_brings_back_are_removed(tmp_path: Path) -> None:
     root = str(tmp_path)
     write_images(root, *range(30))
-    first = run_labelling(config(root))
+    first = label(config(root))
     kept = files(root)
     groups = [shard.members for shard in first.plan.shards]
     first_image, *others = next(members for members in groups[1:] if len(members) > 2)
     assert others
     Storage().delete(first_image.uri)  # whose name begins the group: the others join the one before
-    run_labelling(config(root))
+    label(config(root))
     [removed] = kept.keys() - files(root).keys()
     Storage().write(removed, kept[removed])
     for _ in range(2):
-        run_labelling(config(root))
+        label(config(root))
         assert len(image_uris(root)) == len(set(image_uris(root))) == 29
 
 
@@ -482,20 +483,20 @@ def test_a_wider_input_takes_over_the_images_of_a_narrower_one_and_not_the_rever
     root = str(tmp_path)
     write_images(root, *range(10))
     narrow = config(root, f"input.uri={root}/in/sub")
-    run_labelling(narrow)
-    run_labelling(config(root))
+    label(narrow)
+    label(config(root))
     assert len(image_uris(root)) == len(set(image_uris(root))) == 10
     with pytest.raises(ConfigError, match=r"in/sub lies in .*/in, whose loose images have labels"):
-        run_labelling(narrow)
+        label(narrow)
 
 
 def test_labels_that_somebody_removed_are_made_again(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
-    run_labelling(config(root))
+    label(config(root))
     Path(sorted(files(root))[1]).unlink()
-    again = run_labelling(config(root))
+    again = label(config(root))
     assert again.totals.shards == 1
     assert len(keys(root)) == 36
     assert again.statistics is not None
@@ -515,13 +516,13 @@ def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_pat
         (tmp_path / "in" / "0.tar").unlink()
         lease = Path(plan.partition.uri, "lease.json")
         lease.write_text(lease.read_text().replace('"run": "', '"run": "other-').replace("held", "released"))
-        run_labelling(config(root), selection=Selection(prune=True))
+        label(config(root), selection=Selection(prune=True))
         time.sleep(0.5)
 
     with pytest.raises(LeaseLostError):
-        run_labelling(config(root, "run.lease_s=0.3"), meanwhile)
+        label(config(root, "run.lease_s=0.3"), on_progress=meanwhile)
     (tmp_path / "in" / "0.tar").write_bytes(content)
-    assert run_labelling(config(root)).is_complete
+    assert label(config(root)).is_complete
     assert len(keys(root)) == len(set(keys(root))) == 48
 
 
@@ -531,23 +532,23 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
     root = str(tmp_path)
     for i in range(2):
         write(root, f"{i}.tar", i)
-    run_labelling(config(root))
+    label(config(root))
     (tmp_path / "in" / "0.tar").unlink()
-    tidy = labelling.tidy
+    tidy = labeling.tidy
 
     def suspended(job: Job, work: Work, repairs: Repairs, record: RunRecord, lease: Lease) -> bool:
-        monkeypatch.setattr(labelling, "tidy", tidy)
+        monkeypatch.setattr(labeling, "tidy", tidy)
         write(root, "0.tar", 7, count=3)
         path = Path(job.partition.uri, "lease.json")
         held = path.read_text()
         path.unlink()
-        run_labelling(config(root))
+        label(config(root))
         path.write_text(held)
         return tidy(job, work, repairs, record, lease)
 
-    monkeypatch.setattr(labelling, "tidy", suspended)
-    run_labelling(config(root), selection=Selection(prune=True))
-    run_labelling(config(root))
+    monkeypatch.setattr(labeling, "tidy", suspended)
+    label(config(root), selection=Selection(prune=True))
+    label(config(root))
     assert len(keys(root)) == 12 + 3
 
 
@@ -557,7 +558,7 @@ def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_ta
     """It has asked for its lease, and sleeps; the images are grouped anew, and another run labels them."""
     root = str(tmp_path)
     write_images(root, *range(30))
-    groups = [shard for shard in make_plan(config(root)).shards if len(shard.members) > 2]
+    groups = [shard for shard in plan_run(config(root)).plan.shards if len(shard.members) > 2]
     victim = groups[-1]
     name = prediction_path(victim.uri)
     monkeypatch.setattr(committing, "WRITERS", 1)
@@ -571,12 +572,12 @@ def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_ta
         lease = next(info.uri for info in Storage().list(f"{root}/out") if info.uri.endswith("lease.json"))
         Storage().delete(lease)
         monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
-        run_labelling(config(root))
+        label(config(root))
         return write_object(self, uri, *args)
 
     monkeypatch.setattr(Storage, "write", suspended)
     with suppress(LeaseLostError):  # unless it ends before it would renew it
-        run_labelling(config(root))
+        label(config(root))
     assert len(image_uris(root)) == len(set(image_uris(root))) == 29
 
 
@@ -588,19 +589,19 @@ def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
     write_images(root, *range(30))
     monkeypatch.setattr(Lease, "acquire", lambda self, wait, on_wait: True)
     monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
-    victim = [shard for shard in make_plan(config(root)).shards if len(shard.members) > 2][-1]
+    victim = [shard for shard in plan_run(config(root)).plan.shards if len(shard.members) > 2][-1]
     changed = []
 
     def meanwhile(progress: Progress, plan: Plan) -> None:
         if not changed:
             changed.append(progress)
             Storage().delete(victim.members[0].uri)
-            run_labelling(config(root))
+            label(config(root))
 
-    first = run_labelling(config(root), meanwhile)
+    first = label(config(root), on_progress=meanwhile)
     assert len(image_uris(root)) == len(set(image_uris(root))) == 29
     assert first.withdrawn
-    assert make_plan(config(root)).shards == []
+    assert plan_run(config(root)).plan.shards == ()
 
 
 def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path: Path) -> None:
@@ -616,5 +617,5 @@ def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path
             overtaken.append(progress)
 
     with pytest.raises(LeaseLostError):
-        run_labelling(config(root), overtake)
+        label(config(root), on_progress=overtake)
     assert len(files(root)) <= 1  # the group that was being written just then
