@@ -3,6 +3,7 @@
 Whatever acts on a configuration does not belong here.
 """
 
+from pipeline.config.identity import fingerprint, label_settings
 from pipeline.config.job import (
     LABEL_NEW,
     NO_TORCHVISION,
@@ -15,7 +16,7 @@ from pipeline.config.job import (
 from pipeline.config.loading import load_config, load_recorded
 from pipeline.config.schedule import DatasetConfig, DatasetsConfig
 from pipeline.config.sections import ConfigError
-from pipeline.config.train import ScheduleConfig, TrainConfig
+from pipeline.config.train import OptimizationConfig, TrainConfig
 
 __all__ = [
     "LABEL_NEW",
@@ -25,10 +26,12 @@ __all__ = [
     "DatasetConfig",
     "DatasetsConfig",
     "InputConfig",
+    "OptimizationConfig",
     "RayConfig",
-    "ScheduleConfig",
     "Selection",
     "TrainConfig",
+    "fingerprint",
+    "label_settings",
     "load_config",
     "load_recorded",
     "make_storage",

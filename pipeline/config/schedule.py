@@ -1,61 +1,56 @@
-"""The job's configuration: strict YAML into frozen, typed sections.
-
-Every field that a run depends on is here and nowhere else, and goes whole into the run record. Secrets
-don't belong here: credentials come from the standard chains of each storage service.
-"""
+"""The configuration of a schedule: datasets, each with its labeling job and its cron expression."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pipeline.config.job import Config
-from pipeline.config.sections import PositiveFloat, Section, ServiceUrl
+from pipeline.config.sections import VALUE_HIDDEN, PositiveFloat, Section, ServiceUrl
 
 
 class SubmitConfig(Section):
-    """The Ray cluster that a schedule submits to, and what its jobs need there."""
+    """The Ray cluster that a schedule submits to, and how its jobs run there."""
 
-    #: Of its dashboard, http://head:8265; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.
+    #: The dashboard, http://head:8265; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.
     address: ServiceUrl | None = None
-    #: Local folder with the code, which is uploaded; null where the cluster's image has it.
+    #: Local folder with the code to upload; null: the cluster's image contains it.
     working_dir: str | None = None
-    #: Local requirements file, of what Ray installs for the job; null where the image has everything.
+    #: Local requirements file that Ray installs for the job; null: the image contains everything.
     requirements: str | None = None
     #: The cluster's interpreter.
     python: Annotated[str, Field(min_length=1)] = "python"
-    #: Seconds between two looks at the datasets.
+    #: Seconds between two polls of the datasets.
     poll_s: PositiveFloat = 15
 
 
 class DatasetConfig(Config):
-    """One dataset of a schedule: a labelling job, and when it is due."""
+    """One dataset of a schedule: a labeling job, and when it is due."""
 
-    #: Five fields (minute, hour, day of the month, month, day of the week), or @daily and its like.
+    #: Five fields (minute, hour, day of the month, month, day of the week), or @daily and the like.
     cron: str
     timezone: str = "UTC"
-    #: Also shards with error rows, or that couldn't be read.
+    #: Label also shards with error rows, and shards that could not be read.
     retry_errors: bool = False
-    #: Remove the labels of shards that the input no longer has.
+    #: Remove the labels of shards that are deleted from the input.
     prune: bool = False
 
     @field_validator("cron")
     @classmethod
     def _is_cron(cls, cron: str) -> str:
-        from croniter import croniter
-
-        fields = cron.split()
-        # Its R and H fields are other times for everybody who asks.
-        usual = len(fields) == 5 and not any(field[:1] in "rRhH" for field in fields)
         try:
-            if usual or (len(fields) == 1 and cron.startswith("@")):
+            from croniter import croniter
+        except ImportError:
+            message = "schedules need croniter: pip install 'cvt-label[schedule]'"
+            raise PydanticCustomError(VALUE_HIDDEN, message) from None
+        fields = cron.split()
+        # croniter's fields with R and H give other times to each caller.
+        standard = len(fields) == 5 and not any(field[:1] in "rRhH" for field in fields)
+        try:
+            if standard or (len(fields) == 1 and cron.startswith("@")):
                 croniter(cron).get_next()
                 return cron
         except ValueError:
@@ -73,7 +68,7 @@ class DatasetConfig(Config):
 
     @property
     def job(self) -> Config:
-        """The labelling job alone."""
+        """The labeling job without its schedule."""
         return Config.model_validate(self.model_dump(include=set(Config.model_fields)))
 
 
@@ -84,8 +79,8 @@ class DatasetsConfig(Section):
     """A list of datasets, each with its own input, model, output and schedule."""
 
     submit: SubmitConfig = SubmitConfig()
-    #: Fields of every dataset that doesn't have them itself.
-    defaults: dict[str, Any] = {}
+    #: Fields for every dataset that does not set them itself.
+    defaults: dict[str, Any] = Field(default_factory=dict)
     datasets: Annotated[dict[DatasetName, DatasetConfig], Field(min_length=1)]
 
     @model_validator(mode="before")
@@ -96,18 +91,17 @@ class DatasetsConfig(Section):
         defaults, datasets = values.get("defaults") or {}, values.get("datasets")
         if not isinstance(defaults, dict) or not isinstance(datasets, dict):
             return values
-        whole = {name: _over(defaults, {} if own is None else own) for name, own in datasets.items()}
+        whole = {name: _merged(defaults, {} if own is None else own) for name, own in datasets.items()}
         return values | {"defaults": defaults, "datasets": whole}
 
 
-def _over(defaults: Mapping[str, Any], own: Any) -> Any:
-    """A dataset's own fields over the common ones, field by field of each section."""
+def _merged(defaults: dict[str, Any], own: Any) -> Any:
+    """Returns a dataset's own fields over the common ones, field by field of each section."""
     if not isinstance(own, dict):
         return own
-    merged = dict(defaults)
-    for name, value in own.items():
-        common = merged.get(name)
-        if isinstance(common, dict) and isinstance(value, dict):
-            value = common | value
-        merged[name] = value
-    return merged
+    sections = {
+        name: common | own[name]
+        for name, common in defaults.items()
+        if isinstance(common, dict) and isinstance(own.get(name), dict)
+    }
+    return defaults | own | sections

@@ -1,22 +1,17 @@
-"""The job's configuration: strict YAML into frozen, typed sections.
-
-Every field that a run depends on is here and nowhere else, and goes whole into the run record. Secrets
-don't belong here: credentials come from the standard chains of each storage service.
-"""
+"""What all configurations are made of: strict, frozen sections, and types of values that hold no secret."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from pipeline.storage import StorageError, normalised
+
+#: The type of faults whose value is not shown.
+VALUE_HIDDEN = "value_hidden"
 
 
 class ConfigError(ValueError):
@@ -24,6 +19,8 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """A section of a configuration; unknown fields and values of another type are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="before")
@@ -39,41 +36,52 @@ class Section(BaseModel):
         return {name: {} if value is None and name in sections else value for name, value in values.items()}
 
 
-#: Marks in a URL: credentials end here; a query, or a fragment, begins.
-_SECRET_MARKS = "@?#"
+def _holding_no_secret(uri: str) -> str:
+    """Refuses credentials before the host of a URI, and signed web addresses."""
+    scheme, separator, rest = uri.partition("://")
+    if scheme in (
+        "s3",
+        "gs",
+        "file",
+    ):  # a password may contain a slash; no bucket's name contains a colon
+        rest, marks = rest.partition("/")[0], "@:"
+    else:
+        marks = "@?#"
+    if separator and any(mark in rest for mark in marks):
+        message = "credentials don't belong here, but in the environment: only a plain address does"
+        raise PydanticCustomError(VALUE_HIDDEN, message)
+    return uri
+
+
+def _plain_url(url: str) -> str:
+    """Refuses a URL with more than scheme, host and port."""
+    if any(mark in url for mark in "@?#"):
+        message = "credentials don't belong here, but in the environment: only scheme, host and port do"
+        raise PydanticCustomError(VALUE_HIDDEN, message)
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # its message contains the URL
+        raise PydanticCustomError(VALUE_HIDDEN, "not a URL") from None
+    return url
+
+
+def _normalised(uri: str) -> str:
+    """Returns the one spelling of a URI; a relative path is relative to where the job runs."""
+    try:
+        return normalised(uri) if "://" in uri or uri.startswith("/") else uri
+    except StorageError as error:
+        raise PydanticCustomError(VALUE_HIDDEN, "{cause}", {"cause": error.cause}) from None
+
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-
-def _holding_no_secret(uri: str) -> str:
-    """Refuses credentials before the host of a URI, and signed web addresses; the message shows neither."""
-    scheme, separator, rest = uri.partition("://")
-    if scheme in ("s3", "gs", "file"):  # a password may have a slash in it, and no bucket's name has a colon
-        place, marks = rest.partition("/")[0], "@:"
-    else:
-        place, marks = rest, _SECRET_MARKS
-    if separator and any(mark in place for mark in marks):
-        message = "credentials don't belong here, but in the environment: only a plain address does"
-        raise PydanticCustomError("secret", message)
-    return uri
-
-
-def _plain_url(url: str) -> str:
-    """Refuses whatever has more than scheme, host and port; the message doesn't show it."""
-    if any(mark in url for mark in _SECRET_MARKS):
-        message = "credentials don't belong here, but in the environment: only scheme, host and port do"
-        raise PydanticCustomError("secret", message)
-    try:
-        _ = urlsplit(url).port
-    except ValueError:  # whose message holds the URL
-        raise PydanticCustomError("secret", "not a URL") from None
-    return url
-
-
-#: Of a service; it goes into records and messages as it is.
+#: The URL of a service. Records and messages show it.
 ServiceUrl = Annotated[str, AfterValidator(_plain_url)]
 
-#: A path, a URI or an address; it goes into records and messages as it is.
-Address = Annotated[str, AfterValidator(_holding_no_secret)]
+#: A path, a URI or an address. Records and messages show it.
+Address = Annotated[str, Field(min_length=1), AfterValidator(_holding_no_secret)]
+
+#: The place of objects, in its one spelling.
+Uri = Annotated[Address, AfterValidator(_normalised)]

@@ -1,40 +1,33 @@
-"""The job's configuration: strict YAML into frozen, typed sections.
-
-Every field that a run depends on is here and nowhere else, and goes whole into the run record. Secrets
-don't belong here: credentials come from the standard chains of each storage service.
-"""
+"""The configuration of a training job."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from pipeline.config.job import InputConfig, RayConfig, StorageConfig
-from pipeline.config.sections import Address, PositiveFloat, PositiveInt, Section
+from pipeline.config.sections import Address, PositiveFloat, PositiveInt, Section, Uri
 
 
 class ArchitectureConfig(Section):
-    """A new model: what `CvtConfig` takes, and the preprocessing that it is to be used with."""
+    """A new model: fields of `CvtConfig`, and its preprocessing."""
 
-    #: The classes' names, by class id.
+    #: Names of the classes, by class id.
     labels: Annotated[list[str], Field(min_length=1)]
-    #: A published variant: cvt-13, cvt-21 or cvt-w24; what `cvt` and `preprocessor` say comes before it.
+    #: A published variant: cvt-13, cvt-21 or cvt-w24; `cvt` and `preprocessor` override its fields.
     preset: str | None = None
     #: Fields of `CvtConfig`, such as `embed_dim` and `depth`.
-    cvt: dict[str, Any] = {}
+    cvt: dict[str, Any] = Field(default_factory=dict)
     #: Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.
-    preprocessor: dict[str, Any] = {}
+    preprocessor: dict[str, Any] = Field(default_factory=dict)
 
 
 class TrainedModelConfig(Section):
-    """What is trained: a new model, or a checkpoint that is trained further."""
+    """The model to train: a new one, or a checkpoint to fine-tune."""
 
     new: ArchitectureConfig | None = None
-    #: A checkpoint as in `model.path`; with `labels` that differ from its own, its head starts anew.
+    #: A checkpoint, as `model.path` of a labeling job. If `labels` differ from its own, its head is reset.
     start: Address | None = None
     revision: str | None = None
     labels: list[str] | None = None
@@ -44,15 +37,15 @@ class TrainedModelConfig(Section):
         if (self.new is None) == (self.start is None):
             raise ValueError("give either model.new or model.start")
         if self.new is not None and self.labels is not None:
-            raise ValueError("the labels of a new model stand in model.new.labels")
+            raise ValueError("the labels of a new model are model.new.labels")
         return self
 
 
-class ScheduleConfig(Section):
-    """AdamW with a linear warm-up and a cosine to zero, and light augmentation."""
+class OptimizationConfig(Section):
+    """AdamW with a linear warm-up and a cosine decay to zero, and light augmentation."""
 
     epochs: PositiveInt = 20
-    #: Images in a step, of each worker.
+    #: Images per step and worker.
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -61,7 +54,7 @@ class ScheduleConfig(Section):
     clip_norm: PositiveFloat = 1.0
     #: Mirror half of the images.
     flip: bool = True
-    #: Shift each image by up to so many pixels, both ways.
+    #: Shift each image by up to this many pixels, horizontally and vertically.
     shift: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
 
@@ -71,28 +64,28 @@ class WorkersConfig(Section):
 
     count: PositiveInt = 1
     use_gpu: bool = False
-    #: CPU threads of each worker; null takes what the machine has.
+    #: CPU threads of each worker; null: all that the machine has.
     threads: PositiveInt | None = None
 
 
 class TrainOutputConfig(Section):
-    """Where training keeps its state, and leaves the model."""
+    """Where training stores its state and the model."""
 
-    #: Folder that every worker reaches (Ray Train's storage path); a rerun goes on from what is there.
-    path: Annotated[Address, Field(min_length=1)]
+    #: Folder that every worker can access (Ray Train's storage path); a rerun resumes from it.
+    path: Uri
     name: str = "train"
 
 
 class TrainConfig(Section):
-    """The whole configuration of a training job."""
+    """The configuration of a training job."""
 
     train: InputConfig
     validation: InputConfig
     model: TrainedModelConfig
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: OptimizationConfig = OptimizationConfig()
     workers: WorkersConfig = WorkersConfig()
     output: TrainOutputConfig
-    #: Keep the decoded images in Ray's object store (and on its disk), not decode them every epoch.
+    #: Keep decoded images in Ray's object store (and on its disk) instead of decoding them every epoch.
     cache: bool = True
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()

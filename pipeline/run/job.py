@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cvt.runtimes import NO_OPENVINO, resolve_precision
+from cvt.runtimes import NO_OPENVINO
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition, Target
-from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
+from pipeline.config import NO_TORCHVISION, Config, ConfigError, fingerprint, label_settings, make_storage
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
 from pipeline.read import ReadOptions, Shard, read_options
 from pipeline.storage import Storage, normalised, room_below
@@ -82,9 +80,9 @@ def make_job(config: Config) -> Job:
             f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
         )
     _check_decodable(config, checkpoint)
-    fingerprint = _fingerprint(config, checkpoint)
-    uri = f"{normalised(config.output.uri)}/model={checkpoint.name}-{fingerprint[:8]}"
-    job = Job(config, storage, checkpoint, fingerprint, Partition(storage, uri, checkpoint.labels))
+    digest = fingerprint(label_settings(config), checkpoint.digest)
+    uri = f"{normalised(config.output.uri)}/model={checkpoint.name}-{digest[:8]}"
+    job = Job(config, storage, checkpoint, digest, Partition(storage, uri, checkpoint.labels))
     _check_room(job.partition, "what each run writes", _OWN_NAME)
     return job
 
@@ -131,17 +129,3 @@ def _check_room(partition: Partition, what: str, name: str) -> None:
             f"output.uri: too long: a name below {partition.uri} may have {max(room, 0)} bytes, and that of "
             f"{what} has {needed}"
         )
-
-
-def _fingerprint(config: Config, checkpoint: Checkpoint) -> str:
-    """SHA-256 over what decides a row: not where it is read, nor how the work is spread."""
-    decides: dict[str, Any] = {
-        "checkpoint": checkpoint.digest,
-        "precision": resolve_precision(config.model.precision, config.classify.device),
-        "output": config.output.model_dump(exclude={"uri"}),
-        "input": config.input.model_dump(exclude={"uri", "format"}),
-    }
-    decoder = config.decode.resolved_device(config.classify.device), config.decode.quality
-    if decoder != ("cpu", "exact"):
-        decides["decode"] = decoder
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

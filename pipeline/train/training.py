@@ -28,7 +28,7 @@ from ray.util.queue import Queue
 from torch import Tensor, nn
 
 from cvt.modeling import CvtForImageClassification
-from pipeline.config import InputConfig, ScheduleConfig, TrainConfig, make_storage
+from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labelled_images
 from pipeline.read import input_shards, read_options
 from pipeline.storage import Storage
@@ -167,7 +167,7 @@ class _State:
 class _Trainer:
     """Model, optimiser and schedule of one worker."""
 
-    def __init__(self, subject: Subject, schedule: ScheduleConfig, steps_per_epoch: int) -> None:
+    def __init__(self, subject: Subject, schedule: OptimizationConfig, steps_per_epoch: int) -> None:
         if steps_per_epoch < 1:
             raise ValueError("train: fewer labelled images for each worker than schedule.batch_size")
         self._schedule = schedule
@@ -281,7 +281,7 @@ class _Trainer:
         return (pixels * self._preprocessor.rescale_factor - mean) / std
 
 
-def _groups(model: nn.Module, schedule: ScheduleConfig) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, schedule: OptimizationConfig) -> list[dict[str, Any]]:
     """Weight decay for the weights of matrices and filters, none for biases and normalisations."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [

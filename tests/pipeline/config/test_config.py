@@ -70,7 +70,8 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
 
 def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, MINIMAL + "input:\n  uri: s3://other\n")
-    assert "input stands here and in line 1" in message
+    assert 'line 7: found duplicate key "input"' in message
+    assert "s3://other" not in message
 
 
 def test_text_that_is_not_yaml_is_refused_by_file(tmp_path: Path) -> None:
