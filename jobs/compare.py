@@ -52,14 +52,14 @@ def compare(
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
     with exit_status():
-        from pipeline.compare import NoPreviousRunError, Side
+        from pipeline.compare import LabelSet, NoPreviousRunError
         from pipeline.compare import compare as compare_sides
         from pipeline.statistics import Limits
         from pipeline.storage import StorageError
 
         storage = Storage()
         try:
-            first, second = Side.open(storage, a), Side.open(storage, b)
+            first, second = LabelSet.open(storage, a), LabelSet.open(storage, b)
         except NoPreviousRunError as error:
             err.print(
                 f"cvt-label: nothing is compared: {printable(str(error))}", markup=False, highlight=False

@@ -31,7 +31,7 @@ def report(
     """
     with exit_status():
         from pipeline.commit import Partition
-        from pipeline.compare import Side, Succession, compare
+        from pipeline.compare import LabelSet, RunPair, compare
         from pipeline.report import make_report, read_gallery
         from pipeline.storage import StorageError
 
@@ -43,11 +43,10 @@ def report(
             raise StorageError(
                 partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}"
             )
-        others = [Side.open(storage, name) for name in against or ()]
-        comparisons = [compare(other, Side(partition)) for other in others]
-        runs = Succession.of(partition, record.get("config", {}).get("input", {}).get("uri"), run)
-        stats, sides = runs.fold()
-        previous = runs.compared(partition, sides)
+        others = [LabelSet.open(storage, name) for name in against or ()]
+        comparisons = [compare(other, LabelSet(partition)) for other in others]
+        runs = RunPair.find(partition, record.get("config", {}).get("input", {}).get("uri"), run)
+        stats, previous = runs.compare()
         gallery = read_gallery(storage, partition.uri)
         page = make_report(partition, record, stats, previous, *comparisons, gallery=gallery)
         target = output or f"{partition.uri}/report.html"

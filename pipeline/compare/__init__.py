@@ -1,10 +1,18 @@
-"""Two sets of labels compared: drift, and agreement sample by sample.
+"""Comparison of two label sets: drift by class, and agreement sample by sample.
 
-The figures are defined in `statistics`; drawing them belongs to `report`.
+Reading what is compared belongs here. The figures are defined in `statistics`, and `report` draws them.
 """
 
-from pipeline.compare.comparing import compare
-from pipeline.compare.label_set import NoPreviousRunError, Side
-from pipeline.compare.runs import Succession
+from pipeline.compare.agreement import measure_agreement
+from pipeline.compare.comparing import compare, write_comparison
+from pipeline.compare.label_set import LabelSet, NoPreviousRunError
+from pipeline.compare.run_pair import RunPair
 
-__all__ = ["NoPreviousRunError", "Side", "Succession", "compare"]
+__all__ = [
+    "LabelSet",
+    "NoPreviousRunError",
+    "RunPair",
+    "compare",
+    "measure_agreement",
+    "write_comparison",
+]

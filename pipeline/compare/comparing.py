@@ -1,38 +1,54 @@
-"""The comparison of two sides: what two models, or two runs, made of it; and its table."""
+"""Compares two label sets, and writes a comparison to a file."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
+import pyarrow.parquet as pq
+
 from pipeline.compare.agreement import measure_agreement
-from pipeline.compare.label_set import Side
+from pipeline.compare.label_set import LabelSet
 from pipeline.statistics import Classes, Comparison, Drift
-from pipeline.storage import StorageError
+from pipeline.storage import Storage, StorageError
 
 
 def compare(
-    a: Side, b: Side, with_agreement: bool = True, on_progress: Callable[[int], None] = lambda shards: None
+    a: LabelSet,
+    b: LabelSet,
+    with_agreement: bool = True,
+    on_progress: Callable[[int], None] = lambda shards: None,
 ) -> Comparison:
-    """Compares two sides.
+    """Compares two label sets by class and, where they have samples in common, sample by sample.
 
-    Two runs of one partition share no sample, since a shard has one set of labels there: of these there is
-    drift alone.
+    Two runs of one partition have no sample in common, since a shard has one set of labels there.
 
     Args:
-        a: one side.
-        b: the other.
-        with_agreement: also read every label, to compare them sample by sample.
-        on_progress: told how many shards' labels were looked at.
+        a: first label set.
+        b: second label set.
+        with_agreement: whether to read all labels and compare them sample by sample.
+        on_progress: called with the number of shards compared so far.
 
     Raises:
-        StorageError: a side can't be read, or holds no labelled image.
+        StorageError: a label set can't be read, or has no labeled image.
     """
     classes = Classes.matched(a.partition.labels, b.partition.labels)
-    for side in (a, b):
-        if not side.counts[0].any():
-            raise StorageError(side.name, "nothing to compare: no image is labelled there")
+    for label_set in (a, b):
+        if not label_set.counts[0].any():
+            raise StorageError(label_set.id.name, "nothing to compare: no image is labeled there")
     drift = Drift.between(classes, a.counts, b.counts)
     agreement = None
     if with_agreement and a.partition.uri != b.partition.uri:
         agreement = measure_agreement(classes, a, b, on_progress)
     return Comparison(a.id, b.id, drift, agreement)
+
+
+def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None:
+    """Writes a comparison as a Parquet file with one row per class.
+
+    Raises:
+        StorageError: the file can't be written.
+    """
+    file = io.BytesIO()
+    pq.write_table(comparison.table(), file, compression="zstd")
+    storage.write(uri, file.getvalue())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.commit import Partition
-from pipeline.compare import Succession
+from pipeline.compare import RunPair
 from pipeline.config import Config
 from pipeline.statistics import Comparison, Limits
 
@@ -16,12 +15,11 @@ def limits(config: Config) -> Limits:
 
 
 def judge(
-    partition: Partition, limits: Limits, runs: Succession, previous: Comparison | None
+    limits: Limits, runs: RunPair, previous: Comparison | None
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Holds a comparison of two runs to the limits.
 
     Args:
-        partition: that the runs labeled for.
         limits: of the gate.
         runs: the run and the one before it.
         previous: their comparison; None where there is nothing to compare.
@@ -31,14 +29,12 @@ def judge(
         last run that labeled something still holds.
     """
     drift = None if previous is None else previous.totals
-    if not runs.now and runs.before:
-        drift = (partition.record(runs.before[-1]) or {}).get("drift")
+    if not runs.current and runs.previous is not None:
+        drift = (runs.partition.record(runs.previous) or {}).get("drift")
     return drift, limits.broken(drift) if drift else []
 
 
-def judge_again(
-    partition: Partition, limits: Limits, runs: Succession
-) -> tuple[dict[str, Any] | None, list[str]]:
+def judge_again(limits: Limits, runs: RunPair) -> tuple[dict[str, Any] | None, list[str]]:
     """As `judge`, for a run that labeled nothing itself."""
-    previous = runs.compared(partition, runs.fold()[1]) if runs.now else None
-    return judge(partition, limits, runs, previous)
+    previous = runs.compare()[1] if runs.current else None
+    return judge(limits, runs, previous)

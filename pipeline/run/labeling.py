@@ -23,7 +23,7 @@ from pipeline.commit import (
     Totals,
     new_run_id,
 )
-from pipeline.compare import Succession
+from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import Resources, Stop, graceful_stop, sigterm_interrupts
 from pipeline.dataflow.ray_cluster import ray_cluster
@@ -246,11 +246,10 @@ class _Run:
         """Writes class statistics, gallery and report, and judges the run by its gate."""
         result, job, partition = self.result, self.result.job, self.result.job.partition
         runs = self._run_pair()
-        result.statistics, sides = runs.fold()
+        result.statistics, previous = runs.compare()
         summaries.write_class_table(partition, result.statistics, job.config.output.topk)
-        previous = runs.compared(partition, sides)
         self._note_counts()
-        self._note_judgment(*gate.judge(partition, gate.limits(job.config), runs, previous))
+        self._note_judgment(*gate.judge(gate.limits(job.config), runs, previous))
         gone = {*self.record.values["removed"], *result.withdrawn}
         gallery = summaries.update_gallery(job, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
@@ -262,15 +261,15 @@ class _Run:
         job = self.result.job
         limits = gate.limits(job.config)
         if limits.are_any:
-            self._note_judgment(*gate.judge_again(job.partition, limits, self._run_pair()))
+            self._note_judgment(*gate.judge_again(limits, self._run_pair()))
 
     def _note_judgment(self, drift: Mapping[str, object] | None, broken: list[str]) -> None:
         self.result.broken_limits = broken
         self.record.note(drift=drift, broken_limits=broken)
 
-    def _run_pair(self) -> Succession:
+    def _run_pair(self) -> RunPair:
         job = self.result.job
-        return Succession.of(job.partition, job.config.input.uri, self.result.run)
+        return RunPair.find(job.partition, job.config.input.uri, self.result.run)
 
     def _label(self) -> Stop:
         """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jobs.compare import compare as command
 from jobs.console import make_app
-from pipeline.compare import Side, compare
+from pipeline.compare import LabelSet, compare
 from pipeline.statistics.comparison import COMPARISON_SCHEMA, TOTALS
 from pipeline.storage import Storage
 from tests.partitions import make_predictions, random_given, write_partition
@@ -52,7 +52,7 @@ def models(bucket: str, storage: Storage) -> tuple[str, str]:
 def test_samples_that_both_have_labelled_are_compared_by_their_classes_names(
     models: tuple[str, str], storage: Storage
 ) -> None:
-    found = compare(*(Side.open(storage, uri) for uri in models))
+    found = compare(*(LabelSet.open(storage, uri) for uri in models))
     agreement, labels = found.agreement, found.drift.classes.labels
     assert agreement is not None
     assert labels == ["boot", "bag", "coat", "[bold]hat\x1b[31m"]
@@ -72,12 +72,12 @@ def test_only_files_of_shards_that_both_have_in_one_version_are_opened(
     models: tuple[str, str], storage: Storage
 ) -> None:
     """The others aren't there to be opened, and are counted all the same."""
-    before = compare(*(Side.open(storage, uri) for uri in models)).totals
+    before = compare(*(LabelSet.open(storage, uri) for uri in models)).totals
     files = [info.uri for uri in models for info in storage.list(f"{uri}/predictions")]
     for uri in files:
         if "changed.tar" in uri or "zz.tar" in uri:
             storage.delete(uri)
-    assert compare(*(Side.open(storage, uri) for uri in models)).totals == before
+    assert compare(*(LabelSet.open(storage, uri) for uri in models)).totals == before
 
 
 @pytest.mark.parametrize("what", ["newer", "gone"])
@@ -94,7 +94,7 @@ def test_labels_of_another_version_than_the_manifest_says_are_counted_and_not_co
         storage.write(f"{models[0]}/manifest.parquet", manifest)
     else:
         storage.delete(uri)
-    agreement = compare(*(Side.open(storage, uri) for uri in models)).agreement
+    agreement = compare(*(LabelSet.open(storage, uri) for uri in models)).agreement
     assert agreement is not None
     assert (agreement.shards, agreement.changed_shards, agreement.compared) == (1, 2, 4)
     assert (agreement.only_a, agreement.only_b) == (7 + 2, 5 + 2)
@@ -161,14 +161,14 @@ def test_runs_of_one_partition_are_compared_by_the_labels_that_stand(bucket: str
     calm = cvt_label(f"{uri}@{ids[1]}", f"{uri}@{ids[3]}", "--max-psi", 0.1, "--max-js", 0.1)
     assert calm.exit_code == 0, calm.stderr
     assert "1,000 in A, 1,000 in B" in calm.stdout
-    drifted = compare(Side.open(storage, f"{uri}@{ids[1]}"), Side.open(storage, f"{uri}@{ids[2]}"))
+    drifted = compare(LabelSet.open(storage, f"{uri}@{ids[1]}"), LabelSet.open(storage, f"{uri}@{ids[2]}"))
     assert drifted.agreement is None
     assert drifted.drift.psi > 0.5
-    assert Side.open(storage, f"{uri}@latest").run == ids[3]
-    assert Side.open(storage, f"{uri}@previous").run == ids[2]
+    assert LabelSet.open(storage, f"{uri}@latest").run == ids[3]
+    assert LabelSet.open(storage, f"{uri}@previous").run == ids[2]
     gone = cvt_label(f"{uri}@{ids[0]}", uri)
     assert gone.exit_code == 4
-    assert "labelled again since" in gone.stderr
+    assert "labeled again since" in gone.stderr
     unknown = cvt_label(uri, f"{uri}@20260101T000000.000000Z-ffffff")
     assert unknown.exit_code == 4
     assert "there is no such run" in unknown.stderr
@@ -186,11 +186,11 @@ def test_a_run_and_another_model_agree_on_the_shards_that_the_run_labelled(
     ids = write_partition(storage, a, LABELS, made)
     others = {shard: make_predictions(shard, LABELS, [1, 2]) for shard in shards}
     write_partition(storage, b, LABELS, [others])
-    found = compare(Side.open(storage, f"{a}@{ids[0]}"), Side.open(storage, b))
+    found = compare(LabelSet.open(storage, f"{a}@{ids[0]}"), LabelSet.open(storage, b))
     assert found.agreement is not None
     assert (found.agreement.compared, found.agreement.share, found.agreement.only_b) == (2, 0.5, 4)
     assert (found.drift.images_a, found.drift.images_b) == (2, 6)
-    without = compare(Side.open(storage, a), Side.open(storage, b), with_agreement=False).table()
+    without = compare(LabelSet.open(storage, a), LabelSet.open(storage, b), with_agreement=False).table()
     assert without["same"].null_count == without.num_rows == 3
 
 
@@ -202,5 +202,5 @@ def test_what_is_no_partition_or_holds_nothing_is_named(bucket: str, storage: St
     assert f"{bucket}/out: no labels of a model" in nowhere.stderr
     empty = cvt_label(uri, uri)
     assert empty.exit_code == 4
-    assert "no image is labelled there" in empty.stderr
+    assert "no image is labeled there" in empty.stderr
     assert cvt_label(uri, uri, "--drift-only", "--min-agreement", 1).exit_code == 2

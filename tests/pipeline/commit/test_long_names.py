@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compare import Side
-from pipeline.compare.agreement import measure_agreement
+from pipeline.compare import LabelSet, measure_agreement
 from pipeline.config import ConfigError, Selection
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
@@ -120,7 +119,7 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
         partition = label(
             place.config.model_copy(update={"output": place.config.output.model_copy(update={"topk": topk})})
         ).job.partition
-        sides.append(Side.open(partition.storage, partition.uri))
+        sides.append(LabelSet.open(partition.storage, partition.uri))
     labels = list(partition.checkpoint.labels)
     agreement = measure_agreement(Classes.matched(labels, labels), *sides)
     assert (agreement.shards, agreement.compared, agreement.share) == (len(found), 3 * len(found), 1.0)
