@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +27,11 @@ from jobs.benchmarks.data import read_images
 from jobs.benchmarks.own_contender import task_config
 from jobs.benchmarks.peers import Task
 from pipeline.config import Config
+from pipeline.dataflow import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.stages import warm_engine
 from pipeline.decode import decode
 from pipeline.read import Sample, cut_into_chunks
 from pipeline.storage import Storage
-
-if TYPE_CHECKING:
-    from pipeline.dataflow import Resources
-
 
 #: The stages, in the order of the rates that a task's process writes.
 STAGES = ("read", "decode", "engine")
@@ -99,9 +97,7 @@ def _rate(work: Callable[[], int]) -> float:
 
 def _engine_rate(task: Task, config: Config, checkpoint: Checkpoint, resources: Resources) -> float:
     """Images/s of the engine that the pipeline would make, on images that are decoded already."""
-    from pipeline.dataflow.ray_executor import warm_engine  # imports Ray, which others here don't need
-
-    engine = warm_engine(checkpoint, config, resources)
+    engine = warm_engine(checkpoint, config.model.precision, config.classify.runtime, resources)
     count = max(resources.chunk_images, _RESIDENT_BATCHES * resources.batch_size)
     encoded = itertools.islice(itertools.cycle(read_images(task.tars)), count)
     decoded = [
@@ -115,11 +111,11 @@ def _engine_rate(task: Task, config: Config, checkpoint: Checkpoint, resources: 
 
 def pipeline_resources(task: Task, config: Config, checkpoint: Checkpoint) -> Resources:
     """What the pipeline gives to its stages on this machine."""
-    from pipeline.dataflow import Cluster, choose_resources  # imports Ray, which others here don't need
-
     size = checkpoint.preprocessor.size
     cluster = Cluster(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
-    return choose_resources(config, cluster, count_macs(checkpoint.model.config, size, size), size)
+    macs = count_macs(checkpoint.model.config, size, size)
+    request = ResourceRequest(config.read, config.decode, config.classify, macs, size)
+    return choose_resources(request, cluster)
 
 
 def rate_of_calls(call: Callable[[], int], at_once: int, seconds: float = _ENGINE_SECONDS) -> float:

@@ -28,9 +28,9 @@ class OpenShard:
     chunks: dict[int, Chunk] = field(default_factory=dict)
     total: int | None = None
     error: str | None = None
-    may_pass: bool = False
+    transient: bool = False
     samples: int = 0
-    bytes: float = 0.0
+    encoded_bytes: int = 0
 
     def add(self, chunk: Chunk) -> bool:
         """Keeps a chunk; False where a second attempt brought one that is there already.
@@ -42,7 +42,7 @@ class OpenShard:
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
         if chunk.total is not None:
-            self.total, self.error, self.may_pass = chunk.total, chunk.error, chunk.may_pass
+            self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
         return True
 
     @property

@@ -36,7 +36,7 @@ from pipeline.predictions import (
     read_footer,
 )
 from pipeline.read import Chunk, Shard
-from pipeline.statistics import COMMIT, STORAGE, Causes, ClassStatistics, Meter
+from pipeline.statistics import COMMIT, Causes, ClassStatistics, Meter, StageMetrics, add_metrics
 from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage
 
 logger = logging.getLogger("cvt_label")
@@ -95,6 +95,8 @@ class Totals:
         duplicate_keys: samples whose key an earlier sample of their shard has.
         unreadable: the shards that couldn't be read.
         causes: of the error rows.
+        retries: storage operations that workers tried again, by kind of failure.
+        metrics: of all stages, by stage, those of chunks of open shards included.
     """
 
     shards: int = 0
@@ -103,14 +105,16 @@ class Totals:
     duplicate_keys: int = 0
     unreadable: list[ManifestRow] = field(default_factory=list)
     causes: Causes = field(default_factory=Causes)
+    retries: Counter[str] = field(default_factory=Counter)
+    metrics: dict[str, StageMetrics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A shard that is done: its manifest row, what that took, and its error rows."""
+    """A shard that is done: its manifest row, the metrics of the commit, and its error rows."""
 
     row: ManifestRow
-    spent: dict[str, float]
+    metrics: StageMetrics
     causes: Causes
 
 
@@ -119,8 +123,6 @@ class Committer:
 
     Attributes:
         totals: what is committed.
-        faults: failures of storage that passed, in the workers, by kind.
-        spent: seconds, images and bytes of what came out, by stage, as `pipeline.stages.Meter` names them.
     """
 
     def __init__(
@@ -147,8 +149,6 @@ class Committer:
             an overtaken run's labels would be there twice; tars and Parquet files don't share samples.
         """
         self.totals = Totals()
-        self.faults: Counter[str] = Counter()
-        self.spent: Counter[str] = Counter()
         self._expected = expected
         self._is_current = is_current
         self._on_commit = on_commit
@@ -162,7 +162,7 @@ class Committer:
         self._open: dict[int, OpenShard] = {}
         self._closed: set[int] = set()
         self._images = self._errors = 0
-        self._bytes, self._planned_bytes = 0.0, sum(shard.size for shard in plan)
+        self._bytes, self._planned_bytes = 0, sum(shard.size for shard in plan)
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
         self._writes: deque[Future[_Done]] = deque()
 
@@ -191,16 +191,15 @@ class Committer:
         shard = self._open.setdefault(chunk.shard, OpenShard())
         if not shard.add(chunk):
             return
-        self.faults.update(chunk.faults)
-        self.spent.update(chunk.spent)
+        self.totals.retries.update(chunk.retries)
+        add_metrics(self.totals.metrics, chunk.metrics)
         self._images += chunk.samples.num_rows
         self._errors += count_errors(chunk)
         # Encoded images, of what is open; a tar has more bytes, which may be as many again if they are small.
-        size = chunk.spent.get(f"{STORAGE}.bytes", 0.0)
-        self._bytes += size
-        shard.bytes += size
+        self._bytes += chunk.encoded_bytes
+        shard.encoded_bytes += chunk.encoded_bytes
         if shard.complete:
-            self._bytes += self._plan[chunk.shard].size - shard.bytes
+            self._bytes += self._plan[chunk.shard].size - shard.encoded_bytes
             if shard.error is not None:  # then its samples don't come out after all
                 self._images -= shard.samples
                 self._errors -= sum(map(count_errors, shard.chunks.values()))
@@ -256,7 +255,7 @@ class Committer:
     def _settle(self, write: Future[_Done]) -> None:
         done = write.result()
         row = done.row
-        self.spent.update(done.spent)
+        add_metrics(self.totals.metrics, {COMMIT: done.metrics})
         self.totals.causes.merge(done.causes)
         self.totals.shards += 1
         self.totals.images += row.rows or 0
@@ -267,18 +266,18 @@ class Committer:
         self._on_commit(row)
 
     def _measured_commit(self, shard: Shard, arrived: OpenShard) -> _Done:
-        meter, causes = Meter(COMMIT), Causes()
+        meter, causes = Meter(), Causes()
         with meter:
             row, size = self._commit(shard, arrived)
             if row.output is not None:
                 for _, chunk in sorted(arrived.chunks.items()):
                     causes.add(shard.uri, chunk.samples)
-        return _Done(row, meter.taken(images=row.rows or 0, bytes=size), causes)
+        return _Done(row, meter.take(row.rows or 0, size), causes)
 
     def _commit(self, shard: Shard, arrived: OpenShard) -> tuple[ManifestRow, int]:
         """Writes the shard's prediction file; returns its manifest row, and the bytes written."""
         if arrived.error is not None:
-            return self._failed(shard, arrived.error, None if arrived.may_pass else shard.version), 0
+            return self._failed(shard, arrived.error, None if arrived.transient else shard.version), 0
         predictions = self._assemble(shard, arrived)
         footer = Footer(
             shard=shard.uri,

@@ -5,11 +5,15 @@ Whatever acts on a configuration does not belong here.
 
 from pipeline.config.identity import fingerprint, label_settings
 from pipeline.config.job import (
+    IN_PROCESS,
     LABEL_NEW,
     NO_TORCHVISION,
+    ClassifyConfig,
     Config,
+    DecodeConfig,
     InputConfig,
     RayConfig,
+    ReadConfig,
     Selection,
     make_storage,
 )
@@ -19,15 +23,19 @@ from pipeline.config.sections import ConfigError
 from pipeline.config.train import OptimizationConfig, TrainConfig
 
 __all__ = [
+    "IN_PROCESS",
     "LABEL_NEW",
     "NO_TORCHVISION",
+    "ClassifyConfig",
     "Config",
     "ConfigError",
     "DatasetConfig",
     "DatasetsConfig",
+    "DecodeConfig",
     "InputConfig",
     "OptimizationConfig",
     "RayConfig",
+    "ReadConfig",
     "Selection",
     "TrainConfig",
     "fingerprint",

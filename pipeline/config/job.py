@@ -144,10 +144,15 @@ class ClassifyConfig(Section):
         return self
 
 
+#: As `ray.address`: the job runs in threads of its own process, without Ray.
+IN_PROCESS = "in-process"
+
+
 class RayConfig(Section):
     """The Ray cluster that runs the job, and its limits."""
 
     #: null: the cluster of `RAY_ADDRESS`, which Ray sets for submitted jobs, or else a local Ray.
+    #: `in-process`: no Ray; threads of this process run all stages.
     address: Address | None = None
     #: A run without progress for this long ends with an error; one chunk must take less.
     no_progress_timeout_s: PositiveFloat = 900

@@ -3,17 +3,23 @@
 `dataflow.ray_executor` imports Ray and is imported by its module name. What a stage does belongs to `read`, `decode`, `classify`, `commit`.
 """
 
+from pipeline.dataflow.executor import Executor, open_executor
 from pipeline.dataflow.ray_cluster import ClusterError, check_reachable
-from pipeline.dataflow.resources import Cluster, Resources, choose_resources
+from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.stages import Stages
 from pipeline.dataflow.stopping import Stop, graceful_stop, sigterm_interrupts
 
 __all__ = [
     "Cluster",
     "ClusterError",
+    "Executor",
+    "ResourceRequest",
     "Resources",
+    "Stages",
     "Stop",
     "check_reachable",
     "choose_resources",
     "graceful_stop",
+    "open_executor",
     "sigterm_interrupts",
 ]

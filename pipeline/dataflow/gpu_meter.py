@@ -1,14 +1,14 @@
-"""Where the time of a run goes: what each stage did, how long it took, and which of them bound the run.
-
-Stages measure themselves, their figures ride in the chunks, and the driver adds them up.
-"""
+"""How busy the GPU of this process is."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
-from pipeline.statistics.stages import logger
+from pipeline.statistics import StageMetrics
+
+logger = logging.getLogger("cvt_label")
 
 _GPU_INTERVAL = 0.5
 
@@ -21,11 +21,11 @@ class GpuMeter:
         self._shares: list[float] = []
         threading.Thread(target=self._sample, name="gpu-meter", daemon=True).start()
 
-    def taken(self) -> dict[str, float]:
-        """Sum and number of the shares (0 to 1) since they were taken last; named as `spent` has them."""
+    def take(self) -> StageMetrics:
+        """Sum and number of the samples since the last call."""
         with self._lock:
             shares, self._shares = self._shares, []
-        return {"gpu.busy": sum(shares), "gpu.samples": len(shares)}
+        return StageMetrics(gpu_busy=sum(shares), gpu_samples=len(shares))
 
     def _sample(self) -> None:
         import torch

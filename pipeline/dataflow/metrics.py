@@ -12,7 +12,7 @@ from ray.util.metrics import Counter, Histogram
 
 from pipeline.commit import Totals
 from pipeline.read import Chunk
-from pipeline.statistics import CLASSIFY, STAGES
+from pipeline.statistics import CLASSIFY, STAGES, StageMetrics
 
 #: Prometheus sees these names with `ray_` before, and the counters' with `_total` behind.
 PREFIX = "cvt_label_"
@@ -28,11 +28,11 @@ class RunMetrics:
     Args:
         dataset: URI of the input.
         model: name and fingerprint of the partition.
-        batch_size: most images of a batch.
-        planned: shards that are to be labelled.
+        planned: shards that are to be labeled.
+        batch_size: images in a batch, at most.
     """
 
-    def __init__(self, dataset: str, model: str, batch_size: int, planned: int) -> None:
+    def __init__(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
         self._tags = {"dataset": dataset, "model": model}
         self._batch_size = batch_size
         self._images = self._counter("images", "Images that are committed, by outcome.", "outcome")
@@ -60,18 +60,17 @@ class RunMetrics:
 
     def chunk(self, chunk: Chunk) -> None:
         """Notes how long a chunk's batches took."""
-        images = chunk.spent.get(f"{CLASSIFY}.images", 0.0)
-        batches = math.ceil(images / self._batch_size)
+        classifying = chunk.metrics[CLASSIFY]
+        batches = math.ceil(classifying.images / self._batch_size)
         for _ in range(batches):
-            self._batches.observe(chunk.spent[f"{CLASSIFY}.busy_s"] / batches)
+            self._batches.observe(classifying.busy_s / batches)
 
-    def update(self, totals: Totals, spent: Mapping[str, float], faults: Mapping[str, int]) -> None:
-        """Brings the metrics to where the run is.
+    def update(self, totals: Totals, retries: Mapping[str, int]) -> None:
+        """Raises the counters to the current state of the run.
 
         Args:
             totals: what is committed.
-            spent: what stages measured, as `pipeline.stages.Meter` names it.
-            faults: failures of storage that passed, by kind.
+            retries: storage operations that were tried again, by kind of failure.
         """
         unreadable = len(totals.unreadable)
         self._grow(self._images, totals.images - totals.errors, outcome="labelled")
@@ -79,11 +78,12 @@ class RunMetrics:
         self._grow(self._shards, totals.shards - unreadable, outcome="committed")
         self._grow(self._shards, unreadable, outcome="unreadable")
         for stage in STAGES:
-            self._grow(self._bytes, spent.get(f"{stage}.bytes", 0.0), stage=stage)
-            self._grow(self._stage_images, spent.get(f"{stage}.images", 0.0), stage=stage)
-            for state in ("busy", "wait"):
-                self._grow(self._seconds, spent.get(f"{stage}.{state}_s", 0.0), stage=stage, state=state)
-        for kind, count in faults.items():
+            metrics = totals.metrics.get(stage, StageMetrics())
+            self._grow(self._bytes, metrics.bytes, stage=stage)
+            self._grow(self._stage_images, metrics.images, stage=stage)
+            self._grow(self._seconds, metrics.busy_s, stage=stage, state="busy")
+            self._grow(self._seconds, metrics.wait_s, stage=stage, state="wait")
+        for kind, count in retries.items():
             self._grow(self._retries, count, kind=kind)
 
     def _grow(self, counter: Counter, value: float, **tags: str) -> None:

@@ -1,17 +1,11 @@
-"""The dataflow: how reading, decoding and classifying are laid over a Ray cluster by Ray Data.
-
-    read tasks -> decode tasks -> classifier actors -> results of chunks, to the driver
-
-The stages are functions of chunks that know nothing of Ray; here they are given their resources.
-Whatever is set of Ray Data is set here.
-"""
+"""What each stage gets of the CPUs, GPUs and memory there are."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
 
 # Multiply-accumulates of a chunk, by what classifies it.
 _CHUNK_MACS = {"cpu": 600_000_000_000, "cuda": 4_800_000_000_000}
@@ -39,6 +33,7 @@ class Resources:
 
     device: str
     chunk_images: int
+    chunk_bytes: int
     batch_size: int
     read_cpus: float
     read_memory: int
@@ -50,6 +45,7 @@ class Resources:
     classify_gpus: float
     min_actors: int
     max_actors: int
+    chunks_at_once: int
     threads: int | None
 
 
@@ -63,19 +59,30 @@ class Cluster:
     node_memory: float = math.inf
 
 
-def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> Resources:
-    """Fills in what the configuration leaves to the cluster.
+@dataclass(frozen=True)
+class ResourceRequest:
+    """What a job asks for, and what its resources depend on.
 
-    Args:
-        config: the job's configuration.
-        cluster: that it is to run on.
+    Attributes:
+        read, decode, classify: sections of its configuration.
         macs: multiply-accumulates of one image.
         size: of the model's images, in pixels.
+    """
+
+    read: ReadConfig
+    decode: DecodeConfig
+    classify: ClassifyConfig
+    macs: int
+    size: int
+
+
+def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
+    """Fills in what the configuration leaves to the cluster.
 
     Raises:
         ConfigError: the actors don't fit into the cluster, and `max_actors` doesn't say that it grows.
     """
-    classify, read, decode = config.classify, config.read, config.decode
+    classify, read, decode, size = request.classify, request.read, request.decode, request.size
     readers = read.concurrency or max(1, min(32, int(cluster.cpus // 4) or int(cluster.cpus // 2)))
     on_gpu = classify.device == "cuda" or (
         cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # which is for CPUs
@@ -102,13 +109,15 @@ def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> 
     if not on_gpu and threads is None:
         # A classifier that is alone on its machine gets all of it: decoding is a small part.
         threads = int(cluster.node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
-    chunk_images = read.chunk_images or _chunk_images(macs, size, on_gpu)
+    chunk_images = read.chunk_images or _chunk_images(request.macs, size, on_gpu)
     room_for_decoders = cpus_left + decode_cpus - min(max_actors, room) * actor_cpus
     most_memory = cluster.node_memory / 4  # so that a slot of each stage fits into any node
     return Resources(
         device="cuda" if on_gpu else "cpu",
         chunk_images=chunk_images,
-        batch_size=classify.batch_size or _power_of_two(_BATCH_MACS // macs, _LEAST_BATCH, _MOST_BATCH),
+        chunk_bytes=read.chunk_bytes,
+        batch_size=classify.batch_size
+        or _power_of_two(_BATCH_MACS // request.macs, _LEAST_BATCH, _MOST_BATCH),
         read_cpus=read.num_cpus,
         # A chunk as samples, as a table, and as what Ray writes; and what is read ahead.
         read_memory=read.memory
@@ -122,6 +131,7 @@ def choose_resources(config: Config, cluster: Cluster, macs: int, size: int) -> 
         classify_gpus=actor_gpus,
         min_actors=classify.min_actors,
         max_actors=max_actors,
+        chunks_at_once=classify.chunks_at_once,
         threads=threads,
     )
 

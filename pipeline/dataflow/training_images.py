@@ -1,10 +1,4 @@
-"""The dataflow: how reading, decoding and classifying are laid over a Ray cluster by Ray Data.
-
-    read tasks -> decode tasks -> classifier actors -> results of chunks, to the driver
-
-The stages are functions of chunks that know nothing of Ray; here they are given their resources.
-Whatever is set of Ray Data is set here.
-"""
+"""Labeled images as a Ray dataset, for training."""
 
 from __future__ import annotations
 
@@ -18,7 +12,7 @@ from ray.data import DataContext
 
 from cvt.preprocessing import Preprocessor
 from pipeline.dataflow.ray_executor import ShardSource
-from pipeline.decode import decode_chunk
+from pipeline.dataflow.stages import DecodeStep, ReadStep
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
 
@@ -38,24 +32,25 @@ def labelled_images(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 128 * 1024**2  # here rows are samples, not chunks
-    source = ShardSource(plan, storage, ray.put(read_options), max_images=512, max_bytes=64 * 1024**2)
+    read = ReadStep(storage, read_options, max_images=512, max_bytes=64 * 1024**2)
+    source = ShardSource(plan, ray.put(read))
     chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
     return chunks.map_batches(
         _labelled_rows,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocessor": preprocessor, "max_pixels": max_pixels},
+        fn_args=(DecodeStep(preprocessor, max_pixels),),
         num_cpus=0.5,
     )
 
 
-def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
-    width = preprocessor.size**2 * 3
+def _labelled_rows(block: pa.Table, decode: DecodeStep) -> pa.Table:
+    width = decode.preprocessor.size**2 * 3
     images, targets = [np.empty((0, width), np.uint8)], [pa.array([], pa.int32())]
     for chunk in Chunk.from_block(block):
         if chunk.error is not None:
             raise ValueError(chunk.error)
-        decoded = decode_chunk(chunk, preprocessor, max_pixels)
+        decoded = decode(chunk)
         assert isinstance(decoded.pixels, np.ndarray)
         good = decoded.samples.filter(pc.is_null(decoded.samples["error"]))
         has_target = pc.is_valid(good["target"])

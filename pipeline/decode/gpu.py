@@ -28,7 +28,7 @@ from pipeline.config import NO_TORCHVISION
 from pipeline.decode.cpu import Decoded, decode, decode_chunk, with_outcomes
 from pipeline.decode.jpeg import PIXELS_AT_ONCE, PlainJpeg, plain_jpeg
 from pipeline.read import Chunk
-from pipeline.statistics import ON_GPU
+from pipeline.statistics import DECODE, StageMetrics
 
 logger = logging.getLogger("cvt_label")
 
@@ -92,7 +92,7 @@ class GpuDecoder:
     def __call__(self, chunk: Chunk) -> Chunk:
         """The same as `pipeline.decoding.decode_chunk`, with pixels on the device, ready to be used.
 
-        Its `spent` says how many images were decoded there, as ON_GPU. If the device has no memory for the
+        Its metrics say how many images were decoded there. If the device has no memory for the
         chunk's pixels, they are in an array, and all decoded by the CPU.
         """
         try:
@@ -103,7 +103,7 @@ class GpuDecoder:
             )
         torch.cuda.empty_cache()  # the engine beside may need it
         decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels)
-        return replace(decoded, spent={**decoded.spent, ON_GPU: 0})
+        return replace(decoded, metrics={**decoded.metrics, DECODE: StageMetrics()})
 
     def _decode_chunk(self, chunk: Chunk) -> Chunk:
         samples, size = chunk.samples, self._preprocessor.size
@@ -140,8 +140,8 @@ class GpuDecoder:
             good = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
             if len(good) < len(outcomes):
                 pixels = pixels[torch.tensor(good, dtype=torch.int64, device=self._device)]
-        spent = {**chunk.spent, ON_GPU: len(done)}
-        return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels, spent=spent)
+        metrics = {**chunk.metrics, DECODE: StageMetrics(decoded_on_gpu=len(done))}
+        return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels, metrics=metrics)
 
     def _leave_to_cpu(self, data: bytes) -> Future[Decoded]:
         return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels)

@@ -7,13 +7,14 @@ is of and which of its samples it holds rides in the row; nothing is derived fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.read.samples import Sample, ShardError
+from pipeline.statistics import StageMetrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +31,12 @@ ENCODED = pa.struct(
 )
 
 
-_FAULTS = pa.map_(pa.string(), pa.int64())
+_RETRIES = pa.map_(pa.string(), pa.int64())
 
-_SPENT = pa.map_(pa.string(), pa.float64())
+_ARROW_TYPES = {"int": pa.int64(), "float": pa.float64()}
+_METRICS = pa.map_(
+    pa.string(), pa.struct([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(StageMetrics)])
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,10 @@ class Chunk:
         error: why the shard can't be read any further; only on its last chunk.
         pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order; a
             tensor where they were decoded on the classifier's device: they stay there.
-        may_pass: whether an error is the storage's fault, and not the shard's.
-        faults: failures of storage that passed while it was read, by kind.
-        spent: seconds, images and bytes by stage, as `pipeline.stages.Meter` names them.
+        transient: whether the cause of the error is the storage, not the shard.
+        encoded_bytes: of the images as they were read.
+        retries: storage operations that were tried again while the chunk was read, by kind of failure.
+        metrics: by stage; no result depends on them.
     """
 
     shard: int
@@ -58,9 +63,10 @@ class Chunk:
     total: int | None = None
     error: str | None = None
     pixels: np.ndarray | Tensor | None = None
-    may_pass: bool = False
-    faults: Mapping[str, int] = field(default_factory=dict)
-    spent: Mapping[str, float] = field(default_factory=dict)
+    transient: bool = False
+    encoded_bytes: int = 0
+    retries: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, StageMetrics] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:
         """The chunk as a table of one row; pixels are not copied, and must be an array."""
@@ -70,9 +76,10 @@ class Chunk:
             "start": pa.array([self.start], pa.int64()),
             "total": pa.array([self.total], pa.int64()),
             "error": pa.array([self.error], pa.string()),
-            "may_pass": pa.array([self.may_pass]),
-            "faults": pa.array([list(self.faults.items())], _FAULTS),
-            "spent": pa.array([list(self.spent.items())], _SPENT),
+            "transient": pa.array([self.transient]),
+            "encoded_bytes": pa.array([self.encoded_bytes], pa.int64()),
+            "retries": pa.array([list(self.retries.items())], _RETRIES),
+            "metrics": pa.array([[(s, asdict(m)) for s, m in self.metrics.items()]], _METRICS),
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
         }
         if self.pixels is not None:
@@ -97,10 +104,11 @@ class Chunk:
                 samples=pa.Table.from_struct_array(samples),
                 total=record["total"][0].as_py(),
                 error=record["error"][0].as_py(),
-                may_pass=record["may_pass"][0].as_py(),
                 pixels=pixels,
-                faults=dict(record["faults"][0].as_py()),
-                spent=dict(record["spent"][0].as_py()),
+                transient=record["transient"][0].as_py(),
+                encoded_bytes=record["encoded_bytes"][0].as_py(),
+                retries=dict(record["retries"][0].as_py()),
+                metrics={stage: StageMetrics(**m) for stage, m in record["metrics"][0].as_py()},
             )
 
 
@@ -128,19 +136,20 @@ def cut_into_chunks(
     """
     start, size = 0, 0
     waiting: list[Sample] = []
-    error, may_pass = None, False
+    error, transient = None, False
     try:
         for sample in samples:
             more = len(sample.image or b"")
             if waiting and (len(waiting) == max_images or size + more > max_bytes):
-                yield Chunk(shard, start, _table(waiting))
+                yield Chunk(shard, start, _table(waiting), encoded_bytes=size)
                 start, waiting, size = start + len(waiting), [], 0
             waiting.append(sample)
             size += more
     except ShardError as failure:
-        error, may_pass = str(failure), failure.may_pass
+        error, transient = str(failure), failure.transient
     total = start + len(waiting)
-    yield Chunk(shard, start, _table(waiting), total=total, error=error, may_pass=may_pass)
+    table = _table(waiting)
+    yield Chunk(shard, start, table, total, error, transient=transient, encoded_bytes=size)
 
 
 def _table(samples: list[Sample]) -> pa.Table:

@@ -53,7 +53,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         # Whatever the bytes of one shard do to a parser must not end the job for all others.
         place = f"after {count} samples (the last was {key!r}): " if count else ""
         is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
-        raise ShardError(shard.uri, place + _cause(shard, error), may_pass=is_storage) from error
+        raise ShardError(shard.uri, place + _cause(shard, error), transient=is_storage) from error
 
 
 def _cause(shard: Shard, error: Exception) -> str:

@@ -19,14 +19,14 @@ class ShardError(Exception):
     Attributes:
         uri: The shard's URI.
         cause: The message without the URI.
-        may_pass: Whether it is the storage's fault, not the shard's: another day it may be readable.
+        transient: Whether the cause is the storage, not the shard: a later attempt may succeed.
     """
 
-    def __init__(self, uri: str, cause: str, may_pass: bool = False) -> None:
-        super().__init__(uri, cause, may_pass)
+    def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
+        super().__init__(uri, cause, transient)
         self.uri = uri
         self.cause = cause
-        self.may_pass = may_pass
+        self.transient = transient
 
     def __str__(self) -> str:
         return f"{self.uri}: {self.cause}"

@@ -11,6 +11,7 @@ from cvt.runtimes import NO_OPENVINO
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition, Target
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, fingerprint, label_settings, make_storage
+from pipeline.dataflow import ResourceRequest, Stages
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
 from pipeline.read import ReadOptions, Shard, read_options
 from pipeline.storage import Storage, normalised, room_below
@@ -56,6 +57,32 @@ class Job:
             topk=self.config.output.topk,
             embedding=self.config.output.embedding,
             embedding_width=self.checkpoint.embedding_width,
+        )
+
+    @property
+    def resource_request(self) -> ResourceRequest:
+        """What the job asks of an executor."""
+        from cvt.counting import count_macs
+
+        config, size = self.config, self.checkpoint.preprocessor.size
+        macs = count_macs(self.checkpoint.model.config, size, size)
+        return ResourceRequest(config.read, config.decode, config.classify, macs, size)
+
+    @property
+    def stages(self) -> Stages:
+        """What the stages need to know."""
+        config = self.config
+        return Stages(
+            storage=self.storage,
+            read_options=self.read_options,
+            checkpoint=self.checkpoint,
+            predictions=self.prediction_options,
+            max_image_pixels=config.input.max_image_pixels,
+            fast_decoding=config.decode.quality == "fast",
+            precision=config.model.precision,
+            runtime=config.classify.runtime,
+            gallery=config.report.gallery,
+            thumbnail_side=config.report.thumbnail_side,
         )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -25,8 +24,7 @@ from pipeline.commit import (
 )
 from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import Resources, Stop, graceful_stop, sigterm_interrupts
-from pipeline.dataflow.ray_cluster import ray_cluster
+from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor, sigterm_interrupts
 from pipeline.read import Shard, list_shards
 from pipeline.report import Gallery
 from pipeline.run import gate, summaries
@@ -39,12 +37,10 @@ from pipeline.statistics import (
     CLASSIFY,
     COMMIT,
     DECODE,
-    ON_GPU,
     STORAGE,
     ClassStatistics,
     StageFigures,
     bound_by,
-    gpu_utilisation,
     stage_figures,
 )
 from pipeline.storage import ObjectNotFound, Storage, StorageError, faults
@@ -68,7 +64,6 @@ class RunResult:
         withdrawn: groups of image files whose labels it removed again, since its input has changed.
         statistics: class statistics over all labels of the partition; None where the run changed nothing.
         timings: seconds from its start to each event, by name.
-        worker_faults: retried failures of storage in the workers, by kind.
         stages: each stage's part in it; empty where nothing was to be labeled.
         decoded_on_gpu: of the decoded images, those that a GPU decoded; None where only the CPU was to.
         gallery: thumbnails of what it labeled; None where nothing was to be.
@@ -83,7 +78,6 @@ class RunResult:
     withdrawn: set[str] = field(default_factory=set)
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
-    worker_faults: Counter[str] = field(default_factory=Counter)
     stages: dict[str, StageFigures] = field(default_factory=dict)
     decoded_on_gpu: int | None = None
     gallery: Gallery | None = None
@@ -165,7 +159,7 @@ def label(
                 try:
                     _Run(result, prepared, record, clock, lease, on_progress).carry_out()
                 finally:
-                    record.note(storage_faults=dict(faults() - before + result.worker_faults))
+                    record.note(storage_faults=dict(faults() - before + result.totals.retries))
         except Stopped:
             handle.left_in_order = True
             raise
@@ -300,14 +294,14 @@ class _Run:
             on_commit=on_commit,
             before_group=self.lease.verify,
         )
-        result.totals, result.worker_faults = committer.totals, committer.faults
+        result.totals = committer.totals
         with (
             self._regrouped_withdrawn(groups),
-            ray_cluster(config.ray.address),
+            open_executor(config.ray) as executor,
             committer,
             graceful_stop(config.run.grace_s) as stop,
         ):
-            self._commit_results(committer, gallery, stop)
+            self._commit_results(executor, committer, gallery, stop)
         return stop
 
     @contextmanager
@@ -321,38 +315,27 @@ class _Run:
                 result.job.partition, result.plan, groups, entries, self._relist
             )
 
-    def _commit_results(self, committer: Committer, gallery: Gallery, stop: Stop) -> None:
+    def _commit_results(self, executor: Executor, committer: Committer, gallery: Gallery, stop: Stop) -> None:
         """Takes the results of all shards, or, after a stop, of those that are begun."""
-        # Ray is imported only now, when its environment is set.
-        from pipeline.dataflow.metrics import RunMetrics
-        from pipeline.dataflow.ray_executor import cluster_resources, label_chunks
-
-        plan, job = self.result.plan, self.result.job
-        config, faults_before = job.config, faults()
-        resources = cluster_resources(config, job.checkpoint)
+        plan, job, faults_before = self.result.plan, self.result.job, faults()
+        resources = executor.resources(job.resource_request)
         self.record.note(resources=asdict(resources))
         self.clock.mark("ray_ready")
-        logger.info("Ray is ready; images go to the model in batches of %d", resources.batch_size)
-        metrics = RunMetrics(config.input.uri, job.partition.model, resources.batch_size, len(plan.shards))
+        logger.info("images go to the model in batches of %d", resources.batch_size)
+        metrics = executor.metrics(
+            job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
+        )
 
         def note_progress() -> None:
-            metrics.update(committer.totals, committer.spent, faults() - faults_before + committer.faults)
+            metrics.update(committer.totals, faults() - faults_before + committer.totals.retries)
             self.on_progress(committer.progress(), plan)
 
-        chunks = label_chunks(
-            plan.shards,
-            job.partition.storage,
-            job.read_options,
-            job.checkpoint,
-            job.prediction_options,
-            config,
-            resources,
-        )
+        chunks = executor.label(plan.shards, job.stages, resources)
         started = 0.0
         with closing(chunks), stop.abandoning(), _missing_shards_noted(committer):
             for chunk in chunks:
                 self.clock.mark("first_result")
-                started = started or time.perf_counter() - chunk.spent.get(f"{CLASSIFY}.busy_s", 0.0)
+                started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
                 if stop.requested:
                     committer.wind_down()
                 committer.add(gallery.take(chunk))
@@ -367,19 +350,19 @@ class _Run:
             committer.settle()
         else:
             committer.finish()
-        self._note_stages(committer.spent, resources, seconds)
+        self._note_stages(resources, seconds)
         note_progress()
 
-    def _note_stages(self, spent: Mapping[str, float], resources: Resources, seconds: float) -> None:
+    def _note_stages(self, resources: Resources, seconds: float) -> None:
         """Notes what each stage did in so many seconds of the dataflow, in the result and in the record."""
-        result = self.result
+        result, metrics = self.result, self.result.totals.metrics
         workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
         if resources.decoders:
             workers[DECODE] = resources.decoders
         else:
-            result.decoded_on_gpu = int(spent.get(ON_GPU, 0))
-        result.stages = stage_figures(spent, workers, seconds)
-        result.gpu_utilisation = gpu_utilisation(spent)
+            result.decoded_on_gpu = metrics[DECODE].decoded_on_gpu if DECODE in metrics else 0
+        result.stages = stage_figures(metrics, workers, seconds)
+        result.gpu_utilisation = metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None
         self.record.note(
             stages={stage: asdict(figures) for stage, figures in result.stages.items()},
             bound_by=bound_by(result.stages),

@@ -1,21 +1,18 @@
 """Where the time of a run goes: what each stage did, how long it took, and which of them bound the run.
 
-Stages measure themselves, their figures ride in the chunks, and the driver adds them up.
+Stages measure themselves, chunks carry the metrics, and the driver adds them up.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 STORAGE, DECODE, CLASSIFY, COMMIT = STAGES = ("storage", "decode", "classify", "commit")
-
-
-#: Images that a GPU decoded, in a chunk's `spent`.
-ON_GPU = f"{DECODE}.on_gpu"
 
 
 logger = logging.getLogger("cvt_label")
@@ -29,14 +26,50 @@ _TELLING_S = 10.0
 _BOUND_SHARE = 0.5
 
 
-class Meter:
-    """Seconds in which a worker of a stage works, `with meter:`, and in which it waits for work.
+@dataclass(frozen=True, slots=True)
+class StageMetrics:
+    """What a stage measured while it processed a chunk, or the sum over many chunks.
 
-    Several threads may be at work at once: then it waits while none of them is.
+    Attributes:
+        images: images that came to the stage.
+        bytes: bytes that the stage passed on: encoded images, pixels, labels, or a file.
+        busy_s: seconds in which its workers worked.
+        wait_s: seconds in which its workers waited for work.
+        decoded_on_gpu: images that a GPU decoded.
+        gpu_busy: sum of the samples of GPU utilization, each from 0 to 1.
+        gpu_samples: number of these samples.
     """
 
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
+    images: int = 0
+    bytes: int = 0
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+    decoded_on_gpu: int = 0
+    gpu_busy: float = 0.0
+    gpu_samples: int = 0
+
+    def __add__(self, other: StageMetrics) -> StageMetrics:
+        return StageMetrics(*map(operator.add, astuple(self), astuple(other)))
+
+    @property
+    def gpu_utilization(self) -> float | None:
+        """Share of the time in which GPUs were busy, on average; None where there are no samples."""
+        return round(self.gpu_busy / self.gpu_samples, 3) if self.gpu_samples else None
+
+
+def add_metrics(total: dict[str, StageMetrics], more: Mapping[str, StageMetrics]) -> None:
+    """Adds stage metrics, by stage, to a total."""
+    for stage, metrics in more.items():
+        total[stage] = total.get(stage, StageMetrics()) + metrics
+
+
+class Meter:
+    """Measures the seconds in which a worker works (`with meter:`), and in which it waits for work.
+
+    Several threads may work at the same time: the worker waits while none of them works.
+    """
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
         self._since = time.perf_counter()
@@ -48,13 +81,13 @@ class Meter:
     def __exit__(self, *failure: object) -> None:
         self._turn(-1)
 
-    def taken(self, **counts: float) -> dict[str, float]:
-        """What is measured since it was taken last, and `counts`, named as a chunk's `spent` has them."""
+    def take(self, images: int = 0, bytes: int = 0) -> StageMetrics:
+        """Returns these counts with the seconds measured since the last call."""
         self._turn(0)
         with self._lock:
-            figures = {"busy_s": self._busy, "wait_s": self._wait} | counts
+            metrics = StageMetrics(images, bytes, self._busy, self._wait)
             self._busy = self._wait = 0.0
-        return {f"{self._stage}.{name}": value for name, value in figures.items()}
+        return metrics
 
     def _turn(self, step: int) -> None:
         with self._lock:
@@ -65,12 +98,6 @@ class Meter:
                 self._wait += now - self._since
             self._since = now
             self._inside += step
-
-
-def gpu_utilisation(spent: Mapping[str, float]) -> float | None:
-    """The share of the time in which GPUs were busy, on average; None where nobody measured it."""
-    samples = spent.get("gpu.samples", 0.0)
-    return round(spent["gpu.busy"] / samples, 3) if samples else None
 
 
 @dataclass(frozen=True)
@@ -100,29 +127,29 @@ class StageFigures:
 
 
 def stage_figures(
-    spent: Mapping[str, float], workers: Mapping[str, int], seconds: float
+    metrics: Mapping[str, StageMetrics], workers: Mapping[str, int], seconds: float
 ) -> dict[str, StageFigures]:
-    """Adds up what the stages measured.
+    """Each stage's part in a run.
 
     Args:
-        spent: seconds, images and bytes by stage, as `Meter.taken` names them.
-        workers: of each stage, but of `classify`, whose actors know how long they waited.
+        metrics: sums over the run, by stage.
+        workers: of each stage except `classify`, whose actors measure how long they waited.
         seconds: the run's, from its first work at a classifier to its last result.
     """
     figures = {}
     for stage in STAGES:
-        busy = spent.get(f"{stage}.busy_s", 0.0)
+        sums = metrics.get(stage, StageMetrics())
+        busy, wait = sums.busy_s, sums.wait_s
         if stage in workers:
             count: float = workers[stage]
             wait = max(0.0, count * seconds - busy)
         else:
-            wait = spent.get(f"{stage}.wait_s", 0.0)
             count = (busy + wait) / seconds if seconds else 0.0
         figures[stage] = StageFigures(
-            images=int(spent.get(f"{stage}.images", 0)),
+            images=sums.images,
             busy_s=round(busy, 3),
             wait_s=round(wait, 3),
-            bytes=int(spent.get(f"{stage}.bytes", 0)),
+            bytes=sums.bytes,
             workers=round(count, 2),
             share_busy=round(busy / (busy + wait), 4) if busy + wait else 0.0,
         )

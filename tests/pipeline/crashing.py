@@ -11,8 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
@@ -23,8 +22,6 @@ import pytest
 import torch
 
 from cvt.checkpoints import load_checkpoint
-from cvt.inference import Engine
-from pipeline.classify import classify
 from pipeline.commit import committer as committing
 from pipeline.commit import lease, manifest
 from pipeline.config import Config, Selection, load_config
@@ -35,13 +32,12 @@ from pipeline.storage import Storage
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
 CHECKPOINT = load_checkpoint("fashion-mnist")
-ENGINE = Engine(CHECKPOINT.model, CHECKPOINT.preprocessor, device="cpu")
 
 #: What a run imports when it needs it, which would be most of a child's time: their parent has it once.
 _PRELOADED = [
     "matplotlib.backends.backend_svg",
     "pandas",
-    "pipeline.dataflow.metrics",
+    "pipeline.dataflow.local_executor",
     "pipeline.report.sections",
 ]
 
@@ -59,44 +55,9 @@ class Crash:
     moment: Moment
 
 
-@dataclass(frozen=True)
-class _NoResources:
-    device: str = "cpu"
-    readers: int = 1
-    decoders: int = 1
-    batch_size: int = 64
-
-
-def _label_chunks(
-    plan: Sequence[Shard],
-    storage: Storage,
-    read_options: Any,
-    checkpoint: Any,
-    options: Any,
-    config: Config,
-    resources: Any,
-) -> Iterator[Chunk]:
-    """`dataflow.label_chunks` without Ray: chunks of all shards in turn."""
-    engine = ENGINE
-    if checkpoint.model is not CHECKPOINT.model:
-        engine = Engine(checkpoint.model, checkpoint.preprocessor, device="cpu")
-    open_shards = [
-        cut_into_chunks(read_samples(storage, shard, read_options), number, 5, 10**9)
-        for number, shard in enumerate(plan)
-    ]
-    while open_shards:
-        for chunks in list(open_shards):
-            chunk = next(chunks, None)
-            if chunk is None:
-                open_shards.remove(chunks)
-            else:
-                decoded = decode_chunk(chunk, checkpoint.preprocessor, 10**6)
-                yield classify(decoded, engine, options)
-
-
 @contextmanager
-def _no_ray(address: str | None) -> Iterator[None]:
-    yield
+def _local_executor(settings: Any) -> Iterator[LocalExecutor]:
+    yield LocalExecutor()
 
 
 def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[..., Any]:

@@ -1,0 +1,62 @@
+"""Executors: what runs the stages of a labeling run, on Ray or in this process, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from pipeline.commit import Totals
+from pipeline.config import IN_PROCESS, RayConfig
+from pipeline.dataflow.ray_cluster import ray_cluster
+from pipeline.dataflow.resources import ResourceRequest, Resources
+from pipeline.dataflow.stages import Stages
+from pipeline.read import Chunk, Shard
+
+
+class Metrics(Protocol):
+    """Live metrics of a run, for monitoring."""
+
+    def chunk(self, chunk: Chunk) -> None:
+        """Takes note of a labeled chunk."""
+
+    def update(self, totals: Totals, retries: Mapping[str, int]) -> None:
+        """Takes note of what is committed, and of storage operations tried again, by kind of failure."""
+
+
+class Executor(Protocol):
+    """Runs the stages of a labeling run."""
+
+    def resources(self, request: ResourceRequest) -> Resources:
+        """What each stage gets of the CPUs and GPUs there are.
+
+        Raises:
+            ConfigError: the request does not fit.
+        """
+
+    def label(
+        self, shards: Sequence[Shard], stages: Stages, resources: Resources
+    ) -> Generator[Chunk, None, None]:
+        """Yields the labeled chunks of all shards, without pixels, in any order."""
+
+    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> Metrics:
+        """Live metrics of a run that labels `planned` shards of `dataset`."""
+
+
+@contextmanager
+def open_executor(settings: RayConfig) -> Iterator[Executor]:
+    """Makes the executor that `ray.address` selects; connects to Ray for the length of the block if need be.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+    """
+    if settings.address == IN_PROCESS:
+        from pipeline.dataflow.local_executor import LocalExecutor
+
+        yield LocalExecutor()
+        return
+    with ray_cluster(settings.address):
+        # Only now, when its environment is set, is Ray imported.
+        from pipeline.dataflow.ray_executor import RayExecutor
+
+        yield RayExecutor(settings)

@@ -1,0 +1,189 @@
+"""What each stage does to a chunk: read, decode, classify. Every executor runs these.
+
+    shards -> ReadStep -> DecodeStep -> Classifier -> labeled chunks
+
+Nothing here knows which executor runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cvt.preprocessing import Preprocessor
+from pipeline.classify import Thumbnails, classify
+from pipeline.dataflow.gpu_meter import GpuMeter
+from pipeline.dataflow.resources import Resources
+from pipeline.decode import decode_chunk
+from pipeline.predictions import PredictionOptions
+from pipeline.read import Chunk, ReadOptions, Shard, cut_into_chunks, read_samples
+from pipeline.statistics import CLASSIFY, DECODE, STORAGE, Meter, StageMetrics
+from pipeline.storage import Storage, StorageError, faults
+
+if TYPE_CHECKING:
+    from cvt.checkpoints import Checkpoint
+    from cvt.inference import Engine
+    from pipeline.decode.gpu import GpuDecoder
+
+
+@dataclass(frozen=True)
+class ReadStep:
+    """Reads shards in chunks.
+
+    Pure: versions are pinned, so that a second attempt yields the same chunks.
+
+    Attributes:
+        storage: access to the shards.
+        options: of the readers.
+        max_images: samples in a chunk, at most.
+        max_bytes: encoded bytes in a chunk, at most.
+    """
+
+    storage: Storage
+    options: ReadOptions
+    max_images: int
+    max_bytes: int
+
+    def __call__(self, shards: Iterable[tuple[int, Shard]]) -> Iterator[Chunk]:
+        """Yields the chunks of numbered shards, one shard after the other."""
+        meter, before, connected = Meter(), faults(), False
+        for number, shard in shards:
+            if not connected:
+                with suppress(StorageError):  # the reader meets the same error, and reports it
+                    self.storage.connect(shard.uri)
+                meter, connected = Meter(), True
+            samples = read_samples(self.storage, shard, self.options)
+            chunks = cut_into_chunks(samples, number, self.max_images, self.max_bytes)
+            while True:
+                with meter:
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                now = faults()
+                metrics = meter.take(chunk.samples.num_rows, chunk.encoded_bytes)
+                yield replace(chunk, retries=now - before, metrics={STORAGE: metrics})
+                before = now
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """Decodes chunks on the CPU.
+
+    Attributes:
+        preprocessor: makes the model's input of an image.
+        max_pixels: larger images are an error.
+        fast: decode large JPEGs at a fraction of their size.
+    """
+
+    preprocessor: Preprocessor
+    max_pixels: int
+    fast: bool = False
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        """The chunk with pixels instead of encoded images."""
+        meter = Meter()
+        with meter:
+            decoded = decode_chunk(chunk, self.preprocessor, self.max_pixels, self.fast)
+        return replace(decoded, metrics=_with_decoding(meter, chunk, decoded))
+
+
+def _with_decoding(meter: Meter, chunk: Chunk, decoded: Chunk) -> Mapping[str, StageMetrics]:
+    assert decoded.pixels is not None
+    metrics = meter.take(chunk.samples["error"].null_count, decoded.pixels.nbytes)
+    return {**decoded.metrics, DECODE: metrics + decoded.metrics.get(DECODE, StageMetrics())}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the stages of a labeling run need to know.
+
+    Attributes:
+        storage: access to the shards.
+        read_options: of the readers.
+        checkpoint: the model, loaded.
+        predictions: what the prediction columns hold.
+        max_image_pixels: larger images are an error.
+        fast_decoding: decode large JPEGs at a fraction of their size.
+        precision: of the engine.
+        runtime: of the engine.
+        gallery: images of each class that get thumbnails, at each end; 0 for no thumbnails.
+        thumbnail_side: pixels of a thumbnail's longest side.
+    """
+
+    storage: Storage
+    read_options: ReadOptions
+    checkpoint: Checkpoint
+    predictions: PredictionOptions
+    max_image_pixels: int
+    fast_decoding: bool
+    precision: str
+    runtime: str
+    gallery: int
+    thumbnail_side: int
+
+    def reading(self, resources: Resources) -> ReadStep:
+        """The first stage."""
+        return ReadStep(self.storage, self.read_options, resources.chunk_images, resources.chunk_bytes)
+
+    @property
+    def decoding(self) -> DecodeStep:
+        """The second stage, where the CPU decodes."""
+        return DecodeStep(self.checkpoint.preprocessor, self.max_image_pixels, self.fast_decoding)
+
+
+class Classifier:
+    """The last stage: holds the model on its device; also decodes where its GPU does. Thread-safe."""
+
+    def __init__(self, stages: Stages, resources: Resources) -> None:
+        checkpoint, options = stages.checkpoint, stages.predictions
+        self._options = options
+        self._decoder: GpuDecoder | None = None
+        if not resources.decoders:  # before the engine, which may take a minute to get ready
+            from pipeline.decode.gpu import GpuDecoder
+
+            threads = max(2, int(resources.classify_cpus))
+            self._decoder = GpuDecoder(
+                checkpoint.preprocessor, stages.max_image_pixels, resources.device, threads=threads
+            )
+            self._decode_meter = Meter()
+        self._engine = warm_engine(checkpoint, stages.precision, stages.runtime, resources)
+        self._thumbnails = None
+        if stages.gallery:
+            self._thumbnails = Thumbnails(stages.gallery, stages.thumbnail_side, len(options.labels))
+        self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
+        self._meter = Meter()
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        """The chunk with prediction columns, and without pixels."""
+        decoded = chunk
+        if self._decoder is not None:
+            with self._decode_meter:
+                decoded = self._decoder(chunk)
+            decoded = replace(decoded, metrics=_with_decoding(self._decode_meter, chunk, decoded))
+        with self._meter:
+            classified = classify(decoded, self._engine, self._options)
+            if self._thumbnails is not None:
+                classified = self._thumbnails.added(decoded, classified)
+        metrics = self._meter.take(decoded.samples["error"].null_count, classified.samples.nbytes)
+        if self._gpu_meter is not None:
+            metrics += self._gpu_meter.take()
+        return replace(classified, metrics={**decoded.metrics, CLASSIFY: metrics})
+
+
+def warm_engine(checkpoint: Checkpoint, precision: str, runtime: str, resources: Resources) -> Engine:
+    """The engine of a classifier, ready for its first chunk."""
+    from cvt.inference.engine import Engine  # with torch, which readers and decoders don't need
+
+    engine = Engine(
+        checkpoint.model,
+        checkpoint.preprocessor,
+        device=resources.device,
+        precision=precision,
+        runtime=runtime,
+        batch_size=resources.batch_size,
+        threads=resources.threads,
+    )
+    engine.warm_up()
+    return engine
