@@ -1,6 +1,7 @@
 """How the stages run: on Ray Data or in this process; resources, metrics, shutdown.
 
-`dataflow.ray_executor` imports Ray and is imported by its module name. What a stage does belongs to `read`, `decode`, `classify`, `commit`.
+`dataflow.ray_executor` imports Ray and is imported by its module name. What a stage does to a sample
+belongs to `read`, `decode`, `classify` and `commit`.
 """
 
 from pipeline.dataflow.executor import Executor, open_executor

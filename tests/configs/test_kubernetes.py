@@ -27,7 +27,7 @@ from cvt.counting import count_macs
 from cvt.presets import preset_config
 from jobs.console import make_app
 from pipeline.config import Config, load_config
-from pipeline.dataflow import Cluster, Resources, choose_resources
+from pipeline.dataflow import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.schedule import Submission
 
 ROOT = Path(__file__).parents[2]
@@ -430,7 +430,8 @@ def cluster_of(bound: str) -> Cluster:
 
 
 def chosen(job: Config, cluster: Cluster) -> Resources:
-    return choose_resources(job, cluster, count_macs(preset_config("cvt-13"), 224, 224), 224)
+    macs = count_macs(preset_config("cvt-13"), 224, 224)
+    return choose_resources(ResourceRequest(job.read, job.decode, job.classify, macs, 224), cluster)
 
 
 def test_a_job_gets_the_same_whatever_of_the_cluster_is_up_when_it_starts(job: Config) -> None:

@@ -25,8 +25,8 @@ from cvt.checkpoints import load_checkpoint
 from pipeline.commit import committer as committing
 from pipeline.commit import lease, manifest
 from pipeline.config import Config, Selection, load_config
-from pipeline.decode import decode_chunk
-from pipeline.read import Chunk, Shard, cut_into_chunks, read_samples, shards
+from pipeline.dataflow.local_executor import LocalExecutor
+from pipeline.read import shards
 from pipeline.run import labeling, make_job, rebuild
 from pipeline.storage import Storage
 
@@ -78,11 +78,7 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
 
 def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
     """Lets `label` do in this process what it does on a cluster, with groups of few images."""
-    dataflow: Any = types.ModuleType("pipeline.dataflow.ray_executor")
-    dataflow.label_chunks = _label_chunks
-    dataflow.cluster_resources = lambda config, checkpoint: _NoResources()
-    patch.setitem(sys.modules, "pipeline.dataflow.ray_executor", dataflow)
-    patch.setattr(labeling, "ray_cluster", _no_ray)
+    patch.setattr(labeling, "open_executor", _local_executor)
     patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
     patch.setattr(shards, "_GROUP_IMAGES", 4)
 

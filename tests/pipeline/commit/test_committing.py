@@ -128,8 +128,8 @@ def test_the_bytes_do_not_depend_on_how_chunks_were_cut_or_in_which_order_they_c
 def test_progress_tells_the_share_of_the_bytes_that_have_come(tmp_path: Path) -> None:
     plan = [replace(shard, size=1000 * (number + 1)) for number, shard in enumerate(shards(2))]
     first, last = cut(0, 8, 4)
-    other = replace(result(1, 0, 4), spent={"storage.bytes": 300.0})
-    first = replace(first, spent={"storage.bytes": 400.0})
+    other = replace(result(1, 0, 4), encoded_bytes=300)
+    first = replace(first, encoded_bytes=400)
     for chunks, share in (
         ([], 0),
         ([first], 0.4 / 3),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pipeline.config import Config, load_config
-from pipeline.dataflow import Cluster, Resources, choose_resources
+from pipeline.dataflow import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.ray_executor import MAX_READ_TASKS, ShardSource
-from pipeline.read import ReadOptions, Shard
-from pipeline.storage import Storage
+from pipeline.read import Shard
 
 
 def config(*overrides: str) -> Config:
@@ -17,8 +18,12 @@ def config(*overrides: str) -> Config:
 CVT_13 = 4_566_000_000  # multiply-accumulates of an image of 224 pixels
 
 
+def request(config: Config, macs: int = CVT_13, size: int = 224) -> ResourceRequest:
+    return ResourceRequest(config.read, config.decode, config.classify, macs, size)
+
+
 def choose(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resources:
-    return choose_resources(config, Cluster(cpus, gpus, node_cpus), CVT_13, 224)
+    return choose_resources(request(config), Cluster(cpus, gpus, node_cpus))
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
@@ -86,18 +91,25 @@ def test_a_cluster_that_grows_may_start_without_gpus() -> None:
 def test_chunks_are_as_large_as_keeps_a_classifier_busy(
     macs: int, size: int, on_cpu: int, on_gpu: int
 ) -> None:
-    assert choose_resources(config(), Cluster(8, 0, 8), macs, size).chunk_images == on_cpu
-    assert choose_resources(config(), Cluster(8, 1, 8), macs, size).chunk_images == on_gpu
-    assert choose_resources(config("read.chunk_images=7"), Cluster(8, 1, 8), macs, size).chunk_images == 7
+    assert choose_resources(request(config(), macs, size), Cluster(8, 0, 8)).chunk_images == on_cpu
+    assert choose_resources(request(config(), macs, size), Cluster(8, 1, 8)).chunk_images == on_gpu
+    assert (
+        choose_resources(request(config("read.chunk_images=7"), macs, size), Cluster(8, 1, 8)).chunk_images
+        == 7
+    )
 
 
 def test_small_models_get_larger_batches() -> None:
     sizes = [
-        choose_resources(config(), Cluster(8, 0, 8), macs, 224).batch_size for macs in (1, 2 * 10**9, CVT_13)
+        choose_resources(request(config(), macs, 224), Cluster(8, 0, 8)).batch_size
+        for macs in (1, 2 * 10**9, CVT_13)
     ]
     assert sizes == [256, 128, 64]
-    assert choose_resources(config(), Cluster(8, 0, 8), 10**12, 384).batch_size == 64
-    assert choose_resources(config("classify.batch_size=7"), Cluster(8, 0, 8), CVT_13, 224).batch_size == 7
+    assert choose_resources(request(config(), 10**12, 384), Cluster(8, 0, 8)).batch_size == 64
+    assert (
+        choose_resources(request(config("classify.batch_size=7"), CVT_13, 224), Cluster(8, 0, 8)).batch_size
+        == 7
+    )
 
 
 def test_decoders_are_as_many_as_find_room() -> None:
@@ -114,9 +126,11 @@ def test_where_the_gpu_decodes_no_decoder_takes_room() -> None:
 
 def test_memory_of_tasks_leaves_room_on_a_small_machine() -> None:
     cluster = Cluster(2, 0, 2, node_memory=1 << 30)
-    resources = choose_resources(config(), cluster, CVT_13, 224)
+    resources = choose_resources(request(config(), CVT_13, 224), cluster)
     assert resources.read_memory + resources.decode_memory <= 1 << 29
-    resources = choose_resources(config("read.memory=1000", "decode.memory=2000"), cluster, CVT_13, 224)
+    resources = choose_resources(
+        request(config("read.memory=1000", "decode.memory=2000"), CVT_13, 224), cluster
+    )
     assert (resources.read_memory, resources.decode_memory) == (1000, 2000)
 
 
@@ -126,7 +140,8 @@ def plan(count: int) -> list[Shard]:
 
 @pytest.mark.parametrize("count", [1, 7, MAX_READ_TASKS, MAX_READ_TASKS + 1, 3 * MAX_READ_TASKS])
 def test_every_shard_is_read_by_exactly_one_task_and_tasks_stay_few(count: int) -> None:
-    source = ShardSource(plan(count), Storage(), ReadOptions(), 128, 1 << 20)
+    step: Any = "its reference"
+    source = ShardSource(plan(count), step)
     tasks = source.get_read_tasks(parallelism=4)
     assert len(tasks) == source.tasks <= MAX_READ_TASKS
     read = [number for task in tasks for number, _ in task.read_fn.args[0]]

@@ -25,6 +25,7 @@ from pipeline.decode import gpu as gpu_decoding
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.decode.jpeg import plain_jpeg
 from pipeline.read import Chunk
+from pipeline.statistics import DECODE
 from tests.pipeline.decode.test_decoding import SAMPLES, claim, encode, exif, picture
 
 LIMIT = 1_000_000
@@ -52,7 +53,7 @@ class Counting(GpuDecoder):
 
     def __call__(self, chunk: Chunk) -> Chunk:
         done = super().__call__(chunk)
-        on_device = int(done.spent["decode.on_gpu"])
+        on_device = done.metrics[DECODE].decoded_on_gpu
         self.on_device += on_device
         self.on_cpu += chunk.samples["error"].null_count - on_device
         return done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 
 import pytest
 
@@ -16,8 +15,8 @@ from pipeline.statistics import (
     STORAGE,
     Meter,
     StageFigures,
+    StageMetrics,
     bound_by,
-    gpu_utilisation,
     stage_figures,
 )
 
@@ -31,17 +30,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_work_and_waiting_are_told_apart_and_taken_once(clock: list[float]) -> None:
-    meter = Meter(DECODE)
+    meter = Meter()
     clock[0] += 1
     with meter:
         clock[0] += 4
     clock[0] += 2
-    assert meter.taken(bytes=7) == {"decode.busy_s": 4, "decode.wait_s": 3, "decode.bytes": 7}
-    assert meter.taken() == {"decode.busy_s": 0, "decode.wait_s": 0}
+    assert meter.take(bytes=7) == StageMetrics(bytes=7, busy_s=4, wait_s=3)
+    assert meter.take() == StageMetrics()
 
 
 def test_work_that_fails_counts_as_work(clock: list[float]) -> None:
-    meter = Meter(DECODE)
+    meter = Meter()
 
     def work() -> None:
         with meter:
@@ -50,11 +49,11 @@ def test_work_that_fails_counts_as_work(clock: list[float]) -> None:
 
     with pytest.raises(ValueError, match="bad"):
         work()
-    assert meter.taken()["decode.busy_s"] == 4
+    assert meter.take().busy_s == 4
 
 
 def test_threads_that_work_together_count_once(clock: list[float]) -> None:
-    meter = Meter(CLASSIFY)
+    meter = Meter()
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -71,24 +70,19 @@ def test_threads_that_work_together_count_once(clock: list[float]) -> None:
     leave.set()
     other.join(10)
     clock[0] += 1
-    assert meter.taken() == {"classify.busy_s": 5, "classify.wait_s": 1}
+    assert meter.take() == StageMetrics(busy_s=5, wait_s=1)
 
 
-SPENT = {
-    "storage.busy_s": 2.0,
-    "storage.images": 400.0,
-    "storage.bytes": 1000.0,
-    "decode.busy_s": 10.0,
-    "decode.images": 390.0,
-    "classify.busy_s": 19.0,
-    "classify.images": 380.0,
-    "classify.wait_s": 1.0,
-    "commit.busy_s": 0.5,
+METRICS = {
+    STORAGE: StageMetrics(images=400, bytes=1000, busy_s=2.0),
+    DECODE: StageMetrics(images=390, busy_s=10.0),
+    CLASSIFY: StageMetrics(images=380, busy_s=19.0, wait_s=1.0),
+    COMMIT: StageMetrics(busy_s=0.5),
 }
 
 
 def test_waiting_is_what_workers_could_have_done() -> None:
-    figures = stage_figures(SPENT, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
+    figures = stage_figures(METRICS, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
     assert figures[STORAGE] == StageFigures(400, 2.0, 18.0, 1000, 2, 0.1)
     assert figures[DECODE] == StageFigures(390, 10.0, 30.0, 0, 4, 0.25)
     assert figures[CLASSIFY] == StageFigures(380, 19.0, 1.0, 0, 2.0, 0.95)
@@ -97,13 +91,13 @@ def test_waiting_is_what_workers_could_have_done() -> None:
 
 @pytest.mark.parametrize("stage", [STORAGE, DECODE, COMMIT])
 def test_the_busiest_stage_bound_the_run(stage: str) -> None:
-    spent = {"classify.wait_s": 9.0, "classify.busy_s": 1.0, f"{stage}.busy_s": 9.0}
-    figures = stage_figures(spent, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
+    metrics = {CLASSIFY: StageMetrics(busy_s=1.0, wait_s=9.0), stage: StageMetrics(busy_s=9.0)}
+    figures = stage_figures(metrics, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
     assert bound_by(figures).startswith(f"{stage}, busy 90% of the time (classify 10%")
 
 
 def test_a_run_that_mostly_started_was_bound_by_no_stage() -> None:
-    figures = stage_figures(SPENT, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
+    figures = stage_figures(METRICS, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
     assert bound_by(figures).startswith("no stage (busy: classify 48%, decode 25%")
 
 
@@ -111,16 +105,15 @@ def test_what_the_driver_says_of_gpus_is_averaged(monkeypatch: pytest.MonkeyPatc
     answers = iter([50, 100])
     monkeypatch.setattr("torch.cuda.utilization", lambda: next(answers))
     monkeypatch.setattr("pipeline.dataflow.gpu_meter._GPU_INTERVAL", 0.0)
-    meter, spent, deadline = GpuMeter(), Counter[str](), time.monotonic() + 10
-    while spent["gpu.samples"] < 2:
-        spent.update(meter.taken())
+    meter, metrics, deadline = GpuMeter(), StageMetrics(), time.monotonic() + 10
+    while metrics.gpu_samples < 2:
+        metrics += meter.take()
         assert time.monotonic() < deadline
-    assert gpu_utilisation(spent) == 0.75
+    assert metrics.gpu_utilization == 0.75
 
 
 def test_without_a_gpu_nothing_is_said_of_one() -> None:
-    assert gpu_utilisation({}) is None
-    assert gpu_utilisation({"gpu.busy": 0.0, "gpu.samples": 0.0}) is None
+    assert StageMetrics().gpu_utilization is None
 
 
 def test_a_run_without_results_has_figures_too() -> None:
@@ -130,7 +123,11 @@ def test_a_run_without_results_has_figures_too() -> None:
 
 
 def test_nothing_is_said_of_a_run_whose_first_chunks_took_longer_to_read_than_all_to_classify() -> None:
-    spent = {"storage.busy_s": 3.0, "decode.busy_s": 2.0, "classify.busy_s": 0.4, "classify.wait_s": 0.1}
-    figures = stage_figures(spent, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
+    metrics = {
+        STORAGE: StageMetrics(busy_s=3.0),
+        DECODE: StageMetrics(busy_s=2.0),
+        CLASSIFY: StageMetrics(busy_s=0.4, wait_s=0.1),
+    }
+    figures = stage_figures(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
     assert figures[STORAGE].share_busy == 1
     assert bound_by(figures) == "not known: the run was too short to tell"
