@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jobs.console import out, run_alone
 from pipeline.classify import classify
-from pipeline.commit import Committer, Manifest, ManifestRow, ManifestWriter, Target, reconcile
+from pipeline.commit import Committer, Manifest, ManifestRow, ManifestWriter, Partition, reconcile
 from pipeline.config import LABEL_NEW
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, Shard, ShardListing
@@ -153,7 +153,9 @@ def _commit(folder: str, rows: int) -> Figure:
     manifest = Manifest(Storage(), f"{folder}/committed", _CLASSES)
     writer = ManifestWriter(manifest, interval=30)
     committer = Committer(
-        Target(Storage(), f"{folder}/committed", "f" * 64, options),
+        Partition(Storage(), f"{folder}/committed", options.labels),
+        "f" * 64,
+        options,
         plan,
         "run",
         expected={},

@@ -3,7 +3,7 @@
 Deciding what to label does not belong here.
 """
 
-from pipeline.commit.committer import WRITERS, Committer, Progress, Target, Totals
+from pipeline.commit.committer import WRITERS, Committer, Progress, Totals
 from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in_order
 from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter
@@ -32,7 +32,6 @@ __all__ = [
     "Progress",
     "Repairs",
     "RunRecord",
-    "Target",
     "Totals",
     "find_repairs",
     "left_in_order",

@@ -1,20 +1,14 @@
-"""The committer: results of chunks in, one prediction file a shard out, in one atomic write.
-
-What it holds is the open shards' result rows, never pixels. It runs in the driver and knows nothing of Ray.
-
-The order of a commit:
- 1. chunks of a shard are kept, by their first index, until they cover the shard, however they arrive;
- 2. the file is assembled, in the shard's order, and encoded in memory;
- 3. one atomic write makes it visible: before it there is no trace of the shard, after it the whole of it.
-    It is conditional: it replaces what the plan has seen there, or else finds out whose is right;
- 4. only then does the shard get a manifest row.
-"""
+"""Assembling a shard: the results of its chunks in, its prediction rows out, in the shard's order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.read import Chunk
+import numpy as np
+import pyarrow as pa
+
+from pipeline.predictions import PredictionOptions, prediction_schema
+from pipeline.read import Chunk, Shard
 
 
 class IncompleteShardError(RuntimeError):
@@ -23,7 +17,16 @@ class IncompleteShardError(RuntimeError):
 
 @dataclass
 class OpenShard:
-    """The chunks of a shard that have arrived."""
+    """The chunks of a shard that have arrived.
+
+    Attributes:
+        chunks: by the index of their first sample.
+        total: the shard's number of samples, once its last chunk has arrived.
+        error: why the shard can't be read.
+        transient: whether the cause of the error is the storage, not the shard.
+        samples: number of samples that have arrived.
+        encoded_bytes: of their images.
+    """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
     total: int | None = None
@@ -33,22 +36,49 @@ class OpenShard:
     encoded_bytes: int = 0
 
     def add(self, chunk: Chunk) -> bool:
-        """Keeps a chunk; False where a second attempt brought one that is there already.
+        """Keeps a chunk; False where a second attempt brought a chunk that is there already.
 
-        A second attempt may fail earlier than the first, and says so in the place of a chunk that is there.
+        A second attempt may fail earlier than the first, and reports this in place of a chunk that is there.
         """
         if chunk.start in self.chunks and chunk.error is None:
             return False
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
+        self.encoded_bytes += chunk.encoded_bytes
         if chunk.total is not None:
             self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
         return True
 
     @property
     def complete(self) -> bool:
+        """Whether nothing more is to be waited for."""
         return self.error is not None or self.samples == self.total
+
+    @property
+    def errors(self) -> int:
+        """Number of samples that are error rows."""
+        return sum(map(count_errors, self.chunks.values()))
+
+    def rows(self, shard: Shard, options: PredictionOptions) -> pa.Table:
+        """The prediction rows of the complete shard.
+
+        Raises:
+            IncompleteShardError: the chunks leave gaps, or overlap.
+        """
+        chunks = [self.chunks[start] for start in sorted(self.chunks)]
+        ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
+        if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
+            raise IncompleteShardError(f"{shard.uri}: its chunks leave gaps or overlap")
+        samples = pa.concat_tables([chunk.samples for chunk in chunks])
+        samples = samples.rename_columns(
+            ["target_id" if name == "target" else name for name in samples.column_names]
+        )
+        samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
+        samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
+        schema = prediction_schema(options.embedding, options.embedding_width)
+        return samples.select(schema.names).cast(schema).combine_chunks()
 
 
 def count_errors(chunk: Chunk) -> int:
+    """Number of a chunk's samples that are error rows."""
     return chunk.samples.num_rows - chunk.samples["error"].null_count

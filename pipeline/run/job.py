@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cvt.runtimes import NO_OPENVINO
 from pipeline.classify.checkpoint import open_checkpoint
-from pipeline.commit import Partition, Target
+from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, fingerprint, label_settings, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
@@ -43,11 +43,6 @@ class Job:
     checkpoint: Checkpoint
     fingerprint: str
     partition: Partition
-
-    @property
-    def target(self) -> Target:
-        """Where its prediction files go."""
-        return Target(self.storage, self.partition.uri, self.fingerprint, self.prediction_options)
 
     @property
     def prediction_options(self) -> PredictionOptions:

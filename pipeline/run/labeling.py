@@ -286,7 +286,9 @@ class _Run:
             self.clock.mark("first_commit")
 
         committer = Committer(
-            job.target,
+            job.partition,
+            job.fingerprint,
+            job.prediction_options,
             plan.shards,
             result.run,
             expected={uri: v for uri, v in plan.expected.items() if uri not in self.removed},

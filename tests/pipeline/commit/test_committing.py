@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.classify import classify
-from pipeline.commit import Committer, Manifest, ManifestRow, Progress, Target
+from pipeline.commit import Committer, Manifest, ManifestRow, Partition, Progress
 from pipeline.commit.assembly import IncompleteShardError
 from pipeline.predictions import PredictionOptions, prediction_schema, read_footer
 from pipeline.read import Chunk, Shard
@@ -70,7 +70,9 @@ def commit(
 ) -> Committed:
     rows: dict[str, ManifestRow] = {}
     committer = Committer(
-        Target(Storage(), str(folder), "f" * 64, OPTIONS),
+        Partition(Storage(), str(folder), LABELS),
+        "f" * 64,
+        OPTIONS,
         plan,
         "run-1",
         expected=expected or {},
@@ -277,7 +279,9 @@ def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path
 def test_a_committer_that_winds_down_ends_what_is_open_and_takes_nothing_new(tmp_path: Path) -> None:
     rows: dict[str, ManifestRow] = {}
     with Committer(
-        Target(Storage(), str(tmp_path), "f" * 64, OPTIONS),
+        Partition(Storage(), str(tmp_path), LABELS),
+        "f" * 64,
+        OPTIONS,
         shards(2),
         "run-1",
         expected={},
