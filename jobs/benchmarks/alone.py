@@ -5,6 +5,7 @@ Images/s of reading and of decoding, a process on every core, and of the engine,
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -113,8 +114,8 @@ def pipeline_resources(task: Task, config: Config, checkpoint: Checkpoint) -> Re
     """What the pipeline gives to its stages on this machine."""
     size = checkpoint.preprocessor.size
     cluster = Cluster(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
-    macs = count_macs(checkpoint.model.config, size, size)
-    request = ResourceRequest(config.read, config.decode, config.classify, macs, size)
+    count = functools.partial(count_macs, checkpoint.model.config, size, size)
+    request = ResourceRequest(config.read, config.decode, config.classify, size, count)
     return choose_resources(request, cluster)
 
 

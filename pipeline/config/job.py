@@ -154,7 +154,8 @@ class RayConfig(Section):
     #: null: the cluster of `RAY_ADDRESS`, which Ray sets for submitted jobs, or else a local Ray.
     #: `in-process`: no Ray; threads of this process run all stages.
     address: Address | None = None
-    #: A run without progress for this long ends with an error; one chunk must take less.
+    #: A run without progress for this long ends with an error; one chunk must take less. Work of lost
+    #: workers and nodes is repeated without limit: a chunk that kills its worker every time ends the run so.
     no_progress_timeout_s: PositiveFloat = 900
     #: Fraction of Ray's object store that chunks between the stages may fill.
     object_store_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -164,11 +165,6 @@ class RayConfig(Section):
     chunks_in_flight: PositiveInt = 4
     #: Consecutive actors that may die while they start.
     actor_start_retries: Annotated[int, Field(ge=0)] = 3
-    #: How often a read or decode task may die with its worker or node.
-    task_retries: Annotated[int, Field(ge=0)] = 3
-    #: How often a chunk may be sent to a classifier again. Until Ray notices a lost node (after 15 s by
-    #: default), each attempt to reach an actor there costs a retry every few seconds: 20 last over a minute.
-    actor_task_retries: Annotated[int, Field(ge=0)] = 20
 
 
 class RunConfig(Section):

@@ -8,7 +8,7 @@ from pipeline.dataflow.executor import Executor, open_executor
 from pipeline.dataflow.ray_cluster import ClusterError, check_reachable
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Stages
-from pipeline.dataflow.stopping import Stop, graceful_stop, sigterm_interrupts
+from pipeline.dataflow.stopping import Stop, Stopped, graceful_stop, sigterm_interrupts
 
 __all__ = [
     "Cluster",
@@ -18,6 +18,7 @@ __all__ = [
     "Resources",
     "Stages",
     "Stop",
+    "Stopped",
     "check_reachable",
     "choose_resources",
     "graceful_stop",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 
 import pyarrow as pa
@@ -119,7 +118,6 @@ class RayExecutor:
             concurrency=resources.readers,
             override_num_blocks=source.tasks,
             memory=resources.read_memory,
-            ray_remote_args={"max_retries": settings.task_retries},
         )
         if resources.decoders:
             chunks = chunks.map_batches(
@@ -129,7 +127,6 @@ class RayExecutor:
                 fn_args=(stages.decoding,),
                 num_cpus=resources.decode_cpus,
                 memory=resources.decode_memory,
-                max_retries=settings.task_retries,
             )
         classified = chunks.map_batches(
             _ClassifierActor,
@@ -146,16 +143,10 @@ class RayExecutor:
             ),
             num_cpus=resources.classify_cpus,
             num_gpus=resources.classify_gpus or None,
-            # A chunk that kills its actor must end the job, not restart it for ever.
-            max_task_retries=settings.actor_task_retries,
         )
         # Prefetching would hold each result back until the next one is there.
         for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from Chunk.from_block(block)
-
-
-# `max_retries` and `max_task_retries` have no other way into Ray Data yet; its own default is for ever.
-warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 def _set_context(settings: RayConfig) -> None:
@@ -164,6 +155,8 @@ def _set_context(settings: RayConfig) -> None:
     context.target_max_block_size = 1
     # A dropped block would be labels lost while the job succeeds.
     context.max_errored_blocks = 0
+    # Tasks of dead workers are tried again without end: a chunk that kills its worker every time ends the
+    # run only when nothing else is left to do.
     context.execution_no_progress_timeout_s = settings.no_progress_timeout_s
     context.override_object_store_memory_limit_fraction = settings.object_store_fraction
     context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio

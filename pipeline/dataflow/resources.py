@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
@@ -65,15 +66,15 @@ class ResourceRequest:
 
     Attributes:
         read, decode, classify: sections of its configuration.
-        macs: multiply-accumulates of one image.
         size: of the model's images, in pixels.
+        count_macs: counts the multiply-accumulates of one image; only called if a size is to be chosen.
     """
 
     read: ReadConfig
     decode: DecodeConfig
     classify: ClassifyConfig
-    macs: int
     size: int
+    count_macs: Callable[[], int]
 
 
 def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
@@ -109,7 +110,7 @@ def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
     if not on_gpu and threads is None:
         # A classifier that is alone on its machine gets all of it: decoding is a small part.
         threads = int(cluster.node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
-    chunk_images = read.chunk_images or _chunk_images(request.macs, size, on_gpu)
+    chunk_images = read.chunk_images or _chunk_images(request.count_macs(), size, on_gpu)
     room_for_decoders = cpus_left + decode_cpus - min(max_actors, room) * actor_cpus
     most_memory = cluster.node_memory / 4  # so that a slot of each stage fits into any node
     return Resources(
@@ -117,7 +118,7 @@ def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
         chunk_images=chunk_images,
         chunk_bytes=read.chunk_bytes,
         batch_size=classify.batch_size
-        or _power_of_two(_BATCH_MACS // request.macs, _LEAST_BATCH, _MOST_BATCH),
+        or _power_of_two(_BATCH_MACS // request.count_macs(), _LEAST_BATCH, _MOST_BATCH),
         read_cpus=read.num_cpus,
         # A chunk as samples, as a table, and as what Ray writes; and what is read ahead.
         read_memory=read.memory

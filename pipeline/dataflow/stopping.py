@@ -1,4 +1,21 @@
-"""Connecting to the Ray that runs the job: a given one, the submitted job's own, or a local one."""
+"""Stopping a run: signals, the grace period, and giving up, as one state machine (`Stop`).
+
+    state      meaning
+    RUNNING    nobody has asked the run to stop
+    FINISHING  asked to stop: open shards are finished, no other shard is started
+    ABANDONED  asked again, or the grace period is over: open shards are given up
+
+    state      event                            next state  effect
+    RUNNING    SIGTERM or Ctrl-C                FINISHING   the grace period starts
+    RUNNING    SIGTERM or Ctrl-C, without grace ABANDONED   interrupt
+    FINISHING  SIGTERM or Ctrl-C                ABANDONED   interrupt
+    FINISHING  the grace period ends            ABANDONED   interrupt
+    ABANDONED  either                           ABANDONED   interrupt
+
+An interrupt raises KeyboardInterrupt in the main thread. Within `Stop.abandonable` it ends only that block,
+so that finished shards are still committed. `Stop.conclude` then ends the run: with nothing in RUNNING,
+`Stopped` in FINISHING, KeyboardInterrupt in ABANDONED.
+"""
 
 from __future__ import annotations
 
@@ -6,97 +23,141 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from enum import Enum, auto
 from types import FrameType
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and has left everything in order."""
+
+
+class StopState(Enum):
+    """States of a run, as the module describes them."""
+
+    RUNNING = auto()
+    FINISHING = auto()
+    ABANDONED = auto()
+
+
+class Stop:
+    """The state machine.
+
+    Args:
+        grace: seconds of the grace period; 0 for none.
+        start_timer: makes `expire` be called after so many seconds.
+    """
+
+    def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
+        self.state = StopState.RUNNING
+        self._grace = grace
+        self._start_timer = start_timer
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.state is not StopState.RUNNING
+
+    def ask(self) -> None:
+        """A signal arrives.
+
+        Raises:
+            KeyboardInterrupt: open shards are given up.
+        """
+        if self.state is not StopState.RUNNING or self._grace <= 0:
+            self.expire()
+        self.state = StopState.FINISHING
+        self._start_timer(self._grace)
+
+    def expire(self) -> None:
+        """The grace period ends.
+
+        Raises:
+            KeyboardInterrupt: always.
+        """
+        self.state = StopState.ABANDONED
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """A block that ends where open shards are given up."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.state is not StopState.ABANDONED:
+                raise
+
+    def conclude(self) -> None:
+        """Ends a run that was asked to stop.
+
+        Raises:
+            Stopped: open shards were finished.
+            KeyboardInterrupt: open shards were given up.
+        """
+        if self.state is StopState.FINISHING:
+            raise Stopped
+        if self.state is StopState.ABANDONED:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def graceful_stop(grace: float) -> Iterator[Stop]:
+    """Connects a `Stop` to SIGTERM and Ctrl-C for the length of the block; only the main thread can."""
+
+    def start_timer(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    stop = Stop(grace, start_timer)
+    with _handler(stop.ask, signal.SIGTERM, signal.SIGINT), _handler(stop.expire, signal.SIGALRM):
+        try:
+            yield stop
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                start_timer(0)
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Lets SIGTERM end the block as Ctrl-C does, so that what was started is stopped."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
     with _handler(interrupt, signal.SIGTERM):
         yield
 
 
-@dataclass
-class Stop:
-    """Whether the job is asked to stop.
-
-    Attributes:
-        requested: set by the first SIGTERM or Ctrl-C.
-        abandoned: whether what was begun was given up: the grace was over, or a second signal came.
-    """
-
-    requested: bool = False
-    abandoned: bool = False
-
-    @contextmanager
-    def abandoning(self) -> Iterator[None]:
-        """A block that ends where what was begun is to be given up."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if not self.requested:
-                raise
-            self.abandoned = True
-
-
-@contextmanager
-def graceful_stop(grace: float) -> Iterator[Stop]:
-    """Lets a first SIGTERM or Ctrl-C ask the block to stop, and interrupts it `grace` seconds later.
-
-    A second one interrupts it at once.
-    """
-    stop = Stop()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.requested or grace <= 0:
-            stop.requested = True
-            raise KeyboardInterrupt
-        stop.requested = True
-        signal.setitimer(signal.ITIMER_REAL, grace)
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handler(ask, signal.SIGTERM, signal.SIGINT), _handler(give_up, signal.SIGALRM):
-        try:
-            yield stop
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C wait until the block has ended, and end what comes after it.
+    """Lets SIGTERM and Ctrl-C wait until the block has ended, and raises KeyboardInterrupt then.
 
-    For about a second of its start, Ray's core handles SIGTERM itself: then it ends the process at once.
+    Ray's core handles SIGTERM itself in about the first second of its start: it ends the process at once.
     """
-    came = False
+    arrived = False
 
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
+    def note() -> None:
+        nonlocal arrived
+        arrived = True
 
     try:
         with _handler(note, signal.SIGTERM, signal.SIGINT):
             yield
-    except SystemExit:  # by a handler of SIGTERM that Ray sets at first
-        came = True
-    if came:
+    except SystemExit:  # raised by a handler of SIGTERM that Ray sets at first
+        arrived = True
+    if arrived:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def _handler(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+def _handler(action: Callable[[], None], *numbers: int) -> Iterator[None]:
+    """Calls `action` when one of these signals arrives; does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [signal.signal(number, handler) for number in numbers]
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        action()
+
+    before = [signal.signal(number, handle) for number in numbers]
     try:
         yield
     finally:

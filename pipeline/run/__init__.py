@@ -3,8 +3,9 @@
 What a stage does, and how stages run, belongs to `dataflow` and the stages' packages.
 """
 
+from pipeline.dataflow import Stopped
 from pipeline.run.job import Job, make_job
-from pipeline.run.labeling import RunResult, Stopped, label
+from pipeline.run.labeling import RunResult, label
 from pipeline.run.planning import Plan, State, plan
 from pipeline.run.preparing import PreparedRun, plan_run
 from pipeline.run.rebuilding import rebuild

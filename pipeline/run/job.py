@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Job:
         from cvt.counting import count_macs
 
         config, size = self.config, self.checkpoint.preprocessor.size
-        macs = count_macs(self.checkpoint.model.config, size, size)
-        return ResourceRequest(config.read, config.decode, config.classify, macs, size)
+        count = functools.cache(functools.partial(count_macs, self.checkpoint.model.config, size, size))
+        return ResourceRequest(config.read, config.decode, config.classify, size, count)
 
     @property
     def stages(self) -> Stages:

@@ -24,7 +24,15 @@ from pipeline.commit import (
 )
 from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor, sigterm_interrupts
+from pipeline.dataflow import (
+    Executor,
+    Resources,
+    Stop,
+    Stopped,
+    graceful_stop,
+    open_executor,
+    sigterm_interrupts,
+)
 from pipeline.read import Shard, list_shards
 from pipeline.report import Gallery
 from pipeline.run import gate, summaries
@@ -46,10 +54,6 @@ from pipeline.statistics import (
 from pipeline.storage import ObjectNotFound, Storage, StorageError, faults
 
 logger = logging.getLogger("cvt_label")
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and has left everything in order."""
 
 
 @dataclass
@@ -189,7 +193,7 @@ class _Run:
         """Does what is planned, and leaves everything in order; raises as `label`."""
         result, prepared = self.result, self.prepared
         plan, job, partition = prepared.plan, result.job, result.job.partition
-        stop = Stop()
+        stop: Stop | None = None
         try:
             if not prepared.in_order:  # some process may have died
                 partition.storage.sweep(partition.uri)
@@ -216,8 +220,8 @@ class _Run:
         finally:
             self.writer.close()
             self._note_counts()
-        if stop.requested:
-            raise KeyboardInterrupt if stop.abandoned else Stopped
+        if stop is not None:
+            stop.conclude()
 
     def _relist(self) -> Iterator[Shard]:
         """The input as it is now; for what only overlapping runs make necessary."""
@@ -334,7 +338,7 @@ class _Run:
 
         chunks = executor.label(plan.shards, job.stages, resources)
         started = 0.0
-        with closing(chunks), stop.abandoning(), _missing_shards_noted(committer):
+        with closing(chunks), stop.abandonable(), _missing_shards_noted(committer):
             for chunk in chunks:
                 self.clock.mark("first_result")
                 started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s

@@ -15,7 +15,7 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -430,8 +430,8 @@ def cluster_of(bound: str) -> Cluster:
 
 
 def chosen(job: Config, cluster: Cluster) -> Resources:
-    macs = count_macs(preset_config("cvt-13"), 224, 224)
-    return choose_resources(ResourceRequest(job.read, job.decode, job.classify, macs, 224), cluster)
+    count = partial(count_macs, preset_config("cvt-13"), 224, 224)
+    return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, count), cluster)
 
 
 def test_a_job_gets_the_same_whatever_of_the_cluster_is_up_when_it_starts(job: Config) -> None:
