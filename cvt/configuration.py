@@ -1,6 +1,6 @@
-"""CvtConfig: the shape of a CvT, in the fields of transformers' own CvtConfig, and what it refuses.
+"""CvtConfig: the shape of a CvT, in the fields of transformers' CvtConfig, and its checks.
 
-Files, the hub and labels are the business of transformers' PreTrainedConfig.
+Files, the hub and labels belong to transformers' PreTrainedConfig.
 """
 
 from __future__ import annotations
@@ -10,43 +10,39 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from cvt.checks import is_flag, is_integer, is_number
+
 PROJECTION_METHODS = ("dw_bn", "avg", "linear")
 
 
 class CvtConfig(PreTrainedConfig):
     """Configuration of a CvT; drop-in for `transformers.CvtConfig`, defaults are CvT-13's.
 
-    Takes its fields and everything that PreTrainedConfig takes (`num_labels`, `id2label`, ...), by
-    keyword. A field that is a sequence has one entry a stage.
+    Takes these fields and those of PreTrainedConfig (`num_labels`, `id2label`, ...) by keyword. A sequence
+    has one entry per stage.
 
     Attributes:
-        num_channels: channels of the image.
-        patch_sizes: kernel of the convolution that embeds a stage's input, in pixels or tokens.
-        patch_stride: its stride.
-        patch_padding: its zero padding.
+        patch_sizes, patch_stride, patch_padding: of the convolution that embeds a stage's input.
         embed_dim: width of a stage's tokens.
         num_heads: attention heads; divides the width.
-        depth: layers.
+        depth: number of layers.
         mlp_ratio: hidden width of the MLP, as a multiple of `embed_dim`.
         attention_drop_rate: dropout of attention probabilities.
         drop_rate: dropout of embeddings, and of the outputs of attention and MLP.
-        drop_path_rate: stochastic depth of the stage's last layer; rises to it linearly from 0.
+        drop_path_rate: stochastic depth of the stage's last layer; rises linearly from 0 in the first.
         qkv_bias: whether query, key and value have a bias.
-        cls_token: whether a class token joins the stage's tokens. It has the last stage's width.
-        qkv_projection_method: how tokens become the input of query, key and value: "dw_bn", a
-            depthwise convolution with batch norm; "avg", average pooling for key and value, none
-            for the query; "linear", none at all.
+        cls_token: whether a class token, of the last stage's width, joins the stage's tokens.
+        qkv_projection_method: how tokens become the input of query, key and value: "dw_bn", a depthwise
+            convolution with batch norm; "avg", average pooling for key and value; "linear", unchanged.
         kernel_qkv: kernel of that convolution or pooling.
-        padding_kv: its padding, for key and value.
-        stride_kv: its stride, for key and value.
-        padding_q: its padding, for the query.
-        stride_q: its stride, for the query.
+        padding_kv, stride_kv: of that convolution or pooling, for key and value.
+        padding_q, stride_q: of that convolution, for the query.
         initializer_range: standard deviation of initial weights.
-        layer_norm_eps: unused, as in transformers, whose CvT normalises with PyTorch's default of
-            1e-5 whatever this says; kept so that files pass through unchanged.
+        layer_norm_eps: unused, as in transformers, whose CvT normalizes with PyTorch's default of 1e-5; kept
+            so that files pass through unchanged.
 
     Raises:
-        ValueError: the fields don't describe a model; names the field and the reason.
+        ValueError: the fields do not describe a model; names the field and the reason.
     """
 
     model_type = "cvt"
@@ -82,98 +78,55 @@ class CvtConfig(PreTrainedConfig):
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
-    """Refuses a configuration of which no model can be made.
-
-    Args:
-        config: a CvtConfig, this one's or transformers'.
+    """Refuses a CvtConfig, this one or transformers', that describes no model.
 
     Raises:
         ValueError: names the field and the reason.
     """
-    _check(config.num_channels, "num_channels", _is_count, "a positive integer")
-    _check(config.initializer_range, "initializer_range", _is_not_negative, "a number from 0 up")
-    for name, (holds, what) in _RULES.items():
-        _check_entries(config, name, holds, what)
+    _check("num_channels", config.num_channels, *_COUNT)
+    _check("initializer_range", config.initializer_range, *_NOT_NEGATIVE)
+    for name, rule in _RULES.items():
+        entries = getattr(config, name)
+        if not isinstance(entries, list | tuple) or not entries:
+            raise ValueError(f"CvtConfig: {name} must be a list with one entry a stage, not {entries!r}")
+        if len(entries) != len(config.embed_dim):
+            raise ValueError(
+                f"CvtConfig: {name} has {len(entries)} entries and embed_dim {len(config.embed_dim)};"
+                " both need one a stage"
+            )
+        for stage, entry in enumerate(entries):
+            _check(f"{name}[{stage}]", entry, *rule)
     for stage in range(len(config.embed_dim)):
         _check_stage(config, stage)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _check(name: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
+    if not holds(value):
+        raise ValueError(f"CvtConfig: {name} must be {wanted}, not {value!r}")
 
 
-def _is_padding(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+_COUNT = (lambda value: is_integer(value) and value > 0, "a positive integer")
+_PADDING = (lambda value: is_integer(value) and value >= 0, "an integer from 0 up")
+_POSITIVE = (lambda value: is_number(value) and value > 0, "a positive number")
+_NOT_NEGATIVE = (lambda value: is_number(value) and value >= 0, "a number from 0 up")
+_RATE = (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 up and below 1")
+_FLAG = (is_flag, "true or false")
+_METHOD = (lambda value: value in PROJECTION_METHODS, f"one of {', '.join(PROJECTION_METHODS)}")
 
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _is_not_negative(value: Any) -> bool:
-    return _is_positive(value) or (value == 0 and not isinstance(value, bool))
-
-
-def _is_rate(value: Any) -> bool:
-    return _is_not_negative(value) and value < 1
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_method(value: Any) -> bool:
-    return value in PROJECTION_METHODS
-
-
-_COUNT = (_is_count, "a positive integer")
-_PADDING = (_is_padding, "an integer from 0 up")
-_RATE = (_is_rate, "a number from 0 up and below 1")
-_FLAG = (_is_flag, "true or false")
-
-#: What an entry must be, of each field that has one a stage.
+#: What an entry must be, for each field with one entry per stage; embed_dim first, which counts the stages.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "embed_dim": _COUNT,
-    "num_heads": _COUNT,
-    "depth": _COUNT,
-    "mlp_ratio": (_is_positive, "a positive number"),
-    "patch_sizes": _COUNT,
-    "patch_stride": _COUNT,
-    "patch_padding": _PADDING,
-    "attention_drop_rate": _RATE,
-    "drop_rate": _RATE,
-    "drop_path_rate": _RATE,
-    "qkv_bias": _FLAG,
-    "cls_token": _FLAG,
-    "qkv_projection_method": (_is_method, f"one of {', '.join(PROJECTION_METHODS)}"),
-    "kernel_qkv": _COUNT,
-    "padding_kv": _PADDING,
-    "stride_kv": _COUNT,
-    "padding_q": _PADDING,
-    "stride_q": _COUNT,
+    **dict.fromkeys(("embed_dim", "num_heads", "depth", "patch_sizes", "patch_stride"), _COUNT),
+    **dict.fromkeys(("kernel_qkv", "stride_kv", "stride_q"), _COUNT),
+    **dict.fromkeys(("patch_padding", "padding_kv", "padding_q"), _PADDING),
+    **dict.fromkeys(("attention_drop_rate", "drop_rate", "drop_path_rate"), _RATE),
+    **dict.fromkeys(("qkv_bias", "cls_token"), _FLAG),
+    "mlp_ratio": _POSITIVE,
+    "qkv_projection_method": _METHOD,
 }
 
 
-def _check(value: Any, name: str, holds: Callable[[Any], bool], what: str) -> None:
-    if not holds(value):
-        raise ValueError(f"CvtConfig: {name} must be {what}, not {value!r}")
-
-
-def _check_entries(config: PreTrainedConfig, name: str, holds: Callable[[Any], bool], what: str) -> None:
-    entries = getattr(config, name)
-    if not isinstance(entries, list | tuple) or not entries:
-        raise ValueError(f"CvtConfig: {name} must be a list with one entry a stage, not {entries!r}")
-    if len(entries) != len(config.embed_dim):
-        raise ValueError(
-            f"CvtConfig: {name} has {len(entries)} entries and embed_dim {len(config.embed_dim)};"
-            " both need one a stage"
-        )
-    for i, entry in enumerate(entries):
-        _check(entry, f"{name}[{i}]", holds, what)
-
-
 def _check_stage(config: PreTrainedConfig, i: int) -> None:
-    """Checks what the fields of one stage must be to each other."""
+    """Checks the fields of one stage against each other."""
     width, heads, kernel = config.embed_dim[i], config.num_heads[i], config.kernel_qkv[i]
     if width % heads:
         raise ValueError(f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})")

@@ -1,19 +1,38 @@
-"""What can be wrong with a checkpoint; by itself, since it is caught where torch is not loaded."""
+"""Errors of checkpoints, and helpers for their messages.
+
+Imports no torch, because programs that do not load torch catch these errors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be loaded; the message names it and the cause."""
+    """A checkpoint cannot be loaded. The message names the file and the cause."""
 
 
 class NoClassifierError(CheckpointError):
-    """The weights are those of a CvtModel alone, which can't label."""
+    """The weights are those of a CvtModel, which has no classifier."""
 
 
-def some(keys: Iterable[str], most: int = 8) -> str:
-    """The first of some keys, in order, for a message."""
+@contextmanager
+def checkpoint_errors(where: object) -> Iterator[None]:
+    """Raises any exception of the block as a CheckpointError that begins with `where`.
+
+    A checkpoint's files come from anywhere, and the libraries that read them share no base class of errors.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except Exception as error:
+        cause = " ".join(str(error).split())[:500] or type(error).__name__
+        raise CheckpointError(f"{where}: {cause}") from error
+
+
+def listed(keys: Iterable[str], most: int = 8) -> str:
+    """The first `most` keys in order, and the number of the others."""
     names = sorted(keys)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,9 +1,7 @@
-"""CvT, the Convolutional vision Transformer of arXiv 2103.15808, as transformers names its parts.
+"""CvT, the Convolutional vision Transformer of arXiv 2103.15808; drop-in for transformers' classes.
 
-Drop-in for the classes of the same names in transformers: parameters, arguments, outputs and loss
-are the same, loading and saving are transformers' own. Nothing here is about preprocessing or speed
-of inference beyond the model's own layout: tokens are (B, H*W, C) throughout, which to a convolution
-is an image in channels_last memory format, so that neither side copies.
+Tokens are (B, H*W, C), which is an image in channels_last memory format, so that neither layers nor
+convolutions copy. Other optimizations for inference belong to `cvt.inference.network`.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class BaseModelOutputWithCLSToken(ModelOutput):
 
 
 def _named(**modules: nn.Module) -> nn.Sequential:
-    """A sequence whose steps have names, which are part of the names of parameters."""
+    """A sequence whose steps have names, which become part of the parameters' keys."""
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -81,7 +79,7 @@ class CvtSelfAttention(nn.Module):
         super().__init__()
         width = config.embed_dim[stage]
         self.num_heads = config.num_heads[stage]
-        self.scale = width**-0.5  # of the whole width, not of a head's
+        self.scale = width**-0.5  # the width of all heads together
         self.drop_rate = config.attention_drop_rate[stage]
         self.with_cls_token = config.cls_token[stage]
 
@@ -99,9 +97,7 @@ class CvtSelfAttention(nn.Module):
         padding = (config.padding_q if query else config.padding_kv)[stage]
         method = config.qkv_projection_method[stage]
         if method == "dw_bn":
-            convolution = nn.Conv2d(
-                width, width, kernel, stride=stride, padding=padding, groups=width, bias=False
-            )
+            convolution = nn.Conv2d(width, width, kernel, stride, padding, groups=width, bias=False)
             normalization = nn.BatchNorm2d(width)
             return _named(convolution_projection=_named(convolution=convolution, normalization=normalization))
         if method == "avg" and not query:
@@ -137,7 +133,7 @@ class CvtDropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
-        """(B, ...) to (B, ...), of the same expectation."""
+        """(B, ...) to (B, ...), with the same expected value."""
         if not self.training or self.rate == 0.0:
             return branch
         kept = branch.new_empty([branch.shape[0]] + [1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
@@ -182,14 +178,12 @@ class CvtStage(nn.Module):
             convolution_embeddings=CvtConvEmbeddings(config, stage),
             dropout=nn.Dropout(config.drop_rate[stage]),
         )
-        # Rates rise over a stage's layers, as in the paper's code; transformers gives all layers of
-        # a stage the rate of the layer whose number is the stage's.
-        self.layers = nn.ModuleList(
-            CvtLayer(config, stage, rate * i / max(depth - 1, 1)) for i in range(depth)
-        )
-        self.cls_token = (
-            nn.Parameter(torch.zeros(1, 1, config.embed_dim[-1])) if config.cls_token[stage] else None
-        )
+        # Rates rise over a stage's layers, as in the paper's code; transformers uses the rate of layer i for
+        # all layers of stage i.
+        rates = (rate * i / max(depth - 1, 1) for i in range(depth))
+        self.layers = nn.ModuleList(CvtLayer(config, stage, rate) for rate in rates)
+        token = nn.Parameter(torch.zeros(1, 1, config.embed_dim[-1])) if config.cls_token[stage] else None
+        self.cls_token = token
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, C_in, H_in, W_in) to (B, C, H, W) and the class token, (B, 1, C) or None."""
@@ -207,7 +201,7 @@ class CvtStage(nn.Module):
 
 
 class CvtPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know to make, load and save the models."""
+    """Settings with which transformers makes, loads and saves the models."""
 
     config: CvtConfig
     config_class = CvtConfig
@@ -222,19 +216,22 @@ class CvtPreTrainedModel(PreTrainedModel):
         if isinstance(module, CvtStage) and module.cls_token is not None:
             init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
+    def _returned(self, outputs: ModelOutput, return_dict: bool | None) -> Any:
+        named = self.config.return_dict if return_dict is None else return_dict
+        return outputs if named else outputs.to_tuple()
+
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
-        # A layer that is computed again in the backward pass shows its batch norms each batch twice:
-        # two steps with the smaller momentum come to one with PyTorch's 0.1.
-        for layer in self.modules():
-            if isinstance(layer, CvtLayer):
-                for module in layer.modules():
-                    if isinstance(module, nn.BatchNorm2d):
-                        module.momentum = 1 - 0.9**0.5 if layer.gradient_checkpointing else 0.1
+        # The backward pass computes such a layer again, so that batch norm sees each batch twice: two steps
+        # with the smaller momentum equal one with PyTorch's 0.1.
+        for layer in (module for module in self.modules() if isinstance(module, CvtLayer)):
+            for module in layer.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 1 - 0.9**0.5 if layer.gradient_checkpointing else 0.1
 
 
 class CvtModel(CvtPreTrainedModel):
-    """CvT without a head. `add_pooling_layer` is taken for compatibility: there is none."""
+    """CvT without a head. `add_pooling_layer` has no effect, as in transformers."""
 
     def __init__(self, config: CvtConfig, add_pooling_layer: bool = True) -> None:
         check_architecture(config)  # again: a configuration can be changed after it was made
@@ -250,10 +247,11 @@ class CvtModel(CvtPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | BaseModelOutputWithCLSToken:
-        """Computes the features of normalised images, (B, num_channels, H, W).
+        """Computes features.
 
         Args:
-            pixel_values: the images, of any size that leaves the last stage a token.
+            pixel_values: normalized images, (B, num_channels, H, W), of any size that leaves the last stage a
+                token.
             output_hidden_states: whether to return each stage's output; else as configured.
             return_dict: whether to return a ModelOutput, not a tuple; else as configured.
             kwargs: ignored, as transformers does.
@@ -262,8 +260,6 @@ class CvtModel(CvtPreTrainedModel):
             raise ValueError("You have to specify pixel_values")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if return_dict is None:
-            return_dict = self.config.return_dict
         image, cls_token = pixel_values, None
         states: tuple[Tensor, ...] | None = () if output_hidden_states else None
         for stage in self.encoder["stages"].children():
@@ -273,7 +269,7 @@ class CvtModel(CvtPreTrainedModel):
         outputs = BaseModelOutputWithCLSToken(
             last_hidden_state=image, cls_token_value=cls_token, hidden_states=states
         )
-        return outputs if return_dict else outputs.to_tuple()
+        return self._returned(outputs, return_dict)
 
 
 class CvtForImageClassification(CvtPreTrainedModel):
@@ -289,9 +285,9 @@ class CvtForImageClassification(CvtPreTrainedModel):
         self.post_init()
 
     def pool(self, last_hidden_state: Tensor, cls_token: Tensor | None) -> Tensor:
-        """What the classifier sees of an image, of CvtModel's outputs: one vector, (B, C)."""
+        """The input of the classifier, (B, C), from CvtModel's outputs."""
         tokens = _to_tokens(last_hidden_state) if cls_token is None else cls_token
-        # A head may be kept in a higher precision than the features.
+        # The head may have a higher precision than the features.
         return self.layernorm(tokens.to(self.layernorm.weight.dtype)).mean(dim=1)
 
     def forward(
@@ -302,31 +298,27 @@ class CvtForImageClassification(CvtPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | ImageClassifierOutputWithNoAttention:
-        """Classifies normalised images, (B, num_channels, H, W), into logits (B, num_labels).
+        """Classifies images into logits, (B, num_labels); see `CvtModel.forward` for the other arguments.
 
         Args:
-            pixel_values: the images.
-            labels: for a loss: class ids (B,), or values (B, num_labels) for a regression or for
-                several classes an image; which of them, `config.problem_type` says.
-            output_hidden_states: whether to return each stage's output; else as configured.
-            return_dict: whether to return a ModelOutput, not a tuple; else as configured.
-            kwargs: passed on to the loss, as transformers' Trainer wants it.
+            pixel_values: normalized images, (B, num_channels, H, W).
+            labels: for a loss, by `config.problem_type`: class ids (B,), or values (B, num_labels) for
+                regression or several classes per image.
+            output_hidden_states: as in CvtModel.
+            return_dict: as in CvtModel.
+            kwargs: passed on to the loss, for transformers' Trainer.
         """
-        if return_dict is None:
-            return_dict = self.config.return_dict
         outputs = self.cvt(pixel_values, output_hidden_states, return_dict=True)
         logits = self.classifier(self.pool(outputs.last_hidden_state, outputs.cls_token_value))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         result = ImageClassifierOutputWithNoAttention(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states
         )
-        return result if return_dict else result.to_tuple()
+        return self._returned(result, return_dict)
 
 
 def register() -> None:
-    """Makes transformers' Auto classes, in this process, load CvT checkpoints with these classes."""
+    """Makes transformers' Auto classes in this process load CvT checkpoints with these classes."""
     AutoConfig.register(CvtConfig.model_type, CvtConfig, exist_ok=True)
     AutoModel.register(CvtConfig, CvtModel, exist_ok=True)
     AutoModelForImageClassification.register(CvtConfig, CvtForImageClassification, exist_ok=True)

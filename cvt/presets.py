@@ -1,7 +1,7 @@
-"""The published variants of CvT: their architectures, and the preprocessing that they were trained with.
+"""The published variants of CvT: their architectures and their preprocessing.
 
-From table 2 of arXiv 2103.15808 and the configurations of https://github.com/microsoft/CvT. What a variant
-doesn't name is as in CvT-13, whose fields are `CvtConfig`'s defaults.
+From table 2 of arXiv 2103.15808 and the configurations of https://github.com/microsoft/CvT. Weights belong to
+`cvt.checkpoints`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,10 @@ from PIL import Image
 from cvt.configuration import CvtConfig
 from cvt.preprocessing import Preprocessor
 
-#: Fields of `CvtConfig`, by the variant's name.
+#: Fields of `CvtConfig`, by the variant's name; the others have its defaults, which are CvT-13's.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "cvt-13": {
-        "embed_dim": [64, 192, 384],
-        "num_heads": [1, 3, 6],
-        "depth": [1, 2, 10],
-        "drop_path_rate": [0.0, 0.0, 0.1],
-    },
-    "cvt-21": {
-        "embed_dim": [64, 192, 384],
-        "num_heads": [1, 3, 6],
-        "depth": [1, 4, 16],
-        "drop_path_rate": [0.0, 0.0, 0.1],
-    },
+    "cvt-13": {"embed_dim": [64, 192, 384], "num_heads": [1, 3, 6], "depth": [1, 2, 10]},
+    "cvt-21": {"embed_dim": [64, 192, 384], "num_heads": [1, 3, 6], "depth": [1, 4, 16]},
     "cvt-w24": {
         "embed_dim": [192, 768, 1024],
         "num_heads": [3, 12, 16],
@@ -36,22 +26,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-#: Height and width in pixels of the images that the published checkpoints take.
-SIZES = (224, 384)
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 def preset_config(name: str, **fields: Any) -> CvtConfig:
-    """The configuration of a published variant; the architecture is the same for every image size.
+    """The configuration of a published variant, for images of any size.
 
     Args:
-        name: of `PRESETS`.
-        fields: of `CvtConfig` and PreTrainedConfig, such as `num_labels`; they come before the variant's.
+        name: a key of `PRESETS`.
+        fields: of `CvtConfig` and PreTrainedConfig, such as `num_labels`; override the variant's.
 
     Raises:
-        ValueError: there is no such variant, or the fields don't describe a model.
+        ValueError: there is no such variant, or the fields do not describe a model.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
@@ -59,19 +43,12 @@ def preset_config(name: str, **fields: Any) -> CvtConfig:
 
 
 def preset_preprocessor(size: int = 224) -> Preprocessor:
-    """The preprocessing of the published checkpoints.
-
-    Below 384 pixels: the shortest edge to size / 0.875, then the crop of the centre; from 384 on, the whole
-    image squashed into the square. Bicubic, with ImageNet's mean and deviation.
-
-    Args:
-        size: height and width of the model's input in pixels.
-    """
+    """The preprocessing of the published checkpoints, for images of `size` pixels in height and width."""
     return Preprocessor(
         size=size,
         crop_pct=0.875,
         resample=int(Image.Resampling.BICUBIC),
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
+        mean=(0.485, 0.456, 0.406),  # of ImageNet
+        std=(0.229, 0.224, 0.225),
         rescale_factor=1 / 255,
     )

@@ -1,6 +1,6 @@
-"""Checkpoints of every published layout: Hugging Face, Microsoft's original files, TensorFlow.
+"""Loads and writes checkpoints in every published layout: Hugging Face, Microsoft, TensorFlow.
 
-Fetching files from object storage belongs to `pipeline.classify.checkpoint`.
+Fetching files from object storage does not belong here: see `pipeline.classify`.
 """
 
 from cvt.checkpoints.checkpoint import (

@@ -1,7 +1,7 @@
-"""Finding, loading and writing a checkpoint: the model, its preprocessing, its labels, a digest of them.
+"""Finds, loads and writes checkpoints: the model, its preprocessing, its labels, and a digest of them.
 
-A checkpoint is a folder in Hugging Face's layout, local, on the hub or in this package; or a file of
-Microsoft's. Whatever it comes from, the model, and so the digest, is the same.
+Reading files of weights belongs to `cvt.checkpoints.weights`. The same model has the same digest, whatever
+layout it was loaded from.
 """
 
 from __future__ import annotations
@@ -27,26 +27,24 @@ from cvt.checkpoints.weights import (
     MICROSOFT_SUFFIXES,
     PREPROCESSOR_FILE,
     TENSORFLOW_SUFFIX,
+    check_weights,
     read_file,
     read_folder,
     used_files,
 )
 from cvt.configuration import CvtConfig
-from cvt.errors import CheckpointError, NoClassifierError, some
+from cvt.errors import CheckpointError, NoClassifierError, checkpoint_errors
 from cvt.modeling import CvtForImageClassification, CvtModel
-from cvt.preprocessing import PreprocessingError, Preprocessor
+from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_preprocessor
 
 #: Checkpoints in the package, by the name that a configuration gives them.
 BUNDLED = {"fashion-mnist": Path(__file__).parents[1] / "bundled" / "fashion-mnist"}
 
-
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 
-
-#: Of a CvtModel's weights, where a classifier holds it.
+#: Begins the keys of a CvtModel's weights in a classifier.
 _PREFIX = f"{CvtModel.base_model_prefix}."
-
 
 Model = TypeVar("Model", CvtForImageClassification, CvtModel)
 
@@ -56,12 +54,10 @@ class Checkpoint:
     """A model that is ready to classify, in float32 and evaluation mode.
 
     Attributes:
-        name: short name, fit for a path.
-        model: the model.
-        preprocessor: what turns an image into the model's input.
-        digest: SHA-256 over weights, configuration and preprocessing, in hexadecimal; it doesn't
-            depend on how the files are laid out.
-        commit: of a hub id, the commit that its revision was when it was loaded; else None.
+        name: short name, usable in a path.
+        digest: SHA-256 over weights, configuration and preprocessing, in hexadecimal; does not depend on the
+            layout of the files.
+        commit: for a hub id, the commit of its revision when it was loaded.
     """
 
     name: str
@@ -84,16 +80,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a checkpoint's files say.
+    """The content of a checkpoint's files; weights may have Microsoft's names.
 
     Attributes:
-        name: short name, before what no path can hold is replaced.
-        config: the model's configuration.
-        weights: the weights, by transformers' names unless they are of no such.
-        preprocessor: what turns an image into the model's input.
-        shapes_from: what tells the weights' shapes, for errors.
-        spelled: the name in the files of the weight that transformers calls so.
-        commit: of a hub id, the commit.
+        shapes_from: where the weights' shapes come from, for errors.
+        spelled: gives a weight's name in the files, by its name in transformers.
     """
 
     name: str
@@ -106,23 +97,21 @@ class _Parts:
 
 
 def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
-    """Loads a checkpoint from wherever it is.
+    """Loads a checkpoint.
 
     Args:
-        path: what to load. In the order in which they are tried: a name of `BUNDLED`; a local folder with
-            config.json, preprocessor_config.json and weights (the first of safetensors, PyTorch's and
-            TensorFlow's); a local file of TensorFlow's (.h5) with both beside it; a local file of
-            Microsoft's (.pth or .pt), whose name tells 384 pixels by `-384x384-`, else they are 224;
-            a hub id, to which a revision may be added as `id@revision`.
+        path: what to load, the first of these that applies: a name in `BUNDLED`; a local folder with
+            config.json, preprocessor_config.json and weights (safetensors, else PyTorch, else TensorFlow);
+            a local TensorFlow file (.h5) with both next to it; a local file of Microsoft's (.pth or .pt), for
+            384 pixels if its name contains `-384x384-`, else 224; a hub id, or `id@revision`.
         revision: branch, tag or commit of a hub id.
-        labels: local file with the names of the classes, instead of those of the checkpoint: one a line,
-            or in a .json file a list, or an object of names by class id.
+        labels: local file of class names that replace the checkpoint's; see `read_labels`.
 
     Raises:
         NoClassifierError: it has no classifier.
-        CheckpointError: nothing is there, or it isn't a complete CvT classifier.
+        CheckpointError: nothing is there, or it is not a complete CvT classifier.
     """
-    with _named(path):
+    with checkpoint_errors(f"model {path!r}"):
         parts = _read(path, revision)
         if labels is not None:
             _relabel(parts.config, read_labels(Path(labels).expanduser()), labels)
@@ -134,67 +123,49 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
 
 
 def load_features(path: str, revision: str | None = None) -> tuple[CvtModel, Preprocessor]:
-    """Loads a checkpoint without a classifier, from wherever `load_checkpoint` loads one that has it.
+    """Loads a CvtModel, which has no classifier, from the same places as `load_checkpoint`.
 
     Raises:
-        CheckpointError: nothing is there, or it isn't a complete CvtModel.
+        CheckpointError: nothing is there, or it is not a complete CvtModel.
     """
-    with _named(path):
+    with checkpoint_errors(f"model {path!r}"):
         parts = _read(path, revision)
         return _make_model(parts, CvtModel), parts.preprocessor
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Names the checkpoint in what is wrong with it."""
-    try:
-        yield
-    except (CheckpointError, PreprocessingError) as error:
-        kind = NoClassifierError if isinstance(error, NoClassifierError) else CheckpointError
-        raise kind(f"model {path!r}: {error}") from error
 
 
 def save_checkpoint(
     model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, folder: Path
 ) -> None:
-    """Writes model and preprocessing as `load_checkpoint`, and transformers, load them."""
+    """Writes a folder that `load_checkpoint` and transformers load."""
     with _no_progress_bars():
         model.save_pretrained(folder)
     (folder / PREPROCESSOR_FILE).write_text(json.dumps(preprocessor.to_dict(), indent=2) + "\n")
 
 
 def read_labels(file: Path) -> list[str]:
-    """Reads the names of classes, by class id.
+    """Reads the names of classes, in the order of class ids.
 
     Args:
-        file: one name a line; or, by its suffix .json, a list of names, or an object of names by class id.
+        file: one name a line; or, with the suffix .json, a list of names, or an object of names by class id.
 
     Raises:
-        CheckpointError: it can't be read, or holds something else; names the file.
+        CheckpointError: it cannot be read, or holds something else; names the file.
     """
-    is_json = file.suffix.lower() == ".json"
-    try:
+    with checkpoint_errors(f"labels {file}"):
         text = file.read_text(encoding="utf-8-sig")
+        is_json = file.suffix.lower() == ".json"
         names = json.loads(text) if is_json else text.removesuffix("\n").split("\n")
         if isinstance(names, dict):
-            names = [names[str(i)] for i in range(len(names))]
-    except OSError as error:
-        raise CheckpointError(f"labels {file}: {error.strerror or error}") from error
-    except KeyError as error:
-        raise CheckpointError(f"labels {file}: no class {error}, but ids count from 0 up") from error
-    except ValueError as error:
-        kind = "JSON" if is_json else "UTF-8"
-        raise CheckpointError(f"labels {file}: not {kind}: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"labels {file}: neither a list of names nor an object of names by class id")
-    for i, name in enumerate(names):
-        if not name.strip():
-            raise CheckpointError(f"labels {file}: the name of class {i} is empty")
+            names = [names.get(str(i)) for i in range(len(names))]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError("neither a list of names nor an object of names by class id, from 0 up")
+        for i, name in enumerate(names):
+            if not name.strip():
+                raise CheckpointError(f"the name of class {i} is empty")
     return names
 
 
 def _read(path: str, revision: str | None) -> _Parts:
-    """Reads whatever `path` names."""
     if path in BUNDLED:
         return _read_folder(BUNDLED[path], path)
     place = Path(path).expanduser()
@@ -218,11 +189,12 @@ def _read(path: str, revision: str | None) -> _Parts:
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
-    """The folder of a hub id's files, from the hub, or from the local cache where it can't be reached.
+    """The folder of a hub id's files, from the hub, or from the local cache if the hub cannot be reached.
 
-    The hub's client calls it by the commit: `models--<id>/snapshots/<commit>`.
+    The hub's client names the folder after the commit: `models--<id>/snapshots/<commit>`.
     """
-    try:
+    bundled = f"(bundled: {', '.join(BUNDLED)})"
+    with checkpoint_errors(f"no such local folder {bundled}, and not available from the Hugging Face hub"):
         try:
             listed = HfApi().model_info(hub_id, revision=revision).siblings or []
         except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -230,54 +202,45 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         except Exception:  # no network, an overloaded hub, or HF_HUB_OFFLINE
             cached = try_to_load_from_cache(hub_id, CONFIG_FILE, revision=revision)
             folder = Path(cached).parent if isinstance(cached, str) else None
-            # A download that broke off leaves some of the files.
+            # An interrupted download leaves some of the files.
             if folder is None or len(used_files(file.name for file in folder.iterdir())) < 3:
                 raise
             return folder
         files = used_files(file.rfilename for file in listed)
         with _no_progress_bars():
             return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # the hub's client has some ten kinds of errors, without a common base
-        raise CheckpointError(
-            f"no such local folder, and not to be had from the Hugging Face hub: {_one_line(error)}"
-            f" (bundled: {', '.join(BUNDLED)})"
-        ) from error
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Keeps transformers and the hub's client from drawing over the program's own output."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.enable_progress_bar()
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _Parts:
-    """Reads a folder in Hugging Face's layout; its weights may have Microsoft's names, too."""
+    """Reads a folder in Hugging Face's layout. Its weights may have Microsoft's names."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError("the folder has no config.json")
-    try:
+    with checkpoint_errors(CONFIG_FILE):
         kind = CvtConfig.get_config_dict(folder)[0].get("model_type")
         if kind != CvtConfig.model_type:
-            raise CheckpointError(f"config.json says model_type {kind!r}, not 'cvt'")
+            raise CheckpointError(f"model_type {kind!r}, not 'cvt'")
         config = CvtConfig.from_pretrained(folder)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a file of any origin: whatever reading it raises is about it
-        raise CheckpointError(f"config.json: {_one_line(error)}") from error
     weights = read_folder(folder) if weights_file is None else read_file(weights_file)
-    preprocessor = Preprocessor.from_pretrained(folder)
+    preprocessor = Preprocessor.from_folder(folder)
     return _Parts(name, config, weights, preprocessor, "config.json says", str)
 
 
 def _read_microsoft(file: Path) -> _Parts:
     weights = read_file(file)
-    try:
+    with checkpoint_errors(file.name):
         variant, config = microsoft.infer_config(weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file.name}: {error}") from None
     preprocessor = preset_preprocessor(microsoft.image_size(file.name))
     return _Parts(file.stem, config, weights, preprocessor, f"{variant} has", microsoft.microsoft_key)
 
@@ -291,7 +254,7 @@ def _relabel(config: CvtConfig, names: list[str], file: str) -> None:
 
 
 def _make_model(parts: _Parts, make: type[Model]) -> Model:
-    """The model of a configuration with these weights, copied; nothing else than them will do."""
+    """The model of a configuration with a copy of exactly these weights."""
     config = parts.config
     if sorted(config.id2label) != list(range(config.num_labels)):
         raise CheckpointError("id2label in config.json doesn't count its classes from 0 up")
@@ -308,32 +271,16 @@ def _make_model(parts: _Parts, make: type[Model]) -> Model:
         has_head = any(key.startswith("classifier.") for key in weights)
         if not has_head and any("stages." in key for key in weights):
             raise NoClassifierError("it has no classifier: the weights are those of a CvtModel alone")
-    shared = weights.keys() & expected.keys()
-    # How many batches a normalisation has seen changes nothing, and TensorFlow doesn't know it.
-    missing = {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")}
-    faults = {
-        "missing": missing,
-        "unexpected": weights.keys() - shared,
-        f"of another shape than {parts.shapes_from}": {
-            key for key in shared if weights[key].shape != expected[key].shape
-        },
-        "no floating-point numbers": {
-            key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
-        },
-        "not finite": {key for key in shared if not weights[key].isfinite().all()},
-    }
-    if any(faults.values()):
-        described = (f"{why}: {some(map(parts.spelled, keys))}" for why, keys in faults.items() if keys)
-        listed = "; ".join(described)
-        raise CheckpointError(f"weights don't fit the configuration: {listed}")
+    check_weights(weights, expected, parts.shapes_from, parts.spelled)
     model.to_empty(device="cpu")
-    counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - shared}
+    counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - weights.keys()}
     model.load_state_dict(weights | counters)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _digest(model: CvtForImageClassification, preprocessor: Preprocessor) -> str:
-    # Only what the architecture reads: what else a configuration holds varies with transformers.
+    # Only the fields of the architecture: the others vary with the version of transformers.
     architecture = {name: getattr(model.config, name) for name in CvtConfig.__annotations__}
     decides: dict[str, Any] = {
         "architecture": architecture,
@@ -346,7 +293,3 @@ def _digest(model: CvtForImageClassification, preprocessor: Preprocessor) -> str
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

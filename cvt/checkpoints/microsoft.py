@@ -1,7 +1,7 @@
-"""The names and shapes of Microsoft's own checkpoints of CvT (https://github.com/microsoft/CvT).
+"""Names and shapes of weights in Microsoft's checkpoints (https://github.com/microsoft/CvT).
 
-Its code has QuickGELU where transformers, and so this package, has the exact GELU: with the same weights,
-logits differ a little from those of Microsoft's code, and not at all from transformers'.
+Reading the files belongs to `cvt.checkpoints.weights`. Microsoft's code has QuickGELU where transformers and
+this package have the exact GELU, so that logits of the same weights differ slightly.
 """
 
 from __future__ import annotations
@@ -35,14 +35,8 @@ _PARTS = {
 }
 
 
-#: Wrappers in which training scripts save a model's weights.
-_WRAPPERS = ("state_dict", "model")
-
-_PARALLEL = "module."
-
-
 def microsoft_key(key: str) -> str:
-    """Microsoft's name of a weight that transformers calls `key`."""
+    """Microsoft's name of a weight, for transformers' name."""
     for part, replacement in _PARTS.items():
         key = re.sub(part, replacement, key)
     return key
@@ -52,38 +46,33 @@ def renamed(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Ten
     """Weights under transformers' names.
 
     Args:
-        weights: by Microsoft's names, or by transformers' already.
-        keys: transformers' names of all weights of the model; a name of no weight stays as it is.
+        weights: by Microsoft's or transformers' names.
+        keys: transformers' names of the model's weights. Other names stay unchanged.
     """
     names = {microsoft_key(key): key for key in keys}
     return {names.get(key, key): tensor for key, tensor in weights.items()}
 
 
 def unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
-    """The weights in what a training script saved: without its wrapper and the prefix `module.`."""
-    for wrapper in _WRAPPERS:
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping):
-            content = inner
-            break
-    if content and all(str(key).startswith(_PARALLEL) for key in content):
-        content = {str(key).removeprefix(_PARALLEL): value for key, value in content.items()}
-    return content
+    """The weights in a training script's file: without its wrapper and DataParallel's prefix."""
+    wrapped = (content.get("state_dict"), content.get("model"))
+    weights = next((inner for inner in wrapped if isinstance(inner, Mapping)), content)
+    if weights and all(str(key).startswith("module.") for key in weights):
+        weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
+    return weights
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> tuple[str, CvtConfig]:
-    """Tells the published variant by the shapes of its weights.
-
-    Depths, widths and the number of classes can be seen; the number of heads can't, and is the variant's.
+    """Finds the published variant with weights of these depths and widths.
 
     Args:
         weights: by Microsoft's names.
 
     Returns:
-        The variant's name in `PRESETS`, and its configuration.
+        The variant's name in `PRESETS`, and its configuration with the weights' number of classes.
 
     Raises:
-        CheckpointError: the weights are of no such variant; says what doesn't fit.
+        CheckpointError: no variant has such weights; names the field that differs.
     """
     embed_dim: list[int] = []
     while (patches := weights.get(f"stage{len(embed_dim)}.patch_embed.proj.weight")) is not None:
@@ -108,5 +97,5 @@ def _rows(tensor: Tensor) -> int:
 
 
 def image_size(file_name: str) -> int:
-    """Height and width in pixels of the images of a published checkpoint, as its file's name says."""
+    """Height and width in pixels of a published checkpoint's images, by the name of its file."""
     return 384 if "-384x384-" in file_name else 224

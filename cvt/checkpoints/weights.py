@@ -1,6 +1,7 @@
-"""Reading weights from files: safetensors and PyTorch's, whole or in shards, and TensorFlow's.
+"""Reads weights from files (safetensors, PyTorch, TensorFlow; whole or in shards) and checks that they fit.
 
-Nothing here unpickles anything but tensors. Tensors may be views of a mapped file: copy what is to stay.
+Only tensors are unpickled. Tensors may be views of a mapped file: copy those that must not change. Making a
+model of the weights belongs to `cvt.checkpoints.checkpoint`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import torch
 from torch import Tensor
 
 from cvt.checkpoints.microsoft import unwrapped
-from cvt.errors import CheckpointError
+from cvt.errors import CheckpointError, checkpoint_errors, listed
 from cvt.preprocessing import FILE_NAME
 
 _INDEX = ".index.json"
 
-
-#: What is read of a folder that has several, the first first.
+#: The kinds of weights in a folder. The first that is there is read.
 _PRECEDENCE = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -32,21 +32,17 @@ _PRECEDENCE = (
     "tf_model.h5",
 )
 
-
 CONFIG_FILE = "config.json"
-
 PREPROCESSOR_FILE = FILE_NAME
 
-
-#: Of files that are checkpoints by themselves, or with the configuration beside them.
+#: Files that are complete checkpoints, and files that need the configuration next to them.
 MICROSOFT_SUFFIXES = (".pth", ".pt")
-
 TENSORFLOW_SUFFIX = ".h5"
 
 
 def used_files(names: Iterable[str]) -> list[str]:
-    """Of the paths in a folder, those that loading uses: configuration, and one kind of weights."""
-    names = {name for name in names if "/" not in name}  # what lies deeper is of no interest
+    """The names in a folder that loading uses: configuration files, and one kind of weights."""
+    names = {name for name in names if "/" not in name}
     used = sorted(names.intersection({CONFIG_FILE, PREPROCESSOR_FILE}))
     first = next((name for name in _PRECEDENCE if name in names), None)
     if first is not None:
@@ -72,72 +68,92 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """Reads one file of weights; the kind is told by its suffix, and is PyTorch's by default.
+    """Reads one file of weights, by its suffix; a file of another suffix is PyTorch's.
 
     Raises:
-        CheckpointError: it can't be read, or holds something else; names the file.
+        CheckpointError: it cannot be read, or holds something else; names the file.
     """
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
         ".safetensors": safetensors.torch.load_file,
         TENSORFLOW_SUFFIX: _read_tensorflow,
     }
-    try:
+    with checkpoint_errors(file):
         return readers.get(file.suffix, _read_pytorch)(file)
-    except CheckpointError:
-        raise
-    except Exception as error:  # files of any origin: whatever reading them raises is about them
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{file}: {cause}") from error
+
+
+def check_weights(
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    shapes_from: str = "config.json says",
+    spelled: Callable[[str], str] = str,
+) -> None:
+    """Refuses weights that are not those of a model, except that batch norm's counters may be missing.
+
+    Args:
+        weights: by the model's keys.
+        expected: the model's state dict; may be on the meta device.
+        shapes_from: where the expected shapes come from, for the message.
+        spelled: gives the name of a weight in the checkpoint's files, for the message.
+
+    Raises:
+        CheckpointError: names the weights.
+    """
+    shared = weights.keys() & expected.keys()
+    faults = {
+        "missing": {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")},
+        "unexpected": weights.keys() - shared,
+        f"of another shape than {shapes_from}": {
+            key for key in shared if weights[key].shape != expected[key].shape
+        },
+        "no floating-point numbers": {
+            key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
+        },
+        "not finite": {key for key in shared if not weights[key].isfinite().all()},
+    }
+    if any(faults.values()):
+        described = (f"{fault}: {listed(map(spelled, keys))}" for fault, keys in faults.items() if keys)
+        raise CheckpointError(f"weights don't fit the configuration: {'; '.join(described)}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
+    with checkpoint_errors(f"{index}: not an index of weights with a weight_map"):
         weight_map = json.loads(index.read_bytes())["weight_map"]
         places = {key: PurePosixPath(place) for key, place in weight_map.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of weights with a weight_map: {error!r}") from error
     weights: dict[str, Tensor] = {}
     for place in sorted(set(places.values())):
-        if len(place.parts) != 1:  # never out of the folder
+        if len(place.parts) != 1:  # do not leave the folder
             raise CheckpointError(f"{index}: weight_map: {str(place)!r} is not the name of a file beside it")
-        shard = read_file(index.parent / place)
-        lost = sorted(key for key in places if places[key] == place and key not in shard)
-        if lost:
-            raise CheckpointError(
-                f"{index.parent / place}: has no {lost[0]}, which {index.name} places there"
-            )
+        shard_file = index.parent / place
+        shard = read_file(shard_file)
+        if lost := sorted(key for key in places if places[key] == place and key not in shard):
+            raise CheckpointError(f"{shard_file}: has no {lost[0]}, which {index.name} places there")
         weights |= shard
     return weights
 
 
 def _read_pytorch(file: Path) -> dict[str, Tensor]:
     try:
-        # Files of PyTorch before 1.6 are no zip archives, and can't be mapped.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it asks to report files that are refused below
+            warnings.simplefilter("ignore")  # PyTorch asks to report files that are refused below
+            # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        # PyTorch's message names a way to unpickle all the same; better that nobody takes it.
+        # PyTorch's own message describes how to unpickle the file anyway, which nobody should do.
         raise CheckpointError(
-            f"{file}: damaged, or holds Python objects other than tensors, which are not unpickled because"
-            " that would run code of the file's author"
+            "damaged, or holds Python objects other than tensors, which are not unpickled because that would"
+            " run code of the file's author"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not weights by name")
+        raise CheckpointError(f"holds a {type(content).__name__}, not weights by name")
     weights: dict[str, Tensor] = {}
     for key, value in unwrapped(content).items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{file}: {key!r} is a {type(value).__name__}, not a tensor")
+            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
         weights[str(key)] = value
     return weights
 
 
 def _read_tensorflow(file: Path) -> dict[str, Tensor]:
-    try:
-        from cvt.checkpoints.tensorflow import read_h5
+    from cvt.checkpoints.tensorflow import read_h5  # needs h5py, which few have
 
-        return read_h5(file)
-    except ImportError as error:
-        raise CheckpointError(
-            f"{file}: TensorFlow's weights need h5py: pip install 'cvt-label[keras]'"
-        ) from error
+    return read_h5(file)

@@ -1,6 +1,6 @@
-"""The engine that runs the model fast, and its runtimes: PyTorch, CUDA and OpenVINO.
+"""The engine that runs the model fast, and its runtimes: PyTorch on a CPU or a GPU, OpenVINO.
 
-Loading checkpoints does not belong here.
+Loading checkpoints and decoding images do not belong here.
 """
 
 from cvt.inference.engine import Engine

@@ -1,4 +1,4 @@
-"""What `cvt.preprocessing` does with Pillow, on a torch device: decoded images to the model's pixels."""
+"""Resizes and crops on a torch device, as `cvt.preprocessing` does with Pillow."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "biline
 
 
 class DevicePreprocessor:
-    """Resizes and crops on the device where the images are.
+    """Resizes and crops on the device of the images, each image by itself.
 
-    Pixels differ from Pillow's by a fraction of a grey level: Pillow rounds to 8 bits twice, after each
-    axis, and this once. An image is resized as a whole, by itself: its pixels don't depend on others.
+    Pixels differ from Pillow's by a fraction of a gray level: Pillow rounds to 8 bits after each axis, and
+    this class once.
 
     Args:
         preprocessor: size, crop and interpolation.
 
     Raises:
-        ValueError: PyTorch doesn't have the interpolation.
+        ValueError: PyTorch does not have the interpolation.
     """
 
     def __init__(self, preprocessor: Preprocessor) -> None:
@@ -42,8 +42,8 @@ class DevicePreprocessor:
         """Resizes and crops n images of any sizes.
 
         Args:
-            images: n from 1 up, RGB, uint8 (3, height, width), on one device.
-            out: where the result is written to, if it is somewhere already.
+            images: at least one, RGB, uint8 (3, height, width), on one device.
+            out: tensor to write the result to.
 
         Returns:
             uint8 (n, size, size, 3) on the images' device.
@@ -56,7 +56,7 @@ class DevicePreprocessor:
         return out
 
     def _resized(self, image: Tensor) -> Tensor:
-        """One image, (3, height, width), to float32 (3, size, size), to be cut off to whole numbers."""
+        """One image, (3, height, width), to float32 (3, size, size), to be truncated to integers."""
         size = self._preprocessor.size
         width, height = self._preprocessor.resized_size(image.shape[2], image.shape[1])
         left, top = self._preprocessor.crop_corner(width, height)

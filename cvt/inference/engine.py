@@ -1,6 +1,6 @@
-"""Inference: uint8 images in, logits and embeddings out, on a CPU or a GPU.
+"""The engine: uint8 images in, logits and embeddings out, on a CPU or a GPU.
 
-Neither decodes nor resizes images, nor says what logits mean.
+Decoding and resizing images, and the meaning of logits, belong to the pipeline.
 """
 
 from __future__ import annotations
@@ -24,36 +24,35 @@ from cvt.runtimes import DEVICES, DTYPES, RUNTIMES, resolve_precision
 
 logger = logging.getLogger("cvt_label")
 
-
 PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 
-#: Where compiled code is kept from run to run, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
+#: Where compiled code is kept between runs, unless TORCHINDUCTOR_CACHE_DIR is set.
 COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
 
 
 class Engine:
     """A model that is ready to classify batches.
 
-    The same images in the same call give the same bits on the same machine; in another company,
-    they may differ by rounding. Several threads may call it: while one waits for its last images, the
-    next one's are begun.
+    The same images in the same call give the same bits on the same machine; results may differ by rounding
+    when the batch differs. Several threads may call the engine: it starts the images of one call while
+    another call waits for its results.
 
     Args:
-        model: the model; a copy of it is used and it stays as it is.
-        preprocessor: what made the images; its mean, std and rescale factor are applied here.
+        model: the model, which is copied.
+        preprocessor: made the images; its mean, std and rescale factor are applied here.
         device: "cpu", "cuda", or "auto": a GPU if there is one.
-        precision: "fp32", "bf16" or "fp16", of everything but the normalisation and the head; or "auto":
-            "bf16" on a GPU, "fp32" on a CPU. A CPU without instructions for the halves emulates them, far
-            slower than "fp32".
-        runtime: "torch"; "compile": with `torch.compile`, which takes a minute, once a machine and shape
-            of batch, and on a GPU uses CUDA graphs; or "openvino", for a CPU.
-        batch_size: most images that go to the device at once; halved where a GPU runs out of memory.
+        precision: "fp32", "bf16" or "fp16", of everything but normalization and head; or "auto": "bf16" on a
+            GPU, "fp32" on a CPU. A CPU without instructions for half precision emulates it, far slower than
+            "fp32".
+        runtime: "torch"; "compile", with `torch.compile`, which takes a minute once per machine and shape of
+            batch, and uses CUDA graphs on a GPU; or "openvino", for a CPU.
+        batch_size: maximum number of images on the device at once; halved when a GPU runs out of memory.
         threads: CPU threads; PyTorch's own choice if None.
 
     Raises:
-        ValueError: an argument isn't one of these, or there is no GPU, or model and preprocessor
-            differ in their channels, or the runtime can't do what is asked of it.
-        ImportError: the runtime isn't installed.
+        ValueError: an argument is none of these, there is no GPU, model and preprocessor differ in their
+            channels, or the runtime cannot run this model on this device.
+        ImportError: the runtime is not installed.
     """
 
     def __init__(
@@ -81,38 +80,22 @@ class Engine:
                 f" its preprocessing makes {channels}"
             )
         self._image_shape = (preprocessor.size, preprocessor.size, channels)
-        threads = threads or torch.get_num_threads()
         self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
-        self._runtime: Runtime
-        if runtime == "openvino":
-            from cvt.inference.openvino_runtime import OpenVinoRuntime
-
-            if self.device.type != "cpu":
-                raise ValueError(f"runtime 'openvino' is for a CPU, and device is {self.device.type!r}")
-            network = InferenceNetwork(model, preprocessor, torch.float32)
-            self._runtime = OpenVinoRuntime(network, self._image_shape, self.precision, batch_size, threads)
-            return
-        if runtime == "compile":
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
-        network = InferenceNetwork(model, preprocessor, PRECISIONS[self.precision]).to(self.device)
-        if self.device.type == "cuda":
-            from cvt.inference.cuda_runtime import CudaRuntime
-
-            self._runtime = CudaRuntime(network, self._image_shape, batch_size, runtime == "compile")
-            return
-        at_once = images_at_once(model.config, preprocessor.size)
-        self._runtime = TorchRuntime(network, batch_size, at_once, threads, runtime == "compile")
+        threads = threads or torch.get_num_threads()
+        self._runtime = make_runtime(
+            model, preprocessor, self.device, self.precision, runtime, batch_size, threads
+        )
 
     @property
     def batch_size(self) -> int:
-        """Most images that go to the device at once."""
+        """Maximum number of images on the device at once."""
         return self._runtime.batch_size
 
     def __call__(self, images: np.ndarray | Tensor) -> EngineOutput:
         """Classifies images, uint8 (n, size, size, channels).
 
         Args:
-            images: an array; or a tensor on the engine's device, which doesn't pass through the host.
+            images: an array; or a tensor on the engine's device, which does not pass through the host.
 
         Raises:
             ValueError: the images have another type or shape, or are on another device.
@@ -124,12 +107,12 @@ class Engine:
         if isinstance(images, Tensor) and images.device.type != self.device.type:
             raise ValueError(f"images are on {images.device.type!r}, and the engine on {self.device.type!r}")
         if isinstance(images, Tensor):
-            if self.device.type == "cuda":  # what makes them may be queued on a stream of the caller's
+            if self.device.type == "cuda":  # the caller's stream may still be computing them
                 torch.cuda.current_stream(images.device).synchronize()
             else:
                 images = images.numpy()
-        with _thread_lock:  # or two first calls would make a thread each
-            thread = _thread(os.getpid())
+        with _thread_lock:  # otherwise two first calls would create a thread each
+            thread = network_thread(os.getpid())
         results = thread.submit(self._begin, images).result()
         logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
         for rows, result in results:
@@ -145,35 +128,65 @@ class Engine:
                 results.append((rows, self._runtime(images[rows])))
                 start = rows.stop
                 continue
-            # Raised where memory is asked for, which is here: what is queued already is not affected.
+            # Raised where memory is requested, which is here: queued batches are not affected.
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
-            self._halve()  # only now is free what the error has held on to
+            self._halve()  # after the block, which holds memory through the error
         return results
 
     def warm_up(self) -> None:
-        """Classifies black images, so that the first call that counts finds everything made."""
+        """Classifies black images, so that the next call does not wait for compilation and memory."""
         count = self.batch_size if self.device.type == "cuda" else 1
         for _ in range(2):  # a CUDA graph is recorded the second time
             self(np.zeros((count, *self._image_shape), np.uint8))
 
     def _halve(self) -> None:
-        """Goes on with half the batch, for good: others may use the GPU too."""
+        """Halves the batch for all later calls: other programs may use the GPU too."""
         self._runtime.batch_size //= 2
         torch.cuda.empty_cache()
         logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
+
+
+def make_runtime(
+    model: CvtForImageClassification,
+    preprocessor: Preprocessor,
+    device: torch.device,
+    precision: str,
+    runtime: str,
+    batch_size: int,
+    threads: int,
+) -> Runtime:
+    """The runtime of an engine; see `Engine` for the arguments, none of which is "auto" or None here."""
+    image_shape = (preprocessor.size, preprocessor.size, len(preprocessor.mean))
+    if runtime == "openvino":
+        from cvt.inference.openvino_runtime import OpenVinoRuntime
+
+        if device.type != "cpu":
+            raise ValueError(f"runtime 'openvino' is for a CPU, and device is {device.type!r}")
+        network = InferenceNetwork(model, preprocessor, torch.float32)
+        return OpenVinoRuntime(network, image_shape, precision, batch_size, threads)
+    compiled = runtime == "compile"
+    if compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
+    network = InferenceNetwork(model, preprocessor, PRECISIONS[precision]).to(device)
+    if device.type == "cuda":
+        from cvt.inference.cuda_runtime import CudaRuntime
+
+        return CudaRuntime(network, image_shape, batch_size, compiled)
+    at_once = images_at_once(model.config, preprocessor.size)
+    return TorchRuntime(network, batch_size, at_once, threads, compiled)
 
 
 _thread_lock = threading.Lock()
 
 
 @functools.cache
-def _thread(process: int) -> ThreadPoolExecutor:
+def network_thread(process: int) -> ThreadPoolExecutor:
     """The one thread of this process that runs networks.
 
-    PyTorch keeps CUDA graphs by thread: called from another one, compiled code fails. A fork has another
-    process id, and makes its own.
+    PyTorch keeps CUDA graphs per thread: compiled code fails in another thread. A fork has another process id
+    and creates its own thread.
     """
     return ThreadPoolExecutor(1, "engine")
 

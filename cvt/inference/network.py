@@ -1,4 +1,7 @@
-"""The network that inference runs: the model, simplified, from uint8 pixels to logits and embeddings."""
+"""The network that inference runs: a simplified copy of the model, from uint8 pixels to logits.
+
+The model for training, and its drop-in interface, is `cvt.modeling`.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from cvt.preprocessing import Preprocessor
 
 
 class InferenceNetwork(nn.Module):
-    """Normalisation, features and head, without batch norm and without what the head never sees.
+    """Normalization, features and head, without batch norm and without results that the head never sees.
 
-    Keys and values keep a depthwise convolution each: one of twice the channels is five times slower on a
-    CPU, for which libraries have no kernel. What they share is its input, which is laid out once.
+    Keys and values keep a depthwise convolution each: on a CPU, one with twice the channels is five times
+    slower, because libraries have no kernel for it.
 
     Args:
-        model: the model; it is copied and stays as it is.
-        preprocessor: what made the images; its mean, std and rescale factor are applied here.
-        dtype: of the features. Normalisation and head stay in float32, for next to no time: logits in half
-            precision have ties.
+        model: the model, which is copied.
+        preprocessor: its mean, std and rescale factor are applied here.
+        dtype: of the features. Normalization and head stay in float32, which costs almost no time: logits in
+            half precision have ties.
     """
 
     def __init__(
@@ -40,13 +43,13 @@ class InferenceNetwork(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Uint8 (n, H, W, channels) to the vectors that the classifier sees, float32 (n, C)."""
-        # Not folded into the first convolution: its zero padding stands for the mean.
-        normalised = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype)
-        features = self.model.cvt(normalised.permute(0, 3, 1, 2), return_dict=True)
+        # Not folded into the first convolution, whose zero padding represents the mean.
+        normalized = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype)
+        features = self.model.cvt(normalized.permute(0, 3, 1, 2), return_dict=True)
         return self.model.pool(features.last_hidden_state, features.cls_token_value)
 
     def classify(self, embeddings: Tensor) -> Tensor:
-        """Those vectors to logits, float32 (n, num_labels)."""
+        """Embeddings to logits, float32 (n, num_labels)."""
         return self.model.classifier(embeddings)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +60,8 @@ class InferenceNetwork(nn.Module):
     def pack(self) -> None:
         """Lays out the weights of linear layers for oneDNN, if PyTorch has it, for inference on a CPU.
 
-        An eighth faster than the library that PyTorch takes for float32, with GELU in the same pass; in half
-        precision it takes oneDNN anyway. Afterwards the network can't be exported, compiled or moved.
+        An eighth faster than the library that PyTorch uses for float32; in half precision PyTorch uses oneDNN
+        anyway. Afterwards the network cannot be exported, compiled or moved.
         """
         if self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             _pack(self.model.cvt)
@@ -90,9 +93,9 @@ def _pack(module: nn.Module) -> None:
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer, and what follows it at once, with oneDNN's own layout of the weight.
+    """A linear layer and the operation after it, with oneDNN's own layout of the weight.
 
-    `torch.compile` makes the same of linear layers; there is no public way to it.
+    `torch.compile` makes the same of linear layers. PyTorch has no public interface to it.
     """
 
     def __init__(self, linear: nn.Linear, operation: str, algorithm: str) -> None:
@@ -108,16 +111,16 @@ class _PackedLinear(nn.Module):
 
 
 class _InPlaceGELU(nn.Module):
-    """GELU without a second copy of the largest activation, so that more of it stays in the cache."""
+    """GELU without a second copy of the largest activation, of which more stays in the cache."""
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(hidden_state)
 
 
 class _ClassTokenLayer(nn.Module):
-    """A layer for the class token alone, which attends to all tokens: these pass through unchanged.
+    """A layer that computes the class token only; the other tokens pass through unchanged.
 
-    In the last layer, that saves 6 % of CvT-13's operations, and changes nothing that the head sees.
+    As the last layer it saves 6 % of CvT-13's operations. The head sees the class token only.
     """
 
     def __init__(self, layer: CvtLayer) -> None:
@@ -134,7 +137,7 @@ class _ClassTokenLayer(nn.Module):
 
 
 class _NoTokens(nn.Module):
-    """Instead of a query's convolution: leaves only the class token, which passes by it, to query."""
+    """Replaces the query's convolution and drops its tokens; the class token does not pass through it."""
 
     def forward(self, image: Tensor) -> Tensor:
         return image[:, :, :0]

@@ -1,52 +1,62 @@
-"""The network in OpenVINO, for CPUs: `pip install 'cvt-label[openvino]'`."""
+"""The network in OpenVINO, on a CPU. Needs `pip install 'cvt-label[openvino]'`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cvt.inference.network import InferenceNetwork
+from cvt.inference.runtime import Result
 from cvt.runtimes import NO_OPENVINO
 
-if TYPE_CHECKING:
-    from cvt.inference.runtime import Result
-
-
-# OpenVINO reports over the network that it is used, unasked; where it doesn't find this package, it doesn't.
-sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-
-try:
-    import openvino
-except ImportError as error:
-    raise ImportError(f"runtime: {NO_OPENVINO}") from error
-
-
-__all__ = ["OpenVinoRuntime", "openvino"]
-
-
-#: Images that go through the network at once: its activations fit the cache, its matrices are large enough.
+#: Images that go through the network at once: activations fit the cache, and matrices are large enough.
 _AT_ONCE = 8
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
+def import_openvino() -> ModuleType:
+    """Imports OpenVINO without telemetry.
+
+    OpenVINO reports its use over the network, from its import on, unless it does not find the package
+    `openvino_telemetry`. So that package is hidden during the import.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    hidden = "openvino_telemetry"
+    before = sys.modules.get(hidden)
+    sys.modules[hidden] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise ImportError(f"runtime: {NO_OPENVINO}") from error
+    finally:
+        del sys.modules[hidden]
+        if before is not None:
+            sys.modules[hidden] = before
+
+
 class OpenVinoRuntime:
-    """Features by OpenVINO, in batches of one static size, several at once; the head in PyTorch's float32.
+    """Computes features in OpenVINO, several batches of one size at a time, and the head in PyTorch.
 
     Args:
         network: on the CPU, in float32.
         image_shape: (size, size, channels).
-        precision: "fp32", or "bf16" where the CPU has instructions for it.
-        batch_size: most images of one call.
-        threads: CPU threads; each works on a batch of its own.
+        precision: "fp32", or "bf16" if the CPU has instructions for it.
+        batch_size: maximum number of images in one call.
+        threads: CPU threads; each computes a batch of its own.
 
     Raises:
-        ValueError: the CPU can't compute in this precision, or OpenVINO not what the model does.
+        ValueError: the CPU cannot compute in this precision, or OpenVINO cannot run this model.
+        ImportError: OpenVINO is not installed.
     """
 
     def __init__(
@@ -57,12 +67,13 @@ class OpenVinoRuntime:
         batch_size: int,
         threads: int,
     ) -> None:
+        openvino = import_openvino()
         core = openvino.Core()
         able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision not in _HINTS or (precision == "bf16" and "BF16" not in able):
             raise ValueError(f"runtime 'openvino' has no precision {precision!r} on this CPU")
         config = network.model.config
-        if "avg" in config.qkv_projection_method:  # of which its converter loses PyTorch's rule for edges
+        if "avg" in config.qkv_projection_method:  # whose edges OpenVINO's converter gets wrong
             raise ValueError("runtime 'openvino' can't run a model whose qkv_projection_method is 'avg'")
         self.batch_size = batch_size
         self._network = network
@@ -70,7 +81,7 @@ class OpenVinoRuntime:
         self._width = config.embed_dim[-1]
         example = torch.zeros((self._at_once, *image_shape), dtype=torch.uint8)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's, about its own code
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its own code
             exported = openvino.convert_model(torch.export.export(_Features(network), (example,)))
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -80,8 +91,7 @@ class OpenVinoRuntime:
         self._queue = openvino.AsyncInferQueue(core.compile_model(exported, "CPU", options), threads)
         self._queue.set_callback(self._keep)
 
-    def __call__(self, images: np.ndarray | Tensor) -> Result:
-        """Runs the network; see `Runtime`."""
+    def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
         images = np.asarray(images)
         embeddings = np.empty((len(images), self._width), np.float32)
         for start in range(0, len(images), self._at_once):

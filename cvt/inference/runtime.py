@@ -1,7 +1,4 @@
-"""Inference: uint8 images in, logits and embeddings out, on a CPU or a GPU.
-
-Neither decodes nor resizes images, nor says what logits mean.
-"""
+"""The interface between the engine and its runtimes. Which runtime to use is decided in `engine`."""
 
 from __future__ import annotations
 
@@ -13,28 +10,35 @@ from torch import Tensor
 
 
 class EngineOutput(NamedTuple):
-    """What the engine says of n images.
+    """The engine's result for n images.
 
     Attributes:
         logits: float32 (n, num_labels).
-        embeddings: float32 (n, C), the normalised vectors that the classifier sees.
+        embeddings: float32 (n, C), the normalized vectors that the classifier sees.
     """
 
     logits: np.ndarray
     embeddings: np.ndarray
 
 
-#: Waits for logits and embeddings of a batch, float32; in any thread.
+#: Waits for a batch and returns its logits and embeddings, float32. Any thread may call it.
 Result = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 class Runtime(Protocol):
-    """What runs the network: uint8 (n, H, W, channels) to logits and embeddings, float32.
+    """Runs the network: uint8 (n, H, W, channels) to logits and embeddings, float32.
 
-    `batch_size` is the most images of one call; it may be lowered. Not for several threads at once.
+    One thread at a time may call it.
+
+    Attributes:
+        batch_size: maximum number of images in one call; may be lowered.
     """
 
     batch_size: int
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:
-        """Begins with n images, n from 1 to `batch_size`; they stay as they are until the result is there."""
+        """Starts inference on n images. They must not change until the result is read.
+
+        Args:
+            images: n from 1 to `batch_size`.
+        """

@@ -1,7 +1,4 @@
-"""Inference: uint8 images in, logits and embeddings out, on a CPU or a GPU.
-
-Neither decodes nor resizes images, nor says what logits mean.
-"""
+"""The network in PyTorch on a CPU, eager or compiled. GPUs are the subject of `cuda_runtime`."""
 
 from __future__ import annotations
 
@@ -18,27 +15,26 @@ from cvt.configuration import CvtConfig
 from cvt.inference.network import InferenceNetwork
 from cvt.inference.runtime import Result
 
-# glibc maps and unmaps every allocation above 32 MiB afresh, and the kernel clears its pages each
-# time: a fifth of a forward pass. On a CPU, batches are split so that no activation is so large.
+# glibc maps and unmaps every allocation above 32 MiB again, and the kernel clears its pages each time, which
+# takes a fifth of a forward pass. Batches are split so that no activation is that large.
 LARGEST_CPU_ACTIVATION = 32 * 2**20
 
-# Of a CPU's threads, those that go through the network by themselves: more would wait for Python's lock.
+# More workers would wait for Python's lock.
 MOST_WORKERS = 8
 
 
 class TorchRuntime:
-    """The network in PyTorch on a CPU, eager or compiled.
+    """Computes a batch in parts.
 
-    A batch goes through the network in parts. Eager, each thread computes a part of its own, rather than all
-    threads each operation together: they needn't wait for one another at every one, and a part's
-    activations stay in a core's cache.
+    In eager mode each worker computes a part of its own. If all threads shared each operation, they would
+    wait for each other after every one, and activations would not stay in a core's cache.
 
     Args:
         network: on the CPU.
-        batch_size: most images of one call.
-        at_once: most images of a part.
-        threads: that compute.
-        compiled: by `torch.compile`, for parts of one size: the last one is filled up.
+        batch_size: maximum number of images in one call.
+        at_once: maximum number of images in a part.
+        threads: number of threads that compute.
+        compiled: whether to use `torch.compile`, for parts of one size: the last one is padded.
     """
 
     def __init__(
@@ -60,14 +56,13 @@ class TorchRuntime:
         else:
             network.pack()
         self._split = -(-batch_size // self._parts(batch_size))
-        # Some workers have one thread more than others, if need be.
+        # Some workers may have one thread more than others.
         shares = queue.SimpleQueue[int]()
         for worker in range(self._workers):
             shares.put(threads // self._workers + (worker < threads % self._workers))
         self._pool = ThreadPoolExecutor(self._workers, "network", _take_threads, (shares,))
 
-    def __call__(self, images: np.ndarray | Tensor) -> Result:
-        """Begins with n images; see `Runtime`."""
+    def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
         images = np.asarray(images)
         if self._compiled:
             parts = [images[start : start + self._split] for start in range(0, len(images), self._split)]
@@ -78,33 +73,33 @@ class TorchRuntime:
         return functools.partial(_joined, outputs)
 
     def _parts(self, count: int) -> int:
-        """Parts of so many images: as many for each worker, and as few as `at_once` allows."""
+        """The number of parts of a batch: equally many for each worker, and as few as `at_once` allows."""
         rounds = -(-count // (self._at_once * self._workers))
         return min(count, rounds * self._workers)
 
     @torch.inference_mode()
     def _run(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         count = len(part)
-        # A copy, as PyTorch doesn't take read-only arrays, which Ray gives.
+        # A copy, since PyTorch does not take read-only arrays, such as Ray's.
         pixels = torch.zeros((self._split if self._compiled else count, *part.shape[1:]), dtype=torch.uint8)
         pixels.numpy()[:count] = part
         logits, embeddings = self._forward(pixels)
         return logits[:count].numpy(), embeddings[:count].numpy()
 
 
-def images_at_once(config: CvtConfig, size: int) -> int:
-    """Images for which the largest activation, inside an MLP, is below LARGEST_CPU_ACTIVATION."""
+def images_at_once(config: CvtConfig, size: int, largest_activation: int = LARGEST_CPU_ACTIVATION) -> int:
+    """The number of images whose largest activation, inside an MLP, is below a size in bytes."""
     largest = 0
     for i, width in enumerate(config.embed_dim):
         size = (size + 2 * config.patch_padding[i] - config.patch_sizes[i]) // config.patch_stride[i]
         size += 1
         largest = max(largest, size**2 * math.ceil(width * max(config.mlp_ratio[i], 1)))
-    return max(1, (LARGEST_CPU_ACTIVATION - 1) // (4 * largest))
+    return max(1, (largest_activation - 1) // (4 * largest))
 
 
 def _take_threads(shares: queue.SimpleQueue[int]) -> None:
-    """Takes the next share of threads for this one's work in PyTorch."""
-    torch.get_num_threads()  # a thread's first look takes over what others have set last
+    """Sets the calling worker's number of threads in PyTorch to the next share."""
+    torch.get_num_threads()  # the first call in a thread takes over what other threads have set
     torch.set_num_threads(shares.get())
 
 

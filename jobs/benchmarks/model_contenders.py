@@ -150,8 +150,9 @@ def _transformers(
 
 
 def _openvino(model: CvtForImageClassification, preprocessor: Preprocessor, batch_size: int) -> Classify:
-    from cvt.inference.openvino_runtime import openvino
+    from cvt.inference.openvino_runtime import import_openvino
 
+    openvino = import_openvino()
     example = torch.zeros(2, 3, preprocessor.size, preprocessor.size)
     with torch.inference_mode():
         exported = openvino.convert_model(to_transformers(model), example_input=example)

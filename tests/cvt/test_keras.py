@@ -24,12 +24,12 @@ os.environ["KERAS_BACKEND"] = "torch"  # read when keras is imported; the one th
 keras = pytest.importorskip("keras", reason="needs the extra `keras`")
 
 from cvt.keras import (  # noqa: E402
-    CvtDropPath,
     TFBaseModelOutputWithCLSToken,
     TFCvtForImageClassification,
     TFCvtModel,
     TFImageClassifierOutputWithNoAttention,
 )
+from cvt.keras.layers import CvtLayer  # noqa: E402
 
 #: As in test_modeling: cvt-w24 at the widths and heads that it has, and less depth.
 SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
@@ -240,7 +240,7 @@ def test_each_rate_drops_in_training_only(field: str | None) -> None:
 @torch.no_grad()
 def test_a_dropped_path_is_dropped_for_whole_samples_and_keeps_the_expectation() -> None:
     keras.utils.set_random_seed(0)
-    path, ones = CvtDropPath(0.25), torch.ones(4000, 3, 2)
+    path, ones = CvtLayer(CvtConfig(**TINY), 0, 0.25, "layer").drop_path, torch.ones(4000, 3, 2)
     dropped = path(ones, training=True)
     values = [sample.unique().tolist() for sample in dropped]
     assert all(len(of_a_sample) == 1 for of_a_sample in values)
@@ -334,9 +334,9 @@ def test_a_model_of_transformers_is_taken_as_well() -> None:
 
 def test_another_model_is_refused() -> None:
     features = CvtModel(CvtConfig(**TINY))
-    with pytest.raises(CheckpointError, match=r"missing: classifier\.bias, .*; unknown: encoder\."):
+    with pytest.raises(CheckpointError, match=r"missing: classifier\.bias, .*; unexpected: encoder\."):
         TFCvtForImageClassification.from_torch(features)
-    with pytest.raises(CheckpointError, match=r"unknown: cvt\.classifier\.bias"):
+    with pytest.raises(CheckpointError, match=r"unexpected: cvt\.classifier\.bias"):
         TFCvtModel.from_torch(CvtForImageClassification(CvtConfig(**TINY)))
 
 
@@ -368,7 +368,7 @@ def test_a_new_head_on_loaded_features_is_initialised_and_the_features_are_kept(
         model = TFCvtForImageClassification.from_pretrained(tmp_path, num_labels=500).to_torch()
     if not safe_serialization:
         assert (
-            "initialised classifier.bias, classifier.weight, layernorm.bias, layernorm.weight" in caplog.text
+            "initialized classifier.bias, classifier.weight, layernorm.bias, layernorm.weight" in caplog.text
         )
     assert_same_weights(model.cvt, theirs.cvt)
     assert model.classifier.weight.shape == (500, 48)
@@ -407,12 +407,12 @@ def test_of_a_folder_with_both_the_weights_of_pytorch_are_read(tmp_path: Path) -
 
 def test_weights_that_do_not_fit_the_configuration_are_named() -> None:
     with pytest.raises(
-        CheckpointError, match=r"tf_model\.h5: .*another shape: classifier\.bias, classifier\.weight$"
+        CheckpointError, match=r"tf_model\.h5: .*another shape .*: classifier\.bias, classifier\.weight$"
     ):
         TFCvtForImageClassification.from_pretrained(TF_TINY, num_labels=7)
     with pytest.raises(CheckpointError, match=r"missing: cvt\.encoder\.stages\.2\.layers\.3\."):
         TFCvtForImageClassification.from_pretrained(TF_TINY, depth=[1, 2, 4])
-    with pytest.raises(CheckpointError, match=r"unknown: cvt\.encoder\.stages\.2\.cls_token$"):
+    with pytest.raises(CheckpointError, match=r"unexpected: cvt\.encoder\.stages\.2\.cls_token$"):
         TFCvtModel.from_pretrained(TF_TINY, cls_token=[False] * 3)
 
 

@@ -10,10 +10,10 @@ import transformers
 from PIL import Image
 
 from cvt.configuration import CvtConfig
-from cvt.counting import count_macs, count_parameters
+from cvt.counting import count_macs
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
-from cvt.presets import PRESETS, SIZES, preset_config, preset_preprocessor
+from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from tests.cvt.random_models import PUBLISHED, TINY
 
 #: preprocessor_config.json of microsoft/cvt-13; that of microsoft/cvt-13-384 differs in its size alone.
@@ -34,7 +34,8 @@ PUBLISHED_PREPROCESSING = {
 def test_parameters_are_as_many_as_published(name: str, published: str) -> None:
     with torch.device("meta"):
         model = CvtForImageClassification(preset_config(name, num_labels=1000))
-    assert f"{count_parameters(model) / 1e6:.1f}" == published
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count / 1e6:.1f}" == published
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
         preset_config("cvt-14")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [224, 384])
 def test_preprocessing_is_that_of_the_published_checkpoints(size: int) -> None:
     published = Preprocessor.from_dict(PUBLISHED_PREPROCESSING | {"size": size}, "published")
     assert preset_preprocessor(size) == published

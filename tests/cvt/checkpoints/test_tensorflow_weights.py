@@ -18,7 +18,8 @@ from tests.cvt.random_models import PUBLISHED, TINY, randomise
 
 h5py = pytest.importorskip("h5py", reason="needs the extra `keras`")
 
-from cvt.checkpoints.tensorflow import read_h5, write_h5
+from cvt.checkpoints.tensorflow import read_h5, write_h5  # noqa: E402
+from cvt.checkpoints.weights import check_weights, read_file  # noqa: E402
 
 #: Saved by transformers' TFCvtForImageClassification; made by data/make_tf_fixture.py.
 TF_TINY = Path(__file__).parents[1] / "data" / "tf-tiny"
@@ -33,10 +34,21 @@ FOUR_STAGES = {
 }
 
 
-def random_state(**fields: Any) -> dict[str, Tensor]:
+def random_model(**fields: Any) -> CvtForImageClassification:
+    return randomise(CvtForImageClassification(CvtConfig(**TINY | fields)))
+
+
+def weights_of(model: CvtForImageClassification) -> dict[str, Tensor]:
     """Weights, without counts of batches."""
-    state = randomise(CvtForImageClassification(CvtConfig(**TINY | fields))).state_dict()
+    state = model.state_dict()
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def check(path: Path) -> None:
+    """Reads a file as the weights of the model of the fixture."""
+    with torch.device("meta"):
+        model = CvtForImageClassification(CvtConfig.from_pretrained(TF_TINY))
+    check_weights(read_file(path), model.state_dict())
 
 
 def layout(path: Path) -> dict[str, Any]:
@@ -69,7 +81,9 @@ def test_weights_of_the_tensorflow_class_give_its_outputs() -> None:
 
 def test_what_was_read_is_written_as_the_tensorflow_class_wrote_it(tmp_path: Path) -> None:
     """The same groups, attributes in the same order, names, shapes and values: a drop-in file."""
-    write_h5(read_h5(TF_TINY / "tf_model.h5"), tmp_path / "tf_model.h5")
+    model = CvtForImageClassification(CvtConfig.from_pretrained(TF_TINY))
+    model.load_state_dict(read_h5(TF_TINY / "tf_model.h5"), strict=False)
+    write_h5(model.state_dict(), model.config, tmp_path / "tf_model.h5")
     assert layout(tmp_path / "tf_model.h5") == layout(TF_TINY / "tf_model.h5")
 
 
@@ -86,18 +100,20 @@ def test_what_was_read_is_written_as_the_tensorflow_class_wrote_it(tmp_path: Pat
     ids=["tiny", "biases", "no class token", "one label", "four stages", "depth of cvt-21"],
 )
 def test_what_was_written_is_read_again(fields: dict[str, Any], tmp_path: Path) -> None:
-    state = random_state(**fields)
-    write_h5(state, tmp_path / "tf_model.h5")
+    model = random_model(**fields)
+    state = weights_of(model)
+    write_h5(model.state_dict(), model.config, tmp_path / "tf_model.h5")
     again = read_h5(tmp_path / "tf_model.h5")
-    assert list(again) == list(state)
+    assert again.keys() == state.keys()
     for key, wanted in state.items():
         assert_close(again[key], wanted, rtol=0, atol=0, msg=key)
 
 
 def test_features_without_a_classifier_are_those_of_a_tf_cvt_model(tmp_path: Path) -> None:
-    state = {key: value for key, value in random_state().items() if key.startswith("cvt.")}
-    write_h5(state, tmp_path / "tf_model.h5")
-    assert list(read_h5(tmp_path / "tf_model.h5")) == list(state)
+    model = random_model()
+    state = {key: value for key, value in weights_of(model).items() if key.startswith("cvt.")}
+    write_h5(state, model.config, tmp_path / "tf_model.h5")
+    assert read_h5(tmp_path / "tf_model.h5").keys() == state.keys()
     names = layout(tmp_path / "tf_model.h5")
     assert names["/"]["layer_names"] == ["cvt"]
     assert "cvt/tf_cvt_model/cvt/encoder/stages.1/layers.1/attention/output/dense/kernel:0" in names
@@ -115,8 +131,9 @@ def test_a_file_of_the_second_model_of_its_process_is_read_as_well(tmp_path: Pat
 
 
 def test_half_precision_is_written_as_float32(tmp_path: Path) -> None:
-    state = random_state()
-    write_h5({key: value.half() for key, value in state.items()}, tmp_path / "tf_model.h5")
+    model = random_model()
+    state = weights_of(model)
+    write_h5({key: value.half() for key, value in state.items()}, model.config, tmp_path / "tf_model.h5")
     for key, value in read_h5(tmp_path / "tf_model.h5").items():
         assert_close(value, state[key].half().float(), rtol=0, atol=0)
 
@@ -144,17 +161,16 @@ def test_a_missing_dataset_is_named(dataset: str, missing: str, tmp_path: Path) 
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         del file[dataset]
-    with pytest.raises(CheckpointError, match=f"missing: {re.escape(missing)}$") as error:
-        read_h5(path)
-    assert str(path) in str(error.value)
+    with pytest.raises(CheckpointError, match=f"missing: {re.escape(missing)}$"):
+        check(path)
 
 
 def test_a_missing_layer_is_named(tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         del file[LAYER.rstrip("/")]
-    with pytest.raises(CheckpointError, match=r"missing: cvt\.encoder\.stages\.2\.layers\.1\..* and 23 more"):
-        read_h5(path)
+    with pytest.raises(CheckpointError, match=r"missing: cvt\.encoder\.stages\.2\.layers\.1\..* and 15 more"):
+        check(path)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +187,10 @@ def test_an_unknown_dataset_is_named(name: str, value: Any, tmp_path: Path) -> N
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         file[name] = value
-    with pytest.raises(CheckpointError, match=r"unknown: [\w./:]*(pooler|vit|weights|Adam)"):
-        read_h5(path)
+    with pytest.raises(
+        CheckpointError, match=r"(unexpected: |tf_model\.h5: )[\w./:]*(pooler|vit|weights|Adam)"
+    ):
+        check(path)
 
 
 def test_numbers_that_are_no_weights_are_named(tmp_path: Path) -> None:
@@ -181,58 +199,45 @@ def test_numbers_that_are_no_weights_are_named(tmp_path: Path) -> None:
     with h5py.File(path, "a") as file:
         del file[name]
         file[name] = np.arange(4)
-    with pytest.raises(CheckpointError, match=rf"missing: classifier\.bias; unknown: {name}$"):
-        read_h5(path)
+    with pytest.raises(CheckpointError, match=f"{path}: {name} is not the dataset of a weight"):
+        check(path)
 
 
 def test_a_weight_that_is_there_twice_is_named(tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         file["classifier/tf_cvt_for_image_classification_1/classifier/bias:0"] = np.zeros(4, "float32")
-    with pytest.raises(CheckpointError, match=r"unknown: classifier/tf_cvt_for_image_classification_1/"):
-        read_h5(path)
+    with pytest.raises(CheckpointError, match=r"classifier/tf_cvt_for_image_classification_1/\S* is not the"):
+        check(path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "w") as file:
         file["title"] = "no weights at all"
-    with pytest.raises(CheckpointError, match="unknown: title"):
-        read_h5(path)
+    with pytest.raises(CheckpointError, match=r"tf_model\.h5: title is not the dataset of a weight"):
+        read_file(path)
     path.write_bytes((TF_TINY / "tf_model.h5").read_bytes()[:100_000])
-    with pytest.raises(CheckpointError, match=r"tf_model\.h5: can't be read as HDF5"):
-        read_h5(path)
-    with pytest.raises(CheckpointError, match=r"none\.h5: can't be read as HDF5"):
-        read_h5(tmp_path / "none.h5")
+    with pytest.raises(CheckpointError, match=r"tf_model\.h5: .*truncated file"):
+        read_file(path)
+    with pytest.raises(CheckpointError, match=r"none\.h5: .*No such file"):
+        read_file(tmp_path / "none.h5")
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        (
-            {"qkv_projection_method": ["dw_bn", "avg", "dw_bn"]},
-            r"missing: cvt\.encoder\.stages\.1\.layers\.0\..*convolution_projection_key",
-        ),
-        (
-            {"embed_dim": [48] * 3, "cls_token": [True, False, True]},
-            r"not: cvt\.encoder\.stages\.0\.cls_token",
-        ),
-        (
-            {"embed_dim": [48] * 3, "cls_token": [False, True, False]},
-            r"not: cvt\.encoder\.stages\.1\.cls_token",
-        ),
-        ({"num_labels": 0}, r"missing: classifier\.bias, classifier\.weight"),
+        ({"qkv_projection_method": ["dw_bn", "avg", "dw_bn"]}, "no qkv_projection_method other than 'dw_bn'"),
+        ({"embed_dim": [48] * 3, "cls_token": [True, False, True]}, "no class token before the last stage"),
+        ({"embed_dim": [48] * 3, "cls_token": [False, True, False]}, "no class token before the last stage"),
+        ({"num_labels": 0}, "no classification without labels"),
     ],
     ids=["avg", "two class tokens", "class token in the middle", "no labels"],
 )
 def test_weights_that_the_tensorflow_classes_cannot_have_are_refused(
     fields: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
+    model = random_model(**fields)
     with pytest.raises(CheckpointError, match=reason):
-        write_h5(random_state(**fields), tmp_path / "tf_model.h5")
+        write_h5(model.state_dict(), model.config, tmp_path / "tf_model.h5")
     assert not list(tmp_path.iterdir())
-
-
-def test_an_unknown_weight_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"unknown: head\.weight"):
-        write_h5(random_state() | {"head.weight": torch.zeros(1)}, tmp_path / "tf_model.h5")

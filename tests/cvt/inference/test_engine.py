@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,10 +23,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
+from cvt.inference import engine as engine_module
 from cvt.inference.cuda_runtime import CudaRuntime
-from cvt.inference.engine import Engine, _thread
+from cvt.inference.engine import Engine, make_runtime, network_thread
 from cvt.inference.network import InferenceNetwork
+from cvt.inference.openvino_runtime import import_openvino
 from cvt.inference.runtime import Result, Runtime
+from cvt.inference.torch_runtime import TorchRuntime, images_at_once
 from cvt.modeling import CvtForImageClassification, CvtStage
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import resolve_precision
@@ -38,6 +43,15 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.
 
 def make_model(**fields: Any) -> CvtForImageClassification:
     return randomise(CvtForImageClassification(CvtConfig(**TINY | {"num_labels": 5} | fields)))
+
+
+def network(model: CvtForImageClassification) -> InferenceNetwork:
+    return InferenceNetwork(model, PREPROCESSOR, torch.float32)
+
+
+def with_runtime(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Runtime], Runtime]) -> None:
+    """From now on, engines have the runtime that `wrap` makes of theirs."""
+    monkeypatch.setattr(engine_module, "make_runtime", lambda *arguments: wrap(make_runtime(*arguments)))
 
 
 def make_engine(model: CvtForImageClassification | None = None, **options: Any) -> Engine:
@@ -98,32 +112,35 @@ def test_results_do_not_depend_on_the_company_of_an_image(batch_size: int) -> No
     np.testing.assert_allclose(apart.embeddings[::-1], together.embeddings, atol=1e-5, rtol=1e-5)
 
 
-def test_batches_are_split_to_fit_the_cpu_without_effect_on_the_result(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = make_engine(batch_size=6)(IMAGES)
+def test_batches_are_split_so_that_activations_fit_the_cpu() -> None:
+    config = CvtConfig(**TINY)
     an_image = 12 * 12 * 64 * 4  # the first stage's tokens, inside its MLP, in bytes
-    monkeypatch.setattr("cvt.inference.torch_runtime.LARGEST_CPU_ACTIVATION", 2 * an_image + 1)
-    sizes = []
+    assert images_at_once(config, SIZE, largest_activation=2 * an_image + 1) == 2
+    assert images_at_once(config, SIZE, largest_activation=1) == 1
+    model = make_model()
+    runtime, sizes = TorchRuntime(network(model), 6, 2, threads=1, compiled=False), []
 
     def note(module: nn.Module, inputs: Any) -> None:
         if isinstance(module, CvtStage):
             sizes.append(len(inputs[0]))
 
     with register_module_forward_pre_hook(note):
-        split = make_engine(batch_size=6)(IMAGES)
+        found = [runtime(images)() for images in (IMAGES[:6], IMAGES[6:])]
     assert sizes == [size for size in (2, 2, 2, 1) for _ in range(3)]
-    np.testing.assert_allclose(split.logits, whole.logits, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(split.embeddings, whole.embeddings, atol=1e-5, rtol=1e-5)
+    for split, whole in zip(zip(*found, strict=True), make_engine(model)(IMAGES), strict=True):
+        np.testing.assert_allclose(np.concatenate(split), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_without_onednn_it_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = make_engine()
+def test_a_network_that_is_packed_for_onednn_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    packed, plain = network(model), network(model)
+    packed.pack()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    plain = make_engine()
-    names = [{type(m).__name__ for m in e._runtime._network.modules()} for e in (packed, plain)]  # type: ignore[attr-defined]
-    assert ["_PackedLinear" in found for found in names] == [True, False]
-    np.testing.assert_allclose(plain(IMAGES).logits, packed(IMAGES).logits, atol=1e-5, rtol=1e-5)
+    plain.pack()
+    linear = [sum(isinstance(m, nn.Linear) for m in each.model.cvt.modules()) for each in (packed, plain)]
+    assert linear[0] == 0 < linear[1]
+    with torch.inference_mode():
+        assert_close(plain(torch.tensor(IMAGES)), packed(torch.tensor(IMAGES)), atol=1e-5, rtol=1e-5)
 
 
 def test_it_is_deterministic() -> None:
@@ -264,20 +281,18 @@ def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(
-        "cvt.inference.cuda_runtime._pinned", lambda *shape, dtype: torch.empty(shape, dtype=dtype)
+        "cvt.inference.cuda_runtime.pinned", lambda *shape, dtype: torch.empty(shape, dtype=dtype)
     )
     monkeypatch.setattr(torch, "compile", lambda network, **_: Overwriting(network, size=3))
     model = make_model()
-    engine = make_engine(model, batch_size=3)
-    network = InferenceNetwork(model, PREPROCESSOR, torch.float32)
-    monkeypatch.setattr(engine, "_runtime", CudaRuntime(network, (SIZE, SIZE, 3), 3, compiled))
+    with_runtime(monkeypatch, lambda _: CudaRuntime(network(model), (SIZE, SIZE, 3), 3, compiled))
+    engine = make_engine(model)
+    assert engine.batch_size == 3
     logits, embeddings = outputs_of_the_model(model)
-    for images in (IMAGES, torch.tensor(IMAGES), IMAGES):
-        begun = [(rows, result()) for rows, result in engine._begin(images)]
-        assert [rows.start for rows, _ in begun] == [0, 3, 6]
-        for rows, output in begun:
-            np.testing.assert_allclose(output[0], logits[rows], atol=1e-4, rtol=0)
-            np.testing.assert_allclose(output[1], embeddings[rows], atol=1e-4, rtol=0)
+    for images in (IMAGES, torch.tensor(IMAGES), IMAGES):  # all batches are queued before the first is read
+        output = engine(images)
+        np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -328,38 +343,37 @@ def test_a_gpu_that_is_not_there_is_refused_unless_the_choice_is_free() -> None:
     ],
 )
 def test_threads_take_parts_of_a_batch_or_compute_compiled_code_together(
-    runtime: str, threads: int, parts: list[tuple[int, int]]
+    monkeypatch: pytest.MonkeyPatch, runtime: str, threads: int, parts: list[tuple[int, int]]
 ) -> None:
     """Parts as images and threads; the caller's own number of threads stays."""
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     before, seen = torch.get_num_threads(), []
     model = make_model()
+
+    class Noting(InferenceNetwork):
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append((len(pixels), torch.get_num_threads()))
+            return super().forward(pixels)
+
+    monkeypatch.setattr(engine_module, "InferenceNetwork", Noting)
     engine = make_engine(model, runtime=runtime, threads=threads, batch_size=8)
-    forward = engine._runtime._forward  # type: ignore[attr-defined]
-
-    def note(part: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append((len(part), torch.get_num_threads()))
-        outputs: tuple[Tensor, Tensor] = forward(part)
-        return outputs
-
-    engine._runtime._forward = note  # type: ignore[attr-defined]
     logits, _ = outputs_of_the_model(model)
     np.testing.assert_allclose(engine(IMAGES).logits, logits, atol=1e-4, rtol=0)
     assert sorted(seen) == parts
     assert torch.get_num_threads() == before
 
 
-def test_no_thread_is_left_out_where_workers_cannot_have_the_same_number() -> None:
-    engine, seen, together = make_engine(threads=11, batch_size=8), [], threading.Barrier(8)
-    forward = engine._runtime._forward  # type: ignore[attr-defined]
+def test_threads_that_do_not_divide_evenly_are_all_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, together = [], threading.Barrier(8)
 
-    def note(part: Tensor) -> tuple[Tensor, Tensor]:
-        together.wait(10)  # so that each worker takes one
-        seen.append(torch.get_num_threads())
-        outputs: tuple[Tensor, Tensor] = forward(part)
-        return outputs
+    class Noting(InferenceNetwork):
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            together.wait(10)  # so that each worker takes one
+            seen.append(torch.get_num_threads())
+            return super().forward(pixels)
 
-    engine._runtime._forward = note  # type: ignore[attr-defined]
-    engine(np.concatenate([IMAGES, IMAGES[:1]]))
+    monkeypatch.setattr(engine_module, "InferenceNetwork", Noting)
+    make_engine(threads=11, batch_size=8)(np.concatenate([IMAGES, IMAGES[:1]]))
     assert sorted(seen) == [1] * 5 + [2] * 3
 
 
@@ -373,8 +387,8 @@ def test_two_first_calls_make_one_thread(monkeypatch: pytest.MonkeyPatch) -> Non
         return ThreadPoolExecutor(*arguments)
 
     engine = make_engine()
-    monkeypatch.setattr("cvt.inference.engine.ThreadPoolExecutor", slow)
-    _thread.cache_clear()
+    monkeypatch.setattr(engine_module, "ThreadPoolExecutor", slow)
+    network_thread.cache_clear()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(engine, [IMAGES, IMAGES]))
     assert made == [(1, "engine")]
@@ -400,9 +414,15 @@ def test_a_device_out_of_memory_gets_smaller_batches_and_the_same_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = make_engine(batch_size=64)(IMAGES)
+    devices: list[ShortOfMemory] = []
+
+    def short_of_memory(runtime: Runtime) -> Runtime:
+        devices.append(ShortOfMemory(runtime, most=3))
+        return devices[-1]
+
+    with_runtime(monkeypatch, short_of_memory)
     engine = make_engine(batch_size=64)
-    device = ShortOfMemory(engine._runtime, most=3)
-    monkeypatch.setattr(engine, "_runtime", device)
+    (device,) = devices
     found = engine(IMAGES)
     assert engine.batch_size == 2
     assert_close(torch.tensor(found.logits), torch.tensor(wanted.logits))
@@ -412,8 +432,8 @@ def test_a_device_out_of_memory_gets_smaller_batches_and_the_same_results(
 
 
 def test_a_device_without_memory_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_runtime(monkeypatch, lambda runtime: ShortOfMemory(runtime, most=0))
     engine = make_engine(batch_size=4)
-    monkeypatch.setattr(engine, "_runtime", ShortOfMemory(engine._runtime, most=0))
     with pytest.raises(torch.OutOfMemoryError):
         engine(IMAGES)
 
@@ -435,11 +455,14 @@ def same_as_the_model(engine: Engine, model: CvtForImageClassification, toleranc
     np.testing.assert_array_equal(again.embeddings, output.embeddings)
 
 
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="cvt-label[openvino] is not installed"
+)
+
+
+@needs_openvino
 @pytest.mark.parametrize("method", ["dw_bn", "linear"])
 def test_openvino_gives_what_the_model_gives(method: str) -> None:
-    pytest.importorskip(
-        "cvt.inference.openvino_runtime", exc_type=ImportError, reason="cvt-label[openvino] is not installed"
-    )
     model = make_model(qkv_projection_method=[method] * 3)
     engine = make_engine(model, runtime="openvino", batch_size=5)  # 7 images: batches are filled up
     same_as_the_model(engine, model)
@@ -448,16 +471,12 @@ def test_openvino_gives_what_the_model_gives(method: str) -> None:
         make_engine(model, runtime="openvino", precision="fp16")
     with pytest.raises(ValueError, match="can't run a model whose qkv_projection_method is 'avg'"):
         make_engine(make_model(qkv_projection_method=["avg"] * 3), runtime="openvino")
-    assert sys.modules["openvino_telemetry"] is None
+    assert "openvino_telemetry" not in sys.modules
 
 
+@needs_openvino
 def test_openvino_in_half_precision_gives_about_the_same() -> None:
-    pytest.importorskip(
-        "cvt.inference.openvino_runtime", exc_type=ImportError, reason="cvt-label[openvino] is not installed"
-    )
-    from cvt.inference.openvino_runtime import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no instructions for bfloat16")
     model = make_model(num_labels=1000)
     engine = make_engine(model, runtime="openvino", precision="bf16")
@@ -467,7 +486,6 @@ def test_openvino_in_half_precision_gives_about_the_same() -> None:
 
 def test_without_openvino_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.delitem(sys.modules, "cvt.inference.openvino_runtime", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'cvt-label\[openvino\]'"):
         make_engine(runtime="openvino")
 
@@ -476,7 +494,7 @@ COMPILED = """
 import json, sys
 import numpy as np, torch
 from torch._dynamo.utils import counters
-from tests.cvt.test_engine import make_engine, make_model, same_as_the_model
+from tests.cvt.inference.test_engine import make_engine, make_model, same_as_the_model
 torch.set_num_threads(1)
 model = make_model(depth=[1, 1, 1])
 engine = make_engine(model, runtime="compile", batch_size=4)  # 7 images: the second batch is filled up

@@ -1,0 +1,296 @@
+"""The models of CvT on Keras 3: their calls, losses, loading and saving.
+
+Layers and outputs are in `cvt.keras.layers` and `cvt.keras.outputs`; the format of `tf_model.h5` is in
+`cvt.checkpoints.tensorflow`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import keras
+import numpy as np
+import torch
+from keras import ops
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from cvt.checkpoints.tensorflow import TO_TORCH, torch_name, write_h5
+from cvt.checkpoints.weights import check_weights, read_file, used_files
+from cvt.configuration import CvtConfig, check_architecture
+from cvt.errors import checkpoint_errors
+from cvt.keras.layers import CvtStage, dense, layer_norm, to_channels_first, to_tokens
+from cvt.keras.outputs import (
+    TFBaseModelOutputWithCLSToken,
+    TFImageClassifierOutputWithNoAttention,
+    make_output,
+)
+from cvt.modeling import CvtForImageClassification, CvtModel
+
+logger = logging.getLogger(__name__)
+
+H5_NAME = "tf_model.h5"
+
+
+class TFCvtPreTrainedModel(keras.Model):
+    """Loading, saving and calling, which the models share."""
+
+    #: The class of the same model in PyTorch, and what precedes its keys in a CvtForImageClassification.
+    torch_class: ClassVar[type[PreTrainedModel]]
+    torch_prefix: ClassVar[str]
+
+    def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
+        check_architecture(config)  # again: a configuration can be changed after it was made
+        super().__init__(name=name)
+        self.config = config
+
+    def __call__(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model; the first argument may also be a mapping of the arguments of `call`."""
+        if isinstance(pixel_values, Mapping):
+            kwargs = {**pixel_values, **kwargs}
+            pixel_values = kwargs.pop("pixel_values", None)
+        return super().__call__(pixel_values, *args, **kwargs)
+
+    def _returned(self, outputs: Any, return_dict: bool | None) -> Any:
+        named = self.config.return_dict if return_dict is None else return_dict
+        return outputs if named else outputs.to_tuple()
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras' own format, `model.save("….keras")`, keeps next to the weights."""
+        return {"config": self.config.to_dict(), "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """A model of the result of `get_config`, with initial weights."""
+        return cls(CvtConfig.from_dict(config["config"]), name=config["name"])
+
+    @classmethod
+    def from_torch(cls, model: PreTrainedModel) -> Self:
+        """The Keras model of a PyTorch model's configuration and weights.
+
+        Args:
+            model: a CvtModel for a TFCvtModel, a CvtForImageClassification for a TFCvtForImageClassification;
+                this package's or transformers'.
+
+        Raises:
+            CheckpointError: the weights are not those of such a model; names the ones that differ.
+        """
+        made = cls(copy.deepcopy(model.config))
+        made._assign({f"{cls.torch_prefix}{key}": value for key, value in model.state_dict().items()})
+        return made
+
+    def to_torch(self) -> PreTrainedModel:
+        """The PyTorch model of the same configuration and weights, in float32 and evaluation mode."""
+        model = self._empty_torch_model().to_empty(device="cpu")
+        state = {key.removeprefix(self.torch_prefix): value for key, value in self._torch_state().items()}
+        counts = {key for key in model.state_dict() if key.endswith(".num_batches_tracked")}
+        model.load_state_dict(state | {key: torch.tensor(0) for key in counts}, strict=True)
+        return model.eval()
+
+    def _empty_torch_model(self) -> PreTrainedModel:
+        with torch.device("meta"):  # initial weights would only take time
+            return self.torch_class(copy.deepcopy(self.config))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Loads what PyTorch's models save, or transformers' TensorFlow models.
+
+        A classifier that a `tf_model.h5` lacks, such as a TFCvtModel's, is initialized, with a warning.
+
+        Args:
+            path: a folder in Hugging Face's layout, a hub id, or a `tf_model.h5` next to its config.json. A
+                folder's `tf_model.h5` is read only if the folder has no other weights.
+            kwargs: changes of the configuration, such as `num_labels`; for PyTorch's files, all arguments of
+                `from_pretrained`.
+
+        Raises:
+            CheckpointError: the weights of a `tf_model.h5` do not fit config.json; names them.
+            OSError: there are no such files.
+        """
+        h5 = Path(path)
+        if h5.is_dir() and H5_NAME in used_files(file.name for file in h5.iterdir()):
+            h5 = h5 / H5_NAME
+        if h5.suffix != ".h5":
+            return cls.from_torch(cls.torch_class.from_pretrained(path, dtype=torch.float32, **kwargs))
+        made = cls(CvtConfig.from_pretrained(h5.parent, **kwargs))
+        state, head = read_file(h5), ("layernorm.", "classifier.")
+        if not cls.torch_prefix:
+            initial = {k: v for k, v in made._torch_state().items() if k.startswith(head) and k not in state}
+            if initial:
+                logger.warning("%s has no classifier: initialized %s", h5, ", ".join(sorted(initial)))
+            state = initial | state
+        else:
+            state = {key: value for key, value in state.items() if not key.startswith(head)}
+        with checkpoint_errors(h5):
+            made._assign(state)
+        return made
+
+    def save_pretrained(self, folder: str | os.PathLike[str], safe_serialization: bool = True) -> None:
+        """Saves config.json and weights, in Hugging Face's layout.
+
+        Args:
+            folder: created if it does not exist.
+            safe_serialization: whether to save PyTorch's `model.safetensors`, which this package and
+                transformers load; else a `tf_model.h5`, which transformers 4 loads into its TensorFlow
+                classes if config.json has an `image_size`.
+
+        Raises:
+            CheckpointError: the TensorFlow classes cannot have such weights.
+        """
+        if safe_serialization:
+            self.to_torch().save_pretrained(folder)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_h5(self._torch_state(), self.config, Path(folder) / H5_NAME)
+        self.config.architectures = [self.torch_class.__name__]
+        self.config.save_pretrained(folder)
+
+    def _by_torch_name(self) -> dict[str, Any]:
+        # A path ends in the names of layer and variable. A layer has the name of PyTorch's module, with
+        # hyphens for dots, which Keras does not allow.
+        names = (variable.path.split("/")[-2:] for variable in self.weights)
+        keys = (torch_name(".".join(name).replace("-", ".")) for name in names)
+        return dict(zip(keys, self.weights, strict=True))
+
+    def _torch_state(self) -> dict[str, Tensor]:
+        """Weights by the keys of a CvtForImageClassification, in PyTorch's layout."""
+        state = {}
+        for key, variable in self._by_torch_name().items():
+            value = torch.from_numpy(np.array(ops.convert_to_numpy(variable), dtype=np.float32))
+            state[key] = value.permute(_axes(key, value.ndim)).contiguous()
+        return state
+
+    def _assign(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the weights over that `_torch_state` returns."""
+        expected = self._empty_torch_model().state_dict()
+        check_weights(state, {f"{self.torch_prefix}{key}": value for key, value in expected.items()})
+        for key, variable in self._by_torch_name().items():
+            axes = np.argsort(_axes(key, len(variable.shape))).tolist()
+            variable.assign(state[key].detach().cpu().float().permute(axes).numpy())
+
+
+def _axes(key: str, ndim: int) -> tuple[int, ...]:
+    """The axes of a variable, in PyTorch's order."""
+    if key.endswith(".convolution.weight"):  # depthwise, (height, width, channels, 1)
+        return (2, 3, 0, 1)
+    return TO_TORCH.get(ndim, tuple(range(ndim)))
+
+
+@keras.saving.register_keras_serializable(package="cvt")
+class TFCvtModel(TFCvtPreTrainedModel):
+    """CvT without a head, as `cvt.CvtModel`."""
+
+    torch_class = CvtModel
+    torch_prefix = "cvt."
+
+    def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
+        super().__init__(config, name)
+        self.stages = [CvtStage(config, i, f"cvt-encoder-stages-{i}") for i in range(len(config.depth))]
+        self.built = True
+
+    def call(
+        self,
+        pixel_values: Any = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> Any:
+        """Computes features; see `cvt.CvtModel.forward`.
+
+        Args:
+            pixel_values: normalized images, (B, num_channels, H, W).
+            output_hidden_states: whether to return each stage's output; else as configured.
+            return_dict: whether to return a TFBaseModelOutputWithCLSToken, not a tuple; else as configured.
+            training: whether to drop, and to normalize by the batch and learn its statistics.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        image, cls_token = ops.transpose(ops.convert_to_tensor(pixel_values), (0, 2, 3, 1)), None
+        states: tuple[Any, ...] = ()
+        for stage in self.stages:
+            image, cls_token = stage(image)
+            states += (to_channels_first(image),)
+        outputs = make_output(
+            TFBaseModelOutputWithCLSToken,
+            last_hidden_state=states[-1],
+            cls_token_value=cls_token,
+            hidden_states=states if output_hidden_states else None,
+        )
+        return self._returned(outputs, return_dict)
+
+
+@keras.saving.register_keras_serializable(package="cvt")
+class TFCvtForImageClassification(TFCvtPreTrainedModel):
+    """CvT with a linear classifier, as `cvt.CvtForImageClassification`.
+
+    Without a loss in `compile`, `fit` uses the model's own, with labels as Keras' `y` or as the input
+    "labels". Losses and metrics in `compile` get the logits.
+    """
+
+    torch_class = CvtForImageClassification
+    torch_prefix = ""
+
+    def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
+        super().__init__(config, name)
+        width = config.embed_dim[-1]
+        self.num_labels = config.num_labels
+        self.cvt = TFCvtModel(config, name="cvt")
+        self.layernorm = layer_norm("layernorm", width)
+        labels = config.num_labels
+        self.classifier = dense(config, "classifier", width, labels) if labels else keras.layers.Identity()
+        self.loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        if labels == 1:
+            self.loss_function = keras.losses.MeanSquaredError()
+        self.built = True
+
+    def call(
+        self,
+        pixel_values: Any = None,
+        labels: Any = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool = False,
+    ) -> Any:
+        """Classifies images into logits, (B, num_labels); see `TFCvtModel.call`.
+
+        The loss is the mean over the batch: cross-entropy of class ids, (B,), or for a model with one label
+        the squared error of values, (B,) or (B, 1).
+        """
+        outputs = self.cvt(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        tokens = outputs.cls_token_value
+        if tokens is None:
+            tokens = to_tokens(ops.transpose(outputs.last_hidden_state, (0, 2, 3, 1)))
+        logits = self.classifier(ops.mean(self.layernorm(tokens), axis=1))
+        result = make_output(
+            TFImageClassifierOutputWithNoAttention,
+            loss=None if labels is None else self.loss_function(labels, logits),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+        )
+        return self._returned(result, return_dict)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The loss for Keras' `fit` and `evaluate`."""
+        if y is None:
+            return y_pred.loss
+        if self.loss is None:
+            return self.loss_function(y, y_pred.logits, sample_weight)
+        return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """The metrics for Keras' `fit` and `evaluate`."""
+        return super().compute_metrics(x, y, y_pred.logits, sample_weight)
