@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cvt.runtimes import DTYPES, RUNTIMES, Device
-from pipeline.report import occurring
 from pipeline.run import State
-from pipeline.text import percent, printable, score
+from pipeline.statistics import class_cells, occurring
+from pipeline.text import printable
 
 if TYPE_CHECKING:
     from pipeline.commit import Partition
@@ -252,7 +252,7 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
         classes: as `class_stats.parquet` holds them.
         most: how many classes at most; None for all.
     """
-    rows = occurring(classes.to_pylist())
+    rows = occurring(classes)
     has_targets = any(row["support"] is not None for row in rows)
     shown = rows[:most]
     title = f"Classes of all {sum(row['count'] for row in rows):,} labelled images"
@@ -266,11 +266,7 @@ def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in shown:
-        cells = [f"{row['count']:,}", percent(row["fraction"])]
-        cells += [score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
-        if has_targets:
-            cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
-        table.add_row(plain(row["label"]), *cells)
+        table.add_row(plain(row["label"]), *class_cells(row))
     return table
 
 

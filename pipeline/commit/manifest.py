@@ -26,7 +26,7 @@ from pipeline.predictions import (
     read_footer,
     unpack_partial,
 )
-from pipeline.statistics import ClassStatistics, concatenated
+from pipeline.statistics import ClassStatistics
 from pipeline.storage import (
     ABSENT,
     BucketNotFound,
@@ -223,7 +223,7 @@ class Manifest:
         """The class statistics over every labelled shard, or over those that one run has labelled."""
         total = ClassStatistics.empty(self._num_classes)
         for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
-            total.add_partial(concatenated([partial for _, _, partial in rows]))
+            total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
         return total
 
     def fold_runs(self, root: str | None, *groups: Collection[str]) -> list[ClassStatistics]:
@@ -232,7 +232,7 @@ class Manifest:
         """
         total, *totals = (ClassStatistics.empty(self._num_classes) for _ in range(1 + len(groups)))
         for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"))):
-            total.add_partial(concatenated([partial for _, _, partial in rows]))
+            total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
             for group, part in zip(groups, totals, strict=True):
                 own = [
                     partial
@@ -240,7 +240,7 @@ class Manifest:
                     if run in group and (root is None or lies_in(uri, root))
                 ]
                 if own:
-                    part.add_partial(concatenated(own))
+                    part.add_partial(pa.concat_tables(own))
         return [total, *totals]
 
     def _partials(self, tables: Iterable[pa.Table]) -> Iterator[list[tuple[str, str | None, pa.Table]]]:

@@ -9,7 +9,6 @@ from pipeline.commit import Partition
 from pipeline.compare.comparing import compare
 from pipeline.compare.label_set import LabelSet
 from pipeline.statistics import ClassStatistics, Comparison
-from pipeline.storage import normalised
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class RunPair:
         Raises:
             StorageError: the manifest or a run's record can't be read.
         """
-        dataset = None if dataset is None else normalised(dataset)
         earlier, current = [each for each in partition.manifest.runs(dataset) if each <= run], list[str]()
         while earlier and (earlier[-1] == run or not _has_ended(partition, earlier[-1])):
             current.insert(0, earlier.pop())

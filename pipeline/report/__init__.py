@@ -5,6 +5,5 @@ Figures are computed in `statistics`; nothing here decides about a run.
 
 from pipeline.report.gallery import FILE_NAME, Gallery, Item, read_gallery, write_gallery
 from pipeline.report.page import make_report
-from pipeline.report.parts import occurring
 
-__all__ = ["FILE_NAME", "Gallery", "Item", "make_report", "occurring", "read_gallery", "write_gallery"]
+__all__ = ["FILE_NAME", "Gallery", "Item", "make_report", "read_gallery", "write_gallery"]

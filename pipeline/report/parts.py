@@ -6,18 +6,12 @@ again at any time, and against other labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.report.gallery import Item
-
-
-def occurring(classes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The classes that were predicted or are somebody's target, the most frequent first."""
-    seen = [row for row in classes if row["count"] or row["support"]]
-    return sorted(seen, key=lambda row: (-row["count"], row["label_id"]))
 
 
 @dataclass(frozen=True)

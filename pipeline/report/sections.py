@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.report.charts import bars, histogram, matrix, reliability
-from pipeline.report.parts import Chart, Section, occurring
-from pipeline.statistics import Calibration, StageFigures, is_telling
+from pipeline.report.parts import Chart, Section
+from pipeline.statistics import Calibration, StageFigures, class_cells, is_telling, occurring
 from pipeline.text import number, percent, score
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _stage_cells(figures: Mapping[str, Any]) -> list[str]:
 
 def classes(partition: Partition, stats: ClassStatistics) -> Section:
     """How often each class was given, and with which scores."""
-    rows = occurring(partition.class_table.drop_columns(["score_histogram"]).to_pylist())
+    rows = occurring(partition.class_table)
     occur = f"Of {len(partition.labels):,} classes, {len(rows):,} occur in all labels."
     section = Section("classes", "Classes and confidence", [occur])
     if not rows:
@@ -102,7 +102,7 @@ def classes(partition: Partition, stats: ClassStatistics) -> Section:
             title,
             bars(title, _listed(labels, values, number), labels, [("images", values)], "images", number),
             columns,
-            [_class_cells(row, stats.has_targets) for row in listed],
+            [[row["label"], *class_cells(row)] for row in listed],
             ""
             if len(listed) == len(rows)
             else f"The table has the first {MOST_CLASSES}; class_stats.parquet has all.",
@@ -110,14 +110,6 @@ def classes(partition: Partition, stats: ClassStatistics) -> Section:
     )
     section.charts.append(_scores(stats))
     return section
-
-
-def _class_cells(row: Mapping[str, Any], has_targets: bool) -> list[str]:
-    cells = [row["label"], number(row["count"]), percent(row["fraction"])]
-    cells += [score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
-    if has_targets:
-        cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
-    return cells
 
 
 def _scores(stats: ClassStatistics) -> Chart:
@@ -151,17 +143,7 @@ def accuracy(partition: Partition, topk: int, stats: ClassStatistics) -> Section
     if top5 is not None:
         section.facts["Top-5 accuracy"] = percent(top5)
     found = Calibration.of(stats)
-    if found is None:
-        section.notes.append(
-            "Calibration and confusion are not known: these labels are of an earlier version."
-        )
-        return section
     section.facts["Expected calibration error"] = f"{found.ece:.4f}"
-    if found.samples < targets:
-        section.notes.append(
-            f"Calibration and confusion are of {found.samples:,} images: the other labels are of an earlier "
-            "version."
-        )
     section.charts.append(_calibration(found))
     if not stats.confusion.top(1):
         section.notes.append("No image is labelled with another class than its target.")
@@ -173,7 +155,7 @@ def accuracy(partition: Partition, topk: int, stats: ClassStatistics) -> Section
 
 
 def _calibration(found: Calibration) -> Chart:
-    title, edges = "Accuracy by score", found.edges
+    title, edges = "Accuracy by score", np.linspace(0, 1, len(found.counts) + 1)
     columns = (found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist())
     rows = [
         [f"{edges[i]:.1f} to {edges[i + 1]:.1f}", number(count), percent(right), score(confidence)]
@@ -298,7 +280,7 @@ def _add_agreement(section: Section, agreement: Agreement, labels: Sequence[str]
 
 
 def _undercounted(pairs: PairCounts) -> list[str]:
-    return [f"Counts of pairs may be too low by {pairs.error:,}: too many occur."] if pairs.error else []
+    return [pairs.note] if pairs.note else []
 
 
 def _told_apart(title: str, place: int) -> str:

@@ -6,13 +6,7 @@ NumPy and Arrow only. Reading and writing files does not belong here.
 from pipeline.statistics.agreement import Agreement
 from pipeline.statistics.calibration import Calibration
 from pipeline.statistics.causes import Causes
-from pipeline.statistics.classes import (
-    CLASS_STATS_SCHEMA,
-    HISTOGRAM_BINS,
-    ClassStatistics,
-    class_table,
-    concatenated,
-)
+from pipeline.statistics.classes import HISTOGRAM_BINS, ClassStatistics
 from pipeline.statistics.comparison import Comparison, LabelSetId, Limits
 from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import Classes, Drift
@@ -30,6 +24,7 @@ from pipeline.statistics.stages import (
     is_telling,
     stage_figures,
 )
+from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_cells, class_table, occurring
 
 __all__ = [
     "CLASSIFY",
@@ -54,8 +49,9 @@ __all__ = [
     "StageMetrics",
     "add_metrics",
     "bound_by",
+    "class_cells",
     "class_table",
-    "concatenated",
     "is_telling",
+    "occurring",
     "stage_figures",
 ]

@@ -1,9 +1,4 @@
-"""Agreement of two models on the same samples: joined on shard and index, a shard at a time.
-
-The two manifests, both sorted by shard, are merged, and tell of each shard whether there is anything to
-compare: only prediction files of shards that both sides have, in one version, are opened. In memory are
-the names of these, and the open shards' rows.
-"""
+"""Agreement of two label sets on the same samples."""
 
 from __future__ import annotations
 
@@ -18,19 +13,21 @@ from pipeline.statistics.drift import Classes
 
 @dataclass
 class Agreement:
-    """How often two sides gave the same samples the same class; arrays by place in `classes.labels`.
+    """How often two label sets a and b give the same sample the same class.
+
+    Arrays have the shape (classes,), by place in `classes.labels`.
 
     Attributes:
-        classes: of both.
+        classes: classes of both label sets.
         same: samples given this class by both.
-        given_a, given_b: compared samples given this class by one side.
-        disagreements: pairs (class by the first side, class by the second) that differ.
-        compared: samples labelled on both sides.
-        only_a, only_b: samples labelled on one side only: those that are error rows on the other, or
-            of shards that the other doesn't have.
-        shards: that both have, and of which the samples were compared.
-        changed_shards: that both have, but labelled in different versions, or labelled in another one, or
-            gone, since the manifest was written: not compared.
+        given_a, given_b: compared samples given this class by one.
+        disagreements: pairs (class in a, class in b) that differ.
+        compared: samples labeled in both.
+        only_a, only_b: samples labeled in one only: an error row in the other, or in a shard that wasn't
+            compared.
+        shards: shards whose samples were compared.
+        changed_shards: shards that both have, but labeled in different versions, or relabeled in another
+            version or deleted since the manifest was written.
     """
 
     classes: Classes
@@ -49,27 +46,21 @@ class Agreement:
 
     @property
     def share(self) -> float | None:
-        """Share of the compared samples that both gave the same class; None without any."""
+        """Fraction of the compared samples that both gave the same class; None where none was compared."""
         return int(self.same.sum()) / self.compared if self.compared else None
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa: agreement beyond what the classes' frequencies alone would give (1960)."""
+        """Cohen's kappa (1960): agreement beyond what the classes' frequencies alone would give."""
         if self.share is None:
             return None
         chance = float((self.given_a / self.compared * (self.given_b / self.compared)).sum())
         return (self.share - chance) / (1 - chance) if chance < 1 else None
 
-    def leave_out(self, labelled_a: int | None, labelled_b: int | None) -> None:
-        """Counts the labelled samples of a shard that isn't compared; None where a side doesn't have it."""
-        self.changed_shards += labelled_a is not None and labelled_b is not None
-        self.only_a += labelled_a or 0
-        self.only_b += labelled_b or 0
-
     def add(self, a: pa.Table, b: pa.Table) -> None:
-        """Counts the samples of a shard, from the columns `index` and `label_id` of either side."""
-        index_a, label_a = _labelled(a)
-        index_b, label_b = _labelled(b)
+        """Counts the samples of one shard, from the columns `index` and `label_id` of both label sets."""
+        index_a, label_a = _labeled(a)
+        index_b, label_b = _labeled(b)
         _, at_a, at_b = np.intersect1d(index_a, index_b, assume_unique=True, return_indices=True)
         first, second = self.classes.ids_a[label_a[at_a]], self.classes.ids_b[label_b[at_b]]
         is_same = first == second
@@ -83,6 +74,6 @@ class Agreement:
         self.shards += 1
 
 
-def _labelled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def _labeled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     rows = rows.filter(rows["label_id"].is_valid())
     return rows["index"].to_numpy(), rows["label_id"].to_numpy()

@@ -1,12 +1,12 @@
-"""Errors of samples grouped by cause, with a few keys of each: of a run, for its record, and of all labels.
+"""Errors of samples, grouped by cause, with a few samples of each.
 
-A cause is an error's text without what differs from sample to sample: numbers and what stands in quotes.
-Bounded: `MOST_CAUSES` causes with `MOST_KEYS` samples each, and all the rest counted as one.
+A cause is an error's text without what differs between samples: numbers and quoted text. At most
+`MOST_CAUSES` causes with `MOST_KEYS` samples each are kept; all others are counted as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,8 @@ MOST_CAUSES = 50
 
 MOST_KEYS = 5
 
-#: The cause of what has no room among the others.
+#: The cause under which all further causes are counted.
 OTHERS = "other causes"
-
 
 _DIFFERENT = (
     (r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*\"""", "'...'"),
@@ -29,7 +28,7 @@ _DIFFERENT = (
 
 
 def causes_of(errors: pa.Array) -> pa.Array:
-    """Errors' texts with their quotes and numbers taken out."""
+    """The causes of errors, from their texts."""
     for pattern, mark in _DIFFERENT:
         errors = pc.replace_substring_regex(errors, pattern, mark)
     return errors
@@ -37,11 +36,11 @@ def causes_of(errors: pa.Array) -> pa.Array:
 
 @dataclass
 class Cause:
-    """Samples that failed alike.
+    """Samples with the same cause of error.
 
     Attributes:
-        count: how many.
-        samples: a few of them: shard, key and error.
+        count: number of all samples.
+        samples: shard, key and error of a few of them.
     """
 
     count: int = 0
@@ -56,11 +55,11 @@ class Causes:
 
     @property
     def count(self) -> int:
-        """Errors in all."""
+        """Number of errors."""
         return sum(cause.count for cause in self._causes.values())
 
     def add(self, shard: str, samples: pa.Table) -> None:
-        """Counts the errors of some samples of a shard: columns `key` and `error`."""
+        """Counts the errors of samples of a shard, from the columns `key` and `error`."""
         bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"])).combine_chunks()
         if not bad.num_rows:
             return
@@ -73,14 +72,19 @@ class Causes:
             self._count(text, count, [(shard, row["key"], row["error"]) for row in some])
 
     def merge(self, other: Causes) -> None:
-        """Counts another's errors, too."""
+        """Adds the errors that `other` counted."""
         for text, cause in other._causes.items():
             self._count(text, cause.count, cause.samples)
 
     def to_record(self) -> list[dict[str, Any]]:
-        """The most frequent first: cause, count, and samples with shard, key and error."""
+        """The causes, the most frequent first: cause, count, and samples with shard, key and error."""
+        names = ("shard", "key", "error")
         return [
-            {"cause": text, "count": cause.count, "samples": [_sample(*each) for each in cause.samples]}
+            {
+                "cause": text,
+                "count": cause.count,
+                "samples": [dict(zip(names, each, strict=True)) for each in cause.samples],
+            }
             for text, cause in sorted(self._causes.items(), key=lambda item: (-item[1].count, item[0]))
         ]
 
@@ -90,7 +94,3 @@ class Causes:
         cause = self._causes.setdefault(text, Cause())
         cause.count += count
         cause.samples += samples[: MOST_KEYS - len(cause.samples)]
-
-
-def _sample(shard: str, key: str, error: str) -> Mapping[str, str]:
-    return {"shard": shard, "key": key, "error": error}

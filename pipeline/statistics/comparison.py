@@ -1,4 +1,4 @@
-"""The comparison of two sides: what two models, or two runs, made of it; and its table."""
+"""The comparison of two label sets: totals, a table by class, figures in words, and limits for them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from pipeline.statistics.agreement import Agreement
 from pipeline.statistics.drift import DRIFT_BINS, Drift
 from pipeline.text import percent, score
 
-#: Where the Parquet file's footer has the totals, as JSON.
+#: Metadata key of the table, for the totals as JSON.
 TOTALS = "cvt_label.comparison"
 
 _MOST_PAIRS = 100
-
 
 COMPARISON_SCHEMA = pa.schema(
     [
@@ -40,10 +39,10 @@ COMPARISON_SCHEMA = pa.schema(
 
 
 class LabelSetId(NamedTuple):
-    """What was compared: all labels of a partition, or those that one run wrote.
+    """Names a label set: all labels of a partition, or the labels that one run wrote.
 
     Attributes:
-        uri: the partition's.
+        uri: the partition's URI.
         run: the run's id; None for all labels.
     """
 
@@ -63,12 +62,12 @@ class LabelSetId(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sides, and how they differ.
+    """How two label sets a and b differ.
 
     Attributes:
         a, b: what is compared.
-        drift: by class.
-        agreement: on the same samples; None where it wasn't measured.
+        drift: differences by class.
+        agreement: agreement on the same samples; None where it wasn't measured.
     """
 
     a: LabelSetId
@@ -78,7 +77,7 @@ class Comparison:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """The figures that are of no single class; the file has them in its footer."""
+        """The figures of all classes together; in the table's metadata."""
         drift, agreement = self.drift, self.agreement
         values: dict[str, Any] = {
             "a": self.a.name,
@@ -108,19 +107,20 @@ class Comparison:
                     {"a": labels[a], "b": labels[b], "count": count}
                     for a, b, count in agreement.disagreements.top(_MOST_PAIRS)
                 ],
+                "disagreements_uncounted": agreement.disagreements.uncounted,
             }
         return values
 
     def facts(self, in_a: str, in_b: str) -> dict[str, str]:
-        """The figures in words, for people.
+        """The figures in words.
 
         Args:
-            in_a: words for where the first side's labels are, such as "there".
-            in_b: the same for the second.
+            in_a: words for "in the first label set", such as "there".
+            in_b: words for "in the second label set".
         """
         drift, agreement, classes = self.drift, self.agreement, self.drift.classes
         facts = {
-            "Labelled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
+            "Labeled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
             "PSI of the classes": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
             "Jensen-Shannon distance": f"{drift.js:.4f}",
             "PSI of the scores": f"{drift.score_psi:.4f}",
@@ -132,17 +132,19 @@ class Comparison:
             )
         if agreement is not None:
             facts["Same class"] = (
-                f"{percent(agreement.share)} of {agreement.compared:,} images that both have labelled, "
+                f"{percent(agreement.share)} of {agreement.compared:,} images labeled in both, "
                 f"Cohen's kappa {score(agreement.kappa)}"
             )
             facts["Not compared"] = (
-                f"{agreement.only_a:,} images labelled only {in_a}, {agreement.only_b:,} only {in_b}; "
-                f"{agreement.changed_shards:,} shards labelled in different versions"
+                f"{agreement.only_a:,} images labeled only {in_a}, {agreement.only_b:,} only {in_b}; "
+                f"{agreement.changed_shards:,} shards labeled in different versions"
             )
+            if note := agreement.disagreements.note:
+                facts["Disagreements"] = note
         return facts
 
     def table(self) -> pa.Table:
-        """One row a class of either side; without agreement, `compared_*` and `same` are null.
+        """One row per class; without agreement, `compared_a`, `compared_b` and `same` are null.
 
         `psi` and `js_divergence` are the classes' parts: they sum to the PSI, and to the square of the
         Jensen-Shannon distance.
@@ -181,14 +183,14 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a comparison is held to; None is no limit.
+    """Limits for a comparison; None is no limit.
 
     Attributes:
-        max_psi: of the classes.
-        max_js: Jensen-Shannon distance of the classes.
-        max_score_psi: of the scores.
-        min_agreement: share of the compared samples that have the same class.
-        min_images: drift isn't judged where a side has fewer.
+        max_psi: for the PSI of the classes.
+        max_js: for the Jensen-Shannon distance of the classes.
+        max_score_psi: for the PSI of the scores.
+        min_agreement: for the fraction of the compared samples that have the same class.
+        min_images: drift has no limit where a label set has fewer images.
     """
 
     max_psi: float | None = None
@@ -199,14 +201,14 @@ class Limits:
 
     @property
     def are_any(self) -> bool:
-        """Whether anything is limited."""
+        """Whether there is any limit."""
         return self != Limits(min_images=self.min_images)
 
     def broken(self, totals: Mapping[str, Any]) -> list[str]:
-        """Those that don't hold, in words.
+        """The limits that a comparison breaks, in words.
 
         Args:
-            totals: of a comparison, as `Comparison.totals` has them.
+            totals: the comparison's figures, from `Comparison.totals`.
         """
         enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
         broken = [
@@ -216,7 +218,7 @@ class Limits:
                 ("Jensen-Shannon distance", "js_distance", self.max_js),
                 ("PSI of the scores", "score_psi", self.max_score_psi),
             )
-            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN holds nothing
+            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN breaks every limit
         ]
         share = totals.get("agreement")
         if self.min_agreement is not None and share is not None and not share >= self.min_agreement:

@@ -1,53 +1,44 @@
-"""Counts of pairs of classes: sparse, mergeable, and bounded in memory.
-
-Of 22,000 classes there are half a billion pairs, of which few occur: those are counted. Counts are exact up
-to `MOST` distinct pairs. Beyond that the rarest are dropped, and every count may be too low by as much as
-`error` (the merged summaries of Agarwal et al., "Mergeable Summaries", PODS 2012): the frequent ones stay.
-"""
+"""Counts of pairs of classes, such as confusions: sparse, mergeable, and with limited memory."""
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Distinct pairs that are counted at once: 16 bytes each, some four times that while they are merged.
-MOST = 2_000_000
+#: Distinct pairs that are counted: 16 bytes each, about four times that during a merge.
+MAX_PAIRS = 2_000_000
 
-_WAITING = 100_000
+_PENDING = 100_000
 
 
 class PairCounts:
-    """How often each pair (a, b) of class ids occurs.
+    """Counts how often each pair (a, b) of class ids occurs.
+
+    The number of distinct pairs is limited. When it is reached, further pairs are not counted, and the counts
+    of the others remain exact.
+
+    Args:
+        limit: number of distinct pairs that are counted.
 
     Attributes:
-        error: how much too low a count may be, at the most.
+        uncounted: occurrences of pairs beyond the limit.
     """
 
-    def __init__(self, most: int = MOST) -> None:
-        self.error = 0
-        self._most = most
+    def __init__(self, limit: int = MAX_PAIRS) -> None:
+        self.uncounted = 0
+        self._limit = limit
         self._keys = np.zeros(0, np.int64)
         self._counts = np.zeros(0, np.int64)
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        self._waiting_count = 0
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending_pairs = 0
 
     def add(self, a: np.ndarray, b: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Counts pairs, each once or as often as `counts` says."""
         keys = (a.astype(np.int64) << 32) | b.astype(np.int64)
-        self._add(*_summed(keys, np.ones(len(keys), np.int64) if counts is None else counts))
-
-    def __iadd__(self, other: PairCounts) -> PairCounts:
-        other._merge()
-        self.error += other.error
-        self._add(other._keys, other._counts)
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PairCounts):
-            return NotImplemented
-        mine, theirs = self.arrays(), other.arrays()
-        return self.error == other.error and all(map(np.array_equal, mine, theirs))
-
-    __hash__ = None  # type: ignore[assignment]
+        keys, counts = _summed(keys, np.ones(len(keys), np.int64) if counts is None else counts)
+        self._pending.append((keys, counts))
+        self._pending_pairs += len(keys)
+        if self._pending_pairs > max(_PENDING, len(self._keys)):
+            self._merge()
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pairs that occur, sorted, and their counts: a, b, count."""
@@ -55,29 +46,33 @@ class PairCounts:
         return self._keys >> 32, self._keys & 0xFFFFFFFF, self._counts
 
     def top(self, n: int) -> list[tuple[int, int, int]]:
-        """The most frequent pairs: (a, b, count); of equally frequent ones, the first."""
+        """The most frequent pairs: (a, b, count); of equally frequent ones, the first by class id."""
         a, b, counts = self.arrays()
         best = np.argsort(-counts, kind="stable")[:n]
-        return [(int(a[i]), int(b[i]), int(counts[i])) for i in best]
+        return list(zip(a[best].tolist(), b[best].tolist(), counts[best].tolist(), strict=True))
 
-    def _add(self, keys: np.ndarray, counts: np.ndarray) -> None:
-        self._waiting.append((keys, counts))
-        self._waiting_count += len(keys)
-        if self._waiting_count > max(_WAITING, len(self._keys)):
-            self._merge()
+    @property
+    def note(self) -> str:
+        """What the limit left out, in words; empty where nothing."""
+        if not self.uncounted:
+            return ""
+        return (
+            f"{self._limit:,} pairs of classes are counted; {self.uncounted:,} images of other pairs are not."
+        )
 
     def _merge(self) -> None:
-        if not self._waiting:
+        if not self._pending:
             return
-        parts = [(self._keys, self._counts), *self._waiting]
-        self._waiting, self._waiting_count = [], 0
-        self._keys, self._counts = _summed(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-        if len(self._keys) > self._most:
-            # What the first pair that has no room has is taken from all: so no frequent one is lost.
-            cut = int(np.partition(self._counts, -self._most - 1)[-self._most - 1])
-            stay = self._counts > cut
-            self._keys, self._counts = self._keys[stay], self._counts[stay] - cut
-            self.error += cut
+        parts = [(self._keys, self._counts), *self._pending]
+        keys, counts = _summed(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        if len(keys) > self._limit:
+            # Pairs that were counted before stay; the most frequent new ones fill the rest.
+            is_new = ~np.isin(keys, self._keys, assume_unique=True)
+            kept = np.sort(np.lexsort((-counts, is_new))[: self._limit])
+            self.uncounted += int(counts.sum() - counts[kept].sum())
+            keys, counts = keys[kept], counts[kept]
+        self._keys, self._counts = keys, counts
+        self._pending, self._pending_pairs = [], 0
 
 
 def _summed(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -131,7 +131,7 @@ def test_the_command_prints_it_writes_it_and_its_limits_set_the_status(
 ) -> None:
     done = cvt_label(*models, "--output", f"{bucket}/cmp.parquet", "--max-psi", "0.1", "--min-agreement", 0.9)
     assert done.exit_code == 7, done.stderr
-    assert "66.7% of 6 images that both have labelled" in done.stdout
+    assert "66.7% of 6 images labeled in both" in done.stdout
     assert "matched by name: 1 only in A, 1 only in B" in done.stdout
     assert "[bold]hat" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr

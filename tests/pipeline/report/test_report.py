@@ -14,8 +14,7 @@ import pytest
 from jobs.report import report
 from pipeline.classify.thumbnails import LEAST, MOST
 from pipeline.commit import Partition
-from pipeline.report import Item, make_report, write_gallery
-from pipeline.statistics import PairCounts
+from pipeline.report import Item, write_gallery
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
@@ -170,19 +169,6 @@ def test_a_record_of_an_earlier_version_without_stages_causes_and_targets_makes_
         assert absent not in text
 
 
-def test_labels_of_an_earlier_version_have_accuracy_but_neither_calibration_nor_confusion(
-    tmp_path: Path,
-) -> None:
-    partition = make_partition(tmp_path, ["a", "b"])
-    stats = partition.manifest.fold_statistics()
-    stats.calibration[:] = 0
-    stats.confusion = PairCounts()
-    text = Elements(make_report(partition, RECORD, stats)).text
-    assert "Top-1 accuracy" in text
-    assert "Calibration and confusion are not known" in text
-    assert "Expected calibration error" not in text
-
-
 def test_the_gallery_is_shown_where_there_is_one_and_its_texts_are_escaped(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, NASTY)
     ends = [(MOST, 0.987), (LEAST, 0.123)]
@@ -206,7 +192,7 @@ def test_against_another_model_it_has_drift_and_agreement(tmp_path: Path) -> Non
     report(mine.uri, against=[other.uri], output=str(tmp_path / "page.html"))
     text = " ".join(Elements((tmp_path / "page.html").read_text()).text.split())
     assert "Against model=other-ffffffff" in text
-    assert "of 792 images that both have labelled" in text
+    assert "of 792 images labeled in both" in text
     assert "matched by name: 1 only there, 1 only here" in text
     assert "Most frequent disagreements" in text
 

@@ -1,0 +1,114 @@
+"""The table of class statistics: `class_stats.parquet`, and the same for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.statistics.classes import HISTOGRAM_BINS, SCALE, ClassStatistics, ratio
+from pipeline.text import percent, score
+
+CLASS_STATS_SCHEMA = pa.schema(
+    [
+        ("label_id", pa.int32()),
+        ("label", pa.string()),
+        ("count", pa.int64()),
+        ("fraction", pa.float64()),
+        ("score_mean", pa.float64()),
+        ("score_std", pa.float64()),
+        ("score_min", pa.float32()),
+        ("score_max", pa.float32()),
+        ("score_p05", pa.float64()),
+        ("score_p50", pa.float64()),
+        ("score_p95", pa.float64()),
+        ("score_histogram", pa.list_(pa.int64())),
+        ("entropy_mean", pa.float64()),
+        ("support", pa.int64()),
+        ("true_positives", pa.int64()),
+        ("precision", pa.float64()),
+        ("recall", pa.float64()),
+        ("f1", pa.float64()),
+        ("top5_recall", pa.float64()),
+    ],
+    metadata={
+        "score_histogram": f"{HISTOGRAM_BINS} bins of equal width over [0, 1]",
+        "score_quantile_resolution": f"{1 / HISTOGRAM_BINS:g}",
+        "score_std": "population standard deviation",
+    },
+)
+
+
+def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.Table:
+    """Class statistics for readers: one row per class, also of classes that never occur.
+
+    Args:
+        stats: statistics of all rows.
+        labels: the classes' names, by class id.
+        topk: number of classes in each row; with fewer than five (and fewer than the model has), the top-5
+            recall is null.
+    """
+    total = int(stats.count.sum())
+    knows_top5 = stats.knows_top5(topk)
+    rows = [{"label": label, **_class_row(stats, i, total, knows_top5)} for i, label in enumerate(labels)]
+    return pa.Table.from_pylist(rows, schema=CLASS_STATS_SCHEMA)
+
+
+def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> dict[str, object]:
+    count = int(stats.count[i])
+    row: dict[str, object] = {"label_id": i, "count": count, "fraction": ratio(count, total)}
+    row["score_histogram"] = stats.score_histogram[i]
+    if count:
+        score_sum, squares = int(stats.score_sum[i]), int(stats.score_square_sum[i])
+        variance = max(0, count * squares * SCALE - score_sum**2) / (count * SCALE) ** 2
+        row |= {
+            "score_mean": score_sum / (count * SCALE),
+            "score_std": variance**0.5,
+            "score_min": stats.score_min[i],
+            "score_max": stats.score_max[i],
+            "score_p05": _quantile(stats.score_histogram[i], 0.05),
+            "score_p50": _quantile(stats.score_histogram[i], 0.50),
+            "score_p95": _quantile(stats.score_histogram[i], 0.95),
+            "entropy_mean": int(stats.entropy_sum[i]) / (count * SCALE),
+        }
+    if stats.has_targets:
+        support, hits = int(stats.support[i]), int(stats.true_positives[i])
+        predicted = int(stats.predicted_with_target[i])
+        row |= {
+            "support": support,
+            "true_positives": hits,
+            "precision": ratio(hits, predicted),
+            "recall": ratio(hits, support),
+            "f1": ratio(2 * hits, predicted + support),
+            "top5_recall": ratio(int(stats.top5_hits[i]), support) if knows_top5 else None,
+        }
+    return row
+
+
+def _quantile(histogram: np.ndarray, q: float) -> float:
+    """Middle of the bin with the q-quantile."""
+    upto = np.cumsum(histogram)
+    return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / HISTOGRAM_BINS
+
+
+def occurring(classes: pa.Table) -> list[dict[str, Any]]:
+    """Rows of a class table whose class was given to an image or is a target, the most frequent first."""
+    rows = classes.drop_columns(["score_histogram"]).to_pylist()
+    return sorted(
+        (row for row in rows if row["count"] or row["support"]),
+        key=lambda row: (-row["count"], row["label_id"]),
+    )
+
+
+def class_cells(row: Mapping[str, Any]) -> list[str]:
+    """A class's figures as text: images, share, mean score, three quantiles of the score.
+
+    Where there are targets, precision, recall and F1 follow.
+    """
+    cells = [f"{row['count']:,}", percent(row["fraction"])]
+    cells += [score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
+    if row["support"] is not None:
+        cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
+    return cells
