@@ -122,9 +122,9 @@ class _Bar:
     def planned(self, plan: Plan) -> None:
         self._bar.update(self._task, total=len(plan.shards))
 
-    def update(self, progress: commit.Progress, plan: Plan) -> None:
+    def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
         self._bar.start()
-        state = self._pace.described(progress, plan)
+        state = self._pace.described(progress, prepared.plan)
         self._bar.update(self._task, completed=progress.shards, state=state)
 
 
@@ -149,7 +149,8 @@ class _Lines:
         if plan.shards:
             self._teller.start()
 
-    def update(self, progress: commit.Progress, plan: Plan) -> None:
+    def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
+        plan = prepared.plan
         described = self._pace.described(progress, plan)
         self._state = f"{progress.shards} of {len(plan.shards)} shards, {described}"
         if progress.shards == len(plan.shards) and not self._over.is_set():

@@ -95,19 +95,19 @@ def remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
 def withdraw_regrouped(
     partition: Partition,
     plan: Plan,
-    groups: Mapping[str, str | None],
+    groups: Mapping[str, ManifestRow],
     entries: Mapping[str, ManifestRow],
     relist: Callable[[], Iterable[Shard]],
 ) -> set[str]:
     """Removes what a run labeled of image files that the input has in other groups meanwhile.
 
     That matters only where another run has labeled those other groups, knowing nothing of this run: where
-    there is a prediction file that this run neither found nor wrote.
+    there is a prediction file that this run neither found nor wrote, or of another version of a group.
 
     Args:
         partition: whose labels they are.
         plan: of the run.
-        groups: by URI, the groups that the run labeled, with the versions of their prediction files.
+        groups: manifest rows of the groups that the run labeled, by URI.
         entries: the manifest's rows at the start of the run.
         relist: lists the input again.
 
@@ -119,14 +119,16 @@ def withdraw_regrouped(
     """
     if not groups:
         return set()
-    outputs = {f"predictions/{prediction_path(uri)}": version for uri, version in groups.items()}
-    versions = {row.output: row.output_version for row in entries.values() if row.output} | outputs
+    labeled = [shard for shard in plan.shards if shard.uri in groups]
+    rows = [*entries.values(), *groups.values()]
+    versions = {row.output: row.output_version for row in rows if row.output}
     files = prediction_files(partition.storage, partition.uri)
-    if all(versions.get(file.uri.removeprefix(f"{partition.uri}/")) == file.version for file in files):
+    if all(groups[shard.uri].version == shard.version for shard in labeled) and all(
+        versions.get(file.uri.removeprefix(f"{partition.uri}/")) == file.version for file in files
+    ):
         return set()
-    mine = {member.uri: shard.uri for shard in plan.shards if shard.uri in groups for member in shard.members}
-    moved = regrouped(relist(), mine)
-    remove(partition, {uri: groups[uri] for uri in moved})
+    moved = regrouped(relist(), {member.uri: shard.uri for shard in labeled for member in shard.members})
+    remove(partition, {uri: groups[uri].output_version for uri in moved})
     return moved
 
 

@@ -118,7 +118,7 @@ def label(
     config: Config,
     selection: Selection = LABEL_NEW,
     *,
-    on_progress: Callable[[Progress, Plan], None] = lambda progress, plan: None,
+    on_progress: Callable[[Progress, PreparedRun], None] = lambda progress, prepared: None,
     on_plan: Callable[[PreparedRun], None] = lambda prepared: None,
     wait: bool = False,
     on_wait: Callable[[str], None] = lambda message: None,
@@ -180,7 +180,7 @@ class _Run:
     record: RunRecord
     clock: Clock
     lease: Lease
-    on_progress: Callable[[Progress, Plan], None]
+    on_progress: Callable[[Progress, PreparedRun], None]
     writer: ManifestWriter = field(init=False)
     removed: set[str] = field(default_factory=set)
 
@@ -273,7 +273,7 @@ class _Run:
         """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
         result, plan, job = self.result, self.result.plan, self.result.job
         config = job.config
-        groups: dict[str, str | None] = {}
+        groups: dict[str, ManifestRow] = {}
         gallery = result.gallery = Gallery(config.report.gallery, plan.shards)
 
         failing = self.prepared.failing
@@ -284,7 +284,7 @@ class _Run:
             elif row.uri in failing:
                 self.record.shards("cured", [row.uri])
             if row.format == "images" and row.output is not None:
-                groups[row.uri] = row.output_version
+                groups[row.uri] = row
             gallery.settle(row.uri, row.error is None)
             self.writer.add(row)
             self.clock.mark("first_commit")
@@ -311,7 +311,7 @@ class _Run:
         return stop
 
     @contextmanager
-    def _regrouped_withdrawn(self, groups: Mapping[str, str | None]) -> Iterator[None]:
+    def _regrouped_withdrawn(self, groups: Mapping[str, ManifestRow]) -> Iterator[None]:
         """Finally removes labels of image files that the input has in other groups by then."""
         try:
             yield
@@ -334,7 +334,7 @@ class _Run:
 
         def note_progress() -> None:
             metrics.update(committer.totals, faults() - faults_before + committer.totals.retries)
-            self.on_progress(committer.progress(), plan)
+            self.on_progress(committer.progress(), self.prepared)
 
         chunks = executor.label(plan.shards, job.stages, resources)
         started = 0.0

@@ -23,7 +23,7 @@ import torch
 
 from cvt.checkpoints import load_checkpoint
 from pipeline.commit import committer as committing
-from pipeline.commit import lease, manifest
+from pipeline.commit import lease, manifest_writer
 from pipeline.config import Config, Selection, load_config
 from pipeline.dataflow.local_executor import LocalExecutor
 from pipeline.read import shards
@@ -90,7 +90,7 @@ def _run(
     patch = pytest.MonkeyPatch()
     leave_out_ray(patch)
     patch.setattr(committing, "WRITERS", 1)
-    patch.setattr(manifest, "MOST_PENDING", 2)
+    patch.setattr(manifest_writer, "MOST_PENDING", 2)
     # The last run was killed just now: what is tested is not that its lease expires.
     patch.setattr(lease._State, "is_live", False)
     if crash is not None:

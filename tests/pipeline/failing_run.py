@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.commit import Progress
 from pipeline.config import Config, load_config
-from pipeline.run import Plan, label
+from pipeline.run import PreparedRun, label
 from tests.makers import make_image, make_tar
 
 SHARDS, IMAGES, CHUNK = 60, 32, 8
@@ -102,7 +102,7 @@ def main(folder: Path, result: Path) -> None:
                     time.sleep(0.02)
                 came[name] = time.monotonic()
 
-        def arrived(progress: Progress, plan: Plan) -> None:
+        def arrived(progress: Progress, prepared: PreparedRun) -> None:
             nonlocal images
             images = progress.images
             arrivals.append(time.monotonic())

@@ -12,7 +12,7 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
 from pipeline.config import LABEL_NEW, Config, Selection, load_config
-from pipeline.run import Plan, label, labeling, make_job, plan_run, rebuild
+from pipeline.run import rebuilding, PreparedRun, label, labeling, make_job, plan_run, rebuild
 from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
@@ -218,8 +218,8 @@ def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str)
         storage.write(f"{bucket}/in/{i}.tar", GOOD[:700])
     partition = make_job(config(bucket)).partition
 
-    def overtaken(progress: Progress, plan: Plan) -> None:
-        if not plan.partition.manifest.exists():
+    def overtaken(progress: Progress, prepared: PreparedRun) -> None:
+        if not prepared.job.partition.manifest.exists():
             for i in range(4):
                 storage.write(f"{bucket}/in/{i}.tar", GOOD)
             label(config(bucket))
@@ -235,16 +235,16 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partition = history(bucket, GOOD, die_at_last=False)
-    make_rows = labeling.rebuilt_rows
+    make_rows = rebuilding.rebuilt_rows
 
     def meanwhile(*args: Any) -> list[ManifestRow]:
         rows = make_rows(*args)
-        monkeypatch.setattr(labeling, "rebuilt_rows", make_rows)
+        monkeypatch.setattr(rebuilding, "rebuilt_rows", make_rows)
         Storage().write(f"{bucket}/in/b.tar", GOOD[:700])
         label(config(bucket))
         return rows
 
-    monkeypatch.setattr(labeling, "rebuilt_rows", meanwhile)
+    monkeypatch.setattr(rebuilding, "rebuilt_rows", meanwhile)
     with pytest.raises(LeaseLostError):
         rebuild(make_job(config(bucket)).partition)
     assert_rebuilds(partition, bucket)

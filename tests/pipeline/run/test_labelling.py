@@ -23,7 +23,7 @@ from pipeline.commit import Progress
 from pipeline.config import Config, ConfigError, Selection, load_config
 from pipeline.predictions import prediction_schema
 from pipeline.report import read_gallery
-from pipeline.run import Plan, RunResult, label, plan_run
+from pipeline.run import PreparedRun, RunResult, label, plan_run
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
 from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
@@ -310,8 +310,8 @@ def test_nothing_is_called_done_before_it_is_written(
     for i in range(4):
         storage.write(f"{bucket}/in/{i}.tar", make_tar(wds(samples[i * 20 : i * 20 + 20])))
 
-    def check(progress: Progress, plan: Plan) -> None:
-        found = [o for o in storage.list(plan.partition.uri) if "/predictions/" in o.uri]
+    def check(progress: Progress, prepared: PreparedRun) -> None:
+        found = [o for o in storage.list(prepared.job.partition.uri) if "/predictions/" in o.uri]
         assert len(found) >= progress.shards
         for info in found:
             assert pq.read_metadata(io.BytesIO(storage.read(info.uri))).num_rows == 20

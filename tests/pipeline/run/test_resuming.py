@@ -16,18 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Progress, Repairs, RunRecord
+from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Partition, Progress
 from pipeline.commit import committer as committing
 from pipeline.config import Config, ConfigError, Selection, load_config
 from pipeline.predictions import prediction_path
 from pipeline.report import Item, read_gallery, write_gallery
 from pipeline.run import (
-    Job,
-    Plan,
+    PreparedRun,
     RunResult,
     State,
     Stopped,
-    Work,
     label,
     labeling,
     make_job,
@@ -259,7 +257,7 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
     write(root, "a.tar", 1)
     refused = []
 
-    def another(progress: Progress, plan: Plan) -> None:
+    def another(progress: Progress, prepared: PreparedRun) -> None:
         try:
             label(config(root))
         except LeaseHeldError as error:
@@ -284,12 +282,12 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
     half_way, changed = threading.Event(), threading.Event()
     failures = []
 
-    def zombie_goes_on_late(progress: Progress, plan: Plan) -> None:
+    def zombie_goes_on_late(progress: Progress, prepared: PreparedRun) -> None:
         if progress.images >= 50 and not half_way.is_set():
             half_way.set()
             changed.wait(60)
 
-    def job(on_progress: Callable[[Progress, Plan], None]) -> None:
+    def job(on_progress: Callable[[Progress, PreparedRun], None]) -> None:
         try:
             label(config(root), on_progress=on_progress)
         except Exception as error:
@@ -321,8 +319,8 @@ def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
     for i in range(4):
         write(root, f"{i}.tar", i)
 
-    def take_over(progress: Progress, plan: Plan) -> None:
-        lease = Path(plan.partition.uri, "lease.json")
+    def take_over(progress: Progress, prepared: PreparedRun) -> None:
+        lease = Path(prepared.job.partition.uri, "lease.json")
         lease.write_text(lease.read_text().replace('"run": "', '"run": "other-'))
         time.sleep(0.3)
 
@@ -340,7 +338,7 @@ def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, numbe
 
     told = []
 
-    def stop(progress: Progress, plan: Plan) -> None:
+    def stop(progress: Progress, prepared: PreparedRun) -> None:
         if not told:
             told.append(progress.images)
             signal.raise_signal(number)
@@ -348,9 +346,9 @@ def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, numbe
     with pytest.raises(Stopped):
         label(config(root), on_progress=stop)
     assert told == [5]
-    plan = plan_run(config(root)).plan
-    assert plan.in_order
-    assert plan.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
+    prepared = plan_run(config(root))
+    assert prepared.in_order
+    assert prepared.plan.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
     assert files(root, "class_stats.parquet")
     [path] = files(root, "/runs/")
     status = json.loads(Path(path).read_text())
@@ -363,7 +361,7 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
     for i in range(3):
         write(root, f"{i}.tar", i)
 
-    def stop(progress: Progress, plan: Plan) -> None:
+    def stop(progress: Progress, prepared: PreparedRun) -> None:
         signal.raise_signal(signal.SIGTERM)
         time.sleep(30)
 
@@ -437,7 +435,7 @@ def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
         write(str(tmp_path), f"{i}.tar", i)
     job = config(str(tmp_path))
 
-    def interrupt(progress: Progress, plan: Plan) -> None:
+    def interrupt(progress: Progress, prepared: PreparedRun) -> None:
         if progress.shards:
             raise KeyboardInterrupt
 
@@ -510,11 +508,11 @@ def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_pat
         write(root, f"{i}.tar", i)
     content = (tmp_path / "in" / "0.tar").read_bytes()
 
-    def meanwhile(progress: Progress, plan: Plan) -> None:
+    def meanwhile(progress: Progress, prepared: PreparedRun) -> None:
         if progress.shards < 1 or not (tmp_path / "in" / "0.tar").exists():
             return
         (tmp_path / "in" / "0.tar").unlink()
-        lease = Path(plan.partition.uri, "lease.json")
+        lease = Path(prepared.job.partition.uri, "lease.json")
         lease.write_text(lease.read_text().replace('"run": "', '"run": "other-').replace("held", "released"))
         label(config(root), selection=Selection(prune=True))
         time.sleep(0.5)
@@ -534,19 +532,19 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
         write(root, f"{i}.tar", i)
     label(config(root))
     (tmp_path / "in" / "0.tar").unlink()
-    tidy = labeling.tidy
+    clean_up = labeling.clean_up
 
-    def suspended(job: Job, work: Work, repairs: Repairs, record: RunRecord, lease: Lease) -> bool:
-        monkeypatch.setattr(labeling, "tidy", tidy)
+    def suspended(partition: Partition, *arguments: Any) -> tuple[set[str], bool]:
+        monkeypatch.setattr(labeling, "clean_up", clean_up)
         write(root, "0.tar", 7, count=3)
-        path = Path(job.partition.uri, "lease.json")
+        path = Path(partition.uri, "lease.json")
         held = path.read_text()
         path.unlink()
         label(config(root))
         path.write_text(held)
-        return tidy(job, work, repairs, record, lease)
+        return clean_up(partition, *arguments)
 
-    monkeypatch.setattr(labeling, "tidy", suspended)
+    monkeypatch.setattr(labeling, "clean_up", suspended)
     label(config(root), selection=Selection(prune=True))
     label(config(root))
     assert len(keys(root)) == 12 + 3
@@ -592,7 +590,7 @@ def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
     victim = [shard for shard in plan_run(config(root)).plan.shards if len(shard.members) > 2][-1]
     changed = []
 
-    def meanwhile(progress: Progress, plan: Plan) -> None:
+    def meanwhile(progress: Progress, prepared: PreparedRun) -> None:
         if not changed:
             changed.append(progress)
             Storage().delete(victim.members[0].uri)
@@ -610,9 +608,9 @@ def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path
     write_images(root, *range(30))
     overtaken = []
 
-    def overtake(progress: Progress, plan: Plan) -> None:
+    def overtake(progress: Progress, prepared: PreparedRun) -> None:
         if not overtaken:
-            lease = Path(plan.partition.uri, "lease.json")
+            lease = Path(prepared.job.partition.uri, "lease.json")
             lease.write_text(lease.read_text().replace('"run": "', '"run": "other-'))
             overtaken.append(progress)
 
