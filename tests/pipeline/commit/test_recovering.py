@@ -12,7 +12,7 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
 from pipeline.config import LABEL_NEW, Config, Selection, load_config
-from pipeline.run import rebuilding, PreparedRun, label, labeling, make_job, plan_run, rebuild
+from pipeline.run import PreparedRun, label, make_job, plan_run, rebuild, rebuilding
 from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
