@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,13 +20,13 @@ def find_partition(config: Config) -> Partition:
     Raises:
         StorageError: there is none, or it can't be read.
     """
-    storage, wanted = make_storage(config.storage), label_settings(config)
+    storage, wanted = make_storage(config.storage), _settings(config)
     latest: tuple[str, Partition] | None = None
     for uri in storage.folders(config.output.uri):
         if not uri.rpartition("/")[2].startswith("model="):
             continue
         partition = Partition(storage, uri, ())
-        run = next((run for run, found in _recorded(partition) if label_settings(found) == wanted), None)
+        run = next((run for run, found in _recorded(partition) if _settings(found) == wanted), None)
         if run is not None and (latest is None or run > latest[0]):
             latest = run, partition
     if latest is None:
@@ -34,6 +35,11 @@ def find_partition(config: Config) -> Partition:
             "nothing is labeled yet with this model and these options (or name the partition by its URI)",
         )
     return Partition.open(storage, latest[1].uri)
+
+
+def _settings(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What determines the labels of a configuration, with the model by its name."""
+    return label_settings(config), config.model.model_dump(exclude={"precision"})
 
 
 def _recorded(partition: Partition) -> Iterator[tuple[str, Config]]:

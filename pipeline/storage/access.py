@@ -28,6 +28,8 @@ class _Service(Protocol):
 
     def list(self, uri: str) -> Iterator[ObjectInfo]: ...
 
+    def folders(self, uri: str) -> Iterator[str]: ...
+
     def stat(self, uri: str) -> ObjectInfo: ...
 
     def open(self, info: ObjectInfo) -> RangeReader: ...
@@ -96,6 +98,16 @@ class Storage:
         """
         uri = normalised(uri)
         return self._service(uri).list(uri)
+
+    def folders(self, uri: str) -> Iterator[str]:
+        """Lists the URIs of the folders directly below the folder `uri`.
+
+        Raises:
+            ObjectNotFound: no such bucket or local folder. A prefix without objects is just empty.
+            StorageError: any other failure.
+        """
+        uri = normalised(uri)
+        return self._service(uri).folders(uri)
 
     def stat(self, uri: str) -> ObjectInfo:
         """Looks up one object; raises `ObjectNotFound` if there is none."""

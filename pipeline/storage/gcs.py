@@ -57,6 +57,22 @@ class GoogleCloudStorage:
             if not blob.name.endswith("/"):
                 yield _info(blob)
 
+    def folders(self, uri: str) -> Iterator[str]:
+        bucket, name = split(uri)
+        token: str | None = None
+
+        def page() -> tuple[set[str], str | None]:
+            prefix = f"{name}/" if name else None
+            blobs = self._client.list_blobs(bucket, prefix=prefix, delimiter="/", page_token=token, retry=None)
+            next(blobs.pages, None)
+            return set(blobs.prefixes), blobs.next_page_token
+
+        while True:
+            prefixes, token = _tried(uri, page, missing=no_bucket)
+            yield from (f"gs://{bucket}/{prefix.rstrip('/')}" for prefix in sorted(prefixes))
+            if not token:
+                return
+
     def stat(self, uri: str) -> ObjectInfo:
         bucket, name = split(uri)
         blob = self._blob(uri)

@@ -40,6 +40,10 @@ class LocalFiles:
         else:
             yield _info(uri, found)
 
+    def folders(self, uri: str) -> Iterator[str]:
+        with _errors_of(uri), os.scandir(uri) as scan:
+            yield from sorted(entry.path for entry in scan if entry.is_dir())
+
     def stat(self, uri: str) -> ObjectInfo:
         with _errors_of(uri):
             found = os.stat(uri)  # noqa: PTH116

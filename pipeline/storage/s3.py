@@ -147,6 +147,17 @@ class S3:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
 
+    def folders(self, uri: str) -> Iterator[str]:
+        bucket, key = split(uri)
+        request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": "/"}
+        while True:
+            page = self._call(uri, "list_objects_v2", **request)
+            for entry in page.get("CommonPrefixes", []):
+                yield f"s3://{bucket}/{entry['Prefix'].rstrip('/')}"
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
     def stat(self, uri: str) -> ObjectInfo:
         bucket, key = split(uri)
         try:
