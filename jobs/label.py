@@ -32,7 +32,7 @@ from jobs.console import (
     states_line,
 )
 from pipeline import commit
-from pipeline.config import LABEL_NEW, Config, Selection
+from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.run import Plan, PreparedRun, RunResult
 from pipeline.run import label as label_dataset
 from pipeline.statistics import bound_by, class_table
@@ -53,6 +53,9 @@ def label(
     retry_errors: RetryErrorsOption = None,
     relabel: RelabelOption = None,
     prune: PruneOption = None,
+    no_ray: Annotated[
+        bool, typer.Option("--no-ray", help="Run all stages in this process: fast for small datasets.")
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for another run on the same labels to end.")
     ] = False,
@@ -68,7 +71,8 @@ def label(
     be so, too); 130 when stopped by Ctrl-C or SIGTERM; 1 otherwise.
     """
     with exit_status():
-        result = run(*load_job(config, set, retry_errors, relabel, prune), wait)
+        overrides = [*(set or ()), *[f"ray.address={IN_PROCESS}"] * no_ray]
+        result = run(*load_job(config, overrides, retry_errors, relabel, prune), wait)
     if result.broken_limits:
         sys.exit(Exit.DRIFTED)
     sys.exit(Exit.OK if result.is_complete else Exit.INCOMPLETE)

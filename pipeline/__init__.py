@@ -1,12 +1,13 @@
 """Label image datasets in batch: the public Python API.
 
-    from pipeline import label, load_config
+    from pipeline import label, load_job_config
 
-    result = label(load_config("job.yaml"))
-    labels = open_labels(result.partition.uri).table(columns=["key", "label", "score"])
+    result = label(load_job_config("job.yaml"))
+    for table in result.partition.read_labels(["key", "label", "score"]):
+        ...
 
 Everything else in this package is internal. Names are imported when they are first used, so that programs
-which only read labels import neither PyTorch nor Ray.
+that only read labels import neither PyTorch nor Ray.
 """
 
 from __future__ import annotations
@@ -15,51 +16,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import compare, load_config, open_labels, publish, report
-    from pipeline.commit import Partition
-    from pipeline.config import ConfigError, Selection
-    from pipeline.config import Config as JobConfig
-    from pipeline.run import RunResult, label
+    from pipeline.commit import Partition, open_partition
+    from pipeline.compare import compare_labels
+    from pipeline.config import Config, Selection, load_job_config
+    from pipeline.publish import publish_labels
+    from pipeline.report import write_report
+    from pipeline.run import RunResult, find_partition, label
     from pipeline.run import plan_run as plan
-    from pipeline.storage import StorageError
 
 __version__ = "0.1.0"
 
-_NAMES = {
-    "JobConfig": ("pipeline.config", "Config"),
-    "ConfigError": ("pipeline.config", "ConfigError"),
-    "Partition": ("pipeline.commit", "Partition"),
-    "RunResult": ("pipeline.run", "RunResult"),
-    "Selection": ("pipeline.config", "Selection"),
-    "StorageError": ("pipeline.storage", "StorageError"),
-    "compare": ("pipeline.api", "compare"),
-    "label": ("pipeline.run", "label"),
-    "load_config": ("pipeline.api", "load_config"),
-    "open_labels": ("pipeline.api", "open_labels"),
-    "plan": ("pipeline.run", "plan_run"),
-    "publish": ("pipeline.api", "publish"),
-    "report": ("pipeline.api", "report"),
+_MODULES = {
+    "Config": "pipeline.config",
+    "Partition": "pipeline.commit",
+    "RunResult": "pipeline.run",
+    "Selection": "pipeline.config",
+    "compare_labels": "pipeline.compare",
+    "find_partition": "pipeline.run",
+    "label": "pipeline.run",
+    "load_job_config": "pipeline.config",
+    "open_partition": "pipeline.commit",
+    "plan": "pipeline.run",
+    "publish_labels": "pipeline.publish",
+    "write_report": "pipeline.report",
 }
+_RENAMED = {"plan": "plan_run"}
 
 __all__ = [
-    "ConfigError",
-    "JobConfig",
+    "Config",
     "Partition",
     "RunResult",
     "Selection",
-    "StorageError",
-    "compare",
+    "compare_labels",
+    "find_partition",
     "label",
-    "load_config",
-    "open_labels",
+    "load_job_config",
+    "open_partition",
     "plan",
-    "publish",
-    "report",
+    "publish_labels",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _NAMES[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_MODULES[name]), _RENAMED.get(name, name))

@@ -7,7 +7,7 @@ from pipeline.commit.committer import WRITERS, Committer, Progress, Totals
 from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in_order
 from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter
-from pipeline.commit.partition import CLASS_STATS, Partition
+from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.record import RunRecord, new_run_id, read_record
 from pipeline.commit.recovery import (
     Repairs,
@@ -36,6 +36,7 @@ __all__ = [
     "find_repairs",
     "left_in_order",
     "new_run_id",
+    "open_partition",
     "partition_fingerprint",
     "prediction_files",
     "read_record",

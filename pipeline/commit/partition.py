@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commit.manifest import Manifest
 from pipeline.commit.record import read_record
+from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
 from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError, normalised
 
@@ -43,6 +44,19 @@ class Partition:
         partition = cls(storage, normalised(uri), ())
         names: list[str] = partition.class_table["label"].to_pylist()
         return cls(storage, partition.uri, names)
+
+    def read_labels(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Reads the prediction files, one table per shard, in the order of their names.
+
+        Args:
+            columns: names of the columns to read; all where None.
+
+        Raises:
+            StorageError: a file can't be read.
+        """
+        for info in prediction_files(self.storage, self.uri):
+            with self.storage.open(info.uri, info.version) as file:
+                yield pq.read_table(file, columns=None if columns is None else list(columns))
 
     @property
     def name(self) -> str:
@@ -104,3 +118,17 @@ class Partition:
         except ObjectNotFound:  # a local folder that isn't there
             return []
         return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
+
+
+def open_partition(uri: str, *, endpoint_url: str | None = None, region: str | None = None) -> Partition:
+    """Opens the labels of one model; neither the model nor a configuration is needed.
+
+    Args:
+        uri: of the partition, `.../model=<name>-<fingerprint8>`: s3://, gs://, or a local path.
+        endpoint_url: of an S3 service other than AWS; `AWS_ENDPOINT_URL_S3` where None.
+        region: of the bucket; as the AWS configuration says where None.
+
+    Raises:
+        StorageError: there is none at the URI, or it can't be read.
+    """
+    return Partition.open(Storage(endpoint_url=endpoint_url, region=region), uri)

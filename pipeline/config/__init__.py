@@ -17,7 +17,7 @@ from pipeline.config.job import (
     Selection,
     make_storage,
 )
-from pipeline.config.loading import load_config, load_recorded
+from pipeline.config.loading import load_config, load_job_config, load_recorded
 from pipeline.config.schedule import DatasetConfig, DatasetsConfig
 from pipeline.config.sections import ConfigError
 from pipeline.config.train import OptimizationConfig, TrainConfig
@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint",
     "label_settings",
     "load_config",
+    "load_job_config",
     "load_recorded",
     "make_storage",
 ]

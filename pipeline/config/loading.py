@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
+from pipeline.config.job import Config
 from pipeline.config.sections import VALUE_HIDDEN, ConfigError
 from pipeline.text import without_credentials
 
@@ -35,6 +36,19 @@ def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterab
             message lists every fault, each with its field, and its line where the file has one.
     """
     return load_recorded(kind, path, overrides)[0]
+
+
+def load_job_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Loads the configuration of a labeling job from a YAML file or the record of a run; see `load_config`.
+
+    Args:
+        path: of the file; None where the overrides are the whole configuration.
+        overrides: `section.field=value`, such as `output.topk=10`.
+
+    Raises:
+        ConfigError: the configuration can't be used; the message names each field at fault.
+    """
+    return load_config(Config, path, overrides)
 
 
 def load_recorded(

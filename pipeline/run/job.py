@@ -15,7 +15,7 @@ from pipeline.config import NO_TORCHVISION, Config, ConfigError, fingerprint, la
 from pipeline.dataflow import ResourceRequest, Stages
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
 from pipeline.read import ReadOptions, Shard, read_options
-from pipeline.storage import Storage, normalised, room_below
+from pipeline.storage import Storage, room_below
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -104,7 +104,7 @@ def make_job(config: Config) -> Job:
         )
     _check_decodable(config, checkpoint)
     digest = fingerprint(label_settings(config), checkpoint.digest)
-    uri = f"{normalised(config.output.uri)}/model={checkpoint.name}-{digest[:8]}"
+    uri = f"{config.output.uri}/model={checkpoint.name}-{digest[:8]}"
     job = Job(config, storage, checkpoint, digest, Partition(storage, uri, checkpoint.labels))
     _check_room(job.partition, "what each run writes", _OWN_NAME)
     return job

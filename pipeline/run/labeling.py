@@ -17,6 +17,7 @@ from pipeline.commit import (
     LeaseLostError,
     ManifestRow,
     ManifestWriter,
+    Partition,
     Progress,
     RunRecord,
     Totals,
@@ -87,6 +88,11 @@ class RunResult:
     gallery: Gallery | None = None
     gpu_utilisation: float | None = None
     broken_limits: list[str] = field(default_factory=list)
+
+    @property
+    def partition(self) -> Partition:
+        """Where the labels are."""
+        return self.job.partition
 
     @property
     def pruned(self) -> int:

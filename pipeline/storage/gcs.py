@@ -63,7 +63,9 @@ class GoogleCloudStorage:
 
         def page() -> tuple[set[str], str | None]:
             prefix = f"{name}/" if name else None
-            blobs = self._client.list_blobs(bucket, prefix=prefix, delimiter="/", page_token=token, retry=None)
+            blobs = self._client.list_blobs(
+                bucket, prefix=prefix, delimiter="/", page_token=token, retry=None
+            )
             next(blobs.pages, None)
             return set(blobs.prefixes), blobs.next_page_token
 
