@@ -1,0 +1,215 @@
+"""The log of a Delta table, as far as one model's files are concerned.
+
+`deltalake` only writes the log: files that come and files that go, in one commit. So no condition over rows
+is ever put into words, whatever the keys are. Each commit carries a transaction of an application that is the
+model's: of two publishers at once, deltalake refuses the slower one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.publish.data_files import DataFile, table_schema
+from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError
+
+#: What an owner may do with a table between publications: the rows stay the same.
+_UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END"}
+
+#: The last of characters: an upper bound where there is none in the log.
+_LAST = "\U0010ffff"
+
+
+class TableChangedError(Exception):
+    """Another publisher was faster: the table is no longer the version that was read."""
+
+
+@dataclass(frozen=True)
+class LoggedFiles:
+    """One model's part of one version of a Delta table.
+
+    Attributes:
+        delta_version: the table's own version; None where there is no table.
+        transaction: what the model's last publication left in the log.
+        files: the data files.
+        last_published: the maximum of the column `published`.
+    """
+
+    delta_version: int | None = None
+    transaction: int | None = None
+    files: tuple[DataFile, ...] = ()
+    last_published: int = 0
+
+
+class DeltaLog:
+    """The log of a Delta table that is partitioned by model.
+
+    Attributes:
+        uri: the table's.
+    """
+
+    def __init__(self, storage: Storage, uri: str, model: str) -> None:
+        """Args:
+        storage: access to the table.
+        uri: the table's, normalized.
+        model: whose files these are.
+
+        Raises:
+            StorageError: `deltalake` is not installed.
+        """
+        try:
+            import deltalake  # noqa: F401
+        except ImportError:
+            cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
+            raise StorageError(uri, cause) from None
+        self.uri = uri
+        self._storage = storage
+        self._model = model
+        self._app = f"cvt-label/model={model}"
+
+    def read(self) -> LoggedFiles:
+        """Reads the current version.
+
+        Raises:
+            StorageError: the table can't be read, or is one that publishing could harm.
+        """
+        try:  # so that what can't be reached is reported as everywhere
+            is_there = next(self._storage.list(f"{self.uri}/_delta_log"), None) is not None
+        except BucketNotFound:
+            raise
+        except ObjectNotFound:
+            is_there = False
+        table = self._open() if is_there else None
+        if table is None:
+            return LoggedFiles()
+        if table.metadata().partition_columns != ["model"]:
+            raise StorageError(self.uri, "is a Delta table that is not partitioned by model alone")
+        if "deletionVectors" in (table.protocol().writer_features or ()):
+            raise StorageError(self.uri, "uses Delta's deletion vectors, which publishing doesn't support")
+        logged = pa.table(table.get_add_actions(flatten=True))
+        rows = logged.filter(pc.equal(logged["partition.model"], self._model)).to_pylist()
+        files = tuple(
+            DataFile(
+                unquote(row["path"]),
+                row["size_bytes"],
+                row.get("min.shard") or "",
+                row.get("max.shard") or _LAST,
+            )
+            for row in rows
+        )
+        last = max((row.get("max.published") or 0 for row in rows), default=0)
+        return LoggedFiles(table.version(), table.transaction_version(self._app), files, last)
+
+    def edit_since(self, transaction: int) -> str | None:
+        """Describes what changed files since a publication; None if nothing but upkeep did."""
+        since: int | None = None
+        for entry in self._open().history():
+            mark = entry.get("cvt_label")
+            if since is not None and entry["version"] <= since:
+                return None
+            if mark is None and entry.get("operation") not in _UPKEEP:
+                return f"{entry.get('operation')} in version {entry['version']} of the table"
+            if mark is not None and mark["transaction"] == transaction:
+                since = mark["read"]
+        return None if since is not None else "and the log no longer has what happened since"
+
+    def commit(
+        self,
+        delta_version: int | None,
+        before: tuple[DataFile, ...],
+        after: tuple[DataFile, ...],
+        transaction: int,
+    ) -> None:
+        """Replaces files in one transaction.
+
+        Args:
+            delta_version: the version of the table that was read; None where there was no table.
+            before: the model's files in that version.
+            after: the model's files in the next version.
+            transaction: number of the transaction.
+
+        Raises:
+            TableChangedError: the current version is another one.
+            StorageError: the transaction can't be written.
+        """
+        from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+        from deltalake.exceptions import DeltaError
+
+        properties = CommitProperties(
+            app_transactions=[Transaction(self._app, transaction)],
+            custom_metadata={"cvt_label": {"transaction": transaction, "read": delta_version or 0}},
+        )
+        # With embeddings, since other models may have some.
+        schema = Schema.from_arrow(table_schema(embedding=True).append(pa.field("model", pa.string())))
+        actions, version = self._actions(before, after), delta_version or 0
+        try:
+            if delta_version is None:
+                options = self._options()
+                DeltaTable.create(self.uri, schema, "ignore", partition_by=["model"], storage_options=options)
+            self._open(version).create_write_transaction(
+                actions, "append", schema, ["model"], commit_properties=properties
+            )
+        except (DeltaError, OSError) as error:
+            found = self.read()
+            if found.transaction == transaction:
+                return  # it was committed, and only its answer was lost
+            if (found.delta_version or 0) == version:
+                raise StorageError(self.uri, f"the transaction was not committed: {_said(error)}") from error
+            raise TableChangedError(f"{self.uri}: another publisher was faster") from error
+
+    def _actions(self, before: tuple[DataFile, ...], after: tuple[DataFile, ...]) -> list[Any]:
+        from deltalake.transaction import AddAction, RemoveAction
+
+        now, partition = time.time_ns() // 10**6, {"model": self._model}
+        was, stays = {file.path for file in before}, {file.path for file in after}
+        added = [
+            AddAction(file.path, file.bytes, partition, now, True, file.statistics)
+            for file in after
+            if file.path not in was
+        ]
+        removed = [
+            RemoveAction(file.path, True, deletion_timestamp=now, size=file.bytes, partition_values=partition)
+            for file in before
+            if file.path not in stays
+        ]
+        return [*added, *removed]
+
+    def _open(self, version: int | None = None) -> Any:
+        """The table, in one version or as it is now, with the credentials of now; None where it is none."""
+        import deltalake
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        try:
+            return deltalake.DeltaTable(self.uri, version=version, storage_options=self._options())
+        except TableNotFoundError:
+            return None
+        except (DeltaError, OSError) as error:
+            raise StorageError(self.uri, f"can't be read as a Delta table: {_said(error)}") from None
+
+    def _options(self) -> dict[str, str] | None:
+        """How deltalake reaches the storage: as this project does."""
+        if not self.uri.startswith("s3://"):
+            return None
+        found = self._storage.s3_access()
+        options = {
+            "endpoint_url": found.endpoint_url,
+            "allow_http": "true" if (found.endpoint_url or "").startswith("http://") else None,
+            "region": found.region,
+            "aws_access_key_id": found.access_key,
+            "aws_secret_access_key": found.secret_key,
+            "aws_session_token": found.token,
+        }
+        return {name: value for name, value in options.items() if value}
+
+
+def _said(error: Exception) -> str:
+    """What deltalake says, in one line: without colors, stacks, and the tags of what services answer."""
+    text = re.split(r"\n\s*0: ", str(error))[0]
+    text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)
+    return " ".join(text.split())[:300]
