@@ -1,4 +1,4 @@
-"""Publishes labels as a Delta table: `python -m jobs.publish URI --to TABLE`, or `cvt-label publish`."""
+"""Publishes a partition as a Delta table: `python -m jobs.publish URI --to TABLE`, or `cvt-label publish`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import Exit, err, exit_status, out, run_alone
+from jobs.console import (
+    Exit,
+    PartitionArgument,
+    PartitionConfigOption,
+    SetOption,
+    err,
+    exit_status,
+    given_partition,
+    out,
+    run_alone,
+)
 from pipeline.publish import FILE_BYTES, Publication
-from pipeline.storage import Storage
+from pipeline.publish import publish as publish_partition
 
 
 def publish(
-    uri: Annotated[
-        str, typer.Argument(help="URI of a model's labels: .../model=NAME-FINGERPRINT.", show_default=False)
-    ],
     to: Annotated[
         str, typer.Option("--to", help="URI of the Delta table; it may hold several models and datasets.")
     ],
+    uri: PartitionArgument = None,
+    config: PartitionConfigOption = None,
+    set: SetOption = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Publish all labels again, also if the table was edited.")
     ] = False,
@@ -36,11 +46,8 @@ def publish(
     somebody edited the table; 5 when others changed the table, or the labels, again and again.
     """
     with exit_status():
-        from pipeline.commit import Partition
-        from pipeline.publish import publish as publish_table
-
-        partition = Partition.open(Storage(), uri)
-        done = publish_table(
+        partition = given_partition(uri, config, set)
+        done = publish_partition(
             partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2
         )
     out.print(_described(done), markup=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,9 @@ from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageErr
 #: What an owner may do with a table between publications: the rows stay the same.
 _UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END"}
 
+#: How often a commit is tried while others, who don't concern it, are faster.
+_COMMITS = 20
+
 #: The last of characters: an upper bound where there is none in the log.
 _LAST = "\U0010ffff"
 
@@ -45,6 +48,11 @@ class LoggedFiles:
     transaction: int | None = None
     files: tuple[DataFile, ...] = ()
     last_published: int = 0
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of the data files."""
+        return {file.path for file in self.files}
 
 
 class DeltaLog:
@@ -119,49 +127,46 @@ class DeltaLog:
                 since = mark["read"]
         return None if since is not None else "and the log no longer has what happened since"
 
-    def commit(
-        self,
-        delta_version: int | None,
-        before: tuple[DataFile, ...],
-        after: tuple[DataFile, ...],
-        transaction: int,
-    ) -> None:
-        """Replaces files in one transaction.
-
-        Args:
-            delta_version: the version of the table that was read; None where there was no table.
-            before: the model's files in that version.
-            after: the model's files in the next version.
-            transaction: number of the transaction.
+    def commit(self, base: LoggedFiles, files: tuple[DataFile, ...], transaction: int) -> None:
+        """Replaces the files of `base`, the version that was read last, in one transaction.
 
         Raises:
-            TableChangedError: the current version is another one.
+            TableChangedError: the current version has other files of the model.
             StorageError: the transaction can't be written.
         """
         from deltalake import CommitProperties, DeltaTable, Schema, Transaction
         from deltalake.exceptions import DeltaError
 
+        version = base.delta_version or 0
         properties = CommitProperties(
             app_transactions=[Transaction(self._app, transaction)],
-            custom_metadata={"cvt_label": {"transaction": transaction, "read": delta_version or 0}},
+            custom_metadata={"cvt_label": {"transaction": transaction, "read": version}},
         )
         # With embeddings, since other models may have some.
         schema = Schema.from_arrow(table_schema(embedding=True).append(pa.field("model", pa.string())))
-        actions, version = self._actions(before, after), delta_version or 0
-        try:
-            if delta_version is None:
-                options = self._options()
-                DeltaTable.create(self.uri, schema, "ignore", partition_by=["model"], storage_options=options)
-            self._open(version).create_write_transaction(
-                actions, "append", schema, ["model"], commit_properties=properties
-            )
-        except (DeltaError, OSError) as error:
-            found = self.read()
-            if found.transaction == transaction:
-                return  # it was committed, and only its answer was lost
-            if (found.delta_version or 0) == version:
-                raise StorageError(self.uri, f"the transaction was not committed: {_said(error)}") from error
-            raise TableChangedError(f"{self.uri}: another publisher was faster") from error
+        actions = self._actions(base.files, files)
+        for _ in range(_COMMITS):
+            try:
+                if base.delta_version is None:
+                    options = self._options()
+                    DeltaTable.create(
+                        self.uri, schema, "ignore", partition_by=["model"], storage_options=options
+                    )
+                self._open(version).create_write_transaction(
+                    actions, "append", schema, ["model"], commit_properties=properties
+                )
+                return
+            except (DeltaError, OSError) as error:
+                found = self.read()
+                if found.transaction == transaction:
+                    return  # it was committed, and only its answer was lost
+                if (found.delta_version or 0) == version:
+                    cause = f"the transaction was not committed: {_said(error)}"
+                    raise StorageError(self.uri, cause) from error
+                if (found.transaction, found.paths) != (base.transaction, base.paths):
+                    break
+                version = found.delta_version or 0  # others have committed, but nothing of this model
+        raise TableChangedError(f"{self.uri}: another publisher was faster")
 
     def _actions(self, before: tuple[DataFile, ...], after: tuple[DataFile, ...]) -> list[Any]:
         from deltalake.transaction import AddAction, RemoveAction

@@ -51,7 +51,7 @@ class Snapshot:
         columns: names of the columns.
         files: the data files.
         shards: the shards whose rows are in them, as `SHARDS`.
-        delta_version: the version of the Delta table; None where this one is not committed.
+        logged: what the log has of the version; empty where it is not committed.
     """
 
     version: int = 0
@@ -59,7 +59,7 @@ class Snapshot:
     columns: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
     shards: pa.Table = field(default_factory=SHARDS.empty_table)
-    delta_version: int | None = None
+    logged: LoggedFiles = field(default_factory=LoggedFiles)
 
     @property
     def rows(self) -> int:
@@ -117,10 +117,10 @@ class DeltaTable:
         """What is known of a version, and how somebody edited it; None where it is as it was published."""
         files, number = logged.files, logged.transaction
         if number is None:
-            found = Snapshot(logged.last_published, files=files, delta_version=logged.delta_version)
+            found = Snapshot(logged.last_published, files=files, logged=logged)
             return found, "no publication of them is in its log" if files else None
         version, token = number >> _TOKEN_BITS, f"{number % 2**_TOKEN_BITS:08x}"
-        found = Snapshot(version, token, files=files, delta_version=logged.delta_version)
+        found = Snapshot(version, token, files=files, logged=logged)
         uri = self._list(found)
         try:
             table = pq.read_table(io.BytesIO(self._storage.read(uri)))
@@ -130,7 +130,7 @@ class DeltaTable:
             return found, f"the list of their shards is missing, {uri}"
         notes = json.loads(table.schema.metadata[_NOTES])
         found = replace(found, columns=tuple(notes["columns"]), shards=table.cast(SHARDS))
-        is_same = {file.path for file in files} == {*notes["files"]}
+        is_same = logged.paths == {*notes["files"]}
         return found, None if is_same else self._log.edit_since(number)
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
@@ -146,7 +146,7 @@ class DeltaTable:
         pq.write_table(shards, out, compression="zstd")
         self._storage.write(self._list(snapshot), out.getvalue())
         number = (snapshot.version << _TOKEN_BITS) | int(snapshot.token, 16)
-        self._log.commit(base.delta_version, base.files, snapshot.files, number)
+        self._log.commit(base.logged, snapshot.files, number)
 
     def tidy(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""

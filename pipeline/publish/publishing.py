@@ -89,13 +89,13 @@ def publish(
         file_bytes: bytes of rows in memory that make one file; memory is about three times that.
 
     Raises:
-        ConfigError: the table would be among labels or shards.
+        ConfigError: the table would be in the output or the input, or contain it.
         TableBusyError: other publishers, or a run, were faster each time.
         StorageError: nothing is labeled yet; something can't be read or written; somebody edited the table;
             or it has a shard from another partition, or other columns of one.
     """
     table = DeltaTable(partition.storage, normalised(uri), partition.model)
-    _check_place(table.uri, partition.uri.rpartition("/")[0])
+    _check_place(table.uri, partition)
     if not partition.manifest.exists():
         raise StorageError(partition.uri, "nothing is labeled yet")
     schema = _published_schema(partition, embedding)
@@ -118,7 +118,7 @@ def _publish(partition: Partition, table: DeltaTable, writer: VersionWriter, reb
     # After it: what others have published meanwhile is labeled, too.
     labeled = pa.concat_tables([_LABELED.empty_table(), *partition.manifest.labelled(_LABELED.names)])
     columns = tuple(writer.schema.names)
-    _check_shards(table.uri, partition.uri, base, labeled, columns)
+    _check_others(table.uri, partition.uri, base, labeled, columns)
     increment = _compare(partition, labeled, base, rebuild, columns)
     is_new = bool(len(increment.added) or len(increment.removed) or (rebuild and base.files))
     snapshot = writer.write(base, increment, rebuild) if is_new else base
@@ -128,10 +128,14 @@ def _publish(partition: Partition, table: DeltaTable, writer: VersionWriter, reb
     return Publication(table.uri, snapshot, increment, is_new)
 
 
-def _check_place(table: str, output: str) -> None:
-    """Refuses places where readers, or Delta's VACUUM, would mix the table up with labels."""
-    if lies_in(table, output) or lies_in(output, table):
-        raise ConfigError(f"{table}: a table needs a place of its own, and the labels are in {output}")
+def _check_place(table: str, partition: Partition) -> None:
+    """Refuses places where readers, or Delta's VACUUM, would mix the table up with other things."""
+    runs = partition.records()
+    config = ((partition.record(runs[-1]) if runs else None) or {}).get("config", {})
+    places = {"output": partition.uri.rpartition("/")[0], "input": config.get("input", {}).get("uri")}
+    for name, place in places.items():
+        if place and (lies_in(table, normalised(place)) or lies_in(normalised(place), table)):
+            raise ConfigError(f"{table}: a table needs a place of its own, and the {name} is {place}")
 
 
 def _published_schema(partition: Partition, embedding: bool) -> pa.Schema:
@@ -144,13 +148,10 @@ def _published_schema(partition: Partition, embedding: bool) -> pa.Schema:
         return table_schema("embedding" in pq.read_schema(file).names)
 
 
-def _check_shards(
+def _check_others(
     table: str, source: str, base: Snapshot, labeled: pa.Table, columns: tuple[str, ...]
 ) -> None:
-    """Refuses what would do harm to shards in the table, or to rows of other partitions."""
-    within = labeled.filter(pc.starts_with(labeled["uri"], f"{table}/"))
-    if len(within):
-        raise ConfigError(f"{table}: a table needs a place of its own, and {within['uri'][0]} is a shard")
+    """Refuses what would do harm to rows of other partitions."""
     others = base.shards.filter(pc.not_equal(base.shards["source"], source))
     twice = others.filter(pc.is_in(others["shard"], value_set=labeled["uri"]))
     if len(twice):

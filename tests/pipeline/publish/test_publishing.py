@@ -1,13 +1,17 @@
-"""Consumer tables of real labels, in a folder and a bucket, as Parquet and as Delta Lake."""
+"""Publishing a partition as a Delta table, in a folder and in a bucket."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
-import tarfile
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,608 +20,422 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Selection
-from pipeline.publish import TableBusyError, publishing
-from pipeline.storage import ObjectChanged, Storage, StorageError
-from tests.makers import make_tar
-from tests.pipeline.crashing import Crash, Moment, leave_out_ray
-from tests.pipeline.publish.publishing_runs import DELTA, NEEDS_DELTALAKE, PARQUET, Format, Place
+from pipeline.config import ConfigError
+from pipeline.publish import TableBusyError
+from pipeline.publish.data_files import encode
+from pipeline.storage import StorageError
+from tests.pipeline.publish.tables import Dataset, WatchedStorage, changes, needs_delta, predictions
 
-SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
-Members = list[tuple[str, bytes]]
-#: Rows of about two of the small shards: so a table has several files, and each one a few shards.
-SMALL_FILES = 4000
+needs_delta()
+import deltalake  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_ray(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def members() -> Members:
-    """Images and labels of a tar, 100 samples; one that is no image, and keys that are meant to do harm."""
-    with tarfile.open(SAMPLE) as tar:
-        found = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()[:200]]  # type: ignore[union-attr]
-    for number, key in {3: "../../x", 7: "it's", 11: '"; DROP TABLE t; --', 15: "' OR 1=1 --"}.items():
-        (image, png), (_, label) = found[2 * number : 2 * number + 2]
-        found[2 * number : 2 * number + 2] = [(f"{key}.png", png), (f"{key}.cls", label)]
-        assert image.endswith(".png")
-    found[10] = (found[10][0], b"no image")
-    return found
-
-
-def first_day(members: Members) -> dict[str, bytes]:
-    return {
-        "a.tar": make_tar(members[:40]),
-        "b'; --.tar": make_tar(members[40:60]),
-        "c=d/e.tar": make_tar(members[60:100]),
-        "f.tar": make_tar(members[100:120]),
-    }
-
-
-@pytest.fixture(params=[PARQUET, DELTA])
-def format(request: pytest.FixtureRequest) -> Format:
-    return request.param
+#: Rows of one or two shards: so a table has several files, and no file counts as small.
+SMALL_FILES = 2000
+KEYS = ("../../x", "it's", '"; DROP TABLE t; --', "' OR 1=1 --")
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, format: Format) -> Place:
-    if request.param == "folder":
-        return Place(str(request.getfixturevalue("tmp_path")), format)
-    return Place(str(request.getfixturevalue("bucket")), format)
+def anywhere(request: pytest.FixtureRequest) -> Dataset:
+    return Dataset(str(request.getfixturevalue("tmp_path" if request.param == "folder" else "bucket")))
 
 
 @pytest.fixture
-def local(tmp_path: Path, format: Format) -> Place:
-    return Place(str(tmp_path), format)
+def local(tmp_path: Path) -> Dataset:
+    return Dataset(str(tmp_path))
 
 
-@pytest.fixture
-def in_delta(tmp_path: Path) -> Place:
-    pytest.importorskip("deltalake", reason=NEEDS_DELTALAKE.kwargs["reason"])
-    return Place(str(tmp_path), "delta")
+def hostile(dataset: Dataset, name: str) -> pa.Table:
+    """Predictions whose keys are meant to do harm."""
+    rows = predictions(dataset.shard(name), len(KEYS))
+    return rows.set_column(1, rows.schema.field(1), pa.array(KEYS))
 
 
-def test_every_version_holds_what_the_prediction_files_hold_when_it_is_made(
-    place: Place, members: Members
-) -> None:
-    """First all, then nothing new, an increment, a changed shard, a pruned one."""
-    place.put(first_day(members))
-    place.label()
-    history = {1: place.predictions()}
-    assert len(history[1]) == 60
-    done = place.publish(file_bytes=SMALL_FILES)
-    assert (done.snapshot.version, done.is_new) == (1, True)
+def first_day(dataset: Dataset) -> None:
+    """Labels four shards."""
+    dataset.label(
+        hostile(dataset, "a.tar"),
+        **{"b'; --.tar": 10, "c=d/e.tar": 20, "f.tar": 10},
+    )
+
+
+def assert_no_leftovers(dataset: Dataset) -> None:
+    """Asserts that there is one list of shards, and no unfinished file."""
+    assert len(dataset.lists()) == 1
+    if dataset.root.startswith("/"):
+        assert not list(Path(dataset.table).rglob("*.tmp"))
+
+
+def test_every_version_holds_what_the_prediction_files_held(anywhere: Dataset) -> None:
+    first_day(anywhere)
+    history = {1: anywhere.labels()}
+    assert len(history[1]) == 44
+    done = anywhere.publish(file_bytes=SMALL_FILES)
+    assert (done.snapshot.version, done.snapshot.rows, done.is_new) == (1, 44, True)
     assert len(done.snapshot.files) > 2
-    assert place.published() == history[1]
+    assert anywhere.published() == history[1]
 
-    before = place.objects("table")
-    assert not place.publish(file_bytes=SMALL_FILES).is_new
-    assert place.objects("table") == before
+    before = anywhere.objects(anywhere.table)
+    assert not anywhere.publish(file_bytes=SMALL_FILES).is_new
+    assert anywhere.objects(anywhere.table) == before
 
-    place.put({"new.tar": make_tar(members[120:160])})
-    place.label()
-    history[2] = place.predictions()
-    done = place.publish(file_bytes=SMALL_FILES)
-    assert done.increment.added["uri"].to_pylist() == [place.shard_uri("new.tar")]
-    assert not len(done.increment.replaced)
-    assert place.published() == history[2]
+    anywhere.label(**{"new.tar": 20})
+    history[2] = anywhere.labels()
+    done = anywhere.publish(file_bytes=SMALL_FILES)
+    assert changes(done, anywhere.root) == {"added": ["new.tar"]}
+    assert anywhere.published() == history[2]
 
-    place.put({"b'; --.tar": make_tar(members[160:200])}, remove=("f.tar",))
-    place.label(Selection(prune=True))
-    history[3] = place.predictions()
-    done = place.publish(file_bytes=SMALL_FILES)
-    assert done.increment.replaced.to_pylist() == [place.shard_uri("b'; --.tar")]
-    assert done.increment.removed.to_pylist() == [place.shard_uri("f.tar")]
-    assert place.published() == history[3]
+    anywhere.label(remove=["f.tar"], **{"b'; --.tar": 15})
+    history[3] = anywhere.labels()
+    done = anywhere.publish(file_bytes=SMALL_FILES)
+    found = changes(done, anywhere.root)
+    assert found == {"added": ["b'; --.tar"], "replaced": ["b'; --.tar"], "removed": ["f.tar"]}
 
     assert history[1] != history[2] != history[3]
     for version, rows in history.items():
-        assert place.published(version) == rows
-    keys = {row["key"] for row in history[3]}
-    assert {"../../x", "it's", '"; DROP TABLE t; --', "' OR 1=1 --"} <= keys
-    errors = [row for row in history[3] if row["error"] is not None]
-    assert len(errors) == 1
+        assert anywhere.published(version) == rows
+    assert {*KEYS} <= {row["key"] for row in history[3]}
+    assert any(row["error"] for row in history[3])
 
 
-def test_an_increment_leaves_large_files_as_they_are_and_takes_small_ones_in(
-    local: Place, members: Members
-) -> None:
-    local.put(first_day(members))
-    local.label()
+def test_increment_keeps_large_files_and_merges_small_ones(local: Dataset) -> None:
+    first_day(local)
     first = local.publish(file_bytes=SMALL_FILES).snapshot
-    local.put({"new.tar": make_tar(members[120:124])})
-    local.label()
+    local.label(new=2)
     second = local.publish(file_bytes=SMALL_FILES).snapshot
-    assert set(first.files) < set(second.files)  # their bytes are many, by that measure
-    local.put({"newer.tar": make_tar(members[124:128])})
-    local.label()
-    third = local.publish().snapshot  # by this, they are all small
+    assert {file.path for file in first.files} < {file.path for file in second.files}
+    local.label(newer=2)
+    third = local.publish().snapshot  # by the default size, all of them are small
     assert len(third.files) == 1
-    assert local.published() == local.predictions()
+    assert local.published() == local.labels()
 
 
-def test_rows_tell_which_version_brought_them(local: Place, members: Members) -> None:
-    local.put(first_day(members))
-    local.label()
+def test_change_rewrites_only_the_files_that_have_the_shard(local: Dataset) -> None:
+    local.label(a=20, b=20, c=20)
+    first = local.publish(file_bytes=1).snapshot
+    local.label(b=5)
+    second = local.publish(file_bytes=1).snapshot
+    was, now = ({file.path for file in each.files} for each in (first, second))
+    assert (len(was), len(now), len(was & now)) == (3, 3, 2)
+    assert local.published() == local.labels()
+
+
+def test_rows_name_the_version_that_brought_them(local: Dataset) -> None:
+    local.label(a=5, b=6)
     local.publish()
-    local.put({"a.tar": make_tar(members[120:130]), "new.tar": make_tar(members[120:160])})
-    local.label()
+    local.label(a=3, c=4)
     local.publish()
-    [table] = local._parquet(None) if local.format == "parquet" else local._delta(None)
-    new = [row["shard"] for row in table.to_pylist() if row["published"] > 1]
-    assert Counter(new) == {local.shard_uri("a.tar"): 5, local.shard_uri("new.tar"): 20}
-    assert table.num_rows == 40 + 5 + 20
+    rows = local.delta().to_pyarrow_table().to_pylist()
+    assert Counter((row["shard"], row["published"]) for row in rows) == {
+        (local.shard("a"), 2): 3,
+        (local.shard("b"), 1): 6,
+        (local.shard("c"), 2): 4,
+    }
 
 
-def test_rows_lie_by_label_and_then_by_score_so_that_row_groups_tell_what_they_hold(
-    local: Place, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publishing, "ROW_GROUP_ROWS", 10)
-    local.put(first_day(members))
-    local.label()
+def test_rows_are_sorted_by_label_and_score(local: Dataset) -> None:
+    local.label(a=30, b=30)
     [file] = local.publish().snapshot.files
-    data = local.storage.read(f"{local.table().uri}/{file.path}")
-    table = pq.read_table(io.BytesIO(data))
-    pairs = list(zip(table["label"].to_pylist(), table["score"].to_pylist(), strict=True))
-    assert pairs[-1] == (None, None)  # the image that is none
-    assert pairs[:-1] == sorted(pairs[:-1])
-    groups = pq.ParquetFile(io.BytesIO(data)).metadata
+    rows = pq.read_table(f"{local.table}/{file.path}", partitioning=None)
+    pairs = list(zip(rows["label"].to_pylist(), rows["score"].to_pylist(), strict=True))
+    assert pairs[-2:] == [(None, None)] * 2  # errors
+    assert pairs[:-2] == sorted(pairs[:-2])
+
+
+def test_row_groups_of_sorted_rows_can_be_skipped(local: Dataset) -> None:
+    local.label(a=30, b=30)
+    [file] = local.publish().snapshot.files
+    rows, out = pq.read_table(f"{local.table}/{file.path}", partitioning=None), io.BytesIO()
+    encode(rows, out, row_group_rows=10)
+    groups = pq.ParquetFile(io.BytesIO(out.getvalue())).metadata
     assert groups.num_row_groups == 6
     ranges = [groups.row_group(i).column(3).statistics for i in range(6)]
-    label = pairs[0][0]
-    with_label = [r for r in ranges if r.min <= label <= r.max]
-    assert 1 <= len(with_label) < 3
+    label = rows["label"][0].as_py()
+    assert 1 <= sum(r.min <= label <= r.max for r in ranges if r.has_min_max) < 6
     assert groups.row_group(0).column(5).has_column_index
 
 
-def test_embeddings_can_be_left_out_and_put_back(tmp_path: Path, format: Format, members: Members) -> None:
-    place = Place(str(tmp_path), format, "output.embedding=float16")
-    place.put(first_day(members))
-    place.label()
-
-    def embeddings() -> list[Any]:
-        tables = place._parquet(None) if format == "parquet" else place._delta(None)
-        rows = [row for table in tables for row in table.to_pylist()]
-        assert len(rows) == 60
-        rows.sort(key=lambda row: (row["shard"], row["index"]))
-        return [row.get("embedding") for row in rows]
-
-    assert place.publish(embedding=False).snapshot.version == 1
-    assert embeddings() == [None] * 60
-    assert place.publish(embedding=True).snapshot.version == 2
-    uris = sorted(uri for uri in place.objects("out") if "/predictions/" in uri)
-    truth = pa.concat_tables(pq.read_table(io.BytesIO(place.storage.read(uri))) for uri in uris)
-    truth = truth.sort_by([("shard", "ascending"), ("index", "ascending")])
-    assert embeddings() == truth["embedding"].to_pylist()
-    assert not place.publish(embedding=True).is_new
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_embeddings_can_be_left_out_and_put_back(tmp_path: Path, precision: str) -> None:
+    dataset = Dataset(str(tmp_path), embedding=precision)
+    dataset.label(a=5, b=6)
+    assert dataset.publish(embedding=False).snapshot.version == 1
+    assert [row for row in dataset.published() if "embedding" in row] == []
+    done = dataset.publish(embedding=True)
+    assert changes(done, dataset.root) == {"added": ["a", "b"], "replaced": ["a", "b"]}
+    assert dataset.published() == dataset.labels()
+    assert sum("embedding" in row for row in dataset.published()) == 9
+    assert not dataset.publish(embedding=True).is_new
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_publication_that_dies_at_any_write_leaves_a_whole_version_and_the_next_one_does_the_rest(
-    local: Place, members: Members, moment: Moment
-) -> None:
-    local.put(first_day(members))
-    local.label()
+def test_change_of_columns_leaves_out_labels_that_the_manifest_lacks(tmp_path: Path) -> None:
+    dataset = Dataset(str(tmp_path), embedding="float32")
+    dataset.label(a=5, b=6)
+    dataset.publish(embedding=False)
+    os.utime(dataset.prediction_uri("a"), ns=(1, 1))
+    done = dataset.publish(embedding=True)
+    found = {"added": ["b"], "replaced": ["b"], "removed": ["a"], "pending": ["a"]}
+    assert changes(done, dataset.root) == found
+    assert {row["shard"] for row in dataset.published()} == {dataset.shard("b")}
+
+
+def test_publisher_that_dies_at_any_write_leaves_a_whole_version(local: Dataset, tmp_path: Path) -> None:
+    """The table is copied before each change of a publication, as a publisher that dies there leaves it."""
+    first_day(local)
     local.publish(file_bytes=SMALL_FILES)
-    old = local.predictions()
-    table, kept = Path(local.root, "table"), Path(local.root, "kept")
-    table.rename(kept)
-    local.put({"a.tar": make_tar(members[20:40]), "new.tar": make_tar(members[120:140])}, remove=("f.tar",))
-    local.label(Selection(prune=True))
-    new = local.predictions()
-    for number in count(1):
-        shutil.rmtree(table, ignore_errors=True)
-        shutil.copytree(kept, table)
-        died = local.dies_publishing(Crash(number, moment), SMALL_FILES)
-        assert local.published() in (old, new)
-        assert local.published() == new or died
+    old = local.labels()
+    local.label(remove=["f.tar"], **{"a.tar": 15, "new.tar": 10})
+    new = local.labels()
+    table, numbers = Path(local.table), count()
+
+    def copy(uri: str) -> None:
+        shutil.copytree(table, tmp_path / "states" / f"{next(numbers):02d}")
+
+    local.publish(WatchedStorage(before=copy), file_bytes=SMALL_FILES)
+    states = sorted((tmp_path / "states").iterdir())
+    assert len(states) >= 5
+    seen = []
+    for state in states:
+        shutil.rmtree(table)
+        state.rename(table)
+        seen.append(local.published())
         local.publish(file_bytes=SMALL_FILES)
         assert local.published() == new
-        _assert_no_leftovers(local)
-        if not died:
-            assert number > 4
-            return
+        assert_no_leftovers(local)
+    committed = seen.index(new)
+    assert 3 <= committed < len(states)
+    assert seen == [old] * committed + [new] * (len(states) - committed)
 
 
-def _assert_no_leftovers(place: Place) -> None:
-    """Only what the current version and the kept ones name is there."""
-    if place.format == "delta":
-        states = [uri for uri in place.objects("table") if "/_cvt_label/" in uri]
-        assert len(states) == 1
-        return
-    root = f"{place.root}/table/model={place.partition.model}"
-    versions = [place.content()]
-    versions += [json.loads(place.storage.read(f"{root}/{kept['path']}")) for kept in versions[0]["kept"]]
-    named = {f"{root}/current.json"}
-    for content in versions:
-        named |= {f"{root}/{file['path']}" for file in content["files"]}
-        named |= {f"{root}/{content['shards']}", f"{root}/{content['shards'][:-8]}.json"}
-    assert set(place.objects("table")) == named
+DYING = """
+import os, signal, sys
+from tests.pipeline.publish.tables import Dataset, WatchedStorage
+
+left = [int(sys.argv[2])]
+
+def die(uri):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Dataset(sys.argv[1]).publish(WatchedStorage(before=die))
+"""
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_a_first_publication_that_dies_leaves_no_table_or_a_whole_one(
-    local: Place, members: Members, number: int
+@pytest.mark.parametrize(("number", "is_committed"), [(2, False), (3, True)])
+def test_first_publisher_that_is_killed_leaves_no_rows_or_all(
+    local: Dataset, number: int, is_committed: bool
 ) -> None:
-    local.put(first_day(members))
-    local.label()
-    local.dies_publishing(Crash(number, "after"))
-    assert local.published() in ([], local.predictions())
-    local.publish()
-    assert local.published() == local.predictions()
-    _assert_no_leftovers(local)
+    """Before its list of shards, and after its commit."""
+    local.label(a=5, b=6)
+    done = subprocess.run([sys.executable, "-c", DYING, local.root, str(number)], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert local.published() == (local.labels() if is_committed else [])
+    assert local.publish().is_new != is_committed
+    assert local.published() == local.labels()
+    assert_no_leftovers(local)
 
 
-def test_of_publishers_at_once_none_adds_what_another_has_added(place: Place, members: Members) -> None:
-    place.put(first_day(members))
-    place.label()
-    children = [place.start_publishing() for _ in range(2)]
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
-    assert place.published() == place.predictions()
-    assert not place.publish().is_new
-    _assert_no_leftovers(place)
+def test_concurrent_publishers_add_each_shard_once(anywhere: Dataset) -> None:
+    first_day(anywhere)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: anywhere.publish(), range(4)))
+    assert sum(each.is_new for each in done) == 1
+    assert anywhere.published() == anywhere.labels()
+    assert not anywhere.publish().is_new
+    assert_no_leftovers(anywhere)
 
 
-def test_a_publisher_that_was_overtaken_begins_anew_from_what_the_other_has_published(
-    local: Place, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other one publishes, of a change, just before this one's commit."""
-    local.put(first_day(members))
-    local.label()
-    slow = local.table()
-    commit = slow.commit
-    overtakings = iter([True])
+def overtaken_by(action: Callable[[], object], times: int = 1) -> WatchedStorage:
+    """The storage of a publisher; just before it commits, something else happens, as often as that."""
+    left = iter(range(times))
 
-    def overtaken(*arguments: Any) -> None:
-        if next(overtakings, False):
-            local.put({"new.tar": make_tar(members[120:160])})
-            local.label()
-            assert local.publish().is_new
-        commit(*arguments)
+    def before(uri: str) -> None:
+        if "/_cvt_label/" in uri and uri.endswith(".parquet") and next(left, None) is not None:
+            action()
 
-    monkeypatch.setattr(slow, "commit", overtaken)
-    done = publishing.publish(local.partition, slow)
-    assert not done.is_new
-    assert done.snapshot.version == 1
-    assert local.published() == local.predictions()
-    _assert_no_leftovers(local)
+    return WatchedStorage(before=before)
 
 
-def test_a_publisher_that_is_always_overtaken_gives_up_and_says_so(
-    local: Place, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    local.put(first_day(members))
-    local.label()
-    slow = local.table()
-    commit, turn = slow.commit, count(1)
-    monkeypatch.setattr(publishing, "_ATTEMPTS", 2)
+def test_publisher_that_was_overtaken_starts_from_the_new_version(local: Dataset) -> None:
+    first_day(local)
 
-    def overtaken(*arguments: Any) -> None:
-        begin = next(turn)
-        local.put({"new.tar": make_tar(members[2 * begin : 2 * begin + 4])})
-        local.label()
+    def other() -> None:
+        local.label(new=20)
         assert local.publish().is_new
-        local.put({"new.tar": make_tar(members[2 * begin : 2 * begin + 6])})
-        local.label()
-        commit(*arguments)
 
-    monkeypatch.setattr(slow, "commit", overtaken)
-    with pytest.raises(TableBusyError, match="faster 2 times"):
-        publishing.publish(local.partition, slow)
+    done = local.publish(overtaken_by(other))
+    assert (done.is_new, done.snapshot.version) == (False, 1)
+    assert local.published() == local.labels()
+    assert_no_leftovers(local)
 
 
-def test_a_commit_whose_answer_was_lost_counts(
-    local: Place, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is done, and then seems to have failed, since it was tried again."""
-    local.put(first_day(members))
-    local.label()
+def test_publisher_that_is_always_overtaken_gives_up(local: Dataset) -> None:
+    first_day(local)
+    turn = count(1)
+
+    def other() -> None:
+        local.label(new=next(turn))
+        assert local.publish().is_new
+        local.label(new=next(turn))
+
+    with pytest.raises(TableBusyError, match=r"faster 5 times: .*another publisher"):
+        local.publish(overtaken_by(other, 5))
+
+
+def test_labels_that_change_during_publishing_are_read_again(local: Dataset) -> None:
+    local.label(a=5, b=6)
+    read = iter([True])
+
+    class Racing(WatchedStorage):
+        def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
+            if uri == local.prediction_uri("a") and version is not None and next(read, False):
+                local.label(a=7)
+            return super().open(uri, version)
+
+    assert local.publish(Racing(before=lambda uri: None)).is_new
+    assert local.published() == local.labels()
+    assert len(local.labels()) == 13
+
+
+def test_commit_whose_answer_was_lost_counts(local: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    local.label(a=5)
     local.publish()
-    local.put({"new.tar": make_tar(members[120:160])})
-    local.label()
-    owner: Any = Storage
-    name, failure = "write", Exception()
-    if local.format == "parquet":
-        failure = ObjectChanged("current.json", "not as expected")
-    else:
-        import deltalake
-        from deltalake.exceptions import CommitFailedError
+    local.label(b=6)
+    commit = deltalake.DeltaTable.create_write_transaction
 
-        owner, name, failure = deltalake.DeltaTable, "create_write_transaction", CommitFailedError("0")
-    action = getattr(owner, name)
-
-    def loses(self: Any, *arguments: Any, **options: Any) -> Any:
-        done = action(self, *arguments, **options)
-        if name != "write" or str(arguments[0]).endswith("/current.json"):
-            raise failure
-        return done
+    def loses(self: Any, *arguments: Any, **options: Any) -> None:
+        commit(self, *arguments, **options)
+        raise deltalake.exceptions.CommitFailedError("0")
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, loses)
+        patch.setattr(deltalake.DeltaTable, "create_write_transaction", loses)
         assert local.publish().snapshot.version == 2
-    assert local.published() == local.predictions()
+    assert local.published() == local.labels()
     assert not local.publish().is_new
-    _assert_no_leftovers(local)
+    assert_no_leftovers(local)
 
 
-def test_labels_that_the_manifest_does_not_know_yet_stay_as_they_were_published(
-    local: Place, members: Members
+def test_commit_that_fails_is_reported_and_leaves_no_rows(
+    local: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a run is at work, or has died: the manifest follows the files."""
-    local.put(first_day(members))
-    local.label()
+    local.label(a=5)
+
+    def fails(self: Any, *arguments: Any, **options: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deltalake.DeltaTable, "create_write_transaction", fails)
+        with pytest.raises(StorageError, match=r"table: the transaction was not committed: no space left"):
+            local.publish()
+    assert local.published() == []
+    assert local.publish().is_new
+
+
+def test_labels_that_the_manifest_lacks_stay_as_they_were_published(local: Dataset) -> None:
+    """As when a run is in progress, or has died: the manifest follows the files."""
+    local.label(a=5, b=6)
     local.publish()
-    old = local.published()
-    manifest = local.storage.read(f"{local.partition.uri}/manifest.parquet")
-    local.put({"a.tar": make_tar(members[120:160]), "new.tar": make_tar(members[160:200])})
-    local.label()
-    newer = local.storage.read(f"{local.partition.uri}/manifest.parquet")
-    local.storage.write(f"{local.partition.uri}/manifest.parquet", manifest)
-    done = local.publish()
-    assert not done.is_new
-    assert local.published() == old
+    old, uri = local.published(), local.partition.manifest.uri
+    manifest = local.storage.read(uri)
+    local.label(a=3, new=4)
+    newer = local.storage.read(uri)
+    local.storage.write(uri, manifest)
+    assert not local.publish().is_new
     table = pq.read_table(io.BytesIO(manifest))
-    rows = [
-        row | {"output_version": "0-0"} if row["uri"].endswith("a.tar") else row for row in table.to_pylist()
-    ]
+    versions = pa.array(["0-0", table["output_version"][1].as_py()])
+    column = table.schema.get_field_index("output_version")
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), out)
-    local.storage.write(f"{local.partition.uri}/manifest.parquet", out.getvalue())
+    pq.write_table(table.set_column(column, table.schema.field(column), versions), out)
+    local.storage.write(uri, out.getvalue())
     done = local.publish()
-    assert done.increment.pending.to_pylist() == [local.shard_uri("a.tar")]
+    assert (done.is_new, changes(done, local.root)) == (False, {"pending": ["a"]})
     assert local.published() == old
-    local.storage.write(f"{local.partition.uri}/manifest.parquet", newer)
+    local.storage.write(uri, newer)
     local.publish()
-    assert local.published() == local.predictions()
+    assert local.published() == local.labels()
 
 
-def test_a_table_of_which_every_shard_is_gone_is_empty_and_can_be_read(
-    local: Place, members: Members
-) -> None:
-    local.put({"a.tar": make_tar(members[:20]), "b.tar": make_tar(members[20:30])})
-    local.label()
+def test_table_whose_shards_were_all_removed_can_be_read(local: Dataset) -> None:
+    local.label(a=5, b=6)
     local.publish()
-    local.partition.manifest.update({}, removed=[local.shard_uri("a.tar"), local.shard_uri("b.tar")])
+    local.label(remove=["a", "b"])
     assert local.publish().is_new
     assert local.published() == []
-    tables = local._parquet(None) if local.format == "parquet" else local._delta(None)
-    assert "label" in tables[0].column_names
+    assert "label" in local.delta().to_pyarrow_table().column_names
+    local.label(c=3)
+    local.publish()
+    assert local.published() == local.labels()
 
 
-def test_two_models_are_published_side_by_side(tmp_path: Path, format: Format, members: Members) -> None:
-    one, two = Place(str(tmp_path), format), Place(str(tmp_path), format, "output.topk=3")
-    one.put(first_day(members))
-    one.label()
-    two.label()
+def test_models_share_a_table(tmp_path: Path) -> None:
+    one, two = (Dataset(str(tmp_path), f"cvt-0000000{number}") for number in (1, 2))
+    one.label(a=5)
+    two.label(a=5, b=6)
     assert one.publish().snapshot.version == 1
     assert two.publish().snapshot.version == 1
     assert not one.publish().is_new
     assert not two.publish().is_new
-    if format == "delta":
-        table = one.delta().to_pyarrow_table()
-        assert Counter(table["model"].to_pylist()) == {one.partition.model: 60, two.partition.model: 60}
-        assert one.delta().transaction_version(f"cvt-label/model={one.partition.model}") is not None
-    else:
-        assert len([u for u in one.objects("table") if u.endswith("current.json")]) == 2
+    models = one.delta().to_pyarrow_table()["model"].to_pylist()
+    assert Counter(models) == {one.partition.model: 5, two.partition.model: 11}
 
 
-def test_versions_beyond_those_that_are_kept_are_removed(tmp_path: Path, members: Members) -> None:
-    place = Place(str(tmp_path))
-    for number in range(5):
-        place.put({"a.tar": make_tar(members[2 * number : 20])})
-        place.label()
-        place.publish(keep=3)
-        _assert_no_leftovers(place)
-    content = place.content()
-    assert content["version"] == 5
-    assert [kept["version"] for kept in content["kept"]] == [4, 3]
-    for version, rows in {5: 6, 4: 7, 3: 8}.items():
-        assert len(place.published(version)) == rows
-    place.put({"a.tar": make_tar(members[:20])})
-    place.label()
-    place.publish(keep=1)
-    assert place.content()["kept"] == []
-    assert len(place.published()) == 10
-
-
-def test_what_is_no_pointer_is_named(tmp_path: Path, members: Members) -> None:
-    place = Place(str(tmp_path))
-    place.put({"a.tar": make_tar(members[:20])})
-    place.label()
-    place.storage.write(f"{place.table().uri}/current.json", b"{}")
-    with pytest.raises(StorageError, match=r"current\.json: not a version of a table"):
-        place.publish()
-
-
-def test_an_increment_is_one_commit_with_the_transaction_of_the_application(
-    in_delta: Place, members: Members
-) -> None:
-    in_delta.put(first_day(members))
-    in_delta.label()
-    first = in_delta.publish()
-    in_delta.put({"a.tar": make_tar(members[120:160])}, remove=("f.tar",))
-    in_delta.label(Selection(prune=True))
-    second = in_delta.publish()
-    assert in_delta.delta().version() == 1
-    app = f"cvt-label/model={in_delta.partition.model}"
-    for version, done in enumerate([first, second]):
-        number = in_delta.delta(version).transaction_version(app)
-        assert number >> 32 == done.snapshot.version
-    commits = sorted(Path(in_delta.root, "table", "_delta_log").glob("*.json"))
-    actions = [json.loads(line) for line in commits[1].read_text().splitlines()]
-    assert Counter(next(iter(action)) for action in actions) == {
-        "commitInfo": 1,
-        "add": 1,
-        "remove": 1,
-        "txn": 1,
-    }
-
-
-def test_the_log_tells_readers_which_files_can_be_skipped(in_delta: Place, members: Members) -> None:
-    in_delta.put(first_day(members))
-    in_delta.label()
-    in_delta.publish()
-    actions = pa.table(in_delta.delta().get_add_actions(flatten=True))
-    labels = [row["label"] for row in in_delta.predictions() if row["label"] is not None]
-    assert actions["min.label"].to_pylist() == [min(labels)]
-    assert actions["max.label"].to_pylist() == [max(labels)]
-    assert actions["null_count.label"].to_pylist() == [1]
-    assert actions["num_records"].to_pylist() == [60]
-
-
-def test_models_that_are_published_at_once_do_not_hinder_one_another(
-    in_delta: Place, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_are_published_at_once_do_not_conflict(tmp_path: Path) -> None:
     """Another model's first publication, and then its second, just before the commits of the one."""
-    other = Place(in_delta.root, "delta", "output.topk=3")
-    for day in (first_day(members), {"a.tar": make_tar(members[120:140])}):
-        in_delta.put(day)
-        in_delta.label()
-        other.label()
-        table = in_delta.table()
-        commit, written = table.commit, len(data_files(in_delta))
-
-        def overtaken(*arguments: Any, commit: Any = commit) -> None:
-            assert other.publish().is_new
-            commit(*arguments)
-
-        monkeypatch.setattr(table, "commit", overtaken)
-        assert publishing.publish(in_delta.partition, table).is_new
-        assert len(data_files(in_delta)) == written + 2  # nothing was written twice
-    found = in_delta.delta().to_pyarrow_table()
-    assert Counter(found["model"].to_pylist()) == {p.partition.model: 50 for p in (in_delta, other)}
+    one, two = (Dataset(str(tmp_path), f"cvt-0000000{number}") for number in (1, 2))
+    for day in ({"a": 5}, {"b": 6}):
+        one.label(**day)
+        two.label(**day)
+        written = len(data_files(one))
+        assert one.publish(overtaken_by(two.publish)).is_new
+        assert len(data_files(one)) == written + 1  # nothing was written twice
+    models = one.delta().to_pyarrow_table()["model"].to_pylist()
+    assert Counter(models) == {each.partition.model: 11 for each in (one, two)}
 
 
-def data_files(place: Place) -> list[str]:
-    """The data files that are there, in a version or not."""
-    return [uri for uri in place.objects("table") if "/table/model=" in uri]
+def data_files(dataset: Dataset) -> list[Path]:
+    """A model's data files that are there, in a version or not."""
+    return list(Path(dataset.table, f"model={dataset.partition.model}").glob("*.parquet"))
 
 
-def test_a_list_of_shards_that_is_lost_costs_a_publication_of_all_and_no_more(
-    in_delta: Place, members: Members
-) -> None:
-    in_delta.put(first_day(members))
-    in_delta.label()
-    in_delta.publish()
-    [state] = [uri for uri in in_delta.objects("table") if "/_cvt_label/" in uri]
-    in_delta.storage.delete(state)
-    assert in_delta.publish().is_new
-    assert in_delta.published() == in_delta.predictions()
+def test_increment_is_one_commit_with_the_transaction_of_the_model(local: Dataset) -> None:
+    local.label(a=5, b=6)
+    first = local.publish()
+    local.label(a=7, remove=["b"])
+    second = local.publish()
+    app = f"cvt-label/model={local.partition.model}"
+    for version, done in enumerate([first, second], 1):
+        assert local.delta(version).transaction_version(app) >> 32 == done.snapshot.version
+    log = Path(local.table, "_delta_log", f"{2:020d}.json")
+    actions = [next(iter(json.loads(line))) for line in log.read_text().splitlines()]
+    assert Counter(actions) == {"commitInfo": 1, "add": 1, "remove": 1, "txn": 1}
 
 
-def test_a_table_that_its_owner_has_compacted_goes_on(in_delta: Place, members: Members) -> None:
-    """And so does one that was vacuumed, and whose rows were put into another order."""
-    in_delta.put(first_day(members))
-    in_delta.label()
-    in_delta.publish(file_bytes=SMALL_FILES)
-    in_delta.delta().optimize.compact()
-    assert len(in_delta.delta().file_uris()) == 1
-    in_delta.delta().vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
-    assert not in_delta.publish().is_new
-    in_delta.put({"a.tar": make_tar(members[120:160])}, remove=("f.tar",))
-    in_delta.label(Selection(prune=True))
-    done = in_delta.publish(file_bytes=SMALL_FILES)
-    assert done.increment.replaced.to_pylist() == [in_delta.shard_uri("a.tar")]
-    assert in_delta.published() == in_delta.predictions()
+def test_models_and_shards_with_odd_and_long_names_are_published(anywhere: Dataset) -> None:
+    dataset = Dataset(anywhere.root, "a model: 100 %-00000001")
+    names = ["x" * 251 + ".tar", "日" * 83 + "a.tar", "=" * 200 + ".tar", "%41 b.tar"]
+    dataset.label(**dict.fromkeys(names, 3))
+    dataset.publish()
+    dataset.label(remove=names[:2], **{names[2]: 2})
+    dataset.publish()
+    assert dataset.published() == dataset.labels()
+    assert len(dataset.labels()) == 5
 
 
-def test_a_table_that_its_owner_has_put_back_is_brought_up_to_date(in_delta: Place, members: Members) -> None:
-    in_delta.put(first_day(members))
-    in_delta.label()
-    in_delta.publish()
-    in_delta.put({"new.tar": make_tar(members[120:160])})
-    in_delta.label()
-    in_delta.publish()
-    in_delta.delta().restore(0)
-    assert len(in_delta.published()) == 60
-    in_delta.publish()
-    assert in_delta.published() == in_delta.predictions()
+@pytest.mark.parametrize("where", ["out", "out/table", "in/table", "."])
+def test_table_in_the_output_or_the_input_is_refused(local: Dataset, where: str) -> None:
+    local.label(a=5)
+    local.table = f"{local.root}/{where}"
+    with pytest.raises(ConfigError, match="a table needs a place of its own"):
+        local.publish()
 
 
-def test_a_copy_of_a_table_without_its_transactions_gets_no_row_twice(
-    in_delta: Place, members: Members
-) -> None:
-    """As a tool makes it that knows rows, and nothing of the log."""
-    import deltalake
-
-    other = Place(in_delta.root, "delta", "output.topk=3")
-    in_delta.put(first_day(members))
-    for place in (in_delta, other):
-        place.label()
-        place.publish()
-    in_delta.put({"new.tar": make_tar(members[120:160])})
-    in_delta.label()
-    in_delta.publish()
-    rows = in_delta.delta().to_pyarrow_table()
-    shutil.rmtree(f"{in_delta.root}/table")
-    deltalake.write_deltalake(f"{in_delta.root}/table", rows, partition_by=["model"])
-    assert in_delta.table().read().files
-    done = in_delta.publish()
-    assert (done.is_new, done.snapshot.version) == (True, 3)  # readers know what is new by that
-    found = in_delta.delta().to_pyarrow_table()
-    assert Counter(found["model"].to_pylist()) == {in_delta.partition.model: 80, other.partition.model: 60}
-    assert not in_delta.publish().is_new
-
-
-def test_another_kind_of_table_is_left_alone(in_delta: Place, members: Members) -> None:
-    import deltalake
-
-    in_delta.put({"a.tar": make_tar(members[:20])})
-    in_delta.label()
-    deltalake.write_deltalake(f"{in_delta.root}/table", pa.table({"x": [1]}))
-    with pytest.raises(StorageError, match="not partitioned by model"):
-        in_delta.publish()
-
-
-def test_a_killed_publisher_is_told_from_one_that_failed(local: Place, members: Members) -> None:
-    """The way these tests kill publishers does so."""
-    local.put({"a.tar": make_tar(members[:4])})
-    local.label()
-    child = local.start_publishing(Crash(1, "before"))
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
-    assert local.published() == []
-
-
-def test_what_a_kill_in_the_middle_of_a_write_has_left_is_removed(local: Place, members: Members) -> None:
-    """From the table by the next publication; from beside the labels by the run after one that died."""
-    local.put({"a.tar": make_tar(members[:4])})
-    local.label()
+def test_leftovers_of_killed_writers_are_removed(local: Dataset) -> None:
+    local.label(a=5)
     local.publish()
-    files = [Path(uri) for folder in ("table", "out") for uri in local.objects(folder)]
-    left = [folder / f".{number:032x}.tmp" for number, folder in enumerate({file.parent for file in files})]
-    assert len(left) > 5
+    folders = {path.parent for path in Path(local.table).rglob("*") if path.is_file()}
+    left = [folder / f".{number:032x}.tmp" for number, folder in enumerate(folders)]
     for path in left:
         path.write_bytes(b"half of a file")
     assert not local.publish().is_new
-    assert {path.exists() for path in left if "/table/" in str(path)} == {False}
-    [lease] = [path for path in files if path.name == "lease.json"]
-    assert '"released"' in lease.read_text()
-    lease.write_text(lease.read_text().replace('"released"', '"held"'))  # and it has run out
-    local.label()
-    assert not [path for path in left if path.exists()]
-    assert all(file.exists() for file in files)
-
-
-def test_what_another_has_labelled_and_published_a_moment_ago_stays(
-    local: Place, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While this publisher has begun, and not yet read the table."""
-    local.put(first_day(members))
-    local.label()
-    slow = local.table()
-    read = slow.read
-
-    def later() -> Any:
-        local.put({"new.tar": make_tar(members[120:160])})
-        local.label()
-        local.publish()
-        return read()
-
-    monkeypatch.setattr(slow, "read", later)
-    assert not publishing.publish(local.partition, slow).is_new
-    assert local.published() == local.predictions()
+    assert len(left) == 3
+    assert not any(path.exists() for path in left)

@@ -1,0 +1,194 @@
+"""Partitions made from predictions, their Delta table, and publishers that are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit import Partition
+from pipeline.predictions import prediction_path
+from pipeline.publish import Publication, publish
+from pipeline.storage import ObjectInfo, ObjectNotFound, Storage
+from tests.partitions import make_predictions, write_partition
+
+LABELS = ("boot", "coat", "dress")
+Rows = list[dict[str, Any]]
+
+
+def predictions(shard: str, count: int, seed: int = 0, embedding: str | None = None) -> pa.Table:
+    """The rows of a shard with random labels and scores; of several, the last one is an error."""
+    random = np.random.default_rng(seed)
+    given: list[int | None] = random.integers(0, len(LABELS), count).tolist()
+    if count > 1:
+        given[-1] = None
+    rows = make_predictions(shard, LABELS, given, scores=random.uniform(0.4, 1, count).tolist())
+    if embedding is None:
+        return rows
+    values = random.uniform(-1, 1, (count, 4)).astype(embedding).tolist()
+    kind = pa.list_(pa.type_for_alias(embedding), 4)
+    vectors = [None if label is None else value for label, value in zip(given, values, strict=True)]
+    return rows.append_column("embedding", pa.array(vectors, kind))
+
+
+class Dataset:
+    """A partition, and the table that it is published to.
+
+    Attributes:
+        root: folder or bucket of input, output and table.
+        uri: the partition's.
+        table: the table's URI.
+    """
+
+    def __init__(
+        self, root: str, model: str = "cvt-00000001", embedding: str | None = None, table: str | None = None
+    ) -> None:
+        self.root = root
+        self.uri = f"{root}/out/model={model}"
+        self.table = table or f"{root}/table"
+        self.storage = Storage()
+        self.embedding = embedding
+
+    @property
+    def partition(self) -> Partition:
+        """The labels, as they are now."""
+        return Partition.open(self.storage, self.uri)
+
+    def shard(self, name: str) -> str:
+        """A shard's URI."""
+        return f"{self.root}/in/{name}"
+
+    def prediction_uri(self, name: str) -> str:
+        """A shard's prediction file."""
+        return f"{self.uri}/predictions/{prediction_path(self.shard(name))}"
+
+    def label(self, *tables: pa.Table, remove: Iterable[str] = (), **counts: int) -> None:
+        """Labels shards, again where they are labeled, and removes the labels of others.
+
+        Args:
+            tables: predictions of a shard each.
+            remove: names of shards that are to go.
+            counts: of shards by name, as many rows with labels as nobody has seen.
+        """
+        self._seed = getattr(self, "_seed", 0) + 1
+        made = [
+            predictions(self.shard(name), count, 100 * self._seed + number, self.embedding)
+            for number, (name, count) in enumerate(counts.items())
+        ]
+        run = {table["shard"][0].as_py(): table for table in (*tables, *made)}
+        config = {"input": {"uri": f"{self.root}/in"}}
+        write_partition(self.storage, self.uri, LABELS, [run], {"config": config})
+        for name in remove:
+            self.storage.delete(self.prediction_uri(name))
+        self.partition.manifest.update({}, removed=[self.shard(name) for name in remove])
+
+    def publish(self, storage: Storage | None = None, **options: Any) -> Publication:
+        """Publishes in this process, through this storage."""
+        partition = Partition.open(storage or self.storage, self.uri)
+        return publish(partition, self.table, **options)
+
+    def objects(self, uri: str) -> dict[str, str]:
+        """Versions of all objects in a folder."""
+        try:
+            return {info.uri: info.version for info in self.storage.list(uri)}
+        except ObjectNotFound:
+            return {}
+
+    def labels(self) -> Rows:
+        """The rows of all prediction files, sorted."""
+        uris = [uri for uri in self.objects(self.uri) if "/predictions/" in uri]
+        return rows_of(pq.read_table(pa.BufferReader(self.storage.read(uri))) for uri in uris)
+
+    def published(self, version: int | None = None) -> Rows:
+        """The rows that a reader of the table sees, sorted, without `published` and `model`."""
+        from deltalake.exceptions import TableNotFoundError
+
+        try:
+            rows = self.delta(version).to_pyarrow_table()
+        except TableNotFoundError:
+            return []
+        return rows_of([rows.drop_columns(["published", "model"])])
+
+    def delta(self, version: int | None = None) -> Any:
+        """The Delta table, as any reader opens it."""
+        import deltalake
+
+        options = None
+        if not self.root.startswith("/"):
+            options = {"endpoint_url": self.storage.s3_access().endpoint_url, "allow_http": "true"}
+        return deltalake.DeltaTable(self.table, version=version, storage_options=options)
+
+    def lists(self) -> list[str]:
+        """The lists of shards of all versions."""
+        return list(self.objects(f"{self.table}/_cvt_label"))
+
+
+def rows_of(tables: Iterable[pa.Table]) -> Rows:
+    """Rows, sorted; those without an embedding as if there were no such column."""
+    rows = [row for table in tables for row in table.to_pylist()]
+    for row in rows:
+        if row.get("embedding", 0) is None:
+            del row["embedding"]
+    return sorted(rows, key=lambda row: (row["shard"], row["index"]))
+
+
+def changes(done: Publication, root: str) -> Mapping[str, list[str]]:
+    """The names of the shards that a publication added, replaced and so on, where there are any."""
+    increment = done.increment
+    columns = {
+        "added": increment.added["uri"],
+        "replaced": increment.replaced,
+        "removed": increment.removed,
+        "pending": increment.pending,
+    }
+    found = {
+        kind: [uri.removeprefix(f"{root}/in/") for uri in each.to_pylist()] for kind, each in columns.items()
+    }
+    return {kind: names for kind, names in found.items() if names}
+
+
+@dataclass(frozen=True)
+class WatchedStorage(Storage):
+    """Storage that calls a function with the URI before each change."""
+
+    before: Callable[[str], None] = print
+
+    def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
+        self.before(uri)
+        return super().write(uri, data, expected)
+
+    def delete(self, uri: str, expected: str | None = None) -> None:
+        self.before(uri)
+        super().delete(uri, expected)
+
+    def sweep(self, uri: str) -> None:
+        self.before(uri)
+        super().sweep(uri)
+
+
+def needs_delta() -> None:
+    """Skips the module where deltalake is not installed."""
+    pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
+
+
+class Datasets:
+    """Two datasets with labels of the same model, to be published to one table."""
+
+    def __init__(self, root: str, embedding: str | None = None) -> None:
+        self.one = Dataset(root, embedding=embedding)
+        self.two = Dataset(f"{root}/two", embedding=embedding, table=self.one.table)
+        self.one.label(a=5, b=6, c=5)
+        self.two.label(a=5, z=5)
+
+    def __iter__(self) -> Iterator[Dataset]:
+        return iter((self.one, self.two))
+
+    def labels(self) -> Rows:
+        """The rows of both."""
+        rows = self.one.labels() + self.two.labels()
+        return sorted(rows, key=lambda row: (row["shard"], row["index"]))

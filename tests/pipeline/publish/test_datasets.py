@@ -1,0 +1,81 @@
+"""Several datasets of one model in one table: each is brought up to date by its own publications."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import StorageError
+from tests.pipeline.publish.tables import Dataset, Datasets, WatchedStorage, changes, needs_delta
+
+needs_delta()
+
+#: So that a table of two datasets has several files, and some of them rows of both.
+SMALL_FILES = 2000
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Datasets:
+    return Datasets(str(tmp_path))
+
+
+def test_publication_changes_rows_of_its_own_dataset_only(both: Datasets) -> None:
+    one, two = both
+    assert one.publish(file_bytes=SMALL_FILES).snapshot.version == 1
+    done = two.publish(file_bytes=SMALL_FILES)
+    assert (done.snapshot.version, changes(done, two.root)) == (2, {"added": ["a", "z"]})
+    assert one.published() == both.labels()
+    assert not one.publish().is_new
+    assert not two.publish().is_new
+
+    one.label(b=7, d=8, remove=["a"])
+    done = one.publish(file_bytes=SMALL_FILES)
+    assert changes(done, one.root) == {"added": ["b", "d"], "replaced": ["b"], "removed": ["a"]}
+    assert one.published() == both.labels()
+    two.label(y=3, remove=["z"])
+    two.publish(file_bytes=SMALL_FILES)
+    assert one.published() == both.labels()
+
+
+def test_dataset_whose_shards_were_all_removed_leaves_the_other_as_it_is(both: Datasets) -> None:
+    one, two = both
+    one.publish()
+    two.publish()
+    two.label(remove=["a", "z"])
+    assert len(two.publish().increment.removed) == 2
+    assert one.published() == one.labels()
+
+
+def test_shard_that_two_outputs_have_is_refused_and_both_are_named(both: Datasets) -> None:
+    one, _ = both
+    one.publish()
+    again = Dataset(one.root, table=one.table)
+    again.uri = f"{one.root}/again/{one.partition.name}"
+    again.label(a=5)
+    with pytest.raises(StorageError) as raised:
+        again.publish()
+    assert raised.value.cause.startswith(f"has the shard {one.shard('a')} from {one.uri}")
+    assert again.uri in raised.value.cause
+    assert one.published() == one.labels()
+
+
+def test_datasets_that_are_published_at_once_both_succeed(both: Datasets) -> None:
+    """The other one just before this one's commit."""
+    one, two = both
+    others = iter([two])
+
+    def overtake(uri: str) -> None:
+        if "/_cvt_label/" in uri and (other := next(others, None)):
+            assert other.publish().is_new
+
+    assert one.publish(WatchedStorage(before=overtake)).snapshot.version == 2
+    assert one.published() == both.labels()
+
+
+def test_columns_are_not_changed_under_another_dataset(tmp_path: Path) -> None:
+    one, two = Datasets(str(tmp_path), embedding="float16")
+    one.publish(embedding=True)
+    with pytest.raises(StorageError, match=f"rows of {one.uri} in other columns"):
+        two.publish(embedding=False)
+    assert two.publish(embedding=True).snapshot.rows == 26

@@ -1,0 +1,175 @@
+"""Delta tables that somebody edited: upkeep is welcome, all else is refused until they are rebuilt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.storage import StorageError
+from tests.pipeline.publish.tables import Datasets, WatchedStorage, changes, needs_delta
+
+needs_delta()
+import deltalake  # noqa: E402
+
+Edit = Callable[[Datasets], None]
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Datasets:
+    """Two datasets in one table."""
+    both = Datasets(str(tmp_path))
+    for dataset in both:
+        dataset.publish()
+    return both
+
+
+def deletes_a_row(both: Datasets) -> None:
+    both.one.delta().delete(f"shard = '{both.one.shard('b')}' AND index = 3")
+
+
+def deletes_all_rows(both: Datasets) -> None:
+    both.one.delta().delete()
+
+
+def deletes_a_shard_and_compacts(both: Datasets) -> None:
+    both.one.delta().delete(f"shard = '{both.two.shard('z')}'")
+    both.one.delta().optimize.compact()
+
+
+def appends_all_rows_again(both: Datasets) -> None:
+    deltalake.write_deltalake(both.one.delta(), both.one.delta().to_pyarrow_table(), mode="append")
+
+
+def restores_the_first_version(both: Datasets) -> None:
+    both.one.delta().restore(1)
+
+
+def deletes_the_list_of_shards(both: Datasets) -> None:
+    for uri in both.one.lists():
+        both.one.storage.delete(uri)
+
+
+def copies_the_rows(both: Datasets) -> None:
+    """As a tool does it that knows rows, and nothing of the log."""
+    rows = both.one.delta().to_pyarrow_table()
+    shutil.rmtree(both.one.table)
+    deltalake.write_deltalake(both.one.table, rows, partition_by=["model"])
+
+
+EDITS: dict[Edit, str] = {
+    deletes_a_row: "DELETE in version 3 of the table",
+    deletes_all_rows: "DELETE in version 3 of the table",
+    deletes_a_shard_and_compacts: "DELETE in version 3 of the table",
+    appends_all_rows_again: "WRITE in version 3 of the table",
+    restores_the_first_version: "RESTORE in version 3 of the table",
+    deletes_the_list_of_shards: "the list of their shards is missing, ",
+    copies_the_rows: "no publication of them is in its log",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_edited_table_is_refused_until_every_dataset_is_published_again(both: Datasets, edit: Edit) -> None:
+    one, two = both
+    edit(both)
+    before = one.objects(one.table)
+    for dataset in both:
+        with pytest.raises(StorageError) as raised:
+            dataset.publish()
+        assert str(raised.value).startswith(
+            f"{one.table}: rows of model={one.partition.model} are not as they were published: {EDITS[edit]}"
+        )
+        assert "publish every dataset of the model again, with --rebuild" in str(raised.value)
+    assert one.objects(one.table) == before
+
+    done = one.publish(rebuild=True)
+    assert done.snapshot.version == 3  # readers know by it what is new
+    rows = one.published()
+    assert [row for row in rows if row["shard"].startswith(f"{one.root}/in/")] == one.labels()
+    two.publish()
+    assert one.published() == both.labels()
+    for dataset in both:
+        assert not dataset.publish().is_new
+
+
+def test_rebuild_publishes_an_intact_table_again(both: Datasets) -> None:
+    one, two = both
+    one.label(b=3, remove=["a"])
+    done = one.publish(rebuild=True)
+    assert changes(done, one.root) == {"added": ["b", "c"], "replaced": ["b", "c"], "removed": ["a"]}
+    assert one.published() == both.labels()
+    assert not two.publish().is_new
+    assert one.publish(rebuild=True).is_new
+    assert one.published() == both.labels()
+
+
+def test_rebuild_of_no_table_makes_one(tmp_path: Path) -> None:
+    one, _ = Datasets(str(tmp_path))
+    assert one.publish(rebuild=True).snapshot.version == 1
+    assert one.published() == one.labels()
+
+
+def test_edit_while_a_version_is_committed_is_noticed(tmp_path: Path) -> None:
+    """Rows that are added don't conflict with the commit, so that Delta lets it pass."""
+    one, _ = Datasets(str(tmp_path))
+    one.publish()
+    one.label(d=3)
+
+    def edit(uri: str) -> None:
+        if "/_cvt_label/" in uri and one.delta().version() == 1:
+            deltalake.write_deltalake(one.delta(), one.delta().to_pyarrow_table(), mode="append")
+
+    one.publish(WatchedStorage(before=edit), file_bytes=1)
+    with pytest.raises(StorageError, match="WRITE in version 2"):
+        one.publish()
+    one.publish(rebuild=True)
+    assert one.published() == one.labels()
+
+
+def test_compacted_and_vacuumed_table_is_published_to(both: Datasets) -> None:
+    one, two = both
+    one.delta().optimize.compact()
+    one.delta().optimize.z_order(["label"])
+    one.delta().vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+    assert len(one.delta().file_uris()) == 1
+    assert not one.publish().is_new
+    assert not two.publish().is_new
+    one.label(b=3, remove=["a"])
+    assert changes(one.publish(), one.root) == {"added": ["b"], "replaced": ["b"], "removed": ["a"]}
+    assert one.published() == both.labels()
+    two.label(a=3)
+    two.publish()
+    assert one.published() == both.labels()
+
+
+def test_log_that_no_longer_has_the_publication_is_refused(both: Datasets) -> None:
+    """As when a checkpoint has let Delta remove old entries, and the table was compacted."""
+    one, _ = both
+    one.delta().optimize.z_order(["label"])
+    one.delta().create_checkpoint()
+    for path in Path(one.table, "_delta_log").glob("*.json"):
+        if path.stem < f"{one.delta().version():020d}":
+            path.unlink()
+    with pytest.raises(StorageError, match="the log no longer has what happened since"):
+        one.publish()
+
+
+def test_other_kinds_of_tables_are_left_alone(tmp_path: Path) -> None:
+    one, _ = Datasets(str(tmp_path))
+    deltalake.write_deltalake(one.table, pa.table({"x": [1]}))
+    for rebuild in (False, True):
+        with pytest.raises(StorageError, match="not partitioned by model"):
+            one.publish(rebuild=rebuild)
+
+
+def test_data_file_that_holds_something_else_is_named(both: Datasets) -> None:
+    """Where rows of another dataset in it are to be kept."""
+    one, _ = both
+    [path] = Path(one.table).glob("model=*/*00000002-*.parquet")
+    path.write_bytes(b"no Parquet")
+    one.label(d=3)
+    with pytest.raises(StorageError, match=rf"{path.name}: not a file of predictions"):
+        one.publish()
