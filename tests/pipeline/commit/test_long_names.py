@@ -1,25 +1,67 @@
-"""Shards with names as long as a bucket or a disk takes them: labelled once, rebuilt, published, pruned."""
+"""Shards with names as long as a bucket or a disk takes them: labelled once, rebuilt, pruned."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.commit import Partition
 from pipeline.compare import LabelSet, measure_agreement
-from pipeline.config import ConfigError, Selection
+from pipeline.config import Config, ConfigError, Selection, load_config
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
 from pipeline.run import State, label, make_job, plan_run, rebuild
 from pipeline.statistics import Classes
-from pipeline.storage import Storage
+from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_image, make_tar
 from tests.pipeline.crashing import leave_out_ray
-from tests.pipeline.publish.publishing_runs import Format, Place
 
 #: As long as a disk, and a bucket of the test's server, takes a part of a name; with three bytes a character.
 PARTS = ("x" * 251 + ".tar", "y" * 251 + ".tar", "日" * 83 + "a.tar", "=" * 200 + ".tar", "short.tar")
+
+
+class Place:
+    """A dataset with its labels."""
+
+    def __init__(self, root: str, *overrides: str) -> None:
+        self.root = root
+        self.storage = Storage()
+        fields = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist", *overrides]
+        self.config = load_config(Config, None, fields)
+
+    def put(self, shards: Mapping[str, bytes], remove: Iterable[str] = ()) -> None:
+        """Adds shards to the input, or changes them."""
+        for name in remove:
+            self.storage.delete(self.shard_uri(name))
+        for name, data in shards.items():
+            self.storage.write(self.shard_uri(name), data)
+
+    @property
+    def partition(self) -> Partition:
+        """The labels."""
+        return make_job(self.config).partition
+
+    def objects(self, folder: str) -> dict[str, str]:
+        """Versions of all objects in a folder."""
+        try:
+            return {info.uri: info.version for info in self.storage.list(f"{self.root}/{folder}")}
+        except ObjectNotFound:
+            return {}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """The rows of all prediction files."""
+        files = [self.storage.read(uri) for uri in self.objects("out") if "/predictions/" in uri]
+        return [row for file in files for row in pq.read_table(io.BytesIO(file)).to_pylist()]
+
+    def shard_uri(self, name: str) -> str:
+        """A shard's URI."""
+        return f"{self.root}/in/{name}"
 
 
 @pytest.fixture(autouse=True)
@@ -93,22 +135,14 @@ def test_they_are_found_again_without_the_manifest_and_their_changes_replace_the
     assert len(place.predictions()) == 3 * (len(found) - 2) + 5 + 1
 
 
-@pytest.mark.parametrize(("format", "on_disk"), [("parquet", True), ("delta", False)])
-def test_they_are_pruned_and_what_is_published_follows(
-    format: Format, on_disk: bool, tmp_path: Path, bucket: str
-) -> None:
-    place = Place(str(tmp_path) if on_disk else bucket, format)
+def test_they_are_pruned(place: Place) -> None:
     found = put(place)
-    place.label()
-    place.publish()
-    assert place.published() == place.predictions()
+    label(place.config)
     removed = {found[0], found[2], found[-1]}
-    place.put({}, remove=tuple(removed))
-    place.label(Selection(prune=True))
+    place.put({}, remove=removed)
+    label(place.config, selection=Selection(prune=True))
     assert shards(place) == set(found) - removed
     assert len(outputs(place)) == len(found) - len(removed)
-    place.publish()
-    assert place.published() == place.predictions()
 
 
 def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
@@ -120,14 +154,14 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
             place.config.model_copy(update={"output": place.config.output.model_copy(update={"topk": topk})})
         ).job.partition
         sides.append(LabelSet.open(partition.storage, partition.uri))
-    labels = list(partition.checkpoint.labels)
+    labels = list(partition.labels)
     agreement = measure_agreement(Classes.matched(labels, labels), *sides)
     assert (agreement.shards, agreement.compared, agreement.share) == (len(found), 3 * len(found), 1.0)
 
 
 def test_an_output_that_leaves_no_room_for_names_is_refused_before_anything_is_labelled(bucket: str) -> None:
     deep = "/".join(["o" * 100] * 3)
-    place = Place(bucket, "parquet", f"output.uri={bucket}/{deep}")
+    place = Place(bucket, f"output.uri={bucket}/{deep}")
     found = put(place)
     with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d{3} bytes, .*/in/d.* has 8\d\d"):
         plan_run(place.config)
@@ -137,7 +171,7 @@ def test_an_output_that_leaves_no_room_for_names_is_refused_before_anything_is_l
     for name in found[-2:]:
         place.storage.delete(place.shard_uri(name))
     label(place.config)  # all others have room enough
-    place = Place(bucket, "parquet", f"output.uri={bucket}/{'/'.join(['o' * 100] * 10)}")
+    place = Place(bucket, f"output.uri={bucket}/{'/'.join(['o' * 100] * 10)}")
     with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d bytes, .* what each run writes"):
         plan_run(place.config)
 
@@ -145,7 +179,7 @@ def test_an_output_that_leaves_no_room_for_names_is_refused_before_anything_is_l
 def test_likewise_on_a_disk(tmp_path: Path) -> None:
     Storage().write(f"{tmp_path}/in/a.tar", tar(1))
     for below in ("o" * 256, "/".join(["o" * 200] * 20)):
-        place = Place(str(tmp_path), "parquet", f"output.uri={tmp_path}/{below}")
+        place = Place(str(tmp_path), f"output.uri={tmp_path}/{below}")
         with pytest.raises(ConfigError, match=r"output\.uri: too long"):
             label(place.config)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -43,6 +43,7 @@ class Dataset:
         root: folder or bucket of input, output and table.
         uri: the partition's.
         table: the table's URI.
+        config: of the job, as its record has it.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Dataset:
         self.table = table or f"{root}/table"
         self.storage = Storage()
         self.embedding = embedding
+        self.config: dict[str, Any] = {"input": {"uri": f"{root}/in"}}
+        self._labelings = 0
 
     @property
     def partition(self) -> Partition:
@@ -75,14 +78,13 @@ class Dataset:
             remove: names of shards that are to go.
             counts: of shards by name, as many rows with labels as nobody has seen.
         """
-        self._seed = getattr(self, "_seed", 0) + 1
+        self._labelings += 1
         made = [
-            predictions(self.shard(name), count, 100 * self._seed + number, self.embedding)
+            predictions(self.shard(name), count, 100 * self._labelings + number, self.embedding)
             for number, (name, count) in enumerate(counts.items())
         ]
         run = {table["shard"][0].as_py(): table for table in (*tables, *made)}
-        config = {"input": {"uri": f"{self.root}/in"}}
-        write_partition(self.storage, self.uri, LABELS, [run], {"config": config})
+        write_partition(self.storage, self.uri, LABELS, [run], {"config": self.config})
         for name in remove:
             self.storage.delete(self.prediction_uri(name))
         self.partition.manifest.update({}, removed=[self.shard(name) for name in remove])
