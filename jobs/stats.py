@@ -21,6 +21,8 @@ from jobs.console import (
     out,
     run_alone,
 )
+from pipeline.config import load_job_config
+from pipeline.run import make_job
 from pipeline.run import rebuild as rebuild_partition
 from pipeline.statistics import class_table
 
@@ -32,7 +34,11 @@ def stats(
     most: Annotated[int, typer.Option("--most", min=1, help="Classes to show, at most.")] = 1000,
     rebuild: Annotated[
         bool,
-        typer.Option("--rebuild", help="First regenerate manifest and statistics from the prediction files."),
+        typer.Option(
+            "--rebuild",
+            help="First regenerate manifest and statistics from the prediction files. With --config, the model "
+            "is loaded: class_stats.parquet may be missing.",
+        ),
     ] = False,
 ) -> None:
     """Show the per-class statistics of a partition.
@@ -41,7 +47,10 @@ def stats(
     labeled yet; 5 when a run is at work, with --rebuild.
     """
     with exit_status():
-        partition = given_partition(uri, config, set)
+        if rebuild and uri is None and config is not None:  # class_stats.parquet may be missing
+            partition = make_job(load_job_config(config, set or ())).partition
+        else:
+            partition = given_partition(uri, config, set)
         if rebuild:
             rebuild_partition(partition)
         manifest = partition.manifest.read(("rows", "errors", "output", "error", "gone"))
