@@ -4,7 +4,7 @@ Reading what is compared belongs here. The figures are defined in `statistics`, 
 """
 
 from pipeline.compare.agreement import measure_agreement
-from pipeline.compare.comparing import compare, write_comparison
+from pipeline.compare.comparing import compare, compare_labels, write_comparison
 from pipeline.compare.label_set import LabelSet, NoPreviousRunError
 from pipeline.compare.run_pair import RunPair
 
@@ -13,6 +13,7 @@ __all__ = [
     "NoPreviousRunError",
     "RunPair",
     "compare",
+    "compare_labels",
     "measure_agreement",
     "write_comparison",
 ]

@@ -43,6 +43,24 @@ def compare(
     return Comparison(a.id, b.id, drift, agreement)
 
 
+def compare_labels(
+    a: str, b: str, *, with_agreement: bool = True, storage: Storage | None = None
+) -> Comparison:
+    """Compares the labels of two models, or of two runs.
+
+    Args:
+        a: `URI`, `URI@RUN`, `URI@latest` or `URI@previous` of a partition.
+        b: the same for the second.
+        with_agreement: whether to read all labels and compare them sample by sample.
+        storage: access to both; from the environment where None.
+
+    Raises:
+        StorageError: a label set can't be found or read, or has no labeled image.
+    """
+    storage = storage or Storage()
+    return compare(LabelSet.open(storage, a), LabelSet.open(storage, b), with_agreement)
+
+
 def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None:
     """Writes a comparison as a Parquet file with one row per class.
 
