@@ -19,7 +19,7 @@ from jobs.console import (
     run_alone,
 )
 from pipeline.publish import FILE_BYTES, Publication
-from pipeline.publish import publish as publish_partition
+from pipeline.publish import publish_labels
 
 
 def publish(
@@ -47,7 +47,7 @@ def publish(
     """
     with exit_status():
         partition = given_partition(uri, config, set)
-        done = publish_partition(
+        done = publish_labels(
             partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2
         )
     out.print(_described(done), markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,6 @@
 Reading what is labeled belongs to `commit`.
 """
 
-from pipeline.publish.publishing import FILE_BYTES, Publication, TableBusyError, publish
+from pipeline.publish.publishing import FILE_BYTES, Publication, TableBusyError, publish_labels
 
-__all__ = ["FILE_BYTES", "Publication", "TableBusyError", "publish"]
+__all__ = ["FILE_BYTES", "Publication", "TableBusyError", "publish_labels"]

@@ -69,7 +69,7 @@ class Publication:
     is_new: bool
 
 
-def publish(
+def publish_labels(
     partition: Partition,
     uri: str,
     *,

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.commit import Partition
 from pipeline.predictions import prediction_path
-from pipeline.publish import Publication, publish
+from pipeline.publish import Publication, publish_labels
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage
 from tests.partitions import make_predictions, write_partition
 
@@ -92,7 +92,7 @@ class Dataset:
     def publish(self, storage: Storage | None = None, **options: Any) -> Publication:
         """Publishes in this process, through this storage."""
         partition = Partition.open(storage or self.storage, self.uri)
-        return publish(partition, self.table, **options)
+        return publish_labels(partition, self.table, **options)
 
     def objects(self, uri: str) -> dict[str, str]:
         """Versions of all objects in a folder."""
