@@ -3,121 +3,37 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 
 from pipeline.commit import (
-    WRITERS,
-    Committer,
     Lease,
     LeaseLostError,
-    ManifestRow,
     ManifestWriter,
-    Partition,
     Progress,
     RunRecord,
-    Totals,
     new_run_id,
 )
 from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import (
-    Executor,
-    Resources,
     Stop,
     Stopped,
-    graceful_stop,
-    open_executor,
     sigterm_interrupts,
 )
 from pipeline.read import Shard, list_shards
-from pipeline.report import Gallery
 from pipeline.run import gate, summaries
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
-from pipeline.run.job import Job, make_job
-from pipeline.run.planning import Plan
+from pipeline.run.job import make_job
 from pipeline.run.preparing import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, recorded
-from pipeline.statistics import (
-    CLASSIFY,
-    COMMIT,
-    DECODE,
-    STORAGE,
-    ClassStatistics,
-    StageFigures,
-    bound_by,
-    stage_figures,
-)
-from pipeline.storage import ObjectNotFound, Storage, StorageError, faults
+from pipeline.run.result import RunResult
+from pipeline.run.streaming import ShardStream
+from pipeline.storage import StorageError, faults
 
 logger = logging.getLogger("cvt_label")
-
-
-@dataclass
-class RunResult:
-    """What a run did.
-
-    Attributes:
-        run: its id.
-        job: what it ran.
-        plan: what it was to do.
-        totals: what it committed.
-        withdrawn: groups of image files whose labels it removed again, since its input has changed.
-        statistics: class statistics over all labels of the partition; None where the run changed nothing.
-        timings: seconds from its start to each event, by name.
-        stages: each stage's part in it; empty where nothing was to be labeled.
-        decoded_on_gpu: of the decoded images, those that a GPU decoded; None where only the CPU was to.
-        gallery: thumbnails of what it labeled; None where nothing was to be.
-        gpu_utilisation: share of the time in which GPUs were busy; None where nobody measured it.
-        broken_limits: of the configured gate, in words.
-    """
-
-    run: str
-    job: Job
-    plan: Plan
-    totals: Totals = field(default_factory=Totals)
-    withdrawn: set[str] = field(default_factory=set)
-    statistics: ClassStatistics | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, StageFigures] = field(default_factory=dict)
-    decoded_on_gpu: int | None = None
-    gallery: Gallery | None = None
-    gpu_utilisation: float | None = None
-    broken_limits: list[str] = field(default_factory=list)
-
-    @property
-    def partition(self) -> Partition:
-        """Where the labels are."""
-        return self.job.partition
-
-    @property
-    def pruned(self) -> int:
-        """Deleted shards whose labels the run removed."""
-        return len(self.plan.to_prune)
-
-    @property
-    def rate(self) -> float:
-        """Samples a second, from the start of the dataflow to its last result."""
-        if "last_result" not in self.timings:
-            return 0.0
-        return self.totals.images / max(self.timings["last_result"] - self.timings["ray_ready"], 1e-9)
-
-    @property
-    def decoder(self) -> str:
-        """What decoded the images, in words."""
-        if self.decoded_on_gpu is not None:
-            on_cpu = self.stages[DECODE].images - self.decoded_on_gpu
-            return f"the GPU, {self.decoded_on_gpu:,} images, and the CPU, {on_cpu:,}"
-        return f"the CPU, {self.job.config.decode.quality}"
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every shard of the input is labeled, as it is now."""
-        return not self.totals.unreadable and not self.plan.skipped_failures
 
 
 def label(
@@ -276,129 +192,15 @@ class _Run:
         return RunPair.find(job.partition, job.config.input.uri, self.result.run)
 
     def _label(self) -> Stop:
-        """Sends the plan's shards through the dataflow; returns whether it was asked to stop."""
-        result, plan, job = self.result, self.result.plan, self.result.job
-        config = job.config
-        groups: dict[str, ManifestRow] = {}
-        gallery = result.gallery = Gallery(config.report.gallery, plan.shards)
-
-        failing = self.prepared.failing
-
-        def on_commit(row: ManifestRow) -> None:
-            if row.error is not None:
-                self.record.failure(row)
-            elif row.uri in failing:
-                self.record.shards("cured", [row.uri])
-            if row.format == "images" and row.output is not None:
-                groups[row.uri] = row
-            gallery.settle(row.uri, row.error is None)
-            self.writer.add(row)
-            self.clock.mark("first_commit")
-
-        committer = Committer(
-            job.partition,
-            job.fingerprint,
-            job.prediction_options,
-            plan.shards,
-            result.run,
-            expected={uri: v for uri, v in plan.expected.items() if uri not in self.removed},
-            is_current=partial(_is_current, job.partition.storage, config.input.format),
-            on_commit=on_commit,
-            before_group=self.lease.verify,
+        """Labels the plan's shards; finally removes labels of images that the input has regrouped by then."""
+        result = self.result
+        stream = ShardStream(
+            result, self.prepared, self.record, self.clock, self.lease, self.writer, self.on_progress
         )
-        result.totals = committer.totals
-        with (
-            self._regrouped_withdrawn(groups),
-            open_executor(config.ray) as executor,
-            committer,
-            graceful_stop(config.run.grace_s) as stop,
-        ):
-            self._commit_results(executor, committer, gallery, stop)
-        return stop
-
-    @contextmanager
-    def _regrouped_withdrawn(self, groups: Mapping[str, ManifestRow]) -> Iterator[None]:
-        """Finally removes labels of image files that the input has in other groups by then."""
         try:
-            yield
+            return stream.run(self.removed)
         finally:
-            result, entries = self.result, self.prepared.repairs.entries
+            entries = self.prepared.repairs.entries
             result.withdrawn = withdraw_regrouped(
-                result.job.partition, result.plan, groups, entries, self._relist
+                result.partition, result.plan, stream.groups, entries, self._relist
             )
-
-    def _commit_results(self, executor: Executor, committer: Committer, gallery: Gallery, stop: Stop) -> None:
-        """Takes the results of all shards, or, after a stop, of those that are begun."""
-        plan, job, faults_before = self.result.plan, self.result.job, faults()
-        resources = executor.resources(job.resource_request)
-        self.record.note(resources=asdict(resources))
-        self.clock.mark("ray_ready")
-        logger.info("images go to the model in batches of %d", resources.batch_size)
-        metrics = executor.metrics(
-            job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
-        )
-
-        def note_progress() -> None:
-            metrics.update(committer.totals, faults() - faults_before + committer.totals.retries)
-            self.on_progress(committer.progress(), self.prepared)
-
-        chunks = executor.label(plan.shards, job.stages, resources)
-        started = 0.0
-        with closing(chunks), stop.abandonable(), _missing_shards_noted(committer):
-            for chunk in chunks:
-                self.clock.mark("first_result")
-                started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
-                if stop.requested:
-                    committer.wind_down()
-                committer.add(gallery.take(chunk))
-                metrics.chunk(chunk)
-                note_progress()
-                self.lease.check()
-                if stop.requested and not committer.open_shards:
-                    break
-        seconds = time.perf_counter() - started if started else 0.0
-        self.clock.mark("last_result", again=True)
-        if stop.requested:
-            committer.settle()
-        else:
-            committer.finish()
-        self._note_stages(resources, seconds)
-        note_progress()
-
-    def _note_stages(self, resources: Resources, seconds: float) -> None:
-        """Notes what each stage did in so many seconds of the dataflow, in the result and in the record."""
-        result, metrics = self.result, self.result.totals.metrics
-        workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
-        if resources.decoders:
-            workers[DECODE] = resources.decoders
-        else:
-            result.decoded_on_gpu = metrics[DECODE].decoded_on_gpu if DECODE in metrics else 0
-        result.stages = stage_figures(metrics, workers, seconds)
-        result.gpu_utilisation = metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None
-        self.record.note(
-            stages={stage: asdict(figures) for stage, figures in result.stages.items()},
-            bound_by=bound_by(result.stages),
-            gpu_utilisation=result.gpu_utilisation,
-            decoder=result.decoder,
-        )
-
-
-@contextmanager
-def _missing_shards_noted(committer: Committer) -> Iterator[None]:
-    """Adds to an error what it may be about; where workers die again and again, Ray can't say."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"The first shards that were not done: {', '.join(committer.missing(5))}")
-        raise
-
-
-def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
-    """Whether the input still has this version of a shard."""
-    if shard.members:
-        listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
-        return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
-    try:
-        return storage.stat(shard.uri).version == shard.version
-    except ObjectNotFound:
-        return False

@@ -27,7 +27,7 @@ from pipeline.commit import lease, manifest_writer
 from pipeline.config import Config, Selection, load_config
 from pipeline.dataflow.local_executor import LocalExecutor
 from pipeline.read import shards
-from pipeline.run import labeling, make_job, rebuild
+from pipeline.run import labeling, make_job, rebuild, streaming
 from pipeline.storage import Storage
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
@@ -78,7 +78,7 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
 
 def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
     """Lets `label` do in this process what it does on a cluster, with groups of few images."""
-    patch.setattr(labeling, "open_executor", _local_executor)
+    patch.setattr(streaming, "open_executor", _local_executor)
     patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
     patch.setattr(shards, "_GROUP_IMAGES", 4)
 

@@ -31,6 +31,7 @@ from pipeline.run import (
     make_job,
     plan_run,
     rebuild,
+    streaming,
     summaries,
 )
 from pipeline.storage import ObjectInfo, Storage
@@ -81,7 +82,7 @@ def test_a_rerun_with_nothing_new_starts_no_ray_and_touches_nothing(
     def no_ray(address: str | None) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(labeling, "ray_cluster", no_ray)
+    monkeypatch.setattr(streaming, "open_executor", no_ray)
     again = label(config(root))
     assert again.is_complete
     assert again.plan.states == {State.DONE: 1, State.GONE: 0}

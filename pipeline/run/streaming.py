@@ -1,0 +1,164 @@
+"""The plan's shards on their way through the executor to the committer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from functools import partial
+
+from pipeline.commit import WRITERS, Committer, Lease, ManifestRow, ManifestWriter, Progress, RunRecord
+from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor
+from pipeline.read import Shard, list_shards
+from pipeline.report import Gallery
+from pipeline.run.preparing import PreparedRun
+from pipeline.run.recording import Clock
+from pipeline.run.result import RunResult
+from pipeline.statistics import CLASSIFY, COMMIT, DECODE, STORAGE, bound_by, stage_figures
+from pipeline.storage import ObjectNotFound, Storage, faults
+
+logger = logging.getLogger("cvt_label")
+
+
+class ShardStream:
+    """Labels the plan's shards, and notes in result, record and manifest what became of each.
+
+    Attributes:
+        groups: manifest rows of the groups of image files that were labeled, by URI.
+    """
+
+    def __init__(
+        self,
+        result: RunResult,
+        prepared: PreparedRun,
+        record: RunRecord,
+        clock: Clock,
+        lease: Lease,
+        writer: ManifestWriter,
+        on_progress: Callable[[Progress, PreparedRun], None],
+    ) -> None:
+        self.groups: dict[str, ManifestRow] = {}
+        self._result = result
+        self._prepared = prepared
+        self._record = record
+        self._clock = clock
+        self._lease = lease
+        self._writer = writer
+        self._on_progress = on_progress
+        self._failing = prepared.failing
+        self._gallery = result.gallery = Gallery(result.job.config.report.gallery, prepared.plan.shards)
+
+    def run(self, removed: set[str]) -> Stop:
+        """Labels all shards, or, after a stop, those that were started.
+
+        Args:
+            removed: shards whose prediction files the run has removed: they are no longer expected.
+        """
+        job, plan = self._result.job, self._prepared.plan
+        committer = Committer(
+            job.partition,
+            job.fingerprint,
+            job.prediction_options,
+            plan.shards,
+            self._result.run,
+            expected={uri: version for uri, version in plan.expected.items() if uri not in removed},
+            is_current=partial(_is_current, job.storage, job.config.input.format),
+            on_commit=self._note_commit,
+            before_group=self._lease.verify,
+        )
+        self._result.totals = committer.totals
+        with (
+            open_executor(job.config.ray) as executor,
+            committer,
+            graceful_stop(job.config.run.grace_s) as stop,
+        ):
+            self._commit_results(executor, committer, stop)
+        return stop
+
+    def _note_commit(self, row: ManifestRow) -> None:
+        if row.error is not None:
+            self._record.failure(row)
+        elif row.uri in self._failing:
+            self._record.shards("cured", [row.uri])
+        if row.format == "images" and row.output is not None:
+            self.groups[row.uri] = row
+        self._gallery.settle(row.uri, row.error is None)
+        self._writer.add(row)
+        self._clock.mark("first_commit")
+
+    def _commit_results(self, executor: Executor, committer: Committer, stop: Stop) -> None:
+        plan, job, faults_before = self._prepared.plan, self._result.job, faults()
+        resources = executor.resources(job.resource_request)
+        self._record.note(resources=asdict(resources))
+        self._clock.mark("ray_ready")
+        logger.info("images go to the model in batches of %d", resources.batch_size)
+        metrics = executor.metrics(
+            job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
+        )
+
+        def note_progress() -> None:
+            metrics.update(committer.totals, faults() - faults_before + committer.totals.retries)
+            self._on_progress(committer.progress(), self._prepared)
+
+        chunks = executor.label(plan.shards, job.stages, resources)
+        started = 0.0
+        with closing(chunks), stop.abandonable(), _missing_shards_noted(committer):
+            for chunk in chunks:
+                self._clock.mark("first_result")
+                started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
+                if stop.requested:
+                    committer.wind_down()
+                committer.add(self._gallery.take(chunk))
+                metrics.chunk(chunk)
+                note_progress()
+                self._lease.check()
+                if stop.requested and not committer.open_shards:
+                    break
+        seconds = time.perf_counter() - started if started else 0.0
+        self._clock.mark("last_result", again=True)
+        if stop.requested:
+            committer.settle()
+        else:
+            committer.finish()
+        self._note_stages(resources, seconds)
+        note_progress()
+
+    def _note_stages(self, resources: Resources, seconds: float) -> None:
+        """Notes what each stage did in so many seconds of the dataflow."""
+        result, metrics = self._result, self._result.totals.metrics
+        workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
+        if resources.decoders:
+            workers[DECODE] = resources.decoders
+        else:
+            result.decoded_on_gpu = metrics[DECODE].decoded_on_gpu if DECODE in metrics else 0
+        result.stages = stage_figures(metrics, workers, seconds)
+        result.gpu_utilisation = metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None
+        self._record.note(
+            stages={stage: asdict(figures) for stage, figures in result.stages.items()},
+            bound_by=bound_by(result.stages),
+            gpu_utilisation=result.gpu_utilisation,
+            decoder=result.decoder,
+        )
+
+
+@contextmanager
+def _missing_shards_noted(committer: Committer) -> Iterator[None]:
+    """Adds to an error what it may be about; where workers die again and again, Ray can't say."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"The first shards that were not done: {', '.join(committer.missing(5))}")
+        raise
+
+
+def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
+    """Whether the input still has this version of a shard."""
+    if shard.members:
+        listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
+        return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
+    try:
+        return storage.stat(shard.uri).version == shard.version
+    except ObjectNotFound:
+        return False
