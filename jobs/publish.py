@@ -18,8 +18,7 @@ from jobs.console import (
     out,
     run_alone,
 )
-from pipeline.publish import FILE_BYTES, Publication
-from pipeline.publish import publish_labels
+from pipeline.publish import FILE_BYTES, Publication, publish_labels
 
 
 def publish(
