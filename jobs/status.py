@@ -1,4 +1,4 @@
-"""Shows labelling jobs of a Ray cluster: `python -m jobs.status [JOB]`, or `cvt-label status`."""
+"""Shows labeling jobs of a Ray cluster: `python -m jobs.status [JOB]`, or `cvt-label status`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from jobs.console import AddressOption, exit_status, out, plain, run_alone
-from pipeline.schedule import Cluster, Job
+from pipeline.schedule import JobClient, SubmittedJob
 
-#: State, start, seconds and exit status, as wide as they get; the id, which may be long, comes last.
-_LINE = "{:<9}  {:<23}  {:>8}  {:>6}  {}"
+#: State, start, seconds and exit status have a maximum width; the id, which may be long, comes last.
+_LINE = "{state:<9}  {started:<23}  {took:>8}  {status:>6}  {job}"
 
 
 def status(
@@ -21,46 +21,41 @@ def status(
     ] = None,
     address: AddressOption = None,
 ) -> None:
-    """Show a labelling job, or all that the cluster knows of: state, times, exit status.
+    """Show a labeling job, or all that the cluster knows of: state, times, exit status.
 
     Exit status: 0; 4 when the cluster can't be reached, or has no such job.
     """
     with exit_status():
-        cluster = Cluster(address)
-        if job is None:
-            _list(cluster.jobs())
-        else:
-            _show(cluster.job(job))
-
-
-def _list(jobs: list[Job]) -> None:
+        client = JobClient(address)
+        if job is not None:
+            _show(client.job(job))
+            return
+        jobs = client.jobs()
     if not jobs:
-        out.print("no labelling jobs")
+        out.print("no labeling jobs")
         return
-    out.print(_LINE.format("state", "started", "took", "status", "job"), highlight=False, soft_wrap=True)
-    for job in jobs:
-        facts = _facts(job)
-        cells = facts["state"], facts["started"], facts["took"], facts["exit status"], job.id
-        out.print(plain(_LINE.format(*cells)), highlight=False, soft_wrap=True)
+    headings = {name: name for name in ("state", "started", "took", "status", "job")}
+    for row in (headings, *map(_row, jobs)):
+        out.print(plain(_LINE.format(**row)), highlight=False, soft_wrap=True)
 
 
-def _show(job: Job) -> None:
+def _show(job: SubmittedJob) -> None:
+    facts = _row(job) | {"message": job.message, "command": job.entrypoint} | job.metadata
     table = Table.grid(padding=(0, 2))
-    for name, value in (
-        {"job": job.id} | _facts(job) | {"message": job.message, "command": job.entrypoint} | job.metadata
-    ).items():
+    for name, value in facts.items():
         table.add_row(plain(name), plain(value))
     out.print(table, soft_wrap=True, highlight=False)
 
 
-def _facts(job: Job) -> dict[str, str]:
+def _row(job: SubmittedJob) -> dict[str, str]:
     started, ended = job.started, job.ended
-    took = (ended or datetime.now(UTC)) - started if started else None
+    took = round(((ended or datetime.now(UTC)) - started).total_seconds()) if started else None
     return {
+        "job": job.id,
         "state": job.state.lower(),
         "started": f"{started:%Y-%m-%d %H:%M:%S} UTC" if started else "-",
-        "took": str(timedelta(seconds=round(took.total_seconds()))) if took is not None else "-",
-        "exit status": "-" if job.exit_status is None else str(job.exit_status),
+        "took": "-" if took is None else str(timedelta(seconds=took)),
+        "status": "-" if job.exit_status is None else str(job.exit_status),
     }
 
 

@@ -1,4 +1,4 @@
-"""Submits a labelling job to a Ray cluster: `python -m jobs.submit --config FILE`, or `cvt-label submit`."""
+"""Submits a labeling job to a Ray cluster: `python -m jobs.submit --config FILE`, or `cvt-label submit`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jobs.console import (
 )
 from pipeline.config import ConfigError
 from pipeline.dataflow import sigterm_interrupts
-from pipeline.schedule import Cluster, Job, Submission, minute_tick
+from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_tick
 
 
 def submit(
@@ -35,7 +35,7 @@ def submit(
     tick: Annotated[
         str | None,
         typer.Option(
-            help="Names the occasion, such as 2026-11-23: one tick of a dataset and model runs once. "
+            help="Names the scheduled time, such as 2026-11-23: one tick of a dataset and model runs once. "
             "Default: this minute, UTC.",
             show_default=False,
         ),
@@ -45,7 +45,7 @@ def submit(
     prune: PruneOption = None,
     working_dir: Annotated[
         str | None,
-        typer.Option(help="Local folder with the code to upload; else the cluster's image must have it."),
+        typer.Option(help="Local folder with the code to upload; else the cluster's image must contain it."),
     ] = None,
     pip: Annotated[
         str | None,
@@ -56,14 +56,14 @@ def submit(
         bool, typer.Option("--wait/--no-wait", help="Follow the job's log, and end as it ends.")
     ] = True,
 ) -> None:
-    """Send a labelling job to a Ray cluster, follow it, and end with its own exit status.
+    """Submit a labeling job to a Ray cluster, follow it, and end with its exit status.
 
-    The configuration is checked here, and travels with the job; credentials don't: the cluster has its own.
-    Ctrl-C stops following, and not the job.
+    The configuration is checked here, and sent with the job, without credentials: the cluster has its own.
+    Ctrl-C stops following, not the job.
 
     Exit status: the job's own (see label), 130 when it was stopped; 2 when the configuration can't be
     used; 4 when the cluster can't be reached or refuses; 6 when this job was submitted before, or one for
-    the same dataset and model isn't over. With --no-wait, 0 once it is submitted.
+    the same dataset and model is not finished. With --no-wait, 0 once it is submitted.
     """
     with exit_status():
         loaded, selection = load_job(config, set, retry_errors, relabel, prune)
@@ -72,32 +72,32 @@ def submit(
             submission = Submission(loaded, tick, selection, working_dir, pip, python)
         except ValueError as error:
             raise ConfigError(f"--tick: {error}") from None
-        cluster = Cluster(address)
-        cluster.submit(submission)
+        client = JobClient(address)
+        client.submit(submission)
         job = submission.id
-        hint = shlex.join([job, "--address", cluster.address])
-        _tell(f"submitted {job}; stop it: cvt-label stop {hint}")
+        hint = shlex.join([job, "--address", client.address])
+        _print(f"submitted {job}; stop it: cvt-label stop {hint}")
         if not wait:
             sys.stdout.write(f"{job}\n")
             return
-        ended = follow(cluster, job)
+        ended = follow(client, job)
     sys.exit(ended.exit_status)
 
 
-def follow(cluster: Cluster, job: str) -> Job:
-    """Shows what a job writes until it is over; Ctrl-C and SIGTERM stop that, and not the job."""
+def follow(client: JobClient, job: str) -> SubmittedJob:
+    """Prints the log of a job until the job is finished; Ctrl-C and SIGTERM stop following, not the job."""
     try:
         with sigterm_interrupts():
-            ended = cluster.follow(job, print_log)
+            ended = client.follow(job, print_log)
     except KeyboardInterrupt:
-        hint = shlex.join([job, "--address", cluster.address])
-        _tell(f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}")
+        hint = shlex.join([job, "--address", client.address])
+        _print(f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}")
         sys.exit(Exit.INTERRUPTED)
-    _tell(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
+    _print(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
     return ended
 
 
-def _tell(message: str) -> None:
+def _print(message: str) -> None:
     err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 

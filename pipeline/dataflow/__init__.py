@@ -8,7 +8,7 @@ from pipeline.dataflow.executor import Executor, open_executor
 from pipeline.dataflow.ray_cluster import ClusterError, check_reachable
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Stages
-from pipeline.dataflow.stopping import Stop, Stopped, graceful_stop, sigterm_interrupts
+from pipeline.dataflow.stopping import Stop, Stopped, graceful_stop, interrupts_deferred, sigterm_interrupts
 
 __all__ = [
     "Cluster",
@@ -22,6 +22,7 @@ __all__ = [
     "check_reachable",
     "choose_resources",
     "graceful_stop",
+    "interrupts_deferred",
     "open_executor",
     "sigterm_interrupts",
 ]

@@ -3,26 +3,20 @@
 The labeling run itself belongs to `run`.
 """
 
-from pipeline.schedule.scheduler import DatasetState, Scheduler, next_ticks, read_state, state_uri
-from pipeline.schedule.submission import (
-    Cluster,
-    Job,
-    Submission,
-    SubmissionRefusedError,
-    UnknownJobError,
-    minute_tick,
-)
+from pipeline.schedule.client import JobClient, SubmissionRefusedError, SubmittedJob, UnknownJobError
+from pipeline.schedule.scheduler import Scheduler, next_ticks
+from pipeline.schedule.state import DatasetState, StateFile
+from pipeline.schedule.submission import Submission, minute_tick
 
 __all__ = [
-    "Cluster",
     "DatasetState",
-    "Job",
+    "JobClient",
     "Scheduler",
+    "StateFile",
     "Submission",
     "SubmissionRefusedError",
+    "SubmittedJob",
     "UnknownJobError",
     "minute_tick",
     "next_ticks",
-    "read_state",
-    "state_uri",
 ]

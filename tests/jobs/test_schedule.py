@@ -22,16 +22,16 @@ from typer.testing import CliRunner, Result
 from jobs.schedule import schedule
 from pipeline.config import ConfigError, DatasetConfig, DatasetsConfig, load_config
 from pipeline.schedule import (
-    Cluster,
     DatasetState,
-    Job,
+    JobClient,
     Scheduler,
+    StateFile,
     Submission,
+    SubmittedJob,
     next_ticks,
-    read_state,
-    state_uri,
 )
 from pipeline.schedule.scheduler import last_tick
+from pipeline.schedule.state import CurrentJob
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import make_image, make_tar
 from tests.ray_head import REPOSITORY
@@ -84,26 +84,33 @@ class Bench:
         self.file.write_text(text + datasets)
         return load_config(DatasetsConfig, self.file)
 
-    def scheduler(self, config: DatasetsConfig, connect: Callable[[], Cluster] | None = None) -> Scheduler:
+    def scheduler(self, config: DatasetsConfig, connect: Callable[[], JobClient] | None = None) -> Scheduler:
         return Scheduler(config, connect, clock=lambda: self.now)
 
     def state(self, name: str, config: DatasetsConfig) -> DatasetState:
-        state, _ = read_state(Storage(), state_uri(name, config.datasets[name]))
+        state = StateFile(name, config.datasets[name]).read()
         assert state is not None
         return state
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SubmittedJob]:
         mine = str(self.folder)
-        return [job for job in Cluster(self.address).jobs() if job.metadata.get("input", "").startswith(mine)]
+        return [
+            job for job in JobClient(self.address).jobs() if job.metadata.get("input", "").startswith(mine)
+        ]
 
     def end_jobs(self) -> int:
         """Lets the jobs end; returns how many have run."""
         self.may_end.touch()
         deadline = time.monotonic() + 120
-        while not all(job.is_over for job in self.jobs()):
+        while not all(job.is_finished for job in self.jobs()):
             assert time.monotonic() < deadline
             time.sleep(0.5)
         return len((self.folder / "runs").read_text().splitlines())
+
+
+def is_submitted(state: DatasetState) -> bool:
+    """Whether the cluster has the dataset's job, and the job is not known to be finished."""
+    return state.current is not None and state.current.submitted and state.current.problem is None
 
 
 @pytest.fixture
@@ -122,19 +129,19 @@ def command(*arguments: object) -> Result:
 def test_a_tick_is_submitted_skipped_while_the_last_one_runs_and_caught_up_once(bench: Bench) -> None:
     config = bench.configure("a")
     scheduler = bench.scheduler(config)
-    assert not scheduler.look()  # seen for the first time: what was due before is not
-    assert not scheduler.look()
+    assert not scheduler.poll()  # seen for the first time: what was due before is not
+    assert not scheduler.poll()
     assert bench.jobs() == []
 
     bench.now = NOON + HOUR
-    assert not scheduler.look()
-    assert not scheduler.look()
+    assert not scheduler.poll()
+    assert not scheduler.poll()
     (job,) = bench.jobs()
     assert job.id.endswith("-20260301T1300Z")
-    assert bench.state("a", config).phase == "submitted"
+    assert is_submitted(bench.state("a", config))
 
     bench.now = NOON + 2 * HOUR
-    assert not scheduler.look()
+    assert not scheduler.poll()
     state = bench.state("a", config)
     assert state.skipped is not None
     assert state.skipped.tick == bench.now
@@ -142,15 +149,15 @@ def test_a_tick_is_submitted_skipped_while_the_last_one_runs_and_caught_up_once(
     assert len(bench.jobs()) == 1
 
     assert bench.end_jobs() == 1
-    assert not scheduler.look()
+    assert not scheduler.poll()
     last = bench.state("a", config).last
     assert last is not None
-    assert (last.job, last.state, last.exit_status) == (job.id, "FAILED", 3)
+    assert (last.id, last.state, last.exit_status) == (job.id, "FAILED", 3)
     assert len(bench.jobs()) == 1  # the tick that was skipped stays so
 
     bench.now = NOON + 99 * HOUR + timedelta(minutes=7)  # after days without a scheduler, a new one
     for _ in range(3):
-        assert not bench.scheduler(config).look()
+        assert not bench.scheduler(config).poll()
     assert [job.metadata["tick"] for job in bench.jobs()] == ["20260305T1500Z", "20260301T1300Z"]
     assert bench.end_jobs() == 2
     shown = command("--config", bench.file, "--status")
@@ -170,20 +177,20 @@ def test_whatever_step_a_scheduler_dies_at_the_next_one_runs_the_tick_once(
     points = [(step, when) for step in ("claim", "submit", "note") for when in ("before", "after")]
     names = [f"{when}-{step}" for step, when in points]
     config = bench.configure(*names)
-    bench.scheduler(config).look()
+    bench.scheduler(config).poll()
     bench.now += HOUR
     for name, (step, when) in zip(names, points, strict=True):
         mine = config.model_copy(update={"datasets": {name: config.datasets[name]}})
         with monkeypatch.context() as patch:
             _die(patch, step, when)
             with pytest.raises(Killed):
-                bench.scheduler(mine).look()
+                bench.scheduler(mine).poll()
         for _ in range(2):
-            assert not bench.scheduler(mine).look()
-        assert bench.state(name, config).phase == "submitted"
+            assert not bench.scheduler(mine).poll()
+        assert is_submitted(bench.state(name, config))
     assert bench.end_jobs() == len(points)
     assert len(bench.jobs()) == len(points)
-    assert not bench.scheduler(config).look()
+    assert not bench.scheduler(config).poll()
     for name in names:
         state = bench.state(name, config)
         assert state.last is not None
@@ -192,7 +199,7 @@ def test_whatever_step_a_scheduler_dies_at_the_next_one_runs_the_tick_once(
 
 def _die(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
     """Has a scheduler die before or after a step."""
-    write, submit = Storage.write, Cluster.submit
+    write, submit = Storage.write, JobClient.submit
     writes = 0
 
     def at(here: bool, do: Callable[[], object]) -> object:
@@ -210,17 +217,17 @@ def _die(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
         assert isinstance(result, ObjectInfo)
         return result
 
-    def dying_submit(self: Cluster, submission: Submission) -> None:
+    def dying_submit(self: JobClient, submission: Submission) -> None:
         at(step == "submit", lambda: submit(self, submission))
 
     patch.setattr(Storage, "write", dying_write)
-    patch.setattr(Cluster, "submit", dying_submit)
+    patch.setattr(JobClient, "submit", dying_submit)
 
 
 def test_of_two_schedulers_at_once_one_submits_each_tick(bench: Bench) -> None:
     names = [f"set-{i}" for i in range(4)]
     config = bench.configure(*names)
-    bench.scheduler(config).look()
+    bench.scheduler(config).poll()
     bench.now += HOUR
     start = threading.Barrier(2)
 
@@ -228,44 +235,45 @@ def test_of_two_schedulers_at_once_one_submits_each_tick(bench: Bench) -> None:
         scheduler = bench.scheduler(config)
         start.wait()
         for _ in range(3):
-            assert not scheduler.look()
+            assert not scheduler.poll()
 
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(race) for _ in range(2)]:
             done.result()
     assert bench.end_jobs() == len(names)
-    assert {bench.state(name, config).phase for name in names} == {"submitted"}
+    assert all(is_submitted(bench.state(name, config)) for name in names)
 
 
 def test_a_tick_waits_for_a_cluster_that_is_away_and_a_broken_dataset_stops_no_other(bench: Bench) -> None:
     away = bench.configure("a", "b", address="http://127.0.0.1:1")
-    bench.scheduler(away).look()
-    Storage().write(state_uri("a", away.datasets["a"]), b"{}")
+    bench.scheduler(away).poll()
+    Storage().write(StateFile("a", away.datasets["a"]).uri, b"{}")
     bench.now += HOUR
-    problems = bench.scheduler(away).look()
+    problems = bench.scheduler(away).poll()
     assert "not a schedule's state" in problems["a"]
     assert "no Ray cluster answers" in problems["b"]
     state = bench.state("b", away)
-    assert state.phase == "claimed"
-    assert state.problem is not None
+    assert state.current is not None
+    assert not state.current.submitted
+    assert "no Ray cluster answers" in (state.current.problem or "")
 
     config = bench.configure("a", "b")
     bench.now += 2 * HOUR  # the claimed tick comes first, and the next ones find it running
-    assert set(bench.scheduler(config).look()) == {"a"}
+    assert set(bench.scheduler(config).poll()) == {"a"}
     assert [job.metadata["tick"] for job in bench.jobs()] == ["20260301T1300Z"]
     state = bench.state("b", config)
-    assert (state.phase, state.problem) == ("submitted", None)
+    assert is_submitted(state)
     assert state.skipped is not None
 
 
 def test_a_dataset_that_somebody_else_labels_is_skipped(bench: Bench) -> None:
     config = bench.configure("a")
     scheduler = bench.scheduler(config)
-    scheduler.look()
+    scheduler.poll()
     by_hand = Submission(config.datasets["a"].job, "by-hand", python=config.submit.python)
-    Cluster(bench.address).submit(by_hand)
+    JobClient(bench.address).submit(by_hand)
     bench.now += HOUR
-    assert not scheduler.look()
+    assert not scheduler.poll()
     state = bench.state("a", config)
     assert state.skipped is not None
     assert by_hand.id in state.skipped.reason
@@ -274,14 +282,13 @@ def test_a_dataset_that_somebody_else_labels_is_skipped(bench: Bench) -> None:
 
 def test_a_job_that_the_cluster_has_forgotten_is_lost(bench: Bench) -> None:
     config = bench.configure("a")
-    uri = state_uri("a", config.datasets["a"])
-    before = DatasetState(dataset="a", through=NOON, phase="submitted", tick=NOON, job="gone")
-    Storage().write(uri, before.model_dump_json().encode())
-    assert not bench.scheduler(config).look()
+    gone = CurrentJob(tick=NOON, id="gone", submitted=True)
+    StateFile("a", config.datasets["a"]).write(DatasetState(dataset="a", through=NOON, current=gone))
+    assert not bench.scheduler(config).poll()
     state = bench.state("a", config)
-    assert state.phase == "over"
+    assert state.current is None
     assert state.last is not None
-    assert (state.last.job, state.last.state, state.last.exit_status) == ("gone", "LOST", None)
+    assert (state.last.id, state.last.state, state.last.exit_status) == ("gone", "LOST", None)
     assert bench.jobs() == []
 
 
@@ -293,12 +300,12 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
     path.write_text(text.replace("submit: {", "submit: {poll_s: 0.5, "))
     config = load_config(DatasetsConfig, path)
     dataset = config.datasets["a"]
-    since = DatasetState(dataset="a", through=datetime.now(UTC) - 2 * HOUR)
-    Storage().write(state_uri("a", dataset), since.model_dump_json().encode())
+    file = StateFile("a", dataset)
+    file.write(DatasetState(dataset="a", through=datetime.now(UTC) - 2 * HOUR))
     service = subprocess.Popen([sys.executable, "-m", "jobs.cli", "schedule", "--config", str(path)])
     try:
         deadline = time.monotonic() + 120
-        while (state := read_state(Storage(), state_uri("a", dataset))[0]) and not state.last:
+        while (state := file.read()) and not state.last:
             assert time.monotonic() < deadline
             assert service.poll() is None
             time.sleep(0.5)
@@ -325,15 +332,15 @@ def test_datasets_that_share_an_output_are_labelled_one_after_the_other(cluster:
     config = load_config(DatasetsConfig, path)
     now = NOON
     scheduler = Scheduler(config, clock=lambda: now)
-    scheduler.look()
+    scheduler.poll()
     now += HOUR
     deadline = time.monotonic() + 180
     states: list[DatasetState | None] = []
     while not (len(states) == 2 and all(state is not None and state.last is not None for state in states)):
         assert time.monotonic() < deadline, states
-        assert not scheduler.look()
+        assert not scheduler.poll()
         time.sleep(0.5)
-        states = [read_state(Storage(), state_uri(*each))[0] for each in config.datasets.items()]
+        states = [StateFile(*each).read() for each in config.datasets.items()]
     assert [state.last.exit_status for state in states if state is not None and state.last] == [0, 0]
     rows = [pq.read_metadata(labels).num_rows for labels in output.glob("model=*/predictions/**/*.parquet")]
     assert rows == [5, 5]

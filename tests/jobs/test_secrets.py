@@ -29,7 +29,7 @@ from jobs.schedule import schedule
 from jobs.stats import stats
 from jobs.status import status
 from pipeline.config import Config, ConfigError, DatasetsConfig, load_config
-from pipeline.schedule import Cluster, DatasetState, read_state, state_uri
+from pipeline.schedule import DatasetState, JobClient, StateFile
 from pipeline.schedule.submission import CONFIG_VARIABLE
 from pipeline.storage import Storage, StorageError
 from tests.command import cvt_label
@@ -124,9 +124,8 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     storage.write(f"{bucket}/in/a.tar", make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)]))
     path = tmp_path / "schedule.yaml"
     path.write_text(SCHEDULE.format(address=head.address, root=bucket))
-    uri = state_uri("photos", load_config(DatasetsConfig, path).datasets["photos"])
-    before = DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(days=400))
-    storage.write(uri, before.model_dump_json().encode())
+    file = StateFile("photos", load_config(DatasetsConfig, path).datasets["photos"])
+    file.write(DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(days=400)))
     said: dict[str, str] = {}
 
     # The caller's own credentials stay with the caller: with these, no job would get far.
@@ -134,8 +133,11 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     done = cvt_label("schedule", "--config", path, "--once", **planted)
     said["schedule"] = done.stdout + done.stderr
     assert "submitted: label-" in said["schedule"]
-    name = (read_state(storage, uri)[0] or before).job or ""
-    assert Cluster(head.address).follow(name, lambda text: None).exit_status == 0
+    state = file.read()
+    assert state is not None
+    assert state.current is not None
+    name = state.current.id
+    assert JobClient(head.address).follow(name, lambda text: None).exit_status == 0
     at = ["--address", head.address]
     wrong = planted | {"AWS_SECRET_ACCESS_KEY": PLANTED}
     done = cvt_label("submit", "--config", job, *at, "--tick", "again", **wrong)
@@ -156,9 +158,9 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
 
     written = {o.uri: opened(o.uri, storage.read(o.uri)) for o in storage.list(bucket)}
     kept = {str(p): p.read_bytes() for p in head.folder.glob("session_2*/logs/**/*") if p.is_file()}
-    told = {"api": "".join(j.model_dump_json() for j in Cluster(head.address)._client.list_jobs())}
+    told = {"api": "".join(j.model_dump_json() for j in JobClient(head.address)._client.list_jobs())}
     # What must be found shows that the search finds something.
-    assert b"SUCCEEDED" in written[uri]
+    assert b"SUCCEEDED" in written[file.uri]
     assert "1 shards" in said["log"]
     assert f"{name} succeeded" in said["state"]
     assert CONFIG_VARIABLE in told["api"]

@@ -30,7 +30,7 @@ from jobs.schedule import schedule
 from jobs.stats import stats
 from pipeline.config import Config, DatasetsConfig, Selection, load_config
 from pipeline.run import label, make_job, rebuild
-from pipeline.schedule import DatasetState, state_uri
+from pipeline.schedule import DatasetState, StateFile
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
 from tests.makers import make_image, make_tar
@@ -325,7 +325,7 @@ def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, 
     def live(endpoint: str) -> None:
         assert run(schedule, "--config", path, "--once") == 0
         earlier = DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(hours=1))
-        uri = state_uri("photos", dataset)
+        uri = StateFile("photos", dataset).uri
         Storage(endpoint_url=s3_server.endpoint_url).write(uri, earlier.model_dump_json().encode())
         assert run(schedule, "--config", path, "--once") == 4
         assert run(schedule, "--config", path, "--status") == 0
