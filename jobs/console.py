@@ -177,6 +177,8 @@ def load_job(
     retry_errors: bool | None,
     relabel: bool | None,
     prune: bool | None,
+    *,
+    keep_relative_paths: bool = False,
 ) -> tuple[Config, Selection]:
     """A job's configuration, and what it selects.
 
@@ -187,7 +189,7 @@ def load_job(
     """
     from pipeline.config import Config, Selection, load_recorded
 
-    config, record = load_recorded(Config, path, overrides or ())
+    config, record = load_recorded(Config, path, overrides or (), keep_relative_paths=keep_relative_paths)
     given = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
     recorded = record.get("selection")
     selected = recorded if isinstance(recorded, dict) else {}  # of an earlier version, there is none

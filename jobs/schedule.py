@@ -39,7 +39,7 @@ def schedule(
     used; 4 when, with --once or --status, a dataset's state or the cluster can't be used.
     """
     with exit_status():
-        loaded = load_config(DatasetsConfig, config, set or ())
+        loaded = load_config(DatasetsConfig, config, set or (), keep_relative_paths=True)
         if not (dry_run or status):
             sys.exit(_run(loaded, once))
     result = Exit.OK

@@ -66,7 +66,7 @@ def submit(
     the same dataset and model is not finished. With --no-wait, 0 once it is submitted.
     """
     with exit_status():
-        loaded, selection = load_job(config, set, retry_errors, relabel, prune)
+        loaded, selection = load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
         try:
             tick = minute_tick(datetime.now(UTC)) if tick is None else tick
             submission = Submission(loaded, tick, selection, working_dir, pip, python)

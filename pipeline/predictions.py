@@ -18,14 +18,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import (
-    BucketNotFound,
-    ObjectChanged,
-    ObjectNotFound,
-    Storage,
-    StorageError,
-    normalised,
-)
+from pipeline.storage import Storage, StorageError
 
 # Glob patterns, Hive partitions (`key=value` folders become columns), URI syntax, other systems' paths.
 _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
@@ -56,13 +49,12 @@ def prediction_path(shard_uri: str) -> str:
     there is room for, and ends in `%7E` (a tilde) and 160 bits of a hash of the URI. No other path has this
     escape, since a tilde is not encoded: so two URIs never share a path.
     """
-    uri = normalised(shard_uri)
-    scheme, separator, rest = uri.partition("://")
-    path = f"{scheme}/{rest}" if separator else f"file{uri}"
+    scheme, separator, rest = shard_uri.partition("://")
+    path = f"{scheme}/{rest}" if separator else f"file{shard_uri}"
     path = _UNSAFE.sub(_encoded, path)
     path = _UNSAFE_PLACES.sub(_encoded, path)
     whole = f"{path}.parquet"
-    return whole if fits(whole) else _shortened(path, uri)
+    return whole if fits(whole) else _shortened(path, shard_uri)
 
 
 def fits(path: str) -> bool:
@@ -231,27 +223,26 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
 
 
 def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tuple[Footer, pa.Table] | None:
-    """What a prediction file says of itself, and some of its columns, as it is now.
+    """Reads the footer and some columns of a prediction file's current version.
 
-    Whichever version of the object it is: a copy of a partition has others than the manifest that was
-    copied with it.
+    A copy of a partition has other versions than the manifest that was copied with it, so none is asked for.
 
     Returns:
-        None where it isn't there, or is replaced while it is read.
+        None if there is no such file.
 
     Raises:
-        StorageError: it can't be read, or is no prediction file.
+        StorageError: the file can't be read, or is no prediction file.
     """
-    try:
-        with storage.open(uri) as file:
-            footer = read_footer(uri, file)
+
+    def read(file: io.BufferedReader) -> tuple[Footer, pa.Table]:
+        footer = read_footer(uri, file)
+        try:
             return footer, pq.read_table(file, columns=list(columns)).select(columns)
-    except BucketNotFound:
-        raise
-    except (ObjectChanged, ObjectNotFound):
-        return None
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise StorageError(uri, f"not a prediction file: {error}") from None
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise StorageError(uri, f"not a prediction file: {error}") from None
+
+    found = storage.read_latest(uri, read)
+    return None if found is None else found.content
 
 
 def pack_partial(partial: pa.Table) -> bytes:

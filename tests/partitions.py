@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import Manifest
-from pipeline.commit.manifest import labelled_row
+from pipeline.commit import Manifest, ManifestRow
 from pipeline.predictions import Footer, encode, prediction_path, prediction_schema
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
@@ -89,7 +88,7 @@ def write_partition(
             )
             output = f"predictions/{prediction_path(shard)}"
             version = storage.write(f"{uri}/{output}", encode(table, footer)).version
-            row = labelled_row(footer, output, version)
+            row = ManifestRow.of_file(footer, output, version)
             rows[shard] = replace(row, run=ids[-1], committed_at=datetime(2026, 1, 1, tzinfo=UTC))
         manifest.update(rows)
         values = {"run": ids[-1], "status": "complete", "config": {"output": {"topk": 1}}} | dict(

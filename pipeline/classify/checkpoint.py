@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cvt.errors import CheckpointError
-from pipeline.storage import ObjectInfo, Storage, normalised
+from pipeline.storage import ObjectInfo, Storage, normalize_uri
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -75,7 +75,7 @@ class _Fetched:
     def local(self, path: str) -> str:
         """What a checkpoint's path or URI is on this machine."""
         if "://" in path:
-            path = normalised(path)  # of file:// a local path
+            path = normalize_uri(path)  # of file:// a local path
         return self.model(path) if "://" in path else path
 
     def model(self, uri: str) -> str:

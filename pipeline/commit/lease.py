@@ -1,8 +1,8 @@
 """An advisory lease on a partition: one run at a time, as a courtesy.
 
-Two runs at once do no harm but to the bill: what they commit is right whoever holds the lease. It lies
-beside the labels, is renewed while the run lives, and expires where it died; it also tells the next run
-whether the last one has left everything in order.
+Two concurrent runs only cost more: what they commit is correct whoever holds the lease. The lease is an
+object next to the labels. It is renewed while its run lives, and expires after its run dies. It also tells
+the next run whether the last one left manifest and statistics up to date.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage, StorageError
+from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 
 _logger = logging.getLogger("cvt_label")
 
-#: Seconds between two looks at a lease that is waited for.
-_POLL = 5.0
-
 
 class LeaseHeldError(RuntimeError):
-    """Another run holds the lease; the message says who, and until when."""
+    """Another run holds the lease; the message names the run and the time of expiry."""
 
 
 class LeaseLostError(RuntimeError):
@@ -36,13 +33,13 @@ class LeaseLostError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """What the object says.
+class LeaseState:
+    """The content of the lease object.
 
     Attributes:
-        run: id of the run that holds it, or held it last.
+        run: id of the run that holds the lease, or held it last.
         holder: host and process of that run.
-        expires_at: until when, unless it is renewed.
+        expires_at: when the lease expires unless it is renewed.
         state: "held"; "released" by a run that left everything in order; "unfinished" by one that
             ended otherwise.
     """
@@ -52,50 +49,46 @@ class _State:
     expires_at: datetime
     state: Literal["held", "released", "unfinished"]
 
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self) | {"expires_at": self.expires_at.isoformat()}, indent=2).encode()
-
     @classmethod
-    def from_bytes(cls, uri: str, data: bytes) -> _State:
+    def from_bytes(cls, uri: str, content: bytes) -> LeaseState:
+        """Parses the object's content; raises `StorageError` if it is no lease."""
         try:
-            values = json.loads(data)
+            values = json.loads(content)
             return cls(**values | {"expires_at": datetime.fromisoformat(values["expires_at"])})
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(uri, f"not a lease: {error}") from None
 
+    def to_bytes(self) -> bytes:
+        """Returns the object's content."""
+        return json.dumps(asdict(self) | {"expires_at": self.expires_at.isoformat()}, indent=2).encode()
+
     @property
     def is_live(self) -> bool:
+        """Whether a run holds the lease now."""
         return self.state == "held" and datetime.now(UTC) < self.expires_at
 
 
 def left_in_order(storage: Storage, partition: str) -> bool:
-    """Whether the last run has left manifest and statistics up to date, or there was none."""
-    state, _ = _read(storage, _uri(partition))
-    return state is None or state.state == "released"
+    """Whether the last run left manifest and statistics up to date, or there was none."""
+    found = _latest(storage, _uri(partition))
+    return found is None or found.content.state == "released"
 
 
 def _uri(partition: str) -> str:
     return f"{partition}/lease.json"
 
 
-def _read(storage: Storage, uri: str) -> tuple[_State | None, str]:
-    while True:
-        try:
-            version = storage.stat(uri).version
-            return _State.from_bytes(uri, storage.read(uri, version)), version
-        except ObjectNotFound:
-            return None, ABSENT
-        except ObjectChanged:
-            continue
+def _latest(storage: Storage, uri: str) -> Versioned[LeaseState] | None:
+    return storage.read_latest(uri, lambda file: LeaseState.from_bytes(uri, file.read()))
 
 
 @dataclass
-class Holding:
+class LeaseHandle:
     """A lease while it is held.
 
     Attributes:
         found_in_order: whether the last run left manifest and statistics up to date.
-        left_in_order: whether this one does; else the next run sees to that.
+        left_in_order: whether this run does; otherwise the next run repairs them.
     """
 
     found_in_order: bool
@@ -103,9 +96,9 @@ class Holding:
 
 
 class Lease:
-    """A partition's lease: `acquire` it, ask `check` now and then, `release` it.
+    """A partition's lease: hold it with `held`, and call `check` now and then.
 
-    The clocks of those who use it should agree to within a fraction of its length.
+    The clocks of its users should agree to within a fraction of its length.
     """
 
     def __init__(
@@ -115,13 +108,15 @@ class Lease:
         run: str,
         seconds: float,
         new_id: Callable[[], str] | None = None,
+        poll_s: float = 5.0,
     ) -> None:
         """Args:
-        storage: where it lies.
-        partition: URI of what it is on.
-        run: id of the run that wants it.
-        seconds: for how long it holds without renewal; it is renewed three times as often.
-        new_id: names the run anew where it had to wait, so that runs sort by when they were at work.
+        storage: access to the partition.
+        partition: its URI.
+        run: id of the run that wants the lease.
+        seconds: how long the lease holds without renewal; it is renewed three times as often.
+        new_id: makes another id for a run that had to wait, so that runs sort by when they worked.
+        poll_s: seconds between two reads of a lease that is waited for.
         """
         self.uri = _uri(partition)
         self._storage = storage
@@ -129,62 +124,68 @@ class Lease:
         self._new_id = new_id
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
         self._seconds = seconds
-        self._version = ABSENT
+        self._poll_s = min(poll_s, seconds / 3)
+        self._version: str | None = None
         self._lost = False
         self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._heart = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @contextmanager
     def held(
         self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None
-    ) -> Iterator[Holding]:
+    ) -> Iterator[LeaseHandle]:
         """Holds the lease while the block runs; see `acquire`."""
         try:
-            holding = Holding(self.acquire(wait, on_wait))
+            handle = LeaseHandle(self.acquire(wait, on_wait))
         except KeyboardInterrupt:  # it may have come just after the lease was taken
-            state, self._version = _read(self._storage, self.uri)
-            if state is not None and state.run == self.run:
+            found = _latest(self._storage, self.uri)
+            if found is not None and found.content.run == self.run:
+                self._version = found.version
                 self.release(in_order=False)
             raise
         try:
-            yield holding
+            yield handle
         finally:
-            self.release(holding.left_in_order)
+            self.release(handle.left_in_order)
 
     def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
         """Takes the lease; returns whether the last run left everything in order.
 
         Args:
-            wait: until it is free, rather than to raise.
+            wait: wait until the lease is free, instead of raising.
             on_wait: called once with what is waited for.
 
         Raises:
             LeaseHeldError: another run holds it.
-            StorageError: the output can't be reached.
+            StorageError: the output can't be accessed.
         """
-        told = False
-        while True:
-            state, version = _read(self._storage, self.uri)
-            if state is not None and state.is_live and state.run != self.run:
-                message = (
-                    f"{self.uri}: run {state.run} ({state.holder}) works on these labels, "
-                    f"and holds their lease until {state.expires_at:%Y-%m-%d %H:%M:%S} UTC or renews it"
-                )
-                if not wait:
-                    raise LeaseHeldError(f"{message}; --wait waits for it")
-                if not told:
-                    on_wait(message)
-                told = True
-                time.sleep(min(_POLL, self._seconds / 3))
-                continue
-            if told and self._new_id is not None:
-                self.run, told = self._new_id(), False
-            try:
-                self._version = self._write("held", version)
-            except ObjectChanged:  # somebody was faster; or this write came through, and its answer didn't
-                continue
-            self._heart.start()
-            return state is None or state.state == "released"
+        before: LeaseState | None = None
+        waited = False
+
+        def claim(version: str) -> bytes | None:
+            nonlocal before, waited
+            before = self._read(version)
+            if before is not None and before.is_live and before.run != self.run:
+                return None
+            if waited and self._new_id is not None:
+                self.run, waited = self._new_id(), False
+            return self._content("held")
+
+        while (written := self._storage.update(self.uri, claim)) is None:
+            assert before is not None
+            message = (
+                f"{self.uri}: run {before.run} ({before.holder}) works on these labels, and holds "
+                f"their lease until {before.expires_at:%Y-%m-%d %H:%M:%S} UTC or renews it"
+            )
+            if not wait:
+                raise LeaseHeldError(f"{message}; --wait waits for it")
+            if not waited:
+                on_wait(message)
+            waited = True
+            time.sleep(self._poll_s)
+        self._version = written.version
+        self._heart.start()
+        return before is None or before.state == "released"
 
     def check(self) -> None:
         """Raises LeaseLostError if another run has taken the lease over."""
@@ -195,15 +196,19 @@ class Lease:
             )
 
     def verify(self) -> None:
-        """As `check`, but looks at the lease itself, not only at what the last renewal has found."""
-        self._lost = self._lost or not self._is_mine()
+        """As `check`, but reads the lease itself instead of relying on the last renewal."""
+        try:
+            found = _latest(self._storage, self.uri)
+        except StorageError:  # the next renewal or write will tell
+            found = None
+        self._lost = self._lost or (found is not None and found.content.run != self.run)
         self.check()
 
     def release(self, in_order: bool) -> None:
         """Gives the lease back, if it is still this run's.
 
         Args:
-            in_order: whether manifest and statistics are up to date; else the next run sees to that.
+            in_order: whether manifest and statistics are up to date; otherwise the next run repairs them.
         """
         self._stop.set()
         if self._heart.is_alive():
@@ -211,42 +216,37 @@ class Lease:
         if self._lost:
             return
         try:
-            while True:
-                try:
-                    self._write("released" if in_order else "unfinished", self._version)
-                    return
-                except ObjectChanged:
-                    if not self._is_mine():
-                        return
+            self._write("released" if in_order else "unfinished")
         except StorageError as error:  # it expires
             _logger.warning("the lease could not be given back: %s", error)
 
-    def _beat(self) -> None:
-        renewed = time.monotonic()
-        while not self._stop.wait(self._seconds / 3):
+    def _renew(self) -> None:
+        while not self._lost and not self._stop.wait(self._seconds / 3):
             try:
-                self._version = self._write("held", self._version)
-                renewed = time.monotonic()
-            except ObjectChanged:
-                self._lost = not self._is_mine()
+                self._lost = not self._write("held")
             except StorageError as error:
                 _logger.warning("the lease could not be renewed: %s", error)
-                self._lost = time.monotonic() - renewed > self._seconds and not self._is_mine()
-            if self._lost:
-                return
 
-    def _is_mine(self) -> bool:
-        """Whether the lease is this run's after all: a write came through, and its answer didn't."""
-        try:
-            state, version = _read(self._storage, self.uri)
-        except StorageError:
-            return True
-        if state is not None and state.run != self.run:
-            return False
-        self._version = version  # ABSENT, if somebody has removed it: the next renewal writes it anew
-        return True
+    def _write(self, state: Literal["held", "released", "unfinished"]) -> bool:
+        """Writes the lease, unless another run has taken it over; returns whether it did.
 
-    def _write(self, state: Literal["held", "released", "unfinished"], expected: str) -> str:
+        A lease that somebody has deleted is written again.
+        """
+
+        def content(version: str) -> bytes | None:
+            found = None if version == self._version else self._read(version)
+            return None if found is not None and found.run != self.run else self._content(state)
+
+        written = self._storage.update(self.uri, content, self._version)
+        if written is not None:
+            self._version = written.version
+        return written is not None
+
+    def _read(self, version: str) -> LeaseState | None:
+        if version == ABSENT:
+            return None
+        return LeaseState.from_bytes(self.uri, self._storage.read(self.uri, version))
+
+    def _content(self, state: Literal["held", "released", "unfinished"]) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)
-        content = _State(self.run, self._holder, until, state).to_bytes()
-        return self._storage.write(self.uri, content, expected).version
+        return LeaseState(self.run, self._holder, until, state).to_bytes()

@@ -1,7 +1,7 @@
-"""The manifest: what is labelled, one row a shard, and the per-class statistics folded from it.
+"""The manifest: one row per labeled shard, and the per-class statistics folded from the rows.
 
-It is a fold over the prediction files, never the truth itself: `recovering` makes it anew from them. It is
-rewritten in one conditional PUT, as a stream, so that neither two writers nor its size do any harm.
+It is a fold over the prediction files, which `recovery` can repeat. It is rewritten as a stream, in one
+conditional PUT, so that neither concurrent writers nor its size do harm.
 """
 
 from __future__ import annotations
@@ -10,45 +10,21 @@ import bisect
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import islice
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import (
-    Footer,
-    pack_partial,
-    read_footer,
-    unpack_partial,
-)
+from pipeline.predictions import Footer, pack_partial, read_footer, unpack_partial
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import (
-    ABSENT,
-    BucketNotFound,
-    ObjectChanged,
-    ObjectNotFound,
-    Storage,
-    StorageError,
-    lies_in,
-)
-
-#: Rows of a row group, with statistics (some 50 MB) and without (some 10 MB): what is in memory at once
-#: while the manifest is rewritten.
-ROW_GROUP_ROWS = 2000
-
-BARE_ROW_GROUP_ROWS = 50_000
-
-#: Shards times (classes + 100), up to which rows hold their statistics: some 500 MB. In a larger
-#: manifest that column is null, and the statistics are folded from the footers of the files.
-MOST_STATISTICS = 17_000_000
+from pipeline.storage import ABSENT, Storage, StorageError, lies_in
 
 _READERS = 32
-
 
 _SCHEMA = pa.schema(
     [
@@ -73,23 +49,23 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """What became of a shard.
+    """What is known of a shard.
 
     Attributes:
         uri: the shard.
-        version: the version of it that is labelled; None where none is.
-        format, size: of the shard, as it was last read.
-        rows: its samples; None where none is labelled.
+        version: its version that is labeled; None where none is.
+        format, size: of the shard, when it was last read.
+        rows: its samples; None where none is labeled.
         errors: samples that are error rows.
         duplicate_keys: samples whose key an earlier sample of the shard has.
-        output: its prediction file, relative to the model's partition; None where there is none.
+        output: its prediction file, relative to the partition; None where there is none.
         output_version: that object's version.
-        error: why the shard couldn't be read at last; None where it could.
-        failed_version: the version of it that couldn't be read; None where that was the storage's fault,
-            and the next run is to try again.
-        gone: whether the input no longer has it.
-        run: the run that labelled it; None where that was found out from its prediction file.
-        committed_at: when (UTC); None likewise.
+        error: why the shard couldn't be read last time; None where it could.
+        failed_version: the version that couldn't be read; None where the storage failed, and the next run
+            is to read the shard again.
+        gone: whether the shard was deleted from the input.
+        run: the run that labeled it; None where the row was recovered from the prediction file.
+        committed_at: when (UTC); None where `run` is.
         statistics: partial class statistics, packed; None in a large manifest.
     """
 
@@ -109,6 +85,22 @@ class ManifestRow:
     committed_at: datetime | None = None
     statistics: bytes | None = None
 
+    @classmethod
+    def of_file(cls, footer: Footer, output: str, output_version: str) -> ManifestRow:
+        """Makes the row of a prediction file, without the run that wrote it."""
+        return cls(
+            uri=footer.shard,
+            version=footer.version,
+            format=footer.format,
+            size=footer.size,
+            rows=footer.rows,
+            errors=footer.errors,
+            duplicate_keys=footer.duplicate_keys,
+            output=output,
+            output_version=output_version,
+            statistics=pack_partial(footer.partial),
+        )
+
 
 _ENTRY_FIELDS = (
     "uri", "version", "errors", "output", "output_version", "error", "failed_version", "gone", "format",
@@ -116,35 +108,56 @@ _ENTRY_FIELDS = (
 
 
 class Manifest:
-    """The manifest of a partition, as it lies in storage.
+    """The stored manifest of a partition.
 
     Attributes:
-        uri: where it lies.
+        uri: of the object.
     """
 
-    def __init__(self, storage: Storage, partition: str, num_classes: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        partition: str,
+        num_classes: int,
+        *,
+        group_rows: int = 2000,
+        bare_group_rows: int = 50_000,
+        max_statistics: int = 17_000_000,
+    ) -> None:
+        """Args:
+        storage: access to the partition.
+        partition: its URI.
+        num_classes: classes of its model.
+        group_rows: rows of a row group with statistics (some 50 MB): what is in memory during a rewrite.
+        bare_group_rows: rows of a row group without statistics (some 10 MB).
+        max_statistics: shards times (classes + 100) up to which rows hold their statistics (some 500 MB).
+            In a larger manifest that column is null, and statistics are folded from the files' footers.
+        """
         self.uri = f"{partition}/manifest.parquet"
         self._storage = storage
         self._partition = partition
         self._num_classes = num_classes
+        self._group_rows = group_rows
+        self._bare_group_rows = bare_group_rows
+        self._max_statistics = max_statistics
 
     def exists(self) -> bool:
-        """Whether there is one."""
-        return self._version() != ABSENT
+        """Whether the manifest exists."""
+        return self._storage.version(self.uri) != ABSENT
 
     def read(self, columns: Collection[str]) -> pa.Table:
-        """Some columns of all rows, sorted by URI; none where there is no manifest yet.
+        """Returns some columns of all rows, sorted by URI; no rows where there is no manifest yet.
 
         Raises:
-            StorageError: the object is there, but can't be read, or is no manifest.
+            StorageError: the object can't be read, or is no manifest.
         """
-        tables = [table.select(list(columns)) for table in self._tables(self._version(), columns)]
+        tables = [table.select(list(columns)) for table in self._tables(columns)]
         empty = pa.schema([_SCHEMA.field(name) for name in columns]).empty_table()
         return pa.concat_tables([empty, *tables])
 
     def labelled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
-        """Some columns of the shards that have labels, or of those that one run labelled. Streams."""
-        for table in self._tables(self._version(), {*columns, "output", "run"}):
+        """Yields some columns of the shards that have labels, or of those that one run labeled."""
+        for table in self._tables({*columns, "output", "run"}):
             table = table.filter(pc.is_valid(table["output"]))
             if run is not None:
                 table = table.filter(pc.equal(table["run"], run))
@@ -166,8 +179,8 @@ class Manifest:
         return {row.uri: row for row in rows}
 
     def rows(self) -> Iterator[ManifestRow]:
-        """All rows, sorted by URI. Streams."""
-        for table in self._tables(self._version(), None):
+        """Yields all rows, sorted by URI."""
+        for table in self._tables():
             yield from map(_to_row, table.to_pylist())
 
     def update(
@@ -177,77 +190,71 @@ class Manifest:
         gone: Mapping[str, bool] | None = None,
         cured: Collection[str] = (),
     ) -> None:
-        """Puts rows in the place of those of the same shards, and takes others out; keeps all the rest.
+        """Replaces or adds some rows, removes others, and keeps the rest.
 
-        A row that only says that a shard couldn't be read leaves the labels of an earlier version of it
-        standing. Of two writers at once, the later adds to what the earlier has written.
+        A row that only reports a read failure keeps the labels of an earlier version of its shard. Of two
+        concurrent writers, the later one adds to what the earlier one wrote.
 
         Args:
             rows: by URI.
-            removed: URIs of rows that are to go.
-            gone: by URI, whether the input has lost the shard; rows not named keep what they say.
+            removed: URIs of rows to remove.
+            gone: by URI, whether the shard was deleted from the input; other rows keep their value.
             cured: URIs of rows whose `error` and `failed_version` no longer hold.
         """
         gone = gone or {}
         rows = {uri: replace(row, gone=gone.get(uri, row.gone)) for uri, row in rows.items()}
-        while True:
-            version = self._version()
-            try:
-                self._write(self._merged(version, rows, removed, gone, cured), version)
-            except ObjectChanged:
-                continue
-            return
+        deleted, present = ([uri for uri, value in gone.items() if value is flag] for flag in (True, False))
+        marks: list[tuple[str, Collection[str], bool | None]] = [("gone", deleted, True)]
+        marks += [("gone", present, False), ("error", cured, None), ("failed_version", cured, None)]
+        self._rewrite(lambda version: _merged(self._tables(version=version), rows, removed, marks))
 
     def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
-        """Writes all rows anew, and again if somebody else has written meanwhile; they come sorted by URI."""
-        while True:
-            version = self._version()
-            try:
-                self._write(map(_to_table, _batched(make_rows(), ROW_GROUP_ROWS)), version)
-            except ObjectChanged:
-                continue
-            return
+        """Rewrites all rows, sorted by URI; calls `make_rows` again if somebody else wrote meanwhile."""
+        self._rewrite(lambda _: map(_to_table, _batched(make_rows(), self._group_rows)))
 
     def runs(self, root: str | None = None) -> list[str]:
-        """The runs of which labels stand, the first first; with a root, of shards that lie there alone.
+        """Returns the runs that current labels are from, the first one first.
+
+        With a root, only of shards under that URI.
 
         Raises:
             StorageError: the manifest can't be read.
         """
         found: set[str] = set()
         for table in self.labelled(("uri", "run")):
-            found.update(pc.unique(_below(table, root)["run"]).drop_null().to_pylist())
+            if root is not None:
+                uris = table["uri"]
+                table = table.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
+            found.update(pc.unique(table["run"]).drop_null().to_pylist())
         return sorted(found)
 
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
-        """The class statistics over every labelled shard, or over those that one run has labelled."""
-        total = ClassStatistics.empty(self._num_classes)
-        for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
-            total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
-        return total
+        """Folds the class statistics over every labeled shard, or over those that one run labeled."""
+        return self._folded(run, None, ())[0]
 
     def fold_runs(self, root: str | None, *groups: Collection[str]) -> list[ClassStatistics]:
-        """The class statistics over every labelled shard; and over what each group of runs has labelled, with
-        a root of shards that lie there alone. In one pass.
+        """Folds the class statistics over every labeled shard, and over what each group of runs labeled.
+
+        With a root, the groups' statistics are of shards under that URI only. Reads the manifest once.
         """
+        return self._folded(None, root, groups)
+
+    def _folded(
+        self, run: str | None, root: str | None, groups: Collection[Collection[str]]
+    ) -> list[ClassStatistics]:
         total, *totals = (ClassStatistics.empty(self._num_classes) for _ in range(1 + len(groups)))
-        for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"))):
+        for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
             total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
+            rows = [row for row in rows if root is None or lies_in(row[0], root)]
             for group, part in zip(groups, totals, strict=True):
-                own = [
-                    partial
-                    for uri, run, partial in rows
-                    if run in group and (root is None or lies_in(uri, root))
-                ]
-                if own:
+                if own := [partial for _, run, partial in rows if run in group]:
                     part.add_partial(pa.concat_tables(own))
         return [total, *totals]
 
     def _partials(self, tables: Iterable[pa.Table]) -> Iterator[list[tuple[str, str | None, pa.Table]]]:
-        """URI, run and partial statistics of labelled shards, a bounded number at a time."""
-        slices = (
-            each.slice(i, ROW_GROUP_ROWS) for each in tables for i in range(0, len(each), ROW_GROUP_ROWS)
-        )
+        """Yields URI, run and partial statistics of labeled shards, a bounded number at a time."""
+        size = self._group_rows
+        slices = (each.slice(i, size) for each in tables for i in range(0, len(each), size))
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
             for table in slices:
                 without = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
@@ -262,16 +269,11 @@ class Manifest:
         with self._storage.open(uri) as file:
             return read_footer(uri, file).partial
 
-    def _version(self) -> str:
-        try:
-            return self._storage.stat(self.uri).version
-        except BucketNotFound:
-            raise
-        except ObjectNotFound:
-            return ABSENT
-
-    def _tables(self, version: str, columns: Collection[str] | None) -> Iterator[pa.Table]:
-        """The rows of one version, a row group at a time."""
+    def _tables(
+        self, columns: Collection[str] | None = None, version: str | None = None
+    ) -> Iterator[pa.Table]:
+        """Yields the rows of one version, or of the current one, a row group at a time."""
+        version = self._storage.version(self.uri) if version is None else version
         if version == ABSENT:
             return
         with self._errors(), self._storage.open_raw(self.uri, version) as stream:
@@ -280,7 +282,7 @@ class Manifest:
             if missing:
                 raise StorageError(
                     self.uri,
-                    f"not a manifest: it has no column {', '.join(missing)} (stats --rebuild makes it anew)",
+                    f"not a manifest: it has no column {', '.join(missing)} (run stats --rebuild)",
                 )
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
@@ -292,56 +294,50 @@ class Manifest:
         except (pa.ArrowInvalid, ValueError, KeyError) as error:
             raise StorageError(self.uri, f"not a manifest: {error}") from None
 
-    def _merged(
-        self,
-        version: str,
-        rows: Mapping[str, ManifestRow],
-        removed: Collection[str],
-        gone: Mapping[str, bool],
-        cured: Collection[str],
-    ) -> Iterator[pa.Table]:
-        """What `version` becomes with these changes: a merge of two sorted streams."""
-        waiting = sorted(rows)
-        lost, found = ([uri for uri, value in gone.items() if value is flag] for flag in (True, False))
-        marks: list[tuple[str, list[str], bool | None]] = [("gone", lost, True), ("gone", found, False)]
-        marks += [(name, list(cured), None) for name in ("error", "failed_version")]
-        changes = [(name, pa.array(uris, pa.string()), value) for name, uris, value in marks if uris]
-        for table in self._tables(version, None):
-            last = table["uri"][-1].as_py()
-            count = bisect.bisect_right(waiting, last)
-            now, waiting = waiting[:count], waiting[count:]
-            changed = [*now, *removed]
-            if changed:
-                is_changed = pc.is_in(table["uri"], value_set=pa.array(changed, pa.string()))
-                before = {row["uri"]: _to_row(row) for row in table.filter(is_changed).to_pylist()}
-                added = _to_table([_succeeded(before.get(uri), rows[uri]) for uri in now])
-                table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
-            for name, uris, value in changes:
-                field = _SCHEMA.field(name)
-                is_named = pc.is_in(table["uri"], value_set=uris)
-                column = pc.if_else(is_named, pa.scalar(value, field.type), table[name])
-                table = table.set_column(_SCHEMA.get_field_index(name), field, column)
-            yield table
-        yield _to_table([rows[uri] for uri in waiting])
+    def _rewrite(self, make_tables: Callable[[str], Iterable[pa.Table]]) -> None:
+        with ExitStack() as files:
 
-    def _write(self, tables: Iterable[pa.Table], expected: str | None) -> None:
-        with tempfile.TemporaryFile() as whole:
-            labelled = _save(tables, whole, ROW_GROUP_ROWS)
-            if labelled * (self._num_classes + 100) > MOST_STATISTICS:
-                with tempfile.TemporaryFile() as less:
-                    groups = pq.ParquetFile(whole)
-                    rest = (groups.read_row_group(i) for i in range(groups.num_row_groups))
-                    _save(map(_without_statistics, rest), less, BARE_ROW_GROUP_ROWS)
-                    self._storage.write(self.uri, less, expected)
-            else:
-                self._storage.write(self.uri, whole, expected)
+            def content(version: str) -> BinaryIO:
+                files.close()  # of the last attempt
+                whole = files.enter_context(tempfile.TemporaryFile())
+                labelled = _save(make_tables(version), whole, self._group_rows)
+                if labelled * (self._num_classes + 100) <= self._max_statistics:
+                    return whole
+                bare = files.enter_context(tempfile.TemporaryFile())
+                groups = pq.ParquetFile(whole)
+                tables = (groups.read_row_group(i) for i in range(groups.num_row_groups))
+                _save(map(_without_statistics, tables), bare, self._bare_group_rows)
+                return bare
+
+            self._storage.update(self.uri, content)
 
 
-def _below(table: pa.Table, root: str | None) -> pa.Table:
-    if root is None:
-        return table
-    uris = table["uri"]
-    return table.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
+def _merged(
+    tables: Iterable[pa.Table],
+    rows: Mapping[str, ManifestRow],
+    removed: Collection[str],
+    marks: Iterable[tuple[str, Collection[str], bool | None]],
+) -> Iterator[pa.Table]:
+    """Merges the sorted stream of rows with the changes."""
+    waiting = sorted(rows)
+    changes = [(name, pa.array(list(uris), pa.string()), value) for name, uris, value in marks if uris]
+    for table in tables:
+        last = table["uri"][-1].as_py()
+        count = bisect.bisect_right(waiting, last)
+        now, waiting = waiting[:count], waiting[count:]
+        changed = [*now, *removed]
+        if changed:
+            is_changed = pc.is_in(table["uri"], value_set=pa.array(changed, pa.string()))
+            before = {row["uri"]: _to_row(row) for row in table.filter(is_changed).to_pylist()}
+            added = _to_table([_succeeded(before.get(uri), rows[uri]) for uri in now])
+            table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
+        for name, uris, value in changes:
+            field = _SCHEMA.field(name)
+            is_named = pc.is_in(table["uri"], value_set=uris)
+            column = pc.if_else(is_named, pa.scalar(value, field.type), table[name])
+            table = table.set_column(_SCHEMA.get_field_index(name), field, column)
+        yield table
+    yield _to_table([rows[uri] for uri in waiting])
 
 
 def _without_statistics(table: pa.Table) -> pa.Table:
@@ -350,7 +346,7 @@ def _without_statistics(table: pa.Table) -> pa.Table:
 
 
 def _save(tables: Iterable[pa.Table], file: BinaryIO, group_rows: int) -> int:
-    """Writes rows in groups of one size, so that the same rows make the same bytes; counts the labelled."""
+    """Writes rows in groups of one size, so that equal rows give equal bytes; counts the labeled ones."""
     labelled = 0
     left = _SCHEMA.empty_table()
     with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
@@ -368,7 +364,7 @@ def _save(tables: Iterable[pa.Table], file: BinaryIO, group_rows: int) -> int:
 def _succeeded(before: ManifestRow | None, row: ManifestRow) -> ManifestRow:
     if before is None or before.output is None or row.output is not None:
         return row
-    # Its labels of an earlier version are still there, and so are their statistics.
+    # The labels of an earlier version are still there, and so are their statistics.
     return replace(before, error=row.error, failed_version=row.failed_version, gone=row.gone)
 
 
@@ -386,21 +382,5 @@ def _batched(rows: Iterable[ManifestRow], size: int) -> Iterator[list[ManifestRo
 _ROW_FIELDS = [field.name for field in fields(ManifestRow)]
 
 
-def _to_row(record: Mapping[str, object]) -> ManifestRow:
-    return ManifestRow(**{name: record[name] for name in _ROW_FIELDS})  # type: ignore[arg-type]
-
-
-def labelled_row(footer: Footer, output: str, output_version: str) -> ManifestRow:
-    """The manifest row of a prediction file, but for the run that wrote it."""
-    return ManifestRow(
-        uri=footer.shard,
-        version=footer.version,
-        format=footer.format,
-        size=footer.size,
-        rows=footer.rows,
-        errors=footer.errors,
-        duplicate_keys=footer.duplicate_keys,
-        output=output,
-        output_version=output_version,
-        statistics=pack_partial(footer.partial),
-    )
+def _to_row(record: Mapping[str, Any]) -> ManifestRow:
+    return ManifestRow(**{name: record[name] for name in _ROW_FIELDS})

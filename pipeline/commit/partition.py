@@ -15,7 +15,7 @@ from pipeline.commit.manifest import Manifest
 from pipeline.commit.record import read_record
 from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
-from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError, normalised
+from pipeline.storage import ObjectNotFound, Storage, StorageError, normalize_uri
 
 CLASS_STATS = "class_stats.parquet"
 
@@ -41,7 +41,7 @@ class Partition:
         Raises:
             StorageError: there is none at the URI, or it can't be read.
         """
-        partition = cls(storage, normalised(uri), ())
+        partition = cls(storage, normalize_uri(uri), ())
         names: list[str] = partition.class_table["label"].to_pylist()
         return cls(storage, partition.uri, names)
 
@@ -83,8 +83,6 @@ class Partition:
         uri = f"{self.uri}/{CLASS_STATS}"
         try:
             return pq.read_table(io.BytesIO(self.storage.read(uri))).select(CLASS_STATS_SCHEMA.names)
-        except BucketNotFound:
-            raise
         except ObjectNotFound:
             raise StorageError(
                 self.uri,
@@ -113,10 +111,8 @@ class Partition:
 
     def records(self) -> list[str]:
         """The ids of all runs that left a record, in their order."""
-        try:
-            found = [info.uri.rpartition("/")[2] for info in self.storage.list(f"{self.uri}/runs")]
-        except ObjectNotFound:  # a local folder that isn't there
-            return []
+        listing = self.storage.list(f"{self.uri}/runs", missing_ok=True)
+        found = [info.uri.rpartition("/")[2] for info in listing]
         return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
 
 

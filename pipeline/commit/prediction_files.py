@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit.assembly import OpenShard
-from pipeline.commit.manifest import ManifestRow, labelled_row
+from pipeline.commit.manifest import ManifestRow
 from pipeline.commit.partition import Partition
 from pipeline.predictions import Footer, PredictionOptions, encode, prediction_path, read_footer
 from pipeline.read import Shard
 from pipeline.statistics import Causes, ClassStatistics, Meter, StageMetrics
-from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound
+from pipeline.storage import ABSENT, Versioned
 
 logger = logging.getLogger("cvt_label")
 
@@ -99,7 +99,7 @@ class PredictionWriter:
         written = self._write(shard, f"{self.partition.uri}/{output}", content, footer)
         if written is None:
             return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version), 0
-        row = labelled_row(written[0], output, written[1])
+        row = ManifestRow.of_file(written.content, output, written.version)
         return replace(row, run=self.run, committed_at=datetime.now(UTC)), len(content)
 
     def _log_errors(self, shard: Shard, predictions: pa.Table) -> None:
@@ -123,36 +123,26 @@ class PredictionWriter:
             committed_at=datetime.now(UTC),
         )
 
-    def _write(self, shard: Shard, uri: str, content: bytes, footer: Footer) -> tuple[Footer, str] | None:
+    def _write(self, shard: Shard, uri: str, content: bytes, footer: Footer) -> Versioned[Footer] | None:
         """Writes a prediction file; returns the footer and version of the file that is there afterwards.
 
         None where there is none: it was removed, and the input no longer has this version of the shard.
         """
-        expected = self.expected.get(shard.uri, ABSENT)
-        while True:
-            try:
-                return footer, self.partition.storage.write(uri, content, expected).version
-            except ObjectChanged:
-                found = self._found(uri)
-            if found is None:
-                # Removed by hand, or because its images are in other groups now.
-                if not self.is_current(shard):
-                    return None
-                expected = ABSENT
-                continue
-            theirs, expected = found
-            same = (theirs.version, theirs.fingerprint) == (footer.version, footer.fingerprint)
-            if same or not self.is_current(shard):
-                return theirs, expected
+        storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
+        theirs: Versioned[Footer] | None = None
 
-    def _found(self, uri: str) -> tuple[Footer, str] | None:
-        """The footer and the version of a prediction file; None if there is none."""
-        while True:
-            try:
-                version = self.partition.storage.stat(uri).version
-                with self.partition.storage.open(uri, version) as file:
-                    return read_footer(uri, file), version
-            except ObjectNotFound:
-                return None
-            except ObjectChanged:
-                continue
+        def change(version: str) -> bytes | None:
+            nonlocal theirs
+            theirs = None
+            if version == expected:
+                return content
+            if version != ABSENT:  # else removed by hand, or because its images are in other groups now
+                with storage.open(uri, version) as file:
+                    found = read_footer(uri, file)
+                theirs = Versioned(found, version)
+                if (found.version, found.fingerprint) == (footer.version, footer.fingerprint):
+                    return None
+            return content if self.is_current(shard) else None
+
+        written = storage.update(uri, change, expected)
+        return theirs if written is None else Versioned(footer, written.version)

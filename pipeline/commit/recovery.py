@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.commit.manifest import ManifestRow, labelled_row
+from pipeline.commit.manifest import ManifestRow
 from pipeline.predictions import read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
@@ -24,13 +24,9 @@ _AT_ONCE = 1000
 
 
 def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
-    """The prediction files of a partition."""
-    try:
-        for info in storage.list(f"{partition}/predictions"):
-            if info.uri.endswith(".parquet"):
-                yield info
-    except ObjectNotFound:  # a local folder that isn't there yet
-        return
+    """Lists the prediction files of a partition."""
+    files = storage.list(f"{partition}/predictions", missing_ok=True)
+    return (info for info in files if info.uri.endswith(".parquet"))
 
 
 def partition_fingerprint(storage: Storage, partition: str) -> str:
@@ -79,7 +75,7 @@ def recovered_rows(
             return None
         if footer.fingerprint != fingerprint:
             raise StorageError(info.uri, f"is of another model or options: {footer.fingerprint}")
-        return labelled_row(footer, info.uri.removeprefix(f"{partition}/"), info.version)
+        return ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
         waiting: list[ObjectInfo] = []
@@ -111,10 +107,7 @@ def read_history(storage: Storage, partition: str) -> History:
         StorageError: one of them is no record of a run.
     """
     history = History()
-    try:
-        uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
-    except ObjectNotFound:  # a local folder that isn't there yet
-        return history
+    uris = sorted(info.uri for info in storage.list(f"{partition}/runs", missing_ok=True))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
         for uri, content in zip(uris, pool.map(storage.read, uris), strict=True):
             try:

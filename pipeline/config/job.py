@@ -12,7 +12,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cvt.runtimes import Device, Precision, Runtime, precisions_of
-from pipeline.config.sections import Address, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
+from pipeline.config.sections import (
+    Address,
+    NameOrUri,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    ServiceUrl,
+    Uri,
+)
 from pipeline.storage import Storage
 
 
@@ -39,11 +47,11 @@ class ModelConfig(Section):
 
     #: `fashion-mnist` (in the package), a hub id, or the path or URI of a folder in Hugging Face's layout or
     #: of a file in Microsoft's (.pth) or TensorFlow's (.h5) format.
-    path: Address
+    path: NameOrUri
     #: Branch, tag or commit of a hub id; `id@revision` does the same.
     revision: str | None = None
     #: Path or URI of a file with class names that replace the checkpoint's: one per line, or .json.
-    labels: Address | None = None
+    labels: NameOrUri | None = None
     precision: Literal["auto", Precision] = "fp32"
 
 

@@ -25,17 +25,26 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 Field = tuple[str, ...]
 
 
-def load_config(kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()) -> SectionT:
+def load_config(
+    kind: type[SectionT],
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    *,
+    keep_relative_paths: bool = False,
+) -> SectionT:
     """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
 
     Without a path, the overrides alone make the configuration. The path `env:NAME` reads the variable
     NAME of the environment: a submitted job gets its configuration from there.
 
+    URIs are normalized. A relative path is made absolute, unless `keep_relative_paths` is set, as for a
+    configuration that is sent to another machine.
+
     Raises:
         ConfigError: unreadable file, not YAML, an unknown or ill-typed field, a missing one. The
             message lists every fault, each with its field, and its line where the file has one.
     """
-    return load_recorded(kind, path, overrides)[0]
+    return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
 
 
 def load_job_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -52,7 +61,11 @@ def load_job_config(path: str | Path | None = None, overrides: Iterable[str] = (
 
 
 def load_recorded(
-    kind: type[SectionT], path: str | Path | None, overrides: Iterable[str] = ()
+    kind: type[SectionT],
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    *,
+    keep_relative_paths: bool = False,
 ) -> tuple[SectionT, Mapping[str, Any]]:
     """Like `load_config`; returns also the record if the file is the record of a run, and else an empty one.
 
@@ -72,7 +85,7 @@ def load_recorded(
     if commit is not None and _model(values) == recorded_model is not None:
         values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
     try:
-        return kind.model_validate(values), record
+        return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths}), record
     except ValidationError as error:
         faults = "\n".join(_fault(fault, lines) for fault in error.errors())
         raise ConfigError(f"{source}:\n{faults}") from None

@@ -69,7 +69,7 @@ class DatasetConfig(Config):
     @property
     def job(self) -> Config:
         """The labeling job without its schedule."""
-        return Config.model_validate(self.model_dump(include=set(Config.model_fields)))
+        return Config(**{name: getattr(self, name) for name in Config.model_fields})
 
 
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]

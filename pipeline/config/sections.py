@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.storage import StorageError, normalised
+from pipeline.storage import StorageError, is_relative, normalize_uri
 
 #: The type of faults whose value is not shown.
 VALUE_HIDDEN = "value_hidden"
@@ -65,12 +65,18 @@ def _plain_url(url: str) -> str:
     return url
 
 
-def _normalised(uri: str) -> str:
-    """Returns the one spelling of a URI; a relative path is relative to where the job runs."""
+def _normalized(uri: str, info: ValidationInfo) -> str:
+    """Returns the one spelling of a URI; `load_config` may keep relative paths."""
+    if is_relative(uri) and (info.context or {}).get("keep_relative_paths"):
+        return uri
     try:
-        return normalised(uri) if "://" in uri or uri.startswith("/") else uri
+        return normalize_uri(uri)
     except StorageError as error:
         raise PydanticCustomError(VALUE_HIDDEN, "{cause}", {"cause": error.cause}) from None
+
+
+def _normalized_unless_relative(uri: str, info: ValidationInfo) -> str:
+    return uri if is_relative(uri) else _normalized(uri, info)
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -84,4 +90,7 @@ ServiceUrl = Annotated[str, AfterValidator(_plain_url)]
 Address = Annotated[str, Field(min_length=1), AfterValidator(_holding_no_secret)]
 
 #: The place of objects, in its one spelling.
-Uri = Annotated[Address, AfterValidator(_normalised)]
+Uri = Annotated[Address, AfterValidator(_normalized)]
+
+#: A model's name, or the path or URI of a file or folder; URIs and absolute paths are in their one spelling.
+NameOrUri = Annotated[Address, AfterValidator(_normalized_unless_relative)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from pipeline.config.job import InputConfig, RayConfig, StorageConfig
-from pipeline.config.sections import Address, PositiveFloat, PositiveInt, Section, Uri
+from pipeline.config.sections import NameOrUri, PositiveFloat, PositiveInt, Section, Uri
 
 
 class ArchitectureConfig(Section):
@@ -28,7 +28,7 @@ class TrainedModelConfig(Section):
 
     new: ArchitectureConfig | None = None
     #: A checkpoint, as `model.path` of a labeling job. If `labels` differ from its own, its head is reset.
-    start: Address | None = None
+    start: NameOrUri | None = None
     revision: str | None = None
     labels: list[str] | None = None
 

@@ -20,7 +20,7 @@ from pipeline.decode import decode_chunk
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, cut_into_chunks, read_samples
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE, Meter, StageMetrics
-from pipeline.storage import Storage, StorageError, faults
+from pipeline.storage import Storage, StorageError, retries
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -48,7 +48,7 @@ class ReadStep:
 
     def __call__(self, shards: Iterable[tuple[int, Shard]]) -> Iterator[Chunk]:
         """Yields the chunks of numbered shards, one shard after the other."""
-        meter, before, connected = Meter(), faults(), False
+        meter, before, connected = Meter(), retries(), False
         for number, shard in shards:
             if not connected:
                 with suppress(StorageError):  # the reader meets the same error, and reports it
@@ -61,7 +61,7 @@ class ReadStep:
                     chunk = next(chunks, None)
                 if chunk is None:
                     break
-                now = faults()
+                now = retries()
                 metrics = meter.take(chunk.samples.num_rows, chunk.encoded_bytes)
                 yield replace(chunk, retries=now - before, metrics={STORAGE: metrics})
                 before = now

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.publish.data_files import DataFile, table_schema
-from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError
+from pipeline.storage import Storage, StorageError
 
 #: What an owner may do with a table between publications: the rows stay the same.
 _UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END"}
@@ -87,13 +87,9 @@ class DeltaLog:
         Raises:
             StorageError: the table can't be read, or is one that publishing could harm.
         """
-        try:  # so that what can't be reached is reported as everywhere
-            is_there = next(self._storage.list(f"{self.uri}/_delta_log"), None) is not None
-        except BucketNotFound:
-            raise
-        except ObjectNotFound:
-            is_there = False
-        table = self._open() if is_there else None
+        # Listed first, so that access failures are reported like everywhere.
+        listed = self._storage.list(f"{self.uri}/_delta_log", missing_ok=True)
+        table = self._open() if next(listed, None) is not None else None
         if table is None:
             return LoggedFiles()
         if table.metadata().partition_columns != ["model"]:

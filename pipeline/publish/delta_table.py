@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.publish.data_files import DataFile
 from pipeline.publish.delta_log import DeltaLog, LoggedFiles
-from pipeline.storage import BucketNotFound, ObjectNotFound, Storage, StorageError
+from pipeline.storage import ObjectNotFound, Storage, StorageError
 
 #: One row per shard in a table, sorted: the version of its prediction file that was published, its rows, the
 #: version of the table that brought them, and the URI of the partition that they are from. A null
@@ -124,8 +124,6 @@ class DeltaTable:
         uri = self._list(found)
         try:
             table = pq.read_table(io.BytesIO(self._storage.read(uri)))
-        except BucketNotFound:
-            raise
         except ObjectNotFound:
             return found, f"the list of their shards is missing, {uri}"
         notes = json.loads(table.schema.metadata[_NOTES])

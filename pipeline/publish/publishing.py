@@ -26,7 +26,7 @@ from pipeline.publish.data_files import table_schema
 from pipeline.publish.delta_log import TableChangedError
 from pipeline.publish.delta_table import DeltaTable, Snapshot
 from pipeline.publish.version_writer import Increment, VersionWriter
-from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_in, normalised
+from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_in, normalize_uri
 
 #: Bytes of rows in memory that make one file. As Parquet that is a third of it; with embeddings, most of it.
 FILE_BYTES = 512 * 1024**2
@@ -94,7 +94,7 @@ def publish_labels(
         StorageError: nothing is labeled yet; something can't be read or written; somebody edited the table;
             or it has a shard from another partition, or other columns of one.
     """
-    table = DeltaTable(partition.storage, normalised(uri), partition.model)
+    table = DeltaTable(partition.storage, normalize_uri(uri), partition.model)
     _check_place(table.uri, partition)
     if not partition.manifest.exists():
         raise StorageError(partition.uri, "nothing is labeled yet")
@@ -134,7 +134,7 @@ def _check_place(table: str, partition: Partition) -> None:
     config = ((partition.record(runs[-1]) if runs else None) or {}).get("config", {})
     places = {"output": partition.uri.rpartition("/")[0], "input": config.get("input", {}).get("uri")}
     for name, place in places.items():
-        if place and (lies_in(table, normalised(place)) or lies_in(normalised(place), table)):
+        if place and (lies_in(table, place) or lies_in(place, table)):
             raise ConfigError(f"{table}: a table needs a place of its own, and the {name} is {place}")
 
 

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Literal, get_args
 
 from pipeline.config import InputConfig
-from pipeline.storage import ObjectInfo, Storage, name_below, normalised
+from pipeline.storage import ObjectInfo, Storage, name_below
 
 Format = Literal["webdataset", "parquet", "images"]
 
@@ -56,7 +56,7 @@ class ShardListing(Iterator[Shard]):
     """
 
     def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
-        self.uri = normalised(uri)
+        self.uri = uri
         self.format = format
         self.ignored = 0
         self._shards = self._find(objects)
@@ -109,7 +109,6 @@ def list_shards(storage: Storage, uri: str, format: str = "auto") -> ShardListin
         StorageError: from the first or any later step of the iteration.
         ValueError: an unknown format.
     """
-    uri = normalised(uri)
     if format == "auto":
         return ShardListing(storage.list(uri), uri)
     for known in get_args(Format):

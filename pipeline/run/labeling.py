@@ -31,7 +31,7 @@ from pipeline.run.preparing import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, recorded
 from pipeline.run.result import RunResult
 from pipeline.run.streaming import ShardStream
-from pipeline.storage import StorageError, faults
+from pipeline.storage import StorageError, retries
 
 logger = logging.getLogger("cvt_label")
 
@@ -63,7 +63,7 @@ def label(
         LeaseLostError: another run has taken over.
         Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
-    clock, before = Clock(), faults()
+    clock, before = Clock(), retries()
     listing = open_listing(config)
     job = make_job(config)
     first_id = new_run_id()
@@ -85,7 +85,7 @@ def label(
                 try:
                     _Run(result, prepared, record, clock, lease, on_progress).carry_out()
                 finally:
-                    record.note(storage_faults=dict(faults() - before + result.totals.retries))
+                    record.note(storage_faults=dict(retries() - before + result.totals.retries))
         except Stopped:
             handle.left_in_order = True
             raise

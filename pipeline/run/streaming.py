@@ -17,7 +17,7 @@ from pipeline.run.preparing import PreparedRun
 from pipeline.run.recording import Clock
 from pipeline.run.result import RunResult
 from pipeline.statistics import CLASSIFY, COMMIT, DECODE, STORAGE, bound_by, stage_figures
-from pipeline.storage import ObjectNotFound, Storage, faults
+from pipeline.storage import ObjectNotFound, Storage, retries
 
 logger = logging.getLogger("cvt_label")
 
@@ -89,7 +89,7 @@ class ShardStream:
         self._clock.mark("first_commit")
 
     def _commit_results(self, executor: Executor, committer: Committer, stop: Stop) -> None:
-        plan, job, faults_before = self._prepared.plan, self._result.job, faults()
+        plan, job, faults_before = self._prepared.plan, self._result.job, retries()
         resources = executor.resources(job.resource_request)
         self._record.note(resources=asdict(resources))
         self._clock.mark("ray_ready")
@@ -99,7 +99,7 @@ class ShardStream:
         )
 
         def note_progress() -> None:
-            metrics.update(committer.totals, faults() - faults_before + committer.totals.retries)
+            metrics.update(committer.totals, retries() - faults_before + committer.totals.retries)
             self._on_progress(committer.progress(), self._prepared)
 
         chunks = executor.label(plan.shards, job.stages, resources)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import BinaryIO
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import DatasetConfig, make_storage
 from pipeline.schedule.client import SubmittedJob
-from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, StorageError, normalised
+from pipeline.storage import ABSENT, StorageError
 
 
 class CurrentJob(BaseModel):
@@ -62,7 +63,7 @@ class StateFile:
     """
 
     def __init__(self, name: str, dataset: DatasetConfig) -> None:
-        self.uri = f"{normalised(dataset.output.uri)}/schedule-{name}.json"
+        self.uri = f"{dataset.output.uri}/schedule-{name}.json"
         self._storage = make_storage(dataset.storage)
         self._version = ABSENT
 
@@ -72,19 +73,17 @@ class StateFile:
         Raises:
             StorageError: it can't be read, or is not a state.
         """
-        while True:
-            try:
-                self._version = self._storage.stat(self.uri).version
-                return DatasetState.model_validate_json(self._storage.read(self.uri, self._version))
-            except ObjectNotFound:
-                self._version = ABSENT
-                return None
-            except ObjectChanged:
-                continue
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(map(str, first["loc"])) or "the whole"
-                raise StorageError(self.uri, f"not a schedule's state: {field}: {first['msg']}") from None
+        found = self._storage.read_latest(self.uri, self._parse)
+        self._version = ABSENT if found is None else found.version
+        return None if found is None else found.content
+
+    def _parse(self, file: BinaryIO) -> DatasetState:
+        try:
+            return DatasetState.model_validate_json(file.read())
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the whole"
+            raise StorageError(self.uri, f"not a schedule's state: {field}: {first['msg']}") from None
 
     def write(self, state: DatasetState) -> DatasetState:
         """Replaces the version that was last read or written, and returns the new state.

@@ -1,10 +1,10 @@
-"""Object storage: s3://, gs:// and local files behind five verbs (list, open, stat, write, delete).
+"""Object storage: S3, Google Cloud Storage and local files; ranged reads, conditional writes, retries.
 
-The only package that talks to a storage service. Not a file system: objects are written whole, in one
-atomic step, and read at a pinned version. What fails in a way that may pass is tried again.
+The only package that accesses a storage service. It is no file system: objects are written whole, in one
+atomic step, and read at a pinned version.
 """
 
-from pipeline.storage.access import Storage
+from pipeline.storage.access import Storage, Versioned
 from pipeline.storage.objects import (
     ABSENT,
     AccessDenied,
@@ -14,23 +14,24 @@ from pipeline.storage.objects import (
     ObjectNotFound,
     StorageError,
 )
-from pipeline.storage.retrying import Fault, faults, retried
-from pipeline.storage.uris import lies_in, name_below, normalised, room_below
+from pipeline.storage.retries import Pauses, retries
+from pipeline.storage.uris import is_relative, lies_in, name_below, normalize_uri, room_below
 
 __all__ = [
     "ABSENT",
     "AccessDenied",
     "BucketNotFound",
-    "Fault",
     "ObjectChanged",
     "ObjectInfo",
     "ObjectNotFound",
+    "Pauses",
     "Storage",
     "StorageError",
-    "faults",
+    "Versioned",
+    "is_relative",
     "lies_in",
     "name_below",
-    "normalised",
-    "retried",
+    "normalize_uri",
+    "retries",
     "room_below",
 ]

@@ -1,30 +1,38 @@
-"""Any object by its URI, whichever service holds it."""
+"""Access to any object by its URI, on every storage service."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Generic, Protocol, TypeVar
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import ObjectInfo, S3Access, StorageError
+from pipeline.storage.objects import (
+    ABSENT,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    S3Access,
+    StorageError,
+)
 from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
-from pipeline.storage.uris import normalised
+from pipeline.storage.retries import Pauses
+from pipeline.storage.uris import normalize_uri
 
 _AHEAD_BUFFER_BYTES = 1024**2
 
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
 
-
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
+
+T = TypeVar("T")
 
 
 class _Service(Protocol):
-    """What a storage service must offer; URIs are normalised by `Storage`."""
+    """What a storage service offers; its URIs are normalized."""
 
     def list(self, uri: str) -> Iterator[ObjectInfo]: ...
 
@@ -39,23 +47,33 @@ class _Service(Protocol):
     def delete(self, uri: str, expected: str | None) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[T]):
+    """What was read of an object, and the version that it was read from."""
+
+    content: T
+    version: str
+
+
 @dataclass(frozen=True)
 class Storage:
-    """Access to every storage service, by URI.
+    """Access to every storage service, by URI in any spelling.
 
-    Small and picklable: the clients are made when first needed, one per process and configuration.
+    Small and picklable: clients are made when first needed, one per process and configuration.
     Credentials come from each service's standard chain (environment, files, instance roles).
 
     Attributes:
-        endpoint_url: An S3-compatible service; default: AWS, or what AWS_ENDPOINT_URL_S3 says.
-        region: The buckets' region; default: what the AWS configuration says.
+        endpoint_url: an S3-compatible service; default: AWS, or AWS_ENDPOINT_URL_S3.
+        region: the buckets' region; default: from the AWS configuration.
+        pauses: between attempts when a request fails.
     """
 
     endpoint_url: str | None = None
     region: str | None = None
+    pauses: Pauses | None = None
 
     def s3_access(self) -> S3Access:
-        """How S3 is reached now, for other clients.
+        """Returns how S3 is reached now, for other clients.
 
         Raises:
             StorageError: the client can't be made, or credentials can't be found.
@@ -66,53 +84,56 @@ class Storage:
         assert isinstance(service, S3)
         return service.access()
 
-    def sweep(self, uri: str) -> None:
-        """Removes what killed writers have left below the folder `uri`; in a bucket that is nothing.
-
-        Raises:
-            StorageError: it can't be removed.
-        """
-        uri = normalised(uri)
-        service = self._service(uri)
-        if isinstance(service, LocalFiles):
-            service.sweep(uri)
-
     def connect(self, uri: str) -> None:
-        """Makes the client that serves a URI, which takes a second; else its first use in a process does.
+        """Makes the client that serves a URI, which takes a second; otherwise its first use does.
 
         Raises:
             StorageError: the client can't be made.
         """
-        self._service(normalised(uri))
+        self._at(uri)
 
-    def list(self, uri: str) -> Iterator[ObjectInfo]:
-        """Lists the object `uri`, or everything below the folder `uri`.
+    def list(self, uri: str, missing_ok: bool = False) -> Iterator[ObjectInfo]:
+        """Lists the object `uri`, or everything under the folder `uri`.
 
-        A folder holds what is below `uri + "/"`, never a sibling whose name merely starts alike. The
-        order is that of the service: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
+        A folder holds what is under `uri + "/"`, never a sibling whose name merely starts alike. The
+        order is the service's: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
         markers of folders are left out. Streams: a page, or one local folder, is held at a time.
 
+        Args:
+            uri: the object or folder.
+            missing_ok: take a local folder that does not exist for an empty one, like a prefix in a bucket.
+
         Raises:
-            ObjectNotFound: no such bucket or local folder. A prefix without objects is just empty.
-            StorageError: any other failure.
+            ObjectNotFound: no such local folder. A prefix without objects is empty.
+            StorageError: any other failure, such as `BucketNotFound`.
         """
-        uri = normalised(uri)
-        return self._service(uri).list(uri)
+        service, uri = self._at(uri)
+        try:
+            yield from service.list(uri)
+        except ObjectNotFound:
+            if not missing_ok:
+                raise
 
     def folders(self, uri: str) -> Iterator[str]:
-        """Lists the URIs of the folders directly below the folder `uri`.
+        """Lists the folders directly in the folder `uri`, in no particular order; none if it does not exist.
 
         Raises:
-            ObjectNotFound: no such bucket or local folder. A prefix without objects is just empty.
-            StorageError: any other failure.
+            StorageError: the folder can't be listed.
         """
-        uri = normalised(uri)
-        return self._service(uri).folders(uri)
+        service, uri = self._at(uri)
+        return service.folders(uri)
 
     def stat(self, uri: str) -> ObjectInfo:
-        """Looks up one object; raises `ObjectNotFound` if there is none."""
-        uri = normalised(uri)
-        return self._service(uri).stat(uri)
+        """Returns an object's size and version; raises `ObjectNotFound` if there is none."""
+        service, uri = self._at(uri)
+        return service.stat(uri)
+
+    def version(self, uri: str) -> str:
+        """Returns an object's version, or `ABSENT`."""
+        try:
+            return self.stat(uri).version
+        except ObjectNotFound:
+            return ABSENT
 
     def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
         """Opens an object for reading, seekable, by ranged reads of 8 MiB that are retried.
@@ -126,12 +147,11 @@ class Storage:
         return io.BufferedReader(self.open_raw(uri, version), buffer_size=CHUNK_BYTES)
 
     def open_ahead(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
-        """As `open`, for reading from start to end: as many ranges as `at_once` are fetched at a time.
+        """As `open`, for reading from start to end: fetches `at_once` ranges at a time.
 
-        A local file is read ahead by the operating system.
+        The operating system reads ahead in local files.
         """
-        uri = normalised(uri)
-        service = self._service(uri)
+        service, uri = self._at(uri)
         raw = service.open(_pinned(uri, version))
         if isinstance(service, LocalFiles):
             return io.BufferedReader(raw, buffer_size=CHUNK_BYTES)
@@ -139,16 +159,42 @@ class Storage:
 
     def open_raw(self, uri: str, version: str | None = None) -> io.RawIOBase:
         """As `open`, but each read fetches what it asks for: for callers that buffer themselves."""
-        uri = normalised(uri)
-        service = self._service(uri)
-        info = service.stat(uri) if version is None else _pinned(uri, version)
-        return service.open(info)
+        service, uri = self._at(uri)
+        return service.open(service.stat(uri) if version is None else _pinned(uri, version))
 
     def read(self, uri: str, version: str | None = None) -> bytes:
         """Reads a whole object; see `open`."""
         with self.open_raw(uri, version) as stream:
-            data = stream.read()
-        return data if data is not None else b""
+            return stream.read() or b""
+
+    def read_latest(
+        self, uri: str, read: Callable[[io.BufferedReader], T], attempts: int = 100
+    ) -> Versioned[T] | None:
+        """Reads the current version of an object; starts again if somebody replaces the object meanwhile.
+
+        Args:
+            uri: the object.
+            read: called with the open object.
+            attempts: how often to start, in all.
+
+        Returns:
+            What `read` returned and the version; None if there is no such object.
+
+        Raises:
+            ObjectChanged: the object was replaced during every attempt.
+            StorageError: any other failure.
+        """
+        for attempt in range(1, attempts + 1):
+            try:
+                version = self.stat(uri).version
+                with self.open(uri, version) as file:
+                    return Versioned(read(file), version)
+            except ObjectNotFound:
+                return None
+            except ObjectChanged:
+                if attempt == attempts:
+                    raise
+        raise ValueError("at least one attempt is needed")
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old one or the new one.
@@ -156,70 +202,112 @@ class Storage:
         Args:
             uri: the object.
             data: its content, as bytes or as a seekable file.
-            expected: the version that is to be replaced, or `ABSENT`; None replaces any. Of writers
-                that expect the same, one succeeds.
+            expected: the version to replace, or `ABSENT`; None replaces any. Of writers that expect the
+                same version, one succeeds.
 
         Raises:
-            ObjectChanged: the object is not as expected. Where an answer was lost and the write was
-                tried again, it may be this very write that changed it: look what is there.
-            StorageError: the object is not written (or, after a lost answer, whole all the same).
+            ObjectChanged: the object is not as expected. If an answer was lost and the write was
+                retried, this very write may have changed it: look what is there.
+            StorageError: the object is not written (or, after a lost answer, written completely).
         """
-        uri = normalised(uri)
+        service, uri = self._at(uri)
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         size = file.seek(0, os.SEEK_END)
         if size > _MAX_PUT_BYTES:
             raise StorageError(uri, f"{size} bytes are more than one PUT can hold (5 GiB)")
-        return self._service(uri).write(uri, file, expected)
+        return service.write(uri, file, expected)
 
-    def delete(self, uri: str, expected: str | None = None) -> None:
-        """Removes an object, if it is there.
+    def update(
+        self,
+        uri: str,
+        change: Callable[[str], bytes | BinaryIO | None],
+        expected: str | None = None,
+        attempts: int = 100,
+    ) -> ObjectInfo | None:
+        """Replaces an object by compare-and-swap; starts again if somebody else replaces it meanwhile.
 
         Args:
             uri: the object.
-            expected: the version that is to be removed; None removes any.
+            change: called with the object's version, or `ABSENT`; reads what it needs of that version, and
+                returns the new content, or None to leave the object as it is.
+            expected: the version to start with; None looks it up.
+            attempts: how often to start, in all.
+
+        Returns:
+            The object as written; None if `change` left it as it is.
 
         Raises:
-            ObjectChanged: the object is there, and not as expected.
-            StorageError: the object is not removed (or, after a lost answer, is all the same).
+            ObjectChanged: the object was replaced during every attempt.
+            StorageError: as `write`.
         """
-        uri = normalised(uri)
-        self._service(uri).delete(uri, expected)
+        for attempt in range(1, attempts + 1):
+            try:
+                version = self.version(uri) if expected is None else expected
+                content = change(version)
+                return None if content is None else self.write(uri, content, version)
+            except (ObjectChanged, ObjectNotFound) as error:
+                if attempt == attempts or error.uri != normalize_uri(uri):
+                    raise
+                expected = None
+        raise ValueError("at least one attempt is needed")
+
+    def delete(self, uri: str, expected: str | None = None) -> None:
+        """Deletes an object, if it exists.
+
+        Args:
+            uri: the object.
+            expected: the version to delete; None deletes any.
+
+        Raises:
+            ObjectChanged: the object exists, and is not as expected.
+            StorageError: the object is not deleted (or, after a lost answer, is deleted).
+        """
+        service, uri = self._at(uri)
+        service.delete(uri, expected)
+
+    def sweep(self, uri: str) -> None:
+        """Deletes what killed writers have left under the folder `uri`; in a bucket that is nothing.
+
+        Raises:
+            StorageError: a file can't be deleted.
+        """
+        service, uri = self._at(uri)
+        if isinstance(service, LocalFiles):
+            service.sweep(uri)
+
+    def _at(self, uri: str) -> tuple[_Service, str]:
+        uri = normalize_uri(uri)
+        return self._service(uri), uri
 
     def _service(self, uri: str) -> _Service:
-        """The service that holds `uri`; its library, which takes a while, is imported when first needed."""
+        """Returns the service that holds `uri`; its library is imported when first needed."""
         scheme = uri.partition("://")[0] if "://" in uri else ""
         if scheme == "":
             return LocalFiles()
         if scheme not in ("s3", "gs"):
             shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
             raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
-        with _clients_lock, _errors_of(uri):
-            return _s3(self.endpoint_url, self.region) if scheme == "s3" else _gcs()
+        try:
+            with _clients_lock:
+                return self._s3() if scheme == "s3" else self._gcs()
+        except StorageError as error:  # names no URI, since one client serves all
+            raise type(error)(uri, error.cause) from error
 
+    def _s3(self) -> _Service:
+        from pipeline.storage.s3 import S3, make_client
 
-def _s3(endpoint_url: str | None, region: str | None) -> _Service:
-    from pipeline.storage.s3 import connected
+        environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
+        return S3(make_client(self.endpoint_url, self.region, environment, os.getpid()), self.pauses)
 
-    environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
-    return connected(endpoint_url, region, environment, os.getpid())
-
-
-def _gcs() -> _Service:
-    try:
-        from pipeline.storage.gcs import connected
-    except ImportError as error:
-        cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
-        raise StorageError("gs://", cause) from error
-    return connected(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid())
-
-
-@contextlib.contextmanager
-def _errors_of(uri: str) -> Iterator[None]:
-    """Names the URI in a failure to make a client, which serves all URIs."""
-    try:
-        yield
-    except StorageError as error:
-        raise type(error)(uri, error.cause) from error
+    def _gcs(self) -> _Service:
+        try:
+            from pipeline.storage.gcs import GoogleCloudStorage, make_client
+        except ImportError as error:
+            cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
+            raise StorageError("gs://", cause) from error
+        return GoogleCloudStorage(
+            make_client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid()), self.pauses
+        )
 
 
 def _pinned(uri: str, version: str) -> ObjectInfo:

@@ -1,4 +1,4 @@
-"""What the services over the network share: buckets with keys, and answers that break off."""
+"""What the network services share: buckets with keys, and incomplete answers."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def whole(data: bytes, count: int) -> bytes:
-    """The body of an answer, which is to have `count` bytes; fewer are a failure of the connection."""
+    """Returns the body of an answer if it has `count` bytes; fewer are a connection failure."""
     if len(data) < count:
         raise http.client.IncompleteRead(data, count - len(data))
     return data
 
 
 def described(error: BaseException) -> str:
-    """An exception by its class and message."""
+    """Describes an exception by its class and message."""
     message = without_credentials(str(error))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def no_bucket(uri: str) -> BucketNotFound:
-    """That the bucket which `uri` names isn't there."""
+def no_bucket(uri: str) -> BucketNotFound:  # noqa: D103
     return BucketNotFound(uri, f"bucket {split(uri)[0]!r} does not exist")
 
 
-def no_object(uri: str) -> ObjectNotFound:
-    """That the object `uri` isn't there."""
+def no_object(uri: str) -> ObjectNotFound:  # noqa: D103
     return ObjectNotFound(uri, "no such object")

@@ -25,17 +25,17 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import Fault, retried
+from pipeline.storage.retries import Pauses, Transient, retry
 
 T = TypeVar("T")
 
 
 @functools.lru_cache(maxsize=8)
-def connected(emulator: str | None, pid: int) -> GoogleCloudStorage:
-    """One client per process; the client itself honours STORAGE_EMULATOR_HOST."""
+def make_client(emulator: str | None, pid: int) -> Any:
+    """Makes a client, one per process; the client itself reads STORAGE_EMULATOR_HOST."""
     del emulator, pid
     try:
-        return GoogleCloudStorage(storage.Client())
+        return storage.Client()
     except (GoogleAuthError, OSError) as error:  # OSError: no project can be told
         raise AccessDenied("gs://", f"no usable Google Cloud credentials: {error}") from error
 
@@ -43,8 +43,9 @@ def connected(emulator: str | None, pid: int) -> GoogleCloudStorage:
 class GoogleCloudStorage:
     """The service, through Google's own client."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, pauses: Pauses | None = None) -> None:
         self._client = client
+        self._pauses = pauses
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, name = split(uri)
@@ -53,33 +54,22 @@ class GoogleCloudStorage:
             if blob is not None:
                 yield _info(blob)
                 return
-        for blob in self._below(uri, bucket, f"{name}/" if name else ""):
-            if not blob.name.endswith("/"):
-                yield _info(blob)
+        for page in self._pages(uri, bucket, f"{name}/" if name else ""):
+            for blob in page:
+                if not blob.name.endswith("/"):
+                    yield _info(blob)
 
     def folders(self, uri: str) -> Iterator[str]:
         bucket, name = split(uri)
-        token: str | None = None
-
-        def page() -> tuple[set[str], str | None]:
-            prefix = f"{name}/" if name else None
-            blobs = self._client.list_blobs(
-                bucket, prefix=prefix, delimiter="/", page_token=token, retry=None
-            )
-            next(blobs.pages, None)
-            return set(blobs.prefixes), blobs.next_page_token
-
-        while True:
-            prefixes, token = _tried(uri, page, missing=no_bucket)
-            yield from (f"gs://{bucket}/{prefix.rstrip('/')}" for prefix in sorted(prefixes))
-            if not token:
-                return
+        for page in self._pages(uri, bucket, f"{name}/" if name else "", delimiter="/"):
+            for prefix in sorted(page.prefixes):
+                yield f"gs://{bucket}/{prefix.rstrip('/')}"
 
     def stat(self, uri: str) -> ObjectInfo:
         bucket, name = split(uri)
         blob = self._blob(uri)
         if blob is None:
-            next(self._below(uri, bucket, name), None)  # tells a missing bucket from a missing object
+            next(self._pages(uri, bucket, name), None)  # tells a missing bucket from a missing object
             raise no_object(uri)
         return _info(blob)
 
@@ -100,7 +90,7 @@ class GoogleCloudStorage:
                 )
                 return whole(data, stop - start)
 
-            return _tried(info.uri, attempt)
+            return self._tried(info.uri, attempt)
 
         return RangeReader(info, fetch)
 
@@ -120,7 +110,7 @@ class GoogleCloudStorage:
                 retry=None,
             )
 
-        _tried(uri, attempt, missing=no_bucket, changed=NOT_AS_EXPECTED)
+        self._tried(uri, attempt, missing=no_bucket, changed=NOT_AS_EXPECTED)
         return _info(blob)
 
     def delete(self, uri: str, expected: str | None) -> None:
@@ -129,18 +119,21 @@ class GoogleCloudStorage:
         generation = None if expected is None else _generation(expected)
         attempt = functools.partial(blob.delete, if_generation_match=generation, retry=None)
         with contextlib.suppress(ObjectNotFound):
-            _tried(uri, attempt, changed=NOT_AS_EXPECTED)
+            self._tried(uri, attempt, changed=NOT_AS_EXPECTED)
 
-    def _below(self, uri: str, bucket: str, prefix: str) -> Iterator[Any]:
+    def _pages(self, uri: str, bucket: str, prefix: str, **options: str) -> Iterator[Any]:
         token: str | None = None
 
-        def page() -> tuple[list[Any], str | None]:
-            blobs = self._client.list_blobs(bucket, prefix=prefix or None, page_token=token, retry=None)
-            return list(next(blobs.pages, ())), blobs.next_page_token
+        def next_page() -> tuple[Any, str | None]:
+            blobs = self._client.list_blobs(
+                bucket, prefix=prefix or None, page_token=token, retry=None, **options
+            )
+            return next(blobs.pages, None), blobs.next_page_token
 
         while True:
-            blobs, token = _tried(uri, page, missing=no_bucket)
-            yield from blobs
+            page, token = self._tried(uri, next_page, missing=no_bucket)
+            if page is not None:
+                yield page
             if not token:
                 return
 
@@ -148,39 +141,38 @@ class GoogleCloudStorage:
         """An object's properties; None if there is none."""
         bucket, name = split(uri)
         get = functools.partial(self._client.bucket(bucket).get_blob, name, retry=None)
-        return _tried(uri, get)
+        return self._tried(uri, get)
+
+    def _tried(
+        self,
+        uri: str,
+        action: Callable[[], T],
+        missing: Callable[[str], StorageError] = no_object,
+        changed: str = NOT_AS_LISTED,
+    ) -> T:
+        """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
+        try:
+            return retry(action, _transient, self._pauses)
+        except api.NotFound as error:
+            raise missing(uri) from error
+        except api.PreconditionFailed as error:
+            raise ObjectChanged(uri, changed) from error
+        except (api.Forbidden, api.Unauthorized) as error:
+            raise AccessDenied(uri, f"access denied: {error.message}") from error
+        except TransportError as error:
+            raise StorageError(uri, f"no credentials could be fetched: {error}") from error
+        except GoogleAuthError as error:
+            raise AccessDenied(uri, f"credentials were rejected: {error}") from error
+        except (api.GoogleAPIError, OSError, ValueError) as error:
+            raise StorageError(uri, described(error)) from error
 
 
-def _tried(
-    uri: str,
-    action: Callable[[], T],
-    missing: Callable[[str], ObjectNotFound] = no_object,
-    changed: str = NOT_AS_LISTED,
-) -> T:
-    """One request, tried again if need be; what fails for good becomes a `StorageError`."""
-    try:
-        return retried(action, _fault)
-    except api.NotFound as error:
-        raise missing(uri) from error
-    except api.PreconditionFailed as error:
-        raise ObjectChanged(uri, changed) from error
-    except (api.Forbidden, api.Unauthorized) as error:
-        raise AccessDenied(uri, f"access denied: {error.message}") from error
-    except TransportError as error:
-        raise StorageError(uri, f"no credentials could be fetched: {error}") from error
-    except GoogleAuthError as error:
-        raise AccessDenied(uri, f"credentials were rejected: {error}") from error
-    except (api.GoogleAPIError, OSError, ValueError) as error:
-        raise StorageError(uri, described(error)) from error
-
-
-def _fault(error: Exception) -> Fault | None:
-    """Whether a failure may pass."""
+def _transient(error: Exception) -> Transient | None:
     if isinstance(error, api.Forbidden):  # as on S3
-        return Fault(type(error).__name__, attempts=4)
+        return Transient(type(error).__name__, attempts=4)
     passing = isinstance(error, (api.ServerError, api.TooManyRequests, TransportError, *CONNECTION_ERRORS))
     passing = passing or (isinstance(error, GoogleAuthError) and error.retryable)
-    return Fault(type(error).__name__) if passing else None
+    return Transient(type(error).__name__) if passing else None
 
 
 def _generation(version: str) -> int:

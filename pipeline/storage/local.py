@@ -41,7 +41,7 @@ class LocalFiles:
             yield _info(uri, found)
 
     def folders(self, uri: str) -> Iterator[str]:
-        with _errors_of(uri), os.scandir(uri) as scan:
+        with _errors_of(uri), contextlib.suppress(FileNotFoundError), os.scandir(uri) as scan:
             yield from sorted(entry.path for entry in scan if entry.is_dir())
 
     def stat(self, uri: str) -> ObjectInfo:

@@ -1,10 +1,10 @@
-"""Objects as they are listed, and what can go wrong with them."""
+"""Objects as listed, and the errors of storage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-#: In the place of a version: there is to be no such object.
+#: Stands for the version of an object that does not exist.
 ABSENT = "absent"
 
 #: The causes of an `ObjectChanged`: in a read, and in a write or a deletion.
@@ -30,10 +30,10 @@ class StorageError(Exception):
 
 
 class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
-    """There is no such object, bucket or folder."""
+    """There is no such object or folder."""
 
 
-class BucketNotFound(ObjectNotFound):
+class BucketNotFound(StorageError):  # noqa: N818
     """There is no such bucket."""
 
 

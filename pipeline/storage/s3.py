@@ -29,7 +29,6 @@ from pipeline.storage.objects import (
     NOT_AS_EXPECTED,
     NOT_AS_LISTED,
     AccessDenied,
-    BucketNotFound,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
@@ -37,12 +36,12 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import Fault, retried
+from pipeline.storage.retries import Pauses, Transient, retry
 from pipeline.text import without_credentials
 
 T = TypeVar("T")
 
-# boto3 is kept from trying again by itself: it doesn't know of bodies that break off, and isn't counted.
+# boto3 must not retry by itself: it ignores incomplete bodies, and its retries are not counted.
 _CONNECTION = (
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
@@ -61,7 +60,7 @@ _REJECTED = {
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 _BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
-# botocore takes an answer that breaks off in its head, or right after it, for one that lacks the rest.
+# botocore takes an answer that breaks off in or right after its head for a complete one.
 _WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
     "head_object": lambda answer: "ETag" in answer and "ContentLength" in answer,
     "list_objects_v2": lambda answer: len(answer) > 1,  # has more than the ResponseMetadata
@@ -75,10 +74,10 @@ def endpoint_in_use(endpoint_url: str | None, variables: Mapping[str, str]) -> s
 
 
 @functools.lru_cache(maxsize=8)
-def connected(
+def make_client(
     endpoint_url: str | None, region: str | None, environment: tuple[tuple[str, str], ...], pid: int
-) -> S3:
-    """One client per process, made anew when the AWS variables of the environment change."""
+) -> Any:
+    """Makes a client, one per process; another one when the AWS variables of the environment change."""
     del pid
     variables = dict(environment)
     endpoint = endpoint_in_use(endpoint_url, variables)
@@ -94,21 +93,21 @@ def connected(
         options["request_checksum_calculation"] = "when_required"
         options["response_checksum_validation"] = "when_required"
     try:
-        client = boto3.session.Session().client(
+        return boto3.session.Session().client(
             "s3", endpoint_url=endpoint or None, region_name=region, config=Config(**options)
         )
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise StorageError(
             "s3://", f"the S3 client can't be made: {without_credentials(str(error))}"
         ) from error
-    return S3(client)
 
 
 class S3:
     """The service, through a boto3 client."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, pauses: Pauses | None = None) -> None:
         self._client = client
+        self._pauses = pauses
 
     def access(self) -> S3Access:
         """How the service is reached now, with the credentials that the client would find."""
@@ -137,23 +136,23 @@ class S3:
                 if entry["Key"] == key:
                     yield _info(bucket, entry)
                     return
-        request = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-        while True:
-            page = self._call(uri, "list_objects_v2", **request)
+        for page in self._pages(uri):
             for entry in page.get("Contents", []):
                 if not entry["Key"].endswith("/"):
                     yield _info(bucket, entry)
-            if not page.get("IsTruncated"):
-                return
-            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def folders(self, uri: str) -> Iterator[str]:
-        bucket, key = split(uri)
-        request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "Delimiter": "/"}
-        while True:
-            page = self._call(uri, "list_objects_v2", **request)
+        bucket = split(uri)[0]
+        for page in self._pages(uri, Delimiter="/"):
             for entry in page.get("CommonPrefixes", []):
                 yield f"s3://{bucket}/{entry['Prefix'].rstrip('/')}"
+
+    def _pages(self, uri: str, **request: str) -> Iterator[dict[str, Any]]:
+        bucket, key = split(uri)
+        request |= {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+        while True:
+            page = self._call(uri, "list_objects_v2", **request)
+            yield page
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -200,8 +199,8 @@ class S3:
             response = self._tried(uri, attempt)
         except ObjectChanged:
             raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
-        except ObjectNotFound as error:
-            if expected in (None, ABSENT) or isinstance(error, BucketNotFound):
+        except ObjectNotFound:
+            if expected in (None, ABSENT):
                 raise
             raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
         size = data.seek(0, os.SEEK_END)
@@ -210,15 +209,12 @@ class S3:
     def delete(self, uri: str, expected: str | None) -> None:
         bucket, key = split(uri)
         condition = {} if expected is None else {"IfMatch": _etag(expected)}
-        try:
-            self._call(uri, "delete_object", Bucket=bucket, Key=key, **condition)
-        except ObjectChanged:
-            with contextlib.suppress(ObjectNotFound):  # then there is nothing that could have changed
+        with contextlib.suppress(ObjectNotFound):
+            try:
+                self._call(uri, "delete_object", Bucket=bucket, Key=key, **condition)
+            except ObjectChanged:
                 self.stat(uri)
                 raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
-        except ObjectNotFound as error:
-            if isinstance(error, BucketNotFound):
-                raise
 
     def _call(self, uri: str, operation: str, **request: Any) -> Any:
         return self._tried(uri, lambda: self._request(operation, **request), soon="list" in operation)
@@ -230,12 +226,12 @@ class S3:
         return answer
 
     def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
-        """One request, tried again if need be; what fails for good becomes a `StorageError`.
+        """Makes one request, retried if need be; a permanent failure becomes a `StorageError`.
 
-        A listing comes first in any job, and should tell soon that an endpoint is wrong.
+        A listing comes first in any job, and should fail soon if the endpoint is wrong.
         """
         try:
-            return retried(action, functools.partial(_fault, soon=soon))
+            return retry(action, functools.partial(_transient, soon=soon), self._pauses)
         except botocore.exceptions.ClientError as error:
             raise _error(uri, error) from error
         except (
@@ -269,16 +265,15 @@ def _no_credentials(uri: str, error: Exception) -> AccessDenied:
     return AccessDenied(uri, cause)
 
 
-def _fault(error: Exception, soon: bool) -> Fault | None:
-    """Whether a failure may pass."""
+def _transient(error: Exception, soon: bool) -> Transient | None:
     if isinstance(error, botocore.exceptions.ClientError):
         code, status = _code(error)
         if code in _BUSY or status == 429 or (status or 0) >= 500:
-            return Fault(code)
+            return Transient(code)
         # Busy stores deny access now and then; where it is really denied, that should be told soon.
-        return Fault(code, attempts=4) if code in _DENIED else None
+        return Transient(code, attempts=4) if code in _DENIED else None
     if isinstance(error, _CONNECTION) and not _is_unsendable(error):
-        return Fault(type(error).__name__, attempts=5 if soon else 10)
+        return Transient(type(error).__name__, attempts=5 if soon else 10)
     return None
 
 

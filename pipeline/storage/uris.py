@@ -1,4 +1,4 @@
-"""Any object by its URI, whichever service holds it."""
+"""The spelling of URIs, and the length that storage services allow."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from urllib.parse import unquote
 
 from pipeline.storage.objects import StorageError
 
-# Of a key, on S3 and on Google Cloud Storage; of a local path (PATH_MAX, with the NUL at its end), and of the
-# name that a file has in it while it is written.
-_MAX_KEY_BYTES = 1024
+_MAX_KEY_BYTES = 1024  # on S3 and on Google Cloud Storage
 
-_MAX_LOCAL_PATH_BYTES = 4095
+_MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX, without the NUL at its end
 
-_TEMPORARY_NAME_BYTES = 37
+_TEMPORARY_NAME_BYTES = 37  # of the name that a local file has while it is written
 
 _MAX_LOCAL_NAME_BYTES = 255
 
 
-def normalised(uri: str) -> str:
-    """One spelling for each place: no trailing slash, and local paths absolute, without file://."""
+def normalize_uri(uri: str) -> str:
+    """Returns the one spelling of a place: no trailing slash; local paths absolute, without `file://`.
+
+    Raises:
+        StorageError: it names no place, or holds credentials.
+    """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         path = unquote(rest) if separator else uri
@@ -33,13 +35,16 @@ def normalised(uri: str) -> str:
     return uri.rstrip("/")
 
 
-def room_below(uri: str) -> int:
-    """Bytes that the names of objects below a folder may have; none or less where the folder's are too many.
+def is_relative(uri: str) -> bool:
+    """Whether a path or URI names another place in another working directory."""
+    return "://" not in uri and not uri.startswith("/")
 
-    Raises:
-        StorageError: it isn't a place.
+
+def room_below(uri: str) -> int:
+    """Returns the bytes that the names of objects under a normalized folder may have.
+
+    Zero or less if the folder's own name is too long.
     """
-    uri = normalised(uri)
     if "://" in uri:
         return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
     path = os.fsencode(uri)
@@ -49,10 +54,10 @@ def room_below(uri: str) -> int:
 
 
 def lies_in(uri: str, root: str) -> bool:
-    """Whether a URI is the root itself, or below it; both as `storage.normalised` makes them."""
+    """Whether a URI is the root itself, or under it; both are normalized."""
     return uri == root or uri.startswith(f"{root}/")
 
 
 def name_below(folder: str, uri: str) -> str:
-    """An object's name relative to the folder; its last part, if it is the `folder` itself."""
+    """Returns an object's name relative to the folder; its last part if it is the `folder` itself."""
     return uri[len(folder) :].lstrip("/") or uri.rpartition("/")[2]

@@ -92,7 +92,7 @@ def _run(
     patch.setattr(committing, "WRITERS", 1)
     patch.setattr(manifest_writer, "MOST_PENDING", 2)
     # The last run was killed just now: what is tested is not that its lease expires.
-    patch.setattr(lease._State, "is_live", False)
+    patch.setattr(lease.LeaseState, "is_live", False)
     if crash is not None:
         done = multiprocessing.Value("i", 0)
         for name in ("write", "delete"):

@@ -5,13 +5,16 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
 from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, left_in_order
-from pipeline.commit import lease as module
-from pipeline.storage import Storage, StorageError
+from pipeline.commit.lease import LeaseState
+from pipeline.storage import ObjectInfo, Storage, StorageError
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -19,8 +22,13 @@ def place(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("tmp_path" if request.param == "folder" else "bucket"))
 
 
-def make(place: str, run: str, seconds: float = 60) -> Lease:
-    return Lease(Storage(), place, run, seconds)
+def make(place: str, run: str, seconds: float = 60, **options: Any) -> Lease:
+    return Lease(Storage(), place, run, seconds, **options)
+
+
+def left_by_a_dead_run(place: str, seconds: float) -> None:
+    until = datetime.now(UTC) + timedelta(seconds=seconds)
+    Storage().write(f"{place}/lease.json", LeaseState("dead", "host", until, "held").to_bytes())
 
 
 def state(place: str) -> dict[str, str]:
@@ -38,9 +46,8 @@ def test_a_second_run_is_refused_and_told_who_holds_it_and_until_when(place: str
     second.release(in_order=True)
 
 
-def test_a_run_that_waits_gets_it_when_it_is_free(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_POLL", 0.05)
-    first, second, told = make(place, "run-1"), make(place, "run-2"), list[str]()
+def test_a_run_that_waits_gets_it_when_it_is_free(place: str) -> None:
+    first, second, told = make(place, "run-1"), make(place, "run-2", poll_s=0.05), list[str]()
     first.acquire()
     threading.Timer(0.5, first.release, [True]).start()
     start = time.monotonic()
@@ -51,36 +58,54 @@ def test_a_run_that_waits_gets_it_when_it_is_free(place: str, monkeypatch: pytes
     second.release(in_order=True)
 
 
-def test_it_is_renewed_while_the_run_lives_and_expires_after(place: str) -> None:
+def test_it_is_renewed_while_the_run_lives(place: str) -> None:
     first = make(place, "run-1", seconds=0.6)
     first.acquire()
     time.sleep(1.5)
     with pytest.raises(LeaseHeldError):
         make(place, "run-2").acquire()
     first.check()
-    first._stop.set()  # as if it had died
-    first._heart.join()
-    time.sleep(0.7)
-    second = make(place, "run-2")
-    assert not second.acquire()  # what the first left is not in order
+    first.release(in_order=True)
+
+
+def test_it_expires_after_its_run_died(place: str) -> None:
+    left_by_a_dead_run(place, seconds=0.5)
+    with pytest.raises(LeaseHeldError):
+        make(place, "run-2").acquire()
+    second = make(place, "run-2", poll_s=0.05)
+    assert not second.acquire(wait=True)  # the dead run left nothing in order
     second.release(in_order=True)
 
 
+@dataclass(frozen=True)
+class Suspended(Storage):
+    """Storage whose writes wait while the process is held up."""
+
+    resumed: threading.Event = field(default_factory=threading.Event, compare=False)
+
+    def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
+        self.resumed.wait(20)
+        return super().write(uri, data, expected)
+
+
+def check_until_lost(lease: Lease, patience: float = 10) -> None:
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        lease.check()
+        time.sleep(0.02)
+
+
 def test_a_run_that_was_held_up_learns_that_another_has_taken_over(place: str) -> None:
-    zombie = make(place, "zombie", seconds=0.3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zombie, "_beat", lambda: None)
-        zombie._heart = threading.Thread(target=lambda: None)
-        zombie.acquire()
-    time.sleep(0.4)
-    other = make(place, "other")
-    other.acquire()
-    zombie._seconds = 0.03
-    heart = threading.Thread(target=zombie._beat)
-    heart.start()
-    heart.join(10)
+    storage = Suspended()
+    storage.resumed.set()
+    zombie = Lease(storage, place, "zombie", seconds=0.3)
+    zombie.acquire()
+    storage.resumed.clear()
+    other = make(place, "other", poll_s=0.05)
+    other.acquire(wait=True)
+    storage.resumed.set()
     with pytest.raises(LeaseLostError, match=r"lease\.json: another run has taken over"):
-        zombie.check()
+        check_until_lost(zombie)
     zombie.release(in_order=True)
     assert (state(place)["run"], state(place)["state"]) == ("other", "held")
     other.check()
@@ -124,9 +149,9 @@ def test_of_runs_that_start_together_one_gets_it(place: str) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert Counter(pool.map(try_it, leases)) == {"holds it": 1, "refused": 7}
-    for lease in leases:
-        if lease._heart.is_alive():
-            lease.release(in_order=True)
+    held = state(place)["run"]
+    leases[int(held.removeprefix("run-"))].release(in_order=True)
+    assert state(place)["state"] == "released"
 
 
 def test_what_is_no_lease_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from pipeline.commit import Manifest, ManifestRow, ManifestWriter
-from pipeline.commit import manifest as module
 from pipeline.predictions import Footer, encode, pack_partial, prediction_schema
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage, StorageError
@@ -51,11 +50,13 @@ def by_uri(*rows: ManifestRow) -> dict[str, ManifestRow]:
     return {row.uri: row for row in rows}
 
 
+def make(folder: Path, **limits: int) -> Manifest:
+    return Manifest(Storage(), str(folder), CLASSES, **limits)
+
+
 @pytest.fixture(params=[2000, 3], ids=["one row group", "row groups of three"])
-def manifest(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
-    monkeypatch.setattr(module, "ROW_GROUP_ROWS", request.param)
-    monkeypatch.setattr(module, "BARE_ROW_GROUP_ROWS", request.param)
-    return Manifest(Storage(), str(tmp_path), CLASSES)
+def manifest(request: pytest.FixtureRequest, tmp_path: Path) -> Manifest:
+    return make(tmp_path, group_rows=request.param, bare_group_rows=request.param)
 
 
 def test_the_statistics_of_one_run_are_those_of_the_shards_that_it_labelled_last(manifest: Manifest) -> None:
@@ -119,10 +120,9 @@ def test_two_writers_at_once_lose_nothing(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("limit", [10**9, 0], ids=["in the manifest", "in the footers"])
-def test_statistics_are_the_fold_over_all_shards(
-    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    monkeypatch.setattr(module, "MOST_STATISTICS", limit)
+@pytest.mark.parametrize("group_rows", [2000, 3])
+def test_statistics_are_the_fold_over_all_shards(tmp_path: Path, limit: int, group_rows: int) -> None:
+    manifest = make(tmp_path, max_statistics=limit, group_rows=group_rows, bare_group_rows=group_rows)
     expected = ClassStatistics.empty(CLASSES)
     for i in range(8):
         partial = statistics(i).to_partial()

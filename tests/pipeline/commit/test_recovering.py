@@ -13,7 +13,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
 from pipeline.config import LABEL_NEW, Config, Selection, load_config
 from pipeline.run import PreparedRun, label, make_job, plan_run, rebuild, rebuilding
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Pauses, Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
 from tests.pipeline import crashing
@@ -31,9 +31,10 @@ SELECTIONS = [
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_out_ray(monkeypatch)
-    monkeypatch.setattr("pipeline.storage.retrying._FIRST_PAUSE", 0.001)
-    monkeypatch.setattr("pipeline.storage.retrying._LONGEST_PAUSE", 0.01)
-    monkeypatch.setattr(lease._State, "is_live", False)  # runs are killed, and their leases not waited for
+    monkeypatch.setattr("pipeline.storage.retries.DEFAULT_PAUSES", Pauses(0.001, 0.01))
+    monkeypatch.setattr(
+        lease.LeaseState, "is_live", False
+    )  # runs are killed, and their leases not waited for
 
 
 def fields(root: str, *overrides: str) -> list[str]:

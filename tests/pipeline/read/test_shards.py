@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.predictions import fits, prediction_path
 from pipeline.read import Shard, list_shards
-from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalised
+from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
 
 class Listed(Storage):
@@ -203,7 +203,7 @@ def test_a_path_decodes_to_the_uri_and_stays_in_its_folder(name: str) -> None:
 def test_no_two_uris_share_a_path() -> None:
     folders = ("s3://bucket", "gs://bucket", "/bucket", "/s3/bucket")
     uris = {f"{folder}/{name}" for folder in folders for name in ODD_NAMES}
-    assert len({prediction_path(uri) for uri in uris}) == len({normalised(uri) for uri in uris})
+    assert len({prediction_path(uri) for uri in uris}) == len({normalize_uri(uri) for uri in uris})
 
 
 #: Long ones, which differ where they are cut, before it, or behind it; of characters of 1 to 4 bytes.
@@ -245,7 +245,7 @@ def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
     uris |= {f"s3://bucket/{path.partition('/')[2]}" for path in paths.values()}
     uris |= {f"/{unquote(path)}" for path in paths.values()}
     uris |= {f"/{path.partition('/')[2].removesuffix('.parquet')}" for path in paths.values()}
-    distinct = {normalised(uri) for uri in uris}
+    distinct = {normalize_uri(uri) for uri in uris}
     assert len({prediction_path(uri) for uri in distinct}) == len(distinct)
 
 

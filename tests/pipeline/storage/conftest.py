@@ -10,14 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.storage import Storage, retrying
+from pipeline.storage import Pauses, Storage
 from tests.fault_proxy import FaultProxy
 
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrying, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(retrying, "_LONGEST_PAUSE", 0.01)
+SHORT = Pauses(0.001, 0.01)
 
 
 @pytest.fixture(scope="session")
@@ -82,4 +78,10 @@ def proxy(shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
 @pytest.fixture
 def faulty(proxy: FaultProxy) -> Storage:
     """Storage that reaches the S3 server through the proxy."""
-    return Storage(endpoint_url=proxy.url)
+    return Storage(endpoint_url=proxy.url, pauses=SHORT)
+
+
+@pytest.fixture
+def storage(s3_server: LocalS3) -> Storage:
+    """Storage that reaches the S3 server (and local files and Google Cloud Storage), with short pauses."""
+    return Storage(endpoint_url=s3_server.endpoint_url, pauses=SHORT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import random
 import subprocess
@@ -53,6 +54,30 @@ def test_the_uri_of_an_object_lists_that_object_alone(storage: Storage, root: st
     for name in ["a.tar", "a.tar.gz", "a.tar-1"]:
         storage.write(f"{root}/{name}", b"x")
     assert names(storage, f"{root}/a.tar") == [f"{root}/a.tar"]
+
+
+def test_a_missing_folder_may_count_as_empty(storage: Storage, root: str) -> None:
+    assert list(storage.list(f"{root}/none/at/all", missing_ok=True)) == []
+
+
+def test_the_latest_version_is_read_even_if_it_is_replaced_meanwhile(storage: Storage, root: str) -> None:
+    assert storage.read_latest(f"{root}/x", io.BufferedReader.read) is None
+    storage.write(f"{root}/x", b"first")
+    seen: list[bytes] = []
+
+    def read(file: io.BufferedReader) -> bytes:
+        seen.append(b"")
+        if len(seen) == 1:
+            storage.write(f"{root}/x", b"second")
+            raise ObjectChanged(f"{root}/x", "replaced")
+        return file.read()
+
+    found = storage.read_latest(f"{root}/x", read)
+    assert found is not None
+    assert (found.content, found.version) == (b"second", storage.version(f"{root}/x"))
+    seen.clear()
+    with pytest.raises(ObjectChanged):
+        storage.read_latest(f"{root}/x", read, attempts=1)
 
 
 def test_a_missing_object_is_named(storage: Storage, root: str) -> None:
@@ -123,6 +148,52 @@ def test_what_is_not_expected_is_left_as_it_is(storage: Storage, root: str) -> N
     with pytest.raises(ObjectChanged):
         storage.write(f"{root}/missing", b"lost", current.version)
     assert [info.uri for info in storage.list(root)] == [f"{root}/x"]
+
+
+@exact
+def test_concurrent_updates_lose_nothing(storage: Storage, root: str) -> None:
+    uri = f"{root}/log"
+
+    def append(i: int) -> None:
+        def change(version: str) -> bytes:
+            return (b"" if version == ABSENT else storage.read(uri, version)) + b"%d," % i
+
+        assert storage.update(uri, change) is not None
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(append, range(24)))
+    assert sorted(map(int, storage.read(uri).decode().split(",")[:-1])) == list(range(24))
+
+
+@exact
+def test_an_update_starts_from_what_is_expected_and_may_stop(storage: Storage, root: str) -> None:
+    uri, seen = f"{root}/x", list[str]()
+
+    def change(version: str) -> bytes | None:
+        seen.append(version)
+        return b"mine" if version == ABSENT else None
+
+    written = storage.update(uri, change, ABSENT)
+    assert written == storage.stat(uri)
+    assert storage.update(uri, change, ABSENT) is None
+    assert seen == [ABSENT, ABSENT, storage.version(uri)]
+    assert storage.read(uri) == b"mine"
+
+
+@exact
+def test_an_update_gives_up_after_so_many_attempts(storage: Storage, root: str) -> None:
+    uri, attempts = f"{root}/x", 0
+
+    def change(version: str) -> bytes:
+        nonlocal attempts
+        attempts += 1
+        storage.write(uri, b"by another %d" % attempts)
+        return b"mine"
+
+    with pytest.raises(ObjectChanged):
+        storage.update(uri, change, attempts=3)
+    assert attempts == 3
+    assert storage.read(uri) == b"by another 3"
 
 
 @exact

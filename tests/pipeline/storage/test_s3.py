@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.storage import ABSENT, AccessDenied, ObjectNotFound, Storage, StorageError, faults
-from pipeline.storage.s3 import connected
+from pipeline.storage import ABSENT, AccessDenied, BucketNotFound, Storage, StorageError, retries
+from pipeline.storage.s3 import make_client
 from tests.pipeline.storage.operations import names
 
 
@@ -28,11 +28,11 @@ def test_an_empty_prefix_lists_nothing_and_folder_markers_are_no_objects(
 
 
 def test_who_connects_first_waits_for_no_client_later(storage: Storage, bucket: str) -> None:
-    connected.cache_clear()
+    make_client.cache_clear()
     storage.connect(f"{bucket}/x.tar")
-    made = connected.cache_info().misses
+    made = make_client.cache_info().misses
     assert names(storage, bucket) == []
-    assert connected.cache_info().misses == made == 1
+    assert make_client.cache_info().misses == made == 1
 
 
 def test_unusual_keys_come_back_as_they_are(storage: Storage, bucket: str) -> None:
@@ -51,7 +51,7 @@ def test_a_missing_bucket_is_called_a_missing_bucket(storage: Storage, s3_server
         lambda: storage.write("s3://no-such-bucket/x", b"data"),
         lambda: storage.write("s3://no-such-bucket/x", b"data", ABSENT),
     ):
-        with pytest.raises(ObjectNotFound, match="bucket 'no-such-bucket' does not exist"):
+        with pytest.raises(BucketNotFound, match="bucket 'no-such-bucket' does not exist"):
             action()
 
 
@@ -60,14 +60,14 @@ def test_credentials_with_a_line_break_are_told_at_once_without_showing_them(
     storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "planted\nsecret\n")
-    before = faults()
+    before = retries()
     for action in (storage.list, storage.read, lambda uri: storage.write(uri, b"x")):
         with pytest.raises(AccessDenied, match="the AWS credentials hold a line break") as caught:
             list(action(f"{bucket}/x"))
         shown = "".join(traceback.format_exception(caught.value))
         assert "planted" not in shown
         assert "Signature" not in shown
-    assert faults() == before
+    assert retries() == before
 
 
 def test_a_proxy_that_is_none_is_told_without_showing_it(
