@@ -34,7 +34,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.storage.retries.DEFAULT_PAUSES", Pauses(0.001, 0.01))
     monkeypatch.setattr(
         lease.LeaseState, "is_live", False
-    )  # runs are killed, and their leases not waited for
+    )  # nobody waits for killed runs
 
 
 def fields(root: str, *overrides: str) -> list[str]:
