@@ -1,4 +1,7 @@
-"""Rewrites a checkpoint in another layout: `python -m jobs.convert SOURCE TARGET`, or `cvt-label convert`."""
+"""Rewrites a checkpoint in another layout: `python -m jobs.convert SOURCE TARGET`, or `cvt-label convert`.
+
+The layouts themselves belong to `cvt.checkpoints`.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvt.errors import CheckpointError, NoClassifierError
+from cvt.errors import NoClassifierError
 from jobs.console import err, exit_status, out, run_alone
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cvt.modeling import CvtForImageClassification, CvtModel
+    from cvt.preprocessing import Preprocessor
 
 
 class Layout(StrEnum):
-    """What is written."""
+    """Layouts of the target."""
 
     HUGGING_FACE = "hugging-face"
     MICROSOFT = "microsoft"
@@ -35,107 +37,104 @@ class Size(StrEnum):
 
 
 def convert(
-    source: Annotated[
-        str, typer.Argument(help="What is converted: whatever `model.path` can be; URIs, too.")
-    ],
+    source: Annotated[str, typer.Argument(help="Checkpoint to convert, as model.path in a configuration.")],
     target: Annotated[Path, typer.Argument(help="New folder; or new .pth file, with `--to microsoft`.")],
     labels: Annotated[
-        str | None,
-        typer.Option("--labels", help="File of the classes' names: one a line, or .json."),
+        str | None, typer.Option("--labels", help="File of class names: one a line, or .json.")
     ] = None,
     to: Annotated[Layout, typer.Option("--to", help="Layout of the target.")] = Layout.HUGGING_FACE,
     size: Annotated[
-        Size | None,
-        typer.Option("--size", help="Pixels of the model's images, instead of what the checkpoint says."),
+        Size | None, typer.Option("--size", help="Pixels of the model's images; else the checkpoint's.")
     ] = None,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads, or as a .pth file for Microsoft's code.
 
-    A .pth file holds the weights alone, and neither labels nor preprocessing. Weights without a classifier
-    become those of a CvtModel.
+    A .pth file contains the weights, without labels and preprocessing. Weights without a classifier become
+    those of a CvtModel.
 
     Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
     loaded.
     """
-    if re.match(r"\w+:/", str(target)):
-        raise typer.BadParameter(f"{target}: must be a local path", param_hint="TARGET")
-    if to == Layout.HUGGING_FACE and target.suffix in (".pth", ".pt"):
-        raise typer.BadParameter(f"{target}: a .pth file needs --to microsoft", param_hint="TARGET")
-    if target.exists():
-        raise typer.BadParameter(f"{target} exists, and is not overwritten", param_hint="TARGET")
-    if to == Layout.MICROSOFT and target.suffix != ".pth":
-        raise typer.BadParameter(f"{target}: the name must end with .pth", param_hint="TARGET")
+    _check_target(target, to)
     with exit_status():
-        from pipeline.classify.checkpoint import open_checkpoint, open_features
-        from pipeline.storage import Storage
-
-        model: CvtForImageClassification | CvtModel
-        try:
-            checkpoint = open_checkpoint(Storage(), source, labels=labels)
-        except NoClassifierError:
-            if labels is not None:
-                raise
-            (model, preprocessor), described = open_features(Storage(), source), "no classifier"
-        else:
-            model, preprocessor = checkpoint.model, checkpoint.preprocessor
-            described = f"{checkpoint.name}, {len(checkpoint.labels):,} classes"
-    import torch
-
-    from cvt.checkpoints import save_checkpoint
-    from cvt.checkpoints.microsoft import image_size
-
+        model, preprocessor, described = _load(source, labels)
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"{target.parent}: {error.strerror}", param_hint="TARGET") from None
-    # What is under the target's name is whole.
+        raise _bad_target(f"{target.parent}: {error.strerror}") from None
+    # The target appears complete or not at all.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         written = Path(unfinished) / target.name
-        if to == Layout.HUGGING_FACE:
-            save_checkpoint(model, preprocessor, written)
-        else:
-            torch.save(_by_microsoft_name(model), written)
+        _write(model, preprocessor, written, to)
         written.rename(target)
     line = f"{target}: {described}, {preprocessor.size} pixels"
     out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if to == Layout.MICROSOFT and not _is_published(model):
-        warning = (
-            "cvt-label: this is no published variant: to be loaded again, the file needs the name "
-            "pytorch_model.bin, and config.json and preprocessor_config.json beside it"
-        )
-        err.print(warning, markup=False, highlight=False, soft_wrap=True)
-    told = image_size(target.name)
-    if to == Layout.MICROSOFT and told != preprocessor.size:
-        warning = f"cvt-label: who loads {target.name} takes it for a model of {told} pixels, by its name"
-        err.print(warning, markup=False, highlight=False, soft_wrap=True)
+    if to == Layout.MICROSOFT:
+        for warning in _what_loading_misses(model, preprocessor, target.name):
+            err.print(f"cvt-label: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _by_microsoft_name(model: CvtForImageClassification | CvtModel) -> dict[str, Tensor]:
-    from cvt.checkpoints.microsoft import microsoft_key
-    from cvt.modeling import CvtModel
+def _check_target(target: Path, to: Layout) -> None:
+    if re.match(r"\w+:/", str(target)):
+        raise _bad_target(f"{target}: must be a local path")
+    if to == Layout.HUGGING_FACE and target.suffix in (".pth", ".pt"):
+        raise _bad_target(f"{target}: a .pth file needs --to microsoft")
+    if target.exists():
+        raise _bad_target(f"{target} exists, and is not overwritten")
+    if to == Layout.MICROSOFT and target.suffix != ".pth":
+        raise _bad_target(f"{target}: the name must end with .pth")
 
-    prefix = f"{CvtModel.base_model_prefix}." if isinstance(model, CvtModel) else ""
-    return {microsoft_key(f"{prefix}{key}"): tensor for key, tensor in model.state_dict().items()}
+
+def _bad_target(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint="TARGET")
 
 
-def _is_published(model: CvtForImageClassification | CvtModel) -> bool:
-    """Whether Microsoft's names and shapes tell the architecture of a model."""
-    from cvt.checkpoints.microsoft import infer_config
-    from cvt.configuration import CvtConfig
+def _load(source: str, labels: str | None) -> tuple[CvtForImageClassification | CvtModel, Preprocessor, str]:
+    """The model, its preprocessing, and a description of the model."""
+    from pipeline.classify.checkpoint import open_checkpoint, open_features
+    from pipeline.storage import Storage
 
     try:
-        _, told = infer_config(_by_microsoft_name(model))
-    except CheckpointError:
-        return False
-    rates = {"drop_rate", "drop_path_rate", "attention_drop_rate", "initializer_range", "layer_norm_eps"}
-    fields = CvtConfig.__annotations__.keys() - rates
-    return all(_plain(getattr(told, name)) == _plain(getattr(model.config, name)) for name in fields)
+        checkpoint = open_checkpoint(Storage(), source, labels=labels)
+    except NoClassifierError:
+        if labels is not None:
+            raise
+        return (*open_features(Storage(), source), "no classifier")
+    described = f"{checkpoint.name}, {len(checkpoint.labels):,} classes"
+    return checkpoint.model, checkpoint.preprocessor, described
 
 
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+def _write(
+    model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, target: Path, to: Layout
+) -> None:
+    import torch
+
+    from cvt.checkpoints import save_checkpoint
+    from cvt.checkpoints.microsoft import microsoft_weights
+
+    if to == Layout.HUGGING_FACE:
+        save_checkpoint(model, preprocessor, target)
+    else:
+        torch.save(microsoft_weights(model), target)
+
+
+def _what_loading_misses(
+    model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, name: str
+) -> list[str]:
+    """Warnings about what cannot be seen in a .pth file, which has weights and a name only."""
+    from cvt.checkpoints.microsoft import image_size, is_published
+
+    warnings = []
+    if not is_published(model):
+        warnings.append(
+            "this is no published variant: to load it again, name it pytorch_model.bin, next to its"
+            " config.json and preprocessor_config.json"
+        )
+    if image_size(name) != preprocessor.size:
+        warnings.append(f"by its name, {name} loads as a model of {image_size(name)} pixels")
+    return warnings
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Compares the engine with transformers' model on real images: `cvt-label verify`."""
+"""Compares the engine with transformers' model on real images: `cvt-label verify`.
+
+Measuring speed belongs to `jobs.benchmarks`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from jobs.console import Exit, RuntimesOption, err, exit_status, out, precisions
 if TYPE_CHECKING:
     import numpy as np
 
-#: What is to be reached: the share of images with the same top class, and the largest logit difference.
+#: Minimum fraction of images with the same top class, and maximum difference of a logit, by precision.
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
 
 
@@ -24,10 +27,11 @@ class Agreement:
     """How the engine's logits compare to those of transformers' float32 model.
 
     Attributes:
-        runtime, precision: of the engine.
-        images: compared.
-        top1: share of them with the same top class.
-        difference: largest difference of a logit.
+        runtime: the engine's.
+        precision: the engine's.
+        images: number of images.
+        top1: fraction of images with the same top class.
+        difference: maximum difference of a logit.
     """
 
     runtime: str
@@ -46,7 +50,7 @@ class Agreement:
 
     @property
     def is_reached(self) -> bool:
-        """Whether it is as good as `GOALS` says."""
+        """Whether the engine meets `GOALS`."""
         top1, difference = GOALS[self.precision]
         return self.top1 >= top1 and self.difference <= difference
 
@@ -59,20 +63,20 @@ def verify(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights for --model cvt-13, cvt-21 or cvt-w24.")
     ] = False,
-    size: Annotated[int, typer.Option(help="With --random: of the model's images, in pixels.")] = 224,
+    size: Annotated[int, typer.Option(help="With --random: pixels of the model's images.")] = 224,
     precision: Annotated[list[str] | None, precisions_option("what the runtime has")] = None,
     runtime: RuntimesOption = None,
     device: Annotated[Device, typer.Option("--device")] = "auto",
-    count: Annotated[int, typer.Option(min=1, help="Images, at the most.")] = 1000,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
 ) -> None:
     """Compare the engine with transformers' model in float32, on the same pixels.
 
-    To be reached: the same top class for all images, and logits within 1e-4, in fp32; the same top class
-    for 99.5 % in bf16 and fp16.
+    The goal for fp32 is the same top class for all images, and logits within 1e-4; for bf16 and fp16, the
+    same top class for 99.5 % of the images.
 
-    Exit status: 0; 1 where that isn't reached; 2 when runtime, precision or device can't be used here; 4 when
-    model or images can't.
+    Exit status: 0; 1 when an engine misses its goal; 2 when runtime, precision or device can't be used here;
+    4 when model or images can't be used.
     """
     from jobs.benchmarks import model_contenders
     from jobs.benchmarks.data import load_images, random_subject
@@ -92,16 +96,9 @@ def verify(
         pixels = load_images(images, preprocessor, count)
         try:
             engines = [
-                Engine(
-                    network,
-                    preprocessor,
-                    device=device,
-                    precision=one,
-                    runtime=each,
-                    batch_size=batch_size,
-                )
-                for each in runtime or ["torch"]
-                for one in precision or precisions_of(each)
+                Engine(network, preprocessor, device=device, precision=p, runtime=r, batch_size=batch_size)
+                for r in runtime or ["torch"]
+                for p in precision or precisions_of(r)
             ]
         except (ValueError, ImportError) as error:
             raise ConfigError(str(error)) from None
@@ -118,10 +115,8 @@ def verify(
 def _print(agreements: list[Agreement]) -> None:
     table = Table("runtime", "precision", "images", "same top class", "largest logit difference", "reached")
     for a in agreements:
-        reached = "yes" if a.is_reached else "no"
-        table.add_row(
-            a.runtime, a.precision, f"{a.images:,}", f"{a.top1:.2%}", f"{a.difference:.2g}", reached
-        )
+        cells = (a.runtime, a.precision, f"{a.images:,}", f"{a.top1:.2%}", f"{a.difference:.2g}")
+        table.add_row(*cells, "yes" if a.is_reached else "no")
     out.print(table)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
+from cvt.modeling import CvtForImageClassification, CvtModel
 from cvt.presets import PRESETS, preset_config
 
 #: Parts of transformers' names, and Microsoft's.
@@ -40,6 +41,12 @@ def microsoft_key(key: str) -> str:
     for part, replacement in _PARTS.items():
         key = re.sub(part, replacement, key)
     return key
+
+
+def microsoft_weights(model: CvtForImageClassification | CvtModel) -> dict[str, Tensor]:
+    """A model's weights under Microsoft's names."""
+    prefix = f"{CvtModel.base_model_prefix}." if isinstance(model, CvtModel) else ""
+    return {microsoft_key(f"{prefix}{key}"): tensor for key, tensor in model.state_dict().items()}
 
 
 def renamed(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
@@ -90,6 +97,22 @@ def infer_config(weights: Mapping[str, Tensor]) -> tuple[str, CvtConfig]:
     field, found = ("depth", depth) if of_width else ("embed_dim", embed_dim)
     known = ", ".join(f"{fields[field]} ({name})" for name, fields in (of_width or PRESETS).items())
     raise CheckpointError(f"no published variant of CvT has {field} {found}; known: {known}")
+
+
+def is_published(model: CvtForImageClassification | CvtModel) -> bool:
+    """Whether `infer_config` finds the architecture of a model by its weights."""
+    try:
+        _, found = infer_config(microsoft_weights(model))
+    except CheckpointError:
+        return False
+    # Neither weights nor labels depend on these.
+    others = {"drop_rate", "drop_path_rate", "attention_drop_rate", "initializer_range", "layer_norm_eps"}
+    fields = CvtConfig.__annotations__.keys() - others
+    return all(_plain(getattr(found, name)) == _plain(getattr(model.config, name)) for name in fields)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _rows(tensor: Tensor) -> int:
