@@ -300,13 +300,8 @@ class CvtForImageClassification(CvtPreTrainedModel):
     ) -> tuple[Any, ...] | ImageClassifierOutputWithNoAttention:
         """Classifies images into logits, (B, num_labels); see `CvtModel.forward` for the other arguments.
 
-        Args:
-            pixel_values: normalized images, (B, num_channels, H, W).
-            labels: for a loss, by `config.problem_type`: class ids (B,), or values (B, num_labels) for
-                regression or several classes per image.
-            output_hidden_states: as in CvtModel.
-            return_dict: as in CvtModel.
-            kwargs: passed on to the loss, for transformers' Trainer.
+        `labels` are, by `config.problem_type`, class ids (B,), or values (B, num_labels) for regression or
+        several classes per image. `kwargs` are passed on to the loss, for transformers' Trainer.
         """
         outputs = self.cvt(pixel_values, output_hidden_states, return_dict=True)
         logits = self.classifier(self.pool(outputs.last_hidden_state, outputs.cls_token_value))

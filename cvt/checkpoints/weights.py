@@ -92,8 +92,8 @@ def check_weights(
     Args:
         weights: by the model's keys.
         expected: the model's state dict; may be on the meta device.
-        shapes_from: where the expected shapes come from, for the message.
-        spelled: gives the name of a weight in the checkpoint's files, for the message.
+        shapes_from: origin of the expected shapes, for the message.
+        spelled: gives a weight's name in the checkpoint's files, for the message.
 
     Raises:
         CheckpointError: names the weights.

@@ -52,7 +52,7 @@ class OpenVinoRuntime:
         image_shape: (size, size, channels).
         precision: "fp32", or "bf16" if the CPU has instructions for it.
         batch_size: maximum number of images in one call.
-        threads: CPU threads; each computes a batch of its own.
+        threads: number of CPU threads; each computes a batch of its own.
 
     Raises:
         ValueError: the CPU cannot compute in this precision, or OpenVINO cannot run this model.

@@ -38,12 +38,7 @@ class TorchRuntime:
     """
 
     def __init__(
-        self,
-        network: InferenceNetwork,
-        batch_size: int,
-        at_once: int,
-        threads: int,
-        compiled: bool,
+        self, network: InferenceNetwork, batch_size: int, at_once: int, threads: int, compiled: bool
     ) -> None:
         self.batch_size = batch_size
         self._workers = 1 if compiled else min(threads, MOST_WORKERS)

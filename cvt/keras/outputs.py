@@ -37,13 +37,7 @@ class TFBaseModelOutputWithCLSToken:
 
 
 class TFImageClassifierOutputWithNoAttention:
-    """What TFCvtForImageClassification returns.
-
-    Attributes:
-        loss: the mean over the batch, a scalar, or None without labels.
-        logits: (B, num_labels).
-        hidden_states: the output of each stage, (B, C, H, W) of that stage, or None.
-    """
+    """What TFCvtForImageClassification returns, with the attributes of transformers' class."""
 
     loss: Any = None
     logits: Any = None

@@ -12,18 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cvt.checkpoints.microsoft import image_size, infer_config, microsoft_key, renamed
 from cvt.checkpoints.weights import read_file, read_folder, used_files
-from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification
-from cvt.presets import PRESETS, preset_config
-from tests.cvt.microsoft_names import as_microsoft, microsoft_names
-from tests.cvt.random_models import TINY
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0]), "c": torch.ones(1)}
 SHARDS = {"a": "00001-of-00002", "b": "00002-of-00002", "c": "00002-of-00002"}
-PUBLISHED_NAMES = ["CvT-13-224x224-IN-1k.pth", "CvT-13-384x384-IN-22k.pth", "CvT-w24-384x384-IN-22k.pth"]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -207,57 +200,3 @@ def test_a_file_that_is_cut_off_or_something_else_is_refused_by_name(tmp_path: P
     ):
         file.write_bytes(content)
         assert str(file) in refusal(read_file, file)
-
-
-# Microsoft's names -------------------------------------------------------------------------------
-
-
-def test_names_are_those_of_microsofts_modules() -> None:
-    names = microsoft_names(TINY["depth"])
-    assert {theirs: microsoft_key(theirs) for theirs in names.values()} == {t: o for o, t in names.items()}
-    tensors = {key: torch.tensor(i) for i, key in enumerate(names)}
-    back = renamed(tensors, names.values())
-    assert {key: int(tensor) for key, tensor in back.items()} == {t: i for i, t in enumerate(names.values())}
-
-
-def test_names_of_transformers_stay_as_they_are_and_so_do_unknown_ones() -> None:
-    keys = list(microsoft_names([1, 1, 1]).values())
-    weights = dict.fromkeys(keys, torch.ones(1)) | {"stage0.pos_embed": torch.ones(1)}
-    assert renamed(weights, keys).keys() == weights.keys()
-
-
-def published(name: str, classes: int = 5, **fields: Any) -> dict[str, Tensor]:
-    """Weights, without data, of a variant, under Microsoft's names."""
-    config = preset_config(name, num_labels=classes, **fields)
-    with torch.device("meta"):
-        return as_microsoft(CvtForImageClassification(config).state_dict(), config.depth)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_variant_is_told_by_the_shapes_of_its_weights(name: str) -> None:
-    found, config = infer_config(published(name, classes=21841))
-    assert found == name
-    assert config.num_labels == 21841
-    assert config.id2label[21840] == "LABEL_21840"
-    assert config.num_heads == preset_config(name).num_heads
-    assert isinstance(config, CvtConfig)
-
-
-def test_shapes_of_no_variant_are_refused_by_what_does_not_fit() -> None:
-    def cause(weights: dict[str, Tensor]) -> str:
-        return refusal(lambda _: infer_config(weights), Path())
-
-    deeper = cause(published("cvt-13", depth=[1, 2, 11]))
-    assert "has depth [1, 2, 11]; known: [1, 2, 10] (cvt-13), [1, 4, 16] (cvt-21)" in deeper
-    wider = cause(published("cvt-13", embed_dim=[64, 192, 768]))
-    assert "has embed_dim [64, 192, 768]; known: [64, 192, 384] (cvt-13)" in wider
-    headless = {key: tensor for key, tensor in published("cvt-13").items() if not key.startswith("head.")}
-    assert "no classifier" in cause(headless)
-    scalar = published("cvt-13") | {"stage0.patch_embed.proj.weight": torch.tensor(64.0)}
-    assert "has embed_dim [0, 192, 384]" in cause(scalar)
-    assert "no stage0.patch_embed.proj.weight" in cause({"conv1.weight": torch.ones(1)})
-
-
-def test_the_size_of_images_is_told_by_the_name_of_the_file() -> None:
-    assert [image_size(name) for name in PUBLISHED_NAMES] == [224, 384, 384]
-    assert image_size("checkpoint.pth") == 224

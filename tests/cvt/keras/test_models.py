@@ -34,7 +34,7 @@ from cvt.keras.layers import CvtLayer  # noqa: E402
 #: As in test_modeling: cvt-w24 at the widths and heads that it has, and less depth.
 SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-TF_TINY = Path(__file__).parent / "data" / "tf-tiny"
+TF_TINY = Path(__file__).parents[1] / "data" / "tf-tiny"
 
 # Of Keras' own way of turning PyTorch's tensors into arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -1,0 +1,55 @@
+"""A small model, its images and its engine, and what the engine must return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvt.configuration import CvtConfig
+from cvt.inference.engine import Engine
+from cvt.inference.network import InferenceNetwork
+from cvt.modeling import CvtForImageClassification
+from cvt.preprocessing import Preprocessor
+from tests.cvt.random_models import TINY, randomise
+
+SIZE = 48
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSOR = Preprocessor(SIZE, crop_pct=0.875, resample=3, mean=MEAN, std=STD, rescale_factor=1 / 255)
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def make_model(**fields: Any) -> CvtForImageClassification:
+    return randomise(CvtForImageClassification(CvtConfig(**TINY | {"num_labels": 5} | fields)))
+
+
+def network(model: CvtForImageClassification) -> InferenceNetwork:
+    return InferenceNetwork(model, PREPROCESSOR, torch.float32)
+
+
+def make_engine(model: CvtForImageClassification | None = None, **options: Any) -> Engine:
+    return Engine(model or make_model(), PREPROCESSOR, **{"device": "cpu"} | options)
+
+
+@torch.inference_mode()
+def outputs_of_the_model(
+    model: CvtForImageClassification, images: np.ndarray = IMAGES
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and what went into the classifier."""
+    seen = []
+    with model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        normalised = (images / 255 - MEAN) / STD
+        logits = model(torch.tensor(normalised, dtype=torch.float32).permute(0, 3, 1, 2)).logits
+    return logits.numpy(), seen[0].numpy()
+
+
+def same_as_the_model(engine: Engine, model: CvtForImageClassification, tolerance: float = 1e-4) -> None:
+    logits, embeddings = outputs_of_the_model(model)
+    output = engine(IMAGES)
+    assert output.logits.dtype == output.embeddings.dtype == np.float32
+    np.testing.assert_allclose(output.logits, logits, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(output.embeddings, embeddings, atol=tolerance, rtol=0)
+    again = engine(IMAGES)
+    np.testing.assert_array_equal(again.logits, output.logits)
+    np.testing.assert_array_equal(again.embeddings, output.embeddings)

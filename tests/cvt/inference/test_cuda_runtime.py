@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cvt.inference import engine as engine_module
+from cvt.inference.cuda_runtime import CudaRuntime
+from tests.cvt.inference.small import (
+    IMAGES,
+    SIZE,
+    make_engine,
+    make_model,
+    network,
+    outputs_of_the_model,
+)
+
+
+class Overwriting:
+    """A network compiled into a CUDA graph: batches of one size, and outputs that the next run overwrites."""
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        self._network = network
+        self._size = size
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        assert len(pixels) == self._size
+        found = self._network(pixels)
+        if not self._outputs:
+            self._outputs = tuple(out.clone() for out in found)
+        for kept, out in zip(self._outputs, found, strict=True):
+            kept.copy_(out)
+        return self._outputs
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """On the CPU, with streams that do all at once: what is copied where, not when."""
+    stream = MagicMock()
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "Event", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(
+        "cvt.inference.cuda_runtime.pinned", lambda *shape, dtype: torch.empty(shape, dtype=dtype)
+    )
+    monkeypatch.setattr(torch, "compile", lambda network, **_: Overwriting(network, size=3))
+    model = make_model()
+    runtime = CudaRuntime(network(model), (SIZE, SIZE, 3), 3, compiled)
+    monkeypatch.setattr(engine_module, "make_runtime", lambda *_: runtime)
+    engine = make_engine(model)
+    assert engine.batch_size == 3
+    logits, embeddings = outputs_of_the_model(model)
+    for images in (IMAGES, torch.tensor(IMAGES), IMAGES):  # all batches are queued before the first is read
+        output = engine(images)
+        np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.2), ("fp16", 0.05)])
+def test_a_gpu_gives_what_the_model_gives(precision: str, tolerance: float) -> None:
+    model = make_model()
+    logits, embeddings = outputs_of_the_model(model)
+    engine = make_engine(model, device="auto", precision=precision)
+    assert engine.device.type == "cuda"
+    output = engine(IMAGES)
+    np.testing.assert_allclose(output.logits, logits, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(output.embeddings, embeddings, atol=tolerance, rtol=0)
+    np.testing.assert_array_equal(engine(IMAGES).logits, output.logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("runtime", ["torch", "compile"])
+def test_a_gpu_gives_the_same_in_many_batches_by_many_threads_from_arrays_and_tensors(runtime: str) -> None:
+    model = make_model()
+    images = np.random.default_rng(1).integers(0, 256, (50, SIZE, SIZE, 3), dtype=np.uint8)
+    logits, embeddings = outputs_of_the_model(model, images)
+    engine = make_engine(model, device="cuda", runtime=runtime, batch_size=8)
+    engine.warm_up()
+    inputs: list[Any] = [images, torch.tensor(images, device="cuda")] * 6
+    with ThreadPoolExecutor(3) as pool:
+        for output in pool.map(engine, inputs):
+            np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
