@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from cvt.checkpoints import BUNDLED, load_checkpoint, read_labels, save_checkpoint
 from cvt.checkpoints.microsoft import microsoft_key
@@ -389,37 +388,22 @@ def test_a_hub_id_in_the_cache_loads_with_its_revision(
     assert "offline" in message
 
 
-LOAD = """
-import sys
-from cvt.checkpoints import load_checkpoint
-checkpoint = load_checkpoint(sys.argv[1])
-print(checkpoint.name, checkpoint.digest)
-"""
-
-
-def load_apart(path: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Loads in a process of its own: the hub's client reads the environment when it is imported."""
-    return subprocess.run(
-        [sys.executable, "-c", LOAD, path],
-        env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_of_a_hub_id_what_is_used_is_fetched_once(folder: Path, tmp_path: Path) -> None:
+def test_of_a_hub_id_what_is_used_is_fetched_once(
+    folder: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("pytorch_model.bin", "tf_model.h5", "README.md"):
         (folder / name).write_bytes(b"of no use")
-    loaded = f"clothes {load_checkpoint('fashion-mnist').digest}"
+    wanted = load_checkpoint("fashion-mnist").digest
+    constants = huggingface_hub.constants
     with serve_hub("someone/clothes", "v1", folder) as (url, fetched):
-        hub = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
-        assert load_apart("someone/clothes@v1", **hub).stdout.strip() == loaded
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        assert load_checkpoint("someone/clothes@v1").digest == wanted
         assert fetched == {"config.json", "preprocessor_config.json", WEIGHTS}
-        refused = load_apart("someone/clothes@v2", **hub)
-    assert "404 Client Error. Revision Not Found" in refused.stderr
-    assert load_apart("someone/clothes@v1", **hub).stdout.strip() == loaded  # nobody serves it any more
+        assert "404 Client Error. Revision Not Found" in refusal("someone/clothes@v2")
+    assert load_checkpoint("someone/clothes@v1").digest == wanted  # the server is stopped
 
 
 def test_two_revisions_are_refused(hub_cache: Path) -> None:
@@ -429,3 +413,15 @@ def test_two_revisions_are_refused(hub_cache: Path) -> None:
 
 def test_a_hub_id_that_cannot_be_fetched_says_what_was_tried(hub_cache: Path) -> None:
     assert "bundled: fashion-mnist" in refusal("someone/no-such-model")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_progress_bars_stay_as_the_program_has_them(tmp_path: Path, enabled: bool) -> None:
+    checkpoint = load_checkpoint("fashion-mnist")
+    before = is_progress_bar_enabled()
+    try:
+        (enable_progress_bar if enabled else disable_progress_bar)()
+        save_checkpoint(checkpoint.model, checkpoint.preprocessor, tmp_path)
+        assert is_progress_bar_enabled() == enabled
+    finally:
+        (enable_progress_bar if before else disable_progress_bar)()
