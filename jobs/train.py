@@ -1,19 +1,19 @@
-"""Trains a model on labelled shards: `python -m jobs.train --config FILE`, or `cvt-label train`."""
+"""Trains a model on labeled shards: `python -m jobs.train --config FILE`, or `cvt-label train`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from jobs.console import ConfigOption, SetOption, exit_status, out, run_alone
-from pipeline.config import TrainConfig, load_config
+from pipeline.config import ConfigError, TrainConfig, load_config
 from pipeline.dataflow.ray_cluster import ray_cluster
 
 
 def train(config: ConfigOption, set: SetOption = None) -> None:
-    """Train a new CvT, or a checkpoint further, on shards that carry labels.
+    """Train a new CvT, or fine-tune a checkpoint, on shards with labels.
 
-    Prints the metrics of each epoch. A rerun of a training that was cut off goes on where it was. The
-    best model is saved as `label` loads it.
+    Prints the metrics of each epoch. A rerun resumes an interrupted training. The best model is saved in the
+    format that `label` loads.
 
     Exit status: 0; 2 when the configuration can't be used; 4 when data or model can't be used; 130
     when interrupted; 1 otherwise.
@@ -21,8 +21,12 @@ def train(config: ConfigOption, set: SetOption = None) -> None:
     with exit_status():
         loaded = load_config(TrainConfig, config, set or ())
         with ray_cluster(loaded.ray.address):
-            from pipeline.train import training  # Ray is imported only now, when its environment is set
-
+            try:
+                from pipeline.train import training  # imports Ray, whose environment is set now
+            except ImportError as error:
+                raise ConfigError(
+                    f"training needs Ray Train: pip install 'cvt-label[train]' ({error})"
+                ) from None
             result = training.train(loaded, lambda metrics: _print_epoch(metrics, loaded.schedule.epochs))
     out.print(
         f"best: epoch {result.best['epoch']}, accuracy {result.best['accuracy']:.2%}; saved in {result.path}",

@@ -1,4 +1,8 @@
-"""Fine-tuning on labeled shards with Ray Train.
+"""Training on labeled shards with Ray Train: a new model, or fine-tuning.
 
-Modules are imported by name: `train.training` imports Ray.
+`train.training` imports Ray, and is imported by its module name. Labeling does not belong here.
 """
+
+from pipeline.train.model import TrainingModel, make_training_model
+
+__all__ = ["TrainingModel", "make_training_model"]

@@ -1,19 +1,12 @@
-"""Training CvT on labelled shards with Ray Train: the data, the loop of a worker, the checkpoints.
-
-It reads shards by the same readers and preprocessing as labelling does, and writes checkpoints in the
-format that labelling loads.
-"""
+"""The model to train: a new one, or a checkpoint. Nothing here needs Ray."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from cvt.checkpoints import save_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
@@ -22,20 +15,19 @@ from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, make_storage
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is trained: a model, and the preprocessing that goes with it."""
+class TrainingModel(NamedTuple):
+    """A model, and the preprocessing that belongs to it."""
 
     model: CvtForImageClassification
     preprocessor: Preprocessor
 
 
-def make_subject(config: TrainConfig) -> Subject:
-    """Makes the new model that the configuration describes, or loads the one that it starts from.
+def make_training_model(config: TrainConfig) -> TrainingModel:
+    """Makes the configured new model, or loads the configured checkpoint.
 
     Raises:
         CheckpointError: the checkpoint can't be loaded.
-        ConfigError: the architecture or its preprocessing can't be.
+        ConfigError: the architecture or its preprocessing is not possible.
     """
     torch.manual_seed(config.schedule.seed)
     if (new := config.model.new) is not None:
@@ -52,8 +44,8 @@ def make_subject(config: TrainConfig) -> Subject:
             preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None
-        return Subject(CvtForImageClassification(architecture), preprocessor)
-    assert config.model.start is not None  # the configuration has the one or the other
+        return TrainingModel(CvtForImageClassification(architecture), preprocessor)
+    assert config.model.start is not None  # the configuration has one of the two
     checkpoint = open_checkpoint(make_storage(config.storage), config.model.start, config.model.revision)
     model, labels = checkpoint.model, config.model.labels
     if labels is not None and tuple(labels) != checkpoint.labels:
@@ -62,7 +54,7 @@ def make_subject(config: TrainConfig) -> Subject:
         model.classifier = nn.Linear(checkpoint.embedding_width, len(labels))
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
-    return Subject(model, checkpoint.preprocessor)
+    return TrainingModel(model, checkpoint.preprocessor)
 
 
 def _label_fields(labels: list[str]) -> dict[str, Any]:
@@ -70,8 +62,3 @@ def _label_fields(labels: list[str]) -> dict[str, Any]:
         "id2label": dict(enumerate(labels)),
         "label2id": {name: i for i, name in enumerate(labels)},
     }
-
-
-def save_model(subject: Subject, folder: Path) -> None:
-    """Writes a model and its preprocessing as labelling, and transformers, load them."""
-    save_checkpoint(subject.model, subject.preprocessor, folder)

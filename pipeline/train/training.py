@@ -1,7 +1,6 @@
-"""Training CvT on labelled shards with Ray Train: the data, the loop of a worker, the checkpoints.
+"""Trains CvT on labeled shards with Ray Train: the data, the loop of a worker, the checkpoints.
 
-It reads shards by the same readers and preprocessing as labelling does, and writes checkpoints in the
-format that labelling loads.
+Shards are read and preprocessed as for labeling, and the checkpoint has the format that labeling loads.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -27,53 +26,52 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from torch import Tensor, nn
 
+from cvt.checkpoints import save_checkpoint
 from cvt.modeling import CvtForImageClassification
 from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labelled_images
 from pipeline.read import input_shards, read_options
-from pipeline.storage import Storage
-from pipeline.train.model import Subject, make_subject, save_model
+from pipeline.storage import Storage, normalised
+from pipeline.train.model import TrainingModel, make_training_model
 
 _STATE = "training_state.pt"
 
-#: What a worker shuffles among, in samples and in bytes of their pixels.
-SHUFFLE_SAMPLES = 20_000
+#: Maximum size of a worker's shuffle buffer, in samples and in bytes of their pixels.
+_SHUFFLE_SAMPLES = 20_000
 
-SHUFFLE_BYTES = 1 << 30
+_SHUFFLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training came to.
+    """The result of a training.
 
     Attributes:
-        path: folder of the best model, as labelling loads it.
-        best: its metrics.
-        history: the metrics of every epoch, in order.
+        path: folder of the best model, in the format that labeling loads.
+        best: the metrics of the best model's epoch.
     """
 
     path: str
     best: Mapping[str, float]
-    history: list[Mapping[str, float]]
 
 
 def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) -> TrainResult:
-    """Trains, or goes on with a training that was cut off; Ray must be connected.
+    """Trains, or resumes an interrupted training; Ray must be connected.
 
     Args:
         config: the training's configuration.
-        on_epoch: called with the metrics of each epoch, from a thread of its own.
+        on_epoch: called with the metrics of each epoch, from another thread.
 
     Raises:
         StorageError, NoShardsError: the data can't be listed.
-        CheckpointError, ConfigError: the model can't be loaded or made.
+        CheckpointError, ConfigError: the model can't be loaded or created.
         ray.train.TrainingFailedError: a worker failed.
     """
-    subject = make_subject(config)
-    storage = make_storage(config.storage)
+    model, storage = make_training_model(config), make_storage(config.storage)
+    output = normalised(config.output.path)
     data = {
-        "train": _dataset(storage, config.train, subject),
-        "validation": _dataset(storage, config.validation, subject),
+        "train": _dataset(storage, config.train, model),
+        "validation": _dataset(storage, config.validation, model),
     }
     if config.cache:
         data = {name: dataset.materialize() for name, dataset in data.items()}
@@ -83,12 +81,12 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         _train_worker,
         train_loop_config={
             "config": config,
-            "subject": ray.put(subject),
+            "model": ray.put(model),
             "epochs": epochs,
             "steps": data["train"].count() // (workers.count * config.schedule.batch_size),
         },
         datasets=cast(dict[str, Any], data),
-        # The validation set is seen whole, by the first worker.
+        # The first worker evaluates the whole validation set.
         dataset_config=DataConfig(datasets_to_split=["train"]),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
@@ -97,7 +95,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         ),
         run_config=RunConfig(
             name=config.output.name,
-            storage_path=str(_folder(config.output.path)),
+            storage_path=output,
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
         ),
     )
@@ -108,7 +106,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     finally:
         epochs.put(None)
         listener.join()
-    return _save_best(result, storage, f"{_folder(config.output.path)}/{config.output.name}/model")
+    return _save_best(result, storage, f"{output}/{config.output.name}/model")
 
 
 def _listen(epochs: Queue, on_epoch: Callable[[Mapping[str, float]], None]) -> None:
@@ -116,65 +114,50 @@ def _listen(epochs: Queue, on_epoch: Callable[[Mapping[str, float]], None]) -> N
         on_epoch(metrics)
 
 
-def _dataset(storage: Storage, section: InputConfig, subject: Subject) -> ray.data.Dataset:
+def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ray.data.Dataset:
+    names = model.model.config.id2label
+    options = read_options(section, [names[i] for i in range(len(names))])
     shards = input_shards(storage, section)
-    labels = [subject.model.config.id2label[i] for i in range(subject.model.config.num_labels)]
-    options = read_options(section, labels)
-    return labelled_images(shards, storage, options, subject.preprocessor, section.max_image_pixels)
-
-
-def _folder(path: str) -> str:
-    return path.rstrip("/") if "://" in path else str(Path(path).absolute())
+    return labelled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    """The loop of one worker: trains, and at the end of each epoch reports metrics and checkpoint."""
+    """The loop of one worker: trains, and reports metrics and a checkpoint after each epoch."""
     config: TrainConfig = arguments["config"]
-    subject: Subject = ray.get(arguments["subject"])
     context = ray.train.get_context()
     threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
-    schedule, state = config.schedule, _State()
+    schedule, finished = config.schedule, 0
     images = ray.train.get_dataset_shard("train")
-    trainer = _Trainer(subject, schedule, steps_per_epoch=arguments["steps"])
+    trainer = _Trainer(ray.get(arguments["model"]), schedule, steps_per_epoch=arguments["steps"])
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
-            state = trainer.load(Path(folder))
-    for epoch in range(state.epoch, schedule.epochs):
+            finished = trainer.load(Path(folder))
+    for epoch in range(finished, schedule.epochs):
         started = time.monotonic()
         torch.manual_seed(schedule.seed + epoch)
         metrics = {"epoch": epoch + 1, "train_loss": trainer.train(images, epoch)}
         if context.get_world_rank() == 0:
             metrics |= trainer.evaluate(ray.train.get_dataset_shard("validation"))
             metrics |= {"learning_rate": trainer.learning_rate, "seconds": time.monotonic() - started}
-            state = _State(epoch + 1, [*state.history, metrics])
             arguments["epochs"].put(metrics)
             with tempfile.TemporaryDirectory() as folder:
-                trainer.save(Path(folder), state)
+                trainer.save(Path(folder), epoch + 1)
                 ray.train.report(metrics, Checkpoint.from_directory(folder))
         else:
             ray.train.report(metrics)
 
 
-@dataclass(frozen=True)
-class _State:
-    """How far training is."""
-
-    epoch: int = 0
-    history: list[Mapping[str, float]] = field(default_factory=list)
-
-
 class _Trainer:
-    """Model, optimiser and schedule of one worker."""
+    """Model, optimizer and learning rate schedule of one worker."""
 
-    def __init__(self, subject: Subject, schedule: OptimizationConfig, steps_per_epoch: int) -> None:
+    def __init__(self, model: TrainingModel, schedule: OptimizationConfig, steps_per_epoch: int) -> None:
         if steps_per_epoch < 1:
-            raise ValueError("train: fewer labelled images for each worker than schedule.batch_size")
+            raise ValueError("train: fewer labeled images for each worker than schedule.batch_size")
         self._schedule = schedule
-        self._preprocessor = subject.preprocessor
+        self._model, self._preprocessor = model
         self._device = get_device()
-        self._model = subject.model
-        self._parallel = prepare_model(subject.model)
+        self._parallel = prepare_model(self._model)
         self._optimizer = torch.optim.AdamW(_groups(self._model, schedule), lr=schedule.learning_rate)
         warmup = schedule.warmup_epochs * steps_per_epoch
         total = schedule.epochs * steps_per_epoch
@@ -191,11 +174,12 @@ class _Trainer:
         return float(self._rate.get_last_lr()[0])
 
     def train(self, images: ray.data.DataIterator, epoch: int) -> float:
-        """One epoch; returns its mean loss."""
+        """Trains for one epoch; returns the mean loss."""
         schedule = self._schedule
         self._parallel.train()
         losses = []
-        buffer = max(schedule.batch_size, min(SHUFFLE_SAMPLES, SHUFFLE_BYTES // self._image_bytes))
+        fitting = _SHUFFLE_BYTES // (self._preprocessor.size**2 * 3)
+        buffer = max(schedule.batch_size, min(_SHUFFLE_SAMPLES, fitting))
         for pixels, targets in self._batches(
             images,
             schedule.batch_size,
@@ -204,7 +188,7 @@ class _Trainer:
             local_shuffle_seed=schedule.seed + epoch,
         ):
             batch = augment(pixels, flip=schedule.flip, shift=schedule.shift)
-            logits = self._parallel(self._normalise(batch)).logits
+            logits = self._parallel(self._normalized(batch)).logits
             loss = F.cross_entropy(logits, targets, label_smoothing=schedule.label_smoothing)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -216,57 +200,54 @@ class _Trainer:
 
     @torch.inference_mode()
     def evaluate(self, images: ray.data.DataIterator) -> dict[str, float]:
-        """Loss and top-1 accuracy over all of the images."""
+        """Returns loss and top-1 accuracy over all images."""
         self._model.eval()
         loss = correct = count = 0.0
         for pixels, targets in self._batches(images, 256):
-            logits = self._model(self._normalise(pixels)).logits
+            logits = self._model(self._normalized(pixels)).logits
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(dim=1) == targets).sum().item()
             count += len(targets)
         if not count:
-            raise ValueError("validation: no labelled image")
+            raise ValueError("validation: no labeled image")
         return {"loss": loss / count, "accuracy": correct / count}
 
-    def save(self, folder: Path, state: _State) -> None:
-        save_model(Subject(self._model, self._preprocessor), folder)
+    def save(self, folder: Path, finished: int) -> None:
+        """Writes the model, and the state of the training after `finished` epochs."""
+        save_checkpoint(self._model, self._preprocessor, folder)
         progress = {
             "optimizer": self._optimizer.state_dict(),
             "rate": self._rate.state_dict(),
             "settings": self._settings,
-            "epoch": state.epoch,
-            "history": state.history,
+            "epoch": finished,
         }
         torch.save(progress, folder / _STATE)
 
-    def load(self, folder: Path) -> _State:
+    def load(self, folder: Path) -> int:
+        """Loads what `save` has written; returns the number of finished epochs."""
         saved = CvtForImageClassification.from_pretrained(folder, dtype=torch.float32)
         self._model.load_state_dict(saved.state_dict())
         progress = torch.load(folder / _STATE, weights_only=True, map_location=self._device)
         if progress["settings"] != self._settings:
             raise ValueError(
-                f"a training of this name was begun with {progress['settings']}, not {self._settings}: "
-                "go on with those, or give it another output.name"
+                f"a training of this name was started with {progress['settings']}, not {self._settings}: "
+                "continue with those, or use another output.name"
             )
         self._optimizer.load_state_dict(progress["optimizer"])
         self._rate.load_state_dict(progress["rate"])
-        return _State(progress["epoch"], progress["history"])
+        return int(progress["epoch"])
 
     @property
     def _settings(self) -> dict[str, float]:
-        """What the optimiser's state depends on, so that a training can't go on with others."""
+        """The settings that the optimizer's state depends on: a training resumes with the same ones only."""
         return self._schedule.model_dump(
             include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
         )
 
-    @property
-    def _image_bytes(self) -> int:
-        return self._preprocessor.size**2 * 3
-
     def _batches(
         self, images: ray.data.DataIterator, batch_size: int, **options: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of pixels, uint8 (n, 3, size, size) in channels-last memory, and targets (n,)."""
+        """Yields pixels, uint8 (n, 3, size, size) in channels-last memory, and targets (n,)."""
         size = self._preprocessor.size
         batches = images.iter_batches(batch_size=batch_size, batch_format="pyarrow", **options)
         for batch in cast(Iterable[pa.Table], batches):
@@ -275,14 +256,14 @@ class _Trainer:
             targets = torch.from_numpy(batch["target"].to_numpy().astype(np.int64))
             yield pixels.to(self._device).permute(0, 3, 1, 2), targets.to(self._device)
 
-    def _normalise(self, pixels: Tensor) -> Tensor:
+    def _normalized(self, pixels: Tensor) -> Tensor:
         mean = pixels.new_tensor(self._preprocessor.mean, dtype=torch.float32).view(-1, 1, 1)
         std = pixels.new_tensor(self._preprocessor.std, dtype=torch.float32).view(-1, 1, 1)
         return (pixels * self._preprocessor.rescale_factor - mean) / std
 
 
 def _groups(model: nn.Module, schedule: OptimizationConfig) -> list[dict[str, Any]]:
-    """Weight decay for the weights of matrices and filters, none for biases and normalisations."""
+    """Parameter groups: weight decay for matrices and filters, none for biases and normalizations."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
@@ -291,9 +272,12 @@ def _groups(model: nn.Module, schedule: OptimizationConfig) -> list[dict[str, An
 
 
 def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
-    """Mirrors half of the images, and moves each by up to `shift` pixels both ways; (n, c, h, w).
+    """Mirrors half of the images, and shifts each by up to `shift` pixels in both axes.
 
-    What a move uncovers is black.
+    Args:
+        images: (n, c, h, w).
+        flip: whether to mirror.
+        shift: in pixels; uncovered pixels are black.
     """
     n, _, height, width = images.shape
     device = images.device
@@ -309,14 +293,11 @@ def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
 
 
 def _save_best(result: ray.train.Result, storage: Storage, target: str) -> TrainResult:
-    """Copies the best checkpoint, without the training's state, to where it is kept."""
+    """Copies the best checkpoint to `target`, without the state of the training."""
     assert result.best_checkpoints  # every epoch reports one
-    assert result.checkpoint
     best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["accuracy"])
     with best.as_directory() as folder:
         for file in sorted(Path(folder).iterdir()):
             if file.name != _STATE:
                 storage.write(f"{target}/{file.name}", file.read_bytes())
-    with result.checkpoint.as_directory() as folder:
-        history = torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu")["history"]
-    return TrainResult(target, metrics, history)
+    return TrainResult(target, metrics)
