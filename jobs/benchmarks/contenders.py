@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 import jobs
+from cvt.checkpoints import save_checkpoint
 from jobs.benchmarks.peers import PEERS, Task
 from jobs.local_s3 import LocalS3
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from jobs.benchmarks.data import Dataset
-    from pipeline.train.model import Subject
+    from pipeline.train import TrainingModel
 
 
 #: The contender that the others are compared with.
@@ -84,11 +85,9 @@ def not_installed(peer: str) -> list[Run]:
     return [Run(peer, failure=f"not installed: pip install {package}")]
 
 
-def prepare(subject: Subject, dataset: Dataset, folder: Path, **settings: Any) -> Task:
+def prepare(subject: TrainingModel, dataset: Dataset, folder: Path, **settings: Any) -> Task:
     """What every contender gets; writes the model into `folder`."""
-    from pipeline.train.model import save_model  # imports Ray
-
-    save_model(subject, folder / "model")
+    save_checkpoint(subject.model, subject.preprocessor, folder / "model")
     return Task(
         tars=str(dataset.tars),
         files=str(dataset.files),

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,7 @@ from pipeline.config import ConfigError, InputConfig
 from pipeline.decode import FORMATS, decode
 from pipeline.read import NoShardsError, input_shards, read_options, read_samples
 from pipeline.storage import Storage
-
-if TYPE_CHECKING:
-    from pipeline.train.model import Subject
-
+from pipeline.train import TrainingModel
 
 #: Of an image that a benchmark decodes: there is no larger one that is to be refused.
 MAX_PIXELS = 10**9
@@ -41,37 +38,33 @@ _SHARDS_A_CORE = 2  # at the least, so that work can be spread evenly
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 
 
-def random_subject(name: str, size: int) -> Subject:
+def random_subject(name: str, size: int) -> TrainingModel:
     """A published variant with random weights, for images of `size` pixels.
 
     Raises:
         ConfigError: there is no such variant.
     """
-    from pipeline.train.model import Subject  # imports Ray, which those who only read images needn't wait for
-
     if name not in PRESETS:
         raise ConfigError(f"--model: {name!r} is none of {', '.join(PRESETS)}")
     torch.manual_seed(0)
     labels = {i: f"class {i}" for i in range(1000)}
     model = CvtForImageClassification(preset_config(name, id2label=labels)).eval()
-    return Subject(model, preset_preprocessor(size))
+    return TrainingModel(model, preset_preprocessor(size))
 
 
-def load_subject(model: str, size: int | None) -> Subject:
+def load_subject(model: str, size: int | None) -> TrainingModel:
     """A published variant with random weights, or a checkpoint as `model.path` takes them.
 
     Raises:
         ConfigError: a size is given for a checkpoint, which has its own.
         CheckpointError, StorageError: the checkpoint can't be loaded.
     """
-    from pipeline.train.model import Subject
-
     if model in PRESETS:
         return random_subject(model, size or 224)
     if size is not None:
         raise ConfigError(f"--size: is for {', '.join(PRESETS)}; {model} has a size of its own")
     checkpoint = open_checkpoint(Storage(), model)
-    return Subject(checkpoint.model, checkpoint.preprocessor)
+    return TrainingModel(checkpoint.model, checkpoint.preprocessor)
 
 
 def load_images(uri: str, preprocessor: Preprocessor, count: int) -> np.ndarray:

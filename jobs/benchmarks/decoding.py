@@ -24,7 +24,7 @@ from jobs.benchmarks.data import MAX_PIXELS, read_images
 from pipeline.decode import decode
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.read import NoShardsError, Sample, cut_into_chunks
-from pipeline.train.model import Subject
+from pipeline.train import TrainingModel
 
 #: Pixels to which images are enlarged.
 LARGE = 2_000_000
@@ -76,7 +76,7 @@ class Way(NamedTuple):
 
 
 def compare_decoding(
-    encoded: list[bytes], subject: Subject, device: str, rounds: int, note: Callable[[str], None]
+    encoded: list[bytes], subject: TrainingModel, device: str, rounds: int, note: Callable[[str], None]
 ) -> list[Decoding]:
     """From encoded images to the model's input: this package and transformers' processor, in turn.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jobs.benchmarks.model_contenders import Classify
-    from pipeline.train.model import Subject
+    from pipeline.train import TrainingModel
 
 
 @dataclass
@@ -107,7 +107,7 @@ def benchmark_model(
     sys.exit(Exit.FAILED if wrong else Exit.OK)
 
 
-def _load(images: str | None, model: str, count: int, size: int) -> tuple[Subject, np.ndarray]:
+def _load(images: str | None, model: str, count: int, size: int) -> tuple[TrainingModel, np.ndarray]:
     """A model with random weights, and images, uint8 (count, size, size, 3)."""
     import numpy as np
 
@@ -121,7 +121,7 @@ def _load(images: str | None, model: str, count: int, size: int) -> tuple[Subjec
 
 
 def _measure(
-    subject: Subject,
+    subject: TrainingModel,
     images: np.ndarray,
     device: str,
     batch_size: int,
@@ -168,7 +168,7 @@ def _measure(
     return [way for way, _ in made]
 
 
-def _profile(subject: Subject, images: np.ndarray, device: str, precision: str) -> None:
+def _profile(subject: TrainingModel, images: np.ndarray, device: str, precision: str) -> None:
     """Prints where the time of the engine's network goes; run here, since a profiler sees one thread."""
     import torch
     from torch.profiler import ProfilerActivity
