@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python -m
 ROUNDS ?= 40
 SEED ?= 0
 
-.PHONY: demo test soak lint install clean
+.PHONY: demo test test-fast soak lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -24,6 +24,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	@$(RUN) pytest
+
+# Without the tests that start a Ray, or that take long for another reason.
+test-fast: $(VENV)/installed
+	@$(RUN) pytest -m "not slow"
 
 # Kills and faults at random: make soak ROUNDS=100 SEED=3
 soak: $(VENV)/installed

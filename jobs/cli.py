@@ -1,9 +1,11 @@
-"""The console command `cvt-label`: a thin layer over the modules beside it."""
+"""The console command `cvt-label`: the commands of this package under one name."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+
+import typer
 
 from jobs.console import make_app
 
@@ -27,20 +29,23 @@ COMMANDS = (
 )
 
 
-def main() -> None:
-    """Runs `cvt-label`."""
-    # Only the module of the command that is asked for: some take seconds to import.
-    asked = sys.argv[1] if len(sys.argv) > 1 else None
+def make_cli(command: str | None = None) -> typer.Typer:
+    """Returns the command line with all commands, or with one: some modules take seconds to import."""
     app = make_app()
     app.callback()(_describe)
-    for name in [asked] if asked in COMMANDS else COMMANDS:
+    for name in [command] if command in COMMANDS else COMMANDS:
         if name == "benchmark":
             from jobs.benchmarks.cli import app as benchmarks
 
             app.add_typer(benchmarks, name=name)
         else:
             app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
-    app()
+    return app
+
+
+def main() -> None:
+    """Runs `cvt-label`."""
+    make_cli(sys.argv[1] if len(sys.argv) > 1 else None)()
 
 
 def _describe() -> None:

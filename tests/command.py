@@ -1,20 +1,24 @@
-"""The command `cvt-label`, as a process of its own, and single commands in this process."""
+"""The command `cvt-label`, in this process or as a process of its own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 
 from click.testing import Result
 from typer.testing import CliRunner
 
+from jobs.cli import make_cli
 from jobs.console import make_app
+
+Done = subprocess.CompletedProcess[str]
 
 
 def invoke(command: Callable[..., None], *arguments: object, status: int = 0) -> Result:
-    """Runs a command in this process, and checks its exit status."""
+    """Runs the function of a command in this process, and checks its exit status."""
     app = make_app()
     app.command()(command)
     result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
@@ -22,14 +26,27 @@ def invoke(command: Callable[..., None], *arguments: object, status: int = 0) ->
     return result
 
 
-def cvt_label(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs it to its end; its status is for the caller to look at."""
+def cvt_label(*arguments: object, **environment: str) -> Done:
+    """Runs the command in this process to its end; the caller checks the status.
+
+    Not for commands that start a Ray or log: logging is pytest's in this process.
+    """
+    given = [str(argument) for argument in arguments]
+    result = CliRunner(env=environment).invoke(make_cli(given[0]), given, prog_name="cvt-label")
+    stderr = result.stderr
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        stderr += "".join(traceback.format_exception(result.exception))
+    return Done(given, result.exit_code, result.stdout, stderr)
+
+
+def cvt_label_process(*arguments: object, timeout: float = 300, **environment: str) -> Done:
+    """Runs the command as a process of its own to its end; the caller checks the status."""
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,38 +25,23 @@ os.environ |= {
 
 Photograph = tuple[str, bytes, int]
 
-#: Files that take a minute or so: they are begun first, lest one be left when the other worker is done.
-LONG = (
-    "test_crashes.py",
-    "test_labelling.py",
-    "test_modeling.py",
-    "test_failures.py",
-    "test_soak.py",
-    "test_training.py",
-    "test_demo.py",
-    "test_cli.py",
-    "test_submit.py",
-    "test_secrets.py",
-    "test_schedule.py",
-    "test_monitoring.py",
-    "test_airflow_dag.py",
-    "test_benchmark.py",
-    "test_contenders.py",
-    "test_growing.py",
-)
+#: Fixtures that start a Ray, which all tests of one worker share.
+SHARED_RAY = {"ray_local", "head"}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every-crash-point",
-        action="store_true",
-        help="in buckets too, kill runs at every write, not at every eighth (takes ten minutes more)",
-    )
-
-
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files that take long first; else, all stays in its order."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Puts the tests that share a Ray on one worker, those of each file on one, and slow files first."""
+    for item in items:
+        shares_ray = SHARED_RAY & set(getattr(item, "fixturenames", ()))
+        if shares_ray:
+            item.add_marker(pytest.mark.slow)
+        group = "ray" if shares_ray else f"{item.path.parent.name}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group(group))
+    slow = Counter(str(item.path) for item in items if item.get_closest_marker("slow"))
+    items.sort(
+        key=lambda item: (not SHARED_RAY & set(getattr(item, "fixturenames", ())), -slow[str(item.path)])
+    )
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +74,12 @@ def ray_local(s3_server: LocalS3) -> Iterator[None]:
     """A running local Ray whose workers have the S3 server's credentials in their environment."""
     import ray
 
+    from pipeline.dataflow.ray_cluster import init_ray
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-        ray.init(
-            address="local",
+        init_ray(
+            "local",
             num_cpus=4,  # for each of them Ray starts a worker, wanted or not
             include_dashboard=False,
             object_store_memory=300_000_000,

@@ -88,7 +88,7 @@ def _wait_for(address: str, head: subprocess.Popen[bytes], log: Path) -> None:
     request = urllib.request.Request(
         f"{address}/api/version", headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while True:
         try:
             urllib.request.urlopen(request, timeout=5)

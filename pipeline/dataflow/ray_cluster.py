@@ -7,8 +7,10 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +26,11 @@ _SETTINGS = {
 }
 
 _CONNECT_SECONDS = 10
+
+#: The directory that holds this program's packages.
+_ROOT = Path(__file__).resolve().parents[2]
+
+_PACKAGES = ("cvt", "pipeline", "jobs", "configs")
 
 
 class ClusterError(ConnectionError):
@@ -58,7 +65,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
         with interrupts_deferred() if local else nullcontext():
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+            init_ray(address, logging_level=logging.ERROR, log_to_driver=False, **local)
         import ray.data  # sets the level of its logs anew
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -67,6 +74,64 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     finally:
         with interrupts_deferred():
             ray.shutdown()
+
+
+def init_ray(address: str, **options: Any) -> None:
+    """Calls `ray.init`; workers import this program's packages whatever the working directory holds.
+
+    A local Ray that does not start in time, which happens on a busy machine, is started a second time.
+
+    Args:
+        address: as `ray.init` takes it.
+        options: more arguments of `ray.init`.
+    """
+    import ray
+
+    # A Ray Client's driver runs on the cluster, not in this working directory.
+    if not address.startswith("ray://") and _is_shadowed():
+        # Such workers start later than those of a Ray without a runtime environment: only where needed.
+        options["runtime_env"] = {"worker_process_setup_hook": _import_of_own_packages(str(_ROOT))}
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray has no narrower type for this error
+        if address != "local" or "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(address=address, **options)
+
+
+def _is_shadowed() -> bool:
+    """Whether a directory that Ray puts first on the workers' `sys.path` holds other packages of our names.
+
+    Ray puts the driver's working directory there, and the script's where it is on the driver's `sys.path`.
+    """
+    script = str(Path(sys.argv[0]).resolve().parent)
+    directories = {str(Path.cwd()), *({script} & set(sys.path))}
+    found = (PathFinder.find_spec(name, [path]) for path in directories for name in _PACKAGES)
+    origins = [Path(spec.origin).resolve() for spec in found if spec is not None and spec.origin]
+    return any(not origin.is_relative_to(_ROOT) for origin in origins)
+
+
+def _import_of_own_packages(root: str) -> Callable[[], None]:
+    """A function that a worker calls before Ray puts the driver's directories first on its `sys.path`."""
+
+    # Nested, so that Ray pickles it by value: by reference, it would have to be imported first.
+    def import_packages() -> None:
+        import importlib
+        import sys
+
+        added = [] if root in sys.path else [root]  # where the packages are not installed
+        sys.path.extend(added)
+        try:
+            for name in ("cvt", "pipeline", "jobs", "configs"):
+                importlib.import_module(name)
+        except ImportError:  # a node without them, whose code comes in another way
+            pass
+        finally:
+            for path in added:
+                sys.path.remove(path)
+
+    return import_packages
 
 
 def check_reachable(address: str) -> None:

@@ -15,7 +15,7 @@ from pipeline.commit import Lease
 from pipeline.config import Config, load_config
 from pipeline.run import make_job
 from pipeline.storage import Storage
-from tests.command import cvt_label
+from tests.command import cvt_label, cvt_label_process
 from tests.makers import make_image, make_tar
 
 JOB = """\
@@ -119,11 +119,12 @@ def test_stats_of_nothing_ends_with_4(job: Path) -> None:
 def test_label_then_stats_show_the_same_table(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
-    """A run of its own: it starts a local Ray, labels, and ends with 3 for the shard that is cut."""
+    """A run of its own, which ends with 3 for the shard that is cut."""
     whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(20)] + [("x.jpg", b"no image")])
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
-    done = cvt_label("label", "--config", job)
+    in_process = ["--config", job, "--set", "ray.address=in-process"]
+    done = cvt_label_process("label", *in_process)
     assert done.returncode == 3, done.stderr
     assert "21 in 1 shards" in done.stdout
     assert f"not labelled: {bucket}/in/cut.tar" in done.stderr
@@ -136,7 +137,7 @@ def test_label_then_stats_show_the_same_table(
     assert table.returncode == 0, table.stderr
     assert table.stdout.partition("images ")[0] in done.stdout
     assert "1 shards, 0 of them gone from the input; 1 could not be read; 21 images, 1 of" in table.stdout
-    again = cvt_label("label", "--config", job)
+    again = cvt_label("label", *in_process)
     assert again.returncode == 3, again.stderr
     assert "1 done, 1 failed; 0 to label" in again.stdout
     assert "1 done, 1 failed; 0 to label" in again.stderr  # said before it starts
@@ -175,6 +176,6 @@ def test_statuses_of_a_run_that_is_refused_waits_and_is_stopped(tmp_path: Path) 
 
 def test_a_ray_that_does_not_answer_is_told_at_once(job: Path, bucket: str, storage: Storage) -> None:
     storage.write(f"{bucket}/in/a.tar", make_tar([("a.jpg", make_image(1))]))
-    done = cvt_label("label", "--config", job, "--set", "ray.address=127.0.0.1:1")
+    done = cvt_label_process("label", "--config", job, "--set", "ray.address=127.0.0.1:1")
     assert done.returncode == 4
     assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr

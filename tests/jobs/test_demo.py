@@ -12,6 +12,8 @@ import pytest
 
 from tests.soak import descendants
 
+pytestmark = pytest.mark.slow
+
 DEMO = [sys.executable, "-m", "jobs.demo", "--output"]
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,11 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from jobs.console import OneLineFormatter, make_app
-from jobs.plan import plan
-from jobs.stats import stats
+from jobs.console import OneLineFormatter
+from tests.command import cvt_label, cvt_label_process
 from tests.makers import make_image, make_parquet, make_tar
 
 CLEAR_SCREEN = "\x1b[2J"
@@ -83,24 +78,16 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
         "input": {"uri": f"{root}/in", "key_column": "key"},
         "model": {"path": "fashion-mnist", "labels": f"{root}/labels.json"},
         "output": {"uri": f"{root}/out"},
+        "ray": {"address": "in-process"},
     }
     (root / "job.yaml").write_text(json.dumps(job))  # which is YAML, too
-    app = make_app()
-    app.command()(plan)
-    app.command()(stats)
-    planned = CliRunner().invoke(app, ["plan", "--config", f"{root}/job.yaml", "--shards"])
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.label", "--config", f"{root}/job.yaml"],
-        env=os.environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    counted = CliRunner().invoke(app, ["stats", "--config", f"{root}/job.yaml"])
-    assert (planned.exit_code, done.returncode, counted.exit_code) == (0, 3, 0), done.stderr
-    said = {"plan": planned.output, "label": done.stdout + done.stderr, "stats": counted.output}
+    planned = cvt_label("plan", "--config", f"{root}/job.yaml", "--shards")
+    done = cvt_label_process("label", "--config", f"{root}/job.yaml")
+    counted = cvt_label("stats", "--config", f"{root}/job.yaml")
+    statuses = planned.returncode, done.returncode, counted.returncode
+    assert statuses == (0, 3, 0), planned.stderr + done.stderr + counted.stderr
+    results = {"plan": planned, "label": done, "stats": counted}
+    said = {name: result.stdout + result.stderr for name, result in results.items()}
     return Labelled(root, said)
 
 
