@@ -24,6 +24,7 @@ LONG_CLASSES = {
     "pipeline/commit/manifest.py:Manifest": "still to be split",
     "pipeline/publish/delta_table.py:DeltaTable": "still to be split",
     "pipeline/run/labeling.py:_Run": "still to be split",
+    "pipeline/storage/access.py:Storage": "one short method for each operation on an object",
 }
 #: Modules over the limit that are still to be split.
 LONG_MODULES = {
