@@ -10,21 +10,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.checkpoints import BUNDLED
 from jobs.console import make_app
 from jobs.label import label
 from jobs.plan import plan
 from pipeline.config import Config, load_config
 from tests.makers import make_image, make_tar
-from tests.pipeline.crashing import leave_out_ray
 
 COMMITS = ("0" * 40, "1" * 40)
-
-
-@pytest.fixture(autouse=True)
-def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_ray(monkeypatch)
-    monkeypatch.setattr("cvt.checkpoints.load_checkpoint", load_checkpoint)  # which it leaves out, too
 
 
 @pytest.fixture
@@ -37,6 +30,7 @@ def job(tmp_path: Path) -> Path:
         "input": {"uri": f"{tmp_path}/in"},
         "model": {"path": "fashion-mnist"},
         "output": {"uri": f"{tmp_path}/out"},
+        "ray": {"address": "in-process"},
     }
     (tmp_path / "job.yaml").write_text(json.dumps(values))  # which is YAML, too
     return tmp_path / "job.yaml"

@@ -11,13 +11,15 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
-from pipeline.config import LABEL_NEW, Config, Selection, load_config
+from pipeline.config import LABEL_NEW, Selection
 from pipeline.run import PreparedRun, label, make_job, plan_run, rebuild, rebuilding
 from pipeline.storage import Pauses, Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
 from tests.pipeline import crashing
-from tests.pipeline.crashing import Crash, leave_out_ray
+from tests.pipeline.crashing import Crash
+from tests.runs import run_config as config
+from tests.runs import run_fields as fields
 
 SELECTIONS = [
     LABEL_NEW,
@@ -30,19 +32,9 @@ SELECTIONS = [
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_ray(monkeypatch)
+    small_groups(monkeypatch)
     monkeypatch.setattr("pipeline.storage.retries.DEFAULT_PAUSES", Pauses(0.001, 0.01))
-    monkeypatch.setattr(
-        lease.LeaseState, "is_live", False
-    )  # nobody waits for killed runs
-
-
-def fields(root: str, *overrides: str) -> list[str]:
-    return [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist", *overrides]
-
-
-def config(root: str, *overrides: str) -> Config:
-    return load_config(Config, None, fields(root, *overrides))
+    monkeypatch.setattr(lease.LeaseState, "is_live", False)  # nobody waits for killed runs
 
 
 def untimed(rows: list[ManifestRow]) -> list[ManifestRow]:

@@ -18,15 +18,10 @@ from pipeline.run import RunResult, label
 from pipeline.statistics import Limits
 from pipeline.storage import Storage
 from tests.makers import make_tar
-from tests.pipeline.crashing import leave_out_ray
+from tests.runs import IN_PROCESS, run_config
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 TROUSER, BAG = 1, 8
-
-
-@pytest.fixture(autouse=True)
-def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_ray(monkeypatch)
 
 
 def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0, folder: str = "in") -> None:
@@ -41,8 +36,7 @@ def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0, 
 
 
 def config(root: Path, *overrides: str) -> Config:
-    base = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist", "gate.max_psi=1"]
-    return load_config(Config, None, [*base, *overrides])
+    return run_config(root, "gate.max_psi=1", *overrides)
 
 
 def judged(root: Path, *overrides: str, relabel: bool = False) -> RunResult:
@@ -101,7 +95,7 @@ def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: P
     def cvt_label(*arguments: str) -> Result:
         app = make_app()
         app.command()(label_command.label)
-        settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+        settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", *IN_PROCESS]
         sets = [f"--set={each}" for each in (*settings, "gate.max_js=0.9")]
         Path(tmp_path, "empty.yaml").write_text("{}")
         return CliRunner().invoke(app, [f"--config={tmp_path}/empty.yaml", *sets, *arguments])
@@ -144,7 +138,7 @@ def test_limits_hold_the_totals_of_a_comparison() -> None:
 
 def test_datasets_that_share_an_output_are_each_compared_with_themselves(tmp_path: Path) -> None:
     def labelled(name: str) -> RunResult:
-        settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+        settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", *IN_PROCESS]
         return label(load_config(Config, None, [*settings, "gate.max_psi=1"]))
 
     for night in range(2):

@@ -18,7 +18,7 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Partition, Progress
 from pipeline.commit import committer as committing
-from pipeline.config import Config, ConfigError, Selection, load_config
+from pipeline.config import ConfigError, Selection
 from pipeline.predictions import prediction_path
 from pipeline.report import Item, read_gallery, write_gallery
 from pipeline.run import (
@@ -37,17 +37,13 @@ from pipeline.run import (
 from pipeline.storage import ObjectInfo, Pauses, Storage
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
-from tests.pipeline.crashing import leave_out_ray
+from tests.runs import run_config as config
+from tests.runs import small_groups
 
 
 @pytest.fixture(autouse=True)
-def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_ray(monkeypatch)
-
-
-def config(root: str, *overrides: str) -> Config:
-    base = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist"]
-    return load_config(Config, None, [*base, *overrides])
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_groups(monkeypatch)
 
 
 def write(root: str, name: str, seed: int, count: int = 12, bad: bool = False) -> None:
@@ -71,7 +67,7 @@ def record(result: RunResult) -> dict[str, Any]:
     return dict(json.loads(Storage().read(f"{partition.uri}/runs/{result.run}.json")))
 
 
-def test_a_rerun_with_nothing_new_starts_no_ray_and_touches_nothing(
+def test_a_rerun_with_nothing_new_opens_no_executor_and_touches_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = str(tmp_path)
@@ -79,10 +75,10 @@ def test_a_rerun_with_nothing_new_starts_no_ray_and_touches_nothing(
     label(config(root))
     kept = {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")}
 
-    def no_ray(address: str | None) -> None:
-        raise AssertionError("Ray was started")
+    def none(settings: object) -> None:
+        raise AssertionError("an executor was opened")
 
-    monkeypatch.setattr(streaming, "open_executor", no_ray)
+    monkeypatch.setattr(streaming, "open_executor", none)
     again = label(config(root))
     assert again.is_complete
     assert again.plan.states == {State.DONE: 1, State.GONE: 0}

@@ -1,0 +1,32 @@
+"""Labeling runs in the test's own process, with the bundled model: a small run takes under a second."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import Config, load_config
+from pipeline.read import shards
+
+#: The bundled model, without Ray, on one thread, in chunks of few images.
+IN_PROCESS = (
+    "model.path=fashion-mnist",
+    "ray.address=in-process",
+    "read.chunk_images=5",
+    "classify.batch_size=64",
+    "classify.threads=1",
+)
+
+
+def run_fields(root: object, *overrides: str) -> list[str]:
+    """Fields of the configuration of a run from `root`/in to `root`/out."""
+    return [f"input.uri={root}/in", f"output.uri={root}/out", *IN_PROCESS, *overrides]
+
+
+def run_config(root: object, *overrides: str) -> Config:
+    """The configuration of a run from `root`/in to `root`/out."""
+    return load_config(Config, None, run_fields(root, *overrides))
+
+
+def small_groups(patch: pytest.MonkeyPatch) -> None:
+    """Makes groups of about 4 image files."""
+    patch.setattr(shards, "_GROUP_IMAGES", 4)
