@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.commit import Totals
+from pipeline.config import ConfigError
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, Stages
 from pipeline.read import Chunk, Shard
@@ -45,6 +46,8 @@ class LocalExecutor:
             import torch
 
             gpus = min(1, torch.cuda.device_count())
+        if request.classify.device == "cuda" and not gpus:
+            raise ConfigError("classify.device: 'cuda', but PyTorch finds no GPU on this machine")
         classify = request.classify.model_copy(update={"min_actors": 1, "max_actors": 1})
         return choose_resources(replace(request, classify=classify), Cluster(cpus, gpus, cpus))
 
@@ -82,7 +85,9 @@ class _Run:
         self._stopped = False
         self._slots = threading.Semaphore(count + _WAITING_RESULTS)
         self._results = queue.SimpleQueue[Chunk | BaseException | None]()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"stages-{i}", daemon=True) for i in range(count)
+        ]
         for thread in self._threads:
             thread.start()
 

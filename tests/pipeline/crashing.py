@@ -26,9 +26,9 @@ from pipeline.commit import committer as committing
 from pipeline.commit import lease, manifest_writer
 from pipeline.config import Config, Selection, load_config
 from pipeline.dataflow.local_executor import LocalExecutor
-from pipeline.read import shards
 from pipeline.run import labeling, make_job, rebuild, streaming
 from pipeline.storage import Storage
+from tests.runs import IN_PROCESS, small_groups
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
 CHECKPOINT = load_checkpoint("fashion-mnist")
@@ -77,10 +77,13 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
 
 
 def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
-    """Lets `label` do in this process what it does on a cluster, with groups of few images."""
+    """Lets `label` do in this process what it does on a cluster, with groups of few images.
+
+    For tests that don't say so in their configuration (`tests.runs`).
+    """
     patch.setattr(streaming, "open_executor", _local_executor)
     patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
-    patch.setattr(shards, "_GROUP_IMAGES", 4)
+    small_groups(patch)
 
 
 def _run(
@@ -88,7 +91,7 @@ def _run(
 ) -> None:
     os.environ |= environment
     patch = pytest.MonkeyPatch()
-    leave_out_ray(patch)
+    small_groups(patch)
     patch.setattr(committing, "WRITERS", 1)
     patch.setattr(manifest_writer, "MOST_PENDING", 2)
     # The last run was killed just now: what is tested is not that its lease expires.
@@ -97,7 +100,7 @@ def _run(
         done = multiprocessing.Value("i", 0)
         for name in ("write", "delete"):
             patch.setattr(Storage, name, _dying(getattr(Storage, name), crash, done))
-    config = load_config(Config, None, overrides)
+    config = load_config(Config, None, [*IN_PROCESS, *overrides])
     try:
         if selection is None:
             rebuild(make_job(config).partition)

@@ -1,29 +1,39 @@
-"""Runs that die before and after every single storage write, and the runs after them."""
+"""Runs that die between any two storage writes, and the runs after them.
+
+A run is recorded: the output after each of its writes is what a run that dies there leaves. A few runs are
+really killed.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import random
+import secrets
 import shutil
 import tarfile
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import LABEL_NEW, Selection
+from pipeline.commit import lease, manifest_writer
+from pipeline.config import LABEL_NEW, Config, Selection, load_config
+from pipeline.run import label, make_job, rebuild
 from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_tar
 from tests.pipeline import crashing
-from tests.pipeline.crashing import Crash, Moment
+from tests.pipeline.crashing import Crash
+from tests.runs import run_fields, small_groups
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 Members = list[tuple[str, bytes]]
+#: An output: a copy of a folder, or the objects of a bucket.
+Snapshot = Path | dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +96,53 @@ class Place:
             if there.get(name) != data:
                 self.storage.write(f"{self.root}/{folder}/{name}", data)
 
-    def keep(self) -> None:
-        """Keeps the output as it is, for `put_back`."""
-        if self.root.startswith("/"):
-            shutil.copytree(f"{self.root}/out", f"{self.root}/kept")  # with its times, which are versions
-        else:
-            self._kept = self.objects("out")
+    def snapshot(self, name: str = "kept") -> Snapshot:
+        """The output as it is now, for `restore`; in a folder with its times, which are versions."""
+        if not self.root.startswith("/"):
+            return self.objects("out")
+        return Path(shutil.copytree(f"{self.root}/out", f"{self.root}/{name}", dirs_exist_ok=False))
 
-    def put_back(self) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         """Makes the output what it was."""
-        if self.root.startswith("/"):
-            shutil.rmtree(f"{self.root}/out")
-            shutil.copytree(f"{self.root}/kept", f"{self.root}/out")
-        else:
-            self.put("out", self._kept)
+        if isinstance(snapshot, dict):
+            self.put("out", snapshot)
+            return
+        shutil.rmtree(f"{self.root}/out", ignore_errors=True)
+        shutil.copytree(snapshot, f"{self.root}/out")
 
-    def run(self, selection: Selection | None = LABEL_NEW, crash: Crash | None = None) -> bool:
-        """A run of the job, or of `stats --rebuild`; returns whether it came to its end."""
-        places = [f"input.uri={self.root}/in", f"output.uri={self.root}/out"]
-        return crashing.run([*places, "model.path=fashion-mnist"], selection, crash)
+    def fields(self) -> list[str]:
+        return run_fields(self.root)
+
+    def run(self, selection: Selection | None = LABEL_NEW) -> None:
+        """A run of the job, or of `stats --rebuild` where nothing is selected."""
+        config = load_config(Config, None, self.fields())
+        if selection is None:
+            rebuild(make_job(config).partition)
+        else:
+            label(config, selection=selection)
+
+    def recorded(self, selection: Selection | None = LABEL_NEW) -> list[Snapshot]:
+        """As `run`; returns the output after each write and each removal."""
+        lock, snapshots = threading.Lock(), list[Snapshot]()
+
+        def recording(action: Callable[..., Any]) -> Callable[..., Any]:
+            def act(*args: Any, **options: Any) -> Any:
+                with lock:
+                    result = action(*args, **options)
+                    snapshots.append(self.snapshot(f"state-{secrets.token_hex(4)}"))
+                return result
+
+            return act
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("write", "delete"):
+                patch.setattr(Storage, name, recording(getattr(Storage, name)))
+            self.run(selection)
+        return snapshots
+
+    def dies(self, selection: Selection | None, crash: Crash) -> bool:
+        """As `run`, in a process that is killed; returns whether it was before its end."""
+        return not crashing.run(self.fields(), selection, crash)
 
     def labels(self) -> dict[str, list[dict[str, Any]]]:
         """The rows that a reader sees who globs for prediction files, by shard; none twice, or it fails."""
@@ -150,85 +188,81 @@ def place(request: pytest.FixtureRequest) -> Place:
     return Place(str(request.getfixturevalue("bucket")))
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_groups(monkeypatch)
+    monkeypatch.setattr(manifest_writer, "MOST_PENDING", 2)
+    monkeypatch.setattr(lease.LeaseState, "is_live", False)  # runs die, and their leases are not waited for
+
+
 @pytest.fixture
-def points(request: pytest.FixtureRequest, place: Place) -> Iterator[int]:
-    """Writes at which to die: all of them; in a bucket, where they take longer, every eighth."""
-    every = place.root.startswith("/") or request.config.getoption("--every-crash-point")
-    return count(1) if every else count(3, 8)
+def every(request: pytest.FixtureRequest, place: Place) -> int:
+    """1 to die at every write; in a bucket, where writes take longer, 8 for every eighth."""
+    return 1 if place.root.startswith("/") or request.config.getoption("--every-crash-point") else 8
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_the_rest(
-    place: Place, members: Members, moment: Moment, points: Iterator[int]
+    place: Place, members: Members, every: int
 ) -> None:
     """The first run over an input."""
     place.put("in", first_day(members))
-    assert place.run()
+    states = place.recorded()
     end, labels = place.end_state(), place.labels()
     assert len(labels) > 8
-    for number in points:
-        place.put("out", {})
-        died = not place.run(crash=Crash(number, moment))
+    assert len(states) > 10
+    for state in states[::every]:
+        place.restore(state)
         there = place.labels()
         for uri, rows in there.items():
             assert rows == labels[uri]
-        assert place.run()
+        place.run()
         assert place.end_state() == end
         counts = place.last_counts()
         assert counts["shards"] - counts["unreadable_shards"] == len(labels) - len(there)  # paid once
-        if not died:
-            assert number > 10
-            return
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize(
     "selection", [LABEL_NEW, Selection(retry_errors=True, prune=True)], ids=["increment", "retry and prune"]
 )
 def test_an_increment_that_dies_at_any_write_does_so_too(
-    place: Place, members: Members, selection: Selection, moment: Moment, points: Iterator[int]
+    place: Place, members: Members, selection: Selection, every: int
 ) -> None:
     """A second run, over an input that has changed."""
     place.put("in", first_day(members))
-    assert place.run()
+    place.run()
     start, old = place.end_state(), place.labels()
-    place.keep()
     place.put("in", second_day(members))
-    assert place.run(selection)
+    states = place.recorded(selection)
     end, new = place.end_state(), place.labels()
     assert end.keys() != start.keys()
-    for number in points:
-        place.put_back()
-        died = not place.run(selection, Crash(number, moment))
+    assert len(states) > 10
+    for state in states[::every]:
+        place.restore(state)
         for uri, rows in place.labels().items():
             assert rows in (old.get(uri), new.get(uri)), uri
-        assert place.run(selection)
+        place.run(selection)
         assert place.end_state() == end
-        if not died:
-            assert number > 10
-            return
 
 
-def test_runs_that_die_one_after_the_other_leave_no_more_than_one_does(
+def test_runs_that_are_killed_one_after_the_other_leave_no_more_than_one_does(
     tmp_path: Path, members: Members
 ) -> None:
-    """Each of a row of runs dies at a random write, and so does a rebuilding of the manifest between them."""
+    """Each of a row of runs is killed at a random write, and so is a rebuilding of the manifest."""
     place, chance = Place(str(tmp_path)), random.Random(5)
     place.put("in", first_day(members))
-    assert place.run()
-    place.keep()
+    place.run()
+    kept = place.snapshot()
     place.put("in", second_day(members))
-    assert place.run()
+    place.run()
     end, new = place.end_state(), place.labels()
-    for _ in range(6):
-        place.put_back()
+    for _ in range(2):
+        place.restore(kept)
         old = place.labels()
-        for _ in range(4):
-            crash = Crash(chance.randint(1, 25), chance.choice(["before", "after"]))
-            place.run(chance.choice([LABEL_NEW, LABEL_NEW, None]), crash)
+        for selection in (LABEL_NEW, None, LABEL_NEW, None):
+            place.dies(selection, Crash(chance.randint(1, 25), chance.choice(["before", "after"])))
             for uri, rows in place.labels().items():
                 assert rows in (old.get(uri), new.get(uri)), uri
-        assert place.run()
+        place.run()
         assert place.end_state() == end
 
 
@@ -237,46 +271,36 @@ def test_an_input_that_has_changed_since_a_run_died_is_labelled_as_it_is(
 ) -> None:
     place = Place(str(tmp_path))
     place.put("in", second_day(members))
-    assert place.run()
+    place.run()
     new = place.labels()
     place.put("out", {})
     place.put("in", first_day(members))
-    assert place.run()
+    states = place.recorded()
     old = place.labels()
-    for number in count(1, 3):
-        place.put("out", {})
-        place.put("in", first_day(members))
-        died = not place.run(crash=Crash(number, "after"))
-        place.put("in", second_day(members))
-        assert place.run(Selection(prune=True))
+    place.put("in", second_day(members))
+    for state in states[::3]:
+        place.restore(state)
+        place.run(Selection(prune=True))
         labels = place.labels()
-        [broken] = [
-            uri for uri in old if uri.endswith("/broken.tar")
-        ]  # its old labels stay, if there are any
-        assert labels.pop(broken, old[broken]) == old[broken]
+        [broken] = [uri for uri in old if uri.endswith("/broken.tar")]
+        assert labels.pop(broken, old[broken]) == old[broken]  # its old labels stay, if there are any
         assert labels == new
         assert place.last_counts()["unreadable_shards"] >= 1
-        if not died:
-            return
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_rebuilding_that_dies_at_any_write_is_made_up_for(
-    place: Place, members: Members, moment: Moment
-) -> None:
+def test_a_rebuilding_that_dies_at_any_write_is_made_up_for(place: Place, members: Members) -> None:
     """By a run, and by another rebuilding."""
     place.put("in", first_day(members))
-    assert place.run()
+    place.run()
     place.put("in", second_day(members))
-    assert place.run()
+    place.run()
     end = place.end_state()
-    for number in count(1):
-        for name in place.objects("out"):
-            if name.endswith(("manifest.parquet", "class_stats.parquet")):
-                place.storage.delete(f"{place.root}/out/{name}")
-        died = not place.run(None, Crash(number, moment))
-        assert place.run(LABEL_NEW if number % 2 else None)
+    for name in place.objects("out"):
+        if name.endswith(("manifest.parquet", "class_stats.parquet")):
+            place.storage.delete(f"{place.root}/out/{name}")
+    states = place.recorded(None)
+    assert len(states) > 3
+    for number, state in enumerate(states):
+        place.restore(state)
+        place.run(LABEL_NEW if number % 2 else None)
         assert place.end_state() == end
-        if not died:
-            assert number > 3
-            return

@@ -20,6 +20,7 @@ from tests.pipeline import crashing
 from tests.pipeline.crashing import Crash
 from tests.runs import run_config as config
 from tests.runs import run_fields as fields
+from tests.runs import small_groups
 
 SELECTIONS = [
     LABEL_NEW,

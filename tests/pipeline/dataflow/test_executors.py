@@ -1,0 +1,171 @@
+"""Executors: what they run is the same, whichever of them does; and how threads of this process do it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.dataflow import Resources, Stages, open_executor
+from pipeline.dataflow.stages import Classifier, ReadStep
+from pipeline.read import Chunk, Shard, list_shards
+from pipeline.run import Job, label, make_job
+from pipeline.statistics import CLASSIFY, DECODE, STORAGE
+from pipeline.storage import Storage
+from tests.makers import make_samples, make_tar
+from tests.runs import run_config
+
+SHARDS, IMAGES = 3, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few tars, one of which breaks off."""
+    root = tmp_path_factory.mktemp("executors")
+    (root / "in").mkdir()
+    for number in range(SHARDS):
+        tar = make_tar([*make_samples(IMAGES), ("bad.jpg", b"no image")])
+        (root / "in" / f"{number}.tar").write_bytes(tar)
+    (root / "in" / "broken.tar").write_bytes(make_tar(make_samples(IMAGES))[:9000])
+    return root
+
+
+@pytest.fixture(scope="module")
+def job(folder: Path) -> Job:
+    return make_job(run_config(folder))
+
+
+@pytest.fixture
+def shards(job: Job) -> list[Shard]:
+    return list(list_shards(Storage(), job.config.input.uri))
+
+
+def plain(chunk: Chunk) -> Chunk:
+    """A chunk without what differs from one attempt to the next."""
+    return replace(chunk, metrics={})
+
+
+def step_by_step(job: Job, shards: list[Shard], resources: Resources) -> list[Chunk]:
+    classifier = Classifier(job.stages, resources)
+    chunks = job.stages.reading(resources)(enumerate(shards))
+    return [classifier(job.stages.decoding(chunk)) for chunk in chunks]
+
+
+def test_threads_label_what_the_stages_label_one_by_one(job: Job, shards: list[Shard]) -> None:
+    with open_executor(job.config.ray) as executor:
+        resources = executor.resources(job.resource_request)
+        chunks = list(executor.label(shards, job.stages, resources))
+    wanted = step_by_step(job, shards, resources)
+    assert len(wanted) > SHARDS * 2
+    order: Callable[[Chunk], tuple[int, int]] = lambda chunk: (chunk.shard, chunk.start)  # noqa: E731
+    # Thumbnails depend on what came before.
+    without = [replace(c, samples=c.samples.drop_columns(["thumbnail"])) for c in (*chunks, *wanted)]
+    found, expected = without[: len(chunks)], without[len(chunks) :]
+    assert [plain(c) for c in sorted(found, key=order)] == [plain(c) for c in sorted(expected, key=order)]
+    for chunk in chunks:
+        assert chunk.pixels is None
+        assert chunk.metrics.keys() == {STORAGE, DECODE, CLASSIFY}
+        assert chunk.metrics[STORAGE].bytes == chunk.encoded_bytes
+        assert chunk.metrics[CLASSIFY].busy_s > 0
+
+
+class SlowlyTaken(Stages):
+    """Stages that count what is read, and may fail there."""
+
+    read = 0
+    fails_at: int | None = None
+
+    def reading(self, resources: Resources) -> ReadStep:
+        step = super().reading(resources)
+
+        def counted(numbered: Iterator[tuple[int, Shard]]) -> Iterator[Chunk]:
+            for chunk in step(numbered):
+                type(self).read += 1
+                if self.read == self.fails_at:
+                    raise RuntimeError("the disk is gone")
+                yield chunk
+
+        return counted  # type: ignore[return-value]
+
+
+def counting(job: Job, fails_at: int | None = None) -> Stages:
+    kind = type("Counting", (SlowlyTaken,), {"read": 0, "fails_at": fails_at})
+    stages: Stages = kind(**vars(job.stages))
+    return stages
+
+
+def test_few_chunks_are_in_memory_whatever_waits_for_them(job: Job, shards: list[Shard]) -> None:
+    stages, before = counting(job), threading.active_count()
+    with open_executor(job.config.ray) as executor:
+        resources = replace(executor.resources(job.resource_request), readers=1, decoders=1)
+        chunks = executor.label(shards * 20, stages, resources)
+        next(chunks)
+        time.sleep(0.5)
+        threads = 1 + 1 + resources.chunks_at_once
+        assert stages.read <= threads + 2 + 1  # and two results, and the one that was taken
+        chunks.close()
+    for name in [thread.name for thread in threading.enumerate()]:
+        assert not name.startswith("stages"), name
+    assert threading.active_count() <= before + 4  # the engine's
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_error(job: Job, shards: list[Shard]) -> None:
+    with open_executor(job.config.ray) as executor:
+        resources = executor.resources(job.resource_request)
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            list(executor.label(shards, counting(job, fails_at=4), resources))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stages")]
+
+
+def test_a_failure_names_the_shards_that_were_not_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Classifier, chunk: Chunk) -> Chunk:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(Classifier, "__call__", fail)
+    with pytest.raises(RuntimeError, match="device lost") as caught:
+        label(run_config(folder, f"output.uri={tmp_path}/out"))
+    assert str(folder / "in" / "0.tar") in caught.value.__notes__[0]
+
+
+def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
+    job = make_job(run_config(folder, "classify.device=cuda", "model.precision=fp32"))
+    with open_executor(job.config.ray) as executor, pytest.raises(ConfigError, match="finds no GPU"):
+        executor.resources(job.resource_request)
+
+
+def test_a_run_in_process_imports_no_ray(folder: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pipeline.run import label
+from tests.runs import run_config
+assert label(run_config({str(folder)!r}, "output.uri={tmp_path}/out")).totals.images
+assert "ray" not in sys.modules
+"""
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, check=False
+    )
+    assert done.returncode == 0
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_both_executors_write_the_same_prediction_files(folder: Path, tmp_path: Path) -> None:
+    files = []
+    for name, address in (("ray", "null"), ("local", "in-process")):
+        fields = f"output.uri={tmp_path}/{name}", f"ray.address={address}", "classify.num_cpus=1"
+        result = label(run_config(folder, *fields))
+        assert result.totals.images == SHARDS * (IMAGES + 1)
+        paths = (tmp_path / name).rglob("predictions/**/*.parquet")
+        files.append({path.relative_to(tmp_path / name): path.read_bytes() for path in paths})
+    assert len(files[0]) == SHARDS
+    assert files[0] == files[1]
