@@ -83,7 +83,7 @@ def formats(ray_local: None, s3_server: LocalS3, samples: list[Sample]) -> tuple
         "a.tar": make_tar(wds(parts[0])),
         "deep/er/b.tar.gz": make_tar_gz(wds(parts[1])),
         "c.parquet": make_parquet({"image": encoded, "label": labels}),
-        "d.parquet": make_parquet({"image": struct, "label": [label for _, _, label in parts[3]]}),
+        "d.parquet": make_parquet({"image": struct, "label": [target for _, _, target in parts[3]]}),
         "README.md": b"not a shard",
         "_SUCCESS": b"",
         **{f"loose/{key}.png": png for key, png, _ in parts[4]},
@@ -117,7 +117,7 @@ def test_labels_equal_those_of_transformers_own_model_and_processor(
     rows = rows_of(formats[0])
     by_key = {Path(str(row["key"])).stem: row for row in rows}
     by_key |= {samples[40 + int(str(r["key"]))][0]: r for r in rows if str(r["shard"]).endswith("c.parquet")}
-    for i, (key, png, label) in enumerate(samples[:100]):
+    for i, (key, png, target) in enumerate(samples[:100]):
         row = by_key[key]
         image = Image.open(io.BytesIO(png)).convert("RGB")
         with torch.inference_mode():
@@ -129,7 +129,7 @@ def test_labels_equal_those_of_transformers_own_model_and_processor(
         assert row["topk_label_ids"] == p.argsort(descending=True).tolist()
         assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum()), abs=1e-4)
         assert (row["width"], row["height"]) == (28, 28)
-        assert row["target_id"] == (None if i >= 80 else label)
+        assert row["target_id"] == (None if i >= 80 else target)
 
 
 def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Progress]]) -> None:
