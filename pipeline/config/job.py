@@ -162,8 +162,7 @@ class RayConfig(Section):
     #: null: the cluster of `RAY_ADDRESS`, which Ray sets for submitted jobs, or else a local Ray.
     #: `in-process`: no Ray; threads of this process run all stages.
     address: Address | None = None
-    #: A run without progress for this long ends with an error; one chunk must take less. Work of lost
-    #: workers and nodes is repeated without limit: a chunk that kills its worker every time ends the run so.
+    #: A run without progress for this long ends with an error; one chunk must take less.
     no_progress_timeout_s: PositiveFloat = 900
     #: Fraction of Ray's object store that chunks between the stages may fill.
     object_store_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -171,6 +170,8 @@ class RayConfig(Section):
     backpressure_ratio: PositiveFloat = 2.0
     #: Chunks sent to an actor before it has finished the previous one, so that it does not wait.
     chunks_in_flight: PositiveInt = 4
+    #: How often work on one chunk or shard is repeated after its worker or node has died.
+    task_retries: Annotated[int, Field(ge=0)] = 3
     #: Consecutive actors that may die while they start.
     actor_start_retries: Annotated[int, Field(ge=0)] = 3
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import ray
@@ -26,17 +28,60 @@ from pipeline.read import Chunk, Shard
 MAX_READ_TASKS = 10_000
 
 
+class ChunkError(RuntimeError):
+    """Workers died again and again while they worked on the same chunk or shard."""
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class _Attempts:
+    """Counts the attempts at each piece of work, since Ray Data repeats the work of dead workers for ever."""
+
+    def __init__(self) -> None:
+        self._started: Counter[str] = Counter()
+
+    def start(self, work: str) -> int:
+        self._started[work] += 1
+        return self._started[work]
+
+    def finish(self, work: str) -> None:
+        del self._started[work]
+
+
+class AttemptLimit:
+    """Ends the run where a piece of work has killed too many workers; Ray must be connected."""
+
+    def __init__(self, most: int) -> None:
+        self._attempts = _Attempts.remote()
+        self._most = most
+
+    @contextmanager
+    def attempt(self, work: str) -> Iterator[None]:
+        """Does a piece of work.
+
+        Raises:
+            ChunkError: it was attempted too often.
+        """
+        if ray.get(self._attempts.start.remote(work)) > self._most:
+            raise ChunkError(f"{work}: {self._most} workers died at it; ray.task_retries limits the attempts")
+        yield
+        self._attempts.finish.remote(work)
+
+
+def _name(chunk: Chunk) -> str:
+    return f"shard {chunk.shard} of the plan, from sample {chunk.start}"
+
+
 class ShardSource(Datasource):
     """The shards of a plan as Ray Data's source, one row of a block a chunk.
 
     Pure: the plan comes by value, versions pinned, so that a retried read yields the same chunks.
     """
 
-    def __init__(self, plan: Sequence[Shard], step: ray.ObjectRef) -> None:
+    def __init__(self, plan: Sequence[Shard], step: ray.ObjectRef, limit: AttemptLimit) -> None:
         """`step` is a ReadStep, put once: with 22,000 class names it is too large for each task."""
         super().__init__()
         self._plan = plan
-        self._step = step
+        self._read = functools.partial(_read_shards, step=step, limit=limit)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown before reading."""
@@ -53,7 +98,7 @@ class ShardSource(Datasource):
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         each = math.ceil(len(numbered) / MAX_READ_TASKS)
         return [
-            ReadTask(functools.partial(_read_shards, numbered[at : at + each], self._step), metadata)
+            ReadTask(functools.partial(self._read, numbered[at : at + each]), metadata)
             for at in range(0, len(numbered), each)
         ]
 
@@ -63,25 +108,33 @@ class ShardSource(Datasource):
         return math.ceil(len(self._plan) / math.ceil(len(self._plan) / MAX_READ_TASKS))
 
 
-def _read_shards(shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef) -> Iterator[pa.Table]:
-    for chunk in ray.get(step)(shards):
-        yield chunk.to_block()
+def _read_shards(
+    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef, limit: AttemptLimit
+) -> Iterator[pa.Table]:
+    with limit.attempt(f"reading {shards[0][1].uri}"):
+        for chunk in ray.get(step)(shards):
+            yield chunk.to_block()
 
 
-def _decode_block(block: pa.Table, step: DecodeStep) -> Iterator[pa.Table]:
+def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
     for chunk in Chunk.from_block(block):
-        yield step(chunk).to_block()
+        with limit.attempt(f"decoding {_name(chunk)}"):
+            decoded = step(chunk).to_block()
+        yield decoded
 
 
 class _ClassifierActor:
     """Holds a classifier for as long as the run lasts."""
 
-    def __init__(self, stages: ray.ObjectRef, resources: Resources) -> None:
+    def __init__(self, stages: ray.ObjectRef, resources: Resources, limit: AttemptLimit) -> None:
         self._classify = Classifier(ray.get(stages), resources)
+        self._limit = limit
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         for chunk in Chunk.from_block(block):
-            yield self._classify(chunk).to_block()
+            with self._limit.attempt(f"classifying {_name(chunk)}"):
+                classified = self._classify(chunk).to_block()
+            yield classified
 
 
 class RayExecutor:
@@ -111,7 +164,8 @@ class RayExecutor:
         """Yields the labeled chunks of all shards, in any order."""
         settings = self._settings
         _set_context(settings)
-        source = ShardSource(shards, ray.put(stages.reading(resources)))
+        limit = AttemptLimit(settings.task_retries + 1)
+        source = ShardSource(shards, ray.put(stages.reading(resources)), limit)
         chunks = ray.data.read_datasource(
             source,
             num_cpus=resources.read_cpus,
@@ -124,14 +178,14 @@ class RayExecutor:
                 _decode_block,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_args=(stages.decoding,),
+                fn_args=(stages.decoding, limit),
                 num_cpus=resources.decode_cpus,
                 memory=resources.decode_memory,
             )
         classified = chunks.map_batches(
             _ClassifierActor,
             # Put once, so that the weights cross the network once a node, and not once an actor.
-            fn_constructor_args=(ray.put(stages), resources),
+            fn_constructor_args=(ray.put(stages), resources, limit),
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -155,8 +209,6 @@ def _set_context(settings: RayConfig) -> None:
     context.target_max_block_size = 1
     # A dropped block would be labels lost while the job succeeds.
     context.max_errored_blocks = 0
-    # Tasks of dead workers are tried again without end: a chunk that kills its worker every time ends the
-    # run only when nothing else is left to do.
     context.execution_no_progress_timeout_s = settings.no_progress_timeout_s
     context.override_object_store_memory_limit_fraction = settings.object_store_fraction
     context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio

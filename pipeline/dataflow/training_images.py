@@ -11,7 +11,7 @@ import ray
 from ray.data import DataContext
 
 from cvt.preprocessing import Preprocessor
-from pipeline.dataflow.ray_executor import ShardSource
+from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource
 from pipeline.dataflow.stages import DecodeStep, ReadStep
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
