@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -32,7 +33,6 @@ class ChunkError(RuntimeError):
     """Workers died again and again while they worked on the same chunk or shard."""
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Attempts:
     """Counts the attempts at each piece of work, since Ray Data repeats the work of dead workers for ever."""
 
@@ -40,10 +40,12 @@ class _Attempts:
         self._started: Counter[str] = Counter()
 
     def start(self, work: str) -> int:
+        """Counts an attempt; returns how many there are."""
         self._started[work] += 1
         return self._started[work]
 
     def finish(self, work: str) -> None:
+        """Forgets work that is done."""
         del self._started[work]
 
 
@@ -51,7 +53,8 @@ class AttemptLimit:
     """Ends the run where a piece of work has killed too many workers; Ray must be connected."""
 
     def __init__(self, most: int) -> None:
-        self._attempts = _Attempts.remote()
+        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        self._attempts: Any = remote(_Attempts).remote()
         self._most = most
 
     @contextmanager

@@ -33,7 +33,7 @@ def labelled_images(
     context.enable_progress_bars = False
     context.target_max_block_size = 128 * 1024**2  # here rows are samples, not chunks
     read = ReadStep(storage, read_options, max_images=512, max_bytes=64 * 1024**2)
-    source = ShardSource(plan, ray.put(read))
+    source = ShardSource(plan, ray.put(read), AttemptLimit(most=4))
     chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
     return chunks.map_batches(
         _labelled_rows,

@@ -133,7 +133,8 @@ def plan(count: int) -> list[Shard]:
 @pytest.mark.parametrize("count", [1, 7, MAX_READ_TASKS, MAX_READ_TASKS + 1, 3 * MAX_READ_TASKS])
 def test_every_shard_is_read_by_exactly_one_task_and_tasks_stay_few(count: int) -> None:
     step: Any = "its reference"
-    source = ShardSource(plan(count), step)
+    limit: Any = "another"
+    source = ShardSource(plan(count), step, limit)
     tasks = source.get_read_tasks(parallelism=4)
     assert len(tasks) == source.tasks <= MAX_READ_TASKS
     read = [number for task in tasks for number, _ in task.read_fn.args[0]]
