@@ -78,3 +78,8 @@ def score(value: float | None) -> str:
 def number(value: float | None) -> str:
     """A count, for people."""
     return "-" if value is None else f"{value:,.0f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, in the plural where needed: `1 shard`, `2,000 shards`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -1,9 +1,17 @@
 """From pixels to predictions: the model's outputs as columns, and thumbnails for the gallery.
 
-`classify.checkpoint` opens checkpoints, needs PyTorch and is imported by its module name. Writing files does not belong here.
+`classify.checkpoint` opens checkpoints, needs PyTorch and is imported by its
+module name. Writing files does not belong here.
 """
 
 from pipeline.classify.predict import classify
-from pipeline.classify.thumbnails import ENDS, SCHEMA, Thumbnails
+from pipeline.classify.thumbnails import (
+    GALLERY_CLASSES,
+    LEAST,
+    MOST,
+    THUMBNAIL_COLUMN,
+    Thumbnails,
+    ranked,
+)
 
-__all__ = ["ENDS", "SCHEMA", "Thumbnails", "classify"]
+__all__ = ["GALLERY_CLASSES", "LEAST", "MOST", "THUMBNAIL_COLUMN", "Thumbnails", "classify", "ranked"]

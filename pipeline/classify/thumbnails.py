@@ -1,8 +1,7 @@
-"""The gallery: of each class, small pictures of the images that the model is surest of, and least sure of.
+"""Thumbnails for the gallery: of each class, the images with the highest and with the lowest confidence.
 
-Classifiers make the thumbnails, since only they have both pixels and scores, of those images alone that
-beat what they have seen: with n images of a class, about k * ln(n / k) for each end. The driver keeps the
-best k of what is committed, in `gallery.parquet`. No label depends on any of it.
+Classifiers make them, since only classifiers have both pixels and scores, and only of images that are among
+the best k so far: of n images of a class, about k * ln(n / k) at each end. Labels don't depend on them.
 """
 
 from __future__ import annotations
@@ -21,80 +20,65 @@ from PIL import Image
 
 from pipeline.read import Chunk
 
-#: The surest and the least sure.
-#: Of a model with more classes, only so many are in the gallery: the most frequent.
+#: Classes in the gallery, at most: the most frequent.
 GALLERY_CLASSES = 1000
 
+#: The ends of the ranking by confidence: highest, lowest.
 MOST, LEAST = ENDS = ("most", "least")
 
-
-SCHEMA = pa.schema(
-    [
-        ("label_id", pa.int32()),
-        ("label", pa.string()),
-        ("end", pa.string()),
-        ("score", pa.float32()),
-        ("shard", pa.string()),
-        ("index", pa.int64()),
-        ("key", pa.string()),
-        ("thumbnail", pa.binary()),
-    ]
-)
-
-
-COLUMN = "thumbnail"
+#: Column of chunks.
+THUMBNAIL_COLUMN = "thumbnail"
 
 _QUALITY = 80
 
 
-# Thumbnails in the driver's hands before it drops those that others have surpassed.
-MOST_HELD = 8 * GALLERY_CLASSES * len(ENDS)
-
-
 class Thumbnails:
-    """Makes thumbnails, in a classifier, of images that may come into the gallery.
+    """Makes thumbnails of images that may get into the gallery.
 
     Args:
-        count: images of each class that are kept at each end.
-        side: pixels of a thumbnail's longest side.
-        classes: of the model.
+        count: number of images of each class that are kept at each end.
+        side: longest side of a thumbnail, in pixels.
+        classes: number of classes of the model.
+        most_classes: number of classes of which images are kept.
     """
 
-    def __init__(self, count: int, side: int, classes: int) -> None:
-        self._count, self._side = count, side
+    def __init__(self, count: int, side: int, classes: int, most_classes: int = GALLERY_CLASSES) -> None:
+        self._count, self._side, self._most_classes = count, side, most_classes
         self._lock = threading.Lock()  # a classifier has several chunks at once
         self._kept: dict[str, dict[int, list[float]]] = {end: {} for end in ENDS}
-        # What a score has to beat, by class.
+        # The score that an image must exceed, by class.
         self._bars = {end: np.full(classes, -np.inf, np.float32) for end in ENDS}
 
     def added(self, decoded: Chunk, classified: Chunk) -> Chunk:
-        """A classified chunk with a column of thumbnails, null for most samples.
+        """Returns the classified chunk with a column of thumbnails, null for most samples.
 
         Args:
-            decoded: the same chunk, as it came to the classifier, with its pixels.
-            classified: what came of it.
+            decoded: the chunk before classification, with its pixels.
+            classified: the chunk after classification.
         """
         samples, pixels = classified.samples, decoded.pixels
         assert pixels is not None
-        labelled = np.flatnonzero(pc.is_valid(samples["label_id"]).to_numpy())
+        labeled = np.flatnonzero(pc.is_valid(samples["label_id"]).to_numpy())
         labels = samples["label_id"].drop_null().to_numpy()
         scores = samples["score"].drop_null().to_numpy()
         with self._lock:
             wanted = {place for end in ENDS for place in self._better(end, labels, scores)}
-        # Where a row's pixels are: only those rows have any that were decoded.
+        # The place of a row's pixels: rows that could not be decoded have none.
         place_of = np.cumsum(pc.is_null(decoded.samples["error"]).to_numpy()) - 1
         pictures: list[bytes | None] = [None] * samples.num_rows
-        for row in labelled[sorted(wanted)].tolist():
+        for row in labeled[sorted(wanted)].tolist():
             pictures[row] = _thumbnail(pixels[int(place_of[row])], self._side)
-        return replace(classified, samples=samples.append_column(COLUMN, pa.array(pictures, pa.binary())))
+        return replace(
+            classified, samples=samples.append_column(THUMBNAIL_COLUMN, pa.array(pictures, pa.binary()))
+        )
 
     def _better(self, end: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
-        """Places of those that are among the best of their class up to now."""
+        """Places of the images that are among the best of their class so far."""
         kept, bars = self._kept[end], self._bars[end]
         scores = ranked(end, scores)
         for place in np.flatnonzero(scores > bars[labels]).tolist():
             label, score = int(labels[place]), float(scores[place])
-            if label not in kept and len(kept) >= GALLERY_CLASSES:
+            if label not in kept and len(kept) >= self._most_classes:
                 continue
             best = kept.setdefault(label, [])
             if len(best) < self._count:
@@ -109,7 +93,7 @@ class Thumbnails:
 
 
 def ranked(end: str, scores: Any) -> Any:
-    """Scores, turned round for the least sure: the higher, the better."""
+    """Scores, negated for the lowest confidence: a higher value is better."""
     return scores if end == MOST else -scores
 
 

@@ -6,7 +6,7 @@ Reading what is compared belongs here. The figures are defined in `statistics`, 
 from pipeline.compare.agreement import measure_agreement
 from pipeline.compare.comparing import compare, compare_labels, write_comparison
 from pipeline.compare.label_set import LabelSet, NoPreviousRunError
-from pipeline.compare.run_pair import RunPair
+from pipeline.compare.run_pair import RunPair, compare_run
 
 __all__ = [
     "LabelSet",
@@ -14,6 +14,7 @@ __all__ = [
     "RunPair",
     "compare",
     "compare_labels",
+    "compare_run",
     "measure_agreement",
     "write_comparison",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.commit import Partition
 from pipeline.compare.comparing import compare
@@ -62,3 +63,26 @@ class RunPair:
 def _has_ended(partition: Partition, run: str) -> bool:
     record = partition.record(run)
     return record is None or record.get("status") in ("complete", "incomplete")
+
+
+def compare_run(
+    partition: Partition, record: Mapping[str, Any], against: Sequence[LabelSet] = ()
+) -> tuple[ClassStatistics, list[Comparison]]:
+    """Compares a run with the run before it, and all labels of its partition with other label sets.
+
+    Args:
+        partition: has the labels of the run.
+        record: record of the run.
+        against: other label sets.
+
+    Returns:
+        class statistics of all labels of the partition, and the comparisons, for the report.
+
+    Raises:
+        StorageError: labels can't be read.
+    """
+    dataset = record.get("config", {}).get("input", {}).get("uri")
+    statistics, previous = RunPair.find(partition, dataset, record["run"]).compare()
+    labels = LabelSet(partition, statistics=statistics)
+    found = [compare(other, labels) for other in against]
+    return statistics, found if previous is None else [previous, *found]

@@ -1,9 +1,18 @@
-"""The HTML report and the gallery of a partition.
+"""The HTML report and the gallery of a partition, from what is stored.
 
-Figures are computed in `statistics`; nothing here decides about a run.
+Figures are computed in `statistics`, comparisons in `compare`.
 """
 
-from pipeline.report.gallery import FILE_NAME, Gallery, Item, read_gallery, write_gallery
-from pipeline.report.page import make_report
+from pipeline.report.gallery import GALLERY_FILE, Gallery, Item, read_gallery, write_gallery
+from pipeline.report.page import find_record, make_report, write_report
 
-__all__ = ["FILE_NAME", "Gallery", "Item", "make_report", "read_gallery", "write_gallery"]
+__all__ = [
+    "GALLERY_FILE",
+    "Gallery",
+    "Item",
+    "find_record",
+    "make_report",
+    "read_gallery",
+    "write_gallery",
+    "write_report",
+]

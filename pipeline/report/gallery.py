@@ -1,8 +1,6 @@
-"""The gallery: of each class, small pictures of the images that the model is surest of, and least sure of.
+"""The gallery: of each class, thumbnails of the images with the highest and with the lowest confidence.
 
-Classifiers make the thumbnails, since only they have both pixels and scores, of those images alone that
-beat what they have seen: with n images of a class, about k * ln(n / k) for each end. The driver keeps the
-best k of what is committed, in `gallery.parquet`. No label depends on any of it.
+The driver keeps the best k at each end of what is committed, in `gallery.parquet`.
 """
 
 from __future__ import annotations
@@ -15,22 +13,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.classify import ENDS, SCHEMA
-from pipeline.classify.thumbnails import COLUMN, MOST_HELD, ranked
+from pipeline.classify import GALLERY_CLASSES, LEAST, MOST, THUMBNAIL_COLUMN, ranked
 from pipeline.read import Chunk, Shard
 from pipeline.storage import ObjectNotFound, Storage
 
-FILE_NAME = "gallery.parquet"
+GALLERY_FILE = "gallery.parquet"
+
+_SCHEMA = pa.schema(
+    [
+        ("label_id", pa.int32()),
+        ("label", pa.string()),
+        ("end", pa.string()),
+        ("score", pa.float32()),
+        ("shard", pa.string()),
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("thumbnail", pa.binary()),
+    ]
+)
+
+#: Thumbnails in memory of the driver before it drops those that aren't among the best.
+_MOST_HELD = 16 * GALLERY_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of the gallery, as the row of its file.
+    """An image of the gallery: a row of its file.
 
     Attributes:
-        label_id, label, score: as predicted.
-        end: "most" or "least", by confidence.
-        shard, index, key: which sample it is.
+        label_id, label, score: the prediction.
+        end: "most" for the highest confidence, "least" for the lowest.
+        shard, index, key: identify the sample.
         thumbnail: a JPEG.
     """
 
@@ -50,52 +63,53 @@ class Item:
 
 
 class Gallery:
-    """Gathers, in the driver, what is to be shown of the shards that are committed.
+    """Collects the best thumbnails of committed shards.
 
     Args:
-        count: images of each class that are kept at each end.
-        shards: of the plan, by the number that their chunks carry.
+        count: number of images of each class that are kept at each end.
+        shards: shards of the plan, by the number in their chunks.
+        most_held: number of thumbnails in memory before those that aren't among the best are dropped.
     """
 
-    def __init__(self, count: int, shards: Sequence[Shard]) -> None:
+    def __init__(self, count: int, shards: Sequence[Shard], most_held: int = _MOST_HELD) -> None:
         self._count = count
         self._shards = shards
         self._arrived: dict[str, list[Item]] = {}
-        self._most_held = MOST_HELD
+        self._least_held = self._most_held = most_held
         self._settled: set[str] = set()
         self._items: list[Item] = []
 
     def take(self, chunk: Chunk) -> Chunk:
-        """Takes a chunk's thumbnails out of it, until its shard is committed or not."""
-        if COLUMN not in chunk.samples.column_names:
+        """Takes the thumbnails out of a chunk; returns the chunk without them."""
+        if THUMBNAIL_COLUMN not in chunk.samples.column_names:
             return chunk
         shard = self._shards[chunk.shard].uri
         numbered = chunk.samples.append_column("row", pa.array(range(chunk.samples.num_rows)))
         items = self._arrived.setdefault(shard, [])
-        for row in numbered.filter(pc.is_valid(numbered[COLUMN])).to_pylist():
+        for row in numbered.filter(pc.is_valid(numbered[THUMBNAIL_COLUMN])).to_pylist():
             at = chunk.start + row["row"]
-            for end in ENDS:
+            for end in (MOST, LEAST):
                 about = (row["label_id"], row["label"], end, row["score"], shard, at, row["key"])
-                items.append(Item(*about, thumbnail=row[COLUMN]))
-        return replace(chunk, samples=chunk.samples.drop_columns([COLUMN]))
+                items.append(Item(*about, thumbnail=row[THUMBNAIL_COLUMN]))
+        return replace(chunk, samples=chunk.samples.drop_columns([THUMBNAIL_COLUMN]))
 
     def settle(self, shard: str, is_committed: bool) -> None:
-        """Keeps the thumbnails of a shard whose labels are there now, or forgets them."""
+        """Keeps the thumbnails of a committed shard, and drops those of another one."""
         items = self._arrived.pop(shard, [])
         if is_committed:
             self._settled.add(shard)
             self._items += items
         if len(self._items) > self._most_held:
             self._items = best_of(self._items, self._count)
-            self._most_held = max(MOST_HELD, 2 * len(self._items))
+            self._most_held = max(self._least_held, 2 * len(self._items))
 
     def merged(self, before: Iterable[Item], gone: Collection[str], classes: Collection[int]) -> list[Item]:
-        """What the gallery is now.
+        """Returns the updated gallery.
 
         Args:
-            before: what it was.
+            before: the gallery before this run.
             gone: shards whose labels were removed since.
-            classes: that it is to show.
+            classes: ids of the classes to show.
         """
         old = (item for item in before if item.shard not in gone and item.shard not in self._settled)
         shown = [item for item in [*old, *self._items] if item.label_id in classes]
@@ -103,9 +117,9 @@ class Gallery:
 
 
 def best_of(items: Iterable[Item], count: int) -> list[Item]:
-    """Of each class the surest and the least sure images, so many of each, in the order of their classes.
+    """The `count` images of each class with the highest, and with the lowest confidence, by class id.
 
-    The same image is not both; a class with few images has them among its surest.
+    No image is at both ends; a class with few images has them at the end of the highest confidence.
     """
     groups: dict[tuple[int, str], dict[tuple[str, int], Item]] = {}
     for item in items:
@@ -113,7 +127,7 @@ def best_of(items: Iterable[Item], count: int) -> list[Item]:
     found = []
     for label_id in sorted({label_id for label_id, _ in groups}):
         taken: set[tuple[str, int]] = set()
-        for end in ENDS:
+        for end in (MOST, LEAST):
             group = groups.get((label_id, end), {})
             order = sorted(group.values(), key=lambda item: (ranked(item.end, -item.score), item.sample))
             best = [item for item in order if item.sample not in taken][:count]
@@ -123,25 +137,25 @@ def best_of(items: Iterable[Item], count: int) -> list[Item]:
 
 
 def read_gallery(storage: Storage, partition: str) -> list[Item]:
-    """The gallery of a partition; empty where there is none.
+    """Reads the gallery of a partition; empty where there is none.
 
     Raises:
-        StorageError: it can't be read.
+        StorageError: the file can't be read.
     """
-    uri = f"{partition}/{FILE_NAME}"
+    uri = f"{partition}/{GALLERY_FILE}"
     try:
         with storage.open(uri, storage.stat(uri).version) as file:
-            return [Item(**row) for row in pq.read_table(file, schema=SCHEMA).to_pylist()]
+            return [Item(**row) for row in pq.read_table(file, schema=_SCHEMA).to_pylist()]
     except ObjectNotFound:
         return []
 
 
 def write_gallery(storage: Storage, partition: str, items: Sequence[Item]) -> None:
-    """Writes it.
+    """Writes the gallery of a partition.
 
     Raises:
-        StorageError: it can't be written.
+        StorageError: the file can't be written.
     """
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(item) for item in items], SCHEMA), out, compression="zstd")
-    storage.write(f"{partition}/{FILE_NAME}", out.getvalue())
+    pq.write_table(pa.Table.from_pylist([asdict(item) for item in items], _SCHEMA), out, compression="zstd")
+    storage.write(f"{partition}/{GALLERY_FILE}", out.getvalue())

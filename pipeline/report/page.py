@@ -1,78 +1,120 @@
-"""The report for people: one self-contained HTML page that opens without a network, and runs no script.
+"""The report: one self-contained HTML page that opens without a network and runs no script.
 
 It is made from what is stored: the record of a run, the class statistics, the manifest. So it can be made
-again at any time, and against other labels.
+again at any time.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.report.causes import SHARD_COLUMNS, read_causes
-from pipeline.report.parts import Chart, Section
+from pipeline.commit import Partition
+from pipeline.report import sections
+from pipeline.report.charts import short, ticks
+from pipeline.report.comparisons import comparison
+from pipeline.report.failures import failures
+from pipeline.report.gallery import Item, read_gallery
+from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import StorageError
-from pipeline.text import percent, printable, score
-
-if TYPE_CHECKING:
-    from pipeline.commit import Partition
-    from pipeline.report.gallery import Item
-    from pipeline.statistics import ClassStatistics, Comparison
-
-
-#: Shards that could not be read that are shown, at most; the manifest has the rest.
-MOST_UNREADABLE = 20
+from pipeline.text import counted, percent, printable, score
 
 #: Prediction files that are read for the causes of errors: some seconds' worth.
-MOST_FILES = 500
+MAX_FILES = 500
 
-#: Classes with samples to look at: some kilobytes each.
-MOST_IN_GALLERY = 20
+
+def find_record(partition: Partition, run: str | None = None) -> dict[str, Any]:
+    """The record of a run; by default, of the last run that labeled something.
+
+    Raises:
+        StorageError: there is no record, or it can't be read.
+    """
+    if run is None:
+        run = next(iter((partition.manifest.runs() or partition.records())[-1:]), None)
+    record = None if run is None else partition.record(run)
+    if record is None:
+        raise StorageError(partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}")
+    return record
+
+
+def write_report(
+    partition: Partition,
+    record: Mapping[str, Any] | None = None,
+    statistics: ClassStatistics | None = None,
+    comparisons: Sequence[Comparison] = (),
+    output: str | None = None,
+) -> str:
+    """Writes the report of a partition; returns its URI.
+
+    Args:
+        partition: what the report is about.
+        record: record of the run that the report is about; None for the last run that labeled something.
+        statistics: class statistics of all labels; folded from the manifest where None.
+        comparisons: comparisons with other label sets.
+        output: path or URI; `report.html` in the partition where None.
+
+    Raises:
+        StorageError: the partition can't be read, or the report can't be written.
+    """
+    page = make_report(
+        partition,
+        find_record(partition) if record is None else record,
+        partition.manifest.fold_statistics() if statistics is None else statistics,
+        comparisons,
+        read_gallery(partition.storage, partition.uri),
+    )
+    output = output or f"{partition.uri}/report.html"
+    partition.storage.write(output, page.encode())
+    return output
 
 
 def make_report(
     partition: Partition,
     record: Mapping[str, Any],
-    stats: ClassStatistics,
-    *comparisons: Comparison | None,
+    statistics: ClassStatistics,
+    comparisons: Sequence[Comparison] = (),
     gallery: Iterable[Item] = (),
+    max_files: int = MAX_FILES,
 ) -> str:
-    """The page; whatever comes from data is escaped.
+    """Makes the page; all text from data is escaped.
 
     Args:
-        partition: whose labels it is of.
-        record: of the run that it is of.
-        stats: class statistics of all labels.
-        comparisons: with other labels; None is passed over.
-        gallery: samples to look at.
+        partition: what the report is about.
+        record: record of the run that the report is about.
+        statistics: class statistics of all labels.
+        comparisons: comparisons with other label sets.
+        gallery: images to show.
+        max_files: prediction files that are read for the causes of errors, at most.
 
     Raises:
         StorageError: the manifest can't be read.
     """
-    from pipeline.report import sections  # draws: Matplotlib takes a second to import
-
     manifest = partition.manifest.read(("rows", "errors", "error", "gone"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     found = [
-        _failures(partition, manifest),
+        failures(partition, manifest, max_files),
         sections.speed(record),
-        sections.classes(partition, stats),
-        sections.accuracy(partition, topk, stats) if stats.has_targets else None,
-        *(sections.comparison(each, i) for i, each in enumerate(filter(None, comparisons))),
-        _gallery(gallery, stats),
-        _run(record),
+        sections.classes(partition.labels, statistics, topk),
+        sections.accuracy(partition.labels, statistics, topk),
+        *(comparison(each, i) for i, each in enumerate(comparisons)),
+        sections.gallery(gallery, statistics),
+        sections.run(record),
     ]
-    page = _environment().get_template("report.html")
-    return page.render(
-        model=partition.name.removeprefix("model="),
-        facts=_facts(partition, record),
-        cards=_cards(record, stats, manifest),
-        sections=[section for section in found if section is not None],
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            model=partition.model,
+            facts=_facts(partition, record),
+            cards=_cards(record, statistics, manifest),
+            sections=[section for section in found if section is not None],
+        )
     )
 
 
@@ -85,7 +127,11 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        score=score, printable=printable, base64=lambda data: base64.b64encode(data).decode()
+        score=score,
+        printable=printable,
+        short=short,
+        ticks=ticks,
+        base64=lambda data: base64.b64encode(data).decode(),
     )
     return environment
 
@@ -110,112 +156,35 @@ def _moment(text: str | None) -> str | None:
     return None if text is None else f"{text[:10]} {text[11:19]} UTC"
 
 
-def _cards(record: Mapping[str, Any], stats: ClassStatistics, manifest: Any) -> list[tuple[str, str, str]]:
-    """The figures that come first: name, value, and what it is of."""
-    counts = record.get("counts", {})
-    labelled = int(stats.count.sum())
-    errors = pc.sum(manifest["errors"]).as_py() or 0
-    gone, share = pc.sum(manifest["gone"]).as_py() or 0, errors / max(1, labelled + errors)
-    shards = manifest.num_rows - manifest["rows"].null_count
-    more = f", {gone:,} of them gone from the input" if gone else ""
+def _cards(
+    record: Mapping[str, Any], stats: ClassStatistics, manifest: pa.Table
+) -> list[tuple[str, str, str]]:
+    """The most important figures: name, value, and what they are of."""
+    labeled = int(stats.count.sum())
+    errors, gone = (pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "gone"))
+    share = percent(errors / max(1, labeled + errors))
+    shards = counted(manifest.num_rows - manifest["rows"].null_count, "shard")
+    more = f", {gone:,} of them deleted from the input" if gone else ""
     cards = [
-        ("Labelled images", f"{labelled:,}", f"in all, of {_counted(shards, 'shard')}{more}"),
-        ("Images that could not be labelled", f"{errors:,}", f"in all, {percent(share)}"),
+        ("Labeled images", f"{labeled:,}", f"in all, of {shards}{more}"),
+        ("Images that could not be labeled", f"{errors:,}", f"in all, {share}"),
     ]
-    if counts:
-        read = counts["shards"] - counts.get("unreadable_shards", 0)
-        this = f"of {_counted(read, 'shard')}, {_counted(counts['errors'], 'error')}"
-        cards.append(("Images of this run", f"{counts['images']:,}", this))
-    if (rate := _rate(record)) is not None:
-        cards.append(("Images a second", f"{rate:,.1f}", "of this run, from when Ray was ready"))
+    if counts := record.get("counts"):
+        read = counted(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
+        cards.append(
+            (
+                "Images of this run",
+                f"{counts['images']:,}",
+                f"of {read}, {counted(counts['errors'], 'error')}",
+            )
+        )
+    seconds = record.get("seconds", {})
+    if "last_result" in seconds and "ray_ready" in seconds:
+        rate = record["counts"]["images"] / max(seconds["last_result"] - seconds["ray_ready"], 1e-9)
+        cards.append(("Images per second", f"{rate:,.1f}", "of this run, from when Ray was ready"))
     if broken := record.get("broken_limits"):
-        cards.append(("Drift from the run before", "over the limit", "; ".join(broken)))
+        cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))
     if stats.has_targets:
         of = f"of {int(stats.support.sum()):,} with a target"
         cards.append(("Top-1 accuracy", percent(stats.top1_accuracy()), of))
     return cards
-
-
-def _rate(record: Mapping[str, Any]) -> float | None:
-    seconds = record.get("seconds", {})
-    if "last_result" not in seconds or "ray_ready" not in seconds:
-        return None
-    rate: float = record["counts"]["images"] / max(seconds["last_result"] - seconds["ray_ready"], 1e-9)
-    return rate
-
-
-def _failures(partition: Partition, manifest: Any) -> Section:
-    """Why samples of any run have no label, and which shards couldn't be read."""
-    failed = manifest["error"].drop_null()
-    errors = pc.sum(manifest["errors"]).as_py() or 0
-    section = Section("failures", "What failed")
-    if not errors and not len(failed):
-        section.notes.append("Nothing: every sample of every shard is labelled.")
-        return section
-    if errors:
-        bad = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
-        section.notes.append(
-            f"{_counted(errors, 'sample')} of {_counted(bad, 'shard')} could not be labelled"
-            f"{_by_cause(section, partition, errors, bad)}"
-        )
-        source = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
-        section.query = (
-            f"SELECT shard, key, error FROM '{source}' WHERE error IS NOT NULL ORDER BY shard, \"index\""
-        )
-        section.query_note = "This lists them all, with DuckDB:"
-    if len(failed):
-        section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
-        first = "" if len(section.unreadable) == len(failed) else f", the first {len(section.unreadable)}"
-        shards = _counted(len(failed), "shard")
-        section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
-    return section
-
-
-def _by_cause(section: Section, partition: Partition, errors: int, bad: int) -> str:
-    """Puts the causes into the section; returns what is to be said of them, the end of a sentence."""
-    labelled = partition.manifest.labelled(SHARD_COLUMNS)
-    try:
-        causes, missing = read_causes(partition.storage, partition.uri, labelled, MOST_FILES)
-    except StorageError as error:  # a run isn't to fail of it, whose labels are there
-        return f". Their causes could not be read: {error}"
-    section.causes = causes.to_record()
-    note = ", by cause"
-    if bad > MOST_FILES or causes.count != errors:
-        note += f"; the causes are of {causes.count:,}"
-    if bad > MOST_FILES:
-        note += f", in the {_counted(MOST_FILES, 'shard')} with the most"
-    if missing:
-        note += f"; prediction files that are not there: {missing:,}"
-    return f"{note}:"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def _gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:
-    """The samples of the most frequent classes."""
-    by_class: dict[int, list[Item]] = {}
-    for item in items:
-        by_class.setdefault(item.label_id, []).append(item)
-    if not by_class:
-        return None
-    shown = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))[:MOST_IN_GALLERY]
-    section = Section("gallery", "Samples")
-    section.gallery = [(by_class[label_id][0].label, by_class[label_id]) for label_id in shown]
-    note = "Those that the model is most sure of, and least sure of, with their scores."
-    more = f" Of the {len(shown)} most frequent classes; gallery.parquet has more." * (
-        len(by_class) > len(shown)
-    )
-    section.notes.append(note + more)
-    return section
-
-
-def _run(record: Mapping[str, Any]) -> Section:
-    versions = {name: str(value) for name, value in record.get("versions", {}).items()}
-    counts = {name.replace("_", " "): f"{value:,}" for name, value in record.get("counts", {}).items()}
-    section = Section("run", "The run")
-    section.notes.append(f"runs/{record.get('run')}.json has its whole configuration.")
-    section.tables.append(Chart("Counts of this run", "", ["What", "Number"], [*map(list, counts.items())]))
-    section.tables.append(Chart("Versions", "", ["Package", "Version"], [*map(list, versions.items())]))
-    return section

@@ -1,8 +1,4 @@
-"""The report for people: one self-contained HTML page that opens without a network, and runs no script.
-
-It is made from what is stored: the record of a run, the class statistics, the manifest. So it can be made
-again at any time, and against other labels.
-"""
+"""What the page consists of: sections, and the charts and tables in them."""
 
 from __future__ import annotations
 
@@ -11,45 +7,47 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.report.charts import Bars, Histogram, Matrix, Reliability
     from pipeline.report.gallery import Item
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, and the numbers in it as a table.
+    """A table and, where there is one, the drawing of its numbers.
 
     Attributes:
-        title: of both.
-        drawing: inline SVG.
-        columns: the table's headings.
-        rows: the table's cells, as text.
-        note: what to know of it.
-        names: how many of the columns, from the first, hold names; the others hold numbers.
+        title: heading of both.
+        columns: headings of the table's columns.
+        rows: cells of the table, as text.
+        drawing: what is drawn.
+        description: the drawing in words, for people who don't see it; else the note.
+        note: explains the drawing.
+        names: number of columns, from the first, that hold names; the others hold numbers.
     """
 
     title: str
-    drawing: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    drawing: Bars | Histogram | Reliability | Matrix | None = None
+    description: str = ""
     note: str = ""
     names: int = 1
 
 
 @dataclass
 class Section:
-    """A part of the page, of whatever it has.
+    """A section of the page; every part of it may be empty.
 
     Attributes:
-        id: for links to it.
-        title: its heading.
+        id: target of links to the section.
+        title: heading.
         notes: paragraphs.
-        facts: by name.
-        charts: with their numbers as tables.
-        tables: without a drawing.
-        causes: of errors, as `Causes.to_record` makes them.
-        query: SQL that tells more, after `query_note`.
+        facts: values by name.
+        charts: charts and tables.
+        causes: causes of errors, from `Causes.to_record`.
+        query: SQL that lists more, after `query_note`.
         unreadable: errors of shards, after `unreadable_note`.
-        gallery: samples to look at, by class.
+        gallery: images by class.
     """
 
     id: str
@@ -57,7 +55,6 @@ class Section:
     notes: list[str] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     charts: list[Chart] = field(default_factory=list)
-    tables: list[Chart] = field(default_factory=list)
     causes: Sequence[Mapping[str, Any]] = ()
     query: str = ""
     query_note: str = ""

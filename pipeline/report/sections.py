@@ -1,36 +1,41 @@
-"""The sections of the report that have charts: speed, classes, accuracy, and comparisons with other labels.
+"""The sections of the page about one partition and one run: speed, classes, accuracy, samples, the run.
 
-However many classes there are, a section shows the first of them, and says where the rest is.
+With many classes, a section shows the first ones and says where the others are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from pipeline.report.charts import bars, histogram, matrix, reliability
+from pipeline.report.charts import Bars, Histogram, Matrix, Reliability
+from pipeline.report.gallery import Item
 from pipeline.report.parts import Chart, Section
-from pipeline.statistics import Calibration, StageFigures, class_cells, is_telling, occurring
+from pipeline.statistics import (
+    Calibration,
+    ClassStatistics,
+    StageFigures,
+    class_cells,
+    class_table,
+    is_telling,
+    occurring,
+)
 from pipeline.text import number, percent, score
 
-if TYPE_CHECKING:
-    from pipeline.commit import Partition
-    from pipeline.statistics import Agreement, ClassStatistics, Comparison, Drift, PairCounts
-
-
-#: What of everything is shown, at most.
+#: What is shown at most.
 MOST_BARS = 20
 
 MOST_CLASSES = 50
-
-MOST_CHANGED = 15
 
 MOST_PAIRS = 12
 
 MOST_IN_MATRIX = 15
 
+#: Classes with images: some kilobytes each.
+MOST_IN_GALLERY = 20
 
 _SHOWN_BINS = 20
 
@@ -45,31 +50,30 @@ _EVENTS = {
 
 
 def speed(record: Mapping[str, Any]) -> Section | None:
-    """How fast a run was, and what it waited for; None where nothing went through the stages."""
+    """How fast a run was, and which stage limited it; None where it processed nothing."""
     stages = record.get("stages")
     if not stages:
         return None
     facts = {"Bound by": record.get("bound_by"), "Decoded by": record.get("decoder")}
     if record.get("gpu_utilisation") is not None:
-        facts["GPU utilisation"] = percent(record["gpu_utilisation"])
+        facts["GPU utilization"] = percent(record["gpu_utilisation"])
     section = Section("speed", "How fast", facts={name: str(value) for name, value in facts.items() if value})
-    title = "Share of their time that the stages' workers worked"
     busy = [figures["share_busy"] for figures in stages.values()]
-    text = _listed(list(stages), busy, percent)
     section.charts.append(
         Chart(
-            title,
-            bars(title, text, list(stages), [("busy", busy)], "share busy", "{:.0%}".format),
+            "Fraction of the time that the stages' workers were busy",
             ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "MB passed on", "Busy"],
             [[name, *_stage_cells(figures)] for name, figures in stages.items()],
-            "The stage that is busiest is the one that the others wait for."
+            Bars(list(stages), [("busy", busy)], "busy", "{:.0%}".format),
+            _listed(list(stages), busy, percent),
+            "The other stages wait for the busiest one."
             if is_telling({name: StageFigures(**figures) for name, figures in stages.items()})
-            else "Of so short a run this tells little: its first images were read before it counts.",
+            else "The run was too short to tell: its first images were read before measuring started.",
         )
     )
     times = sorted(record.get("seconds", {}).items(), key=lambda item: item[1])
     events = [[_EVENTS.get(name, name), f"{seconds:,.1f}"] for name, seconds in times]
-    section.tables.append(Chart("Seconds from the start of the run", "", ["Event", "Seconds"], events))
+    section.charts.append(Chart("Seconds from the start of the run", ["Event", "Seconds"], events))
     return section
 
 
@@ -84,28 +88,27 @@ def _stage_cells(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def classes(partition: Partition, stats: ClassStatistics) -> Section:
+def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section:
     """How often each class was given, and with which scores."""
-    rows = occurring(partition.class_table)
-    occur = f"Of {len(partition.labels):,} classes, {len(rows):,} occur in all labels."
-    section = Section("classes", "Classes and confidence", [occur])
+    rows = occurring(class_table(stats, labels, topk))
+    section = Section("classes", "Classes and confidence")
+    section.notes.append(f"Of {len(labels):,} classes, {len(rows):,} occur in all labels.")
     if not rows:
         return section
-    shown, listed = rows[:MOST_BARS], rows[:MOST_CLASSES]
-    labels, values = [row["label"] for row in shown], [row["count"] for row in shown]
-    title = "Images by class" if len(shown) == len(rows) else f"The {len(shown)} most frequent classes"
+    shown = rows[:MOST_BARS]
+    names, values = [row["label"] for row in shown], [row["count"] for row in shown]
     columns = ["Class", "Images", "Share", "Mean score", "5 %", "50 %", "95 %"]
     if stats.has_targets:
         columns += ["Precision", "Recall", "F1"]
+    more = f"The table has the first {MOST_CLASSES}; class_stats.parquet has all."
     section.charts.append(
         Chart(
-            title,
-            bars(title, _listed(labels, values, number), labels, [("images", values)], "images", number),
+            "Images by class" if len(shown) == len(rows) else f"The {len(shown)} most frequent classes",
             columns,
-            [[row["label"], *class_cells(row)] for row in listed],
-            ""
-            if len(listed) == len(rows)
-            else f"The table has the first {MOST_CLASSES}; class_stats.parquet has all.",
+            [[row["label"], *class_cells(row)] for row in rows[:MOST_CLASSES]],
+            Bars(names, [("images", values)], "images", number),
+            _listed(names, values, number),
+            more if len(rows) > MOST_CLASSES else "",
         )
     )
     section.charts.append(_scores(stats))
@@ -113,182 +116,133 @@ def classes(partition: Partition, stats: ClassStatistics) -> Section:
 
 
 def _scores(stats: ClassStatistics) -> Chart:
-    whole, right = _coarse(stats.score_histogram.sum(axis=0)), _coarse(stats.calibration[1])
-    edges = np.linspace(0, 1, _SHOWN_BINS + 1)
+    whole, right = (
+        counts.reshape(_SHOWN_BINS, -1).sum(axis=1).tolist()
+        for counts in (stats.score_histogram.sum(axis=0), stats.calibration[1])
+    )
     series, columns = [("all", whole)], ["Score", "Images"]
-    if right.any():
-        series.append(("right, of those with a target", right))
-        columns.append("Right")
-    high = int(whole[edges[:-1] > 0.89].sum()) / max(1, int(whole.sum()))
-    note = f"The score is the softmax of the class given: 0.9 or more for {percent(high)} of the images."
-    rows = [
-        [f"{edges[i]:.2f} to {edges[i + 1]:.2f}", *(number(values[i]) for _, values in series)]
-        for i in range(_SHOWN_BINS)
-    ]
-    title = "Confidence: images by score"
-    return Chart(title, histogram(title, note, edges, series, "score", number), columns, rows, note)
+    if any(right):
+        series.append(("correct, of images with a target", right))
+        columns.append("Correct")
+    high = sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole))
+    return Chart(
+        "Confidence: images by score",
+        columns,
+        bin_rows(*([number(value) for value in values] for _, values in series), digits=2),
+        Histogram(series, number),
+        note=f"The score is the softmax of the class given: 0.9 or more for {percent(high)} of the images.",
+    )
 
 
-def _coarse(counts: np.ndarray) -> np.ndarray:
-    coarse: np.ndarray = counts.reshape(_SHOWN_BINS, -1).sum(axis=1)
-    return coarse
+def bin_rows(*columns: Sequence[str], digits: int = 1) -> list[list[str]]:
+    """Rows of a table by score: the bin, and its value in each column."""
+    edges = [f"{edge:.{digits}f}" for edge in np.linspace(0, 1, len(columns[0]) + 1)]
+    bins = [f"{low} to {high}" for low, high in pairwise(edges)]
+    return [list(row) for row in zip(bins, *columns, strict=True)]
 
 
-def accuracy(partition: Partition, topk: int, stats: ClassStatistics) -> Section:
-    """How labels compare with targets: accuracy, calibration, confusion."""
+def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section | None:
+    """Labels compared with targets: accuracy, calibration, confusion; None without targets."""
+    if not stats.has_targets:
+        return None
     section = Section("accuracy", "Against targets")
     targets = int(stats.support.sum())
     section.facts["Top-1 accuracy"] = f"{percent(stats.top1_accuracy())} of {targets:,} images with a target"
-    top5 = stats.top5_accuracy(topk)
-    if top5 is not None:
+    if (top5 := stats.top5_accuracy(topk)) is not None:
         section.facts["Top-5 accuracy"] = percent(top5)
     found = Calibration.of(stats)
     section.facts["Expected calibration error"] = f"{found.ece:.4f}"
     section.charts.append(_calibration(found))
-    if not stats.confusion.top(1):
-        section.notes.append("No image is labelled with another class than its target.")
+    pairs = stats.confusion.top(MOST_PAIRS)
+    if not pairs:
+        section.notes.append("No image is labeled with another class than its target.")
         return section
-    section.charts.append(_matrix(partition.labels, stats))
-    section.tables.append(_pairs(partition.labels, stats))
-    section.notes += _undercounted(stats.confusion)
+    section.charts.append(_matrix(labels, stats))
+    rows = [
+        [labels[target], labels[given], number(count), percent(count / max(1, int(stats.support[target])))]
+        for given, target, count in pairs
+    ]
+    columns = ["Target", "Labeled as", "Images", "Of the target's"]
+    section.charts.append(Chart("Most confused pairs", columns, rows, names=2))
+    if note := stats.confusion.note:
+        section.notes.append(note)
     return section
 
 
 def _calibration(found: Calibration) -> Chart:
-    title, edges = "Accuracy by score", np.linspace(0, 1, len(found.counts) + 1)
-    columns = (found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist())
-    rows = [
-        [f"{edges[i]:.1f} to {edges[i + 1]:.1f}", number(count), percent(right), score(confidence)]
-        for i, (count, right, confidence) in enumerate(zip(*columns, strict=True))
-    ]
-    text = f"Reliability diagram; the expected calibration error is {found.ece:.4f}."
-    note = "A calibrated model's bars end at the dashed line: of labels with a score of 0.8, 80 % are right."
-    drawing = reliability(title, text, edges, found.accuracy, found.confidence)
-    return Chart(title, drawing, ["Score", "Images", "Accuracy", "Mean score"], rows, note)
-
-
-def _pairs(labels: Sequence[str], stats: ClassStatistics) -> Chart:
-    rows = [
-        [labels[target], labels[given], number(count), percent(count / max(1, int(stats.support[target])))]
-        for given, target, count in stats.confusion.top(MOST_PAIRS)
-    ]
-    columns = ["Target", "Labelled as", "Images", "Of the target's"]
-    return Chart("Most confused pairs", "", columns, rows, names=2)
+    counts, right, confidence = found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist()
+    return Chart(
+        "Accuracy by score",
+        ["Score", "Images", "Accuracy", "Mean score"],
+        bin_rows([*map(number, counts)], [*map(percent, right)], [*map(score, confidence)]),
+        Reliability(right, confidence),
+        f"Reliability diagram; the expected calibration error is {found.ece:.4f}.",
+        "A calibrated model's bars end at the dashed line: of labels with a score of 0.8, 80 % are correct.",
+    )
 
 
 def _matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
     chosen = _most_confused(stats)
-    place = {c: i for i, c in enumerate(chosen)}
+    place = {label_id: i for i, label_id in enumerate(chosen)}
     cells = np.diag(stats.true_positives[chosen])
     given, target, counts = stats.confusion.arrays()
     inside = np.isin(given, chosen) & np.isin(target, chosen)
-    for a, b, count in zip(
-        given[inside].tolist(), target[inside].tolist(), counts[inside].tolist(), strict=True
-    ):
+    for a, b, count in zip(*(values[inside].tolist() for values in (given, target, counts)), strict=True):
         cells[place[b], place[a]] = count
-    names = [labels[c] for c in chosen]
+    names = [labels[label_id] for label_id in chosen]
     is_whole = len(chosen) == np.count_nonzero(stats.count | stats.support)
-    title = "Confusion matrix" if is_whole else f"Confusion matrix of the {len(chosen)} most confused classes"
     a, b, count = stats.confusion.top(1)[0]
-    text = f"Targets in rows, labels in columns. {labels[b]} is labelled as {labels[a]} {count:,} times."
-    drawing = matrix(title, text, names, cells / np.maximum(1, stats.support[chosen])[:, None])
-    rows = [[name, *map(number, row)] for name, row in zip(names, cells.tolist(), strict=True)]
-    note = "The fuller a cell, the larger its share of the row's targets (by the square root)."
-    return Chart(title, drawing, ["Target", *names], rows, note)
+    return Chart(
+        "Confusion matrix" if is_whole else f"Confusion matrix of the {len(chosen)} most confused classes",
+        ["Target", *names],
+        [[name, *map(number, row)] for name, row in zip(names, cells.tolist(), strict=True)],
+        Matrix(names, (cells / np.maximum(1, stats.support[chosen])[:, None]).tolist()),
+        f"Targets in rows, labels in columns. {labels[b]} is labeled as {labels[a]} {count:,} times.",
+        "The darker a cell, the larger its share of the row's targets (by the square root).",
+    )
 
 
 def _most_confused(stats: ClassStatistics) -> list[int]:
     """The classes that occur, if they are few; else those of the most frequent pairs, by class id."""
-    occur = np.flatnonzero(stats.count | stats.support)
+    occur: list[int] = np.flatnonzero(stats.count | stats.support).tolist()
     if len(occur) <= MOST_IN_MATRIX:
-        return [int(c) for c in occur]
-    chosen: dict[int, None] = {}
+        return occur
+    chosen: set[int] = set()
     for given, target, _ in stats.confusion.top(MOST_IN_MATRIX**2):
-        if len(chosen.keys() | {given, target}) <= MOST_IN_MATRIX:
-            chosen |= {given: None, target: None}
+        if len(chosen | {given, target}) <= MOST_IN_MATRIX:
+            chosen |= {given, target}
     return sorted(chosen)
 
 
-def comparison(found: Comparison, place: int) -> Section:
-    """How these labels differ from others: drift, and agreement where it was measured.
-
-    Args:
-        found: the other side first, this one second.
-        place: the number of this comparison in the page.
-    """
-    drift, agreement, labels = found.drift, found.agreement, found.drift.classes.labels
-    section = Section(f"against-{place}", f"Against {_other(found)}")
-    there = "all labels" if found.a.run is None else "what that run labelled and still stands"
-    section.facts["There"] = f"{there}: {found.a.name}"
-    section.facts["Here"] = "all labels" if found.b.run is None else "what this run labelled"
-    section.facts |= found.facts("there", "here")
-    section.charts += [_changed(drift, place), _score_drift(drift, place)]
-    if agreement is not None:
-        _add_agreement(section, agreement, labels)
+def gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:
+    """Images of the most frequent classes; None where there is no gallery."""
+    by_class: dict[int, list[Item]] = {}
+    for item in items:
+        by_class.setdefault(item.label_id, []).append(item)
+    if not by_class:
+        return None
+    shown = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))[:MOST_IN_GALLERY]
+    section = Section("gallery", "Samples")
+    section.gallery = [(by_class[label_id][0].label, by_class[label_id]) for label_id in shown]
+    note = "Images with the highest and the lowest confidence, with their scores."
+    if len(by_class) > len(shown):
+        note += f" Of the {len(shown)} most frequent classes; gallery.parquet has more."
+    section.notes.append(note)
     return section
 
 
-def _other(found: Comparison) -> str:
-    """What these labels are compared with, for a heading."""
-    a, b = found.a, found.b
-    if a.uri == b.uri:
-        if a.run is not None and b.run is not None:
-            return "the previous run"
-        return "all labels" if a.run is None else f"run {a.run}"
-    return a.folder if a.run is None else f"{a.folder}, run {a.run}"
-
-
-def _changed(drift: Drift, place: int) -> Chart:
-    chosen, labels = drift.most_changed(MOST_CHANGED), drift.classes.labels
-    names, parts = [labels[i] for i in chosen], drift.psi_parts
-    here, there = ([float(side[i]) for i in chosen] for side in (drift.fraction_b, drift.fraction_a))
-    some = list(zip(names, here, there, strict=True))[:5]
-    text = "; ".join(f"{name}: {percent(b)} here, {percent(a)} there" for name, b, a in some)
-    rows = [
-        [name, number(drift.count_b[i]), number(drift.count_a[i]), percent(b), percent(a), f"{parts[i]:.4f}"]
-        for i, name, b, a in zip(chosen, names, here, there, strict=True)
-    ]
-    columns = ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"]
-    title = "Classes whose share changed most"
-    series = [("here", here), ("there", there)]
-    drawing = bars(_told_apart(title, place), text, names, series, "share of the images", "{:.1%}".format)
-    return Chart(title, drawing, columns, rows)
-
-
-def _score_drift(drift: Drift, place: int) -> Chart:
-    here, there = (counts.sum(axis=0) / counts.sum() for counts in (drift.scores_b, drift.scores_a))
-    edges = np.linspace(0, 1, len(here) + 1)
-    rows = [
-        [f"{edges[i]:.1f} to {edges[i + 1]:.1f}", percent(here[i]), percent(there[i])]
-        for i in range(len(here))
-    ]
-    title, text = "Scores, here and there", f"The population stability index is {drift.score_psi:.4f}."
-    series = [("here", here), ("there", there)]
-    drawing = histogram(_told_apart(title, place), text, edges, series, "score", "{:.0%}".format)
-    return Chart(title, drawing, ["Score", "Share here", "Share there"], rows)
-
-
-def _add_agreement(section: Section, agreement: Agreement, labels: Sequence[str]) -> None:
-    rows = [
-        [labels[b], labels[a], number(count), percent(count / agreement.compared)]
-        for a, b, count in agreement.disagreements.top(MOST_PAIRS)
-    ]
-    if rows:
-        columns = ["Here", "There", "Images", "Of those compared"]
-        section.tables.append(Chart("Most frequent disagreements", "", columns, rows, names=2))
-    section.notes += _undercounted(agreement.disagreements)
-
-
-def _undercounted(pairs: PairCounts) -> list[str]:
-    return [pairs.note] if pairs.note else []
-
-
-def _told_apart(title: str, place: int) -> str:
-    """The title of a chart that several comparisons have."""
-    return title if place == 0 else f"{title} ({place + 1})"
+def run(record: Mapping[str, Any]) -> Section:
+    """The run's counts, and the versions of its software."""
+    counts = [[name.replace("_", " "), f"{value:,}"] for name, value in record.get("counts", {}).items()]
+    versions = [[name, str(value)] for name, value in record.get("versions", {}).items()]
+    section = Section("run", "The run")
+    section.notes.append(f"runs/{record.get('run')}.json has its whole configuration.")
+    section.charts.append(Chart("Counts of this run", ["What", "Number"], counts))
+    section.charts.append(Chart("Versions", ["Package", "Version"], versions))
+    return section
 
 
 def _listed(names: Sequence[str], values: Sequence[float], text: Callable[[float], str]) -> str:
-    """A chart's values in words, as far as one listens."""
+    """A chart's first values in words."""
     some = [f"{name}: {text(value)}" for name, value in list(zip(names, values, strict=True))[:10]]
     return "; ".join(some) + ("" if len(names) <= 10 else f"; and {len(names) - 10} more")

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline.classify.thumbnails import GALLERY_CLASSES
+from pipeline.classify import GALLERY_CLASSES
 from pipeline.commit import CLASS_STATS, Partition
-from pipeline.report import FILE_NAME as GALLERY
-from pipeline.report import Gallery, Item, make_report, read_gallery, write_gallery
+from pipeline.report import GALLERY_FILE, Gallery, Item, make_report, read_gallery, write_gallery
 from pipeline.run.job import Job
 from pipeline.statistics import ClassStatistics, Comparison, class_table
 from pipeline.storage import ObjectNotFound, StorageError
@@ -26,7 +25,7 @@ def has_unwanted(job: Job) -> bool:
     if job.config.report.gallery:
         return False
     try:
-        job.partition.storage.stat(f"{job.partition.uri}/{GALLERY}")
+        job.partition.storage.stat(f"{job.partition.uri}/{GALLERY_FILE}")
     except ObjectNotFound:
         return False
     return True
@@ -52,7 +51,7 @@ def update_gallery(
     """
     storage, uri, count = job.partition.storage, job.partition.uri, job.config.report.gallery
     if not count:
-        storage.delete(f"{uri}/{GALLERY}")
+        storage.delete(f"{uri}/{GALLERY_FILE}")
         return []
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
     items = (new or Gallery(count, ())).merged(read_gallery(storage, uri), gone, set(frequent))
@@ -73,7 +72,7 @@ def write_report(
         StorageError: the manifest can't be read, or the page not be written.
     """
     try:
-        page = make_report(stored, record, statistics, previous, gallery=gallery)
+        page = make_report(stored, record, statistics, [previous] if previous else [], gallery)
     except StorageError:
         raise
     except Exception:

@@ -35,7 +35,6 @@ CHECKPOINT = load_checkpoint("fashion-mnist")
 
 #: What a run imports when it needs it, which would be most of a child's time: their parent has it once.
 _PRELOADED = [
-    "matplotlib.backends.backend_svg",
     "pandas",
     "pipeline.dataflow.local_executor",
     "pipeline.report.sections",

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pytest
 import torch
 from PIL import Image
 
 from pipeline.classify import Thumbnails
 from pipeline.read import Chunk, Shard
-from pipeline.report import Gallery, Item, gallery, read_gallery, write_gallery
+from pipeline.report import Gallery, Item, read_gallery, write_gallery
 from pipeline.report.gallery import best_of
 from pipeline.storage import Storage
 
@@ -54,28 +53,28 @@ def shades(chunk: Chunk) -> dict[int, int]:
     }
 
 
-def test_of_each_class_the_surest_and_the_least_sure_get_thumbnails() -> None:
+def test_highest_and_lowest_confidence_of_a_class_get_thumbnails() -> None:
     chunk = classified([0.5, None, 0.9, 0.7, 0.6, 0.8], [0, 0, 0, 0, 0, 1])
     made = Thumbnails(1, 16, 2).added(with_pixels(chunk), chunk)
-    # In its turn 0.5 was the surest, too; 0.7 and 0.6 were neither.
+    # When it came, 0.5 had the highest score, too; 0.7 and 0.6 had neither.
     assert shades(made) == {0: 0, 2: 20, 5: 50}
     assert made.samples.drop_columns(["thumbnail"]).equals(chunk.samples)
 
 
-def test_a_tensor_gives_the_same_thumbnails_as_an_array() -> None:
+def test_tensor_gives_the_same_thumbnails_as_an_array() -> None:
     chunk = classified([0.5, None, 0.9], [0, 0, 0])
     decoded = with_pixels(chunk)
     on_device = replace(decoded, pixels=torch.tensor(decoded.pixels))
     assert shades(Thumbnails(1, 16, 1).added(on_device, chunk)) == {0: 0, 2: 20}
 
 
-def test_a_sample_for_which_the_model_failed_does_not_shift_the_others() -> None:
+def test_sample_without_a_label_does_not_shift_the_others() -> None:
     decoded = with_pixels(classified([0.5, 0.6, 0.9], [0, 0, 0]))
     failed = classified([0.5, None, 0.9], [0, 0, 0])
     assert shades(Thumbnails(2, 16, 1).added(decoded, failed)) == {0: 0, 2: 20}
 
 
-def test_the_longer_a_run_the_fewer_thumbnails_are_made() -> None:
+def test_fewer_thumbnails_are_made_the_longer_a_run_takes() -> None:
     chance, thumbnails, made = np.random.default_rng(0), Thumbnails(3, 16, 10), []
     for _ in range(20):
         chunk = classified(chance.random(500).tolist(), chance.integers(0, 10, 500).tolist())
@@ -86,15 +85,14 @@ def test_the_longer_a_run_the_fewer_thumbnails_are_made() -> None:
     assert sum(made[10:]) < made[0] / 2
 
 
-def test_of_many_classes_only_some_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "MOST_CLASSES", 2)
+def test_number_of_classes_is_limited() -> None:
     chunk = classified([0.5, 0.6, 0.7], [7, 3, 5])
-    assert set(shades(Thumbnails(1, 16, 9).added(with_pixels(chunk), chunk))) == {0, 1}
+    assert set(shades(Thumbnails(1, 16, 9, most_classes=2).added(with_pixels(chunk), chunk))) == {0, 1}
     shown = Gallery(1, SHARDS).merged([item(0.5, label=n) for n in (7, 3, 5)], set(), {7, 5})
     assert [one.label_id for one in shown] == [5, 7]
 
 
-def test_a_thumbnail_is_as_small_as_asked_for_and_no_larger_than_the_image() -> None:
+def test_thumbnail_is_not_larger_than_asked_for_or_than_the_image() -> None:
     chunk = classified([0.5], [0])
     for side, wanted in ((16, 16), (64, 40)):
         data = Thumbnails(1, side, 1).added(with_pixels(chunk), chunk).samples["thumbnail"][0].as_py()
@@ -109,7 +107,7 @@ def item(
     )
 
 
-def test_the_best_are_kept_at_each_end_and_an_image_is_at_one_only() -> None:
+def test_best_images_are_kept_at_one_end_each() -> None:
     both = [item(score, end) for score in (0.1, 0.2, 0.3, 0.4, 0.5) for end in ("most", "least")]
     kept = [(one.end, one.score) for one in best_of(both, 2)]
     assert kept == [("most", 0.5), ("most", 0.4), ("least", 0.1), ("least", 0.2)]
@@ -121,7 +119,7 @@ def arrive(kept: Gallery, chunk: Chunk) -> Chunk:
     return kept.take(Thumbnails(2, 16, 2).added(with_pixels(chunk), chunk))
 
 
-def test_what_is_shown_is_of_shards_that_are_committed() -> None:
+def test_gallery_shows_committed_shards_only() -> None:
     kept = Gallery(2, SHARDS)
     chunk = classified([0.5, None, 0.9], [0, 0, 1], start=10)
     assert arrive(kept, chunk).samples.equals(chunk.samples)
@@ -135,7 +133,7 @@ def test_what_is_shown_is_of_shards_that_are_committed() -> None:
     ]
 
 
-def test_what_a_second_attempt_brings_again_is_there_once() -> None:
+def test_thumbnails_of_a_retry_are_kept_once() -> None:
     kept = Gallery(2, SHARDS)
     for _ in range(2):
         arrive(kept, classified([0.5], [0]))
@@ -143,7 +141,7 @@ def test_what_a_second_attempt_brings_again_is_there_once() -> None:
     assert len(kept.merged([], set(), {0, 1})) == 1
 
 
-def test_what_was_there_stays_unless_its_shard_is_gone_or_labelled_anew() -> None:
+def test_earlier_thumbnails_stay_unless_their_shard_is_removed_or_relabeled() -> None:
     kept = Gallery(2, SHARDS)
     arrive(kept, classified([0.5], [0]))
     kept.settle("/in/a.tar", is_committed=True)
@@ -152,9 +150,8 @@ def test_what_was_there_stays_unless_its_shard_is_gone_or_labelled_anew() -> Non
     assert [(one.shard, round(one.score, 3)) for one in found] == [("/in/old.tar", 0.8), ("/in/a.tar", 0.5)]
 
 
-def test_the_driver_holds_few_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "_MOST_HELD", 10)
-    kept = Gallery(1, SHARDS)
+def test_number_of_thumbnails_in_memory_is_limited() -> None:
+    kept = Gallery(1, SHARDS, most_held=10)
     for number in range(50):
         arrive(kept, classified([0.3 + number / 100], [0], start=number))
         kept.settle("/in/a.tar", is_committed=True)
@@ -162,7 +159,7 @@ def test_the_driver_holds_few_however_many_come(monkeypatch: pytest.MonkeyPatch)
     assert [round(one.score, 2) for one in kept.merged([], set(), {0, 1})] == [0.79, 0.3]
 
 
-def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_gallery_is_read_as_it_was_written(tmp_path: Path) -> None:
     storage, items = Storage(), [item(0.5), item(0.25, "least")]
     assert read_gallery(storage, str(tmp_path)) == []
     write_gallery(storage, str(tmp_path), items)

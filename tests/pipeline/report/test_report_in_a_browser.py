@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from jobs.report import report
-from pipeline.classify.thumbnails import MOST
+from pipeline.classify import MOST
 from pipeline.report import Item, write_gallery
 from pipeline.storage import Storage
 from tests.makers import make_image

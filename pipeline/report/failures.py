@@ -1,0 +1,118 @@
+"""The section of the page about failures: samples without a label by cause, and shards that can't be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.commit import Partition
+from pipeline.predictions import read_predictions
+from pipeline.report.parts import Section
+from pipeline.statistics import Causes
+from pipeline.storage import Storage, StorageError
+from pipeline.text import counted
+
+#: Columns of the manifest that `read_causes` needs.
+SHARD_COLUMNS = ("uri", "errors", "output")
+
+#: Shards that can't be read, in the page; the manifest has all.
+MOST_UNREADABLE = 20
+
+_READERS = 16
+
+
+def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Section:
+    """Why samples of any run have no label, and which shards can't be read.
+
+    Args:
+        partition: has the prediction files.
+        manifest: the columns `errors` and `error` of its manifest.
+        max_files: prediction files that are read for the causes, at most.
+    """
+    failed = manifest["error"].drop_null()
+    errors = pc.sum(manifest["errors"]).as_py() or 0
+    section = Section("failures", "What failed")
+    if not errors and not len(failed):
+        section.notes.append("Nothing: every sample of every shard is labeled.")
+    if errors:
+        bad = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
+        section.notes.append(
+            f"{counted(errors, 'sample')} of {counted(bad, 'shard')} could not be labeled"
+            f"{_by_cause(section, partition, errors, bad, max_files)}"
+        )
+        source = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
+        section.query = (
+            f"SELECT shard, key, error FROM '{source}' WHERE error IS NOT NULL ORDER BY shard, \"index\""
+        )
+        section.query_note = "To list them all, with DuckDB:"
+    if len(failed):
+        section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
+        first = "" if len(section.unreadable) == len(failed) else f", the first {len(section.unreadable)}"
+        section.unreadable_note = (
+            f"{counted(len(failed), 'shard')} could not be read (manifest.parquet lists them{first}):"
+        )
+    return section
+
+
+def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max_files: int) -> str:
+    """Puts the causes into the section; returns the rest of the sentence that introduces them."""
+    shards = partition.manifest.labelled(SHARD_COLUMNS)
+    try:
+        causes, missing = read_causes(partition.storage, partition.uri, shards, max_files)
+    except StorageError as error:  # the report of a run is written all the same
+        return f". Their causes could not be read: {error}"
+    section.causes = causes.to_record()
+    note = ", by cause"
+    if bad > max_files or causes.count != errors:
+        note += f"; the causes are of {causes.count:,}"
+    if bad > max_files:
+        note += f", in the {counted(max_files, 'shard')} with the most errors"
+    if missing:
+        note += f"; missing prediction files: {missing:,}"
+    return f"{note}:"
+
+
+def read_causes(
+    storage: Storage, partition: str, shards: Iterable[pa.Table], max_files: int
+) -> tuple[Causes, int]:
+    """Reads the causes of errors from the prediction files with the most errors.
+
+    Args:
+        storage: access to the files.
+        partition: URI of the partition.
+        shards: the columns `SHARD_COLUMNS` of its manifest.
+        max_files: files that are read, at most.
+
+    Returns:
+        the causes, and the number of missing files.
+
+    Raises:
+        StorageError: a prediction file can't be read.
+    """
+    order = [("errors", "descending"), ("uri", "ascending")]
+    worst: list[dict[str, Any]] = []
+    for table in shards:
+        bad = table.filter(pc.greater(table["errors"], 0))
+        bad = pa.concat_tables([pa.Table.from_pylist(worst, bad.schema), bad])
+        worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()
+
+    def read(row: Mapping[str, Any]) -> Causes | None:
+        found = read_predictions(storage, f"{partition}/{row['output']}", ["key", "error"])
+        if found is None:
+            return None
+        causes = Causes()
+        causes.add(row["uri"], found[1])
+        return causes
+
+    total, missing = Causes(), 0
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="causes") as pool:
+        for causes in pool.map(read, worst):
+            if causes is None:
+                missing += 1
+            else:
+                total.merge(causes)
+    return total, missing

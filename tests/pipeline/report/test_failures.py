@@ -1,0 +1,65 @@
+"""The causes of errors, read from prediction files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.commit import Manifest
+from pipeline.report.failures import SHARD_COLUMNS, read_causes
+from pipeline.statistics import Causes
+from pipeline.statistics.causes import MOST_KEYS
+from pipeline.storage import Storage, StorageError
+from tests.partitions import make_predictions, write_partition
+
+
+def test_files_with_the_most_errors_are_read(tmp_path: Path) -> None:
+    uri, storage = str(tmp_path / "model=m-ffffffff"), Storage()
+    days = [
+        {
+            f"/in/{day}-{bad}.tar": make_predictions(
+                f"/in/{day}-{bad}.tar", ["a"], [0, *[None] * bad], error=f"{bad} bytes, day '{day}'"
+            )
+            for bad in range(4)
+        }
+        for day in "xy"
+    ]
+    write_partition(storage, uri, ["a"], days)
+    for path in Path(uri).rglob("?-0.tar.parquet"):
+        path.write_bytes(b"without errors: nobody looks at it")
+    manifest = Manifest(storage, uri, 1)
+
+    def causes(most: int) -> Causes:
+        found, missing = read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), most)
+        assert missing == 0
+        return found
+
+    [found] = causes(100).to_record()
+    assert (found["cause"], found["count"]) == ("N bytes, day '...'", 2 * (1 + 2 + 3))
+    assert found["samples"][0] == {"shard": "/in/x-3.tar", "key": "k1", "error": "3 bytes, day 'x'"}
+    assert len(found["samples"]) == MOST_KEYS
+    assert causes(3).count == 3 + 3 + 2
+    [path] = Path(uri).rglob("x-3.tar.parquet")
+    path.unlink()
+    without, missing = read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), 100)
+    assert (without.count, missing) == (2 * (1 + 2 + 3) - 3, 1)
+    path.write_bytes(b"of somebody else")
+    with pytest.raises(StorageError, match=r"x-3\.tar\.parquet: not a prediction file"):
+        causes(100)
+
+
+def test_copy_of_a_partition_has_the_same_causes(tmp_path: Path) -> None:
+    """The manifest has the object versions of the original."""
+    uri, copy = (str(tmp_path / name / "model=m-ffffffff") for name in ("there", "copy"))
+    predictions = make_predictions("/in/a.tar", ["a"], [0, None, None], error="3 bytes")
+    write_partition(Storage(), uri, ["a"], [{"/in/a.tar": predictions}])
+    shutil.copytree(uri, copy, copy_function=shutil.copyfile)
+    records = []
+    for each in (uri, copy):
+        shards = Manifest(Storage(), each, 1).labelled(SHARD_COLUMNS)
+        found, missing = read_causes(Storage(), each, shards, 100)
+        assert (found.count, missing) == (2, 0)
+        records.append(found.to_record())
+    assert records[0] == records[1]
