@@ -1,69 +1,60 @@
-"""The Airflow example's own logic against a real cluster, without Airflow."""
+"""The Airflow example: its command is one that `cvt-label submit` takes, and Airflow loads it."""
 
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime, timedelta, timezone
+import runpy
+import shlex
+import sys
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import jinja2
 import pytest
+import typer
 
-from configs import airflow_dag
-from configs.airflow_dag import JobFailed, job_name, label_once
+from jobs.console import make_app
+from jobs.submit import submit
+from pipeline.config import Config, load_config
+from pipeline.schedule import Submission
 
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
-
-@pytest.fixture(scope="module")
-def client(cluster: str) -> JobSubmissionClient:
-    from ray.job_submission import JobSubmissionClient
-
-    return JobSubmissionClient(cluster)
+DAG = Path(__file__).parents[2] / "configs" / "airflow_dag.py"
 
 
-def test_a_date_has_one_name_wherever_it_is_told() -> None:
-    moment = datetime(2026, 11, 23, 2, tzinfo=UTC)
-    assert job_name("label-images", moment) == "label-images-20261123T0200"
-    assert job_name("label-images", moment.astimezone(timezone(timedelta(hours=9)))) == job_name(
-        "label-images", moment
-    )
+def test_command_of_the_dag_submits_one_tick_per_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[dict[str, Any]] = []
+    sdk, bash = ModuleType("airflow.sdk"), ModuleType("airflow.providers.standard.operators.bash")
+    sdk.DAG = lambda *_, **__: nullcontext()  # type: ignore[attr-defined]
+    bash.BashOperator = lambda **options: tasks.append(options)  # type: ignore[attr-defined]
+    parts = bash.__name__.split(".")
+    for name in (".".join(parts[:count]) for count in range(1, len(parts))):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for module in (sdk, bash):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    runpy.run_path(str(DAG))
+    (task,) = tasks
+    assert task["append_env"] is True  # the cluster's address and token come from the environment
 
-
-def test_a_date_runs_once_however_often_it_is_asked_for(client: JobSubmissionClient, tmp_path: Path) -> None:
-    ran = tmp_path / "ran"
-    # The variable that is to reach Ray's supervisor of the job does.
-    entrypoint = f'test "$RAY_JOB_STOP_WAIT_TIME_S" = 80 && echo once >> {ran}'
-    assert label_once(client, "night", entrypoint) == "night-1"
-    assert label_once(client, "night", f"echo twice >> {ran}") == "night-1"
-    assert ran.read_text() == "once\n"
-
-
-def test_a_job_that_is_running_is_followed_and_not_started_again(
-    client: JobSubmissionClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ran = tmp_path / "ran"
-    client.submit_job(entrypoint=f"sleep 3; echo awake; echo once >> {ran}", submission_id="long-1")
-    with caplog.at_level("INFO"):
-        assert label_once(client, "long", f"echo twice >> {ran}") == "long-1"
-    assert ran.read_text() == "once\n"
-    assert "awake" in caplog.messages
-
-
-def test_a_job_that_failed_fails_the_task_and_the_next_try_is_another_job(
-    client: JobSubmissionClient, tmp_path: Path
-) -> None:
-    with pytest.raises(JobFailed, match="job bad-1: FAILED, exit status 3") as caught:
-        label_once(client, "bad", "exit 3")
-    assert caught.value.exit_status in airflow_dag.HOPELESS
-    assert label_once(client, "bad", "exit 0") == "bad-2"
-    assert label_once(client, "bad", "exit 3") == "bad-2"
+    context = {
+        "dag_run": SimpleNamespace(run_after=datetime(2026, 11, 23, 2, tzinfo=UTC)),
+        "task_instance": SimpleNamespace(try_number=2),
+    }
+    words = shlex.split(jinja2.Template(task["bash_command"]).render(context))
+    assert words[:3] == ["exec", "cvt-label", "submit"]
+    app = make_app()
+    app.command()(submit)
+    parsed = typer.main.get_command(app).make_context("submit", words[3:]).params
+    assert parsed["wait"] is True
+    config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist"])
+    assert Submission(config, parsed["tick"]).id.endswith("-20261123T0200-2")
 
 
 def test_airflow_loads_the_dag() -> None:
     airflow_models = pytest.importorskip("airflow.dag_processing.dagbag", reason="Airflow is not installed")
-    bag = airflow_models.DagBag(os.fspath(Path(airflow_dag.__file__)))
+    bag = airflow_models.DagBag(os.fspath(DAG))
     assert not bag.import_errors
     (dag,) = bag.dags.values()
     assert [task.task_id for task in dag.tasks] == ["label"]
