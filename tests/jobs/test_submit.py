@@ -28,7 +28,7 @@ from pipeline.schedule import JobClient, Submission, minute_tick
 from pipeline.schedule.client import AlreadySubmittedError, StillRunningError
 from pipeline.schedule.submission import CONFIG_VARIABLE
 from pipeline.storage import Storage
-from tests.command import cvt_label
+from tests.command import cvt_label_process
 from tests.makers import make_image, make_tar
 from tests.ray_head import RAY, REPOSITORY
 
@@ -116,7 +116,7 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
     options = ["--config", job, "--address", cluster, "--set", "output.topk=3", "--tick", "night-1"]
-    done = cvt_label("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
+    done = cvt_label_process("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "10 in 1 shards" in done.stdout
     assert "2 of 2 shards" in done.stdout  # progress
@@ -210,7 +210,7 @@ def test_an_unknown_job_ends_with_4(cluster: str) -> None:
 def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp_path: Path) -> None:
     # In processes of their own: Ray reads the token once.
     for environment in ({"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        done = cvt_label("status", "--address", cluster, **environment)
+        done = cvt_label_process("status", "--address", cluster, **environment)
         assert done.returncode == 4, done.stderr
         assert "the cluster asks for a token" in done.stderr
         assert "Traceback" not in done.stderr
@@ -258,7 +258,7 @@ def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
         address = f"http://127.0.0.1:{server.server_address[1]}"
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "planted\nsecret"}
-        done = cvt_label("status", "--address", address, **environment)
+        done = cvt_label_process("status", "--address", address, **environment)
     assert done.returncode == 4, done.stderr
     assert "the token in RAY_AUTH_TOKEN holds a line break" in done.stderr
     assert "planted" not in done.stdout + done.stderr

@@ -36,6 +36,9 @@ Members = list[tuple[str, bytes]]
 Snapshot = Path | dict[str, bytes]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def members() -> Members:
     """Images and labels of a tar, 120 samples."""
@@ -196,9 +199,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def every(request: pytest.FixtureRequest, place: Place) -> int:
+def every(place: Place) -> int:
     """1 to die at every write; in a bucket, where writes take longer, 8 for every eighth."""
-    return 1 if place.root.startswith("/") or request.config.getoption("--every-crash-point") else 8
+    return 1 if place.root.startswith("/") else 8
 
 
 def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_the_rest(
