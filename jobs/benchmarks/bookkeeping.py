@@ -18,9 +18,18 @@ import pyarrow as pa
 import typer
 from rich.table import Table
 
+from cvt.inference import EngineOutput
 from jobs.console import out, run_alone
 from pipeline.classify import classify
-from pipeline.commit import Committer, Manifest, ManifestRow, ManifestWriter, Partition, reconcile
+from pipeline.commit import (
+    Committer,
+    Manifest,
+    ManifestRow,
+    ManifestWriter,
+    Partition,
+    PredictionWriter,
+    reconcile,
+)
 from pipeline.config import LABEL_NEW
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, Shard, ShardListing
@@ -152,16 +161,9 @@ def _commit(folder: str, rows: int) -> Figure:
     plan = [Shard(_uri(number), _version(number), "webdataset", 10**9) for number in range(shards)]
     manifest = Manifest(Storage(), f"{folder}/committed", _CLASSES)
     writer = ManifestWriter(manifest, interval=30)
-    committer = Committer(
-        Partition(Storage(), f"{folder}/committed", options.labels),
-        "f" * 64,
-        options,
-        plan,
-        "run",
-        expected={},
-        is_current=lambda shard: True,
-        on_commit=writer.add,
-    )
+    partition = Partition(Storage(), f"{folder}/committed", options.labels)
+    files = PredictionWriter(partition, "f" * 64, options, "run", {}, lambda shard: True)
+    committer = Committer(files, plan, writer.add)
     early = None
     start = time.perf_counter()
     with committer:
@@ -199,21 +201,15 @@ def _result(seed: int, options: PredictionOptions) -> pa.Table:
     return classify(Chunk(0, 0, samples, pixels=pixels), _Random(generator), options).samples
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    logits: np.ndarray
-    embeddings: np.ndarray
-
-
 class _Random:
     """A model that knows nothing."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self._generator = generator
 
-    def __call__(self, images: np.ndarray) -> _Outputs:
+    def __call__(self, images: np.ndarray) -> EngineOutput:
         logits = self._generator.normal(0, 3, (len(images), _CLASSES)).astype(np.float32)
-        return _Outputs(logits, logits[:, :1])
+        return EngineOutput(logits, logits[:, :1])
 
 
 def _peak_mib() -> float:

@@ -1,14 +1,14 @@
 """Classifying a chunk: pixels in, the columns of a prediction out. Knows nothing of Ray.
 
-The model is reached through one small interface, `Backend`: another one fits behind it.
+The model is a function, `Backend`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,30 +21,15 @@ from pipeline.text import one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cvt.inference import EngineOutput
+
 
 logger = logging.getLogger("cvt_label")
 
 
-class Outputs(Protocol):
-    """What a backend gives: logits float32 (n, classes) and embeddings float32 (n, width)."""
-
-    @property
-    def logits(self) -> np.ndarray:
-        """Float32 (n, classes)."""
-
-    @property
-    def embeddings(self) -> np.ndarray:
-        """Float32 (n, width)."""
-
-
-class Backend(Protocol):
-    """A model: uint8 images (n, height, width, 3) in, logits and embeddings out.
-
-    Images are an array, or what decoding put on the model's device: `classify` only slices them.
-    """
-
-    def __call__(self, images: Any) -> Outputs:
-        """Classifies n images, n from 1 up."""
+#: A model: uint8 images (n, height, width, 3) in, n from 1 up, logits and embeddings out. Images are an
+#: array, or a tensor that decoding has put on the model's device: `classify` only slices them.
+Backend = Callable[[Any], "EngineOutput"]
 
 
 def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chunk:
@@ -92,7 +77,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
 
 def _bisected(
     backend: Backend, pixels: np.ndarray | Tensor, failures: dict[int, Exception], start: int = 0
-) -> Iterator[Outputs]:
+) -> Iterator[EngineOutput]:
     """The model's outputs for those images for which it doesn't fail; the others go to `failures`."""
     try:
         outputs = backend(pixels)

@@ -8,6 +8,7 @@ from pipeline.commit.lease import Lease, LeaseHandle, LeaseHeldError, LeaseLostE
 from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
+from pipeline.commit.prediction_files import PredictionWriter
 from pipeline.commit.record import RunRecord, new_run_id, read_record
 from pipeline.commit.recovery import (
     Repairs,
@@ -30,6 +31,7 @@ __all__ = [
     "ManifestRow",
     "ManifestWriter",
     "Partition",
+    "PredictionWriter",
     "Progress",
     "Repairs",
     "RunRecord",

@@ -12,7 +12,7 @@ The order of a commit:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,9 +20,7 @@ from types import TracebackType
 
 from pipeline.commit.assembly import IncompleteShardError, OpenShard, count_errors
 from pipeline.commit.manifest import ManifestRow
-from pipeline.commit.partition import Partition
 from pipeline.commit.prediction_files import CommittedShard, PredictionWriter
-from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import COMMIT, Causes, StageMetrics, add_metrics
 
@@ -80,36 +78,15 @@ class Committer:
     """
 
     def __init__(
-        self,
-        partition: Partition,
-        fingerprint: str,
-        options: PredictionOptions,
-        plan: Sequence[Shard],
-        run: str,
-        *,
-        expected: Mapping[str, str],
-        is_current: Callable[[Shard], bool],
-        on_commit: Callable[[ManifestRow], None],
-        before_group: Callable[[], None] = lambda: None,
+        self, writer: PredictionWriter, plan: Sequence[Shard], on_commit: Callable[[ManifestRow], None]
     ) -> None:
         """Args:
-        partition: where the files go.
-        fingerprint: hash over everything that determines a label.
-        options: what the prediction columns hold.
+        writer: of the prediction files.
         plan: the shards, by the number that their chunks carry.
-        run: id of the run.
-        expected: by URI of a shard, the version of the prediction file that it has already.
-        is_current: tells whether the input still has this version of a shard; called where another run
-            has meanwhile labeled another version of it.
         on_commit: called with the manifest row of each shard that is done, in this thread.
-        before_group: called before the labels of a group of image files are written, in any thread;
-            raises if they must not be written. Another run may have grouped the images differently, so that
-            an overtaken run's labels would be there twice; tars and Parquet files don't share samples.
         """
         self.totals = Totals()
-        self._writer = PredictionWriter(
-            partition, fingerprint, options, run, expected, is_current, before_group
-        )
+        self._writer = writer
         self._on_commit = on_commit
         self._accepts_new = True
         self._plan = plan

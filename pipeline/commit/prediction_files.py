@@ -49,7 +49,8 @@ class PredictionWriter:
         expected: by URI of a shard, the version of the prediction file that it has already.
         is_current: tells whether the input still has this version of a shard.
         before_group: called before the labels of a group of image files are written; raises if they must
-            not be written.
+            not be written. Another run may have grouped the images differently, so that an overtaken run's
+            labels would be there twice; tars and Parquet files don't share samples.
     """
 
     partition: Partition
@@ -58,7 +59,7 @@ class PredictionWriter:
     run: str
     expected: Mapping[str, str]
     is_current: Callable[[Shard], bool]
-    before_group: Callable[[], None]
+    before_group: Callable[[], None] = lambda: None
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
         """Writes the prediction file of a complete shard; a shard that can't be read gets none.

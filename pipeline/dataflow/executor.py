@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from pipeline.commit import Totals
 from pipeline.config import IN_PROCESS, RayConfig
 from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.resources import ResourceRequest, Resources
 from pipeline.dataflow.stages import Stages
 from pipeline.read import Chunk, Shard
 
-
-class Metrics(Protocol):
-    """Live metrics of a run, for monitoring."""
-
-    def chunk(self, chunk: Chunk) -> None:
-        """Takes note of a labeled chunk."""
-
-    def update(self, totals: Totals, retries: Mapping[str, int]) -> None:
-        """Takes note of what is committed, and of storage operations tried again, by kind of failure."""
+if TYPE_CHECKING:
+    from pipeline.dataflow.metrics import RunMetrics
 
 
 class Executor(Protocol):
@@ -39,8 +31,8 @@ class Executor(Protocol):
     ) -> Generator[Chunk, None, None]:
         """Yields the labeled chunks of all shards, without pixels, in any order."""
 
-    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> Metrics:
-        """Live metrics of a run that labels `planned` shards of `dataset`."""
+    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics | None:
+        """Live metrics of a run that labels `planned` shards; None where they are not collected."""
 
 
 @contextmanager

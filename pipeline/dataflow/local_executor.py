@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
-from pipeline.commit import Totals
 from pipeline.config import ConfigError
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, Stages
@@ -23,16 +22,6 @@ _WAITING_RESULTS = 2
 
 #: Seconds that a run that is given up waits for its threads, each of which finishes its chunk.
 _JOIN_S = 10.0
-
-
-class NoMetrics:
-    """Metrics that nobody collects."""
-
-    def chunk(self, chunk: Chunk) -> None:
-        """Does nothing."""
-
-    def update(self, totals: Totals, retries: Mapping[str, int]) -> None:
-        """Does nothing."""
 
 
 class LocalExecutor:
@@ -61,9 +50,8 @@ class LocalExecutor:
         finally:
             run.stop()
 
-    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> NoMetrics:
+    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
         """None are collected."""
-        return NoMetrics()
 
 
 class _Run:
@@ -75,11 +63,13 @@ class _Run:
         self._decode = stages.decoding if resources.decoders else None
         self._classify = Classifier(stages, resources)
         # Readers share the shards; a reader reads for one thread at a time.
-        numbered = _Shared(enumerate(shards))
+        numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
+        for item in (*enumerate(shards), *[None] * readers):
+            numbered.put(item)
         read = stages.reading(resources)
         self._readers = queue.SimpleQueue[Iterator[Chunk] | None]()
         for _ in range(readers):
-            self._readers.put(read(numbered))
+            self._readers.put(read(iter(numbered.get, None)))
         self._open_readers = readers
         self._lock = threading.Lock()
         self._stopped = False
@@ -140,18 +130,3 @@ class _Run:
                     break
         self._readers.put(None)  # for the other threads
         return None
-
-
-class _Shared:
-    """An iterator for several threads."""
-
-    def __init__(self, items: Iterator[tuple[int, Shard]]) -> None:
-        self._items = items
-        self._lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[tuple[int, Shard]]:
-        return self
-
-    def __next__(self) -> tuple[int, Shard]:
-        with self._lock:
-            return next(self._items)

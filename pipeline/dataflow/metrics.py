@@ -58,20 +58,19 @@ class RunMetrics:
         ).set_default_tags(self._tags)
         self._counted: dict[tuple[str, ...], float] = {}
 
-    def chunk(self, chunk: Chunk) -> None:
-        """Notes how long a chunk's batches took."""
-        classifying = chunk.metrics[CLASSIFY]
-        batches = math.ceil(classifying.images / self._batch_size)
-        for _ in range(batches):
-            self._batches.observe(classifying.busy_s / batches)
-
-    def update(self, totals: Totals, retries: Mapping[str, int]) -> None:
+    def update(self, totals: Totals, retries: Mapping[str, int], chunk: Chunk | None) -> None:
         """Raises the counters to the current state of the run.
 
         Args:
             totals: what is committed.
             retries: storage operations that were tried again, by kind of failure.
+            chunk: has arrived since the last call.
         """
+        if chunk is not None:
+            classifying = chunk.metrics[CLASSIFY]
+            batches = math.ceil(classifying.images / self._batch_size)
+            for _ in range(batches):
+                self._batches.observe(classifying.busy_s / batches)
         unreadable = len(totals.unreadable)
         self._grow(self._images, totals.images - totals.errors, outcome="labelled")
         self._grow(self._images, totals.errors, outcome="error")

@@ -1,15 +1,16 @@
 """What each stage does to a chunk: read, decode, classify. Every executor runs these.
 
-    shards -> ReadStep -> DecodeStep -> Classifier -> labeled chunks
+    shards -> read_step -> decode_step -> Classifier -> labeled chunks
 
 Nothing here knows which executor runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cvt.preprocessing import Preprocessor
@@ -28,65 +29,45 @@ if TYPE_CHECKING:
     from pipeline.decode.gpu import GpuDecoder
 
 
-@dataclass(frozen=True)
-class ReadStep:
-    """Reads shards in chunks.
+#: Yields the chunks of numbered shards, one shard after the other.
+ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
+DecodeStep = Callable[[Chunk], Chunk]
+
+
+def read_step(
+    shards: Iterable[tuple[int, Shard]],
+    *,
+    storage: Storage,
+    options: ReadOptions,
+    max_images: int,
+    max_bytes: int,
+) -> Iterator[Chunk]:
+    """Reads numbered shards in chunks of so many images and encoded bytes at most.
 
     Pure: versions are pinned, so that a second attempt yields the same chunks.
-
-    Attributes:
-        storage: access to the shards.
-        options: of the readers.
-        max_images: samples in a chunk, at most.
-        max_bytes: encoded bytes in a chunk, at most.
     """
-
-    storage: Storage
-    options: ReadOptions
-    max_images: int
-    max_bytes: int
-
-    def __call__(self, shards: Iterable[tuple[int, Shard]]) -> Iterator[Chunk]:
-        """Yields the chunks of numbered shards, one shard after the other."""
-        meter, before, connected = Meter(), retries(), False
-        for number, shard in shards:
-            if not connected:
-                with suppress(StorageError):  # the reader meets the same error, and reports it
-                    self.storage.connect(shard.uri)
-                meter, connected = Meter(), True
-            samples = read_samples(self.storage, shard, self.options)
-            chunks = cut_into_chunks(samples, number, self.max_images, self.max_bytes)
-            while True:
-                with meter:
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    break
-                now = retries()
-                metrics = meter.take(chunk.samples.num_rows, chunk.encoded_bytes)
-                yield replace(chunk, retries=now - before, metrics={STORAGE: metrics})
-                before = now
+    meter, before = Meter(), retries()
+    for number, shard in shards:
+        with suppress(StorageError):  # the reader meets the same error, and reports it
+            storage.connect(shard.uri)
+        chunks = cut_into_chunks(read_samples(storage, shard, options), number, max_images, max_bytes)
+        while True:
+            with meter:
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
+            now = retries()
+            metrics = meter.take(chunk.samples.num_rows, chunk.encoded_bytes)
+            yield replace(chunk, retries=now - before, metrics={STORAGE: metrics})
+            before = now
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """Decodes chunks on the CPU.
-
-    Attributes:
-        preprocessor: makes the model's input of an image.
-        max_pixels: larger images are an error.
-        fast: decode large JPEGs at a fraction of their size.
-    """
-
-    preprocessor: Preprocessor
-    max_pixels: int
-    fast: bool = False
-
-    def __call__(self, chunk: Chunk) -> Chunk:
-        """The chunk with pixels instead of encoded images."""
-        meter = Meter()
-        with meter:
-            decoded = decode_chunk(chunk, self.preprocessor, self.max_pixels, self.fast)
-        return replace(decoded, metrics=_with_decoding(meter, chunk, decoded))
+def decode_step(chunk: Chunk, *, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
+    """Decodes a chunk on the CPU; see `decode_chunk`."""
+    meter = Meter()
+    with meter:
+        decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
+    return replace(decoded, metrics=_with_decoding(meter, chunk, decoded))
 
 
 def _with_decoding(meter: Meter, chunk: Chunk, decoded: Chunk) -> Mapping[str, StageMetrics]:
@@ -125,12 +106,23 @@ class Stages:
 
     def reading(self, resources: Resources) -> ReadStep:
         """The first stage."""
-        return ReadStep(self.storage, self.read_options, resources.chunk_images, resources.chunk_bytes)
+        return partial(
+            read_step,
+            storage=self.storage,
+            options=self.read_options,
+            max_images=resources.chunk_images,
+            max_bytes=resources.chunk_bytes,
+        )
 
     @property
     def decoding(self) -> DecodeStep:
         """The second stage, where the CPU decodes."""
-        return DecodeStep(self.checkpoint.preprocessor, self.max_image_pixels, self.fast_decoding)
+        return partial(
+            decode_step,
+            preprocessor=self.checkpoint.preprocessor,
+            max_pixels=self.max_image_pixels,
+            fast=self.fast_decoding,
+        )
 
 
 class Classifier:

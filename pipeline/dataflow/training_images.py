@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ from ray.data import DataContext
 
 from cvt.preprocessing import Preprocessor
 from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource
-from pipeline.dataflow.stages import DecodeStep, ReadStep
+from pipeline.dataflow.stages import read_step
+from pipeline.decode import decode_chunk
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
 
@@ -32,25 +34,25 @@ def labelled_images(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 128 * 1024**2  # here rows are samples, not chunks
-    read = ReadStep(storage, read_options, max_images=512, max_bytes=64 * 1024**2)
+    read = partial(read_step, storage=storage, options=read_options, max_images=512, max_bytes=64 * 1024**2)
     source = ShardSource(plan, ray.put(read), AttemptLimit(most=4))
     chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
     return chunks.map_batches(
         _labelled_rows,
         batch_size=None,
         batch_format="pyarrow",
-        fn_args=(DecodeStep(preprocessor, max_pixels),),
+        fn_args=(preprocessor, max_pixels),
         num_cpus=0.5,
     )
 
 
-def _labelled_rows(block: pa.Table, decode: DecodeStep) -> pa.Table:
-    width = decode.preprocessor.size**2 * 3
+def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
+    width = preprocessor.size**2 * 3
     images, targets = [np.empty((0, width), np.uint8)], [pa.array([], pa.int32())]
     for chunk in Chunk.from_block(block):
         if chunk.error is not None:
             raise ValueError(chunk.error)
-        decoded = decode(chunk)
+        decoded = decode_chunk(chunk, preprocessor, max_pixels)
         assert isinstance(decoded.pixels, np.ndarray)
         good = decoded.samples.filter(pc.is_null(decoded.samples["error"]))
         has_target = pc.is_valid(good["target"])

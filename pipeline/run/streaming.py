@@ -9,9 +9,18 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 
-from pipeline.commit import WRITERS, Committer, Lease, ManifestRow, ManifestWriter, Progress, RunRecord
+from pipeline.commit import (
+    WRITERS,
+    Committer,
+    Lease,
+    ManifestRow,
+    ManifestWriter,
+    PredictionWriter,
+    Progress,
+    RunRecord,
+)
 from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor
-from pipeline.read import Shard, list_shards
+from pipeline.read import Chunk, Shard, list_shards
 from pipeline.report import Gallery
 from pipeline.run.preparing import PreparedRun
 from pipeline.run.recording import Clock
@@ -57,17 +66,16 @@ class ShardStream:
             removed: shards whose prediction files the run has removed: they are no longer expected.
         """
         job, plan = self._result.job, self._prepared.plan
-        committer = Committer(
+        writer = PredictionWriter(
             job.partition,
             job.fingerprint,
             job.prediction_options,
-            plan.shards,
             self._result.run,
             expected={uri: version for uri, version in plan.expected.items() if uri not in removed},
             is_current=partial(_is_current, job.storage, job.config.input.format),
-            on_commit=self._note_commit,
             before_group=self._lease.verify,
         )
+        committer = Committer(writer, plan.shards, self._note_commit)
         self._result.totals = committer.totals
         with (
             open_executor(job.config.ray) as executor,
@@ -98,8 +106,9 @@ class ShardStream:
             job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
         )
 
-        def note_progress() -> None:
-            metrics.update(committer.totals, retries() - faults_before + committer.totals.retries)
+        def note_progress(chunk: Chunk | None = None) -> None:
+            if metrics is not None:
+                metrics.update(committer.totals, retries() - faults_before + committer.totals.retries, chunk)
             self._on_progress(committer.progress(), self._prepared)
 
         chunks = executor.label(plan.shards, job.stages, resources)
@@ -111,8 +120,7 @@ class ShardStream:
                 if stop.requested:
                     committer.wind_down()
                 committer.add(self._gallery.take(chunk))
-                metrics.chunk(chunk)
-                note_progress()
+                note_progress(chunk)
                 self._lease.check()
                 if stop.requested and not committer.open_shards:
                     break

@@ -1,7 +1,6 @@
 """Runs of the job in child processes that die at a chosen storage write.
 
-The stages, planning, commit and bookkeeping are the real ones; only Ray is left out, which takes no part
-in what is written, so that hundreds of runs take a minute.
+They run without Ray, which takes no part in what is written.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -21,21 +19,21 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from cvt.checkpoints import load_checkpoint
 from pipeline.commit import committer as committing
 from pipeline.commit import lease, manifest_writer
 from pipeline.config import Config, Selection, load_config
-from pipeline.dataflow.local_executor import LocalExecutor
-from pipeline.run import labeling, make_job, rebuild, streaming
+from pipeline.run import labeling, make_job, rebuild
 from pipeline.storage import Storage
 from tests.runs import IN_PROCESS, small_groups
 
 torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
-CHECKPOINT = load_checkpoint("fashion-mnist")
 
 #: What a run imports when it needs it, which would be most of a child's time: their parent has it once.
 _PRELOADED = [
     "pandas",
+    "cvt.checkpoints",
+    "cvt.counting",
+    "cvt.inference.engine",
     "pipeline.dataflow.local_executor",
     "pipeline.report.sections",
 ]
@@ -54,11 +52,6 @@ class Crash:
     moment: Moment
 
 
-@contextmanager
-def _local_executor(settings: Any) -> Iterator[LocalExecutor]:
-    yield LocalExecutor()
-
-
 def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[..., Any]:
     @functools.wraps(action)
     def act(*args: Any, **options: Any) -> Any:
@@ -73,16 +66,6 @@ def _dying(action: Callable[..., Any], crash: Crash, done: Any) -> Callable[...,
         return result
 
     return act
-
-
-def leave_out_ray(patch: pytest.MonkeyPatch) -> None:
-    """Lets `label` do in this process what it does on a cluster, with groups of few images.
-
-    For tests that don't say so in their configuration (`tests.runs`).
-    """
-    patch.setattr(streaming, "open_executor", _local_executor)
-    patch.setattr("cvt.checkpoints.load_checkpoint", lambda path, revision, labels: CHECKPOINT)
-    small_groups(patch)
 
 
 def _run(

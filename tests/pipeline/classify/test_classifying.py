@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cvt.inference import EngineOutput
 from pipeline.classify import classify
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk
@@ -15,19 +16,13 @@ from pipeline.read import Chunk
 LABELS = ("zero", "one", "two", "three")
 
 
-@dataclass
-class Outputs:
-    logits: np.ndarray
-    embeddings: np.ndarray
-
-
 class Backend:
     """Logits that follow from the pixels: the first four values of the first row."""
 
-    def __call__(self, images: np.ndarray) -> Outputs:
+    def __call__(self, images: np.ndarray) -> EngineOutput:
         values = images[:, 0, :4, 0].astype(np.float32)
         values[values == 255] = np.nan
-        return Outputs(values, values[:, :3] / 8)
+        return EngineOutput(values, values[:, :3] / 8)
 
 
 def options(topk: int = 3, embedding: str = "none") -> PredictionOptions:
@@ -103,7 +98,7 @@ def test_very_large_logits_do_not_overflow() -> None:
 class Fragile(Backend):
     """A model that fails for whole batches if one of their images starts with 200."""
 
-    def __call__(self, images: np.ndarray) -> Outputs:
+    def __call__(self, images: np.ndarray) -> EngineOutput:
         if (images[:, 0, 0, 0] == 200).any():
             raise RuntimeError("shape mismatch")
         return super().__call__(images)
@@ -128,7 +123,7 @@ def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labell
 
 def test_pixels_may_be_a_tensor_on_the_device_of_the_model() -> None:
     class OnDevice(Fragile):
-        def __call__(self, images: Any) -> Outputs:
+        def __call__(self, images: Any) -> EngineOutput:
             assert isinstance(images, torch.Tensor)
             assert images.dtype == torch.uint8
             return super().__call__(images.numpy())
@@ -146,7 +141,7 @@ def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:
     class Breaking(Backend):
         calls = 0
 
-        def __call__(self, images: np.ndarray) -> Outputs:
+        def __call__(self, images: np.ndarray) -> EngineOutput:
             self.calls += 1
             if self.calls != 2:
                 raise RuntimeError("device lost")
@@ -159,7 +154,7 @@ def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_model_that_fails_for_a_black_image_too_is_no_fault_of_the_images(count: int) -> None:
     class Broken(Backend):
-        def __call__(self, images: np.ndarray) -> Outputs:
+        def __call__(self, images: np.ndarray) -> EngineOutput:
             raise RuntimeError("device lost")
 
     with pytest.raises(RuntimeError, match="device lost"):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.classify import classify
-from pipeline.commit import Committer, Manifest, ManifestRow, Partition, Progress
+from pipeline.commit import Committer, Manifest, ManifestRow, Partition, PredictionWriter, Progress
 from pipeline.commit.assembly import IncompleteShardError
 from pipeline.predictions import PredictionOptions, prediction_schema, read_footer
 from pipeline.read import Chunk, Shard
@@ -59,6 +59,13 @@ class Committed:
     committer: Committer
 
 
+def writer(
+    folder: Path, expected: Mapping[str, str], is_current: Callable[[Shard], bool]
+) -> PredictionWriter:
+    partition = Partition(Storage(), str(folder), LABELS)
+    return PredictionWriter(partition, "f" * 64, OPTIONS, "run-1", expected, is_current)
+
+
 def commit(
     folder: Path,
     plan: list[Shard],
@@ -70,14 +77,7 @@ def commit(
 ) -> Committed:
     rows: dict[str, ManifestRow] = {}
     committer = Committer(
-        Partition(Storage(), str(folder), LABELS),
-        "f" * 64,
-        OPTIONS,
-        plan,
-        "run-1",
-        expected=expected or {},
-        is_current=is_current,
-        on_commit=lambda row: rows.update({row.uri: row}),
+        writer(folder, expected or {}, is_current), plan, lambda row: rows.update({row.uri: row})
     )
     with committer:
         for chunk in chunks:
@@ -278,16 +278,8 @@ def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path
 
 def test_a_committer_that_winds_down_ends_what_is_open_and_takes_nothing_new(tmp_path: Path) -> None:
     rows: dict[str, ManifestRow] = {}
-    with Committer(
-        Partition(Storage(), str(tmp_path), LABELS),
-        "f" * 64,
-        OPTIONS,
-        shards(2),
-        "run-1",
-        expected={},
-        is_current=lambda shard: True,
-        on_commit=lambda row: rows.update({row.uri: row}),
-    ) as committer:
+    files_to = writer(tmp_path, {}, lambda shard: True)
+    with Committer(files_to, shards(2), lambda row: rows.update({row.uri: row})) as committer:
         first, *rest = cut(0, 10, 4)
         committer.add(first)
         committer.wind_down()

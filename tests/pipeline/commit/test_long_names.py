@@ -13,14 +13,14 @@ import pytest
 
 from pipeline.commit import Partition
 from pipeline.compare import LabelSet, measure_agreement
-from pipeline.config import Config, ConfigError, Selection, load_config
+from pipeline.config import ConfigError, Selection
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
 from pipeline.run import State, label, make_job, plan_run, rebuild
 from pipeline.statistics import Classes
 from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_image, make_tar
-from tests.pipeline.crashing import leave_out_ray
+from tests.runs import run_config
 
 #: As long as a disk, and a bucket of the test's server, takes a part of a name; with three bytes a character.
 PARTS = ("x" * 251 + ".tar", "y" * 251 + ".tar", "日" * 83 + "a.tar", "=" * 200 + ".tar", "short.tar")
@@ -32,8 +32,7 @@ class Place:
     def __init__(self, root: str, *overrides: str) -> None:
         self.root = root
         self.storage = Storage()
-        fields = [f"input.uri={root}/in", f"output.uri={root}/out", "model.path=fashion-mnist", *overrides]
-        self.config = load_config(Config, None, fields)
+        self.config = run_config(root, *overrides)
 
     def put(self, shards: Mapping[str, bytes], remove: Iterable[str] = ()) -> None:
         """Adds shards to the input, or changes them."""
@@ -62,11 +61,6 @@ class Place:
     def shard_uri(self, name: str) -> str:
         """A shard's URI."""
         return f"{self.root}/in/{name}"
-
-
-@pytest.fixture(autouse=True)
-def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_out_ray(monkeypatch)
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -34,8 +34,8 @@ from pipeline.schedule import DatasetState, StateFile
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
 from tests.makers import make_image, make_tar
-from tests.pipeline.crashing import leave_out_ray
 from tests.pipeline.publish.tables import Dataset
+from tests.runs import IN_PROCESS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "access.md"
 POLICIES: dict[str, dict[str, Any]] = {
@@ -143,7 +143,7 @@ def policy(name: str, root: str) -> dict[str, Any]:
 
 def config(root: str, endpoint: str, *overrides: str) -> Config:
     fields = [f"input.uri=s3://{root}images/shards", f"output.uri=s3://{root}labels/labels"]
-    fields += ["model.path=fashion-mnist", f"storage.endpoint_url={endpoint}"]
+    fields += [*IN_PROCESS, f"storage.endpoint_url={endpoint}"]
     return load_config(Config, None, [*fields, *overrides])
 
 
@@ -156,21 +156,19 @@ def asked(s3_server: LocalS3, action: Callable[[str], object]) -> set[Access]:
 
 
 @pytest.fixture(scope="module")
-def labelled(root: str, s3_server: LocalS3, ray_local: None) -> set[Access]:
-    """What the life of a partition asks for: a run on Ray, then increments, removals and a rebuild."""
+def labelled(root: str, s3_server: LocalS3) -> set[Access]:
+    """What the life of a partition asks for: a run, increments, removals and a rebuild."""
     storage = Storage(endpoint_url=s3_server.endpoint_url)
 
     def live(endpoint: str) -> None:
-        label(config(root, endpoint, "classify.num_cpus=1", "classify.threads=1"))
-        with pytest.MonkeyPatch.context() as patch:
-            leave_out_ray(patch)
-            write_shards(storage, root, 7)
-            storage.write(f"s3://{root}images/shards/cut.tar", b"no tar")
-            label(config(root, endpoint))
-            storage.delete(f"s3://{root}images/shards/0.tar")
-            label(config(root, endpoint), selection=Selection(retry_errors=True, prune=True))
-            label(config(root, endpoint))
-            rebuild(make_job(config(root, endpoint)).partition)
+        label(config(root, endpoint))
+        write_shards(storage, root, 7)
+        storage.write(f"s3://{root}images/shards/cut.tar", b"no tar")
+        label(config(root, endpoint))
+        storage.delete(f"s3://{root}images/shards/0.tar")
+        label(config(root, endpoint), selection=Selection(retry_errors=True, prune=True))
+        label(config(root, endpoint))
+        rebuild(make_job(config(root, endpoint)).partition)
 
     return asked(s3_server, live)
 
@@ -178,10 +176,7 @@ def labelled(root: str, s3_server: LocalS3, ray_local: None) -> set[Access]:
 @pytest.fixture(scope="module")
 def other(labelled: set[Access], root: str, s3_server: LocalS3) -> str:
     """The URI of other labels of the same images, which have no gallery."""
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_ray(patch)
-        job = config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")
-        return label(job).job.partition.uri
+    return label(config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")).job.partition.uri
 
 
 def test_labelling_needs_what_its_policy_allows_and_nothing_else(labelled: set[Access], root: str) -> None:
