@@ -31,7 +31,7 @@ from cvt.modeling import CvtForImageClassification
 from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labelled_images
 from pipeline.read import input_shards, read_options
-from pipeline.storage import Storage, normalised
+from pipeline.storage import Storage
 from pipeline.train.model import TrainingModel, make_training_model
 
 _STATE = "training_state.pt"
@@ -68,7 +68,6 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         ray.train.TrainingFailedError: a worker failed.
     """
     model, storage = make_training_model(config), make_storage(config.storage)
-    output = normalised(config.output.path)
     data = {
         "train": _dataset(storage, config.train, model),
         "validation": _dataset(storage, config.validation, model),
@@ -95,7 +94,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         ),
         run_config=RunConfig(
             name=config.output.name,
-            storage_path=output,
+            storage_path=config.output.path,
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
         ),
     )
@@ -106,7 +105,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     finally:
         epochs.put(None)
         listener.join()
-    return _save_best(result, storage, f"{output}/{config.output.name}/model")
+    return _save_best(result, storage, f"{config.output.path}/{config.output.name}/model")
 
 
 def _listen(epochs: Queue, on_epoch: Callable[[Mapping[str, float]], None]) -> None:

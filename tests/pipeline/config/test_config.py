@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.config import Config, ConfigError, DatasetsConfig, TrainConfig, load_config
+from pipeline.config import (
+    Config,
+    ConfigError,
+    DatasetsConfig,
+    TrainConfig,
+    fingerprint,
+    label_settings,
+    load_config,
+)
 from pipeline.run import make_job
 
 MINIMAL = """\
@@ -17,6 +26,9 @@ model:
 output:
   uri: s3://bucket/labels
 """
+
+#: The digest of the bundled checkpoint, when these fingerprints were taken.
+BUNDLED_DIGEST = "295007f85eada3df2861fd26a84b710441b2c71967570740870bd920019d29ba"
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
@@ -248,6 +260,54 @@ def test_the_record_of_a_run_is_its_configuration(tmp_path: Path) -> None:
     message = refusal(tmp_path, text.replace('"topk": 7', '"topk": "seven"'))
     line = next(n for n, content in enumerate(text.splitlines(), 1) if '"topk"' in content)
     assert f"line {line}: output.topk" in message
+
+
+def test_fingerprint_is_a_fixed_function_of_settings_and_checkpoint(tmp_path: Path) -> None:
+    """Another value would give existing partitions other names."""
+    settings = label_settings(load_config(Config, write(tmp_path, MINIMAL)))
+    expected = "ef89a5a52571e3c84bf2c5d81cea236e80e5503e4849b87fbbee0e8b214c9c3e"
+    assert fingerprint(settings, BUNDLED_DIGEST) == expected
+    other = [
+        "decode.device=auto",
+        "classify.device=cuda",
+        "output.embedding=float16",
+        "input.label_field=a.b",
+    ]
+    settings = label_settings(load_config(Config, write(tmp_path, MINIMAL), other))
+    expected = "0c0d5b3d876ddf1303f8565d11f8a470ab403343689d6a8defd705c00e06975e"
+    assert fingerprint(settings, BUNDLED_DIGEST) == expected
+
+
+def test_settings_of_a_label_name_no_place_and_no_share_of_the_work(tmp_path: Path) -> None:
+    settings = label_settings(load_config(Config, write(tmp_path, MINIMAL)))
+    for same in ("input.uri=/in", "output.uri=/out", "classify.batch_size=3", "classify.device=cpu"):
+        assert label_settings(load_config(Config, write(tmp_path, MINIMAL), [same])) == settings
+    for other in ("output.topk=3", "model.precision=bf16", "decode.quality=fast", "input.labels=false"):
+        assert label_settings(load_config(Config, write(tmp_path, MINIMAL), [other])) != settings
+
+
+@pytest.mark.parametrize(
+    ("given", "normalized"),
+    [("s3://b/x/", "s3://b/x"), ("file:///a/../b", "/b"), ("/a//b/", "/a/b"), ("x", str(Path.cwd() / "x"))],
+)
+def test_a_place_has_one_spelling_once_loaded(tmp_path: Path, given: str, normalized: str) -> None:
+    config = load_config(Config, write(tmp_path, MINIMAL), [f"input.uri={given}", f"output.uri={given}"])
+    assert config.input.uri == config.output.uri == normalized
+
+
+def test_a_uri_without_a_bucket_is_refused(tmp_path: Path) -> None:
+    assert "input.uri: names no bucket" in refusal(tmp_path, MINIMAL, "input.uri=s3://")
+
+
+def test_yaml_is_1_2_whose_only_booleans_are_true_and_false(tmp_path: Path) -> None:
+    assert "input.labels" in refusal(tmp_path, MINIMAL, "input.labels=no")
+    assert load_config(Config, write(tmp_path, MINIMAL), ["input.key_column=on"]).input.key_column == "on"
+
+
+def test_a_schedule_without_croniter_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "croniter", None)
+    with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[schedule\]'"):
+        load_config(DatasetsConfig, CONFIGS[0].parent / "schedule.yaml")
 
 
 def test_the_clusters_file_shows_every_field() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import tarfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.errors import CheckpointError
 from cvt.presets import preset_preprocessor
+from jobs.train import train as train_command
 from pipeline.config import ConfigError, TrainConfig, load_config
 from pipeline.train import make_training_model
 from pipeline.train.training import augment, train
@@ -132,6 +137,20 @@ def test_the_bundled_checkpoint_has_the_architecture_of_its_configuration() -> N
     assert {k: v.shape for k, v in made.model.state_dict().items()} == {
         k: v.shape for k, v in bundled.model.state_dict().items()
     }
+
+
+def test_training_without_ray_train_names_the_extra(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.train", None)
+    monkeypatch.delattr("pipeline.train.training")
+    monkeypatch.delitem(sys.modules, "pipeline.train.training")
+    monkeypatch.setattr("jobs.train.ray_cluster", lambda address: nullcontext())
+    app = typer.Typer()
+    app.command()(train_command)
+    done = CliRunner().invoke(app, ["--config", str(FASHION_MNIST)])
+    assert done.exit_code == 2
+    assert "pip install 'cvt-label[train]'" in done.output
 
 
 def test_augmentation_shifts_and_mirrors_whole_images() -> None:
