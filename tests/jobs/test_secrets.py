@@ -131,7 +131,7 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
 
     # The caller's own credentials stay with the caller: with these, no job would get far.
     planted = {"HF_TOKEN": f"hf_{PLANTED}", "MY_TOKEN": PLANTED}
-    done = cvt_label("schedule", "--config", path, "--once", **planted)
+    done = cvt_label_process("schedule", "--config", path, "--once", **planted)
     said["schedule"] = done.stdout + done.stderr
     assert "submitted: label-" in said["schedule"]
     state = file.read()
@@ -159,7 +159,9 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
 
     written = {o.uri: opened(o.uri, storage.read(o.uri)) for o in storage.list(bucket)}
     kept = {str(p): p.read_bytes() for p in head.folder.glob("session_2*/logs/**/*") if p.is_file()}
-    told = {"api": "".join(j.model_dump_json() for j in JobClient(head.address)._client.list_jobs())}
+    from ray.job_submission import JobSubmissionClient
+
+    told = {"api": "".join(j.model_dump_json() for j in JobSubmissionClient(head.address).list_jobs())}
     # What must be found shows that the search finds something.
     assert b"SUCCEEDED" in written[file.uri]
     assert "1 shards" in said["log"]

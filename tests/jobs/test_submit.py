@@ -112,6 +112,8 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     cluster: str, job: Path, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
     """The configuration goes with it, and no secret; the shard that is cut makes it end with 3."""
+    from ray.job_submission import JobSubmissionClient
+
     whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(10)])
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
@@ -138,8 +140,8 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     records = [o.uri for o in storage.list(f"{bucket}/out") if "/runs/" in o.uri]
     record = storage.read(records[0]).decode()
     assert json.loads(record)["config"]["output"]["topk"] == 3
-    told = JobClient(cluster)._client.get_job_info(name).model_dump_json()
-    for text in (told, record, *(o for d in (done, again, shown, log) for o in (d.stdout, d.stderr))):
+    stored = JobSubmissionClient(cluster).get_job_info(name).model_dump_json()
+    for text in (stored, record, *(o for d in (done, again, shown, log) for o in (d.stdout, d.stderr))):
         assert SECRET not in text
         assert s3_server.secret_key not in text
         assert os.environ["RAY_AUTH_TOKEN"] not in text
