@@ -434,7 +434,7 @@ def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
 
     with pytest.raises(KeyboardInterrupt):
         label(job, on_progress=interrupt)
-    partition = plan_run(job).partition
+    partition = plan_run(job).job.partition
     manifest = pq.read_table(partition.manifest.uri).to_pylist()
     labelled = list(Path(partition.uri, "predictions").rglob("*.parquet"))
     assert len(manifest) == len(labelled) >= 1
