@@ -44,5 +44,4 @@ def test_a_chunk_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path
     )
     with pytest.raises(Exception, match="2 workers died at it") as caught:
         list(executor.label(shards, stages, executor.resources(job.resource_request)))
-    print(type(caught.value), type(caught.value).__mro__, caught.value.args, vars(caught.value))
     assert f"{tmp_path}/in/a.tar" in str(caught.value)
