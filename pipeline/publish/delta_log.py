@@ -7,6 +7,7 @@ model's: of two publishers at once, deltalake refuses the slower one.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipeline.publish.data_files import DataFile, table_schema
 from pipeline.storage import Storage, StorageError
 
 #: What an owner may do with a table between publications: the rows stay the same.
-_UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END"}
+_UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
 
 #: How often a commit is tried while others, who don't concern it, are faster.
 _COMMITS = 20
@@ -55,40 +56,32 @@ class LoggedFiles:
         return {file.path for file in self.files}
 
 
+@dataclass(frozen=True)
 class DeltaLog:
     """The log of a Delta table that is partitioned by model.
 
     Attributes:
-        uri: the table's.
-    """
-
-    def __init__(self, storage: Storage, uri: str, model: str) -> None:
-        """Args:
         storage: access to the table.
         uri: the table's, normalized.
         model: whose files these are.
+    """
 
-        Raises:
-            StorageError: `deltalake` is not installed.
-        """
-        try:
-            import deltalake  # noqa: F401
-        except ImportError:
-            cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
-            raise StorageError(uri, cause) from None
-        self.uri = uri
-        self._storage = storage
-        self._model = model
-        self._app = f"cvt-label/model={model}"
+    storage: Storage
+    uri: str
+    model: str
 
     def read(self) -> LoggedFiles:
         """Reads the current version.
 
         Raises:
-            StorageError: the table can't be read, or is one that publishing could harm.
+            StorageError: the table can't be read, or is one that publishing could harm; or `deltalake` is not
+                installed.
         """
+        if importlib.util.find_spec("deltalake") is None:
+            cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
+            raise StorageError(self.uri, cause)
         # Listed first, so that access failures are reported like everywhere.
-        listed = self._storage.list(f"{self.uri}/_delta_log", missing_ok=True)
+        listed = self.storage.list(f"{self.uri}/_delta_log", missing_ok=True)
         table = self._open() if next(listed, None) is not None else None
         if table is None:
             return LoggedFiles()
@@ -97,7 +90,7 @@ class DeltaLog:
         if "deletionVectors" in (table.protocol().writer_features or ()):
             raise StorageError(self.uri, "uses Delta's deletion vectors, which publishing doesn't support")
         logged = pa.table(table.get_add_actions(flatten=True))
-        rows = logged.filter(pc.equal(logged["partition.model"], self._model)).to_pylist()
+        rows = logged.filter(pc.equal(logged["partition.model"], self.model)).to_pylist()
         files = tuple(
             DataFile(
                 unquote(row["path"]),
@@ -133,22 +126,20 @@ class DeltaLog:
         from deltalake import CommitProperties, DeltaTable, Schema, Transaction
         from deltalake.exceptions import DeltaError
 
-        version = base.delta_version or 0
+        version = base.delta_version
         properties = CommitProperties(
             app_transactions=[Transaction(self._app, transaction)],
-            custom_metadata={"cvt_label": {"transaction": transaction, "read": version}},
+            custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
         )
         # With embeddings, since other models may have some.
         schema = Schema.from_arrow(table_schema(embedding=True).append(pa.field("model", pa.string())))
         actions = self._actions(base.files, files)
         for _ in range(_COMMITS):
             try:
-                if base.delta_version is None:
+                if version is None:
                     options = self._options()
-                    DeltaTable.create(
-                        self.uri, schema, "ignore", partition_by=["model"], storage_options=options
-                    )
-                self._open(version).create_write_transaction(
+                    DeltaTable.create(self.uri, schema, partition_by=["model"], storage_options=options)
+                self._open(version or 0).create_write_transaction(
                     actions, "append", schema, ["model"], commit_properties=properties
                 )
                 return
@@ -156,18 +147,22 @@ class DeltaLog:
                 found = self.read()
                 if found.transaction == transaction:
                     return  # it was committed, and only its answer was lost
-                if (found.delta_version or 0) == version:
+                if found.delta_version == version:
                     cause = f"the transaction was not committed: {_said(error)}"
                     raise StorageError(self.uri, cause) from error
                 if (found.transaction, found.paths) != (base.transaction, base.paths):
                     break
-                version = found.delta_version or 0  # others have committed, but nothing of this model
+                version = found.delta_version  # others have committed, but nothing of this model
         raise TableChangedError(f"{self.uri}: another publisher was faster")
+
+    @property
+    def _app(self) -> str:
+        return f"cvt-label/model={self.model}"
 
     def _actions(self, before: tuple[DataFile, ...], after: tuple[DataFile, ...]) -> list[Any]:
         from deltalake.transaction import AddAction, RemoveAction
 
-        now, partition = time.time_ns() // 10**6, {"model": self._model}
+        now, partition = time.time_ns() // 10**6, {"model": self.model}
         was, stays = {file.path for file in before}, {file.path for file in after}
         added = [
             AddAction(file.path, file.bytes, partition, now, True, file.statistics)
@@ -197,7 +192,7 @@ class DeltaLog:
         """How deltalake reaches the storage: as this project does."""
         if not self.uri.startswith("s3://"):
             return None
-        found = self._storage.s3_access()
+        found = self.storage.s3_access()
         options = {
             "endpoint_url": found.endpoint_url,
             "allow_http": "true" if (found.endpoint_url or "").startswith("http://") else None,

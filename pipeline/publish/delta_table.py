@@ -68,27 +68,19 @@ class Snapshot:
         return total
 
 
+@dataclass(frozen=True)
 class DeltaTable:
     """One model's rows in a Delta table.
 
     Attributes:
-        uri: the table's.
-    """
-
-    def __init__(self, storage: Storage, uri: str, model: str) -> None:
-        """Args:
         storage: access to the table.
         uri: the table's, normalized.
         model: the partition's name and the beginning of its fingerprint.
+    """
 
-        Raises:
-            StorageError: `deltalake` is not installed.
-        """
-        self.uri = uri
-        self._storage = storage
-        self._model = model
-        self._log = DeltaLog(storage, uri, model)
-        self._lists = f"{uri}/_cvt_label/model={model}"
+    storage: Storage
+    uri: str
+    model: str
 
     def read(self, rebuild: bool = False) -> Snapshot:
         """Reads the current version; one without files before anything is published.
@@ -98,7 +90,7 @@ class DeltaTable:
                 and its files may have rows that no shard in the list has.
 
         Raises:
-            StorageError: the table can't be read, is of another kind, or somebody edited it.
+            StorageError: as `DeltaLog.read`; or somebody edited the table.
         """
         while True:
             logged = self._log.read()
@@ -108,7 +100,7 @@ class DeltaTable:
             if self._log.read().transaction == logged.transaction:
                 break  # else another publisher has removed the list of shards meanwhile
         if not rebuild:
-            cause = f"rows of model={self._model} are not as they were published: {edit}"
+            cause = f"rows of model={self.model} are not as they were published: {edit}"
             raise StorageError(self.uri, f"{cause}; publish every dataset of the model again, with --rebuild")
         unknown = pa.nulls(len(found.shards), pa.string())
         return replace(found, shards=found.shards.set_column(1, SHARDS.field(1), unknown))
@@ -123,7 +115,7 @@ class DeltaTable:
         found = Snapshot(version, token, files=files, logged=logged)
         uri = self._list(found)
         try:
-            table = pq.read_table(io.BytesIO(self._storage.read(uri)))
+            table = pq.read_table(io.BytesIO(self.storage.read(uri)))
         except ObjectNotFound:
             return found, f"the list of their shards is missing, {uri}"
         notes = json.loads(table.schema.metadata[_NOTES])
@@ -142,22 +134,26 @@ class DeltaTable:
         shards = snapshot.shards.replace_schema_metadata({_NOTES: json.dumps(notes)})
         out = io.BytesIO()
         pq.write_table(shards, out, compression="zstd")
-        self._storage.write(self._list(snapshot), out.getvalue())
+        self.storage.write(self._list(snapshot), out.getvalue())
         number = (snapshot.version << _TOKEN_BITS) | int(snapshot.token, 16)
         self._log.commit(base.logged, snapshot.files, number)
 
     def tidy(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
-        self._storage.sweep(self.uri)
-        try:
-            found = [info.uri for info in self._storage.list(self._lists)]
-        except ObjectNotFound:
-            return
-        for uri in found:
+        self.storage.sweep(self.uri)
+        for uri in [info.uri for info in self.storage.list(self._lists, missing_ok=True)]:
             digits = uri.rpartition("/")[2].partition("-")[0]
             is_over = digits.isdecimal() and int(digits) <= snapshot.version
             if is_over and uri != self._list(snapshot):
-                self._storage.delete(uri)
+                self.storage.delete(uri)
+
+    @property
+    def _log(self) -> DeltaLog:
+        return DeltaLog(self.storage, self.uri, self.model)
+
+    @property
+    def _lists(self) -> str:
+        return f"{self.uri}/_cvt_label/model={self.model}"
 
     def _list(self, snapshot: Snapshot) -> str:
         return f"{self._lists}/{snapshot.version:08d}-{snapshot.token}.parquet"

@@ -42,27 +42,21 @@ class Increment:
     pending: pa.ChunkedArray
 
 
+@dataclass(frozen=True)
 class VersionWriter:
     """Writes versions of a table.
 
     Attributes:
-        schema: columns of the data files.
-    """
-
-    def __init__(self, partition: Partition, table: str, schema: pa.Schema, file_bytes: int) -> None:
-        """Args:
         partition: whose predictions are published.
         table: URI of the table.
         schema: columns of the data files.
         file_bytes: bytes of rows in memory that make one file.
-        """
-        self.schema = schema
-        self._storage = partition.storage
-        self._partition = partition.uri
-        self._table = table
-        # The log has paths percent-encoded, and not every reader decodes them: so nothing is there to encode.
-        self._folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", partition.model)
-        self._file_bytes = file_bytes
+    """
+
+    partition: Partition
+    table: str
+    schema: pa.Schema
+    file_bytes: int
 
     def write(self, base: Snapshot, increment: Increment, rebuild: bool) -> Snapshot:
         """Writes what changes `base` into the next version.
@@ -79,52 +73,51 @@ class VersionWriter:
         gone = pa.chunked_array([*increment.replaced.chunks, *increment.removed.chunks], pa.string())
         kept = base.shards.filter(pc.invert(pc.is_in(base.shards["shard"], value_set=gone)))
         candidates = base.files if len(kept) else ()  # without shards that are kept, no file is even read
-        files = [
-            file for file in candidates if not (rebuild or self._is_small(file) or self._has_any(file, gone))
-        ]
+        files = [file for file in candidates if not rebuild and self._stays(file, gone)]
         merged = [file for file in candidates if file not in files]
         written: list[DataFile] = []
         try:
             units = self._units(merged, kept["shard"], increment.added, version)
-            for number, rows in enumerate(packed(units, self._file_bytes)):
+            for number, rows in enumerate(packed(units, self.file_bytes)):
                 written.append(self._write_file(rows, f"{version:08d}-{token}-{number:04d}.parquet"))
         except BaseException:
             for file in written:
                 with suppress(StorageError):  # it would hide what went wrong
-                    self._storage.delete(f"{self._table}/{file.path}")
+                    self.partition.storage.delete(f"{self.table}/{file.path}")
             raise
         shards = pa.concat_tables([kept, self._shards(increment.added, version)]).sort_by("shard")
         return Snapshot(version, token, tuple(self.schema.names), (*files, *written), shards)
 
     def _shards(self, added: pa.Table, version: int) -> pa.Table:
         count = len(added)
-        constants = pa.repeat(pa.scalar(version, pa.int64()), count), pa.repeat(self._partition, count)
+        constants = pa.repeat(pa.scalar(version, pa.int64()), count), pa.repeat(self.partition.uri, count)
         return pa.table([added["uri"], added["output_version"], added["rows"], *constants], schema=SHARDS)
 
-    def _is_small(self, file: DataFile) -> bool:
-        return file.bytes < self._file_bytes * _SMALL
-
-    def _has_any(self, file: DataFile, gone: pa.ChunkedArray) -> bool:
-        """Whether a file has rows of these shards; most are known not to by their range of shards."""
+    def _stays(self, file: DataFile, gone: pa.ChunkedArray) -> bool:
+        """Whether a file is large and has no rows of these shards; mostly, its range of shards tells."""
+        if file.bytes < self.file_bytes * _SMALL:
+            return False
         is_within = pc.and_(pc.greater_equal(gone, file.first_shard), pc.less_equal(gone, file.last_shard))
         if not pc.any(is_within).as_py():
-            return False
+            return True
         schema = pa.schema([self.schema.field("shard")])
-        shards = read_rows(self._storage, f"{self._table}/{file.path}", None, schema)["shard"]
-        return bool(pc.any(pc.is_in(shards, value_set=gone)).as_py())
+        shards = read_rows(self.partition.storage, f"{self.table}/{file.path}", None, schema)["shard"]
+        return not pc.any(pc.is_in(shards, value_set=gone)).as_py()
 
     def _units(
         self, merged: Iterable[DataFile], kept: pa.ChunkedArray, added: pa.Table, version: int
     ) -> Iterator[pa.Table]:
         """Yields the rows to write: of kept shards file by file, then each added shard's, in order."""
         for file in merged:
-            rows = read_rows(self._storage, f"{self._table}/{file.path}", None, self.schema)
+            rows = read_rows(self.partition.storage, f"{self.table}/{file.path}", None, self.schema)
             yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
 
         predictions = self.schema.remove(self.schema.get_field_index("published"))
 
         def read(output: str, output_version: str) -> pa.Table:
-            rows = read_rows(self._storage, f"{self._partition}/{output}", output_version, predictions)
+            rows = read_rows(
+                self.partition.storage, f"{self.partition.uri}/{output}", output_version, predictions
+            )
             return rows.append_column("published", pa.repeat(pa.scalar(version, pa.int64()), len(rows)))
 
         with ThreadPoolExecutor(_READERS, thread_name_prefix="publish") as pool:
@@ -132,10 +125,12 @@ class VersionWriter:
                 yield from pool.map(read, batch["output"].to_pylist(), batch["output_version"].to_pylist())
 
     def _write_file(self, rows: pa.Table, name: str) -> DataFile:
-        path, found = f"{self._folder}/{name}", statistics(rows)
+        # The log has paths percent-encoded, and not every reader decodes them: so nothing is there to encode.
+        folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", self.partition.model)
+        path, found = f"{folder}/{name}", statistics(rows)
         with tempfile.TemporaryFile() as file:
             encode(rows, file)
             size = file.tell()
-            self._storage.write(f"{self._table}/{path}", file)
+            self.partition.storage.write(f"{self.table}/{path}", file)
         bounds = found["minValues"]["shard"], found["maxValues"]["shard"]
         return DataFile(path, size, *bounds, as_json(found))

@@ -79,11 +79,10 @@ class Dataset:
             counts: of shards by name, as many rows with labels as nobody has seen.
         """
         self._labelings += 1
-        made = [
-            predictions(self.shard(name), count, 100 * self._labelings + number, self.embedding)
-            for number, (name, count) in enumerate(counts.items())
-        ]
-        run = {table["shard"][0].as_py(): table for table in (*tables, *made)}
+        run = {table["shard"][0].as_py(): table for table in tables}
+        for number, (name, count) in enumerate(counts.items()):
+            shard, seed = self.shard(name), 100 * self._labelings + number
+            run[shard] = predictions(shard, count, seed, self.embedding)
         write_partition(self.storage, self.uri, LABELS, [run], {"config": self.config})
         for name in remove:
             self.storage.delete(self.prediction_uri(name))

@@ -392,6 +392,23 @@ def test_models_that_are_published_at_once_do_not_conflict(tmp_path: Path) -> No
     assert Counter(models) == {each.partition.model: 11 for each in (one, two)}
 
 
+def test_models_are_first_published_at_once(tmp_path: Path) -> None:
+    models = [Dataset(str(tmp_path), f"cvt-0000000{number}") for number in range(4)]
+    for each in models:
+        each.label(a=3)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(done.is_new for done in pool.map(Dataset.publish, models))
+    found = models[0].delta().to_pyarrow_table()["model"].to_pylist()
+    assert Counter(found) == {each.partition.model: 3 for each in models}
+
+
+def test_shard_without_rows_is_published_once(local: Dataset) -> None:
+    local.label(a=0)
+    assert local.publish().is_new
+    assert local.published() == []
+    assert not local.publish().is_new
+
+
 def data_files(dataset: Dataset) -> list[Path]:
     """A model's data files that are there, in a version or not."""
     return list(Path(dataset.table, f"model={dataset.partition.model}").glob("*.parquet"))
