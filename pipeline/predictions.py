@@ -1,8 +1,8 @@
-"""The prediction file of a shard: its columns, its Parquet bytes, and what its footer says.
+"""The prediction file of a shard: its name, its columns, its Parquet bytes, and its footer.
 
-The files are read by programs that know nothing of this project, and are the truth from which
-everything else can be rebuilt. Nothing of a run or a time is in them: the same shard, labelled with the
-same fingerprint on the same kind of device, gives the same bytes.
+Programs that know nothing of this project read these files, and everything else can be rebuilt from them.
+They hold nothing about a run or a time: the same shard, labeled with the same fingerprint on the same kind
+of device, gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -28,8 +29,8 @@ _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
 _UNSAFE_PLACES = re.compile(r"(?:^|(?<=/))[._/]|/$")
 
 
-#: Bytes that a part of a path may have, on every usual disk, and on many an object storage that keeps its
-#: objects there; and a whole path: of the 1,024 of an object's key, 224 are left for where the output lies.
+#: Maximum bytes of a part of a path, on every usual disk; and of a whole path: of the 1,024 bytes of an
+#: object's key, 224 are left for the output URI.
 MAX_PART_BYTES = 255
 
 MAX_PATH_BYTES = 800
@@ -39,15 +40,15 @@ _BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
 
 
 def prediction_path(shard_uri: str) -> str:
-    """Where a shard's predictions go, relative to the folder of predictions: `s3/bucket/key.parquet`.
+    """Returns the path of a shard's prediction file, relative to the folder of predictions.
 
     `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar`
     `file/data/x.tar.parquet`. What could leave the folder, be hidden, or mean something to a glob or to
-    a reader of partitions is percent-encoded, and so is `%`: the path decodes to the URI.
+    a reader of partitions is percent-encoded, and so is `%`: the path decodes to the normalized URI.
 
-    A path that would have a part of more than 255 bytes, or more than 800 in all, keeps of its beginning what
-    there is room for, and ends in `%7E` (a tilde) and 160 bits of a hash of the URI. No other path has this
-    escape, since a tilde is not encoded: so two URIs never share a path.
+    A path with a part of more than 255 bytes, or more than 800 bytes in all, is cut, and ends in `%7E` (a
+    tilde) and 160 bits of a hash of the URI. No other path has this escape, since a tilde is not encoded:
+    two URIs never share a path.
     """
     scheme, separator, rest = shard_uri.partition("://")
     path = f"{scheme}/{rest}" if separator else f"file{shard_uri}"
@@ -58,7 +59,7 @@ def prediction_path(shard_uri: str) -> str:
 
 
 def fits(path: str) -> bool:
-    """Whether a path is as short as all that `prediction_path` makes."""
+    """Whether a path is within the limits of `prediction_path`."""
     data = path.encode()
     if len(data) <= MAX_PART_BYTES:
         return True
@@ -129,13 +130,13 @@ def model_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.F
 
 @dataclass(frozen=True)
 class Footer:
-    """What a prediction file says of itself, beside its rows.
+    """What a prediction file's footer records about it.
 
     Attributes:
         shard: the shard's URI.
-        version: the version of the shard that was labelled.
+        version: the version of the shard that was labeled.
         format, size: of the shard, as listed.
-        fingerprint: hash over everything that decides a label.
+        fingerprint: hash over everything that determines a label.
         rows: samples, errors included.
         errors: samples that could not be classified.
         duplicate_keys: samples whose key an earlier sample of the shard has.
@@ -153,20 +154,16 @@ class Footer:
     partial: pa.Table
 
 
+_TEXTS = ("shard", "version", "format", "fingerprint")
+
+_NUMBERS = ("size", "rows", "errors", "duplicate_keys")
+
+
 def encode(predictions: pa.Table, footer: Footer) -> bytes:
-    """The Parquet file of one shard."""
-    metadata = {
-        "shard": footer.shard,
-        "version": footer.version,
-        "format": footer.format,
-        "size": str(footer.size),
-        "fingerprint": footer.fingerprint,
-        "rows": str(footer.rows),
-        "errors": str(footer.errors),
-        "duplicate_keys": str(footer.duplicate_keys),
-        # Base64, since the Parquet format wants text here and some readers insist on it.
-        "statistics": base64.b64encode(pack_partial(footer.partial)).decode(),
-    }
+    """Returns the Parquet file of one shard."""
+    metadata = {name: str(getattr(footer, name)) for name in (*_TEXTS, *_NUMBERS)}
+    # Base64, since the Parquet format wants text here and some readers insist on it.
+    metadata["statistics"] = base64.b64encode(pack_partial(footer.partial)).decode()
     out = io.BytesIO()
     with pq.ParquetWriter(
         out,
@@ -174,7 +171,7 @@ def encode(predictions: pa.Table, footer: Footer) -> bytes:
         compression="zstd",
         # Keys are unique and scores nearly so: a dictionary would only cost them space.
         use_dictionary=["shard", "label", "error"],
-        # Least and greatest values also of each page (of 20,000 rows): half a percent, and readers skip more.
+        # Minimum and maximum also of each page (20,000 rows): half a percent, and readers skip more.
         write_page_index=True,
     ) as writer:
         writer.write_table(predictions, row_group_size=ROW_GROUP_ROWS)
@@ -183,39 +180,18 @@ def encode(predictions: pa.Table, footer: Footer) -> bytes:
     return out.getvalue()
 
 
-_NAMES = (
-    "shard",
-    "version",
-    "format",
-    "size",
-    "fingerprint",
-    "rows",
-    "errors",
-    "duplicate_keys",
-    "statistics",
-)
-
-
 def read_footer(uri: str, file: io.IOBase) -> Footer:
-    """What a prediction file says of itself; its rows are not read.
+    """Reads a prediction file's footer, and no rows.
 
     Raises:
-        StorageError: it is no prediction file; names it, by its URI.
+        StorageError: it is no prediction file; names the URI.
     """
     try:
         metadata = pq.read_metadata(file).metadata or {}
-        values = {name: metadata[(_FOOTER + name).encode()].decode() for name in _NAMES}
-        return Footer(
-            shard=values["shard"],
-            version=values["version"],
-            format=values["format"],
-            size=int(values["size"]),
-            fingerprint=values["fingerprint"],
-            rows=int(values["rows"]),
-            errors=int(values["errors"]),
-            duplicate_keys=int(values["duplicate_keys"]),
-            partial=unpack_partial(base64.b64decode(values["statistics"])),
-        )
+        values: dict[str, Any] = {name: metadata[(_FOOTER + name).encode()].decode() for name in _TEXTS}
+        values |= {name: int(metadata[(_FOOTER + name).encode()]) for name in _NUMBERS}
+        statistics = base64.b64decode(metadata[(_FOOTER + "statistics").encode()])
+        return Footer(**values, partial=unpack_partial(statistics))
     except KeyError as missing:
         raise StorageError(uri, f"not a prediction file: its footer has no {missing}") from None
     except (pa.ArrowInvalid, ValueError) as error:
@@ -246,16 +222,16 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
 
 
 def pack_partial(partial: pa.Table) -> bytes:
-    """Partial statistics as the bytes of an Arrow stream."""
+    """Returns partial statistics as the bytes of an Arrow stream."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_stream(sink, partial.schema, options=options) as writer:
         writer.write_table(partial.combine_chunks())
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def unpack_partial(data: bytes) -> pa.Table:
-    """The partial statistics that `pack_partial` wrote."""
+    """Reads the partial statistics that `pack_partial` wrote."""
     return pa.ipc.open_stream(data).read_all()
 
 

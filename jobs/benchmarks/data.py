@@ -20,7 +20,7 @@ from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, InputConfig
 from pipeline.decode import FORMATS, decode
-from pipeline.read import NoShardsError, input_shards, read_options, read_samples
+from pipeline.read import NoShardsError, ReadOptions, input_shards, read_samples
 from pipeline.storage import Storage
 from pipeline.train import TrainingModel
 
@@ -83,7 +83,7 @@ def read_images(uri: str) -> Iterator[bytes]:
     section = InputConfig(uri=uri, labels=False)
     storage = Storage()
     for shard in input_shards(storage, section):
-        for sample in read_samples(storage, shard, read_options(section, [])):
+        for sample in read_samples(storage, shard, ReadOptions.of(section, [])):
             if sample.image is not None:
                 yield sample.image
 

@@ -1,12 +1,13 @@
-"""Image bytes in, pixels at the model's input size out; what is wrong with an image is a value.
+"""Decoding on the CPU: image bytes to pixels at the model's input size; errors are values.
 
-Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow. Neither reads shards nor runs models.
+Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -84,8 +85,33 @@ FROM_BELOW = {
 _N = TypeVar("_N", int, float)
 
 
-# Damage in metadata that nobody reads here is no news; with a billion images it would fill the logs.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+class _PillowWarningsIgnored:
+    """Hides Pillow's warnings about damaged metadata, which would fill the logs; several threads may use it.
+
+    `warnings.catch_warnings` alone is not thread-safe: the first thread enters it, the last one leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._context = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._context = warnings.catch_warnings()
+                self._context.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._context.__exit__(None, None, None)
+
+
+pillow_warnings_ignored = _PillowWarningsIgnored()
 
 
 class Decoded(NamedTuple):
@@ -95,7 +121,7 @@ class Decoded(NamedTuple):
         pixels: uint8 of shape (size, size, 3), RGB; None where there is an error.
         width: of the source image in pixels, as displayed (after EXIF orientation); where there is an
             error, as the header says, or None where that can't be read.
-        height: likewise.
+        height: as `width`.
         error: None, or one line of at most MAX_ERROR_LENGTH characters, the same at every attempt.
     """
 
@@ -106,20 +132,20 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Decoded:
-    """Decodes one image, turns it upright, makes it RGB, and resizes and crops it.
+    """Decodes one image, turns it upright, converts it to RGB, and resizes and crops it.
 
-    Of an animation, and of several pages, the first is taken. Transparency is dropped, as in
-    transformers' pipelines: what shows is the colour stored under it. Gray images with 12 or 16 bits
-    are scaled to 8; 32-bit integers and floats, which have no agreed white, are clipped to 0..255.
-    Damaged metadata is no error, an incomplete image is one.
+    Takes the first frame of an animation and the first page of a document. Transparency is dropped, as in
+    transformers' pipelines: the color stored under it shows. Gray images with 12 or 16 bits are scaled to
+    8; 32-bit integers and floats, which have no agreed white, are clipped to 0..255. Damaged metadata is
+    no error, an incomplete image is one.
 
     Args:
         data: the encoded image.
-        preprocessor: makes the model's input of an RGB image.
-        max_pixels: larger images are an error, found in the header, before anything is decoded. (For
-            WebP and TIFF, Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
-        fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its own,
-            which libjpeg does within the inverse cosine transform.
+        preprocessor: makes the model's input from an RGB image.
+        max_pixels: larger images are an error, found in the header, before decoding. (For WebP and TIFF,
+            Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
+        fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its size,
+            which libjpeg does in the inverse cosine transform.
     """
     known = next((known for known in FORMATS if known[1].match(data)), None)
     if known is None:
@@ -127,19 +153,20 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     name, _, reader = known
     width, height = None, None
     try:
-        file = reader(io.BytesIO(data))
-        width, height = file.size
-        if error := too_large(width, height, max_pixels):
-            return Decoded(None, width, height, error)
-        if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
-            return scaled
-        file.load()
-        image = _to_rgb(file)
-        if (turn := turn_of(file)) is not None:  # of a TIFF, it is turned by now
-            image = image.transpose(turn)
-        return Decoded(preprocessor(image), *image.size, None)
-    # By far not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Pillow's
-    # DecompressionBombError and more, whatever its code runs into in a broken or hostile file.
+        with pillow_warnings_ignored:
+            file = reader(io.BytesIO(data))
+            width, height = file.size
+            if error := too_large(width, height, max_pixels):
+                return Decoded(None, width, height, error)
+            if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
+                return scaled
+            file.load()
+            image = _to_rgb(file)
+            if (turn := turn_of(file)) is not None:  # Pillow has turned a TIFF by now
+                image = image.transpose(turn)
+            return Decoded(preprocessor(image), *image.size, None)
+    # Not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError
+    # and whatever else Pillow runs into in a broken or hostile file.
     except Exception as error:
         return Decoded(None, width, height, one_line(f"cannot decode {name}: {_cause(error)}"))
 

@@ -1,9 +1,8 @@
-"""Decoding on the GPU that classifies: plain JPEGs by nvJPEG, everything else as `pipeline.decoding` does.
+"""Decoding on the classifier's GPU: plain JPEGs by nvJPEG, everything else as `decode.cpu` does.
 
-Chunks in, the same chunks out as from `decode_chunk`, but for their pixels: these are on the device, and
-differ from Pillow's by how the decoders upsample colour and where they round. Which of the two decodes an
-image is up to its file alone, but where the GPU fails, for lack of memory, say: then, another attempt may
-give other pixels.
+Returns the same chunks as `decode_chunk` except for the pixels: they are on the device, and differ from
+Pillow's by color upsampling and rounding. The file alone determines which of the two decodes an image,
+unless the GPU fails, for lack of memory, say: then another attempt may give other pixels.
 """
 
 from __future__ import annotations
@@ -26,19 +25,27 @@ from cvt.inference.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
 from pipeline.decode.cpu import Decoded, decode, decode_chunk, with_outcomes
-from pipeline.decode.jpeg import PIXELS_AT_ONCE, PlainJpeg, plain_jpeg
+from pipeline.decode.jpeg import PlainJpeg, plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE, StageMetrics
 
 logger = logging.getLogger("cvt_label")
 
 
+#: Pixels of a batch of images: some 200 MB, and four times that for the image that is being resized.
+PIXELS_AT_ONCE = 64_000_000
+
 #: JPEG files to RGB images, uint8 (3, height, width), on the device; raises if any can't be decoded.
 DecodeJpegs = Callable[[list[bytes]], list[Tensor]]
 
 
+# PyTorch has no types for them.
+_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
+
+_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
+
 # Between two decoders of the same smooth JPEG, on average.
-_SAME_GREY_LEVELS = 3
+_SAME_GRAY_LEVELS = 3
 
 
 TURNS: dict[Image.Transpose, Callable[[Tensor], Tensor]] = {
@@ -64,6 +71,7 @@ class GpuDecoder:
         device: where the pixels are wanted.
         decode_jpegs: the decoder of plain JPEGs; nvJPEG, in torchvision, if None.
         threads: for the images that are left to the CPU.
+        pixels_at_once: of the images in a batch; larger images are left to the CPU.
 
     Raises:
         ImportError: torchvision isn't installed.
@@ -77,23 +85,25 @@ class GpuDecoder:
         device: torch.device | str,
         decode_jpegs: DecodeJpegs | None = None,
         threads: int = 2,
+        pixels_at_once: int = PIXELS_AT_ONCE,
     ) -> None:
         self._preprocessor = preprocessor
         self._resize = DevicePreprocessor(preprocessor)
         self._max_pixels = max_pixels
+        self._pixels_at_once = pixels_at_once
         self._device = torch.device(device)
         # Its own, so that it doesn't wait for what a model computes.
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = _stream(self._device) if self._device.type == "cuda" else None
         self._decode_jpegs = decode_jpegs or nvjpeg(self._device)
         self._cpu = ThreadPoolExecutor(threads, "decode")
         self._device_lock = threading.Lock()
         self._has_failed = False
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        """The same as `pipeline.decoding.decode_chunk`, with pixels on the device, ready to be used.
+        """Does the same as `decode_chunk`, with pixels on the device, ready to be used.
 
-        Its metrics say how many images were decoded there. If the device has no memory for the
-        chunk's pixels, they are in an array, and all decoded by the CPU.
+        The metrics count the images that the device decoded. If it has no memory for the chunk's pixels,
+        the CPU decodes all of them into an array.
         """
         try:
             return self._decode_chunk(chunk)
@@ -118,14 +128,14 @@ class GpuDecoder:
             if error is not None:
                 continue
             data = image.as_buffer().to_pybytes()
-            jpeg = plain_jpeg(row, data, self._max_pixels)
+            jpeg = plain_jpeg(row, data, min(self._max_pixels, self._pixels_at_once))
             if jpeg is None:
                 left[row] = self._leave_to_cpu(data)
             else:
                 plain.append(jpeg)
         with self._device_to_itself():
             pixels = torch.empty((len(outcomes), size, size, 3), dtype=torch.uint8, device=self._device)
-            for batch in _batches(plain):
+            for batch in _batches(plain, self._pixels_at_once):
                 for jpeg, image in self._decoded(batch):
                     if self._resized(jpeg, image, pixels[jpeg.row : jpeg.row + 1]):
                         outcomes[jpeg.row] = Decoded(None, *jpeg.upright_size, None)
@@ -204,17 +214,17 @@ class GpuDecoder:
                 return
             with torch.cuda.stream(self._stream):
                 yield
-                done = torch.cuda.Event(blocking=True)  # which keeps no CPU busy
+                done = _event(blocking=True)  # which keeps no CPU busy
                 done.record()
             done.synchronize()
 
 
-def _batches(jpegs: Sequence[PlainJpeg]) -> Iterator[Sequence[PlainJpeg]]:
-    """Cuts JPEGs into batches of at most PIXELS_AT_ONCE, in their order."""
+def _batches(jpegs: Sequence[PlainJpeg], max_pixels: int) -> Iterator[Sequence[PlainJpeg]]:
+    """Cuts JPEGs into batches of at most `max_pixels`, in their order."""
     start, pixels = 0, 0
     for end, jpeg in enumerate(jpegs):
         pixels += jpeg.width * jpeg.height
-        if pixels > PIXELS_AT_ONCE:
+        if pixels > max_pixels:
             yield jpegs[start:end]
             start, pixels = end, jpeg.width * jpeg.height
     if jpegs:
@@ -276,5 +286,5 @@ def _check(decode_jpegs: DecodeJpegs) -> None:
         if found.shape[1:] != wanted.shape[:2]:
             raise ValueError(f"an image of {wanted.shape[:2]} comes out as {tuple(found.shape)}")
         difference = np.abs(found.permute(1, 2, 0).cpu().numpy() - wanted).mean()
-        if difference > _SAME_GREY_LEVELS:
-            raise ValueError(f"an image comes out {difference:.0f} grey levels from what it is")
+        if difference > _SAME_GRAY_LEVELS:
+            raise ValueError(f"an image comes out {difference:.0f} gray levels from what it is")

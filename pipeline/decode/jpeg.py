@@ -1,10 +1,4 @@
-"""Decoding on the GPU that classifies: plain JPEGs by nvJPEG, everything else as `pipeline.decoding` does.
-
-Chunks in, the same chunks out as from `decode_chunk`, but for their pixels: these are on the device, and
-differ from Pillow's by how the decoders upsample colour and where they round. Which of the two decodes an
-image is up to its file alone, but where the GPU fails, for lack of memory, say: then, another attempt may
-give other pixels.
-"""
+"""JPEGs that every decoder reads alike, found by their headers: those that a GPU may decode."""
 
 from __future__ import annotations
 
@@ -14,14 +8,10 @@ from dataclasses import dataclass
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.decode.cpu import SIDEWAYS, too_large, turn_of
+from pipeline.decode.cpu import SIDEWAYS, pillow_warnings_ignored, too_large, turn_of
 
 # Longer images are left to the CPU too: here, all of an image is resized, though the crop keeps little.
 MAX_ASPECT_RATIO = 16
-
-#: Pixels that are decoded at once, of several images or of one: some 200 MB, and four times that of the
-#: image that is being resized. Larger images are left to the CPU.
-PIXELS_AT_ONCE = 64_000_000
 
 # Of a frame: baseline, extended and progressive, with Huffman codes. Further markers up to 0xCF, but for
 # three, are of frames too: lossless, hierarchical, or with arithmetic coding.
@@ -32,7 +22,7 @@ START_OF_SCAN = 0xDA
 END_OF_IMAGE = b"\xff\xd9"
 
 
-# Horizontal and vertical sampling of luminance, where that of colour is 1 x 1: 4:4:4 to 4:1:1.
+# Horizontal and vertical sampling of luminance, where that of color is 1 x 1: 4:4:4 to 4:1:1.
 SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 
 
@@ -63,13 +53,14 @@ class PlainJpeg:
 def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
     """The JPEG, if nothing in its headers is unusual, and it is complete; else None.
 
-    Unusual is what decoders may take differently, or not at all: other colours than gray and YCbCr, other
+    Unusual is what decoders may take differently, or not at all: other colors than gray and YCbCr, other
     codes than Huffman's, odd sampling, a very large or long image.
     """
     if not data.endswith(END_OF_IMAGE) or _frame(data) not in HUFFMAN_FRAMES:
         return None
     try:
-        file = JpegImageFile(io.BytesIO(data))
+        with pillow_warnings_ignored:
+            file = JpegImageFile(io.BytesIO(data))
         width, height = file.size
         components = [part[0] for part in file.layer]
         samplings = [part[1:3] for part in file.layer]
@@ -77,13 +68,14 @@ def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
         return None
     gray = samplings == [(1, 1)]
     # Adobe's marker, and other numbers of the components, may say that it is RGB.
-    colour = components == [1, 2, 3] and file.info.get("adobe_transform", 1) == 1
-    colour = colour and samplings[0] in SAMPLINGS and samplings[1:] == [(1, 1)] * 2
-    if not (gray or colour) or too_large(width, height, min(max_pixels, PIXELS_AT_ONCE)):
+    color = components == [1, 2, 3] and file.info.get("adobe_transform", 1) == 1
+    color = color and samplings[0] in SAMPLINGS and samplings[1:] == [(1, 1)] * 2
+    if not (gray or color) or too_large(width, height, max_pixels):
         return None
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         return None
-    return PlainJpeg(row, data, width, height, turn_of(file))
+    with pillow_warnings_ignored:
+        return PlainJpeg(row, data, width, height, turn_of(file))
 
 
 def _frame(data: bytes) -> int | None:

@@ -5,7 +5,7 @@ Nothing is decoded here.
 
 from pipeline.read.chunks import Chunk, cut_into_chunks
 from pipeline.read.reader import read_samples
-from pipeline.read.samples import ReadOptions, Sample, read_options
+from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import NoShardsError, Shard, ShardListing, input_shards, list_shards
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "cut_into_chunks",
     "input_shards",
     "list_shards",
-    "read_options",
     "read_samples",
 ]

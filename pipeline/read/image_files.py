@@ -1,8 +1,4 @@
-"""Readers: a shard in, its samples out, one at a time, in the same order every time.
-
-WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
-and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
-"""
+"""Reading groups of image files, each file being a sample."""
 
 from __future__ import annotations
 
@@ -10,23 +6,20 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.read.samples import ReadOptions, Sample, too_large
+from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import Shard
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, name_below
 
-_FETCHES = 8  # loose images fetched at once
-
-
-# Loose images ------------------------------------------------------------------------------------
+_FETCHES = 8  # images fetched at once
 
 
 def read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+    """Yields the samples of a group of image files, in the order of its members."""
     folder = shard.uri.rpartition("/")[0]
 
     def fetch(info: ObjectInfo) -> Sample:
         key = name_below(folder, info.uri)
-        if info.size > options.max_image_bytes:
-            error = too_large("image", info.size, options.max_image_bytes)
+        if error := options.size_error(info.size):
             return Sample(key, None, error=error)
         try:
             return Sample(key, storage.read(info.uri, info.version))

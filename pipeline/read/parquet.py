@@ -1,8 +1,4 @@
-"""Readers: a shard in, its samples out, one at a time, in the same order every time.
-
-WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
-and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
-"""
+"""Reading Parquet files with image bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.read.samples import ReadOptions, Sample, ShardError, too_large
+from pipeline.read.samples import ReadOptions, Sample, ShardError
 from pipeline.read.shards import Shard
-from pipeline.read.targets import LabelError, class_index
+from pipeline.read.targets import TargetParser
 from pipeline.storage import Storage
 
 _PARQUET_BATCH_ROWS = 16
@@ -24,13 +20,11 @@ _PARQUET_BATCH_ROWS = 16
 _PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
 
 
-# Parquet -----------------------------------------------------------------------------------------
-
-
 def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
-    names = dict(options.class_ids)
-    # Column chunks are read through a buffer each, straight from the object: one more buffer in
-    # front would be emptied by each change of column. `pre_buffer` would hold whole row groups.
+    """Yields the samples of a Parquet file, one per row."""
+    targets = TargetParser(options)
+    # Each column chunk has a buffer of its own, straight from the object: another buffer in front of them
+    # would be emptied by each change of column. `pre_buffer` would hold whole row groups.
     with (
         storage.open_raw(shard.uri, shard.version) as stream,
         pq.ParquetFile(
@@ -54,7 +48,10 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             for i in range(batch.num_rows):
                 sample = Sample(_key(keys, i, row), None)
                 label = labels[i].as_py() if labels is not None else None
-                sample.target, sample.error = _checked_row(sizes[i].as_py(), label, options, names)
+                size = sizes[i].as_py()
+                sample.error = "the row has no image bytes" if size is None else options.size_error(size)
+                if sample.error is None:
+                    sample.target, sample.error = targets.parse(label)
                 if sample.error is None:
                     sample.image = images[i].as_py()
                 yield sample
@@ -119,17 +116,3 @@ def _key(keys: pa.Array | None, i: int, row: int) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
     return f"{row:09d}" if value is None else str(value)
-
-
-def _checked_row(
-    size: int | None, label: object, options: ReadOptions, names: dict[str, int]
-) -> tuple[int | None, str | None]:
-    """A row's target and error."""
-    if size is None:
-        return None, "the row has no image bytes"
-    if size > options.max_image_bytes:
-        return None, too_large("image", size, options.max_image_bytes)
-    try:
-        return class_index(label, options, names), None
-    except LabelError as error:
-        return None, str(error)

@@ -1,7 +1,6 @@
-"""Readers: a shard in, its samples out, one at a time, in the same order every time.
+"""Reading a shard: its samples, one at a time, in the same order every time.
 
-WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
-and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
+A bad sample is a sample with an error; a bad shard is a `ShardError`. Pickles are never loaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Readers: a shard in, its samples out, one at a time, in the same order every time.
-
-WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
-and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
-"""
+"""Samples, and what readers need to know. Reading itself belongs to the modules of the formats."""
 
 from __future__ import annotations
 
@@ -17,9 +13,9 @@ class ShardError(Exception):
     """The shard can't be read; the message names its URI, the place in it and the cause.
 
     Attributes:
-        uri: The shard's URI.
-        cause: The message without the URI.
-        transient: Whether the cause is the storage, not the shard: a later attempt may succeed.
+        uri: the shard's URI.
+        cause: the message without the URI.
+        transient: whether the cause is the storage, not the shard: a later attempt may succeed.
     """
 
     def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
@@ -34,13 +30,13 @@ class ShardError(Exception):
 
 @dataclass(slots=True)
 class Sample:
-    """One image, or what stands in its place.
+    """One image, or an error in its place.
 
     Attributes:
-        key: Its name in the shard. Not always unique: shard and position identify a sample.
-        image: The encoded image, null where `error` is set.
-        target: The shard's own label, as a class index; null where there is none.
-        error: Why there is no image to classify, null where there is one.
+        key: its name in the shard. Not always unique: shard and position identify a sample.
+        image: the encoded image; None where `error` is set.
+        target: the dataset's own label, as a class index; None where there is none.
+        error: why there is no image to classify; None where there is one.
     """
 
     key: str
@@ -51,18 +47,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What readers must know; hashable and picklable.
+    """What readers need to know; hashable and picklable.
 
     Attributes:
-        labels: Read the samples' own labels. Without, every target is null.
+        labels: read the samples' own labels; without, every target is None.
         label_field: WebDataset: the (dotted) field of `.json` that holds the label, not `.cls`.
-        image_column: Parquet: the image's column; found by name and type if null.
-        label_column: Parquet: the label's column; no labels if null.
-        key_column: Parquet: the key's column; if null, the image's path, else the row's number.
-        class_ids: Pairs of class name and class index, for labels that are names.
-        num_labels: Class indices go from 0 to below this; null: any that fits an int32.
-        max_image_bytes: Larger images become error rows (unread, in tars and loose images).
-        fetches: Ranges of a tar, of 8 MiB, that are fetched at once.
+        image_column: Parquet: the image's column; None finds it by name and type.
+        label_column: Parquet: the label's column; None reads no labels.
+        key_column: Parquet: the key's column; None takes the image's path, or else the row's number.
+        class_ids: pairs of class name and class index, for labels that are names.
+        num_labels: class indices are below this; None allows any that fits an int32.
+        max_image_bytes: larger images become error rows (unread, in tars and image files).
+        fetches: ranges of a tar, of 8 MiB, that are fetched at once.
     """
 
     labels: bool = True
@@ -75,26 +71,27 @@ class ReadOptions:
     max_image_bytes: int = 256 * 1024**2
     fetches: int = 4
 
+    @classmethod
+    def of(cls, section: InputConfig, labels: Sequence[str], fetches: int = 4) -> ReadOptions:
+        """Makes the options of an input and of a model's class names.
 
-def too_large(what: str, size: int, limit: int) -> str:
-    setting = " (input.max_image_bytes)" if what == "image" else ""
-    return f"the {what} has {size} bytes, more than the limit of {limit}{setting}"
+        A name that several classes share, as ImageNet's two cranes do, names none of them.
+        """
+        times = Counter(labels)
+        return cls(
+            class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
+            num_labels=len(labels),
+            fetches=fetches,
+            **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
+        )
+
+    def size_error(self, size: int) -> str | None:
+        """Describes what is wrong with an encoded image of this size; None if nothing is."""
+        if size <= self.max_image_bytes:
+            return None
+        return f"the image {too_large(size, self.max_image_bytes)} (input.max_image_bytes)"
 
 
-def read_options(section: InputConfig, labels: Sequence[str], fetches: int = 4) -> ReadOptions:
-    """What readers need to know of the input, and of the model's classes.
-
-    Of classes that share a name, as ImageNet's two cranes do, none is told by it.
-    """
-    times = Counter(labels)
-    return ReadOptions(
-        labels=section.labels,
-        label_field=section.label_field,
-        image_column=section.image_column,
-        label_column=section.label_column,
-        key_column=section.key_column,
-        class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
-        num_labels=len(labels),
-        max_image_bytes=section.max_image_bytes,
-        fetches=fetches,
-    )
+def too_large(size: int, limit: int) -> str:
+    """Says that a size in bytes is over a limit."""
+    return f"has {size} bytes, more than the limit of {limit}"

@@ -1,8 +1,4 @@
-"""Readers: a shard in, its samples out, one at a time, in the same order every time.
-
-WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
-and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
-"""
+"""The labels that a dataset has for its samples, as class indices."""
 
 from __future__ import annotations
 
@@ -15,34 +11,37 @@ _MAX_LABEL_ID = 2**31  # of the predictions' int32 column
 IGNORE_HINT = "labels can be ignored by `input.labels: false`"
 
 
-# Labels ------------------------------------------------------------------------------------------
+class TargetParser:
+    """Turns labels into class indices."""
 
+    def __init__(self, options: ReadOptions) -> None:
+        self._ids = dict(options.class_ids)
+        self._limit = options.num_labels if options.num_labels is not None else _MAX_LABEL_ID
 
-class LabelError(ValueError):
-    """A label that names no class; the message is the sample's error."""
+    def parse(self, label: object) -> tuple[int | None, str | None]:
+        """Returns the class index of a label, None for none, and the error of a label that is no class.
 
-
-def class_index(value: object, options: ReadOptions, names: dict[str, int]) -> int | None:
-    """A label as a class index, null for none; text is a class name, or else an index."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    found: object = value
-    if isinstance(value, str):
-        text = value.strip()
-        found = names.get(text, whole_number(text))
-    elif isinstance(value, float) and value.is_integer():  # pandas' integers beside nulls
-        found = int(value)
-    if not isinstance(found, int) or isinstance(found, bool):
-        raise LabelError(f"label {_shortened(value)} is no class of the model; {IGNORE_HINT}")
-    if found == -1:
-        return None
-    limit = options.num_labels if options.num_labels is not None else _MAX_LABEL_ID
-    if not 0 <= found < limit:
-        raise LabelError(f"label {_shortened(value)} is not in 0..{limit - 1}; {IGNORE_HINT}")
-    return found
+        Text is a class name, or else an index.
+        """
+        if label is None or (isinstance(label, float) and math.isnan(label)):
+            return None, None
+        found: object = label
+        if isinstance(label, str):
+            text = label.strip()
+            found = self._ids.get(text, whole_number(text))
+        elif isinstance(label, float) and label.is_integer():  # pandas' integers next to nulls
+            found = int(label)
+        if not isinstance(found, int) or isinstance(found, bool):
+            return None, f"label {_shortened(label)} is no class of the model; {IGNORE_HINT}"
+        if found == -1:
+            return None, None
+        if not 0 <= found < self._limit:
+            return None, f"label {_shortened(label)} is not in 0..{self._limit - 1}; {IGNORE_HINT}"
+        return found, None
 
 
 def whole_number(text: str) -> int | None:
+    """Returns the number that a text is, in ASCII digits; None where it is none."""
     digits = text.removeprefix("-")
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
 

@@ -1,8 +1,4 @@
-"""Readers: a shard in, its samples out, one at a time, in the same order every time.
-
-WebDataset tars, Parquet files with image bytes, and groups of loose images. Nothing is decoded here,
-and pickles are never loaded. A bad sample is a sample with an error; a bad shard is a `ShardError`.
-"""
+"""Reading WebDataset tars, gzipped ones too."""
 
 from __future__ import annotations
 
@@ -16,15 +12,12 @@ from typing import Any, BinaryIO, cast
 
 from pipeline.read.samples import ReadOptions, Sample, too_large
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
-from pipeline.read.targets import IGNORE_HINT, LabelError, class_index, whole_number
+from pipeline.read.targets import IGNORE_HINT, TargetParser, whole_number
 from pipeline.storage import Storage
 
 _MAX_MEMBERS = 1000  # of one sample: names like `frame.000001.jpg` all have the key `frame`
 
 _MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
-
-
-# WebDataset --------------------------------------------------------------------------------------
 
 
 class DamagedTarError(Exception):
@@ -66,7 +59,8 @@ _HEADER_FAULTS = {
 
 
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
-    names = dict(options.class_ids)
+    """Yields the samples of a tar: adjacent members with the same key."""
+    targets = TargetParser(options)
     with storage.open_ahead(shard.uri, shard.version, options.fetches) as file:
         # By content: gzip is often called .tar. Not by tarfile, which checks neither gzip's end nor
         # its checksum.
@@ -77,11 +71,11 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[S
             key, kind = _split_name(info.name)
             if gathered is None or key != gathered.key or gathered.is_full_for(kind):
                 if gathered is not None:
-                    yield gathered.finished(options, names)
+                    yield gathered.finished(targets)
                 gathered = _TarSample(key)
             gathered.add(kind, info, stream, options)
         if gathered is not None:
-            yield gathered.finished(options, names)
+            yield gathered.finished(targets)
 
 
 def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -136,13 +130,16 @@ class _TarSample:
         self.kinds[kind] = None
         if kind in IMAGE_EXTENSIONS and not self.has_image:
             self.has_image = True
-            self.image = self._content(info, stream, "image", options.max_image_bytes)
+            error = options.size_error(info.size)
+            self.image = self._content(info, stream, "image", error)
         elif options.labels and kind == ("json" if options.label_field else "cls"):
-            content = self._content(info, stream, "label", _MAX_LABEL_BYTES)
+            is_large = info.size > _MAX_LABEL_BYTES
+            error = f"the label {too_large(info.size, _MAX_LABEL_BYTES)}" if is_large else None
+            content = self._content(info, stream, "label", error)
             if content is not None:
                 self._read_label(content, options.label_field)
 
-    def finished(self, options: ReadOptions, names: dict[str, int]) -> Sample:
+    def finished(self, targets: TargetParser) -> Sample:
         if not self.has_image:
             members = " ".join(f".{kind}" for kind in islice(self.kinds, 8))
             self.error = (
@@ -151,19 +148,18 @@ class _TarSample:
             )
         target = None
         if self.error is None:
-            try:
-                target = class_index(self.label, options, names)
-            except LabelError as error:
-                self.error = str(error)
+            target, self.error = targets.parse(self.label)
         return Sample(self.key, self.image if self.error is None else None, target, self.error)
 
-    def _content(self, info: tarfile.TarInfo, stream: BinaryIO, what: str, limit: int) -> bytes | None:
-        """The member's bytes; null, and the sample has its error, if they can't be had."""
+    def _content(
+        self, info: tarfile.TarInfo, stream: BinaryIO, what: str, size_error: str | None
+    ) -> bytes | None:
+        """Returns the member's bytes; None, and the sample gets an error, if they can't be read."""
         if not info.isreg() or info.issparse():
             kind = f"a link to {info.linkname!r}" if info.linkname else "not a regular file"
             self._fail(f"the {what} {info.name!r} is {kind}, not a file with bytes")
-        elif info.size > limit:
-            self._fail(too_large(what, info.size, limit))
+        elif size_error is not None:
+            self._fail(size_error)
         else:
             stream.seek(info.offset_data)
             content = stream.read(info.size)

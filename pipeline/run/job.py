@@ -14,7 +14,7 @@ from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, fingerprint, label_settings, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
-from pipeline.read import ReadOptions, Shard, read_options
+from pipeline.read import ReadOptions, Shard
 from pipeline.storage import Storage, room_below
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Job:
     @property
     def read_options(self) -> ReadOptions:
         """What readers need to know of the input, and of the model's classes."""
-        return read_options(self.config.input, self.checkpoint.labels, self.config.read.fetches)
+        return ReadOptions.of(self.config.input, self.checkpoint.labels, self.config.read.fetches)
 
 
 def make_job(config: Config) -> Job:

@@ -30,7 +30,7 @@ from cvt.checkpoints import save_checkpoint
 from cvt.modeling import CvtForImageClassification
 from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labelled_images
-from pipeline.read import input_shards, read_options
+from pipeline.read import ReadOptions, input_shards
 from pipeline.storage import Storage
 from pipeline.train.model import TrainingModel, make_training_model
 
@@ -115,7 +115,7 @@ def _listen(epochs: Queue, on_epoch: Callable[[Mapping[str, float]], None]) -> N
 
 def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ray.data.Dataset:
     names = model.model.config.id2label
-    options = read_options(section, [names[i] for i in range(len(names))])
+    options = ReadOptions.of(section, [names[i] for i in range(len(names))])
     shards = input_shards(storage, section)
     return labelled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode_chunk
-from pipeline.decode import gpu as gpu_decoding
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.decode.jpeg import plain_jpeg
 from pipeline.read import Chunk
@@ -59,8 +58,8 @@ class Counting(GpuDecoder):
         return done
 
 
-def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT) -> Counting:
-    return Counting(PREPROCESSOR, max_pixels, "cpu", decode_jpegs or PillowJpegs())
+def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT, **options: int) -> Counting:
+    return Counting(PREPROCESSOR, max_pixels, "cpu", decode_jpegs or PillowJpegs(), **options)
 
 
 def chunk_of(images: Sequence[bytes | None]) -> Chunk:
@@ -261,12 +260,11 @@ def test_a_device_out_of_memory_gets_smaller_batches() -> None:
     assert (decoder.on_device, decoder.on_cpu) == (8, 0)
 
 
-def test_batches_are_bounded_by_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_decoding, "PIXELS_AT_ONCE", 5000)
+def test_batches_are_bounded_by_their_pixels() -> None:
     sizes = [(50, 50), (50, 50), (10, 10), (100, 50), (10, 10), (101, 50)]
     images = [jpeg(size) for size in sizes]
     decode_jpegs = PillowJpegs()
-    decoder = make_decoder(decode_jpegs)
+    decoder = make_decoder(decode_jpegs, pixels_at_once=5000)
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
     assert decode_jpegs.batches == [2, 1, 1, 1]
     assert (decoder.on_device, decoder.on_cpu) == (5, 1)
@@ -373,7 +371,7 @@ def test_a_decoder_that_leaves_out_an_image_is_refused(
         return images
 
     stand_in_for_torchvision(monkeypatch, decode)
-    with pytest.raises(ValueError, match=r"can't decode JPEGs on 'cpu' \(an image comes out \d+ grey levels"):
+    with pytest.raises(ValueError, match=r"can't decode JPEGs on 'cpu' \(an image comes out \d+ gray levels"):
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 
