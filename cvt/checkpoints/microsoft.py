@@ -50,12 +50,7 @@ def microsoft_weights(model: CvtForImageClassification | CvtModel) -> dict[str, 
 
 
 def renamed(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
-    """Weights under transformers' names.
-
-    Args:
-        weights: by Microsoft's or transformers' names.
-        keys: transformers' names of the model's weights. Other names stay unchanged.
-    """
+    """Weights under transformers' names, of which `keys` are the model's; other names stay unchanged."""
     names = {microsoft_key(key): key for key in keys}
     return {names.get(key, key): tensor for key, tensor in weights.items()}
 
@@ -70,10 +65,7 @@ def unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> tuple[str, CvtConfig]:
-    """Finds the published variant with weights of these depths and widths.
-
-    Args:
-        weights: by Microsoft's names.
+    """Finds the published variant by the depths and widths of weights with Microsoft's names.
 
     Returns:
         The variant's name in `PRESETS`, and its configuration with the weights' number of classes.

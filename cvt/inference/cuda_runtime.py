@@ -14,14 +14,8 @@ class CudaRuntime:
     """Queues batches on a GPU; the host prepares one while others are computed.
 
     All calls must come from one thread. Arrays are copied to the GPU on a separate stream, to overlap with
-    computation, which uses the thread's current stream, as does the copy of the results.
-
-    Args:
-        network: on the GPU.
-        image_shape: (size, size, channels).
-        batch_size: maximum number of images in one call.
-        compiled: whether to use `torch.compile`, for batches of exactly `batch_size` images: the last one is
-            padded.
+    computation, which uses the thread's current stream, as does the copy of the results. Compiled, the
+    network takes batches of exactly `batch_size` images: the last one is padded.
     """
 
     def __init__(

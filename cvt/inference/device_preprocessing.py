@@ -20,9 +20,6 @@ class DevicePreprocessor:
     Pixels differ from Pillow's by a fraction of a gray level: Pillow rounds to 8 bits after each axis, and
     this class once.
 
-    Args:
-        preprocessor: size, crop and interpolation.
-
     Raises:
         ValueError: PyTorch does not have the interpolation.
     """

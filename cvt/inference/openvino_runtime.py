@@ -45,14 +45,9 @@ def import_openvino() -> ModuleType:
 
 
 class OpenVinoRuntime:
-    """Computes features in OpenVINO, several batches of one size at a time, and the head in PyTorch.
+    """Computes features in OpenVINO, a batch of one size per thread, and the head in PyTorch.
 
-    Args:
-        network: on the CPU, in float32.
-        image_shape: (size, size, channels).
-        precision: "fp32", or "bf16" if the CPU has instructions for it.
-        batch_size: maximum number of images in one call.
-        threads: number of CPU threads; each computes a batch of its own.
+    The network must be on the CPU, in float32.
 
     Raises:
         ValueError: the CPU cannot compute in this precision, or OpenVINO cannot run this model.

@@ -37,8 +37,4 @@ class Runtime(Protocol):
     batch_size: int
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:
-        """Starts inference on n images. They must not change until the result is read.
-
-        Args:
-            images: n from 1 to `batch_size`.
-        """
+        """Starts inference on 1 to `batch_size` images, which must not change until the result is read."""

@@ -27,14 +27,8 @@ class TorchRuntime:
     """Computes a batch in parts.
 
     In eager mode each worker computes a part of its own. If all threads shared each operation, they would
-    wait for each other after every one, and activations would not stay in a core's cache.
-
-    Args:
-        network: on the CPU.
-        batch_size: maximum number of images in one call.
-        at_once: maximum number of images in a part.
-        threads: number of threads that compute.
-        compiled: whether to use `torch.compile`, for parts of one size: the last one is padded.
+    wait for each other after every one, and activations would not stay in a core's cache. Compiled, the
+    network takes parts of one size: the last one is padded. `at_once` limits the images in a part.
     """
 
     def __init__(

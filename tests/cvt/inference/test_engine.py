@@ -25,6 +25,7 @@ from tests.cvt.inference.small import (
     make_engine,
     make_model,
     outputs_of_the_model,
+    same_as_the_model,
 )
 from tests.cvt.random_models import randomise
 
@@ -38,11 +39,7 @@ def with_runtime(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Runtime], Runt
 @pytest.mark.parametrize("method", ["dw_bn", "avg", "linear"])
 def test_it_gives_what_the_model_gives(method: str, cls_token: bool) -> None:
     model = make_model(qkv_projection_method=[method] * 3, cls_token=[False, False, cls_token])
-    logits, embeddings = outputs_of_the_model(model)
-    output = make_engine(model)(IMAGES)
-    assert output.logits.dtype == output.embeddings.dtype == np.float32
-    np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
+    same_as_the_model(make_engine(model), model)
 
 
 def test_it_gives_what_the_model_gives_at_the_size_of_cvt_13() -> None:
