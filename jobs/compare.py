@@ -2,82 +2,104 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import pyarrow.parquet as pq
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jobs.console import Exit, err, exit_status, out, plain, run_alone
+from jobs.console import (
+    Exit,
+    PartitionConfigOption,
+    SetOption,
+    err,
+    exit_status,
+    given_partition,
+    out,
+    plain,
+    run_alone,
+)
 from pipeline.storage import Storage
 from pipeline.text import percent, printable
 
 if TYPE_CHECKING:
+    from pipeline.commit import Partition
     from pipeline.statistics import Comparison
 
-_SIDE = "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous."
+_LABELS = (
+    "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous. With "
+    "--config, @RUN, @latest or @previous alone are of the configured job."
+)
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=_SIDE, show_default=False)],
-    b: Annotated[str, typer.Argument(metavar="B", help="Likewise, what is compared with it.")],
-    output: Annotated[
-        str | None, typer.Option(help="Path or URI of a Parquet file for it: a row a class.")
+    a: Annotated[str, typer.Argument(metavar="A", help=_LABELS, show_default=False)],
+    b: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="B",
+            help="Labels to compare with A; with --config, by default all labels of the configured job.",
+            show_default=False,
+        ),
     ] = None,
-    max_psi: Annotated[float | None, typer.Option(min=0, help="Of the classes.")] = None,
+    config: PartitionConfigOption = None,
+    set: SetOption = None,
+    output: Annotated[
+        str | None, typer.Option(help="Path or URI of a Parquet file for the result, one row per class.")
+    ] = None,
+    max_psi: Annotated[float | None, typer.Option(min=0, help="PSI of the classes.")] = None,
     max_js: Annotated[
         float | None, typer.Option(min=0, max=1, help="Jensen-Shannon distance of the classes.")
     ] = None,
-    max_score_psi: Annotated[float | None, typer.Option(min=0, help="Of the scores.")] = None,
+    max_score_psi: Annotated[float | None, typer.Option(min=0, help="PSI of the scores.")] = None,
     min_agreement: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of the samples with the same class.")
     ] = None,
     drift_only: Annotated[
-        bool, typer.Option("--drift-only", help="Read statistics alone, not every label.")
+        bool, typer.Option("--drift-only", help="Read statistics only, not every label.")
     ] = False,
     min_images: Annotated[
-        int, typer.Option(min=1, help="Hold drift to its limits only where both sides have so many images.")
+        int, typer.Option(min=1, help="Apply the limits for drift only where A and B have this many images.")
     ] = 1,
     most: Annotated[int, typer.Option(min=1, help="Rows of each table, at most.")] = 15,
 ) -> None:
-    """Compare two models' labels, or two runs': drift by class, and agreement on the same samples.
+    """Compare the labels of two models or two runs: drift by class, and agreement on the same samples.
 
-    Exit status: 0, also when @previous is asked for and the labels are of one run alone, so that nothing is
-    compared, and nothing written; 2 when an option can't be used; 4 when a side can't be read, or holds no
-    label; 7 when a limit is broken.
+    Exit status: 0, also when @previous is given and all labels are of one run, so that nothing is compared
+    or written; 2 when an option or the configuration can't be used; 4 when labels can't be read, or there are
+    none; 7 when a limit is broken.
     """
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
     with exit_status():
-        from pipeline.compare import LabelSet, NoPreviousRunError
-        from pipeline.compare import compare as compare_sides
+        from pipeline.compare import LabelSet, NoPreviousRunError, write_comparison
+        from pipeline.compare import compare as compare_label_sets
         from pipeline.statistics import Limits
         from pipeline.storage import StorageError
 
-        storage = Storage()
+        configured = None if config is None else given_partition(None, config, set)
+        storage = Storage() if configured is None else configured.storage
+        names = [_full_name(name, configured) for name in (a, b)]
         try:
-            first, second = LabelSet.open(storage, a), LabelSet.open(storage, b)
+            first, second = (LabelSet.open(storage, name) for name in names)
         except NoPreviousRunError as error:
-            err.print(
-                f"cvt-label: nothing is compared: {printable(str(error))}", markup=False, highlight=False
-            )
+            message = f"cvt-label: nothing is compared: {printable(str(error))}"
+            err.print(message, markup=False, highlight=False)
             return
         with err.status("reading statistics") as status:  # in a terminal only
-            found = compare_sides(
+            found = compare_label_sets(
                 first,
                 second,
                 not drift_only,
                 on_progress=lambda shards: status.update(f"comparing labels: {shards:,} shards"),
             )
         if min_agreement is not None and (found.agreement is None or not found.agreement.compared):
-            raise StorageError(b, f"nothing to measure agreement on: no sample is labelled there and in {a}")
+            raise StorageError(
+                names[1], f"nothing to measure agreement on: no sample is labeled there and in {names[0]}"
+            )
         if output is not None:
-            file = io.BytesIO()
-            pq.write_table(found.table(), file, compression="zstd")
-            storage.write(output, file.getvalue())
+            write_comparison(found, storage, output)
     print_comparison(found, most)
     limits = Limits(max_psi, max_js, max_score_psi, min_agreement, min_images)
     broken = limits.broken(found.totals)
@@ -86,36 +108,43 @@ def compare(
     sys.exit(Exit.DRIFTED if broken else Exit.OK)
 
 
+def _full_name(name: str | None, configured: Partition | None) -> str:
+    """The name of a label set with its URI: that of the configured job, where the name has none."""
+    if name is not None and not name.startswith("@"):
+        return name
+    if configured is None:
+        raise typer.BadParameter("give A and B with their URIs, or --config")
+    return f"{configured.uri}{name or ''}"
+
+
 def print_comparison(found: Comparison, most: int) -> None:
     """Prints the figures, the classes that changed most, and the most frequent disagreements."""
-    agreement, classes = found.agreement, found.drift.classes
-    grid = Table.grid(padding=(0, 2))
-    for name, value in {"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")}.items():
-        grid.add_row(name, value)
+    agreement, labels = found.agreement, found.drift.classes.labels
     out.print(_class_table(found, most))
     if agreement is not None and (pairs := agreement.disagreements.top(most)):
         table = _table("Most frequent disagreements", ["A", "B"], ["images", "share"])
         for i, j, count in pairs:
-            names = [plain(classes.labels[k]) for k in (i, j)]
-            table.add_row(*names, f"{count:,}", percent(count / agreement.compared))
+            share = percent(count / agreement.compared)
+            table.add_row(plain(labels[i]), plain(labels[j]), f"{count:,}", share)
         out.print(table)
+    grid = Table.grid(padding=(0, 2))
+    for name, value in {"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")}.items():
+        grid.add_row(name, value)
     out.print(grid, soft_wrap=True, markup=False)
 
 
 def _class_table(found: Comparison, most: int) -> Table:
-    drift, agreement = found.drift, found.agreement
     headings = ["A", "B", "share A", "share B", "PSI", "PSI of scores"]
-    if agreement is not None:
+    if found.agreement is not None:
         headings.append("B agrees")
     table = _table("Classes that changed most", ["label"], headings)
-    parts, scores, a, b = drift.psi_parts, drift.class_score_psi, drift.fraction_a, drift.fraction_b
-    for i in drift.most_changed(most):
-        cells = [f"{drift.count_a[i]:,}", f"{drift.count_b[i]:,}", percent(a[i]), percent(b[i])]
-        cells += [f"{parts[i]:.4f}", "-" if scores[i] != scores[i] else f"{scores[i]:.4f}"]
-        if agreement is not None:
-            given = int(agreement.given_a[i])
-            cells.append(percent(int(agreement.same[i]) / given if given else None))
-        table.add_row(plain(drift.classes.labels[i]), *cells)
+    for row in found.table().take(found.drift.most_changed(most)).to_pylist():
+        cells = [f"{row['count_a']:,}", f"{row['count_b']:,}"]
+        cells += [percent(row["fraction_a"]), percent(row["fraction_b"]), f"{row['psi']:.4f}"]
+        cells.append("-" if row["score_psi"] is None else f"{row['score_psi']:.4f}")
+        if found.agreement is not None:
+            cells.append(percent(row["same"] / row["compared_a"] if row["compared_a"] else None))
+        table.add_row(plain(row["label"]), *cells)
     return table
 
 
