@@ -127,10 +127,11 @@ def print_comparison(found: Comparison, most: int) -> None:
             share = percent(count / agreement.compared)
             table.add_row(plain(labels[i]), plain(labels[j]), f"{count:,}", share)
         out.print(table)
-    grid = Table.grid(padding=(0, 2))
-    for name, value in {"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")}.items():
-        grid.add_row(name, value)
-    out.print(grid, soft_wrap=True, markup=False)
+    facts = {"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")}
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        line = f"{name:<{width}}  {printable(value)}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _class_table(found: Comparison, most: int) -> Table:

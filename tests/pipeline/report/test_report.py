@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.report import report
 from pipeline.classify import LEAST, MOST
 from pipeline.commit import Partition
-from pipeline.report import Item, make_report, write_gallery
+from pipeline.compare import LabelSet, compare_run
+from pipeline.report import Item, find_record, make_report, write_gallery, write_report
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
@@ -72,10 +72,16 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
     return Partition.open(Storage(), uri)
 
 
+def report(uri: str, *against: str) -> Path:
+    """Writes the report of the last run; returns its path."""
+    partition = Partition.open(Storage(), uri)
+    record = find_record(partition)
+    others = [LabelSet.open(Storage(), name) for name in against]
+    return Path(write_report(partition, record, *compare_run(partition, record, others)))
+
+
 def make_page(folder: Path, labels: list[str]) -> str:
-    uri = make_partition(folder, labels).uri
-    report(uri)
-    return Path(uri, "report.html").read_text()
+    return report(make_partition(folder, labels).uri).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +180,7 @@ def test_gallery_is_shown_with_its_texts_escaped(tmp_path: Path) -> None:
     ends = [(MOST, 0.987), (LEAST, 0.123)]
     items = [Item(0, NASTY[0], end, x, "/in/a.tar", 1, NASTY[1], b"\xff\xd8thumbnail") for end, x in ends]
     write_gallery(Storage(), partition.uri, items)
-    report(partition.uri)
-    elements = Elements(Path(partition.uri, "report.html").read_text())
+    elements = Elements(report(partition.uri).read_text())
     images = [attributes for tag, attributes in elements.found if tag == "img"]
     assert len(images) == 2
     for image in images:
@@ -189,8 +194,7 @@ def test_gallery_is_shown_with_its_texts_escaped(tmp_path: Path) -> None:
 def test_comparison_with_another_model_has_drift_and_agreement(tmp_path: Path) -> None:
     mine = make_partition(tmp_path, [f"class {i}" for i in range(10)])
     other = make_partition(tmp_path, [f"class {i + 1}" for i in range(10)], "model=other-ffffffff")
-    report(mine.uri, against=[other.uri], output=str(tmp_path / "page.html"))
-    text = text_of((tmp_path / "page.html").read_text())
+    text = text_of(report(mine.uri, other.uri).read_text())
     assert "Against model=other-ffffffff" in text
     assert "of 792 images labeled in both" in text
     assert "matched by name: 1 only there, 1 only here" in text
@@ -216,8 +220,7 @@ def test_causes_of_some_files_are_stated_as_such(tmp_path: Path) -> None:
 
 def failures(uri: str) -> str:
     """What the report of some labels says of failures."""
-    report(uri)
-    text = text_of(Path(uri, "report.html").read_text())
+    text = text_of(report(uri).read_text())
     return text[text.index("could not be labeled") :]
 
 
@@ -244,8 +247,7 @@ def test_heading_of_a_comparison_names_the_other_label_set(tmp_path: Path) -> No
     mine = make_partition(tmp_path, ["a", "b"])
     other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff")
     run = mine.manifest.runs()[0]
-    report(mine.uri, against=[f"{mine.uri}@{run}", f"{other.uri}@{run}"], output=str(tmp_path / "page.html"))
-    text = text_of((tmp_path / "page.html").read_text())
+    text = text_of(report(mine.uri, f"{mine.uri}@{run}", f"{other.uri}@{run}").read_text())
     for heading, here, there in (
         ("the previous run", "what this run labeled", "what that run labeled and no later run relabeled"),
         (f"run {run}", "all labels", "what that run labeled and no later run relabeled"),
@@ -258,10 +260,24 @@ def test_heading_of_a_comparison_names_the_other_label_set(tmp_path: Path) -> No
         assert re.search(f"Against {heading} There{there}: \\S+@{run} Here{here} ", text)
 
 
-def test_missing_record_ends_with_status_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_record_is_named(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
-    with pytest.raises(SystemExit) as ended:
-        report(partition.uri, run="20260101T000000.000000Z-ffffff")
-    assert ended.value.code == 4
-    with pytest.raises(StorageError, match="no labels of a model"):
-        Partition.open(Storage(), str(tmp_path))
+    with pytest.raises(StorageError, match=r"has no record of run 2026\S+-ffffff"):
+        find_record(partition, "20260101T000000.000000Z-ffffff")
+
+
+def test_report_without_comparisons_can_be_written_at_any_time(tmp_path: Path) -> None:
+    partition = make_partition(tmp_path, ["a", "b"])
+    written = write_report(partition)
+    assert written == f"{partition.uri}/report.html"
+    text = text_of(Path(written).read_text())
+    assert "Labeled images792in all" in text
+    assert "Against" not in text.replace("Against targets", "")
+
+
+def test_class_statistics_of_the_page_are_the_given_ones(tmp_path: Path) -> None:
+    """Not those of `class_stats.parquet`, which an overlapping run may have replaced."""
+    partition = make_partition(tmp_path, ["a", "b"])
+    stats = partition.manifest.fold_statistics()
+    stats.count[:] = [123_456, 0]
+    assert "123,456" in make_report(partition, RECORD, stats)

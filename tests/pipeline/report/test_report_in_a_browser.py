@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 
-from jobs.report import report
 from pipeline.classify import MOST
 from pipeline.report import Item, write_gallery
 from pipeline.storage import Storage
 from tests.makers import make_image
-from tests.pipeline.report.test_report import NASTY, make_partition
+from tests.pipeline.report.test_report import NASTY, make_partition, report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -66,8 +65,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = make_image(1)
     items = [Item(i, label, MOST, 0.9, "/in/a.tar", i, label, picture) for i, label in enumerate(NASTY)]
     write_gallery(Storage(), uri, items)
-    report(uri)
-    return Path(uri, "report.html")
+    return report(uri)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,47 @@
+"""The command `report`, as it is called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.command import cvt_label
+from tests.pipeline.report.test_report import make_partition
+
+
+def test_report_is_written_next_to_the_labels_or_elsewhere(tmp_path: Path) -> None:
+    uri = make_partition(tmp_path, ["a", "b"]).uri
+    done = cvt_label("report", uri)
+    assert done.returncode == 0, done.stderr
+    assert f"{uri}/report.html" in done.stdout
+    elsewhere = tmp_path / "page.html"
+    assert cvt_label("report", uri, "--output", elsewhere).returncode == 0
+    assert elsewhere.read_bytes() == Path(uri, "report.html").read_bytes()
+
+
+def test_missing_record_ends_with_status_4(tmp_path: Path) -> None:
+    uri = make_partition(tmp_path, ["a", "b"]).uri
+    done = cvt_label("report", uri, "--run", "20260101T000000.000000Z-ffffff")
+    assert done.returncode == 4
+    assert "has no record of run 20260101T000000.000000Z-ffffff" in done.stderr
+    assert cvt_label("report", tmp_path).returncode == 4
+
+
+def test_report_and_compare_import_neither_torch_nor_ray(tmp_path: Path) -> None:
+    mine = make_partition(tmp_path, ["a", "b"]).uri
+    other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff").uri
+    program = f"""
+import sys
+from jobs.console import exit_status
+from jobs.compare import compare
+from jobs.report import report
+report({mine!r}, against=[{other!r}])
+try:
+    compare({mine!r}, {other!r})
+except SystemExit as ended:
+    assert ended.code == 0
+assert not {{"torch", "ray", "transformers"}} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,147 @@
+"""Label sets of stored partitions, and how they are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.compare import LabelSet, NoPreviousRunError, compare
+from pipeline.storage import Storage, StorageError
+from tests.partitions import make_predictions, random_given, write_partition
+
+LABELS = ["boot", "bag", "coat"]
+OTHER_LABELS = ["coat", "boot", "[bold]hat\x1b[31m"]
+
+
+def make_models(root: str, storage: Storage) -> tuple[str, str]:
+    """Two models' labels of the same shards, except of one shard each; the second has other classes."""
+    a, b = f"{root}/out/model=a-00000000", f"{root}/out/model=b-11111111"
+    first = {"0.tar": [0, 0, 1, 2, None, 1], "1.tar": [2, 2], "changed.tar": [0] * 4, "zz.tar": [1, None, 1]}
+    second = {"0.tar": [1, 1, 2, 0, 0, None], "1.tar": [0, 2], "changed.tar": [1] * 4}
+    for uri, labels, given, versions in (
+        (a, LABELS, first, {}),
+        (b, OTHER_LABELS, second, {f"{root}/in/changed.tar": "v2"}),
+    ):
+        shards = {f"{root}/in/{name}": ids for name, ids in given.items()}
+        made = {shard: make_predictions(shard, labels, ids) for shard, ids in shards.items()}
+        write_partition(storage, uri, labels, [made], versions=versions)
+    return a, b
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[str, str]:
+    return make_models(str(tmp_path), Storage())
+
+
+def opened(*names: str) -> list[LabelSet]:
+    return [LabelSet.open(Storage(), name) for name in names]
+
+
+def prediction_file(uri: str, name: str) -> Path:
+    [path] = Path(uri, "predictions").rglob(f"{name}.parquet")
+    return path
+
+
+def test_samples_labeled_in_both_are_compared_by_class_name(models: tuple[str, str]) -> None:
+    found = compare(*opened(*models))
+    agreement, labels = found.agreement, found.drift.classes.labels
+    assert agreement is not None
+    assert labels == ["boot", "bag", "coat", "[bold]hat\x1b[31m"]
+    assert (agreement.compared, int(agreement.same.sum())) == (6, 4)
+    # One is an error row in the second; then the changed shard, and the shard that the second doesn't have.
+    assert (agreement.only_a, agreement.only_b) == (1 + 4 + 2, 1 + 4)
+    assert (agreement.shards, agreement.changed_shards) == (2, 1)
+    top = [(labels[a], labels[b], n) for a, b, n in agreement.disagreements.top(5)]
+    assert top == [("bag", labels[3], 1), ("coat", labels[3], 1)]
+    chance = (2 * 2 + 1 * 0 + 3 * 2 + 0 * 2) / 36
+    assert agreement.kappa == pytest.approx((4 / 6 - chance) / (1 - chance))
+    assert found.drift.count_a.tolist() == [6, 4, 3, 0]
+    assert found.drift.count_b.tolist() == [6, 0, 3, 2]
+
+
+def test_files_of_shards_without_a_counterpart_are_not_opened(models: tuple[str, str]) -> None:
+    before = compare(*opened(*models)).totals
+    for uri, name in ((models[0], "changed.tar"), (models[1], "changed.tar"), (models[0], "zz.tar")):
+        prediction_file(uri, name).unlink()
+    assert compare(*opened(*models)).totals == before
+
+
+@pytest.mark.parametrize("what", ["relabeled", "deleted"])
+def test_shard_that_changed_since_the_manifest_is_counted_not_compared(
+    models: tuple[str, str], tmp_path: Path, what: str
+) -> None:
+    if what == "relabeled":
+        manifest, shard = Path(models[0], "manifest.parquet"), f"{tmp_path}/in/1.tar"
+        content = manifest.read_bytes()
+        newer = {shard: make_predictions(shard, LABELS, [1, 1])}
+        write_partition(Storage(), models[0], LABELS, [newer], versions={shard: "v2"})
+        manifest.write_bytes(content)
+    else:
+        prediction_file(models[0], "1.tar").unlink()
+    agreement = compare(*opened(*models)).agreement
+    assert agreement is not None
+    assert (agreement.shards, agreement.changed_shards, agreement.compared) == (1, 2, 4)
+    assert (agreement.only_a, agreement.only_b) == (7 + 2, 5 + 2)
+
+
+def test_file_that_is_no_prediction_file_is_named(models: tuple[str, str]) -> None:
+    prediction_file(models[0], "1.tar").write_bytes(b"of somebody else")
+    with pytest.raises(StorageError, match=r"1\.tar\.parquet: not a prediction file"):
+        compare(*opened(*models))
+
+
+def test_progress_counts_the_compared_shards(models: tuple[str, str]) -> None:
+    seen: list[int] = []
+    compare(*opened(*models), on_progress=seen.append)
+    assert seen == [2]
+
+
+def test_runs_of_a_partition_are_compared_by_the_labels_they_have_now(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/model=a-00000000"
+    days = [
+        {f"/in/{day}-{i}.tar": random_given(500, weights, seed=i) for i in range(2)}
+        for day, weights in enumerate(([1, 1, 1], [1, 1, 1], [1, 6, 1]))
+    ]
+    made = [{shard: make_predictions(shard, LABELS, given) for shard, given in day.items()} for day in days]
+    ids = write_partition(
+        Storage(), uri, LABELS, [*made, made[0]]
+    )  # the last run relabels the first's shards
+    calm = compare(*opened(f"{uri}@{ids[1]}", f"{uri}@{ids[3]}"))
+    assert (calm.drift.images_a, calm.drift.images_b) == (1000, 1000)
+    assert calm.drift.psi < 0.1
+    drifted = compare(*opened(f"{uri}@{ids[1]}", f"{uri}@{ids[2]}"))
+    assert drifted.agreement is None
+    assert drifted.drift.psi > 0.5
+    assert [each.run for each in opened(f"{uri}@previous", f"{uri}@latest")] == [ids[2], ids[3]]
+    with pytest.raises(StorageError, match="labeled again since"):
+        opened(f"{uri}@{ids[0]}")
+    with pytest.raises(StorageError, match="there is no such run; there are labels of "):
+        opened(f"{uri}@20260101T000000.000000Z-ffffff")
+
+
+def test_previous_run_of_the_only_run_is_an_error_of_its_own(models: tuple[str, str]) -> None:
+    with pytest.raises(NoPreviousRunError, match="all labels are of one run"):
+        opened(f"{models[0]}@previous")
+
+
+def test_run_and_other_model_agree_on_the_shards_of_the_run(tmp_path: Path) -> None:
+    a, b, storage = f"{tmp_path}/model=a-00000000", f"{tmp_path}/model=b-11111111", Storage()
+    shards = [f"/in/{i}.tar" for i in range(3)]
+    made = [{shard: make_predictions(shard, LABELS, [i, 2])} for i, shard in enumerate(shards)]
+    ids = write_partition(storage, a, LABELS, made)
+    others = {shard: make_predictions(shard, LABELS, [1, 2]) for shard in shards}
+    write_partition(storage, b, LABELS, [others])
+    found = compare(*opened(f"{a}@{ids[0]}", b))
+    assert found.agreement is not None
+    assert (found.agreement.compared, found.agreement.share, found.agreement.only_b) == (2, 0.5, 4)
+    assert (found.drift.images_a, found.drift.images_b) == (2, 6)
+    without = compare(*opened(a, b), with_agreement=False).table()
+    assert without["same"].null_count == without.num_rows == 3
+
+
+def test_partition_without_labels_cannot_be_compared(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/model=a-00000000"
+    write_partition(Storage(), uri, LABELS, [{"/in/x.tar": make_predictions("/in/x.tar", LABELS, [None])}])
+    with pytest.raises(StorageError, match="no image is labeled there"):
+        compare(*opened(uri, uri))
