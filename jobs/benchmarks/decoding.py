@@ -177,7 +177,8 @@ def _by_transformers(preprocessor: Preprocessor) -> Way:
 
     def pixels(values: torch.Tensor) -> np.ndarray:
         grey = (values.permute(1, 2, 0).numpy() * std + mean) / preprocessor.rescale_factor
-        return grey.round().astype(np.uint8)
+        rounded: np.ndarray = grey.round().astype(np.uint8)
+        return rounded
 
     return Way(run, pixels)
 

@@ -111,7 +111,7 @@ def dataloader(task: Task) -> None:
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
     from transformers import AutoImageProcessor
 
-    class Images(IterableDataset):
+    class Images(IterableDataset[Any]):
         """Keys and pixels; each worker has its share of the tars."""
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

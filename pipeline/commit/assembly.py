@@ -81,4 +81,5 @@ class OpenShard:
 
 def count_errors(chunk: Chunk) -> int:
     """Number of a chunk's samples that are error rows."""
-    return chunk.samples.num_rows - chunk.samples["error"].null_count
+    count: int = chunk.samples.num_rows - chunk.samples["error"].null_count
+    return count

@@ -95,4 +95,5 @@ class RunMetrics:
 
     def _counter(self, name: str, description: str, *tags: str) -> Counter:
         counter = Counter(f"{PREFIX}{name}", description, tag_keys=(*self._tags, *tags))
-        return counter.set_default_tags(self._tags)
+        counter.set_default_tags(self._tags)
+        return counter

@@ -22,7 +22,7 @@ from ray.data.block import BlockMetadata
 from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, DecodeStep, Stages
+from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages
 from pipeline.read import Chunk, Shard
 
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
@@ -80,9 +80,9 @@ class ShardSource(Datasource):
     Pure: the plan comes by value, versions pinned, so that a retried read yields the same chunks.
     """
 
-    def __init__(self, plan: Sequence[Shard], step: ray.ObjectRef, limit: AttemptLimit) -> None:
-        """`step` is a ReadStep, put once: with 22,000 class names it is too large for each task."""
-        super().__init__()
+    def __init__(self, plan: Sequence[Shard], step: ray.ObjectRef[ReadStep], limit: AttemptLimit) -> None:
+        """`step` is put once: with 22,000 class names it is too large for each task."""
+        super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
         self._read = functools.partial(_read_shards, step=step, limit=limit)
 
@@ -112,7 +112,7 @@ class ShardSource(Datasource):
 
 
 def _read_shards(
-    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef, limit: AttemptLimit
+    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
 ) -> Iterator[pa.Table]:
     with limit.attempt(f"reading {shards[0][1].uri}"):
         for chunk in ray.get(step)(shards):
@@ -129,7 +129,7 @@ def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Ite
 class _ClassifierActor:
     """Holds a classifier for as long as the run lasts."""
 
-    def __init__(self, stages: ray.ObjectRef, resources: Resources, limit: AttemptLimit) -> None:
+    def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
         self._classify = Classifier(ray.get(stages), resources)
         self._limit = limit
 

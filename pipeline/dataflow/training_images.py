@@ -37,13 +37,14 @@ def labelled_images(
     read = partial(read_step, storage=storage, options=read_options, max_images=512, max_bytes=64 * 1024**2)
     source = ShardSource(plan, ray.put(read), AttemptLimit(most=4))
     chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
-    return chunks.map_batches(
+    rows: ray.data.Dataset = chunks.map_batches(
         _labelled_rows,
         batch_size=None,
         batch_format="pyarrow",
         fn_args=(preprocessor, max_pixels),
         num_cpus=0.5,
     )
+    return rows
 
 
 def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
