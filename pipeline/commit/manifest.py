@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from pipeline.predictions import Footer, pack_partial, read_footer, unpack_partial
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, Storage, StorageError, lies_in
+
+T = TypeVar("T")
 
 _READERS = 32
 
@@ -210,7 +212,7 @@ class Manifest:
 
     def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
         """Rewrites all rows, sorted by URI; calls `make_rows` again if somebody else wrote meanwhile."""
-        self._rewrite(lambda _: map(_to_table, _batched(make_rows(), self._group_rows)))
+        self._rewrite(lambda _: map(_to_table, batched(make_rows(), self._group_rows)))
 
     def runs(self, root: str | None = None) -> list[str]:
         """Returns the runs that current labels are from, the first one first.
@@ -373,8 +375,9 @@ def _to_table(rows: list[ManifestRow]) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-def _batched(rows: Iterable[ManifestRow], size: int) -> Iterator[list[ManifestRow]]:
-    left = iter(rows)
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Cuts items into lists of at most `size`; itertools has it from Python 3.12 on."""
+    left = iter(items)
     while batch := list(islice(left, size)):
         yield batch
 

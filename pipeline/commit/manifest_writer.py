@@ -1,8 +1,4 @@
-"""The manifest: what is labelled, one row a shard, and the per-class statistics folded from it.
-
-It is a fold over the prediction files, never the truth itself: `recovering` makes it anew from them. It is
-rewritten in one conditional PUT, as a stream, so that neither two writers nor its size do any harm.
-"""
+"""Writing a run's manifest rows in the background, a batch at a time."""
 
 from __future__ import annotations
 
@@ -13,14 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.commit.manifest import Manifest, ManifestRow
 
-#: Rows that wait, at the most, until the manifest is rewritten.
+#: Maximum number of rows that wait for a rewrite of the manifest.
 MOST_PENDING = 5000
 
 
 class ManifestWriter:
-    """Gathers the rows of a run, and writes them every now and then, in the background.
+    """Gathers the rows of a run, and writes them periodically in the background.
 
-    What it hasn't written when a run dies is recovered from the prediction files.
+    Rows that are not written when a run dies are recovered from the prediction files.
     """
 
     def __init__(
@@ -40,7 +36,7 @@ class ManifestWriter:
         self._next = time.monotonic() + interval
 
     def add(self, row: ManifestRow) -> None:
-        """Takes a row; writes what there is, if it is time.
+        """Takes a row; writes the waiting rows if that is due.
 
         Raises:
             StorageError: an earlier write has failed.
@@ -58,10 +54,10 @@ class ManifestWriter:
             self._writing.result()
 
     def flush(self) -> None:
-        """Writes what hasn't been written.
+        """Writes the waiting rows.
 
         Raises:
-            StorageError: it can't be written.
+            StorageError: they can't be written.
         """
         self._pool.submit(self._write).result()
 

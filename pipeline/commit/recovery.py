@@ -1,8 +1,7 @@
-"""Manifest rows from prediction files, and from the records of runs: after a run that died, and to make the
-manifest anew.
+"""Manifest rows from prediction files and run records: after a run that died, and to regenerate the manifest.
 
-Files tell what is labelled. What they can't tell, which shards couldn't be read or are gone from the input,
-each run has recorded before the manifest said so; replayed in their order, the records tell it again.
+Prediction files hold what is labeled. Each run records the rest (shards that couldn't be read or were deleted
+from the input) before it writes the manifest. Recovery replays the records in their order.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.commit.manifest import ManifestRow
+from pipeline.commit.manifest import ManifestRow, batched
 from pipeline.predictions import read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
@@ -30,7 +29,7 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
 
 
 def partition_fingerprint(storage: Storage, partition: str) -> str:
-    """The fingerprint of a partition's prediction files; empty where there are none.
+    """Returns the fingerprint of a partition's prediction files; empty where there are none.
 
     Raises:
         StorageError: a file can't be read, or is no prediction file.
@@ -47,7 +46,7 @@ def reconcile(
     """Compares the prediction files with the manifest.
 
     Returns:
-        the files that the manifest doesn't know in this version, and the shards whose files are not there.
+        The files that the manifest doesn't have in this version, and the shards whose files are missing.
     """
     labelled = {row.output: (uri, row.output_version) for uri, row in known.items() if row.output}
     unlisted = []
@@ -61,7 +60,7 @@ def reconcile(
 def recovered_rows(
     storage: Storage, partition: str, fingerprint: str, files: Iterable[ObjectInfo]
 ) -> Iterator[ManifestRow]:
-    """The manifest rows of prediction files, from their footers.
+    """Yields the manifest rows of prediction files, from their footers.
 
     Raises:
         StorageError: one of them is no prediction file of this partition.
@@ -71,29 +70,24 @@ def recovered_rows(
         try:
             with storage.open(info.uri, info.version) as file:
                 footer = read_footer(info.uri, file)
-        except (ObjectChanged, ObjectNotFound):  # by another run, which sees to its row
+        except (ObjectChanged, ObjectNotFound):  # another run replaced it, and writes its row
             return None
         if footer.fingerprint != fingerprint:
             raise StorageError(info.uri, f"is of another model or options: {footer.fingerprint}")
         return ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-        waiting: list[ObjectInfo] = []
-        for info in files:
-            waiting.append(info)
-            if len(waiting) == _AT_ONCE:
-                yield from filter(None, pool.map(recover, waiting))
-                waiting = []
-        yield from filter(None, pool.map(recover, waiting))
+        for batch in batched(files, _AT_ONCE):
+            yield from filter(None, pool.map(recover, batch))
 
 
 @dataclass
 class History:
-    """What the records of runs tell of shards, and prediction files don't.
+    """What run records hold about shards, and prediction files don't.
 
     Attributes:
-        failures: by URI, the shards that couldn't be read at last.
-        gone: the shards that the input no longer had.
+        failures: by URI, the shards that couldn't be read last time.
+        gone: the shards that were deleted from the input.
     """
 
     failures: dict[str, ManifestRow] = field(default_factory=dict)
@@ -128,13 +122,13 @@ def _replay(record: Mapping[str, Any], history: History) -> None:
 
 @dataclass
 class Repairs:
-    """What the manifest lacks of what prediction files and records tell, and what it has too much.
+    """How to bring the manifest in line with prediction files and records.
 
     Attributes:
-        rows: by URI, rows that are to be put in.
-        removed: shards whose rows are to go.
-        cured: shards whose failures are over.
-        gone: by URI, whether the input has lost the shard, where the manifest says otherwise.
+        rows: by URI, rows to put in.
+        removed: shards whose rows are to be removed.
+        cured: shards whose failures no longer hold.
+        gone: by URI, whether the shard was deleted from the input, where the manifest has it otherwise.
         entries: the manifest's rows with these repairs, by URI.
     """
 
@@ -152,10 +146,10 @@ def find_repairs(
     manifest: Mapping[str, ManifestRow],
     in_order: bool,
 ) -> Repairs:
-    """Finds out how the manifest differs from what it is made from.
+    """Compares the manifest with what it is made from.
 
-    Prediction files are looked at always, for they are the truth, whoever wrote them; the records of runs
-    only where the last one died.
+    Prediction files are always listed, for they are the source of truth, whoever wrote them. Run records are
+    only read where the last run died.
 
     Args:
         storage: access to the partition.
@@ -173,7 +167,7 @@ def find_repairs(
     removed = set(lost) - found.keys()
     kept = {uri: row for uri, row in manifest.items() if uri not in removed}
     repairs = Repairs(dict(found), removed, kept | found)
-    # A file that the manifest doesn't know is newer than all it knows; without a manifest, none is.
+    # A file that the manifest doesn't have is newer than all its rows; without a manifest, none is.
     newer: AbstractSet[str] = found.keys() if manifest else set()
     repairs.cured |= newer & failing
     if not in_order:
@@ -182,7 +176,7 @@ def find_repairs(
 
 
 def _apply(history: History, newer: AbstractSet[str], repairs: Repairs) -> None:
-    """Brings what is known of failures and of gone shards in line with the records."""
+    """Brings failures and deleted shards in line with the records."""
     known = repairs.entries
     for uri in newer & history.failures.keys():
         repairs.cured.add(uri)
@@ -212,14 +206,14 @@ def _apply(history: History, newer: AbstractSet[str], repairs: Repairs) -> None:
 
 
 def _failed(labelled: ManifestRow | None, failure: ManifestRow) -> ManifestRow:
-    """A failure; where an earlier version of the shard is labelled, in its row."""
+    """Returns the row of a failure: that of an earlier labeled version, if there is one."""
     if labelled is None:
         return failure
     return replace(labelled, error=failure.error, failed_version=failure.failed_version)
 
 
 def rebuilt_rows(storage: Storage, partition: str, fingerprint: str) -> list[ManifestRow]:
-    """All manifest rows anew, sorted by URI: from prediction files and the records of runs.
+    """Regenerates all manifest rows, sorted by URI, from prediction files and run records.
 
     Raises:
         StorageError: one of them is no prediction file of this partition, or no record.

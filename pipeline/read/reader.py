@@ -19,7 +19,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     """Yields the shard's samples in shard order; a second reading yields the same.
 
     Streams: it holds one sample of a tar, 16 rows of a Parquet file and the pages that they lie in (by
-    default pyarrow writes 1024 rows a page), or 16 loose images, and read buffers of 8 MiB: one, or of a
+    default pyarrow writes 1024 rows a page), or 16 image files, and read buffers of 8 MiB: one, or of a
     tar in object storage one more than `fetches`. The object is pinned to the shard's version.
 
     **WebDataset.** Adjacent members whose names are equal up to the first dot of the last part form a
@@ -32,13 +32,13 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     **Parquet.** The image column holds binary values, or `struct<bytes, path>` as Hugging Face writes
     them: the column named `image`, else the only one of such a type.
 
-    **Loose images.** Keys are the names below the listed folder. There are no labels.
+    **Image files.** Keys are the names under the listed folder. There are no labels.
 
     A label that is null or -1 is none; one that is no class makes the sample an error.
 
     Raises:
         ShardError: the object is missing, changed, truncated, corrupt, of another format, or lacks a
-            named column. What was yielded before stands for nothing: the shard is not labelled.
+            named column. Samples yielded before do not count: the shard is not labeled.
     """
     key = None
     count = 0
@@ -49,7 +49,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     except ShardError:
         raise
     except Exception as error:
-        # Whatever the bytes of one shard do to a parser must not end the job for all others.
+        # No bytes of one shard may end the job for all others.
         place = f"after {count} samples (the last was {key!r}): " if count else ""
         is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
         raise ShardError(shard.uri, place + _cause(shard, error), transient=is_storage) from error

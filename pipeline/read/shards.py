@@ -1,7 +1,4 @@
-"""Shards: what a listing of the input becomes, and where each shard's predictions go.
-
-Names, sizes and versions only; what is inside a shard is `reading`'s.
-"""
+"""Shards, found in a listing of the input by names, sizes and versions. Nothing is read here."""
 
 from __future__ import annotations
 
@@ -31,11 +28,11 @@ class Shard:
     """The unit of reading, of commit and of resume.
 
     Attributes:
-        uri: The object's URI; for a group of loose images `<listed folder>/images-<16 hex digits>`.
-        version: The object's version; for a group, a hash over its members' names and versions.
-        format: How it is read.
-        size: Bytes, of all members together for a group.
-        members: A group's images in listing order, else empty. Their names below the listed folder
+        uri: of the object; for a group of image files `<listed folder>/images-<16 hex digits>`.
+        version: of the object; for a group, a hash over its members' names and versions.
+        format: how it is read.
+        size: bytes; for a group, of all members together.
+        members: a group's images in listing order, else empty. Their names under the listed folder
             are `name_below(folder, member.uri)`, with the folder of the group's URI.
     """
 
@@ -95,15 +92,13 @@ class ShardListing(Iterator[Shard]):
 
 
 def list_shards(storage: Storage, uri: str, format: str = "auto") -> ShardListing:
-    """Lists the shards at `uri`: one object, or everything below a folder. Streams.
+    """Lists the shards at a normalized URI: one object, or everything under a folder. Streams.
 
     With `auto`, the extension decides, in any case: `.tar`, `.tar.gz` and `.tgz` are WebDataset,
     `.parquet` is Parquet, images are gathered into groups, anything else is ignored. With a format,
-    every object is taken for that; for `images`, every one with an image's extension. A name with a
+    every object is of that format; for `images`, every one with an image's extension. A name with a
     part that starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`) is always ignored, except
     in `uri` itself.
-
-    A group of images comes when it is complete, the last one at the end.
 
     Raises:
         StorageError: from the first or any later step of the iteration.
@@ -134,21 +129,19 @@ def _format(name: str, said: Format | None) -> Format | None:
 
 
 def extension(name: str) -> str:
-    """What follows the last dot of a name's last part, in lower case; empty if there is no dot."""
+    """Returns the extension of a name's last part, without the dot, in lower case; empty if there is none."""
     return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
 
 
 class _GroupCutter:
-    """Cuts a sorted listing of loose images into groups of about a thousand, by their names alone.
+    """Cuts a sorted listing of image files into groups of about a thousand, by their names alone.
 
-    An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. So
-    each image's group depends on its own name and on the nearest such name before it, and on nothing
-    else: an image that is added or removed changes its own group (or splits it, or joins it to the one
-    before), and every other group keeps its URI, its members and its version. Cutting every thousand
-    images instead would shift every later group with each new one. (This is content-defined chunking,
-    as in Muthitacharoen et al., "A Low-bandwidth Network File System", 2001, over names.)
-
-    Sizes are geometrically distributed: a group of 5,000 is one in 150, one of 10,000 one in 20,000.
+    An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. So an
+    image's group depends on its own name and on the nearest such name before it only. An image that is
+    added or removed changes its own group (or splits it, or joins it to the one before); every other group
+    keeps its URI, members and version. This is content-defined chunking over names (Muthitacharoen et al.,
+    "A Low-bandwidth Network File System", 2001). Sizes are geometrically distributed: one group in 150 has
+    5,000 images, one in 20,000 has 10,000.
     """
 
     def __init__(self, folder: str) -> None:
@@ -181,7 +174,7 @@ class NoShardsError(ValueError):
 
 
 def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
-    """The shards of an input.
+    """Lists all shards of an input.
 
     Raises:
         StorageError: the input can't be listed.

@@ -61,7 +61,7 @@ class LocalFiles:
                 while start < stop and (part := os.pread(descriptor, stop - start, start)):
                     parts.append(part)
                     start += len(part)
-                # Looked at after the bytes: what was written meanwhile is noticed.
+                # Checked after the read, so that a concurrent write is noticed.
                 if _info(info.uri, os.fstat(descriptor)).version != info.version:
                     raise ObjectChanged(info.uri, NOT_AS_LISTED)
             return b"".join(parts)
@@ -77,7 +77,7 @@ class LocalFiles:
                 shutil.copyfileobj(data, file)
                 file.flush()
                 os.fsync(file.fileno())
-                with _locked(folder):  # no other writer's between the look and the renaming
+                with _locked(folder):  # no other write between the check and the rename
                     self._check(uri, expected, temporary)
                     found = temporary.stat()
                     temporary.replace(uri)
@@ -98,7 +98,7 @@ class LocalFiles:
                     _remove_if_left(Path(folder, name))
 
     def _check(self, uri: str, expected: str | None, temporary: Path) -> None:
-        """Raises ObjectChanged if the file is not as expected; else makes its successor younger."""
+        """Raises ObjectChanged if the file is not as expected; otherwise makes its successor newer."""
         try:
             former = os.stat(uri)  # noqa: PTH116
         except FileNotFoundError:
@@ -113,7 +113,7 @@ class LocalFiles:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps others that lock the folder out of the block."""
+    """Runs the block while no other process holds the folder's lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -122,22 +122,22 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-#: What a write has in the making, or a crash has left of one: no reader's `**/*.parquet` may ever match it.
+#: Unfinished writes, and what crashes have left of them: no reader's `**/*.parquet` may ever match.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file for the block, which ends in its renaming, or without it.
+    """Creates a file that the block renames; removes the file if the block fails.
 
-    It is locked meanwhile. A lock ends with its process: so one that nobody locks is what a crash has left.
+    The file is locked meanwhile. A lock ends with its process, so an unlocked one is left from a crash.
     """
     while True:
         path = folder / f".{uuid.uuid4().hex}.tmp"
         with path.open("xb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not os.fstat(file.fileno()).st_nlink:
-                continue  # it was taken for one, before it was locked
+                continue  # somebody swept it before it was locked
             try:
                 yield path, file
             except BaseException:
@@ -147,7 +147,7 @@ def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def _remove_if_left(path: Path) -> None:
-    """Removes a file that a crash has left; not one that somebody is writing."""
+    """Removes a file that a crash has left, but not one that somebody is writing."""
     with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -166,7 +166,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo
             raise StorageError(ascii(path), "the file's name is not UTF-8") from None
         try:
             found = os.stat(path)  # noqa: PTH116
-        except FileNotFoundError:  # a dead link, or just removed: let its reading say so
+        except FileNotFoundError:  # a dead link, or just removed: reading it reports that
             yield ObjectInfo(path, 0, "0-0")
             continue
         except OSError as error:
@@ -179,7 +179,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a renaming last through a power failure."""
+    """Makes a rename survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -193,7 +193,7 @@ def _info(path: str, found: os.stat_result) -> ObjectInfo:
 
 @contextlib.contextmanager
 def _errors_of(path: str) -> Iterator[None]:
-    """Turns an OSError of the block into a `StorageError` of the path."""
+    """Raises an OSError of the block as a `StorageError` of the path."""
     try:
         yield
     except OSError as error:

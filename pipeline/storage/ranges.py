@@ -1,4 +1,4 @@
-"""Objects as streams: read by ranges, each fetched when it is wanted, or ahead of that."""
+"""Objects as seekable streams over ranged reads, on demand or ahead."""
 
 # ruff: noqa: D102 - io.RawIOBase describes the methods
 
@@ -69,7 +69,7 @@ class RangeReader(io.RawIOBase):
         return bytes(data)
 
     def ahead(self, at_once: int) -> ReadAhead:
-        """The same, fetching ahead."""
+        """Returns a stream over the same object that fetches ahead."""
         return ReadAhead(self._info, self._fetch, at_once)
 
     def close(self) -> None:
@@ -79,10 +79,10 @@ class RangeReader(io.RawIOBase):
 
 
 class ReadAhead(RangeReader):
-    """Fetches what comes next while its reader works on what came before.
+    """Fetches the next blocks while its reader works on the current one.
 
-    Blocks of 8 MiB, as many at once as `at_once`, which it holds beside the one that is read. For reading
-    forwards: a jump to where nothing was fetched starts anew there.
+    Holds up to `at_once` blocks of 8 MiB besides the current one. For reading forwards: after a jump to
+    where nothing was fetched, it starts again there.
     """
 
     def __init__(self, info: ObjectInfo, fetch: Callable[[int, int], bytes], at_once: int) -> None:
@@ -108,7 +108,7 @@ class ReadAhead(RangeReader):
         super().close()
 
     def _block(self, number: int) -> bytes:
-        """A block's bytes; sees to it that the next ones are on their way."""
+        """Returns a block's bytes, and starts fetching the next ones."""
         last = (self._info.size - 1) // CHUNK_BYTES
         wanted = range(number, min(number + self._at_once, last) + 1)
         for other in self._blocks.keys() - set(wanted):

@@ -69,7 +69,7 @@ _WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 def endpoint_in_use(endpoint_url: str | None, variables: Mapping[str, str]) -> str | None:
-    """The URL of the service: what was configured, else what the environment says; None is AWS."""
+    """Returns the configured URL of the service, or else the environment's; None is AWS."""
     return endpoint_url or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
 
 
@@ -110,7 +110,7 @@ class S3:
         self._pauses = pauses
 
     def access(self) -> S3Access:
-        """How the service is reached now, with the credentials that the client would find."""
+        """Returns how the service is reached now, with the credentials that the client would find."""
         found = self._client.meta
         region, endpoint = found.region_name, str(found.endpoint_url)
         is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
@@ -162,7 +162,7 @@ class S3:
         try:
             head = self._call(uri, "head_object", Bucket=bucket, Key=key)
         except ObjectNotFound:
-            # A HEAD has no body that would tell a missing bucket from a missing object.
+            # A HEAD has no body that would distinguish a missing bucket from a missing object.
             self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
             raise
         size = head["ContentLength"]
@@ -270,7 +270,7 @@ def _transient(error: Exception, soon: bool) -> Transient | None:
         code, status = _code(error)
         if code in _BUSY or status == 429 or (status or 0) >= 500:
             return Transient(code)
-        # Busy stores deny access now and then; where it is really denied, that should be told soon.
+        # Busy stores deny access now and then; a real denial should be reported soon.
         return Transient(code, attempts=4) if code in _DENIED else None
     if isinstance(error, _CONNECTION) and not _is_unsendable(error):
         return Transient(type(error).__name__, attempts=5 if soon else 10)
@@ -278,7 +278,7 @@ def _transient(error: Exception, soon: bool) -> Transient | None:
 
 
 def _is_unsendable(error: Exception) -> bool:
-    """Whether there was nothing to send: a header can't be, or a proxy's address is none."""
+    """Whether the request could not be sent: an invalid header, or an invalid proxy address."""
     return isinstance(error, botocore.exceptions.HTTPClientError) and isinstance(
         error.kwargs.get("error"), ValueError
     )

@@ -316,3 +316,21 @@ def test_the_clusters_file_shows_every_field() -> None:
     assert {name: set(section) for name, section in shown.items()} == {
         name: set(section) for name, section in whole.items()
     }
+
+
+@pytest.mark.parametrize("uri", ["s3://b/in/", "/data/./in/", "file:///data/in"])
+def test_places_have_one_spelling(uri: str) -> None:
+    loaded = load_config(Config, None, [f"input.uri={uri}", f"output.uri={uri}", f"model.path={uri}"])
+    expected = "s3://b/in" if uri.startswith("s3") else "/data/in"
+    assert [loaded.input.uri, loaded.output.uri, loaded.model.path] == [expected] * 3
+
+
+def test_relative_paths_are_made_absolute_unless_they_are_for_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = ["input.uri=in/", "output.uri=s3://b/out/", "model.path=fashion-mnist"]
+    loaded = load_config(Config, None, fields)
+    assert (loaded.input.uri, loaded.model.path) == (str(tmp_path / "in"), "fashion-mnist")
+    sent = load_config(Config, None, fields, keep_relative_paths=True)
+    assert (sent.input.uri, sent.output.uri) == ("in/", "s3://b/out")

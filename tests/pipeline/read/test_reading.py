@@ -540,8 +540,7 @@ SHARD_BYTES = 150 * 1024**2
 READ_ALL = """
 import sys
 from pathlib import Path
-from pipeline.reading import ReadOptions, read_samples
-from pipeline.shards import list_shards
+from pipeline.read import ReadOptions, list_shards, read_samples
 from pipeline.storage import Storage
 
 def peak():  # not getrusage's, which starts from the parent's
