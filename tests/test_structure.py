@@ -22,15 +22,12 @@ MAX_CLASS_LINES = 200
 LONG_CLASSES = {
     "pipeline/commit/committer.py:Committer": "still to be split",
     "pipeline/commit/manifest.py:Manifest": "still to be split",
-    "pipeline/publish/delta_table.py:DeltaTable": "still to be split",
     "pipeline/run/labeling.py:_Run": "still to be split",
     "pipeline/storage/access.py:Storage": "one short method for each operation on an object",
 }
 #: Modules over the limit that are still to be split.
 LONG_MODULES = {
     "pipeline/commit/manifest.py",
-    "pipeline/publish/delta_table.py",
-    "pipeline/publish/publishing.py",
     "pipeline/run/labeling.py",
     "pipeline/schedule/submission.py",
 }
