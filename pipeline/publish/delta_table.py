@@ -138,7 +138,7 @@ class DeltaTable:
         number = (snapshot.version << _TOKEN_BITS) | int(snapshot.token, 16)
         self._log.commit(base.logged, snapshot.files, number)
 
-    def tidy(self, snapshot: Snapshot) -> None:
+    def clean_up(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
         self.storage.sweep(self.uri)
         for uri in [info.uri for info in self.storage.list(self._lists, missing_ok=True)]:

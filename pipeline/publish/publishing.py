@@ -124,7 +124,7 @@ def _publish(partition: Partition, table: DeltaTable, writer: VersionWriter, reb
     snapshot = writer.write(base, increment, rebuild) if is_new else base
     if is_new:
         table.commit(base, snapshot)
-    table.tidy(snapshot)
+    table.clean_up(snapshot)
     return Publication(table.uri, snapshot, increment, is_new)
 
 
