@@ -165,6 +165,26 @@ def test_other_kinds_of_tables_are_left_alone(tmp_path: Path) -> None:
             one.publish(rebuild=rebuild)
 
 
+def test_table_with_deletion_vectors_is_left_alone(tmp_path: Path) -> None:
+    one, _ = Datasets(str(tmp_path))
+    one.publish()
+    one.delta().alter.add_feature(
+        deltalake.TableFeatures.DeletionVectors, allow_protocol_versions_increase=True
+    )
+    one.label(d=3)
+    with pytest.raises(StorageError, match="deletion vectors"):
+        one.publish()
+
+
+def test_data_file_that_was_removed_is_named(both: Datasets) -> None:
+    one, two = both
+    [path] = Path(one.table).glob("model=*/*00000002-*.parquet")
+    path.unlink()
+    two.label(d=3)
+    with pytest.raises(StorageError, match=rf"{path.name}: no such file"):
+        two.publish()
+
+
 def test_data_file_that_holds_something_else_is_named(both: Datasets) -> None:
     """Where rows of another dataset in it are to be kept."""
     one, _ = both

@@ -331,6 +331,18 @@ def test_commit_that_fails_is_reported_and_leaves_no_rows(
     assert local.publish().is_new
 
 
+def test_failed_publication_removes_its_data_files(local: Dataset) -> None:
+    local.label(a=20, b=20)
+
+    def full(uri: str) -> None:
+        if uri.endswith("-0001.parquet"):
+            raise StorageError(uri, "no space left")
+
+    with pytest.raises(StorageError, match=r"-0001\.parquet: no space left"):
+        local.publish(WatchedStorage(before=full), file_bytes=1)
+    assert not local.objects(local.table)
+
+
 def test_labels_that_the_manifest_lacks_stay_as_they_were_published(local: Dataset) -> None:
     """As when a run is in progress, or has died: the manifest follows the files."""
     local.label(a=5, b=6)
