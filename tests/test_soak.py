@@ -3,6 +3,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_a_short_soak_loses_and_doubles_nothing() -> None:
     """For more of it: `make soak`."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.configs.growing_run import IMAGES, SHARDS
 from tests.own_ray import run_script
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_job_that_begins_on_a_head_alone_goes_on_when_workers_come(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_weights_load_strictly_into_transformers() -> None:
     assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "training"), [(64, False), (64, True), (224, False), (384, False)], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_gradients_equal_those_of_transformers(name: str, size: int, training: bool) -> None:

@@ -20,6 +20,8 @@ import pytest
 from tests.makers import make_image, make_tar
 from tests.ray_head import RAY, REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 DASHBOARD = json.loads((REPOSITORY / "configs/grafana_dashboard.json").read_text())
 SAMPLE = re.compile(r"(ray_cvt_label_\w+)\{(.*)\} (\S+)")
 

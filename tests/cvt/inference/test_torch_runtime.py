@@ -50,6 +50,7 @@ def test_batches_are_split_so_that_activations_fit_the_cpu() -> None:
         np.testing.assert_allclose(np.concatenate(split), whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runtime", "threads", "parts"),
     [
@@ -108,6 +109,7 @@ json.dump(dict(zip(["graphs", "hits"], found)), sys.stdout)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which torch.compile needs")
 def test_compiled_it_gives_what_the_model_gives_and_is_compiled_once_a_machine(tmp_path: Path) -> None:
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}

@@ -16,6 +16,8 @@ from jobs.benchmarks.peers import Task
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.storage import Storage
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_process_has_tars_of_its_own_if_there_are_enough() -> None:
     assert spread(["a", "b", "c", "d", "e"], 2) == [["a", "c", "e"], ["b", "d"]]

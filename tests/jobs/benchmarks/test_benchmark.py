@@ -20,6 +20,8 @@ from jobs.local_s3 import LocalS3Error
 from tests.jobs.test_cli import cvt_label
 from tests.makers import make_image
 
+pytestmark = pytest.mark.slow
+
 DATASET = Dataset(Path("tars"), Path("files"), 100, 8, 1000, 100, 0, "jpg")
 OPTIONS = Options(
     images="",

@@ -46,6 +46,7 @@ def test_images_are_enlarged_by_a_whole_factor(size: tuple[int, int]) -> None:
     assert (enlarged(data) == data) == (size == (2000, 1500))
 
 
+@pytest.mark.slow
 def test_decoding_alone_is_compared_with_transformers(images: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = cvt_label("benchmark", "--images", images, "--decode-only", "--rounds", 1, "--output", figures)

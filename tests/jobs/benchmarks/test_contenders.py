@@ -34,6 +34,8 @@ from jobs.benchmarks.peers import Task
 from pipeline.storage import Storage
 from tests.makers import make_image, make_samples, make_tar
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:

@@ -77,6 +77,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     assert error_after(good) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 18])
 def test_after_any_history_the_manifest_is_rebuilt_as_it_was(
     bucket: str, s3_server: LocalS3, seed: int
@@ -167,6 +168,7 @@ def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partitio
 GOOD = make_tar([("0.jpg", make_image(1)), ("1.jpg", make_image(2))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "contents",
     [(GOOD, GOOD[:700], GOOD[:800]), (GOOD[:700], None), (GOOD, GOOD[:700], GOOD), (GOOD, GOOD[:700], None)],

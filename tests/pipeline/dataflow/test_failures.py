@@ -9,6 +9,8 @@ import pytest
 from tests.own_ray import run_script
 from tests.pipeline.failing_run import IMAGES, SHARDS
 
+pytestmark = pytest.mark.slow
+
 STALL_S = 45
 
 

@@ -23,7 +23,7 @@ from tests.pipeline.report.test_report import NASTY, make_partition, report
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
 
 #: Of every text the contrast with what lies behind it, by the computed styles.
 CONTRASTS = """
