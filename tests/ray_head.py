@@ -27,11 +27,13 @@ class Head:
 
     Attributes:
         address: of its dashboard.
+        gcs_address: for drivers.
         folder: where it keeps its logs.
         hub_token: a secret of its environment, which nothing that the tests run asks for.
     """
 
     address: str
+    gcs_address: str
     folder: Path
     hub_token: str
 
@@ -69,7 +71,7 @@ def ray_head(folder_of_log: Path) -> Iterator[Head]:
     address = f"http://127.0.0.1:{options['dashboard-port']}"
     try:
         _wait_for(address, head, log)
-        yield Head(address, Path(folder), hub_token)
+        yield Head(address, f"127.0.0.1:{options['port']}", Path(folder), hub_token)
     finally:
         for pid in [head.pid, *_processes_of(folder)]:
             with contextlib.suppress(ProcessLookupError):

@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from tests.makers import make_samples, make_tar
+from tests.ray_head import Head
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cvt", "pipeline", "jobs", "configs")
@@ -84,14 +85,25 @@ def test_wheel_holds_data_and_type_markers(wheel: Path) -> None:
     assert {"pipeline/py.typed", "cvt/py.typed", "cvt/bundled/fashion-mnist/model.safetensors"} <= names
 
 
-@pytest.mark.slow
-def test_command_labels_in_a_directory_with_foreign_packages(scripts: Path, foreign: Path) -> None:
-    config = foreign / "job.yaml"
-    config.write_text("input: {uri: in}\noutput: {uri: out}\nmodel: {path: fashion-mnist}\n")
-    assert "5 in 1 shards" in run([scripts / "cvt-label", "label", "--config", config], foreign)
-    (partition,) = (foreign / "out").iterdir()
+def label(scripts: Path, folder: Path, address: str) -> None:
+    """Labels the images of a folder with the installed command, and checks the labels."""
+    (folder / "job.yaml").write_text("input: {uri: in}\noutput: {uri: out}\nmodel: {path: fashion-mnist}\n")
+    options = ["--config", "job.yaml", "--set", f"ray.address={address}"]
+    assert "5 in 1 shards" in run([scripts / "cvt-label", "label", *options], folder)
+    (partition,) = (folder / "out").iterdir()
     assert ds.dataset(partition / "predictions", format="parquet").count_rows() == 5
     assert (partition / "report.html").is_file()
+
+
+@pytest.mark.parametrize("address", ["in-process", pytest.param("local", marks=pytest.mark.slow)])
+def test_command_labels_where_packages_have_the_same_names(
+    scripts: Path, foreign: Path, address: str
+) -> None:
+    label(scripts, foreign, address)
+
+
+def test_command_labels_there_on_a_cluster(scripts: Path, foreign: Path, head: Head) -> None:
+    label(scripts, foreign, head.gcs_address)
 
 
 def test_module_form_refuses_a_foreign_pipeline(scripts: Path, foreign: Path) -> None:
