@@ -35,9 +35,10 @@ def make_cli(command: str | None = None) -> typer.Typer:
     app.callback()(_describe)
     for name in [command] if command in COMMANDS else COMMANDS:
         if name == "benchmark":
-            from jobs.benchmarks.cli import app as benchmarks
-
-            app.add_typer(benchmarks, name=name)
+            # A group. Its commands take seconds to import, so it has them only if it is asked for.
+            group = importlib.import_module("jobs.benchmarks.cli").app if name == command else make_app()
+            group.callback()(_describe_benchmark)
+            app.add_typer(group, name=name)
         else:
             app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
     return app
@@ -50,6 +51,10 @@ def main() -> None:
 
 def _describe() -> None:
     """Label image datasets with CvT: shards in object storage in, Parquet with statistics out."""
+
+
+def _describe_benchmark() -> None:
+    """Measure labeling, its stages and its model against other ways to do the same."""
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +15,9 @@ import typer
 from rich.table import Table
 
 import configs
-from jobs.console import Exit, err, exit_status, out, run_alone
+from jobs.console import exit_status, out, run_alone
 from jobs.label import run
-from jobs.local_s3 import LocalS3, LocalS3Error
+from jobs.local_s3 import LocalS3
 from pipeline.commit import Partition
 from pipeline.config import Config, load_config
 from pipeline.dataflow import sigterm_interrupts
@@ -38,13 +37,8 @@ def demo(
 
     Exit status: 0; 4 when the S3 server can't be started; 130 when interrupted; 1 otherwise.
     """
-    with exit_status(), sigterm_interrupts():
-        try:
-            with LocalS3() as server:
-                _label(server, output)
-        except LocalS3Error as error:
-            err.print(f"cvt-label: {error}", markup=False, highlight=False, soft_wrap=True)
-            sys.exit(Exit.UNUSABLE)
+    with exit_status(), sigterm_interrupts(), LocalS3() as server:
+        _label(server, output)
 
 
 def _label(server: LocalS3, output: Path) -> None:

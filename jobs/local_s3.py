@@ -48,7 +48,7 @@ _OPTIONS = (
 )
 
 
-class LocalS3Error(RuntimeError):
+class LocalS3Error(ConnectionError):
     """The server is missing or does not start; the message includes the end of its log."""
 
 

@@ -1,1 +1,1 @@
-"""Everything that measures. The product imports nothing from here."""
+"""Everything that measures: `cvt-label benchmark`. The product imports nothing from here."""

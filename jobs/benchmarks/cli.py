@@ -1,18 +1,17 @@
-"""The group `cvt-label benchmark`: `run`, `model` and `bookkeeping`."""
+"""The group `cvt-label benchmark`."""
 
 from __future__ import annotations
 
-from jobs.benchmarks.benchmark import benchmark
-from jobs.benchmarks.bookkeeping import bookkeeping
-from jobs.benchmarks.model import benchmark_model
+from jobs.benchmarks.decoding import decoding
+from jobs.benchmarks.end_to_end import run
+from jobs.benchmarks.model import model
+from jobs.benchmarks.planning import planning
 from jobs.console import make_app
 
 app = make_app()
-app.command("run")(benchmark)
-app.command("model")(benchmark_model)
-app.command("bookkeeping")(bookkeeping)
+for command in (run, model, decoding, planning):
+    app.command()(command)
 
 
-@app.callback()
-def _describe() -> None:
-    """Measure the product, its stages and its model against other ways to do the same."""
+if __name__ == "__main__":
+    app()

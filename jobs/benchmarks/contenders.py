@@ -1,244 +1,287 @@
-"""Whole runs of the pipeline and its peers, counted and timed.
+"""What the end-to-end benchmark compares: `python -m jobs.benchmarks.contenders NAME TASK.json`.
 
-A contender is a process of its own, from its start to its end, so that threads, memory and Ray are its own;
-its labels are counted, and its speed comes from the times at which they were made.
+Each contender labels the same tars and writes Parquet files with `key`, `label` and `score`. The peers use
+transformers' model and nothing of this package, as their own documentation and benchmarks do. Nothing heavy
+is imported before a contender starts, because its start is measured too.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
-import secrets
-import shutil
-import signal
-import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
 
-import jobs
-from cvt.checkpoints import save_checkpoint
-from jobs.benchmarks.peers import PEERS, Task
-from jobs.local_s3 import LocalS3
-from pipeline.storage import Storage
+from cvt.runtimes import DTYPES, Precision
+from pipeline.config import Config, load_config
 
-if TYPE_CHECKING:
-    from jobs.benchmarks.data import Dataset
-    from pipeline.train import TrainingModel
+#: Every image has this extension, whatever its format, since some readers make a column of each extension.
+#: Decoders go by the bytes.
+EXTENSION = "jpg"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a contender does; all contenders of a round get the same.
+
+    Attributes:
+        tars: folder or S3 prefix with uncompressed tars of images `<key>.jpg`.
+        files: folder with the same images as single files, for contenders that cannot read tars.
+        model: folder with a checkpoint in Hugging Face's layout.
+        size: of the model's images, in pixels.
+        output: folder or S3 prefix for the Parquet files; it does not exist yet.
+        events: file that gets a line whenever images are labeled: their number, and `time.monotonic()`.
+        batch_size: images in a batch.
+        device: "cpu" or "cuda".
+        precision: as in `cvt.runtimes`.
+        cores: number of CPUs of this machine.
+        overrides: of the configuration of this pipeline.
+    """
+
+    tars: str
+    files: str
+    model: str
+    size: int
+    output: str
+    events: str
+    batch_size: int
+    device: str
+    precision: Precision
+    cores: int
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: str) -> Task:
+        """Reads a task from a JSON file."""
+        values = json.loads(Path(path).read_text())
+        return cls(**values | {"overrides": tuple(values["overrides"])})
+
+    def labeled(self, images: int) -> None:
+        """Records that more images are labeled; any process may call this."""
+        file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(file, f"{images} {time.monotonic()}\n".encode())  # one write, so that lines don't mix
+        os.close(file)
+
+
+def task_config(task: Task) -> Config:
+    """Returns the configuration of this pipeline for a task.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    settings = {
+        "input.uri": task.tars,
+        "input.labels": "false",
+        "model.path": task.model,
+        "model.precision": task.precision,
+        "output.uri": task.output,
+        "classify.device": task.device,
+        "classify.batch_size": task.batch_size,
+    }
+    if task.device == "cuda":
+        settings["classify.max_actors"] = 1  # one GPU, as the peers use
+    return load_config(Config, None, [f"{n}={v}" for n, v in settings.items()] + list(task.overrides))
+
+
+def this_pipeline(task: Task) -> None:
+    """The whole job, as `cvt-label label` runs it."""
+    from pipeline.run import label
+
+    done = 0
+
+    def progress(found: Any, plan: Any) -> None:
+        nonlocal done
+        if found.images > done:
+            task.labeled(found.images - done)
+            done = found.images
+
+    config = task_config(task)
+    task.labeled(0)  # the clock of the run record starts here
+    label(config, on_progress=progress)
+
+
+class Classifier:
+    """Transformers' model, eager: pixels in, labels and scores out."""
+
+    def __init__(self, task: Task, threads: int | None = None) -> None:
+        """`threads` is the number of PyTorch's threads; by default PyTorch chooses."""
+        import torch
+        from transformers import AutoModelForImageClassification
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._task = task
+        self._dtype = getattr(torch, DTYPES[task.precision])
+        model = AutoModelForImageClassification.from_pretrained(task.model)
+        self._model = model.to(task.device, self._dtype).eval()
+        self._labels = model.config.id2label
+
+    def __call__(self, pixels: Any) -> tuple[list[str], list[float]]:
+        """Classifies a batch, a float32 tensor (n, 3, size, size)."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self._model(pixels.to(self._task.device, self._dtype, non_blocking=True)).logits
+            scores, classes = logits.float().softmax(-1).max(-1)
+        found = [self._labels[i] for i in classes.tolist()], scores.tolist()
+        self._task.labeled(len(scores))
+        return found
+
+
+def dataloader(task: Task) -> None:
+    """A DataLoader whose workers read, decode and preprocess; the main process runs the model.
+
+    As in clip-retrieval's clip_inference and timm's inference.py: one worker per core, two batches ahead of
+    each, pinned memory on a GPU. tarfile reads the tars; webdataset would be one more package.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+    from transformers import AutoImageProcessor
+
+    class Images(IterableDataset[tuple[str, torch.Tensor]]):
+        """Keys and pixels; each worker reads its share of the tars."""
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            processor = AutoImageProcessor.from_pretrained(task.model)
+            worker = get_worker_info()
+            assert worker is not None
+            for path in sorted(Path(task.tars).glob("*.tar"))[worker.id :: worker.num_workers]:
+                with tarfile.open(path) as tar:
+                    for member in tar:
+                        data = tar.extractfile(member)
+                        assert data is not None
+                        image = Image.open(data).convert("RGB")
+                        pixels = processor(image, return_tensors="pt").pixel_values[0]
+                        yield member.name.partition(".")[0], pixels
+
+    classifier = Classifier(task)
+    loader = DataLoader(
+        Images(),
+        batch_size=task.batch_size,
+        num_workers=task.cores,
+        prefetch_factor=2,
+        pin_memory=task.device == "cuda",
+    )
+    schema = pa.schema({"key": pa.string(), "label": pa.string(), "score": pa.float32()})
+    Path(task.output).mkdir()
+    with pq.ParquetWriter(f"{task.output}/labels.parquet", schema) as writer:
+        for keys, pixels in loader:
+            labels, scores = classifier(pixels)
+            writer.write_table(pa.table([list(keys), labels, scores], schema=schema))
+
+
+def ray_data(task: Task) -> None:
+    """Ray Data: read_webdataset, map_batches to preprocess, map_batches with an actor, write_parquet.
+
+    As in Ray's guide to offline batch inference and its example of image classification with a vision
+    transformer. Images are decoded where they are preprocessed (`decoder=None`): the default decoder of
+    read_webdataset would send whole pictures through the object store.
+    """
+    import logging
+
+    import ray
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    on_gpu = task.device == "cuda"
+    processor = AutoImageProcessor.from_pretrained(task.model)
+
+    def preprocess(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for data in batch[EXTENSION]]
+        pixels = processor(images, return_tensors="pt").pixel_values.numpy()
+        return {"key": batch["__key__"], "pixels": pixels}
+
+    class Label:
+        """The model, in an actor."""
+
+        def __init__(self) -> None:
+            # Ray gives an actor the threads of its CPUs. The actor has few, so that it fits next to the
+            # readers, but a model on a CPU is faster with all of them.
+            self._classifier = Classifier(task, None if on_gpu else task.cores)
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+            labels, scores = self._classifier(torch.from_numpy(batch["pixels"].copy()))
+            return {"key": batch["key"], "label": labels, "score": np.array(scores, np.float32)}
+
+    ray.init(address="local", num_cpus=task.cores, include_dashboard=False, logging_level=logging.ERROR)
+    # With equal CPUs, Ray would fuse both stages on a CPU, and they would take turns in the actor.
+    preprocess_cpus = 1.0 if on_gpu else 0.5
+    images = ray.data.read_webdataset(task.tars, decoder=None, num_cpus=preprocess_cpus)
+    (
+        images.map_batches(preprocess, batch_size=task.batch_size, num_cpus=preprocess_cpus)
+        .map_batches(
+            Label,
+            batch_size=task.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=1.0 if on_gpu else max(1.0, task.cores / 2),
+            num_gpus=1 if on_gpu else None,
+        )
+        .write_parquet(task.output)
+    )
+
+
+def daft(task: Task) -> None:
+    """Daft: a glob of image files, download, decode, a function to preprocess, a class for the model.
+
+    As in the image classification of Daft's own benchmarks (benchmarking/ai/image_classification), on its
+    native runner. It reads single files: its read_webdataset (0.7.26) hangs on several tars with two cores.
+    """
+    import daft as package
+    import torch
+    from daft import DataType, col
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    package.set_runner_native()
+    processor = AutoImageProcessor.from_pretrained(task.model)
+    pixels_type = DataType.tensor(DataType.float32(), (3, task.size, task.size))
+    result_type = DataType.struct({"label": DataType.string(), "score": DataType.float32()})
+
+    def preprocess(image: Any) -> Any:
+        return processor(Image.fromarray(np.asarray(image)), return_tensors="pt").pixel_values[0].numpy()
+
+    class Label:
+        """The model."""
+
+        def __init__(self) -> None:
+            self._classifier = Classifier(task)
+
+        def classify(self, pixels: Any) -> Any:
+            if len(pixels) == 0:
+                return []
+            labels, scores = self._classifier(torch.from_numpy(np.array(pixels.to_pylist())))
+            return [{"label": label, "score": score} for label, score in zip(labels, scores, strict=True)]
+
+        classify = package.method.batch(return_dtype=result_type, batch_size=task.batch_size)(classify)
+
+    preprocess = package.func(return_dtype=pixels_type)(preprocess)
+    label_class = package.cls(max_concurrency=1, gpus=1 if task.device == "cuda" else 0)(Label)
+    images = package.from_glob_path(f"{task.files}/*.{EXTENSION}")
+    images = images.with_column("image", col("path").download().decode_image(mode="RGB"))
+    images = images.with_column("pixels", preprocess(col("image")))
+    found = images.with_column("found", label_class().classify(col("pixels")))
+    label, score = (col("found")[name].alias(name) for name in ("label", "score"))
+    found.select(col("path").alias("key"), label, score).write_parquet(task.output)
 
 
 #: The contender that the others are compared with.
 OURS = "pipeline"
+PEERS = {"ray": ray_data, "dataloader": dataloader, "daft": daft}
 
 
-_BUCKET = "benchmark"
-
-
-class WrongCountError(RuntimeError):
-    """Something lost images, or made some up: then its speed is none."""
-
-
-class ContenderError(RuntimeError):
-    """A process that is needed for any figure failed, or was not done in time."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of one contender.
-
-    Attributes:
-        name: `OURS`, or of one of `PEERS`.
-        images: that it labelled.
-        seconds: of its process, from start to end.
-        rate: images/s in steady state, from its first to its last labelled batch or chunk.
-        first_labels: seconds from the start of its process to its first labelled batch or chunk.
-        in_s3: whether it read from S3, and wrote there.
-        failure: why it has none of these, else null.
-        record: of our own run, `runs/<id>.json`.
-        first_commit: of our own run, seconds from the start of its process to its first committed shard.
-    """
-
-    name: str
-    images: int = 0
-    seconds: float = 0.0
-    rate: float = 0.0
-    first_labels: float = 0.0
-    in_s3: bool = False
-    failure: str | None = None
-    record: dict[str, Any] | None = None
-    first_commit: float | None = None
-
-
-def not_installed(peer: str) -> list[Run]:
-    """In place of the runs of a peer that lacks a package here: one that says so; else none."""
-    package = PEERS[peer].package
-    if importlib.util.find_spec(package) is not None:
-        return []
-    return [Run(peer, failure=f"not installed: pip install {package}")]
-
-
-def prepare(subject: TrainingModel, dataset: Dataset, folder: Path, **settings: Any) -> Task:
-    """What every contender gets; writes the model into `folder`."""
-    save_checkpoint(subject.model, subject.preprocessor, folder / "model")
-    return Task(
-        tars=str(dataset.tars),
-        files=str(dataset.files),
-        extension=dataset.extension,
-        model=str(folder / "model"),
-        size=subject.preprocessor.size,
-        output=str(folder / "output"),
-        events=str(folder / "events"),
-        **settings,
-    )
-
-
-@contextmanager
-def in_local_s3(task: Task) -> Iterator[Task]:
-    """The task with its tars in an S3 server on this machine, where its labels are to be written too.
-
-    Raises:
-        LocalS3Error: the server can't be started.
-    """
-    with LocalS3() as server:
-        os.environ.update(server.environment())  # of this process, and of those that it starts
-        server.create_bucket(_BUCKET)
-        there = replace(task, tars=f"s3://{_BUCKET}/shards", output=f"s3://{_BUCKET}/labels")
-        for path in sorted(Path(task.tars).iterdir()):
-            with path.open("rb") as tar:
-                Storage().write(f"{there.tars}/{path.name}", tar)
-        yield there
-
-
-def run_contender(name: str, task: Task, images: int, timeout: float) -> Run:
-    """Runs a contender, and counts what it has labelled.
-
-    Args:
-        name: `OURS`, or of one of `PEERS`.
-        task: its input and output; whatever lies at its output is removed, before and after.
-        images: that there are, with keys from 0.
-        timeout: in seconds; then it is ended.
-
-    Raises:
-        WrongCountError: it lost images, or has some twice.
-    """
-    _remove(task.output)
-    Path(task.events).unlink(missing_ok=True)
-    command = ["jobs.benchmarks.own_contender"] if name == OURS else ["jobs.benchmarks.peers", name]
-    start = time.monotonic()
-    seconds, failure = run_module(command, task, timeout)
-    if failure is not None:
-        return Run(name, failure=failure)
-    check_labels(name, task.output, images)
-    events = read_events(task)
-    first_labels = next(at for at, count in events if count) - start
-    in_s3 = task.tars.startswith("s3:")
-    run = Run(name, images, seconds, steady_rate(name, events), first_labels, in_s3)
-    if name == OURS:
-        run = _with_record(run, task.output, events[0][0] - start)
-    _remove(task.output)
-    return run
-
-
-def _with_record(run: Run, output: str, began: float) -> Run:
-    """Our own run with its record, whose clock began `began` seconds after the process."""
-    uri = next(i.uri for i in Storage().list(output) if "/runs/" in i.uri and i.uri.endswith(".json"))
-    record = json.loads(Storage().read(uri))
-    return replace(run, record=record, first_commit=began + record["seconds"]["first_commit"])
-
-
-def _remove(output: str) -> None:
-    """Removes a folder, here or in S3; there need be none."""
-    if not output.startswith("s3:"):
-        shutil.rmtree(output, ignore_errors=True)
-        return
-    for info in list(Storage().list(output)):
-        Storage().delete(info.uri)
-
-
-def run_module(command: list[str], task: Task, timeout: float) -> tuple[float, str | None]:
-    """Runs a module with a task, in a process group of its own; returns seconds, and why it failed."""
-    folder = Path(task.events).parent
-    described, log = folder / "task.json", folder / "log"
-    described.write_text(json.dumps(asdict(task)))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        ),
-        "HF_HUB_OFFLINE": "1",
-        # Nobody is told; and Ray leaves no token in the home folder.
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "DAFT_ANALYTICS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    environment.pop("RAY_ADDRESS", None)
-    start = time.monotonic()
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command, str(described)],
-            stdout=file,
-            stderr=file,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return timeout, f"not done after {timeout:,.0f} s"
-    if status != 0:
-        lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
-        return time.monotonic() - start, lines[-1]
-    return time.monotonic() - start, None
-
-
-def check_labels(name: str, output: str, images: int) -> None:
-    """Makes sure that the Parquet files, here or in S3, have each image once, with a label.
-
-    Raises:
-        WrongCountError: they don't.
-    """
-    folder = "/predictions/" if name == OURS else "/"
-    keys: list[str] = []
-    for info in Storage().list(output):
-        if not info.uri.endswith(".parquet") or folder not in info.uri:
-            continue
-        table = pq.read_table(io.BytesIO(Storage().read(info.uri)), columns=["key", "label", "score"])
-        unlabelled = table["label"].null_count + table["score"].null_count
-        if unlabelled:
-            raise WrongCountError(f"{name}: {info.uri} has images without a label")
-        keys += (Path(key).stem for key in table["key"].to_pylist())
-    expected = {f"{number:09d}" for number in range(images)}
-    if len(keys) != images or set(keys) != expected:
-        found = f"{len(keys):,} labels of {len(expected.intersection(keys)):,} images"
-        raise WrongCountError(f"{name}: {found} came out, of {images:,} images")
-
-
-def read_events(task: Task) -> list[tuple[float, int]]:
-    """When images were labelled, and how many; processes may have written out of turn."""
-    lines = [line.split() for line in Path(task.events).read_text().splitlines()]
-    return sorted((float(at), int(images)) for images, at in lines)
-
-
-def steady_rate(name: str, events: Sequence[tuple[float, int]]) -> float:
-    """Images/s from the first labelled batch or chunk, without it, to the last.
-
-    Raises:
-        WrongCountError: all came out at once.
-    """
-    labelled = [(at, images) for at, images in events if images]
-    seconds = labelled[-1][0] - labelled[0][0]
-    if seconds <= 0:
-        raise WrongCountError(f"{name}: too few images for a steady state: all came out at once")
-    return sum(images for _, images in labelled[1:]) / seconds
+if __name__ == "__main__":
+    name, described = sys.argv[1:]
+    run = {OURS: this_pipeline, **PEERS}[name]
+    run(Task.read(described))

@@ -1,222 +1,177 @@
-"""Ways to decode and preprocess images, against transformers' processor: `cvt-label benchmark --decode-only`.
-
-How fast each is, and how its pixels and labels differ from those of exact decoding.
-"""
+"""Decoding and preprocessing against transformers' processor: `cvt-label benchmark decoding --images URI`."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import transformers
+import typer
 from PIL import Image
 
+from cvt.checkpoints import Checkpoint
 from cvt.inference import Engine
 from cvt.preprocessing import Preprocessor
-from jobs.benchmarks.contenders import WrongCountError
-from jobs.benchmarks.data import MAX_PIXELS, read_images
+from jobs.benchmarks import figures
+from jobs.console import check_folder_of, exit_status, found_device
+from jobs.verify import MAX_PIXELS, load_model, read_images
 from pipeline.decode import decode
 from pipeline.decode.gpu import GpuDecoder
-from pipeline.read import NoShardsError, Sample, cut_into_chunks
-from pipeline.train import TrainingModel
+from pipeline.read import Sample, cut_into_chunks
 
 #: Pixels to which images are enlarged.
 LARGE = 2_000_000
+EXACT, THEIRS = "decode", "transformers' processor"
+
+#: Encoded images in, the model's input out, in any form that `to_pixels` knows.
+Decoder = Callable[[Iterable[bytes]], Iterator[Any]]
 
 
-EXACT = "decode"
-
-THEIRS = "transformers' processor"
-
-
-_GPU_CHUNK_IMAGES, _GPU_CHUNK_BYTES = 256, 128 * 1024**2
-
-
-@dataclass(frozen=True)
+@dataclass
 class Decoding:
-    """One way to decode, on one thread.
+    """The figures of one decoder on one thread; lists have one value per round.
 
     Attributes:
-        images: which: "as they are", or enlarged.
-        count: how many.
-        way: what decodes.
-        rates: images/s, a round each.
-        ratios: of it to transformers' processor, a round each.
-        same_label: share of the images that get the same label as from exact decoding.
-        mean_difference: from exact decoding, in grey levels; the mean over all images.
-        worst_difference: likewise, of the image that differs most.
+        to_transformers: images/s over those of transformers' processor.
+        same_label: share of images with the same label as from exact decoding.
+        gray_levels_off: mean difference from exact decoding.
+        worst_image: the mean difference of the image that differs most.
     """
 
     images: str
     count: int
-    way: str
-    rates: list[float]
-    ratios: list[float]
-    same_label: float
-    mean_difference: float
-    worst_difference: float
+    decoder: str
+    images_per_s: list[float] = field(default_factory=list)
+    to_transformers: list[float] = field(default_factory=list)
+    same_label: float = 0.0
+    gray_levels_off: float = 0.0
+    worst_image: float = 0.0
 
 
-class Way(NamedTuple):
-    """A way to decode.
+def decoding(
+    context: typer.Context,
+    images: figures.Images,
+    model: figures.Model = "cvt-13",
+    size: figures.Size = None,
+    samples: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 200,
+    rounds: figures.Rounds = 3,
+    device: figures.OnDevice = "auto",
+    output: figures.Output = None,
+) -> None:
+    """Measure decoding on one thread against transformers' processor, and how pixels and labels differ.
 
-    Attributes:
-        run: encoded images to the model's input, whatever form that has here.
-        pixels: that form as exact decoding has it, uint8 (size, size, 3).
+    The images are decoded as they are, and enlarged to 2 megapixels.
+
+    Exit status: 0; 1 if a decoder lost an image; 2 if an option is wrong; 4 if images or model are unusable.
     """
+    check_folder_of(output)
+    with exit_status():
+        checkpoint = load_model(model, size)
+        encoded = list(itertools.islice(read_images(images, checkpoint.preprocessor), samples))
+    groups = {"as they are": encoded, "enlarged to 2 megapixels": [enlarged(data, LARGE) for data in encoded]}
+    decoders = available_decoders(checkpoint.preprocessor)
+    found = compare_decoders(groups, decoders, checkpoint, found_device(device), rounds)
+    figures.report(context, output, decoding=found)
 
-    run: Callable[[Iterable[bytes]], Iterator[Any]]
-    pixels: Callable[[Any], np.ndarray]
 
-
-def compare_decoding(
-    encoded: list[bytes], subject: TrainingModel, device: str, rounds: int, note: Callable[[str], None]
+def compare_decoders(
+    groups: Mapping[str, list[bytes]],
+    decoders: Mapping[str, Decoder],
+    checkpoint: Checkpoint,
+    device: str,
+    rounds: int,
 ) -> list[Decoding]:
-    """From encoded images to the model's input: this package and transformers' processor, in turn.
-
-    Args:
-        encoded: images.
-        subject: what is done, and the model that says whether labels differ.
-        device: of the model.
-        rounds: times that each is measured, after one that doesn't count.
-        note: told what is measured now.
+    """Measures decoders in turn, `EXACT` and `THEIRS` among them, after a round that does not count.
 
     Raises:
-        WrongCountError: a way lost an image.
+        BenchmarkError: a decoder lost an image.
     """
-    groups = {
-        "as they are": encoded,
-        f"enlarged to {LARGE / 1e6:g} megapixels, JPEG quality 90": [enlarged(data) for data in encoded],
-    }
-    ways = decoders(subject.preprocessor, note)
-    engine = Engine(subject.model, subject.preprocessor, device=device)
-    found = []
+    engine = Engine(checkpoint.model, checkpoint.preprocessor, device=device)
+    all_found: list[Decoding] = []
     for group, images in groups.items():
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for turn, (name, way) in itertools.product(range(rounds + 1), ways.items()):
-            note(f"{name}, images {group}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
-            rate = _rate(name, way, images)
+        found = {name: Decoding(group, len(images), name) for name in decoders}
+        for turn, (name, decoder) in itertools.product(range(rounds + 1), decoders.items()):
+            figures.note(f"{name}, images {group}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
+            start = time.perf_counter()
+            done = sum(1 for _ in decoder(images))
+            if done != len(images):
+                raise figures.BenchmarkError(f"{name}: {done} images came out of {len(images)}")
             if turn:
-                rates[name].append(rate)
-        note(f"labels of images {group}")
-        exact = _pixels(ways[EXACT], images)
-        labels = _labels(engine, exact)
-        for name, way in ways.items():
-            pixels = _pixels(way, images)
-            ratios = [mine / theirs for mine, theirs in zip(rates[name], rates[THEIRS], strict=True)]
-            same = float((_labels(engine, pixels) == labels).mean())
-            found.append(
-                Decoding(group, len(images), name, rates[name], ratios, same, *grey_levels(pixels, exact))
-            )
-    return found
+                found[name].images_per_s.append(done / (time.perf_counter() - start))
+        exact = to_pixels(decoders[EXACT](images), checkpoint.preprocessor)
+        labels = engine(exact).logits.argmax(1)
+        for name, one in found.items():
+            pixels = to_pixels(decoders[name](images), checkpoint.preprocessor)
+            rates = zip(one.images_per_s, found[THEIRS].images_per_s, strict=True)
+            one.to_transformers = [mine / theirs for mine, theirs in rates]
+            one.same_label = float((engine(pixels).logits.argmax(1) == labels).mean())
+            differences = np.abs(pixels.astype(np.int16) - exact).mean((1, 2, 3))
+            one.gray_levels_off, one.worst_image = float(differences.mean()), float(differences.max())
+        all_found += found.values()
+    return all_found
 
 
-def _rate(name: str, way: Way, images: list[bytes]) -> float:
-    start = time.perf_counter()
-    done = sum(1 for _ in way.run(images))
-    seconds = time.perf_counter() - start
-    if done != len(images):
-        raise WrongCountError(f"{name}: {done} images came out of {len(images)}")
-    return done / seconds
-
-
-def _pixels(way: Way, images: list[bytes]) -> np.ndarray:
-    return np.stack([way.pixels(one) for one in way.run(images)])
-
-
-def _labels(engine: Engine, pixels: np.ndarray) -> np.ndarray:
-    labels: np.ndarray = engine(pixels).logits.argmax(1)
-    return labels
-
-
-def grey_levels(found: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
-    """By how much images, uint8 (n, size, size, 3), differ: the mean of all, and of the worst image."""
-    each = [np.abs(a.astype(np.int16) - b).mean() for a, b in zip(found, exact, strict=True)]
-    return float(np.mean(each)), float(np.max(each))
-
-
-def decoders(preprocessor: Preprocessor, note: Callable[[str], None]) -> dict[str, Way]:
-    """The ways to decode that there are on this machine, by name."""
-    ways = {
-        EXACT: _by_this_package(preprocessor),
-        "decode, fast": _by_this_package(preprocessor, fast=True),
-        THEIRS: _by_transformers(preprocessor),
+def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
+    """Returns the decoders of this machine by name."""
+    decoders: dict[str, Decoder] = {
+        EXACT: partial(by_this_package, preprocessor),
+        "decode, fast": partial(by_this_package, preprocessor, fast=True),
+        THEIRS: partial(by_transformers, transformers.ConvNextImageProcessorPil(**preprocessor.to_dict())),
     }
     if torch.cuda.is_available():
         try:
-            ways["the GPU"] = by_gpu(GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda")))
+            decoders["the GPU"] = partial(by_gpu, GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda")))
         except (ImportError, ValueError) as error:
-            note(f"not measured: {error}")
-    return ways
+            figures.note(f"not measured: {error}")
+    return decoders
 
 
-def _by_this_package(preprocessor: Preprocessor, **options: Any) -> Way:
-    def run(images: Iterable[bytes]) -> Iterator[np.ndarray]:
-        for data in images:
-            pixels = decode(data, preprocessor, MAX_PIXELS, **options).pixels
-            if pixels is not None:
-                yield pixels
-
-    return Way(run, lambda pixels: pixels)
+def by_this_package(preprocessor: Preprocessor, images: Iterable[bytes], fast: bool = False) -> Iterator[Any]:
+    """Decodes and preprocesses on the CPU."""
+    decoded = (decode(data, preprocessor, MAX_PIXELS, fast).pixels for data in images)
+    return (pixels for pixels in decoded if pixels is not None)
 
 
-def _by_transformers(preprocessor: Preprocessor) -> Way:
-    processor = transformers.ConvNextImageProcessorPil(**preprocessor.to_dict())
-    mean, std = np.array(preprocessor.mean), np.array(preprocessor.std)
-
-    def run(images: Iterable[bytes]) -> Iterator[torch.Tensor]:
-        for data in images:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-            yield from processor(image, return_tensors="pt").pixel_values
-
-    def pixels(values: torch.Tensor) -> np.ndarray:
-        grey = (values.permute(1, 2, 0).numpy() * std + mean) / preprocessor.rescale_factor
-        rounded: np.ndarray = grey.round().astype(np.uint8)
-        return rounded
-
-    return Way(run, pixels)
+def by_transformers(processor: Any, images: Iterable[bytes]) -> Iterator[Any]:
+    """Decodes with Pillow and preprocesses with transformers, on the CPU."""
+    for data in images:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        yield from processor(image, return_tensors="pt").pixel_values
 
 
-def by_gpu(decoder: GpuDecoder) -> Way:
-    """As the pipeline does it with `decode.device: gpu`, a chunk at a time."""
-
-    def run(images: Iterable[bytes]) -> Iterator[torch.Tensor | np.ndarray]:
-        samples = (Sample(str(number), data) for number, data in enumerate(images))
-        for chunk in cut_into_chunks(samples, 0, _GPU_CHUNK_IMAGES, _GPU_CHUNK_BYTES):
-            pixels = decoder(chunk).pixels  # an array, if the GPU has no memory for them
-            assert pixels is not None
-            yield from pixels
-
-    return Way(run, lambda pixels: torch.as_tensor(pixels).cpu().numpy())
+def by_gpu(decoder: GpuDecoder, images: Iterable[bytes], chunk_images: int = 256) -> Iterator[Any]:
+    """Decodes and preprocesses on the GPU, a chunk at a time."""
+    samples = (Sample(str(number), data) for number, data in enumerate(images))
+    for chunk in cut_into_chunks(samples, 0, chunk_images, 128 * 1024**2):
+        pixels = decoder(chunk).pixels
+        assert pixels is not None
+        yield from pixels
 
 
-def enlarged(data: bytes) -> bytes:
-    """An image of at least `LARGE` pixels, as JPEG; as it is, if it has that many."""
+def to_pixels(inputs: Iterable[Any], preprocessor: Preprocessor) -> np.ndarray:
+    """Returns inputs of the model as exact decoding has them: uint8 (n, size, size, 3)."""
+    array = torch.stack([torch.as_tensor(each).cpu() for each in inputs]).numpy()
+    if array.dtype == np.uint8:
+        return array
+    scaled = array.transpose(0, 2, 3, 1) * np.array(preprocessor.std) + np.array(preprocessor.mean)
+    return np.asarray((scaled / preprocessor.rescale_factor).round(), np.uint8)
+
+
+def enlarged(data: bytes, minimum: int) -> bytes:
+    """Enlarges an image of fewer than `minimum` pixels by a whole factor; returns a JPEG of quality 90."""
     image = Image.open(io.BytesIO(data))
     width, height = image.size
-    if width * height >= LARGE:
+    if width * height >= minimum:
         return data
-    factor = next(n for n in itertools.count(2) if width * height * n * n >= LARGE)
+    factor = next(n for n in itertools.count(2) if width * height * n * n >= minimum)
     larger = image.convert("RGB").resize((width * factor, height * factor), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
     larger.save(stream, "JPEG", quality=90)
     return stream.getvalue()
-
-
-def take_images(uri: str, preprocessor: Preprocessor, count: int | None) -> list[bytes]:
-    """The first images at `uri` that can be decoded; all of them if no count is given.
-
-    Raises:
-        StorageError, NoShardsError: they can't be read, or there are none.
-    """
-    good = (data for data in read_images(uri) if decode(data, preprocessor, MAX_PIXELS).pixels is not None)
-    found = list(itertools.islice(good, count))
-    if not found:
-        raise NoShardsError(f"{uri}: no image that can be decoded")
-    return found

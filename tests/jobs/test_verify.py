@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.verify import Agreement, verify
+from jobs.verify import Agreement, load_model, verify
+from pipeline.config import ConfigError
 from tests.command import invoke
 
 SAMPLES = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist"
@@ -62,3 +63,8 @@ def test_what_cannot_be_compared_is_told_at_once(arguments: list[str], message: 
 
 def test_help_names_the_default_runtime() -> None:
     assert "(torch)" in invoke(verify, "--help").stdout
+
+
+def test_size_is_only_for_random_weights() -> None:
+    with pytest.raises(ConfigError, match="fashion-mnist has a size of its own"):
+        load_model("fashion-mnist", 224)
