@@ -39,7 +39,7 @@ def cvt_label(*arguments: object, **environment: str) -> Done:
     return Done(given, result.exit_code, result.stdout, stderr)
 
 
-def cvt_label_process(*arguments: object, timeout: float = 300, **environment: str) -> Done:
+def cvt_label_process(*arguments: object, timeout: float = 900, **environment: str) -> Done:
     """Runs the command as a process of its own to its end; the caller checks the status."""
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *map(str, arguments)],

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 #: Seconds that a script has to stop its Ray.
-_STOP_SECONDS = 60
+_STOP_SECONDS = 180
 
 
 def run_script(module: str, folder: Path, seconds: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tests.pipeline import crashing
 
 ROOT = "s3://soak"
 TARS = 12
-_LONGEST_RUN = 240
+_LONGEST_RUN = 720
 #: With what a run may end that was sent a signal (1: of a KeyboardInterrupt).
 _STATUSES = {
     "none": {0},

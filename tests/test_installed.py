@@ -70,7 +70,7 @@ def run(command: list[object], folder: Path, status: int = 0) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == status, done.stdout + done.stderr

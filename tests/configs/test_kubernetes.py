@@ -315,7 +315,7 @@ def test_without_its_operator_prometheus_finds_the_same_pods(tmp_path: Path) -> 
     assert kept["labels"] == labels | {"job": "ray", "instance": "127.0.0.1:9"}
 
 
-def told(url: str, patience: float = 30) -> Json:
+def told(url: str, patience: float = 120) -> Json:
     """What Prometheus answers, once it has found its targets."""
     end = time.monotonic() + patience
     while time.monotonic() < end:

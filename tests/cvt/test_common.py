@@ -72,7 +72,7 @@ def downloaded() -> Path:
                 check=True,
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=900,
             )
             (archive,) = Path(folder).glob("transformers-*.tar.gz")
             (wheel,) = Path(folder).glob("parameterized-*.whl")

@@ -169,7 +169,7 @@ def test_statuses_of_a_run_that_is_refused_waits_and_is_stopped(tmp_path: Path) 
     assert waiting.stderr is not None
     assert "run other-run" in waiting.stderr.readline()
     waiting.terminate()
-    assert waiting.wait(60) == 130
+    assert waiting.wait(300) == 130
     assert other._is_mine()
     other.release(in_order=True)
 

@@ -19,7 +19,7 @@ DEMO = [sys.executable, "-m", "jobs.demo", "--output"]
 
 def test_the_demo_labels_its_sample_and_leaves_the_labels_in_a_folder(tmp_path: Path) -> None:
     output = tmp_path / "labels"
-    done = subprocess.run([*DEMO, output], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*DEMO, output], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert "1,000 in 2 shards" in done.stdout
     assert "Ankle boot" in done.stdout
@@ -44,14 +44,14 @@ def test_interrupting_it_stops_the_server_and_ray(tmp_path: Path, number: int, o
         [*DEMO, tmp_path / "labels"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     started: dict[int, str] = {}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any(once_there in command for command in started.values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
         started |= descendants(demo.pid)
     demo.send_signal(number)
-    assert demo.wait(60) == 130
-    deadline = time.monotonic() + 20
+    assert demo.wait(300) == 130
+    deadline = time.monotonic() + 120
     while (left := [started[pid] for pid in started if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left

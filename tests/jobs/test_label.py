@@ -50,7 +50,7 @@ def test_without_a_terminal_it_logs_a_line_now_and_then_before_and_between_resul
     plan: Any = SimpleNamespace(images=None, shards=[None, None])
 
     def wait_for(text: str, times: int) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while len(re.findall(text, caplog.text)) < times:
             assert time.monotonic() < end, caplog.text
             time.sleep(0.01)

@@ -71,7 +71,7 @@ def test_runs_without_torch_and_ray(dataset: Dataset, tmp_path: Path, by: str) -
         [sys.executable, "-c", code, "publish", *source, "--to", dataset.table],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -216,7 +216,7 @@ def test_no_secret_is_written_or_logged(
         env=os.environ | {"RUST_LOG": "debug"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

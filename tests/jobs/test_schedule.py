@@ -101,7 +101,7 @@ class Bench:
     def end_jobs(self) -> int:
         """Lets the jobs end; returns how many have run."""
         self.may_end.touch()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not all(job.is_finished for job in self.jobs()):
             assert time.monotonic() < deadline
             time.sleep(0.5)
@@ -304,7 +304,7 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
     file.write(DatasetState(dataset="a", through=datetime.now(UTC) - 2 * HOUR))
     service = subprocess.Popen([sys.executable, "-m", "jobs.cli", "schedule", "--config", str(path)])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while (state := file.read()) and not state.last:
             assert time.monotonic() < deadline
             assert service.poll() is None
@@ -334,7 +334,7 @@ def test_datasets_that_share_an_output_are_labelled_one_after_the_other(cluster:
     scheduler = Scheduler(config, clock=lambda: now)
     scheduler.poll()
     now += HOUR
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 900
     states: list[DatasetState | None] = []
     while not (len(states) == 2 and all(state is not None and state.last is not None for state in states)):
         assert time.monotonic() < deadline, states

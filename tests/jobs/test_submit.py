@@ -76,7 +76,7 @@ def test_a_job_is_submitted_by_rays_own_command(cluster: str, tmp_path: Path) ->
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -165,7 +165,7 @@ def test_a_job_that_is_stopped_ends_with_130(cluster: str, job: Path, sleeper: s
     assert following.stdout is not None
     assert "awake\n" in iter(following.stdout.readline, "")
     following.send_signal(signal.SIGINT)
-    _, told = following.communicate(timeout=60)
+    _, told = following.communicate(timeout=300)
     assert following.returncode == 130
     assert "the job goes on" in told
     assert JobClient(cluster).job(name).state == "RUNNING"

@@ -111,4 +111,4 @@ assert pipeline.find_partition(config).uri == partition.uri
 heavy = {{"torch", "ray", "transformers"}} & sys.modules.keys()
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -88,7 +88,7 @@ class Suspended(Storage):
         return super().write(uri, data, expected)
 
 
-def check_until_lost(lease: Lease, patience: float = 10) -> None:
+def check_until_lost(lease: Lease, patience: float = 60) -> None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         lease.check()

@@ -17,7 +17,7 @@ STALL_S = 45
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `failing_run` found: one run, in which a decoder, a classifier and a node died in turn."""
-    return run_script("tests.pipeline.failing_run", tmp_path_factory.mktemp("failing"), 240)
+    return run_script("tests.pipeline.failing_run", tmp_path_factory.mktemp("failing"), 720)
 
 
 @pytest.mark.parametrize("failure", ["decoder", "classifier", "node"])

@@ -227,7 +227,7 @@ def test_first_publisher_that_is_killed_leaves_no_rows_or_all(
 ) -> None:
     """Before its list of shards, and after its commit."""
     local.label(a=5, b=6)
-    done = subprocess.run([sys.executable, "-c", DYING, local.root, str(number)], timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", DYING, local.root, str(number)], timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL
     assert local.published() == (local.labels() if is_committed else [])
     assert local.publish().is_new != is_committed

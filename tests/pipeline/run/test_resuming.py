@@ -278,7 +278,7 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
     def zombie_goes_on_late(progress: Progress, prepared: PreparedRun) -> None:
         if progress.images >= 50 and not half_way.is_set():
             half_way.set()
-            changed.wait(60)
+            changed.wait(300)
 
     def job(on_progress: Callable[[Progress, PreparedRun], None]) -> None:
         try:
@@ -288,7 +288,7 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
 
     zombie = threading.Thread(target=job, args=(zombie_goes_on_late,))
     zombie.start()
-    assert half_way.wait(60)
+    assert half_way.wait(300)
     for i in (1, 5, 7):
         write(root, f"{i}.tar", 50 + i, count=9)
     other = threading.Thread(target=job, args=(lambda progress, plan: changed.set(),))
