@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated
 
@@ -89,7 +90,7 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     handler.setFormatter(OneLineFormatter(form))
     logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO)
-    with _Bar() if err.is_terminal else _Lines() as shown:
+    with ProgressBar() if err.is_terminal else ProgressLines() as shown:
 
         def planned(prepared: PreparedRun) -> None:
             err.print(states_line(prepared.plan), markup=False, highlight=False)
@@ -102,11 +103,11 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     return result
 
 
-class _Bar:
+class ProgressBar:
     """Progress as a bar in a terminal, from the first results on: what Ray says before would break it."""
 
     def __init__(self) -> None:
-        self._pace = _Pace()
+        self._pace = Pace()
         columns = (
             TextColumn("labelling"),
             BarColumn(),
@@ -117,31 +118,34 @@ class _Bar:
         self._bar = Progress(*columns, console=err, transient=True)
         self._task = self._bar.add_task("", state="")
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     def planned(self, plan: Plan) -> None:
+        """Takes the plan, before the first result."""
         self._bar.update(self._task, total=len(plan.shards))
 
     def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
+        """Takes the latest progress."""
         self._bar.start()
         state = self._pace.described(progress, prepared.plan)
         self._bar.update(self._task, completed=progress.shards, state=state)
 
 
-class _Lines:
+class ProgressLines:
     """Progress as a line in the log every few seconds, whether results come or not, until the last has."""
 
-    def __init__(self) -> None:
-        self._pace = _Pace()
+    def __init__(self, interval: float = LOG_INTERVAL) -> None:
+        self._interval = interval
+        self._pace = Pace()
         self._over = threading.Event()
         self._state = ""
         self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
 
-    def __enter__(self) -> _Lines:
+    def __enter__(self) -> ProgressLines:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -150,10 +154,12 @@ class _Lines:
             self._teller.join()
 
     def planned(self, plan: Plan) -> None:
+        """Takes the plan, before the first result."""
         if plan.shards:
             self._teller.start()
 
     def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
+        """Takes the latest progress."""
         plan = prepared.plan
         described = self._pace.described(progress, plan)
         self._state = f"{progress.shards} of {len(plan.shards)} shards, {described}"
@@ -163,21 +169,22 @@ class _Lines:
 
     def _tell(self) -> None:
         started = time.monotonic()
-        while not self._over.wait(LOG_INTERVAL):
+        while not self._over.wait(self._interval):
             logger.info("%s", self._state or f"no results yet, after {time.monotonic() - started:.0f} s")
 
 
-class _Pace:
+class Pace:
     """What progress means in images a second and time left, from the first results on."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._first: tuple[float, commit.Progress] | None = None
 
     def described(self, progress: commit.Progress, plan: Plan) -> str:
         """Images, of how many if the listing knows, errors, and, when it can be told, pace and time left."""
         total = f" of {plan.images:,}" if plan.images is not None else ""
         text = f"{progress.images:,}{total} images, {progress.errors:,} errors"
-        now = time.monotonic()
+        now = self._clock()
         if self._first is None:
             if progress.images:
                 self._first = now, progress
