@@ -14,7 +14,7 @@ from pipeline.storage.objects import (
     ObjectNotFound,
     StorageError,
 )
-from pipeline.storage.retries import Pauses, retries
+from pipeline.storage.retrying import Pauses, retries
 from pipeline.storage.uris import is_relative, lies_in, name_below, normalize_uri, room_below
 
 __all__ = [

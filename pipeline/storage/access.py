@@ -19,7 +19,7 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
-from pipeline.storage.retries import Pauses
+from pipeline.storage.retrying import Pauses
 from pipeline.storage.uris import normalize_uri
 
 _AHEAD_BUFFER_BYTES = 1024**2

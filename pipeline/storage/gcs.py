@@ -25,7 +25,7 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retries import Pauses, Transient, retry
+from pipeline.storage.retrying import Pauses, Transient, retry
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ from pipeline.storage.objects import (
     StorageError,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retries import Pauses, Transient, retry
+from pipeline.storage.retrying import Pauses, Transient, retry
 from pipeline.text import without_credentials
 
 T = TypeVar("T")

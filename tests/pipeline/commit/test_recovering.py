@@ -34,7 +34,7 @@ SELECTIONS = [
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
-    monkeypatch.setattr("pipeline.storage.retries.DEFAULT_PAUSES", Pauses(0.001, 0.01))
+    monkeypatch.setattr("pipeline.storage.retrying.DEFAULT_PAUSES", Pauses(0.001, 0.01))
     monkeypatch.setattr(lease.LeaseState, "is_live", False)  # nobody waits for killed runs
 
 

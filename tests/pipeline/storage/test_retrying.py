@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.storage import Pauses, retries
-from pipeline.storage.retries import DEFAULT_PAUSES, Transient, retry
+from pipeline.storage.retrying import DEFAULT_PAUSES, Transient, retry
 
 NONE = Pauses(0, 0)
 
