@@ -1,4 +1,4 @@
-"""What the charts of the report show; the template `charts.svg` draws them."""
+"""What the charts of the report show; the macros in the template `charts.svg` draw them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pipeline.text import printable
 
@@ -22,16 +21,10 @@ class Bars:
         text: formats a value.
     """
 
-    template: ClassVar = "bars"
     labels: Sequence[str]
     series: Sequence[tuple[str, Sequence[float]]]
     axis: str
     text: Callable[[float], str]
-
-    @property
-    def largest(self) -> float:
-        """The largest value of all series."""
-        return max(1e-9, *(value for _, values in self.series for value in values))
 
     @property
     def label_width(self) -> float:
@@ -53,21 +46,14 @@ class Histogram:
         text: formats a value.
     """
 
-    template: ClassVar = "histogram"
     series: Sequence[tuple[str, Sequence[float]]]
     text: Callable[[float], str]
-
-    @property
-    def largest(self) -> float:
-        """The largest value of all series."""
-        return max(1e-9, *(value for _, values in self.series for value in values))
 
 
 @dataclass(frozen=True)
 class Reliability:
     """Accuracy and mean score for bins of the score of equal width over [0, 1]; NaN in an empty bin."""
 
-    template: ClassVar = "reliability"
     accuracy: Sequence[float]
     confidence: Sequence[float]
 
@@ -76,7 +62,6 @@ class Reliability:
 class Matrix:
     """Fractions of each row in a square of cells; the diagonal has its own color."""
 
-    template: ClassVar = "matrix"
     labels: Sequence[str]
     shares: Sequence[Sequence[float]]
 
@@ -84,6 +69,11 @@ class Matrix:
     def label_width(self) -> float:
         """Room for the labels."""
         return max(text_width(short(label, 18), 11) for label in self.labels)
+
+
+def largest(series: Sequence[tuple[str, Sequence[float]]]) -> float:
+    """The largest value of all series, above 0."""
+    return max(1e-9, *(value for _, values in series for value in values))
 
 
 def short(text: str, longest: int = 26) -> str:

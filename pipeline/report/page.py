@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.report import sections
-from pipeline.report.charts import short, ticks
+from pipeline.report.charts import largest, short, ticks
 from pipeline.report.comparisons import comparison
 from pipeline.report.failures import failures
 from pipeline.report.gallery import Item, read_gallery
@@ -129,6 +129,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         score=score,
         printable=printable,
+        largest=largest,
         short=short,
         ticks=ticks,
         base64=lambda data: base64.b64encode(data).decode(),

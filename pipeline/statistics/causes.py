@@ -6,8 +6,8 @@ A cause is an error's text without what differs between samples: numbers and quo
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,29 +34,17 @@ def causes_of(errors: pa.Array) -> pa.Array:
     return errors
 
 
-@dataclass
-class Cause:
-    """Samples with the same cause of error.
-
-    Attributes:
-        count: number of all samples.
-        samples: shard, key and error of a few of them.
-    """
-
-    count: int = 0
-    samples: list[tuple[str, str, str]] = field(default_factory=list)
-
-
 class Causes:
     """Errors by cause."""
 
     def __init__(self) -> None:
-        self._causes: dict[str, Cause] = {}
+        self._counts: Counter[str] = Counter()
+        self._samples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
 
     @property
     def count(self) -> int:
         """Number of errors."""
-        return sum(cause.count for cause in self._causes.values())
+        return self._counts.total()
 
     def add(self, shard: str, samples: pa.Table) -> None:
         """Counts the errors of samples of a shard, from the columns `key` and `error`."""
@@ -69,28 +57,22 @@ class Causes:
         firsts = np.cumsum(counts) - counts
         for text, count, first in zip(causes.dictionary.to_pylist(), counts.tolist(), firsts, strict=True):
             some = bad.take(order[first : first + min(count, MOST_KEYS)]).to_pylist()
-            self._count(text, count, [(shard, row["key"], row["error"]) for row in some])
+            self._count(text, count, [{"shard": shard, **row} for row in some])
 
     def merge(self, other: Causes) -> None:
         """Adds the errors that `other` counted."""
-        for text, cause in other._causes.items():
-            self._count(text, cause.count, cause.samples)
+        for text, count in other._counts.items():
+            self._count(text, count, other._samples[text])
 
     def to_record(self) -> list[dict[str, Any]]:
         """The causes, the most frequent first: cause, count, and samples with shard, key and error."""
-        names = ("shard", "key", "error")
         return [
-            {
-                "cause": text,
-                "count": cause.count,
-                "samples": [dict(zip(names, each, strict=True)) for each in cause.samples],
-            }
-            for text, cause in sorted(self._causes.items(), key=lambda item: (-item[1].count, item[0]))
+            {"cause": text, "count": count, "samples": self._samples[text]}
+            for text, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         ]
 
-    def _count(self, text: str, count: int, samples: Sequence[tuple[str, str, str]]) -> None:
-        if text not in self._causes and len(self._causes) >= MOST_CAUSES:
+    def _count(self, text: str, count: int, samples: Sequence[dict[str, str]]) -> None:
+        if text not in self._counts and len(self._counts) >= MOST_CAUSES:
             text = OTHERS
-        cause = self._causes.setdefault(text, Cause())
-        cause.count += count
-        cause.samples += samples[: MOST_KEYS - len(cause.samples)]
+        self._counts[text] += count
+        self._samples[text] += samples[: MOST_KEYS - len(self._samples[text])]

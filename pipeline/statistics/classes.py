@@ -6,7 +6,8 @@ histogram with fixed bins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,25 +90,13 @@ class ClassStatistics:
     @classmethod
     def empty(cls, num_classes: int) -> ClassStatistics:
         """Statistics of no rows."""
-
-        def zeros() -> np.ndarray:
-            return np.zeros(num_classes, np.int64)
-
-        return cls(
-            count=zeros(),
-            score_sum=zeros(),
-            score_square_sum=zeros(),
-            score_min=np.full(num_classes, np.inf, np.float32),
-            score_max=np.full(num_classes, -np.inf, np.float32),
-            entropy_sum=zeros(),
-            score_histogram=np.zeros((num_classes, HISTOGRAM_BINS), np.int64),
-            predicted_with_target=zeros(),
-            support=zeros(),
-            true_positives=zeros(),
-            top5_hits=zeros(),
-            confusion=PairCounts(),
-            calibration=np.zeros((3, HISTOGRAM_BINS), np.int64),
-        )
+        values: dict[str, Any] = {f.name: np.zeros(num_classes, np.int64) for f in fields(cls)}
+        values["score_min"] = np.full(num_classes, np.inf, np.float32)
+        values["score_max"] = np.full(num_classes, -np.inf, np.float32)
+        values["score_histogram"] = np.zeros((num_classes, HISTOGRAM_BINS), np.int64)
+        values["confusion"] = PairCounts()
+        values["calibration"] = np.zeros((3, HISTOGRAM_BINS), np.int64)
+        return cls(**values)
 
     @property
     def num_classes(self) -> int:
