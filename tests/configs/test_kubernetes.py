@@ -196,7 +196,7 @@ def test_the_tick_of_a_night_is_one_that_submit_takes() -> None:
     assert Submission(config, job).id.endswith(job)
 
 
-def test_the_job_is_waited_for_where_tries_overlap_and_not_where_it_is_submitted() -> None:
+def test_only_overlapping_tries_wait_for_each_other() -> None:
     assert "--wait" in commands()["rayjob.yaml"]
     assert MANIFESTS["rayjob.yaml"][0]["spec"]["backoffLimit"] > 0
     assert "--wait" not in commands()["cronjob.yaml"]
@@ -260,7 +260,7 @@ def test_what_the_manifests_name_is_there() -> None:
     assert CLUSTER["authOptions"]["mode"] == "token"
 
 
-def test_prometheus_finds_the_head_by_its_port_and_as_often_as_ray_has_something_new() -> None:
+def test_prometheus_scrapes_the_metrics_port_of_the_head() -> None:
     (monitor,) = MANIFESTS["podmonitor.yaml"]
     assert monitor["spec"]["selector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
@@ -425,7 +425,7 @@ def test_memory_fits_the_tasks_of_a_node_beside_its_object_store(job: Config) ->
         assert node(group)["object_store"] < quantity(shm["sizeLimit"]) < node(group)["memory"] / 2
 
 
-def test_the_head_alone_is_on_a_machine_that_stays_and_gpu_workers_alone_ask_for_a_gpu() -> None:
+def test_only_the_head_is_on_demand_and_only_gpu_workers_ask_for_a_gpu() -> None:
     capacity = {name: pod.get("nodeSelector") for name, pod in pods().items()}
     assert capacity["rayjob.yaml head"] == {"karpenter.sh/capacity-type": "on-demand"}
     for name in ("rayjob.yaml cpu", "rayjob.yaml gpu"):

@@ -126,7 +126,7 @@ def command(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_a_tick_is_submitted_skipped_while_the_last_one_runs_and_caught_up_once(bench: Bench) -> None:
+def test_tick_is_submitted_once_or_skipped_while_the_last_job_runs(bench: Bench) -> None:
     config = bench.configure("a")
     scheduler = bench.scheduler(config)
     assert not scheduler.poll()  # seen for the first time: what was due before is not
@@ -170,7 +170,7 @@ class Killed(BaseException):
     """As SIGKILL: no handler of errors sees it."""
 
 
-def test_whatever_step_a_scheduler_dies_at_the_next_one_runs_the_tick_once(
+def test_tick_runs_once_at_whatever_step_a_scheduler_dies(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before and after each of: the claim's write, the submission, the write that it is submitted."""
@@ -244,7 +244,7 @@ def test_of_two_schedulers_at_once_one_submits_each_tick(bench: Bench) -> None:
     assert all(is_submitted(bench.state(name, config)) for name in names)
 
 
-def test_a_tick_waits_for_a_cluster_that_is_away_and_a_broken_dataset_stops_no_other(bench: Bench) -> None:
+def test_tick_waits_for_the_cluster_and_a_broken_dataset_stops_no_other(bench: Bench) -> None:
     away = bench.configure("a", "b", address="http://127.0.0.1:1")
     bench.scheduler(away).poll()
     Storage().write(StateFile("a", away.datasets["a"]).uri, b"{}")
@@ -403,7 +403,7 @@ def _dataset(cron: str, timezone: str) -> DatasetConfig:
 
 @pytest.mark.parametrize("start", [datetime(2026, 3, 28, tzinfo=UTC), datetime(2026, 10, 24, tzinfo=UTC)])
 @pytest.mark.parametrize("cron", ["30 2 * * *", "0 * * * *", "0 3 * * 0", "@daily"])
-def test_every_tick_is_the_last_one_until_the_next_also_when_clocks_change(
+def test_tick_is_the_last_one_until_the_next_when_clocks_change(
     cron: str, start: datetime
 ) -> None:
     """In Berlin, 02:30 isn't there on the first of these weekends, and twice on the second."""
