@@ -138,6 +138,7 @@ def test_tick_is_submitted_once_or_skipped_while_the_last_job_runs(bench: Bench)
     assert not scheduler.poll()
     (job,) = bench.jobs()
     assert job.id.endswith("-20260301T1300Z")
+    assert job.entrypoint.endswith(" --wait")  # datasets may share an output
     assert is_submitted(bench.state("a", config))
 
     bench.now = NOON + 2 * HOUR
@@ -320,32 +321,6 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
     assert command("--config", path, "--once").exit_code == 0  # and nothing is due
 
 
-def test_datasets_that_share_an_output_are_labelled_one_after_the_other(cluster: str, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        content = make_tar([(f"{i}.jpg", make_image(i)) for i in range(5)])
-        (tmp_path / name / "0.tar").write_bytes(content)
-    path, output = tmp_path / "schedule.yaml", tmp_path / "labels"
-    dataset = '  {0}: {{input: {{uri: "{1}/{0}"}}, output: {{uri: "{2}"}}}}\n'
-    datasets = [dataset.format(name, tmp_path, output) for name in ("a", "b")]
-    path.write_text(LIST.format(address=cluster, python="python") + "".join(datasets))
-    config = load_config(DatasetsConfig, path)
-    now = NOON
-    scheduler = Scheduler(config, clock=lambda: now)
-    scheduler.poll()
-    now += HOUR
-    deadline = time.monotonic() + 900
-    states: list[DatasetState | None] = []
-    while not (len(states) == 2 and all(state is not None and state.last is not None for state in states)):
-        assert time.monotonic() < deadline, states
-        assert not scheduler.poll()
-        time.sleep(0.5)
-        states = [StateFile(*each).read() for each in config.datasets.items()]
-    assert [state.last.exit_status for state in states if state is not None and state.last] == [0, 0]
-    rows = [pq.read_metadata(labels).num_rows for labels in output.glob("model=*/predictions/**/*.parquet")]
-    assert rows == [5, 5]
-
-
 def test_fields_of_a_dataset_come_before_the_common_ones() -> None:
     config = load_config(DatasetsConfig, REPOSITORY / "configs" / "schedule.yaml")
     products, reviews = config.datasets["products"], config.datasets["reviews"]
@@ -403,9 +378,7 @@ def _dataset(cron: str, timezone: str) -> DatasetConfig:
 
 @pytest.mark.parametrize("start", [datetime(2026, 3, 28, tzinfo=UTC), datetime(2026, 10, 24, tzinfo=UTC)])
 @pytest.mark.parametrize("cron", ["30 2 * * *", "0 * * * *", "0 3 * * 0", "@daily"])
-def test_tick_is_the_last_one_until_the_next_when_clocks_change(
-    cron: str, start: datetime
-) -> None:
+def test_tick_is_the_last_one_until_the_next_when_clocks_change(cron: str, start: datetime) -> None:
     """In Berlin, 02:30 isn't there on the first of these weekends, and twice on the second."""
     dataset = _dataset(cron, "Europe/Berlin")
     ticks = [tick.astimezone(UTC) for tick in next_ticks(dataset, start, 5)]

@@ -223,7 +223,8 @@ def test_an_address_with_a_secret_is_refused_without_showing_it(field: str, addr
     "place", ["s3://bucket/with @ and ?x=1", "/folder/of/me@home", "microsoft/cvt-13@main", "gs://b/a@b"]
 )
 def test_an_address_without_a_secret_is_taken_as_it_is(place: str) -> None:
-    config = load_config(Config, None, [f"input.uri={place}", f"output.uri={place}", f"model.path={place}"])
+    fields = [f"input.uri={place}", f"output.uri={place}", f"model.path={place}"]
+    config = load_config(Config, None, fields, keep_relative_paths=True)
     assert (config.input.uri, config.output.uri, config.model.path) == (place, place, place)
 
 
