@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.config import IN_PROCESS, ConfigError
 from pipeline.dataflow.stopping import interrupts_deferred, sigterm_interrupts
 
 #: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
@@ -47,7 +48,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     Raises:
         ClusterError: no cluster answers at the address.
+        ConfigError: the address is `in-process`, which is for labeling only.
     """
+    if address == IN_PROCESS:
+        raise ConfigError(f"ray.address: {IN_PROCESS!r} is for labeling only")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)

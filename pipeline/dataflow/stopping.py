@@ -40,12 +40,7 @@ class StopState(Enum):
 
 
 class Stop:
-    """The state machine.
-
-    Args:
-        grace: seconds of the grace period; 0 for none.
-        start_timer: makes `expire` be called after so many seconds.
-    """
+    """The state machine; `start_timer` makes `expire` be called after so many seconds."""
 
     def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
         self.state = StopState.RUNNING
@@ -58,22 +53,14 @@ class Stop:
         return self.state is not StopState.RUNNING
 
     def ask(self) -> None:
-        """A signal arrives.
-
-        Raises:
-            KeyboardInterrupt: open shards are given up.
-        """
+        """A signal arrives; raises KeyboardInterrupt where open shards are given up."""
         if self.state is not StopState.RUNNING or self._grace <= 0:
             self.expire()
         self.state = StopState.FINISHING
         self._start_timer(self._grace)
 
     def expire(self) -> None:
-        """The grace period ends.
-
-        Raises:
-            KeyboardInterrupt: always.
-        """
+        """The grace period ends; raises KeyboardInterrupt."""
         self.state = StopState.ABANDONED
         raise KeyboardInterrupt
 
@@ -87,12 +74,7 @@ class Stop:
                 raise
 
     def conclude(self) -> None:
-        """Ends a run that was asked to stop.
-
-        Raises:
-            Stopped: open shards were finished.
-            KeyboardInterrupt: open shards were given up.
-        """
+        """Raises `Stopped` or KeyboardInterrupt where the run was asked to stop."""
         if self.state is StopState.FINISHING:
             raise Stopped
         if self.state is StopState.ABANDONED:

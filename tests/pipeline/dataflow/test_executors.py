@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.dataflow import Resources, Stages, open_executor
+from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.stages import Classifier, ReadStep
 from pipeline.read import Chunk, Shard, list_shards
 from pipeline.run import Job, label, make_job
@@ -141,6 +142,11 @@ def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
     job = make_job(run_config(folder, "classify.device=cuda", "model.precision=fp32"))
     with open_executor(job.config.ray) as executor, pytest.raises(ConfigError, match="finds no GPU"):
         executor.resources(job.resource_request)
+
+
+def test_what_needs_ray_refuses_to_run_in_process() -> None:
+    with pytest.raises(ConfigError, match="labeling only"), ray_cluster("in-process"):
+        pytest.fail("connected")
 
 
 def test_a_run_in_process_imports_no_ray(folder: Path, tmp_path: Path) -> None:
