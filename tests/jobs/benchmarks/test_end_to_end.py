@@ -43,7 +43,7 @@ def test_small_benchmark_counts_compares_and_writes_json(images: Path, tmp_path:
     figures = tmp_path / "figures.json"
     data = ["--images", images, "--model", "fashion-mnist", "--samples", 60]
     how = ["--rounds", 1, "--batch-size", 4, "--device", "cpu", "--peers", "dataloader,daft"]
-    more = ["--set", "output.topk=1", "--set", "read.chunk_images=8", "--price-per-hour", 2]
+    more = ["--set", "ray.address=in-process", "--set", "read.chunk_images=8", "--price-per-hour", 2]
     done = invoke(run, *data, *how, *more, "--output", figures)
     found = json.loads(figures.read_text())
     [dataset] = found["data"]

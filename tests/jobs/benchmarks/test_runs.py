@@ -116,8 +116,9 @@ def test_pipeline_labels_from_s3_to_s3(task: Task) -> None:
     members = [(f"{i:09d}.jpg", make_image(i)) for i in range(20)]
     for start in (0, 10):
         (Path(task.tars) / f"{start}.tar").write_bytes(make_tar(members[start : start + 10]))
+    overrides = "ray.address=in-process", "read.chunk_images=5"
     with mock.patch.dict(os.environ), in_local_s3(task) as there:
-        run = run_contender(OURS, there, 20, 400)
+        run = run_contender(OURS, replace(there, overrides=overrides), 20, 400)
     assert run.failure is None
     assert run.record["config"]["input"]["uri"] == there.tars
     assert run.first_commit is not None
