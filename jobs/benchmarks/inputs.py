@@ -25,11 +25,8 @@ class Dataset:
     """The input of every contender; keys are the numbers from 0, with nine digits.
 
     Attributes:
-        images: number of images.
         distinct: number of images before they are repeated.
         left_out: number of images of the source that cannot be decoded.
-        shards: number of tars.
-        bytes: size of the encoded images.
     """
 
     images: int = 0

@@ -159,12 +159,7 @@ def available_variants(
 ) -> Iterator[tuple[str, str, Callable[[], Classify]]]:
     """Yields names, precisions, and what prepares each variant, which may take minutes.
 
-    Args:
-        checkpoint: the model.
-        device: "cpu" or "cuda".
-        batch_size: images in a batch, everywhere.
-        precisions: of the engine and of transformers' model.
-        folder: for exported models.
+    Precisions are those of the engine and of transformers' model; exported models go into `folder`.
     """
     missing = [n for n in ("openvino", "onnxruntime", "onnxscript") if not importlib.util.find_spec(n)]
     for precision in precisions:
