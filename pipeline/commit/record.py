@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.commit.manifest import ManifestRow
-from pipeline.storage import ObjectNotFound, Storage, StorageError
+from pipeline.storage import Storage, StorageError
 
 #: What is recorded of shards, and of one that couldn't be read.
 _LISTS = ("removed", "gone", "present", "cured", "unreadable")
@@ -100,14 +100,14 @@ def read_record(storage: Storage, partition: str, run: str) -> dict[str, Any] | 
     """
     uri = f"{partition}/runs/{run}.json"
     try:
-        values = json.loads(storage.read(uri))
-    except ObjectNotFound:
-        return None
+        found = storage.read_latest(uri, json.load)
     except ValueError as error:
         raise StorageError(uri, f"not the record of a run: {error}") from None
-    if not isinstance(values, dict):
+    if found is None:
+        return None
+    if not isinstance(found.content, dict):
         raise StorageError(uri, "not the record of a run")
-    return values
+    return found.content
 
 
 def new_run_id() -> str:
