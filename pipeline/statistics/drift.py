@@ -104,6 +104,14 @@ class Drift:
         classes: classes of both label sets.
         count_a, count_b: images given each class, int64 (classes,).
         scores_a, scores_b: histograms of their scores, int64 (classes, `DRIFT_BINS`).
+        images_a, images_b: number of labeled images.
+        fraction_a, fraction_b: fraction of the images that each class has.
+        psi_parts, js_parts: each class's part of the PSI, and of the Jensen-Shannon divergence in bits.
+        class_score_psi: PSI of each class's scores; NaN where a or b doesn't have the class.
+        psi: population stability index of the classes.
+        psi_by_chance: mean of `psi` without drift.
+        js: Jensen-Shannon distance of the classes: 0 for equal fractions, 1 for disjoint ones.
+        score_psi: population stability index of the scores of all classes.
     """
 
     classes: Classes
@@ -111,6 +119,17 @@ class Drift:
     count_b: np.ndarray
     scores_a: np.ndarray
     scores_b: np.ndarray
+    images_a: int
+    images_b: int
+    fraction_a: np.ndarray
+    fraction_b: np.ndarray
+    psi_parts: np.ndarray
+    js_parts: np.ndarray
+    class_score_psi: np.ndarray
+    psi: float
+    psi_by_chance: float
+    js: float
+    score_psi: float
 
     @classmethod
     def between(
@@ -127,69 +146,29 @@ class Drift:
             bins: np.ndarray = histogram.reshape(-1, DRIFT_BINS, HISTOGRAM_BINS // DRIFT_BINS).sum(axis=2)
             return bins
 
+        count_a, count_b = placed(a[0], classes.ids_a), placed(b[0], classes.ids_b)
+        scores_a, scores_b = placed(coarse(a[1]), classes.ids_a), placed(coarse(b[1]), classes.ids_b)
+        images_a, images_b = int(count_a.sum()), int(count_b.sum())
+        class_psi, divergence = psi_parts(count_a, count_b), js_parts(count_a, count_b)
+        score_psi = psi_parts(scores_a, scores_b).sum(axis=1)
         return cls(
             classes,
-            placed(a[0], classes.ids_a),
-            placed(b[0], classes.ids_b),
-            placed(coarse(a[1]), classes.ids_a),
-            placed(coarse(b[1]), classes.ids_b),
+            count_a,
+            count_b,
+            scores_a,
+            scores_b,
+            images_a,
+            images_b,
+            fraction_a=count_a / max(1, images_a),
+            fraction_b=count_b / max(1, images_b),
+            psi_parts=class_psi,
+            js_parts=divergence,
+            class_score_psi=np.where((count_a > 0) & (count_b > 0), score_psi, np.nan),
+            psi=float(class_psi.sum()),
+            psi_by_chance=psi_by_chance(count_a, count_b),
+            js=float(np.sqrt(np.clip(divergence.sum(), 0, 1))),
+            score_psi=float(psi_parts(scores_a.sum(axis=0), scores_b.sum(axis=0)).sum()),
         )
-
-    @property
-    def images_a(self) -> int:
-        """Labeled images of a."""
-        return int(self.count_a.sum())
-
-    @property
-    def images_b(self) -> int:
-        """Labeled images of b."""
-        return int(self.count_b.sum())
-
-    @property
-    def fraction_a(self) -> np.ndarray:
-        """Fraction of the images of a that each class has."""
-        return self.count_a / max(1, self.images_a)
-
-    @property
-    def fraction_b(self) -> np.ndarray:
-        """Fraction of the images of b that each class has."""
-        return self.count_b / max(1, self.images_b)
-
-    @property
-    def psi_parts(self) -> np.ndarray:
-        """Each class's part of the PSI."""
-        return psi_parts(self.count_a, self.count_b)
-
-    @property
-    def psi(self) -> float:
-        """Population stability index of the classes."""
-        return float(self.psi_parts.sum())
-
-    @property
-    def psi_by_chance(self) -> float:
-        """Mean of `psi` without drift."""
-        return psi_by_chance(self.count_a, self.count_b)
-
-    @property
-    def js_parts(self) -> np.ndarray:
-        """Each class's part of the Jensen-Shannon divergence, in bits; the sum is `js` squared."""
-        return js_parts(self.count_a, self.count_b)
-
-    @property
-    def js(self) -> float:
-        """Jensen-Shannon distance of the classes: 0 for equal fractions, 1 for disjoint ones."""
-        return float(np.sqrt(np.clip(self.js_parts.sum(), 0, 1)))
-
-    @property
-    def score_psi(self) -> float:
-        """Population stability index of the scores of all classes."""
-        return float(psi_parts(self.scores_a.sum(axis=0), self.scores_b.sum(axis=0)).sum())
-
-    @property
-    def class_score_psi(self) -> np.ndarray:
-        """Population stability index of each class's scores; NaN where a or b doesn't have the class."""
-        parts = psi_parts(self.scores_a, self.scores_b).sum(axis=1)
-        return np.where((self.count_a > 0) & (self.count_b > 0), parts, np.nan)
 
     def most_changed(self, n: int) -> list[int]:
         """The occurring classes with the largest parts of the PSI, by place in `classes.labels`."""
