@@ -29,7 +29,8 @@ class LocalExecutor:
 
     def resources(self, request: ResourceRequest) -> Resources:
         """One classifier with all CPUs or one GPU; readers and decoders as Ray would have on this machine."""
-        cpus = len(os.sched_getaffinity(0))
+        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+        cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         gpus = 0
         if request.classify.device != "cpu":
             import torch
