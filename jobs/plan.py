@@ -45,13 +45,13 @@ def plan(
         for shard in planned.plan.shards:
             line = f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
-    job = planned.job
+    job, to_label = planned.job, planned.plan.shards
     formats = Counter(shard.format for shard in planned.plan.shards)
     table = Table.grid(padding=(0, 2))
     rows = {
         "input": job.config.input.uri,
         "shards": states_line(planned.plan),
-        "to label": f"{len(planned.plan.shards):,} shards, {decimal(sum(shard.size for shard in planned.plan.shards))}"
+        "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
         + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
         "ignored": f"{planned.plan.ignored:,} objects that are no shard",
         "model": f"{job.checkpoint.name}, {len(job.checkpoint.labels):,} classes, "

@@ -15,6 +15,7 @@ from jobs.console import (
     out,
     run_alone,
 )
+from pipeline import write_report
 
 
 def report(
@@ -39,14 +40,7 @@ def report(
     be written.
     """
     with exit_status():
-        from pipeline.compare import LabelSet, compare_run
-        from pipeline.report import find_record, write_report
-
-        partition = given_partition(uri, config, set)
-        record = find_record(partition, run)
-        others = [LabelSet.open(partition.storage, name) for name in against or ()]
-        statistics, comparisons = compare_run(partition, record, others)
-        written = write_report(partition, record, statistics, comparisons, output)
+        written = write_report(given_partition(uri, config, set), run, against or (), output)
     out.print(f"{written}: written", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -36,8 +36,8 @@ def stats(
         bool,
         typer.Option(
             "--rebuild",
-            help="First regenerate manifest and statistics from the prediction files. With --config, the model "
-            "is loaded: class_stats.parquet may be missing.",
+            help="First regenerate manifest and statistics from the prediction files. "
+            "With --config, the model is loaded, and class_stats.parquet may be missing.",
         ),
     ] = False,
 ) -> None:

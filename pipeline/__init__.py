@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from pipeline.compare import compare_labels
     from pipeline.config import Config, Selection, load_job_config
     from pipeline.publish import publish_labels
-    from pipeline.report import write_report
-    from pipeline.run import RunResult, find_partition, label
+    from pipeline.run import RunResult, find_partition, label, write_report
     from pipeline.run import plan_run as plan
 
 __version__ = "0.1.0"
@@ -38,7 +37,7 @@ _MODULES = {
     "open_partition": "pipeline.commit",
     "plan": "pipeline.run",
     "publish_labels": "pipeline.publish",
-    "write_report": "pipeline.report",
+    "write_report": "pipeline.run",
 }
 _RENAMED = {"plan": "plan_run"}
 

@@ -11,6 +11,7 @@ from pipeline.run.planning import Plan, State, plan
 from pipeline.run.preparing import PreparedRun, plan_run
 from pipeline.run.rebuilding import rebuild
 from pipeline.run.recording import installed_version
+from pipeline.run.reporting import write_report
 from pipeline.run.result import RunResult
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "plan",
     "plan_run",
     "rebuild",
+    "write_report",
 ]

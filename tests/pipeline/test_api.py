@@ -88,6 +88,22 @@ def test_a_replaced_checkpoint_is_found_by_its_latest_run(tmp_path: Path) -> Non
     assert pipeline.find_partition(config).uri == uris[1]
 
 
+def test_a_report_is_written_again(labeled: tuple[Path, pipeline.RunResult], tmp_path: Path) -> None:
+    _, result = labeled
+    written = pipeline.write_report(result.partition, output=str(tmp_path / "page.html"))
+    assert Path(written).read_text().startswith("<!doctype html>")
+    with pytest.raises(StorageError, match="no record of run nonsense"):
+        pipeline.write_report(result.partition, run="nonsense")
+
+
+def test_two_labelings_are_compared(labeled: tuple[Path, pipeline.RunResult], tmp_path: Path) -> None:
+    root, result = labeled
+    other = pipeline.label(job(root, "output.topk=1")).partition
+    found = pipeline.compare_labels(result.partition.uri, other.uri)
+    assert found.agreement is not None
+    assert (found.agreement.compared, found.agreement.share) == (8, 1.0)
+
+
 def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no labels of a model"):
         pipeline.open_partition(str(tmp_path))
