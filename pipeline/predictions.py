@@ -28,15 +28,20 @@ _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
 # would make an empty part.
 _UNSAFE_PLACES = re.compile(r"(?:^|(?<=/))[._/]|/$")
 
-
 #: Maximum bytes of a part of a path, on every usual disk; and of a whole path: of the 1,024 bytes of an
 #: object's key, 224 are left for the output URI.
 MAX_PART_BYTES = 255
-
 MAX_PATH_BYTES = 800
 
 # An escape that a cut has gone through.
 _BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
+
+#: Rows of a row group: enough to compress well, few enough for a reader to skip some.
+ROW_GROUP_ROWS = 65_536
+
+_FOOTER = "cvt_label."
+_TEXTS = ("shard", "version", "format", "fingerprint")
+_NUMBERS = ("size", "rows", "errors", "duplicate_keys")
 
 
 def prediction_path(shard_uri: str) -> str:
@@ -52,8 +57,7 @@ def prediction_path(shard_uri: str) -> str:
     """
     scheme, separator, rest = shard_uri.partition("://")
     path = f"{scheme}/{rest}" if separator else f"file{shard_uri}"
-    path = _UNSAFE.sub(_encoded, path)
-    path = _UNSAFE_PLACES.sub(_encoded, path)
+    path = _UNSAFE_PLACES.sub(_encoded, _UNSAFE.sub(_encoded, path))
     whole = f"{path}.parquet"
     return whole if fits(whole) else _shortened(path, shard_uri)
 
@@ -61,8 +65,6 @@ def prediction_path(shard_uri: str) -> str:
 def fits(path: str) -> bool:
     """Whether a path is within the limits of `prediction_path`."""
     data = path.encode()
-    if len(data) <= MAX_PART_BYTES:
-        return True
     return len(data) <= MAX_PATH_BYTES and all(len(part) <= MAX_PART_BYTES for part in data.split(b"/"))
 
 
@@ -81,20 +83,8 @@ def _encoded(found: re.Match[str]) -> str:
     return quote(character, safe="") if character not in "._" else f"%{ord(character):02X}"
 
 
-#: Rows of a row group: enough to compress well, few enough for a reader to skip some.
-ROW_GROUP_ROWS = 65_536
-
-
-_FOOTER = "cvt_label."
-
-
 def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:
-    """The columns of a prediction file, one row a sample.
-
-    Args:
-        embedding: "none", "float16" or "float32".
-        embedding_width: values in an embedding.
-    """
+    """The columns of a prediction file, one row a sample; arguments as in `PredictionOptions`."""
     model = model_fields(embedding, embedding_width)
     labels, embeddings = model[:6], model[6:]
     return pa.schema(
@@ -136,7 +126,6 @@ class Footer:
         shard: the shard's URI.
         version: the version of the shard that was labeled.
         format, size: of the shard, as listed.
-        fingerprint: hash over everything that determines a label.
         rows: samples, errors included.
         errors: samples that could not be classified.
         duplicate_keys: samples whose key an earlier sample of the shard has.
@@ -152,11 +141,6 @@ class Footer:
     errors: int
     duplicate_keys: int
     partial: pa.Table
-
-
-_TEXTS = ("shard", "version", "format", "fingerprint")
-
-_NUMBERS = ("size", "rows", "errors", "duplicate_keys")
 
 
 def encode(predictions: pa.Table, footer: Footer) -> bytes:

@@ -9,7 +9,7 @@ from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
-from pipeline.commit.record import RunRecord, new_run_id, read_record
+from pipeline.commit.record import RunRecord, new_run_id
 from pipeline.commit.recovery import (
     Repairs,
     find_repairs,
@@ -42,7 +42,6 @@ __all__ = [
     "open_partition",
     "partition_fingerprint",
     "prediction_files",
-    "read_record",
     "rebuilt_rows",
     "reconcile",
 ]

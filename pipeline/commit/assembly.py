@@ -22,10 +22,8 @@ class OpenShard:
     Attributes:
         chunks: by the index of their first sample.
         total: the shard's number of samples, once its last chunk has arrived.
-        error: why the shard can't be read.
         transient: whether the cause of the error is the storage, not the shard.
-        samples: number of samples that have arrived.
-        encoded_bytes: of their images.
+        samples, encoded_bytes: of the chunks that have arrived.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
@@ -70,9 +68,7 @@ class OpenShard:
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
             raise IncompleteShardError(f"{shard.uri}: its chunks leave gaps or overlap")
         samples = pa.concat_tables([chunk.samples for chunk in chunks])
-        samples = samples.rename_columns(
-            ["target_id" if name == "target" else name for name in samples.column_names]
-        )
+        samples = samples.rename_columns({"target": "target_id"})
         samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
         samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
         schema = prediction_schema(options.embedding, options.embedding_width)

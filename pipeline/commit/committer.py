@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from types import TracebackType
 
 from pipeline.commit.assembly import IncompleteShardError, OpenShard, count_errors
 from pipeline.commit.manifest import ManifestRow
@@ -34,8 +33,6 @@ class Progress:
 
     Attributes:
         images: that have arrived, error rows included.
-        errors: error rows among them.
-        shards: that are done.
         share: of the plan's bytes that have arrived, from 0 to 1.
     """
 
@@ -52,7 +49,6 @@ class Totals:
     Attributes:
         shards: shards that are done, those that couldn't be read too.
         images: samples, error rows included.
-        errors: samples that are error rows.
         duplicate_keys: samples whose key an earlier sample of their shard has.
         unreadable: the shards that couldn't be read.
         causes: of the error rows.
@@ -71,19 +67,14 @@ class Totals:
 
 
 class Committer:
-    """Assembles shards and writes their prediction files; use it as a context manager.
-
-    Attributes:
-        totals: what is committed.
-    """
+    """Assembles shards and writes their prediction files; use it as a context manager."""
 
     def __init__(
         self, writer: PredictionWriter, plan: Sequence[Shard], on_commit: Callable[[ManifestRow], None]
     ) -> None:
-        """Args:
-        writer: of the prediction files.
-        plan: the shards, by the number that their chunks carry.
-        on_commit: called with the manifest row of each shard that is done, in this thread.
+        """Chunks name shards by their place in the plan.
+
+        `on_commit` is called in this thread, with the manifest row of each shard that is done.
         """
         self.totals = Totals()
         self._writer = writer
@@ -100,13 +91,8 @@ class Committer:
     def __enter__(self) -> Committer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._writers.shutdown(wait=True, cancel_futures=error is not None)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._writers.shutdown(wait=True, cancel_futures=kind is not None)
         for write in self._writes:  # left where an error ended the run: what is written is done
             if not write.cancelled() and write.exception() is None:
                 self._settle(write)
@@ -182,7 +168,7 @@ class Committer:
         return (number for number in range(len(self._plan)) if number not in self._closed)
 
     def progress(self) -> Progress:
-        """How far it is."""
+        """How far the committer is."""
         share = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
         return Progress(self._images, self._errors, self.totals.shards, min(1.0, share))
 

@@ -23,6 +23,8 @@ from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 
 _logger = logging.getLogger("cvt_label")
 
+State = Literal["held", "released", "unfinished"]
+
 
 class LeaseHeldError(RuntimeError):
     """Another run holds the lease; the message names the run and the time of expiry."""
@@ -39,7 +41,6 @@ class LeaseState:
     Attributes:
         run: id of the run that holds the lease, or held it last.
         holder: host and process of that run.
-        expires_at: when the lease expires unless it is renewed.
         state: "held"; "released" by a run that left everything in order; "unfinished" by one that
             ended otherwise.
     """
@@ -47,7 +48,7 @@ class LeaseState:
     run: str
     holder: str
     expires_at: datetime
-    state: Literal["held", "released", "unfinished"]
+    state: State
 
     @classmethod
     def from_bytes(cls, uri: str, content: bytes) -> LeaseState:
@@ -84,12 +85,7 @@ def _latest(storage: Storage, uri: str) -> Versioned[LeaseState] | None:
 
 @dataclass
 class LeaseHandle:
-    """A lease while it is held.
-
-    Attributes:
-        found_in_order: whether the last run left manifest and statistics up to date.
-        left_in_order: whether this run does; otherwise the next run repairs them.
-    """
+    """Whether the last run left manifest and statistics up to date, and whether the lease's holder does."""
 
     found_in_order: bool
     left_in_order: bool = False
@@ -110,13 +106,10 @@ class Lease:
         new_id: Callable[[], str] | None = None,
         poll_s: float = 5.0,
     ) -> None:
-        """Args:
-        storage: access to the partition.
-        partition: its URI.
-        run: id of the run that wants the lease.
-        seconds: how long the lease holds without renewal; it is renewed three times as often.
-        new_id: makes another id for a run that had to wait, so that runs sort by when they worked.
-        poll_s: seconds between two reads of a lease that is waited for.
+        """A lease holds so many seconds without renewal; it is renewed three times as often.
+
+        `new_id` makes another id for a run that had to wait, so that runs sort by when they worked. A lease
+        that is waited for is read every `poll_s` seconds.
         """
         self.uri = _uri(partition)
         self._storage = storage
@@ -205,11 +198,7 @@ class Lease:
         self.check()
 
     def release(self, in_order: bool) -> None:
-        """Gives the lease back, if it is still this run's.
-
-        Args:
-            in_order: whether manifest and statistics are up to date; otherwise the next run repairs them.
-        """
+        """Gives the lease back, if it is still this run's; unless `in_order`, the next run makes repairs."""
         self._stop.set()
         if self._heart.is_alive():
             self._heart.join()
@@ -227,7 +216,7 @@ class Lease:
             except StorageError as error:
                 _logger.warning("the lease could not be renewed: %s", error)
 
-    def _write(self, state: Literal["held", "released", "unfinished"]) -> bool:
+    def _write(self, state: State) -> bool:
         """Writes the lease, unless another run has taken it over; returns whether it did.
 
         A lease that somebody has deleted is written again.
@@ -247,6 +236,6 @@ class Lease:
             return None
         return LeaseState.from_bytes(self.uri, self._storage.read(self.uri, version))
 
-    def _content(self, state: Literal["held", "released", "unfinished"]) -> bytes:
+    def _content(self, state: State) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)
         return LeaseState(self.run, self._holder, until, state).to_bytes()

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +25,6 @@ from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, Storage, StorageError, lies_in
 
 T = TypeVar("T")
-
 _READERS = 32
 
 _SCHEMA = pa.schema(
@@ -60,8 +59,7 @@ class ManifestRow:
         rows: its samples; None where none is labeled.
         errors: samples that are error rows.
         duplicate_keys: samples whose key an earlier sample of the shard has.
-        output: its prediction file, relative to the partition; None where there is none.
-        output_version: that object's version.
+        output, output_version: its prediction file, relative to the partition; None where there is none.
         error: why the shard couldn't be read last time; None where it could.
         failed_version: the version that couldn't be read; None where the storage failed, and the next run
             is to read the shard again.
@@ -110,11 +108,7 @@ _ENTRY_FIELDS = (
 
 
 class Manifest:
-    """The stored manifest of a partition.
-
-    Attributes:
-        uri: of the object.
-    """
+    """The stored manifest of a partition."""
 
     def __init__(
         self,
@@ -126,14 +120,10 @@ class Manifest:
         bare_group_rows: int = 50_000,
         max_statistics: int = 17_000_000,
     ) -> None:
-        """Args:
-        storage: access to the partition.
-        partition: its URI.
-        num_classes: classes of its model.
-        group_rows: rows of a row group with statistics (some 50 MB): what is in memory during a rewrite.
-        bare_group_rows: rows of a row group without statistics (some 10 MB).
-        max_statistics: shards times (classes + 100) up to which rows hold their statistics (some 500 MB).
-            In a larger manifest that column is null, and statistics are folded from the files' footers.
+        """Up to `max_statistics`, shards times (classes + 100), rows hold their statistics (some 500 MB).
+
+        In a larger manifest that column is null, and statistics are folded from the files' footers. A row
+        group with statistics (some 50 MB) is in memory during a rewrite; a bare one has none (some 10 MB).
         """
         self.uri = f"{partition}/manifest.parquet"
         self._storage = storage
@@ -183,7 +173,7 @@ class Manifest:
     def rows(self) -> Iterator[ManifestRow]:
         """Yields all rows, sorted by URI."""
         for table in self._tables():
-            yield from map(_to_row, table.to_pylist())
+            yield from (ManifestRow(**row) for row in table.to_pylist())
 
     def update(
         self,
@@ -197,11 +187,8 @@ class Manifest:
         A row that only reports a read failure keeps the labels of an earlier version of its shard. Of two
         concurrent writers, the later one adds to what the earlier one wrote.
 
-        Args:
-            rows: by URI.
-            removed: URIs of rows to remove.
-            gone: by URI, whether the shard was deleted from the input; other rows keep their value.
-            cured: URIs of rows whose `error` and `failed_version` no longer hold.
+        `gone` says of some URIs whether the shard was deleted from the input. In the rows of `cured` URIs,
+        `error` and `failed_version` no longer hold.
         """
         gone = gone or {}
         rows = {uri: replace(row, gone=gone.get(uri, row.gone)) for uri, row in rows.items()}
@@ -282,10 +269,8 @@ class Manifest:
             file = pq.ParquetFile(stream, pre_buffer=True)
             missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
             if missing:
-                raise StorageError(
-                    self.uri,
-                    f"not a manifest: it has no column {', '.join(missing)} (run stats --rebuild)",
-                )
+                message = f"not a manifest: it has no column {', '.join(missing)} (run stats --rebuild)"
+                raise StorageError(self.uri, message)
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
 
@@ -330,7 +315,7 @@ def _merged(
         changed = [*now, *removed]
         if changed:
             is_changed = pc.is_in(table["uri"], value_set=pa.array(changed, pa.string()))
-            before = {row["uri"]: _to_row(row) for row in table.filter(is_changed).to_pylist()}
+            before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
             added = _to_table([_succeeded(before.get(uri), rows[uri]) for uri in now])
             table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
         for name, uris, value in changes:
@@ -380,10 +365,3 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     left = iter(items)
     while batch := list(islice(left, size)):
         yield batch
-
-
-_ROW_FIELDS = [field.name for field in fields(ManifestRow)]
-
-
-def _to_row(record: Mapping[str, Any]) -> ManifestRow:
-    return ManifestRow(**{name: record[name] for name in _ROW_FIELDS})

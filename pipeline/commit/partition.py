@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit.manifest import Manifest
-from pipeline.commit.record import read_record
 from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
 from pipeline.storage import ObjectNotFound, Storage, StorageError, normalize_uri
@@ -107,7 +107,16 @@ class Partition:
         Raises:
             StorageError: the record can't be read, or is no record.
         """
-        return read_record(self.storage, self.uri, run)
+        uri = f"{self.uri}/runs/{run}.json"
+        try:
+            found = self.storage.read_latest(uri, json.load)
+        except ValueError as error:
+            raise StorageError(uri, f"not the record of a run: {error}") from None
+        if found is None:
+            return None
+        if not isinstance(found.content, dict):
+            raise StorageError(uri, "not the record of a run")
+        return found.content
 
     def records(self) -> list[str]:
         """The ids of all runs that left a record, in their order."""

@@ -42,10 +42,6 @@ class PredictionWriter:
     """Writes the prediction files of a run; thread-safe.
 
     Attributes:
-        partition: where the files go.
-        fingerprint: hash over everything that determines a label.
-        options: what the prediction columns hold.
-        run: id of the run.
         expected: by URI of a shard, the version of the prediction file that it has already.
         is_current: tells whether the input still has this version of a shard.
         before_group: called before the labels of a group of image files are written; raises if they must

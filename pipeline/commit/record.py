@@ -1,7 +1,4 @@
-"""The record of a run: its configuration and selection, versions, counts, timings, how it ended, and what it
-found out that no prediction file tells. From that and the files, `recovering` makes the manifest anew; by
-itself it is enough to run the same again.
-"""
+"""The record of a run, as it grows. `recovery` makes manifest rows of records and prediction files."""
 
 from __future__ import annotations
 
@@ -13,11 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.commit.manifest import ManifestRow
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage
 
 #: What is recorded of shards, and of one that couldn't be read.
 _LISTS = ("removed", "gone", "present", "cured", "unreadable")
-
 _FAILURE = ("uri", "format", "size", "error", "failed_version")
 
 
@@ -86,28 +82,10 @@ class RunRecord:
                 self._is_saved = True
 
     def end(self, **values: Any) -> None:
-        """Sets the last values, and writes it."""
-        self.note(**values)
+        """Sets the last values, and the time, and writes it."""
+        self.note(ended_at=datetime.now(UTC).isoformat(), **values)
         self._is_saved = False
         self.save()
-
-
-def read_record(storage: Storage, partition: str, run: str) -> dict[str, Any] | None:
-    """The record of a run; None where there is none.
-
-    Raises:
-        StorageError: it can't be read, or is no record.
-    """
-    uri = f"{partition}/runs/{run}.json"
-    try:
-        found = storage.read_latest(uri, json.load)
-    except ValueError as error:
-        raise StorageError(uri, f"not the record of a run: {error}") from None
-    if found is None:
-        return None
-    if not isinstance(found.content, dict):
-        raise StorageError(uri, "not the record of a run")
-    return found.content
 
 
 def new_run_id() -> str:

@@ -18,7 +18,6 @@ from pipeline.predictions import read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
 _READERS = 32
-
 _AT_ONCE = 1000
 
 
@@ -151,12 +150,8 @@ def find_repairs(
     Prediction files are always listed, for they are the source of truth, whoever wrote them. Run records are
     only read where the last run died.
 
-    Args:
-        storage: access to the partition.
-        partition: its URI.
-        fingerprint: its fingerprint.
-        manifest: its rows, by URI, as `Manifest.entries` reads them.
-        in_order: whether the last run left everything in order, and the manifest is there.
+    `manifest` has its rows by URI; `in_order` tells whether the last run left everything in order, and the
+    manifest is there.
 
     Raises:
         StorageError: something there is no prediction file of this partition, or no record.

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.commit import (
-    Lease,
-    LeaseLostError,
-    ManifestWriter,
-    Progress,
-    RunRecord,
-    new_run_id,
-)
+from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, RunRecord, new_run_id
 from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import (
-    Stop,
-    Stopped,
-    sigterm_interrupts,
-)
+from pipeline.dataflow import Stop, Stopped, sigterm_interrupts
 from pipeline.read import Shard, list_shards
 from pipeline.run import gate, summaries
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
@@ -31,6 +20,7 @@ from pipeline.run.preparing import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, recorded
 from pipeline.run.result import RunResult
 from pipeline.run.streaming import ShardStream
+from pipeline.statistics import Comparison, Limits
 from pipeline.storage import StorageError, retries
 
 logger = logging.getLogger("cvt_label")
@@ -82,8 +72,10 @@ def label(
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.note(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, job, plan, timings=clock.seconds)
+                manifest, flush_s = job.partition.manifest, config.run.flush_s
+                writer = ManifestWriter(manifest, flush_s, before_write=record.save)
                 try:
-                    _Run(result, prepared, record, clock, lease, on_progress).carry_out()
+                    _Run(result, prepared, record, clock, lease, writer, on_progress).carry_out()
                 finally:
                     record.note(storage_faults=dict(retries() - before + result.totals.retries))
         except Stopped:
@@ -102,14 +94,8 @@ class _Run:
     record: RunRecord
     clock: Clock
     lease: Lease
+    writer: ManifestWriter
     on_progress: Callable[[Progress, PreparedRun], None]
-    writer: ManifestWriter = field(init=False)
-    removed: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        job = self.result.job
-        manifest, flush_s = job.partition.manifest, job.config.run.flush_s
-        self.writer = ManifestWriter(manifest, flush_s, before_write=self.record.save)
 
     def carry_out(self) -> None:
         """Does what is planned, and leaves everything in order; raises as `label`."""
@@ -119,11 +105,11 @@ class _Run:
         try:
             if not prepared.in_order:  # some process may have died
                 partition.storage.sweep(partition.uri)
-            self.removed, changed = clean_up(
+            removed, changed = clean_up(
                 partition, plan, prepared.repairs, self.record, self.lease, self._relist
             )
             if plan.shards:
-                stop = self._label()
+                stop = self._label(removed)
             self.writer.flush()
             if result.withdrawn:
                 partition.manifest.update({}, result.withdrawn)
@@ -169,7 +155,7 @@ class _Run:
         result.statistics, previous = runs.compare()
         summaries.write_class_table(partition, result.statistics, job.config.output.topk)
         self._note_counts()
-        self._note_judgment(*gate.judge(gate.limits(job.config), runs, previous))
+        self._judge(self._limits(), runs, previous)
         gone = {*self.record.values["removed"], *result.withdrawn}
         gallery = summaries.update_gallery(job, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
@@ -178,12 +164,16 @@ class _Run:
 
     def _judge_again(self) -> None:
         """Holds what earlier runs labeled to the gate, where this one adds nothing."""
-        job = self.result.job
-        limits = gate.limits(job.config)
+        limits = self._limits()
         if limits.are_any:
-            self._note_judgment(*gate.judge_again(limits, self._run_pair()))
+            runs = self._run_pair()
+            self._judge(limits, runs, runs.compare()[1] if runs.current else None)
 
-    def _note_judgment(self, drift: Mapping[str, object] | None, broken: list[str]) -> None:
+    def _limits(self) -> Limits:
+        return Limits(**self.result.job.config.gate.model_dump())
+
+    def _judge(self, limits: Limits, runs: RunPair, previous: Comparison | None) -> None:
+        drift, broken = gate.judge(limits, runs, previous)
         self.result.broken_limits = broken
         self.record.note(drift=drift, broken_limits=broken)
 
@@ -191,14 +181,14 @@ class _Run:
         job = self.result.job
         return RunPair.find(job.partition, job.config.input.uri, self.result.run)
 
-    def _label(self) -> Stop:
+    def _label(self, removed: set[str]) -> Stop:
         """Labels the plan's shards; finally removes labels of images that the input has regrouped by then."""
         result = self.result
         stream = ShardStream(
             result, self.prepared, self.record, self.clock, self.lease, self.writer, self.on_progress
         )
         try:
-            return stream.run(self.removed)
+            return stream.run(removed)
         finally:
             entries = self.prepared.repairs.entries
             result.withdrawn = withdraw_regrouped(

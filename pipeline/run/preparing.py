@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.commit import Repairs, find_repairs, left_in_order
-from pipeline.config import LABEL_NEW, Config, Selection, make_storage
+from pipeline.commit import ManifestRow, Repairs, find_repairs, left_in_order
+from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
 from pipeline.read import ShardListing, list_shards
-from pipeline.run.inputs import check_groups, check_places
 from pipeline.run.job import Job, check_room, make_job
 from pipeline.run.planning import Plan, plan
+from pipeline.storage import lies_in
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,6 @@ class PreparedRun:
     """A job, and what there is to do.
 
     Attributes:
-        job: the job.
-        plan: which shards are in which state, and what is to be labeled.
         repairs: how the manifest differs from what it is made from.
         in_order: whether the last run left manifest and statistics up to date, and the manifest is there.
     """
@@ -36,10 +35,6 @@ class PreparedRun:
 
 def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
     """Plans a run: nothing is written, and Ray is not needed.
-
-    Args:
-        config: the job's configuration.
-        selection: what is labeled besides new and changed shards.
 
     Raises:
         StorageError: the input can't be listed, or the output not read.
@@ -60,20 +55,16 @@ def open_listing(config: Config) -> ShardListing:
         NoShardsError: nothing in the input is a shard.
         ConfigError: the output lies in the input.
     """
-    check_places(config)
-    listing = list_shards(make_storage(config.storage), config.input.uri, config.input.format)
+    source, target = config.input.uri, config.output.uri
+    if lies_in(target, source):
+        raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
+    listing = list_shards(make_storage(config.storage), source, config.input.format)
     listing.require_any()
     return listing
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: bool) -> PreparedRun:
-    """Reads the manifest, finds its repairs, and plans.
-
-    Args:
-        job: the job.
-        listing: the input's; read to its end.
-        selection: what is labeled besides new and changed shards.
-        in_order: whether the last run left everything in order, as its lease says.
+    """Reads the listing to its end and the manifest, finds its repairs, and plans.
 
     Raises:
         StorageError: input or output can't be read.
@@ -82,7 +73,18 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: boo
     partition, manifest = job.partition, job.partition.manifest
     in_order = in_order and manifest.exists()
     repairs = find_repairs(partition.storage, partition.uri, job.fingerprint, manifest.entries(), in_order)
-    check_groups(repairs.entries, job.config.input.uri)
+    _check_groups(repairs.entries, job.config.input.uri)
     planned = plan(listing, repairs.entries, selection)
     check_room(partition, planned.shards)
     return PreparedRun(job, planned, repairs, in_order)
+
+
+def _check_groups(manifest: Mapping[str, ManifestRow], input_uri: str) -> None:
+    """Refuses an input inside a folder whose image files are labeled already, in groups of their own."""
+    for uri, row in manifest.items():
+        folder = uri.rpartition("/")[0]
+        if row.format == "images" and row.output is not None and input_uri.startswith(f"{folder}/"):
+            raise ConfigError(
+                f"input.uri: {input_uri} lies in {folder}, whose loose images have labels in this output: "
+                "label all of them, or choose another output.uri, or they would be labelled twice"
+            )

@@ -1,6 +1,5 @@
-"""The record of a run: its configuration and selection, versions, counts, timings, how it ended, and what it
-found out that no prediction file tells. From that and the files, `recovering` makes the manifest anew; by
-itself it is enough to run the same again.
+"""What a run records: its configuration and selection, versions, counts, timings, how it ended, and what it
+found out that no prediction file tells. The record is enough to run the same again.
 """
 
 from __future__ import annotations
@@ -55,18 +54,15 @@ def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator
     }
     record = RunRecord(job.partition.storage, f"{job.partition.uri}/runs/{run}.json", values)
 
-    def end(status: str, **more: str) -> None:
-        record.end(status=status, ended_at=datetime.now(UTC).isoformat(), seconds=clock.seconds, **more)
-
     record.save()
     try:
         yield record
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(StorageError):  # it would hide what ended the run
-            end(status, failure=f"{type(error).__name__}: {error}")
+            record.end(status=status, seconds=clock.seconds, failure=f"{type(error).__name__}: {error}")
         raise
-    end("complete" if record.is_complete else "incomplete")
+    record.end(status="complete" if record.is_complete else "incomplete", seconds=clock.seconds)
 
 
 def installed_version(package: str) -> str | None:

@@ -17,8 +17,6 @@ class RunResult:
 
     Attributes:
         run: its id.
-        job: what it ran.
-        plan: what it was to do.
         totals: what it committed.
         withdrawn: groups of image files whose labels it removed again, since its input has changed.
         statistics: class statistics over all labels of the partition; None where the run changed nothing.
@@ -26,7 +24,6 @@ class RunResult:
         stages: each stage's part in it; empty where nothing was to be labeled.
         decoded_on_gpu: of the decoded images, those that a GPU decoded; None where only the CPU was to.
         gallery: thumbnails of what it labeled; None where nothing was to be.
-        gpu_utilisation: share of the time in which GPUs were busy; None where nobody measured it.
         broken_limits: of the configured gate, in words.
     """
 
@@ -40,7 +37,6 @@ class RunResult:
     stages: dict[str, StageFigures] = field(default_factory=dict)
     decoded_on_gpu: int | None = None
     gallery: Gallery | None = None
-    gpu_utilisation: float | None = None
     broken_limits: list[str] = field(default_factory=list)
 
     @property

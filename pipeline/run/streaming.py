@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from pipeline.commit import (
@@ -31,6 +31,7 @@ from pipeline.storage import ObjectNotFound, Storage, retries
 logger = logging.getLogger("cvt_label")
 
 
+@dataclass
 class ShardStream:
     """Labels the plan's shards, and notes in result, record and manifest what became of each.
 
@@ -38,45 +39,37 @@ class ShardStream:
         groups: manifest rows of the groups of image files that were labeled, by URI.
     """
 
-    def __init__(
-        self,
-        result: RunResult,
-        prepared: PreparedRun,
-        record: RunRecord,
-        clock: Clock,
-        lease: Lease,
-        writer: ManifestWriter,
-        on_progress: Callable[[Progress, PreparedRun], None],
-    ) -> None:
-        self.groups: dict[str, ManifestRow] = {}
-        self._result = result
-        self._prepared = prepared
-        self._record = record
-        self._clock = clock
-        self._lease = lease
-        self._writer = writer
-        self._on_progress = on_progress
-        self._failing = prepared.failing
-        self._gallery = result.gallery = Gallery(result.job.config.report.gallery, prepared.plan.shards)
+    result: RunResult
+    prepared: PreparedRun
+    record: RunRecord
+    clock: Clock
+    lease: Lease
+    writer: ManifestWriter
+    on_progress: Callable[[Progress, PreparedRun], None]
+    groups: dict[str, ManifestRow] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shards, gallery = self.prepared.plan.shards, self.result.job.config.report.gallery
+        self._failing = self.prepared.failing
+        self._gallery = self.result.gallery = Gallery(gallery, shards)
 
     def run(self, removed: set[str]) -> Stop:
         """Labels all shards, or, after a stop, those that were started.
 
-        Args:
-            removed: shards whose prediction files the run has removed: they are no longer expected.
+        The prediction files of `removed` shards are no longer expected.
         """
-        job, plan = self._result.job, self._prepared.plan
+        job, plan = self.result.job, self.prepared.plan
         writer = PredictionWriter(
             job.partition,
             job.fingerprint,
             job.prediction_options,
-            self._result.run,
+            self.result.run,
             expected={uri: version for uri, version in plan.expected.items() if uri not in removed},
             is_current=partial(_is_current, job.storage, job.config.input.format),
-            before_group=self._lease.verify,
+            before_group=self.lease.verify,
         )
         committer = Committer(writer, plan.shards, self._note_commit)
-        self._result.totals = committer.totals
+        self.result.totals = committer.totals
         with (
             open_executor(job.config.ray) as executor,
             committer,
@@ -87,20 +80,20 @@ class ShardStream:
 
     def _note_commit(self, row: ManifestRow) -> None:
         if row.error is not None:
-            self._record.failure(row)
+            self.record.failure(row)
         elif row.uri in self._failing:
-            self._record.shards("cured", [row.uri])
+            self.record.shards("cured", [row.uri])
         if row.format == "images" and row.output is not None:
             self.groups[row.uri] = row
         self._gallery.settle(row.uri, row.error is None)
-        self._writer.add(row)
-        self._clock.mark("first_commit")
+        self.writer.add(row)
+        self.clock.mark("first_commit")
 
     def _commit_results(self, executor: Executor, committer: Committer, stop: Stop) -> None:
-        plan, job, faults_before = self._prepared.plan, self._result.job, retries()
+        plan, job, faults_before = self.prepared.plan, self.result.job, retries()
         resources = executor.resources(job.resource_request)
-        self._record.note(resources=asdict(resources))
-        self._clock.mark("ray_ready")
+        self.record.note(resources=asdict(resources))
+        self.clock.mark("ray_ready")
         logger.info("images go to the model in batches of %d", resources.batch_size)
         metrics = executor.metrics(
             job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
@@ -109,23 +102,23 @@ class ShardStream:
         def note_progress(chunk: Chunk | None = None) -> None:
             if metrics is not None:
                 metrics.update(committer.totals, retries() - faults_before + committer.totals.retries, chunk)
-            self._on_progress(committer.progress(), self._prepared)
+            self.on_progress(committer.progress(), self.prepared)
 
         chunks = executor.label(plan.shards, job.stages, resources)
         started = 0.0
         with closing(chunks), stop.abandonable(), _missing_shards_noted(committer):
             for chunk in chunks:
-                self._clock.mark("first_result")
+                self.clock.mark("first_result")
                 started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
                 if stop.requested:
                     committer.wind_down()
                 committer.add(self._gallery.take(chunk))
                 note_progress(chunk)
-                self._lease.check()
+                self.lease.check()
                 if stop.requested and not committer.open_shards:
                     break
         seconds = time.perf_counter() - started if started else 0.0
-        self._clock.mark("last_result", again=True)
+        self.clock.mark("last_result", again=True)
         if stop.requested:
             committer.settle()
         else:
@@ -135,18 +128,17 @@ class ShardStream:
 
     def _note_stages(self, resources: Resources, seconds: float) -> None:
         """Notes what each stage did in so many seconds of the dataflow."""
-        result, metrics = self._result, self._result.totals.metrics
+        result, metrics = self.result, self.result.totals.metrics
         workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
         if resources.decoders:
             workers[DECODE] = resources.decoders
         else:
             result.decoded_on_gpu = metrics[DECODE].decoded_on_gpu if DECODE in metrics else 0
         result.stages = stage_figures(metrics, workers, seconds)
-        result.gpu_utilisation = metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None
-        self._record.note(
+        self.record.note(
             stages={stage: asdict(figures) for stage, figures in result.stages.items()},
             bound_by=bound_by(result.stages),
-            gpu_utilisation=result.gpu_utilisation,
+            gpu_utilisation=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
             decoder=result.decoder,
         )
 
