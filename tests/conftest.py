@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,23 +27,37 @@ os.environ |= {
 
 Photograph = tuple[str, bytes, int]
 
-#: Fixtures that start a Ray, which all tests of one worker share.
+#: Fixtures that start a Ray, which all tests of a worker share, and what a file that uses them contains.
 SHARED_RAY = {"ray_local", "head"}
+USES_SHARED_RAY = re.compile(r"\bray_local\b|\bhead: Head\b|\bcluster: str\b")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that share a Ray on one worker, those of each file on one, and slow files first."""
+    """Puts files that share a Ray first, then files with slow tests: none of them runs alone at the end."""
+    shares_ray = {str(item.path) for item in items if SHARED_RAY & set(getattr(item, "fixturenames", ()))}
     for item in items:
-        shares_ray = SHARED_RAY & set(getattr(item, "fixturenames", ()))
-        if shares_ray:
+        if SHARED_RAY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-        group = "ray" if shares_ray else f"{item.path.parent.name}/{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    if unknown := [path for path in shares_ray if not USES_SHARED_RAY.search(Path(path).read_text())]:
+        raise pytest.UsageError(f"{unknown}: USES_SHARED_RAY does not match these files")
     slow = Counter(str(item.path) for item in items if item.get_closest_marker("slow"))
-    items.sort(
-        key=lambda item: (not SHARED_RAY & set(getattr(item, "fixturenames", ())), -slow[str(item.path)])
-    )
+    items.sort(key=lambda item: (str(item.path) not in shares_ray, -slow[str(item.path)]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Runs each file on one worker, and all files that share a Ray on the same one.
+
+    Instead of `--dist loadgroup`, which has no effect in pytest-xdist 3.8 with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = nodeid.partition("::")[0]
+            return "ray" if USES_SHARED_RAY.search((config.rootpath / file).read_text()) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
