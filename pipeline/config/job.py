@@ -12,23 +12,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cvt.runtimes import Device, Precision, Runtime, precisions_of
-from pipeline.config.sections import (
-    Address,
-    NameOrUri,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-    ServiceUrl,
-    Uri,
-)
+from pipeline.config.sections import Address, NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
 from pipeline.storage import Storage
+
+InputFormat = Literal["auto", "webdataset", "parquet", "images"]
 
 
 class InputConfig(Section):
     """Where the shards are, and which parts of them are image, label and key."""
 
     uri: Uri
-    format: Literal["auto", "webdataset", "parquet", "images"] = "auto"
+    format: InputFormat = "auto"
     #: Read the labels of the dataset (targets). If false, every target is null.
     labels: bool = True
     #: WebDataset: the (dotted) field of `.json` with the label; null: the label is in `.cls`.

@@ -21,7 +21,6 @@ from pipeline.config.sections import VALUE_HIDDEN, ConfigError
 from pipeline.text import without_credentials
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
-
 Field = tuple[str, ...]
 
 
@@ -48,15 +47,7 @@ def load_config(
 
 
 def load_job_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Loads the configuration of a labeling job from a YAML file or the record of a run; see `load_config`.
-
-    Args:
-        path: of the file; None where the overrides are the whole configuration.
-        overrides: `section.field=value`, such as `output.topk=10`.
-
-    Raises:
-        ConfigError: the configuration can't be used; the message names each field at fault.
-    """
+    """Loads the configuration of a labeling job, from YAML or the record of a run; see `load_config`."""
     return load_config(Config, path, overrides)
 
 

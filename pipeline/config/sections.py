@@ -39,11 +39,7 @@ class Section(BaseModel):
 def _holding_no_secret(uri: str) -> str:
     """Refuses credentials before the host of a URI, and signed web addresses."""
     scheme, separator, rest = uri.partition("://")
-    if scheme in (
-        "s3",
-        "gs",
-        "file",
-    ):  # a password may contain a slash; no bucket's name contains a colon
+    if scheme in ("s3", "gs", "file"):  # a password may contain a slash; no bucket's name contains a colon
         rest, marks = rest.partition("/")[0], "@:"
     else:
         marks = "@?#"
@@ -80,7 +76,6 @@ def _normalized_unless_relative(uri: str, info: ValidationInfo) -> str:
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 #: The URL of a service. Records and messages show it.

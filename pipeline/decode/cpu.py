@@ -28,8 +28,8 @@ from cvt.preprocessing import Preprocessor
 from pipeline.read import Chunk
 from pipeline.text import one_line
 
-# First bytes and reader of each format. The readers are called by themselves, since Image.open has a
-# pixel limit of its own, global to the process, and doesn't tell the size of what it refuses.
+# First bytes and reader of each format. Image.open is not used: it has a pixel limit of its own, global
+# to the process, and doesn't tell the size of what it refuses.
 FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
@@ -39,48 +39,30 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
 
-
 # Longest side in pixels. Resizing to a square takes memory and time by the longest side, however few
 # pixels there are: some 30 MB here, gigabytes for the longest line that a PNG can hold.
 MAX_SIDE = 1 << 20
 
 
-# How the stored image is to be turned for display, by its EXIF orientation.
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+class Turn(NamedTuple):
+    """What makes a stored image upright: a transposition if `is_sideways`, then reflections."""
+
+    method: Image.Transpose
+    is_sideways: bool
+    from_right: bool
+    from_below: bool
+
+
+# By EXIF orientation.
+_TURNS = {
+    2: Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: Turn(Image.Transpose.ROTATE_180, False, True, True),
+    4: Turn(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: Turn(Image.Transpose.TRANSPOSE, True, False, False),
+    6: Turn(Image.Transpose.ROTATE_270, True, True, False),
+    7: Turn(Image.Transpose.TRANSVERSE, True, True, True),
+    8: Turn(Image.Transpose.ROTATE_90, True, False, True),
 }
-
-
-# Of these turns, the ones that exchange width and height.
-SIDEWAYS = {
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-}
-
-
-# And those after which the first column, or row, shows what the file has last in a row, or column.
-FROM_THE_RIGHT = {
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-}
-
-FROM_BELOW = {
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.TRANSVERSE,
-}
-
 
 _N = TypeVar("_N", int, float)
 
@@ -119,9 +101,8 @@ class Decoded(NamedTuple):
 
     Attributes:
         pixels: uint8 of shape (size, size, 3), RGB; None where there is an error.
-        width: of the source image in pixels, as displayed (after EXIF orientation); where there is an
-            error, as the header says, or None where that can't be read.
-        height: as `width`.
+        width, height: of the source image in pixels, as displayed (after EXIF orientation); where there is
+            an error, as the header says, or None where the header can't be read.
         error: None, or one line of at most MAX_ERROR_LENGTH characters, the same at every attempt.
     """
 
@@ -142,8 +123,8 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     Args:
         data: the encoded image.
         preprocessor: makes the model's input from an RGB image.
-        max_pixels: larger images are an error, found in the header, before decoding. (For WebP and TIFF,
-            Pillow has a further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
+        max_pixels: larger images are an error, found in the header. (For WebP and TIFF, Pillow has a
+            further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
         fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its size,
             which libjpeg does in the inverse cosine transform.
     """
@@ -163,7 +144,7 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
             file.load()
             image = _to_rgb(file)
             if (turn := turn_of(file)) is not None:  # Pillow has turned a TIFF by now
-                image = image.transpose(turn)
+                image = image.transpose(turn.method)
             return Decoded(preprocessor(image), *image.size, None)
     # Not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError
     # and whatever else Pillow runs into in a broken or hostile file.
@@ -174,25 +155,25 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
 def _decode_scaled(file: JpegImageFile, preprocessor: Preprocessor) -> Decoded | None:
     """Decodes a JPEG at a fraction of its size; None if it isn't large enough for that."""
     turn = turn_of(file)
-    size = _exchanged(file.size, turn)
-    drafted = file.draft(file.mode, _exchanged(preprocessor.resized_size(*size), turn))
+    size = exchanged(file.size, turn)
+    drafted = file.draft(file.mode, exchanged(preprocessor.resized_size(*size), turn))
     if drafted is None:
         return None
     file.load()
     image = _to_rgb(file)
     # The last pixels, which a turn may make the first, may be of the source in part only.
-    width, height = _exchanged(drafted[1][2:], turn)
+    width, height = exchanged(drafted[1][2:], turn)
     left = top = 0.0
     if turn is not None:
-        image = image.transpose(turn)
-        left = image.width - width if turn in FROM_THE_RIGHT else 0.0
-        top = image.height - height if turn in FROM_BELOW else 0.0
+        image = image.transpose(turn.method)
+        left = image.width - width if turn.from_right else 0.0
+        top = image.height - height if turn.from_below else 0.0
     return Decoded(preprocessor(image, size, (left, top, left + width, top + height)), *size, None)
 
 
-def _exchanged(size: tuple[_N, _N], turn: Image.Transpose | None) -> tuple[_N, _N]:
+def exchanged(size: tuple[_N, _N], turn: Turn | None) -> tuple[_N, _N]:
     """A width and height after a turn, or what they were before it."""
-    return (size[1], size[0]) if turn in SIDEWAYS else size
+    return (size[1], size[0]) if turn is not None and turn.is_sideways else size
 
 
 def _unknown(data: bytes) -> str:
@@ -227,13 +208,10 @@ def _to_rgb(file: ImageFile) -> Image.Image:
     return file.convert("RGB")
 
 
-def turn_of(file: ImageFile) -> Image.Transpose | None:
-    """How an image is to be turned, as its file's EXIF (or XMP) says; None if it is upright.
-
-    As in PIL.ImageOps.exif_transpose, but lives with damaged EXIF.
-    """
+def turn_of(file: ImageFile) -> Turn | None:
+    """As in PIL.ImageOps.exif_transpose, but None if EXIF is damaged."""
     try:
-        return ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return None
 
@@ -247,11 +225,7 @@ def _cause(error: Exception) -> str:
 
 
 def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
-    """Replaces the encoded images of a chunk by their pixels.
-
-    Its samples lose the column `image`, and get `width` and `height`; an image that can't be decoded
-    becomes an error. `fast` as in `decode`.
-    """
+    """Replaces the column `image` of a chunk by pixels and the columns `width` and `height`; see `decode`."""
     samples = chunk.samples
     size = preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
@@ -270,6 +244,6 @@ def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast
 def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:
     """The samples with what their decoding said (but for pixels) in place of the encoded images."""
     samples = samples.drop_columns(["image", "error"])
-    samples = samples.append_column("width", pa.array([o.width for o in outcomes], pa.int32()))
-    samples = samples.append_column("height", pa.array([o.height for o in outcomes], pa.int32()))
-    return samples.append_column("error", pa.array([o.error for o in outcomes], pa.string()))
+    for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("error", pa.string())):
+        samples = samples.append_column(name, pa.array([getattr(o, name) for o in outcomes], kind))
+    return samples

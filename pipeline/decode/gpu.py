@@ -24,13 +24,12 @@ from torch import Tensor
 from cvt.inference.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
-from pipeline.decode.cpu import Decoded, decode, decode_chunk, with_outcomes
+from pipeline.decode.cpu import Decoded, Turn, decode, decode_chunk, with_outcomes
 from pipeline.decode.jpeg import PlainJpeg, plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE, StageMetrics
 
 logger = logging.getLogger("cvt_label")
-
 
 #: Pixels of a batch of images: some 200 MB, and four times that for the image that is being resized.
 PIXELS_AT_ONCE = 64_000_000
@@ -38,25 +37,12 @@ PIXELS_AT_ONCE = 64_000_000
 #: JPEG files to RGB images, uint8 (3, height, width), on the device; raises if any can't be decoded.
 DecodeJpegs = Callable[[list[bytes]], list[Tensor]]
 
-
 # PyTorch has no types for them.
 _stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
-
 _event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 # Between two decoders of the same smooth JPEG, on average.
 _SAME_GRAY_LEVELS = 3
-
-
-TURNS: dict[Image.Transpose, Callable[[Tensor], Tensor]] = {
-    Image.Transpose.FLIP_LEFT_RIGHT: lambda image: image.flip(2),
-    Image.Transpose.ROTATE_180: lambda image: image.flip(1, 2),
-    Image.Transpose.FLIP_TOP_BOTTOM: lambda image: image.flip(1),
-    Image.Transpose.TRANSPOSE: lambda image: image.mT,
-    Image.Transpose.ROTATE_270: lambda image: image.mT.flip(2),
-    Image.Transpose.TRANSVERSE: lambda image: image.mT.flip(1, 2),
-    Image.Transpose.ROTATE_90: lambda image: image.mT.flip(1),
-}
 
 
 class GpuDecoder:
@@ -66,9 +52,8 @@ class GpuDecoder:
     wrong with it counts. May be called from several threads at once.
 
     Args:
-        preprocessor: makes the model's input of an image.
-        max_pixels: larger images are an error.
-        device: where the pixels are wanted.
+        preprocessor, max_pixels: as in `decode`.
+        device: of the pixels.
         decode_jpegs: the decoder of plain JPEGs; nvJPEG, in torchvision, if None.
         threads: for the images that are left to the CPU.
         pixels_at_once: of the images in a batch; larger images are left to the CPU.
@@ -100,11 +85,7 @@ class GpuDecoder:
         self._has_failed = False
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        """Does the same as `decode_chunk`, with pixels on the device, ready to be used.
-
-        The metrics count the images that the device decoded. If it has no memory for the chunk's pixels,
-        the CPU decodes all of them into an array.
-        """
+        """Does the same as `decode_chunk`, with pixels on the device, unless the device has no memory."""
         try:
             return self._decode_chunk(chunk)
         except torch.OutOfMemoryError as error:
@@ -117,15 +98,12 @@ class GpuDecoder:
 
     def _decode_chunk(self, chunk: Chunk) -> Chunk:
         samples, size = chunk.samples, self._preprocessor.size
-        outcomes: list[Decoded] = []
+        outcomes = [Decoded(None, None, None, error) for error in samples["error"].to_pylist()]
         plain: list[PlainJpeg] = []
         done: set[int] = set()
         left: dict[int, Future[Decoded]] = {}
-        for row, (image, error) in enumerate(
-            zip(samples["image"], samples["error"].to_pylist(), strict=True)
-        ):
-            outcomes.append(Decoded(None, None, None, error))
-            if error is not None:
+        for row, image in enumerate(samples["image"]):
+            if outcomes[row].error is not None:
                 continue
             data = image.as_buffer().to_pybytes()
             jpeg = plain_jpeg(row, data, min(self._max_pixels, self._pixels_at_once))
@@ -159,10 +137,7 @@ class GpuDecoder:
     def _decoded(
         self, jpegs: Sequence[PlainJpeg], is_half: bool = False
     ) -> Iterator[tuple[PlainJpeg, Tensor]]:
-        """Decodes JPEGs; those for which it doesn't work are missing.
-
-        Where it doesn't, it is tried with each half, be it for an image at fault or for lack of memory.
-        """
+        """Decodes JPEGs, after a failure each half of them; the result lacks those that fail alone."""
         images = None
         try:
             images = self._decode_jpegs([jpeg.data for jpeg in jpegs])
@@ -184,7 +159,7 @@ class GpuDecoder:
         try:
             if image.shape != (3, jpeg.height, jpeg.width):
                 raise ValueError(f"{tuple(image.shape)}, where the header says {(jpeg.height, jpeg.width)}")
-            self._resize([image if jpeg.turn is None else TURNS[jpeg.turn](image)], out)
+            self._resize([_turned(image, jpeg.turn)], out)
         except Exception as error:  # a resize to a small part of its size may be too much for a GPU
             self._note_failure("resize a JPEG", error)
             return False
@@ -204,19 +179,25 @@ class GpuDecoder:
 
     @contextmanager
     def _device_to_itself(self) -> Iterator[None]:
-        """One chunk at a time: into memory that a stream is done with for one, another may decode (`nvjpeg`).
-
-        Waits at its end for what was queued on the device.
-        """
+        """One chunk at a time: nvJPEG may decode into memory that a stream still reads for another chunk."""
         with self._device_lock:
             if self._stream is None:
                 yield
                 return
             with torch.cuda.stream(self._stream):
                 yield
-                done = _event(blocking=True)  # which keeps no CPU busy
+                done = _event(blocking=True)  # waits for what was queued, and keeps no CPU busy
                 done.record()
             done.synchronize()
+
+
+def _turned(image: Tensor, turn: Turn | None) -> Tensor:
+    """Turns an image (3, height, width) upright."""
+    if turn is None:
+        return image
+    reflected = [axis for axis, flag in ((1, turn.from_below), (2, turn.from_right)) if flag]
+    image = image.mT if turn.is_sideways else image
+    return image.flip(reflected) if reflected else image
 
 
 def _batches(jpegs: Sequence[PlainJpeg], max_pixels: int) -> Iterator[Sequence[PlainJpeg]]:
@@ -232,12 +213,7 @@ def _batches(jpegs: Sequence[PlainJpeg], max_pixels: int) -> Iterator[Sequence[P
 
 
 def nvjpeg(device: torch.device) -> DecodeJpegs:
-    """NVIDIA's decoder, on a GPU, by torchvision.
-
-    Raises:
-        ImportError: torchvision isn't installed, or doesn't fit PyTorch.
-        ValueError: it can't decode on this device.
-    """
+    """Returns NVIDIA's decoder, of torchvision; raises as `GpuDecoder`."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (ImportError, RuntimeError, OSError) as error:  # of which the last two are of another build
@@ -266,12 +242,9 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
 
 
 def _check(decode_jpegs: DecodeJpegs) -> None:
-    """Makes sure that a batch of different JPEGs comes out as Pillow decodes it.
+    """Raises ValueError unless a batch of different JPEGs comes out as Pillow decodes it.
 
     A decoder that skips an image without saying so leaves in its place what was in memory.
-
-    Raises:
-        ValueError: it doesn't.
     """
     x, y = np.meshgrid(np.linspace(0, 255, 97), np.linspace(0, 255, 75))
     smooth = Image.fromarray(np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.decode.cpu import SIDEWAYS, pillow_warnings_ignored, too_large, turn_of
+from pipeline.decode.cpu import Turn, exchanged, pillow_warnings_ignored, too_large, turn_of
 
 # Longer images are left to the CPU too: here, all of an image is resized, though the crop keeps little.
 MAX_ASPECT_RATIO = 16
@@ -16,11 +15,8 @@ MAX_ASPECT_RATIO = 16
 # Of a frame: baseline, extended and progressive, with Huffman codes. Further markers up to 0xCF, but for
 # three, are of frames too: lossless, hierarchical, or with arithmetic coding.
 HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
-
 START_OF_SCAN = 0xDA
-
 END_OF_IMAGE = b"\xff\xd9"
-
 
 # Horizontal and vertical sampling of luminance, where that of color is 1 x 1: 4:4:4 to 4:1:1.
 SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
@@ -31,23 +27,20 @@ class PlainJpeg:
     """A JPEG that any decoder reads alike, as far as its headers tell.
 
     Attributes:
-        row: its place in the chunk.
-        data: the file.
-        width: in pixels, as stored.
-        height: likewise.
-        turn: what makes it upright; None if it is.
+        row: the JPEG's place in the chunk.
+        width, height: in pixels, as stored.
     """
 
     row: int
     data: bytes
     width: int
     height: int
-    turn: Image.Transpose | None
+    turn: Turn | None
 
     @property
     def upright_size(self) -> tuple[int, int]:
         """Width and height as displayed."""
-        return (self.height, self.width) if self.turn in SIDEWAYS else (self.width, self.height)
+        return exchanged((self.width, self.height), self.turn)
 
 
 def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
@@ -79,10 +72,7 @@ def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
 
 
 def _frame(data: bytes) -> int | None:
-    """The marker of a JPEG's frame; None if there isn't exactly one before the first scan.
-
-    Strict: the segments follow one another without a gap, or it is None.
-    """
+    """The marker of a JPEG's only frame; None if there are others before the first scan, or gaps."""
     frame, at = None, 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]

@@ -22,17 +22,13 @@ if TYPE_CHECKING:
 
 #: What a reader knows of each sample.
 ENCODED = pa.struct(
-    [
-        ("key", pa.string()),
-        ("target", pa.int32()),
-        ("error", pa.string()),
-        ("image", pa.large_binary()),
-    ]
+    [("key", pa.string()), ("target", pa.int32()), ("error", pa.string()), ("image", pa.large_binary())]
 )
 
-
+# The columns of a block with single values of a chunk.
+_VALUES = {"shard": pa.int64(), "start": pa.int64(), "total": pa.int64(), "error": pa.string()}
+_VALUES |= {"transient": pa.bool_(), "encoded_bytes": pa.int64()}
 _RETRIES = pa.map_(pa.string(), pa.int64())
-
 _ARROW_TYPES = {"int": pa.int64(), "float": pa.float64()}
 _METRICS = pa.map_(
     pa.string(), pa.struct([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(StageMetrics)])
@@ -46,14 +42,12 @@ class Chunk:
     Attributes:
         shard: the shard's place in the plan.
         start: index in the shard of the first sample.
-        samples: one row a sample; its columns depend on the stage it has come through.
-        total: the shard's number of samples, on its last chunk only.
-        error: why the shard can't be read any further; only on its last chunk.
+        samples: one row a sample; the columns depend on the stage.
+        total, error: on the shard's last chunk only: its samples, and why it can't be read any further.
         pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order; a
             tensor where they were decoded on the classifier's device: they stay there.
         transient: whether the cause of the error is the storage, not the shard.
-        encoded_bytes: of the images as they were read.
-        retries: storage operations that were tried again while the chunk was read, by kind of failure.
+        retries: of storage operations while the chunk was read, by kind of failure.
         metrics: by stage; no result depends on them.
     """
 
@@ -71,13 +65,8 @@ class Chunk:
     def to_block(self) -> pa.Table:
         """The chunk as a table of one row; pixels are not copied, and must be an array."""
         rows = self.samples.to_struct_array().combine_chunks()
-        columns = {
-            "shard": pa.array([self.shard], pa.int64()),
-            "start": pa.array([self.start], pa.int64()),
-            "total": pa.array([self.total], pa.int64()),
-            "error": pa.array([self.error], pa.string()),
-            "transient": pa.array([self.transient]),
-            "encoded_bytes": pa.array([self.encoded_bytes], pa.int64()),
+        columns = {name: pa.array([getattr(self, name)], kind) for name, kind in _VALUES.items()}
+        columns |= {
             "retries": pa.array([list(self.retries.items())], _RETRIES),
             "metrics": pa.array([[(s, asdict(m)) for s, m in self.metrics.items()]], _METRICS),
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
@@ -99,14 +88,9 @@ class Chunk:
                 content = np.frombuffer(record["pixels"][0].as_buffer() or b"", np.uint8)
                 pixels = content.reshape(record["shape"][0].as_py())
             yield Chunk(
-                shard=record["shard"][0].as_py(),
-                start=record["start"][0].as_py(),
+                **{name: record[name][0].as_py() for name in _VALUES},
                 samples=pa.Table.from_struct_array(samples),
-                total=record["total"][0].as_py(),
-                error=record["error"][0].as_py(),
                 pixels=pixels,
-                transient=record["transient"][0].as_py(),
-                encoded_bytes=record["encoded_bytes"][0].as_py(),
                 retries=dict(record["retries"][0].as_py()),
                 metrics={stage: StageMetrics(**m) for stage, m in record["metrics"][0].as_py()},
             )
@@ -127,12 +111,7 @@ def cut_into_chunks(
     The cut depends on the samples alone, so that a second attempt makes the same chunks. A shard
     that can't be read to its end still ends in a chunk, one that carries the error: an exception
     would end the job, with every other shard's work. A shard always yields at least one chunk.
-
-    Args:
-        samples: the shard's samples, in its order.
-        shard: the shard's place in the plan.
-        max_images: samples in a chunk, at the most.
-        max_bytes: encoded bytes in a chunk, at the most, unless one image alone has more.
+    A chunk has at most `max_bytes` of encoded images, unless one image alone has more.
     """
     start, size = 0, 0
     waiting: list[Sample] = []

@@ -16,7 +16,6 @@ from pipeline.read.targets import TargetParser
 from pipeline.storage import Storage
 
 _PARQUET_BATCH_ROWS = 16
-
 _PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
 
 
@@ -76,8 +75,7 @@ def _image_column(schema: pa.Schema, shard: Shard, options: ReadOptions) -> str:
     if len(found) != 1:
         count = "no column" if not found else "more than one column"
         raise ShardError(
-            shard.uri,
-            f"{count} could be the image; name it by `input.image_column`; {_columns(schema)}",
+            shard.uri, f"{count} could be the image; name it by `input.image_column`; {_columns(schema)}"
         )
     return cast(str, found[0])
 

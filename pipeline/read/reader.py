@@ -18,9 +18,8 @@ from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageErro
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the shard's samples in shard order; a second reading yields the same.
 
-    Streams: it holds one sample of a tar, 16 rows of a Parquet file and the pages that they lie in (by
-    default pyarrow writes 1024 rows a page), or 16 image files, and read buffers of 8 MiB: one, or of a
-    tar in object storage one more than `fetches`. The object is pinned to the shard's version.
+    Streams: it holds one sample of a tar, 16 rows of a Parquet file and their pages, or 16 image files, and
+    read buffers of 8 MiB: one, or of a tar in object storage one more than `fetches`.
 
     **WebDataset.** Adjacent members whose names are equal up to the first dot of the last part form a
     sample, with that as its key; the image is the first whose remaining extension is an image's. A
@@ -56,13 +55,16 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 
 
 def _cause(shard: Shard, error: Exception) -> str:
-    if isinstance(error, StorageError):
-        return error.cause if error.uri == shard.uri else str(error)
-    if isinstance(error, DamagedTarError):
+    if isinstance(error, StorageError) and error.uri == shard.uri:
+        return error.cause
+    if isinstance(error, StorageError | DamagedTarError):
         return str(error)
-    what = {"webdataset": "the tar is damaged, or no tar at all"}
-    what |= {"parquet": "the Parquet file is damaged, or none at all"}
-    return f"{what.get(shard.format, 'unreadable')} ({type(error).__name__}: {error})"
+    return f"{_UNREADABLE[shard.format]} ({type(error).__name__}: {error})"
 
 
 _READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": read_images}
+_UNREADABLE = {
+    "webdataset": "the tar is damaged, or no tar at all",
+    "parquet": "the Parquet file is damaged, or none at all",
+    "images": "unreadable",
+}

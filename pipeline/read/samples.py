@@ -13,19 +13,16 @@ class ShardError(Exception):
     """The shard can't be read; the message names its URI, the place in it and the cause.
 
     Attributes:
-        uri: the shard's URI.
-        cause: the message without the URI.
         transient: whether the cause is the storage, not the shard: a later attempt may succeed.
     """
 
     def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
         super().__init__(uri, cause, transient)
         self.uri = uri
-        self.cause = cause
         self.transient = transient
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.cause}"
+        return f"{self.uri}: {self.args[1]}"
 
 
 @dataclass(slots=True)
@@ -35,8 +32,7 @@ class Sample:
     Attributes:
         key: its name in the shard. Not always unique: shard and position identify a sample.
         image: the encoded image; None where `error` is set.
-        target: the dataset's own label, as a class index; None where there is none.
-        error: why there is no image to classify; None where there is one.
+        target: the dataset's own label, as a class index.
     """
 
     key: str
@@ -47,18 +43,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What readers need to know; hashable and picklable.
+    """What readers need to know: fields of `InputConfig` and `ReadConfig`, and the model's classes.
 
     Attributes:
-        labels: read the samples' own labels; without, every target is None.
-        label_field: WebDataset: the (dotted) field of `.json` that holds the label, not `.cls`.
-        image_column: Parquet: the image's column; None finds it by name and type.
-        label_column: Parquet: the label's column; None reads no labels.
-        key_column: Parquet: the key's column; None takes the image's path, or else the row's number.
         class_ids: pairs of class name and class index, for labels that are names.
         num_labels: class indices are below this; None allows any that fits an int32.
-        max_image_bytes: larger images become error rows (unread, in tars and image files).
-        fetches: ranges of a tar, of 8 MiB, that are fetched at once.
     """
 
     labels: bool = True

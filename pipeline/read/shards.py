@@ -6,20 +6,17 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, get_args
+from typing import Literal
 
-from pipeline.config import InputConfig
+from pipeline.config import InputConfig, InputFormat
 from pipeline.storage import ObjectInfo, Storage, name_below
 
 Format = Literal["webdataset", "parquet", "images"]
 
-
 #: File name extensions of the image formats, as they stand after the dot, in lower case.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
-
-
+_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _GROUP_IMAGES = 1000  # a group's mean; see `_GroupCutter`
-
 _FIRST_GROUP = "0" * 16
 
 
@@ -30,8 +27,7 @@ class Shard:
     Attributes:
         uri: of the object; for a group of image files `<listed folder>/images-<16 hex digits>`.
         version: of the object; for a group, a hash over its members' names and versions.
-        format: how it is read.
-        size: bytes; for a group, of all members together.
+        size: in bytes; for a group, of all members together.
         members: a group's images in listing order, else empty. Their names under the listed folder
             are `name_below(folder, member.uri)`, with the folder of the group's URI.
     """
@@ -47,7 +43,6 @@ class ShardListing(Iterator[Shard]):
     """The shards among listed objects, found while iterating.
 
     Attributes:
-        uri: what was listed.
         format: the only format that was looked for; None for all.
         ignored: objects passed over so far, for their hidden or unknown names.
     """
@@ -61,13 +56,8 @@ class ShardListing(Iterator[Shard]):
     def __next__(self) -> Shard:
         return next(self._shards)
 
-    def require_any(self) -> None:
-        """Reads as far as the first shard, which stays in the listing.
-
-        Raises:
-            StorageError: the input can't be listed.
-            NoShardsError: there is no shard.
-        """
+    def require_any(self) -> ShardListing:
+        """Returns this listing, after a look at the first shard; raises `NoShardsError` or `StorageError`."""
         first = next(self._shards, None)
         if first is None:
             others = f" ({self.ignored} objects there are none)" if self.ignored else ""
@@ -75,6 +65,7 @@ class ShardListing(Iterator[Shard]):
                 f"{self.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
             )
         self._shards = chain([first], self._shards)
+        return self
 
     def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
         groups = _GroupCutter(self.uri)
@@ -91,25 +82,16 @@ class ShardListing(Iterator[Shard]):
         yield from groups.end()
 
 
-def list_shards(storage: Storage, uri: str, format: str = "auto") -> ShardListing:
+def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> ShardListing:
     """Lists the shards at a normalized URI: one object, or everything under a folder. Streams.
 
     With `auto`, the extension decides, in any case: `.tar`, `.tar.gz` and `.tgz` are WebDataset,
     `.parquet` is Parquet, images are gathered into groups, anything else is ignored. With a format,
     every object is of that format; for `images`, every one with an image's extension. A name with a
     part that starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`) is always ignored, except
-    in `uri` itself.
-
-    Raises:
-        StorageError: from the first or any later step of the iteration.
-        ValueError: an unknown format.
+    in `uri` itself. Any step of the iteration may raise `StorageError`.
     """
-    if format == "auto":
-        return ShardListing(storage.list(uri), uri)
-    for known in get_args(Format):
-        if format == known:
-            return ShardListing(storage.list(uri), uri, known)
-    raise ValueError(f"unknown input format {format!r}: one of auto, {', '.join(get_args(Format))}")
+    return ShardListing(storage.list(uri), uri, None if format == "auto" else format)
 
 
 def _is_hidden(name: str) -> bool:
@@ -118,7 +100,7 @@ def _is_hidden(name: str) -> bool:
 
 def _format(name: str, said: Format | None) -> Format | None:
     lower = name.lower()
-    is_image = extension(lower) in IMAGE_EXTENSIONS
+    is_image = lower.endswith(_IMAGE_SUFFIXES)
     if said is not None:
         return said if said != "images" or is_image else None
     if lower.endswith((".tar", ".tar.gz", ".tgz")):
@@ -128,20 +110,14 @@ def _format(name: str, said: Format | None) -> Format | None:
     return "images" if is_image else None
 
 
-def extension(name: str) -> str:
-    """Returns the extension of a name's last part, without the dot, in lower case; empty if there is none."""
-    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
-
-
 class _GroupCutter:
     """Cuts a sorted listing of image files into groups of about a thousand, by their names alone.
 
-    An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. So an
-    image's group depends on its own name and on the nearest such name before it only. An image that is
-    added or removed changes its own group (or splits it, or joins it to the one before); every other group
-    keeps its URI, members and version. This is content-defined chunking over names (Muthitacharoen et al.,
-    "A Low-bandwidth Network File System", 2001). Sizes are geometrically distributed: one group in 150 has
-    5,000 images, one in 20,000 has 10,000.
+    An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. An image
+    that is added or removed changes its own group (or splits it, or joins it to the one before); every other
+    group keeps its URI, members and version. This is content-defined chunking over names (Muthitacharoen et
+    al., "A Low-bandwidth Network File System", 2001). Sizes are geometrically distributed: one group in 150
+    has 5,000 images, one in 20,000 has 10,000.
     """
 
     def __init__(self, folder: str) -> None:
@@ -174,12 +150,5 @@ class NoShardsError(ValueError):
 
 
 def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
-    """Lists all shards of an input.
-
-    Raises:
-        StorageError: the input can't be listed.
-        NoShardsError: nothing there is a shard.
-    """
-    listing = list_shards(storage, section.uri, section.format)
-    listing.require_any()
-    return list(listing)
+    """Lists all shards of an input; raises `NoShardsError` or `StorageError`."""
+    return list(list_shards(storage, section.uri, section.format).require_any())

@@ -7,7 +7,6 @@ import math
 from pipeline.read.samples import ReadOptions
 
 _MAX_LABEL_ID = 2**31  # of the predictions' int32 column
-
 IGNORE_HINT = "labels can be ignored by `input.labels: false`"
 
 

@@ -16,7 +16,6 @@ from pipeline.read.targets import IGNORE_HINT, TargetParser, whole_number
 from pipeline.storage import Storage
 
 _MAX_MEMBERS = 1000  # of one sample: names like `frame.000001.jpg` all have the key `frame`
-
 _MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
 
 
@@ -49,7 +48,6 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 _HEADER_ERRORS: type[Exception] = tarfile.HeaderError
-
 _END_OF_ARCHIVE: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 
 _HEADER_FAULTS = {

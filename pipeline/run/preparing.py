@@ -58,9 +58,7 @@ def open_listing(config: Config) -> ShardListing:
     source, target = config.input.uri, config.output.uri
     if lies_in(target, source):
         raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
-    listing = list_shards(make_storage(config.storage), source, config.input.format)
-    listing.require_any()
-    return listing
+    return list_shards(make_storage(config.storage), source, config.input.format).require_any()
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: bool) -> PreparedRun:

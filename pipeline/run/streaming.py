@@ -19,6 +19,7 @@ from pipeline.commit import (
     Progress,
     RunRecord,
 )
+from pipeline.config import InputFormat
 from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor
 from pipeline.read import Chunk, Shard, list_shards
 from pipeline.report import Gallery
@@ -153,7 +154,7 @@ def _missing_shards_noted(committer: Committer) -> Iterator[None]:
         raise
 
 
-def _is_current(storage: Storage, input_format: str, shard: Shard) -> bool:
+def _is_current(storage: Storage, input_format: InputFormat, shard: Shard) -> bool:
     """Whether the input still has this version of a shard."""
     if shard.members:
         listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)

@@ -23,10 +23,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 #: Variables with the address of a cluster. Ray prefers them to any address that it is given.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
-#: Consecutive attempts to reconnect to a log.
-_RECONNECTIONS = 10
-
-#: Seconds between two polls of a job.
+_RECONNECTIONS = 10  # to a log, one after the other
 _POLL_SECONDS = 1.0
 
 
@@ -51,11 +48,6 @@ class AlreadySubmittedError(SubmissionRefusedError):
 class StillRunningError(SubmissionRefusedError):
     """A job of another tick for the same dataset and model is not finished."""
 
-    def __init__(self, job: SubmittedJob) -> None:
-        super().__init__(
-            f"job {job.id}, for the same dataset and model, is {job.state.lower()}: not submitted"
-        )
-
 
 @dataclass(frozen=True)
 class SubmittedJob:
@@ -65,11 +57,9 @@ class SubmittedJob:
         id: the submission id.
         state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; LOST if the cluster has forgotten the job.
         message: one line about the state.
-        started, ended: None until then.
         exit_status: of the process, as a shell reports it; 130 if the job was stopped, 1 if it failed before
             it had a process; None while the job is not finished, or if it is lost.
         entrypoint: the command.
-        metadata: as submitted.
     """
 
     id: str
@@ -120,15 +110,13 @@ class JobClient:
     """The Jobs API of a Ray cluster.
 
     Every method raises `ClusterError` if the cluster does not answer, or refuses.
+
+    Args:
+        address: of the dashboard, such as `http://head:8265`; None: RAY_API_SERVER_ADDRESS or RAY_ADDRESS of
+            the environment, or `DEFAULT_ADDRESS`.
     """
 
     def __init__(self, address: str | None = None) -> None:
-        """Connects.
-
-        Args:
-            address: of the dashboard, such as `http://head:8265`; None: RAY_API_SERVER_ADDRESS or RAY_ADDRESS
-                of the environment, or `DEFAULT_ADDRESS`.
-        """
         if address is None:
             address = next(filter(None, map(os.environ.get, _ADDRESS_VARIABLES)), DEFAULT_ADDRESS)
         elif "://" not in address:
@@ -146,17 +134,13 @@ class JobClient:
             self._client = JobSubmissionClient(address)
 
     def submit(self, submission: Submission) -> None:
-        """Submits a job.
-
-        Raises:
-            AlreadySubmittedError: there is, or was, a job of this id.
-            StillRunningError: a job for the same dataset and model, of another tick, is not finished.
-        """
+        """Submits a job; raises `SubmissionRefusedError`."""
         for job in self.jobs():
             if job.id == submission.id:
                 raise AlreadySubmittedError(job)
             if submission.has_labels_of(job.metadata) and not job.is_finished:
-                raise StillRunningError(job)
+                what = f"job {job.id}, for the same dataset and model, is {job.state.lower()}"
+                raise StillRunningError(f"{what}: not submitted")
         with self._errors():
             try:
                 self._client.submit_job(
@@ -175,8 +159,8 @@ class JobClient:
         """Returns the labeling jobs that the cluster knows, the latest first."""
         with self._errors():
             every = self._client.list_jobs()
-        jobs = [SubmittedJob.from_details(details) for details in every if details.submission_id]
-        found = [job for job in jobs if job.is_labeling]
+        jobs = (SubmittedJob.from_details(details) for details in every if details.submission_id)
+        found = (job for job in jobs if job.is_labeling)
         return sorted(found, key=lambda job: job.started or datetime.now(UTC), reverse=True)
 
     def job(self, name: str) -> SubmittedJob:
@@ -207,10 +191,7 @@ class JobClient:
     def follow(self, name: str, write: Callable[[str], None]) -> SubmittedJob:
         """Passes the log of a job to `write` until the job is finished; returns the finished job.
 
-        After a lost connection it reconnects, and writes nothing twice.
-
-        Raises:
-            UnknownJobError: there is no such job.
+        After a lost connection it reconnects, and writes nothing twice. Raises `UnknownJobError`.
         """
         import aiohttp
 

@@ -56,8 +56,8 @@ class Scheduler:
 
     Args:
         config: the list.
-        connect: connects to the cluster; by default to the configured one.
-        clock: returns the time, with its time zone.
+        connect: connects to a cluster; default: to the configured one.
+        clock: returns the current time, with a time zone.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class Scheduler:
         if state.current is not None:
             skipped = Skipped(tick=due, reason=f"job {state.current.id} is not finished")
             _logger.info("%s: tick %s skipped: %s", name, due, skipped.reason)
-            file.write(state.changed(through=due, skipped=skipped))
+            file.write(state, through=due, skipped=skipped)
             return
         claim = CurrentJob(tick=due, id=self._submission(dataset, due).id)
-        self._submit(file, file.write(state.changed(through=due, current=claim)), claim, dataset)
+        self._submit(file, file.write(state, through=due, current=claim), claim, dataset)
 
     def _submit(
         self, file: StateFile, state: DatasetState, claim: CurrentJob, dataset: DatasetConfig
@@ -128,13 +128,13 @@ class Scheduler:
         except StillRunningError as error:
             _logger.info("%s: tick %s skipped: %s", state.dataset, claim.tick, error)
             skipped = Skipped(tick=claim.tick, reason=str(error))
-            return file.write(state.changed(current=None, skipped=skipped))
+            return file.write(state, current=None, skipped=skipped)
         except Exception as error:
             if claim.problem != str(error):
                 failed = claim.model_copy(update={"problem": str(error)})
-                file.write(state.changed(current=failed))
+                file.write(state, current=failed)
             raise
-        return file.write(state.changed(current=CurrentJob(tick=claim.tick, id=name, submitted=True)))
+        return file.write(state, current=CurrentJob(tick=claim.tick, id=name, submitted=True))
 
     def _follow_up(self, file: StateFile, state: DatasetState, current: CurrentJob) -> DatasetState:
         """Writes how a submitted job ended, if it has."""
@@ -143,7 +143,7 @@ class Scheduler:
         if not last.is_finished:
             return state
         _logger.info("%s: %s %s, exit status %s", state.dataset, last.id, last.state, last.exit_status)
-        return file.write(state.changed(current=None, last=last))
+        return file.write(state, current=None, last=last)
 
     def _client(self) -> JobClient:
         if self._connected is None:

@@ -16,9 +16,8 @@ class CurrentJob(BaseModel):
     """The job of a claimed tick, until it is finished.
 
     Attributes:
-        tick, id: the tick, and the id of its job.
         submitted: whether the cluster has the job.
-        problem: why it could not be submitted at the last attempt.
+        problem: why the job could not be submitted at the last attempt.
     """
 
     tick: datetime
@@ -39,7 +38,6 @@ class DatasetState(BaseModel):
 
     Attributes:
         through: ticks up to this moment are claimed or skipped.
-        current: the job that is not finished.
         last: the last finished or lost job.
         skipped: the last skipped tick.
     """
@@ -50,17 +48,9 @@ class DatasetState(BaseModel):
     last: SubmittedJob | None = None
     skipped: Skipped | None = None
 
-    def changed(self, **values: object) -> DatasetState:
-        """Returns a copy with other values."""
-        return self.model_copy(update=values)
-
 
 class StateFile:
-    """The object with a dataset's state.
-
-    Attributes:
-        uri: where it is.
-    """
+    """The object with a dataset's state."""
 
     def __init__(self, name: str, dataset: DatasetConfig) -> None:
         self.uri = f"{dataset.output.uri}/schedule-{name}.json"
@@ -68,11 +58,7 @@ class StateFile:
         self._version = ABSENT
 
     def read(self) -> DatasetState | None:
-        """Returns the state; None before the first poll of the dataset.
-
-        Raises:
-            StorageError: it can't be read, or is not a state.
-        """
+        """Returns the state; None before the first poll of the dataset. Raises `StorageError`."""
         found = self._storage.read_latest(self.uri, self._parse)
         self._version = ABSENT if found is None else found.version
         return None if found is None else found.content
@@ -85,12 +71,9 @@ class StateFile:
             field = ".".join(map(str, first["loc"])) or "the whole"
             raise StorageError(self.uri, f"not a schedule's state: {field}: {first['msg']}") from None
 
-    def write(self, state: DatasetState) -> DatasetState:
-        """Replaces the version that was last read or written, and returns the new state.
-
-        Raises:
-            ObjectChanged: another scheduler has changed it.
-        """
+    def write(self, state: DatasetState, **changes: object) -> DatasetState:
+        """Writes and returns the changed state; raises `ObjectChanged` if another scheduler was faster."""
+        state = state.model_copy(update=changes)
         data = state.model_dump_json(indent=2).encode()
         self._version = self._storage.write(self.uri, data, self._version).version
         return state

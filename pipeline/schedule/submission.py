@@ -18,15 +18,13 @@ from typing import Any
 
 from pipeline.config import LABEL_NEW, Config, Selection, label_settings
 
-#: The environment variable with the job's configuration.
-CONFIG_VARIABLE = "CVT_LABEL_CONFIG"
+CONFIG_VARIABLE = "CVT_LABEL_CONFIG"  # in the job's environment
 
 #: The value of `program` in the metadata of labeling jobs.
 PROGRAM = "cvt-label"
 
 #: Seconds that a stopped job has, in addition to `run.grace_s`, to write manifest and statistics.
 _STOP_SECONDS = 60
-
 _TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
@@ -38,9 +36,7 @@ class Submission:
         config: the job's configuration; `ray.address` is ignored: the job runs on the cluster that gets it.
         tick: names the scheduled time. One tick of one dataset and model is one job.
         selection: the shards to label in addition to new ones.
-        working_dir: a local folder with the code to upload; None: the cluster has the code.
-        requirements: a local requirements file that Ray installs for the job on every node.
-        python: the cluster's interpreter.
+        working_dir, requirements, python: as in `SubmitConfig`.
         wait: wait for other runs on the same labels to end, of another input for example.
     """
 
@@ -92,10 +88,8 @@ class Submission:
         # Without this variable, Ray kills a job 3 seconds after it has told it to stop.
         patience = math.ceil(config.run.grace_s) + _STOP_SECONDS
         variables = {CONFIG_VARIABLE: config.model_dump_json(), "RAY_JOB_STOP_WAIT_TIME_S": str(patience)}
-        optional = {"working_dir": self.working_dir, "pip": self.requirements}
-        return {"env_vars": variables} | {
-            name: value for name, value in optional.items() if value is not None
-        }
+        given = {"env_vars": variables, "working_dir": self.working_dir, "pip": self.requirements}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def _labels(self) -> dict[str, str]:

@@ -7,44 +7,23 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import (
-    ABSENT,
-    ObjectChanged,
-    ObjectInfo,
-    ObjectNotFound,
-    S3Access,
-    StorageError,
-)
-from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, S3Access, StorageError
+from pipeline.storage.ranges import CHUNK_BYTES
 from pipeline.storage.retrying import Pauses
 from pipeline.storage.uris import normalize_uri
 
+if TYPE_CHECKING:
+    from pipeline.storage.gcs import GoogleCloudStorage
+    from pipeline.storage.s3 import S3
+
 _AHEAD_BUFFER_BYTES = 1024**2
-
 _MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
-
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
-
+_Service: TypeAlias = "LocalFiles | S3 | GoogleCloudStorage"
 T = TypeVar("T")
-
-
-class _Service(Protocol):
-    """What a storage service offers; its URIs are normalized."""
-
-    def list(self, uri: str) -> Iterator[ObjectInfo]: ...
-
-    def folders(self, uri: str) -> Iterator[str]: ...
-
-    def stat(self, uri: str) -> ObjectInfo: ...
-
-    def open(self, info: ObjectInfo) -> RangeReader: ...
-
-    def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo: ...
-
-    def delete(self, uri: str, expected: str | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +52,11 @@ class Storage:
     pauses: Pauses | None = None
 
     def s3_access(self) -> S3Access:
-        """Returns how S3 is reached now, for other clients.
-
-        Raises:
-            StorageError: the client can't be made, or credentials can't be found.
-        """
-        from pipeline.storage.s3 import S3
-
-        service = self._service("s3://")
-        assert isinstance(service, S3)
-        return service.access()
+        """Returns how S3 is reached now, for other clients; raises `StorageError`."""
+        return self._made("s3://", self._s3).access()
 
     def connect(self, uri: str) -> None:
-        """Makes the client that serves a URI, which takes a second; otherwise its first use does.
-
-        Raises:
-            StorageError: the client can't be made.
-        """
+        """Makes the client that serves a URI, which takes a second; otherwise its first use does."""
         self._at(uri)
 
     def list(self, uri: str, missing_ok: bool = False) -> Iterator[ObjectInfo]:
@@ -99,12 +66,8 @@ class Storage:
         order is the service's: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
         markers of folders are left out. Streams: a page, or one local folder, is held at a time.
 
-        Args:
-            uri: the object or folder.
-            missing_ok: take a local folder that does not exist for an empty one, like a prefix in a bucket.
-
         Raises:
-            ObjectNotFound: no such local folder. A prefix without objects is empty.
+            ObjectNotFound: no such local folder, unless `missing_ok`. A prefix without objects is empty.
             StorageError: any other failure, such as `BucketNotFound`.
         """
         service, uri = self._at(uri)
@@ -115,11 +78,7 @@ class Storage:
                 raise
 
     def folders(self, uri: str) -> Iterator[str]:
-        """Lists the folders directly in the folder `uri`, in no particular order; none if it does not exist.
-
-        Raises:
-            StorageError: the folder can't be listed.
-        """
+        """Lists the folders directly in a folder, in no particular order; none if it does not exist."""
         service, uri = self._at(uri)
         return service.folders(uri)
 
@@ -147,13 +106,10 @@ class Storage:
         return io.BufferedReader(self.open_raw(uri, version), buffer_size=CHUNK_BYTES)
 
     def open_ahead(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
-        """As `open`, for reading from start to end: fetches `at_once` ranges at a time.
-
-        The operating system reads ahead in local files.
-        """
+        """As `open`, for reading from start to end: fetches `at_once` ranges at a time."""
         service, uri = self._at(uri)
         raw = service.open(_pinned(uri, version))
-        if isinstance(service, LocalFiles):
+        if isinstance(service, LocalFiles):  # the operating system reads ahead
             return io.BufferedReader(raw, buffer_size=CHUNK_BYTES)
         return io.BufferedReader(raw.ahead(at_once), buffer_size=_AHEAD_BUFFER_BYTES)
 
@@ -172,19 +128,14 @@ class Storage:
     ) -> Versioned[T] | None:
         """Reads the current version of an object; starts again if somebody replaces the object meanwhile.
 
-        Args:
-            uri: the object.
-            read: called with the open object.
-            attempts: how often to start, in all.
-
         Returns:
-            What `read` returned and the version; None if there is no such object.
+            What `read` made of the open object, and the version; None if there is no such object.
 
         Raises:
             ObjectChanged: the object was replaced during every attempt.
             StorageError: any other failure.
         """
-        for attempt in range(1, attempts + 1):
+        while True:
             try:
                 version = self.stat(uri).version
                 with self.open(uri, version) as file:
@@ -192,16 +143,16 @@ class Storage:
             except ObjectNotFound:
                 return None
             except ObjectChanged:
-                if attempt == attempts:
+                attempts -= 1
+                if attempts < 1:
                     raise
-        raise ValueError("at least one attempt is needed")
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old one or the new one.
 
         Args:
             uri: the object.
-            data: its content, as bytes or as a seekable file.
+            data: bytes, or a seekable file.
             expected: the version to replace, or `ABSENT`; None replaces any. Of writers that expect the
                 same version, one succeeds.
 
@@ -231,7 +182,7 @@ class Storage:
             change: called with the object's version, or `ABSENT`; reads what it needs of that version, and
                 returns the new content, or None to leave the object as it is.
             expected: the version to start with; None looks it up.
-            attempts: how often to start, in all.
+            attempts: in all.
 
         Returns:
             The object as written; None if `change` left it as it is.
@@ -240,23 +191,19 @@ class Storage:
             ObjectChanged: the object was replaced during every attempt.
             StorageError: as `write`.
         """
-        for attempt in range(1, attempts + 1):
+        while True:
             try:
                 version = self.version(uri) if expected is None else expected
                 content = change(version)
                 return None if content is None else self.write(uri, content, version)
             except (ObjectChanged, ObjectNotFound) as error:
-                if attempt == attempts or error.uri != normalize_uri(uri):
+                attempts -= 1
+                if attempts < 1 or error.uri != normalize_uri(uri):
                     raise
                 expected = None
-        raise ValueError("at least one attempt is needed")
 
     def delete(self, uri: str, expected: str | None = None) -> None:
-        """Deletes an object, if it exists.
-
-        Args:
-            uri: the object.
-            expected: the version to delete; None deletes any.
+        """Deletes an object, if it exists: the `expected` version, or any.
 
         Raises:
             ObjectChanged: the object exists, and is not as expected.
@@ -266,11 +213,7 @@ class Storage:
         service.delete(uri, expected)
 
     def sweep(self, uri: str) -> None:
-        """Deletes what killed writers have left under the folder `uri`; in a bucket that is nothing.
-
-        Raises:
-            StorageError: a file can't be deleted.
-        """
+        """Deletes what killed writers have left under the folder `uri`; in a bucket that is nothing."""
         service, uri = self._at(uri)
         if isinstance(service, LocalFiles):
             service.sweep(uri)
@@ -284,22 +227,27 @@ class Storage:
         scheme = uri.partition("://")[0] if "://" in uri else ""
         if scheme == "":
             return LocalFiles()
-        if scheme not in ("s3", "gs"):
-            shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
-            raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
+        if scheme == "s3":
+            return self._made(uri, self._s3)
+        if scheme == "gs":
+            return self._made(uri, self._gcs)
+        shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
+        raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
+
+    def _made(self, uri: str, make: Callable[[], T]) -> T:
         try:
             with _clients_lock:
-                return self._s3() if scheme == "s3" else self._gcs()
+                return make()
         except StorageError as error:  # names no URI, since one client serves all
             raise type(error)(uri, error.cause) from error
 
-    def _s3(self) -> _Service:
+    def _s3(self) -> S3:
         from pipeline.storage.s3 import S3, make_client
 
         environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
         return S3(make_client(self.endpoint_url, self.region, environment, os.getpid()), self.pauses)
 
-    def _gcs(self) -> _Service:
+    def _gcs(self) -> GoogleCloudStorage:
         try:
             from pipeline.storage.gcs import GoogleCloudStorage, make_client
         except ImportError as error:

@@ -48,35 +48,28 @@ class GoogleCloudStorage:
         self._pauses = pauses
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
-        bucket, name = split(uri)
-        if name:
-            blob = self._blob(uri)
-            if blob is not None:
-                yield _info(blob)
-                return
-        for page in self._pages(uri, bucket, f"{name}/" if name else ""):
+        if split(uri)[1] and (found := self._find(uri)) is not None:
+            yield _info(found)
+            return
+        for page in self._pages(uri):
             for blob in page:
                 if not blob.name.endswith("/"):
                     yield _info(blob)
 
     def folders(self, uri: str) -> Iterator[str]:
-        bucket, name = split(uri)
-        for page in self._pages(uri, bucket, f"{name}/" if name else "", delimiter="/"):
+        for page in self._pages(uri, delimiter="/"):
             for prefix in sorted(page.prefixes):
-                yield f"gs://{bucket}/{prefix.rstrip('/')}"
+                yield f"gs://{split(uri)[0]}/{prefix.rstrip('/')}"
 
     def stat(self, uri: str) -> ObjectInfo:
-        bucket, name = split(uri)
-        blob = self._blob(uri)
-        if blob is None:
-            next(self._pages(uri, bucket, name), None)  # tells a missing bucket from a missing object
+        found = self._find(uri)
+        if found is None:
+            next(self._pages(uri), None)  # tells a missing bucket from a missing object
             raise no_object(uri)
-        return _info(blob)
+        return _info(found)
 
     def open(self, info: ObjectInfo) -> RangeReader:
-        bucket, name = split(info.uri)
-        blob = self._client.bucket(bucket).blob(name)
-        generation = _generation(info.version)
+        blob, generation = self._blob(info.uri), _generation(info.version)
 
         def fetch(start: int, stop: int) -> bytes:
             def attempt() -> bytes:
@@ -95,11 +88,9 @@ class GoogleCloudStorage:
         return RangeReader(info, fetch)
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
-        bucket, name = split(uri)
-        generation = None
+        blob, generation = self._blob(uri), None
         if expected is not None:  # no object has generation 0
             generation = 0 if expected == ABSENT else _generation(expected)
-        blob = self._client.bucket(bucket).blob(name)
 
         def attempt() -> None:
             blob.upload_from_file(
@@ -114,20 +105,18 @@ class GoogleCloudStorage:
         return _info(blob)
 
     def delete(self, uri: str, expected: str | None) -> None:
-        bucket, name = split(uri)
-        blob = self._client.bucket(bucket).blob(name)
         generation = None if expected is None else _generation(expected)
-        attempt = functools.partial(blob.delete, if_generation_match=generation, retry=None)
+        attempt = functools.partial(self._blob(uri).delete, if_generation_match=generation, retry=None)
         with contextlib.suppress(ObjectNotFound):
             self._tried(uri, attempt, changed=NOT_AS_EXPECTED)
 
-    def _pages(self, uri: str, bucket: str, prefix: str, **options: str) -> Iterator[Any]:
+    def _pages(self, uri: str, **options: str) -> Iterator[Any]:
+        bucket, name = split(uri)
+        prefix = f"{name}/" if name else None
         token: str | None = None
 
         def next_page() -> tuple[Any, str | None]:
-            blobs = self._client.list_blobs(
-                bucket, prefix=prefix or None, page_token=token, retry=None, **options
-            )
+            blobs = self._client.list_blobs(bucket, prefix=prefix, page_token=token, retry=None, **options)
             return next(blobs.pages, None), blobs.next_page_token
 
         while True:
@@ -138,6 +127,10 @@ class GoogleCloudStorage:
                 return
 
     def _blob(self, uri: str) -> Any:
+        bucket, name = split(uri)
+        return self._client.bucket(bucket).blob(name)
+
+    def _find(self, uri: str) -> Any:
         """An object's properties; None if there is none."""
         bucket, name = split(uri)
         get = functools.partial(self._client.bucket(bucket).get_blob, name, retry=None)

@@ -34,7 +34,7 @@ class LocalFiles:
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         with _errors_of(uri):
-            found = os.stat(uri)  # noqa: PTH116
+            found = Path(uri).stat()
         if stat.S_ISDIR(found.st_mode):
             yield from _walk(uri, frozenset({(found.st_dev, found.st_ino)}))
         else:
@@ -46,7 +46,7 @@ class LocalFiles:
 
     def stat(self, uri: str) -> ObjectInfo:
         with _errors_of(uri):
-            found = os.stat(uri)  # noqa: PTH116
+            found = Path(uri).stat()
         if not stat.S_ISREG(found.st_mode):
             raise ObjectNotFound(uri, "not a file")
         return _info(uri, found)
@@ -77,19 +77,20 @@ class LocalFiles:
                 shutil.copyfileobj(data, file)
                 file.flush()
                 os.fsync(file.fileno())
-                with _locked(folder):  # no other write between the check and the rename
+                with _locked(folder) as descriptor:  # no other write between the check and the rename
                     self._check(uri, expected, temporary)
                     found = temporary.stat()
                     temporary.replace(uri)
-                    _sync_folder(folder)
+                    os.fsync(descriptor)  # else a power failure may undo the rename
         return _info(uri, found)
 
     def delete(self, uri: str, expected: str | None) -> None:
-        with _errors_of(uri), contextlib.suppress(FileNotFoundError), _locked(Path(uri).parent):
-            if expected not in (None, _info(uri, os.stat(uri)).version):  # noqa: PTH116
+        path = Path(uri)
+        with _errors_of(uri), contextlib.suppress(FileNotFoundError), _locked(path.parent) as descriptor:
+            if expected not in (None, _info(uri, path.stat()).version):
                 raise ObjectChanged(uri, NOT_AS_EXPECTED)
-            Path(uri).unlink()
-            _sync_folder(Path(uri).parent)
+            path.unlink()
+            os.fsync(descriptor)
 
     def sweep(self, uri: str) -> None:
         with _errors_of(uri):
@@ -99,10 +100,9 @@ class LocalFiles:
 
     def _check(self, uri: str, expected: str | None, temporary: Path) -> None:
         """Raises ObjectChanged if the file is not as expected; otherwise makes its successor newer."""
-        try:
-            former = os.stat(uri)  # noqa: PTH116
-        except FileNotFoundError:
-            former = None
+        former = None
+        with contextlib.suppress(FileNotFoundError):
+            former = Path(uri).stat()
         version = _info(uri, former).version if former else ABSENT
         if expected not in (None, version):
             raise ObjectChanged(uri, NOT_AS_EXPECTED)
@@ -112,12 +112,12 @@ class LocalFiles:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Runs the block while no other process holds the folder's lock."""
+def _locked(folder: Path) -> Iterator[int]:
+    """Runs the block while no other process holds the folder's lock; yields the folder's descriptor."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -165,26 +165,16 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo
         except UnicodeEncodeError:
             raise StorageError(ascii(path), "the file's name is not UTF-8") from None
         try:
-            found = os.stat(path)  # noqa: PTH116
-        except FileNotFoundError:  # a dead link, or just removed: reading it reports that
+            with _errors_of(path):
+                found = os.stat(path)  # noqa: PTH116 - a Path for each file takes too long
+        except ObjectNotFound:  # a dead link, or just removed: reading it reports that
             yield ObjectInfo(path, 0, "0-0")
             continue
-        except OSError as error:
-            raise _error(path, error) from error
         identity = (found.st_dev, found.st_ino)
         if stat.S_ISREG(found.st_mode):
             yield _info(path, found)
         elif stat.S_ISDIR(found.st_mode) and identity not in above:
             yield from _walk(path, above | {identity})
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _info(path: str, found: os.stat_result) -> ObjectInfo:
@@ -196,13 +186,9 @@ def _errors_of(path: str) -> Iterator[None]:
     """Raises an OSError of the block as a `StorageError` of the path."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise ObjectNotFound(path, "no such file or folder") from error
+    except PermissionError as error:
+        raise AccessDenied(path, "access denied") from error
     except OSError as error:
-        raise _error(path, error) from error
-
-
-def _error(path: str, error: OSError) -> StorageError:
-    if isinstance(error, FileNotFoundError):
-        return ObjectNotFound(path, "no such file or folder")
-    if isinstance(error, PermissionError):
-        return AccessDenied(path, "access denied")
-    return StorageError(path, error.strerror or str(error))
+        raise StorageError(path, error.strerror or str(error)) from error

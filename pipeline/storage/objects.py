@@ -13,12 +13,7 @@ NOT_AS_EXPECTED = "the object is not the version that was expected"
 
 
 class StorageError(Exception):
-    """A permanent failure, after retries; the message names the URI and the cause.
-
-    Attributes:
-        uri: The object's, folder's or bucket's URI.
-        cause: The message without the URI.
-    """
+    """A permanent failure, after retries, with the URI of the object, folder or bucket."""
 
     def __init__(self, uri: str, cause: str) -> None:
         super().__init__(uri, cause)
@@ -51,8 +46,8 @@ class ObjectInfo:
 
     Attributes:
         uri: `s3://bucket/key`, `gs://bucket/name`, or an absolute local path.
-        size: Bytes.
-        version: Changes whenever the content does: `<etag>-<size>` on S3, `<generation>-<size>` on
+        size: in bytes.
+        version: changes whenever the content does: `<etag>-<size>` on S3, `<generation>-<size>` on
             Google Cloud Storage, `<modification time in ns>-<size>` for a local file.
     """
 
@@ -65,10 +60,7 @@ class ObjectInfo:
 class S3Access:
     """How S3 is reached, for clients other than boto3. What it shows of itself has no credentials.
 
-    Attributes:
-        endpoint_url: of the service; None is AWS.
-        region: None where none is configured.
-        access_key, secret_key, token: the credentials of now; some expire within the hour.
+    An `endpoint_url` of None is AWS. Some credentials expire within the hour.
     """
 
     endpoint_url: str | None

@@ -19,10 +19,7 @@ class RangeReader(io.RawIOBase):
     """A seekable stream over `fetch(start, stop)`, which returns those bytes of one version."""
 
     def __init__(
-        self,
-        info: ObjectInfo,
-        fetch: Callable[[int, int], bytes],
-        close: Callable[[], None] | None = None,
+        self, info: ObjectInfo, fetch: Callable[[int, int], bytes], close: Callable[[], None] | None = None
     ) -> None:
         self._info = info
         self._fetch = fetch
@@ -34,9 +31,6 @@ class RangeReader(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def tell(self) -> int:
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._info.size}[whence]

@@ -11,20 +11,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-
 _lock = threading.Lock()
-
 _retries: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
 class Transient:
-    """A failure that may pass.
-
-    Attributes:
-        kind: its name in counts.
-        attempts: how often to try, in all, before it counts as permanent.
-    """
+    """A failure that may pass: its name in counts, and the attempts after which it counts as permanent."""
 
     kind: str
     attempts: int = 10
@@ -61,10 +54,7 @@ def retry(
         action: must be safe to run twice.
         transient: classifies an exception; None is a permanent failure.
         pauses: between the attempts; None is `DEFAULT_PAUSES`.
-        sleep: waits for so many seconds.
-
-    Raises:
-        Exception: the last one.
+        sleep: waits for a number of seconds.
     """
     attempt = 1
     while True:

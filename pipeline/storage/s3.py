@@ -9,21 +9,14 @@ import functools
 import http.client
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 import boto3
 import botocore.exceptions
 from botocore.config import Config
 
-from pipeline.storage.buckets import (
-    CONNECTION_ERRORS,
-    described,
-    no_bucket,
-    no_object,
-    split,
-    whole,
-)
+from pipeline.storage.buckets import CONNECTION_ERRORS, described, no_bucket, no_object, split, whole
 from pipeline.storage.objects import (
     ABSENT,
     NOT_AS_EXPECTED,
@@ -68,11 +61,6 @@ _WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def endpoint_in_use(endpoint_url: str | None, variables: Mapping[str, str]) -> str | None:
-    """Returns the configured URL of the service, or else the environment's; None is AWS."""
-    return endpoint_url or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
-
-
 @functools.lru_cache(maxsize=8)
 def make_client(
     endpoint_url: str | None, region: str | None, environment: tuple[tuple[str, str], ...], pid: int
@@ -80,7 +68,7 @@ def make_client(
     """Makes a client, one per process; another one when the AWS variables of the environment change."""
     del pid
     variables = dict(environment)
-    endpoint = endpoint_in_use(endpoint_url, variables)
+    endpoint = endpoint_url or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
     options: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": 60,
@@ -111,8 +99,7 @@ class S3:
 
     def access(self) -> S3Access:
         """Returns how the service is reached now, with the credentials that the client would find."""
-        found = self._client.meta
-        region, endpoint = found.region_name, str(found.endpoint_url)
+        endpoint, region = str(self._client.meta.endpoint_url), self._client.meta.region_name
         is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
         try:
             credentials = boto3.session.Session().get_credentials()
@@ -121,11 +108,8 @@ class S3:
             key = credentials.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
             raise _no_credentials("s3://", error) from error
-        return S3Access(
-            None if is_default else endpoint,
-            region,
-            *(key.access_key, key.secret_key, key.token),
-        )
+        endpoint_url = None if is_default else endpoint
+        return S3Access(endpoint_url, region, key.access_key, key.secret_key, key.token)
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, key = split(uri)
@@ -197,10 +181,8 @@ class S3:
 
         try:
             response = self._tried(uri, attempt)
-        except ObjectChanged:
-            raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
-        except ObjectNotFound:
-            if expected in (None, ABSENT):
+        except (ObjectChanged, ObjectNotFound) as error:
+            if isinstance(error, ObjectNotFound) and expected in (None, ABSENT):
                 raise
             raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
         size = data.seek(0, os.SEEK_END)

@@ -8,11 +8,8 @@ from urllib.parse import unquote
 from pipeline.storage.objects import StorageError
 
 _MAX_KEY_BYTES = 1024  # on S3 and on Google Cloud Storage
-
 _MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX, without the NUL at its end
-
 _TEMPORARY_NAME_BYTES = 37  # of the name that a local file has while it is written
-
 _MAX_LOCAL_NAME_BYTES = 255
 
 
@@ -20,7 +17,7 @@ def normalize_uri(uri: str) -> str:
     """Returns the one spelling of a place: no trailing slash; local paths absolute, without `file://`.
 
     Raises:
-        StorageError: it names no place, or holds credentials.
+        StorageError: the URI names no place, or holds credentials.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
@@ -41,10 +38,7 @@ def is_relative(uri: str) -> bool:
 
 
 def room_below(uri: str) -> int:
-    """Returns the bytes that the names of objects under a normalized folder may have.
-
-    Zero or less if the folder's own name is too long.
-    """
+    """Returns the bytes that names under a normalized folder may have: none if its own name is too long."""
     if "://" in uri:
         return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
     path = os.fsencode(uri)

@@ -58,7 +58,4 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
 
 
 def _label_fields(labels: list[str]) -> dict[str, Any]:
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: i for i, name in enumerate(labels)},
-    }
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

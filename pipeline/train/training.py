@@ -38,18 +38,12 @@ _STATE = "training_state.pt"
 
 #: Maximum size of a worker's shuffle buffer, in samples and in bytes of their pixels.
 _SHUFFLE_SAMPLES = 20_000
-
 _SHUFFLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a training.
-
-    Attributes:
-        path: folder of the best model, in the format that labeling loads.
-        best: the metrics of the best model's epoch.
-    """
+    """The folder of the best model, in the format that labeling loads, and the metrics of its epoch."""
 
     path: str
     best: Mapping[str, float]
@@ -58,9 +52,7 @@ class TrainResult:
 def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) -> TrainResult:
     """Trains, or resumes an interrupted training; Ray must be connected.
 
-    Args:
-        config: the training's configuration.
-        on_epoch: called with the metrics of each epoch, from another thread.
+    `on_epoch` is called with the metrics of each epoch, from another thread.
 
     Raises:
         StorageError, NoShardsError: the data can't be listed.
@@ -154,6 +146,10 @@ class _Trainer:
         if steps_per_epoch < 1:
             raise ValueError("train: fewer labeled images for each worker than schedule.batch_size")
         self._schedule = schedule
+        # The optimizer's state depends on these settings: a training resumes with the same ones only.
+        self._settings = schedule.model_dump(
+            include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
+        )
         self._model, self._preprocessor = model
         self._device = get_device()
         self._parallel = prepare_model(self._model)
@@ -236,13 +232,6 @@ class _Trainer:
         self._rate.load_state_dict(progress["rate"])
         return int(progress["epoch"])
 
-    @property
-    def _settings(self) -> dict[str, float]:
-        """The settings that the optimizer's state depends on: a training resumes with the same ones only."""
-        return self._schedule.model_dump(
-            include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
-        )
-
     def _batches(
         self, images: ray.data.DataIterator, batch_size: int, **options: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -271,12 +260,9 @@ def _groups(model: nn.Module, schedule: OptimizationConfig) -> list[dict[str, An
 
 
 def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
-    """Mirrors half of the images, and shifts each by up to `shift` pixels in both axes.
+    """Mirrors half of the images (n, c, h, w), and shifts each by up to `shift` pixels in both axes.
 
-    Args:
-        images: (n, c, h, w).
-        flip: whether to mirror.
-        shift: in pixels; uncovered pixels are black.
+    Uncovered pixels are black.
     """
     n, _, height, width = images.shape
     device = images.device
