@@ -8,7 +8,6 @@ import unicodedata
 # Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them.
 # The flag of a part of a country is a black flag and its name in tags. Elsewhere they only hide something.
 _JOINERS = "\u200c\u200d"
-
 _FLAG = re.compile("\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f")
 
 
@@ -18,17 +17,16 @@ def printable(text: str, keep: str = "") -> str:
     These are line breaks, and all of Unicode's categories C: control characters, which a terminal acts on;
     formats, that turn the writing's direction or have no width; halves of surrogates, private and unassigned
     characters. Names in a bucket may have any of them, and would forge lines, or look like other names.
-    Whatever else there is stays: letters of all scripts, spaces, emoji, with the joiners that they need.
-
-    Args:
-        text: may be anything.
-        keep: characters that stay all the same, such as line breaks.
+    Whatever else there is stays: letters of all scripts, spaces, emoji, with the joiners that they need. The
+    characters of `keep` stay, too.
     """
     if text.isprintable():
         return text
     flags = {place for found in _FLAG.finditer(text) for place in range(*found.span())}
     return "".join(
-        c if _is_shown(c) or c in keep or i in flags or _joins(text, i) else _escaped(c)
+        c
+        if _is_shown(c) or c in keep or i in flags or _joins(text, i)
+        else c.encode("unicode_escape").decode()
         for i, c in enumerate(text)
     )
 
@@ -41,10 +39,6 @@ def _joins(text: str, place: int) -> bool:
     """Whether a joiner stands between two characters that may need it, which ASCII's never do."""
     beside = text[max(0, place - 1) : place] + text[place + 1 : place + 2]
     return text[place] in _JOINERS and len(beside) == 2 and all(c > "\x7f" and _is_shown(c) for c in beside)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def without_credentials(text: str) -> str:
@@ -60,8 +54,7 @@ def one_line(message: str) -> str:
 
     Addresses differ from attempt to attempt, and prediction files must not.
     """
-    message = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split()))
-    message = printable(message)
+    message = printable(re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split())))
     return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
 
 

@@ -24,13 +24,7 @@ _READERS = 16
 def measure_agreement(
     classes: Classes, a: LabelSet, b: LabelSet, on_progress: Callable[[int], None] = lambda shards: None
 ) -> Agreement:
-    """Compares two label sets sample by sample.
-
-    Args:
-        classes: classes of both label sets.
-        a: first label set.
-        b: second label set.
-        on_progress: called with the number of shards read so far.
+    """Compares two label sets sample by sample; `on_progress` gets the number of shards read so far.
 
     Raises:
         StorageError: a manifest or a prediction file can't be read.

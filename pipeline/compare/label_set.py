@@ -30,7 +30,6 @@ class LabelSet:
     """All labels of a partition, or the labels that one run wrote and that no later run replaced.
 
     Attributes:
-        partition: has the labels.
         run: the run's id; None for all labels.
         statistics: class statistics of these labels; read from the partition where None.
     """
@@ -74,11 +73,7 @@ class LabelSet:
 
     @cached_property
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images of each class, int64 (classes,), and histograms of their scores, int64 (classes, bins).
-
-        Raises:
-            StorageError: the statistics can't be read.
-        """
+        """Images of each class, int64 (classes,), and histograms of their scores, int64 (classes, bins)."""
         stats = self.statistics
         if stats is None and self.run is not None:
             stats = self.partition.manifest.fold_statistics(self.run)
@@ -89,11 +84,7 @@ class LabelSet:
         return classes["count"].to_numpy(), histograms.reshape(-1, HISTOGRAM_BINS)
 
     def shards(self) -> pa.Table:
-        """The labeled shards: `uri`, `version`, `output` (prediction file), `labeled` (images with a label).
-
-        Raises:
-            StorageError: the manifest can't be read.
-        """
+        """The labeled shards: `uri`, `version`, `output` (prediction file), `labeled` (number of images)."""
         tables, columns = [_SHARDS.empty_table()], ("uri", "version", "output", "rows", "errors")
         for rows in self.partition.manifest.labelled(columns, self.run):
             labeled = pc.subtract(rows["rows"], rows["errors"])

@@ -20,7 +20,6 @@ class RunPair:
     as labels of the later run. Only runs count of which the partition still has labels.
 
     Attributes:
-        partition: has the labels of both.
         dataset: URI of the dataset; None where the partition has labels of one dataset only.
         previous: id of the earlier run; None for the first run.
         current: ids of the later run and of the runs that it completed; empty where they labeled nothing.
@@ -33,11 +32,7 @@ class RunPair:
 
     @classmethod
     def find(cls, partition: Partition, dataset: str | None, run: str) -> RunPair:
-        """Finds the run before `run`.
-
-        Raises:
-            StorageError: the manifest or a run's record can't be read.
-        """
+        """Finds the run before `run`."""
         earlier, current = [each for each in partition.manifest.runs(dataset) if each <= run], list[str]()
         while earlier and (earlier[-1] == run or not _has_ended(partition, earlier[-1])):
             current.insert(0, earlier.pop())
@@ -47,9 +42,6 @@ class RunPair:
         """Class statistics of all labels of the partition, and the comparison of the two runs, in one pass.
 
         Without a previous run, or where one of the two labeled no image, the comparison is None.
-
-        Raises:
-            StorageError: the manifest can't be read.
         """
         previous = [] if self.previous is None else [self.previous]
         total, *both = self.partition.manifest.fold_runs(self.dataset, previous, self.current)
@@ -68,12 +60,7 @@ def _has_ended(partition: Partition, run: str) -> bool:
 def compare_run(
     partition: Partition, record: Mapping[str, Any], against: Sequence[LabelSet] = ()
 ) -> tuple[ClassStatistics, list[Comparison]]:
-    """Compares a run with the run before it, and all labels of its partition with other label sets.
-
-    Args:
-        partition: has the labels of the run.
-        record: record of the run.
-        against: other label sets.
+    """Compares the run of a record with the run before it, and all labels with those of other label sets.
 
     Returns:
         class statistics of all labels of the partition, and the comparisons, for the report.

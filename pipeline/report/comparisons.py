@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.report.charts import Bars, Histogram
-from pipeline.report.parts import Chart, Section
+from pipeline.report.parts import Bars, Chart, Histogram, Section
 from pipeline.report.sections import MOST_PAIRS, bin_rows
 from pipeline.statistics import Comparison, Drift
 from pipeline.text import number, percent
@@ -12,12 +11,7 @@ MOST_CHANGED = 15
 
 
 def comparison(found: Comparison, number_in_page: int) -> Section:
-    """How these labels differ from others: drift, and agreement where it was measured.
-
-    Args:
-        found: the comparison, whose second label set is the one that the page is about.
-        number_in_page: distinguishes the comparisons of a page.
-    """
+    """How the labels of the page, b of the comparison, differ from others: drift, and agreement."""
     agreement, labels = found.agreement, found.drift.classes.labels
     section = Section(f"against-{number_in_page}", f"Against {_other(found)}")
     there = "all labels" if found.a.run is None else "what that run labeled and no later run relabeled"
@@ -49,23 +43,16 @@ def _changed(drift: Drift) -> Chart:
     chosen, parts = drift.most_changed(MOST_CHANGED), drift.psi_parts
     names = [drift.classes.labels[i] for i in chosen]
     here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
-    shares = list(zip(chosen, names, here, there, strict=True))
+    shares = list(zip(names, map(percent, here), map(percent, there), strict=True))
     return Chart(
         "Classes whose share changed most",
         ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
         [
-            [
-                name,
-                number(drift.count_b[i]),
-                number(drift.count_a[i]),
-                percent(b),
-                percent(a),
-                f"{parts[i]:.4f}",
-            ]
-            for i, name, b, a in shares
+            [name, number(drift.count_b[i]), number(drift.count_a[i]), b, a, f"{parts[i]:.4f}"]
+            for i, (name, b, a) in zip(chosen, shares, strict=True)
         ],
         Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
-        "; ".join(f"{name}: {percent(b)} here, {percent(a)} there" for _, name, b, a in shares[:5]),
+        "; ".join(f"{name}: {b} here, {a} there" for name, b, a in shares[:5]),
     )
 
 

@@ -28,10 +28,7 @@ _READERS = 16
 def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Section:
     """Why samples of any run have no label, and which shards can't be read.
 
-    Args:
-        partition: has the prediction files.
-        manifest: the columns `errors` and `error` of its manifest.
-        max_files: prediction files that are read for the causes, at most.
+    Reads the columns `errors` and `error` of the manifest, and the causes from at most `max_files` files.
     """
     failed = manifest["error"].drop_null()
     errors = pc.sum(manifest["errors"]).as_py() or 0
@@ -48,7 +45,6 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
         section.query = (
             f"SELECT shard, key, error FROM '{source}' WHERE error IS NOT NULL ORDER BY shard, \"index\""
         )
-        section.query_note = "To list them all, with DuckDB:"
     if len(failed):
         section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
         first = "" if len(section.unreadable) == len(failed) else f", the first {len(section.unreadable)}"
@@ -79,7 +75,7 @@ def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max
 def read_causes(
     storage: Storage, partition: str, shards: Iterable[pa.Table], max_files: int
 ) -> tuple[Causes, int]:
-    """Reads the causes of errors from the prediction files with the most errors.
+    """Reads the causes of errors from the `max_files` prediction files with the most errors.
 
     Args:
         storage: access to the files.

@@ -41,9 +41,7 @@ class Item:
     """An image of the gallery: a row of its file.
 
     Attributes:
-        label_id, label, score: the prediction.
         end: "most" for the highest confidence, "least" for the lowest.
-        shard, index, key: identify the sample.
         thumbnail: a JPEG.
     """
 
@@ -104,13 +102,7 @@ class Gallery:
             self._most_held = max(self._least_held, 2 * len(self._items))
 
     def merged(self, before: Iterable[Item], gone: Collection[str], classes: Collection[int]) -> list[Item]:
-        """Returns the updated gallery.
-
-        Args:
-            before: the gallery before this run.
-            gone: shards whose labels were removed since.
-            classes: ids of the classes to show.
-        """
+        """The gallery `before` this run, updated: without the `gone` shards, of these classes only."""
         old = (item for item in before if item.shard not in gone and item.shard not in self._settled)
         shown = [item for item in [*old, *self._items] if item.label_id in classes]
         return best_of(shown, self._count)
@@ -137,11 +129,7 @@ def best_of(items: Iterable[Item], count: int) -> list[Item]:
 
 
 def read_gallery(storage: Storage, partition: str) -> list[Item]:
-    """Reads the gallery of a partition; empty where there is none.
-
-    Raises:
-        StorageError: the file can't be read.
-    """
+    """Reads the gallery of a partition; empty where there is none."""
     uri = f"{partition}/{GALLERY_FILE}"
     try:
         with storage.open(uri, storage.stat(uri).version) as file:
@@ -151,11 +139,7 @@ def read_gallery(storage: Storage, partition: str) -> list[Item]:
 
 
 def write_gallery(storage: Storage, partition: str, items: Sequence[Item]) -> None:
-    """Writes the gallery of a partition.
-
-    Raises:
-        StorageError: the file can't be written.
-    """
+    """Writes the gallery of a partition."""
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(item) for item in items], _SCHEMA), out, compression="zstd")
     storage.write(f"{partition}/{GALLERY_FILE}", out.getvalue())

@@ -7,7 +7,7 @@ again at any time.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.report import sections
-from pipeline.report.charts import largest, short, ticks
 from pipeline.report.comparisons import comparison
 from pipeline.report.failures import failures
-from pipeline.report.gallery import Item, read_gallery
+from pipeline.report.gallery import read_gallery
+from pipeline.report.parts import largest, short, text_width, ticks
 from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import StorageError
 from pipeline.text import counted, percent, printable, score
@@ -45,31 +45,25 @@ def find_record(partition: Partition, run: str | None = None) -> dict[str, Any]:
 
 def write_report(
     partition: Partition,
-    record: Mapping[str, Any] | None = None,
-    statistics: ClassStatistics | None = None,
+    record: Mapping[str, Any],
+    statistics: ClassStatistics,
     comparisons: Sequence[Comparison] = (),
     output: str | None = None,
 ) -> str:
-    """Writes the report of a partition; returns its URI.
+    """Writes the report about a partition and a run of it; returns the report's URI.
 
     Args:
-        partition: what the report is about.
-        record: record of the run that the report is about; None for the last run that labeled something.
-        statistics: class statistics of all labels; folded from the manifest where None.
+        partition: has the labels.
+        record: record of the run.
+        statistics: class statistics of all labels.
         comparisons: comparisons with other label sets.
         output: path or URI; `report.html` in the partition where None.
 
     Raises:
         StorageError: the partition can't be read, or the report can't be written.
     """
-    page = make_report(
-        partition,
-        find_record(partition) if record is None else record,
-        partition.manifest.fold_statistics() if statistics is None else statistics,
-        comparisons,
-        read_gallery(partition.storage, partition.uri),
-    )
     output = output or f"{partition.uri}/report.html"
+    page = make_report(partition, record, statistics, comparisons)
     partition.storage.write(output, page.encode())
     return output
 
@@ -79,22 +73,9 @@ def make_report(
     record: Mapping[str, Any],
     statistics: ClassStatistics,
     comparisons: Sequence[Comparison] = (),
-    gallery: Iterable[Item] = (),
     max_files: int = MAX_FILES,
 ) -> str:
-    """Makes the page; all text from data is escaped.
-
-    Args:
-        partition: what the report is about.
-        record: record of the run that the report is about.
-        statistics: class statistics of all labels.
-        comparisons: comparisons with other label sets.
-        gallery: images to show.
-        max_files: prediction files that are read for the causes of errors, at most.
-
-    Raises:
-        StorageError: the manifest can't be read.
-    """
+    """The page; all text from data is escaped, and at most `max_files` prediction files are read."""
     manifest = partition.manifest.read(("rows", "errors", "error", "gone"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     found = [
@@ -103,18 +84,15 @@ def make_report(
         sections.classes(partition.labels, statistics, topk),
         sections.accuracy(partition.labels, statistics, topk),
         *(comparison(each, i) for i, each in enumerate(comparisons)),
-        sections.gallery(gallery, statistics),
+        sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
         sections.run(record),
     ]
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            model=partition.model,
-            facts=_facts(partition, record),
-            cards=_cards(record, statistics, manifest),
-            sections=[section for section in found if section is not None],
-        )
+    template = _environment().get_template("report.html")
+    return template.render(
+        model=partition.model,
+        facts=_facts(partition, record),
+        cards=_cards(record, statistics, manifest),
+        sections=[section for section in found if section is not None],
     )
 
 
@@ -131,6 +109,7 @@ def _environment() -> jinja2.Environment:
         printable=printable,
         largest=largest,
         short=short,
+        text_width=text_width,
         ticks=ticks,
         base64=lambda data: base64.b64encode(data).decode(),
     )
@@ -172,13 +151,8 @@ def _cards(
     ]
     if counts := record.get("counts"):
         read = counted(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
-        cards.append(
-            (
-                "Images of this run",
-                f"{counts['images']:,}",
-                f"of {read}, {counted(counts['errors'], 'error')}",
-            )
-        )
+        of = f"of {read}, {counted(counts['errors'], 'error')}"
+        cards.append(("Images of this run", f"{counts['images']:,}", of))
     seconds = record.get("seconds", {})
     if "last_result" in seconds and "ray_ready" in seconds:
         rate = record["counts"]["images"] / max(seconds["last_result"] - seconds["ray_ready"], 1e-9)

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.charts import Bars, Histogram, Matrix, Reliability
 from pipeline.report.gallery import Item
-from pipeline.report.parts import Chart, Section
+from pipeline.report.parts import Bars, Chart, Histogram, Matrix, Reliability, Section
 from pipeline.statistics import (
     Calibration,
     ClassStatistics,
@@ -27,11 +26,8 @@ from pipeline.text import number, percent, score
 
 #: What is shown at most.
 MOST_BARS = 20
-
 MOST_CLASSES = 50
-
 MOST_PAIRS = 12
-
 MOST_IN_MATRIX = 15
 
 #: Classes with images: some kilobytes each.
@@ -51,14 +47,14 @@ _EVENTS = {
 
 def speed(record: Mapping[str, Any]) -> Section | None:
     """How fast a run was, and which stage limited it; None where it processed nothing."""
-    stages = record.get("stages")
+    stages = {name: StageFigures(**figures) for name, figures in (record.get("stages") or {}).items()}
     if not stages:
         return None
     facts = {"Bound by": record.get("bound_by"), "Decoded by": record.get("decoder")}
     if record.get("gpu_utilisation") is not None:
         facts["GPU utilization"] = percent(record["gpu_utilisation"])
     section = Section("speed", "How fast", facts={name: str(value) for name, value in facts.items() if value})
-    busy = [figures["share_busy"] for figures in stages.values()]
+    busy = [figures.share_busy for figures in stages.values()]
     section.charts.append(
         Chart(
             "Fraction of the time that the stages' workers were busy",
@@ -67,7 +63,7 @@ def speed(record: Mapping[str, Any]) -> Section | None:
             Bars(list(stages), [("busy", busy)], "busy", "{:.0%}".format),
             _listed(list(stages), busy, percent),
             "The other stages wait for the busiest one."
-            if is_telling({name: StageFigures(**figures) for name, figures in stages.items()})
+            if is_telling(stages)
             else "The run was too short to tell: its first images were read before measuring started.",
         )
     )
@@ -77,14 +73,14 @@ def speed(record: Mapping[str, Any]) -> Section | None:
     return section
 
 
-def _stage_cells(figures: Mapping[str, Any]) -> list[str]:
+def _stage_cells(figures: StageFigures) -> list[str]:
     return [
-        number(figures["images"]),
-        f"{figures['busy_s']:,.1f}",
-        f"{figures['wait_s']:,.1f}",
-        f"{figures['workers']:g}",
-        f"{figures['bytes'] / 1e6:,.1f}",
-        percent(figures["share_busy"]),
+        number(figures.images),
+        f"{figures.busy_s:,.1f}",
+        f"{figures.wait_s:,.1f}",
+        f"{figures.workers:g}",
+        f"{figures.bytes / 1e6:,.1f}",
+        percent(figures.share_busy),
     ]
 
 

@@ -13,6 +13,7 @@ from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import Stop, Stopped, sigterm_interrupts
 from pipeline.read import Shard, list_shards
+from pipeline.report import write_report
 from pipeline.run import gate, summaries
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
 from pipeline.run.job import make_job
@@ -157,10 +158,10 @@ class _Run:
         self._note_counts()
         self._judge(self._limits(), runs, previous)
         gone = {*self.record.values["removed"], *result.withdrawn}
-        gallery = summaries.update_gallery(job, result.statistics, result.gallery, gone)
+        summaries.update_gallery(job, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
         values = self.record.values | so_far
-        summaries.write_report(partition, values, result.statistics, previous, gallery)
+        write_report(partition, values, result.statistics, [previous] if previous else [])
 
     def _judge_again(self) -> None:
         """Holds what earlier runs labeled to the gate, where this one adds nothing."""

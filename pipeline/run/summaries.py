@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import io
-import logging
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.classify import GALLERY_CLASSES
 from pipeline.commit import CLASS_STATS, Partition
-from pipeline.report import GALLERY_FILE, Gallery, Item, make_report, read_gallery, write_gallery
+from pipeline.report import GALLERY_FILE, Gallery, read_gallery, write_gallery
 from pipeline.run.job import Job
-from pipeline.statistics import ClassStatistics, Comparison, class_table
-from pipeline.storage import ObjectNotFound, StorageError
-
-_logger = logging.getLogger("cvt_label")
+from pipeline.statistics import ClassStatistics, class_table
+from pipeline.storage import ObjectNotFound
 
 
 def has_unwanted(job: Job) -> bool:
@@ -38,10 +34,8 @@ def write_class_table(partition: Partition, statistics: ClassStatistics, topk: i
     partition.storage.write(f"{partition.uri}/{CLASS_STATS}", out.getvalue())
 
 
-def update_gallery(
-    job: Job, statistics: ClassStatistics, new: Gallery | None, gone: Collection[str]
-) -> list[Item]:
-    """Writes `gallery.parquet` with what a run has found; returns what is in it.
+def update_gallery(job: Job, statistics: ClassStatistics, new: Gallery | None, gone: Collection[str]) -> None:
+    """Writes `gallery.parquet` with what a run has found.
 
     Args:
         job: whose gallery it is.
@@ -52,30 +46,7 @@ def update_gallery(
     storage, uri, count = job.partition.storage, job.partition.uri, job.config.report.gallery
     if not count:
         storage.delete(f"{uri}/{GALLERY_FILE}")
-        return []
+        return
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
     items = (new or Gallery(count, ())).merged(read_gallery(storage, uri), gone, set(frequent))
     write_gallery(storage, uri, items)
-    return items
-
-
-def write_report(
-    stored: Partition,
-    record: Mapping[str, Any],
-    statistics: ClassStatistics,
-    previous: Comparison | None,
-    gallery: Collection[Item],
-) -> None:
-    """Writes `report.html`; one that can't be drawn is logged, for it must not fail a run that is labelled.
-
-    Raises:
-        StorageError: the manifest can't be read, or the page not be written.
-    """
-    try:
-        page = make_report(stored, record, statistics, [previous] if previous else [], gallery)
-    except StorageError:
-        raise
-    except Exception:
-        _logger.exception("the report could not be drawn")
-        return
-    stored.storage.write(f"{stored.uri}/report.html", page.encode())

@@ -18,7 +18,6 @@ class Agreement:
     Arrays have the shape (classes,), by place in `classes.labels`.
 
     Attributes:
-        classes: classes of both label sets.
         same: samples given this class by both.
         given_a, given_b: compared samples given this class by one.
         disagreements: pairs (class in a, class in b) that differ.

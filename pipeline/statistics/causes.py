@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 MOST_CAUSES = 50
-
 MOST_KEYS = 5
 
 #: The cause under which all further causes are counted.

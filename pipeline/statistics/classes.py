@@ -98,26 +98,17 @@ class ClassStatistics:
         values["calibration"] = np.zeros((3, HISTOGRAM_BINS), np.int64)
         return cls(**values)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the model."""
-        return len(self.count)
-
     @classmethod
     def of(cls, predictions: pa.Table, num_classes: int) -> ClassStatistics:
         """Computes the statistics of prediction rows; rows with an error are not counted.
 
-        Args:
-            predictions: columns `label_id`, `score`, `entropy`, `target_id`, `topk_label_ids`.
-            num_classes: number of classes of the model.
+        The columns `label_id`, `score`, `entropy`, `target_id`, `topk_label_ids` are read.
         """
         rows = predictions.filter(pc.is_valid(predictions["label_id"]))
         stats = cls.empty(num_classes)
         if rows.num_rows == 0:
             return stats
-        label = rows["label_id"].to_numpy()
-        score = rows["score"].to_numpy()
-        entropy = rows["entropy"].to_numpy()
+        label, score, entropy = (rows[name].to_numpy() for name in ("label_id", "score", "entropy"))
         np.add.at(stats.count, label, 1)
         np.add.at(stats.score_sum, label, _fixed(score))
         np.add.at(stats.score_square_sum, label, _fixed(score.astype(np.float64) ** 2))
@@ -209,7 +200,7 @@ class ClassStatistics:
 
     def knows_top5(self, topk: int) -> bool:
         """Whether rows with `topk` classes show if a target is among the five best."""
-        return topk >= min(5, self.num_classes)
+        return topk >= min(5, len(self.count))
 
 
 def _flattened(partial: pa.Table, *names: str) -> list[np.ndarray]:

@@ -19,32 +19,9 @@ TOTALS = "cvt_label.comparison"
 
 _MOST_PAIRS = 100
 
-COMPARISON_SCHEMA = pa.schema(
-    [
-        ("label", pa.string()),
-        ("label_id_a", pa.int32()),
-        ("label_id_b", pa.int32()),
-        ("count_a", pa.int64()),
-        ("count_b", pa.int64()),
-        ("fraction_a", pa.float64()),
-        ("fraction_b", pa.float64()),
-        ("psi", pa.float64()),
-        ("js_divergence", pa.float64()),
-        ("score_psi", pa.float64()),
-        ("compared_a", pa.int64()),
-        ("compared_b", pa.int64()),
-        ("same", pa.int64()),
-    ]
-)
-
 
 class LabelSetId(NamedTuple):
-    """Names a label set: all labels of a partition, or the labels that one run wrote.
-
-    Attributes:
-        uri: the partition's URI.
-        run: the run's id; None for all labels.
-    """
+    """Names a label set: all labels of a partition, by its URI, or the labels that one run wrote."""
 
     uri: str
     run: str | None = None
@@ -62,13 +39,7 @@ class LabelSetId(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two label sets a and b differ.
-
-    Attributes:
-        a, b: what is compared.
-        drift: differences by class.
-        agreement: agreement on the same samples; None where it wasn't measured.
-    """
+    """How two label sets a and b differ; `agreement` is None where it wasn't measured."""
 
     a: LabelSetId
     b: LabelSetId
@@ -112,12 +83,7 @@ class Comparison:
         return values
 
     def facts(self, in_a: str, in_b: str) -> dict[str, str]:
-        """The figures in words.
-
-        Args:
-            in_a: words for "in the first label set", such as "there".
-            in_b: words for "in the second label set".
-        """
+        """The figures in words; `in_a` and `in_b` are words for "in a" and "in b", such as "there"."""
         drift, agreement, classes = self.drift, self.agreement, self.drift.classes
         facts = {
             "Labeled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
@@ -150,9 +116,9 @@ class Comparison:
         Jensen-Shannon distance.
         """
         drift, classes, agreement = self.drift, self.drift.classes, self.agreement
-        score_psi = drift.class_score_psi
-        columns: dict[str, Any] = {
-            "label": classes.labels,
+        none = pa.nulls(len(classes.labels), pa.int64())
+        columns = {
+            "label": pa.array(classes.labels, pa.string()),
             "label_id_a": _ids(classes.ids_a, len(classes.labels)),
             "label_id_b": _ids(classes.ids_b, len(classes.labels)),
             "count_a": drift.count_a,
@@ -161,18 +127,12 @@ class Comparison:
             "fraction_b": drift.fraction_b,
             "psi": drift.psi_parts,
             "js_divergence": drift.js_parts,
-            "score_psi": pa.array(score_psi, pa.float64(), mask=np.isnan(score_psi)),
+            "score_psi": pa.array(drift.class_score_psi, mask=np.isnan(drift.class_score_psi)),
+            "compared_a": none if agreement is None else agreement.given_a,
+            "compared_b": none if agreement is None else agreement.given_b,
+            "same": none if agreement is None else agreement.same,
         }
-        if agreement is not None:
-            columns |= {
-                "compared_a": agreement.given_a,
-                "compared_b": agreement.given_b,
-                "same": agreement.same,
-            }
-        none = pa.nulls(len(classes.labels))
-        arrays = [pa.array(columns.get(f.name, none)).cast(f.type) for f in COMPARISON_SCHEMA]
-        schema = COMPARISON_SCHEMA.with_metadata({TOTALS: json.dumps(self.totals)})
-        return pa.table(arrays, schema=schema)
+        return pa.table(columns, metadata={TOTALS: json.dumps(self.totals)})
 
 
 def _ids(places: np.ndarray, classes: int) -> pa.Array:
@@ -186,8 +146,7 @@ class Limits:
     """Limits for a comparison; None is no limit.
 
     Attributes:
-        max_psi: for the PSI of the classes.
-        max_js: for the Jensen-Shannon distance of the classes.
+        max_psi, max_js: for the PSI and the Jensen-Shannon distance of the classes.
         max_score_psi: for the PSI of the scores.
         min_agreement: for the fraction of the compared samples that have the same class.
         min_images: drift has no limit where a label set has fewer images.
@@ -205,11 +164,7 @@ class Limits:
         return self != Limits(min_images=self.min_images)
 
     def broken(self, totals: Mapping[str, Any]) -> list[str]:
-        """The limits that a comparison breaks, in words.
-
-        Args:
-            totals: the comparison's figures, from `Comparison.totals`.
-        """
+        """The limits that `Comparison.totals` break, in words."""
         enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
         broken = [
             f"{what} {value:.4g} is more than {limit:g}"

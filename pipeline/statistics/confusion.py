@@ -13,14 +13,7 @@ _PENDING = 100_000
 class PairCounts:
     """Counts how often each pair (a, b) of class ids occurs.
 
-    The number of distinct pairs is limited. When it is reached, further pairs are not counted, and the counts
-    of the others remain exact.
-
-    Args:
-        limit: number of distinct pairs that are counted.
-
-    Attributes:
-        uncounted: occurrences of pairs beyond the limit.
+    At most `limit` distinct pairs are counted, exactly; `uncounted` is the number of occurrences of others.
     """
 
     def __init__(self, limit: int = MAX_PAIRS) -> None:

@@ -101,14 +101,11 @@ class Drift:
     """How the classes and scores of two label sets a and b differ.
 
     Attributes:
-        classes: classes of both label sets.
         count_a, count_b: images given each class, int64 (classes,).
         scores_a, scores_b: histograms of their scores, int64 (classes, `DRIFT_BINS`).
-        images_a, images_b: number of labeled images.
         fraction_a, fraction_b: fraction of the images that each class has.
         psi_parts, js_parts: each class's part of the PSI, and of the Jensen-Shannon divergence in bits.
         class_score_psi: PSI of each class's scores; NaN where a or b doesn't have the class.
-        psi: population stability index of the classes.
         psi_by_chance: mean of `psi` without drift.
         js: Jensen-Shannon distance of the classes: 0 for equal fractions, 1 for disjoint ones.
         score_psi: population stability index of the scores of all classes.

@@ -5,7 +5,6 @@ Stages measure themselves, chunks carry the metrics, and the driver adds them up
 
 from __future__ import annotations
 
-import logging
 import operator
 import threading
 import time
@@ -14,14 +13,9 @@ from dataclasses import astuple, dataclass
 
 STORAGE, DECODE, CLASSIFY, COMMIT = STAGES = ("storage", "decode", "classify", "commit")
 
-
-logger = logging.getLogger("cvt_label")
-
-
 #: Seconds of classifying from which on shares tell what bound a run: its first chunks were read and decoded
 #: before, which counts as work too.
 _TELLING_S = 10.0
-
 #: Below this share of its time, even the busiest stage is not what a run waits for.
 _BOUND_SHARE = 0.5
 
@@ -33,11 +27,8 @@ class StageMetrics:
     Attributes:
         images: images that came to the stage.
         bytes: bytes that the stage passed on: encoded images, pixels, labels, or a file.
-        busy_s: seconds in which its workers worked.
-        wait_s: seconds in which its workers waited for work.
-        decoded_on_gpu: images that a GPU decoded.
-        gpu_busy: sum of the samples of GPU utilization, each from 0 to 1.
-        gpu_samples: number of these samples.
+        busy_s, wait_s: seconds in which its workers worked, and waited for work.
+        gpu_busy, gpu_samples: sum and number of the samples of GPU utilization, each from 0 to 1.
     """
 
     images: int = 0
@@ -105,12 +96,10 @@ class StageFigures:
     """One stage's part in a run.
 
     Attributes:
-        images: that came to it: of some, reading or decoding says already what is wrong with them.
-        busy_s: seconds in which its workers worked, summed over them.
-        wait_s: seconds in which they could have worked and didn't, likewise.
-        bytes: that it passed on: encoded images, pixels, labels, and what was written.
-        workers: that could work at once.
-        share_busy: busy seconds of all, from 0 to 1.
+        images, bytes: as in `StageMetrics`.
+        busy_s, wait_s: seconds in which its workers worked, and could have worked, summed over the workers.
+        workers: number of workers that could work at once.
+        share_busy: fraction of these seconds that are busy.
     """
 
     images: int

@@ -44,11 +44,7 @@ CLASS_STATS_SCHEMA = pa.schema(
 def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.Table:
     """Class statistics for readers: one row per class, also of classes that never occur.
 
-    Args:
-        stats: statistics of all rows.
-        labels: the classes' names, by class id.
-        topk: number of classes in each row; with fewer than five (and fewer than the model has), the top-5
-            recall is null.
+    The top-5 recall is null where rows have only `topk` classes, fewer than five and than the model has.
     """
     total = int(stats.count.sum())
     knows_top5 = stats.knows_top5(topk)

@@ -7,15 +7,34 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config, load_config
-from pipeline.statistics.comparison import COMPARISON_SCHEMA, TOTALS
+from pipeline.statistics.comparison import TOTALS
 from pipeline.storage import Storage
 from tests.command import cvt_label
 from tests.partitions import make_predictions, write_partition
 from tests.pipeline.compare.test_comparing import LABELS, make_models
+
+SCHEMA = pa.schema(
+    {
+        "label": pa.string(),
+        "label_id_a": pa.int32(),
+        "label_id_b": pa.int32(),
+        "count_a": pa.int64(),
+        "count_b": pa.int64(),
+        "fraction_a": pa.float64(),
+        "fraction_b": pa.float64(),
+        "psi": pa.float64(),
+        "js_divergence": pa.float64(),
+        "score_psi": pa.float64(),
+        "compared_a": pa.int64(),
+        "compared_b": pa.int64(),
+        "same": pa.int64(),
+    }
+)
 
 
 def write_labels(uri: str, *runs: list[int | None], record: object = None) -> list[str]:
@@ -36,7 +55,7 @@ def test_result_is_printed_and_written_and_limits_set_the_status(bucket: str, st
     assert "is more than 0.1" in done.stderr
     assert "agreement 0.6667 is less than 0.9" in done.stderr
     table = pq.read_table(io.BytesIO(storage.read(output)))
-    assert table.schema.equals(COMPARISON_SCHEMA)
+    assert table.schema.equals(SCHEMA)
     rows = {row["label"]: row for row in table.to_pylist()}
     assert (rows["bag"]["label_id_a"], rows["bag"]["label_id_b"]) == (1, None)
     assert (rows["coat"]["compared_a"], rows["coat"]["compared_b"], rows["coat"]["same"]) == (3, 2, 2)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from jobs.console import OneLineFormatter, plain, print_log
-from pipeline.report.charts import short
+from pipeline.report.parts import short
 from pipeline.text import one_line, printable
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner

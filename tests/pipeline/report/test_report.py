@@ -14,7 +14,8 @@ import pytest
 from pipeline.classify import LEAST, MOST
 from pipeline.commit import Partition
 from pipeline.compare import LabelSet, compare_run
-from pipeline.report import Item, find_record, make_report, write_gallery, write_report
+from pipeline.report import Item, find_record, write_gallery, write_report
+from pipeline.report.page import make_report
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
@@ -268,7 +269,7 @@ def test_missing_record_is_named(tmp_path: Path) -> None:
 
 def test_report_without_comparisons_can_be_written_at_any_time(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
-    written = write_report(partition)
+    written = write_report(partition, find_record(partition), partition.manifest.fold_statistics())
     assert written == f"{partition.uri}/report.html"
     text = text_of(Path(written).read_text())
     assert "Labeled images792in all" in text
