@@ -40,8 +40,8 @@ _BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
 ROW_GROUP_ROWS = 65_536
 
 _FOOTER = "cvt_label."
-_TEXTS = ("shard", "version", "format", "fingerprint")
-_NUMBERS = ("size", "rows", "errors", "duplicate_keys")
+_FOOTER_FIELDS = ("shard", "version", "format", "size", "fingerprint", "rows", "errors", "duplicate_keys")
+_NUMBERS = frozenset({"size", "rows", "errors", "duplicate_keys"})
 
 
 def prediction_path(shard_uri: str) -> str:
@@ -145,7 +145,7 @@ class Footer:
 
 def encode(predictions: pa.Table, footer: Footer) -> bytes:
     """Returns the Parquet file of one shard."""
-    metadata = {name: str(getattr(footer, name)) for name in (*_TEXTS, *_NUMBERS)}
+    metadata = {name: str(getattr(footer, name)) for name in _FOOTER_FIELDS}
     # Base64, since the Parquet format wants text here and some readers insist on it.
     metadata["statistics"] = base64.b64encode(pack_partial(footer.partial)).decode()
     out = io.BytesIO()
@@ -172,8 +172,8 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
     """
     try:
         metadata = pq.read_metadata(file).metadata or {}
-        values: dict[str, Any] = {name: metadata[(_FOOTER + name).encode()].decode() for name in _TEXTS}
-        values |= {name: int(metadata[(_FOOTER + name).encode()]) for name in _NUMBERS}
+        texts = {name: metadata[(_FOOTER + name).encode()].decode() for name in _FOOTER_FIELDS}
+        values: dict[str, Any] = texts | {name: int(texts[name]) for name in _NUMBERS}
         statistics = base64.b64decode(metadata[(_FOOTER + "statistics").encode()])
         return Footer(**values, partial=unpack_partial(statistics))
     except KeyError as missing:
