@@ -1,7 +1,5 @@
 """What determines a label: the settings of a configuration, and the hash over them and the model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

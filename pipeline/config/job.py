@@ -4,10 +4,8 @@ Every field that a run depends on is here and goes whole into the run's record. 
 credentials come from the standard chains of each storage service.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -140,7 +138,7 @@ class ClassifyConfig(Section):
     threads: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _bounds_in_order(self) -> ClassifyConfig:
+    def _bounds_in_order(self) -> Self:
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
         return self
@@ -197,7 +195,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _fields_fit(self) -> Config:
+    def _fields_fit(self) -> Self:
         device, decoder = self.classify.device, self.decode.device
         for field, value, what in (
             ("model.precision", self.model.precision, "the precision"),

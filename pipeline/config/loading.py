@@ -1,9 +1,4 @@
-"""Loads a configuration from YAML 1.2, from the record of a run, and from overrides.
-
-A fault is reported with its field, and with its line where the file has one.
-"""
-
-from __future__ import annotations
+"""Loads a configuration from YAML 1.2, from the record of a run, and from overrides."""
 
 import os
 import re
@@ -20,44 +15,34 @@ from pipeline.config.job import Config
 from pipeline.config.sections import VALUE_HIDDEN, ConfigError
 from pipeline.text import without_credentials
 
-SectionT = TypeVar("SectionT", bound=BaseModel)
+T = TypeVar("T", bound=BaseModel)
 Field = tuple[str, ...]
+Source = str | Path | None
 
 
 def load_config(
-    kind: type[SectionT],
-    path: str | Path | None,
-    overrides: Iterable[str] = (),
-    *,
-    keep_relative_paths: bool = False,
-) -> SectionT:
+    kind: type[T], path: Source, overrides: Iterable[str] = (), *, keep_relative_paths: bool = False
+) -> T:
     """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
 
     Without a path, the overrides alone make the configuration. The path `env:NAME` reads the variable
-    NAME of the environment: a submitted job gets its configuration from there.
-
-    URIs are normalized. A relative path is made absolute, unless `keep_relative_paths` is set, as for a
-    configuration that is sent to another machine.
+    NAME of the environment: a submitted job gets its configuration from there. URIs are normalized. A
+    relative path is made absolute, unless `keep_relative_paths` is set, for use on another machine.
 
     Raises:
-        ConfigError: unreadable file, not YAML, an unknown or ill-typed field, a missing one. The
-            message lists every fault, each with its field, and its line where the file has one.
+        ConfigError: the message lists every fault, each with its field, and its line where the file has one.
     """
     return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
 
 
-def load_job_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+def load_job_config(path: Source = None, overrides: Iterable[str] = ()) -> Config:
     """Loads the configuration of a labeling job, from YAML or the record of a run; see `load_config`."""
     return load_config(Config, path, overrides)
 
 
 def load_recorded(
-    kind: type[SectionT],
-    path: str | Path | None,
-    overrides: Iterable[str] = (),
-    *,
-    keep_relative_paths: bool = False,
-) -> tuple[SectionT, Mapping[str, Any]]:
+    kind: type[T], path: Source, overrides: Iterable[str] = (), *, keep_relative_paths: bool = False
+) -> tuple[T, Mapping[str, Any]]:
     """Like `load_config`; returns also the record if the file is the record of a run, and else an empty one.
 
     A model from the Hugging Face hub is loaded by the commit that the run used, unless an override names

@@ -1,7 +1,5 @@
 """The configuration of a schedule: datasets, each with its labeling job and its cron expression."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 

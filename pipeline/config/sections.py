@@ -1,7 +1,5 @@
 """What all configurations are made of: strict, frozen sections, and types of values that hold no secret."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 

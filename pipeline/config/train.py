@@ -1,8 +1,6 @@
 """The configuration of a training job."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -33,7 +31,7 @@ class TrainedModelConfig(Section):
     labels: list[str] | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> TrainedModelConfig:
+    def _one_of(self) -> Self:
         if (self.new is None) == (self.start is None):
             raise ValueError("give either model.new or model.start")
         if self.new is not None and self.labels is not None:

@@ -3,8 +3,6 @@
 Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import threading

@@ -5,13 +5,11 @@ Pillow's by color upsampling and rounding. The file alone determines which of th
 unless the GPU fails, for lack of memory, say: then another attempt may give other pixels.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,9 +87,8 @@ class GpuDecoder:
         try:
             return self._decode_chunk(chunk)
         except torch.OutOfMemoryError as error:
-            logger.warning(
-                "the GPU is out of memory, the CPU decodes %d images: %s", len(chunk.samples), error
-            )
+            count = len(chunk.samples)
+            logger.warning("the GPU is out of memory, the CPU decodes %d images: %s", count, error)
         torch.cuda.empty_cache()  # the engine beside may need it
         decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels)
         return replace(decoded, metrics={**decoded.metrics, DECODE: StageMetrics()})
@@ -121,10 +118,11 @@ class GpuDecoder:
         left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in plain if jpeg.row not in done}
         by_cpu = {row: future.result() for row, future in left.items()}
         with self._device_to_itself():
-            self._put(by_cpu, pixels)
-            outcomes = [
-                by_cpu.get(row, outcome)._replace(pixels=None) for row, outcome in enumerate(outcomes)
-            ]
+            arrays = {row: image.pixels for row, image in by_cpu.items() if image.pixels is not None}
+            if arrays:
+                rows = torch.tensor([*arrays], dtype=torch.int64, device=self._device)
+                pixels[rows] = torch.from_numpy(np.stack([*arrays.values()])).to(self._device)
+            outcomes = [by_cpu.get(row, known)._replace(pixels=None) for row, known in enumerate(outcomes)]
             good = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
             if len(good) < len(outcomes):
                 pixels = pixels[torch.tensor(good, dtype=torch.int64, device=self._device)]
@@ -169,13 +167,6 @@ class GpuDecoder:
         level = logging.DEBUG if self._has_failed else logging.WARNING
         self._has_failed = True
         logger.log(level, "the GPU failed to %s, which the CPU decodes if need be: %s", what, error)
-
-    def _put(self, decoded: Mapping[int, Decoded], pixels: Tensor) -> None:
-        """Copies what the CPU decoded into its rows."""
-        arrays = {row: image.pixels for row, image in decoded.items() if image.pixels is not None}
-        if arrays:
-            rows = torch.tensor([*arrays], dtype=torch.int64, device=self._device)
-            pixels[rows] = torch.from_numpy(np.stack([*arrays.values()])).to(self._device)
 
     @contextmanager
     def _device_to_itself(self) -> Iterator[None]:
@@ -235,9 +226,8 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
     try:
         _check(decode_jpegs)
     except Exception as error:
-        raise ValueError(
-            f"torchvision can't decode JPEGs on {device.type!r} ({error}): {NO_TORCHVISION}"
-        ) from error
+        cause = f"torchvision can't decode JPEGs on {device.type!r} ({error})"
+        raise ValueError(f"{cause}: {NO_TORCHVISION}") from error
     return decode_jpegs
 
 

@@ -1,7 +1,5 @@
 """JPEGs that every decoder reads alike, found by their headers: those that a GPU may decode."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Reading groups of image files, each file being a sample."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Reading Parquet files with image bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import cast

@@ -3,8 +3,6 @@
 A bad sample is a sample with an error; a bad shard is a `ShardError`. Pickles are never loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from pipeline.read.image_files import read_images

@@ -1,10 +1,9 @@
 """Samples, and what readers need to know. Reading itself belongs to the modules of the formats."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from pipeline.config import InputConfig
 
@@ -61,7 +60,7 @@ class ReadOptions:
     fetches: int = 4
 
     @classmethod
-    def of(cls, section: InputConfig, labels: Sequence[str], fetches: int = 4) -> ReadOptions:
+    def of(cls, section: InputConfig, labels: Sequence[str], fetches: int = 4) -> Self:
         """Makes the options of an input and of a model's class names.
 
         A name that several classes share, as ImageNet's two cranes do, names none of them.

@@ -1,12 +1,10 @@
 """Shards, found in a listing of the input by names, sizes and versions. Nothing is read here."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, Self
 
 from pipeline.config import InputConfig, InputFormat
 from pipeline.storage import ObjectInfo, Storage, name_below
@@ -56,7 +54,7 @@ class ShardListing(Iterator[Shard]):
     def __next__(self) -> Shard:
         return next(self._shards)
 
-    def require_any(self) -> ShardListing:
+    def require_any(self) -> Self:
         """Returns this listing, after a look at the first shard; raises `NoShardsError` or `StorageError`."""
         first = next(self._shards, None)
         if first is None:

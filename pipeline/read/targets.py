@@ -1,7 +1,5 @@
 """The labels that a dataset has for its samples, as class indices."""
 
-from __future__ import annotations
-
 import math
 
 from pipeline.read.samples import ReadOptions

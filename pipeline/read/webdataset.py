@@ -1,14 +1,12 @@
 """Reading WebDataset tars, gzipped ones too."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 from pipeline.read.samples import ReadOptions, Sample, too_large
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
@@ -31,7 +29,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _StrictTarInfo:
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
         start = tarfile.fileobj.tell() if tarfile.fileobj else 0
         try:
             info = super().fromtarfile(tarfile)

@@ -14,8 +14,6 @@ A restarted cluster has forgotten its jobs. They died with it, so a claimed tick
 not run twice at once, and finished shards are not labeled again.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """What is known of a dataset's ticks: an object next to its labels, changed by conditional writes only."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from typing import BinaryIO
 

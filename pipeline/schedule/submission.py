@@ -4,8 +4,6 @@ The job gets nothing of the submitter's environment but its configuration, which
 cluster has its own credentials.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What the network services share: buckets with keys, and incomplete answers."""
 
-from __future__ import annotations
-
 import http.client
 
 import urllib3.exceptions

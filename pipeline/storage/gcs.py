@@ -88,16 +88,14 @@ class GoogleCloudStorage:
         return RangeReader(info, fetch)
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
-        blob, generation = self._blob(uri), None
-        if expected is not None:  # no object has generation 0
-            generation = 0 if expected == ABSENT else _generation(expected)
+        blob = self._blob(uri)
 
         def attempt() -> None:
             blob.upload_from_file(
                 data,
                 rewind=True,
                 content_type="application/octet-stream",
-                if_generation_match=generation,
+                if_generation_match=_generation(expected),
                 retry=None,
             )
 
@@ -105,7 +103,7 @@ class GoogleCloudStorage:
         return _info(blob)
 
     def delete(self, uri: str, expected: str | None) -> None:
-        generation = None if expected is None else _generation(expected)
+        generation = _generation(expected)
         attempt = functools.partial(self._blob(uri).delete, if_generation_match=generation, retry=None)
         with contextlib.suppress(ObjectNotFound):
             self._tried(uri, attempt, changed=NOT_AS_EXPECTED)
@@ -168,8 +166,10 @@ def _transient(error: Exception) -> Transient | None:
     return Transient(type(error).__name__) if passing else None
 
 
-def _generation(version: str) -> int:
-    return int(version.rpartition("-")[0])
+def _generation(version: str | None) -> int | None:
+    if version is None:
+        return None
+    return 0 if version == ABSENT else int(version.rpartition("-")[0])  # no object has generation 0
 
 
 def _info(blob: Any) -> ObjectInfo:

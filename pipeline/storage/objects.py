@@ -1,7 +1,5 @@
 """Objects as listed, and the errors of storage."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 #: Stands for the version of an object that does not exist.

@@ -1,7 +1,5 @@
 """Retries of transient failures, with growing pauses, and their counts."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

@@ -118,12 +118,12 @@ class S3:
             first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
             for entry in first.get("Contents", []):
                 if entry["Key"] == key:
-                    yield _info(bucket, entry)
+                    yield _info(uri, entry["ETag"], entry["Size"])
                     return
         for page in self._pages(uri):
             for entry in page.get("Contents", []):
                 if not entry["Key"].endswith("/"):
-                    yield _info(bucket, entry)
+                    yield _info(f"s3://{bucket}/{entry['Key']}", entry["ETag"], entry["Size"])
 
     def folders(self, uri: str) -> Iterator[str]:
         bucket = split(uri)[0]
@@ -149,18 +149,16 @@ class S3:
             # A HEAD has no body that would distinguish a missing bucket from a missing object.
             self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
             raise
-        size = head["ContentLength"]
-        return ObjectInfo(uri, size, _version(head["ETag"], size))
+        return _info(uri, head["ETag"], head["ContentLength"])
 
     def open(self, info: ObjectInfo) -> RangeReader:
         bucket, key = split(info.uri)
-        etag = _etag(info.version)
 
         def fetch(start: int, stop: int) -> bytes:
-            place = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": etag}
+            part = {"Range": f"bytes={start}-{stop - 1}", **_if_match(info.version)}
 
             def attempt() -> bytes:
-                with self._client.get_object(**place)["Body"] as body:
+                with self._client.get_object(Bucket=bucket, Key=key, **part)["Body"] as body:
                     return whole(body.read(), stop - start)
 
             return self._tried(info.uri, attempt)
@@ -169,49 +167,38 @@ class S3:
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
         bucket, key = split(uri)
-        condition = {}
-        if expected == ABSENT:
-            condition = {"IfNoneMatch": "*"}
-        elif expected is not None:
-            condition = {"IfMatch": _etag(expected)}
-
-        def attempt() -> Any:
-            data.seek(0)
-            return self._request("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-
+        condition = {"IfNoneMatch": "*"} if expected == ABSENT else _if_match(expected)
         try:
-            response = self._tried(uri, attempt)
+            answer = self._call(uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
         except (ObjectChanged, ObjectNotFound) as error:
             if isinstance(error, ObjectNotFound) and expected in (None, ABSENT):
                 raise
             raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
-        size = data.seek(0, os.SEEK_END)
-        return ObjectInfo(uri, size, _version(response["ETag"], size))
+        return _info(uri, answer["ETag"], data.seek(0, os.SEEK_END))
 
     def delete(self, uri: str, expected: str | None) -> None:
         bucket, key = split(uri)
-        condition = {} if expected is None else {"IfMatch": _etag(expected)}
         with contextlib.suppress(ObjectNotFound):
             try:
-                self._call(uri, "delete_object", Bucket=bucket, Key=key, **condition)
+                self._call(uri, "delete_object", Bucket=bucket, Key=key, **_if_match(expected))
             except ObjectChanged:
                 self.stat(uri)
                 raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
 
     def _call(self, uri: str, operation: str, **request: Any) -> Any:
-        return self._tried(uri, lambda: self._request(operation, **request), soon="list" in operation)
+        def attempt() -> Any:
+            if "Body" in request:
+                request["Body"].seek(0)
+            answer = getattr(self._client, operation)(**request)
+            if operation in _WHOLE and not _WHOLE[operation](answer):
+                raise http.client.IncompleteRead(b"")
+            return answer
 
-    def _request(self, operation: str, **request: Any) -> Any:
-        answer = getattr(self._client, operation)(**request)
-        if operation in _WHOLE and not _WHOLE[operation](answer):
-            raise http.client.IncompleteRead(b"")
-        return answer
+        # A listing comes first in any job, and should fail soon if the endpoint is wrong.
+        return self._tried(uri, attempt, soon="list" in operation)
 
     def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
-        """Makes one request, retried if need be; a permanent failure becomes a `StorageError`.
-
-        A listing comes first in any job, and should fail soon if the endpoint is wrong.
-        """
+        """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
         try:
             return retry(action, functools.partial(_transient, soon=soon), self._pauses)
         except botocore.exceptions.ClientError as error:
@@ -240,11 +227,9 @@ class S3:
 
 
 def _no_credentials(uri: str, error: Exception) -> AccessDenied:
-    cause = (
-        f"no usable AWS credentials were found ({error}): set AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-    )
-    return AccessDenied(uri, cause)
+    cause = f"no usable AWS credentials were found ({error})"
+    hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
+    return AccessDenied(uri, f"{cause}: {hint}")
 
 
 def _transient(error: Exception, soon: bool) -> Transient | None:
@@ -261,9 +246,8 @@ def _transient(error: Exception, soon: bool) -> Transient | None:
 
 def _is_unsendable(error: Exception) -> bool:
     """Whether the request could not be sent: an invalid header, or an invalid proxy address."""
-    return isinstance(error, botocore.exceptions.HTTPClientError) and isinstance(
-        error.kwargs.get("error"), ValueError
-    )
+    cause = error.kwargs.get("error") if isinstance(error, botocore.exceptions.HTTPClientError) else None
+    return isinstance(cause, ValueError)
 
 
 def _code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:
@@ -271,18 +255,13 @@ def _code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:
     return code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
-def _info(bucket: str, entry: dict[str, Any]) -> ObjectInfo:
-    version = _version(entry["ETag"], entry["Size"])
-    return ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], version)
-
-
-def _version(etag: str, size: int) -> str:
+def _info(uri: str, etag: str, size: int) -> ObjectInfo:
     etag = etag.strip('"')
-    return f"{etag}-{size}"
+    return ObjectInfo(uri, size, f"{etag}-{size}")
 
 
-def _etag(version: str) -> str:
-    return '"' + version.rpartition("-")[0] + '"'
+def _if_match(version: str | None) -> dict[str, str]:
+    return {} if version is None else {"IfMatch": '"' + version.rpartition("-")[0] + '"'}
 
 
 def _error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:

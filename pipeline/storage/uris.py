@@ -1,7 +1,5 @@
 """The spelling of URIs, and the length that storage services allow."""
 
-from __future__ import annotations
-
 import os
 from urllib.parse import unquote
 

@@ -1,7 +1,5 @@
 """The model to train: a new one, or a checkpoint. Nothing here needs Ray."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

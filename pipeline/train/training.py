@@ -3,8 +3,6 @@
 Shards are read and preprocessed as for labeling, and the checkpoint has the format that labeling loads.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile
