@@ -36,7 +36,7 @@ def compare(
     for label_set in (a, b):
         if not label_set.counts[0].any():
             raise StorageError(label_set.id.name, "nothing to compare: no image is labeled there")
-    drift = Drift.between(classes, a.counts, b.counts)
+    drift = Drift(classes, a.counts, b.counts)
     agreement = None
     if with_agreement and a.partition.uri != b.partition.uri:
         agreement = measure_agreement(classes, a, b, on_progress)

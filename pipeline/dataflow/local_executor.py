@@ -19,7 +19,6 @@ from pipeline.read import Chunk, Shard
 
 #: Results that may wait for whoever takes them.
 _WAITING_RESULTS = 2
-
 #: Seconds that a run that is given up waits for its threads, each of which finishes its chunk.
 _JOIN_S = 10.0
 

@@ -27,10 +27,8 @@ _SETTINGS = {
 }
 
 _CONNECT_SECONDS = 10
-
 #: The directory that holds this program's packages.
 _ROOT = Path(__file__).resolve().parents[2]
-
 _PACKAGES = ("cvt", "pipeline", "jobs", "configs")
 
 
@@ -64,7 +62,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    local = {"include_dashboard": False} if address == "local" else {}
     check_reachable(address)
     # A Ray that is interrupted while it starts or stops leaves processes behind.
     try:
@@ -84,10 +82,6 @@ def init_ray(address: str, **options: Any) -> None:
     """Calls `ray.init`; workers import this program's packages whatever the working directory holds.
 
     A local Ray that does not start in time, which happens on a busy machine, is started a second time.
-
-    Args:
-        address: as `ray.init` takes it.
-        options: more arguments of `ray.init`.
     """
     import ray
 

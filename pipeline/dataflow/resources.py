@@ -12,13 +12,10 @@ from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfi
 _CHUNK_MACS = {"cpu": 600_000_000_000, "cuda": 4_800_000_000_000}
 
 _CHUNK_PIXEL_BYTES = 160_000_000
-
 _LEAST_CHUNK_IMAGES, _MOST_CHUNK_IMAGES = 16, 4096
-
 
 # Of a batch, in which CvT-13 at 224 pixels has 64 images; a small model is a sixth faster with 256.
 _BATCH_MACS = 300_000_000_000
-
 _LEAST_BATCH, _MOST_BATCH = 64, 256
 
 
@@ -65,7 +62,6 @@ class ResourceRequest:
     """What a job asks for, and what its resources depend on.
 
     Attributes:
-        read, decode, classify: sections of its configuration.
         size: of the model's images, in pixels.
         count_macs: counts the multiply-accumulates of one image; only called if a size is to be chosen.
     """

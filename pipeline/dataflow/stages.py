@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from cvt.inference import Engine
     from pipeline.decode.gpu import GpuDecoder
 
-
 #: Yields the chunks of numbered shards, one shard after the other.
 ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
 DecodeStep = Callable[[Chunk], Chunk]
@@ -81,14 +80,9 @@ class Stages:
     """What the stages of a labeling run need to know.
 
     Attributes:
-        storage: access to the shards.
-        read_options: of the readers.
-        checkpoint: the model, loaded.
-        predictions: what the prediction columns hold.
         max_image_pixels: larger images are an error.
         fast_decoding: decode large JPEGs at a fraction of their size.
-        precision: of the engine.
-        runtime: of the engine.
+        precision, runtime: of the engine.
         gallery: images of each class that get thumbnails, at each end; 0 for no thumbnails.
         thumbnail_side: pixels of a thumbnail's longest side.
     """

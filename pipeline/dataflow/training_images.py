@@ -60,9 +60,5 @@ def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int)
         images.append(decoded.pixels.reshape(-1, width)[has_target.to_numpy()])
         targets.append(good["target"].filter(has_target).combine_chunks())
     values = pa.array(np.concatenate(images).reshape(-1))
-    return pa.table(
-        {
-            "image": pa.FixedSizeListArray.from_arrays(values, width),
-            "target": pa.concat_arrays(targets),
-        }
-    )
+    image = pa.FixedSizeListArray.from_arrays(values, width)
+    return pa.table({"image": image, "target": pa.concat_arrays(targets)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +25,6 @@ class DataFile:
 
     Attributes:
         path: relative to the table.
-        bytes: size of the file.
         first_shard, last_shard: bounds of the URIs of its shards.
         statistics: of a new file, as Delta's log has them.
     """
@@ -99,8 +98,8 @@ def encode(rows: pa.Table, file: BinaryIO, row_group_rows: int = ROW_GROUP_ROWS)
         writer.write_table(rows, row_group_size=row_group_rows)
 
 
-def statistics(rows: pa.Table) -> dict[str, Any]:
-    """Rows, bounds and nulls as Delta's log has them: by these, readers skip files.
+def describe(path: str, size: int, rows: pa.Table) -> DataFile:
+    """A new data file, with rows, bounds and nulls as Delta's log has them: by these, readers skip files.
 
     Every column that is no list has bounds: where the log has bounds of some columns only, deltalake's
     datasets find no row by the others.
@@ -108,15 +107,12 @@ def statistics(rows: pa.Table) -> dict[str, Any]:
     columns = [column.name for column in rows.schema if not pa.types.is_list(column.type)]
     bounds = {name: pc.min_max(rows[name]).as_py() for name in columns}
     found = {name: each for name, each in bounds.items() if each["min"] is not None}
-    return {
+    statistics = {
         "numRecords": rows.num_rows,
         "minValues": {name: each["min"] for name, each in found.items()},
         "maxValues": {name: each["max"] for name, each in found.items()},
         "nullCount": {name: rows[name].null_count for name in columns},
     }
-
-
-def as_json(statistics: dict[str, Any]) -> str:
-    """The log's text of statistics."""
-    # As it is: deltalake misreads long texts of surrogate pairs, which stand for emoji in ASCII.
-    return json.dumps(statistics, ensure_ascii=False, allow_nan=False)
+    # Not in ASCII: deltalake misreads long texts of surrogate pairs, which stand for emoji there.
+    text = json.dumps(statistics, ensure_ascii=False, allow_nan=False)
+    return DataFile(path, size, bounds["shard"]["min"], bounds["shard"]["max"], text)

@@ -41,7 +41,6 @@ class LoggedFiles:
     Attributes:
         delta_version: the table's own version; None where there is no table.
         transaction: what the model's last publication left in the log.
-        files: the data files.
         last_published: the maximum of the column `published`.
     """
 
@@ -50,21 +49,10 @@ class LoggedFiles:
     files: tuple[DataFile, ...] = ()
     last_published: int = 0
 
-    @property
-    def paths(self) -> set[str]:
-        """The paths of the data files."""
-        return {file.path for file in self.files}
-
 
 @dataclass(frozen=True)
 class DeltaLog:
-    """The log of a Delta table that is partitioned by model.
-
-    Attributes:
-        storage: access to the table.
-        uri: the table's, normalized.
-        model: whose files these are.
-    """
+    """The log of a Delta table that is partitioned by model, as far as one model is concerned."""
 
     storage: Storage
     uri: str
@@ -74,8 +62,7 @@ class DeltaLog:
         """Reads the current version.
 
         Raises:
-            StorageError: the table can't be read, or is one that publishing could harm; or `deltalake` is not
-                installed.
+            StorageError: the table can't be read, publishing could harm it, or `deltalake` isn't installed.
         """
         if importlib.util.find_spec("deltalake") is None:
             cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
@@ -150,7 +137,7 @@ class DeltaLog:
                 if found.delta_version == version:
                     cause = f"the transaction was not committed: {_said(error)}"
                     raise StorageError(self.uri, cause) from error
-                if (found.transaction, found.paths) != (base.transaction, base.paths):
+                if (found.transaction, {*found.files}) != (base.transaction, {*base.files}):
                     break
                 version = found.delta_version  # others have committed, but nothing of this model
         raise TableChangedError(f"{self.uri}: another publisher was faster")

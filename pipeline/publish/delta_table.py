@@ -49,7 +49,6 @@ class Snapshot:
         version: counts up from 1; 0 before anything is published.
         token: distinguishes attempts at the same version.
         columns: names of the columns.
-        files: the data files.
         shards: the shards whose rows are in them, as `SHARDS`.
         logged: what the log has of the version; empty where it is not committed.
     """
@@ -70,13 +69,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class DeltaTable:
-    """One model's rows in a Delta table.
-
-    Attributes:
-        storage: access to the table.
-        uri: the table's, normalized.
-        model: the partition's name and the beginning of its fingerprint.
-    """
+    """The rows of one model, named `<name>-<fingerprint8>`, in a Delta table."""
 
     storage: Storage
     uri: str
@@ -85,9 +78,8 @@ class DeltaTable:
     def read(self, rebuild: bool = False) -> Snapshot:
         """Reads the current version; one without files before anything is published.
 
-        Args:
-            rebuild: also read a table that somebody edited. Then every shard in it is to be published again,
-                and its files may have rows that no shard in the list has.
+        With `rebuild`, it may be edited. Then every shard in it is to be published again, and its files may
+        have rows that no shard in the list has.
 
         Raises:
             StorageError: as `DeltaLog.read`; or somebody edited the table.
@@ -120,7 +112,7 @@ class DeltaTable:
             return found, f"the list of their shards is missing, {uri}"
         notes = json.loads(table.schema.metadata[_NOTES])
         found = replace(found, columns=tuple(notes["columns"]), shards=table.cast(SHARDS))
-        is_same = logged.paths == {*notes["files"]}
+        is_same = {file.path for file in files} == {*notes["files"]}
         return found, None if is_same else self._log.edit_since(number)
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:

@@ -57,8 +57,8 @@ class Publication:
     """The result of publishing.
 
     Attributes:
-        table: URI of the table.
-        snapshot: the version of the table that is current now.
+        table: its URI.
+        snapshot: its version that is current now.
         increment: what changed; `pending` are shards that wait for the next publication.
         is_new: whether this publication made the version; else there was nothing to do.
     """

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
-from pipeline.publish.data_files import DataFile, as_json, encode, packed, read_rows, statistics
+from pipeline.publish.data_files import DataFile, describe, encode, packed, read_rows
 from pipeline.publish.delta_table import SHARDS, Snapshot
 from pipeline.storage import StorageError
 
@@ -44,14 +44,7 @@ class Increment:
 
 @dataclass(frozen=True)
 class VersionWriter:
-    """Writes versions of a table.
-
-    Attributes:
-        partition: whose predictions are published.
-        table: URI of the table.
-        schema: columns of the data files.
-        file_bytes: bytes of rows in memory that make one file.
-    """
+    """Writes versions of the table at a URI; so many bytes of rows in memory make one file."""
 
     partition: Partition
     table: str
@@ -59,15 +52,9 @@ class VersionWriter:
     file_bytes: int
 
     def write(self, base: Snapshot, increment: Increment, rebuild: bool) -> Snapshot:
-        """Writes what changes `base` into the next version.
+        """Writes what changes `base` into the next version, and returns that, not yet committed.
 
-        Args:
-            base: the current version.
-            increment: the change.
-            rebuild: whether any file of `base` may have rows that are not listed: then no file stays.
-
-        Returns:
-            the next version, not yet committed.
+        With `rebuild`, no file stays: any of them may have rows that are not listed.
         """
         version, token = base.version + 1, secrets.token_hex(4)
         gone = pa.chunked_array([*increment.replaced.chunks, *increment.removed.chunks], pa.string())
@@ -127,10 +114,9 @@ class VersionWriter:
     def _write_file(self, rows: pa.Table, name: str) -> DataFile:
         # The log has paths percent-encoded, and not every reader decodes them: so nothing is there to encode.
         folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", self.partition.model)
-        path, found = f"{folder}/{name}", statistics(rows)
+        path = f"{folder}/{name}"
         with tempfile.TemporaryFile() as file:
             encode(rows, file)
             size = file.tell()
             self.partition.storage.write(f"{self.table}/{path}", file)
-        bounds = found["minValues"]["shard"], found["maxValues"]["shard"]
-        return DataFile(path, size, *bounds, as_json(found))
+        return describe(path, size, rows)

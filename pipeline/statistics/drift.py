@@ -96,12 +96,16 @@ def _numbered(labels: Sequence[str]) -> Iterator[tuple[str, int]]:
         seen[label] += 1
 
 
-@dataclass(frozen=True)
 class Drift:
     """How the classes and scores of two label sets a and b differ.
 
+    Args:
+        classes: classes of both label sets.
+        a, b: of each, images by class, int64 (classes,), and histograms of their scores, int64 (classes,
+            `HISTOGRAM_BINS`), by its own class ids.
+
     Attributes:
-        count_a, count_b: images given each class, int64 (classes,).
+        count_a, count_b: images given each class, int64 (classes,), by place in `classes.labels`.
         scores_a, scores_b: histograms of their scores, int64 (classes, `DRIFT_BINS`).
         fraction_a, fraction_b: fraction of the images that each class has.
         psi_parts, js_parts: each class's part of the PSI, and of the Jensen-Shannon divergence in bits.
@@ -111,29 +115,9 @@ class Drift:
         score_psi: population stability index of the scores of all classes.
     """
 
-    classes: Classes
-    count_a: np.ndarray
-    count_b: np.ndarray
-    scores_a: np.ndarray
-    scores_b: np.ndarray
-    images_a: int
-    images_b: int
-    fraction_a: np.ndarray
-    fraction_b: np.ndarray
-    psi_parts: np.ndarray
-    js_parts: np.ndarray
-    class_score_psi: np.ndarray
-    psi: float
-    psi_by_chance: float
-    js: float
-    score_psi: float
-
-    @classmethod
-    def between(
-        cls, classes: Classes, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
-    ) -> Drift:
-        """Computes the drift from counts and score histograms of both label sets, by their own class ids."""
-
+    def __init__(
+        self, classes: Classes, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
+    ) -> None:
         def placed(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
             result = np.zeros((len(classes.labels), *values.shape[1:]), np.int64)
             result[ids] = values
@@ -143,29 +127,20 @@ class Drift:
             bins: np.ndarray = histogram.reshape(-1, DRIFT_BINS, HISTOGRAM_BINS // DRIFT_BINS).sum(axis=2)
             return bins
 
-        count_a, count_b = placed(a[0], classes.ids_a), placed(b[0], classes.ids_b)
-        scores_a, scores_b = placed(coarse(a[1]), classes.ids_a), placed(coarse(b[1]), classes.ids_b)
-        images_a, images_b = int(count_a.sum()), int(count_b.sum())
-        class_psi, divergence = psi_parts(count_a, count_b), js_parts(count_a, count_b)
-        score_psi = psi_parts(scores_a, scores_b).sum(axis=1)
-        return cls(
-            classes,
-            count_a,
-            count_b,
-            scores_a,
-            scores_b,
-            images_a,
-            images_b,
-            fraction_a=count_a / max(1, images_a),
-            fraction_b=count_b / max(1, images_b),
-            psi_parts=class_psi,
-            js_parts=divergence,
-            class_score_psi=np.where((count_a > 0) & (count_b > 0), score_psi, np.nan),
-            psi=float(class_psi.sum()),
-            psi_by_chance=psi_by_chance(count_a, count_b),
-            js=float(np.sqrt(np.clip(divergence.sum(), 0, 1))),
-            score_psi=float(psi_parts(scores_a.sum(axis=0), scores_b.sum(axis=0)).sum()),
-        )
+        self.classes = classes
+        self.count_a, self.scores_a = placed(a[0], classes.ids_a), placed(coarse(a[1]), classes.ids_a)
+        self.count_b, self.scores_b = placed(b[0], classes.ids_b), placed(coarse(b[1]), classes.ids_b)
+        self.images_a, self.images_b = int(self.count_a.sum()), int(self.count_b.sum())
+        self.fraction_a = self.count_a / max(1, self.images_a)
+        self.fraction_b = self.count_b / max(1, self.images_b)
+        self.psi_parts = psi_parts(self.count_a, self.count_b)
+        self.psi = float(self.psi_parts.sum())
+        self.psi_by_chance = psi_by_chance(self.count_a, self.count_b)
+        self.js_parts = js_parts(self.count_a, self.count_b)
+        self.js = float(np.sqrt(np.clip(self.js_parts.sum(), 0, 1)))
+        score_psi = psi_parts(self.scores_a, self.scores_b).sum(axis=1)
+        self.class_score_psi = np.where((self.count_a > 0) & (self.count_b > 0), score_psi, np.nan)
+        self.score_psi = float(psi_parts(self.scores_a.sum(axis=0), self.scores_b.sum(axis=0)).sum())
 
     def most_changed(self, n: int) -> list[int]:
         """The occurring classes with the largest parts of the PSI, by place in `classes.labels`."""

@@ -20,7 +20,7 @@ def js_distance(a: np.ndarray, b: np.ndarray) -> float:
 def between(a: np.ndarray, b: np.ndarray) -> Drift:
     """The drift between counts of the same classes, all with a score of 0.95."""
     labels = [f"class {i}" for i in range(len(a))]
-    return Drift.between(Classes.matched(labels, labels), counted(a), counted(b))
+    return Drift(Classes.matched(labels, labels), counted(a), counted(b))
 
 
 def counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,9 +78,9 @@ def test_classes_are_matched_by_name_and_order() -> None:
 
 def test_drift_compares_classes_by_name_not_by_id() -> None:
     first, swapped = counted(np.array([30, 10])), counted(np.array([10, 30]))
-    same = Drift.between(Classes.matched(["a", "b"], ["b", "a"]), first, swapped)
+    same = Drift(Classes.matched(["a", "b"], ["b", "a"]), first, swapped)
     assert same.psi == same.js == same.score_psi == 0
-    other = Drift.between(Classes.matched(["a", "b"], ["a", "c"]), first, first)
+    other = Drift(Classes.matched(["a", "b"], ["a", "c"]), first, first)
     assert other.count_b.tolist() == [30, 0, 10]
     assert other.js == pytest.approx(0.5)
     assert [other.classes.labels[i] for i in other.most_changed(2)] == ["b", "c"]
