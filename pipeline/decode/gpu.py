@@ -22,7 +22,7 @@ from torch import Tensor
 from cvt.inference.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
-from pipeline.decode.cpu import Decoded, Turn, decode, decode_chunk, with_outcomes
+from pipeline.decode.cpu import Decoded, Turn, decode, decode_chunk, exchanged, with_outcomes
 from pipeline.decode.jpeg import PlainJpeg, plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE, StageMetrics
@@ -35,12 +35,7 @@ PIXELS_AT_ONCE = 64_000_000
 #: JPEG files to RGB images, uint8 (3, height, width), on the device; raises if any can't be decoded.
 DecodeJpegs = Callable[[list[bytes]], list[Tensor]]
 
-# PyTorch has no types for them.
-_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
-_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
-
-# Between two decoders of the same smooth JPEG, on average.
-_SAME_GRAY_LEVELS = 3
+_SAME_GRAY_LEVELS = 3  # between two decoders of the same smooth JPEG, on average
 
 
 class GpuDecoder:
@@ -75,8 +70,8 @@ class GpuDecoder:
         self._max_pixels = max_pixels
         self._pixels_at_once = pixels_at_once
         self._device = torch.device(device)
-        # Its own, so that it doesn't wait for what a model computes.
-        self._stream = _stream(self._device) if self._device.type == "cuda" else None
+        # A stream of its own doesn't wait for what a model computes.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._decode_jpegs = decode_jpegs or nvjpeg(self._device)
         self._cpu = ThreadPoolExecutor(threads, "decode")
         self._device_lock = threading.Lock()
@@ -113,7 +108,9 @@ class GpuDecoder:
             for batch in _batches(plain, self._pixels_at_once):
                 for jpeg, image in self._decoded(batch):
                     if self._resized(jpeg, image, pixels[jpeg.row : jpeg.row + 1]):
-                        outcomes[jpeg.row] = Decoded(None, *jpeg.upright_size, None)
+                        outcomes[jpeg.row] = Decoded(
+                            None, *exchanged((jpeg.width, jpeg.height), jpeg.turn), None
+                        )
                         done.add(jpeg.row)
         left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in plain if jpeg.row not in done}
         by_cpu = {row: future.result() for row, future in left.items()}
@@ -145,8 +142,8 @@ class GpuDecoder:
             yield from zip(jpegs, images, strict=True)
         elif len(jpegs) > 1:
             if not is_half:
-                # nvJPEG asks the driver for memory, and gets none of what PyTorch keeps for later; its errors
-                # don't tell. Freed only here: the error has held on to what was decoded.
+                # nvJPEG gets no memory that PyTorch keeps for later, and its errors don't tell. Freed only
+                # here: the error has held on to what was decoded.
                 torch.cuda.empty_cache()
             half = len(jpegs) // 2
             yield from self._decoded(jpegs[:half], is_half=True)
@@ -177,7 +174,7 @@ class GpuDecoder:
                 return
             with torch.cuda.stream(self._stream):
                 yield
-                done = _event(blocking=True)  # waits for what was queued, and keeps no CPU busy
+                done = torch.cuda.Event(blocking=True)  # waits for what was queued, and keeps no CPU busy
                 done.record()
             done.synchronize()
 

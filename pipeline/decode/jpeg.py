@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.decode.cpu import Turn, exchanged, pillow_warnings_ignored, too_large, turn_of
+from pipeline.decode.cpu import Turn, pillow_warnings_ignored, too_large, turn_of
 
 # Longer images are left to the CPU too: here, all of an image is resized, though the crop keeps little.
 MAX_ASPECT_RATIO = 16
@@ -34,11 +34,6 @@ class PlainJpeg:
     width: int
     height: int
     turn: Turn | None
-
-    @property
-    def upright_size(self) -> tuple[int, int]:
-        """Width and height as displayed."""
-        return exchanged((self.width, self.height), self.turn)
 
 
 def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:

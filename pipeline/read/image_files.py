@@ -34,5 +34,4 @@ def read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterato
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)

@@ -14,7 +14,7 @@ Format = Literal["webdataset", "parquet", "images"]
 #: File name extensions of the image formats, as they stand after the dot, in lower case.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-_GROUP_IMAGES = 1000  # a group's mean; see `_GroupCutter`
+_GROUP_IMAGES = 1000  # a group's mean
 _FIRST_GROUP = "0" * 16
 
 
@@ -66,18 +66,33 @@ class ShardListing(Iterator[Shard]):
         return self
 
     def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
-        groups = _GroupCutter(self.uri)
+        """Cuts the sorted image files among the objects into groups of about a thousand, by names alone.
+
+        An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. An
+        image that is added or removed changes its own group (or splits it, or joins it to the one before);
+        every other group keeps its URI, members and version. This is content-defined chunking over names
+        (Muthitacharoen et al., "A Low-bandwidth Network File System", 2001). Sizes are geometrically
+        distributed: one group in 150 has 5,000 images, one in 20,000 has 10,000.
+        """
+        group, members = _FIRST_GROUP, list[ObjectInfo]()
         for info in objects:
             name = name_below(self.uri, info.uri)
             is_hidden = _is_hidden(name) and info.uri != self.uri
             format = None if is_hidden else _format(name, self.format)
             if format is None:
                 self.ignored += 1
-            elif format == "images":
-                yield from groups.add(name, info)
-            else:
+            elif format != "images":
                 yield Shard(info.uri, info.version, format, info.size)
-        yield from groups.end()
+            else:
+                digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+                # Cut and name come from different halves: all names that cut have that half's remainder.
+                if int(digest[16:], 16) % _GROUP_IMAGES == 0:
+                    if members:
+                        yield _group(self.uri, group, members)
+                    group, members = digest[:16], []
+                members.append(info)
+        if members:
+            yield _group(self.uri, group, members)
 
 
 def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> ShardListing:
@@ -108,39 +123,12 @@ def _format(name: str, said: Format | None) -> Format | None:
     return "images" if is_image else None
 
 
-class _GroupCutter:
-    """Cuts a sorted listing of image files into groups of about a thousand, by their names alone.
-
-    An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. An image
-    that is added or removed changes its own group (or splits it, or joins it to the one before); every other
-    group keeps its URI, members and version. This is content-defined chunking over names (Muthitacharoen et
-    al., "A Low-bandwidth Network File System", 2001). Sizes are geometrically distributed: one group in 150
-    has 5,000 images, one in 20,000 has 10,000.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._name = _FIRST_GROUP
-        self._members: list[ObjectInfo] = []
-
-    def add(self, name: str, info: ObjectInfo) -> Iterator[Shard]:
-        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-        # Cut and name come from different halves: all names that cut have that half's remainder.
-        if int(digest[16:], 16) % _GROUP_IMAGES == 0:
-            yield from self.end()
-            self._name = digest[:16]
-        self._members.append(info)
-
-    def end(self) -> Iterator[Shard]:
-        """Yields the group gathered so far, if there is one."""
-        members, self._members = tuple(self._members), []
-        if members:
-            version = hashlib.blake2b(digest_size=16)
-            for info in members:
-                version.update(f"{info.uri}\0{info.version}\0".encode())
-            size = sum(info.size for info in members)
-            uri = f"{self._folder}/images-{self._name}"
-            yield Shard(uri, version.hexdigest(), "images", size, members)
+def _group(folder: str, name: str, members: list[ObjectInfo]) -> Shard:
+    version = hashlib.blake2b(digest_size=16)
+    for info in members:
+        version.update(f"{info.uri}\0{info.version}\0".encode())
+    size = sum(info.size for info in members)
+    return Shard(f"{folder}/images-{name}", version.hexdigest(), "images", size, tuple(members))
 
 
 class NoShardsError(ValueError):

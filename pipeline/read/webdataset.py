@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, BinaryIO, Self, cast
+from typing import BinaryIO, Self, cast
 
 from pipeline.read.samples import ReadOptions, Sample, too_large
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
@@ -19,6 +19,10 @@ _MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
 
 class DamagedTarError(Exception):
     """The tar is cut or corrupt."""
+
+
+class _DamagedSampleError(Exception):
+    """The image or the label of a sample can't be read."""
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -124,16 +128,16 @@ class _TarSample:
 
     def add(self, kind: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
         self.kinds[kind] = None
-        if kind in IMAGE_EXTENSIONS and not self.has_image:
-            self.has_image = True
-            error = options.size_error(info.size)
-            self.image = self._content(info, stream, "image", error)
-        elif options.labels and kind == ("json" if options.label_field else "cls"):
-            is_large = info.size > _MAX_LABEL_BYTES
-            error = f"the label {too_large(info.size, _MAX_LABEL_BYTES)}" if is_large else None
-            content = self._content(info, stream, "label", error)
-            if content is not None:
-                self._read_label(content, options.label_field)
+        try:
+            if kind in IMAGE_EXTENSIONS and not self.has_image:
+                self.has_image = True
+                self.image = _content(info, stream, "image", options.size_error(info.size))
+            elif options.labels and kind == ("json" if options.label_field else "cls"):
+                is_large = info.size > _MAX_LABEL_BYTES
+                error = f"the label {too_large(info.size, _MAX_LABEL_BYTES)}" if is_large else None
+                self.label = _label(_content(info, stream, "label", error), options.label_field)
+        except _DamagedSampleError as error:
+            self.error = self.error or str(error)
 
     def finished(self, targets: TargetParser) -> Sample:
         if not self.has_image:
@@ -147,41 +151,31 @@ class _TarSample:
             target, self.error = targets.parse(self.label)
         return Sample(self.key, self.image if self.error is None else None, target, self.error)
 
-    def _content(
-        self, info: tarfile.TarInfo, stream: BinaryIO, what: str, size_error: str | None
-    ) -> bytes | None:
-        """Returns the member's bytes; None, and the sample gets an error, if they can't be read."""
-        if not info.isreg() or info.issparse():
-            kind = f"a link to {info.linkname!r}" if info.linkname else "not a regular file"
-            self._fail(f"the {what} {info.name!r} is {kind}, not a file with bytes")
-        elif size_error is not None:
-            self._fail(size_error)
-        else:
-            stream.seek(info.offset_data)
-            content = stream.read(info.size)
-            if len(content) < info.size:
-                raise DamagedTarError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
-            return content
-        return None
 
-    def _read_label(self, content: bytes, label_field: str | None) -> None:
-        try:
-            if label_field is None:
-                text = content.decode().strip()
-                number = whole_number(text)
-                self.label = text if number is None else number
-            else:
-                self.label = _field(json.loads(content), label_field)
-        except (ValueError, RecursionError) as error:
-            what = ".cls is not text" if label_field is None else ".json is not valid JSON"
-            self._fail(f"the sample's {what} ({error}); {IGNORE_HINT}")
-
-    def _fail(self, error: str) -> None:
-        self.error = self.error or error
+def _content(info: tarfile.TarInfo, stream: BinaryIO, what: str, size_error: str | None) -> bytes:
+    if not info.isreg() or info.issparse():
+        kind = f"a link to {info.linkname!r}" if info.linkname else "not a regular file"
+        raise _DamagedSampleError(f"the {what} {info.name!r} is {kind}, not a file with bytes")
+    if size_error is not None:
+        raise _DamagedSampleError(size_error)
+    stream.seek(info.offset_data)
+    content = stream.read(info.size)
+    if len(content) < info.size:
+        raise DamagedTarError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
+    return content
 
 
-def _field(value: Any, dotted: str) -> object:
-    """`_field({"a": {"b": 1}}, "a.b")` -> 1; null where there is no such field."""
-    for name in dotted.split("."):
+def _label(content: bytes, label_field: str | None) -> object:
+    """Returns the number or text of a .cls file, or the dotted field of a .json file; None if missing."""
+    try:
+        if label_field is None:
+            text = content.decode().strip()
+            number = whole_number(text)
+            return text if number is None else number
+        value: object = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        what = ".cls is not text" if label_field is None else ".json is not valid JSON"
+        raise _DamagedSampleError(f"the sample's {what} ({error}); {IGNORE_HINT}") from None
+    for name in label_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    return cast(object, value)
+    return value

@@ -77,18 +77,13 @@ class SubmittedJob:
         state, code = str(details.status), details.driver_exit_code
         status = {"PENDING": None, "RUNNING": None, "SUCCEEDED": 0, "STOPPED": 130}
         failed = (code if code > 0 else 128 - code) if code else 1
-        # Ray appends the end of the log to its message.
-        message = (details.message or "").partition("\n")[0].partition(", last available logs")[0]
-        started, ended = (
-            datetime.fromtimestamp(moment / 1000, UTC) if moment else None
-            for moment in (details.start_time, details.end_time)
-        )
         return cls(
             id=details.submission_id or "",
             state=state,
-            message=message,
-            started=started,
-            ended=ended,
+            # Ray appends the end of the log to its message.
+            message=(details.message or "").partition("\n")[0].partition(", last available logs")[0],
+            started=datetime.fromtimestamp(details.start_time / 1000, UTC) if details.start_time else None,
+            ended=datetime.fromtimestamp(details.end_time / 1000, UTC) if details.end_time else None,
             exit_status=status.get(state, failed),
             entrypoint=details.entrypoint,
             metadata=details.metadata or {},

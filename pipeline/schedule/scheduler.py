@@ -1,17 +1,9 @@
 """Submits a job for each dataset of a list when the dataset is due, once per tick.
 
-All that a scheduler knows is in the datasets' states, which it changes by conditional writes. The job of a
-tick has an id that derives from the tick, and the cluster accepts an id once. So a scheduler may die at any
-point, and several may run at once:
-
-1.  It reads the state, and writes that the tick is claimed. If it dies before the write, nothing has
-    happened, and the next poll does it. Of several schedulers, one succeeds with the write.
-2.  It submits the job of a claimed tick. If it dies before, the next poll finds the claim and submits. If it
-    dies after, the next poll submits again under the same id, and the cluster refuses: the job is submitted.
-3.  It writes that the job is submitted, and later how the job ended. If it dies before, the next poll does.
-
-A restarted cluster has forgotten its jobs. They died with it, so a claimed tick that is submitted again does
-not run twice at once, and finished shards are not labeled again.
+A poll writes that a tick is claimed, submits its job, and writes that the job is submitted, and later how the
+job ended. All that a scheduler knows is in the datasets' states, which it changes by conditional writes. The
+job's id derives from the tick, and the cluster accepts an id once. So a scheduler may die at any point, and
+several may run at once; docs/operating.md has the table.
 """
 
 import logging

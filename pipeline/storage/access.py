@@ -44,7 +44,7 @@ class Storage:
     Attributes:
         endpoint_url: an S3-compatible service; default: AWS, or AWS_ENDPOINT_URL_S3.
         region: the buckets' region; default: from the AWS configuration.
-        pauses: between attempts when a request fails.
+        pauses: between attempts of a request.
     """
 
     endpoint_url: str | None = None
@@ -98,10 +98,7 @@ class Storage:
         """Opens an object for reading, seekable, by ranged reads of 8 MiB that are retried.
 
         Every read is pinned to `version`, or to the current one: bytes of two versions never mix. With
-        a version nothing is fetched before the first read, so a missing object is noticed there.
-
-        Raises:
-            ObjectNotFound, ObjectChanged, StorageError: here or from any read.
+        a version nothing is fetched before the first read. Any read may raise `StorageError`.
         """
         return io.BufferedReader(self.open_raw(uri, version), buffer_size=CHUNK_BYTES)
 
@@ -128,12 +125,10 @@ class Storage:
     ) -> Versioned[T] | None:
         """Reads the current version of an object; starts again if somebody replaces the object meanwhile.
 
-        Returns:
-            What `read` made of the open object, and the version; None if there is no such object.
+        Returns what `read` made of the open object, and the version; None if there is no such object.
 
         Raises:
             ObjectChanged: the object was replaced during every attempt.
-            StorageError: any other failure.
         """
         while True:
             try:
@@ -177,15 +172,9 @@ class Storage:
     ) -> ObjectInfo | None:
         """Replaces an object by compare-and-swap; starts again if somebody else replaces it meanwhile.
 
-        Args:
-            uri: the object.
-            change: called with the object's version, or `ABSENT`; reads what it needs of that version, and
-                returns the new content, or None to leave the object as it is.
-            expected: the version to start with; None looks it up.
-            attempts: in all.
-
-        Returns:
-            The object as written; None if `change` left it as it is.
+        `change` is called with the object's version, or `ABSENT`. It reads what it needs of that version, and
+        returns the new content, or None to leave the object as it is: then None is returned here, too. The
+        first version is `expected`, if given.
 
         Raises:
             ObjectChanged: the object was replaced during every attempt.

@@ -86,7 +86,6 @@ class ReadAhead(RangeReader):
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="read-ahead")
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fills the buffer up to the end of the object."""
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view) and self._position < self._info.size:

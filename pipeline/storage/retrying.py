@@ -29,15 +29,12 @@ class Pauses:
     longest: float = 10.0
 
     def after(self, attempt: int) -> float:
-        """Returns the seconds to wait after a failed attempt, counted from 1.
-
-        Jitter keeps clients that failed together from returning together.
-        """
+        """Returns the seconds to wait after a failed attempt, counted from 1."""
+        # Jitter keeps clients that failed together from returning together.
         return min(self.longest, self.first * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1)
 
 
-#: About half a minute in all.
-DEFAULT_PAUSES = Pauses()
+DEFAULT_PAUSES = Pauses()  # about half a minute in all
 
 
 def retry(
