@@ -10,23 +10,9 @@ import typer
 from jobs.console import make_app
 
 COMMANDS = (
-    "label",
-    "plan",
-    "stats",
-    "report",
-    "compare",
-    "publish",
-    "submit",
-    "status",
-    "logs",
-    "stop",
-    "schedule",
-    "demo",
-    "train",
-    "convert",
-    "verify",
-    "benchmark",
-)
+    "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
+    "demo", "train", "convert", "verify", "benchmark",
+)  # fmt: skip
 
 
 def make_cli(command: str | None = None) -> typer.Typer:

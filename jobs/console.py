@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -157,9 +157,7 @@ def exit_status() -> Iterator[None]:
         yield
     except ConfigError as error:
         _leave(Exit.USAGE, error)
-    except (StorageError, CheckpointError, NoShardsError, ConnectionError) as error:
-        _leave(Exit.UNUSABLE, error)
-    except UnknownJobError as error:
+    except (StorageError, CheckpointError, NoShardsError, ConnectionError, UnknownJobError) as error:
         _leave(Exit.UNUSABLE, error)
     except SubmissionRefusedError as error:
         _leave(Exit.REFUSED, error)
@@ -191,8 +189,7 @@ def load_job(
 
     config, record = load_recorded(Config, path, overrides or (), keep_relative_paths=keep_relative_paths)
     given = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
-    recorded = record.get("selection")
-    selected = recorded if isinstance(recorded, dict) else {}  # of an earlier version, there is none
+    selected = record.get("selection", {})
     again = [name for name, value in given.items() if value is None and selected.get(name) is True]
     if again:
         options = " ".join(f"--{name.replace('_', '-')}" for name in again)
@@ -248,12 +245,7 @@ def _leave(status: Exit, message: object) -> None:
 
 
 def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
-    """The classes that occur, the most frequent first, as a table for the terminal.
-
-    Args:
-        classes: as `class_stats.parquet` holds them.
-        most: how many classes at most; None for all.
-    """
+    """The most frequent of the classes that occur, or all of them, as a table for the terminal."""
     rows = occurring(classes)
     has_targets = any(row["support"] is not None for row in rows)
     shown = rows[:most]
@@ -298,6 +290,14 @@ def plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(printable(text))
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Prints names and values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(name, value)
+    out.print(table, soft_wrap=True, markup=False)
 
 
 class OneLineFormatter(logging.Formatter):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 from rich.table import Table
 
@@ -21,7 +20,6 @@ from jobs.local_s3 import LocalS3
 from pipeline.commit import Partition
 from pipeline.config import Config, load_config
 from pipeline.dataflow import sigterm_interrupts
-from pipeline.run import RunResult
 from pipeline.storage import Storage
 
 _SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
@@ -51,16 +49,14 @@ def _label(server: LocalS3, output: Path) -> None:
     for shard in shards:
         storage.write(f"{config.input.uri}/{shard.name}", shard.read_bytes())
     out.print(f"S3 server at {server.endpoint_url}: {len(shards)} shards in {config.input.uri}")
-    result = run(config)
-    _read_back(result, output)
+    _read_back(run(config).partition, output)
 
 
-def _read_back(result: RunResult, output: Path) -> None:
+def _read_back(partition: Partition, output: Path) -> None:
     """Reads the labels back from S3, shows some, and copies all that the run wrote."""
-    partition = result.job.partition
-    copies = _copy(partition, output)
-    files = sorted(path for path in copies if "predictions" in path.parts)
-    labels = pa.concat_tables([pq.read_table(path) for path in files])
+    _copy(partition, output)
+    tables = list(partition.read_labels())
+    labels = pa.concat_tables(tables)
     table = Table(title="Some of the labels, read back from S3", title_justify="left")
     shown = ("key", "label", "score", "entropy", "target_id")
     for name in shown:
@@ -68,19 +64,15 @@ def _read_back(result: RunResult, output: Path) -> None:
     for row in labels.slice(0, 5).to_pylist():
         table.add_row(*(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in shown))
     out.print(table)
-    out.print(f"{labels.num_rows:,} labels in {len(files)} Parquet files, kept in {output}/", markup=False)
+    out.print(f"{labels.num_rows:,} labels in {len(tables)} Parquet files, kept in {output}/", markup=False)
 
 
-def _copy(partition: Partition, output: Path) -> list[Path]:
-    """Copies a partition to a local folder; returns the files."""
+def _copy(partition: Partition, output: Path) -> None:
     root = partition.uri.rpartition("/")[0]
-    copies = []
     for info in partition.storage.list(partition.uri):
         path = output / info.uri.removeprefix(f"{root}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(partition.storage.read(info.uri))
-        copies.append(path)
-    return copies
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from typing import Annotated
 
 import typer
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from jobs.console import (
     ConfigOption,
@@ -29,6 +29,7 @@ from jobs.console import (
     exit_status,
     load_job,
     out,
+    print_facts,
     run_alone,
     states_line,
 )
@@ -90,7 +91,7 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     handler.setFormatter(OneLineFormatter(form))
     logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO)
-    with ProgressBar() if err.is_terminal else ProgressLines() as shown:
+    with closing(ProgressBar() if err.is_terminal else ProgressLines()) as shown:
 
         def planned(prepared: PreparedRun) -> None:
             err.print(states_line(prepared.plan), markup=False, highlight=False)
@@ -108,20 +109,13 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._pace = Pace()
-        columns = (
-            TextColumn("labelling"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("shards · {task.fields[state]}"),
-            TimeElapsedColumn(),
-        )
+        state = TextColumn("shards · {task.fields[state]}")
+        columns = TextColumn("labelling"), BarColumn(), MofNCompleteColumn(), state, TimeElapsedColumn()
         self._bar = Progress(*columns, console=err, transient=True)
         self._task = self._bar.add_task("", state="")
 
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Removes the bar."""
         self._bar.stop()
 
     def planned(self, plan: Plan) -> None:
@@ -145,10 +139,8 @@ class ProgressLines:
         self._state = ""
         self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
 
-    def __enter__(self) -> ProgressLines:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Logs no more lines."""
         self._over.set()
         if self._teller.is_alive():
             self._teller.join()
@@ -197,22 +189,18 @@ class Pace:
         return f"{text}, {images / (now - since):,.1f}/s, {left} left"
 
 
-def print_result(result: RunResult, most: int = 20) -> None:
+def print_result(result: RunResult) -> None:
     """Prints the classes, and what a person wants to know at the end."""
     totals, stats, work = result.totals, result.statistics, result.plan
+    topk = result.job.config.output.topk
     if stats is not None and stats.count.any():
-        out.print(
-            class_statistics_table(
-                class_table(stats, result.job.partition.labels, result.job.config.output.topk), most
-            )
-        )
-    facts = Table.grid(padding=(0, 2))
+        out.print(class_statistics_table(class_table(stats, result.partition.labels, topk), most=20))
     rows = {
         "shards": states_line(work),
         "images": f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards",
         "errors": f"{totals.errors:,}",
         "images/s": f"{result.rate:,.1f}",
-        "output": result.job.partition.uri,
+        "output": result.partition.uri,
     }
     if result.stages:
         rows["decoded by"] = result.decoder
@@ -222,10 +210,8 @@ def print_result(result: RunResult, most: int = 20) -> None:
     if result.pruned:
         rows["pruned"] = f"{result.pruned:,} shards that the input no longer has"
     if stats is not None and stats.has_targets:
-        rows["accuracy"] = f"{accuracy(stats, result.job.config.output.topk)}, of all labels"
-    for name, value in rows.items():
-        facts.add_row(name, value)
-    out.print(facts, soft_wrap=True, markup=False)
+        rows["accuracy"] = f"{accuracy(stats, topk)}, of all labels"
+    print_facts(rows)
     if totals.duplicate_keys:
         message = f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard"
         err.print(message, markup=False)

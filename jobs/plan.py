@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
 
 from jobs.console import (
     ConfigOption,
@@ -18,6 +17,7 @@ from jobs.console import (
     exit_status,
     load_job,
     out,
+    print_facts,
     run_alone,
     states_line,
 )
@@ -41,26 +41,24 @@ def plan(
     """
     with exit_status():
         planned = plan_run(*load_job(config, set, retry_errors, relabel, prune))
+    to_label = planned.plan.shards
     if shards:
-        for shard in planned.plan.shards:
+        for shard in to_label:
             line = f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
             out.print(line, markup=False, highlight=False, soft_wrap=True)
-    job, to_label = planned.job, planned.plan.shards
-    formats = Counter(shard.format for shard in planned.plan.shards)
-    table = Table.grid(padding=(0, 2))
-    rows = {
+    job, checkpoint = planned.job, planned.job.checkpoint
+    formats = Counter(shard.format for shard in to_label)
+    facts = {
         "input": job.config.input.uri,
         "shards": states_line(planned.plan),
         "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
         + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
         "ignored": f"{planned.plan.ignored:,} objects that are no shard",
-        "model": f"{job.checkpoint.name}, {len(job.checkpoint.labels):,} classes, "
-        f"{job.checkpoint.preprocessor.size} pixels",
+        "model": f"{checkpoint.name}, {len(checkpoint.labels):,} classes, "
+        f"{checkpoint.preprocessor.size} pixels",
         "output": job.partition.uri,
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    out.print(table, soft_wrap=True, markup=False)
+    print_facts(facts)
 
 
 if __name__ == "__main__":

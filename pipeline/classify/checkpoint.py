@@ -26,11 +26,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Loads a checkpoint as `cvt.checkpoints.load_checkpoint` does, from object storage too.
 
-    Args:
-        storage: access to URIs.
-        path: what `load_checkpoint` takes, or the URI of such a folder or file, whose last part is the name.
-        revision: branch, tag or commit of a hub id.
-        labels: file of the classes' names, or its URI.
+    The path may also be the URI of a folder or file, whose last part is the name, and `labels` a URI.
 
     Raises:
         CheckpointError: nothing is there, or it isn't a complete CvT classifier.
@@ -42,8 +38,7 @@ def open_checkpoint(
         path = fetched.local(path)
         if labels is not None and "://" in labels:
             labels = fetched.file(labels)
-        with fetched.errors_by_uri():
-            return load_checkpoint(path, revision, labels)
+        return load_checkpoint(path, revision, labels)
 
 
 def open_features(storage: Storage, path: str) -> tuple[CvtModel, Preprocessor]:
@@ -54,14 +49,22 @@ def open_features(storage: Storage, path: str) -> tuple[CvtModel, Preprocessor]:
     """
     from cvt.checkpoints import load_features
 
-    with _fetched(storage) as fetched, fetched.errors_by_uri():
+    with _fetched(storage) as fetched:
         return load_features(fetched.local(path))
 
 
 @contextmanager
 def _fetched(storage: Storage) -> Iterator[_Fetched]:
+    """Copies of objects, until the block ends; errors in it name their URIs, not the copies."""
     with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
-        yield _Fetched(storage, Path(temporary))
+        fetched = _Fetched(storage, Path(temporary))
+        try:
+            yield fetched
+        except CheckpointError as error:
+            message = str(error)
+            for local, uri in fetched.folders.items():
+                message = message.replace(local, uri)
+            raise type(error)(message) from error
 
 
 class _Fetched:
@@ -70,16 +73,15 @@ class _Fetched:
     def __init__(self, storage: Storage, root: Path) -> None:
         self._storage = storage
         self._root = root
-        self._folders: dict[str, str] = {}  # local: URI
+        self.folders: dict[str, str] = {}  # local: URI
 
     def local(self, path: str) -> str:
-        """What a checkpoint's path or URI is on this machine."""
-        if "://" in path:
-            path = normalize_uri(path)  # of file:// a local path
-        return self.model(path) if "://" in path else path
-
-    def model(self, uri: str) -> str:
-        """Copies what loading uses; returns the local folder or file that stands for the URI."""
+        """The local path that stands for a checkpoint's path or URI; copies what loading uses."""
+        if "://" not in path:
+            return path
+        uri = normalize_uri(path)
+        if "://" not in uri:  # it was file://
+            return uri
         from cvt.checkpoints import weights
 
         suffix = PurePosixPath(uri).suffix
@@ -98,22 +100,11 @@ class _Fetched:
         objects = [self._storage.stat(f"{folder}/{each}") for each in (name, *beside)]
         return str(self._copy(folder, objects) / name)
 
-    @contextmanager
-    def errors_by_uri(self) -> Iterator[None]:
-        """Puts URIs in the place of local paths in what is wrong with a checkpoint."""
-        try:
-            yield
-        except CheckpointError as error:
-            message = str(error)
-            for local, uri in self._folders.items():
-                message = message.replace(local, uri)
-            raise type(error)(message) from error
-
     def _copy(self, uri: str, objects: Iterable[ObjectInfo]) -> Path:
         """Copies objects of one folder, each in the version that was listed."""
-        folder = self._root / str(len(self._folders)) / PurePosixPath(uri).name
+        folder = self._root / str(len(self.folders)) / PurePosixPath(uri).name
         folder.mkdir(parents=True)
-        self._folders[str(folder)] = uri
+        self.folders[str(folder)] = uri
         for info in objects:
             copy = folder / PurePosixPath(info.uri).name
             with self._storage.open(info.uri, info.version) as source, copy.open("wb") as target:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
     from cvt.inference import EngineOutput
 
-
 logger = logging.getLogger("cvt_label")
-
 
 #: A model: uint8 images (n, height, width, 3) in, n from 1 up, logits and embeddings out. Images are an
 #: array, or a tensor that decoding has put on the model's device: `classify` only slices them.
@@ -89,8 +87,8 @@ def _bisected(
         logger.warning("the model failed for %d images, trying each half: %s", len(pixels), error)
         yield from _bisected(backend, pixels[:half], failures, start)
         yield from _bisected(backend, pixels[half:], failures, start + half)
-        return
-    yield outputs
+    else:
+        yield outputs
 
 
 def _predict(logits: np.ndarray, options: PredictionOptions) -> dict[str, pa.Array]:

@@ -28,7 +28,6 @@ MOST, LEAST = ENDS = ("most", "least")
 
 #: Column of chunks.
 THUMBNAIL_COLUMN = "thumbnail"
-
 _QUALITY = 80
 
 
@@ -52,9 +51,7 @@ class Thumbnails:
     def added(self, decoded: Chunk, classified: Chunk) -> Chunk:
         """Returns the classified chunk with a column of thumbnails, null for most samples.
 
-        Args:
-            decoded: the chunk before classification, with its pixels.
-            classified: the chunk after classification.
+        The chunk before classification, `decoded`, has the pixels.
         """
         samples, pixels = classified.samples, decoded.pixels
         assert pixels is not None

@@ -4,7 +4,7 @@ Deciding what to label does not belong here.
 """
 
 from pipeline.commit.committer import WRITERS, Committer, Progress, Totals
-from pipeline.commit.lease import Lease, LeaseHandle, LeaseHeldError, LeaseLostError, left_in_order
+from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in_order
 from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
@@ -24,7 +24,6 @@ __all__ = [
     "WRITERS",
     "Committer",
     "Lease",
-    "LeaseHandle",
     "LeaseHeldError",
     "LeaseLostError",
     "Manifest",

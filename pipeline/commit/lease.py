@@ -23,6 +23,7 @@ from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 
 _logger = logging.getLogger("cvt_label")
 
+OnWait = Callable[[str], None]
 State = Literal["held", "released", "unfinished"]
 
 
@@ -83,18 +84,15 @@ def _latest(storage: Storage, uri: str) -> Versioned[LeaseState] | None:
     return storage.read_latest(uri, lambda file: LeaseState.from_bytes(uri, file.read()))
 
 
-@dataclass
-class LeaseHandle:
-    """Whether the last run left manifest and statistics up to date, and whether the lease's holder does."""
-
-    found_in_order: bool
-    left_in_order: bool = False
-
-
 class Lease:
     """A partition's lease: hold it with `held`, and call `check` now and then.
 
     The clocks of its users should agree to within a fraction of its length.
+
+    Attributes:
+        run: id of the run that holds the lease.
+        found_in_order: whether the last run left manifest and statistics up to date.
+        left_in_order: whether this run does; otherwise the next run repairs them.
     """
 
     def __init__(
@@ -114,6 +112,7 @@ class Lease:
         self.uri = _uri(partition)
         self._storage = storage
         self.run = run
+        self.found_in_order = self.left_in_order = False
         self._new_id = new_id
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
         self._seconds = seconds
@@ -126,10 +125,10 @@ class Lease:
     @contextmanager
     def held(
         self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None
-    ) -> Iterator[LeaseHandle]:
+    ) -> Iterator[None]:
         """Holds the lease while the block runs; see `acquire`."""
         try:
-            handle = LeaseHandle(self.acquire(wait, on_wait))
+            self.found_in_order = self.acquire(wait, on_wait)
         except KeyboardInterrupt:  # it may have come just after the lease was taken
             found = _latest(self._storage, self.uri)
             if found is not None and found.content.run == self.run:
@@ -137,11 +136,11 @@ class Lease:
                 self.release(in_order=False)
             raise
         try:
-            yield handle
+            yield
         finally:
-            self.release(handle.left_in_order)
+            self.release(self.left_in_order)
 
-    def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
+    def acquire(self, wait: bool = False, on_wait: OnWait = lambda message: None) -> bool:
         """Takes the lease; returns whether the last run left everything in order.
 
         Args:

@@ -10,7 +10,7 @@ import bisect
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -219,18 +219,16 @@ class Manifest:
 
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
         """Folds the class statistics over every labeled shard, or over those that one run labeled."""
-        return self._folded(run, None, ())[0]
+        return self.fold_runs(None, run=run)[0]
 
-    def fold_runs(self, root: str | None, *groups: Collection[str]) -> list[ClassStatistics]:
+    def fold_runs(
+        self, root: str | None, *groups: Collection[str], run: str | None = None
+    ) -> list[ClassStatistics]:
         """Folds the class statistics over every labeled shard, and over what each group of runs labeled.
 
-        With a root, the groups' statistics are of shards under that URI only. Reads the manifest once.
+        With a root, the groups' statistics are of shards under that URI only; with a run, only what that run
+        labeled counts. Reads the manifest once.
         """
-        return self._folded(None, root, groups)
-
-    def _folded(
-        self, run: str | None, root: str | None, groups: Collection[Collection[str]]
-    ) -> list[ClassStatistics]:
         total, *totals = (ClassStatistics.empty(self._num_classes) for _ in range(1 + len(groups)))
         for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
             total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
@@ -265,19 +263,15 @@ class Manifest:
         version = self._storage.version(self.uri) if version is None else version
         if version == ABSENT:
             return
-        with self._errors(), self._storage.open_raw(self.uri, version) as stream:
-            file = pq.ParquetFile(stream, pre_buffer=True)
-            missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
-            if missing:
-                message = f"not a manifest: it has no column {', '.join(missing)} (run stats --rebuild)"
-                raise StorageError(self.uri, message)
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
         try:
-            yield
+            with self._storage.open_raw(self.uri, version) as stream:
+                file = pq.ParquetFile(stream, pre_buffer=True)
+                missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
+                if missing:
+                    message = f"not a manifest: it has no column {', '.join(missing)} (run stats --rebuild)"
+                    raise StorageError(self.uri, message)
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
         except (pa.ArrowInvalid, ValueError, KeyError) as error:
             raise StorageError(self.uri, f"not a manifest: {error}") from None
 

@@ -30,8 +30,7 @@ class RunRecord:
         self._uri = uri
         self._values = values | {name: [] for name in _LISTS}
         self._lock = threading.Lock()
-        self._is_saved = False
-        self._saved = dict.fromkeys(_LISTS, 0)
+        self._saved: dict[str, int] = {}  # lengths of the lists
 
     @property
     def is_complete(self) -> bool:
@@ -51,23 +50,19 @@ class RunRecord:
 
     def shards(self, what: str, uris: Iterable[str]) -> None:
         """Adds shards to a list of what happened to shards."""
-        found = sorted(uris)
         with self._lock:
-            self._values[what] += found
-            self._is_saved = self._is_saved and not found
+            self._values[what] += sorted(uris)
 
     def failure(self, row: ManifestRow) -> None:
         """Adds a shard that couldn't be read."""
         with self._lock:
             self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE})
-            self._is_saved = False
 
     def forget(self) -> None:
         """Takes back what was added of shards since it was written last."""
         with self._lock:
             for name, count in self._saved.items():
                 del self._values[name][count:]
-            self._is_saved = True
 
     def save(self) -> None:
         """Writes it, if shards were added since it was written.
@@ -76,15 +71,15 @@ class RunRecord:
             StorageError: it can't be written.
         """
         with self._lock:
-            if not self._is_saved:
+            lengths = {name: len(self._values[name]) for name in _LISTS}
+            if lengths != self._saved:
                 self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
-                self._saved = {name: len(self._values[name]) for name in _LISTS}
-                self._is_saved = True
+                self._saved = lengths
 
     def end(self, **values: Any) -> None:
         """Sets the last values, and the time, and writes it."""
         self.note(ended_at=datetime.now(UTC).isoformat(), **values)
-        self._is_saved = False
+        self._saved = {}
         self.save()
 
 

@@ -30,18 +30,10 @@ def clean_up(
     lease: Lease,
     relist: Callable[[], Iterable[Shard]],
 ) -> tuple[set[str], bool]:
-    """Removes labels and rows that must go, and repairs the manifest.
+    """Removes labels and rows that must go, and repairs the manifest; first writes the record.
 
     Labels of images that now belong to another group are removed first, so that no image is ever visible
-    in two groups' files.
-
-    Args:
-        partition: whose labels they are.
-        plan: which shards are in which state.
-        repairs: how the manifest differs from what it is made from.
-        record: lists what happens to shards, before the manifest does.
-        lease: the run's, which must hold.
-        relist: lists the input again.
+    in two groups' files. `relist` lists the input again.
 
     Returns:
         the shards whose labels were removed, and whether anything was changed.
@@ -73,11 +65,7 @@ def clean_up(
 
 
 def remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
-    """Removes shards' prediction files, except those that another run has rewritten meanwhile.
-
-    Args:
-        partition: whose they are.
-        versions: of each file, by its shard's URI.
+    """Removes shards' prediction files of these versions, not those that another run has rewritten meanwhile.
 
     Raises:
         StorageError: one can't be removed.
@@ -103,13 +91,7 @@ def withdraw_regrouped(
 
     That matters only where another run has labeled those other groups, knowing nothing of this run: where
     there is a prediction file that this run neither found nor wrote, or of another version of a group.
-
-    Args:
-        partition: whose labels they are.
-        plan: of the run.
-        groups: manifest rows of the groups that the run labeled, by URI.
-        entries: the manifest's rows at the start of the run.
-        relist: lists the input again.
+    `groups` has the manifest rows of groups that the run labeled, `entries` all rows at the start of the run.
 
     Returns:
         the groups whose labels were removed.

@@ -20,10 +20,8 @@ from pipeline.storage import Storage, room_below
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
 
-
 #: The longest of the names that every partition has in it.
 _OWN_NAME = "runs/20260101T000000.000000Z-abcdef.json"
-
 _PREDICTIONS = "predictions/"
 
 
@@ -32,11 +30,9 @@ class Job:
     """A labeling job: built once from its configuration, and passed to whatever runs it.
 
     Attributes:
-        config: the configuration.
         storage: access to input and output.
         checkpoint: the model, loaded.
         fingerprint: hash over everything that determines a label, in hexadecimal.
-        partition: where the labels go.
     """
 
     config: Config
@@ -70,7 +66,7 @@ class Job:
         config = self.config
         return Stages(
             storage=self.storage,
-            read_options=self.read_options,
+            read_options=ReadOptions.of(config.input, self.checkpoint.labels, config.read.fetches),
             checkpoint=self.checkpoint,
             predictions=self.prediction_options,
             max_image_pixels=config.input.max_image_pixels,
@@ -80,11 +76,6 @@ class Job:
             gallery=config.report.gallery,
             thumbnail_side=config.report.thumbnail_side,
         )
-
-    @property
-    def read_options(self) -> ReadOptions:
-        """What readers need to know of the input, and of the model's classes."""
-        return ReadOptions.of(self.config.input, self.checkpoint.labels, self.config.read.fetches)
 
 
 def make_job(config: Config) -> Job:

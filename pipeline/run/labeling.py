@@ -14,7 +14,7 @@ from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import Stop, Stopped, sigterm_interrupts
 from pipeline.read import Shard, list_shards
 from pipeline.report import write_report
-from pipeline.run import gate, summaries
+from pipeline.run import summaries
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
 from pipeline.run.job import make_job
 from pipeline.run.preparing import PreparedRun, open_listing, prepare
@@ -59,13 +59,13 @@ def label(
     job = make_job(config)
     first_id = new_run_id()
     lease = Lease(job.storage, job.partition.uri, first_id, config.run.lease_s, new_id=new_run_id)
-    with sigterm_interrupts(), lease.held(wait, on_wait) as handle:
+    with sigterm_interrupts(), lease.held(wait, on_wait):
         run = lease.run
         if run != first_id:  # it waited, and the input may have changed meanwhile
             listing = open_listing(config)
         try:
             with recorded(job, run, clock, selection) as record:
-                prepared = prepare(job, listing, selection, handle.found_in_order)
+                prepared = prepare(job, listing, selection, lease.found_in_order)
                 plan = prepared.plan
                 clock.mark("planned")
                 on_plan(prepared)
@@ -80,9 +80,9 @@ def label(
                 finally:
                     record.note(storage_faults=dict(retries() - before + result.totals.retries))
         except Stopped:
-            handle.left_in_order = True
+            lease.left_in_order = True
             raise
-        handle.left_in_order = True
+        lease.left_in_order = True
     return result
 
 
@@ -156,7 +156,7 @@ class _Run:
         result.statistics, previous = runs.compare()
         summaries.write_class_table(partition, result.statistics, job.config.output.topk)
         self._note_counts()
-        self._judge(self._limits(), runs, previous)
+        self._judge(runs, previous)
         gone = {*self.record.values["removed"], *result.withdrawn}
         summaries.update_gallery(job, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
@@ -165,16 +165,22 @@ class _Run:
 
     def _judge_again(self) -> None:
         """Holds what earlier runs labeled to the gate, where this one adds nothing."""
-        limits = self._limits()
-        if limits.are_any:
+        if self._limits().are_any:
             runs = self._run_pair()
-            self._judge(limits, runs, runs.compare()[1] if runs.current else None)
+            self._judge(runs, runs.compare()[1] if runs.current else None)
 
     def _limits(self) -> Limits:
         return Limits(**self.result.job.config.gate.model_dump())
 
-    def _judge(self, limits: Limits, runs: RunPair, previous: Comparison | None) -> None:
-        drift, broken = gate.judge(limits, runs, previous)
+    def _judge(self, runs: RunPair, previous: Comparison | None) -> None:
+        """Holds the comparison with the previous run, if there is one, to the limits of the gate.
+
+        Where nothing is new, the judgment of the last run that labeled something still holds.
+        """
+        drift = None if previous is None else previous.totals
+        if not runs.current and runs.previous is not None:
+            drift = (runs.partition.record(runs.previous) or {}).get("drift")
+        broken = self._limits().broken(drift) if drift else []
         self.result.broken_limits = broken
         self.record.note(drift=drift, broken_limits=broken)
 

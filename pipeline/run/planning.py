@@ -28,9 +28,7 @@ class Plan:
     """What a run has to do.
 
     Attributes:
-        selection: what is labeled besides new and changed shards.
         shards: the shards to label, in the order of the listing.
-        states: how many shards are in which state.
         ignored: objects under the input URI that are no shard.
         expected: by URI of a shard to label, the version of its present prediction file.
         again: how many of `shards` are neither new nor changed.
@@ -72,12 +70,9 @@ class Plan:
 
 
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
-    """Compares the input with what is labeled.
+    """Compares the input with what is labeled; reads the listing to its end.
 
-    Args:
-        listing: the input's shards; read to its end. Only shards below its URI and of its format can be gone.
-        manifest: the manifest's rows by URI, repaired; rows of other inputs are ignored.
-        selection: what is labeled besides new and changed shards.
+    Only shards under the listing's URI and of its format can be gone: rows of other inputs are ignored.
     """
     shards: list[Shard] = []
     states: Counter[State] = Counter()
@@ -135,9 +130,7 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
 def regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
     """Groups of image files, some of whose images are in another group of these shards.
 
-    Args:
-        shards: the shards of the input that may have gained images.
-        group_of: by URI of an image, the group under which it is labeled.
+    `group_of` has the group under which an image is labeled, by the URI of the image.
     """
     members = ((member.uri, shard.uri) for shard in shards for member in shard.members)
     return {group_of[image] for image, group in members if group_of.get(image, group) != group}

@@ -20,9 +20,9 @@ def rebuild(partition: Partition) -> None:
     """
     storage, uri = partition.storage, partition.uri
     lease = Lease(storage, uri, new_run_id(), LEASE_S)
-    with sigterm_interrupts(), lease.held() as handle:
+    with sigterm_interrupts(), lease.held():
         fingerprint = partition_fingerprint(storage, uri)
         partition.manifest.replace(lambda: rebuilt_rows(storage, uri, fingerprint))
         lease.verify()
         write_class_table(partition, partition.manifest.fold_statistics(), partition.topk())
-        handle.left_in_order = True
+        lease.left_in_order = True

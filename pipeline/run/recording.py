@@ -38,9 +38,8 @@ class Clock:
 
 @contextmanager
 def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
-    """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at
-    the end, with how it ended.
-    """
+    """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at the end."""
+    versions = {name: installed_version(name) or "not installed" for name in _PACKAGES}
     values = {
         "run": run,
         "status": "running",
@@ -50,7 +49,7 @@ def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator
         "fingerprint": job.fingerprint,
         "model_digest": job.checkpoint.digest,
         "model_commit": job.checkpoint.commit,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version()} | versions,
     }
     record = RunRecord(job.partition.storage, f"{job.partition.uri}/runs/{run}.json", values)
 
@@ -71,8 +70,3 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {name: installed_version(name) or "not installed" for name in _PACKAGES}
-    return {"python": platform.python_version()} | versions

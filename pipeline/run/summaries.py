@@ -35,13 +35,9 @@ def write_class_table(partition: Partition, statistics: ClassStatistics, topk: i
 
 
 def update_gallery(job: Job, statistics: ClassStatistics, new: Gallery | None, gone: Collection[str]) -> None:
-    """Writes `gallery.parquet` with what a run has found.
+    """Writes `gallery.parquet` without shards that are gone; it keeps the most frequent classes.
 
-    Args:
-        job: whose gallery it is.
-        statistics: of all labels; the gallery keeps the most frequent classes.
-        new: what the run has found; None where it has labelled nothing.
-        gone: shards whose labels it has removed.
+    `new` is what the run has found; None where it has labeled nothing.
     """
     storage, uri, count = job.partition.storage, job.partition.uri, job.config.report.gallery
     if not count:

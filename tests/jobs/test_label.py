@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_without_a_terminal_lines_are_logged_before_and_between_results(
             assert time.monotonic() < end, caplog.text
             time.sleep(0.01)
 
-    with ProgressLines(interval=0.05) as shown:
+    with closing(ProgressLines(interval=0.05)) as shown:
         shown.planned(plan)
         wait_for(r"no results yet, after \d+ s", 2)
         shown.update(Progress(7, 1, 1, 0.5), prepared)
