@@ -244,8 +244,8 @@ def _leave(status: Exit, message: object) -> None:
     sys.exit(status)
 
 
-def class_statistics_table(classes: pa.Table, most: int | None = None) -> Table:
-    """The most frequent of the classes that occur, or all of them, as a table for the terminal."""
+def class_statistics_table(classes: pa.Table, most: int) -> Table:
+    """The most frequent of the classes that occur, as a table for the terminal."""
     rows = occurring(classes)
     has_targets = any(row["support"] is not None for row in rows)
     shown = rows[:most]

@@ -54,7 +54,11 @@ def _label(server: LocalS3, output: Path) -> None:
 
 def _read_back(partition: Partition, output: Path) -> None:
     """Reads the labels back from S3, shows some, and copies all that the run wrote."""
-    _copy(partition, output)
+    root = partition.uri.rpartition("/")[0]
+    for info in partition.storage.list(partition.uri):
+        path = output / info.uri.removeprefix(f"{root}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(partition.storage.read(info.uri))
     tables = list(partition.read_labels())
     labels = pa.concat_tables(tables)
     table = Table(title="Some of the labels, read back from S3", title_justify="left")
@@ -65,14 +69,6 @@ def _read_back(partition: Partition, output: Path) -> None:
         table.add_row(*(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in shown))
     out.print(table)
     out.print(f"{labels.num_rows:,} labels in {len(tables)} Parquet files, kept in {output}/", markup=False)
-
-
-def _copy(partition: Partition, output: Path) -> None:
-    root = partition.uri.rpartition("/")[0]
-    for info in partition.storage.list(partition.uri):
-        path = output / info.uri.removeprefix(f"{root}/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(partition.storage.read(info.uri))
 
 
 if __name__ == "__main__":

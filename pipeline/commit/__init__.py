@@ -10,14 +10,7 @@ from pipeline.commit.manifest_writer import ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
 from pipeline.commit.record import RunRecord, new_run_id
-from pipeline.commit.recovery import (
-    Repairs,
-    find_repairs,
-    partition_fingerprint,
-    prediction_files,
-    rebuilt_rows,
-    reconcile,
-)
+from pipeline.commit.recovery import Repairs, find_repairs, prediction_files, rebuilt_rows, reconcile
 
 __all__ = [
     "CLASS_STATS",
@@ -39,7 +32,6 @@ __all__ = [
     "left_in_order",
     "new_run_id",
     "open_partition",
-    "partition_fingerprint",
     "prediction_files",
     "rebuilt_rows",
     "reconcile",

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
+from pipeline.commit.record import new_run_id
 from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 
 _logger = logging.getLogger("cvt_label")
@@ -101,19 +102,17 @@ class Lease:
         partition: str,
         run: str,
         seconds: float,
-        new_id: Callable[[], str] | None = None,
         poll_s: float = 5.0,
     ) -> None:
         """A lease holds so many seconds without renewal; it is renewed three times as often.
 
-        `new_id` makes another id for a run that had to wait, so that runs sort by when they worked. A lease
-        that is waited for is read every `poll_s` seconds.
+        A run that had to wait gets another id, so that runs sort by when they worked. A lease that is waited
+        for is read every `poll_s` seconds.
         """
         self.uri = _uri(partition)
         self._storage = storage
         self.run = run
         self.found_in_order = self.left_in_order = False
-        self._new_id = new_id
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
         self._seconds = seconds
         self._poll_s = min(poll_s, seconds / 3)
@@ -123,9 +122,7 @@ class Lease:
         self._heart = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @contextmanager
-    def held(
-        self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None
-    ) -> Iterator[None]:
+    def held(self, wait: bool = False, on_wait: OnWait = lambda message: None) -> Iterator[None]:
         """Holds the lease while the block runs; see `acquire`."""
         try:
             self.found_in_order = self.acquire(wait, on_wait)
@@ -159,8 +156,8 @@ class Lease:
             before = self._read(version)
             if before is not None and before.is_live and before.run != self.run:
                 return None
-            if waited and self._new_id is not None:
-                self.run, waited = self._new_id(), False
+            if waited:
+                self.run, waited = new_run_id(), False
             return self._content("held")
 
         while (written := self._storage.update(self.uri, claim)) is None:

@@ -101,41 +101,46 @@ class ManifestRow:
             statistics=pack_partial(footer.partial),
         )
 
+    def succeeding(self, before: ManifestRow | None) -> ManifestRow:
+        """The row that replaces an earlier one: a failure keeps the labels of an earlier version."""
+        if before is None or before.output is None or self.output is not None:
+            return self
+        return replace(before, error=self.error, failed_version=self.failed_version, gone=self.gone)
+
 
 _ENTRY_FIELDS = (
     "uri", "version", "errors", "output", "output_version", "error", "failed_version", "gone", "format",
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
 class Manifest:
-    """The stored manifest of a partition."""
+    """The stored manifest of a partition.
 
-    def __init__(
-        self,
-        storage: Storage,
-        partition: str,
-        num_classes: int,
-        *,
-        group_rows: int = 2000,
-        bare_group_rows: int = 50_000,
-        max_statistics: int = 17_000_000,
-    ) -> None:
-        """Up to `max_statistics`, shards times (classes + 100), rows hold their statistics (some 500 MB).
+    Attributes:
+        partition: URI of the partition.
+        num_classes: of its model.
+        group_rows: rows of a row group with statistics (some 50 MB): what is in memory during a rewrite.
+        bare_group_rows: rows of a row group without statistics (some 10 MB).
+        max_statistics: shards times (classes + 100) up to which rows hold their statistics (some 500 MB).
+            In a larger manifest that column is null, and statistics are folded from the files' footers.
+    """
 
-        In a larger manifest that column is null, and statistics are folded from the files' footers. A row
-        group with statistics (some 50 MB) is in memory during a rewrite; a bare one has none (some 10 MB).
-        """
-        self.uri = f"{partition}/manifest.parquet"
-        self._storage = storage
-        self._partition = partition
-        self._num_classes = num_classes
-        self._group_rows = group_rows
-        self._bare_group_rows = bare_group_rows
-        self._max_statistics = max_statistics
+    storage: Storage
+    partition: str
+    num_classes: int
+    group_rows: int = 2000
+    bare_group_rows: int = 50_000
+    max_statistics: int = 17_000_000
+
+    @property
+    def uri(self) -> str:
+        """URI of the object."""
+        return f"{self.partition}/manifest.parquet"
 
     def exists(self) -> bool:
         """Whether the manifest exists."""
-        return self._storage.version(self.uri) != ABSENT
+        return self.storage.version(self.uri) != ABSENT
 
     def read(self, columns: Collection[str]) -> pa.Table:
         """Returns some columns of all rows, sorted by URI; no rows where there is no manifest yet.
@@ -199,7 +204,7 @@ class Manifest:
 
     def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
         """Rewrites all rows, sorted by URI; calls `make_rows` again if somebody else wrote meanwhile."""
-        self._rewrite(lambda _: map(_to_table, batched(make_rows(), self._group_rows)))
+        self._rewrite(lambda _: map(_to_table, batched(make_rows(), self.group_rows)))
 
     def runs(self, root: str | None = None) -> list[str]:
         """Returns the runs that current labels are from, the first one first.
@@ -229,7 +234,7 @@ class Manifest:
         With a root, the groups' statistics are of shards under that URI only; with a run, only what that run
         labeled counts. Reads the manifest once.
         """
-        total, *totals = (ClassStatistics.empty(self._num_classes) for _ in range(1 + len(groups)))
+        total, *totals = (ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups)))
         for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
             total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
             rows = [row for row in rows if root is None or lies_in(row[0], root)]
@@ -240,7 +245,7 @@ class Manifest:
 
     def _partials(self, tables: Iterable[pa.Table]) -> Iterator[list[tuple[str, str | None, pa.Table]]]:
         """Yields URI, run and partial statistics of labeled shards, a bounded number at a time."""
-        size = self._group_rows
+        size = self.group_rows
         slices = (each.slice(i, size) for each in tables for i in range(0, len(each), size))
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
             for table in slices:
@@ -252,19 +257,19 @@ class Manifest:
                 yield list(zip(uris, runs, partials, strict=True))
 
     def _partial_of(self, output: str) -> pa.Table:
-        uri = f"{self._partition}/{output}"
-        with self._storage.open(uri) as file:
+        uri = f"{self.partition}/{output}"
+        with self.storage.open(uri) as file:
             return read_footer(uri, file).partial
 
     def _tables(
         self, columns: Collection[str] | None = None, version: str | None = None
     ) -> Iterator[pa.Table]:
         """Yields the rows of one version, or of the current one, a row group at a time."""
-        version = self._storage.version(self.uri) if version is None else version
+        version = self.storage.version(self.uri) if version is None else version
         if version == ABSENT:
             return
         try:
-            with self._storage.open_raw(self.uri, version) as stream:
+            with self.storage.open_raw(self.uri, version) as stream:
                 file = pq.ParquetFile(stream, pre_buffer=True)
                 missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
                 if missing:
@@ -281,16 +286,16 @@ class Manifest:
             def content(version: str) -> BinaryIO:
                 files.close()  # of the last attempt
                 whole = files.enter_context(tempfile.TemporaryFile())
-                labelled = _save(make_tables(version), whole, self._group_rows)
-                if labelled * (self._num_classes + 100) <= self._max_statistics:
+                labelled = _save(make_tables(version), whole, self.group_rows)
+                if labelled * (self.num_classes + 100) <= self.max_statistics:
                     return whole
                 bare = files.enter_context(tempfile.TemporaryFile())
                 groups = pq.ParquetFile(whole)
                 tables = (groups.read_row_group(i) for i in range(groups.num_row_groups))
-                _save(map(_without_statistics, tables), bare, self._bare_group_rows)
+                _save(map(_without_statistics, tables), bare, self.bare_group_rows)
                 return bare
 
-            self._storage.update(self.uri, content)
+            self.storage.update(self.uri, content)
 
 
 def _merged(
@@ -310,7 +315,7 @@ def _merged(
         if changed:
             is_changed = pc.is_in(table["uri"], value_set=pa.array(changed, pa.string()))
             before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
-            added = _to_table([_succeeded(before.get(uri), rows[uri]) for uri in now])
+            added = _to_table([rows[uri].succeeding(before.get(uri)) for uri in now])
             table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
         for name, uris, value in changes:
             field = _SCHEMA.field(name)
@@ -340,13 +345,6 @@ def _save(tables: Iterable[pa.Table], file: BinaryIO, group_rows: int) -> int:
         if left.num_rows:
             writer.write_table(left.combine_chunks())
     return labelled
-
-
-def _succeeded(before: ManifestRow | None, row: ManifestRow) -> ManifestRow:
-    if before is None or before.output is None or row.output is not None:
-        return row
-    # The labels of an earlier version are still there, and so are their statistics.
-    return replace(before, error=row.error, failed_version=row.failed_version, gone=row.gone)
 
 
 def _to_table(rows: list[ManifestRow]) -> pa.Table:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.commit.manifest import ManifestRow, batched
-from pipeline.predictions import read_footer
+from pipeline.predictions import Footer, read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
 _READERS = 32
@@ -25,18 +25,6 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
     """Lists the prediction files of a partition."""
     files = storage.list(f"{partition}/predictions", missing_ok=True)
     return (info for info in files if info.uri.endswith(".parquet"))
-
-
-def partition_fingerprint(storage: Storage, partition: str) -> str:
-    """Returns the fingerprint of a partition's prediction files; empty where there are none.
-
-    Raises:
-        StorageError: a file can't be read, or is no prediction file.
-    """
-    for info in prediction_files(storage, partition):
-        with storage.open(info.uri, info.version) as file:
-            return read_footer(info.uri, file).fingerprint
-    return ""
 
 
 def reconcile(
@@ -57,27 +45,28 @@ def reconcile(
 
 
 def recovered_rows(
-    storage: Storage, partition: str, fingerprint: str, files: Iterable[ObjectInfo]
+    storage: Storage, partition: str, files: Iterable[ObjectInfo], fingerprint: str | None = None
 ) -> Iterator[ManifestRow]:
-    """Yields the manifest rows of prediction files, from their footers.
+    """Yields the manifest rows of prediction files, from their footers; all have one fingerprint.
 
     Raises:
         StorageError: one of them is no prediction file of this partition.
     """
 
-    def recover(info: ObjectInfo) -> ManifestRow | None:
+    def read(info: ObjectInfo) -> tuple[ObjectInfo, Footer] | None:
         try:
             with storage.open(info.uri, info.version) as file:
-                footer = read_footer(info.uri, file)
+                return info, read_footer(info.uri, file)
         except (ObjectChanged, ObjectNotFound):  # another run replaced it, and writes its row
             return None
-        if footer.fingerprint != fingerprint:
-            raise StorageError(info.uri, f"is of another model or options: {footer.fingerprint}")
-        return ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
         for batch in batched(files, _AT_ONCE):
-            yield from filter(None, pool.map(recover, batch))
+            for info, footer in filter(None, pool.map(read, batch)):
+                fingerprint = fingerprint or footer.fingerprint
+                if footer.fingerprint != fingerprint:
+                    raise StorageError(info.uri, f"is of another model or options: {footer.fingerprint}")
+                yield ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
 
 
 @dataclass
@@ -139,11 +128,7 @@ class Repairs:
 
 
 def find_repairs(
-    storage: Storage,
-    partition: str,
-    fingerprint: str,
-    manifest: Mapping[str, ManifestRow],
-    in_order: bool,
+    storage: Storage, partition: str, fingerprint: str, manifest: Mapping[str, ManifestRow], in_order: bool
 ) -> Repairs:
     """Compares the manifest with what it is made from.
 
@@ -158,7 +143,7 @@ def find_repairs(
     """
     failing = {uri for uri, row in manifest.items() if row.error is not None}
     unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
-    found = {row.uri: row for row in recovered_rows(storage, partition, fingerprint, unlisted)}
+    found = {row.uri: row for row in recovered_rows(storage, partition, unlisted, fingerprint)}
     removed = set(lost) - found.keys()
     kept = {uri: row for uri, row in manifest.items() if uri not in removed}
     repairs = Repairs(dict(found), removed, kept | found)
@@ -172,52 +157,41 @@ def find_repairs(
 
 def _apply(history: History, newer: AbstractSet[str], repairs: Repairs) -> None:
     """Brings failures and deleted shards in line with the records."""
-    known = repairs.entries
     for uri in newer & history.failures.keys():
         repairs.cured.add(uri)
         del history.failures[uri]
-    for uri, row in list(known.items()):
-        failure = history.failures.get(uri)
-        if row.gone != (uri in history.gone):
-            repairs.gone[uri] = not row.gone
-            known[uri] = row = replace(row, gone=not row.gone)
-        if failure is None and row.error is not None:
-            if row.output is None:
-                repairs.removed.add(uri)
-                del known[uri]
-            else:
-                repairs.cured.add(uri)
-                known[uri] = replace(row, error=None, failed_version=None)
-        elif failure is not None and (row.error, row.failed_version) != (
-            failure.error,
-            failure.failed_version,
-        ):
-            repairs.rows[uri] = _failed(repairs.rows.get(uri), failure)
-            known[uri] = replace(row, error=failure.error, failed_version=failure.failed_version)
+    for uri, row in list(repairs.entries.items()):
+        failure = history.failures.get(uri, ManifestRow(uri))
+        now = replace(
+            row, error=failure.error, failed_version=failure.failed_version, gone=uri in history.gone
+        )
+        if now.output is None and now.error is None:
+            repairs.removed.add(uri)
+            del repairs.entries[uri]
+            continue
+        repairs.entries[uri] = now
+        if now.gone != row.gone:
+            repairs.gone[uri] = now.gone
+        if now.error is None and row.error is not None:
+            repairs.cured.add(uri)
+        elif (now.error, now.failed_version) != (row.error, row.failed_version):
+            repairs.rows[uri] = failure.succeeding(repairs.rows.get(uri))
     for uri, failure in history.failures.items():
-        if uri not in known.keys() | repairs.removed:
-            repairs.rows[uri] = failure
-            known[uri] = failure
+        if uri not in repairs.entries.keys() | repairs.removed:
+            repairs.rows[uri] = repairs.entries[uri] = failure
 
 
-def _failed(labelled: ManifestRow | None, failure: ManifestRow) -> ManifestRow:
-    """Returns the row of a failure: that of an earlier labeled version, if there is one."""
-    if labelled is None:
-        return failure
-    return replace(labelled, error=failure.error, failed_version=failure.failed_version)
-
-
-def rebuilt_rows(storage: Storage, partition: str, fingerprint: str) -> list[ManifestRow]:
+def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
     """Regenerates all manifest rows, sorted by URI, from prediction files and run records.
 
     Raises:
         StorageError: one of them is no prediction file of this partition, or no record.
     """
     files = prediction_files(storage, partition)
-    rows = {row.uri: row for row in recovered_rows(storage, partition, fingerprint, files)}
+    rows = {row.uri: row for row in recovered_rows(storage, partition, files)}
     history = read_history(storage, partition)
+    for uri, failure in history.failures.items():
+        rows[uri] = failure.succeeding(rows.get(uri))
     for uri in history.gone & rows.keys():
         rows[uri] = replace(rows[uri], gone=True)
-    for uri, failure in history.failures.items():
-        rows[uri] = _failed(rows.get(uri), failure)
     return [rows[uri] for uri in sorted(rows)]

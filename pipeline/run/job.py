@@ -89,10 +89,9 @@ def make_job(config: Config) -> Job:
     _check_installed(config)
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
-    if config.output.topk > len(checkpoint.labels):
-        raise ConfigError(
-            f"output.topk: {config.output.topk} is more than the model's {len(checkpoint.labels)} classes"
-        )
+    topk, classes = config.output.topk, len(checkpoint.labels)
+    if topk > classes:
+        raise ConfigError(f"output.topk: {topk} is more than the model's {classes} classes")
     _check_decodable(config, checkpoint)
     digest = fingerprint(label_settings(config), checkpoint.digest)
     uri = f"{config.output.uri}/model={checkpoint.name}-{digest[:8]}"
@@ -108,9 +107,8 @@ def _check_installed(config: Config) -> None:
         raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
     decodes_on_gpu = config.decode.resolved_device(config.classify.device) == "gpu"
     if decodes_on_gpu and importlib.util.find_spec("torchvision") is None:
-        raise ConfigError(
-            f"decode.device: the GPU decodes by torchvision, which is missing: {NO_TORCHVISION}"
-        )
+        message = f"the GPU decodes by torchvision, which is missing: {NO_TORCHVISION}"
+        raise ConfigError(f"decode.device: {message}")
 
 
 def _check_decodable(config: Config, checkpoint: Checkpoint) -> None:

@@ -58,7 +58,7 @@ def label(
     listing = open_listing(config)
     job = make_job(config)
     first_id = new_run_id()
-    lease = Lease(job.storage, job.partition.uri, first_id, config.run.lease_s, new_id=new_run_id)
+    lease = Lease(job.storage, job.partition.uri, first_id, config.run.lease_s)
     with sigterm_interrupts(), lease.held(wait, on_wait):
         run = lease.run
         if run != first_id:  # it waited, and the input may have changed meanwhile

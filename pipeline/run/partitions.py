@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,20 +22,18 @@ def find_partition(config: Config) -> Partition:
         StorageError: there is none, or it can't be read.
     """
     storage, wanted = make_storage(config.storage), _settings(config)
-    latest: tuple[str, Partition] | None = None
+    runs: dict[str, str] = {}
     for uri in storage.folders(config.output.uri):
-        if not uri.rpartition("/")[2].startswith("model="):
-            continue
         partition = Partition(storage, uri, ())
-        run = next((run for run, found in _recorded(partition) if _settings(found) == wanted), None)
-        if run is not None and (latest is None or run > latest[0]):
-            latest = run, partition
-    if latest is None:
+        if partition.name.startswith("model="):
+            found = (run for run, recorded in _recorded(partition) if _settings(recorded) == wanted)
+            runs.update((run, uri) for run in islice(found, 1))
+    if not runs:
         raise StorageError(
             config.output.uri,
             "nothing is labeled yet with this model and these options (or name the partition by its URI)",
         )
-    return Partition.open(storage, latest[1].uri)
+    return Partition.open(storage, runs[max(runs)])
 
 
 def _settings(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

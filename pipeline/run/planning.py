@@ -12,6 +12,9 @@ from pipeline.config import Selection
 from pipeline.read import Shard, ShardListing
 from pipeline.storage import lies_in
 
+#: The row of a shard that the manifest does not have.
+_UNKNOWN = ManifestRow("")
+
 
 class State(StrEnum):
     """What a shard is to a plan."""
@@ -76,34 +79,34 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
     """
     shards: list[Shard] = []
     states: Counter[State] = Counter()
+    expected: dict[str, str] = {}
     again = skipped_failures = 0
     seen, shrunk = set[str](), list[str]()
     reappeared, recovered = list[str](), list[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
-        row = manifest.get(shard.uri)
+        row = manifest.get(shard.uri, _UNKNOWN)
         state = _state(shard, row)
         states[state] += 1
-        failed = row is not None and row.failed_version == shard.version
-        if row is not None:
-            seen.add(shard.uri)
-            if row.gone:
-                reappeared.append(shard.uri)
-            if state is State.DONE and row.error is not None and not failed:
-                recovered.append(shard.uri)
-        has_errors = failed or (row is not None and bool(row.errors))
-        if state in (State.NEW, State.CHANGED):
+        seen.add(shard.uri)
+        failed = row.failed_version == shard.version
+        if row.gone:
+            reappeared.append(shard.uri)
+        if state is State.DONE and row.error is not None and not failed:
+            recovered.append(shard.uri)
+        is_due = state in (State.NEW, State.CHANGED)
+        if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
             shards.append(shard)
-        elif selection.relabel or (selection.retry_errors and has_errors):
-            shards.append(shard)
-            again += 1
+            again += not is_due
+            if row.output_version is not None:
+                expected[shard.uri] = row.output_version
         elif state is State.FAILED:
             skipped_failures += 1
         if shard.format == "images":
-            if (row is None or row.version is None or row.gone) and last_changed is not None:
+            if (row.version is None or row.gone) and last_changed is not None:
                 shrunk.append(last_changed)
             if state is not State.NEW:
-                has_labels = row is not None and row.output is not None
+                has_labels = row.output is not None
                 last_changed = shard.uri if state is State.CHANGED and has_labels else None
     gone = {
         uri: row
@@ -111,13 +114,12 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         if uri not in seen and lies_in(uri, listing.uri) and listing.format in (None, row.format)
     }
     states[State.GONE] = len(gone)
-    outputs = ((shard.uri, manifest.get(shard.uri)) for shard in shards)
     return Plan(
         selection=selection,
         shards=tuple(shards),
         states=states,
         ignored=listing.ignored,
-        expected={uri: row.output_version for uri, row in outputs if row and row.output_version is not None},
+        expected=expected,
         again=again,
         skipped_failures=skipped_failures,
         gone=gone,
@@ -136,8 +138,8 @@ def regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
     return {group_of[image] for image, group in members if group_of.get(image, group) != group}
 
 
-def _state(shard: Shard, row: ManifestRow | None) -> State:
-    if row is None or row.version is row.failed_version is None:
+def _state(shard: Shard, row: ManifestRow) -> State:
+    if row.version is row.failed_version is None:
         return State.NEW
     if row.version == shard.version:
         return State.DONE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.commit import Lease, Partition, new_run_id, partition_fingerprint, rebuilt_rows
+from pipeline.commit import Lease, Partition, new_run_id, rebuilt_rows
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.run.summaries import write_class_table
 
@@ -21,8 +21,7 @@ def rebuild(partition: Partition) -> None:
     storage, uri = partition.storage, partition.uri
     lease = Lease(storage, uri, new_run_id(), LEASE_S)
     with sigterm_interrupts(), lease.held():
-        fingerprint = partition_fingerprint(storage, uri)
-        partition.manifest.replace(lambda: rebuilt_rows(storage, uri, fingerprint))
+        partition.manifest.replace(lambda: rebuilt_rows(storage, uri))
         lease.verify()
         write_class_table(partition, partition.manifest.fold_statistics(), partition.topk())
         lease.left_in_order = True

@@ -27,7 +27,7 @@ from pipeline.run.preparing import PreparedRun
 from pipeline.run.recording import Clock
 from pipeline.run.result import RunResult
 from pipeline.statistics import CLASSIFY, COMMIT, DECODE, STORAGE, bound_by, stage_figures
-from pipeline.storage import ObjectNotFound, Storage, retries
+from pipeline.storage import Storage, retries
 
 logger = logging.getLogger("cvt_label")
 
@@ -159,7 +159,4 @@ def _is_current(storage: Storage, input_format: InputFormat, shard: Shard) -> bo
     if shard.members:
         listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
         return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
-    try:
-        return storage.stat(shard.uri).version == shard.version
-    except ObjectNotFound:
-        return False
+    return storage.version(shard.uri) == shard.version

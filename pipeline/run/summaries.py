@@ -13,18 +13,16 @@ from pipeline.commit import CLASS_STATS, Partition
 from pipeline.report import GALLERY_FILE, Gallery, read_gallery, write_gallery
 from pipeline.run.job import Job
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import ObjectNotFound
+from pipeline.storage import ABSENT
 
 
 def has_unwanted(job: Job) -> bool:
     """Whether there is a gallery, and the configuration has since been set to none."""
-    if job.config.report.gallery:
-        return False
-    try:
-        job.partition.storage.stat(f"{job.partition.uri}/{GALLERY_FILE}")
-    except ObjectNotFound:
-        return False
-    return True
+    partition = job.partition
+    return (
+        not job.config.report.gallery
+        and partition.storage.version(f"{partition.uri}/{GALLERY_FILE}") != ABSENT
+    )
 
 
 def write_class_table(partition: Partition, statistics: ClassStatistics, topk: int) -> None:

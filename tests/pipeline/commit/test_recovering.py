@@ -42,8 +42,8 @@ def untimed(rows: list[ManifestRow]) -> list[ManifestRow]:
     return [replace(row, run=None, committed_at=None) for row in rows]
 
 
-def assert_rebuilds(partition: Partition, bucket: str) -> None:
-    rebuilt = rebuilt_rows(partition.storage, partition.uri, make_job(config(bucket)).fingerprint)
+def assert_rebuilds(partition: Partition) -> None:
+    rebuilt = rebuilt_rows(partition.storage, partition.uri)
     assert untimed(rebuilt) == untimed(list(partition.manifest.rows()))
 
 
@@ -56,7 +56,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     def error_after(content: bytes, selection: Selection = LABEL_NEW) -> str | None:
         storage.write(uri, content)
         label(config(bucket), selection=selection)
-        assert_rebuilds(partition, bucket)
+        assert_rebuilds(partition)
         [row] = [row for row in partition.manifest.rows() if row.uri == uri]
         return row.error
 
@@ -67,13 +67,13 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     assert "damaged" in str(error_after(good[:900]))
     storage.delete(uri)
     label(config(bucket))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
     assert [(row.gone, row.error is None) for row in partition.manifest.rows()] == [
         (True, False),
         (False, True),
     ]
     label(config(bucket), selection=Selection(prune=True))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
     assert error_after(good) is None
 
 
@@ -110,7 +110,7 @@ def test_after_any_history_the_manifest_is_rebuilt_as_it_was(
                     where=lambda r, name=name: r.method == "GET" and r.path.endswith(name),
                 )
             label(config(bucket, f"storage.endpoint_url={proxy.url}"), selection=selection)
-        assert_rebuilds(partition, bucket)
+        assert_rebuilds(partition)
         settled += 1
     assert settled > 5
 
@@ -137,7 +137,7 @@ def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str
     assert recorded > 0
     result = label(config(bucket))
     assert len(result.totals.unreadable) == 6 - recorded
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
 
 
 def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partition:
@@ -186,7 +186,7 @@ def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
     else:
         Storage().write(f"{bucket}/in/a.tar", then)
     label(config(bucket))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
     assert plan_run(config(bucket)).plan.shards == ()
 
 
@@ -196,7 +196,7 @@ def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> No
     Storage().delete(partition.manifest.uri)
     assert plan_run(config(bucket)).plan.states == states
     label(config(bucket))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
 
 
 def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: str) -> None:
@@ -204,7 +204,7 @@ def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: s
     Storage().delete(partition.manifest.uri)
     Storage().write(f"{bucket}/other/b.tar", GOOD)
     label(config(bucket, f"input.uri={bucket}/other"))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
     assert [row.gone for row in partition.manifest.rows()] == [True, False, False]
 
 
@@ -223,7 +223,7 @@ def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str)
     with pytest.raises(LeaseLostError):
         label(config(bucket, "run.lease_s=0.1"), on_progress=overtaken)
     label(config(bucket))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
     assert [row.error for row in partition.manifest.rows()] == [None] * 4
 
 
@@ -243,7 +243,7 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
     monkeypatch.setattr(rebuilding, "rebuilt_rows", meanwhile)
     with pytest.raises(LeaseLostError):
         rebuild(make_job(config(bucket)).partition)
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
     assert [row.error is None for row in partition.manifest.rows()] == [True, True, False]
 
 
@@ -275,4 +275,4 @@ def test_without_the_records_nothing_but_failures_is_forgotten(bucket: str) -> N
     rebuild(make_job(config(bucket)).partition)
     assert [shard.uri for shard in plan_run(config(bucket)).plan.shards] == [f"{bucket}/in/a.tar"]
     label(config(bucket))
-    assert_rebuilds(partition, bucket)
+    assert_rebuilds(partition)
