@@ -107,7 +107,7 @@ def test_a_run_that_was_held_up_learns_that_another_has_taken_over(place: str) -
     with pytest.raises(LeaseLostError, match=r"lease\.json: another run has taken over"):
         check_until_lost(zombie)
     zombie.release(in_order=True)
-    assert (state(place)["run"], state(place)["state"]) == ("other", "held")
+    assert (state(place)["run"], state(place)["state"]) == (other.run, "held")
     other.check()
     other.release(in_order=True)
 
