@@ -28,9 +28,7 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        sections = {
-            name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)
-        }
+        sections = {n for n, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
         return {name: {} if value is None and name in sections else value for name, value in values.items()}
 
 

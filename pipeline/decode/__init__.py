@@ -3,6 +3,6 @@
 `decode.gpu` needs PyTorch and is imported by its module name. Resizing rules belong to `cvt.preprocessing`.
 """
 
-from pipeline.decode.cpu import FORMATS, decode, decode_chunk
+from pipeline.decode.cpu import decode, decode_chunk
 
-__all__ = ["FORMATS", "decode", "decode_chunk"]
+__all__ = ["decode", "decode_chunk"]

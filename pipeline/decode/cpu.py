@@ -118,13 +118,9 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     8; 32-bit integers and floats, which have no agreed white, are clipped to 0..255. Damaged metadata is
     no error, an incomplete image is one.
 
-    Args:
-        data: the encoded image.
-        preprocessor: makes the model's input from an RGB image.
-        max_pixels: larger images are an error, found in the header. (For WebP and TIFF, Pillow has a
-            further limit, 2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.)
-        fast: decode a JPEG of at least twice the needed size at a half, a quarter or an eighth of its size,
-            which libjpeg does in the inverse cosine transform.
+    More than `max_pixels` are an error, found in the header. (For WebP and TIFF, Pillow has a further limit,
+    2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.) With `fast`, a JPEG of at least twice the needed size is
+    decoded at a half, a quarter or an eighth of its size, by libjpeg in the inverse cosine transform.
     """
     known = next((known for known in FORMATS if known[1].match(data)), None)
     if known is None:

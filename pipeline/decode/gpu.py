@@ -45,8 +45,6 @@ class GpuDecoder:
     wrong with it counts. May be called from several threads at once.
 
     Args:
-        preprocessor, max_pixels: as in `decode`.
-        device: of the pixels.
         decode_jpegs: the decoder of plain JPEGs; nvJPEG, in torchvision, if None.
         threads: for the images that are left to the CPU.
         pixels_at_once: of the images in a batch; larger images are left to the CPU.
@@ -108,9 +106,8 @@ class GpuDecoder:
             for batch in _batches(plain, self._pixels_at_once):
                 for jpeg, image in self._decoded(batch):
                     if self._resized(jpeg, image, pixels[jpeg.row : jpeg.row + 1]):
-                        outcomes[jpeg.row] = Decoded(
-                            None, *exchanged((jpeg.width, jpeg.height), jpeg.turn), None
-                        )
+                        size_shown = exchanged((jpeg.width, jpeg.height), jpeg.turn)
+                        outcomes[jpeg.row] = Decoded(None, *size_shown, None)
                         done.add(jpeg.row)
         left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in plain if jpeg.row not in done}
         by_cpu = {row: future.result() for row, future in left.items()}

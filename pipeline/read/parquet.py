@@ -62,19 +62,15 @@ def _image_column(schema: pa.Schema, shard: Shard, options: ReadOptions) -> str:
     if name is not None:
         _require_column(schema, name, shard)
         if name not in found:
-            raise ShardError(
-                shard.uri,
-                f"column {name!r} is {schema.field(name).type}, neither binary nor a struct with "
-                f"binary `bytes`; {_columns(schema)}",
-            )
+            problem = f"is {schema.field(name).type}, neither binary nor a struct with binary `bytes`"
+            raise ShardError(shard.uri, f"column {name!r} {problem}; {_columns(schema)}")
         return name
     if "image" in found:
         return "image"
     if len(found) != 1:
         count = "no column" if not found else "more than one column"
-        raise ShardError(
-            shard.uri, f"{count} could be the image; name it by `input.image_column`; {_columns(schema)}"
-        )
+        hint = f"{count} could be the image; name it by `input.image_column`"
+        raise ShardError(shard.uri, f"{hint}; {_columns(schema)}")
     return cast(str, found[0])
 
 

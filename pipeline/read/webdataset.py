@@ -93,10 +93,8 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 yield info
         while block := stream.read(1024**2):
             if block.count(b"\0") != len(block):
-                raise DamagedTarError(
-                    "the tar is damaged: there is data after its end (a block in its midst is zeroed, "
-                    "or several tars were put together)"
-                )
+                cause = "a block in its midst is zeroed, or several tars were put together"
+                raise DamagedTarError(f"the tar is damaged: there is data after its end ({cause})")
 
 
 def _is_hidden(name: str) -> bool:

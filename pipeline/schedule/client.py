@@ -117,9 +117,8 @@ class JobClient:
         elif "://" not in address:
             address = f"http://{address}"
         if "@" in address:
-            raise ClusterError(
-                "the cluster's address holds credentials, which would be shown: set RAY_AUTH_TOKEN"
-            )
+            cause = "the cluster's address holds credentials, which would be shown"
+            raise ClusterError(f"{cause}: set RAY_AUTH_TOKEN")
         self.address = address
         check_reachable(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -232,9 +231,8 @@ class JobClient:
         try:
             yield
         except requests.exceptions.InvalidHeader:  # its message contains the token
-            raise ClusterError(
-                "the token in RAY_AUTH_TOKEN holds a line break, or begins with a space"
-            ) from None
+            cause = "holds a line break, or begins with a space"
+            raise ClusterError(f"the token in RAY_AUTH_TOKEN {cause}") from None
         except AuthenticationError:
             raise ClusterError(
                 f"{self.address}: the cluster asks for a token, and has none or another one from here: set "

@@ -42,13 +42,7 @@ def _times(dataset: DatasetConfig, start: datetime) -> Any:
 
 
 class Scheduler:
-    """Polls the datasets of a list, and submits what is due.
-
-    Args:
-        config: the list.
-        connect: connects to a cluster; default: to the configured one.
-        clock: returns the current time, with a time zone.
-    """
+    """Polls the datasets of a list, and submits what is due, by default to the configured cluster."""
 
     def __init__(
         self,

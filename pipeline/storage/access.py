@@ -44,7 +44,6 @@ class Storage:
     Attributes:
         endpoint_url: an S3-compatible service; default: AWS, or AWS_ENDPOINT_URL_S3.
         region: the buckets' region; default: from the AWS configuration.
-        pauses: between attempts of a request.
     """
 
     endpoint_url: str | None = None
@@ -145,11 +144,8 @@ class Storage:
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old one or the new one.
 
-        Args:
-            uri: the object.
-            data: bytes, or a seekable file.
-            expected: the version to replace, or `ABSENT`; None replaces any. Of writers that expect the
-                same version, one succeeds.
+        The version to replace is `expected`, which may be `ABSENT`; None replaces any. Of writers that expect
+        the same version, one succeeds. A file must be seekable.
 
         Raises:
             ObjectChanged: the object is not as expected. If an answer was lost and the write was

@@ -56,10 +56,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class S3Access:
-    """How S3 is reached, for clients other than boto3. What it shows of itself has no credentials.
-
-    An `endpoint_url` of None is AWS. Some credentials expire within the hour.
-    """
+    """How other clients than boto3 reach S3. An `endpoint_url` of None is AWS; some credentials expire."""
 
     endpoint_url: str | None
     region: str | None

@@ -43,13 +43,9 @@ def retry(
     pauses: Pauses | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Runs `action` until it succeeds or fails permanently.
+    """Runs `action`, which must be safe to run twice, until it succeeds or fails permanently.
 
-    Args:
-        action: must be safe to run twice.
-        transient: classifies an exception; None is a permanent failure.
-        pauses: between the attempts; None is `DEFAULT_PAUSES`.
-        sleep: waits for a number of seconds.
+    `transient` classifies an exception; None is a permanent failure.
     """
     attempt = 1
     while True:

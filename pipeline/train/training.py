@@ -58,10 +58,8 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         ray.train.TrainingFailedError: a worker failed.
     """
     model, storage = make_training_model(config), make_storage(config.storage)
-    data = {
-        "train": _dataset(storage, config.train, model),
-        "validation": _dataset(storage, config.validation, model),
-    }
+    sections = {"train": config.train, "validation": config.validation}
+    data = {name: _dataset(storage, section, model) for name, section in sections.items()}
     if config.cache:
         data = {name: dataset.materialize() for name, dataset in data.items()}
     workers = config.workers
@@ -117,11 +115,11 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
     schedule, finished = config.schedule, 0
-    images = ray.train.get_dataset_shard("train")
     trainer = _Trainer(ray.get(arguments["model"]), schedule, steps_per_epoch=arguments["steps"])
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             finished = trainer.load(Path(folder))
+    images = ray.train.get_dataset_shard("train")
     for epoch in range(finished, schedule.epochs):
         started = time.monotonic()
         torch.manual_seed(schedule.seed + epoch)
