@@ -1,8 +1,4 @@
 """Training on labeled shards with Ray Train: a new model, or fine-tuning.
 
-`train.training` imports Ray, and is imported by its module name. Labeling does not belong here.
+`train.model` needs PyTorch and `train.training` Ray: both are imported by module name.
 """
-
-from pipeline.train.model import TrainingModel, make_training_model
-
-__all__ = ["TrainingModel", "make_training_model"]

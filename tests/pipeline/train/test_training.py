@@ -18,7 +18,7 @@ from cvt.errors import CheckpointError
 from cvt.presets import preset_preprocessor
 from jobs.train import train as train_command
 from pipeline.config import ConfigError, TrainConfig, load_config
-from pipeline.train import make_training_model
+from pipeline.train.model import make_training_model
 from pipeline.train.training import augment, train
 from tests.makers import make_tar
 
