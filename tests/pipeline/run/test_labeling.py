@@ -137,7 +137,7 @@ def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Pro
     partition = result.job.partition
     written = pq.read_table(io.BytesIO(partition.storage.read(f"{partition.uri}/class_stats.parquet")))
     rows = pa.Table.from_pylist(rows_of(result), schema=prediction_schema())
-    expected = class_table(ClassStatistics.of(rows, 10), partition.checkpoint.labels, 10)
+    expected = class_table(ClassStatistics.of(rows, 10), partition.labels, 10)
     assert written.equals(expected)
     with_target = [row for row in rows.to_pylist() if row["target_id"] is not None]
     hits = np.mean([row["target_id"] == row["label_id"] for row in with_target])
@@ -235,7 +235,7 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
     assert sum(cause["count"] for cause in causes) == 8
     assert {sample["key"] for cause in causes for sample in cause["samples"]} == set(errors)
     report = storage.read(f"{partition.uri}/report.html").decode()
-    assert "8 samples of 1 shard could not be labelled, by cause:" in report
+    assert "8 samples of 1 shard could not be labeled, by cause:" in report
     assert "N x N pixels are more than the limit of N" in report
 
 
