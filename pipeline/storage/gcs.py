@@ -2,8 +2,6 @@
 
 # ruff: noqa: D102 - `Storage` describes the verbs
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
