@@ -1,7 +1,5 @@
 """Publishes a partition as a Delta table: `python -m jobs.publish URI --to TABLE`, or `cvt-label publish`."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Makes the report of a partition again: `python -m jobs.report URI`, or `cvt-label report URI`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

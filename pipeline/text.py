@@ -1,7 +1,5 @@
 """Text that holds names from data, such as keys, labels and URIs, as it may be shown: one rule for all."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

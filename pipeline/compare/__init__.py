@@ -3,7 +3,6 @@
 Reading what is compared belongs here. The figures are defined in `statistics`, and `report` draws them.
 """
 
-from pipeline.compare.agreement import measure_agreement
 from pipeline.compare.comparing import compare, compare_labels, write_comparison
 from pipeline.compare.label_set import LabelSet, NoPreviousRunError
 from pipeline.compare.run_pair import RunPair, compare_run
@@ -15,6 +14,5 @@ __all__ = [
     "compare",
     "compare_labels",
     "compare_run",
-    "measure_agreement",
     "write_comparison",
 ]

@@ -1,16 +1,25 @@
-"""Compares two label sets, and writes a comparison to a file."""
+"""Compares two label sets by class and sample by sample, and writes a comparison to a file.
 
-from __future__ import annotations
+Samples are joined on shard and index, manifests first: only prediction files of shards that both label sets
+have, in the same version, are opened, one shard of each at a time in each thread.
+"""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.compare.agreement import measure_agreement
 from pipeline.compare.label_set import LabelSet
-from pipeline.statistics import Classes, Comparison, Drift
+from pipeline.predictions import read_predictions
+from pipeline.statistics import Agreement, Classes, Comparison, Drift
 from pipeline.storage import Storage, StorageError
+
+_READERS = 16
 
 
 def compare(
@@ -70,3 +79,49 @@ def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None
     file = io.BytesIO()
     pq.write_table(comparison.table(), file, compression="zstd")
     storage.write(uri, file.getvalue())
+
+
+def measure_agreement(
+    classes: Classes, a: LabelSet, b: LabelSet, on_progress: Callable[[int], None] = lambda shards: None
+) -> Agreement:
+    """Compares two label sets sample by sample; `on_progress` gets the number of shards read so far.
+
+    Raises:
+        StorageError: a manifest or a prediction file can't be read.
+    """
+    # Both manifests are read before any label: a run may rewrite them while labels are read, for hours.
+    shards = a.shards().join(b.shards(), "uri", join_type="full outer", left_suffix="_a", right_suffix="_b")
+    is_common = pc.fill_null(pc.equal(shards["version_a"], shards["version_b"]), False)
+    other = shards.filter(pc.invert(is_common))
+    result = Agreement(classes)
+    result.only_a = pc.sum(other["labeled_a"]).as_py() or 0
+    result.only_b = pc.sum(other["labeled_b"]).as_py() or 0
+    result.changed_shards = other.drop_null().num_rows
+    read = partial(_read, a, b)
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="compare") as pool:
+        for batch in shards.filter(is_common).sort_by("uri").to_batches(4 * _READERS):
+            pairs = batch.to_pylist()
+            for shard, labels in zip(pairs, pool.map(read, pairs), strict=True):
+                if labels is None:
+                    result.only_a += shard["labeled_a"]
+                    result.only_b += shard["labeled_b"]
+                    result.changed_shards += 1
+                else:
+                    result.add(*labels)
+            on_progress(result.shards)
+    return result
+
+
+def _read(a: LabelSet, b: LabelSet, shard: Mapping[str, Any]) -> tuple[pa.Table, pa.Table] | None:
+    """Labels of a shard in both label sets; None where either has none of this version of the shard now."""
+    first, second = (
+        read_predictions(
+            each.partition.storage, f"{each.partition.uri}/{shard['output_a']}", ["index", "label_id"]
+        )
+        for each in (a, b)
+    )
+    if first is None or second is None:
+        return None
+    if not first[0].version == second[0].version == shard["version_a"]:
+        return None
+    return first[1], second[1]

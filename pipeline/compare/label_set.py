@@ -1,10 +1,9 @@
 """What is compared: all labels of a partition, or the labels that one run wrote."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +38,7 @@ class LabelSet:
     statistics: ClassStatistics | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def open(cls, storage: Storage, name: str) -> LabelSet:
+    def open(cls, storage: Storage, name: str) -> Self:
         """Opens the label set named `URI`, `URI@RUN`, `URI@latest` or `URI@previous`.
 
         Raises:

@@ -1,10 +1,8 @@
 """A run and the run before it, for the report and for the gate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pipeline.commit import Partition
 from pipeline.compare.comparing import compare
@@ -31,7 +29,7 @@ class RunPair:
     current: Sequence[str]
 
     @classmethod
-    def find(cls, partition: Partition, dataset: str | None, run: str) -> RunPair:
+    def find(cls, partition: Partition, dataset: str | None, run: str) -> Self:
         """Finds the run before `run`."""
         earlier, current = [each for each in partition.manifest.runs(dataset) if each <= run], list[str]()
         while earlier and (earlier[-1] == run or not _has_ended(partition, earlier[-1])):

@@ -1,7 +1,5 @@
 """How busy the GPU of this process is."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -4,8 +4,6 @@ Each thread reads a chunk, decodes it, classifies it, and takes the next one. So
 memory as there are threads, and a few results. An image that ends the process ends the run.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import threading

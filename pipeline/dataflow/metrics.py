@@ -3,8 +3,6 @@
 All are counted in the driver, of what has come out: in workers, what is tried twice would count twice.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Connecting to the Ray that runs the job: a given one, the submitted job's own, or a local one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import secrets

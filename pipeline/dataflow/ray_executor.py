@@ -5,12 +5,10 @@
 Whatever is set of Ray Data is set here.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +20,7 @@ from ray.data.block import BlockMetadata
 from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages
+from pipeline.dataflow.stages import Classifier, ReadStep, Stages
 from pipeline.read import Chunk, Shard
 
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
@@ -70,10 +68,6 @@ class AttemptLimit:
         self._attempts.finish.remote(work)
 
 
-def _name(chunk: Chunk) -> str:
-    return f"shard {chunk.shard} of the plan, from sample {chunk.start}"
-
-
 class ShardSource(Datasource):
     """The shards of a plan as Ray Data's source, one row of a block a chunk.
 
@@ -119,11 +113,13 @@ def _read_shards(
             yield chunk.to_block()
 
 
-def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
+def _process(
+    block: pa.Table, step: Callable[[Chunk], Chunk], limit: AttemptLimit, doing: str = "decoding"
+) -> Iterator[pa.Table]:
     for chunk in Chunk.from_block(block):
-        with limit.attempt(f"decoding {_name(chunk)}"):
-            decoded = step(chunk).to_block()
-        yield decoded
+        with limit.attempt(f"{doing} shard {chunk.shard} of the plan, from sample {chunk.start}"):
+            result = step(chunk).to_block()
+        yield result
 
 
 class _ClassifierActor:
@@ -134,10 +130,7 @@ class _ClassifierActor:
         self._limit = limit
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        for chunk in Chunk.from_block(block):
-            with self._limit.attempt(f"classifying {_name(chunk)}"):
-                classified = self._classify(chunk).to_block()
-            yield classified
+        return _process(block, self._classify, self._limit, "classifying")
 
 
 class RayExecutor:
@@ -178,7 +171,7 @@ class RayExecutor:
         )
         if resources.decoders:
             chunks = chunks.map_batches(
-                _decode_block,
+                _process,
                 batch_size=None,
                 batch_format="pyarrow",
                 fn_args=(stages.decoding, limit),

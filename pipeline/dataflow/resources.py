@@ -1,7 +1,5 @@
 """What each stage gets of the CPUs, GPUs and memory there are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

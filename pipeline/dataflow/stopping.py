@@ -17,8 +17,6 @@ so that finished shards are still committed. `Stop.conclude` then ends the run: 
 `Stopped` in FINISHING, KeyboardInterrupt in ABANDONED.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Labeled images as a Ray dataset, for training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

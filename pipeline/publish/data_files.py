@@ -1,7 +1,5 @@
 """Data files of a consumer table: rows of many shards in few large files, sorted."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

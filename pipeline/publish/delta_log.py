@@ -5,12 +5,10 @@ is ever put into words, whatever the keys are. Each commit carries a transaction
 model's: of two publishers at once, deltalake refuses the slower one.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,6 +24,21 @@ _UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
 #: How often a commit is tried while others, who don't concern it, are faster.
 _COMMITS = 20
 
+#: One row per shard in a table, sorted: the version of its prediction file that was published, its rows, the
+#: version of the table that brought them, and the URI of the partition that they are from. A null
+#: `output_version` means that somebody edited the table since: the shard is to be published again.
+SHARDS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("output_version", pa.string()),
+        ("rows", pa.int64()),
+        ("published", pa.int64()),
+        ("source", pa.string()),
+    ]
+)
+
+_TOKEN_BITS = 32
+
 #: The last of characters: an upper bound where there is none in the log.
 _LAST = "\U0010ffff"
 
@@ -35,19 +48,34 @@ class TableChangedError(Exception):
 
 
 @dataclass(frozen=True)
-class LoggedFiles:
-    """One model's part of one version of a Delta table.
+class Snapshot:
+    """One model's rows in one version of a table.
 
     Attributes:
+        version: counts up from 1; 0 before anything is published.
+        token: distinguishes attempts at the same version; empty where no publication is in the log.
+        columns: names of the columns.
+        shards: the shards whose rows are in the files, as `SHARDS`.
         delta_version: the table's own version; None where there is no table.
-        transaction: what the model's last publication left in the log.
-        last_published: the maximum of the column `published`.
     """
 
-    delta_version: int | None = None
-    transaction: int | None = None
+    version: int = 0
+    token: str = ""
+    columns: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
-    last_published: int = 0
+    shards: pa.Table = field(default_factory=SHARDS.empty_table)
+    delta_version: int | None = None
+
+    @property
+    def transaction(self) -> int:
+        """Version and token as the number of a transaction in the log."""
+        return (self.version << _TOKEN_BITS) | int(self.token or "0", 16)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        total: int = pc.sum(self.shards["rows"]).as_py() or 0
+        return total
 
 
 @dataclass(frozen=True)
@@ -58,8 +86,8 @@ class DeltaLog:
     uri: str
     model: str
 
-    def read(self) -> LoggedFiles:
-        """Reads the current version.
+    def read(self) -> Snapshot:
+        """Reads the current version, without its columns and shards.
 
         Raises:
             StorageError: the table can't be read, publishing could harm it, or `deltalake` isn't installed.
@@ -71,7 +99,7 @@ class DeltaLog:
         listed = self.storage.list(f"{self.uri}/_delta_log", missing_ok=True)
         table = self._open() if next(listed, None) is not None else None
         if table is None:
-            return LoggedFiles()
+            return Snapshot()
         if table.metadata().partition_columns != ["model"]:
             raise StorageError(self.uri, "is a Delta table that is not partitioned by model alone")
         if "deletionVectors" in (table.protocol().writer_features or ()):
@@ -87,8 +115,12 @@ class DeltaLog:
             )
             for row in rows
         )
-        last = max((row.get("max.published") or 0 for row in rows), default=0)
-        return LoggedFiles(table.version(), table.transaction_version(self._app), files, last)
+        number = table.transaction_version(self._app)
+        if number is None:
+            last = max((row.get("max.published") or 0 for row in rows), default=0)
+            return Snapshot(last, files=files, delta_version=table.version())
+        version, token = number >> _TOKEN_BITS, f"{number % 2**_TOKEN_BITS:08x}"
+        return Snapshot(version, token, files=files, delta_version=table.version())
 
     def edit_since(self, transaction: int) -> str | None:
         """Describes what changed files since a publication; None if nothing but upkeep did."""
@@ -103,7 +135,7 @@ class DeltaLog:
                 since = mark["read"]
         return None if since is not None else "and the log no longer has what happened since"
 
-    def commit(self, base: LoggedFiles, files: tuple[DataFile, ...], transaction: int) -> None:
+    def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
         """Replaces the files of `base`, the version that was read last, in one transaction.
 
         Raises:
@@ -113,14 +145,14 @@ class DeltaLog:
         from deltalake import CommitProperties, DeltaTable, Schema, Transaction
         from deltalake.exceptions import DeltaError
 
-        version = base.delta_version
+        version, transaction = base.delta_version, snapshot.transaction
         properties = CommitProperties(
             app_transactions=[Transaction(self._app, transaction)],
             custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
         )
         # With embeddings, since other models may have some.
         schema = Schema.from_arrow(table_schema(embedding=True).append(pa.field("model", pa.string())))
-        actions = self._actions(base.files, files)
+        actions = self._actions(base.files, snapshot.files)
         for _ in range(_COMMITS):
             try:
                 if version is None:

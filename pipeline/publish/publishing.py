@@ -10,8 +10,6 @@ served by few large ones. The order of a publication:
 4. Remove lists of shards that earlier attempts and versions left behind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,8 +21,8 @@ import pyarrow.parquet as pq
 from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
 from pipeline.publish.data_files import table_schema
-from pipeline.publish.delta_log import TableChangedError
-from pipeline.publish.delta_table import DeltaTable, Snapshot
+from pipeline.publish.delta_log import Snapshot, TableChangedError
+from pipeline.publish.delta_table import DeltaTable
 from pipeline.publish.version_writer import Increment, VersionWriter
 from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_in, normalize_uri
 

@@ -1,7 +1,5 @@
 """Writes the data files of the next version of a consumer table; nothing refers to them yet."""
 
-from __future__ import annotations
-
 import re
 import secrets
 import tempfile
@@ -15,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.publish.data_files import DataFile, describe, encode, packed, read_rows
-from pipeline.publish.delta_table import SHARDS, Snapshot
+from pipeline.publish.delta_log import SHARDS, Snapshot
 from pipeline.storage import StorageError
 
 #: Files with less than this share of `file_bytes` are written again, together with what is added.

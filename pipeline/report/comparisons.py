@@ -1,7 +1,5 @@
 """The section of the page about a comparison with another label set."""
 
-from __future__ import annotations
-
 from pipeline.report.parts import Bars, Chart, Histogram, Section
 from pipeline.report.sections import MOST_PAIRS, bin_rows
 from pipeline.statistics import Comparison, Drift

@@ -1,7 +1,5 @@
 """The section of the page about failures: samples without a label by cause, and shards that can't be read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -3,8 +3,6 @@
 The driver keeps the best k at each end of what is committed, in `gallery.parquet`.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ It is made from what is stored: the record of a run, the class statistics, the m
 again at any time.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path

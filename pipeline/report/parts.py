@@ -1,7 +1,5 @@
 """What the page consists of: sections, and the charts and tables in them; `charts.svg` draws the charts."""
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence

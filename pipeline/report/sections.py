@@ -3,8 +3,6 @@
 With many classes, a section shows the first ones and says where the others are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Agreement of two label sets on the same samples."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

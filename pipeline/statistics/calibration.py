@@ -5,9 +5,8 @@ by their samples (Naeini et al., AAAI 2015; Guo et al., "On Calibration of Moder
 Here it has `CALIBRATION_BINS` bins of equal width, each with its lower end. Counts and sums are exact.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -31,7 +30,7 @@ class Calibration:
     confidence: np.ndarray
 
     @classmethod
-    def of(cls, stats: ClassStatistics) -> Calibration:
+    def of(cls, stats: ClassStatistics) -> Self:
         """Computes the calibration of all samples with a target."""
         counts, hits, sums = stats.calibration.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
         with np.errstate(invalid="ignore"):

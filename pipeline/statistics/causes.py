@@ -4,11 +4,9 @@ A cause is an error's text without what differs between samples: numbers and quo
 `MOST_CAUSES` causes with `MOST_KEYS` samples each are kept; all others are counted as one.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +56,7 @@ class Causes:
             some = bad.take(order[first : first + min(count, MOST_KEYS)]).to_pylist()
             self._count(text, count, [{"shard": shard, **row} for row in some])
 
-    def merge(self, other: Causes) -> None:
+    def merge(self, other: Self) -> None:
         """Adds the errors that `other` counted."""
         for text, count in other._counts.items():
             self._count(text, count, other._samples[text])

@@ -4,10 +4,8 @@ Sums are integers (fixed point), since floating-point addition isn't associative
 histogram with fixed bins.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -88,7 +86,7 @@ class ClassStatistics:
     calibration: np.ndarray
 
     @classmethod
-    def empty(cls, num_classes: int) -> ClassStatistics:
+    def empty(cls, num_classes: int) -> Self:
         """Statistics of no rows."""
         values: dict[str, Any] = {f.name: np.zeros(num_classes, np.int64) for f in fields(cls)}
         values["score_min"] = np.full(num_classes, np.inf, np.float32)
@@ -99,7 +97,7 @@ class ClassStatistics:
         return cls(**values)
 
     @classmethod
-    def of(cls, predictions: pa.Table, num_classes: int) -> ClassStatistics:
+    def of(cls, predictions: pa.Table, num_classes: int) -> Self:
         """Computes the statistics of prediction rows; rows with an error are not counted.
 
         The columns `label_id`, `score`, `entropy`, `target_id`, `topk_label_ids` are read.

@@ -1,7 +1,5 @@
 """The comparison of two label sets: totals, a table by class, figures in words, and limits for them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Counts of pairs of classes, such as confusions: sparse, mergeable, and with limited memory."""
 
-from __future__ import annotations
-
 import numpy as np
 
 #: Distinct pairs that are counted: 16 bytes each, about four times that during a merge.

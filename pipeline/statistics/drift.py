@@ -10,11 +10,10 @@
   `scipy.spatial.distance.jensenshannon(a, b, base=2)`. Nothing is added to empty classes.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -71,7 +70,7 @@ class Classes:
     ids_b: np.ndarray
 
     @classmethod
-    def matched(cls, a: Sequence[str], b: Sequence[str]) -> Classes:
+    def matched(cls, a: Sequence[str], b: Sequence[str]) -> Self:
         """Matches two models' class names."""
         places = {name: i for i, name in enumerate(_numbered(a))}
         ids_b = [places.setdefault(name, len(places)) for name in _numbered(b)]

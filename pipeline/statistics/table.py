@@ -1,7 +1,5 @@
 """The table of class statistics: `class_stats.parquet`, and the same for people."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

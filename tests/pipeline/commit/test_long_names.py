@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import Partition
-from pipeline.compare import LabelSet, measure_agreement
+from pipeline.compare import LabelSet
+from pipeline.compare.comparing import measure_agreement
 from pipeline.config import ConfigError, Selection
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
