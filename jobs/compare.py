@@ -1,9 +1,7 @@
 """Compares the labels of two models, or of two runs: `python -m jobs.compare A B`, or `cvt-label compare`."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,12 +18,12 @@ from jobs.console import (
     plain,
     run_alone,
 )
-from pipeline.storage import Storage
+from pipeline.commit import Partition
+from pipeline.compare import LabelSet, NoPreviousRunError, write_comparison
+from pipeline.compare import compare as compare_label_sets
+from pipeline.statistics import Comparison, Limits
+from pipeline.storage import Storage, StorageError
 from pipeline.text import percent, printable
-
-if TYPE_CHECKING:
-    from pipeline.commit import Partition
-    from pipeline.statistics import Comparison
 
 _LABELS = (
     "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous. With "
@@ -73,11 +71,6 @@ def compare(
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
     with exit_status():
-        from pipeline.compare import LabelSet, NoPreviousRunError, write_comparison
-        from pipeline.compare import compare as compare_label_sets
-        from pipeline.statistics import Limits
-        from pipeline.storage import StorageError
-
         configured = None if config is None else given_partition(None, config, set)
         storage = Storage() if configured is None else configured.storage
         names = [_full_name(name, configured) for name in (a, b)]

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+MAX_ERROR_LENGTH = 200
+
 # Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them.
 # The flag of a part of a country is a black flag and its name in tags. Elsewhere they only hide something.
 _JOINERS = "\u200c\u200d"
@@ -42,9 +44,6 @@ def _joins(text: str, place: int) -> bool:
 def without_credentials(text: str) -> str:
     """Text without what stands before the host in URLs."""
     return re.sub(r"(?<=://)[^\s\"']*@", "", text)
-
-
-MAX_ERROR_LENGTH = 200
 
 
 def one_line(message: str) -> str:

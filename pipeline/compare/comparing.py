@@ -31,12 +31,7 @@ def compare(
     """Compares two label sets by class and, where they have samples in common, sample by sample.
 
     Two runs of one partition have no sample in common, since a shard has one set of labels there.
-
-    Args:
-        a: first label set.
-        b: second label set.
-        with_agreement: whether to read all labels and compare them sample by sample.
-        on_progress: called with the number of shards compared so far.
+    `on_progress` gets the number of shards compared so far.
 
     Raises:
         StorageError: a label set can't be read, or has no labeled image.
@@ -71,11 +66,7 @@ def compare_labels(
 
 
 def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None:
-    """Writes a comparison as a Parquet file with one row per class.
-
-    Raises:
-        StorageError: the file can't be written.
-    """
+    """Writes a comparison as a Parquet file with one row per class."""
     file = io.BytesIO()
     pq.write_table(comparison.table(), file, compression="zstd")
     storage.write(uri, file.getvalue())
@@ -84,11 +75,7 @@ def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None
 def measure_agreement(
     classes: Classes, a: LabelSet, b: LabelSet, on_progress: Callable[[int], None] = lambda shards: None
 ) -> Agreement:
-    """Compares two label sets sample by sample; `on_progress` gets the number of shards read so far.
-
-    Raises:
-        StorageError: a manifest or a prediction file can't be read.
-    """
+    """Compares two label sets sample by sample."""
     # Both manifests are read before any label: a run may rewrite them while labels are read, for hours.
     shards = a.shards().join(b.shards(), "uri", join_type="full outer", left_suffix="_a", right_suffix="_b")
     is_common = pc.fill_null(pc.equal(shards["version_a"], shards["version_b"]), False)

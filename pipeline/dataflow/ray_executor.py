@@ -57,11 +57,7 @@ class AttemptLimit:
 
     @contextmanager
     def attempt(self, work: str) -> Iterator[None]:
-        """Does a piece of work.
-
-        Raises:
-            ChunkError: it was attempted too often.
-        """
+        """Does a piece of work; raises `ChunkError` where that was attempted too often."""
         if ray.get(self._attempts.start.remote(work)) > self._most:
             raise ChunkError(f"{work}: {self._most} workers died at it; ray.task_retries limits the attempts")
         yield

@@ -82,7 +82,6 @@ class Stages:
     Attributes:
         max_image_pixels: larger images are an error.
         fast_decoding: decode large JPEGs at a fraction of their size.
-        precision, runtime: of the engine.
         gallery: images of each class that get thumbnails, at each end; 0 for no thumbnails.
         thumbnail_side: pixels of a thumbnail's longest side.
     """

@@ -54,7 +54,6 @@ class Snapshot:
     Attributes:
         version: counts up from 1; 0 before anything is published.
         token: distinguishes attempts at the same version; empty where no publication is in the log.
-        columns: names of the columns.
         shards: the shards whose rows are in the files, as `SHARDS`.
         delta_version: the table's own version; None where there is no table.
     """

@@ -55,8 +55,7 @@ class Publication:
     """The result of publishing.
 
     Attributes:
-        table: its URI.
-        snapshot: its version that is current now.
+        snapshot: the version of the table that is current now.
         increment: what changed; `pending` are shards that wait for the next publication.
         is_new: whether this publication made the version; else there was nothing to do.
     """

@@ -1,6 +1,6 @@
 """The section of the page about failures: samples without a label by cause, and shards that can't be read."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,15 +11,11 @@ from pipeline.commit import Partition
 from pipeline.predictions import read_predictions
 from pipeline.report.parts import Section
 from pipeline.statistics import Causes
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import StorageError
 from pipeline.text import counted
-
-#: Columns of the manifest that `read_causes` needs.
-SHARD_COLUMNS = ("uri", "errors", "output")
 
 #: Shards that can't be read, in the page; the manifest has all.
 MOST_UNREADABLE = 20
-
 _READERS = 16
 
 
@@ -54,9 +50,8 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
 
 def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max_files: int) -> str:
     """Puts the causes into the section; returns the rest of the sentence that introduces them."""
-    shards = partition.manifest.labelled(SHARD_COLUMNS)
     try:
-        causes, missing = read_causes(partition.storage, partition.uri, shards, max_files)
+        causes, missing = read_causes(partition, max_files)
     except StorageError as error:  # the report of a run is written all the same
         return f". Their causes could not be read: {error}"
     section.causes = causes.to_record()
@@ -70,16 +65,8 @@ def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max
     return f"{note}:"
 
 
-def read_causes(
-    storage: Storage, partition: str, shards: Iterable[pa.Table], max_files: int
-) -> tuple[Causes, int]:
+def read_causes(partition: Partition, max_files: int) -> tuple[Causes, int]:
     """Reads the causes of errors from the `max_files` prediction files with the most errors.
-
-    Args:
-        storage: access to the files.
-        partition: URI of the partition.
-        shards: the columns `SHARD_COLUMNS` of its manifest.
-        max_files: files that are read, at most.
 
     Returns:
         the causes, and the number of missing files.
@@ -89,13 +76,14 @@ def read_causes(
     """
     order = [("errors", "descending"), ("uri", "ascending")]
     worst: list[dict[str, Any]] = []
-    for table in shards:
+    for table in partition.manifest.labelled(["uri", "errors", "output"]):
         bad = table.filter(pc.greater(table["errors"], 0))
         bad = pa.concat_tables([pa.Table.from_pylist(worst, bad.schema), bad])
         worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()
 
     def read(row: Mapping[str, Any]) -> Causes | None:
-        found = read_predictions(storage, f"{partition}/{row['output']}", ["key", "error"])
+        uri = f"{partition.uri}/{row['output']}"
+        found = read_predictions(partition.storage, uri, ["key", "error"])
         if found is None:
             return None
         causes = Causes()

@@ -48,14 +48,9 @@ def write_report(
     comparisons: Sequence[Comparison] = (),
     output: str | None = None,
 ) -> str:
-    """Writes the report about a partition and a run of it; returns the report's URI.
+    """Writes the report about a partition and the run of a record; returns the report's URI.
 
-    Args:
-        partition: has the labels.
-        record: record of the run.
-        statistics: class statistics of all labels.
-        comparisons: comparisons with other label sets.
-        output: path or URI; `report.html` in the partition where None.
+    It is `report.html` in the partition where no other `output` is given.
 
     Raises:
         StorageError: the partition can't be read, or the report can't be written.

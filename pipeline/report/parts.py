@@ -62,9 +62,7 @@ class Chart:
     """A table and, where there is one, the drawing of its numbers.
 
     Attributes:
-        title: heading of both.
-        columns: headings of the table's columns.
-        rows: cells of the table, as text.
+        columns, rows: headings and cells of the table, as text.
         description: the drawing in words, for people who don't see it; else the note.
         note: explains the drawing.
         names: number of columns, from the first, that hold names; the others hold numbers.
@@ -85,10 +83,9 @@ class Section:
 
     Attributes:
         id: target of links to the section.
-        causes: causes of errors, from `Causes.to_record`.
+        causes: from `Causes.to_record`.
         query: SQL that lists all errors.
         unreadable: errors of shards, after `unreadable_note`.
-        gallery: images by class.
     """
 
     id: str

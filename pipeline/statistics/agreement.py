@@ -19,7 +19,6 @@ class Agreement:
         same: samples given this class by both.
         given_a, given_b: compared samples given this class by one.
         disagreements: pairs (class in a, class in b) that differ.
-        compared: samples labeled in both.
         only_a, only_b: samples labeled in one only: an error row in the other, or in a shard that wasn't
             compared.
         shards: shards whose samples were compared.

@@ -143,11 +143,7 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
 class Limits:
     """Limits for a comparison; None is no limit.
 
-    Attributes:
-        max_psi, max_js: for the PSI and the Jensen-Shannon distance of the classes.
-        max_score_psi: for the PSI of the scores.
-        min_agreement: for the fraction of the compared samples that have the same class.
-        min_images: drift has no limit where a label set has fewer images.
+    Drift (PSI and Jensen-Shannon distance) has no limit where a label set has less than `min_images`.
     """
 
     max_psi: float | None = None

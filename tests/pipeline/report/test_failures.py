@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commit import Manifest
-from pipeline.report.failures import SHARD_COLUMNS, read_causes
+from pipeline.commit import Partition
+from pipeline.report.failures import read_causes
 from pipeline.statistics import Causes
 from pipeline.statistics.causes import MOST_KEYS
 from pipeline.storage import Storage, StorageError
@@ -29,10 +29,10 @@ def test_files_with_the_most_errors_are_read(tmp_path: Path) -> None:
     write_partition(storage, uri, ["a"], days)
     for path in Path(uri).rglob("?-0.tar.parquet"):
         path.write_bytes(b"without errors: nobody looks at it")
-    manifest = Manifest(storage, uri, 1)
+    partition = Partition.open(storage, uri)
 
     def causes(most: int) -> Causes:
-        found, missing = read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), most)
+        found, missing = read_causes(partition, most)
         assert missing == 0
         return found
 
@@ -43,7 +43,7 @@ def test_files_with_the_most_errors_are_read(tmp_path: Path) -> None:
     assert causes(3).count == 3 + 3 + 2
     [path] = Path(uri).rglob("x-3.tar.parquet")
     path.unlink()
-    without, missing = read_causes(storage, uri, manifest.labelled(SHARD_COLUMNS), 100)
+    without, missing = read_causes(partition, 100)
     assert (without.count, missing) == (2 * (1 + 2 + 3) - 3, 1)
     path.write_bytes(b"of somebody else")
     with pytest.raises(StorageError, match=r"x-3\.tar\.parquet: not a prediction file"):
@@ -58,8 +58,7 @@ def test_copy_of_a_partition_has_the_same_causes(tmp_path: Path) -> None:
     shutil.copytree(uri, copy, copy_function=shutil.copyfile)
     records = []
     for each in (uri, copy):
-        shards = Manifest(Storage(), each, 1).labelled(SHARD_COLUMNS)
-        found, missing = read_causes(Storage(), each, shards, 100)
+        found, missing = read_causes(Partition.open(Storage(), each), 100)
         assert (found.count, missing) == (2, 0)
         records.append(found.to_record())
     assert records[0] == records[1]
