@@ -5,7 +5,7 @@ Reading what is compared belongs here. The figures are defined in `statistics`, 
 
 from pipeline.compare.comparing import compare, compare_labels, write_comparison
 from pipeline.compare.label_set import LabelSet, NoPreviousRunError
-from pipeline.compare.run_pair import RunPair, compare_run
+from pipeline.compare.run_pair import RunPair
 
 __all__ = [
     "LabelSet",
@@ -13,6 +13,5 @@ __all__ = [
     "RunPair",
     "compare",
     "compare_labels",
-    "compare_run",
     "write_comparison",
 ]

@@ -1,8 +1,8 @@
 """A run and the run before it, for the report and for the gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from pipeline.commit import Partition
 from pipeline.compare.comparing import compare
@@ -53,21 +53,3 @@ class RunPair:
 def _has_ended(partition: Partition, run: str) -> bool:
     record = partition.record(run)
     return record is None or record.get("status") in ("complete", "incomplete")
-
-
-def compare_run(
-    partition: Partition, record: Mapping[str, Any], against: Sequence[LabelSet] = ()
-) -> tuple[ClassStatistics, list[Comparison]]:
-    """Compares the run of a record with the run before it, and all labels with those of other label sets.
-
-    Returns:
-        class statistics of all labels of the partition, and the comparisons, for the report.
-
-    Raises:
-        StorageError: labels can't be read.
-    """
-    dataset = record.get("config", {}).get("input", {}).get("uri")
-    statistics, previous = RunPair.find(partition, dataset, record["run"]).compare()
-    labels = LabelSet(partition, statistics=statistics)
-    found = [compare(other, labels) for other in against]
-    return statistics, found if previous is None else [previous, *found]

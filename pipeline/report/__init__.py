@@ -4,13 +4,12 @@ Figures are computed in `statistics`, comparisons in `compare`.
 """
 
 from pipeline.report.gallery import GALLERY_FILE, Gallery, Item, read_gallery, write_gallery
-from pipeline.report.page import find_record, write_report
+from pipeline.report.page import write_report
 
 __all__ = [
     "GALLERY_FILE",
     "Gallery",
     "Item",
-    "find_record",
     "read_gallery",
     "write_gallery",
     "write_report",

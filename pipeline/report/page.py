@@ -20,25 +20,10 @@ from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
 from pipeline.report.parts import largest, short, text_width, ticks
 from pipeline.statistics import ClassStatistics, Comparison
-from pipeline.storage import StorageError
 from pipeline.text import counted, percent, printable, score
 
 #: Prediction files that are read for the causes of errors: some seconds' worth.
 MAX_FILES = 500
-
-
-def find_record(partition: Partition, run: str | None = None) -> dict[str, Any]:
-    """The record of a run; by default, of the last run that labeled something.
-
-    Raises:
-        StorageError: there is no record, or it can't be read.
-    """
-    if run is None:
-        run = next(iter((partition.manifest.runs() or partition.records())[-1:]), None)
-    record = None if run is None else partition.record(run)
-    if record is None:
-        raise StorageError(partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}")
-    return record
 
 
 def write_report(

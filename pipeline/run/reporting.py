@@ -1,13 +1,11 @@
 """The report of a partition written again, also against other labels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipeline.commit import Partition
-from pipeline.compare import LabelSet, compare_run
-from pipeline.report import find_record
+from pipeline.compare import LabelSet, RunPair, compare
 from pipeline.report import write_report as write_page
+from pipeline.storage import StorageError
 
 
 def write_report(
@@ -24,6 +22,15 @@ def write_report(
     Raises:
         StorageError: labels or a record can't be read, or the page can't be written.
     """
-    record = find_record(partition, run)
+    runs = [run] if run is not None else (partition.manifest.runs() or partition.records())[-1:]
+    record = partition.record(runs[0]) if runs else None
+    if record is None:
+        raise StorageError(partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}")
     others = [LabelSet.open(partition.storage, name) for name in against]
-    return write_page(partition, record, *compare_run(partition, record, others), output)
+    dataset = record.get("config", {}).get("input", {}).get("uri")
+    statistics, previous = RunPair.find(partition, dataset, record["run"]).compare()
+    labels = LabelSet(partition, statistics=statistics)
+    comparisons = [compare(other, labels) for other in others]
+    if previous is not None:
+        comparisons.insert(0, previous)
+    return write_page(partition, record, statistics, comparisons, output)

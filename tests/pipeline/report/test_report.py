@@ -13,9 +13,10 @@ import pytest
 
 from pipeline.classify import LEAST, MOST
 from pipeline.commit import Partition
-from pipeline.compare import LabelSet, compare_run
-from pipeline.report import Item, find_record, write_gallery, write_report
+from pipeline.report import Item, write_gallery
+from pipeline.report import write_report as write_page
 from pipeline.report.page import make_report
+from pipeline.run import write_report
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
@@ -75,10 +76,7 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
 
 def report(uri: str, *against: str) -> Path:
     """Writes the report of the last run; returns its path."""
-    partition = Partition.open(Storage(), uri)
-    record = find_record(partition)
-    others = [LabelSet.open(Storage(), name) for name in against]
-    return Path(write_report(partition, record, *compare_run(partition, record, others)))
+    return Path(write_report(Partition.open(Storage(), uri), against=against))
 
 
 def make_page(folder: Path, labels: list[str]) -> str:
@@ -264,12 +262,12 @@ def test_heading_of_a_comparison_names_the_other_label_set(tmp_path: Path) -> No
 def test_missing_record_is_named(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
     with pytest.raises(StorageError, match=r"has no record of run 2026\S+-ffffff"):
-        find_record(partition, "20260101T000000.000000Z-ffffff")
+        write_report(partition, "20260101T000000.000000Z-ffffff")
 
 
 def test_report_without_comparisons_can_be_written_at_any_time(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
-    written = write_report(partition, find_record(partition), partition.manifest.fold_statistics())
+    written = write_page(partition, RECORD, partition.manifest.fold_statistics())
     assert written == f"{partition.uri}/report.html"
     text = text_of(Path(written).read_text())
     assert "Labeled images792in all" in text
