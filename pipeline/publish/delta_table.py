@@ -67,12 +67,7 @@ class DeltaTable:
         return found, None if is_same else self._log.edit_since(found.transaction)
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
-        """Makes `snapshot` the current version in place of `base`, the one that was read last.
-
-        Raises:
-            TableChangedError: the current version is another one.
-            StorageError: the version can't be written.
-        """
+        """Makes `snapshot` the current version in place of `base`; see `DeltaLog.commit`."""
         notes = {"columns": snapshot.columns, "files": [file.path for file in snapshot.files]}
         shards = snapshot.shards.replace_schema_metadata({_NOTES: json.dumps(notes)})
         out = io.BytesIO()

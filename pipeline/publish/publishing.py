@@ -28,8 +28,8 @@ from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_i
 
 #: Bytes of rows in memory that make one file. As Parquet that is a third of it; with embeddings, most of it.
 FILE_BYTES = 512 * 1024**2
-
 _ATTEMPTS = 5
+_LISTED_AT_ONCE = 10_000
 
 _LABELED = pa.schema(
     [
@@ -42,8 +42,6 @@ _LABELED = pa.schema(
 
 #: A prediction file, as the manifest names it.
 _FILES = pa.schema([_LABELED.field("output"), _LABELED.field("output_version")])
-
-_LISTED_AT_ONCE = 10_000
 
 
 class TableBusyError(RuntimeError):

@@ -18,7 +18,6 @@ from pipeline.storage import StorageError
 
 #: Files with less than this share of `file_bytes` are written again, together with what is added.
 _SMALL = 1 / 12
-
 _READERS = 16
 
 

@@ -27,10 +27,8 @@ MOST_BARS = 20
 MOST_CLASSES = 50
 MOST_PAIRS = 12
 MOST_IN_MATRIX = 15
-
 #: Classes with images: some kilobytes each.
 MOST_IN_GALLERY = 20
-
 _SHOWN_BINS = 20
 
 _EVENTS = {

@@ -14,7 +14,6 @@ from pipeline.text import percent, score
 
 #: Metadata key of the table, for the totals as JSON.
 TOTALS = "cvt_label.comparison"
-
 _MOST_PAIRS = 100
 
 

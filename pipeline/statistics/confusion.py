@@ -4,7 +4,6 @@ import numpy as np
 
 #: Distinct pairs that are counted: 16 bytes each, about four times that during a merge.
 MAX_PAIRS = 2_000_000
-
 _PENDING = 100_000
 
 

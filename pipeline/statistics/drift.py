@@ -21,7 +21,6 @@ from pipeline.statistics.classes import HISTOGRAM_BINS
 
 #: Bins of the scores' PSI, over [0, 1].
 DRIFT_BINS = 10
-
 _ADDED = 0.5
 
 
