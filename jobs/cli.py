@@ -1,7 +1,5 @@
 """The console command `cvt-label`: the commands of this package under one name."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

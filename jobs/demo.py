@@ -3,8 +3,6 @@
 `python -m jobs.demo`, or `cvt-label demo`. It needs no configuration, no network and no GPU.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Labels a dataset: `python -m jobs.label --config FILE`, or `cvt-label label`."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Shows what a labelling job would do: `python -m jobs.plan --config FILE`, or `cvt-label plan`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Shows the statistics of a partition: `python -m jobs.stats URI`, or `cvt-label stats URI`."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

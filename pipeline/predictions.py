@@ -5,8 +5,6 @@ They hold nothing about a run or a time: the same shard, labeled with the same f
 of device, gives the same bytes.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

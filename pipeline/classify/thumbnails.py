@@ -4,8 +4,6 @@ Classifiers make them, since only classifiers have both pixels and scores, and o
 the best k so far: of n images of a class, about k * ln(n / k) at each end. Labels don't depend on them.
 """
 
-from __future__ import annotations
-
 import heapq
 import io
 import threading

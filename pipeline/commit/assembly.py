@@ -1,7 +1,5 @@
 """Assembling a shard: the results of its chunks in, its prediction rows out, in the shard's order."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

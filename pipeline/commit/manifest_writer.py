@@ -1,7 +1,5 @@
 """Writing a run's manifest rows in the background, a batch at a time."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

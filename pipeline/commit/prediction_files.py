@@ -4,8 +4,6 @@ A file replaces the version that the plan has seen. Where another version is fou
 or was until it died: a file of the same version of the shard stays; of two versions, the input's own wins.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The record of a run, as it grows. `recovery` makes manifest rows of records and prediction files."""
 
-from __future__ import annotations
-
 import json
 import secrets
 import threading

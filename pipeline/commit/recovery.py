@@ -4,8 +4,6 @@ Prediction files hold what is labeled. Each run records the rest (shards that co
 from the input) before it writes the manifest. Recovery replays the records in their order.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet

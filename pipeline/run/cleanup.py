@@ -4,8 +4,6 @@ Labels are removed of deleted shards, where that is asked for, and of groups of 
 are in other groups now.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """One labeling run, from configuration to run record. Each part is handed what it needs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress

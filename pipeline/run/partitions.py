@@ -1,7 +1,5 @@
 """The partition of a configuration, found in storage: the model is not loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """What is left to do: a pure function of the input's listing and the manifest. Nothing is read here."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run is about to do, found out without doing it: the input's listing, the plan, and repairs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Manifest and class statistics regenerated from the prediction files and the records of runs."""
 
-from __future__ import annotations
-
 from pipeline.commit import Lease, Partition, new_run_id, rebuilt_rows
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.run.summaries import write_class_table

@@ -2,8 +2,6 @@
 found out that no prediction file tells. The record is enough to run the same again.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import time

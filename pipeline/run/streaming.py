@@ -1,7 +1,5 @@
 """The plan's shards on their way through the executor to the committer."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What lies beside the predictions, for people and programs: class statistics, gallery and report."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Collection
 
@@ -18,11 +16,8 @@ from pipeline.storage import ABSENT
 
 def has_unwanted(job: Job) -> bool:
     """Whether there is a gallery, and the configuration has since been set to none."""
-    partition = job.partition
-    return (
-        not job.config.report.gallery
-        and partition.storage.version(f"{partition.uri}/{GALLERY_FILE}") != ABSENT
-    )
+    uri = f"{job.partition.uri}/{GALLERY_FILE}"
+    return not job.config.report.gallery and job.partition.storage.version(uri) != ABSENT
 
 
 def write_class_table(partition: Partition, statistics: ClassStatistics, topk: int) -> None:
