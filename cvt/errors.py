@@ -28,7 +28,10 @@ def checkpoint_errors(where: object) -> Iterator[None]:
     except CheckpointError as error:
         raise type(error)(f"{where}: {error}") from error
     except Exception as error:
-        cause = " ".join(str(error).split())[:500] or type(error).__name__
+        reason = (
+            error.strerror if isinstance(error, OSError) else None
+        )  # without the file, which `where` names
+        cause = " ".join((reason or str(error)).split())[:500] or type(error).__name__
         raise CheckpointError(f"{where}: {cause}") from error
 
 

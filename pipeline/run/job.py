@@ -86,7 +86,6 @@ def make_job(config: Config) -> Job:
         StorageError: an object of the model can't be read.
         ConfigError: an option doesn't fit the model, or `output.uri` leaves no room for names.
     """
-    _check_installed(config)
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     topk, classes = config.output.topk, len(checkpoint.labels)
@@ -100,8 +99,12 @@ def make_job(config: Config) -> Job:
     return job
 
 
-def _check_installed(config: Config) -> None:
-    """Reports a missing package at once, not from within a worker; nodes are alike."""
+def check_installed(config: Config) -> None:
+    """Reports a missing package at once, not from within a worker; nodes are alike.
+
+    Raises:
+        ConfigError: names the package to install.
+    """
     runtime = config.classify.runtime
     if runtime == "openvino" and importlib.util.find_spec(runtime) is None:
         raise ConfigError(f"classify.runtime: {NO_OPENVINO}")

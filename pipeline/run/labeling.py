@@ -14,7 +14,7 @@ from pipeline.read import Shard, list_shards
 from pipeline.report import write_report
 from pipeline.run import summaries
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
-from pipeline.run.job import make_job
+from pipeline.run.job import check_installed, make_job
 from pipeline.run.preparing import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, recorded
 from pipeline.run.result import RunResult
@@ -53,6 +53,7 @@ def label(
         Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
     clock, before = Clock(), retries()
+    check_installed(config)
     listing = open_listing(config)
     job = make_job(config)
     first_id = new_run_id()

@@ -125,7 +125,9 @@ def test_what_is_wrong_with_an_object_is_said_of_its_uri(bucket: str, storage: S
     assert f"model '{uri}': {uri}/model.safetensors: " in refusal(storage, uri)
     storage.delete(f"{uri}/preprocessor_config.json")
     storage.write(f"{uri}/model.safetensors", (FOLDER / "model.safetensors").read_bytes())
-    assert f"model '{uri}': {uri}/preprocessor_config.json: No such file" in refusal(storage, uri)
+    assert f"model '{uri}': {uri}/preprocessor_config.json: cannot be read as JSON: No such file" in refusal(
+        storage, uri
+    )
     storage.delete(f"{uri}/config.json")
     assert f"model '{uri}': the folder has no config.json" in refusal(storage, uri)
 
