@@ -160,7 +160,12 @@ class _Run:
         summaries.update_gallery(job, result.statistics, result.gallery, gone)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
         values = self.record.values | so_far
-        write_report(partition, values, result.statistics, [previous] if previous else [])
+        try:
+            write_report(partition, values, result.statistics, [previous] if previous else [])
+        except StorageError:
+            raise
+        except Exception:  # must not fail a run whose labels are written
+            logger.exception("the report could not be drawn")
 
     def _judge_again(self) -> None:
         """Holds what earlier runs labeled to the gate, where this one adds nothing."""

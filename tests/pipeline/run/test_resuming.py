@@ -128,6 +128,20 @@ def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_
     assert b"data:image/jpeg" not in page
 
 
+def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> str:
+        raise RuntimeError("no fonts")
+
+    root = str(tmp_path)
+    write(root, "0.tar", 0)
+    monkeypatch.setattr(labeling, "write_report", fail)
+    assert label(config(root)).is_complete
+    assert "the report could not be drawn" in caplog.text
+    assert record(label(config(root)))["status"] == "complete"
+
+
 def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(2):
