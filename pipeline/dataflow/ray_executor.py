@@ -55,6 +55,10 @@ class AttemptLimit:
         self._attempts: Any = remote(_Attempts).remote()
         self._most = most
 
+    def close(self) -> None:
+        """Ends the counter's process."""
+        ray.kill(self._attempts)
+
     @contextmanager
     def attempt(self, work: str) -> Iterator[None]:
         """Does a piece of work; raises `ChunkError` where that was attempted too often."""
@@ -191,8 +195,11 @@ class RayExecutor:
             num_gpus=resources.classify_gpus or None,
         )
         # Prefetching would hold each result back until the next one is there.
-        for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from Chunk.from_block(block)
+        try:
+            for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield from Chunk.from_block(block)
+        finally:
+            limit.close()
 
 
 def _set_context(settings: RayConfig) -> None:
