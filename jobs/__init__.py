@@ -14,7 +14,7 @@ def _refuse_other_packages() -> None:
     root = Path(__file__).resolve().parents[1]
     for name in ("cvt", "pipeline", "configs"):
         spec = find_spec(name)
-        if spec is None or not spec.origin or not Path(spec.origin).resolve().is_relative_to(root):
+        if spec is None or not spec.origin or Path(spec.origin).resolve().parents[1] != root:
             place = "is not installed" if spec is None else f"is another package: {spec.origin}"
             sys.stderr.write(f"{name} {place}: run cvt-label, or run this command in another directory\n")
             sys.exit(2)

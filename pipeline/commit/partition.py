@@ -56,7 +56,11 @@ class Partition:
         """
         for info in prediction_files(self.storage, self.uri):
             with self.storage.open(info.uri, info.version) as file:
-                yield pq.read_table(file, columns=None if columns is None else list(columns))
+                parquet = pq.ParquetFile(file)
+                unknown = {*(columns or ())} - {*parquet.schema_arrow.names}
+                if unknown:
+                    raise StorageError(info.uri, f"has no column {', '.join(sorted(unknown))}")
+                yield parquet.read(None if columns is None else list(columns))
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ credentials come from the standard chains of each storage service.
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cvt.runtimes import Device, Precision, Runtime, precisions_of
 from pipeline.config.sections import Address, NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
@@ -166,6 +166,13 @@ class RayConfig(Section):
     task_retries: Annotated[int, Field(ge=0)] = 3
     #: Consecutive actors that may die while they start.
     actor_start_retries: Annotated[int, Field(ge=0)] = 3
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        if address is None or ":" in address or address in ("auto", "local", IN_PROCESS):
+            return address
+        raise ValueError(f"not an address: host:port, ray://host:port, auto, local or {IN_PROCESS}")
 
 
 class RunConfig(Section):

@@ -7,8 +7,11 @@ memory as there are threads, and a few results. An image that ends the process e
 import os
 import queue
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
@@ -17,8 +20,8 @@ from pipeline.read import Chunk, Shard
 
 #: Results that may wait for whoever takes them.
 _WAITING_RESULTS = 2
-#: Seconds that a run that is given up waits for its threads, each of which finishes its chunk.
-_JOIN_S = 10.0
+#: Seconds that a run that is given up waits for its threads in all; each of them finishes its chunk.
+_JOIN_S = 5.0
 
 
 class LocalExecutor:
@@ -26,8 +29,7 @@ class LocalExecutor:
 
     def resources(self, request: ResourceRequest) -> Resources:
         """One classifier with all CPUs or one GPU; readers and decoders as Ray would have on this machine."""
-        has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-        cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        cpus = usable_cpus()
         gpus = 0
         if request.classify.device != "cpu":
             import torch
@@ -60,6 +62,7 @@ class _Run:
         count = readers + resources.decoders + resources.chunks_at_once
         self._decode = stages.decoding if resources.decoders else None
         self._classify = Classifier(stages, resources)
+        self._classifying = threading.Semaphore(resources.chunks_at_once)
         # Readers share the shards; a reader reads for one thread at a time.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
         for item in (*enumerate(shards), *[None] * readers):
@@ -98,8 +101,9 @@ class _Run:
         self._readers.put(None)
         for _ in self._threads:
             self._slots.release()
+        deadline = time.monotonic() + _JOIN_S
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         try:
@@ -109,7 +113,9 @@ class _Run:
                     break
                 if self._decode is not None:
                     chunk = self._decode(chunk)
-                self._results.put(self._classify(chunk))
+                with self._classifying:
+                    classified = self._classify(chunk)
+                self._results.put(classified)
         except BaseException as error:
             self._results.put(error)
             self._readers.put(None)  # which may have lost one
@@ -128,3 +134,15 @@ class _Run:
                     break
         self._readers.put(None)  # for the other threads
         return None
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: by its affinity, and by the quota of its container (cgroup 1 or 2)."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # ValueError: "max", which is no quota
+            quota, period = (int(value) for name in names for value in (cgroup / name).read_text().split())
+            if quota > 0:
+                return max(1, min(cpus, quota // period))
+    return cpus

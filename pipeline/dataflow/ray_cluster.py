@@ -105,7 +105,7 @@ def _is_shadowed() -> bool:
     directories = {str(Path.cwd()), *({script} & set(sys.path))}
     found = (PathFinder.find_spec(name, [path]) for path in directories for name in _PACKAGES)
     origins = [Path(spec.origin).resolve() for spec in found if spec is not None and spec.origin]
-    return any(not origin.is_relative_to(_ROOT) for origin in origins)
+    return any(origin.parents[1] != _ROOT for origin in origins)
 
 
 def _import_of_own_packages(root: str) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
     state      meaning
     RUNNING    nobody has asked the run to stop
-    FINISHING  asked to stop: open shards are finished, no other shard is started
+    FINISHING  asked to stop: open shards are finished, results of other shards are discarded
     ABANDONED  asked again, or the grace period is over: open shards are given up
 
     state      event                            next state  effect

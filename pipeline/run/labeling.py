@@ -54,14 +54,13 @@ def label(
     """
     clock, before = Clock(), retries()
     check_installed(config)
-    listing = open_listing(config)
+    open_listing(config)  # an input without shards fails before anything is written
     job = make_job(config)
-    first_id = new_run_id()
-    lease = Lease(job.storage, job.partition.uri, first_id, config.run.lease_s)
+    lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_s)
     with sigterm_interrupts(), lease.held(wait, on_wait):
         run = lease.run
-        if run != first_id:  # it waited, and the input may have changed meanwhile
-            listing = open_listing(config)
+        # Not before the lease: another run may have labeled what such a listing lacks.
+        listing = open_listing(config)
         try:
             with recorded(job, run, clock, selection) as record:
                 prepared = prepare(job, listing, selection, lease.found_in_order)

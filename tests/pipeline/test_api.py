@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,35 @@ def test_two_labelings_are_compared(labeled: tuple[Path, pipeline.RunResult], tm
     found = pipeline.compare_labels(result.partition.uri, other.uri)
     assert found.agreement is not None
     assert (found.agreement.compared, found.agreement.share) == (8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked"),
+    [
+        ({"path": "me/model"}, ["model.path=me/model@main"]),
+        ({"path": "me/model@main"}, ["model.path=me/model"]),
+        ({"path": "me/model"}, ["model.path=me/model", "model.revision=abc123"]),  # the commit that was used
+    ],
+)
+def test_a_model_of_the_hub_is_found_however_its_revision_is_given(
+    labeled: tuple[Path, pipeline.RunResult], tmp_path: Path, recorded: dict[str, str], asked: list[str]
+) -> None:
+    _, result = labeled
+    copy = tmp_path / "out" / result.partition.name
+    shutil.copytree(result.partition.uri, copy)
+    path = copy / "runs" / f"{result.run}.json"
+    record = json.loads(path.read_text())
+    record["config"]["model"] |= recorded
+    path.write_text(json.dumps(record | {"model_commit": "abc123"}))
+    assert pipeline.find_partition(job(tmp_path, *asked)).uri == str(copy)
+    with pytest.raises(StorageError, match="nothing is labeled yet"):
+        pipeline.find_partition(job(tmp_path, "model.path=me/model", "model.revision=other"))
+
+
+def test_an_unknown_column_of_labels_is_named(labeled: tuple[Path, pipeline.RunResult]) -> None:
+    _, result = labeled
+    with pytest.raises(StorageError, match=r"a\.tar\.parquet: has no column lable"):
+        next(iter(result.partition.read_labels(["key", "lable"])))
 
 
 def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.dataflow import Resources, Stages, open_executor
+from pipeline.dataflow.local_executor import usable_cpus
 from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.stages import Classifier, ReadStep
 from pipeline.read import Chunk, Shard, list_shards
@@ -175,3 +176,24 @@ def test_both_executors_write_the_same_prediction_files(folder: Path, tmp_path: 
         files.append({path.relative_to(tmp_path / name): path.read_bytes() for path in paths})
     assert len(files[0]) == SHARDS
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({"cpu.max": "150000 100000"}, 1),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({}, 64),
+    ],
+)
+def test_cpus_are_limited_by_the_quota_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], most: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert usable_cpus(tmp_path) == most

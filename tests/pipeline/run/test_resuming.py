@@ -18,10 +18,11 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Partition, Progress
 from pipeline.commit import committer as committing
-from pipeline.config import ConfigError, Selection
+from pipeline.config import Config, ConfigError, Selection
 from pipeline.predictions import prediction_path
 from pipeline.report import read_gallery
 from pipeline.run import (
+    Job,
     PreparedRun,
     RunResult,
     State,
@@ -126,6 +127,26 @@ def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_
     assert files(root, "gallery") == {}
     [page] = files(root, "report.html").values()
     assert b"data:image/jpeg" not in page
+
+
+def test_what_another_run_labels_while_the_model_is_loaded_is_not_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    write(root, "a.tar", 0)
+    label(config(root))
+    make = labeling.make_job
+
+    def meanwhile(job: Config) -> Job:
+        monkeypatch.setattr(labeling, "make_job", make)
+        write(root, "b.tar", 1)
+        label(config(root))
+        return make(job)
+
+    monkeypatch.setattr(labeling, "make_job", meanwhile)
+    late = label(config(root), Selection(prune=True))
+    assert late.plan.states == {State.DONE: 2, State.GONE: 0}
+    assert len(files(root)) == 2
 
 
 def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
