@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, ReadStep, Stages
+from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages
 from pipeline.read import Chunk, Shard
 
 #: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
@@ -114,12 +114,17 @@ def _read_shards(
 
 
 def _process(
-    block: pa.Table, step: Callable[[Chunk], Chunk], limit: AttemptLimit, doing: str = "decoding"
+    block: pa.Table, step: Callable[[Chunk], Chunk], limit: AttemptLimit, doing: str
 ) -> Iterator[pa.Table]:
     for chunk in Chunk.from_block(block):
         with limit.attempt(f"{doing} shard {chunk.shard} of the plan, from sample {chunk.start}"):
             result = step(chunk).to_block()
         yield result
+
+
+def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
+    """Decodes; Ray shows this name in its dashboard and in the titles of processes."""
+    return _process(block, step, limit, "decoding")
 
 
 class _ClassifierActor:
@@ -171,7 +176,7 @@ class RayExecutor:
         )
         if resources.decoders:
             chunks = chunks.map_batches(
-                _process,
+                _decode_block,
                 batch_size=None,
                 batch_format="pyarrow",
                 fn_args=(stages.decoding, limit),
