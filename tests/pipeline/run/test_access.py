@@ -33,7 +33,7 @@ from pipeline.run import label, make_job, rebuild
 from pipeline.schedule import DatasetState, StateFile
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
-from tests.makers import make_image, make_tar
+from tests.makers import make_image, make_samples, make_tar
 from tests.pipeline.publish.tables import Dataset
 from tests.runs import IN_PROCESS
 
@@ -282,7 +282,10 @@ def test_publishing_needs_what_its_policy_allows(root: str, s3_server: LocalS3) 
 def test_a_comparison_needs_what_its_policy_allows(
     labelled: set[Access], other: str, root: str, s3_server: LocalS3
 ) -> None:
-    uri = make_job(config(root, s3_server.endpoint_url)).partition.uri
+    storage, job = Storage(endpoint_url=s3_server.endpoint_url), config(root, s3_server.endpoint_url)
+    label(job, selection=Selection(relabel=True))  # after a rebuild, no run is known
+    storage.write(f"s3://{root}images/shards/more.tar", make_tar(make_samples(3)))
+    uri = label(job).partition.uri
 
     def look(endpoint: str) -> None:
         assert run(compare, uri, other) == 0
