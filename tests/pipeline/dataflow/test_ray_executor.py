@@ -2,31 +2,32 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.config import RayConfig, load_job_config
-from pipeline.read import list_shards
+from pipeline.dataflow import Stages
+from pipeline.dataflow.stages import DecodeStep
+from pipeline.read import Chunk, list_shards
 from pipeline.run import make_job
 from pipeline.storage import Storage
 from tests.makers import make_samples, make_tar
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
 
-class Deadly:
-    """A preprocessor that kills its process, as a fault in a decoder's native code does."""
+def die(chunk: Chunk) -> Chunk:
+    """Kills its process, as a fault in a decoder's native code does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return chunk
 
-    def __init__(self, size: int) -> None:
-        self.size = size
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        os.kill(os.getpid(), signal.SIGKILL)
+class DeadlyStages(Stages):
+    @property
+    def decoding(self) -> DecodeStep:
+        return die
 
 
 def test_a_chunk_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path) -> None:
@@ -34,14 +35,9 @@ def test_a_chunk_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path
 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.tar").write_bytes(make_tar(make_samples(3)))
-    fields = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
-    job = make_job(load_job_config(None, fields))
-    executor = RayExecutor(RayConfig(task_retries=1))
-    checkpoint = replace(job.checkpoint, preprocessor=Deadly(28))
-    stages, shards = (
-        replace(job.stages, checkpoint=checkpoint),
-        list(list_shards(Storage(), f"{tmp_path}/in")),
-    )
-    with pytest.raises(Exception, match="2 workers died at it") as caught:
+    settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+    job = make_job(load_job_config(None, settings))
+    stages = DeadlyStages(**{field.name: getattr(job.stages, field.name) for field in fields(Stages)})
+    executor, shards = RayExecutor(RayConfig(task_retries=1)), list(list_shards(Storage(), f"{tmp_path}/in"))
+    with pytest.raises(Exception, match="decoding shard 0 of the plan, from sample 0: 2 workers died at it"):
         list(executor.label(shards, stages, executor.resources(job.resource_request)))
-    assert f"{tmp_path}/in/a.tar" in str(caught.value)
