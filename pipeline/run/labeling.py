@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, RunRecord, new_run_id
+from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
 from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import Stop, Stopped, sigterm_interrupts
@@ -18,7 +17,7 @@ from pipeline.run.job import check_installed, make_job
 from pipeline.run.preparing import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, recorded
 from pipeline.run.result import RunResult
-from pipeline.run.streaming import ShardStream
+from pipeline.run.streaming import RunContext, ShardStream
 from pipeline.statistics import Comparison, Limits
 from pipeline.storage import StorageError, retries
 
@@ -84,17 +83,8 @@ def label(
     return result
 
 
-@dataclass
-class _Run:
-    """A run in progress; its attributes are what the steps share."""
-
-    result: RunResult
-    prepared: PreparedRun
-    record: RunRecord
-    clock: Clock
-    lease: Lease
-    writer: ManifestWriter
-    on_progress: Callable[[Progress, PreparedRun], None]
+class _Run(RunContext):
+    """A run in progress."""
 
     def carry_out(self) -> None:
         """Does what is planned, and leaves everything in order; raises as `label`."""
@@ -192,11 +182,9 @@ class _Run:
         return RunPair.find(job.partition, job.config.input.uri, self.result.run)
 
     def _label(self, removed: set[str]) -> Stop:
-        """Labels the plan's shards; finally removes labels of images that the input has regrouped by then."""
+        """Labels the plan's shards; then removes labels of images that moved to other groups meanwhile."""
         result = self.result
-        stream = ShardStream(
-            result, self.prepared, self.record, self.clock, self.lease, self.writer, self.on_progress
-        )
+        stream = ShardStream(self)
         try:
             return stream.run(removed)
         finally:

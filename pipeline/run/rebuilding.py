@@ -4,7 +4,7 @@ from pipeline.commit import Lease, Partition, new_run_id, rebuilt_rows
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.run.summaries import write_class_table
 
-#: Seconds for which a rebuild holds the lease without renewal.
+#: Seconds after which the lease of a rebuild expires unless it is renewed.
 LEASE_S = 60.0
 
 

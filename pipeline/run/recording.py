@@ -1,5 +1,6 @@
-"""What a run records: its configuration and selection, versions, counts, timings, how it ended, and what it
-found out that no prediction file tells. The record is enough to run the same again.
+"""The record of a run: its configuration and selection, versions, counts, timings and outcome.
+
+It also lists what no prediction file holds, such as unreadable shards. A run can be repeated from its record.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What lies beside the predictions, for people and programs: class statistics, gallery and report."""
+"""The files next to the predictions that a run updates: class statistics and gallery."""
 
 import io
 from collections.abc import Collection
