@@ -41,7 +41,7 @@ class PredictionWriter:
 
     Attributes:
         expected: by URI of a shard, the version of the prediction file that it has already.
-        is_current: tells whether the input still has this version of a shard.
+        is_current: returns whether the input still has this version of a shard.
         before_group: called before the labels of a group of image files are written; raises if they must
             not be written. Another run may have grouped the images differently, so that an overtaken run's
             labels would be there twice; tars and Parquet files don't share samples.

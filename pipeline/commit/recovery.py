@@ -133,8 +133,7 @@ def find_repairs(
     Prediction files are always listed, for they are the source of truth, whoever wrote them. Run records are
     only read where the last run died.
 
-    `manifest` has its rows by URI; `in_order` tells whether the last run left everything in order, and the
-    manifest is there.
+    `manifest` has its rows by URI. `in_order` is whether it exists and the last run left it up to date.
 
     Raises:
         StorageError: something there is no prediction file of this partition, or no record.

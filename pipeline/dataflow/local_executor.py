@@ -1,7 +1,7 @@
 """The executor without Ray: threads of this process run the stages.
 
-Each thread reads a chunk, decodes it, classifies it, and takes the next one. So as many chunks are in
-memory as there are threads, and a few results. An image that ends the process ends the run.
+Each thread reads a chunk, decodes it, classifies it, and takes the next one. Memory holds one chunk per
+thread, and a few results. An image that crashes the process ends the run.
 """
 
 import os

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from pipeline.config import IN_PROCESS, ConfigError
 from pipeline.dataflow.stopping import interrupts_deferred, sigterm_interrupts
 
-#: Set unless the environment says otherwise: nothing is reported to anybody, and the terminal is left to
-#: the job's own progress (what fails is raised, and Ray keeps its logs in its session folder). A local Ray
-#: keeps workers that wait for the next chunk: it would end them after a second, and start anew for each.
+#: Defaults for the environment. Ray reports no usage, and leaves the terminal to the job's own progress:
+#: errors are raised, and the logs are in Ray's session folder. A local Ray keeps idle workers for a minute,
+#: instead of starting a process per chunk.
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -54,7 +54,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if address == "local" and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # Ray's own token is a file in the home folder, which every later Ray of the machine would ask for.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    with interrupts_deferred():  # one that comes between leaves half a module, which the process trips over
+    with interrupts_deferred():  # an interrupted import leaves a broken module
         import ray  # reads its variables of the environment now, and never again
 
     if ray.is_initialized():
@@ -66,7 +66,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     try:
         with interrupts_deferred() if local else nullcontext():
             init_ray(address, logging_level=logging.ERROR, log_to_driver=False, **local)
-        import ray.data  # sets the level of its logs anew
+        import ray.data  # resets the level of its logs
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         with sigterm_interrupts():  # ray.init has set a handler of its own
@@ -131,8 +131,7 @@ def _import_of_own_packages(root: str) -> Callable[[], None]:
 
 
 def check_reachable(address: str) -> None:
-    """Makes sure that something listens at an address, where that tells a port: Ray's clients would try for
-    many minutes, or without an end.
+    """Checks that something listens at an address with a port; Ray's clients would retry for minutes.
 
     Raises:
         ClusterError: nothing does.
