@@ -11,5 +11,3 @@ from cvt.checkpoints.checkpoint import (
     read_labels,
     save_checkpoint,
 )
-
-__all__ = ["BUNDLED", "Checkpoint", "load_checkpoint", "load_features", "read_labels", "save_checkpoint"]

@@ -5,5 +5,3 @@ Loading checkpoints and decoding images do not belong here.
 
 from cvt.inference.engine import Engine
 from cvt.inference.runtime import EngineOutput
-
-__all__ = ["Engine", "EngineOutput"]

@@ -5,7 +5,7 @@ H, W). KERAS_BACKEND or keras.json selects the backend; it works with PyTorch's 
 """
 
 try:
-    import keras  # noqa: F401
+    import keras
 except ModuleNotFoundError as error:
     if error.name == "keras":
         raise ImportError("cvt.keras needs Keras: pip install 'cvt-label[keras]'") from error

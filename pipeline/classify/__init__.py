@@ -6,5 +6,3 @@ module name. Writing files does not belong here.
 
 from pipeline.classify.predict import classify
 from pipeline.classify.thumbnails import GALLERY_CLASSES, LEAST, MOST, THUMBNAIL_COLUMN, Thumbnails, ranked
-
-__all__ = ["GALLERY_CLASSES", "LEAST", "MOST", "THUMBNAIL_COLUMN", "Thumbnails", "classify", "ranked"]

@@ -11,28 +11,3 @@ from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
 from pipeline.commit.record import RunRecord, new_run_id
 from pipeline.commit.recovery import Repairs, find_repairs, prediction_files, rebuilt_rows, reconcile
-
-__all__ = [
-    "CLASS_STATS",
-    "WRITERS",
-    "Committer",
-    "Lease",
-    "LeaseHeldError",
-    "LeaseLostError",
-    "Manifest",
-    "ManifestRow",
-    "ManifestWriter",
-    "Partition",
-    "PredictionWriter",
-    "Progress",
-    "Repairs",
-    "RunRecord",
-    "Totals",
-    "find_repairs",
-    "left_in_order",
-    "new_run_id",
-    "open_partition",
-    "prediction_files",
-    "rebuilt_rows",
-    "reconcile",
-]

@@ -6,12 +6,3 @@ Reading what is compared belongs here. The figures are defined in `statistics`, 
 from pipeline.compare.comparing import compare, compare_labels, write_comparison
 from pipeline.compare.label_set import LabelSet, NoPreviousRunError
 from pipeline.compare.run_pair import RunPair
-
-__all__ = [
-    "LabelSet",
-    "NoPreviousRunError",
-    "RunPair",
-    "compare",
-    "compare_labels",
-    "write_comparison",
-]

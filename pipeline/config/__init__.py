@@ -22,28 +22,3 @@ from pipeline.config.loading import load_config, load_job_config, load_recorded
 from pipeline.config.schedule import DatasetConfig, DatasetsConfig
 from pipeline.config.sections import ConfigError
 from pipeline.config.train import OptimizationConfig, TrainConfig
-
-__all__ = [
-    "IN_PROCESS",
-    "LABEL_NEW",
-    "NO_TORCHVISION",
-    "ClassifyConfig",
-    "Config",
-    "ConfigError",
-    "DatasetConfig",
-    "DatasetsConfig",
-    "DecodeConfig",
-    "InputConfig",
-    "InputFormat",
-    "OptimizationConfig",
-    "RayConfig",
-    "ReadConfig",
-    "Selection",
-    "TrainConfig",
-    "fingerprint",
-    "label_settings",
-    "load_config",
-    "load_job_config",
-    "load_recorded",
-    "make_storage",
-]

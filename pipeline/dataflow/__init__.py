@@ -9,20 +9,3 @@ from pipeline.dataflow.ray_cluster import ClusterError, check_reachable
 from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Stages
 from pipeline.dataflow.stopping import Stop, Stopped, graceful_stop, interrupts_deferred, sigterm_interrupts
-
-__all__ = [
-    "Cluster",
-    "ClusterError",
-    "Executor",
-    "ResourceRequest",
-    "Resources",
-    "Stages",
-    "Stop",
-    "Stopped",
-    "check_reachable",
-    "choose_resources",
-    "graceful_stop",
-    "interrupts_deferred",
-    "open_executor",
-    "sigterm_interrupts",
-]

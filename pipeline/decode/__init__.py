@@ -4,5 +4,3 @@
 """
 
 from pipeline.decode.cpu import decode, decode_chunk
-
-__all__ = ["decode", "decode_chunk"]

@@ -4,5 +4,3 @@ Reading what is labeled belongs to `commit`.
 """
 
 from pipeline.publish.publishing import FILE_BYTES, Publication, TableBusyError, publish_labels
-
-__all__ = ["FILE_BYTES", "Publication", "TableBusyError", "publish_labels"]

@@ -7,16 +7,3 @@ from pipeline.read.chunks import Chunk, cut_into_chunks
 from pipeline.read.reader import read_samples
 from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import NoShardsError, Shard, ShardListing, input_shards, list_shards
-
-__all__ = [
-    "Chunk",
-    "NoShardsError",
-    "ReadOptions",
-    "Sample",
-    "Shard",
-    "ShardListing",
-    "cut_into_chunks",
-    "input_shards",
-    "list_shards",
-    "read_samples",
-]

@@ -5,12 +5,3 @@ Figures are computed in `statistics`, comparisons in `compare`.
 
 from pipeline.report.gallery import GALLERY_FILE, Gallery, Item, read_gallery, write_gallery
 from pipeline.report.page import write_report
-
-__all__ = [
-    "GALLERY_FILE",
-    "Gallery",
-    "Item",
-    "read_gallery",
-    "write_gallery",
-    "write_report",
-]

@@ -13,20 +13,3 @@ from pipeline.run.rebuilding import rebuild
 from pipeline.run.recording import installed_version
 from pipeline.run.reporting import write_report
 from pipeline.run.result import RunResult
-
-__all__ = [
-    "Job",
-    "Plan",
-    "PreparedRun",
-    "RunResult",
-    "State",
-    "Stopped",
-    "find_partition",
-    "installed_version",
-    "label",
-    "make_job",
-    "plan",
-    "plan_run",
-    "rebuild",
-    "write_report",
-]

@@ -7,16 +7,3 @@ from pipeline.schedule.client import JobClient, SubmissionRefusedError, Submitte
 from pipeline.schedule.scheduler import Scheduler, next_ticks
 from pipeline.schedule.state import DatasetState, StateFile
 from pipeline.schedule.submission import Submission, minute_tick
-
-__all__ = [
-    "DatasetState",
-    "JobClient",
-    "Scheduler",
-    "StateFile",
-    "Submission",
-    "SubmissionRefusedError",
-    "SubmittedJob",
-    "UnknownJobError",
-    "minute_tick",
-    "next_ticks",
-]

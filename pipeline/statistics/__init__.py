@@ -25,33 +25,3 @@ from pipeline.statistics.stages import (
     stage_figures,
 )
 from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_cells, class_table, occurring
-
-__all__ = [
-    "CLASSIFY",
-    "CLASS_STATS_SCHEMA",
-    "COMMIT",
-    "DECODE",
-    "HISTOGRAM_BINS",
-    "STAGES",
-    "STORAGE",
-    "Agreement",
-    "Calibration",
-    "Causes",
-    "ClassStatistics",
-    "Classes",
-    "Comparison",
-    "Drift",
-    "LabelSetId",
-    "Limits",
-    "Meter",
-    "PairCounts",
-    "StageFigures",
-    "StageMetrics",
-    "add_metrics",
-    "bound_by",
-    "class_cells",
-    "class_table",
-    "is_telling",
-    "occurring",
-    "stage_figures",
-]

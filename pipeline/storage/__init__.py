@@ -16,22 +16,3 @@ from pipeline.storage.objects import (
 )
 from pipeline.storage.retrying import Pauses, retries
 from pipeline.storage.uris import is_relative, lies_in, name_below, normalize_uri, room_below
-
-__all__ = [
-    "ABSENT",
-    "AccessDenied",
-    "BucketNotFound",
-    "ObjectChanged",
-    "ObjectInfo",
-    "ObjectNotFound",
-    "Pauses",
-    "Storage",
-    "StorageError",
-    "Versioned",
-    "is_relative",
-    "lies_in",
-    "name_below",
-    "normalize_uri",
-    "retries",
-    "room_below",
-]
