@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 from transformers import PreTrainedConfig
 
@@ -84,44 +83,6 @@ class CvtDepthwiseProjection(keras.layers.Layer):
         return self.normalization(self.convolution(self.padding(image)))
 
 
-class CvtAveragePooling(keras.layers.Layer):
-    """PyTorch's AvgPool2d with ceil_mode, which Keras lacks: a last window may reach beyond the padding.
-
-    The padding's zeros count in the mean; places beyond the padding do not.
-    """
-
-    def __init__(self, kernel: int, stride: int, padding: int) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.built = True
-
-    def call(self, image: Any) -> Any:
-        """(B, H_in, W_in, C) to (B, H, W, C).
-
-        Raises:
-            ValueError: the image's size is not known, as in a graph for images of any size.
-        """
-        sizes = tuple(image.shape[1:3])
-        if None in sizes:
-            raise ValueError(
-                'qkv_projection_method "avg" needs images of a size known beforehand, in TensorFlow\'s'
-                f" graphs and functional models: this input has {tuple(image.shape)}"
-            )
-        before, after = self.padding, self.padding + self.stride - 1
-        pads = ((0, 0), (before, after), (before, after), (0, 0))
-        means = self._pool(ops.pad(image, pads))
-        # The mean of ones where values count, padding included, is the part of a window that counts.
-        counted = np.zeros((1, *(size + before + after for size in sizes), 1), dtype="float32")
-        counted[:, : sizes[0] + 2 * before, : sizes[1] + 2 * before] = 1
-        means = means / ops.cast(self._pool(ops.convert_to_tensor(counted)), means.dtype)
-        # PyTorch leaves out windows that start in the padding after the image.
-        height, width = (-(-(size + self.padding) // self.stride) for size in sizes)
-        return means[:, :height, :width]
-
-    def _pool(self, image: Any) -> Any:
-        return ops.average_pool(image, self.kernel, strides=self.stride, data_format="channels_last")
-
-
 class CvtSelfAttention(keras.layers.Layer):
     """Attention whose queries, keys and values are convolutional projections (section 3.2)."""
 
@@ -146,12 +107,12 @@ class CvtSelfAttention(keras.layers.Layer):
         stride = (config.stride_q if query else config.stride_kv)[stage]
         padding = (config.padding_q if query else config.padding_kv)[stage]
         method = config.qkv_projection_method[stage]
-        if method == "dw_bn":
-            name = f"{name}-convolution_projection_{part}-convolution_projection"
-            return CvtDepthwiseProjection(config, stage, stride, padding, name)
-        if method == "avg" and not query:
-            return CvtAveragePooling(config.kernel_qkv[stage], stride, padding)
-        return keras.layers.Identity()
+        if method == "avg":  # which transformers' TensorFlow classes did not have either
+            raise ValueError("cvt.keras has no qkv_projection_method 'avg'")
+        if method == "linear":
+            return keras.layers.Identity()
+        name = f"{name}-convolution_projection_{part}-convolution_projection"
+        return CvtDepthwiseProjection(config, stage, stride, padding, name)
 
     def call(self, hidden_state: Any, height: int, width: int) -> Any:
         """(B, T, C) to (B, T, C); T is H*W, and 1 more for a class token, which comes first."""

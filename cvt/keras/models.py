@@ -7,7 +7,6 @@ Layers and outputs are in `cvt.keras.layers` and `cvt.keras.outputs`; the format
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +16,11 @@ import keras
 import numpy as np
 import torch
 from keras import ops
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cvt.checkpoints.tensorflow import TO_TORCH, torch_name, write_h5
+from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
 from cvt.checkpoints.weights import check_weights, read_file, used_files
 from cvt.configuration import CvtConfig, check_architecture
-from cvt.errors import checkpoint_errors
 from cvt.keras.layers import CvtStage, dense, layer_norm, to_channels_first, to_tokens
 from cvt.keras.outputs import (
     TFBaseModelOutputWithCLSToken,
@@ -32,15 +29,13 @@ from cvt.keras.outputs import (
 )
 from cvt.modeling import CvtForImageClassification, CvtModel
 
-logger = logging.getLogger(__name__)
-
 H5_NAME = "tf_model.h5"
 
 
 class TFCvtPreTrainedModel(keras.Model):
     """Loading, saving and calling, which the models share."""
 
-    #: The class of the same model in PyTorch, and what precedes its keys in a CvtForImageClassification.
+    #: The class of the same model in PyTorch, and what precedes its keys in the names of variables.
     torch_class: ClassVar[type[PreTrainedModel]]
     torch_prefix: ClassVar[str]
 
@@ -81,15 +76,21 @@ class TFCvtPreTrainedModel(keras.Model):
             CheckpointError: the weights are not those of such a model; names the ones that differ.
         """
         made = cls(copy.deepcopy(model.config))
-        made._assign({f"{cls.torch_prefix}{key}": value for key, value in model.state_dict().items()})
+        state = model.state_dict()
+        check_weights(state, made._empty_torch_model().state_dict())
+        for key, variable in made._by_torch_name().items():
+            axes = np.argsort(_axes(key, len(variable.shape))).tolist()
+            variable.assign(state[key].detach().cpu().float().permute(axes).numpy())
         return made
 
     def to_torch(self) -> PreTrainedModel:
         """The PyTorch model of the same configuration and weights, in float32 and evaluation mode."""
         model = self._empty_torch_model().to_empty(device="cpu")
-        state = {key.removeprefix(self.torch_prefix): value for key, value in self._torch_state().items()}
-        counts = {key for key in model.state_dict() if key.endswith(".num_batches_tracked")}
-        model.load_state_dict(state | {key: torch.tensor(0) for key in counts}, strict=True)
+        state = {key: torch.tensor(0) for key in model.state_dict() if key.endswith(".num_batches_tracked")}
+        for key, variable in self._by_torch_name().items():
+            value = torch.from_numpy(np.array(ops.convert_to_numpy(variable), dtype=np.float32))
+            state[key] = value.permute(_axes(key, value.ndim))
+        model.load_state_dict(state, strict=True)
         return model.eval()
 
     def _empty_torch_model(self) -> PreTrainedModel:
@@ -100,7 +101,7 @@ class TFCvtPreTrainedModel(keras.Model):
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Loads what PyTorch's models save, or transformers' TensorFlow models.
 
-        A classifier that a `tf_model.h5` lacks, such as a TFCvtModel's, is initialized, with a warning.
+        Missing weights, such as a new classifier's, are initialized with a warning, as in transformers.
 
         Args:
             path: a folder in Hugging Face's layout, a hub id, or a `tf_model.h5` next to its config.json. A
@@ -109,69 +110,30 @@ class TFCvtPreTrainedModel(keras.Model):
                 `from_pretrained`.
 
         Raises:
-            CheckpointError: the weights of a `tf_model.h5` do not fit config.json; names them.
             OSError: there are no such files.
+            RuntimeError: weights have other shapes than the configuration says.
         """
         h5 = Path(path)
         if h5.is_dir() and H5_NAME in used_files(file.name for file in h5.iterdir()):
             h5 = h5 / H5_NAME
-        if h5.suffix != ".h5":
-            return cls.from_torch(cls.torch_class.from_pretrained(path, dtype=torch.float32, **kwargs))
-        made = cls(CvtConfig.from_pretrained(h5.parent, **kwargs))
-        state, head = read_file(h5), ("layernorm.", "classifier.")
-        if not cls.torch_prefix:
-            initial = {k: v for k, v in made._torch_state().items() if k.startswith(head) and k not in state}
-            if initial:
-                logger.warning("%s has no classifier: initialized %s", h5, ", ".join(sorted(initial)))
-            state = initial | state
+        kwargs["dtype"] = torch.float32
+        if h5.suffix == ".h5":
+            config = CvtConfig.from_pretrained(h5.parent, **kwargs)
+            model = cls.torch_class.from_pretrained(None, config=config, state_dict=read_file(h5))
         else:
-            state = {key: value for key, value in state.items() if not key.startswith(head)}
-        with checkpoint_errors(h5):
-            made._assign(state)
-        return made
+            model = cls.torch_class.from_pretrained(path, **kwargs)
+        return cls.from_torch(model)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], safe_serialization: bool = True) -> None:
-        """Saves config.json and weights, in Hugging Face's layout.
-
-        Args:
-            folder: created if it does not exist.
-            safe_serialization: whether to save PyTorch's `model.safetensors`, which this package and
-                transformers load; else a `tf_model.h5`, which transformers 4 loads into its TensorFlow
-                classes if config.json has an `image_size`.
-
-        Raises:
-            CheckpointError: the TensorFlow classes cannot have such weights.
-        """
-        if safe_serialization:
-            self.to_torch().save_pretrained(folder)
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_h5(self._torch_state(), self.config, Path(folder) / H5_NAME)
-        self.config.architectures = [self.torch_class.__name__]
-        self.config.save_pretrained(folder)
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Saves config.json and model.safetensors, which this package and transformers load."""
+        self.to_torch().save_pretrained(folder)
 
     def _by_torch_name(self) -> dict[str, Any]:
         # A path ends in the names of layer and variable. A layer has the name of PyTorch's module, with
         # hyphens for dots, which Keras does not allow.
-        names = (variable.path.split("/")[-2:] for variable in self.weights)
-        keys = (torch_name(".".join(name).replace("-", ".")) for name in names)
+        names = (".".join(variable.path.split("/")[-2:]) for variable in self.weights)
+        keys = (torch_name(name.replace("-", ".")).removeprefix(self.torch_prefix) for name in names)
         return dict(zip(keys, self.weights, strict=True))
-
-    def _torch_state(self) -> dict[str, Tensor]:
-        """Weights by the keys of a CvtForImageClassification, in PyTorch's layout."""
-        state = {}
-        for key, variable in self._by_torch_name().items():
-            value = torch.from_numpy(np.array(ops.convert_to_numpy(variable), dtype=np.float32))
-            state[key] = value.permute(_axes(key, value.ndim)).contiguous()
-        return state
-
-    def _assign(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the weights over that `_torch_state` returns."""
-        expected = self._empty_torch_model().state_dict()
-        check_weights(state, {f"{self.torch_prefix}{key}": value for key, value in expected.items()})
-        for key, variable in self._by_torch_name().items():
-            axes = np.argsort(_axes(key, len(variable.shape))).tolist()
-            variable.assign(state[key].detach().cpu().float().permute(axes).numpy())
 
 
 def _axes(key: str, ndim: int) -> tuple[int, ...]:
