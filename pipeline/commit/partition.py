@@ -101,9 +101,13 @@ class Partition:
         Raises:
             StorageError: the record can't be read.
         """
+        return int(self.config().get("output", {}).get("topk", 5))
+
+    def config(self) -> dict[str, Any]:
+        """The configuration of the last run; empty where there is no record."""
         runs = self.records()
-        config = ((self.record(runs[-1]) if runs else None) or {}).get("config", {})
-        return int(config.get("output", {}).get("topk", 5))
+        config: dict[str, Any] = ((self.record(runs[-1]) if runs else None) or {}).get("config", {})
+        return config
 
     def record(self, run: str) -> dict[str, Any] | None:
         """The record of a run; None where there is none.

@@ -1,7 +1,9 @@
-"""One model's rows in a Delta table: its files, and the list of the shards that are in them.
+"""One model's rows in a Delta table that is partitioned by model: its files, and the list of their shards.
 
-A commit's transaction number has the version and the token of the snapshot that it makes. By these, a
-publisher knows whether its attempt came through, and finds the list of shards, which was written before:
+`deltalake` only writes the log: the files that come and the files that go, in one commit. So no condition
+over rows is ever put into words, whatever the keys are. Each commit carries a transaction of an application
+that is the model's: of two publishers at once, deltalake refuses the slower one. By the transaction's number,
+a publisher knows whether its attempt was committed, and finds the list of shards, which was written before:
 
     <table>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
 
@@ -9,17 +11,88 @@ Delta's own VACUUM removes data files that no version needs; nothing here does. 
 than were published, and more than OPTIMIZE and VACUUM happened, somebody edited the table: it is refused.
 """
 
+import importlib.util
 import io
 import json
-from dataclasses import dataclass, replace
+import re
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.publish.delta_log import SHARDS, DeltaLog, Snapshot
+from pipeline.publish.data_files import DataFile, table_schema
 from pipeline.storage import ObjectNotFound, Storage, StorageError
 
+#: What an owner may do with a table between publications: the rows stay the same.
+_UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
+
+#: How often a commit is tried while others, who don't concern it, are faster.
+_COMMITS = 20
+
+#: One row per shard in a table, sorted: the version of its prediction file that was published, its rows, and
+#: the URI of the partition that they are from. A null `output_version` means that somebody edited the table
+#: since: the shard is to be published again.
+SHARDS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("output_version", pa.string()),
+        ("rows", pa.int64()),
+        ("source", pa.string()),
+    ]
+)
 _NOTES = b"cvt_label.table"
+
+_TOKENS = 2**32  # of a version
+
+#: The last of characters: an upper bound where there is none in the log.
+_LAST = "\U0010ffff"
+
+
+class TableChangedError(Exception):
+    """Another publisher was faster: the table is no longer the version that was read."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One model's rows in one version of a table.
+
+    Attributes:
+        transaction: number in the log: 2**32 times the version, and a token, which distinguishes attempts at
+            the same version and is 0 where no publication is in the log.
+        shards: the shards whose rows are in the files, as `SHARDS`.
+        delta_version: the table's own version; None where there is no table.
+    """
+
+    transaction: int = 0
+    columns: tuple[str, ...] = ()
+    files: tuple[DataFile, ...] = ()
+    shards: pa.Table = field(default_factory=SHARDS.empty_table)
+    delta_version: int | None = None
+
+    @property
+    def version(self) -> int:
+        """Counts up from 1; 0 before anything is published."""
+        return self.transaction // _TOKENS
+
+    @property
+    def name(self) -> str:
+        """Version and token, for the names of files."""
+        return f"{self.version:08d}-{self.transaction % _TOKENS:08x}"
+
+    def successor(self) -> Self:
+        """The next version, still without files, with a token of its own."""
+        return type(self)(_TOKENS * (self.version + 1) + secrets.randbelow(_TOKENS - 1) + 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        total: int = pc.sum(self.shards["rows"]).as_py() or 0
+        return total
 
 
 @dataclass(frozen=True)
@@ -37,24 +110,55 @@ class DeltaTable:
         have rows that no shard in the list has.
 
         Raises:
-            StorageError: as `DeltaLog.read`; or somebody edited the table.
+            StorageError: the table can't be read, publishing could harm it, `deltalake` isn't installed, or
+                somebody edited the table.
+            TableChangedError: another publisher was faster.
         """
-        while True:
-            logged = self._log.read()
-            found, edit = self._published(logged)
-            if edit is None:
-                return found
-            if self._log.read().transaction == logged.transaction:
-                break  # else another publisher has removed the list of shards meanwhile
+        logged = self._logged()
+        found, edit = self._published(logged)
+        if edit is None:
+            return found
+        if self._logged().transaction != logged.transaction:  # who has removed the list of shards
+            raise TableChangedError(f"{self.uri}: another publisher was faster")
         if not rebuild:
             cause = f"rows of model={self.model} are not as they were published: {edit}"
             raise StorageError(self.uri, f"{cause}; publish every dataset of the model again, with --rebuild")
         unknown = pa.nulls(len(found.shards), pa.string())
         return replace(found, shards=found.shards.set_column(1, SHARDS.field(1), unknown))
 
+    def _logged(self) -> Snapshot:
+        """The current version as the log has it, without its columns and shards."""
+        if importlib.util.find_spec("deltalake") is None:
+            cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
+            raise StorageError(self.uri, cause)
+        # Listed first, so that access failures are reported like everywhere.
+        listed = self.storage.list(f"{self.uri}/_delta_log", missing_ok=True)
+        table = self._open() if next(listed, None) is not None else None
+        if table is None:
+            return Snapshot()
+        if table.metadata().partition_columns != ["model"]:
+            raise StorageError(self.uri, "is a Delta table that is not partitioned by model alone")
+        if "deletionVectors" in (table.protocol().writer_features or ()):
+            raise StorageError(self.uri, "uses Delta's deletion vectors, which publishing doesn't support")
+        logged = pa.table(table.get_add_actions(flatten=True))
+        rows = logged.filter(pc.equal(logged["partition.model"], self.model)).to_pylist()
+        files = tuple(
+            DataFile(
+                unquote(row["path"]),
+                row["size_bytes"],
+                row.get("min.shard") or "",
+                row.get("max.shard") or _LAST,
+            )
+            for row in rows
+        )
+        transaction = table.transaction_version(self._app)
+        if transaction is None:
+            transaction = _TOKENS * max((row.get("max.published") or 0 for row in rows), default=0)
+        return Snapshot(transaction, files=files, delta_version=table.version())
+
     def _published(self, logged: Snapshot) -> tuple[Snapshot, str | None]:
         """What is known of a version, and how somebody edited it; None where it is as it was published."""
-        if not logged.token:
+        if not logged.transaction % _TOKENS:
             return logged, "no publication of them is in its log" if logged.files else None
         uri = self._list(logged)
         try:
@@ -62,35 +166,127 @@ class DeltaTable:
         except ObjectNotFound:
             return logged, f"the list of their shards is missing, {uri}"
         notes = json.loads(table.schema.metadata[_NOTES])
-        found = replace(logged, columns=tuple(notes["columns"]), shards=table.cast(SHARDS))
+        shards = table.select(SHARDS.names).cast(SHARDS)
+        found = replace(logged, columns=tuple(notes["columns"]), shards=shards)
         is_same = {file.path for file in found.files} == {*notes["files"]}
-        return found, None if is_same else self._log.edit_since(found.transaction)
+        return found, None if is_same else self._edit_since(found.transaction)
+
+    def _edit_since(self, transaction: int) -> str | None:
+        """Describes what changed files since a publication; None if nothing but upkeep did."""
+        since: int | None = None
+        for entry in self._open().history():
+            mark = entry.get("cvt_label")
+            if since is not None and entry["version"] <= since:
+                return None
+            if mark is None and entry.get("operation") not in _UPKEEP:
+                return f"{entry.get('operation')} in version {entry['version']} of the table"
+            if mark is not None and mark["transaction"] == transaction:
+                since = mark["read"]
+        return None if since is not None else "and the log no longer has what happened since"
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
-        """Makes `snapshot` the current version in place of `base`; see `DeltaLog.commit`."""
+        """Makes `snapshot` the current version in place of `base`, in one transaction.
+
+        Raises:
+            TableChangedError: another publisher was faster.
+            StorageError: the transaction can't be written.
+        """
+        from deltalake import CommitProperties, Schema, Transaction
+        from deltalake import DeltaTable as Table
+        from deltalake.exceptions import DeltaError
+
         notes = {"columns": snapshot.columns, "files": [file.path for file in snapshot.files]}
         shards = snapshot.shards.replace_schema_metadata({_NOTES: json.dumps(notes)})
         out = io.BytesIO()
         pq.write_table(shards, out, compression="zstd")
         self.storage.write(self._list(snapshot), out.getvalue())
-        self._log.commit(base, snapshot)
+
+        transaction, version = snapshot.transaction, base.delta_version
+        properties = CommitProperties(
+            app_transactions=[Transaction(self._app, transaction)],
+            custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
+        )
+        # With embeddings, since other models may have some.
+        schema = Schema.from_arrow(table_schema(embedding=True).append(pa.field("model", pa.string())))
+        for _ in range(_COMMITS):
+            try:
+                if version is None:
+                    options = self._options()
+                    Table.create(self.uri, schema, "ignore", ["model"], storage_options=options)
+                self._open(version or 0).create_write_transaction(
+                    self._actions(base, snapshot), "append", schema, ["model"], commit_properties=properties
+                )
+                return
+            except (DeltaError, OSError) as error:
+                found = self._logged()
+                if found.transaction == transaction:
+                    return  # it was committed, and only its answer was lost
+                if found.delta_version == version:
+                    cause = f"the transaction was not committed: {_said(error)}"
+                    raise StorageError(self.uri, cause) from error
+                if (found.transaction, {*found.files}) != (base.transaction, {*base.files}):
+                    break
+                version = found.delta_version  # others have committed, but nothing of this model
+        raise TableChangedError(f"{self.uri}: another publisher was faster")
 
     def clean_up(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
         self.storage.sweep(self.uri)
-        for uri in [info.uri for info in self.storage.list(self._lists, missing_ok=True)]:
-            digits = uri.rpartition("/")[2].partition("-")[0]
-            is_over = digits.isdecimal() and int(digits) <= snapshot.version
-            if is_over and uri != self._list(snapshot):
+        current = self._list(snapshot)
+        last = current.removesuffix(".parquet").rpartition("-")[0]
+        for uri in [info.uri for info in self.storage.list(current.rpartition("/")[0], missing_ok=True)]:
+            if uri[: len(last)] <= last and uri != current:
                 self.storage.delete(uri)
 
     @property
-    def _log(self) -> DeltaLog:
-        return DeltaLog(self.storage, self.uri, self.model)
-
-    @property
-    def _lists(self) -> str:
-        return f"{self.uri}/_cvt_label/model={self.model}"
+    def _app(self) -> str:
+        return f"cvt-label/model={self.model}"
 
     def _list(self, snapshot: Snapshot) -> str:
-        return f"{self._lists}/{snapshot.version:08d}-{snapshot.token}.parquet"
+        return f"{self.uri}/_cvt_label/model={self.model}/{snapshot.name}.parquet"
+
+    def _actions(self, before: Snapshot, after: Snapshot) -> list[Any]:
+        from deltalake.transaction import AddAction, RemoveAction
+
+        now, partition = time.time_ns() // 10**6, {"model": self.model}
+        return [
+            AddAction(file.path, file.bytes, partition, now, True, file.statistics)
+            for file in {*after.files} - {*before.files}
+        ] + [
+            RemoveAction(file.path, True, deletion_timestamp=now, size=file.bytes, partition_values=partition)
+            for file in {*before.files} - {*after.files}
+        ]
+
+    def _open(self, version: int | None = None) -> Any:
+        """The table, in one version or as it is now, with the credentials of now; None where it is none."""
+        import deltalake
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        try:
+            return deltalake.DeltaTable(self.uri, version=version, storage_options=self._options())
+        except TableNotFoundError:
+            return None
+        except (DeltaError, OSError) as error:
+            raise StorageError(self.uri, f"can't be read as a Delta table: {_said(error)}") from None
+
+    def _options(self) -> dict[str, str] | None:
+        """How deltalake reaches the storage: as this project does."""
+        if not self.uri.startswith("s3://"):
+            return None
+        found = self.storage.s3_access()
+        options = {
+            "endpoint_url": found.endpoint_url,
+            "allow_http": "true" if (found.endpoint_url or "").startswith("http://") else None,
+            "region": found.region,
+            "aws_access_key_id": found.access_key,
+            "aws_secret_access_key": found.secret_key,
+            "aws_session_token": found.token,
+        }
+        return {name: value for name, value in options.items() if value}
+
+
+def _said(error: Exception) -> str:
+    """What deltalake says, in one line: without colors, stacks, and the tags of what services answer."""
+    text = re.split(r"\n\s*0: ", str(error))[0]
+    text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)
+    return " ".join(text.split())[:300]
