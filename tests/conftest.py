@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ os.environ |= {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
+
+# A shell that starts the tests in the background has them ignore SIGINT, and what they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Photograph = tuple[str, bytes, int]
 

@@ -1,0 +1,51 @@
+"""The list of datasets: which of its fields hold, and how faults are reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError, DatasetsConfig, load_config
+from tests.pipeline.schedule.lists import DATASET, LIST
+from tests.ray_head import REPOSITORY
+
+
+def test_fields_of_a_dataset_come_before_the_common_ones() -> None:
+    config = load_config(DatasetsConfig, REPOSITORY / "configs" / "schedule.yaml")
+    products, reviews = config.datasets["products"], config.datasets["reviews"]
+    assert (products.model.path, products.model.precision) == ("microsoft/cvt-13", "bf16")
+    assert (reviews.model.path, reviews.model.precision) == ("microsoft/cvt-21", "bf16")
+    assert (products.timezone, reviews.timezone) == ("Europe/Berlin", "UTC")
+    assert reviews.job.input.format == "parquet"
+    assert reviews.job.classify.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("input:", "inputs:"), "line 6: datasets.a.inputs: unknown field"),
+        (("model: {path", "model: {pathh"), "line 4: datasets.a.model.pathh: unknown field"),
+        (("submit: {", "submit: {adress: x, "), "line 1: submit.adress: unknown field"),
+        (("http://", "http://user:password@"), "credentials don't belong here"),
+        (("0 * * * *", "0 * * *"), "line 3: datasets.a.cron: "),
+        (("0 * * * *", "R * * * *"), "line 3: datasets.a.cron: "),
+        (("0 * * * *", "0 0 31 2 *"), "line 3: datasets.a.cron: "),
+        (("defaults:", "defaults:\n  timezone: Mars/Olympus"), "datasets.a.timezone: not a time zone"),
+        (("  a:", "  ../a:"), "datasets.../a"),
+    ],
+)
+def test_a_wrong_list_is_refused_with_file_line_and_field(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    text = LIST.format(address="http://head:8265", python="python") + DATASET.format(name="a", folder="/x")
+    path = tmp_path / "schedule.yaml"
+    path.write_text(text)
+    load_config(DatasetsConfig, path)
+    assert text.count(change[0]) == 1
+    path.write_text(text.replace(*change))
+    with pytest.raises(ConfigError) as caught:
+        load_config(DatasetsConfig, path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert "password" not in str(caught.value)

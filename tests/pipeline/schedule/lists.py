@@ -1,0 +1,10 @@
+"""Lists of datasets for the scheduler, as templates."""
+
+LIST = """\
+submit: {{address: "{address}", python: "{python}"}}
+defaults:
+  cron: "0 * * * *"
+  model: {{path: fashion-mnist}}
+datasets:
+"""
+DATASET = '  {name}: {{input: {{uri: "{folder}/in"}}, output: {{uri: "{folder}/{name}"}}}}\n'
