@@ -5,14 +5,29 @@ Files, the hub and labels belong to transformers' PreTrainedConfig.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+)
 from transformers import PreTrainedConfig
 
-from cvt.checks import is_flag, is_integer, is_number
+from cvt.errors import described
 
-PROJECTION_METHODS = ("dw_bn", "avg", "linear")
+Counts = Sequence[PositiveInt]
+Paddings = Sequence[NonNegativeInt]
+Rates = Sequence[Annotated[float, Field(ge=0, lt=1)]]
+Ratios = Sequence[PositiveFloat]
+Methods = Sequence[Literal["dw_bn", "avg", "linear"]]
 
 
 class CvtConfig(PreTrainedConfig):
@@ -47,26 +62,26 @@ class CvtConfig(PreTrainedConfig):
 
     model_type = "cvt"
 
-    num_channels: int = 3
-    patch_sizes: Sequence[int] = (7, 3, 3)
-    patch_stride: Sequence[int] = (4, 2, 2)
-    patch_padding: Sequence[int] = (2, 1, 1)
-    embed_dim: Sequence[int] = (64, 192, 384)
-    num_heads: Sequence[int] = (1, 3, 6)
-    depth: Sequence[int] = (1, 2, 10)
-    mlp_ratio: Sequence[float] = (4.0, 4.0, 4.0)
-    attention_drop_rate: Sequence[float] = (0.0, 0.0, 0.0)
-    drop_rate: Sequence[float] = (0.0, 0.0, 0.0)
-    drop_path_rate: Sequence[float] = (0.0, 0.0, 0.1)
+    num_channels: PositiveInt = 3
+    patch_sizes: Counts = (7, 3, 3)
+    patch_stride: Counts = (4, 2, 2)
+    patch_padding: Paddings = (2, 1, 1)
+    embed_dim: Annotated[Counts, Field(min_length=1)] = (64, 192, 384)
+    num_heads: Counts = (1, 3, 6)
+    depth: Counts = (1, 2, 10)
+    mlp_ratio: Ratios = (4.0, 4.0, 4.0)
+    attention_drop_rate: Rates = (0.0, 0.0, 0.0)
+    drop_rate: Rates = (0.0, 0.0, 0.0)
+    drop_path_rate: Rates = (0.0, 0.0, 0.1)
     qkv_bias: Sequence[bool] = (True, True, True)
     cls_token: Sequence[bool] = (False, False, True)
-    qkv_projection_method: Sequence[str] = ("dw_bn", "dw_bn", "dw_bn")
-    kernel_qkv: Sequence[int] = (3, 3, 3)
-    padding_kv: Sequence[int] = (1, 1, 1)
-    stride_kv: Sequence[int] = (2, 2, 2)
-    padding_q: Sequence[int] = (1, 1, 1)
-    stride_q: Sequence[int] = (1, 1, 1)
-    initializer_range: float = 0.02
+    qkv_projection_method: Methods = ("dw_bn", "dw_bn", "dw_bn")
+    kernel_qkv: Counts = (3, 3, 3)
+    padding_kv: Paddings = (1, 1, 1)
+    stride_kv: Counts = (2, 2, 2)
+    padding_q: Paddings = (1, 1, 1)
+    stride_q: Counts = (1, 1, 1)
+    initializer_range: NonNegativeFloat = 0.02
     layer_norm_eps: float = 1e-12
 
     def __init__(self, **kwargs: Any) -> None:
@@ -77,52 +92,32 @@ class CvtConfig(PreTrainedConfig):
         check_architecture(self)
 
 
+_Fields = create_model(
+    "_Fields",
+    __config__=ConfigDict(strict=True, allow_inf_nan=False),
+    **inspect.get_annotations(CvtConfig, eval_str=True),
+)
+
+
 def check_architecture(config: PreTrainedConfig) -> None:
     """Refuses a CvtConfig, this one or transformers', that describes no model.
 
     Raises:
         ValueError: names the field and the reason.
     """
-    _check("num_channels", config.num_channels, *_COUNT)
-    _check("initializer_range", config.initializer_range, *_NOT_NEGATIVE)
-    for name, rule in _RULES.items():
-        entries = getattr(config, name)
-        if not isinstance(entries, list | tuple) or not entries:
-            raise ValueError(f"CvtConfig: {name} must be a list with one entry a stage, not {entries!r}")
-        if len(entries) != len(config.embed_dim):
+    fields = {name: getattr(config, name) for name in CvtConfig.__annotations__}
+    try:
+        _Fields.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(f"CvtConfig: {described(error)}") from None
+    stages = len(config.embed_dim)
+    for name, entries in fields.items():
+        if isinstance(entries, list | tuple) and len(entries) != stages:
             raise ValueError(
-                f"CvtConfig: {name} has {len(entries)} entries and embed_dim {len(config.embed_dim)};"
-                " both need one a stage"
+                f"CvtConfig: {name} has {len(entries)} entries and embed_dim {stages}; both need one a stage"
             )
-        for stage, entry in enumerate(entries):
-            _check(f"{name}[{stage}]", entry, *rule)
-    for stage in range(len(config.embed_dim)):
+    for stage in range(stages):
         _check_stage(config, stage)
-
-
-def _check(name: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
-    if not holds(value):
-        raise ValueError(f"CvtConfig: {name} must be {wanted}, not {value!r}")
-
-
-_COUNT = (lambda value: is_integer(value) and value > 0, "a positive integer")
-_PADDING = (lambda value: is_integer(value) and value >= 0, "an integer from 0 up")
-_POSITIVE = (lambda value: is_number(value) and value > 0, "a positive number")
-_NOT_NEGATIVE = (lambda value: is_number(value) and value >= 0, "a number from 0 up")
-_RATE = (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 up and below 1")
-_FLAG = (is_flag, "true or false")
-_METHOD = (lambda value: value in PROJECTION_METHODS, f"one of {', '.join(PROJECTION_METHODS)}")
-
-#: What an entry must be, for each field with one entry per stage; embed_dim first, which counts the stages.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("embed_dim", "num_heads", "depth", "patch_sizes", "patch_stride"), _COUNT),
-    **dict.fromkeys(("kernel_qkv", "stride_kv", "stride_q"), _COUNT),
-    **dict.fromkeys(("patch_padding", "padding_kv", "padding_q"), _PADDING),
-    **dict.fromkeys(("attention_drop_rate", "drop_rate", "drop_path_rate"), _RATE),
-    **dict.fromkeys(("qkv_bias", "cls_token"), _FLAG),
-    "mlp_ratio": _POSITIVE,
-    "qkv_projection_method": _METHOD,
-}
 
 
 def _check_stage(config: PreTrainedConfig, i: int) -> None:

@@ -5,8 +5,11 @@ Imports no torch, because programs that do not load torch catch these errors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from pydantic import ValidationError
 
 
 class CheckpointError(ValueError):
@@ -33,6 +36,16 @@ def checkpoint_errors(where: object) -> Iterator[None]:
         )  # without the file, which `where` names
         cause = " ".join((reason or str(error)).split())[:500] or type(error).__name__
         raise CheckpointError(f"{where}: {cause}") from error
+
+
+def described(error: ValidationError) -> str:
+    """The first fault that pydantic found: the field, what it must be, and what it is."""
+    fault = error.errors()[0]
+    value = json.dumps(fault["input"], default=repr)
+    found = value if len(value) <= 80 else f"{value[:77]}..."
+    field, *places = fault["loc"]
+    name = f"{field}{''.join(f'[{place}]' for place in places)}"
+    return f"{name}: {fault['msg']}, not {found}"
 
 
 def listed(keys: Iterable[str], most: int = 8) -> str:

@@ -8,43 +8,98 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from cvt.checks import is_flag, is_integer, is_number
-from cvt.errors import CheckpointError, checkpoint_errors
+from cvt.errors import CheckpointError, checkpoint_errors, described
 
 FILE_NAME = "preprocessor_config.json"
 
 # From this size on, ConvNextImageProcessor squashes the whole image into a square.
 SQUASH_FROM = 384
 
-# All names under which transformers has written this processor.
-PROCESSOR_TYPES = (
+# All names under which transformers has written this processor. Without one, it takes this one for CvT.
+_Type = Literal[
     "ConvNextImageProcessor",
     "ConvNextImageProcessorFast",
     "ConvNextImageProcessorPil",
     "ConvNextFeatureExtractor",
-)
-
-# Null is transformers' default for these. Elsewhere its meaning differs by field, so it is refused.
-NULL_BY_DEFAULT = ("image_processor_type", "feature_extractor_type", "do_center_crop", "default_to_square")
+]
 
 # With nearest and box, rounding errors decide which pixels count: resizing a part of an image differs from
 # taking a part of the resized image.
 SMOOTH_FILTERS = frozenset(Image.Resampling) - {Image.Resampling.NEAREST, Image.Resampling.BOX}
-_FILTERS = ", ".join(f"{int(known)} ({known.name.lower()})" for known in sorted(SMOOTH_FILTERS))
 
 # How far the widest of Pillow's filters reaches, in pixels of the smaller image.
 FILTER_REACH = 5
 
 # Left, top, right and bottom, in pixels of the source.
 Box = tuple[float, float, float, float]
+
+
+def _shortest_edge(size: Any) -> Any:
+    """A size in pixels, which files also write as {"shortest_edge": pixels}."""
+    return size["shortest_edge"] if isinstance(size, Mapping) and size.keys() == {"shortest_edge"} else size
+
+
+def _three(value: Any) -> Any:
+    """The values of red, green and blue, for which files may have one."""
+    return list(value) if isinstance(value, list | tuple) else [value] * 3
+
+
+_CHANNELS = (Field(min_length=3, max_length=3), BeforeValidator(_three))
+
+
+class _File(BaseModel):
+    """The fields of a preprocessor_config.json that ConvNextImageProcessor uses, and its defaults."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    image_processor_type: _Type | None = None
+    feature_extractor_type: _Type | None = None
+    do_resize: Literal[True] = True
+    size: Annotated[PositiveInt, BeforeValidator(_shortest_edge)] = 384
+    default_to_square: Literal[False] | None = None
+    do_center_crop: bool | None = None
+    crop_size: Any = Field(None, validate_default=True)
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 224 / 256
+    resample: int = Image.Resampling.BICUBIC.value
+    do_rescale: bool = True
+    rescale_factor: PositiveFloat = 1 / 255
+    do_normalize: bool = True
+    image_mean: Annotated[list[float], *_CHANNELS] = [0.5] * 3
+    image_std: Annotated[list[PositiveFloat], *_CHANNELS] = [0.5] * 3
+
+    @field_validator("resample")
+    @classmethod
+    def _is_smooth(cls, value: int) -> int:
+        if value not in SMOOTH_FILTERS:
+            raise ValueError(f"must be one of {sorted(map(int, SMOOTH_FILTERS))}, Pillow's smooth filters")
+        return value
+
+    @field_validator("crop_size")
+    @classmethod
+    def _keeps_everything(cls, value: Any, info: ValidationInfo) -> Any:
+        size = info.data.get("size")
+        if info.data.get("do_center_crop") and value not in (size, {"height": size, "width": size}):
+            raise ValueError(f"a further crop must keep everything, {size} pixels")
+        return value
 
 
 @dataclass(frozen=True)
@@ -80,29 +135,17 @@ class Preprocessor:
         Raises:
             CheckpointError: a field is malformed or not supported; names source and field.
         """
-        fields = _Fields(config, source)
-        for name in ("image_processor_type", "feature_extractor_type"):
-            # Without a type, transformers takes this one for CvT.
-            fields.read(name, PROCESSOR_TYPES[0], lambda value: value in PROCESSOR_TYPES, PROCESSOR_TYPES[0])
-        fields.read("do_resize", True, lambda value: value is True, "true: the model's images have one size")
-        size = fields.read("size", 384, _is_size, 'a number of pixels, or {"shortest_edge": pixels}')
-        if isinstance(size, Mapping):
-            size = size["shortest_edge"]
-        else:
-            wanted = "false, since size is the shortest edge"
-            fields.read("default_to_square", False, lambda value: value is False, wanted)
-        if fields.flag("do_center_crop", default=False):  # a further crop, which must keep everything
-            whole = (size, {"height": size, "width": size})
-            fields.read("crop_size", None, lambda value: value in whole, f"{size}, the size")
-        rescale = fields.flag("do_rescale", default=True)
-        normalize = fields.flag("do_normalize", default=True)
+        try:
+            file = _File.model_validate(config)
+        except ValidationError as error:
+            raise CheckpointError(f"{source}: {described(error)}") from None
         return cls(
-            size=size,
-            crop_pct=fields.number("crop_pct", 224 / 256, up_to=1.0),
-            resample=fields.read("resample", int(Image.Resampling.BICUBIC), _is_filter, f"one of {_FILTERS}"),
-            mean=fields.channels("image_mean") if normalize else (0.0,) * 3,
-            std=fields.channels("image_std", above=0.0) if normalize else (1.0,) * 3,
-            rescale_factor=fields.number("rescale_factor", 1 / 255) if rescale else 1.0,
+            size=file.size,
+            crop_pct=file.crop_pct,
+            resample=file.resample,
+            mean=tuple(file.image_mean) if file.do_normalize else (0.0,) * 3,
+            std=tuple(file.image_std) if file.do_normalize else (1.0,) * 3,
+            rescale_factor=file.rescale_factor if file.do_rescale else 1.0,
         )
 
     @classmethod
@@ -116,7 +159,7 @@ class Preprocessor:
         with checkpoint_errors(f"{file}: cannot be read as JSON"):
             config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
-            raise CheckpointError(f"{file}: not a JSON object, but {_shown(config)}")
+            raise CheckpointError(f"{file}: not a JSON object")
         return cls.from_dict(config, str(file))
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,59 +260,3 @@ def _height_first(source: tuple[int, int], resized: tuple[int, int]) -> bool:
     """
     width_loss, height_loss = source[0] - resized[0], source[1] - resized[1]
     return height_loss > 0 and height_loss > 2 * width_loss
-
-
-class _Fields:
-    """The fields of one preprocessor_config.json, each checked as it is read."""
-
-    def __init__(self, config: Mapping[str, Any], source: str) -> None:
-        self._config = config
-        self._source = source
-
-    def read(self, name: str, default: Any, holds: Callable[[Any], bool], wanted: str) -> Any:
-        value = self._config.get(name, default)
-        if value is None and name in NULL_BY_DEFAULT:
-            return default
-        if not holds(value):
-            raise CheckpointError(f"{self._source}: {name}: must be {wanted}, not {_shown(value)}")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        return bool(self.read(name, default, is_flag, "true or false"))
-
-    def number(self, name: str, default: float, up_to: float = math.inf) -> float:
-        wanted = "a number above 0" + (f" and at most {up_to:g}" if up_to < math.inf else "")
-        return float(self.read(name, default, lambda value: is_number(value) and 0 < value <= up_to, wanted))
-
-    def channels(self, name: str, above: float = -math.inf) -> tuple[float, ...]:
-        def holds(value: Any) -> bool:
-            channels = _channels(value)
-            return len(channels) == 3 and all(is_number(one) and one > above for one in channels)
-
-        wanted = "one number, or three (red, green, blue)" + ", above 0" * (above == 0)
-        # The default is IMAGENET_STANDARD, not the ImageNet statistics.
-        return tuple(float(one) for one in _channels(self.read(name, 0.5, holds, wanted)))
-
-
-def _channels(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value] * 3
-
-
-def _is_length(value: Any) -> bool:
-    return is_integer(value) and value > 0
-
-
-def _is_size(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return value.keys() == {"shortest_edge"} and _is_length(value["shortest_edge"])
-    return _is_length(value)
-
-
-def _is_filter(value: Any) -> bool:
-    return is_integer(value) and value in SMOOTH_FILTERS
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON, short enough for an error message."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
