@@ -66,7 +66,7 @@ class ManifestRow:
         gone: whether the shard was deleted from the input.
         run: the run that labeled it; None where the row was recovered from the prediction file.
         committed_at: when (UTC); None where `run` is.
-        statistics: partial class statistics, packed; None in a large manifest.
+        statistics: partial class statistics, packed; None in further rows of a large manifest.
     """
 
     uri: str
@@ -123,7 +123,7 @@ class Manifest:
         group_rows: rows of a row group with statistics (some 50 MB): what is in memory during a rewrite.
         bare_group_rows: rows of a row group without statistics (some 10 MB).
         max_statistics: shards times (classes + 100) up to which rows hold their statistics (some 500 MB).
-            In a larger manifest that column is null, and statistics are folded from the files' footers.
+            In further rows that column is null, and statistics are folded from the files' footers.
     """
 
     storage: Storage
@@ -162,18 +162,14 @@ class Manifest:
 
     def entries(self) -> dict[str, ManifestRow]:
         """Every shard's row by URI, with the fields that planning needs; the others are None."""
-        table = self.read(_ENTRY_FIELDS)
         # Few values, repeated in every row: one object each.
         shared = {"format", "error", "failed_version"}
-        columns = [
+        columns = (
             (column.dictionary_encode() if name in shared else column).to_pylist()
-            for name, column in zip(_ENTRY_FIELDS, table.columns, strict=True)
-        ]
-        rows = (
-            ManifestRow(**dict(zip(_ENTRY_FIELDS, values, strict=True)))
-            for values in zip(*columns, strict=True)
+            for name, column in zip(_ENTRY_FIELDS, self.read(_ENTRY_FIELDS).columns, strict=True)
         )
-        return {row.uri: row for row in rows}
+        rows = zip(*columns, strict=True)
+        return {row[0]: ManifestRow(**dict(zip(_ENTRY_FIELDS, row, strict=True))) for row in rows}
 
     def rows(self) -> Iterator[ManifestRow]:
         """Yields all rows, sorted by URI."""
@@ -195,12 +191,31 @@ class Manifest:
         `gone` says of some URIs whether the shard was deleted from the input. In the rows of `cured` URIs,
         `error` and `failed_version` no longer hold.
         """
-        gone = gone or {}
-        rows = {uri: replace(row, gone=gone.get(uri, row.gone)) for uri, row in rows.items()}
-        deleted, present = ([uri for uri, value in gone.items() if value is flag] for flag in (True, False))
-        marks: list[tuple[str, Collection[str], bool | None]] = [("gone", deleted, True)]
-        marks += [("gone", present, False), ("error", cured, None), ("failed_version", cured, None)]
-        self._rewrite(lambda version: _merged(self._tables(version=version), rows, removed, marks))
+
+        def marked(row: ManifestRow) -> ManifestRow:
+            row = replace(row, gone=(gone or {}).get(row.uri, row.gone))
+            return replace(row, error=None, failed_version=None) if row.uri in cured else row
+
+        removed, cured, waiting = {*removed}, {*cured}, sorted(rows)
+        named = {*removed, *(gone or ()), *cured}
+
+        def merged(version: str) -> Iterator[pa.Table]:
+            """Merges the sorted stream of rows with the changes."""
+            left = waiting
+            for table in self._tables(version=version):
+                count = bisect.bisect_right(left, table["uri"][-1].as_py())
+                now, left = left[:count], left[count:]
+                is_changed = [uri in rows or uri in named for uri in table["uri"].to_pylist()]
+                if now or any(is_changed):
+                    before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
+                    after = {uri: row for uri, row in before.items() if uri not in removed}
+                    after |= {uri: rows[uri].succeeding(before.get(uri)) for uri in now}
+                    table = table.filter([not each for each in is_changed])
+                    table = pa.concat_tables([table, _to_table(map(marked, after.values()))]).sort_by("uri")
+                yield table
+            yield _to_table(marked(rows[uri]) for uri in left)
+
+        self._rewrite(merged)
 
     def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
         """Rewrites all rows, sorted by URI; calls `make_rows` again if somebody else wrote meanwhile."""
@@ -234,29 +249,27 @@ class Manifest:
         With a root, the groups' statistics are of shards under that URI only; with a run, only what that run
         labeled counts. Reads the manifest once.
         """
-        total, *totals = (ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups)))
-        for rows in self._partials(self.labelled(("uri", "output", "run", "statistics"), run)):
-            total.add_partial(pa.concat_tables([partial for _, _, partial in rows]))
-            rows = [row for row in rows if root is None or lies_in(row[0], root)]
-            for group, part in zip(groups, totals, strict=True):
-                if own := [partial for _, run, partial in rows if run in group]:
-                    part.add_partial(pa.concat_tables(own))
-        return [total, *totals]
-
-    def _partials(self, tables: Iterable[pa.Table]) -> Iterator[list[tuple[str, str | None, pa.Table]]]:
-        """Yields URI, run and partial statistics of labeled shards, a bounded number at a time."""
-        size = self.group_rows
-        slices = (each.slice(i, size) for each in tables for i in range(0, len(each), size))
+        totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-            for table in slices:
-                without = table.filter(pc.is_null(table["statistics"]))["output"].to_pylist()
-                read = iter(pool.map(self._partial_of, without))
-                packed = table["statistics"].to_pylist()
-                partials = [next(read) if data is None else unpack_partial(data) for data in packed]
-                uris, runs = table["uri"].to_pylist(), table["run"].to_pylist()
-                yield list(zip(uris, runs, partials, strict=True))
+            for table in self.labelled(("output", "statistics", "uri", "run"), run):
+                for batch in table.to_batches(self.group_rows):
+                    outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
+                    partials = pool.map(self._partial, outputs, packed)
+                    rows = [
+                        (partial, run if root is None or lies_in(uri, root) else None)
+                        for uri, run, partial in zip(uris, runs, partials, strict=True)
+                    ]
+                    parts = [[partial for partial, _ in rows]]
+                    parts += [[partial for partial, run in rows if run in group] for group in groups]
+                    for total, part in zip(totals, parts, strict=True):
+                        if part:
+                            total.add_partial(pa.concat_tables(part))
+        return totals
 
-    def _partial_of(self, output: str) -> pa.Table:
+    def _partial(self, output: str, packed: bytes | None) -> pa.Table:
+        """Partial statistics of a labeled shard: of its row, or of its prediction file."""
+        if packed is not None:
+            return unpack_partial(packed)
         uri = f"{self.partition}/{output}"
         with self.storage.open(uri) as file:
             return read_footer(uri, file).partial
@@ -281,73 +294,40 @@ class Manifest:
             raise StorageError(self.uri, f"not a manifest: {error}") from None
 
     def _rewrite(self, make_tables: Callable[[str], Iterable[pa.Table]]) -> None:
+        """Replaces the current version, which `make_tables` gets, by these rows."""
         with ExitStack() as files:
 
             def content(version: str) -> BinaryIO:
                 files.close()  # of the last attempt
-                whole = files.enter_context(tempfile.TemporaryFile())
-                labelled = _save(make_tables(version), whole, self.group_rows)
-                if labelled * (self.num_classes + 100) <= self.max_statistics:
-                    return whole
-                bare = files.enter_context(tempfile.TemporaryFile())
-                groups = pq.ParquetFile(whole)
-                tables = (groups.read_row_group(i) for i in range(groups.num_row_groups))
-                _save(map(_without_statistics, tables), bare, self.bare_group_rows)
-                return bare
+                file = files.enter_context(tempfile.TemporaryFile())
+                self._save(make_tables(version), file)
+                return file
 
             self.storage.update(self.uri, content)
 
+    def _save(self, tables: Iterable[pa.Table], file: BinaryIO) -> None:
+        """Writes rows in groups of fixed sizes, so that equal rows give equal bytes."""
+        left, written = _SCHEMA.empty_table(), 0
+        limit = self.max_statistics // (self.num_classes + 100)
+        with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
 
-def _merged(
-    tables: Iterable[pa.Table],
-    rows: Mapping[str, ManifestRow],
-    removed: Collection[str],
-    marks: Iterable[tuple[str, Collection[str], bool | None]],
-) -> Iterator[pa.Table]:
-    """Merges the sorted stream of rows with the changes."""
-    waiting = sorted(rows)
-    changes = [(name, pa.array(list(uris), pa.string()), value) for name, uris, value in marks if uris]
-    for table in tables:
-        last = table["uri"][-1].as_py()
-        count = bisect.bisect_right(waiting, last)
-        now, waiting = waiting[:count], waiting[count:]
-        changed = [*now, *removed]
-        if changed:
-            is_changed = pc.is_in(table["uri"], value_set=pa.array(changed, pa.string()))
-            before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
-            added = _to_table([rows[uri].succeeding(before.get(uri)) for uri in now])
-            table = pa.concat_tables([table.filter(pc.invert(is_changed)), added]).sort_by("uri")
-        for name, uris, value in changes:
-            field = _SCHEMA.field(name)
-            is_named = pc.is_in(table["uri"], value_set=uris)
-            column = pc.if_else(is_named, pa.scalar(value, field.type), table[name])
-            table = table.set_column(_SCHEMA.get_field_index(name), field, column)
-        yield table
-    yield _to_table([rows[uri] for uri in waiting])
+            def write(group: pa.Table) -> None:
+                if written >= limit:
+                    nothing = pa.nulls(group.num_rows, pa.binary())
+                    group = group.drop_columns("statistics").append_column("statistics", nothing)
+                writer.write_table(group.combine_chunks())
+
+            for table in tables:
+                left = pa.concat_tables([left, table.cast(_SCHEMA)])
+                while left.num_rows >= (size := self.group_rows if written < limit else self.bare_group_rows):
+                    write(left.slice(0, size))
+                    left, written = left.slice(size), written + size
+            if left.num_rows:
+                write(left)
 
 
-def _without_statistics(table: pa.Table) -> pa.Table:
-    column = _SCHEMA.get_field_index("statistics")
-    return table.set_column(column, "statistics", pa.nulls(table.num_rows, pa.binary()))
-
-
-def _save(tables: Iterable[pa.Table], file: BinaryIO, group_rows: int) -> int:
-    """Writes rows in groups of one size, so that equal rows give equal bytes; counts the labeled ones."""
-    labelled = 0
-    left = _SCHEMA.empty_table()
-    with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
-        for table in tables:
-            labelled += table.num_rows - table["output"].null_count
-            left = pa.concat_tables([left, table.cast(_SCHEMA)])
-            while left.num_rows >= group_rows:
-                writer.write_table(left.slice(0, group_rows).combine_chunks())
-                left = left.slice(group_rows)
-        if left.num_rows:
-            writer.write_table(left.combine_chunks())
-    return labelled
-
-
-def _to_table(rows: list[ManifestRow]) -> pa.Table:
+def _to_table(rows: Iterable[ManifestRow]) -> pa.Table:
+    rows = list(rows)
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SCHEMA]
     return pa.table(columns, schema=_SCHEMA)
 

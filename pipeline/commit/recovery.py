@@ -6,7 +6,6 @@ from the input) before it writes the manifest. Recovery replays the records in t
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,6 +78,24 @@ class History:
     failures: dict[str, ManifestRow] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
 
+    def replay(self, record: Mapping[str, Any]) -> None:
+        """Adds what a run has recorded, after all earlier runs."""
+        self.gone -= {*record["removed"], *record["present"]}
+        self.gone |= {*record["gone"]}
+        for uri in (*record["removed"], *record["cured"]):
+            self.failures.pop(uri, None)
+        for failure in record["unreadable"]:
+            self.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
+
+    def applied(self, labeled: Mapping[str, ManifestRow]) -> dict[str, ManifestRow]:
+        """All rows by URI, from those of prediction files."""
+        rows = {**labeled}
+        for uri, failure in self.failures.items():
+            rows[uri] = failure.succeeding(rows.get(uri))
+        for uri in self.gone & rows.keys():
+            rows[uri] = replace(rows[uri], gone=True)
+        return rows
+
 
 def read_history(storage: Storage, partition: str) -> History:
     """Replays the records of all runs.
@@ -91,19 +108,10 @@ def read_history(storage: Storage, partition: str) -> History:
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
         for uri, content in zip(uris, pool.map(storage.read, uris), strict=True):
             try:
-                _replay(json.loads(content), history)
+                history.replay(json.loads(content))
             except (ValueError, TypeError, KeyError) as error:
                 raise StorageError(uri, f"not the record of a run: {error!r}") from None
     return history
-
-
-def _replay(record: Mapping[str, Any], history: History) -> None:
-    history.gone -= {*record["removed"], *record["present"]}
-    history.gone |= {*record["gone"]}
-    for uri in (*record["removed"], *record["cured"]):
-        history.failures.pop(uri, None)
-    for failure in record["unreadable"]:
-        history.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
 
 
 @dataclass
@@ -121,7 +129,7 @@ class Repairs:
     rows: dict[str, ManifestRow]
     removed: set[str]
     entries: dict[str, ManifestRow]
-    cured: set[str] = field(default_factory=set)
+    cured: set[str]
     gone: dict[str, bool] = field(default_factory=dict)
 
 
@@ -138,44 +146,36 @@ def find_repairs(
     Raises:
         StorageError: something there is no prediction file of this partition, or no record.
     """
-    failing = {uri for uri, row in manifest.items() if row.error is not None}
     unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
     found = {row.uri: row for row in recovered_rows(storage, partition, unlisted, fingerprint)}
     removed = set(lost) - found.keys()
-    kept = {uri: row for uri, row in manifest.items() if uri not in removed}
-    repairs = Repairs(dict(found), removed, kept | found)
+    before = {uri: row for uri, row in manifest.items() if uri not in removed} | found
     # A file that the manifest doesn't have is newer than all its rows; without a manifest, none is.
-    newer: AbstractSet[str] = found.keys() if manifest else set()
-    repairs.cured |= newer & failing
-    if not in_order:
-        _apply(read_history(storage, partition), newer, repairs)
+    newer = {uri for uri in found if manifest}
+    cured = {uri for uri in newer & manifest.keys() if manifest[uri].error is not None}
+    repairs = Repairs(dict(found), removed, before, cured)
+    if in_order:
+        return repairs
+    history = read_history(storage, partition)
+    cured |= newer & history.failures.keys()
+    for uri in newer | removed:
+        history.failures.pop(uri, None)
+    labeled = {
+        uri: replace(row, error=None, failed_version=None, gone=False)
+        for uri, row in before.items()
+        if row.output is not None
+    }
+    repairs.entries = history.applied(labeled)
+    removed |= before.keys() - repairs.entries.keys()
+    for uri, row in repairs.entries.items():
+        old = before.get(uri, ManifestRow(uri))
+        if row.gone != old.gone:
+            repairs.gone[uri] = row.gone
+        if row.error is None and old.error is not None:
+            cured.add(uri)
+        elif (row.error, row.failed_version) != (old.error, old.failed_version):
+            repairs.rows[uri] = history.failures[uri].succeeding(found.get(uri))
     return repairs
-
-
-def _apply(history: History, newer: AbstractSet[str], repairs: Repairs) -> None:
-    """Brings failures and deleted shards in line with the records."""
-    for uri in newer & history.failures.keys():
-        repairs.cured.add(uri)
-        del history.failures[uri]
-    for uri, row in list(repairs.entries.items()):
-        failure = history.failures.get(uri, ManifestRow(uri))
-        now = replace(
-            row, error=failure.error, failed_version=failure.failed_version, gone=uri in history.gone
-        )
-        if now.output is None and now.error is None:
-            repairs.removed.add(uri)
-            del repairs.entries[uri]
-            continue
-        repairs.entries[uri] = now
-        if now.gone != row.gone:
-            repairs.gone[uri] = now.gone
-        if now.error is None and row.error is not None:
-            repairs.cured.add(uri)
-        elif (now.error, now.failed_version) != (row.error, row.failed_version):
-            repairs.rows[uri] = failure.succeeding(repairs.rows.get(uri))
-    for uri, failure in history.failures.items():
-        if uri not in repairs.entries.keys() | repairs.removed:
-            repairs.rows[uri] = repairs.entries[uri] = failure
 
 
 def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
@@ -185,10 +185,6 @@ def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
         StorageError: one of them is no prediction file of this partition, or no record.
     """
     files = prediction_files(storage, partition)
-    rows = {row.uri: row for row in recovered_rows(storage, partition, files)}
-    history = read_history(storage, partition)
-    for uri, failure in history.failures.items():
-        rows[uri] = failure.succeeding(rows.get(uri))
-    for uri in history.gone & rows.keys():
-        rows[uri] = replace(rows[uri], gone=True)
+    labeled = {row.uri: row for row in recovered_rows(storage, partition, files)}
+    rows = read_history(storage, partition).applied(labeled)
     return [rows[uri] for uri in sorted(rows)]
