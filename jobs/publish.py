@@ -48,21 +48,21 @@ def publish(
             partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2
         )
     out.print(_described(done), markup=False, highlight=False, soft_wrap=True)
-    if pending := len(done.increment.pending):
+    if pending := len(done.pending):
         message = f"{pending:,} shards have changed since the manifest was written: publish again later"
         err.print(message, markup=False, highlight=False)
         sys.exit(Exit.INCOMPLETE)
 
 
 def _described(done: Publication) -> str:
-    snapshot, increment = done.snapshot, done.increment
+    snapshot = done.snapshot
     what = f"{done.table}: version {snapshot.version}"
     if not done.is_new:
         return f"{what} has everything already"
-    added = len(increment.added) - len(increment.replaced)
+    added = len(done.added) - len(done.replaced)
     return (
-        f"{what}: {added:,} shards added, {len(increment.replaced):,} replaced, "
-        f"{len(increment.removed):,} removed; {snapshot.rows:,} rows in {len(snapshot.files):,} files"
+        f"{what}: {added:,} shards added, {len(done.replaced):,} replaced, "
+        f"{len(done.removed):,} removed; {snapshot.rows:,} rows in {len(snapshot.files):,} files"
     )
 
 

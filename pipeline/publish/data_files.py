@@ -1,6 +1,7 @@
 """Data files of a consumer table: rows of many shards in few large files, sorted."""
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -19,10 +20,9 @@ _ORDER = [("label", "ascending"), ("score", "ascending"), ("shard", "ascending")
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file of a table; it is never changed.
+    """A data file of a table, by its path in the table; it is never changed.
 
     Attributes:
-        path: relative to the table.
         first_shard, last_shard: bounds of the URIs of its shards.
         statistics: of a new file, as Delta's log has them.
     """
@@ -60,21 +60,20 @@ def read_rows(storage: Storage, uri: str, version: str | None, schema: pa.Schema
 
 def packed(units: Iterable[pa.Table], file_bytes: int) -> Iterator[pa.Table]:
     """Yields the rows of one file after the other: as many units as fit, at least one, sorted."""
-    held: list[pa.Table] = []
-    size = 0
+    held, size = list[pa.Table](), 0
     for unit in units:
-        if not unit.num_rows:
-            continue
         if held and size + unit.nbytes > file_bytes:
             yield _sorted(held)
-            held, size = [], 0
-        held.append(unit)
-        size += unit.nbytes
+            size = 0
+        if unit.num_rows:
+            held.append(unit)
+            size += unit.nbytes
     if held:
         yield _sorted(held)
 
 
 def _sorted(units: list[pa.Table]) -> pa.Table:
+    """Rows of units in the order of a file; empties the list, for their memory."""
     rows = pa.concat_tables(units)
     units.clear()
     keys = rows.select([name for name, _ in _ORDER]).combine_chunks()
@@ -96,7 +95,16 @@ def encode(rows: pa.Table, file: BinaryIO, row_group_rows: int = ROW_GROUP_ROWS)
         writer.write_table(rows, row_group_size=row_group_rows)
 
 
-def describe(path: str, size: int, rows: pa.Table) -> DataFile:
+def write_file(storage: Storage, table: str, path: str, rows: pa.Table) -> DataFile:
+    """Writes sorted rows to a path in a table; raises `StorageError`."""
+    with tempfile.TemporaryFile() as file:
+        encode(rows, file)
+        size = file.tell()
+        storage.write(f"{table}/{path}", file)
+    return _described(path, size, rows)
+
+
+def _described(path: str, size: int, rows: pa.Table) -> DataFile:
     """A new data file, with rows, bounds and nulls as Delta's log has them: by these, readers skip files.
 
     Every column that is no list has bounds: where the log has bounds of some columns only, deltalake's

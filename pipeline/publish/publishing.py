@@ -10,7 +10,12 @@ served by few large ones. The order of a publication:
 4. Remove lists of shards that earlier attempts and versions left behind.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,36 +23,20 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
-from pipeline.publish.data_files import table_schema
-from pipeline.publish.delta_table import DeltaTable, Snapshot, TableChangedError
-from pipeline.publish.version_writer import VersionWriter
+from pipeline.publish.data_files import DataFile, packed, read_rows, table_schema, write_file
+from pipeline.publish.delta_table import SHARDS, DeltaTable, Snapshot, TableChangedError
 from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_in, normalize_uri
 
 #: Bytes of rows in memory that make one file. As Parquet that is a third of it; with embeddings, most of it.
 FILE_BYTES = 512 * 1024**2
+#: Files with less than this share of `file_bytes` are written again, together with what is added.
+_SMALL = 1 / 12
 _ATTEMPTS = 5
+_READERS = 16
 
 
 class TableBusyError(RuntimeError):
     """Table or labels changed again and again while they were read; the message says which."""
-
-
-@dataclass(frozen=True)
-class Increment:
-    """What a table lacks.
-
-    Attributes:
-        added: shards to publish, sorted: `uri`, `rows`, and their prediction files, `output` (relative to
-            the partition) and `output_version`.
-        replaced: those of them that the table has from this partition already.
-        removed: shards that the table has from this partition, and that are no longer labeled.
-        pending: shards whose file has changed since the manifest was written: they wait.
-    """
-
-    added: pa.Table
-    replaced: pa.ChunkedArray
-    removed: pa.ChunkedArray
-    pending: pa.ChunkedArray
 
 
 @dataclass(frozen=True)
@@ -56,13 +45,20 @@ class Publication:
 
     Attributes:
         snapshot: the version of the table that is current now.
-        increment: what changed; `pending` are shards that wait for the next publication.
+        added: shards that the table lacked, sorted: `uri`, `rows`, and their prediction files, `output`
+            (relative to the partition) and `output_version`.
+        replaced: those of them that the table had from this partition already.
+        removed: shards that the table had from this partition, and that are no longer labeled.
+        pending: shards whose file has changed since the manifest was written: they wait.
         is_new: whether this publication made the version; else there was nothing to do.
     """
 
     table: str
     snapshot: Snapshot
-    increment: Increment
+    added: pa.Table
+    replaced: pa.ChunkedArray
+    removed: pa.ChunkedArray
+    pending: pa.ChunkedArray
     is_new: bool
 
 
@@ -98,7 +94,7 @@ def publish_labels(
     cause: Exception | None = None
     for _ in range(_ATTEMPTS):
         try:
-            return _publish(partition, table, rebuild, embedding, file_bytes)
+            return _Publisher.read(partition, table, rebuild, embedding, file_bytes).publish()
         except TableChangedError as error:
             cause = error
         except (ObjectChanged, ObjectNotFound) as error:
@@ -106,32 +102,6 @@ def publish_labels(
                 raise
             cause = error  # a run has replaced labels
     raise TableBusyError(f"{table.uri}: not published, since others were faster {_ATTEMPTS} times: {cause}")
-
-
-def _publish(
-    partition: Partition, table: DeltaTable, rebuild: bool, embedding: bool, file_bytes: int
-) -> Publication:
-    base = table.read(rebuild)
-    # After it: what others have published meanwhile is labeled, too.
-    labeled = partition.manifest.read(("uri", "rows", "output", "output_version"))
-    labeled = labeled.filter(pc.is_valid(labeled["output"]))
-    schema = table_schema(embedding=False)
-    if embedding and len(labeled):
-        with partition.storage.open(f"{partition.uri}/{labeled['output'][0]}") as file:
-            schema = table_schema("embedding" in pq.read_schema(file).names)
-    has_other_columns = base.columns != (*schema.names,)
-    _check_others(table.uri, partition.uri, base, labeled, has_other_columns)
-    # With other columns, no row of this partition can be taken over.
-    increment = _compare(partition, labeled, base, rebuild, rebuild or has_other_columns)
-    is_new = bool(len(increment.added) or len(increment.removed) or (rebuild and base.files))
-    snapshot = base
-    if is_new:
-        gone = pa.chunked_array([*increment.replaced.chunks, *increment.removed.chunks], pa.string())
-        writer = VersionWriter(partition, table.uri, schema, file_bytes)
-        snapshot = writer.write(base, increment.added, gone, rebuild)
-        table.commit(base, snapshot)
-    table.clean_up(snapshot)
-    return Publication(table.uri, snapshot, increment, is_new)
 
 
 def _check_place(table: str, partition: Partition) -> None:
@@ -142,40 +112,145 @@ def _check_place(table: str, partition: Partition) -> None:
             raise ConfigError(f"{table}: a table needs a place of its own, and the {name} is {place}")
 
 
-def _check_others(
-    table: str, source: str, base: Snapshot, labeled: pa.Table, has_other_columns: bool
-) -> None:
-    """Refuses what would do harm to rows of other partitions."""
-    others = base.shards.filter(pc.not_equal(base.shards["source"], source))
-    twice = others.filter(pc.is_in(others["shard"], value_set=labeled["uri"]))
-    if len(twice):
-        shard, other = twice["shard"][0], twice["source"][0]
-        cause = f"has the shard {shard} from {other} already: {source} needs a table of its own"
-        raise StorageError(table, cause)
-    if len(others) and has_other_columns:
-        cause = (
-            f"has rows of {others['source'][0]} in other columns: publish {source} with or without "
-            "embeddings as that, or into a table of its own"
-        )
-        raise StorageError(table, cause)
+@dataclass(frozen=True)
+class _Publisher:
+    """Publishes what is labeled now to a version of the table; `schema` has the columns to publish."""
+
+    partition: Partition
+    table: DeltaTable
+    base: Snapshot
+    labeled: pa.Table
+    schema: pa.Schema
+    rebuild: bool
+    file_bytes: int
+
+    @classmethod
+    def read(
+        cls, partition: Partition, table: DeltaTable, rebuild: bool, embedding: bool, file_bytes: int
+    ) -> Self:
+        """Reads table and manifest, as they are now."""
+        base = table.read(rebuild)
+        # After it: what others have published meanwhile is labeled, too.
+        labeled = partition.manifest.read(("uri", "rows", "output", "output_version"))
+        labeled = labeled.filter(pc.is_valid(labeled["output"]))
+        schema = table_schema(embedding=False)
+        if embedding and len(labeled):
+            with partition.storage.open(f"{partition.uri}/{labeled['output'][0]}") as file:
+                schema = table_schema("embedding" in pq.read_schema(file).names)
+        return cls(partition, table, base, labeled, schema, rebuild, file_bytes)
+
+    def publish(self) -> Publication:
+        """Publishes what the table lacks."""
+        base, labeled, source = self.base, self.labeled, self.partition.uri
+        # Rows of other columns can't be taken over.
+        is_restart = self.rebuild or base.columns != (*self.schema.names,)
+        own = base.shards.filter(pc.equal(base.shards["source"], source))["shard"]
+        self._check_others(base.shards.filter(pc.not_equal(base.shards["source"], source)))
+        if not is_restart:
+            shards = base.shards
+            published = shards["output_version"].take(pc.index_in(labeled["uri"], value_set=shards["shard"]))
+            is_same = pc.fill_null(pc.equal(labeled["output_version"], published), False)
+            labeled = labeled.filter(pc.invert(is_same))
+        added, pending = self._by_presence(labeled)
+        replaced = _those(added["uri"], own)
+        stays = added if is_restart and (self.rebuild or len(added)) else self.labeled
+        removed = _those(own, stays["uri"], False)
+        is_new = bool(len(added) or len(removed) or (self.rebuild and base.files))
+        snapshot = base
+        if is_new:
+            gone = pa.chunked_array([*replaced.chunks, *removed.chunks], pa.string())
+            snapshot = self._write(added, gone)
+            self.table.commit(base, snapshot)
+        self.table.clean_up(snapshot)
+        return Publication(self.table.uri, snapshot, added, replaced, removed, pending, is_new)
+
+    def _check_others(self, others: pa.Table) -> None:
+        """Refuses what would do harm to rows of other partitions."""
+        source, twice = self.partition.uri, others.filter(pc.is_in(others["shard"], self.labeled["uri"]))
+        if len(twice):
+            shard, other = twice["shard"][0], twice["source"][0]
+            cause = f"has the shard {shard} from {other} already: {source} needs a table of its own"
+            raise StorageError(self.table.uri, cause)
+        if len(others) and self.base.columns != (*self.schema.names,):
+            cause = (
+                f"has rows of {others['source'][0]} in other columns: publish {source} with or without "
+                "embeddings as that, or into a table of its own"
+            )
+            raise StorageError(self.table.uri, cause)
+
+    def _by_presence(self, shards: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
+        """Shards whose prediction file is there in the manifest's version, and the URIs of all others."""
+        missing = set(zip(shards["output"].to_pylist(), shards["output_version"].to_pylist(), strict=True))
+        if missing:
+            start = len(self.partition.uri) + 1
+            files = prediction_files(self.partition.storage, self.partition.uri)
+            missing.difference_update((info.uri[start:], info.version) for info in files)
+        absent = pa.array([output for output, _ in missing], pa.string())
+        is_absent = pc.is_in(shards["output"], value_set=absent)
+        return shards.filter(pc.invert(is_absent)), shards["uri"].filter(is_absent)
+
+    def _write(self, added: pa.Table, gone: pa.ChunkedArray) -> Snapshot:
+        """Writes the files of the next version: without rows of `gone` shards, with those of `added` ones.
+
+        To rebuild, it writes all files again: any of them may have rows that are not listed.
+        """
+        base, snapshot, storage = self.base, self.base.successor(), self.partition.storage
+        kept = base.shards.filter(pc.invert(pc.is_in(base.shards["shard"], value_set=gone)))
+        candidates = base.files if len(kept) else ()  # without shards that are kept, no file is even read
+        files = [file for file in candidates if not self.rebuild and self._stays(file, gone)]
+        merged = [file for file in candidates if file not in files]
+        written: list[DataFile] = []
+        # The log has paths percent-encoded, and not every reader decodes them: so nothing is there to encode.
+        folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", self.partition.model)
+        try:
+            units = self._units(merged, kept["shard"], added, snapshot.version)
+            for number, rows in enumerate(packed(units, self.file_bytes)):
+                path = f"{folder}/{snapshot.name}-{number:04d}.parquet"
+                written.append(write_file(storage, self.table.uri, path, rows))
+        except BaseException:
+            for file in written:
+                with suppress(StorageError):  # it would hide what went wrong
+                    storage.delete(f"{self.table.uri}/{file.path}")
+            raise
+        columns = [added[name] for name in ("uri", "output_version", "rows")]
+        columns.append(pa.repeat(self.partition.uri, len(added)))
+        shards = pa.concat_tables([kept, pa.table(columns, schema=SHARDS)]).sort_by("shard")
+        return replace(snapshot, columns=(*self.schema.names,), files=(*files, *written), shards=shards)
+
+    def _stays(self, file: DataFile, gone: pa.ChunkedArray) -> bool:
+        """Whether a file is large and has no rows of these shards; mostly, its range of shards tells."""
+        if file.bytes < self.file_bytes * _SMALL:
+            return False
+        is_within = pc.and_(pc.greater_equal(gone, file.first_shard), pc.less_equal(gone, file.last_shard))
+        if not pc.any(is_within).as_py():
+            return True
+        shards = self._read(file, pa.schema([self.schema.field("shard")]))["shard"]
+        return not pc.any(pc.is_in(shards, value_set=gone)).as_py()
+
+    def _read(self, file: DataFile, schema: pa.Schema) -> pa.Table:
+        return read_rows(self.partition.storage, f"{self.table.uri}/{file.path}", None, schema)
+
+    def _units(
+        self, merged: Iterable[DataFile], kept: pa.ChunkedArray, added: pa.Table, version: int
+    ) -> Iterator[pa.Table]:
+        """Yields the rows to write: of kept shards file by file, then each added shard's, in order."""
+        for file in merged:
+            rows = self._read(file, self.schema)
+            yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
+
+        storage, folder = self.partition.storage, self.partition.uri
+        predictions = self.schema.remove(self.schema.get_field_index("published"))
+
+        def read(output: str, output_version: str) -> pa.Table:
+            rows = read_rows(storage, f"{folder}/{output}", output_version, predictions)
+            return rows.append_column("published", pa.repeat(pa.scalar(version, pa.int64()), len(rows)))
+
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="publish") as pool:
+            for batch in added.to_batches(max_chunksize=_READERS):
+                yield from pool.map(read, batch["output"].to_pylist(), batch["output_version"].to_pylist())
 
 
-def _compare(
-    partition: Partition, labeled: pa.Table, base: Snapshot, rebuild: bool, is_restart: bool
-) -> Increment:
-    """Compares the manifest with what is published; with `is_restart`, every shard is published again."""
-    own = base.shards.filter(pc.equal(base.shards["source"], partition.uri))
-    published = own["output_version"].take(pc.index_in(labeled["uri"], value_set=own["shard"]))
-    is_same = pc.fill_null(pc.equal(labeled["output_version"], published), False)
-    due = labeled if is_restart else labeled.filter(pc.invert(is_same))
-    missing = set(zip(due["output"].to_pylist(), due["output_version"].to_pylist(), strict=True))
-    if missing:
-        start = len(partition.uri) + 1
-        files = prediction_files(partition.storage, partition.uri)
-        missing.difference_update((info.uri[start:], info.version) for info in files)
-    waits = pc.is_in(due["output"], value_set=pa.array([output for output, _ in missing], pa.string()))
-    added, pending = due.filter(pc.invert(waits)), due["uri"].filter(waits)
-    replaced = added["uri"].filter(pc.is_in(added["uri"], value_set=own["shard"]))
-    stays = added if is_restart and (rebuild or len(added)) else labeled
-    removed = own["shard"].filter(pc.invert(pc.is_in(own["shard"], value_set=stays["uri"])))
-    return Increment(added, replaced, removed, pending)
+def _those(values: pa.ChunkedArray, among: pa.ChunkedArray, are_in: bool = True) -> pa.ChunkedArray:
+    """The values that are, or are not, among others."""
+    is_in = pc.is_in(values, value_set=among)
+    return values.filter(is_in if are_in else pc.invert(is_in))

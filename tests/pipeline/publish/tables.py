@@ -140,12 +140,11 @@ def rows_of(tables: Iterable[pa.Table]) -> Rows:
 
 def changes(done: Publication, root: str) -> Mapping[str, list[str]]:
     """The names of the shards that a publication added, replaced and so on, where there are any."""
-    increment = done.increment
     columns = {
-        "added": increment.added["uri"],
-        "replaced": increment.replaced,
-        "removed": increment.removed,
-        "pending": increment.pending,
+        "added": done.added["uri"],
+        "replaced": done.replaced,
+        "removed": done.removed,
+        "pending": done.pending,
     }
     found = {
         kind: [uri.removeprefix(f"{root}/in/") for uri in each.to_pylist()] for kind, each in columns.items()

@@ -43,7 +43,7 @@ def test_dataset_whose_shards_were_all_removed_leaves_the_other_as_it_is(both: D
     one.publish()
     two.publish()
     two.label(remove=["a", "z"])
-    assert len(two.publish().increment.removed) == 2
+    assert len(two.publish().removed) == 2
     assert one.published() == one.labels()
 
 
