@@ -17,9 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pipeline.commit.assembly import IncompleteShardError, OpenShard, count_errors
 from pipeline.commit.manifest import ManifestRow
-from pipeline.commit.prediction_files import CommittedShard, PredictionWriter
+from pipeline.commit.prediction_files import (
+    CommittedShard,
+    IncompleteShardError,
+    OpenShard,
+    PredictionWriter,
+    count_errors,
+)
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import COMMIT, Causes, StageMetrics, add_metrics
 

@@ -7,7 +7,6 @@ the next run whether the last one left manifest and statistics up to date.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -15,16 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from pipeline.commit.record import new_run_id
+from pydantic import BaseModel, ValidationError
+
+from pipeline.commit.recovery import new_run_id
 from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 
 _logger = logging.getLogger("cvt_label")
 
-OnWait = Callable[[str], None]
+_NAME = "lease.json"
 State = Literal["held", "released", "unfinished"]
 
 
@@ -36,8 +36,7 @@ class LeaseLostError(RuntimeError):
     """Another run has taken the lease over, since this one didn't renew it in time."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseState:
+class LeaseState(BaseModel, frozen=True):
     """The content of the lease object.
 
     Attributes:
@@ -52,19 +51,6 @@ class LeaseState:
     expires_at: datetime
     state: State
 
-    @classmethod
-    def from_bytes(cls, uri: str, content: bytes) -> LeaseState:
-        """Parses the object's content; raises `StorageError` if it is no lease."""
-        try:
-            values = json.loads(content)
-            return cls(**values | {"expires_at": datetime.fromisoformat(values["expires_at"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise StorageError(uri, f"not a lease: {error}") from None
-
-    def to_bytes(self) -> bytes:
-        """Returns the object's content."""
-        return json.dumps(asdict(self) | {"expires_at": self.expires_at.isoformat()}, indent=2).encode()
-
     @property
     def is_live(self) -> bool:
         """Whether a run holds the lease now."""
@@ -73,16 +59,19 @@ class LeaseState:
 
 def left_in_order(storage: Storage, partition: str) -> bool:
     """Whether the last run left manifest and statistics up to date, or there was none."""
-    found = _latest(storage, _uri(partition))
+    found = _latest(storage, f"{partition}/{_NAME}")
     return found is None or found.content.state == "released"
 
 
-def _uri(partition: str) -> str:
-    return f"{partition}/lease.json"
-
-
 def _latest(storage: Storage, uri: str) -> Versioned[LeaseState] | None:
-    return storage.read_latest(uri, lambda file: LeaseState.from_bytes(uri, file.read()))
+    return storage.read_latest(uri, lambda file: _parsed(uri, file.read()))
+
+
+def _parsed(uri: str, content: bytes) -> LeaseState:
+    try:
+        return LeaseState.model_validate_json(content)
+    except ValidationError as error:
+        raise StorageError(uri, f"not a lease: {error.errors()[0]['msg']}") from None
 
 
 class Lease:
@@ -97,19 +86,14 @@ class Lease:
     """
 
     def __init__(
-        self,
-        storage: Storage,
-        partition: str,
-        run: str,
-        seconds: float,
-        poll_s: float = 5.0,
+        self, storage: Storage, partition: str, run: str, seconds: float, poll_s: float = 5.0
     ) -> None:
         """A lease holds so many seconds without renewal; it is renewed three times as often.
 
         A run that had to wait gets another id, so that runs sort by when they worked. A lease that is waited
         for is read every `poll_s` seconds.
         """
-        self.uri = _uri(partition)
+        self.uri = f"{partition}/{_NAME}"
         self._storage = storage
         self.run = run
         self.found_in_order = self.left_in_order = False
@@ -122,7 +106,9 @@ class Lease:
         self._heart = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @contextmanager
-    def held(self, wait: bool = False, on_wait: OnWait = lambda message: None) -> Iterator[None]:
+    def held(
+        self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None
+    ) -> Iterator[None]:
         """Holds the lease while the block runs; see `acquire`."""
         try:
             self.found_in_order = self.acquire(wait, on_wait)
@@ -137,7 +123,7 @@ class Lease:
         finally:
             self.release(self.left_in_order)
 
-    def acquire(self, wait: bool = False, on_wait: OnWait = lambda message: None) -> bool:
+    def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
         """Takes the lease; returns whether the last run left everything in order.
 
         Args:
@@ -153,7 +139,7 @@ class Lease:
 
         def claim(version: str) -> bytes | None:
             nonlocal before, waited
-            before = self._read(version)
+            before = None if version == ABSENT else self._read(version)
             if before is not None and before.is_live and before.run != self.run:
                 return None
             if waited:
@@ -219,19 +205,18 @@ class Lease:
         """
 
         def content(version: str) -> bytes | None:
-            found = None if version == self._version else self._read(version)
-            return None if found is not None and found.run != self.run else self._content(state)
+            is_ours = version in (ABSENT, self._version) or self._read(version).run == self.run
+            return self._content(state) if is_ours else None
 
         written = self._storage.update(self.uri, content, self._version)
         if written is not None:
             self._version = written.version
         return written is not None
 
-    def _read(self, version: str) -> LeaseState | None:
-        if version == ABSENT:
-            return None
-        return LeaseState.from_bytes(self.uri, self._storage.read(self.uri, version))
+    def _read(self, version: str) -> LeaseState:
+        return _parsed(self.uri, self._storage.read(self.uri, version))
 
     def _content(self, state: State) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)
-        return LeaseState(self.run, self._holder, until, state).to_bytes()
+        content = LeaseState(run=self.run, holder=self._holder, expires_at=until, state=state)
+        return content.model_dump_json(indent=2).encode()

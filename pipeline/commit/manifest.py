@@ -148,17 +148,18 @@ class Manifest:
         Raises:
             StorageError: the object can't be read, or is no manifest.
         """
-        tables = [table.select(list(columns)) for table in self._tables(columns)]
-        empty = pa.schema([_SCHEMA.field(name) for name in columns]).empty_table()
-        return pa.concat_tables([empty, *tables])
+        return _joined(columns, self._tables(columns))
 
-    def labelled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
-        """Yields some columns of the shards that have labels, or of those that one run labeled."""
+    def labelled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
+        """Returns some columns of the shards that have labels, or of those that one run labeled."""
+        return _joined(columns, self._labelled(columns, run))
+
+    def _labelled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
         for table in self._tables({*columns, "output", "run"}):
-            table = table.filter(pc.is_valid(table["output"]))
-            if run is not None:
-                table = table.filter(pc.equal(table["run"], run))
-            yield table.select(list(columns))
+            is_labelled = pc.is_valid(table["output"])
+            yield table.filter(
+                is_labelled if run is None else pc.and_kleene(is_labelled, pc.equal(table["run"], run))
+            )
 
     def entries(self) -> dict[str, ManifestRow]:
         """Every shard's row by URI, with the fields that planning needs; the others are None."""
@@ -229,13 +230,11 @@ class Manifest:
         Raises:
             StorageError: the manifest can't be read.
         """
-        found: set[str] = set()
-        for table in self.labelled(("uri", "run")):
-            if root is not None:
-                uris = table["uri"]
-                table = table.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
-            found.update(pc.unique(table["run"]).drop_null().to_pylist())
-        return sorted(found)
+        rows = self.labelled(("uri", "run"))
+        if root is not None:
+            uris = rows["uri"]
+            rows = rows.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
+        return sorted(pc.unique(rows["run"]).drop_null().to_pylist())
 
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
         """Folds the class statistics over every labeled shard, or over those that one run labeled."""
@@ -251,8 +250,9 @@ class Manifest:
         """
         totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-            for table in self.labelled(("output", "statistics", "uri", "run"), run):
-                for batch in table.to_batches(self.group_rows):
+            columns = ["output", "statistics", "uri", "run"]
+            for table in self._labelled(columns, run):
+                for batch in table.select(columns).to_batches(self.group_rows):
                     outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
                     partials = pool.map(self._partial, outputs, packed)
                     rows = [
@@ -324,6 +324,11 @@ class Manifest:
                     left, written = left.slice(size), written + size
             if left.num_rows:
                 write(left)
+
+
+def _joined(columns: Collection[str], tables: Iterable[pa.Table]) -> pa.Table:
+    empty = pa.schema([_SCHEMA.field(name) for name in columns]).empty_table()
+    return pa.concat_tables([empty, *(table.select(list(columns)) for table in tables)])
 
 
 def _to_table(rows: Iterable[ManifestRow]) -> pa.Table:

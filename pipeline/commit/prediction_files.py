@@ -1,4 +1,4 @@
-"""Writing prediction files: one file per shard, in one conditional write.
+"""From the chunks of a shard to its prediction file, which is written in one conditional write.
 
 A file replaces the version that the plan has seen. Where another version is found, another run is active,
 or was until it died: a file of the same version of the shard stays; of two versions, the input's own wins.
@@ -6,17 +6,24 @@ or was until it died: a file of the same version of the shard stays; of two vers
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.commit.assembly import OpenShard
 from pipeline.commit.manifest import ManifestRow
 from pipeline.commit.partition import Partition
-from pipeline.predictions import Footer, PredictionOptions, encode, prediction_path, read_footer
-from pipeline.read import Shard
+from pipeline.predictions import (
+    Footer,
+    PredictionOptions,
+    encode,
+    prediction_path,
+    prediction_schema,
+    read_footer,
+)
+from pipeline.read import Chunk, Shard
 from pipeline.statistics import Causes, ClassStatistics, Meter, StageMetrics
 from pipeline.storage import ABSENT, Versioned
 
@@ -24,6 +31,75 @@ logger = logging.getLogger("cvt_label")
 
 # Of a shard; its prediction file has all of them.
 _LOGGED_ERRORS = 3
+
+
+class IncompleteShardError(RuntimeError):
+    """The stream of results ended, or went wrong, before a shard was covered."""
+
+
+@dataclass
+class OpenShard:
+    """The chunks of a shard that have arrived.
+
+    Attributes:
+        chunks: by the index of their first sample.
+        total: the shard's number of samples, once its last chunk has arrived.
+        transient: whether the cause of the error is the storage, not the shard.
+    """
+
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    total: int | None = None
+    error: str | None = None
+    transient: bool = False
+    samples: int = 0
+    encoded_bytes: int = 0
+
+    def add(self, chunk: Chunk) -> bool:
+        """Keeps a chunk; False where a second attempt brought a chunk that is there already.
+
+        A second attempt may fail earlier than the first, and reports this in place of a chunk that is there.
+        """
+        if chunk.start in self.chunks and chunk.error is None:
+            return False
+        self.chunks[chunk.start] = chunk
+        self.samples += chunk.samples.num_rows
+        self.encoded_bytes += chunk.encoded_bytes
+        if chunk.total is not None:
+            self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
+        return True
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more is to be waited for."""
+        return self.error is not None or self.samples == self.total
+
+    @property
+    def errors(self) -> int:
+        """Number of samples that are error rows."""
+        return sum(map(count_errors, self.chunks.values()))
+
+    def rows(self, shard: Shard, options: PredictionOptions) -> pa.Table:
+        """The prediction rows of the complete shard.
+
+        Raises:
+            IncompleteShardError: the chunks leave gaps, or overlap.
+        """
+        chunks = [self.chunks[start] for start in sorted(self.chunks)]
+        ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
+        if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
+            raise IncompleteShardError(f"{shard.uri}: its chunks leave gaps or overlap")
+        samples = pa.concat_tables([chunk.samples for chunk in chunks])
+        samples = samples.rename_columns({"target": "target_id"})
+        samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
+        samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
+        schema = prediction_schema(options.embedding, options.embedding_width)
+        return samples.select(schema.names).cast(schema).combine_chunks()
+
+
+def count_errors(chunk: Chunk) -> int:
+    """Number of a chunk's samples that are error rows."""
+    count: int = chunk.samples.num_rows - chunk.samples["error"].null_count
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +184,8 @@ class PredictionWriter:
             logger.warning("run %s: shard %r: %d more error rows", self.run, shard.uri, more)
 
     def _failed(self, shard: Shard, error: str, failed_version: str | None) -> ManifestRow:
-        return ManifestRow(
-            shard.uri,
-            format=shard.format,
-            size=shard.size,
-            error=error,
-            failed_version=failed_version,
-            run=self.run,
-            committed_at=datetime.now(UTC),
-        )
+        row = ManifestRow(shard.uri, format=shard.format, size=shard.size, run=self.run)
+        return replace(row, error=error, failed_version=failed_version, committed_at=datetime.now(UTC))
 
     def _write(self, shard: Shard, uri: str, content: bytes, footer: Footer) -> Versioned[Footer] | None:
         """Writes a prediction file; returns the footer and version of the file that is there afterwards.

@@ -15,10 +15,6 @@ from pipeline.storage import Storage, StorageError
 
 _RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
 
-_SHARDS = pa.schema(
-    [("uri", pa.string()), ("version", pa.string()), ("output", pa.string()), ("labeled", pa.int64())]
-)
-
 
 class NoPreviousRunError(StorageError):
     """All labels of the partition are of one run."""
@@ -84,8 +80,6 @@ class LabelSet:
 
     def shards(self) -> pa.Table:
         """The labeled shards: `uri`, `version`, `output` (prediction file), `labeled` (number of images)."""
-        tables, columns = [_SHARDS.empty_table()], ("uri", "version", "output", "rows", "errors")
-        for rows in self.partition.manifest.labelled(columns, self.run):
-            labeled = pc.subtract(rows["rows"], rows["errors"])
-            tables.append(pa.table([*rows.columns[:3], labeled], schema=_SHARDS))
-        return pa.concat_tables(tables)
+        rows = self.partition.manifest.labelled(("uri", "version", "output", "rows", "errors"), self.run)
+        labeled = pc.subtract(rows["rows"], rows["errors"])
+        return rows.select(["uri", "version", "output"]).append_column("labeled", labeled)

@@ -131,8 +131,7 @@ class _Publisher:
         """Reads table and manifest, as they are now."""
         base = table.read(rebuild)
         # After it: what others have published meanwhile is labeled, too.
-        labeled = partition.manifest.read(("uri", "rows", "output", "output_version"))
-        labeled = labeled.filter(pc.is_valid(labeled["output"]))
+        labeled = partition.manifest.labelled(("uri", "rows", "output", "output_version"))
         schema = table_schema(embedding=False)
         if embedding and len(labeled):
             with partition.storage.open(f"{partition.uri}/{labeled['output'][0]}") as file:

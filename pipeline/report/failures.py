@@ -74,12 +74,10 @@ def read_causes(partition: Partition, max_files: int) -> tuple[Causes, int]:
     Raises:
         StorageError: a prediction file can't be read.
     """
+    rows = partition.manifest.labelled(["uri", "errors", "output"])
+    bad = rows.filter(pc.greater(rows["errors"], 0))
     order = [("errors", "descending"), ("uri", "ascending")]
-    worst: list[dict[str, Any]] = []
-    for table in partition.manifest.labelled(["uri", "errors", "output"]):
-        bad = table.filter(pc.greater(table["errors"], 0))
-        bad = pa.concat_tables([pa.Table.from_pylist(worst, bad.schema), bad])
-        worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()
+    worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()
 
     def read(row: Mapping[str, Any]) -> Causes | None:
         uri = f"{partition.uri}/{row['output']}"

@@ -3,11 +3,10 @@
 NumPy and Arrow only. Reading and writing files does not belong here.
 """
 
-from pipeline.statistics.agreement import Agreement
 from pipeline.statistics.calibration import Calibration
 from pipeline.statistics.causes import Causes
 from pipeline.statistics.classes import HISTOGRAM_BINS, ClassStatistics
-from pipeline.statistics.comparison import Comparison, LabelSetId, Limits
+from pipeline.statistics.comparison import Agreement, Comparison, LabelSetId, Limits
 from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import Classes, Drift
 from pipeline.statistics.stages import (

@@ -1,15 +1,15 @@
-"""The comparison of two label sets: totals, a table by class, figures in words, and limits for them."""
+"""The comparison of two label sets: agreement, all figures in words and as a table, and limits for them."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.statistics.agreement import Agreement
-from pipeline.statistics.drift import DRIFT_BINS, Drift
+from pipeline.statistics.confusion import PairCounts
+from pipeline.statistics.drift import DRIFT_BINS, Classes, Drift
 from pipeline.text import percent, score
 
 #: Metadata key of the table, for the totals as JSON.
@@ -34,6 +34,72 @@ class LabelSetId(NamedTuple):
         return self.uri.rpartition("/")[2]
 
 
+@dataclass
+class Agreement:
+    """How often two label sets a and b give the same sample the same class.
+
+    Arrays have the shape (classes,), by place in `classes.labels`.
+
+    Attributes:
+        same: samples given this class by both.
+        given_a, given_b: compared samples given this class by one.
+        disagreements: pairs (class in a, class in b) that differ.
+        only_a, only_b: samples labeled in one only: an error row in the other, or in a shard that wasn't
+            compared.
+        shards: shards whose samples were compared.
+        changed_shards: shards that both have, but labeled in different versions, or relabeled in another
+            version or deleted since the manifest was written.
+    """
+
+    classes: Classes
+    same: np.ndarray = field(init=False)
+    given_a: np.ndarray = field(init=False)
+    given_b: np.ndarray = field(init=False)
+    disagreements: PairCounts = field(default_factory=PairCounts)
+    compared: int = 0
+    only_a: int = 0
+    only_b: int = 0
+    shards: int = 0
+    changed_shards: int = 0
+
+    def __post_init__(self) -> None:
+        self.same, self.given_a, self.given_b = np.zeros((3, len(self.classes.labels)), np.int64)
+
+    @property
+    def share(self) -> float | None:
+        """Fraction of the compared samples that both gave the same class; None where none was compared."""
+        return int(self.same.sum()) / self.compared if self.compared else None
+
+    @property
+    def kappa(self) -> float | None:
+        """Cohen's kappa (1960): agreement beyond what the classes' frequencies alone would give."""
+        if self.share is None:
+            return None
+        chance = float((self.given_a / self.compared * (self.given_b / self.compared)).sum())
+        return (self.share - chance) / (1 - chance) if chance < 1 else None
+
+    def add(self, a: pa.Table, b: pa.Table) -> None:
+        """Counts the samples of one shard, from the columns `index` and `label_id` of both label sets."""
+        index_a, label_a = _labeled(a)
+        index_b, label_b = _labeled(b)
+        _, at_a, at_b = np.intersect1d(index_a, index_b, assume_unique=True, return_indices=True)
+        first, second = self.classes.ids_a[label_a[at_a]], self.classes.ids_b[label_b[at_b]]
+        is_same = first == second
+        np.add.at(self.same, first[is_same], 1)
+        np.add.at(self.given_a, first, 1)
+        np.add.at(self.given_b, second, 1)
+        self.disagreements.add(first[~is_same], second[~is_same])
+        self.compared += len(first)
+        self.only_a += len(label_a) - len(first)
+        self.only_b += len(label_b) - len(first)
+        self.shards += 1
+
+
+def _labeled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    rows = rows.filter(rows["label_id"].is_valid())
+    return rows["index"].to_numpy(), rows["label_id"].to_numpy()
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How two label sets a and b differ; `agreement` is None where it wasn't measured."""
@@ -46,13 +112,13 @@ class Comparison:
     @property
     def totals(self) -> dict[str, Any]:
         """The figures of all classes together; in the table's metadata."""
-        drift, agreement = self.drift, self.agreement
+        drift, agreement, labels = self.drift, self.agreement, self.drift.classes.labels
         values: dict[str, Any] = {
             "a": self.a.name,
             "b": self.b.name,
             "images_a": drift.images_a,
             "images_b": drift.images_b,
-            "classes": len(drift.classes.labels),
+            "classes": len(labels),
             "classes_only_a": drift.classes.only_a,
             "classes_only_b": drift.classes.only_b,
             "psi": drift.psi,
@@ -62,7 +128,6 @@ class Comparison:
             "score_bins": DRIFT_BINS,
         }
         if agreement is not None:
-            labels = drift.classes.labels
             values |= {
                 "compared": agreement.compared,
                 "only_a": agreement.only_a,
@@ -113,7 +178,8 @@ class Comparison:
         Jensen-Shannon distance.
         """
         drift, classes, agreement = self.drift, self.drift.classes, self.agreement
-        none = pa.nulls(len(classes.labels), pa.int64())
+        none = [pa.nulls(len(classes.labels), pa.int64())] * 3
+        agreed = none if agreement is None else [agreement.given_a, agreement.given_b, agreement.same]
         columns = {
             "label": pa.array(classes.labels, pa.string()),
             "label_id_a": _ids(classes.ids_a, len(classes.labels)),
@@ -125,10 +191,8 @@ class Comparison:
             "psi": drift.psi_parts,
             "js_divergence": drift.js_parts,
             "score_psi": pa.array(drift.class_score_psi, mask=np.isnan(drift.class_score_psi)),
-            "compared_a": none if agreement is None else agreement.given_a,
-            "compared_b": none if agreement is None else agreement.given_b,
-            "same": none if agreement is None else agreement.same,
         }
+        columns |= zip(("compared_a", "compared_b", "same"), agreed, strict=True)
         return pa.table(columns, metadata={TOTALS: json.dumps(self.totals)})
 
 

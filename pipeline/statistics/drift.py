@@ -17,8 +17,6 @@ from typing import Self
 
 import numpy as np
 
-from pipeline.statistics.classes import HISTOGRAM_BINS
-
 #: Bins of the scores' PSI, over [0, 1].
 DRIFT_BINS = 10
 _ADDED = 0.5
@@ -105,7 +103,6 @@ class Drift:
     Attributes:
         count_a, count_b: images given each class, int64 (classes,), by place in `classes.labels`.
         scores_a, scores_b: histograms of their scores, int64 (classes, `DRIFT_BINS`).
-        fraction_a, fraction_b: fraction of the images that each class has.
         psi_parts, js_parts: each class's part of the PSI, and of the Jensen-Shannon divergence in bits.
         class_score_psi: PSI of each class's scores; NaN where a or b doesn't have the class.
         psi_by_chance: mean of `psi` without drift.
@@ -116,18 +113,9 @@ class Drift:
     def __init__(
         self, classes: Classes, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
     ) -> None:
-        def placed(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-            result = np.zeros((len(classes.labels), *values.shape[1:]), np.int64)
-            result[ids] = values
-            return result
-
-        def coarse(histogram: np.ndarray) -> np.ndarray:
-            bins: np.ndarray = histogram.reshape(-1, DRIFT_BINS, HISTOGRAM_BINS // DRIFT_BINS).sum(axis=2)
-            return bins
-
         self.classes = classes
-        self.count_a, self.scores_a = placed(a[0], classes.ids_a), placed(coarse(a[1]), classes.ids_a)
-        self.count_b, self.scores_b = placed(b[0], classes.ids_b), placed(coarse(b[1]), classes.ids_b)
+        self.count_a, self.scores_a = self._placed(*a, classes.ids_a)
+        self.count_b, self.scores_b = self._placed(*b, classes.ids_b)
         self.images_a, self.images_b = int(self.count_a.sum()), int(self.count_b.sum())
         self.fraction_a = self.count_a / max(1, self.images_a)
         self.fraction_b = self.count_b / max(1, self.images_b)
@@ -139,6 +127,14 @@ class Drift:
         score_psi = psi_parts(self.scores_a, self.scores_b).sum(axis=1)
         self.class_score_psi = np.where((self.count_a > 0) & (self.count_b > 0), score_psi, np.nan)
         self.score_psi = float(psi_parts(self.scores_a.sum(axis=0), self.scores_b.sum(axis=0)).sum())
+
+    def _placed(
+        self, count: np.ndarray, histogram: np.ndarray, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        counts = np.zeros(len(self.classes.labels), np.int64)
+        scores = np.zeros((len(self.classes.labels), DRIFT_BINS), np.int64)
+        counts[ids], scores[ids] = count, histogram.reshape(len(ids), DRIFT_BINS, -1).sum(axis=2)
+        return counts, scores
 
     def most_changed(self, n: int) -> list[int]:
         """The occurring classes with the largest parts of the PSI, by place in `classes.labels`."""

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.classify import classify
 from pipeline.commit import Committer, Manifest, ManifestRow, Partition, PredictionWriter, Progress
-from pipeline.commit.assembly import IncompleteShardError
+from pipeline.commit.prediction_files import IncompleteShardError
 from pipeline.predictions import PredictionOptions, prediction_schema, read_footer
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import ClassStatistics

@@ -28,7 +28,8 @@ def make(place: str, run: str, seconds: float = 60, **options: Any) -> Lease:
 
 def left_by_a_dead_run(place: str, seconds: float) -> None:
     until = datetime.now(UTC) + timedelta(seconds=seconds)
-    Storage().write(f"{place}/lease.json", LeaseState("dead", "host", until, "held").to_bytes())
+    state = LeaseState(run="dead", holder="host", expires_at=until, state="held")
+    Storage().write(f"{place}/lease.json", state.model_dump_json().encode())
 
 
 def state(place: str) -> dict[str, str]:
