@@ -12,7 +12,7 @@ The order of a commit:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,12 +34,7 @@ WRITERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the committer is.
-
-    Attributes:
-        images: that have arrived, error rows included.
-        share: of the plan's bytes that have arrived, from 0 to 1.
-    """
+    """What has arrived: images, error rows among them, shards that are done, and the share of all bytes."""
 
     images: int
     errors: int
@@ -52,13 +47,10 @@ class Totals:
     """What is committed.
 
     Attributes:
-        shards: shards that are done, those that couldn't be read too.
+        shards: number of shards that are done, unreadable ones included.
         images: samples, error rows included.
-        duplicate_keys: samples whose key an earlier sample of their shard has.
-        unreadable: the shards that couldn't be read.
-        causes: of the error rows.
         retries: storage operations that workers tried again, by kind of failure.
-        metrics: of all stages, by stage, those of chunks of open shards included.
+        metrics: by stage; those of chunks of open shards are included.
     """
 
     shards: int = 0
@@ -82,12 +74,10 @@ class Committer:
         `on_commit` is called in this thread, with the manifest row of each shard that is done.
         """
         self.totals = Totals()
-        self._writer = writer
-        self._on_commit = on_commit
+        self._writer, self._plan, self._on_commit = writer, plan, on_commit
         self._accepts_new = True
-        self._plan = plan
         self._open: dict[int, OpenShard] = {}
-        self._closed: set[int] = set()
+        self._missing = dict.fromkeys(range(len(plan)))  # in the plan's order
         self._images = self._errors = 0
         self._bytes, self._planned_bytes = 0, sum(shard.size for shard in plan)
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
@@ -103,12 +93,8 @@ class Committer:
                 self._settle(write)
 
     def add(self, chunk: Chunk) -> None:
-        """Takes a chunk's results, and commits its shard if they complete it.
-
-        Raises:
-            StorageError: an earlier shard's file couldn't be written.
-        """
-        if chunk.shard in self._closed or not (self._accepts_new or chunk.shard in self._open):
+        """Takes a chunk's results, and commits its shard if they complete it; raises as `settle`."""
+        if chunk.shard not in self._missing or not (self._accepts_new or chunk.shard in self._open):
             return
         arrived = self._open.setdefault(chunk.shard, OpenShard())
         if not arrived.add(chunk):
@@ -130,8 +116,7 @@ class Committer:
         if arrived.error is not None:  # then its samples don't come out after all
             self._images -= arrived.samples
             self._errors -= arrived.errors
-        del self._open[number]
-        self._closed.add(number)
+        del self._open[number], self._missing[number]
         self._writes.append(self._writers.submit(self._writer.commit, shard, arrived))
 
     def wind_down(self) -> None:
@@ -144,44 +129,35 @@ class Committer:
         return len(self._open)
 
     def settle(self) -> None:
-        """Waits for the files of complete shards.
-
-        Raises:
-            StorageError: a file couldn't be written.
-        """
+        """Waits for the files of complete shards; raises `StorageError` if one couldn't be written."""
         while self._writes:
             self._settle(self._writes.popleft())
 
     def finish(self) -> None:
-        """Waits for the last files, when the stream of results has ended.
+        """Waits for the last files, when the stream of results has ended; raises as `settle`.
 
         Raises:
-            StorageError: a file couldn't be written.
             IncompleteShardError: results are missing, so that a shard of the plan isn't covered.
         """
         self.settle()
-        for number in self._missing():
+        for number in self._missing:
             uri, arrived = self._plan[number].uri, self._open.get(number, OpenShard())
             total = arrived.total or "an unknown number of"
             raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples came out")
 
     def missing(self, most: int) -> list[str]:
         """The first shards of the plan that are not complete, by URI."""
-        return [self._plan[number].uri for number in islice(self._missing(), most)]
-
-    def _missing(self) -> Iterator[int]:
-        return (number for number in range(len(self._plan)) if number not in self._closed)
+        return [self._plan[number].uri for number in islice(self._missing, most)]
 
     def progress(self) -> Progress:
-        """How far the committer is."""
+        """What has arrived."""
         share = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
         return Progress(self._images, self._errors, self.totals.shards, min(1.0, share))
 
     def _settle(self, write: Future[CommittedShard]) -> None:
-        done = write.result()
-        row, totals = done.row, self.totals
-        add_metrics(totals.metrics, {COMMIT: done.metrics})
-        totals.causes.merge(done.causes)
+        (row, metrics, causes), totals = write.result(), self.totals
+        add_metrics(totals.metrics, {COMMIT: metrics})
+        totals.causes.merge(causes)
         totals.shards += 1
         totals.images += row.rows or 0
         totals.errors += row.errors or 0

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -102,8 +103,7 @@ def count_errors(chunk: Chunk) -> int:
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class CommittedShard:
+class CommittedShard(NamedTuple):
     """A shard that is done: its manifest row, the metrics of the commit, and the causes of its error rows."""
 
     row: ManifestRow
@@ -138,19 +138,25 @@ class PredictionWriter:
             StorageError: the file can't be written.
         """
         meter, causes = Meter(), Causes()
+        row, size = ManifestRow(shard.uri, format=shard.format, size=shard.size), 0
         with meter:
             if arrived.error is not None:
                 failed_version = None if arrived.transient else shard.version
-                row, size = self._failed(shard, arrived.error, failed_version), 0
+                row = replace(row, error=arrived.error, failed_version=failed_version)
+            elif written := self._write(shard, predictions := arrived.rows(shard, self.options)):
+                row, size = written
+                causes.add(shard.uri, predictions)
             else:
-                predictions = arrived.rows(shard, self.options)
-                row, size = self._commit(shard, predictions)
-                if row.output is not None:
-                    causes.add(shard.uri, predictions)
+                error = f"{shard.uri}: has changed since it was listed"
+                row = replace(row, error=error, failed_version=shard.version)
+        row = replace(row, run=self.run, committed_at=datetime.now(UTC))
         return CommittedShard(row, meter.take(row.rows or 0, size), causes)
 
-    def _commit(self, shard: Shard, predictions: pa.Table) -> tuple[ManifestRow, int]:
-        """Writes the rows of a shard; returns its manifest row, and the bytes written."""
+    def _write(self, shard: Shard, predictions: pa.Table) -> tuple[ManifestRow, int] | None:
+        """Writes the rows of a shard; returns its manifest row, and the bytes written.
+
+        None where no file is there: it was removed, and the input no longer has this version of the shard.
+        """
         footer = Footer(
             shard=shard.uri,
             version=shard.version,
@@ -164,34 +170,9 @@ class PredictionWriter:
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
-        content = encode(predictions, footer)
+        content, uri = encode(predictions, footer), f"{self.partition.uri}/{output}"
         if shard.members:
             self.before_group()
-        written = self._write(shard, f"{self.partition.uri}/{output}", content, footer)
-        if written is None:
-            return self._failed(shard, f"{shard.uri}: has changed since it was listed", shard.version), 0
-        row = ManifestRow.of_file(written.content, output, written.version)
-        return replace(row, run=self.run, committed_at=datetime.now(UTC)), len(content)
-
-    def _log_errors(self, shard: Shard, predictions: pa.Table) -> None:
-        """Logs a shard's first error rows; names come from data, so they are quoted."""
-        bad = predictions.filter(pc.is_valid(predictions["error"]))
-        for row in bad.slice(0, _LOGGED_ERRORS).select(["index", "key", "error"]).to_pylist():
-            where = self.run, shard.uri, row["index"], row["key"]
-            logger.warning("run %s: shard %r, sample %d, key %r: %s", *where, row["error"])
-        if bad.num_rows > _LOGGED_ERRORS:
-            more = bad.num_rows - _LOGGED_ERRORS
-            logger.warning("run %s: shard %r: %d more error rows", self.run, shard.uri, more)
-
-    def _failed(self, shard: Shard, error: str, failed_version: str | None) -> ManifestRow:
-        row = ManifestRow(shard.uri, format=shard.format, size=shard.size, run=self.run)
-        return replace(row, error=error, failed_version=failed_version, committed_at=datetime.now(UTC))
-
-    def _write(self, shard: Shard, uri: str, content: bytes, footer: Footer) -> Versioned[Footer] | None:
-        """Writes a prediction file; returns the footer and version of the file that is there afterwards.
-
-        None where there is none: it was removed, and the input no longer has this version of the shard.
-        """
         storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
         theirs: Versioned[Footer] | None = None
 
@@ -209,4 +190,18 @@ class PredictionWriter:
             return content if self.is_current(shard) else None
 
         written = storage.update(uri, change, expected)
-        return theirs if written is None else Versioned(footer, written.version)
+        if written is not None:
+            theirs = Versioned(footer, written.version)
+        if theirs is None:
+            return None
+        return ManifestRow.of_file(theirs.content, output, theirs.version), len(content)
+
+    def _log_errors(self, shard: Shard, predictions: pa.Table) -> None:
+        """Logs a shard's first error rows; names come from data, so they are quoted."""
+        bad = predictions.filter(pc.is_valid(predictions["error"]))
+        for row in bad.slice(0, _LOGGED_ERRORS).select(["index", "key", "error"]).to_pylist():
+            where = self.run, shard.uri, row["index"], row["key"]
+            logger.warning("run %s: shard %r, sample %d, key %r: %s", *where, row["error"])
+        if bad.num_rows > _LOGGED_ERRORS:
+            more = bad.num_rows - _LOGGED_ERRORS
+            logger.warning("run %s: shard %r: %d more error rows", self.run, shard.uri, more)

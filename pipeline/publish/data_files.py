@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -34,26 +34,47 @@ class DataFile:
     statistics: str | None = field(default=None, compare=False, repr=False)
 
 
-def table_schema(embedding: bool) -> pa.Schema:
-    """The columns of data files: those of predictions, and `published`.
+#: The columns of data files: those of predictions, and `published`. Delta has neither half precision nor
+#: lists of one length, so embeddings are lists of single precision, null where there are none.
+SCHEMA = pa.schema(
+    [
+        *(pa.field(column.name, column.type) for column in prediction_schema()),
+        pa.field("embedding", pa.list_(pa.float32())),
+        pa.field("published", pa.int64()),
+    ]
+)
 
-    Delta has neither half precision nor lists of one length, so embeddings are lists of single precision.
-    """
-    columns = [pa.field(column.name, column.type) for column in prediction_schema()]
-    if embedding:
-        columns.append(pa.field("embedding", pa.list_(pa.float32())))
-    return pa.schema([*columns, pa.field("published", pa.int64())])
 
+def read_rows(
+    storage: Storage,
+    uri: str,
+    version: str | None = None,
+    columns: Sequence[str] = SCHEMA.names,
+    constants: Mapping[str, int | None] | None = None,
+) -> pa.Table:
+    """Reads columns of a data file, or of a prediction file; `constants` have one value in all rows instead.
 
-def read_rows(storage: Storage, uri: str, version: str | None, schema: pa.Schema) -> pa.Table:
-    """Reads some columns of a file, as these types: who compacts a table may choose others, such as views.
+    Who compacts a table may choose other types, such as views: they are cast.
 
     Raises:
         StorageError: the file can't be read, or lacks columns.
     """
     try:
         with storage.open(uri, version) as file:
-            return pq.ParquetFile(file).read(columns=schema.names).select(schema.names).cast(schema)
+            parquet = pq.ParquetFile(file)
+            given: dict[str, int | None] = (
+                {} if "embedding" in parquet.schema_arrow.names else {"embedding": None}
+            )
+            given |= constants or {}
+            rows = parquet.read(columns=[name for name in columns if name not in given])
+        schema = pa.schema([SCHEMA.field(name) for name in columns])
+        found = (
+            pa.repeat(pa.scalar(given[field.name], field.type), len(rows))
+            if field.name in given
+            else rows[field.name].cast(field.type)
+            for field in schema
+        )
+        return pa.table([*found], schema=schema)
     except (pa.ArrowInvalid, KeyError) as error:
         raise StorageError(uri, f"not a file of predictions: {error}") from None
 

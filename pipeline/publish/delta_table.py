@@ -25,14 +25,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.publish.data_files import DataFile, table_schema
+from pipeline.publish.data_files import SCHEMA, DataFile
 from pipeline.storage import ObjectNotFound, Storage, StorageError
 
 #: What an owner may do with a table between publications: the rows stay the same.
 _UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
-
-#: How often a commit is tried while others, who don't concern it, are faster.
-_COMMITS = 20
 
 #: One row per shard in a table, sorted: the version of its prediction file that was published, its rows, and
 #: the URI of the partition that they are from. A null `output_version` means that somebody edited the table
@@ -45,7 +42,8 @@ SHARDS = pa.schema(
         ("source", pa.string()),
     ]
 )
-_NOTES = b"cvt_label.table"
+#: Metadata of the list: paths of the data files, as JSON.
+_FILES = b"cvt_label.files"
 
 _TOKENS = 2**32  # of a version
 
@@ -69,7 +67,6 @@ class Snapshot:
     """
 
     transaction: int = 0
-    columns: tuple[str, ...] = ()
     files: tuple[DataFile, ...] = ()
     shards: pa.Table = field(default_factory=SHARDS.empty_table)
     delta_version: int | None = None
@@ -165,10 +162,9 @@ class DeltaTable:
             table = pq.read_table(io.BytesIO(self.storage.read(uri)))
         except ObjectNotFound:
             return logged, f"the list of their shards is missing, {uri}"
-        notes = json.loads(table.schema.metadata[_NOTES])
-        shards = table.select(SHARDS.names).cast(SHARDS)
-        found = replace(logged, columns=tuple(notes["columns"]), shards=shards)
-        is_same = {file.path for file in found.files} == {*notes["files"]}
+        published = json.loads(table.schema.metadata[_FILES])
+        is_same = {file.path for file in logged.files} == {*published}
+        found = replace(logged, shards=table.select(SHARDS.names).cast(SHARDS))
         return found, None if is_same else self._edit_since(found.transaction)
 
     def _edit_since(self, transaction: int) -> str | None:
@@ -195,39 +191,35 @@ class DeltaTable:
         from deltalake import DeltaTable as Table
         from deltalake.exceptions import DeltaError
 
-        notes = {"columns": snapshot.columns, "files": [file.path for file in snapshot.files]}
-        shards = snapshot.shards.replace_schema_metadata({_NOTES: json.dumps(notes)})
+        files = json.dumps([file.path for file in snapshot.files])
+        shards = snapshot.shards.replace_schema_metadata({_FILES: files})
         out = io.BytesIO()
         pq.write_table(shards, out, compression="zstd")
         self.storage.write(self._list(snapshot), out.getvalue())
 
-        transaction, version = snapshot.transaction, base.delta_version
+        transaction, version, options = snapshot.transaction, base.delta_version, self._options()
         properties = CommitProperties(
             app_transactions=[Transaction(self._app, transaction)],
             custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
         )
-        # With embeddings, since other models may have some.
-        schema = Schema.from_arrow(table_schema(embedding=True).append(pa.field("model", pa.string())))
-        for _ in range(_COMMITS):
-            try:
-                if version is None:
-                    options = self._options()
-                    Table.create(self.uri, schema, "ignore", ["model"], storage_options=options)
-                self._open(version or 0).create_write_transaction(
-                    self._actions(base, snapshot), "append", schema, ["model"], commit_properties=properties
-                )
-                return
-            except (DeltaError, OSError) as error:
-                found = self._logged()
-                if found.transaction == transaction:
-                    return  # it was committed, and only its answer was lost
-                if found.delta_version == version:
-                    cause = f"the transaction was not committed: {_said(error)}"
-                    raise StorageError(self.uri, cause) from error
-                if (found.transaction, {*found.files}) != (base.transaction, {*base.files}):
-                    break
-                version = found.delta_version  # others have committed, but nothing of this model
-        raise TableChangedError(f"{self.uri}: another publisher was faster")
+        schema = Schema.from_arrow(SCHEMA.append(pa.field("model", pa.string())))
+        try:
+            if version is None:
+                Table.create(self.uri, schema, "ignore", ["model"], storage_options=options)
+            self._open(version or 0).create_write_transaction(
+                self._actions(base, snapshot), "append", schema, ["model"], commit_properties=properties
+            )
+        except (DeltaError, OSError) as error:
+            found = self._logged()
+            if found.transaction == transaction:
+                return  # it was committed, and only its answer was lost
+            if found.delta_version == version:
+                cause = f"the transaction was not committed: {_said(error)}"
+                raise StorageError(self.uri, cause) from error
+            if (found.transaction, {*found.files}) != (base.transaction, {*base.files}):
+                raise TableChangedError(f"{self.uri}: another publisher was faster") from error
+            # Others have committed, but nothing of this model.
+            self.commit(replace(base, delta_version=found.delta_version), snapshot)
 
     def clean_up(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""

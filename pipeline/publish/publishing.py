@@ -11,19 +11,17 @@ served by few large ones. The order of a publication:
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
-from pipeline.publish.data_files import DataFile, packed, read_rows, table_schema, write_file
+from pipeline.publish.data_files import SCHEMA, DataFile, packed, read_rows, write_file
 from pipeline.publish.delta_table import SHARDS, DeltaTable, Snapshot, TableChangedError
 from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_in, normalize_uri
 
@@ -78,23 +76,24 @@ def publish_labels(
         partition: whose predictions are published.
         uri: the table's.
         rebuild: publish all shards again, also where somebody edited the table: that is refused otherwise.
-        embedding: whether embeddings are published too, where there are any.
+        embedding: whether embeddings of these shards are published too, where there are any.
         file_bytes: bytes of rows in memory that make one file; memory is about three times that.
 
     Raises:
         ConfigError: the table would be in the output or the input, or contain it.
         TableBusyError: other publishers, or a run, were faster each time.
         StorageError: nothing is labeled yet; something can't be read or written; somebody edited the table;
-            or it has a shard from another partition, or other columns of one.
+            or it has a shard from another partition.
     """
     table = DeltaTable(partition.storage, normalize_uri(uri), partition.model)
     _check_place(table.uri, partition)
     if not partition.manifest.exists():
         raise StorageError(partition.uri, "nothing is labeled yet")
+    publisher = _Publisher(partition, table, rebuild, embedding, file_bytes)
     cause: Exception | None = None
     for _ in range(_ATTEMPTS):
         try:
-            return _Publisher.read(partition, table, rebuild, embedding, file_bytes).publish()
+            return publisher.publish()
         except TableChangedError as error:
             cause = error
         except (ObjectChanged, ObjectNotFound) as error:
@@ -114,68 +113,40 @@ def _check_place(table: str, partition: Partition) -> None:
 
 @dataclass(frozen=True)
 class _Publisher:
-    """Publishes what is labeled now to a version of the table; `schema` has the columns to publish."""
+    """Publishes to the table what it lacks of the partition's labels."""
 
     partition: Partition
     table: DeltaTable
-    base: Snapshot
-    labeled: pa.Table
-    schema: pa.Schema
     rebuild: bool
+    embedding: bool
     file_bytes: int
 
-    @classmethod
-    def read(
-        cls, partition: Partition, table: DeltaTable, rebuild: bool, embedding: bool, file_bytes: int
-    ) -> Self:
-        """Reads table and manifest, as they are now."""
-        base = table.read(rebuild)
-        # After it: what others have published meanwhile is labeled, too.
-        labeled = partition.manifest.labelled(("uri", "rows", "output", "output_version"))
-        schema = table_schema(embedding=False)
-        if embedding and len(labeled):
-            with partition.storage.open(f"{partition.uri}/{labeled['output'][0]}") as file:
-                schema = table_schema("embedding" in pq.read_schema(file).names)
-        return cls(partition, table, base, labeled, schema, rebuild, file_bytes)
-
     def publish(self) -> Publication:
-        """Publishes what the table lacks."""
-        base, labeled, source = self.base, self.labeled, self.partition.uri
-        # Rows of other columns can't be taken over.
-        is_restart = self.rebuild or base.columns != (*self.schema.names,)
-        own = base.shards.filter(pc.equal(base.shards["source"], source))["shard"]
-        self._check_others(base.shards.filter(pc.not_equal(base.shards["source"], source)))
-        if not is_restart:
-            shards = base.shards
-            published = shards["output_version"].take(pc.index_in(labeled["uri"], value_set=shards["shard"]))
-            is_same = pc.fill_null(pc.equal(labeled["output_version"], published), False)
-            labeled = labeled.filter(pc.invert(is_same))
-        added, pending = self._by_presence(labeled)
+        """Publishes to the current version of the table; raises `TableChangedError` if others are faster."""
+        base, source = self.table.read(self.rebuild), self.partition.uri
+        # After it: what others have published meanwhile is labeled, too.
+        labeled = self.partition.manifest.labelled(("uri", "rows", "output", "output_version"))
+        shards, sources = base.shards, base.shards["source"]
+        twice = _those(shards.filter(pc.not_equal(sources, source))["shard"], labeled["uri"])
+        if len(twice):
+            other = sources.filter(pc.equal(shards["shard"], twice[0]))[0]
+            cause = f"has the shard {twice[0]} from {other} already: {source} needs a table of its own"
+            raise StorageError(self.table.uri, cause)
+        published = shards["output_version"].take(pc.index_in(labeled["uri"], value_set=shards["shard"]))
+        is_same = pc.fill_null(pc.equal(labeled["output_version"], published), False)
+        due = labeled if self.rebuild else labeled.filter(pc.invert(is_same))
+        added, pending = self._by_presence(due)
+        own = shards.filter(pc.equal(sources, source))["shard"]
         replaced = _those(added["uri"], own)
-        stays = added if is_restart and (self.rebuild or len(added)) else self.labeled
-        removed = _those(own, stays["uri"], False)
+        removed = _those(own, (added if self.rebuild else labeled)["uri"], False)
         is_new = bool(len(added) or len(removed) or (self.rebuild and base.files))
         snapshot = base
         if is_new:
             gone = pa.chunked_array([*replaced.chunks, *removed.chunks], pa.string())
-            snapshot = self._write(added, gone)
+            snapshot = self._write(base, added, gone)
             self.table.commit(base, snapshot)
         self.table.clean_up(snapshot)
         return Publication(self.table.uri, snapshot, added, replaced, removed, pending, is_new)
-
-    def _check_others(self, others: pa.Table) -> None:
-        """Refuses what would do harm to rows of other partitions."""
-        source, twice = self.partition.uri, others.filter(pc.is_in(others["shard"], self.labeled["uri"]))
-        if len(twice):
-            shard, other = twice["shard"][0], twice["source"][0]
-            cause = f"has the shard {shard} from {other} already: {source} needs a table of its own"
-            raise StorageError(self.table.uri, cause)
-        if len(others) and self.base.columns != (*self.schema.names,):
-            cause = (
-                f"has rows of {others['source'][0]} in other columns: publish {source} with or without "
-                "embeddings as that, or into a table of its own"
-            )
-            raise StorageError(self.table.uri, cause)
 
     def _by_presence(self, shards: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
         """Shards whose prediction file is there in the manifest's version, and the URIs of all others."""
@@ -188,12 +159,12 @@ class _Publisher:
         is_absent = pc.is_in(shards["output"], value_set=absent)
         return shards.filter(pc.invert(is_absent)), shards["uri"].filter(is_absent)
 
-    def _write(self, added: pa.Table, gone: pa.ChunkedArray) -> Snapshot:
+    def _write(self, base: Snapshot, added: pa.Table, gone: pa.ChunkedArray) -> Snapshot:
         """Writes the files of the next version: without rows of `gone` shards, with those of `added` ones.
 
         To rebuild, it writes all files again: any of them may have rows that are not listed.
         """
-        base, snapshot, storage = self.base, self.base.successor(), self.partition.storage
+        snapshot, storage = base.successor(), self.partition.storage
         kept = base.shards.filter(pc.invert(pc.is_in(base.shards["shard"], value_set=gone)))
         candidates = base.files if len(kept) else ()  # without shards that are kept, no file is even read
         files = [file for file in candidates if not self.rebuild and self._stays(file, gone)]
@@ -214,7 +185,7 @@ class _Publisher:
         columns = [added[name] for name in ("uri", "output_version", "rows")]
         columns.append(pa.repeat(self.partition.uri, len(added)))
         shards = pa.concat_tables([kept, pa.table(columns, schema=SHARDS)]).sort_by("shard")
-        return replace(snapshot, columns=(*self.schema.names,), files=(*files, *written), shards=shards)
+        return replace(snapshot, files=(*files, *written), shards=shards)
 
     def _stays(self, file: DataFile, gone: pa.ChunkedArray) -> bool:
         """Whether a file is large and has no rows of these shards; mostly, its range of shards tells."""
@@ -223,26 +194,26 @@ class _Publisher:
         is_within = pc.and_(pc.greater_equal(gone, file.first_shard), pc.less_equal(gone, file.last_shard))
         if not pc.any(is_within).as_py():
             return True
-        shards = self._read(file, pa.schema([self.schema.field("shard")]))["shard"]
+        shards = self._read(file, ["shard"])["shard"]
         return not pc.any(pc.is_in(shards, value_set=gone)).as_py()
 
-    def _read(self, file: DataFile, schema: pa.Schema) -> pa.Table:
-        return read_rows(self.partition.storage, f"{self.table.uri}/{file.path}", None, schema)
+    def _read(self, file: DataFile, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+        return read_rows(self.partition.storage, f"{self.table.uri}/{file.path}", columns=columns)
 
     def _units(
         self, merged: Iterable[DataFile], kept: pa.ChunkedArray, added: pa.Table, version: int
     ) -> Iterator[pa.Table]:
         """Yields the rows to write: of kept shards file by file, then each added shard's, in order."""
         for file in merged:
-            rows = self._read(file, self.schema)
+            rows = self._read(file)
             yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
-
-        storage, folder = self.partition.storage, self.partition.uri
-        predictions = self.schema.remove(self.schema.get_field_index("published"))
+        constants: dict[str, int | None] = {"published": version}
+        if not self.embedding:
+            constants["embedding"] = None
 
         def read(output: str, output_version: str) -> pa.Table:
-            rows = read_rows(storage, f"{folder}/{output}", output_version, predictions)
-            return rows.append_column("published", pa.repeat(pa.scalar(version, pa.int64()), len(rows)))
+            uri = f"{self.partition.uri}/{output}"
+            return read_rows(self.partition.storage, uri, output_version, constants=constants)
 
         with ThreadPoolExecutor(_READERS, thread_name_prefix="publish") as pool:
             for batch in added.to_batches(max_chunksize=_READERS):

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.report import sections
-from pipeline.report.comparisons import comparison
 from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
 from pipeline.report.parts import largest, short, text_width, ticks
@@ -61,7 +60,7 @@ def make_report(
         sections.speed(record),
         sections.classes(partition.labels, statistics, topk),
         sections.accuracy(partition.labels, statistics, topk),
-        *(comparison(each, i) for i, each in enumerate(comparisons)),
+        *(sections.comparison(each, i) for i, each in enumerate(comparisons)),
         sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
         sections.run(record),
     ]

@@ -32,6 +32,15 @@ class Bars:
         """The values as text."""
         return [self.text(value) for _, values in self.series for value in values]
 
+    @property
+    def description(self) -> str:
+        """The first values in words."""
+        rows = (
+            f"{label}: {', '.join(f'{self.text(values[i])} {name}' for name, values in self.series)}"
+            for i, label in enumerate(self.labels[:10])
+        )
+        return "; ".join(rows) + (f"; and {more} more" if (more := len(self.labels) - 10) > 0 else "")
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -63,7 +72,7 @@ class Chart:
 
     Attributes:
         columns, rows: headings and cells of the table, as text.
-        description: the drawing in words, for people who don't see it; else the note.
+        description: the drawing in words, for people who don't see it; else that of bars, or the note.
         note: explains the drawing.
         names: number of columns, from the first, that hold names; the others hold numbers.
     """

@@ -1,9 +1,9 @@
-"""The sections of the page about one partition and one run: speed, classes, accuracy, samples, the run.
+"""The sections of the page: speed, classes, accuracy, comparisons with other label sets, samples, the run.
 
 With many classes, a section shows the first ones and says where the others are.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,8 @@ from pipeline.report.parts import Bars, Chart, Histogram, Matrix, Reliability, S
 from pipeline.statistics import (
     Calibration,
     ClassStatistics,
+    Comparison,
+    Drift,
     StageFigures,
     class_cells,
     class_table,
@@ -27,18 +29,10 @@ MOST_BARS = 20
 MOST_CLASSES = 50
 MOST_PAIRS = 12
 MOST_IN_MATRIX = 15
+MOST_CHANGED = 15
 #: Classes with images: some kilobytes each.
 MOST_IN_GALLERY = 20
 _SHOWN_BINS = 20
-
-_EVENTS = {
-    "planned": "listing and plan done",
-    "ray_ready": "Ray ready",
-    "first_result": "first result",
-    "first_commit": "first shard committed",
-    "last_result": "last result",
-    "published": "statistics and report written",
-}
 
 
 def speed(record: Mapping[str, Any]) -> Section | None:
@@ -55,29 +49,23 @@ def speed(record: Mapping[str, Any]) -> Section | None:
         Chart(
             "Fraction of the time that the stages' workers were busy",
             ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "MB passed on", "Busy"],
-            [[name, *_stage_cells(figures)] for name, figures in stages.items()],
+            [
+                [
+                    *(name, number(each.images), f"{each.busy_s:,.1f}", f"{each.wait_s:,.1f}"),
+                    *(f"{each.workers:g}", f"{each.bytes / 1e6:,.1f}", percent(each.share_busy)),
+                ]
+                for name, each in stages.items()
+            ],
             Bars(list(stages), [("busy", busy)], "busy", "{:.0%}".format),
-            _listed(list(stages), busy, percent),
-            "The other stages wait for the busiest one."
+            note="The other stages wait for the busiest one."
             if is_telling(stages)
             else "The run was too short to tell: its first images were read before measuring started.",
         )
     )
     times = sorted(record.get("seconds", {}).items(), key=lambda item: item[1])
-    events = [[_EVENTS.get(name, name), f"{seconds:,.1f}"] for name, seconds in times]
+    events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in times]
     section.charts.append(Chart("Seconds from the start of the run", ["Event", "Seconds"], events))
     return section
-
-
-def _stage_cells(figures: StageFigures) -> list[str]:
-    return [
-        number(figures.images),
-        f"{figures.busy_s:,.1f}",
-        f"{figures.wait_s:,.1f}",
-        f"{figures.workers:g}",
-        f"{figures.bytes / 1e6:,.1f}",
-        percent(figures.share_busy),
-    ]
 
 
 def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section:
@@ -99,8 +87,7 @@ def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section
             columns,
             [[row["label"], *class_cells(row)] for row in rows[:MOST_CLASSES]],
             Bars(names, [("images", values)], "images", number),
-            _listed(names, values, number),
-            more if len(rows) > MOST_CLASSES else "",
+            note=more if len(rows) > MOST_CLASSES else "",
         )
     )
     section.charts.append(_scores(stats))
@@ -206,6 +193,68 @@ def _most_confused(stats: ClassStatistics) -> list[int]:
     return sorted(chosen)
 
 
+def comparison(found: Comparison, number_in_page: int) -> Section:
+    """How the labels of the page, b of the comparison, differ from others: drift, and agreement."""
+    agreement, labels = found.agreement, found.drift.classes.labels
+    section = Section(f"against-{number_in_page}", f"Against {_other(found)}")
+    there = "all labels" if found.a.run is None else "what that run labeled and no later run relabeled"
+    section.facts["There"] = f"{there}: {found.a.name}"
+    section.facts["Here"] = "all labels" if found.b.run is None else "what this run labeled"
+    section.facts |= found.facts("there", "here")
+    section.charts += [_changed(found.drift), _score_drift(found.drift)]
+    if agreement is not None and (pairs := agreement.disagreements.top(MOST_PAIRS)):
+        rows = [
+            [labels[b], labels[a], number(count), percent(count / agreement.compared)]
+            for a, b, count in pairs
+        ]
+        columns = ["Here", "There", "Images", "Of those compared"]
+        section.charts.append(Chart("Most frequent disagreements", columns, rows, names=2))
+    return section
+
+
+def _other(found: Comparison) -> str:
+    """What these labels are compared with, for a heading."""
+    a, b = found.a, found.b
+    if a.uri != b.uri:
+        return a.folder if a.run is None else f"{a.folder}, run {a.run}"
+    if a.run is None:
+        return "all labels"
+    return f"run {a.run}" if b.run is None else "the previous run"
+
+
+def _changed(drift: Drift) -> Chart:
+    chosen, parts = drift.most_changed(MOST_CHANGED), drift.psi_parts
+    names = [drift.classes.labels[i] for i in chosen]
+    here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
+    return Chart(
+        "Classes whose share changed most",
+        ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
+        [
+            [
+                name,
+                number(drift.count_b[i]),
+                number(drift.count_a[i]),
+                percent(b),
+                percent(a),
+                f"{parts[i]:.4f}",
+            ]
+            for i, name, b, a in zip(chosen, names, here, there, strict=True)
+        ],
+        Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
+    )
+
+
+def _score_drift(drift: Drift) -> Chart:
+    here, there = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
+    return Chart(
+        "Scores, here and there",
+        ["Score", "Share here", "Share there"],
+        bin_rows([*map(percent, here)], [*map(percent, there)]),
+        Histogram([("here", here), ("there", there)], "{:.0%}".format),
+        f"The population stability index is {drift.score_psi:.4f}.",
+    )
+
+
 def gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:
     """Images of the most frequent classes; None where there is no gallery."""
     by_class: dict[int, list[Item]] = {}
@@ -232,9 +281,3 @@ def run(record: Mapping[str, Any]) -> Section:
     section.charts.append(Chart("Counts of this run", ["What", "Number"], counts))
     section.charts.append(Chart("Versions", ["Package", "Version"], versions))
     return section
-
-
-def _listed(names: Sequence[str], values: Sequence[float], text: Callable[[float], str]) -> str:
-    """A chart's first values in words."""
-    some = [f"{name}: {text(value)}" for name, value in list(zip(names, values, strict=True))[:10]]
-    return "; ".join(some) + ("" if len(names) <= 10 else f"; and {len(names) - 10} more")

@@ -73,9 +73,14 @@ def test_datasets_that_are_published_at_once_both_succeed(both: Datasets) -> Non
     assert one.published() == both.labels()
 
 
-def test_columns_are_not_changed_under_another_dataset(tmp_path: Path) -> None:
+def test_datasets_with_and_without_embeddings_share_a_table(tmp_path: Path) -> None:
     one, two = Datasets(str(tmp_path), embedding="float16")
-    one.publish(embedding=True)
-    with pytest.raises(StorageError, match=f"rows of {one.uri} in other columns"):
-        two.publish(embedding=False)
+    one.publish(embedding=False)
     assert two.publish(embedding=True).snapshot.rows == 26
+    found = {row["shard"].startswith(two.root) for row in one.published() if "embedding" in row}
+    assert found == {True}
+    assert not one.publish(embedding=True).is_new
+    one.publish(embedding=True, rebuild=True)
+    assert one.published() == sorted(
+        one.labels() + two.labels(), key=lambda row: (row["shard"], row["index"])
+    )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from pipeline.publish.data_files import table_schema
+from pipeline.publish.data_files import SCHEMA
 from tests.partitions import make_predictions
 from tests.pipeline.publish.tables import LABELS, Dataset, Rows, needs_delta, predictions
 
@@ -47,8 +47,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def _filters(rows: Rows) -> Iterator[Filter]:
     """Of each column that is no list, what there is and what isn't."""
-    schema = table_schema(embedding=False)
-    for column in (field.name for field in schema if not pa.types.is_list(field.type)):
+    for column in (field.name for field in SCHEMA if not pa.types.is_list(field.type)):
         values = sorted({row[column] for row in rows if row[column] is not None})
         yield column, "is", None
         yield column, "is not", None

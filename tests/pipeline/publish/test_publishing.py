@@ -160,19 +160,20 @@ def test_embeddings_can_be_left_out_and_put_back(tmp_path: Path, precision: str)
     dataset.label(a=5, b=6)
     assert dataset.publish(embedding=False).snapshot.version == 1
     assert [row for row in dataset.published() if "embedding" in row] == []
-    done = dataset.publish(embedding=True)
+    assert not dataset.publish(embedding=True).is_new
+    done = dataset.publish(embedding=True, rebuild=True)
     assert changes(done, dataset.root) == {"added": ["a", "b"], "replaced": ["a", "b"]}
     assert dataset.published() == dataset.labels()
     assert sum("embedding" in row for row in dataset.published()) == 9
     assert not dataset.publish(embedding=True).is_new
 
 
-def test_change_of_columns_leaves_out_labels_that_the_manifest_lacks(tmp_path: Path) -> None:
-    dataset = Dataset(str(tmp_path), embedding="float32")
+def test_rebuild_leaves_out_labels_that_the_manifest_lacks(tmp_path: Path) -> None:
+    dataset = Dataset(str(tmp_path))
     dataset.label(a=5, b=6)
-    dataset.publish(embedding=False)
+    dataset.publish()
     os.utime(dataset.prediction_uri("a"), ns=(1, 1))
-    done = dataset.publish(embedding=True)
+    done = dataset.publish(rebuild=True)
     found = {"added": ["b"], "replaced": ["b"], "removed": ["a"], "pending": ["a"]}
     assert changes(done, dataset.root) == found
     assert {row["shard"] for row in dataset.published()} == {dataset.shard("b")}
