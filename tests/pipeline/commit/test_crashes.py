@@ -6,34 +6,21 @@ really killed.
 
 from __future__ import annotations
 
-import io
-import json
 import random
-import secrets
-import shutil
 import tarfile
-import threading
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import lease, manifest_writer
-from pipeline.config import LABEL_NEW, Config, Selection, load_config
-from pipeline.run import label, make_job, rebuild
-from pipeline.storage import ObjectNotFound, Storage
+from pipeline.config import LABEL_NEW, Selection
 from tests.makers import make_tar
-from tests.pipeline import crashing
 from tests.pipeline.crashing import Crash
-from tests.runs import run_fields, small_groups
+from tests.pipeline.replaying import Place
+from tests.runs import small_groups
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
 Members = list[tuple[str, bytes]]
-#: An output: a copy of a folder, or the objects of a bucket.
-Snapshot = Path | dict[str, bytes]
 
 
 pytestmark = pytest.mark.slow
@@ -73,115 +60,6 @@ def second_day(members: Members) -> dict[str, bytes]:
         "new.tar": make_tar(members[180:220]),
         **images(members, *range(40, 50), *range(55, 70), *range(75, 95)),
     }
-
-
-class Place:
-    """Where a job reads and writes: a folder, or a bucket; it can be put back to an earlier state."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.storage = Storage()
-
-    def objects(self, folder: str) -> dict[str, bytes]:
-        """All objects below a folder, by their names below it."""
-        try:
-            found = [info.uri for info in self.storage.list(f"{self.root}/{folder}")]
-        except ObjectNotFound:
-            return {}
-        return {uri.removeprefix(f"{self.root}/{folder}/"): self.storage.read(uri) for uri in found}
-
-    def put(self, folder: str, objects: dict[str, bytes]) -> None:
-        """Makes these the objects of a folder; what is as it should be is not touched."""
-        there = self.objects(folder)
-        for name in there.keys() - objects.keys():
-            self.storage.delete(f"{self.root}/{folder}/{name}")
-        for name, data in objects.items():
-            if there.get(name) != data:
-                self.storage.write(f"{self.root}/{folder}/{name}", data)
-
-    def snapshot(self, name: str = "kept") -> Snapshot:
-        """The output as it is now, for `restore`; in a folder with its times, which are versions."""
-        if not self.root.startswith("/"):
-            return self.objects("out")
-        return Path(shutil.copytree(f"{self.root}/out", f"{self.root}/{name}", dirs_exist_ok=False))
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Makes the output what it was."""
-        if isinstance(snapshot, dict):
-            self.put("out", snapshot)
-            return
-        shutil.rmtree(f"{self.root}/out", ignore_errors=True)
-        shutil.copytree(snapshot, f"{self.root}/out")
-
-    def fields(self) -> list[str]:
-        return run_fields(self.root)
-
-    def run(self, selection: Selection | None = LABEL_NEW) -> None:
-        """A run of the job, or of `stats --rebuild` where nothing is selected."""
-        config = load_config(Config, None, self.fields())
-        if selection is None:
-            rebuild(make_job(config).partition)
-        else:
-            label(config, selection=selection)
-
-    def recorded(self, selection: Selection | None = LABEL_NEW) -> list[Snapshot]:
-        """As `run`; returns the output after each write and each removal."""
-        lock, snapshots = threading.Lock(), list[Snapshot]()
-
-        def recording(action: Callable[..., Any]) -> Callable[..., Any]:
-            def act(*args: Any, **options: Any) -> Any:
-                with lock:
-                    result = action(*args, **options)
-                    snapshots.append(self.snapshot(f"state-{secrets.token_hex(4)}"))
-                return result
-
-            return act
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("write", "delete"):
-                patch.setattr(Storage, name, recording(getattr(Storage, name)))
-            self.run(selection)
-        return snapshots
-
-    def dies(self, selection: Selection | None, crash: Crash) -> bool:
-        """As `run`, in a process that is killed; returns whether it was before its end."""
-        return not crashing.run(self.fields(), selection, crash)
-
-    def labels(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows that a reader sees who globs for prediction files, by shard; none twice, or it fails."""
-        rows = [
-            row
-            for name, data in self.objects("out").items()
-            if "/predictions/" in name and name.endswith(".parquet")
-            for row in pq.read_table(io.BytesIO(data)).to_pylist()
-        ]
-        shards: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            shards.setdefault(row["shard"], []).append(row)
-        for uri, found in shards.items():
-            assert [row["index"] for row in found] == list(range(len(found))), uri
-        loose = Counter(row["key"] for row in rows if "/images-" in row["shard"])
-        assert not [key for key, times in loose.items() if times > 1]
-        return shards
-
-    def last_counts(self) -> dict[str, int]:
-        """What the last run did, by its record."""
-        records = {name: data for name, data in self.objects("out").items() if "/runs/" in name}
-        last = max(map(json.loads, records.values()), key=lambda record: record["started_at"])
-        return dict(last["counts"])
-
-    def end_state(self) -> dict[str, Any]:
-        """What two runs have in common that came to the same end."""
-        state: dict[str, Any] = {}
-        for path, data in self.objects("out").items():
-            name = path.partition("/")[2]
-            if name.startswith("predictions/") or name == "class_stats.parquet":
-                state[name] = data
-            if name == "manifest.parquet":  # local versions are times
-                table = pq.read_table(io.BytesIO(data)).drop_columns(["run", "committed_at"])
-                is_local = self.root.startswith("/")
-                state[name] = table.drop_columns(["output_version"] if is_local else []).to_pylist()
-        return state
 
 
 @pytest.fixture(params=["folder", "bucket"])

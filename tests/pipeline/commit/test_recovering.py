@@ -18,6 +18,7 @@ from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
 from tests.pipeline import crashing
 from tests.pipeline.crashing import Crash
+from tests.pipeline.replaying import Place
 from tests.runs import run_config as config
 from tests.runs import run_fields as fields
 from tests.runs import small_groups
@@ -128,12 +129,12 @@ def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str
         storage.write(f"{bucket}/in/{i}.tar", tar[:700])
     storage.write(f"{bucket}/in/good.tar", tar)
     partition = make_job(config(bucket)).partition
-    recorded = 0
-    for number in range(3, 7):  # lease, record, the good one's labels, the record with failures, the manifest
-        assert not crashing.run(fields(bucket), LABEL_NEW, Crash(number, "after"))
-        assert not partition.manifest.exists()
+    place = Place(bucket)
+    for state in place.recorded():
+        place.restore(state)
         if recorded := len(plan_run(config(bucket)).failing):
             break
+    assert not partition.manifest.exists()
     assert recorded > 0
     result = label(config(bucket))
     assert len(result.totals.unreadable) == 6 - recorded
@@ -155,13 +156,14 @@ def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partitio
         if not die_at_last or place < len(contents) - 1:
             label(config(bucket))
             continue
-        before = storage.stat(partition.manifest.uri)
-        for number in range(3, 10):
-            crashing.run(fields(bucket), LABEL_NEW, Crash(number, "before"))
+        place = Place(bucket)
+        before = storage.read(partition.manifest.uri)
+        for state in place.recorded():
+            place.restore(state)
             last = max(info.uri for info in storage.list(f"{partition.uri}/runs"))
             if b"a.tar" in storage.read(last):
                 break
-        assert storage.stat(partition.manifest.uri) == before
+        assert storage.read(partition.manifest.uri) == before
     return partition
 
 
