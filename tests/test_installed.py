@@ -95,7 +95,8 @@ def label(scripts: Path, folder: Path, address: str) -> None:
     assert (partition / "report.html").is_file()
 
 
-@pytest.mark.parametrize("address", ["in-process", pytest.param("local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["in-process", "local"])
 def test_command_labels_where_packages_have_the_same_names(
     scripts: Path, foreign: Path, address: str
 ) -> None:

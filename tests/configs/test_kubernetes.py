@@ -104,6 +104,7 @@ def test_every_manifest_is_valid(document: Json) -> None:
     assert faults(document) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_schemas")
 @pytest.mark.parametrize(
     "name", ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "podmonitor.yaml"]

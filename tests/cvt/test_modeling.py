@@ -47,7 +47,7 @@ def published(request: pytest.FixtureRequest) -> Twins:
     return twins(**SHAPES[request.param])
 
 
-@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize("size", [224, pytest.param(384, marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_logits_and_hidden_states_equal_those_of_transformers(published: Twins, size: int) -> None:
     ours, theirs = published
@@ -284,6 +284,7 @@ print(json.dumps([[f"{type(model).__module__}.{type(model).__name__}" for model 
 """
 
 
+@pytest.mark.slow
 def test_auto_classes_and_pipelines_load_a_checkpoint_of_this_project_by_either_classes(
     tmp_path: Path,
 ) -> None:
@@ -427,6 +428,7 @@ def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reen
     assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:
     model = randomise(CvtForImageClassification(CvtConfig(**TINY)))

@@ -115,6 +115,7 @@ def comparison(request: pytest.FixtureRequest, photographs: list[tuple[str, byte
     return Comparison(differences, top1, (reference - center).argmax(1).tolist())
 
 
+@pytest.mark.slow
 def test_every_photograph_is_within_a_tenth_of_a_grey_level_of_transformers(comparison: Comparison) -> None:
     assert max(comparison.differences) < 0.1
 

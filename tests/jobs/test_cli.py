@@ -115,6 +115,7 @@ def test_stats_of_nothing_ends_with_4(job: Path) -> None:
     assert "nothing is labeled yet" in done.stderr
 
 
+@pytest.mark.slow
 def test_label_then_stats_show_the_same_table(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
@@ -148,6 +149,7 @@ def test_label_then_stats_show_the_same_table(
     assert cvt_label("stats", "--config", job, "--rebuild").stdout == table.stdout
 
 
+@pytest.mark.slow
 def test_held_lease_refuses_a_run_or_makes_it_wait(tmp_path: Path) -> None:
     """Another run holds the lease: 5; or it is waited for, until SIGTERM comes: 130."""
     (tmp_path / "in").mkdir()
@@ -173,6 +175,7 @@ def test_held_lease_refuses_a_run_or_makes_it_wait(tmp_path: Path) -> None:
     other.release(in_order=True)
 
 
+@pytest.mark.slow
 def test_unreachable_ray_ends_with_4_at_once(job: Path, bucket: str, storage: Storage) -> None:
     storage.write(f"{bucket}/in/a.tar", make_tar([("a.jpg", make_image(1))]))
     done = cvt_label_process("label", "--config", job, "--set", "ray.address=127.0.0.1:1")

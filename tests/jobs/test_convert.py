@@ -44,6 +44,7 @@ def published(
     return file, model
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_microsofts_file_becomes_a_folder_that_transformers_loads(
     published: tuple[Path, transformers.CvtForImageClassification], tmp_path: Path

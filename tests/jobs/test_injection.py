@@ -17,6 +17,8 @@ from jobs.console import OneLineFormatter
 from tests.command import cvt_label, cvt_label_process
 from tests.makers import make_image, make_parquet, make_tar
 
+pytestmark = pytest.mark.slow
+
 CLEAR_SCREEN = "\x1b[2J"
 FORGED = "\n2026-01-01 00:00:00,000 INFO forged"
 #: What a bundled model's ten classes are called here.

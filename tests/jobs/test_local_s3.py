@@ -91,6 +91,7 @@ def test_exception_in_the_block_ends_the_server() -> None:
     assert not answers(server.endpoint_url)
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_server_ends_with_the_program_that_started_it(how: signal.Signals, tmp_path: Path) -> None:

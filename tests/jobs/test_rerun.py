@@ -50,6 +50,7 @@ def last_record(job: Path) -> tuple[Path, dict[str, Any]]:
     return path, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_from_a_record_selects_what_that_run_had_selected_and_says_so(job: Path) -> None:
     run("label", job)
     run("label", job, "--relabel", "--prune")

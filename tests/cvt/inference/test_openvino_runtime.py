@@ -14,6 +14,8 @@ from tests.cvt.inference.small import (
     same_as_the_model,
 )
 
+pytestmark = pytest.mark.slow
+
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="cvt-label[openvino] is not installed"
 )

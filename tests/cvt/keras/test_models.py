@@ -60,6 +60,7 @@ def classes_to_learn(count: int) -> tuple[np.ndarray, np.ndarray]:
     return images(count, 3, 32, 32).numpy() + labels[:, None, None, None].astype("float32"), labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
 def test_logits_and_hidden_states_equal_those_of_pytorch(name: str) -> None:
@@ -255,6 +256,7 @@ def test_drop_path_rates_rise_over_the_layers_of_a_stage() -> None:
     assert rates == [[0], [0, 0.2], pytest.approx([0, 0.025, 0.05, 0.075, 0.1])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [None, "sparse_categorical_crossentropy"])
 def test_fit_learns_and_evaluate_and_predict_tell(loss: str | None) -> None:
     keras.utils.set_random_seed(0)
@@ -338,6 +340,7 @@ def test_another_model_is_refused() -> None:
         TFCvtModel.from_torch(CvtForImageClassification(CvtConfig(**TINY)))
 
 
+@pytest.mark.slow
 def test_saved_models_load_here_and_in_pytorch(tmp_path: Path) -> None:
     ours, theirs = twins(**TINY, id2label={0: "cat", 1: "dog", 2: "eel"}, num_labels=3)
     ours.save_pretrained(tmp_path / "model")
@@ -385,6 +388,7 @@ def test_a_checkpoint_that_the_package_brings_gives_the_logits_of_pytorch() -> N
     assert_close(TFCvtForImageClassification.from_pretrained(folder)(pixels).logits, wanted, **CLOSE)
 
 
+@pytest.mark.slow
 def test_of_a_folder_with_both_the_weights_of_pytorch_are_read(tmp_path: Path) -> None:
     model = TFCvtForImageClassification(CvtConfig.from_pretrained(TF_TINY))
     model.save_pretrained(tmp_path)
@@ -467,6 +471,7 @@ attempt("cvt.keras", without="tensorflow")
 """
 
 
+@pytest.mark.slow
 def test_keras_is_imported_when_it_is_asked_for_and_what_is_missing_then_is_named() -> None:
     """In a process of its own, since it spoils the modules of its process."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)

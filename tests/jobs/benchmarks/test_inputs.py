@@ -41,6 +41,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(images: Path, tm
     assert make_dataset(str(images), tmp_path / "tars", PREPROCESSOR, 10, cores=1).left_out == 1
 
 
+@pytest.mark.slow
 def test_tars_have_a_maximum_number_of_images(images: Path, tmp_path: Path) -> None:
     assert make_dataset(str(images), tmp_path / "tars", PREPROCESSOR, 20_000, cores=1).shards == 3
 

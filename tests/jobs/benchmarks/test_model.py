@@ -30,6 +30,7 @@ def test_variants_are_measured_and_their_logits_compared(tmp_path: Path) -> None
     assert re.search(r"aten::\w+ .*%", done.stdout)
 
 
+@pytest.mark.slow
 def test_other_logits_show_and_lost_images_are_refused() -> None:
     checkpoint = load_model("fashion-mnist", None)
     images = np.zeros((2, 28, 28, 3), np.uint8)

@@ -96,6 +96,7 @@ def shards(place: Place) -> set[str]:
     return {row["shard"].removeprefix(f"{place.root}/in/") for row in place.predictions()}
 
 
+@pytest.mark.slow
 def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place) -> None:
     found = put(place)
     result = label(place.config)

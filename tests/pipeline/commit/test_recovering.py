@@ -48,6 +48,7 @@ def assert_rebuilds(partition: Partition) -> None:
     assert untimed(rebuilt) == untimed(list(partition.manifest.rows()))
 
 
+@pytest.mark.slow
 def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None:
     storage, uri = Storage(), f"{bucket}/in/a.tar"
     good = make_tar([("0.jpg", make_image(1))])

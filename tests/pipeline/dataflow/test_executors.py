@@ -150,6 +150,7 @@ def test_what_needs_ray_refuses_to_run_in_process() -> None:
         pytest.fail("connected")
 
 
+@pytest.mark.slow
 def test_a_run_in_process_imports_no_ray(folder: Path, tmp_path: Path) -> None:
     code = f"""
 import sys

@@ -15,6 +15,8 @@ from pipeline.publish.data_files import SCHEMA
 from tests.partitions import make_predictions
 from tests.pipeline.publish.tables import LABELS, Dataset, Rows, needs_delta, predictions
 
+pytestmark = pytest.mark.slow
+
 needs_delta()
 
 #: Two or three shards make a file.

@@ -222,6 +222,7 @@ Dataset(sys.argv[1]).publish(WatchedStorage(before=die))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "is_committed"), [(2, False), (3, True)])
 def test_first_publisher_that_is_killed_leaves_no_rows_or_all(
     local: Dataset, number: int, is_committed: bool

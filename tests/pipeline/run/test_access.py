@@ -37,6 +37,8 @@ from tests.makers import make_image, make_samples, make_tar
 from tests.pipeline.publish.tables import Dataset
 from tests.runs import IN_PROCESS
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[3] / "docs" / "access.md"
 POLICIES: dict[str, dict[str, Any]] = {
     name: json.loads(text)

@@ -282,6 +282,7 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
     assert plan_run(config(root)).plan.shards == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
 def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
