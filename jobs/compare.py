@@ -4,23 +4,12 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from jobs.console import (
-    Exit,
-    PartitionConfigOption,
-    SetOption,
-    err,
-    exit_status,
-    given_partition,
-    out,
-    plain,
-    run_alone,
-)
+from jobs import console
+from jobs.console import Exit, make_table, note, out
 from pipeline.commit import Partition
-from pipeline.compare import LabelSet, NoPreviousRunError, write_comparison
-from pipeline.compare import compare as compare_label_sets
+from pipeline.compare import NoPreviousRunError, compare_labels, write_comparison
 from pipeline.statistics import Comparison, Limits
 from pipeline.storage import Storage, StorageError
 from pipeline.text import percent, printable
@@ -31,6 +20,7 @@ _LABELS = (
 )
 
 
+@console.exit_status()
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=_LABELS, show_default=False)],
     b: Annotated[
@@ -41,8 +31,8 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    config: PartitionConfigOption = None,
-    set: SetOption = None,
+    config: console.PartitionConfigOption = None,
+    set: console.SetOption = None,
     output: Annotated[
         str | None, typer.Option(help="Path or URI of a Parquet file for the result, one row per class.")
     ] = None,
@@ -70,34 +60,23 @@ def compare(
     """
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
-    with exit_status():
-        configured = None if config is None else given_partition(None, config, set)
-        storage = Storage() if configured is None else configured.storage
-        names = [_full_name(name, configured) for name in (a, b)]
-        try:
-            first, second = (LabelSet.open(storage, name) for name in names)
-        except NoPreviousRunError as error:
-            message = f"cvt-label: nothing is compared: {printable(str(error))}"
-            err.print(message, markup=False, highlight=False)
-            return
-        with err.status("reading statistics") as status:  # in a terminal only
-            found = compare_label_sets(
-                first,
-                second,
-                not drift_only,
-                on_progress=lambda shards: status.update(f"comparing labels: {shards:,} shards"),
-            )
-        if min_agreement is not None and (found.agreement is None or not found.agreement.compared):
-            raise StorageError(
-                names[1], f"nothing to measure agreement on: no sample is labeled there and in {names[0]}"
-            )
-        if output is not None:
-            write_comparison(found, storage, output)
+    configured = None if config is None else console.given_partition(None, config, set)
+    storage = Storage() if configured is None else configured.storage
+    names = [_full_name(name, configured) for name in (a, b)]
+    try:
+        found = compare_labels(*names, with_agreement=not drift_only, storage=storage)
+    except NoPreviousRunError as error:
+        note(f"cvt-label: nothing is compared: {error}")
+        return
+    if min_agreement is not None and (found.agreement is None or not found.agreement.compared):
+        nothing = f"nothing to measure agreement on: no sample is labeled there and in {names[0]}"
+        raise StorageError(names[1], nothing)
+    if output is not None:
+        write_comparison(found, storage, output)
     print_comparison(found, most)
-    limits = Limits(max_psi, max_js, max_score_psi, min_agreement, min_images)
-    broken = limits.broken(found.totals)
+    broken = Limits(max_psi, max_js, max_score_psi, min_agreement, min_images).broken(found.totals)
     for message in broken:
-        err.print(f"cvt-label: {message}", markup=False, highlight=False)
+        note(f"cvt-label: {message}")
     sys.exit(Exit.DRIFTED if broken else Exit.OK)
 
 
@@ -111,45 +90,32 @@ def _full_name(name: str | None, configured: Partition | None) -> str:
 
 
 def print_comparison(found: Comparison, most: int) -> None:
-    """Prints the figures, the classes that changed most, and the most frequent disagreements."""
+    """Prints the classes that changed most, the most frequent disagreements, and the figures."""
     agreement, labels = found.agreement, found.drift.classes.labels
     out.print(_class_table(found, most))
     if agreement is not None and (pairs := agreement.disagreements.top(most)):
-        table = _table("Most frequent disagreements", ["A", "B"], ["images", "share"])
+        table = make_table("Most frequent disagreements", ["A", "B"], ["images", "share"])
         for i, j, count in pairs:
             share = percent(count / agreement.compared)
-            table.add_row(plain(labels[i]), plain(labels[j]), f"{count:,}", share)
+            table.add_row(printable(labels[i]), printable(labels[j]), f"{count:,}", share)
         out.print(table)
-    facts = {"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")}
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        line = f"{name:<{width}}  {printable(value)}"
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.show_facts({"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")})
 
 
 def _class_table(found: Comparison, most: int) -> Table:
     headings = ["A", "B", "share A", "share B", "PSI", "PSI of scores"]
     if found.agreement is not None:
         headings.append("B agrees")
-    table = _table("Classes that changed most", ["label"], headings)
+    table = make_table("Classes that changed most", ["label"], headings)
     for row in found.table().take(found.drift.most_changed(most)).to_pylist():
         cells = [f"{row['count_a']:,}", f"{row['count_b']:,}"]
         cells += [percent(row["fraction_a"]), percent(row["fraction_b"]), f"{row['psi']:.4f}"]
         cells.append("-" if row["score_psi"] is None else f"{row['score_psi']:.4f}")
         if found.agreement is not None:
             cells.append(percent(row["same"] / row["compared_a"] if row["compared_a"] else None))
-        table.add_row(plain(row["label"]), *cells)
-    return table
-
-
-def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in texts:
-        table.add_column(heading, overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right")
+        table.add_row(printable(row["label"]), *cells)
     return table
 
 
 if __name__ == "__main__":
-    run_alone(compare)
+    console.run_alone(compare)

@@ -9,14 +9,12 @@ from typing import Annotated
 
 import pyarrow as pa
 import typer
-from rich.table import Table
 
 import configs
-from jobs.console import exit_status, out, run_alone
+from jobs import console
 from jobs.label import run
 from jobs.local_s3 import LocalS3
-from pipeline.commit import Partition
-from pipeline.config import Config, load_config
+from pipeline import Partition, load_job_config
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.storage import Storage
 
@@ -24,6 +22,7 @@ _SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
 _CONFIG = Path(configs.__file__).parent / "demo.yaml"
 
 
+@console.exit_status()
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder that keeps a copy of the labels.")
@@ -33,41 +32,32 @@ def demo(
 
     Exit status: 0; 4 when the S3 server can't be started; 130 when interrupted; 1 otherwise.
     """
-    with exit_status(), sigterm_interrupts(), LocalS3() as server:
-        _label(server, output)
-
-
-def _label(server: LocalS3, output: Path) -> None:
-    os.environ.update(server.environment())  # of this process, and of the Ray workers it starts
-    config = load_config(Config, _CONFIG)
-    bucket = config.input.uri.split("/")[2]
-    server.create_bucket(bucket)
-    storage = Storage()
-    shards = sorted(_SAMPLE.glob("*.tar"))
-    for shard in shards:
-        storage.write(f"{config.input.uri}/{shard.name}", shard.read_bytes())
-    out.print(f"S3 server at {server.endpoint_url}: {len(shards)} shards in {config.input.uri}")
-    _read_back(run(config).partition, output)
+    with sigterm_interrupts(), LocalS3() as server:
+        os.environ.update(server.environment())  # of this process, and of the Ray workers it starts
+        config = load_job_config(_CONFIG)
+        server.create_bucket(config.input.uri.split("/")[2])
+        shards = sorted(_SAMPLE.glob("*.tar"))
+        for shard in shards:
+            Storage().write(f"{config.input.uri}/{shard.name}", shard.read_bytes())
+        console.show(f"S3 server at {server.endpoint_url}: {len(shards)} shards in {config.input.uri}")
+        _read_back(run(config).partition, output)
 
 
 def _read_back(partition: Partition, output: Path) -> None:
-    """Reads the labels back from S3, shows some, and copies all that the run wrote."""
+    """Copies all that the run wrote to S3, reads the labels back, and shows some."""
     root = partition.uri.rpartition("/")[0]
     for info in partition.storage.list(partition.uri):
         path = output / info.uri.removeprefix(f"{root}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(partition.storage.read(info.uri))
-    tables = list(partition.read_labels())
+    tables = list(partition.read_labels(["key", "label", "score", "entropy", "target_id"]))
     labels = pa.concat_tables(tables)
-    table = Table(title="Some of the labels, read back from S3", title_justify="left")
-    shown = ("key", "label", "score", "entropy", "target_id")
-    for name in shown:
-        table.add_column(name)
+    table = console.make_table("Some of the labels, read back from S3", labels.column_names, [])
     for row in labels.slice(0, 5).to_pylist():
-        table.add_row(*(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in shown))
-    out.print(table)
-    out.print(f"{labels.num_rows:,} labels in {len(tables)} Parquet files, kept in {output}/", markup=False)
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    console.out.print(table)
+    console.show(f"{labels.num_rows:,} labels in {len(tables)} Parquet files, kept in {output}/")
 
 
 if __name__ == "__main__":
-    run_alone(demo)
+    console.run_alone(demo)

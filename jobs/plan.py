@@ -6,29 +6,18 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from jobs.console import (
-    ConfigOption,
-    PruneOption,
-    RelabelOption,
-    RetryErrorsOption,
-    SetOption,
-    exit_status,
-    load_job,
-    out,
-    print_facts,
-    run_alone,
-    states_line,
-)
+from jobs import console
 from pipeline.run import plan_run
 from pipeline.text import printable
 
 
+@console.exit_status()
 def plan(
-    config: ConfigOption,
-    set: SetOption = None,
-    retry_errors: RetryErrorsOption = None,
-    relabel: RelabelOption = None,
-    prune: PruneOption = None,
+    config: console.ConfigOption,
+    set: console.SetOption = None,
+    retry_errors: console.RetryErrorsOption = None,
+    relabel: console.RelabelOption = None,
+    prune: console.PruneOption = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="List what is to be labelled, a line a shard.")
     ] = False,
@@ -37,27 +26,25 @@ def plan(
 
     Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
     """
-    with exit_status():
-        planned = plan_run(*load_job(config, set, retry_errors, relabel, prune))
-    to_label = planned.plan.shards
+    planned = plan_run(*console.load_job(config, set, retry_errors, relabel, prune))
+    job, checkpoint, to_label = planned.job, planned.job.checkpoint, planned.plan.shards
     if shards:
         for shard in to_label:
-            line = f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}"
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
-    job, checkpoint = planned.job, planned.job.checkpoint
+            typer.echo(f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}")
     formats = Counter(shard.format for shard in to_label)
-    facts = {
-        "input": job.config.input.uri,
-        "shards": states_line(planned.plan),
-        "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
-        + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
-        "ignored": f"{planned.plan.ignored:,} objects that are no shard",
-        "model": f"{checkpoint.name}, {len(checkpoint.labels):,} classes, "
-        f"{checkpoint.preprocessor.size} pixels",
-        "output": job.partition.uri,
-    }
-    print_facts(facts)
+    console.show_facts(
+        {
+            "input": job.config.input.uri,
+            "shards": console.states_line(planned.plan),
+            "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
+            + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
+            "ignored": f"{planned.plan.ignored:,} objects that are no shard",
+            "model": f"{checkpoint.name}, {len(checkpoint.labels):,} classes, "
+            f"{checkpoint.preprocessor.size} pixels",
+            "output": job.partition.uri,
+        }
+    )
 
 
 if __name__ == "__main__":
-    run_alone(plan)
+    console.run_alone(plan)

@@ -5,27 +5,18 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import (
-    Exit,
-    PartitionArgument,
-    PartitionConfigOption,
-    SetOption,
-    err,
-    exit_status,
-    given_partition,
-    out,
-    run_alone,
-)
-from pipeline.publish import FILE_BYTES, Publication, publish_labels
+from jobs import console
+from pipeline.publish import FILE_BYTES, publish_labels
 
 
+@console.exit_status()
 def publish(
     to: Annotated[
         str, typer.Option("--to", help="URI of the Delta table; it may hold several models and datasets.")
     ],
-    uri: PartitionArgument = None,
-    config: PartitionConfigOption = None,
-    set: SetOption = None,
+    uri: console.PartitionArgument = None,
+    config: console.PartitionConfigOption = None,
+    set: console.SetOption = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Publish all labels again, also if the table was edited.")
     ] = False,
@@ -42,29 +33,21 @@ def publish(
     since the manifest was written, and wait for the next time; 4 when labels or table can't be used, or
     somebody edited the table; 5 when others changed the table, or the labels, again and again.
     """
-    with exit_status():
-        partition = given_partition(uri, config, set)
-        done = publish_labels(
-            partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2
-        )
-    out.print(_described(done), markup=False, highlight=False, soft_wrap=True)
-    if pending := len(done.pending):
-        message = f"{pending:,} shards have changed since the manifest was written: publish again later"
-        err.print(message, markup=False, highlight=False)
-        sys.exit(Exit.INCOMPLETE)
-
-
-def _described(done: Publication) -> str:
+    partition = console.given_partition(uri, config, set)
+    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2)
     snapshot = done.snapshot
-    what = f"{done.table}: version {snapshot.version}"
-    if not done.is_new:
-        return f"{what} has everything already"
-    added = len(done.added) - len(done.replaced)
-    return (
-        f"{what}: {added:,} shards added, {len(done.replaced):,} replaced, "
-        f"{len(done.removed):,} removed; {snapshot.rows:,} rows in {len(snapshot.files):,} files"
-    )
+    changes = " has everything already"
+    if done.is_new:
+        changes = (
+            f": {len(done.added) - len(done.replaced):,} shards added, "
+            f"{len(done.replaced):,} replaced, {len(done.removed):,} removed; "
+            f"{snapshot.rows:,} rows in {len(snapshot.files):,} files"
+        )
+    console.show(f"{done.table}: version {snapshot.version}{changes}")
+    if pending := len(done.pending):
+        console.note(f"{pending:,} shards have changed since the manifest was written: publish again later")
+        sys.exit(console.Exit.INCOMPLETE)
 
 
 if __name__ == "__main__":
-    run_alone(publish)
+    console.run_alone(publish)

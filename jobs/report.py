@@ -4,22 +4,15 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import (
-    PartitionArgument,
-    PartitionConfigOption,
-    SetOption,
-    exit_status,
-    given_partition,
-    out,
-    run_alone,
-)
+from jobs import console
 from pipeline import write_report
 
 
+@console.exit_status()
 def report(
-    uri: PartitionArgument = None,
-    config: PartitionConfigOption = None,
-    set: SetOption = None,
+    uri: console.PartitionArgument = None,
+    config: console.PartitionConfigOption = None,
+    set: console.SetOption = None,
     run: Annotated[
         str | None,
         typer.Option("--run", help="The run that the report is about (the last one that labeled)."),
@@ -37,10 +30,9 @@ def report(
     Exit status: 0; 2 when the configuration can't be used; 4 when labels can't be read, or the report can't
     be written.
     """
-    with exit_status():
-        written = write_report(given_partition(uri, config, set), run, against or (), output)
-    out.print(f"{written}: written", markup=False, highlight=False, soft_wrap=True)
+    written = write_report(console.given_partition(uri, config, set), run, against or (), output)
+    console.show(f"{written}: written")
 
 
 if __name__ == "__main__":
-    run_alone(report)
+    console.run_alone(report)

@@ -1,8 +1,5 @@
 """Labels datasets when they are due: `python -m jobs.schedule --config FILE`, or `cvt-label schedule`."""
 
-from __future__ import annotations
-
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import ConfigOption, Exit, OneLineFormatter, SetOption, exit_status, out, plain, run_alone
+from jobs import console
+from jobs.console import Exit
 from pipeline.config import DatasetConfig, DatasetsConfig, load_config
 from pipeline.dataflow import interrupts_deferred, sigterm_interrupts
 from pipeline.schedule import Scheduler, StateFile, next_ticks
@@ -19,9 +17,10 @@ from pipeline.schedule import Scheduler, StateFile, next_ticks
 _DRY_RUN_TICKS = 3
 
 
+@console.exit_status()
 def schedule(
-    config: ConfigOption,
-    set: SetOption = None,
+    config: console.ConfigOption,
+    set: console.SetOption = None,
     once: Annotated[bool, typer.Option("--once", help="Do what is due now, and end.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print each dataset's next ticks; change nothing.")
@@ -38,10 +37,9 @@ def schedule(
     Exit status: 0, also when stopped by SIGTERM or Ctrl-C (jobs go on); 2 when the configuration can't be
     used; 4 when, with --once or --status, a dataset's state or the cluster can't be used.
     """
-    with exit_status():
-        loaded = load_config(DatasetsConfig, config, set or (), keep_relative_paths=True)
-        if not (dry_run or status):
-            sys.exit(_run(loaded, once))
+    loaded = load_config(DatasetsConfig, config, set or (), keep_relative_paths=True)
+    if not (dry_run or status):
+        sys.exit(_run(loaded, once))
     result = Exit.OK
     for name, dataset in loaded.datasets.items():
         try:
@@ -49,15 +47,12 @@ def schedule(
         except Exception as error:  # does not affect the other datasets
             lines, result = [f"can't be read: {error}"], Exit.UNUSABLE
         for line in lines:
-            out.print(plain(f"{name}  {line}"), highlight=False, soft_wrap=True)
+            console.show(f"{name}  {line}")
     sys.exit(result)
 
 
 def _run(config: DatasetsConfig, once: bool) -> Exit:
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("cvt_label").setLevel(logging.INFO)
+    console.log_to_stderr()
     scheduler = Scheduler(config)
     try:
         with sigterm_interrupts():
@@ -74,7 +69,7 @@ def _run(config: DatasetsConfig, once: bool) -> Exit:
 def _ticks(dataset: DatasetConfig) -> Iterator[str]:
     for tick in next_ticks(dataset, datetime.now(UTC), _DRY_RUN_TICKS):
         zone = "" if dataset.timezone == "UTC" else f" ({tick:%Y-%m-%d %H:%M} {dataset.timezone})"
-        yield f"{_shown(tick)}{zone}"
+        yield _shown(tick) + zone
 
 
 def _state(name: str, dataset: DatasetConfig) -> Iterator[str]:
@@ -97,4 +92,4 @@ def _shown(moment: datetime) -> str:
 
 
 if __name__ == "__main__":
-    run_alone(schedule)
+    console.run_alone(schedule)

@@ -1,34 +1,23 @@
 """Shows the statistics of a partition: `python -m jobs.stats URI`, or `cvt-label stats URI`."""
 
-import sys
 from typing import Annotated
 
 import pyarrow.compute as pc
 import typer
 
-from jobs.console import (
-    Exit,
-    PartitionArgument,
-    PartitionConfigOption,
-    SetOption,
-    accuracy,
-    class_statistics_table,
-    err,
-    exit_status,
-    given_partition,
-    out,
-    run_alone,
-)
-from pipeline.config import load_job_config
+from jobs import console
+from pipeline import load_job_config
 from pipeline.run import make_job
 from pipeline.run import rebuild as rebuild_partition
 from pipeline.statistics import class_table
+from pipeline.storage import StorageError
 
 
+@console.exit_status()
 def stats(
-    uri: PartitionArgument = None,
-    config: PartitionConfigOption = None,
-    set: SetOption = None,
+    uri: console.PartitionArgument = None,
+    config: console.PartitionConfigOption = None,
+    set: console.SetOption = None,
     most: Annotated[int, typer.Option("--most", min=1, help="Classes to show, at most.")] = 1000,
     rebuild: Annotated[
         bool,
@@ -44,30 +33,26 @@ def stats(
     Exit status: 0; 2 when the configuration can't be used; 4 when the output can't be used, or nothing is
     labeled yet; 5 when a run is at work, with --rebuild.
     """
-    with exit_status():
-        if rebuild and uri is None and config is not None:  # class_stats.parquet may be missing
-            partition = make_job(load_job_config(config, set or ())).partition
-        else:
-            partition = given_partition(uri, config, set)
-        if rebuild:
-            rebuild_partition(partition)
-        manifest = partition.manifest.read(("rows", "errors", "output", "error", "gone"))
-        total, topk = partition.manifest.fold_statistics(), partition.topk()
+    if rebuild and uri is None and config is not None:  # class_stats.parquet may be missing
+        partition = make_job(load_job_config(config, set or ())).partition
+    else:
+        partition = console.given_partition(uri, config, set)
+    if rebuild:
+        rebuild_partition(partition)
+    manifest = partition.manifest.read(("rows", "errors", "output", "error", "gone"))
     if not manifest.num_rows:
-        err.print(f"cvt-label: {partition.uri}: nothing is labeled yet", markup=False, soft_wrap=True)
-        sys.exit(Exit.UNUSABLE)
-    out.print(class_statistics_table(class_table(total, partition.labels, topk), most))
-    labeled = manifest.num_rows - manifest["output"].null_count
-    failed = manifest.num_rows - manifest["error"].null_count
-    out.print(
-        f"{labeled:,} shards, {pc.sum(manifest['gone']).as_py():,} of them gone from the input; "
-        f"{failed:,} could not be read; {pc.sum(manifest['rows']).as_py() or 0:,} images, "
-        f"{pc.sum(manifest['errors']).as_py() or 0:,} of them errors",
-        highlight=False,
+        raise StorageError(partition.uri, "nothing is labeled yet")
+    total, topk = partition.manifest.fold_statistics(), partition.topk()
+    console.out.print(console.class_statistics_table(class_table(total, partition.labels, topk), most))
+    labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
+    gone, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("gone", "rows", "errors"))
+    console.show(
+        f"{labeled:,} shards, {gone:,} of them gone from the input; {failed:,} could not be read; "
+        f"{images:,} images, {errors:,} of them errors"
     )
     if total.has_targets:
-        out.print(accuracy(total, topk), highlight=False)
+        console.show(console.accuracy(total, topk))
 
 
 if __name__ == "__main__":
-    run_alone(stats)
+    console.run_alone(stats)

@@ -1,50 +1,37 @@
 """Shows labeling jobs of a Ray cluster: `python -m jobs.status [JOB]`, or `cvt-label status`."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from jobs.console import AddressOption, exit_status, out, plain, run_alone
+from jobs import console
 from pipeline.schedule import JobClient, SubmittedJob
 
 #: State, start, seconds and exit status have a maximum width; the id, which may be long, comes last.
 _LINE = "{state:<9}  {started:<23}  {took:>8}  {status:>6}  {job}"
 
 
+@console.exit_status()
 def status(
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="A job's id; else all are listed.", show_default=False)
     ] = None,
-    address: AddressOption = None,
+    address: console.AddressOption = None,
 ) -> None:
     """Show a labeling job, or all that the cluster knows of: state, times, exit status.
 
     Exit status: 0; 4 when the cluster can't be reached, or has no such job.
     """
-    with exit_status():
-        client = JobClient(address)
-        if job is not None:
-            _show(client.job(job))
-            return
-        jobs = client.jobs()
-    if not jobs:
-        out.print("no labeling jobs")
-        return
-    headings = {name: name for name in ("state", "started", "took", "status", "job")}
-    for row in (headings, *map(_row, jobs)):
-        out.print(plain(_LINE.format(**row)), highlight=False, soft_wrap=True)
-
-
-def _show(job: SubmittedJob) -> None:
-    facts = _row(job) | {"message": job.message, "command": job.entrypoint} | job.metadata
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        table.add_row(plain(name), plain(value))
-    out.print(table, soft_wrap=True, highlight=False)
+    client = JobClient(address)
+    if job is not None:
+        one = client.job(job)
+        console.show_facts(_row(one) | {"message": one.message, "command": one.entrypoint} | one.metadata)
+    elif jobs := client.jobs():
+        for row in ({name: name for name in _row(jobs[0])}, *map(_row, jobs)):
+            console.show(_LINE.format(**row))
+    else:
+        console.show("no labeling jobs")
 
 
 def _row(job: SubmittedJob) -> dict[str, str]:
@@ -60,4 +47,4 @@ def _row(job: SubmittedJob) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run_alone(status)
+    console.run_alone(status)

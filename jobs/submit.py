@@ -1,7 +1,5 @@
 """Submits a labeling job to a Ray cluster: `python -m jobs.submit --config FILE`, or `cvt-label submit`."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -9,29 +7,18 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import (
-    AddressOption,
-    ConfigOption,
-    Exit,
-    PruneOption,
-    RelabelOption,
-    RetryErrorsOption,
-    SetOption,
-    err,
-    exit_status,
-    load_job,
-    print_log,
-    run_alone,
-)
+from jobs import console
+from jobs.console import note
 from pipeline.config import ConfigError
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_tick
 
 
+@console.exit_status()
 def submit(
-    config: ConfigOption,
-    set: SetOption = None,
-    address: AddressOption = None,
+    config: console.ConfigOption,
+    set: console.SetOption = None,
+    address: console.AddressOption = None,
     tick: Annotated[
         str | None,
         typer.Option(
@@ -40,9 +27,9 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    retry_errors: RetryErrorsOption = None,
-    relabel: RelabelOption = None,
-    prune: PruneOption = None,
+    retry_errors: console.RetryErrorsOption = None,
+    relabel: console.RelabelOption = None,
+    prune: console.PruneOption = None,
     working_dir: Annotated[
         str | None,
         typer.Option(help="Local folder with the code to upload; else the cluster's image must contain it."),
@@ -65,41 +52,37 @@ def submit(
     used; 4 when the cluster can't be reached or refuses; 6 when this job was submitted before, or one for
     the same dataset and model is not finished. With --no-wait, 0 once it is submitted.
     """
-    with exit_status():
-        loaded, selection = load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
-        try:
-            tick = minute_tick(datetime.now(UTC)) if tick is None else tick
-            submission = Submission(loaded, tick, selection, working_dir, pip, python)
-        except ValueError as error:
-            raise ConfigError(f"--tick: {error}") from None
-        client = JobClient(address)
-        client.submit(submission)
-        job = submission.id
-        hint = shlex.join([job, "--address", client.address])
-        _print(f"submitted {job}; stop it: cvt-label stop {hint}")
-        if not wait:
-            sys.stdout.write(f"{job}\n")
-            return
-        ended = follow(client, job)
-    sys.exit(ended.exit_status)
+    loaded, selection = console.load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
+    try:
+        tick = minute_tick(datetime.now(UTC)) if tick is None else tick
+        submission = Submission(loaded, tick, selection, working_dir, pip, python)
+    except ValueError as error:
+        raise ConfigError(f"--tick: {error}") from None
+    client = JobClient(address)
+    client.submit(submission)
+    job = submission.id
+    note(f"submitted {job}; stop it: cvt-label stop {_arguments(client, job)}")
+    if wait:
+        sys.exit(follow(client, job).exit_status)
+    typer.echo(job)
 
 
 def follow(client: JobClient, job: str) -> SubmittedJob:
     """Prints the log of a job until the job is finished; Ctrl-C and SIGTERM stop following, not the job."""
     try:
         with sigterm_interrupts():
-            ended = client.follow(job, print_log)
+            ended = client.follow(job, console.print_log)
     except KeyboardInterrupt:
-        hint = shlex.join([job, "--address", client.address])
-        _print(f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}")
-        sys.exit(Exit.INTERRUPTED)
-    _print(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
+        hint = _arguments(client, job)
+        note(f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}")
+        sys.exit(console.Exit.INTERRUPTED)
+    note(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
     return ended
 
 
-def _print(message: str) -> None:
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+def _arguments(client: JobClient, job: str) -> str:
+    return shlex.join([job, "--address", client.address])
 
 
 if __name__ == "__main__":
-    run_alone(submit)
+    console.run_alone(submit)

@@ -1,7 +1,5 @@
 """The group `cvt-label benchmark`."""
 
-from __future__ import annotations
-
 from jobs.benchmarks.decoding import decoding
 from jobs.benchmarks.end_to_end import run
 from jobs.benchmarks.model import model
@@ -11,7 +9,3 @@ from jobs.console import make_app
 app = make_app()
 for command in (run, model, decoding, planning):
     app.command()(command)
-
-
-if __name__ == "__main__":
-    app()

@@ -13,15 +13,17 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cvt.runtimes import DTYPES, Precision
-from pipeline.config import Config, load_config
+from pipeline.config import Config, load_job_config
 
 #: Every image has this extension, whatever its format, since some readers make a column of each extension.
 #: Decoders go by the bytes.
@@ -33,12 +35,11 @@ class Task:
     """What a contender does; all contenders of a round get the same.
 
     Attributes:
-        tars: folder or S3 prefix with uncompressed tars of images `<key>.jpg`.
+        tars: folder with uncompressed tars of images `<key>.jpg`.
         files: folder with the same images as single files, for contenders that cannot read tars.
         model: folder with a checkpoint in Hugging Face's layout.
         size: of the model's images, in pixels.
-        output: folder or S3 prefix for the Parquet files; it does not exist yet.
-        events: file that gets a line whenever images are labeled: their number, and `time.monotonic()`.
+        output: folder for the Parquet files; it does not exist yet.
         batch_size: images in a batch.
         device: "cpu" or "cuda".
         precision: as in `cvt.runtimes`.
@@ -51,18 +52,16 @@ class Task:
     model: str
     size: int
     output: str
-    events: str
     batch_size: int
     device: str
     precision: Precision
     cores: int
-    overrides: tuple[str, ...] = ()
+    overrides: Sequence[str] = ()
 
-    @classmethod
-    def read(cls, path: str) -> Task:
-        """Reads a task from a JSON file."""
-        values = json.loads(Path(path).read_text())
-        return cls(**values | {"overrides": tuple(values["overrides"])})
+    @property
+    def events(self) -> Path:
+        """File that gets a line whenever images are labeled: their number, and `time.monotonic()`."""
+        return Path(f"{self.output}.events")
 
     def labeled(self, images: int) -> None:
         """Records that more images are labeled; any process may call this."""
@@ -88,7 +87,7 @@ def task_config(task: Task) -> Config:
     }
     if task.device == "cuda":
         settings["classify.max_actors"] = 1  # one GPU, as the peers use
-    return load_config(Config, None, [f"{n}={v}" for n, v in settings.items()] + list(task.overrides))
+    return load_job_config(None, [f"{n}={v}" for n, v in settings.items()] + list(task.overrides))
 
 
 def this_pipeline(task: Task) -> None:
@@ -103,9 +102,42 @@ def this_pipeline(task: Task) -> None:
             task.labeled(found.images - done)
             done = found.images
 
-    config = task_config(task)
-    task.labeled(0)  # the clock of the run record starts here
-    label(config, on_progress=progress)
+    label(task_config(task), on_progress=progress)
+
+
+def engine_alone(task: Task, seconds: float = 10.0) -> None:
+    """The pipeline's engine on decoded images in memory, called as the pipeline calls it; writes no labels.
+
+    `classify.chunks_at_once` calls run at any time, each of a chunk, or of four batches if that is more.
+    The images are where the engine gets them: on the GPU if the GPU decodes.
+    """
+    import torch
+
+    from cvt.checkpoints import load_checkpoint
+    from cvt.counting import count_macs
+    from jobs.reference import load_images
+    from pipeline.dataflow import Cluster, ResourceRequest, choose_resources
+    from pipeline.dataflow.stages import warm_engine
+
+    config, checkpoint = task_config(task), load_checkpoint(task.model)
+    count = partial(count_macs, checkpoint.model.config, task.size, task.size)
+    cluster = Cluster(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
+    request = ResourceRequest(config.read, config.decode, config.classify, task.size, count)
+    resources = choose_resources(request, cluster)
+    engine = warm_engine(checkpoint, config.model.precision, config.classify.runtime, resources)
+    wanted = max(resources.chunk_images, 4 * resources.batch_size)
+    images = load_images(task.tars, checkpoint.preprocessor, wanted)
+    pixels = np.resize(images, (wanted, *images.shape[1:]))  # repeats them
+    resident = pixels if resources.decoders else torch.from_numpy(pixels).to("cuda")
+    ends: list[float] = []  # of calls; the time of the first, with its tuning, does not count
+
+    def call_repeatedly(_: int) -> None:
+        while not ends or time.monotonic() < ends[0] + seconds:
+            task.labeled(len(engine(resident).logits))
+            ends.append(time.monotonic())
+
+    with ThreadPoolExecutor(config.classify.chunks_at_once) as pool:
+        list(pool.map(call_repeatedly, range(config.classify.chunks_at_once)))
 
 
 class Classifier:
@@ -276,12 +308,12 @@ def daft(task: Task) -> None:
     found.select(col("path").alias("key"), label, score).write_parquet(task.output)
 
 
-#: The contender that the others are compared with.
-OURS = "pipeline"
+#: The contender that the others are compared with, and the one that writes no labels.
+OURS, ENGINE = "pipeline", "engine alone"
 PEERS = {"ray": ray_data, "dataloader": dataloader, "daft": daft}
 
 
 if __name__ == "__main__":
     name, described = sys.argv[1:]
-    run = {OURS: this_pipeline, **PEERS}[name]
-    run(Task.read(described))
+    run = {OURS: this_pipeline, ENGINE: engine_alone, **PEERS}[name]
+    run(Task(**json.loads(Path(described).read_text())))

@@ -20,14 +20,12 @@ from cvt.checkpoints import Checkpoint
 from cvt.inference import Engine
 from cvt.preprocessing import Preprocessor
 from jobs.benchmarks import figures
-from jobs.console import check_folder_of, exit_status, found_device
-from jobs.verify import MAX_PIXELS, load_model, read_images
+from jobs.console import exit_status, note
+from jobs.reference import MAX_PIXELS, load_model, read_images
 from pipeline.decode import decode
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.read import Sample, cut_into_chunks
 
-#: Pixels to which images are enlarged.
-LARGE = 2_000_000
 EXACT, THEIRS = "decode", "transformers' processor"
 
 #: Encoded images in, the model's input out, in any form that `to_pixels` knows.
@@ -45,8 +43,6 @@ class Decoding:
         worst_image: the mean difference of the image that differs most.
     """
 
-    images: str
-    count: int
     decoder: str
     images_per_s: list[float] = field(default_factory=list)
     to_transformers: list[float] = field(default_factory=list)
@@ -55,6 +51,7 @@ class Decoding:
     worst_image: float = 0.0
 
 
+@exit_status()
 def decoding(
     context: typer.Context,
     images: figures.Images,
@@ -67,55 +64,42 @@ def decoding(
 ) -> None:
     """Measure decoding on one thread against transformers' processor, and how pixels and labels differ.
 
-    The images are decoded as they are, and enlarged to 2 megapixels.
-
     Exit status: 0; 1 if a decoder lost an image; 2 if an option is wrong; 4 if images or model are unusable.
     """
-    check_folder_of(output)
-    with exit_status():
-        checkpoint = load_model(model, size)
-        encoded = list(itertools.islice(read_images(images, checkpoint.preprocessor), samples))
-    groups = {"as they are": encoded, "enlarged to 2 megapixels": [enlarged(data, LARGE) for data in encoded]}
+    checkpoint = load_model(model, size)
+    encoded = [data for data, _ in itertools.islice(read_images(images, checkpoint.preprocessor), samples)]
     decoders = available_decoders(checkpoint.preprocessor)
-    found = compare_decoders(groups, decoders, checkpoint, found_device(device), rounds)
-    figures.report(context, output, decoding=found)
+    figures.report(context, output, decoding=compare_decoders(encoded, decoders, checkpoint, device, rounds))
 
 
 def compare_decoders(
-    groups: Mapping[str, list[bytes]],
-    decoders: Mapping[str, Decoder],
-    checkpoint: Checkpoint,
-    device: str,
-    rounds: int,
+    images: list[bytes], decoders: Mapping[str, Decoder], checkpoint: Checkpoint, device: str, rounds: int
 ) -> list[Decoding]:
     """Measures decoders in turn, `EXACT` and `THEIRS` among them, after a round that does not count.
 
     Raises:
         BenchmarkError: a decoder lost an image.
     """
-    engine = Engine(checkpoint.model, checkpoint.preprocessor, device=device)
-    all_found: list[Decoding] = []
-    for group, images in groups.items():
-        found = {name: Decoding(group, len(images), name) for name in decoders}
-        for turn, (name, decoder) in itertools.product(range(rounds + 1), decoders.items()):
-            figures.note(f"{name}, images {group}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
-            start = time.perf_counter()
-            done = sum(1 for _ in decoder(images))
-            if done != len(images):
-                raise figures.BenchmarkError(f"{name}: {done} images came out of {len(images)}")
-            if turn:
-                found[name].images_per_s.append(done / (time.perf_counter() - start))
-        exact = to_pixels(decoders[EXACT](images), checkpoint.preprocessor)
-        labels = engine(exact).logits.argmax(1)
-        for name, one in found.items():
-            pixels = to_pixels(decoders[name](images), checkpoint.preprocessor)
-            rates = zip(one.images_per_s, found[THEIRS].images_per_s, strict=True)
-            one.to_transformers = [mine / theirs for mine, theirs in rates]
-            one.same_label = float((engine(pixels).logits.argmax(1) == labels).mean())
-            differences = np.abs(pixels.astype(np.int16) - exact).mean((1, 2, 3))
-            one.gray_levels_off, one.worst_image = float(differences.mean()), float(differences.max())
-        all_found += found.values()
-    return all_found
+    preprocessor = checkpoint.preprocessor
+    engine = Engine(checkpoint.model, preprocessor, device=device)
+    found = {name: Decoding(name) for name in decoders}
+    for turn, (name, decoder) in itertools.product(range(rounds + 1), decoders.items()):
+        note(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
+        start = time.perf_counter()
+        done = sum(1 for _ in decoder(images))
+        if done != len(images):
+            raise figures.BenchmarkError(f"{name}: {done} images came out of {len(images)}")
+        if turn:
+            found[name].images_per_s.append(done / (time.perf_counter() - start))
+    exact = to_pixels(decoders[EXACT](images), preprocessor)
+    labels = engine(exact).logits.argmax(1)
+    for name, one in found.items():
+        pixels = to_pixels(decoders[name](images), preprocessor)
+        one.to_transformers = figures.ratios(one.images_per_s, found[THEIRS].images_per_s)
+        one.same_label = float((engine(pixels).logits.argmax(1) == labels).mean())
+        differences = np.abs(pixels.astype(np.int16) - exact).mean((1, 2, 3))
+        one.gray_levels_off, one.worst_image = float(differences.mean()), float(differences.max())
+    return list(found.values())
 
 
 def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
@@ -129,7 +113,7 @@ def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
         try:
             decoders["the GPU"] = partial(by_gpu, GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda")))
         except (ImportError, ValueError) as error:
-            figures.note(f"not measured: {error}")
+            note(f"not measured: {error}")
     return decoders
 
 
@@ -162,16 +146,3 @@ def to_pixels(inputs: Iterable[Any], preprocessor: Preprocessor) -> np.ndarray:
         return array
     scaled = array.transpose(0, 2, 3, 1) * np.array(preprocessor.std) + np.array(preprocessor.mean)
     return np.asarray((scaled / preprocessor.rescale_factor).round(), np.uint8)
-
-
-def enlarged(data: bytes, minimum: int) -> bytes:
-    """Enlarges an image of fewer than `minimum` pixels by a whole factor; returns a JPEG of quality 90."""
-    image = Image.open(io.BytesIO(data))
-    width, height = image.size
-    if width * height >= minimum:
-        return data
-    factor = next(n for n in itertools.count(2) if width * height * n * n >= minimum)
-    larger = image.convert("RGB").resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    larger.save(stream, "JPEG", quality=90)
-    return stream.getvalue()

@@ -8,7 +8,7 @@ import resource
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ from pipeline.run import State, plan
 from pipeline.storage import ObjectInfo, Storage
 
 _CLASSES, _CHUNK, _SHARD_CHUNKS = 1000, 512, 20
-_ROOT = "bucket/dataset/train"
+_ROOT, _SIZE = "bucket/dataset/train", 10**9
 
 
 @dataclass(frozen=True)
@@ -68,48 +68,37 @@ def planning(
     figures.report(context, output, planning_and_commit=found)
 
 
-class _Shard(NamedTuple):
-    """A simulated shard."""
+def _name(number: int) -> str:
+    return f"{_ROOT}/part-{number // 1000:04d}/shard-{number:07d}.tar"
 
-    number: int
 
-    @property
-    def name(self) -> str:
-        return f"{_ROOT}/part-{self.number // 1000:04d}/shard-{self.number:07d}.tar"
+def _version(number: int, change: int = 0) -> str:
+    return f"{number + change:032x}-{_SIZE}"
 
-    @property
-    def uri(self) -> str:
-        return f"s3://{self.name}"
 
-    @property
-    def prediction_file(self) -> str:
-        return f"predictions/s3/{self.name}.parquet"
-
-    def version(self, change: int = 0) -> str:
-        return f"{self.number + change:032x}-{10**9 + self.number}"
-
-    def manifest_row(self) -> ManifestRow:
-        return ManifestRow(
-            uri=self.uri,
-            version=self.version(),
-            format="webdataset",
-            size=10**9 + self.number,
-            rows=1000,
-            errors=0,
-            duplicate_keys=0,
-            output=self.prediction_file,
-            output_version=self.version(1),
-            run="20260102T030405Z-012345",
-        )
+def _row(number: int) -> ManifestRow:
+    return ManifestRow(
+        uri=f"s3://{_name(number)}",
+        version=_version(number),
+        format="webdataset",
+        size=_SIZE,
+        rows=1000,
+        errors=0,
+        duplicate_keys=0,
+        output=f"predictions/s3/{_name(number)}.parquet",
+        output_version=_version(number, 1),
+        run="20260102T030405Z-012345",
+    )
 
 
 def measure_plan(folder: str, count: int) -> Figure:
     """Plans an input of `count` labeled shards, a hundredth of them changed, and a tenth more."""
-    shards = [_Shard(number) for number in range(count + count // 10)]
+    listed = range(count + count // 10)
     manifest = Manifest(Storage(), folder, _CLASSES)
-    manifest.replace(lambda: (shard.manifest_row() for shard in shards[:count]))
-    objects = (ObjectInfo(s.uri, 10**9 + s.number, s.version(0 if s.number % 100 else 7)) for s in shards)
-    files = (ObjectInfo(f"{folder}/{s.prediction_file}", 10**5, s.version(1)) for s in shards[:count])
+    manifest.replace(lambda: map(_row, range(count)))
+    objects = (ObjectInfo(f"s3://{_name(n)}", _SIZE, _version(n, 0 if n % 100 else 7)) for n in listed)
+    outputs = f"{folder}/predictions/s3"
+    files = (ObjectInfo(f"{outputs}/{_name(n)}.parquet", 10**5, _version(n, 1)) for n in range(count))
     start = time.perf_counter()
     entries = manifest.entries()
     unlisted, lost = reconcile(files, entries, folder)
@@ -119,7 +108,7 @@ def measure_plan(folder: str, count: int) -> Figure:
     expected = {State.NEW: count // 10, State.CHANGED: changed, State.DONE: count - changed, State.GONE: 0}
     if unlisted or lost or found.states != expected or len(found.shards) != count // 10 + changed:
         raise RuntimeError(f"the plan is wrong: {found.states}")
-    return Figure("planning: shards listed", len(shards), seconds, len(shards) / seconds, _peak_mib())
+    return Figure("planning: shards listed", len(listed), seconds, len(listed) / seconds, _peak_mib())
 
 
 def measure_commit(folder: str, rows: int) -> Figure:
@@ -129,8 +118,8 @@ def measure_commit(folder: str, rows: int) -> Figure:
     labels = tuple(f"class {i}" for i in range(_CLASSES))
     options = PredictionOptions(labels, topk=5, embedding="none", embedding_width=0)
     results = [_classified(seed, options) for seed in range(8)]
-    simulated = [_Shard(number) for number in range(max(1, rows // (_CHUNK * _SHARD_CHUNKS)))]
-    shards = [Shard(each.uri, each.version(), "webdataset", 10**9) for each in simulated]
+    numbers = range(max(1, rows // (_CHUNK * _SHARD_CHUNKS)))
+    shards = [Shard(f"s3://{_name(n)}", _version(n), "webdataset", _SIZE) for n in numbers]
     manifest = Manifest(Storage(), folder, _CLASSES)
     writer = ManifestWriter(manifest, interval=30)
     partition = Partition(Storage(), folder, labels)
@@ -138,7 +127,7 @@ def measure_commit(folder: str, rows: int) -> Figure:
     committer = Committer(files, shards, writer.add)
     early, start = None, time.perf_counter()
     with committer:
-        for number in range(len(shards)):
+        for number in numbers:
             for part in range(_SHARD_CHUNKS):
                 total = _SHARD_CHUNKS * _CHUNK if part == _SHARD_CHUNKS - 1 else None
                 samples = results[(number + part) % len(results)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import secrets
@@ -10,94 +9,65 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 
 import jobs
-from jobs.benchmarks.contenders import OURS, Task
+from jobs.benchmarks.contenders import ENGINE, OURS, Task
 from jobs.benchmarks.figures import BenchmarkError
-from jobs.local_s3 import LocalS3
-from pipeline.storage import Storage
-
-_BUCKET = "benchmark"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of one contender; times are in seconds from the start of its process.
+@dataclass
+class WholeJob:
+    """The figures of one contender; lists have one value per round, times are from the start of its process.
 
     Attributes:
         seconds: duration of the process.
-        rate: images/s in steady state, from the first labeled batch or chunk to the last.
-        first_labels: time of the first labeled batch or chunk.
-        first_commit: time of this pipeline's first committed shard.
-        record: `runs/<id>.json` of this pipeline's run.
-        failure: why there are no figures, or None.
+        first_labels_s: time of the first labeled batch or chunk.
+        images_per_s: in steady state, from the first labeled batch or chunk to the last.
+        ours_to_theirs: images/s of this pipeline over those of the contender.
+        cost_per_million: cost of a million images, in the currency of the price.
+        failure: why the last round has no figures, and why there are no more rounds.
     """
 
-    seconds: float = 0.0
-    rate: float = 0.0
-    first_labels: float = 0.0
-    first_commit: float | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    contender: str
+    seconds: list[float] = field(default_factory=list)
+    first_labels_s: list[float] = field(default_factory=list)
+    images_per_s: list[float] = field(default_factory=list)
+    ours_to_theirs: list[float] = field(default_factory=list)
+    cost_per_million: float | None = None
     failure: str | None = None
 
 
-@contextmanager
-def in_local_s3(task: Task) -> Iterator[Task]:
-    """Copies the tars to an S3 server on this machine, and yields a task that reads and writes there.
-
-    Raises:
-        LocalS3Error: the server cannot be started.
-    """
-    with LocalS3() as server:
-        os.environ.update(server.environment())  # for this process and those that it starts
-        server.create_bucket(_BUCKET)
-        there = replace(task, tars=f"s3://{_BUCKET}/shards", output=f"s3://{_BUCKET}/labels")
-        for path in sorted(Path(task.tars).iterdir()):
-            with path.open("rb") as tar:
-                Storage().write(f"{there.tars}/{path.name}", tar)
-        yield there
-
-
-def run_contender(name: str, task: Task, images: int, timeout: float) -> Run:
-    """Runs a contender, with an output of its own, and counts its labels.
+def run_contender(job: WholeJob, task: Task, images: int, timeout: float) -> None:
+    """Runs a contender, counts its labels, and adds its figures.
 
     Raises:
         BenchmarkError: not each of `images` is labeled once.
     """
-    attempt = secrets.token_hex(4)
-    task = replace(task, output=f"{task.output}-{attempt}", events=f"{task.events}-{attempt}")
     start = time.monotonic()
-    failure = run_module(["contenders", name], task, timeout)
+    job.failure = run_process(job.contender, task, timeout)
     seconds = time.monotonic() - start
-    if failure is not None:
-        return Run(failure=failure)
-    check_labels(name, task.output, images)
+    if job.failure is not None:
+        return
+    if job.contender != ENGINE:
+        check_labels(job.contender, task.output, images)
     events = read_events(task)
-    first_labels = next(at for at, count in events if count) - start
-    run = Run(seconds, steady_rate(name, events), first_labels)
-    if name != OURS:
-        return run
-    [uri] = [i.uri for i in Storage().list(task.output) if "/runs/" in i.uri and i.uri.endswith(".json")]
-    record = json.loads(Storage().read(uri))
-    first_commit = events[0][0] - start + record["seconds"]["first_commit"]  # the record's clock starts later
-    return replace(run, record=record, first_commit=first_commit)
+    job.seconds.append(seconds)
+    job.first_labels_s.append(events[0][0] - start)
+    job.images_per_s.append(steady_rate(job.contender, events))
 
 
-def run_module(command: list[str], task: Task, timeout: float) -> str | None:
-    """Runs a module of this package in a process group of its own; returns why it failed, or None."""
-    described, log = Path(f"{task.events}.json"), Path(f"{task.events}.log")
+def run_process(contender: str, task: Task, timeout: float) -> str | None:
+    """Runs a contender in a process group of its own; returns why it failed, or None."""
+    described, log = Path(f"{task.output}.json"), Path(f"{task.output}.log")
     described.write_text(json.dumps(asdict(task)))
+    path = os.pathsep.join([str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": path,
         "HF_HUB_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "DAFT_ANALYTICS_ENABLED": "0",
@@ -105,7 +75,7 @@ def run_module(command: list[str], task: Task, timeout: float) -> str | None:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home folder
     }
     environment.pop("RAY_ADDRESS", None)
-    python = [sys.executable, "-m", f"jobs.benchmarks.{command[0]}", *command[1:], str(described)]
+    python = [sys.executable, "-m", "jobs.benchmarks.contenders", contender, str(described)]
     with log.open("wb") as file:
         process = subprocess.Popen(python, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
@@ -120,39 +90,36 @@ def run_module(command: list[str], task: Task, timeout: float) -> str | None:
     return lines[-1] if status else None
 
 
-def check_labels(name: str, output: str, images: int) -> None:
+def check_labels(contender: str, output: str, images: int) -> None:
     """Checks that the Parquet files have each image once, with a label.
 
     Raises:
         BenchmarkError: they do not.
     """
-    folder = "/predictions/" if name == OURS else "/"
-    keys: list[str] = []
-    for info in Storage().list(output):
-        if info.uri.endswith(".parquet") and folder in info.uri:
-            table = pq.read_table(io.BytesIO(Storage().read(info.uri)), columns=["key", "label", "score"])
-            if table["label"].null_count or table["score"].null_count:
-                raise BenchmarkError(f"{name}: {info.uri} has images without a label")
-            keys += (Path(key).stem for key in table["key"].to_pylist())
+    pattern = "model=*/predictions/**/*.parquet" if contender == OURS else "*.parquet"
+    table = ds.dataset(sorted(Path(output).glob(pattern))).to_table(columns=["key", "label", "score"])
+    if table["label"].null_count or table["score"].null_count:
+        raise BenchmarkError(f"{contender}: there are images without a label")
+    keys = [Path(key).stem for key in table["key"].to_pylist()]
     expected = {f"{number:09d}" for number in range(images)}
     if len(keys) != images or set(keys) != expected:
         found = f"{len(keys):,} labels of {len(expected.intersection(keys)):,} images"
-        raise BenchmarkError(f"{name}: expected labels of {images:,} images, found {found}")
+        raise BenchmarkError(f"{contender}: expected labels of {images:,} images, found {found}")
 
 
 def read_events(task: Task) -> list[tuple[float, int]]:
     """Returns when images were labeled, and how many; processes may have written out of order."""
-    lines = [line.split() for line in Path(task.events).read_text().splitlines()]
+    lines = [line.split() for line in task.events.read_text().splitlines()]
     return sorted((float(at), int(images)) for images, at in lines)
 
 
-def steady_rate(name: str, events: Sequence[tuple[float, int]]) -> float:
+def steady_rate(contender: str, events: Sequence[tuple[float, int]]) -> float:
     """Returns images/s after the first labeled batch or chunk, to the last.
 
     Raises:
         BenchmarkError: all images came at once.
     """
-    (first, _), *others = [event for event in events if event[1]]
+    (first, _), *others = events
     if not others or others[-1][0] <= first:
-        raise BenchmarkError(f"{name}: too few images for a steady state: all came out at once")
+        raise BenchmarkError(f"{contender}: too few images for a steady state: all came out at once")
     return sum(images for _, images in others) / (others[-1][0] - first)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs.label import Pace, ProgressLines
+from jobs.label import Pace, ProgressLog
 from pipeline.commit import Progress
 
 
@@ -35,7 +35,7 @@ def test_pace_and_time_left_are_shown_from_the_first_results_on() -> None:
     assert described(9000, 1.0) == "9,000 images, 2 errors, 111.1/s, 0:00:00 left"
 
 
-def test_without_a_terminal_lines_are_logged_before_and_between_results(
+def test_progress_is_logged_before_and_between_results(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "cvt_label")
@@ -48,8 +48,8 @@ def test_without_a_terminal_lines_are_logged_before_and_between_results(
             assert time.monotonic() < end, caplog.text
             time.sleep(0.01)
 
-    with closing(ProgressLines(interval=0.05)) as shown:
-        shown.planned(plan)
+    with closing(ProgressLog(interval=0.05)) as shown:
+        shown.start(plan)
         wait_for(r"no results yet, after \d+ s", 2)
         shown.update(Progress(7, 1, 1, 0.5), prepared)
         wait_for("1 of 2 shards, 7 images, 1 errors", 3)

@@ -33,7 +33,6 @@ def test_report_and_compare_import_neither_torch_nor_ray(tmp_path: Path) -> None
     other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff").uri
     program = f"""
 import sys
-from jobs.console import exit_status
 from jobs.compare import compare
 from jobs.report import report
 report({mine!r}, against=[{other!r}])

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import io
 import logging
 import sys
 import unicodedata
 
 import pytest
-from rich.console import Console
 
-from jobs.console import OneLineFormatter, plain, print_log
+from jobs.console import OneLineFormatter, print_log, show
 from pipeline.report.parts import short
 from pipeline.text import one_line, printable
 
@@ -69,9 +67,8 @@ def test_terminals_logs_charts_and_prediction_files_follow_the_same_rule(
 ) -> None:
     name = f"\U0001f469\u200d\U0001f467 {PERSIAN} photo\u202egpj.exe\x1b[2J[bold]\n"
     shown = f"\U0001f469\u200d\U0001f467 {PERSIAN} photo\\u202egpj.exe\\x1b[2J[bold]\\n"
-    screen = io.StringIO()
-    Console(file=screen, width=200).print(plain(name))
-    assert screen.getvalue() == f"{shown}\n"
+    show(name)
+    assert capsys.readouterr().out == f"{shown}\n"
     print_log(f"{name}\ttwo\r\nthree\r")
     assert capsys.readouterr().out == f"{shown[:-2]}\n\ttwo\nthree\n"
     record = OneLineFormatter("%(message)s").formatMessage

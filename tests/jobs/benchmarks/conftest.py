@@ -30,7 +30,6 @@ def task(tmp_path: Path) -> Task:
         model="fashion-mnist",
         size=28,
         output=str(tmp_path / "output"),
-        events=str(tmp_path / "events"),
         batch_size=1,
         device="cpu",
         precision="fp32",

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.benchmarks.contenders import OURS, Task, task_config
+from jobs.benchmarks.contenders import Task, engine_alone, task_config
 from jobs.benchmarks.figures import BenchmarkError
-from jobs.benchmarks.runs import (
-    check_labels,
-    in_local_s3,
-    read_events,
-    run_contender,
-    run_module,
-    steady_rate,
-)
-from jobs.verify import read_images
-from pipeline.storage import Storage
-from tests.makers import make_image, make_samples, make_tar
+from jobs.benchmarks.runs import check_labels, read_events, run_process, steady_rate
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +48,8 @@ def test_lost_or_repeated_images_are_refused(
 
 
 def test_steady_rate_is_from_the_first_batch_to_the_last(task: Task) -> None:
-    events = Path(task.events)
-    events.write_text("32 10.0\n0 1.0\n32 14.0\n8 15.0\n32 12.0\n")  # processes may write out of order
+    events = task.events
+    events.write_text("32 10.0\n32 14.0\n8 15.0\n32 12.0\n")  # processes may write out of order
     assert steady_rate("ray", read_events(task)) == 72 / 5
     events.write_text("32 10.0\n")
     with pytest.raises(BenchmarkError, match="too few images"):
@@ -77,8 +64,8 @@ def test_contenders_start_without_heavy_imports() -> None:
 
 @pytest.mark.slow
 def test_contender_that_fails_or_hangs_is_ended(task: Task) -> None:
-    assert run_module(["contenders", "unheard-of"], task, 120) == "KeyError: 'unheard-of'"
-    assert run_module(["stages"], task, 0.2) == "not done after 0 s"
+    assert run_process("unheard-of", task, 120) == "KeyError: 'unheard-of'"
+    assert run_process("ray", task, 0.2) == "not done after 0 s"
 
 
 def test_pipeline_takes_one_gpu_unless_overridden(task: Task) -> None:
@@ -88,38 +75,12 @@ def test_pipeline_takes_one_gpu_unless_overridden(task: Task) -> None:
     assert task_config(replace(on_gpu, overrides=("classify.max_actors=4",))).classify.max_actors == 4
 
 
-def test_tars_and_labels_can_be_in_a_local_s3_server(task: Task) -> None:
-    Path(task.tars).mkdir()
-    for name in ("00000.tar", "00001.tar"):
-        (Path(task.tars) / name).write_bytes(make_tar(make_samples(3, labels=False)))
-    with mock.patch.dict(os.environ):
-        with in_local_s3(task) as there:
-            assert [*read_images(there.tars)] == [*read_images(task.tars)]
-            config = task_config(there)
-            assert (config.input.uri, config.output.uri) == (there.tars, there.output)
-            for name, keys in (("0.parquet", ["000000000"]), ("1.parquet", ["000000001"])):
-                file = pa.BufferOutputStream()
-                pq.write_table(pa.table({"key": keys, "label": ["a"], "score": [0.5]}), file)
-                uri = f"{there.output}/model=m-12345678/predictions/{name}"
-                Storage().write(uri, file.getvalue().to_pybytes())
-            check_labels(OURS, there.output, 2)
-            with pytest.raises(BenchmarkError, match="of 3 images, found 2 labels of 2 images"):
-                check_labels(OURS, there.output, 3)
-            address = os.environ["AWS_ENDPOINT_URL_S3"].removeprefix("http://").split(":")
-        with socket.socket() as probe:
-            assert probe.connect_ex((address[0], int(address[1]))) != 0
-
-
-@pytest.mark.slow
-def test_pipeline_labels_from_s3_to_s3(task: Task) -> None:
-    Path(task.tars).mkdir()
-    members = [(f"{i:09d}.jpg", make_image(i)) for i in range(20)]
-    for start in (0, 10):
-        (Path(task.tars) / f"{start}.tar").write_bytes(make_tar(members[start : start + 10]))
-    overrides = "ray.address=in-process", "read.chunk_images=5"
-    with mock.patch.dict(os.environ), in_local_s3(task) as there:
-        run = run_contender(OURS, replace(there, overrides=overrides), 20, 400)
-    assert run.failure is None
-    assert run.record["config"]["input"]["uri"] == there.tars
-    assert run.first_commit is not None
-    assert 0 < run.first_labels <= run.first_commit < run.seconds
+@pytest.mark.parametrize(("overrides", "expected"), [((), 4096), (("read.chunk_images=8",), 256)])
+def test_engine_gets_a_chunk_but_at_least_four_batches(
+    images: Path, task: Task, overrides: tuple[str, ...], expected: int
+) -> None:
+    task = replace(task, tars=str(images), batch_size=64, overrides=overrides)
+    engine_alone(task, seconds=0.5)
+    events = read_events(task)
+    assert {count for _, count in events} == {expected}
+    assert len(events) > 1
