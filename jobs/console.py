@@ -12,6 +12,7 @@ import pyarrow as pa
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Table
 
 from cvt.errors import CheckpointError
@@ -97,6 +98,8 @@ PruneOption = Annotated[
 #: Width of tables in files and pipes.
 _WIDTH = 120
 out = Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
+#: For what a terminal shows while a command runs.
+err = Console(stderr=True)
 
 
 def make_app() -> typer.Typer:
@@ -172,9 +175,13 @@ def make_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Tabl
 
 
 def log_to_stderr() -> None:
-    """Writes the program's log to standard error, each message on one line."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    """Writes the program's log to standard error, each message on one line; in a terminal, above the bar."""
+    handler: logging.Handler = logging.StreamHandler()
+    form = "%(asctime)s %(levelname)s %(message)s"
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, log_time_format="[%X]")
+        form = "%(message)s"
+    handler.setFormatter(OneLineFormatter(form))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("cvt_label").setLevel(logging.INFO)
 

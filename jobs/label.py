@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs import console
 from jobs.console import Exit, note
@@ -60,9 +61,9 @@ def label(
 
 
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
-    """Labels with progress logged, and prints the result."""
+    """Labels with progress shown, and prints the result."""
     console.log_to_stderr()
-    with closing(ProgressLog()) as progress:
+    with closing(ProgressBar() if console.err.is_terminal else ProgressLog()) as progress:
 
         def planned(prepared: PreparedRun) -> None:
             note(console.states_line(prepared.plan))
@@ -73,6 +74,31 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
         )
     print_result(result)
     return result
+
+
+class ProgressBar:
+    """Shows a bar in a terminal, from the first results on: what Ray prints before would break it."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        state = TextColumn("shards · {task.fields[state]}")
+        columns = TextColumn("labeling"), BarColumn(), MofNCompleteColumn(), state, TimeElapsedColumn()
+        self._bar = Progress(*columns, console=console.err, transient=True)
+        self._task = self._bar.add_task("", state="")
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.stop()
+
+    def start(self, plan: Plan) -> None:
+        """Takes the plan, before the first result."""
+        self._bar.update(self._task, total=len(plan.shards))
+
+    def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
+        """Takes the latest progress."""
+        self._bar.start()
+        state = self._pace.described(progress, prepared.plan)
+        self._bar.update(self._task, completed=progress.shards, state=state)
 
 
 class ProgressLog:
