@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
@@ -38,8 +38,6 @@ _BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
 ROW_GROUP_ROWS = 65_536
 
 _FOOTER = "cvt_label."
-_FOOTER_FIELDS = ("shard", "version", "format", "size", "fingerprint", "rows", "errors", "duplicate_keys")
-_NUMBERS = frozenset({"size", "rows", "errors", "duplicate_keys"})
 
 
 def prediction_path(shard_uri: str) -> str:
@@ -84,18 +82,17 @@ def _encoded(found: re.Match[str]) -> str:
 def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:
     """The columns of a prediction file, one row a sample; arguments as in `PredictionOptions`."""
     model = model_fields(embedding, embedding_width)
-    labels, embeddings = model[:6], model[6:]
     return pa.schema(
         [
             pa.field("shard", pa.string(), nullable=False),
             pa.field("key", pa.string(), nullable=False),
             pa.field("index", pa.int64(), nullable=False),
-            *labels,
-            pa.field("target_id", pa.int32()),
-            pa.field("width", pa.int32()),
-            pa.field("height", pa.int32()),
-            pa.field("error", pa.string()),
-            *embeddings,
+            *model[:6],
+            ("target_id", pa.int32()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("error", pa.string()),
+            *model[6:],
         ]
     )
 
@@ -111,8 +108,8 @@ def model_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.F
         pa.field("entropy", pa.float32()),
     ]
     if embedding != "none":
-        value = {"float16": pa.float16(), "float32": pa.float32()}[embedding]
-        fields.append(pa.field("embedding", pa.list_(value, embedding_width)))
+        kind = pa.list_(pa.type_for_alias(embedding), embedding_width)
+        fields.append(pa.field("embedding", kind))
     return fields
 
 
@@ -122,12 +119,10 @@ class Footer:
 
     Attributes:
         shard: the shard's URI.
-        version: the version of the shard that was labeled.
-        format, size: of the shard, as listed.
-        rows: samples, errors included.
-        errors: samples that could not be classified.
+        version, format, size: of the shard, as it was listed and labeled.
+        rows, errors: samples, and those that could not be classified.
         duplicate_keys: samples whose key an earlier sample of the shard has.
-        partial: the shard's partial class statistics, as `ClassStatistics.to_partial` makes them.
+        statistics: the shard's partial class statistics, as `pack_partial` makes them.
     """
 
     shard: str
@@ -138,14 +133,18 @@ class Footer:
     rows: int
     errors: int
     duplicate_keys: int
-    partial: pa.Table
+    statistics: bytes
+
+
+#: Fields that are text or numbers, in the order of the footer.
+_FOOTER_FIELDS: list[Any] = [field for field in fields(Footer) if field.type in (str, int)]
 
 
 def encode(predictions: pa.Table, footer: Footer) -> bytes:
     """Returns the Parquet file of one shard."""
-    metadata = {name: str(getattr(footer, name)) for name in _FOOTER_FIELDS}
+    metadata = {field.name: str(getattr(footer, field.name)) for field in _FOOTER_FIELDS}
     # Base64, since the Parquet format wants text here and some readers insist on it.
-    metadata["statistics"] = base64.b64encode(pack_partial(footer.partial)).decode()
+    metadata["statistics"] = base64.b64encode(footer.statistics).decode()
     out = io.BytesIO()
     with pq.ParquetWriter(
         out,
@@ -163,17 +162,13 @@ def encode(predictions: pa.Table, footer: Footer) -> bytes:
 
 
 def read_footer(uri: str, file: io.IOBase) -> Footer:
-    """Reads a prediction file's footer, and no rows.
-
-    Raises:
-        StorageError: it is no prediction file; names the URI.
-    """
+    """Reads a prediction file's footer, and no rows; raises `StorageError` if it is no prediction file."""
     try:
-        metadata = pq.read_metadata(file).metadata or {}
-        texts = {name: metadata[(_FOOTER + name).encode()].decode() for name in _FOOTER_FIELDS}
-        values: dict[str, Any] = texts | {name: int(texts[name]) for name in _NUMBERS}
-        statistics = base64.b64decode(metadata[(_FOOTER + "statistics").encode()])
-        return Footer(**values, partial=unpack_partial(statistics))
+        found = pq.read_metadata(file).metadata or {}
+        metadata = {name.decode(): text.decode() for name, text in found.items()}
+        values = {field.name: field.type(metadata[_FOOTER + field.name]) for field in _FOOTER_FIELDS}
+        statistics = base64.b64decode(metadata[f"{_FOOTER}statistics"])
+        return Footer(**values, statistics=statistics)
     except KeyError as missing:
         raise StorageError(uri, f"not a prediction file: its footer has no {missing}") from None
     except (pa.ArrowInvalid, ValueError) as error:
@@ -184,12 +179,7 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
     """Reads the footer and some columns of a prediction file's current version.
 
     A copy of a partition has other versions than the manifest that was copied with it, so none is asked for.
-
-    Returns:
-        None if there is no such file.
-
-    Raises:
-        StorageError: the file can't be read, or is no prediction file.
+    Returns None if there is no such file; raises `StorageError` if it can't be read, or is something else.
     """
 
     def read(file: io.BufferedReader) -> tuple[Footer, pa.Table]:

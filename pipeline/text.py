@@ -5,10 +5,9 @@ import unicodedata
 
 MAX_ERROR_LENGTH = 200
 
-# Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them.
-# The flag of a part of a country is a black flag and its name in tags. Elsewhere they only hide something.
+# Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them. Elsewhere
+# they only hide something.
 _JOINERS = "\u200c\u200d"
-_FLAG = re.compile("\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -22,11 +21,8 @@ def printable(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    flags = {place for found in _FLAG.finditer(text) for place in range(*found.span())}
     return "".join(
-        c
-        if _is_shown(c) or c in keep or i in flags or _joins(text, i)
-        else c.encode("unicode_escape").decode()
+        c if _is_shown(c) or c in keep or _joins(text, i) else c.encode("unicode_escape").decode()
         for i, c in enumerate(text)
     )
 
@@ -55,19 +51,19 @@ def one_line(message: str) -> str:
     return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
 
 
+def number(value: float | None, form: str = ",.0f") -> str:
+    """A count, for people; a dash where there is none."""
+    return "-" if value is None or value != value else f"{value:{form}}"
+
+
 def percent(value: float | None) -> str:
     """A share, for people."""
-    return "-" if value is None or value != value else f"{value:.1%}"
+    return number(value, ".1%")
 
 
 def score(value: float | None) -> str:
     """A score, for people."""
-    return "-" if value is None or value != value else f"{value:.3f}"
-
-
-def number(value: float | None) -> str:
-    """A count, for people."""
-    return "-" if value is None else f"{value:,.0f}"
+    return number(value, ".3f")
 
 
 def counted(count: int, noun: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import Manifest, ManifestRow
-from pipeline.predictions import Footer, encode, prediction_path, prediction_schema
+from pipeline.predictions import Footer, encode, pack_partial, prediction_path, prediction_schema
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
 
@@ -51,6 +51,12 @@ def make_predictions(
     return pa.table(columns, schema=prediction_schema())
 
 
+def manifest_rows(manifest: Manifest) -> list[ManifestRow]:
+    """All rows of a manifest."""
+    names = [field.name for field in fields(ManifestRow)]
+    return [ManifestRow(**row) for row in manifest.read(names).to_pylist()]
+
+
 def write_partition(
     storage: Storage,
     uri: str,
@@ -84,7 +90,7 @@ def write_partition(
                 rows=table.num_rows,
                 errors=table.num_rows - table["error"].null_count,
                 duplicate_keys=0,
-                partial=ClassStatistics.of(table, len(labels)).to_partial(),
+                statistics=pack_partial(ClassStatistics.of(table, len(labels)).to_partial()),
             )
             output = f"predictions/{prediction_path(shard)}"
             version = storage.write(f"{uri}/{output}", encode(table, footer)).version

@@ -17,7 +17,7 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline import predictions
-from pipeline.predictions import Footer, encode, prediction_schema
+from pipeline.predictions import Footer, encode, pack_partial, prediction_schema
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage
 from tests.partitions import make_predictions
@@ -263,8 +263,9 @@ def test_row_groups_tell_which_labels_and_scores_they_hold(monkeypatch: pytest.M
     monkeypatch.setattr(predictions, "ROW_GROUP_ROWS", 100)
     rows = _predictions(1000)
     partial = ClassStatistics.of(rows, 10).to_partial()
-    data = encode(rows, Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, partial))
-    assert data == encode(rows, Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, partial))
+    footer = Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, pack_partial(partial))
+    data = encode(rows, footer)
+    assert data == encode(rows, footer)
     file = pq.ParquetFile(io.BytesIO(data))
     names = file.schema_arrow.names
     for number in range(10):

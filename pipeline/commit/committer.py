@@ -136,8 +136,7 @@ class Committer:
     def finish(self) -> None:
         """Waits for the last files, when the stream of results has ended; raises as `settle`.
 
-        Raises:
-            IncompleteShardError: results are missing, so that a shard of the plan isn't covered.
+        Also raises `IncompleteShardError` if results are missing, so that a shard of the plan isn't covered.
         """
         self.settle()
         for number in self._missing:

@@ -81,8 +81,8 @@ class Lease:
 
     Attributes:
         run: id of the run that holds the lease.
-        found_in_order: whether the last run left manifest and statistics up to date.
-        left_in_order: whether this run does; otherwise the next run repairs them.
+        found_in_order, left_in_order: whether the last run left manifest and statistics up to date, and
+            whether this run does; otherwise the next run repairs them.
     """
 
     def __init__(
@@ -126,13 +126,8 @@ class Lease:
     def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
         """Takes the lease; returns whether the last run left everything in order.
 
-        Args:
-            wait: wait until the lease is free, instead of raising.
-            on_wait: called once with what is waited for.
-
-        Raises:
-            LeaseHeldError: another run holds it.
-            StorageError: the output can't be accessed.
+        Where another run holds the lease, it raises `LeaseHeldError`, or waits and calls `on_wait` once with
+        what is waited for.
         """
         before: LeaseState | None = None
         waited = False
@@ -199,10 +194,7 @@ class Lease:
                 _logger.warning("the lease could not be renewed: %s", error)
 
     def _write(self, state: State) -> bool:
-        """Writes the lease, unless another run has taken it over; returns whether it did.
-
-        A lease that somebody has deleted is written again.
-        """
+        """Writes the lease, also one that was deleted; False where another run has taken it over."""
 
         def content(version: str) -> bytes | None:
             is_ours = version in (ABSENT, self._version) or self._read(version).run == self.run

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import islice
 from typing import BinaryIO, TypeVar
@@ -20,32 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import Footer, pack_partial, read_footer, unpack_partial
+from pipeline.predictions import Footer, read_footer, unpack_partial
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, Storage, StorageError, lies_in
 
 T = TypeVar("T")
 _READERS = 32
-
-_SCHEMA = pa.schema(
-    [
-        pa.field("uri", pa.string(), nullable=False),
-        ("version", pa.string()),
-        ("format", pa.string()),
-        ("size", pa.int64()),
-        ("rows", pa.int64()),
-        ("errors", pa.int64()),
-        ("duplicate_keys", pa.int64()),
-        ("output", pa.string()),
-        ("output_version", pa.string()),
-        ("error", pa.string()),
-        ("failed_version", pa.string()),
-        pa.field("gone", pa.bool_(), nullable=False),
-        ("run", pa.string()),
-        ("committed_at", pa.timestamp("ms", tz="UTC")),
-        ("statistics", pa.binary()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +33,9 @@ class ManifestRow:
     """What is known of a shard.
 
     Attributes:
-        uri: the shard.
-        version: its version that is labeled; None where none is.
+        version: the version of the shard that is labeled; None where none is.
         format, size: of the shard, when it was last read.
-        rows: its samples; None where none is labeled.
-        errors: samples that are error rows.
+        rows, errors: samples, and those that are error rows; None where no version is labeled.
         duplicate_keys: samples whose key an earlier sample of the shard has.
         output, output_version: its prediction file, relative to the partition; None where there is none.
         error: why the shard couldn't be read last time; None where it could.
@@ -88,18 +66,9 @@ class ManifestRow:
     @classmethod
     def of_file(cls, footer: Footer, output: str, output_version: str) -> ManifestRow:
         """Makes the row of a prediction file, without the run that wrote it."""
-        return cls(
-            uri=footer.shard,
-            version=footer.version,
-            format=footer.format,
-            size=footer.size,
-            rows=footer.rows,
-            errors=footer.errors,
-            duplicate_keys=footer.duplicate_keys,
-            output=output,
-            output_version=output_version,
-            statistics=pack_partial(footer.partial),
-        )
+        same = ("version", "format", "size", "rows", "errors", "duplicate_keys", "statistics")
+        values = {name: getattr(footer, name) for name in same}
+        return cls(footer.shard, output=output, output_version=output_version, **values)
 
     def succeeding(self, before: ManifestRow | None) -> ManifestRow:
         """The row that replaces an earlier one: a failure keeps the labels of an earlier version."""
@@ -108,6 +77,14 @@ class ManifestRow:
         return replace(before, error=self.error, failed_version=self.failed_version, gone=self.gone)
 
 
+_TYPES = {"str": pa.string(), "int": pa.int64(), "bool": pa.bool_(), "bytes": pa.binary()}
+_TYPES["datetime"] = pa.timestamp("ms", tz="UTC")
+_SCHEMA = pa.schema(
+    [
+        pa.field(each.name, _TYPES[str(each.type).removesuffix(" | None")], "None" in str(each.type))
+        for each in fields(ManifestRow)
+    ]
+)
 _ENTRY_FIELDS = (
     "uri", "version", "errors", "output", "output_version", "error", "failed_version", "gone", "format",
 )  # fmt: skip
@@ -119,7 +96,6 @@ class Manifest:
 
     Attributes:
         partition: URI of the partition.
-        num_classes: of its model.
         group_rows: rows of a row group with statistics (some 50 MB): what is in memory during a rewrite.
         bare_group_rows: rows of a row group without statistics (some 10 MB).
         max_statistics: shards times (classes + 100) up to which rows hold their statistics (some 500 MB).
@@ -139,15 +115,11 @@ class Manifest:
         return f"{self.partition}/manifest.parquet"
 
     def exists(self) -> bool:
-        """Whether the manifest exists."""
+        """Whether there is a manifest yet."""
         return self.storage.version(self.uri) != ABSENT
 
     def read(self, columns: Collection[str]) -> pa.Table:
-        """Returns some columns of all rows, sorted by URI; no rows where there is no manifest yet.
-
-        Raises:
-            StorageError: the object can't be read, or is no manifest.
-        """
+        """Returns some columns of all rows, sorted by URI; raises `StorageError`. No manifest has no rows."""
         return _joined(columns, self._tables(columns))
 
     def labelled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
@@ -156,10 +128,8 @@ class Manifest:
 
     def _labelled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
         for table in self._tables({*columns, "output", "run"}):
-            is_labelled = pc.is_valid(table["output"])
-            yield table.filter(
-                is_labelled if run is None else pc.and_kleene(is_labelled, pc.equal(table["run"], run))
-            )
+            table = table.filter(pc.is_valid(table["output"]))
+            yield table if run is None else table.filter(pc.equal(table["run"], run))
 
     def entries(self) -> dict[str, ManifestRow]:
         """Every shard's row by URI, with the fields that planning needs; the others are None."""
@@ -171,11 +141,6 @@ class Manifest:
         )
         rows = zip(*columns, strict=True)
         return {row[0]: ManifestRow(**dict(zip(_ENTRY_FIELDS, row, strict=True))) for row in rows}
-
-    def rows(self) -> Iterator[ManifestRow]:
-        """Yields all rows, sorted by URI."""
-        for table in self._tables():
-            yield from (ManifestRow(**row) for row in table.to_pylist())
 
     def update(
         self,
@@ -223,13 +188,7 @@ class Manifest:
         self._rewrite(lambda _: map(_to_table, batched(make_rows(), self.group_rows)))
 
     def runs(self, root: str | None = None) -> list[str]:
-        """Returns the runs that current labels are from, the first one first.
-
-        With a root, only of shards under that URI.
-
-        Raises:
-            StorageError: the manifest can't be read.
-        """
+        """Returns the runs that current labels are from, in their order; with a root, of shards under it."""
         rows = self.labelled(("uri", "run"))
         if root is not None:
             uris = rows["uri"]
@@ -268,11 +227,11 @@ class Manifest:
 
     def _partial(self, output: str, packed: bytes | None) -> pa.Table:
         """Partial statistics of a labeled shard: of its row, or of its prediction file."""
-        if packed is not None:
-            return unpack_partial(packed)
-        uri = f"{self.partition}/{output}"
-        with self.storage.open(uri) as file:
-            return read_footer(uri, file).partial
+        if packed is None:
+            uri = f"{self.partition}/{output}"
+            with self.storage.open(uri) as file:
+                packed = read_footer(uri, file).statistics
+        return unpack_partial(packed)
 
     def _tables(
         self, columns: Collection[str] | None = None, version: str | None = None

@@ -34,11 +34,7 @@ class ManifestWriter:
         self._next = time.monotonic() + interval
 
     def add(self, row: ManifestRow) -> None:
-        """Takes a row; writes the waiting rows if that is due.
-
-        Raises:
-            StorageError: an earlier write has failed.
-        """
+        """Takes a row; writes the waiting rows if that is due. Raises `StorageError` of an earlier write."""
         with self._lock:
             self._pending[row.uri] = row
             count = len(self._pending)
@@ -52,11 +48,7 @@ class ManifestWriter:
             self._writing.result()
 
     def flush(self) -> None:
-        """Writes the waiting rows.
-
-        Raises:
-            StorageError: they can't be written.
-        """
+        """Writes the waiting rows; raises `StorageError` if they can't be written."""
         self._pool.submit(self._write).result()
 
     def close(self) -> None:

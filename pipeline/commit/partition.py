@@ -25,7 +25,6 @@ class Partition:
     """All labels of one fingerprint under one output URI.
 
     Attributes:
-        storage: access to the partition.
         uri: `<output>/model=<name>-<fingerprint8>`, without a slash at the end.
         labels: the classes' names, by class id.
     """
@@ -36,23 +35,16 @@ class Partition:
 
     @classmethod
     def open(cls, storage: Storage, uri: str) -> Partition:
-        """Opens a stored partition.
-
-        Raises:
-            StorageError: there is none at the URI, or it can't be read.
-        """
+        """Opens a stored partition; raises `StorageError` if there is none, or it can't be read."""
         partition = cls(storage, normalize_uri(uri), ())
         names: list[str] = partition.class_table["label"].to_pylist()
         return cls(storage, partition.uri, names)
 
     def read_labels(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Reads the prediction files, one table per shard, in the order of their names.
-
-        Args:
-            columns: names of the columns to read; all where None.
+        """Reads these columns, or all, of the prediction files, one table per shard, in their names' order.
 
         Raises:
-            StorageError: a file can't be read.
+            StorageError: a file can't be read, or lacks a column.
         """
         for info in prediction_files(self.storage, self.uri):
             with self.storage.open(info.uri, info.version) as file:
@@ -79,11 +71,7 @@ class Partition:
 
     @cached_property
     def class_table(self) -> pa.Table:
-        """`class_stats.parquet`: one row per class.
-
-        Raises:
-            StorageError: the file is missing, or holds something else.
-        """
+        """`class_stats.parquet`: one row per class; raises `StorageError` if there is no such file."""
         uri = f"{self.uri}/{CLASS_STATS}"
         try:
             return pq.read_table(io.BytesIO(self.storage.read(uri))).select(CLASS_STATS_SCHEMA.names)
@@ -96,11 +84,7 @@ class Partition:
             raise StorageError(uri, f"not class statistics: {error}") from None
 
     def topk(self) -> int:
-        """How many classes the rows keep, as the last run's record says.
-
-        Raises:
-            StorageError: the record can't be read.
-        """
+        """How many classes the rows keep, as the last run's record says."""
         return int(self.config().get("output", {}).get("topk", 5))
 
     def config(self) -> dict[str, Any]:
@@ -110,21 +94,13 @@ class Partition:
         return config
 
     def record(self, run: str) -> dict[str, Any] | None:
-        """The record of a run; None where there is none.
-
-        Raises:
-            StorageError: the record can't be read, or is no record.
-        """
+        """The record of a run; None where there is none. Raises `StorageError` if it can't be read."""
         uri = f"{self.uri}/runs/{run}.json"
         try:
             found = self.storage.read_latest(uri, json.load)
-        except ValueError as error:
+            return None if found is None else dict(found.content)
+        except (ValueError, TypeError) as error:
             raise StorageError(uri, f"not the record of a run: {error}") from None
-        if found is None:
-            return None
-        if not isinstance(found.content, dict):
-            raise StorageError(uri, "not the record of a run")
-        return found.content
 
     def records(self) -> list[str]:
         """The ids of all runs that left a record, in their order."""

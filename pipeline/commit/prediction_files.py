@@ -20,6 +20,7 @@ from pipeline.predictions import (
     Footer,
     PredictionOptions,
     encode,
+    pack_partial,
     prediction_path,
     prediction_schema,
     read_footer,
@@ -80,11 +81,7 @@ class OpenShard:
         return sum(map(count_errors, self.chunks.values()))
 
     def rows(self, shard: Shard, options: PredictionOptions) -> pa.Table:
-        """The prediction rows of the complete shard.
-
-        Raises:
-            IncompleteShardError: the chunks leave gaps, or overlap.
-        """
+        """The prediction rows of the complete shard; raises `IncompleteShardError`."""
         chunks = [self.chunks[start] for start in sorted(self.chunks)]
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
@@ -132,11 +129,7 @@ class PredictionWriter:
     before_group: Callable[[], None] = lambda: None
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
-        """Writes the prediction file of a complete shard; a shard that can't be read gets none.
-
-        Raises:
-            StorageError: the file can't be written.
-        """
+        """Writes the file of a complete shard, or none if it can't be read; raises `StorageError`."""
         meter, causes = Meter(), Causes()
         row, size = ManifestRow(shard.uri, format=shard.format, size=shard.size), 0
         with meter:
@@ -166,7 +159,7 @@ class PredictionWriter:
             rows=predictions.num_rows,
             errors=predictions.num_rows - predictions["error"].null_count,
             duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
-            partial=ClassStatistics.of(predictions, len(self.options.labels)).to_partial(),
+            statistics=pack_partial(ClassStatistics.of(predictions, len(self.options.labels)).to_partial()),
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"

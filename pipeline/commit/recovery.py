@@ -34,11 +34,7 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
 def reconcile(
     files: Iterable[ObjectInfo], known: Mapping[str, ManifestRow], partition: str
 ) -> tuple[list[ObjectInfo], list[str]]:
-    """Compares the prediction files with the manifest.
-
-    Returns:
-        The files that the manifest doesn't have in this version, and the shards whose files are missing.
-    """
+    """Returns files that the manifest doesn't have in this version, and shards whose files are missing."""
     labelled = {row.output: (uri, row.output_version) for uri, row in known.items() if row.output}
     unlisted = []
     for info in files:
@@ -51,10 +47,9 @@ def reconcile(
 def recovered_rows(
     storage: Storage, partition: str, files: Iterable[ObjectInfo], fingerprint: str | None = None
 ) -> Iterator[ManifestRow]:
-    """Yields the manifest rows of prediction files, from their footers; all have one fingerprint.
+    """Yields the manifest rows of prediction files, from their footers; raises `StorageError`.
 
-    Raises:
-        StorageError: one of them is no prediction file of this partition.
+    All must have one fingerprint: the given one, or that of the first file.
     """
 
     def read(info: ObjectInfo) -> tuple[ObjectInfo, Footer] | None:
@@ -82,16 +77,10 @@ class RunRecord:
     """
 
     def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
-        self._storage = storage
-        self._uri = uri
+        self._storage, self._uri = storage, uri
         self._values = values | {name: [] for name in _LISTS}
         self._lock = threading.Lock()
         self._saved: dict[str, int] = {}  # lengths of the lists
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it lists no shard that couldn't be read."""
-        return not self._values["unreadable"]
 
     @property
     def values(self) -> dict[str, Any]:
@@ -121,11 +110,7 @@ class RunRecord:
                 del self._values[name][count:]
 
     def save(self) -> None:
-        """Writes it, if shards were added since it was written.
-
-        Raises:
-            StorageError: it can't be written.
-        """
+        """Writes it, if shards were added since it was written; raises `StorageError`."""
         with self._lock:
             lengths = {name: len(self._values[name]) for name in _LISTS}
             if lengths != self._saved:
@@ -146,12 +131,7 @@ def new_run_id() -> str:
 
 @dataclass
 class History:
-    """What run records hold about shards, and prediction files don't.
-
-    Attributes:
-        failures: by URI, the shards that couldn't be read last time.
-        gone: the shards that were deleted from the input.
-    """
+    """What only run records hold: shards that couldn't be read last time, and that the input has lost."""
 
     failures: dict[str, ManifestRow] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
@@ -176,11 +156,7 @@ class History:
 
 
 def read_history(storage: Storage, partition: str) -> History:
-    """Replays the records of all runs.
-
-    Raises:
-        StorageError: one of them is no record of a run.
-    """
+    """Replays the records of all runs; raises `StorageError` if one of them is no record."""
     history = History()
     uris = sorted(info.uri for info in storage.list(f"{partition}/runs", missing_ok=True))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
@@ -257,11 +233,7 @@ def find_repairs(
 
 
 def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
-    """Regenerates all manifest rows, sorted by URI, from prediction files and run records.
-
-    Raises:
-        StorageError: one of them is no prediction file of this partition, or no record.
-    """
+    """Regenerates all manifest rows, sorted by URI; raises as `find_repairs`."""
     files = prediction_files(storage, partition)
     labeled = {row.uri: row for row in recovered_rows(storage, partition, files)}
     rows = read_history(storage, partition).applied(labeled)

@@ -8,7 +8,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import pyarrow as pa
@@ -86,34 +85,30 @@ def measure_agreement(
     result.only_a = pc.sum(other["labeled_a"]).as_py() or 0
     result.only_b = pc.sum(other["labeled_b"]).as_py() or 0
     result.changed_shards = other.drop_null().num_rows
-    read = partial(_read, a, b)
+
+    def read(shard: Mapping[str, Any]) -> tuple[pa.Table, pa.Table] | None:
+        """Labels of a shard in both label sets; None where one has none of this version of the shard now."""
+        found = []
+        for partition in (a.partition, b.partition):
+            uri = f"{partition.uri}/{shard['output_a']}"
+            labels = read_predictions(partition.storage, uri, ["index", "label_id"])
+            if labels is None or labels[0].version != shard["version_a"]:
+                return None
+            found.append(labels[1])
+        return found[0], found[1]
+
     with ThreadPoolExecutor(_READERS, thread_name_prefix="compare") as pool:
         for batch in shards.filter(is_common).sort_by("uri").to_batches(4 * _READERS):
             pairs = batch.to_pylist()
             for shard, labels in zip(pairs, pool.map(read, pairs), strict=True):
-                if labels is None:
-                    result.only_a += shard["labeled_a"]
-                    result.only_b += shard["labeled_b"]
-                    result.changed_shards += 1
-                else:
+                if labels is not None:
                     result.add(*labels)
+                    continue
+                result.only_a += shard["labeled_a"]
+                result.only_b += shard["labeled_b"]
+                result.changed_shards += 1
             on_progress(result.shards)
     return result
-
-
-def _read(a: LabelSet, b: LabelSet, shard: Mapping[str, Any]) -> tuple[pa.Table, pa.Table] | None:
-    """Labels of a shard in both label sets; None where either has none of this version of the shard now."""
-    first, second = (
-        read_predictions(
-            each.partition.storage, f"{each.partition.uri}/{shard['output_a']}", ["index", "label_id"]
-        )
-        for each in (a, b)
-    )
-    if first is None or second is None:
-        return None
-    if not first[0].version == second[0].version == shard["version_a"]:
-        return None
-    return first[1], second[1]
 
 
 @dataclass(frozen=True)

@@ -48,15 +48,9 @@ class LabelSet:
         runs = partition.manifest.runs()
         if run in runs:
             return cls(partition, run)
-        if run not in ("latest", "previous"):
-            why = (
-                "its shards were labeled again since, or it labeled nothing"
-                if partition.record(run) is not None
-                else f"there is no such run; there are labels of {', '.join(runs[-5:]) or 'no run'}"
-            )
-            raise StorageError(f"{partition.uri}@{run}", why)
-        if not runs:
-            raise StorageError(partition.uri, "there are no labels of any run")
+        if run not in ("latest", "previous") or not runs:
+            cause = f"there are no labels of this run, but of {', '.join(runs[-5:]) or 'no run'}"
+            raise StorageError(f"{partition.uri}@{run}", cause)
         if run == "previous" and len(runs) == 1:
             raise NoPreviousRunError(f"{partition.uri}@previous", f"all labels are of one run, {runs[0]}")
         return cls(partition, runs[-1 if run == "latest" else -2])

@@ -139,19 +139,14 @@ class DeltaTable:
             raise StorageError(self.uri, "uses Delta's deletion vectors, which publishing doesn't support")
         logged = pa.table(table.get_add_actions(flatten=True))
         rows = logged.filter(pc.equal(logged["partition.model"], self.model)).to_pylist()
-        files = tuple(
-            DataFile(
-                unquote(row["path"]),
-                row["size_bytes"],
-                row.get("min.shard") or "",
-                row.get("max.shard") or _LAST,
-            )
-            for row in rows
-        )
+        files = []
+        for row in rows:
+            bounds = row.get("min.shard") or "", row.get("max.shard") or _LAST
+            files.append(DataFile(unquote(row["path"]), row["size_bytes"], *bounds))
         transaction = table.transaction_version(self._app)
         if transaction is None:
             transaction = _TOKENS * max((row.get("max.published") or 0 for row in rows), default=0)
-        return Snapshot(transaction, files=files, delta_version=table.version())
+        return Snapshot(transaction, (*files,), delta_version=table.version())
 
     def _published(self, logged: Snapshot) -> tuple[Snapshot, str | None]:
         """What is known of a version, and how somebody edited it; None where it is as it was published."""
@@ -181,12 +176,7 @@ class DeltaTable:
         return None if since is not None else "and the log no longer has what happened since"
 
     def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
-        """Makes `snapshot` the current version in place of `base`, in one transaction.
-
-        Raises:
-            TableChangedError: another publisher was faster.
-            StorageError: the transaction can't be written.
-        """
+        """Makes `snapshot` the current version in place of `base`, in one transaction; raises as `read`."""
         from deltalake import CommitProperties, Schema, Transaction
         from deltalake import DeltaTable as Table
         from deltalake.exceptions import DeltaError

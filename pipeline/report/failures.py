@@ -66,13 +66,9 @@ def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max
 
 
 def read_causes(partition: Partition, max_files: int) -> tuple[Causes, int]:
-    """Reads the causes of errors from the `max_files` prediction files with the most errors.
+    """Reads causes from the `max_files` prediction files with the most errors; raises `StorageError`.
 
-    Returns:
-        the causes, and the number of missing files.
-
-    Raises:
-        StorageError: a prediction file can't be read.
+    Returns the causes, and the number of missing files.
     """
     rows = partition.manifest.labelled(["uri", "errors", "output"])
     bad = rows.filter(pc.greater(rows["errors"], 0))

@@ -36,12 +36,7 @@ _MOST_HELD = 16 * GALLERY_CLASSES
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image of the gallery: a row of its file.
-
-    Attributes:
-        end: "most" for the highest confidence, "least" for the lowest.
-        thumbnail: a JPEG.
-    """
+    """A row of the gallery's file: a JPEG, with the highest ("most") or lowest ("least") confidence."""
 
     label_id: int
     label: str
@@ -68,10 +63,9 @@ class Gallery:
     """
 
     def __init__(self, count: int, shards: Sequence[Shard], most_held: int = _MOST_HELD) -> None:
-        self._count = count
-        self._shards = shards
-        self._arrived: dict[str, list[Item]] = {}
+        self._count, self._shards = count, shards
         self._least_held = self._most_held = most_held
+        self._arrived: dict[str, list[Item]] = {}
         self._settled: set[str] = set()
         self._items: list[Item] = []
 

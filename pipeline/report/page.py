@@ -32,12 +32,9 @@ def write_report(
     comparisons: Sequence[Comparison] = (),
     output: str | None = None,
 ) -> str:
-    """Writes the report about a partition and the run of a record; returns the report's URI.
+    """Writes the report about a partition and the run of a record; raises `StorageError`.
 
-    It is `report.html` in the partition where no other `output` is given.
-
-    Raises:
-        StorageError: the partition can't be read, or the report can't be written.
+    Returns its URI: `report.html` in the partition where no other `output` is given.
     """
     output = output or f"{partition.uri}/report.html"
     page = make_report(partition, record, statistics, comparisons)
@@ -103,14 +100,11 @@ def _facts(partition: Partition, record: Mapping[str, Any]) -> dict[str, str]:
         "Output": partition.uri,
         "Fingerprint": record.get("fingerprint"),
         "Run": record.get("run"),
-        "Started": _moment(record.get("started_at")),
-        "Ended": _moment(record.get("ended_at")),
     }
+    for name in ("started", "ended"):
+        if time := record.get(f"{name}_at"):
+            facts[name.capitalize()] = f"{time[:10]} {time[11:19]} UTC"
     return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-def _moment(text: str | None) -> str | None:
-    return None if text is None else f"{text[:10]} {text[11:19]} UTC"
 
 
 def _cards(

@@ -15,12 +15,7 @@ Series = Sequence[tuple[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars, the first on top; those of two series next to each other.
-
-    Attributes:
-        axis: title of the axis of values.
-        text: formats a value.
-    """
+    """Horizontal bars, the first on top; those of two series next to each other; `text` formats a value."""
 
     labels: Sequence[str]
     series: Series

@@ -90,27 +90,25 @@ def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section
             note=more if len(rows) > MOST_CLASSES else "",
         )
     )
-    section.charts.append(_scores(stats))
-    return section
-
-
-def _scores(stats: ClassStatistics) -> Chart:
     whole, right = (
         counts.reshape(_SHOWN_BINS, -1).sum(axis=1).tolist()
         for counts in (stats.score_histogram.sum(axis=0), stats.calibration[1])
     )
-    series, columns = [("all", whole)], ["Score", "Images"]
+    series, headings = [("all", whole)], ["Score", "Images"]
     if any(right):
         series.append(("correct, of images with a target", right))
-        columns.append("Correct")
+        headings.append("Correct")
     high = sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole))
-    return Chart(
-        "Confidence: images by score",
-        columns,
-        bin_rows(*([number(value) for value in values] for _, values in series), digits=2),
-        Histogram(series, number),
-        note=f"The score is the softmax of the class given: 0.9 or more for {percent(high)} of the images.",
+    section.charts.append(
+        Chart(
+            "Confidence: images by score",
+            headings,
+            bin_rows(*([number(value) for value in values] for _, values in series), digits=2),
+            Histogram(series, number),
+            note=f"The score is the softmax of the class given: {percent(high)} of the images have 0.9 or more.",
+        )
     )
+    return section
 
 
 def bin_rows(*columns: Sequence[str], digits: int = 1) -> list[list[str]]:
@@ -131,7 +129,17 @@ def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Sectio
         section.facts["Top-5 accuracy"] = percent(top5)
     found = Calibration.of(stats)
     section.facts["Expected calibration error"] = f"{found.ece:.4f}"
-    section.charts.append(_calibration(found))
+    counts, right, confidence = found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist()
+    section.charts.append(
+        Chart(
+            "Accuracy by score",
+            ["Score", "Images", "Accuracy", "Mean score"],
+            bin_rows([*map(number, counts)], [*map(percent, right)], [*map(score, confidence)]),
+            Reliability(right, confidence),
+            f"Reliability diagram; the expected calibration error is {found.ece:.4f}.",
+            "A calibrated model's bars end at the dashed line: 80 % of labels with a score of 0.8 are right.",
+        )
+    )
     pairs = stats.confusion.top(MOST_PAIRS)
     if not pairs:
         section.notes.append("No image is labeled with another class than its target.")
@@ -146,18 +154,6 @@ def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Sectio
     if note := stats.confusion.note:
         section.notes.append(note)
     return section
-
-
-def _calibration(found: Calibration) -> Chart:
-    counts, right, confidence = found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist()
-    return Chart(
-        "Accuracy by score",
-        ["Score", "Images", "Accuracy", "Mean score"],
-        bin_rows([*map(number, counts)], [*map(percent, right)], [*map(score, confidence)]),
-        Reliability(right, confidence),
-        f"Reliability diagram; the expected calibration error is {found.ece:.4f}.",
-        "A calibrated model's bars end at the dashed line: of labels with a score of 0.8, 80 % are correct.",
-    )
 
 
 def _matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:

@@ -60,7 +60,7 @@ def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator
         with suppress(StorageError):  # it would hide what ended the run
             record.end(status=status, seconds=clock.seconds, failure=f"{type(error).__name__}: {error}")
         raise
-    record.end(status="complete" if record.is_complete else "incomplete", seconds=clock.seconds)
+    record.end(status="incomplete" if record.values["unreadable"] else "complete", seconds=clock.seconds)
 
 
 def installed_version(package: str) -> str | None:

@@ -90,11 +90,10 @@ class ClassStatistics:
         """Statistics of no rows."""
         values: dict[str, Any] = {f.name: np.zeros(num_classes, np.int64) for f in fields(cls)}
         values["score_min"] = np.full(num_classes, np.inf, np.float32)
-        values["score_max"] = np.full(num_classes, -np.inf, np.float32)
+        values["score_max"] = -values["score_min"]
         values["score_histogram"] = np.zeros((num_classes, HISTOGRAM_BINS), np.int64)
-        values["confusion"] = PairCounts()
         values["calibration"] = np.zeros((3, HISTOGRAM_BINS), np.int64)
-        return cls(**values)
+        return cls(**values | {"confusion": PairCounts()})
 
     @classmethod
     def of(cls, predictions: pa.Table, num_classes: int) -> Self:
@@ -146,17 +145,16 @@ class ClassStatistics:
         bins = np.flatnonzero(self.calibration[0])
         rows = np.zeros(len(bins), np.int64)
         lists["calibration_bins"] = rows, bins
-        lists |= {
-            name: (rows, values[bins]) for name, values in zip(_CALIBRATION, self.calibration, strict=True)
-        }
-        columns = {"label_id": pa.array(seen, pa.int32())}
+        for name, values in zip(_CALIBRATION, self.calibration, strict=True):
+            lists[name] = rows, values[bins]
+        columns = [pa.array(seen, pa.int32())]
         for field in list(_PARTIAL)[1:]:
             if field.name in lists:
                 rows, values = lists[field.name]
                 ends = pa.array(np.searchsorted(rows, np.arange(len(seen) + 1)), pa.int32())
-                columns[field.name] = pa.ListArray.from_arrays(ends, pa.array(values, field.type.value_type))
+                columns.append(pa.ListArray.from_arrays(ends, pa.array(values, field.type.value_type)))
             else:
-                columns[field.name] = pa.array(getattr(self, field.name)[seen], field.type)
+                columns.append(pa.array(getattr(self, field.name)[seen], field.type))
         return pa.table(columns, schema=_PARTIAL)
 
     def add_partial(self, partial: pa.Table) -> None:
@@ -188,13 +186,8 @@ class ClassStatistics:
         return ratio(int(self.true_positives.sum()), int(self.support.sum()))
 
     def top5_accuracy(self, topk: int) -> float | None:
-        """Fraction of the rows with a target that have it among their five best classes.
-
-        None without targets, or where rows have only `topk` classes, fewer than five.
-        """
-        if not self.knows_top5(topk):
-            return None
-        return ratio(int(self.top5_hits.sum()), int(self.support.sum()))
+        """As `top1_accuracy`, with the target among the five best classes; None unless `knows_top5`."""
+        return ratio(int(self.top5_hits.sum()), int(self.support.sum())) if self.knows_top5(topk) else None
 
     def knows_top5(self, topk: int) -> bool:
         """Whether rows with `topk` classes show if a target is among the five best."""

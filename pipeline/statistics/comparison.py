@@ -204,10 +204,7 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for a comparison; None is no limit.
-
-    Drift (PSI and Jensen-Shannon distance) has no limit where a label set has less than `min_images`.
-    """
+    """Limits for a comparison; None is no limit. Those of drift need `min_images` in both label sets."""
 
     max_psi: float | None = None
     max_js: float | None = None

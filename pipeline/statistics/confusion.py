@@ -14,10 +14,8 @@ class PairCounts:
     """
 
     def __init__(self, limit: int = MAX_PAIRS) -> None:
-        self.uncounted = 0
-        self._limit = limit
-        self._keys = np.zeros(0, np.int64)
-        self._counts = np.zeros(0, np.int64)
+        self.uncounted, self._limit = 0, limit
+        self._keys = self._counts = np.zeros(0, np.int64)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._pending_pairs = 0
 
@@ -44,11 +42,10 @@ class PairCounts:
     @property
     def note(self) -> str:
         """What the limit left out, in words; empty where nothing."""
-        if not self.uncounted:
-            return ""
-        return (
+        more = (
             f"{self._limit:,} pairs of classes are counted; {self.uncounted:,} images of other pairs are not."
         )
+        return more if self.uncounted else ""
 
     def _merge(self) -> None:
         if not self._pending:

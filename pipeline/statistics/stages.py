@@ -93,10 +93,9 @@ class Meter:
 
 @dataclass(frozen=True)
 class StageFigures:
-    """One stage's part in a run.
+    """One stage's part in a run; `images` and `bytes` as in `StageMetrics`.
 
     Attributes:
-        images, bytes: as in `StageMetrics`.
         busy_s, wait_s: seconds in which its workers worked, and could have worked, summed over the workers.
         workers: number of workers that could work at once.
         share_busy: fraction of these seconds that are busy.
@@ -134,14 +133,9 @@ def stage_figures(
             wait = max(0.0, count * seconds - busy)
         else:
             count = (busy + wait) / seconds if seconds else 0.0
-        figures[stage] = StageFigures(
-            images=sums.images,
-            busy_s=round(busy, 3),
-            wait_s=round(wait, 3),
-            bytes=sums.bytes,
-            workers=round(count, 2),
-            share_busy=round(busy / (busy + wait), 4) if busy + wait else 0.0,
-        )
+        share = round(busy / (busy + wait), 4) if busy + wait else 0.0
+        times = round(busy, 3), round(wait, 3)
+        figures[stage] = StageFigures(sums.images, *times, sums.bytes, round(count, 2), share)
     return figures
 
 

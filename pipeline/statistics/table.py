@@ -62,9 +62,7 @@ def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> 
             "score_std": variance**0.5,
             "score_min": stats.score_min[i],
             "score_max": stats.score_max[i],
-            "score_p05": _quantile(stats.score_histogram[i], 0.05),
-            "score_p50": _quantile(stats.score_histogram[i], 0.50),
-            "score_p95": _quantile(stats.score_histogram[i], 0.95),
+            **{f"score_p{q:02d}": _quantile(stats.score_histogram[i], q / 100) for q in (5, 50, 95)},
             "entropy_mean": int(stats.entropy_sum[i]) / (count * SCALE),
         }
     if stats.has_targets:

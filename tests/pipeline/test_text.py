@@ -22,7 +22,6 @@ WRITTEN = [
     "\U0001f600\U0001f44d\U0001f3fd❤\ufe0f",  # with a skin, and as an emoji
     "\U0001f469\u200d\U0001f469\u200d\U0001f467",  # a family
     "\U0001f1e9\U0001f1ea",
-    "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",  # Scotland
     "C:\\x1b",
 ]
 HIDDEN = {

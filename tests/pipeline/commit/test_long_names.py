@@ -21,6 +21,7 @@ from pipeline.run import State, label, make_job, plan_run, rebuild
 from pipeline.statistics import Classes
 from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_image, make_tar
+from tests.partitions import manifest_rows
 from tests.runs import run_config
 
 #: As long as a disk, and a bucket of the test's server, takes a part of a name; with three bytes a character.
@@ -119,10 +120,12 @@ def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place
 def test_they_are_found_again_without_the_manifest_and_their_changes_replace_them(place: Place) -> None:
     found = put(place)
     label(place.config)
-    manifest = {row.uri: replace(row, run=None, committed_at=None) for row in place.partition.manifest.rows()}
+    manifest = {
+        row.uri: replace(row, run=None, committed_at=None) for row in manifest_rows(place.partition.manifest)
+    }
     place.storage.delete(place.partition.manifest.uri)
     rebuild(make_job(place.config).partition)
-    assert {row.uri: row for row in place.partition.manifest.rows()} == manifest
+    assert {row.uri: row for row in manifest_rows(place.partition.manifest)} == manifest
     before = outputs(place)
     place.put({found[0]: tar(50, count=5), found[-1]: tar(60, count=1)})
     result = label(place.config)

@@ -16,6 +16,7 @@ from pipeline.run import PreparedRun, label, make_job, plan_run, rebuild, rebuil
 from pipeline.storage import Pauses, Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
+from tests.partitions import manifest_rows
 from tests.pipeline import crashing
 from tests.pipeline.crashing import Crash
 from tests.pipeline.replaying import Place
@@ -45,7 +46,7 @@ def untimed(rows: list[ManifestRow]) -> list[ManifestRow]:
 
 def assert_rebuilds(partition: Partition) -> None:
     rebuilt = rebuilt_rows(partition.storage, partition.uri)
-    assert untimed(rebuilt) == untimed(list(partition.manifest.rows()))
+    assert untimed(rebuilt) == untimed(manifest_rows(partition.manifest))
 
 
 @pytest.mark.slow
@@ -59,7 +60,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
         storage.write(uri, content)
         label(config(bucket), selection=selection)
         assert_rebuilds(partition)
-        [row] = [row for row in partition.manifest.rows() if row.uri == uri]
+        [row] = [row for row in manifest_rows(partition.manifest) if row.uri == uri]
         return row.error
 
     assert "damaged" in str(error_after(good[:700]))  # never labelled
@@ -70,7 +71,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     storage.delete(uri)
     label(config(bucket))
     assert_rebuilds(partition)
-    assert [(row.gone, row.error is None) for row in partition.manifest.rows()] == [
+    assert [(row.gone, row.error is None) for row in manifest_rows(partition.manifest)] == [
         (True, False),
         (False, True),
     ]
@@ -208,7 +209,7 @@ def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: s
     Storage().write(f"{bucket}/other/b.tar", GOOD)
     label(config(bucket, f"input.uri={bucket}/other"))
     assert_rebuilds(partition)
-    assert [row.gone for row in partition.manifest.rows()] == [True, False, False]
+    assert [row.gone for row in manifest_rows(partition.manifest)] == [True, False, False]
 
 
 def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str) -> None:
@@ -227,7 +228,7 @@ def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str)
         label(config(bucket, "run.lease_s=0.1"), on_progress=overtaken)
     label(config(bucket))
     assert_rebuilds(partition)
-    assert [row.error for row in partition.manifest.rows()] == [None] * 4
+    assert [row.error for row in manifest_rows(partition.manifest)] == [None] * 4
 
 
 def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
@@ -247,7 +248,7 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
     with pytest.raises(LeaseLostError):
         rebuild(make_job(config(bucket)).partition)
     assert_rebuilds(partition)
-    assert [row.error is None for row in partition.manifest.rows()] == [True, True, False]
+    assert [row.error is None for row in manifest_rows(partition.manifest)] == [True, True, False]
 
 
 def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from pipeline.run import (
 from pipeline.storage import ObjectInfo, Pauses, Storage
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
+from tests.partitions import manifest_rows
 from tests.runs import run_config as config
 from tests.runs import small_groups
 
@@ -173,7 +174,7 @@ def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Pat
     gone.unlink()
     label(config(root))
     assert len(files(root)) == 2
-    assert [row.gone for row in plan_run(config(root)).job.partition.manifest.rows()] == [True, False]
+    assert [row.gone for row in manifest_rows(plan_run(config(root)).job.partition.manifest)] == [True, False]
     gallery = Storage(), plan_run(config(root)).job.partition.uri
     assert {item.shard for item in read_gallery(*gallery)} == {f"{root}/in/{i}.tar" for i in range(2)}
     pruned = label(config(root), selection=Selection(prune=True))
