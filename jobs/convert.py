@@ -3,22 +3,16 @@
 The layouts themselves belong to `cvt.checkpoints`.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from cvt.errors import NoClassifierError
 from jobs import console
-
-if TYPE_CHECKING:
-    from cvt.modeling import CvtForImageClassification, CvtModel
-    from cvt.preprocessing import Preprocessor
 
 Layout = Literal["hugging-face", "microsoft"]
 
@@ -44,25 +38,48 @@ def convert(
     Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
     loaded.
     """
+    # PyTorch takes seconds, which --help need not wait for.
+    import torch
+
+    from cvt.checkpoints import save_checkpoint
+    from cvt.checkpoints.microsoft import image_size, is_published, microsoft_weights
+    from pipeline.classify.checkpoint import open_checkpoint, open_features
+    from pipeline.storage import Storage
+
     _check_target(target, to)
-    model, preprocessor, described = _load(source, labels)
+    try:
+        checkpoint = open_checkpoint(Storage(), source, labels=labels)
+        model, preprocessor = checkpoint.model, checkpoint.preprocessor
+        described = f"{checkpoint.name}, {len(checkpoint.labels):,} classes"
+    except NoClassifierError:
+        if labels is not None:
+            raise
+        (model, preprocessor), described = open_features(Storage(), source), "no classifier"
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"{target.parent}: {error.strerror}", param_hint="TARGET") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
     # The target appears complete or not at all.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         written = Path(unfinished) / target.name
-        _write(model, preprocessor, written, to)
+        if to == "hugging-face":
+            save_checkpoint(model, preprocessor, written)
+        else:
+            torch.save(microsoft_weights(model), written)
         written.rename(target)
     console.show(f"{target}: {described}, {preprocessor.size} pixels")
-    if to == "microsoft":
-        _warn_of_loading(model, preprocessor, target.name)
+    # A .pth file has weights and a name only, from which the rest is guessed when it is loaded.
+    if to == "microsoft" and not is_published(model):
+        console.note(
+            "cvt-label: this is no published variant: to load it again, name it pytorch_model.bin, next to "
+            "its config.json and preprocessor_config.json"
+        )
+    if to == "microsoft" and image_size(target.name) != preprocessor.size:
+        pixels = image_size(target.name)
+        console.note(f"cvt-label: by its name, {target.name} loads as a model of {pixels} pixels")
 
 
 def _check_target(target: Path, to: Layout) -> None:
+    """Refuses a target that can't be written, before a model is loaded."""
     problem = None
     if re.match(r"\w+:/", str(target)):
         problem = "must be a local path"
@@ -70,52 +87,10 @@ def _check_target(target: Path, to: Layout) -> None:
         problem = "exists, and is not overwritten"
     elif (target.suffix == ".pth") != (to == "microsoft"):
         problem = "the name must end with .pth with --to microsoft, and only then"
+    elif not next(parent for parent in target.absolute().parents if parent.exists()).is_dir():
+        problem = "is below a file"
     if problem is not None:
         raise typer.BadParameter(f"{target}: {problem}", param_hint="TARGET")
-
-
-def _load(source: str, labels: str | None) -> tuple[CvtForImageClassification | CvtModel, Preprocessor, str]:
-    """Returns the model, its preprocessing, and a description of the model."""
-    from pipeline.classify.checkpoint import open_checkpoint, open_features
-    from pipeline.storage import Storage
-
-    try:
-        checkpoint = open_checkpoint(Storage(), source, labels=labels)
-    except NoClassifierError:
-        if labels is not None:
-            raise
-        return (*open_features(Storage(), source), "no classifier")
-    described = f"{checkpoint.name}, {len(checkpoint.labels):,} classes"
-    return checkpoint.model, checkpoint.preprocessor, described
-
-
-def _write(
-    model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, target: Path, to: Layout
-) -> None:
-    import torch
-
-    from cvt.checkpoints import save_checkpoint
-    from cvt.checkpoints.microsoft import microsoft_weights
-
-    if to == "hugging-face":
-        save_checkpoint(model, preprocessor, target)
-    else:
-        torch.save(microsoft_weights(model), target)
-
-
-def _warn_of_loading(
-    model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, name: str
-) -> None:
-    """Warns of what a .pth file, which has weights and a name only, does not tell when it is loaded."""
-    from cvt.checkpoints.microsoft import image_size, is_published
-
-    if not is_published(model):
-        console.note(
-            "cvt-label: this is no published variant: to load it again, name it pytorch_model.bin, next to "
-            "its config.json and preprocessor_config.json"
-        )
-    if image_size(name) != preprocessor.size:
-        console.note(f"cvt-label: by its name, {name} loads as a model of {image_size(name)} pixels")
 
 
 if __name__ == "__main__":

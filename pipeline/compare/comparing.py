@@ -5,7 +5,7 @@ have, in the same version, are opened, one shard of each at a time in each threa
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,16 +23,10 @@ from pipeline.storage import Storage, StorageError
 _READERS = 16
 
 
-def compare(
-    a: LabelSet,
-    b: LabelSet,
-    with_agreement: bool = True,
-    on_progress: Callable[[int], None] = lambda shards: None,
-) -> Comparison:
+def compare(a: LabelSet, b: LabelSet, with_agreement: bool = True) -> Comparison:
     """Compares two label sets by class and, where they have samples in common, sample by sample.
 
     Two runs of one partition have no sample in common, since a shard has one set of labels there.
-    `on_progress` gets the number of shards compared so far.
 
     Raises:
         StorageError: a label set can't be read, or has no labeled image.
@@ -44,7 +38,7 @@ def compare(
     drift = Drift(classes, a.counts, b.counts)
     agreement = None
     if with_agreement and a.partition.uri != b.partition.uri:
-        agreement = measure_agreement(classes, a, b, on_progress)
+        agreement = measure_agreement(classes, a, b)
     return Comparison(a.id, b.id, drift, agreement)
 
 
@@ -73,9 +67,7 @@ def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None
     storage.write(uri, file.getvalue())
 
 
-def measure_agreement(
-    classes: Classes, a: LabelSet, b: LabelSet, on_progress: Callable[[int], None] = lambda shards: None
-) -> Agreement:
+def measure_agreement(classes: Classes, a: LabelSet, b: LabelSet) -> Agreement:
     """Compares two label sets sample by sample."""
     # Both manifests are read before any label: a run may rewrite them while labels are read, for hours.
     shards = a.shards().join(b.shards(), "uri", join_type="full outer", left_suffix="_a", right_suffix="_b")
@@ -107,7 +99,6 @@ def measure_agreement(
                 result.only_a += shard["labeled_a"]
                 result.only_b += shard["labeled_b"]
                 result.changed_shards += 1
-            on_progress(result.shards)
     return result
 
 

@@ -91,12 +91,6 @@ def test_file_that_is_no_prediction_file_is_named(models: tuple[str, str]) -> No
         compare(*opened(*models))
 
 
-def test_progress_counts_the_compared_shards(models: tuple[str, str]) -> None:
-    seen: list[int] = []
-    compare(*opened(*models), on_progress=seen.append)
-    assert seen == [2]
-
-
 def test_runs_of_a_partition_are_compared_by_the_labels_they_have_now(tmp_path: Path) -> None:
     uri = f"{tmp_path}/model=a-00000000"
     days = [
