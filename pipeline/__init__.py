@@ -25,21 +25,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "Config": "pipeline.config",
-    "Partition": "pipeline.commit",
-    "RunResult": "pipeline.run",
-    "Selection": "pipeline.config",
-    "compare_labels": "pipeline.compare",
-    "find_partition": "pipeline.run",
-    "label": "pipeline.run",
-    "load_job_config": "pipeline.config",
-    "open_partition": "pipeline.commit",
-    "plan": "pipeline.run",
-    "publish_labels": "pipeline.publish",
-    "write_report": "pipeline.run",
-}
-_RENAMED = {"plan": "plan_run"}
+#: The packages that have the public names; those that import least come first.
+_PACKAGES = ("config", "commit", "compare", "publish", "run")
 
 __all__ = [
     "Config",
@@ -62,6 +49,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), _RENAMED.get(name, name))
+    if name in __all__:
+        internal = "plan_run" if name == "plan" else name
+        for package in _PACKAGES:
+            module = importlib.import_module(f"pipeline.{package}")
+            if hasattr(module, internal):
+                return getattr(module, internal)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
