@@ -94,12 +94,10 @@ class Lease:
         for is read every `poll_s` seconds.
         """
         self.uri = f"{partition}/{_NAME}"
-        self._storage = storage
-        self.run = run
+        self._storage, self.run = storage, run
         self.found_in_order = self.left_in_order = False
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
-        self._seconds = seconds
-        self._poll_s = min(poll_s, seconds / 3)
+        self._seconds, self._poll_s = seconds, min(poll_s, seconds / 3)
         self._version: str | None = None
         self._lost = False
         self._stop = threading.Event()

@@ -24,9 +24,7 @@ class ManifestWriter:
 
         `before_write` is called before each write, in any thread.
         """
-        self._before_write = before_write
-        self._manifest = manifest
-        self._interval = interval
+        self._manifest, self._interval, self._before_write = manifest, interval, before_write
         self._pending: dict[str, ManifestRow] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="manifest")

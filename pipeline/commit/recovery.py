@@ -170,14 +170,13 @@ def read_history(storage: Storage, partition: str) -> History:
 
 @dataclass
 class Repairs:
-    """How to bring the manifest in line with prediction files and records.
+    """How to bring the manifest in line with prediction files and records; rows are by URI.
 
     Attributes:
-        rows: by URI, rows to put in.
-        removed: shards whose rows are to be removed.
+        rows, removed: rows to put in, and shards whose rows are to be removed.
+        entries: all rows, with these repairs.
         cured: shards whose failures no longer hold.
-        gone: by URI, whether the shard was deleted from the input, where the manifest has it otherwise.
-        entries: the manifest's rows with these repairs, by URI.
+        gone: whether the shard was deleted from the input, where the manifest has it otherwise.
     """
 
     rows: dict[str, ManifestRow]
@@ -190,12 +189,10 @@ class Repairs:
 def find_repairs(
     storage: Storage, partition: str, fingerprint: str, manifest: Mapping[str, ManifestRow], in_order: bool
 ) -> Repairs:
-    """Compares the manifest with what it is made from.
+    """Compares the manifest, whose rows it gets by URI, with what it is made from.
 
     Prediction files are always listed, for they are the source of truth, whoever wrote them. Run records are
-    only read where the last run died.
-
-    `manifest` has its rows by URI. `in_order` is whether it exists and the last run left it up to date.
+    only read unless all is `in_order`: there is a manifest, and the last run left it up to date.
 
     Raises:
         StorageError: something there is no prediction file of this partition, or no record.

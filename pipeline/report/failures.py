@@ -41,10 +41,9 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
         )
     if len(failed):
         section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
-        first = "" if len(section.unreadable) == len(failed) else f", the first {len(section.unreadable)}"
-        section.unreadable_note = (
-            f"{counted(len(failed), 'shard')} could not be read (manifest.parquet lists them{first}):"
-        )
+        first = f", the first {MOST_UNREADABLE}" if len(failed) > MOST_UNREADABLE else ""
+        shards = counted(len(failed), "shard")
+        section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
     return section
 
 

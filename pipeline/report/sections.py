@@ -15,7 +15,6 @@ from pipeline.statistics import (
     Calibration,
     ClassStatistics,
     Comparison,
-    Drift,
     StageFigures,
     class_cells,
     class_table,
@@ -98,14 +97,14 @@ def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section
     if any(right):
         series.append(("correct, of images with a target", right))
         headings.append("Correct")
-    high = sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole))
+    high = percent(sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole)))
     section.charts.append(
         Chart(
             "Confidence: images by score",
             headings,
             bin_rows(*([number(value) for value in values] for _, values in series), digits=2),
             Histogram(series, number),
-            note=f"The score is the softmax of the class given: {percent(high)} of the images have 0.9 or more.",
+            note=f"The score is the softmax of the class given: {high} of the images have 0.9 or more.",
         )
     )
     return section
@@ -197,7 +196,28 @@ def comparison(found: Comparison, number_in_page: int) -> Section:
     section.facts["There"] = f"{there}: {found.a.name}"
     section.facts["Here"] = "all labels" if found.b.run is None else "what this run labeled"
     section.facts |= found.facts("there", "here")
-    section.charts += [_changed(found.drift), _score_drift(found.drift)]
+    drift, chosen = found.drift, found.drift.most_changed(MOST_CHANGED)
+    names, parts = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_parts[chosen])
+    here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
+    counts = (map(number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
+    section.charts.append(
+        Chart(
+            "Classes whose share changed most",
+            ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
+            [*zip(names, *counts, map(percent, here), map(percent, there), parts, strict=True)],
+            Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
+        )
+    )
+    here, there = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
+    section.charts.append(
+        Chart(
+            "Scores, here and there",
+            ["Score", "Share here", "Share there"],
+            bin_rows([*map(percent, here)], [*map(percent, there)]),
+            Histogram([("here", here), ("there", there)], "{:.0%}".format),
+            f"The population stability index is {drift.score_psi:.4f}.",
+        )
+    )
     if agreement is not None and (pairs := agreement.disagreements.top(MOST_PAIRS)):
         rows = [
             [labels[b], labels[a], number(count), percent(count / agreement.compared)]
@@ -216,39 +236,6 @@ def _other(found: Comparison) -> str:
     if a.run is None:
         return "all labels"
     return f"run {a.run}" if b.run is None else "the previous run"
-
-
-def _changed(drift: Drift) -> Chart:
-    chosen, parts = drift.most_changed(MOST_CHANGED), drift.psi_parts
-    names = [drift.classes.labels[i] for i in chosen]
-    here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
-    return Chart(
-        "Classes whose share changed most",
-        ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
-        [
-            [
-                name,
-                number(drift.count_b[i]),
-                number(drift.count_a[i]),
-                percent(b),
-                percent(a),
-                f"{parts[i]:.4f}",
-            ]
-            for i, name, b, a in zip(chosen, names, here, there, strict=True)
-        ],
-        Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
-    )
-
-
-def _score_drift(drift: Drift) -> Chart:
-    here, there = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
-    return Chart(
-        "Scores, here and there",
-        ["Score", "Share here", "Share there"],
-        bin_rows([*map(percent, here)], [*map(percent, there)]),
-        Histogram([("here", here), ("there", there)], "{:.0%}".format),
-        f"The population stability index is {drift.score_psi:.4f}.",
-    )
 
 
 def gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:

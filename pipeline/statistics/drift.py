@@ -25,15 +25,11 @@ _ADDED = 0.5
 def psi_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Each class's part of the PSI between counts, along the last axis; 0 for a class in neither."""
     occurs = (a > 0) | (b > 0)
-    first, second = (_fractions(np.where(occurs, counts + _ADDED, 0)) for counts in (a, b))
+    with_added = (np.where(occurs, counts + _ADDED, 0) for counts in (a, b))
+    first, second = (each / np.maximum(each.sum(axis=-1, keepdims=True), _ADDED) for each in with_added)
     ratio = np.divide(second, first, out=np.ones_like(first), where=occurs)
     parts: np.ndarray = (second - first) * np.log(ratio)
     return parts
-
-
-def _fractions(counts: np.ndarray) -> np.ndarray:
-    fractions: np.ndarray = counts / np.maximum(counts.sum(axis=-1, keepdims=True), _ADDED)
-    return fractions
 
 
 def psi_by_chance(a: np.ndarray, b: np.ndarray) -> float:
