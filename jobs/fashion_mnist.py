@@ -3,12 +3,9 @@
 It made the sample in this package, and the shards that the bundled checkpoint was trained on.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -32,39 +29,30 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def pack(samples: Iterable[tuple[str, np.ndarray, int]], path: Path) -> None:
-    """Writes a WebDataset tar of PNG images with their class ids; the same samples, the same bytes."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, pixels, label in samples:
-            png = io.BytesIO()
-            Image.fromarray(pixels).save(png, "png", optimize=True)
-            for name, content in ((f"{key}.png", png.getvalue()), (f"{key}.cls", b"%d" % label)):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
 def fashion_mnist(
     source: Annotated[Path, typer.Argument(help="Folder with the four idx*-ubyte.gz files.")],
     target: Annotated[Path, typer.Argument(help="Folder for train/ and test/.")],
     per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 5000,
 ) -> None:
-    """Pack the 60,000 training and 10,000 test images as WebDataset shards."""
+    """Pack the 60,000 training and 10,000 test images as WebDataset shards.
+
+    A shard has PNG images with their class ids; the same samples make the same bytes.
+    """
     for part, name in (("train", "train"), ("test", "t10k")):
         images = read_idx(source / f"{name}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{name}-labels-idx1-ubyte.gz")
         folder = target / part
         folder.mkdir(parents=True, exist_ok=True)
         for number, start in enumerate(range(0, len(images), per_shard)):
-            stop = min(start + per_shard, len(images))
-            pack(_samples(part, images, labels, start, stop), folder / f"{part}-{number:04d}.tar")
-
-
-def _samples(
-    part: str, images: np.ndarray, labels: np.ndarray, start: int, stop: int
-) -> Iterator[tuple[str, np.ndarray, int]]:
-    for index in range(start, stop):
-        yield f"{part}-{index:05d}", images[index], int(labels[index])
+            path = folder / f"{part}-{number:04d}.tar"
+            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for index in range(start, min(start + per_shard, len(images))):
+                    png = io.BytesIO()
+                    Image.fromarray(images[index]).save(png, "png", optimize=True)
+                    for kind, content in (("png", png.getvalue()), ("cls", b"%d" % labels[index])):
+                        member = tarfile.TarInfo(f"{part}-{index:05d}.{kind}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
 
 
 if __name__ == "__main__":
