@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -45,16 +44,9 @@ class Causes:
 
     def add(self, shard: str, samples: pa.Table) -> None:
         """Counts the errors of samples of a shard, from the columns `key` and `error`."""
-        bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"])).combine_chunks()
-        if not bad.num_rows:
-            return
-        causes = causes_of(bad["error"]).combine_chunks().dictionary_encode()
-        places = causes.indices.to_numpy()
-        order, counts = np.argsort(places, kind="stable"), np.bincount(places)
-        firsts = np.cumsum(counts) - counts
-        for text, count, first in zip(causes.dictionary.to_pylist(), counts.tolist(), firsts, strict=True):
-            some = bad.take(order[first : first + min(count, MOST_KEYS)]).to_pylist()
-            self._count(text, count, [{"shard": shard, **row} for row in some])
+        bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"]))
+        for text, row in zip(causes_of(bad["error"]).to_pylist(), bad.to_pylist(), strict=True):
+            self._count(text, 1, [{"shard": shard, **row}])
 
     def merge(self, other: Self) -> None:
         """Adds the errors that `other` counted."""
