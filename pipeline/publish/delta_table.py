@@ -42,8 +42,8 @@ SHARDS = pa.schema(
         ("source", pa.string()),
     ]
 )
-#: Metadata of the list: paths of the data files, as JSON.
-_FILES = b"cvt_label.files"
+#: Metadata of the list: the paths of all data files, as JSON.
+_NOTES = b"cvt_label.table"
 
 _TOKENS = 2**32  # of a version
 
@@ -124,7 +124,7 @@ class DeltaTable:
         return replace(found, shards=found.shards.set_column(1, SHARDS.field(1), unknown))
 
     def _logged(self) -> Snapshot:
-        """The current version as the log has it, without its columns and shards."""
+        """The current version as the log has it, without its shards."""
         if importlib.util.find_spec("deltalake") is None:
             cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
             raise StorageError(self.uri, cause)
@@ -157,7 +157,7 @@ class DeltaTable:
             table = pq.read_table(io.BytesIO(self.storage.read(uri)))
         except ObjectNotFound:
             return logged, f"the list of their shards is missing, {uri}"
-        published = json.loads(table.schema.metadata[_FILES])
+        published = json.loads(table.schema.metadata[_NOTES])["files"]
         is_same = {file.path for file in logged.files} == {*published}
         found = replace(logged, shards=table.select(SHARDS.names).cast(SHARDS))
         return found, None if is_same else self._edit_since(found.transaction)
@@ -181,8 +181,8 @@ class DeltaTable:
         from deltalake import DeltaTable as Table
         from deltalake.exceptions import DeltaError
 
-        files = json.dumps([file.path for file in snapshot.files])
-        shards = snapshot.shards.replace_schema_metadata({_FILES: files})
+        notes = json.dumps({"files": [file.path for file in snapshot.files]})
+        shards = snapshot.shards.replace_schema_metadata({_NOTES: notes})
         out = io.BytesIO()
         pq.write_table(shards, out, compression="zstd")
         self.storage.write(self._list(snapshot), out.getvalue())
@@ -231,13 +231,18 @@ class DeltaTable:
         from deltalake.transaction import AddAction, RemoveAction
 
         now, partition = time.time_ns() // 10**6, {"model": self.model}
-        return [
+        was, stays = {*before.files}, {*after.files}
+        added = [
             AddAction(file.path, file.bytes, partition, now, True, file.statistics)
-            for file in {*after.files} - {*before.files}
-        ] + [
-            RemoveAction(file.path, True, deletion_timestamp=now, size=file.bytes, partition_values=partition)
-            for file in {*before.files} - {*after.files}
+            for file in after.files
+            if file not in was
         ]
+        removed = [
+            RemoveAction(file.path, True, deletion_timestamp=now, size=file.bytes, partition_values=partition)
+            for file in before.files
+            if file not in stays
+        ]
+        return [*added, *removed]
 
     def _open(self, version: int | None = None) -> Any:
         """The table, in one version or as it is now, with the credentials of now; None where it is none."""

@@ -35,10 +35,8 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
             f"{counted(errors, 'sample')} of {counted(bad, 'shard')} could not be labeled"
             f"{_by_cause(section, partition, errors, bad, max_files)}"
         )
-        source = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
-        section.query = (
-            f"SELECT shard, key, error FROM '{source}' WHERE error IS NOT NULL ORDER BY shard, \"index\""
-        )
+        files = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
+        section.query = f"SELECT shard, key, error FROM '{files}' WHERE error IS NOT NULL ORDER BY ALL"
     if len(failed):
         section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
         first = f", the first {MOST_UNREADABLE}" if len(failed) > MOST_UNREADABLE else ""
