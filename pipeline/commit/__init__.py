@@ -5,8 +5,7 @@ Deciding what to label does not belong here.
 
 from pipeline.commit.committer import WRITERS, Committer, Progress, Totals
 from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in_order
-from pipeline.commit.manifest import Manifest, ManifestRow
-from pipeline.commit.manifest_writer import ManifestWriter
+from pipeline.commit.manifest import Manifest, ManifestRow, ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
 from pipeline.commit.recovery import (

@@ -111,10 +111,7 @@ class Lease:
         try:
             self.found_in_order = self.acquire(wait, on_wait)
         except KeyboardInterrupt:  # it may have come just after the lease was taken
-            found = _latest(self._storage, self.uri)
-            if found is not None and found.content.run == self.run:
-                self._version = found.version
-                self.release(in_order=False)
+            self.release(in_order=False)
             raise
         try:
             yield

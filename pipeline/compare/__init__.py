@@ -3,5 +3,11 @@
 Reading what is compared belongs here. The figures are defined in `statistics`, and `report` draws them.
 """
 
-from pipeline.compare.comparing import RunPair, compare, compare_labels, write_comparison
-from pipeline.compare.label_set import LabelSet, NoPreviousRunError
+from pipeline.compare.comparing import (
+    LabelSet,
+    NoPreviousRunError,
+    RunPair,
+    compare,
+    compare_labels,
+    write_comparison,
+)

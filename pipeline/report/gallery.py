@@ -74,13 +74,12 @@ class Gallery:
         if THUMBNAIL_COLUMN not in chunk.samples.column_names:
             return chunk
         shard = self._shards[chunk.shard].uri
-        numbered = chunk.samples.append_column("row", pa.array(range(chunk.samples.num_rows)))
+        numbers = pa.array(range(chunk.start, chunk.start + chunk.samples.num_rows))
+        rows = chunk.samples.append_column("index", numbers)
+        rows = rows.select([name for name in _SCHEMA.names if name not in ("end", "shard")])
         items = self._arrived.setdefault(shard, [])
-        for row in numbered.filter(pc.is_valid(numbered[THUMBNAIL_COLUMN])).to_pylist():
-            at = chunk.start + row["row"]
-            for end in (MOST, LEAST):
-                about = (row["label_id"], row["label"], end, row["score"], shard, at, row["key"])
-                items.append(Item(*about, thumbnail=row[THUMBNAIL_COLUMN]))
+        for row in rows.filter(pc.is_valid(rows[THUMBNAIL_COLUMN])).to_pylist():
+            items += [Item(**row, end=end, shard=shard) for end in (MOST, LEAST)]
         return replace(chunk, samples=chunk.samples.drop_columns([THUMBNAIL_COLUMN]))
 
     def settle(self, shard: str, is_committed: bool) -> None:

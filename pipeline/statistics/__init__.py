@@ -3,9 +3,8 @@
 NumPy and Arrow only. Reading and writing files does not belong here.
 """
 
-from pipeline.statistics.calibration import Calibration
 from pipeline.statistics.causes import Causes
-from pipeline.statistics.classes import HISTOGRAM_BINS, ClassStatistics
+from pipeline.statistics.classes import HISTOGRAM_BINS, Calibration, ClassStatistics
 from pipeline.statistics.comparison import Agreement, Comparison, LabelSetId, Limits
 from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import Classes, Drift

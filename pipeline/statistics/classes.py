@@ -15,6 +15,7 @@ from pipeline.statistics.confusion import PairCounts
 
 #: Bins of the score histogram over [0, 1]; a bin's width is the resolution of the quantiles.
 HISTOGRAM_BINS = 100
+CALIBRATION_BINS = 10
 
 #: Fixed point of the sums: kept to 2**-27, an int64 has room for the entropies of 6e9 images of one
 #: class, even where there are 22,000 classes (10 nats).
@@ -192,6 +193,40 @@ class ClassStatistics:
     def knows_top5(self, topk: int) -> bool:
         """Whether rows with `topk` classes show if a target is among the five best."""
         return topk >= min(5, len(self.count))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration: whether samples labeled with a score of 0.8 are correct in 80 % of the cases.
+
+    Arrays have the shape (`CALIBRATION_BINS`,): bins of the score of equal width, each with its lower end.
+
+    Attributes:
+        counts: samples with a target whose score is in the bin.
+        accuracy: fraction of these samples that are labeled with their target; NaN in an empty bin.
+        confidence: mean score of these samples; NaN in an empty bin.
+    """
+
+    counts: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+
+    @classmethod
+    def of(cls, stats: ClassStatistics) -> Self:
+        """Computes the calibration of all samples with a target."""
+        counts, hits, sums = stats.calibration.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
+        with np.errstate(invalid="ignore"):
+            return cls(counts, hits / counts, sums / SCALE / counts)
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error: the mean of |accuracy - mean score|, weighted by the bins' samples.
+
+        NaN without samples. See Naeini et al., AAAI 2015; Guo et al., "On Calibration of Modern Neural
+        Networks", 2017.
+        """
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float(np.nansum(self.counts * gaps) / self.counts.sum())
 
 
 def _flattened(partial: pa.Table, *names: str) -> list[np.ndarray]:

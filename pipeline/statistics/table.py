@@ -44,16 +44,14 @@ def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.
 
     The top-5 recall is null where rows have only `topk` classes, fewer than five and than the model has.
     """
-    total = int(stats.count.sum())
-    knows_top5 = stats.knows_top5(topk)
-    rows = [{"label": label, **_class_row(stats, i, total, knows_top5)} for i, label in enumerate(labels)]
+    rows = [{"label_id": i, "label": label, **_class_row(stats, i, topk)} for i, label in enumerate(labels)]
     return pa.Table.from_pylist(rows, schema=CLASS_STATS_SCHEMA)
 
 
-def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> dict[str, object]:
-    count = int(stats.count[i])
-    row: dict[str, object] = {"label_id": i, "count": count, "fraction": ratio(count, total)}
-    row["score_histogram"] = stats.score_histogram[i]
+def _class_row(stats: ClassStatistics, i: int, topk: int) -> dict[str, object]:
+    count, histogram = int(stats.count[i]), stats.score_histogram[i]
+    fraction = ratio(count, int(stats.count.sum()))
+    row: dict[str, object] = {"count": count, "fraction": fraction, "score_histogram": histogram}
     if count:
         score_sum, squares = int(stats.score_sum[i]), int(stats.score_square_sum[i])
         variance = max(0, count * squares * SCALE - score_sum**2) / (count * SCALE) ** 2
@@ -62,7 +60,7 @@ def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> 
             "score_std": variance**0.5,
             "score_min": stats.score_min[i],
             "score_max": stats.score_max[i],
-            **{f"score_p{q:02d}": _quantile(stats.score_histogram[i], q / 100) for q in (5, 50, 95)},
+            **{f"score_p{q:02d}": _quantile(histogram, q / 100) for q in (5, 50, 95)},
             "entropy_mean": int(stats.entropy_sum[i]) / (count * SCALE),
         }
     if stats.has_targets:
@@ -74,7 +72,7 @@ def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> 
             "precision": ratio(hits, predicted),
             "recall": ratio(hits, support),
             "f1": ratio(2 * hits, predicted + support),
-            "top5_recall": ratio(int(stats.top5_hits[i]), support) if knows_top5 else None,
+            "top5_recall": ratio(int(stats.top5_hits[i]), support) if stats.knows_top5(topk) else None,
         }
     return row
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from pipeline.commit import committer as committing
-from pipeline.commit import lease, manifest_writer
+from pipeline.commit import lease, manifest
 from pipeline.config import Config, Selection, load_config
 from pipeline.run import labeling, make_job, rebuild
 from pipeline.storage import Storage
@@ -75,7 +75,7 @@ def _run(
     patch = pytest.MonkeyPatch()
     small_groups(patch)
     patch.setattr(committing, "WRITERS", 1)
-    patch.setattr(manifest_writer, "MOST_PENDING", 2)
+    patch.setattr(manifest, "MOST_PENDING", 2)
     # The last run was killed just now: what is tested is not that its lease expires.
     patch.setattr(lease.LeaseState, "is_live", False)
     if crash is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commit import lease, manifest_writer
+from pipeline.commit import lease, manifest
 from pipeline.config import LABEL_NEW, Selection
 from tests.makers import make_tar
 from tests.pipeline.crashing import Crash
@@ -72,7 +72,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
-    monkeypatch.setattr(manifest_writer, "MOST_PENDING", 2)
+    monkeypatch.setattr(manifest, "MOST_PENDING", 2)
     monkeypatch.setattr(lease.LeaseState, "is_live", False)  # runs die, and their leases are not waited for
 
 
