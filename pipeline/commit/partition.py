@@ -104,7 +104,7 @@ class Partition:
 
     def records(self) -> list[str]:
         """The ids of all runs that left a record, in their order."""
-        listing = self.storage.list(f"{self.uri}/runs", missing_ok=True)
+        listing = self.storage.list(f"{self.uri}/runs")
         found = [info.uri.rpartition("/")[2] for info in listing]
         return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
 

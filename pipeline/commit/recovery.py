@@ -27,7 +27,7 @@ _FAILURE = ("uri", "format", "size", "error", "failed_version")
 
 def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
     """Lists the prediction files of a partition."""
-    files = storage.list(f"{partition}/predictions", missing_ok=True)
+    files = storage.list(f"{partition}/predictions")
     return (info for info in files if info.uri.endswith(".parquet"))
 
 
@@ -158,7 +158,7 @@ class History:
 def read_history(storage: Storage, partition: str) -> History:
     """Replays the records of all runs; raises `StorageError` if one of them is no record."""
     history = History()
-    uris = sorted(info.uri for info in storage.list(f"{partition}/runs", missing_ok=True))
+    uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
         for uri, content in zip(uris, pool.map(storage.read, uris), strict=True):
             try:

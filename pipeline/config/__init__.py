@@ -3,7 +3,6 @@
 Whatever acts on a configuration does not belong here.
 """
 
-from pipeline.config.identity import fingerprint, label_settings
 from pipeline.config.job import (
     IN_PROCESS,
     LABEL_NEW,

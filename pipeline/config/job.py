@@ -4,12 +4,14 @@ Every field that a run depends on is here and goes whole into the run's record. 
 credentials come from the standard chains of each storage service.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cvt.runtimes import Device, Precision, Runtime, precisions_of
+from cvt.runtimes import Device, Precision, Runtime, precisions_of, resolve_precision
 from pipeline.config.sections import Address, NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
 from pipeline.storage import Storage
 
@@ -113,12 +115,6 @@ class DecodeConfig(Section):
     num_cpus: PositiveFloat | None = None
     memory: PositiveInt | None = None
 
-    def resolved_device(self, classify_device: str) -> str:
-        """Returns where images are decoded, "cpu" or "gpu", with "auto" resolved."""
-        if self.device == "auto":
-            return "gpu" if classify_device == "cuda" else "cpu"
-        return self.device
-
 
 class ClassifyConfig(Section):
     """Classifier actors; null values are chosen from the resources of the cluster."""
@@ -187,7 +183,11 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """The configuration of a labeling job."""
+    """The configuration of a labeling job.
+
+    Loading replaces "auto" as precision and as decoder. `classify.device: auto` is left to the cluster, and
+    `input.format: auto` to each object.
+    """
 
     input: InputConfig
     model: ModelConfig
@@ -204,28 +204,44 @@ class Config(Section):
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
         device, decoder = self.classify.device, self.decode.device
-        for field, value, what in (
-            ("model.precision", self.model.precision, "the precision"),
-            ("decode.device", decoder, "the decoder"),
-        ):
+        for field, value in (("model.precision", self.model.precision), ("decode.device", decoder)):
             if value == device == "auto":
-                raise ValueError(
-                    f"{field}: 'auto' needs classify.device to be cpu or cuda: {what} determines labels, and "
-                    "must be known before the cluster is"
-                )
+                message = "'auto' needs classify.device to be cpu or cuda: labels depend on this field"
+                raise ValueError(f"{field}: {message}")
+        precision = resolve_precision(self.model.precision, device)
+        if decoder == "auto":
+            decoder = "gpu" if device == "cuda" else "cpu"
         if decoder == "gpu" and device != "cuda":
             raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', and it is {device!r}")
-        if self.decode.resolved_device(device) == "gpu" and self.decode.quality == "fast":
+        if decoder == "gpu" and self.decode.quality == "fast":
             raise ValueError("decode.quality: 'fast' is for the CPU, and decode.device is the GPU")
         runtime, precisions = self.classify.runtime, precisions_of(self.classify.runtime)
         if runtime == "openvino" and device == "cuda":
             raise ValueError("classify.runtime: 'openvino' is for CPUs, and classify.device is 'cuda'")
-        if self.model.precision not in ("auto", *precisions):
-            raise ValueError(
-                f"classify.runtime: {runtime!r} computes in {' or '.join(precisions)}, and "
-                f"model.precision is {self.model.precision!r}"
-            )
+        if precision not in precisions:
+            allowed = " or ".join(precisions)
+            message = f"{runtime!r} computes in {allowed}, and model.precision is {precision!r}"
+            raise ValueError(f"classify.runtime: {message}")
+        # The sections are frozen for everybody else.
+        self.__dict__["model"] = self.model.model_copy(update={"precision": precision})
+        self.__dict__["decode"] = self.decode.model_copy(update={"device": decoder})
         return self
+
+    @property
+    def label_settings(self) -> dict[str, Any]:
+        """The settings that determine a label, whatever the model: no place, and no share of the work."""
+        settings: dict[str, Any] = {
+            "precision": self.model.precision,
+            "output": self.output.model_dump(exclude={"uri"}),
+            "input": self.input.model_dump(exclude={"uri", "format"}),
+        }
+        decoder = self.decode.device, self.decode.quality
+        return settings if decoder == ("cpu", "exact") else settings | {"decode": decoder}
+
+    def fingerprint(self, checkpoint_digest: str) -> str:
+        """Returns the SHA-256 over everything that determines a label, in hexadecimal."""
+        whole = self.label_settings | {"checkpoint": checkpoint_digest}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def make_storage(section: StorageConfig) -> Storage:

@@ -84,22 +84,16 @@ class DatasetsConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_are_inherited(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        defaults, datasets = values.get("defaults") or {}, values.get("datasets")
-        if not isinstance(defaults, dict) or not isinstance(datasets, dict):
-            return values
-        whole = {name: _merged(defaults, {} if own is None else own) for name, own in datasets.items()}
-        return values | {"defaults": defaults, "datasets": whole}
+        match values:
+            case {"datasets": dict(datasets)}:
+                defaults = values.get("defaults") or {}
+                whole = {name: _merged(defaults, own or {}) for name, own in datasets.items()}
+                return values | {"defaults": defaults, "datasets": whole}
+        return values
 
 
-def _merged(defaults: dict[str, Any], own: Any) -> Any:
+def _merged(common: Any, own: Any) -> Any:
     """Returns a dataset's own fields over the common ones, field by field of each section."""
-    if not isinstance(own, dict):
+    if not isinstance(common, dict) or not isinstance(own, dict):
         return own
-    sections = {
-        name: common | own[name]
-        for name, common in defaults.items()
-        if isinstance(common, dict) and isinstance(own.get(name), dict)
-    }
-    return defaults | own | sections
+    return common | {name: _merged(common.get(name), value) for name, value in own.items()}

@@ -82,7 +82,7 @@ def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
     on_gpu = classify.device == "cuda" or (
         cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # which is for CPUs
     )
-    decodes_apart = decode.resolved_device(classify.device) == "cpu"
+    decodes_apart = decode.device == "cpu"
     decode_cpus = (decode.num_cpus or _decode_cpus(cluster.node_cpus)) if decodes_apart else 0.0
     cpus_left = cluster.cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:

@@ -8,7 +8,6 @@ Nothing here knows which executor runs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from pipeline.decode import decode_chunk
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, cut_into_chunks, read_samples
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE, Meter, StageMetrics
-from pipeline.storage import Storage, StorageError, retries
+from pipeline.storage import Storage, retries
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -47,8 +46,6 @@ def read_step(
     """
     meter, before = Meter(), retries()
     for number, shard in shards:
-        with suppress(StorageError):  # the reader meets the same error, and reports it
-            storage.connect(shard.uri)
         chunks = cut_into_chunks(read_samples(storage, shard, options), number, max_images, max_bytes)
         while True:
             with meter:

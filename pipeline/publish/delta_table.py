@@ -129,7 +129,7 @@ class DeltaTable:
             cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
             raise StorageError(self.uri, cause)
         # Listed first, so that access failures are reported like everywhere.
-        listed = self.storage.list(f"{self.uri}/_delta_log", missing_ok=True)
+        listed = self.storage.list(f"{self.uri}/_delta_log")
         table = self._open() if next(listed, None) is not None else None
         if table is None:
             return Snapshot()
@@ -216,7 +216,7 @@ class DeltaTable:
         self.storage.sweep(self.uri)
         current = self._list(snapshot)
         last = current.removesuffix(".parquet").rpartition("-")[0]
-        for uri in [info.uri for info in self.storage.list(current.rpartition("/")[0], missing_ok=True)]:
+        for uri in [info.uri for info in self.storage.list(current.rpartition("/")[0])]:
             if uri[: len(last)] <= last and uri != current:
                 self.storage.delete(uri)
 

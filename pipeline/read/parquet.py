@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.read.samples import ReadOptions, Sample, ShardError
+from pipeline.read.samples import ReadOptions, Sample, UnreadableError
 from pipeline.read.shards import Shard
-from pipeline.read.targets import TargetParser
 from pipeline.storage import Storage
 
 _PARQUET_BATCH_ROWS = 16
@@ -19,7 +18,6 @@ _PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
 
 def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the samples of a Parquet file, one per row."""
-    targets = TargetParser(options)
     # Each column chunk has a buffer of its own, straight from the object: another buffer in front of them
     # would be emptied by each change of column. `pre_buffer` would hold whole row groups.
     with (
@@ -28,55 +26,52 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
         ) as file,
     ):
-        schema = file.schema_arrow
-        image_column = _image_column(schema, shard, options)
+        image_column = _image_column(file.schema_arrow, options)
         label_column = options.label_column if options.labels else None
-        wanted = [image_column]
-        for name in (label_column, options.key_column):
-            if name is not None:
-                _require_column(schema, name, shard)
-                wanted.append(name)
+        others = [name for name in (label_column, options.key_column) if name is not None]
+        for name in others:
+            _require_column(file.schema_arrow, name)
         row = 0
-        for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
-            images, paths = _image_values(batch.column(image_column))
-            labels = batch.column(label_column) if label_column is not None else None
+        for batch in file.iter_batches(
+            _PARQUET_BATCH_ROWS, columns=[image_column, *others], use_threads=False
+        ):
+            nulls = pa.nulls(batch.num_rows)
+            images, paths = _image_values(batch.column(image_column), nulls)
+            labels = batch.column(label_column) if label_column is not None else nulls
             keys = batch.column(options.key_column) if options.key_column is not None else paths
             sizes = pc.binary_length(images)
             for i in range(batch.num_rows):
-                sample = Sample(_key(keys, i, row), None)
-                label = labels[i].as_py() if labels is not None else None
-                size = sizes[i].as_py()
-                sample.error = "the row has no image bytes" if size is None else options.size_error(size)
-                if sample.error is None:
-                    sample.target, sample.error = targets.parse(label)
-                if sample.error is None:
-                    sample.image = images[i].as_py()
-                yield sample
+                size, target = sizes[i].as_py(), None
+                error = "the row has no image bytes" if size is None else options.size_error(size)
+                if error is None:
+                    target, error = options.target(labels[i].as_py())
+                image = images[i].as_py() if error is None else None
+                yield Sample(_key(keys[i].as_py(), row), image, target, error)
                 row += 1
 
 
-def _image_column(schema: pa.Schema, shard: Shard, options: ReadOptions) -> str:
+def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     """The column that holds the images: as configured, or found."""
     found = [column.name for column in schema if _is_image_type(column.type)]
     name = options.image_column
     if name is not None:
-        _require_column(schema, name, shard)
+        _require_column(schema, name)
         if name not in found:
             problem = f"is {schema.field(name).type}, neither binary nor a struct with binary `bytes`"
-            raise ShardError(shard.uri, f"column {name!r} {problem}; {_columns(schema)}")
+            raise UnreadableError(f"column {name!r} {problem}; {_columns(schema)}")
         return name
     if "image" in found:
         return "image"
     if len(found) != 1:
         count = "no column" if not found else "more than one column"
         hint = f"{count} could be the image; name it by `input.image_column`"
-        raise ShardError(shard.uri, f"{hint}; {_columns(schema)}")
+        raise UnreadableError(f"{hint}; {_columns(schema)}")
     return cast(str, found[0])
 
 
-def _require_column(schema: pa.Schema, name: str, shard: Shard) -> None:
+def _require_column(schema: pa.Schema, name: str) -> None:
     if schema.names.count(name) != 1:
-        raise ShardError(shard.uri, f"there is no single column {name!r}; {_columns(schema)}")
+        raise UnreadableError(f"there is no single column {name!r}; {_columns(schema)}")
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -87,24 +82,19 @@ def _columns(schema: pa.Schema) -> str:
 def _is_image_type(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _is_binary(kind.field(index).type)
-    return _is_binary(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
+        kind = kind.field(index).type if index >= 0 else kind
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _image_values(column: pa.Array) -> tuple[pa.Array, pa.Array | None]:
-    """The images' bytes, and their paths where the column holds them."""
+def _image_values(column: pa.Array, nulls: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """The images' bytes, and their paths, which are null where the column has none."""
     if not pa.types.is_struct(column.type):
-        return column, None
+        return column, nulls
     has_path = column.type.get_field_index("path") >= 0
-    return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if has_path else None
+    return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if has_path else nulls
 
 
-def _key(keys: pa.Array | None, i: int, row: int) -> str:
-    value = keys[i].as_py() if keys is not None else None
+def _key(value: object, row: int) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
     return f"{row:09d}" if value is None else str(value)

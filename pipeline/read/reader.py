@@ -3,14 +3,17 @@
 A bad sample is a sample with an error; a bad shard is a `ShardError`. Pickles are never loaded.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.read.image_files import read_images
 from pipeline.read.parquet import read_parquet
-from pipeline.read.samples import ReadOptions, Sample, ShardError
+from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableError
 from pipeline.read.shards import Shard
-from pipeline.read.webdataset import DamagedTarError, read_tar
-from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError
+from pipeline.read.webdataset import read_tar
+from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, name_below
+
+_FETCHES = 8  # loose images fetched at once
 
 
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
@@ -43,8 +46,6 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         for sample in _READERS[shard.format](storage, shard, options):
             key, count = sample.key, count + 1
             yield sample
-    except ShardError:
-        raise
     except Exception as error:
         # No bytes of one shard may end the job for all others.
         place = f"after {count} samples (the last was {key!r}): " if count else ""
@@ -55,12 +56,38 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 def _cause(shard: Shard, error: Exception) -> str:
     if isinstance(error, StorageError) and error.uri == shard.uri:
         return error.cause
-    if isinstance(error, StorageError | DamagedTarError):
+    if isinstance(error, StorageError | UnreadableError):
         return str(error)
     return f"{_UNREADABLE[shard.format]} ({type(error).__name__}: {error})"
 
 
-_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": read_images}
+def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+    """Yields the samples of a group of image files, in the order of its members."""
+    folder = shard.uri.rpartition("/")[0]
+
+    def fetch(info: ObjectInfo) -> Sample:
+        key = name_below(folder, info.uri)
+        if error := options.size_error(info.size):
+            return Sample(key, None, error=error)
+        try:
+            return Sample(key, storage.read(info.uri, info.version))
+        except (ObjectNotFound, ObjectChanged) as failure:
+            return Sample(key, None, error=str(failure))
+
+    pending: deque[Future[Sample]] = deque()
+    with ThreadPoolExecutor(_FETCHES) as pool:
+        try:
+            for info in shard.members:
+                pending.append(pool.submit(fetch, info))
+                if len(pending) == 2 * _FETCHES:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_images}
 _UNREADABLE = {
     "webdataset": "the tar is damaged, or no tar at all",
     "parquet": "the Parquet file is damaged, or none at all",

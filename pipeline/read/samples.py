@@ -1,11 +1,19 @@
 """Samples, and what readers need to know. Reading itself belongs to the modules of the formats."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 from pipeline.config import InputConfig
+
+_MAX_LABEL_ID = 2**31  # of the predictions' int32 column
+IGNORE_HINT = "labels can be ignored by `input.labels: false`"
+
+
+class UnreadableError(Exception):
+    """A format's reader can't read the shard; the message is the cause."""
 
 
 class ShardError(Exception):
@@ -45,8 +53,8 @@ class ReadOptions:
     """What readers need to know: fields of `InputConfig` and `ReadConfig`, and the model's classes.
 
     Attributes:
-        class_ids: pairs of class name and class index, for labels that are names.
-        num_labels: class indices are below this; None allows any that fits an int32.
+        class_ids: class indices by class name, for labels that are names.
+        num_labels: class indices are below this; by default, any that fits an int32 is allowed.
     """
 
     labels: bool = True
@@ -54,8 +62,8 @@ class ReadOptions:
     image_column: str | None = None
     label_column: str | None = None
     key_column: str | None = None
-    class_ids: tuple[tuple[str, int], ...] = ()
-    num_labels: int | None = None
+    class_ids: Mapping[str, int] = field(default_factory=dict)
+    num_labels: int = _MAX_LABEL_ID
     max_image_bytes: int = 256 * 1024**2
     fetches: int = 4
 
@@ -67,7 +75,7 @@ class ReadOptions:
         """
         times = Counter(labels)
         return cls(
-            class_ids=tuple((name, i) for i, name in enumerate(labels) if times[name] == 1),
+            class_ids={name: i for i, name in enumerate(labels) if times[name] == 1},
             num_labels=len(labels),
             fetches=fetches,
             **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
@@ -78,6 +86,33 @@ class ReadOptions:
         if size <= self.max_image_bytes:
             return None
         return f"the image {too_large(size, self.max_image_bytes)} (input.max_image_bytes)"
+
+    def target(self, label: object) -> tuple[int | None, str | None]:
+        """Returns the class index of a label, None for none, and the error of a label that is no class.
+
+        Text is a class name, or else an index.
+        """
+        found = label
+        if isinstance(label, str):
+            text = label.strip()
+            found = self.class_ids.get(text, whole_number(text))
+        elif isinstance(label, float) and label.is_integer():  # pandas' integers next to nulls
+            found = int(label)
+        if label is None or found == -1 or (isinstance(label, float) and math.isnan(label)):
+            return None, None
+        shown = repr(label)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        if not isinstance(found, int) or isinstance(found, bool):
+            return None, f"label {shown} is no class of the model; {IGNORE_HINT}"
+        if not 0 <= found < self.num_labels:
+            return None, f"label {shown} is not in 0..{self.num_labels - 1}; {IGNORE_HINT}"
+        return found, None
+
+
+def whole_number(text: str) -> int | None:
+    """Returns the number that a text is, in ASCII digits; None where it is none."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
 
 
 def too_large(size: int, limit: int) -> str:

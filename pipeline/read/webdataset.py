@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO, Self, cast
 
-from pipeline.read.samples import ReadOptions, Sample, too_large
+from pipeline.read.samples import (
+    IGNORE_HINT,
+    ReadOptions,
+    Sample,
+    UnreadableError,
+    too_large,
+    whole_number,
+)
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
-from pipeline.read.targets import IGNORE_HINT, TargetParser, whole_number
 from pipeline.storage import Storage
 
 _MAX_MEMBERS = 1000  # of one sample: names like `frame.000001.jpg` all have the key `frame`
 _MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
-
-
-class DamagedTarError(Exception):
-    """The tar is cut or corrupt."""
 
 
 class _DamagedSampleError(Exception):
@@ -41,11 +43,11 @@ class _StrictTarInfo(tarfile.TarInfo):
             if type(error) is _END_OF_ARCHIVE:
                 raise
             if start == 0:
-                raise DamagedTarError("no tar or gzipped tar: its first header is none") from error
+                raise UnreadableError("no tar or gzipped tar: its first header is none") from error
             cause = _HEADER_FAULTS.get(type(error).__name__, "a header is corrupt")
-            raise DamagedTarError(f"the tar is damaged: {cause} (at byte {start})") from error
+            raise UnreadableError(f"the tar is damaged: {cause} (at byte {start})") from error
         if info.size < 0 or tarfile.offset <= start:  # would be read for ever
-            raise DamagedTarError(f"the tar is damaged: a member of negative size at byte {start}")
+            raise UnreadableError(f"the tar is damaged: a member of negative size at byte {start}")
         return info
 
 
@@ -60,7 +62,6 @@ _HEADER_FAULTS = {
 
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the samples of a tar: adjacent members with the same key."""
-    targets = TargetParser(options)
     with storage.open_ahead(shard.uri, shard.version, options.fetches) as file:
         # By content: gzip is often called .tar. Not by tarfile, which checks neither gzip's end nor
         # its checksum.
@@ -71,11 +72,11 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[S
             key, kind = _split_name(info.name)
             if gathered is None or key != gathered.key or gathered.is_full_for(kind):
                 if gathered is not None:
-                    yield gathered.finished(targets)
+                    yield gathered.finished(options)
                 gathered = _TarSample(key)
             gathered.add(kind, info, stream, options)
         if gathered is not None:
-            yield gathered.finished(targets)
+            yield gathered.finished(options)
 
 
 def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -94,7 +95,7 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         while block := stream.read(1024**2):
             if block.count(b"\0") != len(block):
                 cause = "a block in its midst is zeroed, or several tars were put together"
-                raise DamagedTarError(f"the tar is damaged: there is data after its end ({cause})")
+                raise UnreadableError(f"the tar is damaged: there is data after its end ({cause})")
 
 
 def _is_hidden(name: str) -> bool:
@@ -137,7 +138,7 @@ class _TarSample:
         except _DamagedSampleError as error:
             self.error = self.error or str(error)
 
-    def finished(self, targets: TargetParser) -> Sample:
+    def finished(self, options: ReadOptions) -> Sample:
         if not self.has_image:
             members = " ".join(f".{kind}" for kind in islice(self.kinds, 8))
             self.error = (
@@ -146,7 +147,7 @@ class _TarSample:
             )
         target = None
         if self.error is None:
-            target, self.error = targets.parse(self.label)
+            target, self.error = options.target(self.label)
         return Sample(self.key, self.image if self.error is None else None, target, self.error)
 
 
@@ -159,7 +160,7 @@ def _content(info: tarfile.TarInfo, stream: BinaryIO, what: str, size_error: str
     stream.seek(info.offset_data)
     content = stream.read(info.size)
     if len(content) < info.size:
-        raise DamagedTarError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
+        raise UnreadableError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
     return content
 
 

@@ -1,25 +1,59 @@
 """One labeling run, from configuration to run record. Each part is handed what it needs."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
-from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
+import numpy as np
+
+from pipeline.classify import GALLERY_CLASSES
+from pipeline.commit import (
+    WRITERS,
+    Committer,
+    Lease,
+    LeaseLostError,
+    ManifestRow,
+    ManifestWriter,
+    PredictionWriter,
+    Progress,
+    RunRecord,
+    new_run_id,
+)
 from pipeline.compare import RunPair
-from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import Stop, Stopped, sigterm_interrupts
-from pipeline.read import Shard, list_shards
-from pipeline.report import write_report
-from pipeline.run import summaries
+from pipeline.config import LABEL_NEW, Config, InputFormat, Selection
+from pipeline.dataflow import (
+    Executor,
+    Resources,
+    Stop,
+    Stopped,
+    graceful_stop,
+    open_executor,
+    sigterm_interrupts,
+)
+from pipeline.read import Chunk, Shard, list_shards
+from pipeline.report import GALLERY_FILE, Gallery, read_gallery, write_gallery, write_report
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
 from pipeline.run.job import check_installed, make_job
-from pipeline.run.preparing import PreparedRun, open_listing, prepare
-from pipeline.run.recording import Clock, recorded
-from pipeline.run.result import RunResult
-from pipeline.run.streaming import RunContext, ShardStream
-from pipeline.statistics import Comparison, Limits
-from pipeline.storage import StorageError, retries
+from pipeline.run.planning import PreparedRun, open_listing, prepare
+from pipeline.run.recording import Clock, RunResult, recorded
+from pipeline.run.stored import write_class_table
+from pipeline.statistics import (
+    CLASSIFY,
+    COMMIT,
+    DECODE,
+    STORAGE,
+    ClassStatistics,
+    Comparison,
+    Limits,
+    StageMetrics,
+    bound_by,
+    stage_figures,
+)
+from pipeline.storage import ABSENT, Storage, StorageError, retries
 
 logger = logging.getLogger("cvt_label")
 
@@ -70,8 +104,7 @@ def label(
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.note(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, job, plan, timings=clock.seconds)
-                manifest, flush_s = job.partition.manifest, config.run.flush_s
-                writer = ManifestWriter(manifest, flush_s, before_write=record.save)
+                writer = ManifestWriter(job.partition.manifest, config.run.flush_s, before_write=record.save)
                 try:
                     _Run(result, prepared, record, clock, lease, writer, on_progress).carry_out()
                 finally:
@@ -83,30 +116,149 @@ def label(
     return result
 
 
-class _Run(RunContext):
+@dataclass
+class _ShardStream:
+    """Labels the plan's shards, and notes in result, record and manifest what became of each.
+
+    Attributes:
+        gallery: thumbnails of labeled shards.
+        groups: manifest rows of the groups of image files that were labeled, by URI.
+    """
+
+    result: RunResult
+    prepared: PreparedRun
+    record: RunRecord
+    clock: Clock
+    lease: Lease
+    writer: ManifestWriter
+    on_progress: Callable[[Progress, PreparedRun], None]
+    gallery: Gallery = field(init=False)
+    groups: dict[str, ManifestRow] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.gallery = Gallery(self.result.job.config.report.gallery, self.result.plan.shards)
+
+    def label_shards(self, removed: set[str]) -> Stop:
+        """Labels all shards, or, after a stop, those that were started.
+
+        The prediction files of `removed` shards are no longer expected.
+        """
+        job, plan = self.result.job, self.result.plan
+        writer = PredictionWriter(
+            job.partition,
+            job.fingerprint,
+            job.prediction_options,
+            self.result.run,
+            expected={uri: version for uri, version in plan.expected.items() if uri not in removed},
+            is_current=partial(_is_current, job.storage, job.config.input.format),
+            before_group=self.lease.verify,
+        )
+        committer = Committer(writer, plan.shards, self._note_commit)
+        self.result.totals = committer.totals
+        with (
+            open_executor(job.config.ray) as executor,
+            committer,
+            graceful_stop(job.config.run.grace_s) as stop,
+        ):
+            self._commit_results(executor, committer, stop)
+        return stop
+
+    def _note_commit(self, row: ManifestRow) -> None:
+        before = self.prepared.repairs.entries.get(row.uri)
+        if row.error is not None:
+            self.record.failure(row)
+        elif before is not None and before.error is not None:
+            self.record.shards("cured", [row.uri])
+        if row.format == "images" and row.output is not None:
+            self.groups[row.uri] = row
+        self.gallery.settle(row.uri, row.error is None)
+        self.writer.add(row)
+        self.clock.mark("first_commit")
+
+    def _commit_results(self, executor: Executor, committer: Committer, stop: Stop) -> None:
+        plan, job, retries_before = self.result.plan, self.result.job, retries()
+        resources = executor.resources(job.resource_request)
+        self.record.note(resources=asdict(resources))
+        self.clock.mark("ray_ready")
+        logger.info("images go to the model in batches of %d", resources.batch_size)
+        metrics = executor.metrics(
+            job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
+        )
+
+        def note_progress(chunk: Chunk | None = None) -> None:
+            if metrics is not None:
+                metrics.update(committer.totals, retries() - retries_before + committer.totals.retries, chunk)
+            self.on_progress(committer.progress(), self.prepared)
+
+        chunks = executor.label(plan.shards, job.stages, resources)
+        started = 0.0
+        with closing(chunks), stop.abandonable(), _missing_shards_noted(committer):
+            for chunk in chunks:
+                self.clock.mark("first_result")
+                started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
+                if stop.requested:
+                    committer.wind_down()
+                committer.add(self.gallery.take(chunk))
+                note_progress(chunk)
+                self.lease.check()
+                if stop.requested and not committer.open_shards:
+                    break
+        seconds = time.perf_counter() - started if started else 0.0
+        self.clock.mark("last_result", again=True)
+        if stop.requested:
+            committer.settle()
+        else:
+            committer.finish()
+        self._note_stages(resources, seconds)
+        note_progress()
+
+    def _note_stages(self, resources: Resources, seconds: float) -> None:
+        """Notes what each stage did in so many seconds of the dataflow."""
+        result, metrics = self.result, self.result.totals.metrics
+        workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
+        if resources.decoders:
+            workers[DECODE] = resources.decoders
+            result.decoder = f"the CPU, {result.job.config.decode.quality}"
+        else:
+            decoded = metrics.get(DECODE, StageMetrics())
+            on_gpu, on_cpu = decoded.decoded_on_gpu, decoded.images - decoded.decoded_on_gpu
+            result.decoder = f"the GPU, {on_gpu:,} images, and the CPU, {on_cpu:,}"
+        result.stages = stage_figures(metrics, workers, seconds)
+        self.record.note(
+            stages={stage: asdict(figures) for stage, figures in result.stages.items()},
+            bound_by=bound_by(result.stages),
+            gpu_utilisation=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
+            decoder=result.decoder,
+        )
+
+
+class _Run(_ShardStream):
     """A run in progress."""
 
     def carry_out(self) -> None:
         """Does what is planned, and leaves everything in order; raises as `label`."""
-        result, prepared = self.result, self.prepared
-        plan, job, partition = prepared.plan, result.job, result.job.partition
+        plan, repairs, partition = self.result.plan, self.prepared.repairs, self.result.partition
         stop: Stop | None = None
         try:
-            if not prepared.in_order:  # some process may have died
+            if not self.prepared.in_order:  # some process may have died
                 partition.storage.sweep(partition.uri)
-            removed, changed = clean_up(
-                partition, plan, prepared.repairs, self.record, self.lease, self._relist
-            )
+            removed, changed = clean_up(partition, plan, repairs, self.record, self.lease, self._relist)
             if plan.shards:
-                stop = self._label(removed)
+                try:
+                    stop = self.label_shards(removed)
+                finally:  # images may have moved to other groups meanwhile
+                    self.result.withdrawn = withdraw_regrouped(
+                        partition, plan, self.groups, repairs.entries, self._relist
+                    )
             self.writer.flush()
-            if result.withdrawn:
-                partition.manifest.update({}, result.withdrawn)
-            if changed or plan.shards or not prepared.in_order or summaries.has_unwanted(job):
+            if self.result.withdrawn:
+                partition.manifest.update({}, self.result.withdrawn)
+            if changed or plan.shards or not self.prepared.in_order or self._has_unwanted_gallery():
                 self._summarize()
                 self.clock.mark("published")
-            else:
-                self._judge_again()
+            elif self._limits.are_any:  # holds what earlier runs labeled to the gate
+                runs = self._run_pair()
+                self._judge(runs, runs.compare()[1] if runs.current else None)
         except LeaseLostError:  # what the other run knows is newer
             self.record.forget()
             raise
@@ -139,29 +291,38 @@ class _Run(RunContext):
 
     def _summarize(self) -> None:
         """Writes class statistics, gallery and report, and judges the run by its gate."""
-        result, job, partition = self.result, self.result.job, self.result.job.partition
-        runs = self._run_pair()
-        result.statistics, previous = runs.compare()
-        summaries.write_class_table(partition, result.statistics, job.config.output.topk)
+        runs, partition = self._run_pair(), self.result.partition
+        statistics, previous = runs.compare()
+        self.result.statistics = statistics
+        write_class_table(partition, statistics, self.result.job.config.output.topk)
         self._note_counts()
         self._judge(runs, previous)
-        gone = {*self.record.values["removed"], *result.withdrawn}
-        summaries.update_gallery(job, result.statistics, result.gallery, gone)
+        self._update_gallery(statistics)
         so_far = {"seconds": self.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
         values = self.record.values | so_far
         try:
-            write_report(partition, values, result.statistics, [previous] if previous else [])
+            write_report(partition, values, statistics, [previous] if previous else [])
         except StorageError:
             raise
         except Exception:  # must not fail a run whose labels are written
             logger.exception("the report could not be drawn")
 
-    def _judge_again(self) -> None:
-        """Holds what earlier runs labeled to the gate, where this one adds nothing."""
-        if self._limits().are_any:
-            runs = self._run_pair()
-            self._judge(runs, runs.compare()[1] if runs.current else None)
+    def _has_unwanted_gallery(self) -> bool:
+        """Whether there is a gallery, and the configuration has since been set to none."""
+        uri = f"{self.result.partition.uri}/{GALLERY_FILE}"
+        return not self.result.job.config.report.gallery and self.result.job.storage.version(uri) != ABSENT
 
+    def _update_gallery(self, statistics: ClassStatistics) -> None:
+        """Writes `gallery.parquet` without shards that are gone; it keeps the most frequent classes."""
+        storage, uri = self.result.job.storage, self.result.partition.uri
+        if not self.result.job.config.report.gallery:
+            storage.delete(f"{uri}/{GALLERY_FILE}")
+            return
+        gone = {*self.record.values["removed"], *self.result.withdrawn}
+        frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
+        write_gallery(storage, uri, self.gallery.merged(read_gallery(storage, uri), gone, set(frequent)))
+
+    @property
     def _limits(self) -> Limits:
         return Limits(**self.result.job.config.gate.model_dump())
 
@@ -173,22 +334,27 @@ class _Run(RunContext):
         drift = None if previous is None else previous.totals
         if not runs.current and runs.previous is not None:
             drift = (runs.partition.record(runs.previous) or {}).get("drift")
-        broken = self._limits().broken(drift) if drift else []
+        broken = self._limits.broken(drift) if drift else []
         self.result.broken_limits = broken
         self.record.note(drift=drift, broken_limits=broken)
 
     def _run_pair(self) -> RunPair:
-        job = self.result.job
-        return RunPair.find(job.partition, job.config.input.uri, self.result.run)
+        return RunPair.find(self.result.partition, self.result.job.config.input.uri, self.result.run)
 
-    def _label(self, removed: set[str]) -> Stop:
-        """Labels the plan's shards; then removes labels of images that moved to other groups meanwhile."""
-        result = self.result
-        stream = ShardStream(self)
-        try:
-            return stream.run(removed)
-        finally:
-            entries = self.prepared.repairs.entries
-            result.withdrawn = withdraw_regrouped(
-                result.partition, result.plan, stream.groups, entries, self._relist
-            )
+
+@contextmanager
+def _missing_shards_noted(committer: Committer) -> Iterator[None]:
+    """Names the first unfinished shards in an error, since Ray doesn't say which shard killed its workers."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"The first shards that were not done: {', '.join(committer.missing(5))}")
+        raise
+
+
+def _is_current(storage: Storage, input_format: InputFormat, shard: Shard) -> bool:
+    """Whether the input still has this version of a shard."""
+    if shard.members:
+        listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
+        return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
+    return storage.version(shard.uri) == shard.version

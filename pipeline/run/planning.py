@@ -1,13 +1,14 @@
-"""What is left to do: a pure function of the input's listing and the manifest. Nothing is read here."""
+"""What is left to do: `plan` is a pure function of the input's listing and the manifest."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.commit import ManifestRow
-from pipeline.config import Selection
-from pipeline.read import Shard, ShardListing
+from pipeline.commit import ManifestRow, Repairs, find_repairs, left_in_order
+from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
+from pipeline.read import Shard, ShardListing, list_shards
+from pipeline.run.job import Job, make_job
 from pipeline.storage import lies_in
 
 #: The row of a shard that the manifest does not have.
@@ -145,3 +146,64 @@ def _state(shard: Shard, row: ManifestRow) -> State:
         return State.CHANGED
     # A shard that failed under another `input.format` may be readable under this one.
     return State.FAILED if row.version is not None or row.format == shard.format else State.NEW
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A job, and what there is to do.
+
+    Attributes:
+        repairs: how the manifest differs from what it is made from.
+        in_order: whether the last run left manifest and statistics up to date, and the manifest is there.
+    """
+
+    job: Job
+    plan: Plan
+    repairs: Repairs
+    in_order: bool
+
+
+def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
+    """Plans a run: nothing is written, and Ray is not needed.
+
+    Raises:
+        CheckpointError: the model can't be loaded.
+        StorageError, NoShardsError, ConfigError: as `open_listing` and `prepare`.
+    """
+    listing = open_listing(config)
+    job = make_job(config)
+    return prepare(job, listing, selection, left_in_order(job.storage, job.partition.uri))
+
+
+def open_listing(config: Config) -> ShardListing:
+    """Starts the listing of the input, and checks that it has a shard.
+
+    Raises:
+        StorageError: the input can't be listed.
+        NoShardsError: nothing in the input is a shard.
+        ConfigError: the output lies in the input.
+    """
+    source, target = config.input.uri, config.output.uri
+    if lies_in(target, source):
+        raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
+    return list_shards(make_storage(config.storage), source, config.input.format).require_any()
+
+
+def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: bool) -> PreparedRun:
+    """Reads the listing to its end and the manifest, finds its repairs, and plans.
+
+    Raises:
+        StorageError: input or output can't be read.
+        ConfigError: the input lies in a folder whose image files are labeled already, in groups of their own.
+    """
+    partition, manifest = job.partition, job.partition.manifest
+    in_order = in_order and manifest.exists()
+    repairs = find_repairs(partition.storage, partition.uri, job.fingerprint, manifest.entries(), in_order)
+    for uri, row in repairs.entries.items():
+        folder = uri.rpartition("/")[0]
+        if row.format == "images" and row.output is not None and listing.uri.startswith(f"{folder}/"):
+            raise ConfigError(
+                f"input.uri: {listing.uri} lies in {folder}, whose loose images have labels in this output: "
+                "label all of them, or choose another output.uri, or they would be labeled twice"
+            )
+    return PreparedRun(job, plan(listing, repairs.entries, selection), repairs, in_order)

@@ -1,6 +1,7 @@
-"""The record of a run: its configuration and selection, versions, counts, timings and outcome.
+"""What a run did: its result, and its record.
 
-It also lists what no prediction file holds, such as unreadable shards. A run can be repeated from its record.
+The record holds configuration and selection, versions, counts, timings and outcome, so that a run can be
+repeated from it. It also lists what no prediction file holds, such as unreadable shards.
 """
 
 import importlib.metadata
@@ -8,12 +9,14 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from pipeline.commit import RunRecord
+from pipeline.commit import Partition, RunRecord, Totals
 from pipeline.config import Selection
 from pipeline.run.job import Job
+from pipeline.run.planning import Plan
+from pipeline.statistics import ClassStatistics, StageFigures
 from pipeline.storage import StorageError
 
 _PACKAGES = (
@@ -35,6 +38,55 @@ class Clock:
             self.seconds[event] = round(time.monotonic() - self._start, 3)
 
 
+@dataclass
+class RunResult:
+    """What a run did.
+
+    Attributes:
+        run: its id.
+        totals: what it committed.
+        withdrawn: groups of image files whose labels it removed again, since its input has changed.
+        statistics: class statistics over all labels of the partition; None where the run changed nothing.
+        timings: seconds from its start to each event, by name.
+        stages: each stage's part in it; empty where nothing was to be labeled.
+        decoder: what decoded the images, in words.
+        broken_limits: of the configured gate, in words.
+    """
+
+    run: str
+    job: Job
+    plan: Plan
+    totals: Totals = field(default_factory=Totals)
+    withdrawn: set[str] = field(default_factory=set)
+    statistics: ClassStatistics | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, StageFigures] = field(default_factory=dict)
+    decoder: str = ""
+    broken_limits: list[str] = field(default_factory=list)
+
+    @property
+    def partition(self) -> Partition:
+        """Where the labels are."""
+        return self.job.partition
+
+    @property
+    def pruned(self) -> int:
+        """Deleted shards whose labels the run removed."""
+        return len(self.plan.to_prune)
+
+    @property
+    def rate(self) -> float:
+        """Samples a second, from the start of the dataflow to its last result."""
+        if "last_result" not in self.timings:
+            return 0.0
+        return self.totals.images / max(self.timings["last_result"] - self.timings["ray_ready"], 1e-9)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shard of the input is labeled, as it is now."""
+        return not self.totals.unreadable and not self.plan.skipped_failures
+
+
 @contextmanager
 def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
     """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at the end."""
@@ -51,7 +103,6 @@ def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator
         "versions": {"python": platform.python_version()} | versions,
     }
     record = RunRecord(job.partition.storage, f"{job.partition.uri}/runs/{run}.json", values)
-
     record.save()
     try:
         yield record

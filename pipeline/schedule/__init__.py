@@ -4,6 +4,5 @@ The labeling run itself belongs to `run`.
 """
 
 from pipeline.schedule.client import JobClient, SubmissionRefusedError, SubmittedJob, UnknownJobError
-from pipeline.schedule.scheduler import Scheduler, next_ticks
-from pipeline.schedule.state import DatasetState, StateFile
+from pipeline.schedule.scheduler import DatasetState, Scheduler, StateFile, next_ticks
 from pipeline.schedule.submission import Submission, minute_tick

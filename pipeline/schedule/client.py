@@ -38,12 +38,6 @@ class SubmissionRefusedError(RuntimeError):
 class AlreadySubmittedError(SubmissionRefusedError):
     """The cluster has, or had, a job for this dataset, model and tick."""
 
-    def __init__(self, job: SubmittedJob) -> None:
-        super().__init__(
-            f"job {job.id} is on the cluster already ({job.state.lower()}): not submitted again; another "
-            "--tick makes another job"
-        )
-
 
 class StillRunningError(SubmissionRefusedError):
     """A job of another tick for the same dataset and model is not finished."""
@@ -129,9 +123,10 @@ class JobClient:
 
     def submit(self, submission: Submission) -> None:
         """Submits a job; raises `SubmissionRefusedError`."""
+        already, hint = f"job {submission.id} is on the cluster already", "another --tick makes another job"
         for job in self.jobs():
             if job.id == submission.id:
-                raise AlreadySubmittedError(job)
+                raise AlreadySubmittedError(f"{already} ({job.state.lower()}): {hint}")
             if submission.has_labels_of(job.metadata) and not job.is_finished:
                 what = f"job {job.id}, for the same dataset and model, is {job.state.lower()}"
                 raise StillRunningError(f"{what}: not submitted")
@@ -144,9 +139,8 @@ class JobClient:
                     submission_id=submission.id,
                 )
             except (RuntimeError, OSError) as error:
-                # Another process was faster: Ray accepts an id once.
-                if "already exists" in str(error) and (found := self.find(submission.id)):
-                    raise AlreadySubmittedError(found) from None
+                if "already exists" in str(error):  # another process was faster: Ray accepts an id once
+                    raise AlreadySubmittedError(f"{already}: {hint}") from None
                 raise
 
     def jobs(self) -> list[SubmittedJob]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.config import LABEL_NEW, Config, Selection, label_settings
+from pipeline.config import LABEL_NEW, Config, Selection
 
 CONFIG_VARIABLE = "CVT_LABEL_CONFIG"  # in the job's environment
 
@@ -92,7 +92,7 @@ class Submission:
     @property
     def _labels(self) -> dict[str, str]:
         config = self.config
-        settings = label_settings(config) | {"class_names": config.model.labels}
+        settings = config.label_settings | {"class_names": config.model.labels}
         return {
             "input": config.input.uri,
             "output": config.output.uri,

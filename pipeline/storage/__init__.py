@@ -7,12 +7,10 @@ atomic step, and read at a pinned version.
 from pipeline.storage.access import Storage, Versioned
 from pipeline.storage.objects import (
     ABSENT,
-    AccessDenied,
-    BucketNotFound,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
     StorageError,
 )
-from pipeline.storage.retrying import Pauses, retries
-from pipeline.storage.uris import is_relative, lies_in, name_below, normalize_uri, room_below
+from pipeline.storage.retrying import retries
+from pipeline.storage.uris import is_relative, lies_in, name_below, normalize_uri

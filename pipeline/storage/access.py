@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 from pipeline.storage.local import LocalFiles
 from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, S3Access, StorageError
 from pipeline.storage.ranges import CHUNK_BYTES
-from pipeline.storage.retrying import Pauses
 from pipeline.storage.uris import normalize_uri
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from pipeline.storage.s3 import S3
 
 _AHEAD_BUFFER_BYTES = 1024**2
-_MAX_PUT_BYTES = 5 * 1024**3  # of one PUT, on S3 and on Google Cloud Storage
 _clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
 _Service: TypeAlias = "LocalFiles | S3 | GoogleCloudStorage"
 T = TypeVar("T")
@@ -40,6 +38,7 @@ class Storage:
 
     Small and picklable: clients are made when first needed, one per process and configuration.
     Credentials come from each service's standard chain (environment, files, instance roles).
+    Every method may raise `StorageError`, after retries.
 
     Attributes:
         endpoint_url: an S3-compatible service; default: AWS, or AWS_ENDPOINT_URL_S3.
@@ -48,33 +47,20 @@ class Storage:
 
     endpoint_url: str | None = None
     region: str | None = None
-    pauses: Pauses | None = None
 
     def s3_access(self) -> S3Access:
-        """Returns how S3 is reached now, for other clients; raises `StorageError`."""
-        return self._made("s3://", self._s3).access()
+        """Returns how S3 is reached now, for other clients."""
+        return self._s3().access()
 
-    def connect(self, uri: str) -> None:
-        """Makes the client that serves a URI, which takes a second; otherwise its first use does."""
-        self._at(uri)
-
-    def list(self, uri: str, missing_ok: bool = False) -> Iterator[ObjectInfo]:
-        """Lists the object `uri`, or everything under the folder `uri`.
+    def list(self, uri: str) -> Iterator[ObjectInfo]:
+        """Lists the object `uri`, or everything under the folder `uri`; nothing where there is neither.
 
         A folder holds what is under `uri + "/"`, never a sibling whose name merely starts alike. The
         order is the service's: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
         markers of folders are left out. Streams: a page, or one local folder, is held at a time.
-
-        Raises:
-            ObjectNotFound: no such local folder, unless `missing_ok`. A prefix without objects is empty.
-            StorageError: any other failure, such as `BucketNotFound`.
         """
         service, uri = self._at(uri)
-        try:
-            yield from service.list(uri)
-        except ObjectNotFound:
-            if not missing_ok:
-                raise
+        return service.list(uri)
 
     def folders(self, uri: str) -> Iterator[str]:
         """Lists the folders directly in a folder, in no particular order; none if it does not exist."""
@@ -97,7 +83,7 @@ class Storage:
         """Opens an object for reading, seekable, by ranged reads of 8 MiB that are retried.
 
         Every read is pinned to `version`, or to the current one: bytes of two versions never mix. With
-        a version nothing is fetched before the first read. Any read may raise `StorageError`.
+        a version nothing is fetched before the first read.
         """
         return io.BufferedReader(self.open_raw(uri, version), buffer_size=CHUNK_BYTES)
 
@@ -130,6 +116,7 @@ class Storage:
             ObjectChanged: the object was replaced during every attempt.
         """
         while True:
+            attempts -= 1
             try:
                 version = self.stat(uri).version
                 with self.open(uri, version) as file:
@@ -137,8 +124,7 @@ class Storage:
             except ObjectNotFound:
                 return None
             except ObjectChanged:
-                attempts -= 1
-                if attempts < 1:
+                if not attempts:
                     raise
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
@@ -150,14 +136,9 @@ class Storage:
         Raises:
             ObjectChanged: the object is not as expected. If an answer was lost and the write was
                 retried, this very write may have changed it: look what is there.
-            StorageError: the object is not written (or, after a lost answer, written completely).
         """
         service, uri = self._at(uri)
-        file = io.BytesIO(data) if isinstance(data, bytes) else data
-        size = file.seek(0, os.SEEK_END)
-        if size > _MAX_PUT_BYTES:
-            raise StorageError(uri, f"{size} bytes are more than one PUT can hold (5 GiB)")
-        return service.write(uri, file, expected)
+        return service.write(uri, io.BytesIO(data) if isinstance(data, bytes) else data, expected)
 
     def update(
         self,
@@ -174,7 +155,6 @@ class Storage:
 
         Raises:
             ObjectChanged: the object was replaced during every attempt.
-            StorageError: as `write`.
         """
         while True:
             try:
@@ -192,7 +172,6 @@ class Storage:
 
         Raises:
             ObjectChanged: the object exists, and is not as expected.
-            StorageError: the object is not deleted (or, after a lost answer, is deleted).
         """
         service, uri = self._at(uri)
         service.delete(uri, expected)
@@ -204,33 +183,27 @@ class Storage:
             service.sweep(uri)
 
     def _at(self, uri: str) -> tuple[_Service, str]:
+        """Returns the service that holds `uri`, and its normalized spelling."""
         uri = normalize_uri(uri)
-        return self._service(uri), uri
-
-    def _service(self, uri: str) -> _Service:
-        """Returns the service that holds `uri`; its library is imported when first needed."""
-        scheme = uri.partition("://")[0] if "://" in uri else ""
-        if scheme == "":
-            return LocalFiles()
-        if scheme == "s3":
-            return self._made(uri, self._s3)
-        if scheme == "gs":
-            return self._made(uri, self._gcs)
-        shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
-        raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
-
-    def _made(self, uri: str, make: Callable[[], T]) -> T:
+        scheme = uri.partition("://")[0]
+        if scheme == uri:
+            return LocalFiles(), uri
+        if scheme not in ("s3", "gs"):
+            shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
+            raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
         try:
-            with _clients_lock:
-                return make()
+            return (self._s3() if scheme == "s3" else self._gcs()), uri
         except StorageError as error:  # names no URI, since one client serves all
             raise type(error)(uri, error.cause) from error
+
+    # A service's library is imported when first needed.
 
     def _s3(self) -> S3:
         from pipeline.storage.s3 import S3, make_client
 
         environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
-        return S3(make_client(self.endpoint_url, self.region, environment, os.getpid()), self.pauses)
+        with _clients_lock:
+            return S3(make_client(self.endpoint_url, self.region, environment, os.getpid()))
 
     def _gcs(self) -> GoogleCloudStorage:
         try:
@@ -238,9 +211,8 @@ class Storage:
         except ImportError as error:
             cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
             raise StorageError("gs://", cause) from error
-        return GoogleCloudStorage(
-            make_client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid()), self.pauses
-        )
+        with _clients_lock:
+            return GoogleCloudStorage(make_client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid()))
 
 
 def _pinned(uri: str, version: str) -> ObjectInfo:

@@ -11,19 +11,20 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import CONNECTION_ERRORS, described, no_bucket, no_object, split, whole
 from pipeline.storage.objects import (
     ABSENT,
     NOT_AS_EXPECTED,
     NOT_AS_LISTED,
-    AccessDenied,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
     StorageError,
+    no_bucket,
+    no_object,
+    split,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import Pauses, Transient, retry
+from pipeline.storage.retrying import CONNECTION_ERRORS, Transient, described, retry, whole
 
 T = TypeVar("T")
 
@@ -35,21 +36,18 @@ def make_client(emulator: str | None, pid: int) -> Any:
     try:
         return storage.Client()
     except (GoogleAuthError, OSError) as error:  # OSError: no project can be told
-        raise AccessDenied("gs://", f"no usable Google Cloud credentials: {error}") from error
+        raise StorageError("gs://", f"no usable Google Cloud credentials: {error}") from error
 
 
 class GoogleCloudStorage:
     """The service, through Google's own client."""
 
-    def __init__(self, client: Any, pauses: Pauses | None = None) -> None:
+    def __init__(self, client: Any) -> None:
         self._client = client
-        self._pauses = pauses
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
-        if split(uri)[1] and (found := self._find(uri)) is not None:
-            yield _info(found)
-            return
-        for page in self._pages(uri):
+        found = self._find(uri) if split(uri)[1] else None
+        for page in self._pages(uri) if found is None else [[found]]:
             for blob in page:
                 if not blob.name.endswith("/"):
                     yield _info(blob)
@@ -141,18 +139,12 @@ class GoogleCloudStorage:
     ) -> T:
         """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
         try:
-            return retry(action, _transient, self._pauses)
+            return retry(action, _transient)
         except api.NotFound as error:
             raise missing(uri) from error
         except api.PreconditionFailed as error:
             raise ObjectChanged(uri, changed) from error
-        except (api.Forbidden, api.Unauthorized) as error:
-            raise AccessDenied(uri, f"access denied: {error.message}") from error
-        except TransportError as error:
-            raise StorageError(uri, f"no credentials could be fetched: {error}") from error
-        except GoogleAuthError as error:
-            raise AccessDenied(uri, f"credentials were rejected: {error}") from error
-        except (api.GoogleAPIError, OSError, ValueError) as error:
+        except (api.GoogleAPIError, GoogleAuthError, OSError, ValueError) as error:
             raise StorageError(uri, described(error)) from error
 
 

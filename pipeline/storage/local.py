@@ -18,7 +18,6 @@ from pipeline.storage.objects import (
     ABSENT,
     NOT_AS_EXPECTED,
     NOT_AS_LISTED,
-    AccessDenied,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
@@ -32,10 +31,10 @@ class LocalFiles:
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         with _errors_of(uri):
-            found = Path(uri).stat()
-        if stat.S_ISDIR(found.st_mode):
+            found = Path(uri).stat() if Path(uri).exists() else None
+        if found is not None and stat.S_ISDIR(found.st_mode):
             yield from _walk(uri, frozenset({(found.st_dev, found.st_ino)}))
-        else:
+        elif found is not None:
             yield _info(uri, found)
 
     def folders(self, uri: str) -> Iterator[str]:
@@ -186,7 +185,5 @@ def _errors_of(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ObjectNotFound(path, "no such file or folder") from error
-    except PermissionError as error:
-        raise AccessDenied(path, "access denied") from error
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error

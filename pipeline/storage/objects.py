@@ -1,4 +1,4 @@
-"""Objects as listed, and the errors of storage."""
+"""Objects as listed and named, and the errors of storage."""
 
 from dataclasses import dataclass, field
 
@@ -24,14 +24,6 @@ class StorageError(Exception):
 
 class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
     """There is no such object or folder."""
-
-
-class BucketNotFound(StorageError):  # noqa: N818
-    """There is no such bucket."""
-
-
-class AccessDenied(StorageError):  # noqa: N818
-    """Credentials are missing, rejected, or don't allow it."""
 
 
 class ObjectChanged(StorageError):  # noqa: N818
@@ -63,3 +55,17 @@ class S3Access:
     access_key: str = field(repr=False)
     secret_key: str = field(repr=False)
     token: str | None = field(repr=False)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """`s3://bucket/some/key` -> `bucket`, `some/key`."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
+
+
+def no_bucket(uri: str) -> StorageError:  # noqa: D103
+    return StorageError(uri, f"bucket {split(uri)[0]!r} does not exist")
+
+
+def no_object(uri: str) -> ObjectNotFound:  # noqa: D103
+    return ObjectNotFound(uri, "no such object")

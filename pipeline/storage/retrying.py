@@ -1,5 +1,6 @@
 """Retries of transient failures, with growing pauses, and their counts."""
 
+import http.client
 import random
 import threading
 import time
@@ -8,7 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import urllib3.exceptions
+
+from pipeline.text import without_credentials
+
 T = TypeVar("T")
+
+#: How a connection fails, below every client library; those of `requests` are OSErrors.
+CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+
+LONGEST_PAUSE_S = 10.0
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
 
@@ -21,26 +31,15 @@ class Transient:
     attempts: int = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Pauses:
-    """Seconds to wait between attempts: they double from `first` up to `longest`."""
-
-    first: float = 0.5
-    longest: float = 10.0
-
-    def after(self, attempt: int) -> float:
-        """Returns the seconds to wait after a failed attempt, counted from 1."""
-        # Jitter keeps clients that failed together from returning together.
-        return min(self.longest, self.first * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1)
-
-
-DEFAULT_PAUSES = Pauses()  # about half a minute in all
+def pause_after(attempt: int) -> float:
+    """Returns the seconds to wait after a failed attempt, counted from 1; about half a minute in all."""
+    # Jitter keeps clients that failed together from returning together.
+    return min(LONGEST_PAUSE_S, 0.25 * 2.0**attempt) * random.uniform(0.5, 1)
 
 
 def retry(
     action: Callable[[], T],
     transient: Callable[[Exception], Transient | None],
-    pauses: Pauses | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Runs `action`, which must be safe to run twice, until it succeeds or fails permanently.
@@ -57,7 +56,7 @@ def retry(
                 raise
             with _lock:
                 _retries[failure.kind] += 1
-        sleep((pauses or DEFAULT_PAUSES).after(attempt))
+        sleep(pause_after(attempt))
         attempt += 1
 
 
@@ -65,3 +64,16 @@ def retries() -> Counter[str]:
     """Returns how many failures of each kind this process has retried so far."""
     with _lock:
         return _retries.copy()
+
+
+def whole(data: bytes, count: int) -> bytes:
+    """Returns the body of an answer if it has `count` bytes; another number is a connection failure."""
+    if len(data) != count:
+        raise http.client.IncompleteRead(data, count - len(data))
+    return data
+
+
+def described(error: BaseException) -> str:
+    """Describes an exception by its class and message."""
+    message = " ".join(without_credentials(str(error)).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

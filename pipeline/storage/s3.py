@@ -14,21 +14,21 @@ import boto3
 import botocore.exceptions
 from botocore.config import Config
 
-from pipeline.storage.buckets import CONNECTION_ERRORS, described, no_bucket, no_object, split, whole
 from pipeline.storage.objects import (
     ABSENT,
     NOT_AS_EXPECTED,
     NOT_AS_LISTED,
-    AccessDenied,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
     S3Access,
     StorageError,
+    no_bucket,
+    no_object,
+    split,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import Pauses, Transient, retry
-from pipeline.text import without_credentials
+from pipeline.storage.retrying import CONNECTION_ERRORS, Transient, described, retry, whole
 
 T = TypeVar("T")
 
@@ -39,15 +39,6 @@ _CONNECTION = (
     botocore.exceptions.IncompleteReadError,
     *CONNECTION_ERRORS,
 )
-_REJECTED = {
-    "AuthorizationHeaderMalformed",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-}
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 _BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
@@ -78,22 +69,18 @@ def make_client(
         options["s3"] = {"addressing_style": "path"}
         options["request_checksum_calculation"] = "when_required"
         options["response_checksum_validation"] = "when_required"
+    session, config = boto3.session.Session(), Config(**options)
     try:
-        return boto3.session.Session().client(
-            "s3", endpoint_url=endpoint or None, region_name=region, config=Config(**options)
-        )
+        return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise StorageError(
-            "s3://", f"the S3 client can't be made: {without_credentials(str(error))}"
-        ) from error
+        raise StorageError("s3://", f"the S3 client can't be made: {described(error)}") from error
 
 
 class S3:
     """The service, through a boto3 client."""
 
-    def __init__(self, client: Any, pauses: Pauses | None = None) -> None:
+    def __init__(self, client: Any) -> None:
         self._client = client
-        self._pauses = pauses
 
     def access(self) -> S3Access:
         """Returns how the service is reached now, with the credentials that the client would find."""
@@ -105,20 +92,16 @@ class S3:
                 raise botocore.exceptions.NoCredentialsError
             key = credentials.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
-            raise _no_credentials("s3://", error) from error
+            raise _client_failure("s3://", error) from error
         endpoint_url = None if is_default else endpoint
         return S3Access(endpoint_url, region, key.access_key, key.secret_key, key.token)
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, key = split(uri)
-        if key:
-            # The object itself sorts first among those that share its name as a prefix.
-            first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
-            for entry in first.get("Contents", []):
-                if entry["Key"] == key:
-                    yield _info(uri, entry["ETag"], entry["Size"])
-                    return
-        for page in self._pages(uri):
+        # The object itself sorts first among those that share its name as a prefix.
+        first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1) if key else {}
+        is_object = [entry["Key"] for entry in first.get("Contents", [])] == [key]
+        for page in [first] if is_object else self._pages(uri):
             for entry in page.get("Contents", []):
                 if not entry["Key"].endswith("/"):
                     yield _info(f"s3://{bucket}/{entry['Key']}", entry["ETag"], entry["Size"])
@@ -198,36 +181,29 @@ class S3:
     def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
         """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
         try:
-            return retry(action, functools.partial(_transient, soon=soon), self._pauses)
+            return retry(action, functools.partial(_transient, soon=soon))
         except botocore.exceptions.ClientError as error:
-            raise _error(uri, error) from error
-        except (
-            botocore.exceptions.NoCredentialsError,
-            botocore.exceptions.PartialCredentialsError,
-            botocore.exceptions.CredentialRetrievalError,
-            botocore.exceptions.TokenRetrievalError,
-            botocore.exceptions.SSOError,
-        ) as error:
-            raise _no_credentials(uri, error) from error
+            raise _refusal(uri, error) from error
         except botocore.exceptions.ConnectionError as error:
             endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
             cause = f"the endpoint {endpoint} can't be reached: {described(error)}"
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
             if _is_unsendable(error):  # its message holds credentials, or a proxy's password
-                if "Invalid header" in str(error):
-                    cause = "the AWS credentials hold a line break, which no request can carry"
-                    raise AccessDenied(uri, cause) from None
-                raise StorageError(uri, "no request can be sent: is the proxy's address right?") from None
+                cause = "the AWS credentials hold a line break, or the proxy's address is not valid"
+                raise StorageError(uri, f"no request can be sent: {cause}") from None
             raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
-        except botocore.exceptions.BotoCoreError as error:  # such as an invalid bucket name
-            raise StorageError(uri, " ".join(without_credentials(str(error)).split())) from error
+        except botocore.exceptions.BotoCoreError as error:
+            raise _client_failure(uri, error) from error
 
 
-def _no_credentials(uri: str, error: Exception) -> AccessDenied:
-    cause = f"no usable AWS credentials were found ({error})"
-    hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-    return AccessDenied(uri, f"{cause}: {hint}")
+def _client_failure(uri: str, error: botocore.exceptions.BotoCoreError) -> StorageError:
+    """Returns the error of a request that was not sent, such as for an invalid bucket name."""
+    cause = described(error)
+    if isinstance(error, botocore.exceptions.NoCredentialsError):
+        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
+        cause = f"no usable AWS credentials were found: {hint}"
+    return StorageError(uri, cause)
 
 
 def _transient(error: Exception, soon: bool) -> Transient | None:
@@ -262,8 +238,8 @@ def _if_match(version: str | None) -> dict[str, str]:
     return {} if version is None else {"IfMatch": '"' + version.rpartition("-")[0] + '"'}
 
 
-def _error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
-    code, status = _code(error)
+def _refusal(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
+    code = _code(error)[0]
     message = str(error.response.get("Error", {}).get("Message", "")) or code
     if code == "NoSuchBucket":
         return no_bucket(uri)
@@ -271,10 +247,4 @@ def _error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
         return no_object(uri)
     if code in {"412", "PreconditionFailed"}:
         return ObjectChanged(uri, NOT_AS_LISTED)
-    if code in _REJECTED:
-        return AccessDenied(uri, f"credentials were rejected: {message} ({code})")
-    if code in _DENIED:
-        return AccessDenied(uri, f"access denied: {message} ({code})")
-    if status in {301, 307, 400} and code in {"301", "307", "400", "PermanentRedirect"}:
-        return StorageError(uri, f"the bucket is in another region: {message} ({code})")
     return StorageError(uri, f"{message} ({code})")

@@ -1,14 +1,9 @@
-"""The spelling of URIs, and the length that storage services allow."""
+"""The spelling of URIs."""
 
 import os
 from urllib.parse import unquote
 
 from pipeline.storage.objects import StorageError
-
-_MAX_KEY_BYTES = 1024  # on S3 and on Google Cloud Storage
-_MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX, without the NUL at its end
-_TEMPORARY_NAME_BYTES = 37  # of the name that a local file has while it is written
-_MAX_LOCAL_NAME_BYTES = 255
 
 
 def normalize_uri(uri: str) -> str:
@@ -33,16 +28,6 @@ def normalize_uri(uri: str) -> str:
 def is_relative(uri: str) -> bool:
     """Whether a path or URI names another place in another working directory."""
     return "://" not in uri and not uri.startswith("/")
-
-
-def room_below(uri: str) -> int:
-    """Returns the bytes that names under a normalized folder may have: none if its own name is too long."""
-    if "://" in uri:
-        return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
-    path = os.fsencode(uri)
-    if any(len(part) > _MAX_LOCAL_NAME_BYTES for part in path.split(b"/")):
-        return 0
-    return _MAX_LOCAL_PATH_BYTES - _TEMPORARY_NAME_BYTES - len(path) - 1
 
 
 def lies_in(uri: str, root: str) -> bool:

@@ -1,4 +1,4 @@
 """Training on labeled shards with Ray Train: a new model, or fine-tuning.
 
-`train.model` needs PyTorch and `train.training` Ray: both are imported by module name.
+`train.training` needs Ray and is imported by its module name.
 """

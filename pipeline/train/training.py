@@ -1,17 +1,17 @@
-"""Trains CvT on labeled shards with Ray Train: the data, the loop of a worker, the checkpoints.
+"""Trains CvT on labeled shards with Ray Train: the model, the data, the loop of a worker, the checkpoints.
 
 Shards are read and preprocessed as for labeling, and the checkpoint has the format that labeling loads.
 """
 
-import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,20 +23,70 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, RunConfig, Scali
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
 
 from cvt.checkpoints import save_checkpoint
+from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
-from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
+from cvt.preprocessing import Preprocessor
+from cvt.presets import preset_config, preset_preprocessor
+from pipeline.classify.checkpoint import open_checkpoint
+from pipeline.config import ConfigError, InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labelled_images
 from pipeline.read import ReadOptions, input_shards
 from pipeline.storage import Storage
-from pipeline.train.model import TrainingModel, make_training_model
 
 _STATE = "training_state.pt"
 
 #: Maximum size of a worker's shuffle buffer, in samples and in bytes of their pixels.
 _SHUFFLE_SAMPLES = 20_000
 _SHUFFLE_BYTES = 1 << 30
+
+
+class TrainingModel(NamedTuple):
+    """A model, and the preprocessing that belongs to it."""
+
+    model: CvtForImageClassification
+    preprocessor: Preprocessor
+
+
+def make_training_model(config: TrainConfig) -> TrainingModel:
+    """Makes the configured new model, or loads the configured checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint can't be loaded.
+        ConfigError: the architecture or its preprocessing is not possible.
+    """
+    torch.manual_seed(config.schedule.seed)
+    if (new := config.model.new) is not None:
+        unknown = sorted(new.cvt.keys() - CvtConfig.__annotations__.keys())
+        if unknown:
+            raise ConfigError(f"model.new.cvt: unknown field {', '.join(unknown)}")
+        try:
+            fields, preprocessing = {**new.cvt, **_label_fields(new.labels)}, new.preprocessor
+            if new.preset is None:
+                architecture = CvtConfig(**fields)
+            else:
+                architecture = preset_config(new.preset, **fields)
+                preprocessing = {**preset_preprocessor().to_dict(), **preprocessing}
+            preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
+        except ValueError as error:
+            raise ConfigError(f"model.new: {error}") from None
+        return TrainingModel(CvtForImageClassification(architecture), preprocessor)
+    assert config.model.start is not None  # the configuration has one of the two
+    checkpoint = open_checkpoint(make_storage(config.storage), config.model.start, config.model.revision)
+    model, labels = checkpoint.model, config.model.labels
+    if labels is not None and tuple(labels) != checkpoint.labels:
+        model.config.update(_label_fields(labels))
+        model.num_labels = len(labels)
+        model.classifier = nn.Linear(checkpoint.embedding_width, len(labels))
+        nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
+    return TrainingModel(model, checkpoint.preprocessor)
+
+
+def _label_fields(labels: list[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
 @dataclass(frozen=True)
@@ -62,8 +112,12 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     data = {name: _dataset(storage, section, model) for name, section in sections.items()}
     if config.cache:
         data = {name: dataset.materialize() for name, dataset in data.items()}
-    workers = config.workers
-    epochs = Queue()
+    workers, epochs = config.workers, Queue()
+
+    def listen() -> None:
+        for metrics in iter(epochs.get, None):
+            on_epoch(metrics)
+
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -86,7 +140,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
         ),
     )
-    listener = Thread(target=_listen, args=(epochs, on_epoch), daemon=True)
+    listener = Thread(target=listen, daemon=True)
     listener.start()
     try:
         result = trainer.fit()
@@ -94,11 +148,6 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         epochs.put(None)
         listener.join()
     return _save_best(result, storage, f"{config.output.path}/{config.output.name}/model")
-
-
-def _listen(epochs: Queue, on_epoch: Callable[[Mapping[str, float]], None]) -> None:
-    while (metrics := epochs.get()) is not None:
-        on_epoch(metrics)
 
 
 def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ray.data.Dataset:
@@ -149,16 +198,15 @@ class _Trainer:
         self._model, self._preprocessor = model
         self._device = get_device()
         self._parallel = prepare_model(self._model)
-        self._optimizer = torch.optim.AdamW(_groups(self._model, schedule), lr=schedule.learning_rate)
-        warmup = schedule.warmup_epochs * steps_per_epoch
-        total = schedule.epochs * steps_per_epoch
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
-
-        self._rate = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        # Weight decay for matrices and filters, none for biases and normalizations.
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate)
+        warmup, total = (epochs * steps_per_epoch for epochs in (schedule.warmup_epochs, schedule.epochs))
+        self._rate = get_cosine_schedule_with_warmup(self._optimizer, int(warmup), total)
 
     @property
     def learning_rate(self) -> float:
@@ -174,12 +222,12 @@ class _Trainer:
         for pixels, targets in self._batches(
             images,
             schedule.batch_size,
+            partial(augment, flip=schedule.flip, shift=schedule.shift),
             drop_last=True,  # every worker takes as many steps
             local_shuffle_buffer_size=buffer,
             local_shuffle_seed=schedule.seed + epoch,
         ):
-            batch = augment(pixels, flip=schedule.flip, shift=schedule.shift)
-            logits = self._parallel(self._normalized(batch)).logits
+            logits = self._parallel(pixels).logits
             loss = F.cross_entropy(logits, targets, label_smoothing=schedule.label_smoothing)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -195,7 +243,7 @@ class _Trainer:
         self._model.eval()
         loss = correct = count = 0.0
         for pixels, targets in self._batches(images, 256):
-            logits = self._model(self._normalized(pixels)).logits
+            logits = self._model(pixels).logits
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(dim=1) == targets).sum().item()
             count += len(targets)
@@ -229,30 +277,23 @@ class _Trainer:
         return int(progress["epoch"])
 
     def _batches(
-        self, images: ray.data.DataIterator, batch_size: int, **options: Any
+        self,
+        images: ray.data.DataIterator,
+        batch_size: int,
+        augment: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+        **options: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields pixels, uint8 (n, 3, size, size) in channels-last memory, and targets (n,)."""
-        size = self._preprocessor.size
+        """Yields normalized pixels (n, 3, size, size) in channels-last memory, and targets (n,)."""
+        size, device = self._preprocessor.size, self._device
+        mean = torch.tensor(self._preprocessor.mean, device=device).view(-1, 1, 1)
+        std = torch.tensor(self._preprocessor.std, device=device).view(-1, 1, 1)
         batches = images.iter_batches(batch_size=batch_size, batch_format="pyarrow", **options)
         for batch in cast(Iterable[pa.Table], batches):
             flat = batch["image"].combine_chunks().flatten().to_numpy()
-            pixels = torch.from_numpy(flat.reshape(-1, size, size, 3).copy())
-            targets = torch.from_numpy(batch["target"].to_numpy().astype(np.int64))
-            yield pixels.to(self._device).permute(0, 3, 1, 2), targets.to(self._device)
-
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        mean = pixels.new_tensor(self._preprocessor.mean, dtype=torch.float32).view(-1, 1, 1)
-        std = pixels.new_tensor(self._preprocessor.std, dtype=torch.float32).view(-1, 1, 1)
-        return (pixels * self._preprocessor.rescale_factor - mean) / std
-
-
-def _groups(model: nn.Module, schedule: OptimizationConfig) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay for matrices and filters, none for biases and normalizations."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+            pixels = torch.from_numpy(flat.reshape(-1, size, size, 3).copy()).to(device)
+            targets = torch.from_numpy(batch["target"].to_numpy().astype(np.int64)).to(device)
+            augmented = augment(pixels.permute(0, 3, 1, 2))
+            yield (augmented * self._preprocessor.rescale_factor - mean) / std, targets
 
 
 def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:

@@ -176,7 +176,7 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
 @pytest.mark.parametrize(
     ("environment", "overrides", "said"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": PLANTED}, [], "credentials were rejected"),
+        ({"AWS_SECRET_ACCESS_KEY": PLANTED}, [], "SignatureDoesNotMatch"),
         ({"AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@{NOWHERE}"}, [], "can't be reached"),
         pytest.param(
             {"HF_TOKEN": f"hf_{PLANTED}", "HF_ENDPOINT": f"http://{NOWHERE}"},

@@ -12,8 +12,8 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, Progress, lease, rebuilt_rows
 from pipeline.config import LABEL_NEW, Selection
-from pipeline.run import PreparedRun, label, make_job, plan_run, rebuild, rebuilding
-from pipeline.storage import Pauses, Storage, StorageError
+from pipeline.run import PreparedRun, label, make_job, plan_run, rebuild, stored
+from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
 from tests.partitions import manifest_rows
@@ -36,7 +36,7 @@ SELECTIONS = [
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
-    monkeypatch.setattr("pipeline.storage.retrying.DEFAULT_PAUSES", Pauses(0.001, 0.01))
+    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.01)
     monkeypatch.setattr(lease.LeaseState, "is_live", False)  # nobody waits for killed runs
 
 
@@ -134,7 +134,8 @@ def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str
     place = Place(bucket)
     for state in place.recorded():
         place.restore(state)
-        if recorded := len(plan_run(config(bucket)).failing):
+        rows = plan_run(config(bucket)).repairs.entries.values()
+        if recorded := sum(row.error is not None for row in rows):
             break
     assert not partition.manifest.exists()
     assert recorded > 0
@@ -235,16 +236,16 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partition = history(bucket, GOOD, die_at_last=False)
-    make_rows = rebuilding.rebuilt_rows
+    make_rows = stored.rebuilt_rows
 
     def meanwhile(*args: Any) -> list[ManifestRow]:
         rows = make_rows(*args)
-        monkeypatch.setattr(rebuilding, "rebuilt_rows", make_rows)
+        monkeypatch.setattr(stored, "rebuilt_rows", make_rows)
         Storage().write(f"{bucket}/in/b.tar", GOOD[:700])
         label(config(bucket))
         return rows
 
-    monkeypatch.setattr(rebuilding, "rebuilt_rows", meanwhile)
+    monkeypatch.setattr(stored, "rebuilt_rows", meanwhile)
     with pytest.raises(LeaseLostError):
         rebuild(make_job(config(bucket)).partition)
     assert_rebuilds(partition)

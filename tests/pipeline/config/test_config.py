@@ -12,8 +12,6 @@ from pipeline.config import (
     ConfigError,
     DatasetsConfig,
     TrainConfig,
-    fingerprint,
-    label_settings,
     load_config,
 )
 from pipeline.run import make_job
@@ -248,7 +246,7 @@ def test_what_decodes_is_known_before_the_cluster_is(
 ) -> None:
     overrides = [f"decode.device={decode}", f"classify.device={classify}"]
     config = load_config(Config, write(tmp_path, MINIMAL), overrides)
-    assert config.decode.resolved_device(config.classify.device) == resolved
+    assert config.decode.device == resolved
 
 
 def test_the_record_of_a_run_is_its_configuration(tmp_path: Path) -> None:
@@ -264,26 +262,26 @@ def test_the_record_of_a_run_is_its_configuration(tmp_path: Path) -> None:
 
 def test_fingerprint_is_a_fixed_function_of_settings_and_checkpoint(tmp_path: Path) -> None:
     """Another value would give existing partitions other names."""
-    settings = label_settings(load_config(Config, write(tmp_path, MINIMAL)))
+    config = load_config(Config, write(tmp_path, MINIMAL))
     expected = "ef89a5a52571e3c84bf2c5d81cea236e80e5503e4849b87fbbee0e8b214c9c3e"
-    assert fingerprint(settings, BUNDLED_DIGEST) == expected
+    assert config.fingerprint(BUNDLED_DIGEST) == expected
     other = [
         "decode.device=auto",
         "classify.device=cuda",
         "output.embedding=float16",
         "input.label_field=a.b",
     ]
-    settings = label_settings(load_config(Config, write(tmp_path, MINIMAL), other))
+    config = load_config(Config, write(tmp_path, MINIMAL), other)
     expected = "0c0d5b3d876ddf1303f8565d11f8a470ab403343689d6a8defd705c00e06975e"
-    assert fingerprint(settings, BUNDLED_DIGEST) == expected
+    assert config.fingerprint(BUNDLED_DIGEST) == expected
 
 
 def test_settings_of_a_label_name_no_place_and_no_share_of_the_work(tmp_path: Path) -> None:
-    settings = label_settings(load_config(Config, write(tmp_path, MINIMAL)))
+    settings = load_config(Config, write(tmp_path, MINIMAL)).label_settings
     for same in ("input.uri=/in", "output.uri=/out", "classify.batch_size=3", "classify.device=cpu"):
-        assert label_settings(load_config(Config, write(tmp_path, MINIMAL), [same])) == settings
+        assert load_config(Config, write(tmp_path, MINIMAL), [same]).label_settings == settings
     for other in ("output.topk=3", "model.precision=bf16", "decode.quality=fast", "input.labels=false"):
-        assert label_settings(load_config(Config, write(tmp_path, MINIMAL), [other])) != settings
+        assert load_config(Config, write(tmp_path, MINIMAL), [other]).label_settings != settings
 
 
 @pytest.mark.parametrize(

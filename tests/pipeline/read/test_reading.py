@@ -291,7 +291,7 @@ def test_random_damage_never_loses_a_sample_silently(files: Path) -> None:
 
 # Labels ------------------------------------------------------------------------------------------
 
-NAMED = ReadOptions(class_ids=(("cat", 0), ("dog", 1), ("7", 2)), num_labels=10)
+NAMED = ReadOptions(class_ids={"cat": 0, "dog": 1, "7": 2}, num_labels=10)
 
 
 @pytest.mark.parametrize(
@@ -520,7 +520,6 @@ def test_errors_and_options_travel_between_processes() -> None:
     error = pickle.loads(pickle.dumps(ShardError("s3://b/x.tar", "cut off")))
     assert (str(error), error.uri) == ("s3://b/x.tar: cut off", "s3://b/x.tar")
     assert pickle.loads(pickle.dumps(NAMED)) == NAMED
-    assert len({NAMED, ReadOptions(), PLAIN}) == 2
 
 
 def test_a_reader_that_is_left_early_stops(storage: Storage, tmp_path: Path) -> None:

@@ -32,9 +32,8 @@ from pipeline.run import (
     make_job,
     plan_run,
     rebuild,
-    streaming,
 )
-from pipeline.storage import ObjectInfo, Pauses, Storage
+from pipeline.storage import ObjectInfo, Storage
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_tar
 from tests.partitions import manifest_rows
@@ -79,7 +78,7 @@ def test_a_rerun_with_nothing_new_opens_no_executor_and_touches_nothing(
     def none(settings: object) -> None:
         raise AssertionError("an executor was opened")
 
-    monkeypatch.setattr(streaming, "open_executor", none)
+    monkeypatch.setattr(labeling, "open_executor", none)
     again = label(config(root))
     assert again.is_complete
     assert again.plan.states == {State.DONE: 1, State.GONE: 0}
@@ -208,7 +207,7 @@ def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path)
 def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.DEFAULT_PAUSES", Pauses(0.001, 0.01))
+    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.01)
     write(bucket, "a.tar", 1)
     write(bucket, "b.tar", 2)
     with FaultProxy(s3_server.endpoint_url) as proxy:
@@ -391,7 +390,7 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
 def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.DEFAULT_PAUSES", Pauses(0.01, 10))
+    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.5)
     for i in range(6):
         write(bucket, f"{i}.tar", i)
     with FaultProxy(s3_server.endpoint_url, seed=3, rate=0.5) as proxy:

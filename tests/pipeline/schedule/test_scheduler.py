@@ -24,8 +24,7 @@ from pipeline.schedule import (
     SubmittedJob,
     next_ticks,
 )
-from pipeline.schedule.scheduler import last_tick
-from pipeline.schedule.state import CurrentJob
+from pipeline.schedule.scheduler import CurrentJob, last_tick
 from pipeline.storage import ObjectInfo, Storage
 from tests.command import invoke
 from tests.pipeline.schedule.lists import DATASET, LIST

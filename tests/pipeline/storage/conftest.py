@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.storage import Pauses, Storage
+from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy
 
-SHORT = Pauses(0.001, 0.01)
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.01)
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +81,10 @@ def proxy(shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
 @pytest.fixture
 def faulty(proxy: FaultProxy) -> Storage:
     """Storage that reaches the S3 server through the proxy."""
-    return Storage(endpoint_url=proxy.url, pauses=SHORT)
+    return Storage(endpoint_url=proxy.url)
 
 
 @pytest.fixture
 def storage(s3_server: LocalS3) -> Storage:
-    """Storage that reaches the S3 server (and local files and Google Cloud Storage), with short pauses."""
-    return Storage(endpoint_url=s3_server.endpoint_url, pauses=SHORT)
+    """Storage that reaches the S3 server (and local files and Google Cloud Storage)."""
+    return Storage(endpoint_url=s3_server.endpoint_url)

@@ -56,8 +56,8 @@ def test_the_uri_of_an_object_lists_that_object_alone(storage: Storage, root: st
     assert names(storage, f"{root}/a.tar") == [f"{root}/a.tar"]
 
 
-def test_a_missing_folder_may_count_as_empty(storage: Storage, root: str) -> None:
-    assert list(storage.list(f"{root}/none/at/all", missing_ok=True)) == []
+def test_a_missing_folder_is_empty(storage: Storage, root: str) -> None:
+    assert list(storage.list(f"{root}/none/at/all")) == []
 
 
 def test_the_latest_version_is_read_even_if_it_is_replaced_meanwhile(storage: Storage, root: str) -> None:

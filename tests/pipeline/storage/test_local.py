@@ -41,11 +41,6 @@ def test_local_paths_have_one_spelling(
     assert storage.stat("with space/x") == info
 
 
-def test_a_missing_local_folder_is_told(storage: Storage, tmp_path: Path) -> None:
-    with pytest.raises(ObjectNotFound, match="nowhere: no such file or folder"):
-        list(storage.list(f"{tmp_path}/nowhere"))
-
-
 def test_a_failed_local_write_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").mkdir()  # can't be replaced by a file
     with pytest.raises(StorageError, match=f"{tmp_path}/x.parquet: "):

@@ -8,10 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.storage import Pauses, retries
-from pipeline.storage.retrying import DEFAULT_PAUSES, Transient, retry
-
-NONE = Pauses(0, 0)
+from pipeline.storage import retries
+from pipeline.storage.retrying import Transient, pause_after, retry
 
 
 class PassingError(Exception):
@@ -38,7 +36,7 @@ def transient(attempts: int = 10) -> Callable[[Exception], Transient | None]:
 
 def test_action_that_succeeds_runs_once() -> None:
     before = retries()
-    assert retry(failing(0), transient(), NONE) == 1
+    assert retry(failing(0), transient()) == 1
     assert retries() == before
 
 
@@ -54,7 +52,7 @@ def test_transient_failures_are_retried_and_counted(times: int) -> None:
 def test_lasting_failure_raises_the_last_exception(attempts: int) -> None:
     before = retries()
     with pytest.raises(PassingError) as caught:
-        retry(failing(1000), transient(attempts), NONE)
+        retry(failing(1000), transient(attempts))
     assert caught.value.args == (attempts,)
     assert retries() - before == Counter(passing=attempts - 1)  # the last one wasn't retried
 
@@ -62,7 +60,7 @@ def test_lasting_failure_raises_the_last_exception(attempts: int) -> None:
 def test_permanent_failure_is_raised_at_once() -> None:
     before = retries()
     with pytest.raises(ValueError, match="for good"):
-        retry(failing(1, ValueError("for good")), transient(), NONE)
+        retry(failing(1, ValueError("for good")), transient())
     assert retries() == before
 
 
@@ -71,7 +69,7 @@ def test_an_interrupt_is_not_retried() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retry(action, lambda _: Transient("any"), NONE)
+        retry(action, lambda _: Transient("any"))
 
 
 def test_each_failure_has_its_own_bound() -> None:
@@ -80,13 +78,13 @@ def test_each_failure_has_its_own_bound() -> None:
         retry(
             failing(1000),
             lambda _: Transient(kind := next(kinds), attempts=3 if kind == "denied" else 10),
-            NONE,
         )
     assert caught.value.args == (3,)
 
 
-def test_pauses_grow_up_to_a_bound_and_differ() -> None:
-    runs = [[DEFAULT_PAUSES.after(attempt) for attempt in range(1, 10)] for _ in range(50)]
+def test_pauses_grow_up_to_a_bound_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 10.0)
+    runs = [[pause_after(attempt) for attempt in range(1, 10)] for _ in range(50)]
     for run in runs:
         for attempt, pause in enumerate(run, 1):
             longest = min(10.0, 0.25 * 2**attempt)
@@ -99,11 +97,11 @@ def test_pauses_grow_up_to_a_bound_and_differ() -> None:
 def test_threads_count_together() -> None:
     before = retries()
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda _: retry(failing(5), transient(), NONE), range(200)))
+        list(pool.map(lambda _: retry(failing(5), transient()), range(200)))
     assert retries() - before == Counter(passing=1000)
 
 
 def test_returned_counts_are_a_copy() -> None:
-    retry(failing(1), transient(), NONE)
+    retry(failing(1), transient())
     retries().clear()
     assert retries()["passing"] > 0

@@ -18,8 +18,7 @@ from cvt.errors import CheckpointError
 from cvt.presets import preset_preprocessor
 from jobs.train import train as train_command
 from pipeline.config import ConfigError, TrainConfig, load_config
-from pipeline.train.model import make_training_model
-from pipeline.train.training import augment, train
+from pipeline.train.training import augment, make_training_model, train
 from tests.makers import make_tar
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
