@@ -68,7 +68,7 @@ def _run(config: DatasetsConfig, once: bool) -> Exit:
 
 def _ticks(dataset: DatasetConfig) -> Iterator[str]:
     for tick in next_ticks(dataset, datetime.now(UTC), _DRY_RUN_TICKS):
-        zone = "" if dataset.timezone == "UTC" else f" ({tick:%Y-%m-%d %H:%M} {dataset.timezone})"
+        zone = "" if str(dataset.timezone) == "UTC" else f" ({tick:%Y-%m-%d %H:%M} {dataset.timezone})"
         yield _shown(tick) + zone
 
 

@@ -9,7 +9,7 @@ import typer
 
 from jobs import console
 from jobs.console import note
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, SubmitConfig
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_tick
 
@@ -55,7 +55,8 @@ def submit(
     loaded, selection = console.load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
     try:
         tick = minute_tick(datetime.now(UTC)) if tick is None else tick
-        submission = Submission(loaded, tick, selection, working_dir, pip, python)
+        to = SubmitConfig(working_dir=working_dir, requirements=pip, python=python)
+        submission = Submission(loaded, tick, selection, to)
     except ValueError as error:
         raise ConfigError(f"--tick: {error}") from None
     client = JobClient(address)

@@ -28,9 +28,7 @@ def load_config(
     Without a path, the overrides alone make the configuration. The path `env:NAME` reads the variable
     NAME of the environment: a submitted job gets its configuration from there. URIs are normalized. A
     relative path is made absolute, unless `keep_relative_paths` is set, for use on another machine.
-
-    Raises:
-        ConfigError: the message lists every fault, each with its field, and its line where the file has one.
+    A `ConfigError` lists every fault, each with its field, and its line where the file has one.
     """
     return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
 

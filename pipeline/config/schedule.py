@@ -30,7 +30,7 @@ class DatasetConfig(Config):
 
     #: Five fields (minute, hour, day of the month, month, day of the week), or @daily and the like.
     cron: str
-    timezone: str = "UTC"
+    timezone: ZoneInfo = ZoneInfo("UTC")
     #: Label also shards with error rows, and shards that could not be read.
     retry_errors: bool = False
     #: Remove the labels of shards that are deleted from the input.
@@ -54,15 +54,6 @@ class DatasetConfig(Config):
         except ValueError:
             pass
         raise ValueError("not a cron expression of five fields that ever comes")
-
-    @field_validator("timezone")
-    @classmethod
-    def _is_timezone(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ValueError, OSError, LookupError):
-            raise ValueError("not a time zone, such as Europe/Berlin") from None
-        return name
 
     @property
     def job(self) -> Config:

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from pipeline.storage import StorageError, is_relative, normalize_uri
@@ -21,15 +21,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    @model_validator(mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _empty_sections_are_sections(cls, values: Any) -> Any:
+    def _empty_sections_are_sections(cls, value: Any, info: ValidationInfo) -> Any:
         """A section of which every line is a comment is null in YAML."""
-        if not isinstance(values, dict):
-            return values
-        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        sections = {n for n, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
-        return {name: {} if value is None and name in sections else value for name, value in values.items()}
+        kind = cls.model_fields[str(info.field_name)].annotation
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        return {} if value is None and is_section else value
 
 
 def _holding_no_secret(uri: str) -> str:
@@ -47,9 +45,7 @@ def _holding_no_secret(uri: str) -> str:
 
 def _plain_url(url: str) -> str:
     """Refuses a URL with more than scheme, host and port."""
-    if any(mark in url for mark in "@?#"):
-        message = "credentials don't belong here, but in the environment: only scheme, host and port do"
-        raise PydanticCustomError(VALUE_HIDDEN, message)
+    _holding_no_secret(url if "://" in url else f"http://{url}")
     try:
         _ = urlsplit(url).port
     except ValueError:  # its message contains the URL

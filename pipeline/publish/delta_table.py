@@ -187,7 +187,11 @@ class DeltaTable:
         pq.write_table(shards, out, compression="zstd")
         self.storage.write(self._list(snapshot), out.getvalue())
 
-        transaction, version, options = snapshot.transaction, base.delta_version, self._options()
+        transaction, version, options = (
+            snapshot.transaction,
+            base.delta_version,
+            self.storage.object_store_options(self.uri),
+        )
         properties = CommitProperties(
             app_transactions=[Transaction(self._app, transaction)],
             custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
@@ -250,26 +254,13 @@ class DeltaTable:
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
         try:
-            return deltalake.DeltaTable(self.uri, version=version, storage_options=self._options())
+            return deltalake.DeltaTable(
+                self.uri, version=version, storage_options=self.storage.object_store_options(self.uri)
+            )
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
             raise StorageError(self.uri, f"can't be read as a Delta table: {_said(error)}") from None
-
-    def _options(self) -> dict[str, str] | None:
-        """How deltalake reaches the storage: as this project does."""
-        if not self.uri.startswith("s3://"):
-            return None
-        found = self.storage.s3_access()
-        options = {
-            "endpoint_url": found.endpoint_url,
-            "allow_http": "true" if (found.endpoint_url or "").startswith("http://") else None,
-            "region": found.region,
-            "aws_access_key_id": found.access_key,
-            "aws_secret_access_key": found.secret_key,
-            "aws_session_token": found.token,
-        }
-        return {name: value for name, value in options.items() if value}
 
 
 def _said(error: Exception) -> str:

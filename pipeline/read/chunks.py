@@ -6,8 +6,9 @@ is of and which of its samples it holds rides in the row; nothing is derived fro
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,15 +24,6 @@ if TYPE_CHECKING:
 #: What a reader knows of each sample.
 ENCODED = pa.struct(
     [("key", pa.string()), ("target", pa.int32()), ("error", pa.string()), ("image", pa.large_binary())]
-)
-
-# The columns of a block with single values of a chunk.
-_VALUES = {"shard": pa.int64(), "start": pa.int64(), "total": pa.int64(), "error": pa.string()}
-_VALUES |= {"transient": pa.bool_(), "encoded_bytes": pa.int64()}
-_RETRIES = pa.map_(pa.string(), pa.int64())
-_ARROW_TYPES = {"int": pa.int64(), "float": pa.float64()}
-_METRICS = pa.map_(
-    pa.string(), pa.struct([(field.name, _ARROW_TYPES[str(field.type)]) for field in fields(StageMetrics)])
 )
 
 
@@ -65,11 +57,10 @@ class Chunk:
     def to_block(self) -> pa.Table:
         """The chunk as a table of one row; pixels are not copied, and must be an array."""
         rows = self.samples.to_struct_array().combine_chunks()
-        columns = {name: pa.array([getattr(self, name)], kind) for name, kind in _VALUES.items()}
-        columns |= {
-            "retries": pa.array([list(self.retries.items())], _RETRIES),
-            "metrics": pa.array([[(s, asdict(m)) for s, m in self.metrics.items()]], _METRICS),
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("samples", "pixels")}
+        columns = {
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
+            "others": pa.array([pickle.dumps(others)], pa.binary()),
         }
         if self.pixels is not None:
             assert isinstance(self.pixels, np.ndarray)
@@ -87,13 +78,8 @@ class Chunk:
             if "pixels" in record.column_names:
                 content = np.frombuffer(record["pixels"][0].as_buffer() or b"", np.uint8)
                 pixels = content.reshape(record["shape"][0].as_py())
-            yield Chunk(
-                **{name: record[name][0].as_py() for name in _VALUES},
-                samples=pa.Table.from_struct_array(samples),
-                pixels=pixels,
-                retries=dict(record["retries"][0].as_py()),
-                metrics={stage: StageMetrics(**m) for stage, m in record["metrics"][0].as_py()},
-            )
+            others = pickle.loads(record["others"][0].as_py())
+            yield Chunk(samples=pa.Table.from_struct_array(samples), pixels=pixels, **others)
 
 
 def _one_binary(content: np.ndarray) -> pa.Array:

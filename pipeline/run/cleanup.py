@@ -5,47 +5,36 @@ are in other groups now.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pyarrow.parquet as pq
 
-from pipeline.commit import Lease, ManifestRow, Partition, Repairs, RunRecord, prediction_files
+from pipeline.commit import ManifestRow, Partition, prediction_files
 from pipeline.predictions import prediction_path
 from pipeline.read import Shard
-from pipeline.run.planning import Plan, regrouped
+from pipeline.run.planning import regrouped
+from pipeline.run.recording import RunContext
 from pipeline.storage import ObjectChanged, ObjectNotFound
 
 _THREADS = 16
 
 
-def clean_up(
-    partition: Partition,
-    plan: Plan,
-    repairs: Repairs,
-    record: RunRecord,
-    lease: Lease,
-    relist: Callable[[], Iterable[Shard]],
-) -> tuple[set[str], bool]:
+def clean_up(run: RunContext) -> tuple[set[str], bool]:
     """Removes labels and rows that must go, and repairs the manifest; first writes the record.
 
     Labels of images that now belong to another group are removed first, so that no image is ever visible
-    in two groups' files. `relist` lists the input again.
-
-    Returns:
-        the shards whose labels were removed, and whether anything was changed.
-
-    Raises:
-        StorageError: something can't be read, written or removed.
-        LeaseLostError: another run has taken over.
+    in two groups' files.
+    Returns the shards whose labels were removed, and whether anything was changed.
     """
+    plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.labeled_gone
-    to_remove = plan.to_prune | _regrouped(partition, plan, repairs, relist)
+    to_remove = plan.to_prune | _regrouped(run)
     to_remove |= {uri for uri in plan.shrunk if uri in plan.expected}
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
-    lease.check()
-    remove(partition, {uri: versions[uri] for uri in to_remove})
+    run.lease.check()
+    _remove(partition, {uri: versions[uri] for uri in to_remove})
     removed = to_remove | repairs.removed | (plan.gone.keys() - labeled.keys())
     gone = [uri for uri, row in labeled.items() if uri not in removed and not row.gone]
     rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
@@ -62,12 +51,8 @@ def clean_up(
     return to_remove, True
 
 
-def remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
-    """Removes shards' prediction files of these versions, not those that another run has rewritten meanwhile.
-
-    Raises:
-        StorageError: one can't be removed.
-    """
+def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
+    """Removes prediction files of these versions, by shard; not those that another run has rewritten."""
 
     def remove_one(shard: tuple[str, str | None]) -> None:
         uri, version = shard
@@ -78,49 +63,37 @@ def remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
         deque(pool.map(remove_one, versions.items()), 0)
 
 
-def withdraw_regrouped(
-    partition: Partition,
-    plan: Plan,
-    groups: Mapping[str, ManifestRow],
-    entries: Mapping[str, ManifestRow],
-    relist: Callable[[], Iterable[Shard]],
-) -> set[str]:
+def withdraw_regrouped(run: RunContext) -> set[str]:
     """Removes what a run labeled of image files that the input has in other groups meanwhile.
 
     That matters only where another run has labeled those other groups, knowing nothing of this run: where
     there is a prediction file that this run neither found nor wrote, or of another version of a group.
-    `groups` has the manifest rows of groups that the run labeled, `entries` all rows at the start of the run.
-
-    Returns:
-        the groups whose labels were removed.
-
-    Raises:
-        StorageError: something can't be listed or removed.
+    Returns the groups whose labels were removed.
     """
+    partition, groups = run.result.partition, run.groups
     if not groups:
         return set()
-    labeled = [shard for shard in plan.shards if shard.uri in groups]
-    rows = [*entries.values(), *groups.values()]
+    labeled = [shard for shard in run.result.plan.shards if shard.uri in groups]
+    rows = [*run.prepared.repairs.entries.values(), *groups.values()]
     versions = {row.output: row.output_version for row in rows if row.output}
     files = prediction_files(partition.storage, partition.uri)
     if all(groups[shard.uri].version == shard.version for shard in labeled) and all(
         versions.get(file.uri.removeprefix(f"{partition.uri}/")) == file.version for file in files
     ):
         return set()
-    moved = regrouped(relist(), {member.uri: shard.uri for shard in labeled for member in shard.members})
-    remove(partition, {uri: groups[uri].output_version for uri in moved})
+    moved = regrouped(run.relist(), {member.uri: shard.uri for shard in labeled for member in shard.members})
+    _remove(partition, {uri: groups[uri].output_version for uri in moved})
     return moved
 
 
-def _regrouped(
-    partition: Partition, plan: Plan, repairs: Repairs, relist: Callable[[], Iterable[Shard]]
-) -> set[str]:
+def _regrouped(run: RunContext) -> set[str]:
     """Deleted groups of image files, some of whose images are in other groups now."""
+    plan, partition = run.result.plan, run.result.partition
     groups = {uri: row for uri, row in plan.labeled_gone.items() if row.format == "images"}
     # An image that is in another group now has changed that group, so it is planned.
     gaining: Iterable[Shard] = [shard for shard in plan.shards if shard.members]
-    if groups.keys() & repairs.rows.keys():  # unless overlapping runs wrote both
-        gaining = relist()
+    if groups.keys() & run.prepared.repairs.rows.keys():  # unless overlapping runs wrote both
+        gaining = run.relist()
     if not gaining or not groups:
         return set()
 

@@ -37,16 +37,6 @@ class Job:
     partition: Partition
 
     @property
-    def prediction_options(self) -> PredictionOptions:
-        """What the prediction columns hold."""
-        return PredictionOptions(
-            labels=self.checkpoint.labels,
-            topk=self.config.output.topk,
-            embedding=self.config.output.embedding,
-            embedding_width=self.checkpoint.embedding_width,
-        )
-
-    @property
     def resource_request(self) -> ResourceRequest:
         """What the job asks of an executor."""
         from cvt.counting import count_macs
@@ -58,12 +48,14 @@ class Job:
     @property
     def stages(self) -> Stages:
         """What the stages need to know."""
-        config = self.config
+        config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions.of(config.input, self.checkpoint.labels, config.read.fetches),
+            read_options=ReadOptions.of(config.input, labels, config.read.fetches),
             checkpoint=self.checkpoint,
-            predictions=self.prediction_options,
+            predictions=PredictionOptions(
+                labels, config.output.topk, config.output.embedding, self.checkpoint.embedding_width
+            ),
             max_image_pixels=config.input.max_image_pixels,
             fast_decoding=config.decode.quality == "fast",
             precision=config.model.precision,
@@ -99,11 +91,7 @@ def make_job(config: Config) -> Job:
 
 
 def check_installed(config: Config) -> None:
-    """Reports a missing package at once, not from within a worker; nodes are alike.
-
-    Raises:
-        ConfigError: names the package to install.
-    """
+    """Raises `ConfigError` if a package is missing: at once, not from within a worker; nodes are alike."""
     if config.classify.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
         raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 
@@ -20,7 +20,6 @@ from pipeline.commit import (
     ManifestWriter,
     PredictionWriter,
     Progress,
-    RunRecord,
     new_run_id,
 )
 from pipeline.compare import RunPair
@@ -35,11 +34,11 @@ from pipeline.dataflow import (
     sigterm_interrupts,
 )
 from pipeline.read import Chunk, Shard, list_shards
-from pipeline.report import GALLERY_FILE, Gallery, read_gallery, write_gallery, write_report
+from pipeline.report import GALLERY_FILE, read_gallery, write_gallery, write_report
 from pipeline.run.cleanup import clean_up, withdraw_regrouped
 from pipeline.run.job import check_installed, make_job
 from pipeline.run.planning import PreparedRun, open_listing, prepare
-from pipeline.run.recording import Clock, RunResult, recorded
+from pipeline.run.recording import Clock, RunContext, RunResult, recorded
 from pipeline.run.stored import write_class_table
 from pipeline.statistics import (
     CLASSIFY,
@@ -116,27 +115,8 @@ def label(
     return result
 
 
-@dataclass
-class _ShardStream:
-    """Labels the plan's shards, and notes in result, record and manifest what became of each.
-
-    Attributes:
-        gallery: thumbnails of labeled shards.
-        groups: manifest rows of the groups of image files that were labeled, by URI.
-    """
-
-    result: RunResult
-    prepared: PreparedRun
-    record: RunRecord
-    clock: Clock
-    lease: Lease
-    writer: ManifestWriter
-    on_progress: Callable[[Progress, PreparedRun], None]
-    gallery: Gallery = field(init=False)
-    groups: dict[str, ManifestRow] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.gallery = Gallery(self.result.job.config.report.gallery, self.result.plan.shards)
+class _ShardStream(RunContext):
+    """Labels the plan's shards, and notes in result, record and manifest what became of each."""
 
     def label_shards(self, removed: set[str]) -> Stop:
         """Labels all shards, or, after a stop, those that were started.
@@ -147,7 +127,7 @@ class _ShardStream:
         writer = PredictionWriter(
             job.partition,
             job.fingerprint,
-            job.prediction_options,
+            job.stages.predictions,
             self.result.run,
             expected={uri: version for uri, version in plan.expected.items() if uri not in removed},
             is_current=partial(_is_current, job.storage, job.config.input.format),
@@ -204,7 +184,7 @@ class _ShardStream:
                 if stop.requested and not committer.open_shards:
                     break
         seconds = time.perf_counter() - started if started else 0.0
-        self.clock.mark("last_result", again=True)
+        self.clock.mark("last_result")
         if stop.requested:
             committer.settle()
         else:
@@ -237,19 +217,17 @@ class _Run(_ShardStream):
 
     def carry_out(self) -> None:
         """Does what is planned, and leaves everything in order; raises as `label`."""
-        plan, repairs, partition = self.result.plan, self.prepared.repairs, self.result.partition
+        plan, partition = self.result.plan, self.result.partition
         stop: Stop | None = None
         try:
             if not self.prepared.in_order:  # some process may have died
                 partition.storage.sweep(partition.uri)
-            removed, changed = clean_up(partition, plan, repairs, self.record, self.lease, self._relist)
+            removed, changed = clean_up(self)
             if plan.shards:
                 try:
                     stop = self.label_shards(removed)
                 finally:  # images may have moved to other groups meanwhile
-                    self.result.withdrawn = withdraw_regrouped(
-                        partition, plan, self.groups, repairs.entries, self._relist
-                    )
+                    self.result.withdrawn = withdraw_regrouped(self)
             self.writer.flush()
             if self.result.withdrawn:
                 partition.manifest.update({}, self.result.withdrawn)
@@ -271,11 +249,6 @@ class _Run(_ShardStream):
             self._note_counts()
         if stop is not None:
             stop.conclude()
-
-    def _relist(self) -> Iterator[Shard]:
-        """The input as it is now; for what only overlapping runs make necessary."""
-        section = self.result.job.config.input
-        return list_shards(self.result.job.storage, section.uri, section.format)
 
     def _note_counts(self) -> None:
         totals = self.result.totals

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pipeline.commit import ManifestRow, Repairs, find_repairs, left_in_order
@@ -25,7 +25,7 @@ class State(StrEnum):
     GONE = "gone"  # deleted from the input
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a run has to do.
 
@@ -42,16 +42,16 @@ class Plan:
     """
 
     selection: Selection
-    shards: tuple[Shard, ...]
-    states: Mapping[State, int]
-    ignored: int
-    expected: Mapping[str, str]
-    again: int
-    skipped_failures: int
-    gone: Mapping[str, ManifestRow]
-    reappeared: tuple[str, ...]
-    recovered: tuple[str, ...]
-    shrunk: tuple[str, ...]
+    shards: list[Shard] = field(default_factory=list)
+    states: Counter[State] = field(default_factory=Counter)
+    ignored: int = 0
+    expected: dict[str, str] = field(default_factory=dict)
+    again: int = 0
+    skipped_failures: int = 0
+    gone: dict[str, ManifestRow] = field(default_factory=dict)
+    reappeared: list[str] = field(default_factory=list)
+    recovered: list[str] = field(default_factory=list)
+    shrunk: set[str] = field(default_factory=set)
 
     @property
     def labeled_gone(self) -> dict[str, ManifestRow]:
@@ -76,56 +76,39 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
 
     Only shards under the listing's URI and of its format can be gone: rows of other inputs are ignored.
     """
-    shards: list[Shard] = []
-    states: Counter[State] = Counter()
-    expected: dict[str, str] = {}
-    again = skipped_failures = 0
-    seen, shrunk = set[str](), list[str]()
-    reappeared, recovered = list[str](), list[str]()
+    found, seen = Plan(selection), set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
         row = manifest.get(shard.uri, _UNKNOWN)
         state = _state(shard, row)
-        states[state] += 1
+        found.states[state] += 1
         seen.add(shard.uri)
         failed = row.failed_version == shard.version
         if row.gone:
-            reappeared.append(shard.uri)
+            found.reappeared.append(shard.uri)
         if state is State.DONE and row.error is not None and not failed:
-            recovered.append(shard.uri)
+            found.recovered.append(shard.uri)
         is_due = state in (State.NEW, State.CHANGED)
         if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
-            shards.append(shard)
-            again += not is_due
+            found.shards.append(shard)
+            found.again += not is_due
             if row.output_version is not None:
-                expected[shard.uri] = row.output_version
+                found.expected[shard.uri] = row.output_version
         elif state is State.FAILED:
-            skipped_failures += 1
+            found.skipped_failures += 1
         if shard.format == "images":
             if (row.version is None or row.gone) and last_changed is not None:
-                shrunk.append(last_changed)
+                found.shrunk.add(last_changed)
             if state is not State.NEW:
                 has_labels = row.output is not None
                 last_changed = shard.uri if state is State.CHANGED and has_labels else None
-    gone = {
+    found.gone = {
         uri: row
         for uri, row in manifest.items()
         if uri not in seen and lies_in(uri, listing.uri) and listing.format in (None, row.format)
     }
-    states[State.GONE] = len(gone)
-    return Plan(
-        selection=selection,
-        shards=tuple(shards),
-        states=states,
-        ignored=listing.ignored,
-        expected=expected,
-        again=again,
-        skipped_failures=skipped_failures,
-        gone=gone,
-        reappeared=tuple(reappeared),
-        recovered=tuple(recovered),
-        shrunk=tuple(dict.fromkeys(shrunk)),
-    )
+    found.states[State.GONE], found.ignored = len(found.gone), listing.ignored
+    return found
 
 
 def regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:

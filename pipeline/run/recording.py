@@ -1,4 +1,4 @@
-"""What a run did: its result, and its record.
+"""What the steps of a run share, its result, and its record.
 
 The record holds configuration and selection, versions, counts, timings and outcome, so that a run can be
 repeated from it. It also lists what no prediction file holds, such as unreadable shards.
@@ -7,15 +7,17 @@ repeated from it. It also lists what no prediction file holds, such as unreadabl
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from pipeline.commit import Partition, RunRecord, Totals
+from pipeline.commit import Lease, ManifestRow, ManifestWriter, Partition, Progress, RunRecord, Totals
 from pipeline.config import Selection
+from pipeline.read import Shard, list_shards
+from pipeline.report import Gallery
 from pipeline.run.job import Job
-from pipeline.run.planning import Plan
+from pipeline.run.planning import Plan, PreparedRun
 from pipeline.statistics import ClassStatistics, StageFigures
 from pipeline.storage import StorageError
 
@@ -32,10 +34,9 @@ class Clock:
         self._start = time.monotonic()
         self.seconds: dict[str, float] = {}
 
-    def mark(self, event: str, *, again: bool = False) -> None:
-        """Notes an event's time; the first one counts, unless it may happen `again`."""
-        if again or event not in self.seconds:
-            self.seconds[event] = round(time.monotonic() - self._start, 3)
+    def mark(self, event: str) -> None:
+        """Notes the time at which an event happens first."""
+        self.seconds.setdefault(event, round(time.monotonic() - self._start, 3))
 
 
 @dataclass
@@ -85,6 +86,34 @@ class RunResult:
     def is_complete(self) -> bool:
         """Whether every shard of the input is labeled, as it is now."""
         return not self.totals.unreadable and not self.plan.skipped_failures
+
+
+@dataclass
+class RunContext:
+    """What the steps of a run share.
+
+    Attributes:
+        gallery: thumbnails of labeled shards.
+        groups: manifest rows of the groups of image files that were labeled, by URI.
+    """
+
+    result: RunResult
+    prepared: PreparedRun
+    record: RunRecord
+    clock: Clock
+    lease: Lease
+    writer: ManifestWriter
+    on_progress: Callable[[Progress, PreparedRun], None]
+    gallery: Gallery = field(init=False)
+    groups: dict[str, ManifestRow] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.gallery = Gallery(self.result.job.config.report.gallery, self.result.plan.shards)
+
+    def relist(self) -> Iterator[Shard]:
+        """Lists the input as it is now; for what only overlapping runs make necessary."""
+        section = self.result.job.config.input
+        return list_shards(self.result.job.storage, section.uri, section.format)
 
 
 @contextmanager

@@ -3,6 +3,12 @@
 The labeling run itself belongs to `run`.
 """
 
-from pipeline.schedule.client import JobClient, SubmissionRefusedError, SubmittedJob, UnknownJobError
+from pipeline.schedule.client import (
+    JobClient,
+    Submission,
+    SubmissionRefusedError,
+    SubmittedJob,
+    UnknownJobError,
+    minute_tick,
+)
 from pipeline.schedule.scheduler import DatasetState, Scheduler, StateFile, next_ticks
-from pipeline.schedule.submission import Submission, minute_tick

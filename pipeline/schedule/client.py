@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import math
 import os
 import re
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.config import LABEL_NEW, Config, Selection, SubmitConfig
 from pipeline.dataflow import ClusterError, check_reachable
-from pipeline.schedule.submission import PROGRAM, Submission
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -25,6 +29,15 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 _RECONNECTIONS = 10  # to a log, one after the other
 _POLL_SECONDS = 1.0
+
+CONFIG_VARIABLE = "CVT_LABEL_CONFIG"  # in the job's environment
+
+#: The value of `program` in the metadata of labeling jobs.
+PROGRAM = "cvt-label"
+
+#: Seconds that a stopped job has, in addition to `run.grace_s`, to write manifest and statistics.
+_STOP_SECONDS = 60
+_TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
 class UnknownJobError(LookupError):
@@ -93,6 +106,92 @@ class SubmittedJob:
         """Whether it is a job of `submit` or `schedule`, or a labeling job of `ray job submit`."""
         is_ours = self.metadata.get("program") == PROGRAM
         return is_ours or re.search(r"\bjobs\.label\b|\bcvt-label label\b", self.entrypoint) is not None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A labeling job to submit.
+
+    It gets nothing of the submitter's environment but its configuration, which contains no secret: the
+    cluster has its own credentials.
+
+    Attributes:
+        config: the job's configuration; `ray.address` is ignored: the job runs on the cluster that gets it.
+        tick: names the scheduled time. One tick of one dataset and model is one job.
+        selection: the shards to label in addition to new ones.
+        to: how the job runs on its cluster; the address is not used here.
+        wait: wait for other runs on the same labels to end, of another input for example.
+    """
+
+    config: Config
+    tick: str
+    selection: Selection = LABEL_NEW
+    to: SubmitConfig = field(default_factory=SubmitConfig)
+    wait: bool = False
+
+    def __post_init__(self) -> None:
+        if not _TICK.fullmatch(self.tick):
+            raise ValueError(f"tick {self.tick!r}: expected up to 40 letters, digits, dots, - and _")
+
+    @property
+    def id(self) -> str:
+        """The submission id: the same for the same input, output, model and tick, and for no other."""
+        labels = self._labels
+        digest = hashlib.sha256("\n".join(labels.values()).encode()).hexdigest()[:6]
+        dataset = labels["input"].partition("://")[2] or labels["input"]
+        return f"label-{_slug(dataset)}-{_slug(labels['model'])}-{digest}-{self.tick}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the cluster shows of the job, in addition to its state."""
+        return {"program": PROGRAM, **self._labels, "tick": self.tick}
+
+    def has_labels_of(self, metadata: Mapping[str, str]) -> bool:
+        """Whether a job with this metadata labels the same dataset with the same model, at any tick."""
+        return self._labels.items() <= metadata.items()
+
+    @property
+    def entrypoint(self) -> str:
+        """The command that the cluster runs. It replaces the shell, so that the job receives the signals."""
+        options = {
+            "--retry-errors": self.selection.retry_errors,
+            "--relabel": self.selection.relabel,
+            "--prune": self.selection.prune,
+            "--wait": self.wait,
+        }
+        command = [self.to.python, "-m", "jobs.label", f"--config=env:{CONFIG_VARIABLE}"]
+        return f"exec {shlex.join([*command, *(name for name, given in options.items() if given)])}"
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """What Ray sets up for the job on every node."""
+        config = self.config.model_copy(update={"ray": self.config.ray.model_copy(update={"address": None})})
+        # Without this variable, Ray kills a job 3 seconds after it has told it to stop.
+        patience = math.ceil(config.run.grace_s) + _STOP_SECONDS
+        variables = {CONFIG_VARIABLE: config.model_dump_json(), "RAY_JOB_STOP_WAIT_TIME_S": str(patience)}
+        given = {"env_vars": variables, "working_dir": self.to.working_dir, "pip": self.to.requirements}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def _labels(self) -> dict[str, str]:
+        config = self.config
+        settings = config.label_settings | {"class_names": config.model.labels}
+        return {
+            "input": config.input.uri,
+            "output": config.output.uri,
+            "model": config.model.path + (f"@{config.model.revision}" if config.model.revision else ""),
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],
+        }
+
+
+def _slug(name: str, longest: int = 40) -> str:
+    """The end of a name in lower-case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())[-longest:].strip("-") or "x"
+
+
+def minute_tick(moment: datetime) -> str:
+    """Returns the tick of a moment: its minute in UTC."""
+    return f"{moment.astimezone(UTC):%Y%m%dT%H%MZ}"
 
 
 class JobClient:
@@ -220,18 +319,13 @@ class JobClient:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         import requests
-        from ray.exceptions import AuthenticationError, RayError
+        from ray.exceptions import RayError
 
         try:
             yield
         except requests.exceptions.InvalidHeader:  # its message contains the token
             cause = "holds a line break, or begins with a space"
             raise ClusterError(f"the token in RAY_AUTH_TOKEN {cause}") from None
-        except AuthenticationError:
-            raise ClusterError(
-                f"{self.address}: the cluster asks for a token, and has none or another one from here: set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
-            ) from None
         except (ClusterError, SubmissionRefusedError):
             raise
         except (RuntimeError, ValueError, OSError, RayError) as error:  # OSError: of requests, too

@@ -10,14 +10,19 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO
-from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import DatasetConfig, DatasetsConfig, Selection, make_storage
 from pipeline.dataflow import ClusterError
-from pipeline.schedule.client import AlreadySubmittedError, JobClient, StillRunningError, SubmittedJob
-from pipeline.schedule.submission import Submission, minute_tick
+from pipeline.schedule.client import (
+    AlreadySubmittedError,
+    JobClient,
+    StillRunningError,
+    Submission,
+    SubmittedJob,
+    minute_tick,
+)
 from pipeline.storage import ABSENT, ObjectChanged, StorageError
 
 _logger = logging.getLogger("cvt_label")
@@ -106,7 +111,7 @@ def last_tick(dataset: DatasetConfig, now: datetime) -> datetime:
 def _times(dataset: DatasetConfig, start: datetime) -> Any:
     from croniter import croniter  # of an extra; a configuration with a schedule is not valid without it
 
-    return croniter(dataset.cron, start.astimezone(ZoneInfo(dataset.timezone)))
+    return croniter(dataset.cron, start.astimezone(dataset.timezone))
 
 
 class Scheduler:
@@ -208,7 +213,6 @@ class Scheduler:
         return self._connected
 
     def _submission(self, dataset: DatasetConfig, tick: datetime) -> Submission:
-        to, selection = self._config.submit, Selection(retry_errors=dataset.retry_errors, prune=dataset.prune)
-        where = to.working_dir, to.requirements, to.python
+        selection = Selection(retry_errors=dataset.retry_errors, prune=dataset.prune)
         # Datasets may share an output: their jobs wait for each other.
-        return Submission(dataset.job, minute_tick(tick), selection, *where, wait=True)
+        return Submission(dataset.job, minute_tick(tick), selection, self._config.submit, wait=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, S3Access, StorageError
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.ranges import CHUNK_BYTES
 from pipeline.storage.uris import normalize_uri
 
@@ -48,9 +48,9 @@ class Storage:
     endpoint_url: str | None = None
     region: str | None = None
 
-    def s3_access(self) -> S3Access:
-        """Returns how S3 is reached now, for other clients."""
-        return self._s3().access()
+    def object_store_options(self, uri: str) -> dict[str, str]:
+        """Returns the options for a URI of libraries over Rust's object_store; they hold secrets."""
+        return self._s3().object_store_options() if uri.startswith("s3://") else {}
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or everything under the folder `uri`; nothing where there is neither.

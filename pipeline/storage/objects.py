@@ -1,6 +1,6 @@
 """Objects as listed and named, and the errors of storage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 #: Stands for the version of an object that does not exist.
 ABSENT = "absent"
@@ -44,17 +44,6 @@ class ObjectInfo:
     uri: str
     size: int
     version: str
-
-
-@dataclass(frozen=True, slots=True)
-class S3Access:
-    """How other clients than boto3 reach S3. An `endpoint_url` of None is AWS; some credentials expire."""
-
-    endpoint_url: str | None
-    region: str | None
-    access_key: str = field(repr=False)
-    secret_key: str = field(repr=False)
-    token: str | None = field(repr=False)
 
 
 def split(uri: str) -> tuple[str, str]:

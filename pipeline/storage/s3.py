@@ -21,7 +21,6 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
-    S3Access,
     StorageError,
     no_bucket,
     no_object,
@@ -58,18 +57,19 @@ def make_client(
     del pid
     variables = dict(environment)
     endpoint = endpoint_url or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "max_pool_connections": 32,
-        "tcp_keepalive": True,
-        "retries": {"total_max_attempts": 1},
-    }
-    if endpoint:  # other services: not all know virtual hosts, nor AWS's newer checksums
-        options["s3"] = {"addressing_style": "path"}
-        options["request_checksum_calculation"] = "when_required"
-        options["response_checksum_validation"] = "when_required"
-    session, config = boto3.session.Session(), Config(**options)
+    # Other services: not all know virtual hosts, nor AWS's newer checksums.
+    checksums = "when_required" if endpoint else None
+    config = Config(
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=32,
+        tcp_keepalive=True,
+        retries={"total_max_attempts": 1},
+        s3={"addressing_style": "path"} if endpoint else None,
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
+    )
+    session = boto3.session.Session()
     try:
         return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
@@ -82,10 +82,8 @@ class S3:
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    def access(self) -> S3Access:
-        """Returns how the service is reached now, with the credentials that the client would find."""
-        endpoint, region = str(self._client.meta.endpoint_url), self._client.meta.region_name
-        is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
+    def object_store_options(self) -> dict[str, str]:
+        endpoint = str(self._client.meta.endpoint_url)
         try:
             credentials = boto3.session.Session().get_credentials()
             if credentials is None:
@@ -93,8 +91,16 @@ class S3:
             key = credentials.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
             raise _client_failure("s3://", error) from error
-        endpoint_url = None if is_default else endpoint
-        return S3Access(endpoint_url, region, key.access_key, key.secret_key, key.token)
+        is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
+        options = {
+            "endpoint_url": None if is_default else endpoint,
+            "allow_http": "true" if endpoint.startswith("http://") else None,
+            "region": self._client.meta.region_name,
+            "aws_access_key_id": key.access_key,
+            "aws_secret_access_key": key.secret_key,
+            "aws_session_token": key.token,
+        }
+        return {name: value for name, value in options.items() if value}
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, key = split(uri)

@@ -9,8 +9,7 @@ from pipeline.storage.objects import StorageError
 def normalize_uri(uri: str) -> str:
     """Returns the one spelling of a place: no trailing slash; local paths absolute, without `file://`.
 
-    Raises:
-        StorageError: the URI names no place, or holds credentials.
+    Raises `StorageError` if the URI names no place, or holds credentials.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":

@@ -31,8 +31,8 @@ def event_at(name: str) -> threading.Event:
     """An event that is set when a run's clock notes the one of this name."""
     came, mark = threading.Event(), Clock.mark
 
-    def marked(self: Clock, event: str, *, again: bool = False) -> None:
-        mark(self, event, again=again)
+    def marked(self: Clock, event: str) -> None:
+        mark(self, event)
         if event == name:
             came.set()
 

@@ -30,7 +30,7 @@ from jobs.stats import stats
 from jobs.status import status
 from pipeline.config import Config, ConfigError, DatasetsConfig, load_config
 from pipeline.schedule import DatasetState, JobClient, StateFile
-from pipeline.schedule.submission import CONFIG_VARIABLE
+from pipeline.schedule.client import CONFIG_VARIABLE
 from pipeline.storage import Storage, StorageError
 from tests.command import cvt_label, cvt_label_process
 from tests.makers import make_image, make_tar

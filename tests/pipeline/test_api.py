@@ -44,7 +44,7 @@ def test_label_returns_what_it_did(labeled: tuple[Path, pipeline.RunResult]) -> 
 
 def test_plan_finds_what_is_new(labeled: tuple[Path, pipeline.RunResult]) -> None:
     root, _ = labeled
-    assert pipeline.plan(job(root)).plan.shards == ()
+    assert pipeline.plan(job(root)).plan.shards == []
     again = pipeline.plan(job(root), pipeline.Selection(relabel=True)).plan
     assert [shard.uri for shard in again.shards] == [f"{root}/in/a.tar", f"{root}/in/b.tar"]
 

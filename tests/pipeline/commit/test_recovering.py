@@ -192,7 +192,7 @@ def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
         Storage().write(f"{bucket}/in/a.tar", then)
     label(config(bucket))
     assert_rebuilds(partition)
-    assert plan_run(config(bucket)).plan.shards == ()
+    assert plan_run(config(bucket)).plan.shards == []
 
 
 def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> None:
@@ -276,7 +276,7 @@ def test_without_the_records_nothing_but_failures_is_forgotten(bucket: str) -> N
     partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
     for info in Storage().list(f"{partition.uri}/runs"):
         Storage().delete(info.uri)
-    assert plan_run(config(bucket)).plan.shards == ()
+    assert plan_run(config(bucket)).plan.shards == []
     rebuild(make_job(config(bucket)).partition)
     assert [shard.uri for shard in plan_run(config(bucket)).plan.shards] == [f"{bucket}/in/a.tar"]
     label(config(bucket))

@@ -119,9 +119,7 @@ class Dataset:
         """The Delta table, as any reader opens it."""
         import deltalake
 
-        options = None
-        if not self.root.startswith("/"):
-            options = {"endpoint_url": self.storage.s3_access().endpoint_url, "allow_http": "true"}
+        options = self.storage.object_store_options(self.table)
         return deltalake.DeltaTable(self.table, version=version, storage_options=options)
 
     def lists(self) -> list[str]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Partition, Progress
+from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, Progress
 from pipeline.commit import committer as committing
 from pipeline.config import Config, ConfigError, Selection
 from pipeline.predictions import prediction_path
@@ -249,7 +249,7 @@ def test_manifest_and_statistics_are_rebuilt_from_the_labels(
     ]
     assert tables[0].equals(tables[1])
     assert [row["gone"] for row in tables[0].to_pylist()] == [False, False, True, False]
-    assert plan_run(config(root)).plan.shards == ()
+    assert plan_run(config(root)).plan.shards == []
 
 
 def test_without_a_manifest_a_run_finds_out_what_is_labelled(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
     label(config(root), on_progress=another)
     assert refused
     assert "works on these labels" in refused[0]
-    assert plan_run(config(root)).plan.shards == ()
+    assert plan_run(config(root)).plan.shards == []
 
 
 @pytest.mark.slow
@@ -548,15 +548,15 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
     (tmp_path / "in" / "0.tar").unlink()
     clean_up = labeling.clean_up
 
-    def suspended(partition: Partition, *arguments: Any) -> tuple[set[str], bool]:
+    def suspended(run: Any) -> tuple[set[str], bool]:
         monkeypatch.setattr(labeling, "clean_up", clean_up)
         write(root, "0.tar", 7, count=3)
-        path = Path(partition.uri, "lease.json")
+        path = Path(run.result.partition.uri, "lease.json")
         held = path.read_text()
         path.unlink()
         label(config(root))
         path.write_text(held)
-        return clean_up(partition, *arguments)
+        return clean_up(run)
 
     monkeypatch.setattr(labeling, "clean_up", suspended)
     label(config(root), selection=Selection(prune=True))
@@ -613,7 +613,7 @@ def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
     first = label(config(root), on_progress=meanwhile)
     assert len(image_uris(root)) == len(set(image_uris(root))) == 29
     assert first.withdrawn
-    assert plan_run(config(root)).plan.shards == ()
+    assert plan_run(config(root)).plan.shards == []
 
 
 def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path: Path) -> None:

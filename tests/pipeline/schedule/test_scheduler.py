@@ -248,7 +248,7 @@ def test_a_dataset_that_somebody_else_labels_is_skipped(bench: Bench) -> None:
     config = bench.configure("a")
     scheduler = bench.scheduler(config)
     scheduler.poll()
-    by_hand = Submission(config.datasets["a"].job, "by-hand", python=config.submit.python)
+    by_hand = Submission(config.datasets["a"].job, "by-hand", to=config.submit)
     JobClient(bench.address).submit(by_hand)
     bench.now += HOUR
     assert not scheduler.poll()
