@@ -1,5 +1,7 @@
 """The configuration of a schedule: datasets, each with its labeling job and its cron expression."""
 
+import re
+from contextlib import suppress
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
@@ -44,15 +46,11 @@ class DatasetConfig(Config):
         except ImportError:
             message = "schedules need croniter: pip install 'cvt-label[schedule]'"
             raise PydanticCustomError(VALUE_HIDDEN, message) from None
-        fields = cron.split()
-        # croniter's fields with R and H give other times to each caller.
-        standard = len(fields) == 5 and not any(field[:1] in "rRhH" for field in fields)
-        try:
-            if standard or (len(fields) == 1 and cron.startswith("@")):
+        # With R and H, croniter gives other times to each caller.
+        if re.fullmatch(r"@\w+|[^rRhH\s]\S*(\s+[^rRhH\s]\S*){4}", cron.strip()):
+            with suppress(ValueError):
                 croniter(cron).get_next()
                 return cron
-        except ValueError:
-            pass
         raise ValueError("not a cron expression of five fields that ever comes")
 
     @property

@@ -187,11 +187,8 @@ class DeltaTable:
         pq.write_table(shards, out, compression="zstd")
         self.storage.write(self._list(snapshot), out.getvalue())
 
-        transaction, version, options = (
-            snapshot.transaction,
-            base.delta_version,
-            self.storage.object_store_options(self.uri),
-        )
+        transaction, version = snapshot.transaction, base.delta_version
+        options = self.storage.object_store_options(self.uri)
         properties = CommitProperties(
             app_transactions=[Transaction(self._app, transaction)],
             custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},

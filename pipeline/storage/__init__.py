@@ -11,6 +11,9 @@ from pipeline.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
     StorageError,
+    is_relative,
+    lies_in,
+    name_below,
+    normalize_uri,
 )
 from pipeline.storage.retrying import retries
-from pipeline.storage.uris import is_relative, lies_in, name_below, normalize_uri

@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
+from pipeline.storage.objects import (
+    ABSENT,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    StorageError,
+    normalize_uri,
+)
 from pipeline.storage.ranges import CHUNK_BYTES
-from pipeline.storage.uris import normalize_uri
 
 if TYPE_CHECKING:
     from pipeline.storage.gcs import GoogleCloudStorage
