@@ -58,7 +58,7 @@ def _cause(shard: Shard, error: Exception) -> str:
         return error.cause
     if isinstance(error, StorageError | UnreadableError):
         return str(error)
-    return f"{_UNREADABLE[shard.format]} ({type(error).__name__}: {error})"
+    return f"is damaged, or not of the format {shard.format} ({type(error).__name__}: {error})"
 
 
 def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
@@ -88,8 +88,3 @@ def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 
 
 _READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_images}
-_UNREADABLE = {
-    "webdataset": "the tar is damaged, or no tar at all",
-    "parquet": "the Parquet file is damaged, or none at all",
-    "images": "unreadable",
-}

@@ -44,8 +44,7 @@ class _StrictTarInfo(tarfile.TarInfo):
                 raise
             if start == 0:
                 raise UnreadableError("no tar or gzipped tar: its first header is none") from error
-            cause = _HEADER_FAULTS.get(type(error).__name__, "a header is corrupt")
-            raise UnreadableError(f"the tar is damaged: {cause} (at byte {start})") from error
+            raise UnreadableError(f"the tar is damaged or cut off at byte {start}: {error}") from error
         if info.size < 0 or tarfile.offset <= start:  # would be read for ever
             raise UnreadableError(f"the tar is damaged: a member of negative size at byte {start}")
         return info
@@ -53,11 +52,6 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 _HEADER_ERRORS: type[Exception] = tarfile.HeaderError
 _END_OF_ARCHIVE: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
-
-_HEADER_FAULTS = {
-    "EmptyHeaderError": "it ends without the closing zero block, so it is cut off",
-    "TruncatedHeaderError": "it ends within a header, so it is cut off",
-}
 
 
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:

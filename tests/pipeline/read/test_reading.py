@@ -219,7 +219,7 @@ def test_a_tar_that_is_cut_anywhere_is_refused(storage: Storage, files: Path) ->
 
 def test_a_cut_at_a_members_boundary_is_told_with_the_last_key(files: Path) -> None:
     data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])
-    with pytest.raises(ShardError, match=r"after 1 samples \(the last was 'a'\).*cut off \(at byte 2048\)"):
+    with pytest.raises(ShardError, match=r"after 1 samples \(the last was 'a'\).*cut off at byte 2048"):
         read(files, data[: 4 * 512])
     with pytest.raises(ShardError, match=r"ends within 'b\.jpg', so it is cut off"):
         read(files, data[: 3 * 512])
@@ -230,7 +230,7 @@ def test_a_damaged_header_is_refused(files: Path) -> None:
     for offset in [*range(0, 148, 7), *range(156, 512, 17)]:
         damaged = bytearray(data)
         damaged[1024 + offset] ^= 0x41  # in the header of b.jpg
-        with pytest.raises(ShardError, match=r"a header is corrupt \(at byte 1024\)"):
+        with pytest.raises(ShardError, match=r"at byte 1024: bad checksum"):
             read(files, bytes(damaged))
 
 
@@ -452,7 +452,7 @@ def test_rows_without_bytes_or_with_too_many_are_errors(files: Path) -> None:
 def test_damaged_parquet_is_refused(files: Path) -> None:
     data = make_parquet({"image": IMAGES}, write_page_checksum=True, compression="none")
     for bad in (b"", b"PAR1", b"no parquet at all", data[:-1], data[: len(data) // 2], data[100:]):
-        with pytest.raises(ShardError, match=r"x\.parquet: the Parquet file is damaged, or none at all"):
+        with pytest.raises(ShardError, match=r"x\.parquet: is damaged, or not of the format parquet"):
             read(files, bad, name="x.parquet")
     damaged = bytearray(data)
     damaged[len(data) // 3] ^= 1
@@ -512,7 +512,7 @@ def test_a_storage_failure_while_reading_loose_images_fails_the_shard(
     storage.write(f"{bucket}/a.jpg", b"image")
     (shard,) = list_shards(storage, bucket)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(ShardError, match=r"images-0+: s3://.*a\.jpg: (credentials|access)"):
+    with pytest.raises(ShardError, match=r"images-0+: s3://.*a\.jpg: .*SignatureDoesNotMatch"):
         list(read_samples(storage, shard, PLAIN))
 
 
