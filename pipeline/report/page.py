@@ -31,25 +31,13 @@ def write_report(
     statistics: ClassStatistics,
     comparisons: Sequence[Comparison] = (),
     output: str | None = None,
+    max_files: int = MAX_FILES,
 ) -> str:
     """Writes the report about a partition and the run of a record; raises `StorageError`.
 
-    Returns its URI: `report.html` in the partition where no other `output` is given.
+    Returns its URI: `report.html` in the partition where no other `output` is given. All text from data is
+    escaped, and at most `max_files` prediction files are read.
     """
-    output = output or f"{partition.uri}/report.html"
-    page = make_report(partition, record, statistics, comparisons)
-    partition.storage.write(output, page.encode())
-    return output
-
-
-def make_report(
-    partition: Partition,
-    record: Mapping[str, Any],
-    statistics: ClassStatistics,
-    comparisons: Sequence[Comparison] = (),
-    max_files: int = MAX_FILES,
-) -> str:
-    """The page; all text from data is escaped, and at most `max_files` prediction files are read."""
     manifest = partition.manifest.read(("rows", "errors", "error", "gone"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     found = [
@@ -61,13 +49,19 @@ def make_report(
         sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
         sections.run(record),
     ]
-    template = _environment().get_template("report.html")
-    return template.render(
-        model=partition.model,
-        facts=_facts(partition, record),
-        cards=_cards(record, statistics, manifest),
-        sections=[section for section in found if section is not None],
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            model=partition.model,
+            facts=_facts(partition, record),
+            cards=_cards(record, statistics, manifest),
+            sections=[section for section in found if section is not None],
+        )
     )
+    output = output or f"{partition.uri}/report.html"
+    partition.storage.write(output, page.encode())
+    return output
 
 
 def _environment() -> jinja2.Environment:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +34,6 @@ class LabelSetId(NamedTuple):
         return self.uri.rpartition("/")[2]
 
 
-@dataclass
 class Agreement:
     """How often two label sets a and b give the same sample the same class.
 
@@ -51,19 +50,11 @@ class Agreement:
             version or deleted since the manifest was written.
     """
 
-    classes: Classes
-    same: np.ndarray = field(init=False)
-    given_a: np.ndarray = field(init=False)
-    given_b: np.ndarray = field(init=False)
-    disagreements: PairCounts = field(default_factory=PairCounts)
-    compared: int = 0
-    only_a: int = 0
-    only_b: int = 0
-    shards: int = 0
-    changed_shards: int = 0
-
-    def __post_init__(self) -> None:
-        self.same, self.given_a, self.given_b = np.zeros((3, len(self.classes.labels)), np.int64)
+    def __init__(self, classes: Classes) -> None:
+        self.classes = classes
+        self.same, self.given_a, self.given_b = np.zeros((3, len(classes.labels)), np.int64)
+        self.disagreements = PairCounts()
+        self.compared = self.only_a = self.only_b = self.shards = self.changed_shards = 0
 
     @property
     def share(self) -> float | None:

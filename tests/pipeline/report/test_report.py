@@ -15,7 +15,6 @@ from pipeline.classify import LEAST, MOST
 from pipeline.commit import Partition
 from pipeline.report import Item, write_gallery
 from pipeline.report import write_report as write_page
-from pipeline.report.page import make_report
 from pipeline.run import write_report
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
@@ -209,11 +208,11 @@ def test_causes_of_some_files_are_stated_as_such(tmp_path: Path) -> None:
     write_partition(Storage(), uri, ["a"], [first, second], RECORD)
     partition = Partition.open(Storage(), uri)
     stats = partition.manifest.fold_statistics()
-    text = text_of(make_report(partition, RECORD, stats))
+    text = text_of(Path(write_page(partition, RECORD, stats)).read_text())
     assert "3 samples of 2 shards could not be labeled, by cause: 2 \xd7 empty" in text
     assert "/in/b.tar: k1 cut off" in text
     assert "<script>" not in text  # the causes in the run's record
-    text = text_of(make_report(partition, RECORD, stats, max_files=1))
+    text = text_of(Path(write_page(partition, RECORD, stats, max_files=1)).read_text())
     assert "by cause; the causes are of 2, in the 1 shard with the most errors: 2 \xd7 empty" in text
 
 
@@ -279,4 +278,4 @@ def test_class_statistics_of_the_page_are_the_given_ones(tmp_path: Path) -> None
     partition = make_partition(tmp_path, ["a", "b"])
     stats = partition.manifest.fold_statistics()
     stats.count[:] = [123_456, 0]
-    assert "123,456" in make_report(partition, RECORD, stats)
+    assert "123,456" in Path(write_page(partition, RECORD, stats)).read_text()
