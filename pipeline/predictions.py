@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,8 +74,7 @@ def _shortened(path: str, uri: str) -> str:
 
 
 def _encoded(found: re.Match[str]) -> str:
-    character = found.group()
-    return quote(character, safe="") if character not in "._" else f"%{ord(character):02X}"
+    return f"%{ord(found.group()):02X}"  # all are ASCII
 
 
 def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:

@@ -44,7 +44,9 @@ def speed(record: Mapping[str, Any]) -> Section | None:
         facts["GPU utilization"] = percent(record["gpu_utilisation"])
     section = Section("speed", "How fast", facts={name: str(value) for name, value in facts.items() if value})
     busy = [figures.share_busy for figures in stages.values()]
-    section.charts.append(
+    times = sorted(record.get("seconds", {}).items(), key=lambda item: item[1])
+    events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in times]
+    section.charts = [
         Chart(
             "Fraction of the time that the stages' workers were busy",
             ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "MB passed on", "Busy"],
@@ -59,19 +61,17 @@ def speed(record: Mapping[str, Any]) -> Section | None:
             note="The other stages wait for the busiest one."
             if is_telling(stages)
             else "The run was too short to tell: its first images were read before measuring started.",
-        )
-    )
-    times = sorted(record.get("seconds", {}).items(), key=lambda item: item[1])
-    events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in times]
-    section.charts.append(Chart("Seconds from the start of the run", ["Event", "Seconds"], events))
+        ),
+        Chart("Seconds from the start of the run", ["Event", "Seconds"], events),
+    ]
     return section
 
 
 def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section:
     """How often each class was given, and with which scores."""
     rows = occurring(class_table(stats, labels, topk))
-    section = Section("classes", "Classes and confidence")
-    section.notes.append(f"Of {len(labels):,} classes, {len(rows):,} occur in all labels.")
+    note = f"Of {len(labels):,} classes, {len(rows):,} occur in all labels."
+    section = Section("classes", "Classes and confidence", [note])
     if not rows:
         return section
     shown = rows[:MOST_BARS]
@@ -200,24 +200,22 @@ def comparison(found: Comparison, number_in_page: int) -> Section:
     names, parts = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_parts[chosen])
     here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
     counts = (map(number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
-    section.charts.append(
+    scores, others = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
+    section.charts = [
         Chart(
             "Classes whose share changed most",
             ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
             [*zip(names, *counts, map(percent, here), map(percent, there), parts, strict=True)],
             Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
-        )
-    )
-    here, there = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
-    section.charts.append(
+        ),
         Chart(
             "Scores, here and there",
             ["Score", "Share here", "Share there"],
-            bin_rows([*map(percent, here)], [*map(percent, there)]),
-            Histogram([("here", here), ("there", there)], "{:.0%}".format),
+            bin_rows([*map(percent, scores)], [*map(percent, others)]),
+            Histogram([("here", scores), ("there", others)], "{:.0%}".format),
             f"The population stability index is {drift.score_psi:.4f}.",
-        )
-    )
+        ),
+    ]
     if agreement is not None and (pairs := agreement.disagreements.top(MOST_PAIRS)):
         rows = [
             [labels[b], labels[a], number(count), percent(count / agreement.compared)]
@@ -259,8 +257,7 @@ def run(record: Mapping[str, Any]) -> Section:
     """The run's counts, and the versions of its software."""
     counts = [[name.replace("_", " "), f"{value:,}"] for name, value in record.get("counts", {}).items()]
     versions = [[name, str(value)] for name, value in record.get("versions", {}).items()]
-    section = Section("run", "The run")
-    section.notes.append(f"runs/{record.get('run')}.json has its whole configuration.")
+    section = Section("run", "The run", [f"runs/{record.get('run')}.json has its whole configuration."])
     section.charts.append(Chart("Counts of this run", ["What", "Number"], counts))
     section.charts.append(Chart("Versions", ["Package", "Version"], versions))
     return section
