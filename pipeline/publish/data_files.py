@@ -50,22 +50,18 @@ def read_rows(
     uri: str,
     version: str | None = None,
     columns: Sequence[str] = SCHEMA.names,
-    constants: Mapping[str, int | None] | None = None,
+    constants: Mapping[str, int | None] = {},
 ) -> pa.Table:
     """Reads columns of a data file, or of a prediction file; `constants` have one value in all rows instead.
 
-    Who compacts a table may choose other types, such as views: they are cast.
-
-    Raises:
-        StorageError: the file can't be read, or lacks columns.
+    Who compacts a table may choose other types, such as views: they are cast. Raises `StorageError`.
     """
     try:
         with storage.open(uri, version) as file:
             parquet = pq.ParquetFile(file)
-            given: dict[str, int | None] = (
-                {} if "embedding" in parquet.schema_arrow.names else {"embedding": None}
-            )
-            given |= constants or {}
+            given = {**constants}
+            if "embedding" not in parquet.schema_arrow.names:
+                given["embedding"] = None
             rows = parquet.read(columns=[name for name in columns if name not in given])
         schema = pa.schema([SCHEMA.field(name) for name in columns])
         found = (

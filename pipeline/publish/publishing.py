@@ -207,9 +207,7 @@ class _Publisher:
         for file in merged:
             rows = self._read(file)
             yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
-        constants: dict[str, int | None] = {"published": version}
-        if not self.embedding:
-            constants["embedding"] = None
+        constants = {"published": version} | ({} if self.embedding else {"embedding": None})
 
         def read(output: str, output_version: str) -> pa.Table:
             uri = f"{self.partition.uri}/{output}"
