@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.classify import GALLERY_CLASSES, LEAST, MOST, THUMBNAIL_COLUMN, ranked
 from pipeline.read import Chunk, Shard
-from pipeline.storage import ObjectNotFound, Storage
+from pipeline.storage import Storage
 
 GALLERY_FILE = "gallery.parquet"
 
@@ -121,12 +121,10 @@ def best_of(items: Iterable[Item], count: int) -> list[Item]:
 
 def read_gallery(storage: Storage, partition: str) -> list[Item]:
     """Reads the gallery of a partition; empty where there is none."""
-    uri = f"{partition}/{GALLERY_FILE}"
-    try:
-        with storage.open(uri, storage.stat(uri).version) as file:
-            return [Item(**row) for row in pq.read_table(file, schema=_SCHEMA).to_pylist()]
-    except ObjectNotFound:
-        return []
+    found = storage.read_latest(
+        f"{partition}/{GALLERY_FILE}", lambda file: pq.read_table(file, schema=_SCHEMA)
+    )
+    return [] if found is None else [Item(**row) for row in found.content.to_pylist()]
 
 
 def write_gallery(storage: Storage, partition: str, items: Sequence[Item]) -> None:
