@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "biline
 
 
 class DevicePreprocessor:
-    """Resizes and crops on the device of the images, each image by itself.
+    """Resizes and crops an image on its device.
 
     Pixels differ from Pillow's by a fraction of a gray level: Pillow rounds to 8 bits after each axis, and
     this class once.
@@ -35,25 +33,8 @@ class DevicePreprocessor:
         self._mode = MODES[Image.Resampling(preprocessor.resample)]
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """Resizes and crops n images of any sizes.
-
-        Args:
-            images: at least one, RGB, uint8 (3, height, width), on one device.
-            out: tensor to write the result to.
-
-        Returns:
-            uint8 (n, size, size, 3) on the images' device.
-        """
-        if out is None:
-            size = self._preprocessor.size
-            out = torch.empty((len(images), size, size, 3), dtype=torch.uint8, device=images[0].device)
-        for row, image in zip(out, images, strict=True):
-            row.copy_(self._resized(image).permute(1, 2, 0))
-        return out
-
-    def _resized(self, image: Tensor) -> Tensor:
-        """One image, (3, height, width), to float32 (3, size, size), to be truncated to integers."""
+    def __call__(self, image: Tensor) -> Tensor:
+        """RGB, uint8 (3, height, width), to uint8 (size, size, 3) on the same device."""
         size = self._preprocessor.size
         width, height = self._preprocessor.resized_size(image.shape[2], image.shape[1])
         left, top = self._preprocessor.crop_corner(width, height)
@@ -62,6 +43,6 @@ class DevicePreprocessor:
             pixels = nn.functional.interpolate(
                 pixels, size=(height, width), mode=self._mode, align_corners=False, antialias=True
             )
-        kept = pixels[0, :, top : top + size, left : left + size]
+        kept = pixels[0, :, top : top + size, left : left + size].permute(1, 2, 0)
         # Half up, as Pillow; bicubic interpolation overshoots.
-        return (kept + 0.5).clamp_(0, 255)
+        return (kept + 0.5).clamp_(0, 255).to(torch.uint8)

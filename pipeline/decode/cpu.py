@@ -5,7 +5,6 @@ Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 
 import io
 import re
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,34 +63,8 @@ _TURNS = {
 
 _N = TypeVar("_N", int, float)
 
-
-class _PillowWarningsIgnored:
-    """Hides Pillow's warnings about damaged metadata, which would fill the logs; several threads may use it.
-
-    `warnings.catch_warnings` alone is not thread-safe: the first thread enters it, the last one leaves it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._context = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._context = warnings.catch_warnings()
-                self._context.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._context.__exit__(None, None, None)
-
-
-pillow_warnings_ignored = _PillowWarningsIgnored()
+# They are about damaged metadata, and would fill the logs.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Decoded(NamedTuple):
@@ -128,18 +101,17 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     name, _, reader = known
     width, height = None, None
     try:
-        with pillow_warnings_ignored:
-            file = reader(io.BytesIO(data))
-            width, height = file.size
-            if error := too_large(width, height, max_pixels):
-                return Decoded(None, width, height, error)
-            if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
-                return scaled
-            file.load()
-            image = _to_rgb(file)
-            if (turn := turn_of(file)) is not None:  # Pillow has turned a TIFF by now
-                image = image.transpose(turn.method)
-            return Decoded(preprocessor(image), *image.size, None)
+        file = reader(io.BytesIO(data))
+        width, height = file.size
+        if error := too_large(width, height, max_pixels):
+            return Decoded(None, width, height, error)
+        if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
+            return scaled
+        file.load()
+        image = _to_rgb(file)
+        if (turn := turn_of(file)) is not None:  # Pillow has turned a TIFF by now
+            image = image.transpose(turn.method)
+        return Decoded(preprocessor(image), *image.size, None)
     # Not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError
     # and whatever else Pillow runs into in a broken or hostile file.
     except Exception as error:

@@ -90,7 +90,6 @@ class GpuDecoder:
         samples, size = chunk.samples, self._preprocessor.size
         outcomes = [Decoded(None, None, None, error) for error in samples["error"].to_pylist()]
         plain: list[PlainJpeg] = []
-        done: set[int] = set()
         left: dict[int, Future[Decoded]] = {}
         for row, image in enumerate(samples["image"]):
             if outcomes[row].error is not None:
@@ -103,13 +102,14 @@ class GpuDecoder:
                 plain.append(jpeg)
         with self._device_to_itself():
             pixels = torch.empty((len(outcomes), size, size, 3), dtype=torch.uint8, device=self._device)
-            for batch in _batches(plain, self._pixels_at_once):
-                for jpeg, image in self._decoded(batch):
-                    if self._resized(jpeg, image, pixels[jpeg.row : jpeg.row + 1]):
-                        size_shown = exchanged((jpeg.width, jpeg.height), jpeg.turn)
-                        outcomes[jpeg.row] = Decoded(None, *size_shown, None)
-                        done.add(jpeg.row)
-        left |= {jpeg.row: self._leave_to_cpu(jpeg.data) for jpeg in plain if jpeg.row not in done}
+            batches = _batches(plain, self._pixels_at_once)
+            done = set[int]().union(*(self._on_device(batch, pixels) for batch in batches))
+        for jpeg in plain:
+            if jpeg.row in done:
+                size_shown = exchanged((jpeg.width, jpeg.height), jpeg.turn)
+                outcomes[jpeg.row] = Decoded(None, *size_shown, None)
+            else:
+                left[jpeg.row] = self._leave_to_cpu(jpeg.data)
         by_cpu = {row: future.result() for row, future in left.items()}
         with self._device_to_itself():
             arrays = {row: image.pixels for row, image in by_cpu.items() if image.pixels is not None}
@@ -126,41 +126,31 @@ class GpuDecoder:
     def _leave_to_cpu(self, data: bytes) -> Future[Decoded]:
         return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels)
 
-    def _decoded(
-        self, jpegs: Sequence[PlainJpeg], is_half: bool = False
-    ) -> Iterator[tuple[PlainJpeg, Tensor]]:
-        """Decodes JPEGs, after a failure each half of them; the result lacks those that fail alone."""
-        images = None
+    def _on_device(self, jpegs: Sequence[PlainJpeg], pixels: Tensor, is_half: bool = False) -> set[int]:
+        """Decodes JPEGs into their rows of the pixels; after a failure, each half of them.
+
+        Returns:
+            The rows that are done: those that fail alone are left to the CPU.
+        """
         try:
-            images = self._decode_jpegs([jpeg.data for jpeg in jpegs])
+            for jpeg, image in zip(jpegs, self._decode_jpegs([jpeg.data for jpeg in jpegs]), strict=True):
+                if image.shape != (3, jpeg.height, jpeg.width):
+                    raise ValueError(f"{tuple(image.shape)}, not {jpeg.height, jpeg.width} as in the header")
+                pixels[jpeg.row] = self._resize(_turned(image, jpeg.turn))
+            return {jpeg.row for jpeg in jpegs}
         except Exception as error:
-            self._note_failure(f"decode {len(jpegs)} JPEGs", error)
-        if images is not None:
-            yield from zip(jpegs, images, strict=True)
-        elif len(jpegs) > 1:
-            if not is_half:
-                # nvJPEG gets no memory that PyTorch keeps for later, and its errors don't tell. Freed only
-                # here: the error has held on to what was decoded.
-                torch.cuda.empty_cache()
-            half = len(jpegs) // 2
-            yield from self._decoded(jpegs[:half], is_half=True)
-            yield from self._decoded(jpegs[half:], is_half=True)
-
-    def _resized(self, jpeg: PlainJpeg, image: Tensor, out: Tensor) -> bool:
-        """Turns and resizes a decoded JPEG into its row; returns whether this worked."""
-        try:
-            if image.shape != (3, jpeg.height, jpeg.width):
-                raise ValueError(f"{tuple(image.shape)}, where the header says {(jpeg.height, jpeg.width)}")
-            self._resize([_turned(image, jpeg.turn)], out)
-        except Exception as error:  # a resize to a small part of its size may be too much for a GPU
-            self._note_failure("resize a JPEG", error)
-            return False
-        return True
-
-    def _note_failure(self, what: str, error: Exception) -> None:
-        level = logging.DEBUG if self._has_failed else logging.WARNING
-        self._has_failed = True
-        logger.log(level, "the GPU failed to %s, which the CPU decodes if need be: %s", what, error)
+            level = logging.DEBUG if self._has_failed else logging.WARNING
+            self._has_failed = True
+            logger.log(level, "the GPU failed to decode %d JPEGs, trying each half: %s", len(jpegs), error)
+        if len(jpegs) == 1:
+            return set()
+        if not is_half:
+            # nvJPEG gets no memory that PyTorch keeps for later, and its errors don't say so. Freed only
+            # here: the error has held on to what was decoded.
+            torch.cuda.empty_cache()
+        half = len(jpegs) // 2
+        first = self._on_device(jpegs[:half], pixels, is_half=True)
+        return first | self._on_device(jpegs[half:], pixels, is_half=True)
 
     @contextmanager
     def _device_to_itself(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.decode.cpu import Turn, pillow_warnings_ignored, too_large, turn_of
+from pipeline.decode.cpu import Turn, too_large, turn_of
 
 # Longer images are left to the CPU too: here, all of an image is resized, though the crop keeps little.
 MAX_ASPECT_RATIO = 16
@@ -45,8 +45,7 @@ def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
     if not data.endswith(END_OF_IMAGE) or _frame(data) not in HUFFMAN_FRAMES:
         return None
     try:
-        with pillow_warnings_ignored:
-            file = JpegImageFile(io.BytesIO(data))
+        file = JpegImageFile(io.BytesIO(data))
         width, height = file.size
         components = [part[0] for part in file.layer]
         samplings = [part[1:3] for part in file.layer]
@@ -60,8 +59,7 @@ def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
         return None
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         return None
-    with pillow_warnings_ignored:
-        return PlainJpeg(row, data, width, height, turn_of(file))
+    return PlainJpeg(row, data, width, height, turn_of(file))
 
 
 def _frame(data: bytes) -> int | None:

@@ -202,14 +202,14 @@ def test_a_resize_that_fails_costs_its_image_only(monkeypatch: pytest.MonkeyPatc
     decoder = make_decoder(decode_jpegs)
     resize = decoder._resize
 
-    def fail(given: Sequence[Tensor], out: Tensor) -> None:
-        if given[0].shape[2] == 54:
+    def fail(image: Tensor) -> Tensor:
+        if image.shape[2] == 54:
             raise RuntimeError("Too much shared memory required")
-        resize(given, out)
+        return resize(image)
 
     monkeypatch.setattr(decoder, "_resize", fail)
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
-    assert decode_jpegs.batches == [9]
+    assert decode_jpegs.batches == [9, 4, 5, 2, 1, 1, 3]
     assert (decoder.on_device, decoder.on_cpu) == (8, 1)
 
 
