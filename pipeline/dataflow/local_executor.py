@@ -4,11 +4,12 @@ Each thread reads a chunk, decodes it, classifies it, and takes the next one. Me
 thread, and a few results. An image that crashes the process ends the run.
 """
 
+import itertools
 import os
 import queue
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,96 +45,52 @@ class LocalExecutor:
         self, shards: Sequence[Shard], stages: Stages, resources: Resources
     ) -> Generator[Chunk, None, None]:
         """Yields the labeled chunks of all shards, in any order."""
-        run = _Run(shards, stages, resources)
-        try:
-            yield from run.results()
-        finally:
-            run.stop()
-
-    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
-        """None are collected."""
-
-
-class _Run:
-    """The threads of one run."""
-
-    def __init__(self, shards: Sequence[Shard], stages: Stages, resources: Resources) -> None:
         readers = min(resources.readers, max(1, len(shards)))
         count = readers + resources.decoders + resources.chunks_at_once
-        self._decode = stages.decoding if resources.decoders else None
-        self._classify = Classifier(stages, resources)
-        self._classifying = threading.Semaphore(resources.chunks_at_once)
+        decode = stages.decoding if resources.decoders else None
+        classify, classifying = Classifier(stages, resources), threading.Semaphore(resources.chunks_at_once)
         # Readers share the shards; a reader reads for one thread at a time.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
         for item in (*enumerate(shards), *[None] * readers):
             numbered.put(item)
         read = stages.reading(resources)
-        self._readers = queue.SimpleQueue[Iterator[Chunk] | None]()
+        free = queue.SimpleQueue[Iterator[Chunk] | None]()
         for _ in range(readers):
-            self._readers.put(read(iter(numbered.get, None)))
-        self._open_readers = readers
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._slots = threading.Semaphore(count + _WAITING_RESULTS)
-        self._results = queue.SimpleQueue[Chunk | BaseException | None]()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"stages-{i}", daemon=True) for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+            free.put(read(iter(numbered.get, None)))
+        ended = itertools.count(1)
 
-    def results(self) -> Iterator[Chunk]:
-        """Yields labeled chunks until all threads have ended; raises the first exception of theirs."""
-        running = len(self._threads)
-        while running:
-            result = self._results.get()
-            if isinstance(result, BaseException):
-                raise result
-            if result is None:
-                running -= 1
-                continue
-            self._slots.release()
-            yield result
-
-    def stop(self) -> None:
-        """Lets the threads end, each after its chunk."""
-        self._stopped = True
-        self._readers.put(None)
-        for _ in self._threads:
-            self._slots.release()
-        deadline = time.monotonic() + _JOIN_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _work(self) -> None:
-        try:
-            while self._slots.acquire() and not self._stopped:
-                chunk = self._read()
+        def label_next() -> Chunk | None:
+            """Labels the next chunk of the first reader that is free; returns None after the last chunk."""
+            while (reader := free.get()) is not None:
+                chunk = next(reader, None)
                 if chunk is None:
-                    break
-                if self._decode is not None:
-                    chunk = self._decode(chunk)
-                with self._classifying:
-                    classified = self._classify(chunk)
-                self._results.put(classified)
-        except BaseException as error:
-            self._results.put(error)
-            self._readers.put(None)  # which may have lost one
-        self._results.put(None)
+                    if next(ended) == readers:
+                        break
+                    continue
+                free.put(reader)
+                chunk = replace(chunk, retries={})  # this process counts them itself
+                decoded = chunk if decode is None else decode(chunk)
+                with classifying:
+                    return classify(decoded)
+            free.put(None)  # for the other threads
+            return None
 
-    def _read(self) -> Chunk | None:
-        """The next chunk of the first reader that is free; None after the last one."""
-        while (reader := self._readers.get()) is not None:
-            chunk = next(reader, None)
-            if chunk is not None:
-                self._readers.put(reader)
-                return replace(chunk, retries={})  # this process counts them itself
-            with self._lock:
-                self._open_readers -= 1
-                if not self._open_readers:
-                    break
-        self._readers.put(None)  # for the other threads
-        return None
+        pool = ThreadPoolExecutor(count, "stages")
+        running = {pool.submit(label_next) for _ in range(count + _WAITING_RESULTS)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if (labeled := future.result()) is not None:
+                        running.add(pool.submit(label_next))
+                        yield labeled
+        finally:
+            free.put(None)  # a failed thread may have lost its reader
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait(running, timeout=_JOIN_S)
+
+    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
+        """None are collected."""
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
