@@ -16,10 +16,6 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be loaded. The message names the file and the cause."""
 
 
-class NoClassifierError(CheckpointError):
-    """The weights are those of a CvtModel, which has no classifier."""
-
-
 @contextmanager
 def checkpoint_errors(where: object) -> Iterator[None]:
     """Raises any exception of the block as a CheckpointError that begins with `where`.
@@ -29,11 +25,9 @@ def checkpoint_errors(where: object) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) else None
-        )  # without the file, which `where` names
+        reason = error.strerror if isinstance(error, OSError) else None  # `where` names the file
         cause = " ".join((reason or str(error)).split())[:500] or type(error).__name__
         raise CheckpointError(f"{where}: {cause}") from error
 

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from cvt.errors import NoClassifierError
 from jobs import console
 
 Layout = Literal["hugging-face", "microsoft"]
@@ -32,8 +31,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as a folder that transformers loads, or as a .pth file for Microsoft's code.
 
-    A .pth file contains the weights, without labels and preprocessing. Weights without a classifier become
-    those of a CvtModel.
+    A .pth file contains the weights, without labels and preprocessing: only a published variant loads again.
 
     Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
     loaded.
@@ -42,19 +40,13 @@ def convert(
     import torch
 
     from cvt.checkpoints import save_checkpoint
-    from cvt.checkpoints.microsoft import image_size, is_published, microsoft_weights
-    from pipeline.classify.checkpoint import open_checkpoint, open_features
+    from cvt.checkpoints.microsoft import image_size, microsoft_weights
+    from pipeline.classify.checkpoint import open_checkpoint
     from pipeline.storage import Storage
 
     _check_target(target, to)
-    try:
-        checkpoint = open_checkpoint(Storage(), source, labels=labels)
-        model, preprocessor = checkpoint.model, checkpoint.preprocessor
-        described = f"{checkpoint.name}, {len(checkpoint.labels):,} classes"
-    except NoClassifierError:
-        if labels is not None:
-            raise
-        (model, preprocessor), described = open_features(Storage(), source), "no classifier"
+    checkpoint = open_checkpoint(Storage(), source, labels=labels)
+    preprocessor = checkpoint.preprocessor
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,17 +54,13 @@ def convert(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         written = Path(unfinished) / target.name
         if to == "hugging-face":
-            save_checkpoint(model, preprocessor, written)
+            save_checkpoint(checkpoint.model, preprocessor, written)
         else:
-            torch.save(microsoft_weights(model), written)
+            torch.save(microsoft_weights(checkpoint.model), written)
         written.rename(target)
-    console.show(f"{target}: {described}, {preprocessor.size} pixels")
+    classes = f"{len(checkpoint.labels):,} classes"
+    console.show(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
     # A .pth file has weights and a name only, from which the rest is guessed when it is loaded.
-    if to == "microsoft" and not is_published(model):
-        console.note(
-            "cvt-label: this is no published variant: to load it again, name it pytorch_model.bin, next to "
-            "its config.json and preprocessor_config.json"
-        )
     if to == "microsoft" and image_size(target.name) != preprocessor.size:
         pixels = image_size(target.name)
         console.note(f"cvt-label: by its name, {target.name} loads as a model of {pixels} pixels")

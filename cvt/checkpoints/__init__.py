@@ -3,11 +3,4 @@
 Fetching files from object storage does not belong here: see `pipeline.classify`.
 """
 
-from cvt.checkpoints.checkpoint import (
-    BUNDLED,
-    Checkpoint,
-    load_checkpoint,
-    load_features,
-    read_labels,
-    save_checkpoint,
-)
+from cvt.checkpoints.checkpoint import BUNDLED, Checkpoint, load_checkpoint, read_labels, save_checkpoint

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -33,8 +33,8 @@ from cvt.checkpoints.weights import (
     used_files,
 )
 from cvt.configuration import CvtConfig
-from cvt.errors import CheckpointError, NoClassifierError, checkpoint_errors
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.errors import CheckpointError, checkpoint_errors
+from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_preprocessor
 
@@ -42,11 +42,6 @@ from cvt.presets import preset_preprocessor
 BUNDLED = {"fashion-mnist": Path(__file__).parents[1] / "bundled" / "fashion-mnist"}
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
-
-#: Begins the keys of a CvtModel's weights in a classifier.
-_PREFIX = f"{CvtModel.base_model_prefix}."
-
-Model = TypeVar("Model", CvtForImageClassification, CvtModel)
 
 
 @dataclass(frozen=True)
@@ -80,19 +75,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The content of a checkpoint's files; weights may have Microsoft's names.
-
-    Attributes:
-        shapes_from: where the weights' shapes come from, for errors.
-        spelled: gives a weight's name in the files, by its name in transformers.
-    """
+    """The content of a checkpoint's files; weights may have Microsoft's names."""
 
     name: str
     config: CvtConfig
     weights: Mapping[str, Tensor]
     preprocessor: Preprocessor
-    shapes_from: str
-    spelled: Callable[[str], str]
     commit: str | None = None
 
 
@@ -108,34 +96,26 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
         labels: local file of class names that replace the checkpoint's; see `read_labels`.
 
     Raises:
-        NoClassifierError: it has no classifier.
         CheckpointError: nothing is there, or it is not a complete CvT classifier.
     """
     with checkpoint_errors(f"model {path!r}"):
         parts = _read(path, revision)
         if labels is not None:
-            _relabel(parts.config, read_labels(Path(labels).expanduser()), labels)
-        model = _make_model(parts, CvtForImageClassification)
+            names, count = read_labels(Path(labels).expanduser()), parts.config.num_labels
+            if len(names) != count:
+                raise CheckpointError(
+                    f"labels {labels}: {len(names)} names, but the model has {count} classes"
+                )
+            parts.config.id2label = dict(enumerate(names))
+            parts.config.label2id = {name: i for i, name in enumerate(names)}
+        model = _make_model(parts)
     name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
     return Checkpoint(
         name, model, parts.preprocessor, _digest(model, parts.preprocessor), commit=parts.commit
     )
 
 
-def load_features(path: str, revision: str | None = None) -> tuple[CvtModel, Preprocessor]:
-    """Loads a CvtModel, which has no classifier, from the same places as `load_checkpoint`.
-
-    Raises:
-        CheckpointError: nothing is there, or it is not a complete CvtModel.
-    """
-    with checkpoint_errors(f"model {path!r}"):
-        parts = _read(path, revision)
-        return _make_model(parts, CvtModel), parts.preprocessor
-
-
-def save_checkpoint(
-    model: CvtForImageClassification | CvtModel, preprocessor: Preprocessor, folder: Path
-) -> None:
+def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
     """Writes a folder that `load_checkpoint` and transformers load."""
     with _no_progress_bars():
         model.save_pretrained(folder)
@@ -234,26 +214,17 @@ def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _
         config = CvtConfig.from_pretrained(folder)
     weights = read_folder(folder) if weights_file is None else read_file(weights_file)
     preprocessor = Preprocessor.from_folder(folder)
-    return _Parts(name, config, weights, preprocessor, "config.json says", str)
+    return _Parts(name, config, weights, preprocessor)
 
 
 def _read_microsoft(file: Path) -> _Parts:
     weights = read_file(file)
     with checkpoint_errors(file.name):
-        variant, config = microsoft.infer_config(weights)
-    preprocessor = preset_preprocessor(microsoft.image_size(file.name))
-    return _Parts(file.stem, config, weights, preprocessor, f"{variant} has", microsoft.microsoft_key)
+        config = microsoft.infer_config(weights)
+    return _Parts(file.stem, config, weights, preset_preprocessor(microsoft.image_size(file.name)))
 
 
-def _relabel(config: CvtConfig, names: list[str], file: str) -> None:
-    count = config.num_labels
-    if len(names) != count:
-        raise CheckpointError(f"labels {file}: {len(names)} names, but the model has {count} classes")
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
-
-
-def _make_model(parts: _Parts, make: type[Model]) -> Model:
+def _make_model(parts: _Parts) -> CvtForImageClassification:
     """The model of a configuration with a copy of exactly these weights."""
     config = parts.config
     if sorted(config.id2label) != list(range(config.num_labels)):
@@ -261,17 +232,12 @@ def _make_model(parts: _Parts, make: type[Model]) -> Model:
     if config.num_channels != 3:
         raise CheckpointError(f"num_channels is {config.num_channels}, not 3")
     with torch.device("meta"):  # initial weights would take longer than loading
-        model = make(config)
+        model = CvtForImageClassification(config)
     expected = model.state_dict()
-    if make is CvtModel:
-        weights = microsoft.renamed(parts.weights, [f"{_PREFIX}{key}" for key in expected])
-        weights = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
-    else:
-        weights = microsoft.renamed(parts.weights, expected)
-        has_head = any(key.startswith("classifier.") for key in weights)
-        if not has_head and any("stages." in key for key in weights):
-            raise NoClassifierError("it has no classifier: the weights are those of a CvtModel alone")
-    check_weights(weights, expected, parts.shapes_from, parts.spelled)
+    weights = microsoft.renamed(parts.weights, expected)
+    if not any(key.startswith("classifier.") for key in weights) and any("stages." in key for key in weights):
+        raise CheckpointError("it has no classifier: the weights are those of a CvtModel alone")
+    check_weights(weights, expected)
     model.to_empty(device="cpu")
     counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - weights.keys()}
     model.load_state_dict(weights | counters)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.modeling import CvtForImageClassification
 from cvt.presets import PRESETS, preset_config
 
 #: Parts of transformers' names, and Microsoft's.
@@ -43,10 +43,9 @@ def microsoft_key(key: str) -> str:
     return key
 
 
-def microsoft_weights(model: CvtForImageClassification | CvtModel) -> dict[str, Tensor]:
+def microsoft_weights(model: CvtForImageClassification) -> dict[str, Tensor]:
     """A model's weights under Microsoft's names."""
-    prefix = f"{CvtModel.base_model_prefix}." if isinstance(model, CvtModel) else ""
-    return {microsoft_key(f"{prefix}{key}"): tensor for key, tensor in model.state_dict().items()}
+    return {microsoft_key(key): tensor for key, tensor in model.state_dict().items()}
 
 
 def renamed(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
@@ -64,51 +63,28 @@ def unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
     return weights
 
 
-def infer_config(weights: Mapping[str, Tensor]) -> tuple[str, CvtConfig]:
+def infer_config(weights: Mapping[str, Tensor]) -> CvtConfig:
     """Finds the published variant by the depths and widths of weights with Microsoft's names.
 
     Returns:
-        The variant's name in `PRESETS`, and its configuration with the weights' number of classes.
+        The variant's configuration, with the weights' number of classes.
 
     Raises:
-        CheckpointError: no variant has such weights; names the field that differs.
+        CheckpointError: no variant has such weights.
     """
     embed_dim: list[int] = []
     while (patches := weights.get(f"stage{len(embed_dim)}.patch_embed.proj.weight")) is not None:
-        embed_dim.append(_rows(patches))
+        embed_dim.append(len(patches))
     if not embed_dim:
         raise CheckpointError("not a CvT of Microsoft's: it has no stage0.patch_embed.proj.weight")
     if "head.weight" not in weights:
         raise CheckpointError("it has no classifier (head.weight)")
     blocks = {match[0] for key in weights if (match := re.match(r"stage\d+\.blocks\.\d+\.", key))}
     depth = [sum(block.startswith(f"stage{i}.") for block in blocks) for i in range(len(embed_dim))]
-    of_width = {name: fields for name, fields in PRESETS.items() if fields["embed_dim"] == embed_dim}
-    for name, fields in of_width.items():
-        if fields["depth"] == depth:
-            return name, preset_config(name, num_labels=_rows(weights["head.weight"]))
-    field, found = ("depth", depth) if of_width else ("embed_dim", embed_dim)
-    known = ", ".join(f"{fields[field]} ({name})" for name, fields in (of_width or PRESETS).items())
-    raise CheckpointError(f"no published variant of CvT has {field} {found}; known: {known}")
-
-
-def is_published(model: CvtForImageClassification | CvtModel) -> bool:
-    """Whether `infer_config` finds the architecture of a model by its weights."""
-    try:
-        _, found = infer_config(microsoft_weights(model))
-    except CheckpointError:
-        return False
-    # Neither weights nor labels depend on these.
-    others = {"drop_rate", "drop_path_rate", "attention_drop_rate", "initializer_range", "layer_norm_eps"}
-    fields = CvtConfig.__annotations__.keys() - others
-    return all(_plain(getattr(found, name)) == _plain(getattr(model.config, name)) for name in fields)
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.ndim else 0
+    for name, fields in PRESETS.items():
+        if (fields["embed_dim"], fields["depth"]) == (embed_dim, depth):
+            return preset_config(name, num_labels=len(weights["head.weight"]))
+    raise CheckpointError(f"no published variant of CvT has embed_dim {embed_dim} and depth {depth}")
 
 
 def image_size(file_name: str) -> int:

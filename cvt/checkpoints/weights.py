@@ -81,19 +81,12 @@ def read_file(file: Path) -> dict[str, Tensor]:
         return readers.get(file.suffix, _read_pytorch)(file)
 
 
-def check_weights(
-    weights: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    shapes_from: str = "config.json says",
-    spelled: Callable[[str], str] = str,
-) -> None:
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Refuses weights that are not those of a model, except that batch norm's counters may be missing.
 
     Args:
         weights: by the model's keys.
         expected: the model's state dict; may be on the meta device.
-        shapes_from: origin of the expected shapes, for the message.
-        spelled: gives a weight's name in the checkpoint's files, for the message.
 
     Raises:
         CheckpointError: names the weights.
@@ -102,16 +95,14 @@ def check_weights(
     faults = {
         "missing": {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")},
         "unexpected": weights.keys() - shared,
-        f"of another shape than {shapes_from}": {
-            key for key in shared if weights[key].shape != expected[key].shape
-        },
+        "of another shape": {key for key in shared if weights[key].shape != expected[key].shape},
         "no floating-point numbers": {
             key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
         },
         "not finite": {key for key in shared if not weights[key].isfinite().all()},
     }
     if any(faults.values()):
-        described = (f"{fault}: {listed(map(spelled, keys))}" for fault, keys in faults.items() if keys)
+        described = (f"{fault}: {listed(keys)}" for fault, keys in faults.items() if keys)
         raise CheckpointError(f"weights don't fit the configuration: {'; '.join(described)}")
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ from pipeline.storage import ObjectInfo, Storage, normalize_uri
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
-    from cvt.modeling import CvtModel
-    from cvt.preprocessing import Preprocessor
 
 
 def open_checkpoint(
@@ -34,37 +31,18 @@ def open_checkpoint(
     """
     from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
 
-    with _fetched(storage) as fetched:
-        path = fetched.local(path)
-        if labels is not None and "://" in labels:
-            labels = fetched.file(labels)
-        return load_checkpoint(path, revision, labels)
-
-
-def open_features(storage: Storage, path: str) -> tuple[CvtModel, Preprocessor]:
-    """Loads a checkpoint without a classifier as `cvt.checkpoints.load_features` does, from storage too.
-
-    Raises:
-        CheckpointError, StorageError: as `open_checkpoint`.
-    """
-    from cvt.checkpoints import load_features
-
-    with _fetched(storage) as fetched:
-        return load_features(fetched.local(path))
-
-
-@contextmanager
-def _fetched(storage: Storage) -> Iterator[_Fetched]:
-    """Copies of objects, until the block ends; errors in it name their URIs, not the copies."""
     with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
         fetched = _Fetched(storage, Path(temporary))
         try:
-            yield fetched
+            path = fetched.local(path)
+            if labels is not None and "://" in labels:
+                labels = fetched.file(labels)
+            return load_checkpoint(path, revision, labels)
         except CheckpointError as error:
             message = str(error)
             for local, uri in fetched.folders.items():
                 message = message.replace(local, uri)
-            raise type(error)(message) from error
+            raise CheckpointError(message) from error
 
 
 class _Fetched:

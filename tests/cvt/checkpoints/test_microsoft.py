@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvt.checkpoints.microsoft import image_size, infer_config, is_published, microsoft_key, renamed
+from cvt.checkpoints.microsoft import image_size, infer_config, microsoft_key, renamed
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.modeling import CvtForImageClassification
 from cvt.presets import PRESETS, preset_config
 from tests.cvt.microsoft_names import as_microsoft, microsoft_names
 from tests.cvt.random_models import TINY
@@ -40,8 +40,8 @@ def published(name: str, classes: int = 5, **fields: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_variant_is_told_by_the_shapes_of_its_weights(name: str) -> None:
-    found, config = infer_config(published(name, classes=21841))
-    assert found == name
+    config = infer_config(published(name, classes=21841))
+    assert config.depth == preset_config(name).depth
     assert config.num_labels == 21841
     assert config.id2label[21840] == "LABEL_21840"
     assert config.num_heads == preset_config(name).num_heads
@@ -55,24 +55,14 @@ def test_shapes_of_no_variant_are_refused_by_what_does_not_fit() -> None:
         return str(caught.value)
 
     deeper = cause(published("cvt-13", depth=[1, 2, 11]))
-    assert "has depth [1, 2, 11]; known: [1, 2, 10] (cvt-13), [1, 4, 16] (cvt-21)" in deeper
+    assert "has embed_dim [64, 192, 384] and depth [1, 2, 11]" in deeper
     wider = cause(published("cvt-13", embed_dim=[64, 192, 768]))
-    assert "has embed_dim [64, 192, 768]; known: [64, 192, 384] (cvt-13)" in wider
+    assert "has embed_dim [64, 192, 768] and depth [1, 2, 10]" in wider
     headless = {key: tensor for key, tensor in published("cvt-13").items() if not key.startswith("head.")}
     assert "no classifier" in cause(headless)
-    scalar = published("cvt-13") | {"stage0.patch_embed.proj.weight": torch.tensor(64.0)}
-    assert "has embed_dim [0, 192, 384]" in cause(scalar)
     assert "no stage0.patch_embed.proj.weight" in cause({"conv1.weight": torch.ones(1)})
 
 
 def test_the_size_of_images_is_told_by_the_name_of_the_file() -> None:
     assert [image_size(name) for name in PUBLISHED_NAMES] == [224, 384, 384]
     assert image_size("checkpoint.pth") == 224
-
-
-def test_only_models_whose_weights_show_their_architecture_are_published() -> None:
-    with torch.device("meta"):
-        assert is_published(CvtForImageClassification(preset_config("cvt-13", drop_rate=[0.1] * 3)))
-        assert not is_published(CvtForImageClassification(preset_config("cvt-13", num_heads=[2, 3, 6])))
-        assert not is_published(CvtForImageClassification(CvtConfig(**TINY)))
-        assert not is_published(CvtModel(preset_config("cvt-13")))
