@@ -4,4 +4,4 @@ Loading checkpoints and decoding images do not belong here.
 """
 
 from cvt.inference.engine import Engine
-from cvt.inference.runtime import EngineOutput
+from cvt.inference.network import EngineOutput

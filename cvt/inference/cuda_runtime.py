@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.inference.network import InferenceNetwork
-from cvt.inference.runtime import Result
+from cvt.inference.network import InferenceNetwork, Result
 
 
 class CudaRuntime:

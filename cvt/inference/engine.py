@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.inference.network import InferenceNetwork
-from cvt.inference.runtime import EngineOutput, Result, Runtime
+from cvt.inference.network import EngineOutput, InferenceNetwork, Result, Runtime
 from cvt.inference.torch_runtime import TorchRuntime, images_at_once
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor

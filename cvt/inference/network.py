@@ -1,12 +1,15 @@
 """The network that inference runs: a simplified copy of the model, from uint8 pixels to logits.
 
+Also the interface of what runs the network; `engine` decides which runtime to use.
+
 The model for training, and its drop-in interface, is `cvt.modeling`.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +18,37 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cvt.modeling import CvtForImageClassification, CvtLayer
 from cvt.preprocessing import Preprocessor
+
+
+class EngineOutput(NamedTuple):
+    """The engine's result for n images.
+
+    Attributes:
+        logits: float32 (n, num_labels).
+        embeddings: float32 (n, C), the normalized vectors that the classifier sees.
+    """
+
+    logits: np.ndarray
+    embeddings: np.ndarray
+
+
+#: Waits for a batch and returns its logits and embeddings, float32. Any thread may call it.
+Result = Callable[[], tuple[np.ndarray, np.ndarray]]
+
+
+class Runtime(Protocol):
+    """Runs the network: uint8 (n, H, W, channels) to logits and embeddings, float32.
+
+    One thread at a time may call it.
+
+    Attributes:
+        batch_size: maximum number of images in one call; may be lowered.
+    """
+
+    batch_size: int
+
+    def __call__(self, images: np.ndarray | Tensor) -> Result:
+        """Starts inference on 1 to `batch_size` images, which must not change until the result is read."""
 
 
 class InferenceNetwork(nn.Module):

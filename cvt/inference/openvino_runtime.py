@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.inference.network import InferenceNetwork
-from cvt.inference.runtime import Result
+from cvt.inference.network import InferenceNetwork, Result
 from cvt.runtimes import NO_OPENVINO
 
 #: Images that go through the network at once: activations fit the cache, and matrices are large enough.

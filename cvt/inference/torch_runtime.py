@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.inference.network import InferenceNetwork
-from cvt.inference.runtime import Result
+from cvt.inference.network import InferenceNetwork, Result
 
 # glibc maps and unmaps every allocation above 32 MiB again, and the kernel clears its pages each time, which
 # takes a fifth of a forward pass. Batches are split so that no activation is that large.

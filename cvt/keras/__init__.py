@@ -13,12 +13,9 @@ except ModuleNotFoundError as error:
         f"Keras can't load its backend ({error}); KERAS_BACKEND=torch selects PyTorch"
     ) from error
 
-from cvt.keras.models import TFCvtForImageClassification, TFCvtModel
-from cvt.keras.outputs import TFBaseModelOutputWithCLSToken, TFImageClassifierOutputWithNoAttention
-
-__all__ = [
-    "TFBaseModelOutputWithCLSToken",
-    "TFCvtForImageClassification",
-    "TFCvtModel",
-    "TFImageClassifierOutputWithNoAttention",
-]
+from cvt.keras.models import (
+    TFBaseModelOutputWithCLSToken,
+    TFCvtForImageClassification,
+    TFCvtModel,
+    TFImageClassifierOutputWithNoAttention,
+)

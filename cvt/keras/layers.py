@@ -46,11 +46,6 @@ def to_tokens(image: Any) -> Any:
     return ops.reshape(image, (-1, height * width, channels))
 
 
-def to_channels_first(image: Any) -> Any:
-    """(B, H, W, C) to (B, C, H, W)."""
-    return ops.transpose(image, (0, 3, 1, 2))
-
-
 class CvtDepthwiseProjection(keras.layers.Layer):
     """Depthwise convolution with batch norm.
 

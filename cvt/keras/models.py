@@ -1,13 +1,15 @@
-"""The models of CvT on Keras 3: their calls, losses, loading and saving.
+"""The models of CvT on Keras 3: their calls, outputs, losses, loading and saving.
 
-Layers and outputs are in `cvt.keras.layers` and `cvt.keras.outputs`; the format of `tf_model.h5` is in
+Layers are in `cvt.keras.layers`; the format of `tf_model.h5` is in
 `cvt.checkpoints.tensorflow`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
+from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,15 +23,60 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
 from cvt.checkpoints.weights import check_weights, read_file, used_files
 from cvt.configuration import CvtConfig, check_architecture
-from cvt.keras.layers import CvtStage, dense, layer_norm, to_channels_first, to_tokens
-from cvt.keras.outputs import (
-    TFBaseModelOutputWithCLSToken,
-    TFImageClassifierOutputWithNoAttention,
-    make_output,
-)
+from cvt.keras.layers import CvtStage, dense, layer_norm, to_tokens
 from cvt.modeling import CvtForImageClassification, CvtModel
 
 H5_NAME = "tf_model.h5"
+
+
+class _ByName:
+    """Adds indexing by name, which transformers' outputs have, to a named tuple."""
+
+    _fields: ClassVar[tuple[str, ...]]
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return super().__getitem__(key)  # type: ignore[misc]
+        if key not in self._fields:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the values."""
+        return self._fields
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values without names."""
+        return tuple(self)  # type: ignore[arg-type]
+
+
+class TFBaseModelOutputWithCLSToken:
+    """What TFCvtModel returns, with the attributes of `cvt.modeling.BaseModelOutputWithCLSToken`."""
+
+    last_hidden_state: Any = None
+    cls_token_value: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+
+
+class TFImageClassifierOutputWithNoAttention:
+    """What TFCvtForImageClassification returns, with the attributes of transformers' class."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+
+
+@functools.cache
+def _type_with(kind: type, names: tuple[str, ...]) -> type:
+    # Keras' own machinery (predict, functional models) handles the values in a tuple, but no None among them:
+    # hence one type per set of names. The class attributes of `kind` make the other values None.
+    return type(kind.__name__, (_ByName, namedtuple(kind.__name__, names), kind), {})
+
+
+def _make_output(kind: type, **values: Any) -> Any:
+    """An output of the given class, of the values that are not None."""
+    present = {name: value for name, value in values.items() if value is not None}
+    return _type_with(kind, tuple(present))(**present)
 
 
 class TFCvtPreTrainedModel(keras.Model):
@@ -178,8 +225,8 @@ class TFCvtModel(TFCvtPreTrainedModel):
         states: tuple[Any, ...] = ()
         for stage in self.stages:
             image, cls_token = stage(image)
-            states += (to_channels_first(image),)
-        outputs = make_output(
+            states += (ops.transpose(image, (0, 3, 1, 2)),)
+        outputs = _make_output(
             TFBaseModelOutputWithCLSToken,
             last_hidden_state=states[-1],
             cls_token_value=cls_token,
@@ -230,7 +277,7 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         if tokens is None:
             tokens = to_tokens(ops.transpose(outputs.last_hidden_state, (0, 2, 3, 1)))
         logits = self.classifier(ops.mean(self.layernorm(tokens), axis=1))
-        result = make_output(
+        result = _make_output(
             TFImageClassifierOutputWithNoAttention,
             loss=None if labels is None else self.loss_function(labels, logits),
             logits=logits,

@@ -63,7 +63,8 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
                 messages[answered[place]] = "the model's output for this image is not finite"
             predicted = _predict(logits[finite], options)
             if options.embedding != "none":
-                predicted["embedding"] = _embeddings(embeddings[finite], options)
+                values = pa.array(embeddings[finite].astype(options.embedding).reshape(-1))
+                predicted["embedding"] = pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
             columns = [predicted[field.name].cast(field.type) for field in fields]
         if any(messages):
             samples = _mark(samples, good, messages)
@@ -116,11 +117,6 @@ def _best(p: np.ndarray, k: int) -> np.ndarray:
     some = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
     order = np.argsort(-np.take_along_axis(p, some, axis=1), axis=1, kind="stable")
     return np.take_along_axis(some, order, axis=1)
-
-
-def _embeddings(embeddings: np.ndarray, options: PredictionOptions) -> pa.Array:
-    values = pa.array(embeddings.astype(options.embedding).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
 
 
 def _mark(samples: pa.Table, good: np.ndarray, messages: Sequence[str | None]) -> pa.Table:

@@ -35,16 +35,13 @@ class Thumbnails:
     Args:
         count: number of images of each class that are kept at each end.
         side: longest side of a thumbnail, in pixels.
-        classes: number of classes of the model.
         most_classes: number of classes of which images are kept.
     """
 
-    def __init__(self, count: int, side: int, classes: int, most_classes: int = GALLERY_CLASSES) -> None:
+    def __init__(self, count: int, side: int, most_classes: int = GALLERY_CLASSES) -> None:
         self._count, self._side, self._most_classes = count, side, most_classes
         self._lock = threading.Lock()  # a classifier has several chunks at once
         self._kept: dict[str, dict[int, list[float]]] = {end: {} for end in ENDS}
-        # The score that an image must exceed, by class.
-        self._bars = {end: np.full(classes, -np.inf, np.float32) for end in ENDS}
 
     def added(self, decoded: Chunk, classified: Chunk) -> Chunk:
         """Returns the classified chunk with a column of thumbnails, null for most samples.
@@ -69,10 +66,9 @@ class Thumbnails:
 
     def _better(self, end: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
         """Places of the images that are among the best of their class so far."""
-        kept, bars = self._kept[end], self._bars[end]
-        scores = ranked(end, scores)
-        for place in np.flatnonzero(scores > bars[labels]).tolist():
-            label, score = int(labels[place]), float(scores[place])
+        kept = self._kept[end]
+        pairs = zip(labels.tolist(), ranked(end, scores).tolist(), strict=True)
+        for place, (label, score) in enumerate(pairs):
             if label not in kept and len(kept) >= self._most_classes:
                 continue
             best = kept.setdefault(label, [])
@@ -82,8 +78,6 @@ class Thumbnails:
                 heapq.heapreplace(best, score)
             else:
                 continue
-            if len(best) == self._count:
-                bars[label] = best[0]
             yield place
 
 

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -86,7 +86,7 @@ def init_ray(address: str, **options: Any) -> None:
     # A Ray Client's driver runs on the cluster, not in this working directory.
     if not address.startswith("ray://") and _is_shadowed():
         # Such workers start later than those of a Ray without a runtime environment: only where needed.
-        options["runtime_env"] = {"worker_process_setup_hook": _import_of_own_packages(str(_ROOT))}
+        options["runtime_env"] = {"worker_process_setup_hook": _import_of_own_packages(str(_ROOT), _PACKAGES)}
     try:
         ray.init(address=address, **options)
     except Exception as error:  # Ray has no narrower type for this error
@@ -108,24 +108,20 @@ def _is_shadowed() -> bool:
     return any(origin.parents[1] != _ROOT for origin in origins)
 
 
-def _import_of_own_packages(root: str) -> Callable[[], None]:
+def _import_of_own_packages(root: str, packages: Sequence[str]) -> Callable[[], None]:
     """A function that a worker calls before Ray puts the driver's directories first on its `sys.path`."""
 
     # Nested, so that Ray pickles it by value: by reference, it would have to be imported first.
     def import_packages() -> None:
         import importlib
         import sys
+        from contextlib import suppress
 
-        added = [] if root in sys.path else [root]  # where the packages are not installed
-        sys.path.extend(added)
-        try:
-            for name in ("cvt", "pipeline", "jobs", "configs"):
+        sys.path.append(root)  # where the packages are not installed
+        with suppress(ImportError):  # a node without them, whose code comes in another way
+            for name in packages:
                 importlib.import_module(name)
-        except ImportError:  # a node without them, whose code comes in another way
-            pass
-        finally:
-            for path in added:
-                sys.path.remove(path)
+        sys.path.pop()
 
     return import_packages
 

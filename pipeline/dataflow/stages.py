@@ -7,6 +7,9 @@ Nothing here knows which executor runs it.
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
-from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
 from pipeline.decode import decode_chunk
 from pipeline.predictions import PredictionOptions
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
     from cvt.inference import Engine
     from pipeline.decode.gpu import GpuDecoder
+
+logger = logging.getLogger("cvt_label")
+
+#: Seconds between two samples of how busy a GPU is.
+_GPU_INTERVAL = 0.5
 
 #: Yields the chunks of numbered shards, one shard after the other.
 ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
@@ -133,7 +140,7 @@ class Classifier:
         self._engine = warm_engine(checkpoint, stages.precision, stages.runtime, resources)
         self._thumbnails = None
         if stages.gallery:
-            self._thumbnails = Thumbnails(stages.gallery, stages.thumbnail_side, len(options.labels))
+            self._thumbnails = Thumbnails(stages.gallery, stages.thumbnail_side)
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
         self._meter = Meter()
 
@@ -152,6 +159,34 @@ class Classifier:
         if self._gpu_meter is not None:
             metrics += self._gpu_meter.take()
         return replace(classified, metrics={**decoded.metrics, CLASSIFY: metrics})
+
+
+class GpuMeter:
+    """Asks the driver twice a second how busy this process's GPU is (needs nvidia-ml-py)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shares: list[float] = []
+        threading.Thread(target=self._sample, name="gpu-meter", daemon=True).start()
+
+    def take(self) -> StageMetrics:
+        """Sum and number of the samples since the last call."""
+        with self._lock:
+            shares, self._shares = self._shares, []
+        return StageMetrics(gpu_busy=sum(shares), gpu_samples=len(shares))
+
+    def _sample(self) -> None:
+        import torch
+
+        while True:
+            try:
+                share = torch.cuda.utilization() / 100
+            except Exception as error:  # of three kinds at least; labelling goes on without
+                logger.warning("GPU utilisation is not measured: %s", error)
+                return
+            with self._lock:
+                self._shares.append(share)
+            time.sleep(_GPU_INTERVAL)
 
 
 def warm_engine(checkpoint: Checkpoint, precision: str, runtime: str, resources: Resources) -> Engine:

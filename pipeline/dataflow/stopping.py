@@ -21,7 +21,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
 from types import FrameType
 
 
@@ -29,37 +28,28 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop, and has left everything in order."""
 
 
-class StopState(Enum):
-    """States of a run, as the module describes them."""
-
-    RUNNING = auto()
-    FINISHING = auto()
-    ABANDONED = auto()
-
-
 class Stop:
-    """The state machine; `start_timer` makes `expire` be called after so many seconds."""
+    """The state machine; `start_timer` makes `expire` be called after so many seconds.
+
+    The state is RUNNING until a stop is `requested`, and then FINISHING until open shards are `abandoned`.
+    """
 
     def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
-        self.state = StopState.RUNNING
+        self.requested = False
+        self.abandoned = False
         self._grace = grace
         self._start_timer = start_timer
 
-    @property
-    def requested(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self.state is not StopState.RUNNING
-
     def ask(self) -> None:
         """A signal arrives; raises KeyboardInterrupt where open shards are given up."""
-        if self.state is not StopState.RUNNING or self._grace <= 0:
+        if self.requested or self._grace <= 0:
             self.expire()
-        self.state = StopState.FINISHING
+        self.requested = True
         self._start_timer(self._grace)
 
     def expire(self) -> None:
         """The grace period ends; raises KeyboardInterrupt."""
-        self.state = StopState.ABANDONED
+        self.requested = self.abandoned = True
         raise KeyboardInterrupt
 
     @contextmanager
@@ -68,15 +58,15 @@ class Stop:
         try:
             yield
         except KeyboardInterrupt:
-            if self.state is not StopState.ABANDONED:
+            if not self.abandoned:
                 raise
 
     def conclude(self) -> None:
         """Raises `Stopped` or KeyboardInterrupt where the run was asked to stop."""
-        if self.state is StopState.FINISHING:
-            raise Stopped
-        if self.state is StopState.ABANDONED:
+        if self.abandoned:
             raise KeyboardInterrupt
+        if self.requested:
+            raise Stopped
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from cvt.configuration import CvtConfig
 from cvt.inference import engine as engine_module
 from cvt.inference.engine import Engine, make_runtime, network_thread
-from cvt.inference.runtime import Result, Runtime
+from cvt.inference.network import Result, Runtime
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import resolve_precision

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode_chunk
-from pipeline.decode.gpu import GpuDecoder
-from pipeline.decode.jpeg import plain_jpeg
+from pipeline.decode.gpu import GpuDecoder, plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE
 from tests.pipeline.decode.test_decoding import SAMPLES, claim, encode, exif, picture

@@ -55,7 +55,7 @@ def shades(chunk: Chunk) -> dict[int, int]:
 
 def test_highest_and_lowest_confidence_of_a_class_get_thumbnails() -> None:
     chunk = classified([0.5, None, 0.9, 0.7, 0.6, 0.8], [0, 0, 0, 0, 0, 1])
-    made = Thumbnails(1, 16, 2).added(with_pixels(chunk), chunk)
+    made = Thumbnails(1, 16).added(with_pixels(chunk), chunk)
     # When it came, 0.5 had the highest score, too; 0.7 and 0.6 had neither.
     assert shades(made) == {0: 0, 2: 20, 5: 50}
     assert made.samples.drop_columns(["thumbnail"]).equals(chunk.samples)
@@ -65,17 +65,17 @@ def test_tensor_gives_the_same_thumbnails_as_an_array() -> None:
     chunk = classified([0.5, None, 0.9], [0, 0, 0])
     decoded = with_pixels(chunk)
     on_device = replace(decoded, pixels=torch.tensor(decoded.pixels))
-    assert shades(Thumbnails(1, 16, 1).added(on_device, chunk)) == {0: 0, 2: 20}
+    assert shades(Thumbnails(1, 16).added(on_device, chunk)) == {0: 0, 2: 20}
 
 
 def test_sample_without_a_label_does_not_shift_the_others() -> None:
     decoded = with_pixels(classified([0.5, 0.6, 0.9], [0, 0, 0]))
     failed = classified([0.5, None, 0.9], [0, 0, 0])
-    assert shades(Thumbnails(2, 16, 1).added(decoded, failed)) == {0: 0, 2: 20}
+    assert shades(Thumbnails(2, 16).added(decoded, failed)) == {0: 0, 2: 20}
 
 
 def test_fewer_thumbnails_are_made_the_longer_a_run_takes() -> None:
-    chance, thumbnails, made = np.random.default_rng(0), Thumbnails(3, 16, 10), []
+    chance, thumbnails, made = np.random.default_rng(0), Thumbnails(3, 16), []
     for _ in range(20):
         chunk = classified(chance.random(500).tolist(), chance.integers(0, 10, 500).tolist())
         made.append(len(shades(thumbnails.added(with_pixels(chunk), chunk))))
@@ -87,7 +87,7 @@ def test_fewer_thumbnails_are_made_the_longer_a_run_takes() -> None:
 
 def test_number_of_classes_is_limited() -> None:
     chunk = classified([0.5, 0.6, 0.7], [7, 3, 5])
-    assert set(shades(Thumbnails(1, 16, 9, most_classes=2).added(with_pixels(chunk), chunk))) == {0, 1}
+    assert set(shades(Thumbnails(1, 16, most_classes=2).added(with_pixels(chunk), chunk))) == {0, 1}
     shown = Gallery(1, SHARDS).merged([item(0.5, label=n) for n in (7, 3, 5)], set(), {7, 5})
     assert [one.label_id for one in shown] == [5, 7]
 
@@ -95,7 +95,7 @@ def test_number_of_classes_is_limited() -> None:
 def test_thumbnail_is_not_larger_than_asked_for_or_than_the_image() -> None:
     chunk = classified([0.5], [0])
     for side, wanted in ((16, 16), (64, 40)):
-        data = Thumbnails(1, side, 1).added(with_pixels(chunk), chunk).samples["thumbnail"][0].as_py()
+        data = Thumbnails(1, side).added(with_pixels(chunk), chunk).samples["thumbnail"][0].as_py()
         assert Image.open(io.BytesIO(data)).size == (wanted, wanted)
 
 
@@ -116,7 +116,7 @@ def test_best_images_are_kept_at_one_end_each() -> None:
 
 
 def arrive(kept: Gallery, chunk: Chunk) -> Chunk:
-    return kept.take(Thumbnails(2, 16, 2).added(with_pixels(chunk), chunk))
+    return kept.take(Thumbnails(2, 16).added(with_pixels(chunk), chunk))
 
 
 def test_gallery_shows_committed_shards_only() -> None:

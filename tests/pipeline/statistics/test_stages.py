@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.dataflow.gpu_meter import GpuMeter
+from pipeline.dataflow.stages import GpuMeter
 from pipeline.statistics import (
     CLASSIFY,
     COMMIT,
@@ -104,7 +104,7 @@ def test_a_run_that_mostly_started_was_bound_by_no_stage() -> None:
 def test_what_the_driver_says_of_gpus_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([50, 100])
     monkeypatch.setattr("torch.cuda.utilization", lambda: next(answers))
-    monkeypatch.setattr("pipeline.dataflow.gpu_meter._GPU_INTERVAL", 0.0)
+    monkeypatch.setattr("pipeline.dataflow.stages._GPU_INTERVAL", 0.0)
     meter, metrics, deadline = GpuMeter(), StageMetrics(), time.monotonic() + 10
     while metrics.gpu_samples < 2:
         metrics += meter.take()
