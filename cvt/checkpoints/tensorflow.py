@@ -10,8 +10,6 @@ norms (transformers 4.57, `models/cvt/modeling_tf_cvt.py`).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("reading tf_model.h5 needs h5py: pip install 'cvt-label[keras]'") from error
 
-#: The name of the class token's variable, whatever its stage.
+#: The name of the class token's variable, which has no groups.
 _CLS_TOKEN = "cvt.encoder.stages.2.cls_token"
 
 #: The last parts of names, and PyTorch's where they differ.
@@ -40,8 +38,6 @@ _LEAVES = {
 #: Axes of a kernel in PyTorch's order, by its rank.
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 
-_STAGE = re.compile(r"cvt\.encoder\.stages\.(\d+)\.")
-
 
 def torch_name(name: str) -> str:
     """PyTorch's name of a variable of Keras: "a.dense.kernel" becomes "a.dense.weight"."""
@@ -53,8 +49,7 @@ def read_h5(path: Path) -> dict[str, Tensor]:
     """Reads the weights of a TFCvtForImageClassification or a TFCvtModel of transformers 4.
 
     Returns:
-        Float32 weights in PyTorch's layout, by the keys of a CvtForImageClassification. The class token is
-        the last stage's: files do not name its stage, and the TensorFlow classes have no other.
+        Float32 weights in PyTorch's layout, by the keys of a CvtForImageClassification.
 
     Raises:
         CheckpointError: a dataset cannot be a weight; names it.
@@ -77,8 +72,6 @@ def read_h5(path: Path) -> dict[str, Tensor]:
         if name.endswith("/kernel:0") and tensor.ndim in TO_TORCH:
             tensor = tensor.permute(TO_TORCH[tensor.ndim])
         weights[key] = tensor.contiguous()
-    if _CLS_TOKEN in weights:
-        weights[_last_cls_token(weights)] = weights.pop(_CLS_TOKEN)
     return weights
 
 
@@ -90,8 +83,3 @@ def _key_of_dataset(name: str) -> str:
     # The first two parts are the group and the model, whose name ends in a number for a second model.
     parts = variable.split("/")[2:]
     return torch_name(".".join(parts)) if len(parts) > 1 else name
-
-
-def _last_cls_token(keys: Iterable[str]) -> str:
-    last = max((int(match[1]) for match in map(_STAGE.match, keys) if match), default=0)
-    return f"cvt.encoder.stages.{last}.cls_token"

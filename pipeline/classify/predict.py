@@ -6,7 +6,7 @@ The model is a function, `Backend`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,8 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
                 predicted["embedding"] = pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
             columns = [predicted[field.name].cast(field.type) for field in fields]
         if any(messages):
-            samples = _mark(samples, good, messages)
+            errors = pc.coalesce(samples["error"], _spread(pa.array(messages, pa.string()), good))
+            samples = samples.set_column(samples.schema.get_field_index("error"), "error", errors)
             good = pc.is_null(samples["error"]).to_numpy()
     for field, values in zip(fields, columns, strict=True):
         samples = samples.append_column(field, _spread(values, good))
@@ -117,13 +118,6 @@ def _best(p: np.ndarray, k: int) -> np.ndarray:
     some = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
     order = np.argsort(-np.take_along_axis(p, some, axis=1), axis=1, kind="stable")
     return np.take_along_axis(some, order, axis=1)
-
-
-def _mark(samples: pa.Table, good: np.ndarray, messages: Sequence[str | None]) -> pa.Table:
-    """Adds what is wrong with the images of the good rows to their errors."""
-    marks = _spread(pa.array(messages, pa.string()), good)
-    errors = pc.coalesce(samples["error"], marks)
-    return samples.set_column(samples.schema.get_field_index("error"), "error", errors)
 
 
 def _spread(values: pa.Array, good: np.ndarray) -> pa.Array:

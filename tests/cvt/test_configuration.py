@@ -110,7 +110,6 @@ def test_configurations_that_differ_in_a_field_are_not_equal() -> None:
             "patch_padding[2]: Input should be greater than or equal to 0, not -1",
         ),
         ({"mlp_ratio": [0, 4, 4]}, "mlp_ratio[0]: Input should be greater than 0, not 0"),
-        ({"mlp_ratio": [0.01, 4, 4]}, "mlp_ratio[0] (0.01) leaves no hidden width of embed_dim[0] (64)"),
         ({"mlp_ratio": [float("nan"), 4, 4]}, "mlp_ratio[0]: Input should be"),
         (
             {"drop_path_rate": [0, 0, 1.0]},
@@ -128,10 +127,6 @@ def test_configurations_that_differ_in_a_field_are_not_equal() -> None:
         ({"stride_q": [1, 2, 1]}, "stride_q[1] (2) and padding_q[1] (1) don't keep the number of tokens"),
         ({"padding_q": [1, 1, 0]}, "stride_q[2] (1) and padding_q[2] (0) don't keep the number of tokens"),
         ({"kernel_qkv": [2, 3, 3]}, "with kernel_qkv[0] (2) the stride must be 1"),
-        (
-            {"qkv_projection_method": ["avg"] * 3, "padding_kv": [1, 2, 1]},
-            "padding_kv[1] (2) must be at most half of kernel_qkv[1] (3) for average pooling",
-        ),
     ],
 )
 def test_what_makes_no_model_is_refused_with_field_and_reason(fields: dict[str, Any], message: str) -> None:
