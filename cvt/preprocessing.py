@@ -23,7 +23,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    ValidationInfo,
     field_validator,
 )
 
@@ -76,8 +75,7 @@ class _File(BaseModel):
     do_resize: Literal[True] = True
     size: Annotated[PositiveInt, BeforeValidator(_shortest_edge)] = 384
     default_to_square: Literal[False] | None = None
-    do_center_crop: bool | None = None
-    crop_size: Any = Field(None, validate_default=True)
+    do_center_crop: Literal[False] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 224 / 256
     resample: int = Image.Resampling.BICUBIC.value
     do_rescale: bool = True
@@ -91,14 +89,6 @@ class _File(BaseModel):
     def _is_smooth(cls, value: int) -> int:
         if value not in SMOOTH_FILTERS:
             raise ValueError(f"must be one of {sorted(map(int, SMOOTH_FILTERS))}, Pillow's smooth filters")
-        return value
-
-    @field_validator("crop_size")
-    @classmethod
-    def _keeps_everything(cls, value: Any, info: ValidationInfo) -> Any:
-        size = info.data.get("size")
-        if info.data.get("do_center_crop") and value not in (size, {"height": size, "width": size}):
-            raise ValueError(f"a further crop must keep everything, {size} pixels")
         return value
 
 
@@ -222,12 +212,7 @@ class Preprocessor:
         )
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height before the crop, as transformers' get_resize_output_image_size.
-
-        Args:
-            width: of the source image, in pixels.
-            height: of the source image, in pixels.
-        """
+        """Size before the crop of an image of this size, as transformers' get_resize_output_image_size."""
         if self.size >= SQUASH_FROM:
             return self.size, self.size
         shortest = int(self.size / self.crop_pct)

@@ -243,11 +243,6 @@ def test_without_normalisation_and_rescaling_values_stay_as_they_are() -> None:
     assert (plain.mean, plain.std, plain.rescale_factor) == ((0, 0, 0), (1, 1, 1), 1)
 
 
-@pytest.mark.parametrize("crop_size", [224, {"height": 224, "width": 224}])
-def test_a_further_crop_that_keeps_everything_is_fine(crop_size: Any) -> None:
-    assert read(do_center_crop=True, crop_size=crop_size) == read()
-
-
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
@@ -259,9 +254,7 @@ def test_a_further_crop_that_keeps_everything_is_fine(crop_size: Any) -> None:
         ("do_normalize", {"do_normalize": 1}),
         ("do_rescale", {"do_rescale": "false"}),
         ("do_center_crop", {"do_center_crop": 1}),
-        ("crop_size", {"do_center_crop": True}),
-        ("crop_size", {"do_center_crop": True, "crop_size": 200}),
-        ("crop_size", {"do_center_crop": True, "crop_size": {"height": 224, "width": 200}}),
+        ("do_center_crop", {"do_center_crop": True, "crop_size": 224}),
         ("size", {"size": {"height": 224, "width": 224}}),
         ("size", {"size": {"shortest_edge": 224, "longest_edge": 500}}),
         ("size", {"size": {"shortest_edge": None}}),

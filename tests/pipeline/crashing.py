@@ -34,7 +34,7 @@ _PRELOADED = [
     "cvt.checkpoints",
     "cvt.counting",
     "cvt.inference.engine",
-    "pipeline.dataflow.local_executor",
+    "pipeline.dataflow.executor",
     "pipeline.report.sections",
 ]
 

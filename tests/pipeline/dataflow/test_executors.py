@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.dataflow import Resources, Stages, open_executor
-from pipeline.dataflow.local_executor import usable_cpus
+from pipeline.dataflow.executor import usable_cpus
 from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.stages import Classifier, ReadStep
 from pipeline.read import Chunk, Shard, list_shards
