@@ -125,7 +125,11 @@ class Engine:
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
-            self._halve()  # after the block, which holds memory through the error
+            # After the block, which holds memory through the error. Later calls have the same batch size:
+            # other programs may use the GPU too.
+            self._runtime.batch_size //= 2
+            torch.cuda.empty_cache()
+            logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
         return results
 
     def warm_up(self) -> None:
@@ -133,12 +137,6 @@ class Engine:
         count = self.batch_size if self.device.type == "cuda" else 1
         for _ in range(2):  # a CUDA graph is recorded the second time
             self(np.zeros((count, *self._image_shape), np.uint8))
-
-    def _halve(self) -> None:
-        """Halves the batch for all later calls: other programs may use the GPU too."""
-        self._runtime.batch_size //= 2
-        torch.cuda.empty_cache()
-        logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
 
 
 def make_runtime(

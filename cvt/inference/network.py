@@ -82,14 +82,10 @@ class InferenceNetwork(nn.Module):
         features = self.model.cvt(normalized.permute(0, 3, 1, 2), return_dict=True)
         return self.model.pool(features.last_hidden_state, features.cls_token_value)
 
-    def classify(self, embeddings: Tensor) -> Tensor:
-        """Embeddings to logits, float32 (n, num_labels)."""
-        return self.model.classifier(embeddings)
-
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Uint8 (n, H, W, channels) to logits and embeddings."""
         embeddings = self.embed(pixels)
-        return self.classify(embeddings), embeddings
+        return self.model.classifier(embeddings), embeddings
 
     def pack(self) -> None:
         """Lays out the weights of linear layers for oneDNN, if PyTorch has it, for inference on a CPU.

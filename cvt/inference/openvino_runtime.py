@@ -93,7 +93,7 @@ class OpenVinoRuntime:
             self._queue.start_async([np.ascontiguousarray(part)], embeddings[start : start + self._at_once])
         self._queue.wait_all()
         with torch.inference_mode():
-            logits: np.ndarray = self._network.classify(torch.from_numpy(embeddings)).numpy()
+            logits: np.ndarray = self._network.model.classifier(torch.from_numpy(embeddings)).numpy()
         return lambda: (logits, embeddings)
 
     @staticmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -70,13 +70,15 @@ def decode_step(chunk: Chunk, *, preprocessor: Preprocessor, max_pixels: int, fa
     meter = Meter()
     with meter:
         decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
-    return replace(decoded, metrics=_with_decoding(meter, chunk, decoded))
+    return _metered(meter, chunk, decoded)
 
 
-def _with_decoding(meter: Meter, chunk: Chunk, decoded: Chunk) -> Mapping[str, StageMetrics]:
+def _metered(meter: Meter, chunk: Chunk, decoded: Chunk) -> Chunk:
+    """The decoded chunk with what the meter measured of its decoding."""
     assert decoded.pixels is not None
     metrics = meter.take(chunk.samples["error"].null_count, decoded.pixels.nbytes)
-    return {**decoded.metrics, DECODE: metrics + decoded.metrics.get(DECODE, StageMetrics())}
+    metrics += decoded.metrics.get(DECODE, StageMetrics())
+    return replace(decoded, metrics={**decoded.metrics, DECODE: metrics})
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Classifier:
         if self._decoder is not None:
             with self._decode_meter:
                 decoded = self._decoder(chunk)
-            decoded = replace(decoded, metrics=_with_decoding(self._decode_meter, chunk, decoded))
+            decoded = _metered(self._decode_meter, chunk, decoded)
         with self._meter:
             classified = classify(decoded, self._engine, self._options)
             if self._thumbnails is not None:
