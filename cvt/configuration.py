@@ -9,16 +9,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    create_model,
-)
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 from transformers import PreTrainedConfig
 
 from cvt.errors import described
@@ -26,7 +17,7 @@ from cvt.errors import described
 Counts = Sequence[PositiveInt]
 Paddings = Sequence[NonNegativeInt]
 Rates = Sequence[Annotated[float, Field(ge=0, lt=1)]]
-Ratios = Sequence[PositiveFloat]
+Ratios = Sequence[Annotated[float, Field(gt=0)]]
 Methods = Sequence[Literal["dw_bn", "avg", "linear"]]
 
 
@@ -81,7 +72,7 @@ class CvtConfig(PreTrainedConfig):
     stride_kv: Counts = (2, 2, 2)
     padding_q: Paddings = (1, 1, 1)
     stride_q: Counts = (1, 1, 1)
-    initializer_range: NonNegativeFloat = 0.02
+    initializer_range: Annotated[float, Field(ge=0)] = 0.02
     layer_norm_eps: float = 1e-12
 
     def __init__(self, **kwargs: Any) -> None:

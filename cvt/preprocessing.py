@@ -15,16 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from cvt.errors import CheckpointError, checkpoint_errors, described
 
@@ -62,6 +53,7 @@ def _three(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else [value] * 3
 
 
+_Positive = Annotated[float, Field(gt=0)]
 _CHANNELS = (Field(min_length=3, max_length=3), BeforeValidator(_three))
 
 
@@ -73,16 +65,16 @@ class _File(BaseModel):
     image_processor_type: _Type | None = None
     feature_extractor_type: _Type | None = None
     do_resize: Literal[True] = True
-    size: Annotated[PositiveInt, BeforeValidator(_shortest_edge)] = 384
+    size: Annotated[int, Field(gt=0), BeforeValidator(_shortest_edge)] = 384
     default_to_square: Literal[False] | None = None
     do_center_crop: Literal[False] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 224 / 256
     resample: int = Image.Resampling.BICUBIC.value
     do_rescale: bool = True
-    rescale_factor: PositiveFloat = 1 / 255
+    rescale_factor: _Positive = 1 / 255
     do_normalize: bool = True
     image_mean: Annotated[list[float], *_CHANNELS] = [0.5] * 3
-    image_std: Annotated[list[PositiveFloat], *_CHANNELS] = [0.5] * 3
+    image_std: Annotated[list[_Positive], *_CHANNELS] = [0.5] * 3
 
     @field_validator("resample")
     @classmethod

@@ -21,6 +21,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 
@@ -34,7 +35,7 @@ class Stop:
     The state is RUNNING until a stop is `requested`, and then FINISHING until open shards are `abandoned`.
     """
 
-    def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
+    def __init__(self, grace: float, start_timer: Callable[[float], object]) -> None:
         self.requested = False
         self.abandoned = False
         self._grace = grace
@@ -72,17 +73,13 @@ class Stop:
 @contextmanager
 def graceful_stop(grace: float) -> Iterator[Stop]:
     """Connects a `Stop` to SIGTERM and Ctrl-C for the length of the block; only the main thread can."""
-
-    def start_timer(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    stop = Stop(grace, start_timer)
+    stop = Stop(grace, partial(signal.setitimer, signal.ITIMER_REAL))
     with _handler(stop.ask, signal.SIGTERM, signal.SIGINT), _handler(stop.expire, signal.SIGALRM):
         try:
             yield stop
         finally:
             if threading.current_thread() is threading.main_thread():
-                start_timer(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager

@@ -23,16 +23,8 @@ from torch import Tensor
 from cvt.inference.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
-from pipeline.decode.cpu import (
-    Decoded,
-    Turn,
-    decode,
-    decode_chunk,
-    exchanged,
-    too_large,
-    turn_of,
-    with_outcomes,
-)
+from pipeline.decode import decode, decode_chunk
+from pipeline.decode.cpu import Decoded, Turn, exchanged, too_large, turn_of, with_outcomes
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE, StageMetrics
 
