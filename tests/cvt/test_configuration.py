@@ -94,7 +94,7 @@ def test_configurations_that_differ_in_a_field_are_not_equal() -> None:
     [
         ({"depth": [1, 2]}, "depth has 2 entries and embed_dim 3; both need one a stage"),
         ({"stride_q": [1, 1, 1, 1]}, "stride_q has 4 entries and embed_dim 3"),
-        ({"num_heads": 6}, "num_heads: Input should be a valid sequence, not 6"),
+        ({"num_heads": 6}, "num_heads: Input should be an instance of Sequence, not 6"),
         ({"embed_dim": []}, "embed_dim: Value should have at least 1 item after validation, not 0, not []"),
         ({"embed_dim": [64, 190, 384]}, "embed_dim[1] (190) is not divisible by num_heads[1] (3)"),
         (
