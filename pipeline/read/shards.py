@@ -104,7 +104,7 @@ def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> Sha
     part that starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`) is always ignored, except
     in `uri` itself. Any step of the iteration may raise `StorageError`.
     """
-    return ShardListing(storage.list(uri), uri, None if format == "auto" else format)
+    return ShardListing(storage.list(uri, missing_ok=False), uri, None if format == "auto" else format)
 
 
 def _is_hidden(name: str) -> bool:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cvt.runtimes import NO_OPENVINO
 from pipeline.classify.checkpoint import open_checkpoint
-from pipeline.commit import Partition
+from pipeline.commit import Partition, new_run_id
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
-from pipeline.predictions import PredictionOptions
-from pipeline.read import ReadOptions
-from pipeline.storage import Storage
+from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
+from pipeline.read import ReadOptions, Shard
+from pipeline.storage import Storage, room_below
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
+
+_PREDICTIONS = "predictions/"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def make_job(config: Config) -> Job:
     Raises:
         CheckpointError: the model can't be loaded.
         StorageError: an object of the model can't be read.
-        ConfigError: an option doesn't fit the model.
+        ConfigError: an option doesn't fit the model, or `output.uri` leaves no room for names.
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
@@ -87,7 +90,9 @@ def make_job(config: Config) -> Job:
             raise ConfigError(f"decode.device: {error}") from error
     fingerprint = config.fingerprint(checkpoint.digest)
     uri = f"{config.output.uri}/model={checkpoint.name}-{fingerprint[:8]}"
-    return Job(config, storage, checkpoint, fingerprint, Partition(storage, uri, checkpoint.labels))
+    partition = Partition(storage, uri, checkpoint.labels)
+    _check_name(partition, "a run's record", f"runs/{new_run_id()}.json")
+    return Job(config, storage, checkpoint, fingerprint, partition)
 
 
 def check_installed(config: Config) -> None:
@@ -96,3 +101,20 @@ def check_installed(config: Config) -> None:
         raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:
         raise ConfigError(f"decode.device: the GPU decodes by torchvision: {NO_TORCHVISION}")
+
+
+def check_room(partition: Partition, shards: Iterable[Shard]) -> None:
+    """Raises `ConfigError` if the storage cannot hold the name of a shard's prediction file."""
+    if room_below(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
+        return
+    for shard in shards:
+        _check_name(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
+
+
+def _check_name(partition: Partition, what: str, name: str) -> None:
+    room, needed = room_below(partition.uri), len(name.encode())
+    if needed > room:
+        raise ConfigError(
+            f"output.uri: too long: names under {partition.uri} can have {max(room, 0)} bytes, "
+            f"and the name for {what} has {needed}"
+        )

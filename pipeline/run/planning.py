@@ -8,7 +8,7 @@ from enum import StrEnum
 from pipeline.commit import ManifestRow, Repairs, find_repairs, left_in_order
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
 from pipeline.read import Shard, ShardListing, list_shards
-from pipeline.run.job import Job, make_job
+from pipeline.run.job import Job, check_room, make_job
 from pipeline.storage import lies_in
 
 #: The row of a shard that the manifest does not have.
@@ -177,7 +177,8 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: boo
 
     Raises:
         StorageError: input or output can't be read.
-        ConfigError: the input lies in a folder whose image files are labeled already, in groups of their own.
+        ConfigError: the input lies in a folder whose image files are labeled already, in groups of their own,
+            or `output.uri` is too long.
     """
     partition, manifest = job.partition, job.partition.manifest
     in_order = in_order and manifest.exists()
@@ -189,4 +190,6 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: boo
                 f"input.uri: {listing.uri} lies in {folder}, whose loose images have labels in this output: "
                 "label all of them, or choose another output.uri, or they would be labeled twice"
             )
-    return PreparedRun(job, plan(listing, repairs.entries, selection), repairs, in_order)
+    planned = plan(listing, repairs.entries, selection)
+    check_room(partition, planned.shards)
+    return PreparedRun(job, planned, repairs, in_order)

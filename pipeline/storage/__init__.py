@@ -15,5 +15,6 @@ from pipeline.storage.objects import (
     lies_in,
     name_below,
     normalize_uri,
+    room_below,
 )
 from pipeline.storage.retrying import retries

@@ -58,15 +58,21 @@ class Storage:
         """Returns the options for a URI of libraries over Rust's object_store; they hold secrets."""
         return self._s3().object_store_options() if uri.startswith("s3://") else {}
 
-    def list(self, uri: str) -> Iterator[ObjectInfo]:
-        """Lists the object `uri`, or everything under the folder `uri`; nothing where there is neither.
+    def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
+        """Lists the object `uri`, or everything under the folder `uri`; nothing if there is neither.
+
+        A missing local folder raises `ObjectNotFound` unless `missing_ok`; in a bucket there are no folders.
 
         A folder holds what is under `uri + "/"`, never a sibling whose name merely starts alike. The
         order is the service's: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
         markers of folders are left out. Streams: a page, or one local folder, is held at a time.
         """
         service, uri = self._at(uri)
-        return service.list(uri)
+        try:
+            yield from service.list(uri)
+        except ObjectNotFound:
+            if not missing_ok:
+                raise
 
     def folders(self, uri: str) -> Iterator[str]:
         """Lists the folders directly in a folder, in no particular order; none if it does not exist."""

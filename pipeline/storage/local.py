@@ -31,10 +31,10 @@ class LocalFiles:
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         with _errors_of(uri):
-            found = Path(uri).stat() if Path(uri).exists() else None
-        if found is not None and stat.S_ISDIR(found.st_mode):
+            found = Path(uri).stat()
+        if stat.S_ISDIR(found.st_mode):
             yield from _walk(uri, frozenset({(found.st_dev, found.st_ino)}))
-        elif found is not None:
+        else:
             yield _info(uri, found)
 
     def folders(self, uri: str) -> Iterator[str]:

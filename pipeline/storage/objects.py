@@ -4,6 +4,11 @@ import os
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+_MAX_KEY_BYTES = 1024  # on S3 and on Google Cloud Storage
+_MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX, without the NUL at its end
+_TEMPORARY_NAME_BYTES = 37  # of the name that a local file has while it is written
+_MAX_LOCAL_NAME_BYTES = 255
+
 #: Stands for the version of an object that does not exist.
 ABSENT = "absent"
 
@@ -69,6 +74,16 @@ def normalize_uri(uri: str) -> str:
 def is_relative(uri: str) -> bool:
     """Whether a path or URI names another place in another working directory."""
     return "://" not in uri and not uri.startswith("/")
+
+
+def room_below(uri: str) -> int:
+    """Returns the maximum bytes of a name under a normalized folder; 0 if the folder's own is too long."""
+    if "://" in uri:
+        return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
+    path = os.fsencode(uri)
+    if any(len(part) > _MAX_LOCAL_NAME_BYTES for part in path.split(b"/")):
+        return 0
+    return _MAX_LOCAL_PATH_BYTES - _TEMPORARY_NAME_BYTES - len(path) - 1
 
 
 def lies_in(uri: str, root: str) -> bool:

@@ -38,6 +38,15 @@ _CONNECTION = (
     botocore.exceptions.IncompleteReadError,
     *CONNECTION_ERRORS,
 )
+_REJECTED = {
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 _BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
@@ -245,7 +254,7 @@ def _if_match(version: str | None) -> dict[str, str]:
 
 
 def _refusal(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
-    code = _code(error)[0]
+    code, status = _code(error)
     message = str(error.response.get("Error", {}).get("Message", "")) or code
     if code == "NoSuchBucket":
         return no_bucket(uri)
@@ -253,4 +262,10 @@ def _refusal(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
         return no_object(uri)
     if code in {"412", "PreconditionFailed"}:
         return ObjectChanged(uri, NOT_AS_LISTED)
+    if code in _REJECTED:
+        message = f"the credentials were rejected: {message}"
+    elif code in _DENIED:
+        message = f"access denied: {message}"
+    elif status in {301, 307, 400} and code in {"301", "307", "400", "PermanentRedirect"}:
+        message = f"the bucket is in another region (set storage.region): {message}"
     return StorageError(uri, f"{message} ({code})")

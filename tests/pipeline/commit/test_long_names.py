@@ -14,10 +14,10 @@ import pytest
 from pipeline.commit import Partition
 from pipeline.compare import LabelSet
 from pipeline.compare.comparing import measure_agreement
-from pipeline.config import Selection
+from pipeline.config import ConfigError, Selection
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
-from pipeline.run import State, label, make_job, rebuild
+from pipeline.run import State, label, make_job, plan_run, rebuild
 from pipeline.statistics import Classes
 from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_image, make_tar
@@ -156,3 +156,29 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
     labels = list(partition.labels)
     agreement = measure_agreement(Classes.matched(labels, labels), *sides)
     assert (agreement.shards, agreement.compared, agreement.share) == (len(found), 3 * len(found), 1.0)
+
+
+def test_output_without_room_for_names_is_refused_before_labeling(bucket: str) -> None:
+    deep = "/".join(["o" * 100] * 3)
+    place = Place(bucket, f"output.uri={bucket}/{deep}")
+    found = put(place)
+    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d{3} bytes, .*/in/d.* has 8\d\d"):
+        plan_run(place.config)
+    with pytest.raises(ConfigError, match=r"output\.uri: too long"):
+        label(place.config)
+    assert not any("/predictions/" in uri for uri in place.objects(deep))
+    for name in found[-2:]:
+        place.storage.delete(place.shard_uri(name))
+    label(place.config)  # all others have room enough
+    place = Place(bucket, f"output.uri={bucket}/{'/'.join(['o' * 100] * 10)}")
+    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d bytes, .* a run's record"):
+        plan_run(place.config)
+
+
+def test_local_output_without_room_for_names_is_refused(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/in/a.tar", tar(1))
+    for below in ("o" * 256, "/".join(["o" * 200] * 20)):
+        place = Place(str(tmp_path), f"output.uri={tmp_path}/{below}")
+        with pytest.raises(ConfigError, match=r"output\.uri: too long"):
+            label(place.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

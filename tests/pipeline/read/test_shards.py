@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.predictions import fits, prediction_path
 from pipeline.read import Shard, list_shards
-from pipeline.storage import ObjectInfo, Storage, normalize_uri
+from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
 
 class Listed(Storage):
@@ -23,7 +23,7 @@ class Listed(Storage):
         super().__init__()
         object.__setattr__(self, "infos", [ObjectInfo(f"s3://b/{n}", 10, f"etag-{n}") for n in names])
 
-    def list(self, uri: str) -> Iterator[ObjectInfo]:
+    def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
         return iter(sorted(self.infos, key=lambda info: info.uri.encode()))  # type: ignore[attr-defined]
 
 
@@ -72,16 +72,17 @@ def test_one_object_can_be_the_whole_input(storage: Storage, tmp_path: Path) -> 
     assert [shard.uri for shard in list_shards(storage, f"{tmp_path}/_a.tar")] == [f"{tmp_path}/_a.tar"]
 
 
-def test_an_empty_prefix_and_a_missing_folder_have_no_shards(
+def test_an_empty_prefix_has_no_shards_and_a_missing_folder_is_an_error(
     storage: Storage, bucket: str, tmp_path: Path
 ) -> None:
     assert list(list_shards(storage, f"{bucket}/empty")) == []
-    assert list(list_shards(storage, f"{tmp_path}/missing")) == []
+    with pytest.raises(ObjectNotFound):
+        list(list_shards(storage, f"{tmp_path}/missing"))
 
 
 def test_listing_streams(tmp_path: Path) -> None:
     class Endless(Storage):
-        def list(self, uri: str) -> Iterator[ObjectInfo]:
+        def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
             return (ObjectInfo(f"s3://b/{i:09d}.tar", 1, "v-1") for i in itertools.count())
 
     first = itertools.islice(list_shards(Endless(), "s3://b"), 3)

@@ -152,3 +152,9 @@ def test_sweeping_a_folder_that_is_not_there_does_nothing(storage: Storage, tmp_
 
 def _unfinished(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*.tmp") if path.name != ".hidden.tmp"]
+
+
+def test_missing_folder_is_reported_when_required(storage: Storage, tmp_path: Path) -> None:
+    assert list(storage.list(f"{tmp_path}/nowhere")) == []
+    with pytest.raises(ObjectNotFound, match="nowhere: no such file or folder"):
+        list(storage.list(f"{tmp_path}/nowhere", missing_ok=False))

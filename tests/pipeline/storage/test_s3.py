@@ -84,7 +84,7 @@ def test_rejected_credentials_are_told_without_showing_them(
             list(action(f"{bucket}/x"))
         message = str(caught.value)
         assert f"{bucket}/x: " in message
-        assert any(code in message for code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "403"))
+        assert "credentials were rejected" in message or "access denied" in message
         assert s3_server.secret_key not in message
         assert "wrongwrong" not in message
 
