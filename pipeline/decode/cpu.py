@@ -3,8 +3,10 @@
 Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 """
 
+import contextlib
 import io
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,8 +65,34 @@ _TURNS = {
 
 _N = TypeVar("_N", int, float)
 
-# They are about damaged metadata, and would fill the logs.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+
+class _PillowWarningsIgnored(contextlib.ContextDecorator):
+    """Hides Pillow's warnings about damaged metadata, which would fill the logs; several threads may use it.
+
+    `warnings.catch_warnings` alone is not thread-safe: the first thread enters it, the last one leaves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._context = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._context = warnings.catch_warnings()
+                self._context.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._context.__exit__(None, None, None)
+
+
+pillow_warnings_ignored = _PillowWarningsIgnored()
 
 
 class Decoded(NamedTuple):
@@ -83,6 +111,7 @@ class Decoded(NamedTuple):
     error: str | None
 
 
+@pillow_warnings_ignored
 def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Decoded:
     """Decodes one image, turns it upright, converts it to RGB, and resizes and crops it.
 

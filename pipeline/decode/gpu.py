@@ -24,7 +24,15 @@ from cvt.inference.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
 from pipeline.decode import decode, decode_chunk
-from pipeline.decode.cpu import Decoded, Turn, exchanged, too_large, turn_of, with_outcomes
+from pipeline.decode.cpu import (
+    Decoded,
+    Turn,
+    exchanged,
+    pillow_warnings_ignored,
+    too_large,
+    turn_of,
+    with_outcomes,
+)
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE, StageMetrics
 
@@ -67,6 +75,7 @@ class PlainJpeg:
     turn: Turn | None
 
 
+@pillow_warnings_ignored
 def plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None:
     """The JPEG, if nothing in its headers is unusual, and it is complete; else None.
 

@@ -34,7 +34,7 @@ _PRELOADED = [
     "cvt.checkpoints",
     "cvt.counting",
     "cvt.inference.engine",
-    "pipeline.dataflow.executor",
+    "pipeline.dataflow.local_executor",
     "pipeline.report.sections",
 ]
 

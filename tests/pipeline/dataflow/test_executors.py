@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.dataflow import Resources, Stages, open_executor
-from pipeline.dataflow.executor import usable_cpus
+from pipeline.dataflow.local_executor import usable_cpus
 from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.stages import Classifier, ReadStep
 from pipeline.read import Chunk, Shard, list_shards
@@ -104,14 +104,6 @@ def counting(job: Job, fails_at: int | None = None) -> Stages:
     return stages
 
 
-def assert_no_thread_is_left() -> None:
-    """Threads end a moment after their last chunk."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("stages"):
-            thread.join(1)
-            assert not thread.is_alive()
-
-
 def test_few_chunks_are_in_memory_whatever_waits_for_them(job: Job, shards: list[Shard]) -> None:
     stages, before = counting(job), threading.active_count()
     with open_executor(job.config.ray) as executor:
@@ -122,7 +114,8 @@ def test_few_chunks_are_in_memory_whatever_waits_for_them(job: Job, shards: list
         threads = 1 + 1 + resources.chunks_at_once
         assert stages.read <= threads + 2 + 1  # and two results, and the one that was taken
         chunks.close()
-    assert_no_thread_is_left()
+    for name in [thread.name for thread in threading.enumerate()]:
+        assert not name.startswith("stages"), name
     assert threading.active_count() <= before + 4  # the engine's
 
 
@@ -131,7 +124,7 @@ def test_a_stage_that_fails_ends_the_run_with_its_error(job: Job, shards: list[S
         resources = executor.resources(job.resource_request)
         with pytest.raises(RuntimeError, match="the disk is gone"):
             list(executor.label(shards, counting(job, fails_at=4), resources))
-    assert_no_thread_is_left()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stages")]
 
 
 def test_a_failure_names_the_shards_that_were_not_done(

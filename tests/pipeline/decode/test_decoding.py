@@ -7,8 +7,10 @@ import random
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -583,3 +585,18 @@ def test_a_chunk_without_a_good_image_has_no_pixels() -> None:
     chunk = decode_chunk(Chunk(shard=0, start=0, samples=samples), PREPROCESSOR, LIMIT)
     assert chunk.pixels is not None
     assert chunk.pixels.shape == (0, 32, 32, 3)
+
+
+def test_pillow_warnings_are_hidden_while_decoding_only() -> None:
+    stream = io.BytesIO()
+    picture().save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    data = stream.getvalue()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: decode(data, PREPROCESSOR, LIMIT), range(200)))
+        assert warnings.filters == before
+        assert not seen
+        Image.open(stream).getexif()
+        assert seen

@@ -1,0 +1,148 @@
+"""The executor without Ray: threads of this process run the stages.
+
+Each thread reads a chunk, decodes it, classifies it, and takes the next one. Memory holds one chunk per
+thread, and a few results. An image that crashes the process ends the run.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.stages import Classifier, Stages
+from pipeline.read import Chunk, Shard
+
+#: Results that may wait for whoever takes them.
+_WAITING_RESULTS = 2
+#: Seconds that a run that is given up waits for its threads in all; each of them finishes its chunk.
+_JOIN_S = 5.0
+
+
+class LocalExecutor:
+    """Runs the stages in threads of this process."""
+
+    def resources(self, request: ResourceRequest) -> Resources:
+        """One classifier with all CPUs or one GPU; readers and decoders as Ray would have on this machine."""
+        cpus = usable_cpus()
+        gpus = 0
+        if request.classify.device != "cpu":
+            import torch
+
+            gpus = min(1, torch.cuda.device_count())
+        if request.classify.device == "cuda" and not gpus:
+            raise ConfigError("classify.device: 'cuda', but PyTorch finds no GPU on this machine")
+        classify = request.classify.model_copy(update={"min_actors": 1, "max_actors": 1})
+        return choose_resources(replace(request, classify=classify), Cluster(cpus, gpus, cpus))
+
+    def label(
+        self, shards: Sequence[Shard], stages: Stages, resources: Resources
+    ) -> Generator[Chunk, None, None]:
+        """Yields the labeled chunks of all shards, in any order."""
+        run = _Run(shards, stages, resources)
+        try:
+            yield from run.results()
+        finally:
+            run.stop()
+
+    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
+        """None are collected."""
+
+
+class _Run:
+    """The threads of one run."""
+
+    def __init__(self, shards: Sequence[Shard], stages: Stages, resources: Resources) -> None:
+        readers = min(resources.readers, max(1, len(shards)))
+        count = readers + resources.decoders + resources.chunks_at_once
+        self._decode = stages.decoding if resources.decoders else None
+        self._classify = Classifier(stages, resources)
+        self._classifying = threading.Semaphore(resources.chunks_at_once)
+        # Readers share the shards; a reader reads for one thread at a time.
+        numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
+        for item in (*enumerate(shards), *[None] * readers):
+            numbered.put(item)
+        read = stages.reading(resources)
+        self._readers = queue.SimpleQueue[Iterator[Chunk] | None]()
+        for _ in range(readers):
+            self._readers.put(read(iter(numbered.get, None)))
+        self._open_readers = readers
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._slots = threading.Semaphore(count + _WAITING_RESULTS)
+        self._results = queue.SimpleQueue[Chunk | BaseException | None]()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"stages-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def results(self) -> Iterator[Chunk]:
+        """Yields labeled chunks until all threads have ended; raises the first exception of theirs."""
+        running = len(self._threads)
+        while running:
+            result = self._results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                running -= 1
+                continue
+            self._slots.release()
+            yield result
+
+    def stop(self) -> None:
+        """Lets the threads end, each after its chunk."""
+        self._stopped = True
+        self._readers.put(None)
+        for _ in self._threads:
+            self._slots.release()
+        deadline = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self) -> None:
+        try:
+            while self._slots.acquire() and not self._stopped:
+                chunk = self._read()
+                if chunk is None:
+                    break
+                if self._decode is not None:
+                    chunk = self._decode(chunk)
+                with self._classifying:
+                    classified = self._classify(chunk)
+                self._results.put(classified)
+        except BaseException as error:
+            self._results.put(error)
+            self._readers.put(None)  # which may have lost one
+        self._results.put(None)
+
+    def _read(self) -> Chunk | None:
+        """The next chunk of the first reader that is free; None after the last one."""
+        while (reader := self._readers.get()) is not None:
+            chunk = next(reader, None)
+            if chunk is not None:
+                self._readers.put(reader)
+                return replace(chunk, retries={})  # this process counts them itself
+            with self._lock:
+                self._open_readers -= 1
+                if not self._open_readers:
+                    break
+        self._readers.put(None)  # for the other threads
+        return None
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may use: by its affinity, and by the quota of its container (cgroup 1 or 2)."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # ValueError: "max", which is no quota
+            quota, period = (int(value) for name in names for value in (cgroup / name).read_text().split())
+            if quota > 0:
+                return max(1, min(cpus, quota // period))
+    return cpus
