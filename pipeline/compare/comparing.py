@@ -28,7 +28,7 @@ from pipeline.statistics import (
     Drift,
     LabelSetId,
 )
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage, StorageError, normalize_uri
 
 _READERS = 16
 _RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
@@ -138,7 +138,7 @@ def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None
     """Writes a comparison as a Parquet file with one row per class."""
     file = io.BytesIO()
     pq.write_table(comparison.table(), file, compression="zstd")
-    storage.write(uri, file.getvalue())
+    storage.write(normalize_uri(uri), file.getvalue())
 
 
 def measure_agreement(classes: Classes, a: LabelSet, b: LabelSet) -> Agreement:

@@ -19,6 +19,7 @@ from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
 from pipeline.report.parts import largest, short, text_width, ticks
 from pipeline.statistics import ClassStatistics, Comparison
+from pipeline.storage import normalize_uri
 from pipeline.text import counted, percent, printable, score
 
 #: Prediction files that are read for the causes of errors: some seconds' worth.
@@ -59,7 +60,7 @@ def write_report(
             sections=[section for section in found if section is not None],
         )
     )
-    output = output or f"{partition.uri}/report.html"
+    output = f"{partition.uri}/report.html" if output is None else normalize_uri(output)
     partition.storage.write(output, page.encode())
     return output
 

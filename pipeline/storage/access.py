@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import (
-    ABSENT,
-    ObjectChanged,
-    ObjectInfo,
-    ObjectNotFound,
-    StorageError,
-    normalize_uri,
-)
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.ranges import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -40,7 +33,7 @@ class Versioned(Generic[T]):
 
 @dataclass(frozen=True)
 class Storage:
-    """Access to every storage service, by URI in any spelling.
+    """Access to every storage service, by URIs as `normalize_uri` returns them.
 
     Small and picklable: clients are made when first needed, one per process and configuration.
     Credentials come from each service's standard chain (environment, files, instance roles).
@@ -67,22 +60,19 @@ class Storage:
         order is the service's: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
         markers of folders are left out. Streams: a page, or one local folder, is held at a time.
         """
-        service, uri = self._at(uri)
         try:
-            yield from service.list(uri)
+            yield from self._service(uri).list(uri)
         except ObjectNotFound:
             if not missing_ok:
                 raise
 
     def folders(self, uri: str) -> Iterator[str]:
         """Lists the folders directly in a folder, in no particular order; none if it does not exist."""
-        service, uri = self._at(uri)
-        return service.folders(uri)
+        return self._service(uri).folders(uri)
 
     def stat(self, uri: str) -> ObjectInfo:
         """Returns an object's size and version; raises `ObjectNotFound` if there is none."""
-        service, uri = self._at(uri)
-        return service.stat(uri)
+        return self._service(uri).stat(uri)
 
     def version(self, uri: str) -> str:
         """Returns an object's version, or `ABSENT`."""
@@ -101,7 +91,7 @@ class Storage:
 
     def open_ahead(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
         """As `open`, for reading from start to end: fetches `at_once` ranges at a time."""
-        service, uri = self._at(uri)
+        service = self._service(uri)
         raw = service.open(_pinned(uri, version))
         if isinstance(service, LocalFiles):  # the operating system reads ahead
             return io.BufferedReader(raw, buffer_size=CHUNK_BYTES)
@@ -109,7 +99,7 @@ class Storage:
 
     def open_raw(self, uri: str, version: str | None = None) -> io.RawIOBase:
         """As `open`, but each read fetches what it asks for: for callers that buffer themselves."""
-        service, uri = self._at(uri)
+        service = self._service(uri)
         return service.open(service.stat(uri) if version is None else _pinned(uri, version))
 
     def read(self, uri: str, version: str | None = None) -> bytes:
@@ -149,8 +139,7 @@ class Storage:
             ObjectChanged: the object is not as expected. If an answer was lost and the write was
                 retried, this very write may have changed it: look what is there.
         """
-        service, uri = self._at(uri)
-        return service.write(uri, io.BytesIO(data) if isinstance(data, bytes) else data, expected)
+        return self._service(uri).write(uri, io.BytesIO(data) if isinstance(data, bytes) else data, expected)
 
     def update(
         self,
@@ -175,7 +164,7 @@ class Storage:
                 return None if content is None else self.write(uri, content, version)
             except (ObjectChanged, ObjectNotFound) as error:
                 attempts -= 1
-                if attempts < 1 or error.uri != normalize_uri(uri):
+                if attempts < 1 or error.uri != uri:
                     raise
                 expected = None
 
@@ -185,26 +174,24 @@ class Storage:
         Raises:
             ObjectChanged: the object exists, and is not as expected.
         """
-        service, uri = self._at(uri)
-        service.delete(uri, expected)
+        self._service(uri).delete(uri, expected)
 
     def sweep(self, uri: str) -> None:
         """Deletes what killed writers have left under the folder `uri`; in a bucket that is nothing."""
-        service, uri = self._at(uri)
+        service = self._service(uri)
         if isinstance(service, LocalFiles):
             service.sweep(uri)
 
-    def _at(self, uri: str) -> tuple[_Service, str]:
-        """Returns the service that holds `uri`, and its normalized spelling."""
-        uri = normalize_uri(uri)
+    def _service(self, uri: str) -> _Service:
+        """Returns the service that holds `uri`."""
         scheme = uri.partition("://")[0]
         if scheme == uri:
-            return LocalFiles(), uri
+            return LocalFiles()
         if scheme not in ("s3", "gs"):
             shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
             raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
         try:
-            return (self._s3() if scheme == "s3" else self._gcs()), uri
+            return self._s3() if scheme == "s3" else self._gcs()
         except StorageError as error:  # names no URI, since one client serves all
             raise type(error)(uri, error.cause) from error
 

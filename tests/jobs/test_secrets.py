@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import pipeline
+from cvt.errors import CheckpointError
 from jobs.compare import compare
 from jobs.console import make_app
 from jobs.label import label
@@ -28,6 +30,7 @@ from jobs.report import report
 from jobs.schedule import schedule
 from jobs.stats import stats
 from jobs.status import status
+from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import Config, ConfigError, DatasetsConfig, load_config
 from pipeline.schedule import DatasetState, JobClient, StateFile
 from pipeline.schedule.client import CONFIG_VARIABLE
@@ -234,10 +237,15 @@ def test_an_address_without_a_secret_is_taken_as_it_is(place: str) -> None:
     [f"s3://AKIA:{PLANTED}@bucket/x", f"https://h/x?X-Amz-Signature={PLANTED}"],
     ids=["user", "signature"],
 )
-def test_storage_refuses_a_uri_with_a_secret_without_showing_it(uri: str) -> None:
-    for action in (Storage().list, Storage().stat, Storage().read, Storage().delete):
-        with pytest.raises(StorageError) as caught:
-            list(action(uri))  # type: ignore[call-overload]
+def test_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
+    actions: list[Callable[[], object]] = [
+        lambda: pipeline.open_partition(uri),
+        lambda: pipeline.compare_labels(uri, uri),
+        lambda: open_checkpoint(Storage(), uri),
+    ]
+    for action in actions:
+        with pytest.raises((StorageError, CheckpointError)) as caught:
+            action()
         assert PLANTED not in f"{caught.value!r} {caught.value}"
 
 
