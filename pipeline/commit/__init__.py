@@ -8,12 +8,5 @@ from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in
 from pipeline.commit.manifest import Manifest, ManifestRow, ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
-from pipeline.commit.recovery import (
-    Repairs,
-    RunRecord,
-    find_repairs,
-    new_run_id,
-    prediction_files,
-    rebuilt_rows,
-    reconcile,
-)
+from pipeline.commit.record import RunRecord, new_run_id
+from pipeline.commit.recovery import Repairs, find_repairs, prediction_files, rebuilt_rows, reconcile

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.commit.recovery import new_run_id
+from pipeline.commit.record import new_run_id
 from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 
 _logger = logging.getLogger("cvt_label")
