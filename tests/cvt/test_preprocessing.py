@@ -120,6 +120,7 @@ def test_every_photograph_is_within_a_tenth_of_a_grey_level_of_transformers(comp
     assert max(comparison.differences) < 0.1
 
 
+@pytest.mark.slow
 def test_every_photograph_has_the_same_top_class_as_with_transformers(comparison: Comparison) -> None:
     classes, counts = np.unique(comparison.transformers_top1, return_counts=True)
     assert len(classes) == 10, "the model doesn't tell the photographs apart, so it can't tell pixels"

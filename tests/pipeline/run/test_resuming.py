@@ -390,7 +390,7 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
 def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.05)
     for i in range(6):
         write(bucket, f"{i}.tar", i)
     with FaultProxy(s3_server.endpoint_url, seed=3, rate=0.5) as proxy:
