@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
 
 from cvt.configuration import CvtConfig, check_architecture
@@ -139,7 +140,7 @@ class CvtDropPath(nn.Module):
         return branch * (kept / (1 - self.rate))
 
 
-class CvtLayer(nn.Module):
+class CvtLayer(GradientCheckpointingLayer):
     """Transformer block, with layer norm ahead of attention and MLP."""
 
     def __init__(self, config: CvtConfig, stage: int, drop_path_rate: float) -> None:
@@ -206,6 +207,7 @@ class CvtPreTrainedModel(PreTrainedModel):
     config_class = CvtConfig
     base_model_prefix = "cvt"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["CvtLayer"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -217,6 +219,15 @@ class CvtPreTrainedModel(PreTrainedModel):
     def _returned(self, outputs: ModelOutput, return_dict: bool | None) -> Any:
         named = self.config.return_dict if return_dict is None else return_dict
         return outputs if named else outputs.to_tuple()
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        # The backward pass computes such a layer again, so that batch norm sees each batch twice: two steps
+        # with the smaller momentum equal one with PyTorch's 0.1.
+        for layer in (module for module in self.modules() if isinstance(module, CvtLayer)):
+            for module in layer.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 1 - 0.9**0.5 if layer.gradient_checkpointing else 0.1
 
 
 class CvtModel(CvtPreTrainedModel):

@@ -38,7 +38,7 @@ def _describe() -> None:
 
 
 def _describe_benchmark() -> None:
-    """Measure labeling, its stages and its model against other ways to do the same."""
+    """Measure labeling, decoding and the model against other ways to do the same."""
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ SetOption = Annotated[
 PartitionArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[URI]", help="URI of a model's labels: .../model=NAME-FINGERPRINT.", show_default=False
+        metavar="URI", help="URI of a model's labels: .../model=NAME-FINGERPRINT.", show_default=False
     ),
 ]
 PartitionConfigOption = Annotated[

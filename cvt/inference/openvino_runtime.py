@@ -31,6 +31,7 @@ def import_openvino() -> ModuleType:
         ImportError: OpenVINO is not installed.
     """
     hidden = "openvino_telemetry"
+    before = sys.modules.get(hidden)
     sys.modules[hidden] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("openvino")
@@ -38,6 +39,8 @@ def import_openvino() -> ModuleType:
         raise ImportError(f"runtime: {NO_OPENVINO}") from error
     finally:
         del sys.modules[hidden]
+        if before is not None:
+            sys.modules[hidden] = before
 
 
 class OpenVinoRuntime:

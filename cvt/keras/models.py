@@ -18,11 +18,13 @@ import keras
 import numpy as np
 import torch
 from keras import ops
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
 from cvt.checkpoints.weights import check_weights, read_file, used_files
 from cvt.configuration import CvtConfig, check_architecture
+from cvt.errors import checkpoint_errors
 from cvt.keras.layers import CvtStage, dense, layer_norm, to_tokens
 from cvt.modeling import CvtForImageClassification, CvtModel
 
@@ -158,18 +160,33 @@ class TFCvtPreTrainedModel(keras.Model):
 
         Raises:
             OSError: there are no such files.
-            RuntimeError: weights have other shapes than the configuration says.
+            CheckpointError: the weights of a `tf_model.h5` do not fit config.json; names them.
+            RuntimeError: other weights have other shapes than the configuration says.
         """
         h5 = Path(path)
         if h5.is_dir() and H5_NAME in used_files(file.name for file in h5.iterdir()):
             h5 = h5 / H5_NAME
         kwargs["dtype"] = torch.float32
         if h5.suffix == ".h5":
-            config = CvtConfig.from_pretrained(h5.parent, **kwargs)
-            model = cls.torch_class.from_pretrained(None, config=config, state_dict=read_file(h5))
+            config, state = CvtConfig.from_pretrained(h5.parent, **kwargs), read_file(h5)
+            with checkpoint_errors(h5):
+                cls._check_except_head(state, config)
+            model = cls.torch_class.from_pretrained(None, config=config, state_dict=state)
         else:
             model = cls.torch_class.from_pretrained(path, **kwargs)
         return cls.from_torch(model)
+
+    @classmethod
+    def _check_except_head(cls, state: Mapping[str, Tensor], config: CvtConfig) -> None:
+        """Raises `CheckpointError` if weights do not fit; a classifier may be missing, or not be needed."""
+        with torch.device("meta"):
+            empty = cls.torch_class(copy.deepcopy(config)).state_dict()
+        expected = {f"{cls.torch_prefix}{key}": value for key, value in empty.items()}
+        head = ("layernorm.", "classifier.")
+        check_weights(
+            {key: value for key, value in state.items() if key in expected or not key.startswith(head)},
+            {key: value for key, value in expected.items() if key in state or not key.startswith(head)},
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Saves config.json and model.safetensors, which this package and transformers load."""

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -111,7 +111,10 @@ class Lease:
         try:
             self.found_in_order = self.acquire(wait, on_wait)
         except KeyboardInterrupt:  # it may have come just after the lease was taken
-            self.release(in_order=False)
+            with suppress(StorageError):
+                found = _latest(self._storage, self.uri)
+                if found is not None and found.content.run == self.run:
+                    self.release(in_order=False)
             raise
         try:
             yield

@@ -44,7 +44,7 @@ def load_recorded(
     """Like `load_config`; returns also the record if the file is the record of a run, and else an empty one.
 
     A model from the Hugging Face hub is loaded by the commit that the run used, unless an override names
-    a model or revision.
+    another model or revision.
     """
     source = str(path) if path is not None else "configuration"
     values, lines = _read(source) if path is not None else ({}, {})
@@ -52,16 +52,24 @@ def load_recorded(
     if {"run", "fingerprint", "config"} <= values.keys():
         record, values = values, values["config"]
         lines = {field[1:]: line for field, line in lines.items() if field[0] == "config"}
-    overridden = [_apply(values, override) for override in overrides]
-    lines |= dict.fromkeys(overridden, 0)  # no line's fault
+    recorded_model = _model(values)
+    for override in overrides:
+        lines[_apply(values, override)] = 0  # no line's fault
     commit = record.get("model_commit")
-    if commit is not None and not {("model", "path"), ("model", "revision")} & {*overridden}:
-        values["model"] |= {"path": values["model"]["path"].partition("@")[0], "revision": commit}
+    if commit is not None and _model(values) == recorded_model is not None:
+        values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
     try:
         return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths}), record
     except ValidationError as error:
         faults = "\n".join(_fault(fault, lines) for fault in error.errors())
         raise ConfigError(f"{source}:\n{faults}") from None
+
+
+def _model(values: Mapping[str, Any]) -> tuple[str, Any] | None:
+    model = values.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+        return None
+    return model["path"], model.get("revision")
 
 
 def _read(source: str) -> tuple[dict[str, Any], dict[Field, int]]:

@@ -175,7 +175,7 @@ class DeltaTable:
                 since = mark["read"]
         return None if since is not None else "and the log no longer has what happened since"
 
-    def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
+    def commit(self, base: Snapshot, snapshot: Snapshot, attempts: int = 20) -> None:
         """Makes `snapshot` the current version in place of `base`, in one transaction; raises as `read`."""
         from deltalake import CommitProperties, Schema, Transaction
         from deltalake import DeltaTable as Table
@@ -209,8 +209,10 @@ class DeltaTable:
                 raise StorageError(self.uri, cause) from error
             if (found.transaction, {*found.files}) != (base.transaction, {*base.files}):
                 raise TableChangedError(f"{self.uri}: another publisher was faster") from error
+            if attempts <= 1:
+                raise TableChangedError(f"{self.uri}: others commit to it all the time") from error
             # Others have committed, but nothing of this model.
-            self.commit(replace(base, delta_version=found.delta_version), snapshot)
+            self.commit(replace(base, delta_version=found.delta_version), snapshot, attempts - 1)
 
     def clean_up(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""

@@ -72,7 +72,7 @@ def rebuild(partition: Partition) -> None:
     """Regenerates manifest and class statistics from the prediction files and the records of runs.
 
     Raises:
-        StorageError: the partition can't be read or written, or has no prediction file.
+        StorageError: the partition can't be read or written.
         LeaseHeldError: a run is at work.
         LeaseLostError: a run has taken over.
     """

@@ -205,8 +205,10 @@ class S3:
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
             if _is_unsendable(error):  # its message holds credentials, or a proxy's password
-                cause = "the AWS credentials hold a line break, or the proxy's address is not valid"
-                raise StorageError(uri, f"no request can be sent: {cause}") from None
+                cause = "no request can be sent: is the proxy's address right?"
+                if "Invalid header" in str(error):
+                    cause = "the AWS credentials hold a line break, which no request can carry"
+                raise StorageError(uri, cause) from None
             raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
         except botocore.exceptions.BotoCoreError as error:
             raise _client_failure(uri, error) from error

@@ -401,6 +401,33 @@ def test_a_saved_model_in_half_precision_loads_as_it_was(tmp_path: Path) -> None
     assert_close(again(pixels).logits, model(pixels).logits, rtol=0, atol=0)
 
 
+# The names that transformers has for it from 5.0 on.
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reentrant: bool) -> None:
+    """It computes layers again in the backward pass, where batch norm must not learn twice."""
+    pixels, labels = images(2, 3, 64, 64), torch.tensor([0, 1])
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model = randomise(CvtForImageClassification(CvtConfig(**TINY, drop_rate=[0.5] * 3))).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        layer = model.cvt.encoder["stages"][1].layers[0]
+        layer.intermediate.register_forward_hook(lambda *_, at=checkpointing: calls.append(at))
+        torch.manual_seed(0)  # of dropout, which is the same when a layer is computed again
+        model(pixels, labels=labels).loss.backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        found.append((gradients, dict(model.named_buffers())))
+    assert calls == [False, True, True]
+    (gradients, buffers), (our_gradients, our_buffers) = found
+    assert_close(our_gradients, gradients, rtol=0, atol=0)
+    moved = {key: value for key, value in buffers.items() if value.is_floating_point()}
+    assert_close({key: our_buffers[key] for key in moved}, moved, **CLOSE)
+
+    model.gradient_checkpointing_disable()
+    assert {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)} == {0.1}
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:

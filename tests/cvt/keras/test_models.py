@@ -403,14 +403,20 @@ def test_features_of_a_tensorflow_classifier_are_read() -> None:
     assert_same_weights(features, TFCvtForImageClassification.from_pretrained(TF_TINY).to_torch().cvt)
 
 
-def test_weights_of_other_shapes_than_the_configuration_says_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="mismatch"):
-        TFCvtForImageClassification.from_pretrained(TF_TINY, num_labels=7)
-
-
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no file named"):
         TFCvtForImageClassification.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_the_configuration_are_named() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"tf_model\.h5: .*of another shape: classifier\.bias, classifier\.weight$"
+    ):
+        TFCvtForImageClassification.from_pretrained(TF_TINY, num_labels=7)
+    with pytest.raises(CheckpointError, match=r"missing: cvt\.encoder\.stages\.2\.layers\.3\."):
+        TFCvtForImageClassification.from_pretrained(TF_TINY, depth=[1, 2, 4])
+    with pytest.raises(CheckpointError, match=r"unexpected: cvt\.encoder\.stages\.2\.cls_token$"):
+        TFCvtModel.from_pretrained(TF_TINY, cls_token=[False] * 3)
 
 
 @torch.inference_mode()

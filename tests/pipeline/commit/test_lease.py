@@ -159,3 +159,15 @@ def test_what_is_no_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text("[]")
     with pytest.raises(StorageError, match=r"lease\.json: not a lease"):
         make(str(tmp_path), "run-1").acquire()
+
+
+def test_interrupt_before_the_lease_is_taken_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Storage, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt), Lease(Storage(), str(tmp_path), "run", 60).held():
+        pass
+    assert not list(tmp_path.iterdir())

@@ -260,6 +260,29 @@ def test_the_record_of_a_run_is_its_configuration(tmp_path: Path) -> None:
     assert f"line {line}: output.topk" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "model"),
+    [
+        ("output.topk=2", ("org/m", "abc")),
+        ("model.path=other/m", ("other/m", None)),
+        ("model={path: other/m}", ("other/m", None)),
+        ("model.revision=v2", ("org/m", "v2")),
+        ("model.path=org/m", ("org/m", "abc")),
+    ],
+)
+def test_recorded_commit_is_that_of_the_recorded_model(
+    tmp_path: Path, override: str, model: tuple[str, str | None]
+) -> None:
+    config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=org/m"])
+    record = {"run": "r", "fingerprint": "f", "model_commit": "abc", "config": config.model_dump()}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    loaded = load_config(Config, path, [override])
+    assert (loaded.model.path, loaded.model.revision) == model
+    with pytest.raises(ConfigError, match="model"):
+        load_config(Config, path, ["model=x"])
+
+
 def test_fingerprint_is_a_fixed_function_of_settings_and_checkpoint(tmp_path: Path) -> None:
     """Another value would give existing partitions other names."""
     config = load_config(Config, write(tmp_path, MINIMAL))

@@ -198,3 +198,28 @@ def test_cpus_are_limited_by_the_quota_of_a_container(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
     assert usable_cpus(tmp_path) == most
+
+
+GIVEN_UP = """
+import os, signal, sys, threading, time
+from pipeline.dataflow import local_executor
+from pipeline.run import label
+from tests.runs import run_config
+
+class Slow(local_executor.Classifier):
+    def __call__(self, chunk):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(300)
+
+local_executor.Classifier = Slow
+label(run_config(sys.argv[1], "run.grace_s=0"))
+"""
+
+
+@pytest.mark.slow
+def test_process_of_a_run_that_is_given_up_ends_at_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").symlink_to(folder / "in")
+    command = [sys.executable, "-c", GIVEN_UP, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert "KeyboardInterrupt" in done.stderr
