@@ -28,7 +28,7 @@ from jobs.console import SetOption, exit_status, note
 from jobs.reference import load_model, read_images
 from pipeline.dataflow import sigterm_interrupts
 
-_SHARD_IMAGES = 8192  # maximum
+_SHARD_IMAGES = 8192
 _SHARDS_PER_CORE = 2  # minimum
 
 
@@ -112,7 +112,12 @@ def run(
 
 
 def make_dataset(
-    uri: str, tars: Path, preprocessor: Preprocessor, samples: int, cores: int
+    uri: str,
+    tars: Path,
+    preprocessor: Preprocessor,
+    samples: int,
+    cores: int,
+    shard_images: int = _SHARD_IMAGES,
 ) -> dict[str, int]:
     """Packs images of any shard format into tars, byte for byte, and returns what is in them.
 
@@ -125,12 +130,13 @@ def make_dataset(
         preprocessor: decides whether an image can be decoded.
         samples: number of images; they are repeated if there are fewer.
         cores: number of CPUs that share the tars.
+        shard_images: maximum number of images in a tar.
 
     Raises:
         StorageError, NoShardsError: the images cannot be read, or there are none.
     """
     tars.mkdir()
-    size = min(_SHARD_IMAGES, math.ceil(samples / (_SHARDS_PER_CORE * cores)))
+    size = min(shard_images, math.ceil(samples / (_SHARDS_PER_CORE * cores)))
     images = itertools.chain.from_iterable(read_images(uri, preprocessor) for _ in itertools.count())
     total = 0
     for shard, start in enumerate(range(0, samples, size)):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.command import cvt_label
 from tests.makers import make_image, make_tar
 from tests.ray_head import RAY, REPOSITORY
 
@@ -84,6 +85,12 @@ def metrics(cluster: str, dataset: str) -> dict[str, dict[str, float]]:
             return found
         assert time.monotonic() < deadline, found
         time.sleep(1)
+
+
+def test_status_lists_a_job_that_rays_own_command_submitted(cluster: str, dataset: str) -> None:
+    done = cvt_label("status", "--address", cluster)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"failed .* 3  raysubmit_\w+\n", done.stdout)
 
 
 def test_what_is_counted_is_what_was_done(metrics: dict[str, dict[str, float]]) -> None:

@@ -12,7 +12,6 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -29,7 +28,6 @@ from pipeline.schedule.client import CONFIG_VARIABLE, AlreadySubmittedError, Sti
 from pipeline.storage import Storage
 from tests.command import cvt_label_process
 from tests.makers import make_image, make_tar
-from tests.ray_head import RAY, REPOSITORY
 
 SECRET = "planted-in-the-submitters-environment"
 
@@ -62,27 +60,6 @@ def command(*arguments: object) -> Result:
 
 def config_of(job: Path) -> Config:
     return load_config(Config, job)
-
-
-def test_a_job_is_submitted_by_rays_own_command(cluster: str, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.tar").write_bytes(make_tar([(f"{i}.jpg", make_image(i)) for i in range(5)]))
-    overrides = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "ray.address=null"]
-    options = [part for override in overrides for part in ("--set", override)]
-    job = ["python", "-m", "jobs.label", "--config", "configs/demo.yaml", *options]
-    done = subprocess.run(
-        [RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--", *job],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 in 1 shards" in done.stdout
-    (labels,) = (tmp_path / "out").glob("model=*/predictions/**/*.parquet")
-    assert pq.read_metadata(labels).num_rows == 5
-    assert re.search(r"succeeded .* 0  raysubmit_\w+\n", command("status", "--address", cluster).stdout)
 
 
 def test_the_code_of_a_working_dir_goes_before_the_clusters_own(

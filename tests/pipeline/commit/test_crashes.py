@@ -78,8 +78,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def every(place: Place) -> int:
-    """1 to die at every write; in a bucket, where writes take longer, 8 for every eighth."""
-    return 1 if place.root.startswith("/") else 8
+    """1 to die at every write; in a bucket, where writes take longer, 16 for every sixteenth."""
+    return 1 if place.root.startswith("/") else 16
 
 
 def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_the_rest(

@@ -33,6 +33,10 @@ SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
 Sample = tuple[str, bytes, int]
 
 
+#: What does not depend on Ray runs without it.
+IN_PROCESS = "ray.address=in-process"
+
+
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     """The bundled sample's first 120: (key, PNG, class id)."""
@@ -198,7 +202,7 @@ def test_secrets_are_nowhere_in_what_is_written(
 
 
 def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelled(
-    ray_local: None, bucket: str, storage: Storage, samples: list[Sample]
+    bucket: str, storage: Storage, samples: list[Sample]
 ) -> None:
     png, jpeg = samples[0][1], make_image(1, (640, 480))
     members = [
@@ -216,7 +220,7 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
         ("gray16.png", _gray16()),
     ]
     storage.write(f"{bucket}/in/mixed.tar", make_tar(members))
-    result = label(config(bucket, "read.chunk_images=4"))
+    result = label(config(bucket, IN_PROCESS, "read.chunk_images=4"))
     rows = rows_of(result)
     errors = {str(row["key"]): str(row["error"]) for row in rows if row["error"] is not None}
     good = {str(row["key"]) for row in rows if row["error"] is None}
@@ -240,13 +244,13 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
 
 
 def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
-    ray_local: None, bucket: str, storage: Storage, samples: list[Sample]
+    bucket: str, storage: Storage, samples: list[Sample]
 ) -> None:
     whole = make_tar(wds(samples[:30]))
     storage.write(f"{bucket}/in/good.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[: len(whole) // 2])
     storage.write(f"{bucket}/in/not.parquet", b"PAR1 not a parquet file at all")
-    result = label(config(bucket, "read.chunk_images=5"))
+    result = label(config(bucket, IN_PROCESS, "read.chunk_images=5"))
     assert {str(row["shard"]) for row in rows_of(result)} == {f"{bucket}/in/good.tar"}
     assert len(rows_of(result)) == 30
     unreadable = {row.uri: row.error for row in result.totals.unreadable}
@@ -261,9 +265,7 @@ def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
     assert not result.is_complete
 
 
-def test_labelling_anew_writes_the_same_bytes(
-    ray_local: None, bucket: str, storage: Storage, samples: list[Sample]
-) -> None:
+def test_labelling_anew_writes_the_same_bytes(bucket: str, storage: Storage, samples: list[Sample]) -> None:
     for i in range(3):
         storage.write(f"{bucket}/in/{i}.tar", make_tar(wds(samples[i * 30 : i * 30 + 30])))
 
@@ -274,7 +276,7 @@ def test_labelling_anew_writes_the_same_bytes(
             if "/predictions/" in o.uri
         }
 
-    job = config(bucket, "read.chunk_images=8", "output.embedding=float16")
+    job = config(bucket, IN_PROCESS, "read.chunk_images=8", "output.embedding=float16")
     first = predictions(label(job))
     assert len(first) == 3
     again = label(job, selection=Selection(relabel=True))
@@ -304,7 +306,7 @@ def _gray16() -> bytes:
 
 
 def test_nothing_is_called_done_before_it_is_written(
-    ray_local: None, bucket: str, storage: Storage, samples: list[Sample]
+    bucket: str, storage: Storage, samples: list[Sample]
 ) -> None:
     """At every step that a run shows, the shards it calls done lie whole in the output."""
     for i in range(4):
@@ -316,4 +318,4 @@ def test_nothing_is_called_done_before_it_is_written(
         for info in found:
             assert pq.read_metadata(io.BytesIO(storage.read(info.uri))).num_rows == 20
 
-    label(config(bucket, "read.chunk_images=6"), on_progress=check)
+    label(config(bucket, IN_PROCESS, "read.chunk_images=6"), on_progress=check)
