@@ -8,8 +8,9 @@ from rich.table import Table
 
 from jobs import console
 from jobs.console import Exit, make_table, note, out
+from pipeline import compare_labels
 from pipeline.commit import Partition
-from pipeline.compare import NoPreviousRunError, compare_labels, write_comparison
+from pipeline.compare import NoPreviousRunError, write_comparison
 from pipeline.statistics import Comparison, Limits
 from pipeline.storage import Storage, StorageError
 from pipeline.text import percent, printable

@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jobs import console
 from jobs.console import Exit, note
-from pipeline import commit
+from pipeline import RunResult, commit
+from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
-from pipeline.run import Plan, PreparedRun, RunResult
-from pipeline.run import label as label_dataset
+from pipeline.run import Plan, PreparedRun
 from pipeline.statistics import bound_by, class_table
 
 logger = logging.getLogger("cvt_label")

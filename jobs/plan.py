@@ -7,7 +7,7 @@ import typer
 from rich.filesize import decimal
 
 from jobs import console
-from pipeline.run import plan_run
+from pipeline import plan as plan_run
 from pipeline.text import printable
 
 

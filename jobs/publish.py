@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from jobs import console
-from pipeline.publish import FILE_BYTES, publish_labels
+from pipeline import publish_labels
+from pipeline.publish import FILE_BYTES
 
 
 @console.exit_status()

@@ -117,7 +117,7 @@ def test_weights_load_strictly_into_transformers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "training"), [(64, False), (64, True), (224, False)], ids=str)
+@pytest.mark.parametrize(("size", "training"), [(64, False), (64, True), (96, False)], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_gradients_equal_those_of_transformers(name: str, size: int, training: bool) -> None:
     """In training also what batch norm learns of its input.
