@@ -168,7 +168,7 @@ class Manifest:
             return replace(row, error=None, failed_version=None) if row.uri in cured else row
 
         removed, cured, waiting = {*removed}, {*cured}, sorted(rows)
-        named = {*removed, *(gone or ()), *cured}
+        touched = pa.array({*rows, *removed, *(gone or ()), *cured}, pa.string())
 
         def merged(version: str) -> Iterator[pa.Table]:
             """Merges the sorted stream of rows with the changes."""
@@ -176,12 +176,12 @@ class Manifest:
             for table in self._tables(version=version):
                 count = bisect.bisect_right(left, table["uri"][-1].as_py())
                 now, left = left[:count], left[count:]
-                is_changed = [uri in rows or uri in named for uri in table["uri"].to_pylist()]
-                if now or any(is_changed):
+                is_changed = pc.is_in(table["uri"], value_set=touched)
+                if now or pc.any(is_changed).as_py():
                     before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
                     after = {uri: row for uri, row in before.items() if uri not in removed}
                     after |= {uri: rows[uri].succeeding(before.get(uri)) for uri in now}
-                    table = table.filter([not each for each in is_changed])
+                    table = table.filter(pc.invert(is_changed))
                     table = pa.concat_tables([table, _to_table(map(marked, after.values()))]).sort_by("uri")
                 yield table
             yield _to_table(marked(rows[uri]) for uri in left)
@@ -220,11 +220,11 @@ class Manifest:
                     outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
                     partials = pool.map(self._partial, outputs, packed)
                     rows = [
-                        (partial, run if root is None or lies_in(uri, root) else None)
-                        for uri, run, partial in zip(uris, runs, partials, strict=True)
+                        (partial, by if root is None or lies_in(uri, root) else None)
+                        for uri, by, partial in zip(uris, runs, partials, strict=True)
                     ]
                     parts = [[partial for partial, _ in rows]]
-                    parts += [[partial for partial, run in rows if run in group] for group in groups]
+                    parts += [[partial for partial, by in rows if by in group] for group in groups]
                     for total, part in zip(totals, parts, strict=True):
                         if part:
                             total.add_partial(pa.concat_tables(part))

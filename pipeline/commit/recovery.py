@@ -140,7 +140,7 @@ def find_repairs(
     if in_order:
         return repairs
     history = read_history(storage, partition)
-    cured |= newer & history.failures.keys()
+    repairs.cured |= newer & history.failures.keys()
     for uri in newer | removed:
         history.failures.pop(uri, None)
     labeled = {
@@ -149,13 +149,13 @@ def find_repairs(
         if row.output is not None
     }
     repairs.entries = history.applied(labeled)
-    removed |= before.keys() - repairs.entries.keys()
+    repairs.removed |= before.keys() - repairs.entries.keys()
     for uri, row in repairs.entries.items():
         old = before.get(uri, ManifestRow(uri))
         if row.gone != old.gone:
             repairs.gone[uri] = row.gone
         if row.error is None and old.error is not None:
-            cured.add(uri)
+            repairs.cured.add(uri)
         elif (row.error, row.failed_version) != (old.error, old.failed_version):
             repairs.rows[uri] = history.failures[uri].succeeding(found.get(uri))
     return repairs

@@ -222,9 +222,9 @@ class Config(Section):
             allowed = " or ".join(precisions)
             message = f"{runtime!r} computes in {allowed}, and model.precision is {precision!r}"
             raise ValueError(f"classify.runtime: {message}")
-        # The sections are frozen for everybody else.
-        self.__dict__["model"] = self.model.model_copy(update={"precision": precision})
-        self.__dict__["decode"] = self.decode.model_copy(update={"device": decoder})
+        # Sections are frozen from here on.
+        object.__setattr__(self, "model", self.model.model_copy(update={"precision": precision}))
+        object.__setattr__(self, "decode", self.decode.model_copy(update={"device": decoder}))
         return self
 
     @property

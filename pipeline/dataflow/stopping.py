@@ -21,7 +21,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from enum import Enum, auto
 from types import FrameType
 
 
@@ -29,28 +29,37 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop, and has left everything in order."""
 
 
+class StopState(Enum):
+    """States of a run, as the module describes them."""
+
+    RUNNING = auto()
+    FINISHING = auto()
+    ABANDONED = auto()
+
+
 class Stop:
-    """The state machine; `start_timer` makes `expire` be called after so many seconds.
+    """The state machine; `start_timer` makes `expire` be called after so many seconds."""
 
-    The state is RUNNING until a stop is `requested`, and then FINISHING until open shards are `abandoned`.
-    """
-
-    def __init__(self, grace: float, start_timer: Callable[[float], object]) -> None:
-        self.requested = False
-        self.abandoned = False
+    def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
+        self.state = StopState.RUNNING
         self._grace = grace
         self._start_timer = start_timer
 
+    @property
+    def requested(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self.state is not StopState.RUNNING
+
     def ask(self) -> None:
         """A signal arrives; raises KeyboardInterrupt where open shards are given up."""
-        if self.requested or self._grace <= 0:
+        if self.state is not StopState.RUNNING or self._grace <= 0:
             self.expire()
-        self.requested = True
+        self.state = StopState.FINISHING
         self._start_timer(self._grace)
 
     def expire(self) -> None:
         """The grace period ends; raises KeyboardInterrupt."""
-        self.requested = self.abandoned = True
+        self.state = StopState.ABANDONED
         raise KeyboardInterrupt
 
     @contextmanager
@@ -59,27 +68,31 @@ class Stop:
         try:
             yield
         except KeyboardInterrupt:
-            if not self.abandoned:
+            if self.state is not StopState.ABANDONED:
                 raise
 
     def conclude(self) -> None:
         """Raises `Stopped` or KeyboardInterrupt where the run was asked to stop."""
-        if self.abandoned:
-            raise KeyboardInterrupt
-        if self.requested:
+        if self.state is StopState.FINISHING:
             raise Stopped
+        if self.state is StopState.ABANDONED:
+            raise KeyboardInterrupt
 
 
 @contextmanager
 def graceful_stop(grace: float) -> Iterator[Stop]:
     """Connects a `Stop` to SIGTERM and Ctrl-C for the length of the block; only the main thread can."""
-    stop = Stop(grace, partial(signal.setitimer, signal.ITIMER_REAL))
+
+    def start_timer(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    stop = Stop(grace, start_timer)
     with _handler(stop.ask, signal.SIGTERM, signal.SIGINT), _handler(stop.expire, signal.SIGALRM):
         try:
             yield stop
         finally:
             if threading.current_thread() is threading.main_thread():
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                start_timer(0)
 
 
 @contextmanager

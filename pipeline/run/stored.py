@@ -15,7 +15,7 @@ from pipeline.report import write_report as write_page
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import StorageError
 
-#: Runs of a partition that are looked at, the latest: they differ in how they name the same model.
+#: Runs of a partition that are looked at, the latest first: they differ in how they name the same model.
 _RUNS = 10
 #: Seconds after which the lease of a rebuild expires unless it is renewed.
 _LEASE_S = 60.0
@@ -30,18 +30,18 @@ def find_partition(config: Config) -> Partition:
     Raises:
         StorageError: there is none, or it can't be read.
     """
-    storage, output = make_storage(config.storage), config.output.uri
-    partitions = [Partition(storage, uri, ()) for uri in storage.folders(output) if "/model=" in uri]
-    runs = [
-        (run, partition.uri)
-        for partition in partitions
-        for run in partition.records()[-_RUNS:]
-        if _has_same_labels(config, partition.record(run) or {})
-    ]
+    storage, output, runs = make_storage(config.storage), config.output.uri, dict[str, str]()
+    for uri in storage.folders(output):
+        partition = Partition(storage, uri, ())
+        if partition.name.startswith("model="):
+            for run in partition.records()[: -_RUNS - 1 : -1]:
+                if _has_same_labels(config, partition.record(run) or {}):
+                    runs[run] = uri
+                    break
     if not runs:
         cause = "nothing is labeled yet with this model and these options (or name the partition by its URI)"
         raise StorageError(output, cause)
-    return Partition.open(storage, max(runs)[1])
+    return Partition.open(storage, runs[max(runs)])
 
 
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:

@@ -44,14 +44,17 @@ def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.
 
     The top-5 recall is null where rows have only `topk` classes, fewer than five and than the model has.
     """
-    rows = [{"label_id": i, "label": label, **_class_row(stats, i, topk)} for i, label in enumerate(labels)]
+    total, knows_top5 = int(stats.count.sum()), stats.knows_top5(topk)
+    rows = [
+        {"label_id": i, "label": label, **_class_row(stats, i, total, knows_top5)}
+        for i, label in enumerate(labels)
+    ]
     return pa.Table.from_pylist(rows, schema=CLASS_STATS_SCHEMA)
 
 
-def _class_row(stats: ClassStatistics, i: int, topk: int) -> dict[str, object]:
+def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> dict[str, object]:
     count, histogram = int(stats.count[i]), stats.score_histogram[i]
-    fraction = ratio(count, int(stats.count.sum()))
-    row: dict[str, object] = {"count": count, "fraction": fraction, "score_histogram": histogram}
+    row: dict[str, object] = {"count": count, "fraction": ratio(count, total), "score_histogram": histogram}
     if count:
         score_sum, squares = int(stats.score_sum[i]), int(stats.score_square_sum[i])
         variance = max(0, count * squares * SCALE - score_sum**2) / (count * SCALE) ** 2
@@ -72,7 +75,7 @@ def _class_row(stats: ClassStatistics, i: int, topk: int) -> dict[str, object]:
             "precision": ratio(hits, predicted),
             "recall": ratio(hits, support),
             "f1": ratio(2 * hits, predicted + support),
-            "top5_recall": ratio(int(stats.top5_hits[i]), support) if stats.knows_top5(topk) else None,
+            "top5_recall": ratio(int(stats.top5_hits[i]), support) if knows_top5 else None,
         }
     return row
 

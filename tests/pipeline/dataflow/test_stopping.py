@@ -8,15 +8,9 @@ import time
 import pytest
 
 from pipeline.dataflow import Stopped, graceful_stop
-from pipeline.dataflow.stopping import Stop, interrupts_deferred
+from pipeline.dataflow.stopping import Stop, StopState, interrupts_deferred
 
-#: Whether a stop is requested, and whether open shards are abandoned.
-State = tuple[bool, bool]
-RUNNING, FINISHING, ABANDONED = (False, False), (True, False), (True, True)
-
-
-def state_of(stop: Stop) -> State:
-    return stop.requested, stop.abandoned
+RUNNING, FINISHING, ABANDONED = StopState
 
 
 @pytest.mark.parametrize(
@@ -32,18 +26,18 @@ def state_of(stop: Stop) -> State:
     ],
 )
 def test_events_lead_to_states_and_interrupt_when_abandoned(
-    grace: float, events: list[str], states: list[State]
+    grace: float, events: list[str], states: list[StopState]
 ) -> None:
     timers: list[float] = []
     stop = Stop(grace, timers.append)
-    assert state_of(stop) == RUNNING
+    assert (stop.state, stop.requested) == (RUNNING, False)
     for event, state in zip(events, states, strict=True):
         interrupted = False
         try:
             getattr(stop, event)()
         except KeyboardInterrupt:
             interrupted = True
-        assert (state_of(stop), interrupted) == (state, state is ABANDONED)
+        assert (stop.state, interrupted, stop.requested) == (state, state is ABANDONED, True)
     assert timers == [grace] * (states[0] is FINISHING)
 
 
@@ -73,10 +67,10 @@ def test_signals_ask_and_the_timer_gives_up(number: int) -> None:
     with graceful_stop(0.05) as stop:
         with stop.abandonable():
             signal.raise_signal(number)
-            assert state_of(stop) == FINISHING
+            assert stop.state is FINISHING
             time.sleep(10)
             pytest.fail("not interrupted")
-        assert state_of(stop) == ABANDONED
+        assert stop.state is ABANDONED
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(number) == before
 
