@@ -19,6 +19,8 @@ _MODULES = {
     "Preprocessor": "cvt.preprocessing",
 }
 
+__all__ = ["CvtConfig", "CvtForImageClassification", "CvtModel", "Engine", "Preprocessor"]
+
 
 def __getattr__(name: str) -> Any:
     # Imported when they are used: a worker that only decodes images needs neither torch nor

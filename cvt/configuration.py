@@ -116,16 +116,26 @@ def _check_stage(config: PreTrainedConfig, i: int) -> None:
     width, heads, kernel = config.embed_dim[i], config.num_heads[i], config.kernel_qkv[i]
     if width % heads:
         raise ValueError(f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})")
+    if int(width * config.mlp_ratio[i]) < 1:
+        raise ValueError(
+            f"CvtConfig: mlp_ratio[{i}] ({config.mlp_ratio[i]}) leaves no hidden width"
+            f" of embed_dim[{i}] ({width})"
+        )
     if config.cls_token[i] and width != config.embed_dim[-1]:
         raise ValueError(
             f"CvtConfig: cls_token[{i}] is true, but a class token has the last stage's width"
             f" ({config.embed_dim[-1]}), not that of its tokens, embed_dim[{i}] ({width})"
         )
     # The attention's output is added to its input, so there must be one query for each token.
-    keeps_tokens = config.stride_q[i] == 1 and 2 * config.padding_q[i] == kernel - 1
-    if config.qkv_projection_method[i] == "dw_bn" and not keeps_tokens:
+    method = config.qkv_projection_method[i]
+    if method == "dw_bn" and (config.stride_q[i] != 1 or 2 * config.padding_q[i] != kernel - 1):
         raise ValueError(
             f"CvtConfig: stride_q[{i}] ({config.stride_q[i]}) and padding_q[{i}]"
             f" ({config.padding_q[i]}) don't keep the number of tokens: with kernel_qkv[{i}]"
             f" ({kernel}) the stride must be 1 and the padding half of the kernel less 1"
+        )
+    if method == "avg" and 2 * config.padding_kv[i] > kernel:
+        raise ValueError(
+            f"CvtConfig: padding_kv[{i}] ({config.padding_kv[i]}) must be at most half of"
+            f" kernel_qkv[{i}] ({kernel}) for average pooling"
         )

@@ -109,12 +109,16 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 def _read_shards(index: Path) -> dict[str, Tensor]:
     with checkpoint_errors(f"{index}: not an index of weights with a weight_map"):
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        places = {PurePosixPath(place) for place in weight_map.values()}
+        places = {key: PurePosixPath(place) for key, place in weight_map.items()}
     weights: dict[str, Tensor] = {}
-    for place in sorted(places):
+    for place in sorted(set(places.values())):
         if len(place.parts) != 1:  # do not leave the folder
             raise CheckpointError(f"{index}: weight_map: {str(place)!r} is not the name of a file beside it")
-        weights |= read_file(index.parent / place)
+        shard_file = index.parent / place
+        shard = read_file(shard_file)
+        if lost := sorted(key for key in places if places[key] == place and key not in shard):
+            raise CheckpointError(f"{shard_file}: has no {lost[0]}, which {index.name} places there")
+        weights |= shard
     return weights
 
 

@@ -49,8 +49,8 @@ class Engine:
         threads: CPU threads; PyTorch's own choice if None.
 
     Raises:
-        ValueError: an argument is none of these, there is no GPU, or the runtime cannot run this model on
-            this device.
+        ValueError: an argument is none of these, there is no GPU, model and preprocessor differ in their
+            channels, or the runtime cannot run this model on this device.
         ImportError: the runtime is not installed.
     """
 
@@ -72,7 +72,13 @@ class Engine:
         self.runtime = runtime
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-        self._image_shape = (preprocessor.size, preprocessor.size, len(preprocessor.mean))
+        channels = len(preprocessor.mean)
+        if model.config.num_channels != channels:
+            raise ValueError(
+                f"the model takes images of {model.config.num_channels} channels,"
+                f" its preprocessing makes {channels}"
+            )
+        self._image_shape = (preprocessor.size, preprocessor.size, channels)
         self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
         threads = threads or torch.get_num_threads()
         self._runtime = make_runtime(

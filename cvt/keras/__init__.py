@@ -19,3 +19,10 @@ from cvt.keras.models import (
     TFCvtModel,
     TFImageClassifierOutputWithNoAttention,
 )
+
+__all__ = [
+    "TFBaseModelOutputWithCLSToken",
+    "TFCvtForImageClassification",
+    "TFCvtModel",
+    "TFImageClassifierOutputWithNoAttention",
+]

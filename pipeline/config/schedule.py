@@ -76,7 +76,9 @@ class DatasetsConfig(Section):
         match values:
             case {"datasets": dict(datasets)}:
                 defaults = values.get("defaults") or {}
-                whole = {name: _merged(defaults, own or {}) for name, own in datasets.items()}
+                whole = {
+                    name: _merged(defaults, {} if own is None else own) for name, own in datasets.items()
+                }
                 return values | {"defaults": defaults, "datasets": whole}
         return values
 

@@ -319,13 +319,18 @@ class JobClient:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         import requests
-        from ray.exceptions import RayError
+        from ray.exceptions import AuthenticationError, RayError
 
         try:
             yield
         except requests.exceptions.InvalidHeader:  # its message contains the token
             cause = "holds a line break, or begins with a space"
             raise ClusterError(f"the token in RAY_AUTH_TOKEN {cause}") from None
+        except AuthenticationError:
+            raise ClusterError(
+                f"{self.address}: the cluster asks for a token, and has none or another one from here: set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
+            ) from None
         except (ClusterError, SubmissionRefusedError):
             raise
         except (RuntimeError, ValueError, OSError, RayError) as error:  # OSError: of requests, too

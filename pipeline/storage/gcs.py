@@ -144,7 +144,13 @@ class GoogleCloudStorage:
             raise missing(uri) from error
         except api.PreconditionFailed as error:
             raise ObjectChanged(uri, changed) from error
-        except (api.GoogleAPIError, GoogleAuthError, OSError, ValueError) as error:
+        except (api.Forbidden, api.Unauthorized) as error:
+            raise StorageError(uri, f"access denied: {error.message}") from error
+        except TransportError as error:
+            raise StorageError(uri, f"no credentials could be fetched: {error}") from error
+        except GoogleAuthError as error:
+            raise StorageError(uri, f"the credentials were rejected: {error}") from error
+        except (api.GoogleAPIError, OSError, ValueError) as error:
             raise StorageError(uri, described(error)) from error
 
 

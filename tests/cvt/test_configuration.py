@@ -110,6 +110,7 @@ def test_configurations_that_differ_in_a_field_are_not_equal() -> None:
             "patch_padding[2]: Input should be greater than or equal to 0, not -1",
         ),
         ({"mlp_ratio": [0, 4, 4]}, "mlp_ratio[0]: Input should be greater than 0, not 0"),
+        ({"mlp_ratio": [0.01, 4, 4]}, "mlp_ratio[0] (0.01) leaves no hidden width of embed_dim[0] (64)"),
         ({"mlp_ratio": [float("nan"), 4, 4]}, "mlp_ratio[0]: Input should be"),
         (
             {"drop_path_rate": [0, 0, 1.0]},
@@ -117,6 +118,10 @@ def test_configurations_that_differ_in_a_field_are_not_equal() -> None:
         ),
         ({"drop_rate": [0, "0", 0]}, 'drop_rate[1]: Input should be a valid number, not "0"'),
         ({"qkv_bias": [True, 1, True]}, "qkv_bias[1]: Input should be a valid boolean, not 1"),
+        (
+            {"qkv_projection_method": ["avg"] * 3, "padding_kv": [1, 2, 1]},
+            "padding_kv[1] (2) must be at most half of kernel_qkv[1] (3) for average pooling",
+        ),
         ({"num_channels": 0}, "num_channels: Input should be greater than 0, not 0"),
         ({"initializer_range": -1}, "initializer_range: Input should be greater than or equal to 0, not -1"),
         (

@@ -93,9 +93,13 @@ def test_a_folder_without_weights_is_refused_with_what_was_looked_for(tmp_path: 
         assert name in message
 
 
-def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_shard_that_is_missing_or_lacks_a_weight_is_named(tmp_path: Path) -> None:
     write_shards(tmp_path, "model", "safetensors", save_file)
     shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({"b": WEIGHTS["b"]}, shard)
+    assert f"{shard}: has no c, which model.safetensors.index.json places there" in refusal(
+        read_folder, tmp_path
+    )
     shard.unlink()
     assert str(shard) in refusal(read_folder, tmp_path)
 

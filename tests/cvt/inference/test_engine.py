@@ -178,6 +178,7 @@ def test_other_arrays_are_refused(images: np.ndarray, message: str) -> None:
         ({"precision": "int8"}, "precision must be one of auto, fp32, bf16, fp16, not 'int8'"),
         ({"runtime": "tensorrt"}, "runtime must be one of torch, compile, openvino, not 'tensorrt'"),
         ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"model": make_model(num_channels=1)}, "takes images of 1 channels, its preprocessing makes 3"),
     ],
 )
 def test_other_settings_are_refused(options: dict[str, Any], message: str) -> None:
