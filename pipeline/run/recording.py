@@ -115,6 +115,19 @@ class RunContext:
         section = self.result.job.config.input
         return list_shards(self.result.job.storage, section.uri, section.format)
 
+    def note_counts(self) -> None:
+        """Notes in the record how many shards and images the run has committed so far."""
+        totals = self.result.totals
+        counts = {
+            "shards": totals.shards,
+            "unreadable_shards": len(totals.unreadable),
+            "images": totals.images,
+            "errors": totals.errors,
+            "duplicate_keys": totals.duplicate_keys,
+            "pruned_shards": self.result.pruned,
+        }
+        self.record.note(counts=counts, causes=totals.causes.to_record())
+
 
 @contextmanager
 def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
