@@ -21,7 +21,7 @@ from pipeline.commit import LeaseHeldError, LeaseLostError, Partition
 from pipeline.config import Config, ConfigError, Selection, load_recorded
 from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
-from pipeline.run import Plan, State, Stopped
+from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
 from pipeline.statistics import ClassStatistics, class_cells, occurring
 from pipeline.storage import StorageError
@@ -253,8 +253,8 @@ def class_statistics_table(classes: pa.Table, most: int) -> Table:
 
 def states_line(plan: Plan) -> str:
     """How many shards are in which state, and how many are to be labelled."""
-    counts = [f"{plan.states[state]:,} {state}" for state in State if plan.states[state]]
-    again = f" ({plan.again:,} of them again)" if plan.again else ""
+    counts = [f"{plan.states[state]:,} {state}" for state in ShardState if plan.states[state]]
+    again = f" ({plan.reprocessed:,} of them again)" if plan.reprocessed else ""
     prune = f", {len(plan.to_prune):,} to prune" if plan.selection.prune else ""
     return f"{', '.join(counts)}; {len(plan.shards):,} to label{again}{prune}"
 

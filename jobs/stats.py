@@ -39,15 +39,15 @@ def stats(
         partition = console.given_partition(uri, config, set)
     if rebuild:
         rebuild_partition(partition)
-    manifest = partition.manifest.read(("rows", "errors", "output", "error", "gone"))
+    manifest = partition.manifest.read(("rows", "errors", "output", "error", "deleted"))
     if not manifest.num_rows:
         raise StorageError(partition.uri, "nothing is labeled yet")
     total, topk = partition.manifest.fold_statistics(), partition.topk()
     console.out.print(console.class_statistics_table(class_table(total, partition.labels, topk), most))
     labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
-    gone, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("gone", "rows", "errors"))
+    deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))
     console.show(
-        f"{labeled:,} shards, {gone:,} of them gone from the input; {failed:,} could not be read; "
+        f"{labeled:,} shards, {deleted:,} of them deleted from the input; {failed:,} could not be read; "
         f"{images:,} images, {errors:,} of them errors"
     )
     if total.has_targets:

@@ -106,8 +106,8 @@ def run(
         data=[dataset],
         whole_jobs=found,
         stages_of_the_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
-        last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilisation")}],
-        seconds_of_the_last_run=[last_run["seconds"]],
+        last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
+        seconds_of_the_last_run=[last_run["timings"]],
     )
 
 

@@ -29,7 +29,7 @@ from pipeline.commit import (
 from pipeline.config import LABEL_NEW
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, Shard, ShardListing
-from pipeline.run import State, plan
+from pipeline.run import ShardState, plan
 from pipeline.storage import ObjectInfo, Storage
 
 _CLASSES, _CHUNK, _SHARD_CHUNKS = 1000, 512, 20
@@ -105,7 +105,12 @@ def measure_plan(folder: str, count: int) -> Figure:
     found = plan(ShardListing(objects, f"s3://{_ROOT}"), entries, LABEL_NEW)
     seconds = time.perf_counter() - start
     changed = -(-count // 100)
-    expected = {State.NEW: count // 10, State.CHANGED: changed, State.DONE: count - changed, State.GONE: 0}
+    expected = {
+        ShardState.NEW: count // 10,
+        ShardState.CHANGED: changed,
+        ShardState.DONE: count - changed,
+        ShardState.DELETED: 0,
+    }
     if unlisted or lost or found.states != expected or len(found.shards) != count // 10 + changed:
         raise RuntimeError(f"the plan is wrong: {found.states}")
     return Figure("planning: shards listed", len(listed), seconds, len(listed) / seconds, _peak_mib())

@@ -46,7 +46,7 @@ class ManifestRow:
         error: why the shard couldn't be read last time; None where it could.
         failed_version: the version that couldn't be read; None where the storage failed, and the next run
             is to read the shard again.
-        gone: whether the shard was deleted from the input.
+        deleted: whether the shard was deleted from the input.
         run: the run that labeled it; None where the row was recovered from the prediction file.
         committed_at: when (UTC); None where `run` is.
         statistics: partial class statistics, packed; None in further rows of a large manifest.
@@ -63,7 +63,7 @@ class ManifestRow:
     output_version: str | None = None
     error: str | None = None
     failed_version: str | None = None
-    gone: bool = False
+    deleted: bool = False
     run: str | None = None
     committed_at: datetime | None = None
     statistics: bytes | None = None
@@ -79,7 +79,7 @@ class ManifestRow:
         """The row that replaces an earlier one: a failure keeps the labels of an earlier version."""
         if before is None or before.output is None or self.output is not None:
             return self
-        return replace(before, error=self.error, failed_version=self.failed_version, gone=self.gone)
+        return replace(before, error=self.error, failed_version=self.failed_version, deleted=self.deleted)
 
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "bool": pa.bool_(), "bytes": pa.binary()}
@@ -91,7 +91,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _ENTRY_FIELDS = (
-    "uri", "version", "errors", "output", "output_version", "error", "failed_version", "gone", "format",
+    "uri", "version", "errors", "output", "output_version", "error", "failed_version", "deleted", "format",
 )  # fmt: skip
 
 
@@ -127,11 +127,11 @@ class Manifest:
         """Returns some columns of all rows, sorted by URI; raises `StorageError`. No manifest has no rows."""
         return _joined(columns, self._tables(columns))
 
-    def labelled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
+    def labeled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
         """Returns some columns of the shards that have labels, or of those that one run labeled."""
-        return _joined(columns, self._labelled(columns, run))
+        return _joined(columns, self._labeled(columns, run))
 
-    def _labelled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
+    def _labeled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
         for table in self._tables({*columns, "output", "run"}):
             table = table.filter(pc.is_valid(table["output"]))
             yield table if run is None else table.filter(pc.equal(table["run"], run))
@@ -151,24 +151,24 @@ class Manifest:
         self,
         rows: Mapping[str, ManifestRow],
         removed: Collection[str] = (),
-        gone: Mapping[str, bool] | None = None,
-        cured: Collection[str] = (),
+        deleted: Mapping[str, bool] | None = None,
+        recovered: Collection[str] = (),
     ) -> None:
         """Replaces or adds some rows, removes others, and keeps the rest.
 
         A row that only reports a read failure keeps the labels of an earlier version of its shard. Of two
         concurrent writers, the later one adds to what the earlier one wrote.
 
-        `gone` says of some URIs whether the shard was deleted from the input. In the rows of `cured` URIs,
-        `error` and `failed_version` no longer hold.
+        `deleted` maps URIs to whether the shard was deleted from the input. The rows of `recovered` URIs
+        lose `error` and `failed_version`.
         """
 
         def marked(row: ManifestRow) -> ManifestRow:
-            row = replace(row, gone=(gone or {}).get(row.uri, row.gone))
-            return replace(row, error=None, failed_version=None) if row.uri in cured else row
+            row = replace(row, deleted=(deleted or {}).get(row.uri, row.deleted))
+            return replace(row, error=None, failed_version=None) if row.uri in recovered else row
 
-        removed, cured, waiting = {*removed}, {*cured}, sorted(rows)
-        touched = pa.array({*rows, *removed, *(gone or ()), *cured}, pa.string())
+        removed, recovered, waiting = {*removed}, {*recovered}, sorted(rows)
+        touched = pa.array({*rows, *removed, *(deleted or ()), *recovered}, pa.string())
 
         def merged(version: str) -> Iterator[pa.Table]:
             """Merges the sorted stream of rows with the changes."""
@@ -194,7 +194,7 @@ class Manifest:
 
     def runs(self, root: str | None = None) -> list[str]:
         """Returns the runs that current labels are from, in their order; with a root, of shards under it."""
-        rows = self.labelled(("uri", "run"))
+        rows = self.labeled(("uri", "run"))
         if root is not None:
             uris = rows["uri"]
             rows = rows.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
@@ -215,7 +215,7 @@ class Manifest:
         totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
             columns = ["output", "statistics", "uri", "run"]
-            for table in self._labelled(columns, run):
+            for table in self._labeled(columns, run):
                 for batch in table.select(columns).to_batches(self.group_rows):
                     outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
                     partials = pool.map(self._partial, outputs, packed)

@@ -11,7 +11,7 @@ from pipeline.commit.manifest import ManifestRow
 from pipeline.storage import Storage
 
 #: What is recorded of shards, and of one that couldn't be read.
-_LISTS = ("removed", "gone", "present", "cured", "unreadable")
+_LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable")
 _FAILURE = ("uri", "format", "size", "error", "failed_version")
 
 
@@ -19,7 +19,7 @@ class RunRecord:
     """`runs/<run id>.json`, as it grows. Several threads may add to it.
 
     What happened to shards is saved before the manifest says so, and in this order it is replayed: shards
-    `removed` from the manifest, `gone` from the input, `present` in it again, `cured` of a failure that
+    `removed` from the manifest, `deleted` from the input, `reappeared` in it, `recovered` of a failure that
     an earlier run had found, and `unreadable` ones.
     """
 

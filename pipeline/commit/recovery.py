@@ -66,13 +66,13 @@ class History:
     """What only run records hold: shards that couldn't be read last time, and that the input has lost."""
 
     failures: dict[str, ManifestRow] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
 
     def replay(self, record: Mapping[str, Any]) -> None:
         """Adds what a run has recorded, after all earlier runs."""
-        self.gone -= {*record["removed"], *record["present"]}
-        self.gone |= {*record["gone"]}
-        for uri in (*record["removed"], *record["cured"]):
+        self.deleted -= {*record["removed"], *record["reappeared"]}
+        self.deleted |= {*record["deleted"]}
+        for uri in (*record["removed"], *record["recovered"]):
             self.failures.pop(uri, None)
         for failure in record["unreadable"]:
             self.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
@@ -82,8 +82,8 @@ class History:
         rows = {**labeled}
         for uri, failure in self.failures.items():
             rows[uri] = failure.succeeding(rows.get(uri))
-        for uri in self.gone & rows.keys():
-            rows[uri] = replace(rows[uri], gone=True)
+        for uri in self.deleted & rows.keys():
+            rows[uri] = replace(rows[uri], deleted=True)
         return rows
 
 
@@ -107,15 +107,15 @@ class Repairs:
     Attributes:
         rows, removed: rows to put in, and shards whose rows are to be removed.
         entries: all rows, with these repairs.
-        cured: shards whose failures no longer hold.
-        gone: whether the shard was deleted from the input, where the manifest has it otherwise.
+        recovered: shards whose failures no longer hold.
+        deleted: whether the shard was deleted from the input, where the manifest has it otherwise.
     """
 
     rows: dict[str, ManifestRow]
     removed: set[str]
     entries: dict[str, ManifestRow]
-    cured: set[str]
-    gone: dict[str, bool] = field(default_factory=dict)
+    recovered: set[str]
+    deleted: dict[str, bool] = field(default_factory=dict)
 
 
 def find_repairs(
@@ -135,16 +135,16 @@ def find_repairs(
     before = {uri: row for uri, row in manifest.items() if uri not in removed} | found
     # A file that the manifest doesn't have is newer than all its rows; without a manifest, none is.
     newer = {uri for uri in found if manifest}
-    cured = {uri for uri in newer & manifest.keys() if manifest[uri].error is not None}
-    repairs = Repairs(dict(found), removed, before, cured)
+    recovered = {uri for uri in newer & manifest.keys() if manifest[uri].error is not None}
+    repairs = Repairs(dict(found), removed, before, recovered)
     if in_order:
         return repairs
     history = read_history(storage, partition)
-    repairs.cured |= newer & history.failures.keys()
+    repairs.recovered |= newer & history.failures.keys()
     for uri in newer | removed:
         history.failures.pop(uri, None)
     labeled = {
-        uri: replace(row, error=None, failed_version=None, gone=False)
+        uri: replace(row, error=None, failed_version=None, deleted=False)
         for uri, row in before.items()
         if row.output is not None
     }
@@ -152,10 +152,10 @@ def find_repairs(
     repairs.removed |= before.keys() - repairs.entries.keys()
     for uri, row in repairs.entries.items():
         old = before.get(uri, ManifestRow(uri))
-        if row.gone != old.gone:
-            repairs.gone[uri] = row.gone
+        if row.deleted != old.deleted:
+            repairs.deleted[uri] = row.deleted
         if row.error is None and old.error is not None:
-            repairs.cured.add(uri)
+            repairs.recovered.add(uri)
         elif (row.error, row.failed_version) != (old.error, old.failed_version):
             repairs.rows[uri] = history.failures[uri].succeeding(found.get(uri))
     return repairs

@@ -92,7 +92,7 @@ class LabelSet:
 
     def shards(self) -> pa.Table:
         """The labeled shards: `uri`, `version`, `output` (prediction file), `labeled` (number of images)."""
-        rows = self.partition.manifest.labelled(("uri", "version", "output", "rows", "errors"), self.run)
+        rows = self.partition.manifest.labeled(("uri", "version", "output", "rows", "errors"), self.run)
         labeled = pc.subtract(rows["rows"], rows["errors"])
         return rows.select(["uri", "version", "output"]).append_column("labeled", labeled)
 

@@ -21,10 +21,10 @@ _COUNTERS = {
     "shards": ("Shards that are done, by outcome.", ("outcome",)),
     # Not a gauge of those that are left: Ray forgets gauges with their process.
     "shards_planned": ("Shards that are to be labelled.", ()),
-    "bytes": ("Bytes that a stage passed on.", ("stage",)),
+    "stage_bytes": ("Bytes that a stage passed on.", ("stage",)),
     "stage_images": ("Images that came to a stage.", ("stage",)),
     "stage_seconds": ("Seconds in which a stage's workers worked, or waited for work.", ("stage", "state")),
-    "retries": ("Failures of storage that were tried again, by kind.", ("kind",)),
+    "storage_retries": ("Failures of storage that were tried again, by kind.", ("kind",)),
 }
 
 #: Bounds of the buckets of a batch's seconds: from a small model on a GPU to a large one on a CPU.
@@ -58,18 +58,18 @@ class RunMetrics:
             for _ in range(batches):
                 self._batches.observe(classifying.busy_s / batches)
         unreadable = len(totals.unreadable)
-        self._grow("images", totals.images - totals.errors, outcome="labelled")
+        self._grow("images", totals.images - totals.errors, outcome="labeled")
         self._grow("images", totals.errors, outcome="error")
         self._grow("shards", totals.shards - unreadable, outcome="committed")
         self._grow("shards", unreadable, outcome="unreadable")
         for stage in STAGES:
             metrics = totals.metrics.get(stage, StageMetrics())
-            self._grow("bytes", metrics.bytes, stage=stage)
+            self._grow("stage_bytes", metrics.bytes, stage=stage)
             self._grow("stage_images", metrics.images, stage=stage)
             self._grow("stage_seconds", metrics.busy_s, stage=stage, state="busy")
             self._grow("stage_seconds", metrics.wait_s, stage=stage, state="wait")
         for kind, count in retries.items():
-            self._grow("retries", count, kind=kind)
+            self._grow("storage_retries", count, kind=kind)
 
     def _grow(self, name: str, value: float, **tags: str) -> None:
         """Raises a counter to a value that it has for these tags."""

@@ -17,7 +17,7 @@ from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
 
 
-def labelled_images(
+def labeled_images(
     plan: Sequence[Shard],
     storage: Storage,
     read_options: ReadOptions,

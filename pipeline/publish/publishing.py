@@ -125,7 +125,7 @@ class _Publisher:
         """Publishes to the current version of the table; raises `TableChangedError` if others are faster."""
         base, source = self.table.read(self.rebuild), self.partition.uri
         # After it: what others have published meanwhile is labeled, too.
-        labeled = self.partition.manifest.labelled(("uri", "rows", "output", "output_version"))
+        labeled = self.partition.manifest.labeled(("uri", "rows", "output", "output_version"))
         shards, sources = base.shards, base.shards["source"]
         twice = _those(shards.filter(pc.not_equal(sources, source))["shard"], labeled["uri"])
         if len(twice):

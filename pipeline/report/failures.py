@@ -67,7 +67,7 @@ def read_causes(partition: Partition, max_files: int) -> tuple[Causes, int]:
 
     Returns the causes, and the number of missing files.
     """
-    rows = partition.manifest.labelled(["uri", "errors", "output"])
+    rows = partition.manifest.labeled(["uri", "errors", "output"])
     bad = rows.filter(pc.greater(rows["errors"], 0))
     order = [("errors", "descending"), ("uri", "ascending")]
     worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()

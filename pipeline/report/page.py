@@ -39,7 +39,7 @@ def write_report(
     Returns its URI: `report.html` in the partition where no other `output` is given. All text from data is
     escaped, and at most `max_files` prediction files are read.
     """
-    manifest = partition.manifest.read(("rows", "errors", "error", "gone"))
+    manifest = partition.manifest.read(("rows", "errors", "error", "deleted"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     found = [
         failures(partition, manifest, max_files),
@@ -107,10 +107,10 @@ def _cards(
 ) -> list[tuple[str, str, str]]:
     """The most important figures: name, value, and what they are of."""
     labeled = int(stats.count.sum())
-    errors, gone = (pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "gone"))
+    errors, deleted = (pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "deleted"))
     share = percent(errors / max(1, labeled + errors))
     shards = counted(manifest.num_rows - manifest["rows"].null_count, "shard")
-    more = f", {gone:,} of them deleted from the input" if gone else ""
+    more = f", {deleted:,} of them deleted from the input" if deleted else ""
     cards = [
         ("Labeled images", f"{labeled:,}", f"in all, of {shards}{more}"),
         ("Images that could not be labeled", f"{errors:,}", f"in all, {share}"),
@@ -119,9 +119,9 @@ def _cards(
         read = counted(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
         of = f"of {read}, {counted(counts['errors'], 'error')}"
         cards.append(("Images of this run", f"{counts['images']:,}", of))
-    seconds = record.get("seconds", {})
-    if "last_result" in seconds and "ray_ready" in seconds:
-        rate = record["counts"]["images"] / max(seconds["last_result"] - seconds["ray_ready"], 1e-9)
+    seconds = record.get("timings", {})
+    if "last_result" in seconds and "executor_ready" in seconds:
+        rate = record["counts"]["images"] / max(seconds["last_result"] - seconds["executor_ready"], 1e-9)
         cards.append(("Images per second", f"{rate:,.1f}", "of this run, from when Ray was ready"))
     if broken := record.get("broken_limits"):
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))

@@ -40,11 +40,11 @@ def speed(record: Mapping[str, Any]) -> Section | None:
     if not stages:
         return None
     facts = {"Bound by": record.get("bound_by"), "Decoded by": record.get("decoder")}
-    if record.get("gpu_utilisation") is not None:
-        facts["GPU utilization"] = percent(record["gpu_utilisation"])
+    if record.get("gpu_utilization") is not None:
+        facts["GPU utilization"] = percent(record["gpu_utilization"])
     section = Section("speed", "How fast", facts={name: str(value) for name, value in facts.items() if value})
     busy = [figures.share_busy for figures in stages.values()]
-    times = sorted(record.get("seconds", {}).items(), key=lambda item: item[1])
+    times = sorted(record.get("timings", {}).items(), key=lambda item: item[1])
     events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in times]
     section.charts = [
         Chart(

@@ -29,25 +29,25 @@ def clean_up(run: RunContext) -> tuple[set[str], bool]:
     Returns the shards whose labels were removed, and whether anything was changed.
     """
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
-    labeled = plan.labeled_gone
+    labeled = plan.deleted_with_labels
     to_remove = plan.to_prune | _regrouped(run)
-    to_remove |= {uri for uri in plan.shrunk if uri in plan.expected}
+    to_remove |= {uri for uri in plan.split_groups if uri in plan.expected}
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
     _remove(partition, {uri: versions[uri] for uri in to_remove})
-    removed = to_remove | repairs.removed | (plan.gone.keys() - labeled.keys())
-    gone = [uri for uri, row in labeled.items() if uri not in removed and not row.gone]
+    removed = to_remove | repairs.removed | (plan.deleted.keys() - labeled.keys())
+    deleted = [uri for uri, row in labeled.items() if uri not in removed and not row.deleted]
     rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
-    recovered = repairs.cured.union(plan.recovered) - removed
+    recovered = repairs.recovered.union(plan.recovered) - removed
     record.shards("removed", removed)
-    record.shards("gone", gone)
-    record.shards("present", plan.reappeared)
-    record.shards("cured", recovered)
+    record.shards("deleted", deleted)
+    record.shards("reappeared", plan.reappeared)
+    record.shards("recovered", recovered)
     record.save()
-    is_gone = repairs.gone | dict.fromkeys(gone, True) | dict.fromkeys(plan.reappeared, False)
-    if not (rows or removed or recovered or is_gone):
+    is_deleted = repairs.deleted | dict.fromkeys(deleted, True) | dict.fromkeys(plan.reappeared, False)
+    if not (rows or removed or recovered or is_deleted):
         return to_remove, False
-    partition.manifest.update(rows, removed, is_gone, recovered)
+    partition.manifest.update(rows, removed, is_deleted, recovered)
     return to_remove, True
 
 
@@ -89,7 +89,7 @@ def withdraw_regrouped(run: RunContext) -> set[str]:
 def _regrouped(run: RunContext) -> set[str]:
     """Deleted groups of image files, some of whose images are in other groups now."""
     plan, partition = run.result.plan, run.result.partition
-    groups = {uri: row for uri, row in plan.labeled_gone.items() if row.format == "images"}
+    groups = {uri: row for uri, row in plan.deleted_with_labels.items() if row.format == "images"}
     # An image that is in another group now has changed that group, so it is planned.
     gaining: Iterable[Shard] = [shard for shard in plan.shards if shard.members]
     if groups.keys() & run.prepared.repairs.rows.keys():  # unless overlapping runs wrote both

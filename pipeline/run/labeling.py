@@ -68,7 +68,7 @@ def label(
                 try:
                     _carry_out(RunContext(result, prepared, record, clock, lease, writer, on_progress))
                 finally:
-                    record.note(storage_faults=dict(retries() - before + result.totals.retries))
+                    record.note(storage_retries=dict(retries() - before + result.totals.retries))
         except Stopped:
             lease.left_in_order = True
             raise
@@ -88,13 +88,13 @@ def _carry_out(run: RunContext) -> None:
             try:
                 stop = label_shards(run, removed)
             finally:  # images may have moved to other groups meanwhile
-                run.result.withdrawn = withdraw_regrouped(run)
+                run.result.rolled_back = withdraw_regrouped(run)
         run.writer.flush()
-        if run.result.withdrawn:
-            partition.manifest.update({}, run.result.withdrawn)
+        if run.result.rolled_back:
+            partition.manifest.update({}, run.result.rolled_back)
         if changed or plan.shards or not run.prepared.in_order or has_unwanted_gallery(run):
             summarize(run)
-            run.clock.mark("published")
+            run.clock.mark("summarized")
         else:
             judge_again(run)
     except LeaseLostError:  # the manifest of the other run is newer

@@ -15,14 +15,14 @@ from pipeline.storage import lies_in
 _UNKNOWN = ManifestRow("")
 
 
-class State(StrEnum):
+class ShardState(StrEnum):
     """What a shard is to a plan."""
 
     NEW = "new"
     CHANGED = "changed"
     DONE = "done"
     FAILED = "failed"  # this version of it could not be read
-    GONE = "gone"  # deleted from the input
+    DELETED = "deleted"  # deleted from the input
 
 
 @dataclass
@@ -33,35 +33,35 @@ class Plan:
         shards: the shards to label, in the order of the listing.
         ignored: objects under the input URI that are no shard.
         expected: by URI of a shard to label, the version of its present prediction file.
-        again: how many of `shards` are neither new nor changed.
+        reprocessed: how many of `shards` are neither new nor changed.
         skipped_failures: unreadable shards that are not tried again.
-        gone: manifest rows of shards that were deleted from the input.
-        reappeared: shards that the manifest calls gone, and that the input has again.
+        deleted: manifest rows of shards that were deleted from the input.
+        reappeared: shards that the manifest calls deleted, and that the input has again.
         recovered: labeled shards of which another version could not be read.
-        shrunk: changed groups of image files that lost images to a new group after them.
+        split_groups: changed groups of image files that lost images to a new group after them.
     """
 
     selection: Selection
     shards: list[Shard] = field(default_factory=list)
-    states: Counter[State] = field(default_factory=Counter)
+    states: Counter[ShardState] = field(default_factory=Counter)
     ignored: int = 0
     expected: dict[str, str] = field(default_factory=dict)
-    again: int = 0
+    reprocessed: int = 0
     skipped_failures: int = 0
-    gone: dict[str, ManifestRow] = field(default_factory=dict)
+    deleted: dict[str, ManifestRow] = field(default_factory=dict)
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
-    shrunk: set[str] = field(default_factory=set)
+    split_groups: set[str] = field(default_factory=set)
 
     @property
-    def labeled_gone(self) -> dict[str, ManifestRow]:
+    def deleted_with_labels(self) -> dict[str, ManifestRow]:
         """Rows of shards that were deleted from the input and still have labels."""
-        return {uri: row for uri, row in self.gone.items() if row.output is not None}
+        return {uri: row for uri, row in self.deleted.items() if row.output is not None}
 
     @property
     def to_prune(self) -> set[str]:
         """Deleted shards whose labels are to be removed."""
-        return set(self.labeled_gone) if self.selection.prune else set()
+        return set(self.deleted_with_labels) if self.selection.prune else set()
 
     @property
     def images(self) -> int | None:
@@ -74,7 +74,7 @@ class Plan:
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
     """Compares the input with what is labeled; reads the listing to its end.
 
-    Only shards under the listing's URI and of its format can be gone: rows of other inputs are ignored.
+    Only shards under the listing's URI and of its format can be deleted: rows of other inputs are ignored.
     """
     found, seen = Plan(selection), set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
@@ -84,30 +84,30 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         found.states[state] += 1
         seen.add(shard.uri)
         failed = row.failed_version == shard.version
-        if row.gone:
+        if row.deleted:
             found.reappeared.append(shard.uri)
-        if state is State.DONE and row.error is not None and not failed:
+        if state is ShardState.DONE and row.error is not None and not failed:
             found.recovered.append(shard.uri)
-        is_due = state in (State.NEW, State.CHANGED)
+        is_due = state in (ShardState.NEW, ShardState.CHANGED)
         if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
             found.shards.append(shard)
-            found.again += not is_due
+            found.reprocessed += not is_due
             if row.output_version is not None:
                 found.expected[shard.uri] = row.output_version
-        elif state is State.FAILED:
+        elif state is ShardState.FAILED:
             found.skipped_failures += 1
         if shard.format == "images":
-            if (row.version is None or row.gone) and last_changed is not None:
-                found.shrunk.add(last_changed)
-            if state is not State.NEW:
+            if (row.version is None or row.deleted) and last_changed is not None:
+                found.split_groups.add(last_changed)
+            if state is not ShardState.NEW:
                 has_labels = row.output is not None
-                last_changed = shard.uri if state is State.CHANGED and has_labels else None
-    found.gone = {
+                last_changed = shard.uri if state is ShardState.CHANGED and has_labels else None
+    found.deleted = {
         uri: row
         for uri, row in manifest.items()
         if uri not in seen and lies_in(uri, listing.uri) and listing.format in (None, row.format)
     }
-    found.states[State.GONE], found.ignored = len(found.gone), listing.ignored
+    found.states[ShardState.DELETED], found.ignored = len(found.deleted), listing.ignored
     return found
 
 
@@ -120,15 +120,15 @@ def regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
     return {group_of[image] for image, group in members if group_of.get(image, group) != group}
 
 
-def _state(shard: Shard, row: ManifestRow) -> State:
+def _state(shard: Shard, row: ManifestRow) -> ShardState:
     if row.version is row.failed_version is None:
-        return State.NEW
+        return ShardState.NEW
     if row.version == shard.version:
-        return State.DONE
+        return ShardState.DONE
     if row.failed_version != shard.version:
-        return State.CHANGED
+        return ShardState.CHANGED
     # A shard that failed under another `input.format` may be readable under this one.
-    return State.FAILED if row.version is not None or row.format == shard.format else State.NEW
+    return ShardState.FAILED if row.version is not None or row.format == shard.format else ShardState.NEW
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class RunResult:
     Attributes:
         run: its id.
         totals: what it committed.
-        withdrawn: groups of image files whose labels it removed again, since its input has changed.
+        rolled_back: groups of image files whose labels it removed again, since its input has changed.
         statistics: class statistics over all labels of the partition; None where the run changed nothing.
         timings: seconds from its start to each event, by name.
         stages: each stage's part in it; empty where nothing was to be labeled.
@@ -58,7 +58,7 @@ class RunResult:
     job: Job
     plan: Plan
     totals: Totals = field(default_factory=Totals)
-    withdrawn: set[str] = field(default_factory=set)
+    rolled_back: set[str] = field(default_factory=set)
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
     stages: dict[str, StageFigures] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class RunResult:
         """Samples a second, from the start of the dataflow to its last result."""
         if "last_result" not in self.timings:
             return 0.0
-        return self.totals.images / max(self.timings["last_result"] - self.timings["ray_ready"], 1e-9)
+        return self.totals.images / max(self.timings["last_result"] - self.timings["executor_ready"], 1e-9)
 
     @property
     def is_complete(self) -> bool:
@@ -151,9 +151,9 @@ def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(StorageError):  # it would hide what ended the run
-            record.end(status=status, seconds=clock.seconds, failure=f"{type(error).__name__}: {error}")
+            record.end(status=status, timings=clock.seconds, error=f"{type(error).__name__}: {error}")
         raise
-    record.end(status="incomplete" if record.values["unreadable"] else "complete", seconds=clock.seconds)
+    record.end(status="incomplete" if record.values["unreadable"] else "complete", timings=clock.seconds)
 
 
 def installed_version(package: str) -> str | None:

@@ -53,7 +53,7 @@ def _note_commit(run: RunContext, row: ManifestRow) -> None:
     if row.error is not None:
         run.record.failure(row)
     elif before is not None and before.error is not None:
-        run.record.shards("cured", [row.uri])
+        run.record.shards("recovered", [row.uri])
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
     run.gallery.settle(row.uri, row.error is None)
@@ -65,7 +65,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     plan, job, retries_before = run.result.plan, run.result.job, retries()
     resources = executor.resources(job.resource_request)
     run.record.note(resources=asdict(resources))
-    run.clock.mark("ray_ready")
+    run.clock.mark("executor_ready")
     logger.info("images go to the model in batches of %d", resources.batch_size)
     metrics = executor.metrics(
         job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
@@ -114,7 +114,7 @@ def _note_stages(run: RunContext, resources: Resources, seconds: float) -> None:
     run.record.note(
         stages={stage: asdict(figures) for stage, figures in result.stages.items()},
         bound_by=bound_by(result.stages),
-        gpu_utilisation=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
+        gpu_utilization=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
         decoder=result.decoder,
     )
 

@@ -25,7 +25,7 @@ def summarize(run: RunContext) -> None:
     run.note_counts()
     _judge(run, runs, previous)
     _update_gallery(run, statistics)
-    so_far = {"seconds": run.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
+    so_far = {"timings": run.clock.seconds, "ended_at": datetime.now(UTC).isoformat()}
     values = run.record.values | so_far
     try:
         write_report(partition, values, statistics, [previous] if previous else [])
@@ -49,14 +49,14 @@ def has_unwanted_gallery(run: RunContext) -> bool:
 
 
 def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
-    """Writes `gallery.parquet` without shards that are gone; it keeps the most frequent classes."""
+    """Writes `gallery.parquet` without shards that are deleted; it keeps the most frequent classes."""
     storage, uri = run.result.job.storage, run.result.partition.uri
     if not run.result.job.config.report.gallery:
         storage.delete(f"{uri}/{GALLERY_FILE}")
         return
-    gone = {*run.record.values["removed"], *run.result.withdrawn}
+    deleted = {*run.record.values["removed"], *run.result.rolled_back}
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
-    write_gallery(storage, uri, run.gallery.merged(read_gallery(storage, uri), gone, set(frequent)))
+    write_gallery(storage, uri, run.gallery.merged(read_gallery(storage, uri), deleted, set(frequent)))
 
 
 def _limits(run: RunContext) -> Limits:

@@ -32,7 +32,7 @@ from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, InputConfig, OptimizationConfig, TrainConfig, make_storage
-from pipeline.dataflow.training_images import labelled_images
+from pipeline.dataflow.training_images import labeled_images
 from pipeline.read import ReadOptions, input_shards
 from pipeline.storage import Storage
 
@@ -154,7 +154,7 @@ def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ra
     names = model.model.config.id2label
     options = ReadOptions.of(section, [names[i] for i in range(len(names))])
     shards = input_shards(storage, section)
-    return labelled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
+    return labeled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:

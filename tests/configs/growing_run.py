@@ -54,7 +54,7 @@ def main(folder: Path, result: Path) -> None:
         # As on a machine without a GPU; the stages' CPUs are the manifests'.
         cpu = ["classify.device=cpu", "classify.num_gpus=null", "model.precision=fp32", "classify.threads=1"]
         config = load_config(Config, job, [*there, *cpu, f"ray.address={cluster.address}"])
-        ready, start = event_at("ray_ready"), time.monotonic()
+        ready, start = event_at("executor_ready"), time.monotonic()
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(label, config)
             while not (ready.wait(0.2) or running.done()):
@@ -67,7 +67,7 @@ def main(folder: Path, result: Path) -> None:
             "images": done.totals.images,
             "complete": done.is_complete,
             "grown": grown,
-            "ray_ready": done.timings["ray_ready"],
+            "executor_ready": done.timings["executor_ready"],
             "first_result": done.timings["first_result"],
         }
         result.write_text(json.dumps(found))  # Ray writes to standard output

@@ -15,4 +15,4 @@ pytestmark = pytest.mark.slow
 def test_a_job_that_begins_on_a_head_alone_goes_on_when_workers_come(tmp_path: Path) -> None:
     found = run_script("tests.configs.growing_run", tmp_path, 600)
     assert (found["images"], found["complete"]) == (SHARDS * IMAGES, True)
-    assert found["ray_ready"] < found["grown"] < found["first_result"]
+    assert found["executor_ready"] < found["grown"] < found["first_result"]

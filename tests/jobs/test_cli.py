@@ -136,7 +136,7 @@ def test_label_then_stats_show_the_same_table(
     table = cvt_label("stats", "--config", job)
     assert table.returncode == 0, table.stderr
     assert table.stdout.partition("images ")[0] in done.stdout
-    assert "1 shards, 0 of them gone from the input; 1 could not be read; 21 images, 1 of" in table.stdout
+    assert "1 shards, 0 of them deleted from the input; 1 could not be read; 21 images, 1 of" in table.stdout
     again = cvt_label("label", *in_process)
     assert again.returncode == 3, again.stderr
     assert "1 done, 1 failed; 0 to label" in again.stdout

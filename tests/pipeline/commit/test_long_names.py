@@ -17,7 +17,7 @@ from pipeline.compare.comparing import measure_agreement
 from pipeline.config import ConfigError, Selection
 from pipeline.predictions import fits
 from pipeline.report import read_gallery
-from pipeline.run import State, label, make_job, plan_run, rebuild
+from pipeline.run import ShardState, label, make_job, plan_run, rebuild
 from pipeline.statistics import Classes
 from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_image, make_tar
@@ -108,7 +108,7 @@ def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place
     assert sum("%7E" in path for path in outputs(place)) == len(found) - 1
     before = place.objects("out")
     again = label(place.config)
-    assert again.plan.states == {State.DONE: len(found), State.GONE: 0}
+    assert again.plan.states == {ShardState.DONE: len(found), ShardState.DELETED: 0}
     after = place.objects("out")
     changed = {uri.rpartition("/")[2] for uri, version in after.items() if before.get(uri) != version}
     assert changed == {"lease.json", f"{again.run}.json"}
@@ -129,7 +129,7 @@ def test_they_are_found_again_without_the_manifest_and_their_changes_replace_the
     before = outputs(place)
     place.put({found[0]: tar(50, count=5), found[-1]: tar(60, count=1)})
     result = label(place.config)
-    assert result.plan.states[State.CHANGED] == result.totals.shards == 2
+    assert result.plan.states[ShardState.CHANGED] == result.totals.shards == 2
     assert outputs(place) == before
     assert len(place.predictions()) == 3 * (len(found) - 2) + 5 + 1
 

@@ -83,15 +83,15 @@ def test_an_update_replaces_adds_removes_and_marks_and_keeps_the_rest(manifest: 
     manifest.update(by_uri(*(row(i) for i in range(0, 20, 2))))
     newer = row(4, version="newer", rows=99)
     manifest.update(
-        by_uri(newer, row(7), row(30), row(1)), removed=[row(6).uri, row(18).uri], gone={row(8).uri: True}
+        by_uri(newer, row(7), row(30), row(1)), removed=[row(6).uri, row(18).uri], deleted={row(8).uri: True}
     )
     expected = by_uri(*(row(i) for i in (0, 1, 2, 4, 7, 8, 10, 12, 14, 16, 30)))
-    expected |= by_uri(newer, replace(row(8), gone=True))
+    expected |= by_uri(newer, replace(row(8), deleted=True))
     assert manifest_rows(manifest) == list(expected.values())
-    manifest.update({}, gone={row(8).uri: False})
-    assert {r.uri: r.gone for r in manifest_rows(manifest)}[row(8).uri] is False
-    manifest.update(by_uri(row(50), row(3)), gone={row(50).uri: True, row(3).uri: True})
-    assert [r.uri for r in manifest_rows(manifest) if r.gone] == [row(3).uri, row(50).uri]
+    manifest.update({}, deleted={row(8).uri: False})
+    assert {r.uri: r.deleted for r in manifest_rows(manifest)}[row(8).uri] is False
+    manifest.update(by_uri(row(50), row(3)), deleted={row(50).uri: True, row(3).uri: True})
+    assert [r.uri for r in manifest_rows(manifest) if r.deleted] == [row(3).uri, row(50).uri]
 
 
 def test_the_same_rows_give_the_same_bytes_however_they_came(manifest: Manifest, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
     storage.delete(uri)
     label(config(bucket))
     assert_rebuilds(partition)
-    assert [(row.gone, row.error is None) for row in manifest_rows(partition.manifest)] == [
+    assert [(row.deleted, row.error is None) for row in manifest_rows(partition.manifest)] == [
         (True, False),
         (False, True),
     ]
@@ -177,7 +177,7 @@ GOOD = make_tar([("0.jpg", make_image(1)), ("1.jpg", make_image(2))])
 @pytest.mark.parametrize(
     "contents",
     [(GOOD, GOOD[:700], GOOD[:800]), (GOOD[:700], None), (GOOD, GOOD[:700], GOOD), (GOOD, GOOD[:700], None)],
-    ids=["fails otherwise", "fails and goes", "fails and is cured", "labelled, fails and goes"],
+    ids=["fails otherwise", "fails and goes", "fails and is recovered", "labelled, fails and goes"],
 )
 @pytest.mark.parametrize(
     "then", [GOOD, GOOD[:700], GOOD[:800], None], ids=["good", "cut", "cut more", "gone"]
@@ -210,7 +210,7 @@ def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: s
     Storage().write(f"{bucket}/other/b.tar", GOOD)
     label(config(bucket, f"input.uri={bucket}/other"))
     assert_rebuilds(partition)
-    assert [row.gone for row in manifest_rows(partition.manifest)] == [True, False, False]
+    assert [row.deleted for row in manifest_rows(partition.manifest)] == [True, False, False]
 
 
 def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str) -> None:

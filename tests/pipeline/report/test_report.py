@@ -37,7 +37,7 @@ RECORD: dict[str, Any] = {
     "started_at": "2026-01-02T03:04:05+00:00",
     "config": {"input": {"uri": "s3://in/<b>x</b>"}, "model": {"path": "m"}, "output": {"topk": 1}},
     "counts": {"shards": 2, "unreadable_shards": 0, "images": 400, "errors": 4, "duplicate_keys": 0},
-    "seconds": {"planned": 1.0, "ray_ready": 2.0, "first_result": 3.0, "last_result": 12.0},
+    "timings": {"planned": 1.0, "executor_ready": 2.0, "first_result": 3.0, "last_result": 12.0},
     "stages": {
         stage: {"images": 400, "busy_s": busy, "wait_s": 5.0, "bytes": 10**6, "workers": 1, "share_busy": 0.5}
         for stage, busy in (("storage", 1.0), ("decode", 2.0), ("classify", 9.0), ("commit", 0.5))

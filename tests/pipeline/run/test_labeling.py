@@ -174,8 +174,8 @@ def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, 
     assert stages["decode"]["bytes"] == 100 * 28 * 28 * 3
     assert "too short to tell" in record["bound_by"]
     assert record["decoder"] == "the CPU, exact"
-    assert record["gpu_utilisation"] is None
-    assert record["seconds"]["first_result"] <= record["seconds"]["first_commit"]
+    assert record["gpu_utilization"] is None
+    assert record["timings"]["first_result"] <= record["timings"]["first_commit"]
     report = storage.read(f"{partition.uri}/report.html").decode()
     gallery = read_gallery(storage, partition.uri)
     assert {item.sample for item in gallery} <= {(row["shard"], row["index"]) for row in rows_of(result)}

@@ -10,7 +10,7 @@ import pytest
 from pipeline.commit import ManifestRow
 from pipeline.config import LABEL_NEW, Selection
 from pipeline.read import ShardListing
-from pipeline.run import Plan, State
+from pipeline.run import Plan, ShardState
 from pipeline.run.planning import plan, regrouped
 from pipeline.storage import ObjectInfo
 
@@ -48,39 +48,45 @@ class Case:
 
     listed: str | None  # version
     known: ManifestRow | None
-    state: State
+    state: ShardState
     labels: bool
     selection: Selection = LABEL_NEW
     expected: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = {
-    "new": Case("v1", None, State.NEW, True),
-    "done": Case("v1", row("a.tar"), State.DONE, False),
-    "changed": Case("v2", row("a.tar"), State.CHANGED, True),
-    "done, relabel": Case("v1", row("a.tar"), State.DONE, True, Selection(relabel=True), {"again": 1}),
-    "done, retry of no errors": Case("v1", row("a.tar"), State.DONE, False, Selection(retry_errors=True)),
-    "error rows": Case("v1", row("a.tar", errors=3), State.DONE, False),
-    "error rows, retry": Case(
-        "v1", row("a.tar", errors=3), State.DONE, True, Selection(retry_errors=True), {"again": 1}
+    "new": Case("v1", None, ShardState.NEW, True),
+    "done": Case("v1", row("a.tar"), ShardState.DONE, False),
+    "changed": Case("v2", row("a.tar"), ShardState.CHANGED, True),
+    "done, relabel": Case(
+        "v1", row("a.tar"), ShardState.DONE, True, Selection(relabel=True), {"reprocessed": 1}
     ),
-    "unreadable": Case("v1", FAILED, State.FAILED, False, expected={"skipped_failures": 1}),
-    "unreadable, retry": Case("v1", FAILED, State.FAILED, True, Selection(retry_errors=True), {"again": 1}),
-    "unreadable, changed since": Case("v2", FAILED, State.CHANGED, True),
-    "unreadable by the storage's fault": Case("v1", row("a.tar", None, error="cut"), State.NEW, True),
-    "unreadable as another format": Case("v1", replace(FAILED, format="parquet"), State.NEW, True),
+    "done, retry of no errors": Case(
+        "v1", row("a.tar"), ShardState.DONE, False, Selection(retry_errors=True)
+    ),
+    "error rows": Case("v1", row("a.tar", errors=3), ShardState.DONE, False),
+    "error rows, retry": Case(
+        "v1", row("a.tar", errors=3), ShardState.DONE, True, Selection(retry_errors=True), {"reprocessed": 1}
+    ),
+    "unreadable": Case("v1", FAILED, ShardState.FAILED, False, expected={"skipped_failures": 1}),
+    "unreadable, retry": Case(
+        "v1", FAILED, ShardState.FAILED, True, Selection(retry_errors=True), {"reprocessed": 1}
+    ),
+    "unreadable, changed since": Case("v2", FAILED, ShardState.CHANGED, True),
+    "unreadable by the storage's fault": Case("v1", row("a.tar", None, error="cut"), ShardState.NEW, True),
+    "unreadable as another format": Case("v1", replace(FAILED, format="parquet"), ShardState.NEW, True),
     "labeled, unreadable since": Case(
-        "v2", FAILED_LATER, State.FAILED, False, expected={"skipped_failures": 1}
+        "v2", FAILED_LATER, ShardState.FAILED, False, expected={"skipped_failures": 1}
     ),
     "labeled, unreadable, and back": Case(
-        "v1", FAILED_LATER, State.DONE, False, expected={"recovered": ["s3://b/in/a.tar"]}
+        "v1", FAILED_LATER, ShardState.DONE, False, expected={"recovered": ["s3://b/in/a.tar"]}
     ),
     "labeled, unreadable again": Case(
-        "v1", row("a.tar", error="cut", failed_version="v1"), State.DONE, False
+        "v1", row("a.tar", error="cut", failed_version="v1"), ShardState.DONE, False
     ),
-    "gone": Case(None, row("a.tar"), State.GONE, False),
+    "deleted": Case(None, row("a.tar"), ShardState.DELETED, False),
     "gone, and back": Case(
-        "v1", row("a.tar", gone=True), State.DONE, False, expected={"reappeared": ["s3://b/in/a.tar"]}
+        "v1", row("a.tar", deleted=True), ShardState.DONE, False, expected={"reappeared": ["s3://b/in/a.tar"]}
     ),
 }
 
@@ -96,14 +102,14 @@ def test_a_shard_is_planned_by_its_row(case: Case) -> None:
     assert dict(found.expected) == ({f"{ROOT}/a.tar": "etag"} if case.labels and has_labels else {})
     defaults = {"again": 0, "skipped_failures": 0, "recovered": [], "reappeared": []}
     assert {name: getattr(found, name) for name in defaults} == defaults | dict(case.expected)
-    assert names(found.gone) == ["a.tar"] * (case.state is State.GONE)
+    assert names(found.deleted) == ["a.tar"] * (case.state is ShardState.DELETED)
 
 
 def test_deleted_shards_are_pruned_only_when_asked() -> None:
     known = manifest(row("a.tar"), row("b.tar"), row("c.tar", None, error="cut", failed_version="v1"))
     kept = plan(listing({"a.tar": "v1"}), known, LABEL_NEW)
     pruned = plan(listing({"a.tar": "v1"}), known, Selection(prune=True))
-    assert names(kept.gone) == ["b.tar", "c.tar"]
+    assert names(kept.deleted) == ["b.tar", "c.tar"]
     assert kept.to_prune == set()
     assert pruned.to_prune == {f"{ROOT}/b.tar"}
 
@@ -111,8 +117,8 @@ def test_deleted_shards_are_pruned_only_when_asked() -> None:
 def test_only_the_listed_input_and_format_can_be_gone() -> None:
     elsewhere = ManifestRow("s3://b/in2/x.tar", "v1", "webdataset", **LABELED)
     known = manifest(elsewhere, row("y.parquet", format="parquet"), row("z.tar"))
-    assert names(plan(listing({}, "webdataset"), known, LABEL_NEW).gone) == ["z.tar"]
-    assert names(plan(listing({}), known, LABEL_NEW).gone) == ["y.parquet", "z.tar"]
+    assert names(plan(listing({}, "webdataset"), known, LABEL_NEW).deleted) == ["z.tar"]
+    assert names(plan(listing({}), known, LABEL_NEW).deleted) == ["y.parquet", "z.tar"]
 
 
 def test_ignored_objects_are_counted() -> None:
@@ -141,9 +147,9 @@ def cutting_image() -> str:
 def test_a_removed_image_moves_the_others_of_its_group() -> None:
     known, cut = labeled_groups(IMAGES), cutting_image()
     found = plan(listing({name: v for name, v in IMAGES.items() if name != cut}), known, LABEL_NEW)
-    assert found.states[State.GONE] == 1
+    assert found.states[ShardState.DELETED] == 1
     [merged] = found.shards
-    [gone] = found.gone
+    [gone] = found.deleted
     group_of = {member.uri: shard.uri for shard in listing(IMAGES) for member in shard.members}
     assert regrouped(found.shards, {uri: group for uri, group in group_of.items() if group == gone}) == {gone}
     assert merged.uri in known
@@ -154,7 +160,7 @@ def test_an_added_image_that_splits_a_group_shrinks_it() -> None:
     before = labeled_groups({name: v for name, v in IMAGES.items() if name != cut})
     found: Plan = plan(listing(IMAGES), before, LABEL_NEW)
     changed = [s.uri for s in found.shards if s.uri in before]
-    assert found.shrunk == set(changed)
+    assert found.split_groups == set(changed)
     assert len(found.shards) == 2
 
 

@@ -25,7 +25,7 @@ from pipeline.run import (
     Job,
     PreparedRun,
     RunResult,
-    State,
+    ShardState,
     Stopped,
     label,
     labeling,
@@ -81,7 +81,7 @@ def test_a_rerun_with_nothing_new_opens_no_executor_and_touches_nothing(
     monkeypatch.setattr(labeling, "open_executor", none)
     again = label(config(root))
     assert again.is_complete
-    assert again.plan.states == {State.DONE: 1, State.GONE: 0}
+    assert again.plan.states == {ShardState.DONE: 1, ShardState.DELETED: 0}
     assert {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")} == kept
     assert record(again)["status"] == "complete"
 
@@ -96,12 +96,17 @@ def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> 
     write(root, "3.tar", 3)
     (tmp_path / "in" / "2.tar").unlink()
     plan = plan_run(config(root)).plan
-    assert plan.states == {State.DONE: 1, State.CHANGED: 1, State.NEW: 1, State.GONE: 1}
+    assert plan.states == {
+        ShardState.DONE: 1,
+        ShardState.CHANGED: 1,
+        ShardState.NEW: 1,
+        ShardState.DELETED: 1,
+    }
     second = label(config(root))
     assert (second.totals.shards, second.totals.images) == (2, 17)
     assert second.statistics is not None
     assert int(second.statistics.count.sum()) == len(keys(root)) == len(set(keys(root))) == 12 + 5 + 12 + 12
-    assert record(second)["plan"] == {"new": 1, "changed": 1, "done": 1, "gone": 1, "to_label": 2}
+    assert record(second)["plan"] == {"new": 1, "changed": 1, "done": 1, "deleted": 1, "to_label": 2}
 
 
 def label_with_thumbnails(root: str) -> None:
@@ -145,7 +150,7 @@ def test_what_another_run_labels_while_the_model_is_loaded_is_not_gone(
 
     monkeypatch.setattr(labeling, "make_job", meanwhile)
     late = label(config(root), Selection(prune=True))
-    assert late.plan.states == {State.DONE: 2, State.GONE: 0}
+    assert late.plan.states == {ShardState.DONE: 2, ShardState.DELETED: 0}
     assert len(files(root)) == 2
 
 
@@ -173,7 +178,10 @@ def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Pat
     gone.unlink()
     label(config(root))
     assert len(files(root)) == 2
-    assert [row.gone for row in manifest_rows(plan_run(config(root)).job.partition.manifest)] == [True, False]
+    assert [row.deleted for row in manifest_rows(plan_run(config(root)).job.partition.manifest)] == [
+        True,
+        False,
+    ]
     gallery = Storage(), plan_run(config(root)).job.partition.uri
     assert {item.shard for item in read_gallery(*gallery)} == {f"{root}/in/{i}.tar" for i in range(2)}
     pruned = label(config(root), selection=Selection(prune=True))
@@ -248,7 +256,7 @@ def test_manifest_and_statistics_are_rebuilt_from_the_labels(
         for data in (before[0], after[0])
     ]
     assert tables[0].equals(tables[1])
-    assert [row["gone"] for row in tables[0].to_pylist()] == [False, False, True, False]
+    assert [row["deleted"] for row in tables[0].to_pylist()] == [False, False, True, False]
     assert plan_run(config(root)).plan.shards == []
 
 
@@ -362,7 +370,7 @@ def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, numbe
     assert (told[0].shards, told[0].images < 12) == (0, True)
     prepared = plan_run(config(root))
     assert prepared.in_order
-    assert prepared.plan.states == {State.DONE: 1, State.NEW: 5, State.GONE: 0}
+    assert prepared.plan.states == {ShardState.DONE: 1, ShardState.NEW: 5, ShardState.DELETED: 0}
     assert files(root, "class_stats.parquet")
     [path] = files(root, "/runs/")
     status = json.loads(Path(path).read_text())
@@ -398,7 +406,7 @@ def test_storage_that_fails_now_and_then_costs_nothing_but_time(
         injected = dict(proxy.injected)
     assert (result.totals.images, result.is_complete) == (72, True)
     assert sum(injected.values()) > 10
-    counted = record(result)["storage_faults"]
+    counted = record(result)["storage_retries"]
     assert sum(counted.values()) >= sum(injected.values()) / 2  # not those of the record's own writing
     assert {"SlowDown", "InternalError", "AccessDenied"} & counted.keys()
     disturbed = files(bucket)
@@ -612,7 +620,7 @@ def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
 
     first = label(config(root), on_progress=meanwhile)
     assert len(image_uris(root)) == len(set(image_uris(root))) == 29
-    assert first.withdrawn
+    assert first.rolled_back
     assert plan_run(config(root)).plan.shards == []
 
 
