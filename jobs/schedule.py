@@ -10,7 +10,7 @@ import typer
 
 from jobs import console
 from jobs.console import Exit
-from pipeline.config import DatasetConfig, DatasetsConfig, load_config
+from pipeline.config import DatasetConfig, ScheduleConfig, load_config
 from pipeline.dataflow import interrupts_deferred, sigterm_interrupts
 from pipeline.schedule import Scheduler, StateFile, next_ticks
 
@@ -37,7 +37,7 @@ def schedule(
     Exit status: 0, also when stopped by SIGTERM or Ctrl-C (jobs go on); 2 when the configuration can't be
     used; 4 when, with --once or --status, a dataset's state or the cluster can't be used.
     """
-    loaded = load_config(DatasetsConfig, config, set or (), keep_relative_paths=True)
+    loaded = load_config(ScheduleConfig, config, set or (), keep_relative_paths=True)
     if not (dry_run or status):
         sys.exit(_run(loaded, once))
     result = Exit.OK
@@ -51,7 +51,7 @@ def schedule(
     sys.exit(result)
 
 
-def _run(config: DatasetsConfig, once: bool) -> Exit:
+def _run(config: ScheduleConfig, once: bool) -> Exit:
     console.log_to_stderr()
     scheduler = Scheduler(config)
     try:
@@ -61,7 +61,7 @@ def _run(config: DatasetsConfig, once: bool) -> Exit:
                     problems = scheduler.poll()
                 if once:
                     return Exit.UNUSABLE if problems else Exit.OK
-                time.sleep(config.submit.poll_s)
+                time.sleep(config.submit.poll_interval_s)
     except KeyboardInterrupt:
         return Exit.OK
 

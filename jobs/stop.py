@@ -8,7 +8,7 @@ from pipeline.schedule import JobClient
 def stop(job: console.JobArgument, address: console.AddressOption = None) -> None:
     """Stop a submitted job as SIGTERM does, and wait until it is finished.
 
-    Shards that it has started are finished, if `run.grace_s` allows; a rerun does the rest.
+    Shards that it has started are finished, if `run.grace_period_s` allows; a rerun does the rest.
 
     Exit status: 0 when it is finished; 4 when the cluster can't be reached, or has no such job.
     """

@@ -24,7 +24,7 @@ def train(config: console.ConfigOption, set: console.SetOption = None) -> None:
         result = training.train(
             loaded,
             lambda metrics: console.show(
-                f"epoch {metrics['epoch']}/{loaded.schedule.epochs}: "
+                f"epoch {metrics['epoch']}/{loaded.optimization.epochs}: "
                 f"train loss {metrics['train_loss']:.4f}, loss {metrics['loss']:.4f}, "
                 f"accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s"
             ),

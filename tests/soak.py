@@ -143,7 +143,7 @@ def _line(soak: Soak, proxy: FaultProxy) -> str:
 
 def _round(soak: Soak, storage: Storage, url: str) -> None:
     """One or two jobs without Ray, each with an end of its own; neither respects the other's lease."""
-    fields = [f"storage.endpoint_url={url}", *_fields(), "run.flush_s=0.2", "run.grace_s=0.3"]
+    fields = [f"storage.endpoint_url={url}", *_fields(), "run.flush_interval_s=0.2", "run.grace_period_s=0.3"]
     jobs = []
     for _ in range(soak.random.choice([1, 1, 2])):
         job = crashing.start(fields, Selection(prune=soak.random.random() < 0.2))
@@ -179,7 +179,7 @@ def _round(soak: Soak, storage: Storage, url: str) -> None:
 
 def _round_on_ray(soak: Soak, url: str) -> None:
     """A job on a local Ray, whose workers, or which itself, is killed in its midst."""
-    values = [f"storage.endpoint_url={url}", *_fields(), "run.lease_s=3", "read.chunk_images=4"]
+    values = [f"storage.endpoint_url={url}", *_fields(), "run.lease_duration_s=3", "read.chunk_images=4"]
     fields = [word for value in values for word in ("--set", value)]
     job = subprocess.Popen(
         [sys.executable, "-m", "jobs.label", "--config", os.devnull, "--relabel", "--wait", *fields],

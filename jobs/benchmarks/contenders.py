@@ -108,7 +108,7 @@ def this_pipeline(task: Task) -> None:
 def engine_alone(task: Task, seconds: float = 10.0) -> None:
     """The pipeline's engine on decoded images in memory, called as the pipeline calls it; writes no labels.
 
-    `classify.chunks_at_once` calls run at any time, each of a chunk, or of four batches if that is more.
+    `classify.concurrent_chunks` calls run at any time, each of a chunk, or of four batches if that is more.
     The images are where the engine gets them: on the GPU if the GPU decodes.
     """
     import torch
@@ -136,8 +136,8 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
             task.labeled(len(engine(resident).logits))
             ends.append(time.monotonic())
 
-    with ThreadPoolExecutor(config.classify.chunks_at_once) as pool:
-        list(pool.map(call_repeatedly, range(config.classify.chunks_at_once)))
+    with ThreadPoolExecutor(config.classify.concurrent_chunks) as pool:
+        list(pool.map(call_repeatedly, range(config.classify.concurrent_chunks)))
 
 
 class Classifier:

@@ -18,6 +18,6 @@ from pipeline.config.job import (
     make_storage,
 )
 from pipeline.config.loading import load_config, load_job_config, load_recorded
-from pipeline.config.schedule import DatasetConfig, DatasetsConfig, SubmitConfig
+from pipeline.config.schedule import DatasetConfig, ScheduleConfig, SubmitConfig
 from pipeline.config.sections import ConfigError
 from pipeline.config.train import OptimizationConfig, TrainConfig

@@ -91,7 +91,7 @@ class ReadConfig(Section):
     concurrency: PositiveInt | None = None
     num_cpus: PositiveFloat = 0.25
     #: Ranges of one tar, 8 MiB each, that are fetched at once.
-    fetches: PositiveInt = 4
+    concurrent_fetches: PositiveInt = 4
     #: Images per chunk; null: chosen by the model's size.
     chunk_images: PositiveInt | None = None
     chunk_bytes: PositiveInt = 128 * 1024**2
@@ -129,7 +129,7 @@ class ClassifyConfig(Section):
     #: Images per batch of the model; null: chosen by the model's size.
     batch_size: PositiveInt | None = None
     #: Chunks that an actor holds at once: one is computed, while others are decoded or turned into rows.
-    chunks_at_once: PositiveInt = 2
+    concurrent_chunks: PositiveInt = 2
     #: Threads of an actor on a CPU.
     threads: PositiveInt | None = None
 
@@ -175,11 +175,11 @@ class RunConfig(Section):
     """How a run shares its output with other runs, and how it stops."""
 
     #: The lease on the output expires after this time; clocks should agree to a fraction of it.
-    lease_s: PositiveFloat = 60
+    lease_duration_s: PositiveFloat = 60
     #: After SIGTERM or Ctrl-C, started shards may be finished for this long.
-    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
+    grace_period_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
     #: Interval between writes of the manifest, as long as they take little of the time.
-    flush_s: PositiveFloat = 30
+    flush_interval_s: PositiveFloat = 30
 
 
 class Config(Section):

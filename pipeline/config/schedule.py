@@ -24,7 +24,7 @@ class SubmitConfig(Section):
     #: The cluster's interpreter.
     python: Annotated[str, Field(min_length=1)] = "python"
     #: Seconds between two polls of the datasets.
-    poll_s: PositiveFloat = 15
+    poll_interval_s: PositiveFloat = 15
 
 
 class DatasetConfig(Config):
@@ -62,7 +62,7 @@ class DatasetConfig(Config):
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
-class DatasetsConfig(Section):
+class ScheduleConfig(Section):
     """A list of datasets, each with its own input, model, output and schedule."""
 
     submit: SubmitConfig = SubmitConfig()

@@ -26,14 +26,14 @@ class TrainedModelConfig(Section):
 
     new: ArchitectureConfig | None = None
     #: A checkpoint, as `model.path` of a labeling job. If `labels` differ from its own, its head is reset.
-    start: NameOrUri | None = None
+    pretrained: NameOrUri | None = None
     revision: str | None = None
     labels: list[str] | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if (self.new is None) == (self.start is None):
-            raise ValueError("give either model.new or model.start")
+        if (self.new is None) == (self.pretrained is None):
+            raise ValueError("give either model.new or model.pretrained")
         if self.new is not None and self.labels is not None:
             raise ValueError("the labels of a new model are model.new.labels")
         return self
@@ -49,11 +49,11 @@ class OptimizationConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    clip_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     #: Mirror half of the images.
-    flip: bool = True
+    horizontal_flip: bool = True
     #: Shift each image by up to this many pixels, horizontally and vertically.
-    shift: Annotated[int, Field(ge=0)] = 0
+    max_shift: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
 
 
@@ -70,7 +70,7 @@ class TrainOutputConfig(Section):
     """Where training stores its state and the model."""
 
     #: Folder that every worker can access (Ray Train's storage path); a rerun resumes from it.
-    path: Uri
+    uri: Uri
     name: str = "train"
 
 
@@ -80,7 +80,7 @@ class TrainConfig(Section):
     train: InputConfig
     validation: InputConfig
     model: TrainedModelConfig
-    schedule: OptimizationConfig = OptimizationConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
     workers: WorkersConfig = WorkersConfig()
     output: TrainOutputConfig
     #: Keep decoded images in Ray's object store (and on its disk) instead of decoding them every epoch.

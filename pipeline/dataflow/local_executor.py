@@ -59,10 +59,10 @@ class _Run:
 
     def __init__(self, shards: Sequence[Shard], stages: Stages, resources: Resources) -> None:
         readers = min(resources.readers, max(1, len(shards)))
-        count = readers + resources.decoders + resources.chunks_at_once
+        count = readers + resources.decoders + resources.concurrent_chunks
         self._decode = stages.decoding if resources.decoders else None
         self._classify = Classifier(stages, resources)
-        self._classifying = threading.Semaphore(resources.chunks_at_once)
+        self._classifying = threading.Semaphore(resources.concurrent_chunks)
         # Readers share the shards; a reader reads for one thread at a time.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
         for item in (*enumerate(shards), *[None] * readers):

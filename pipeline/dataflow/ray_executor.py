@@ -192,8 +192,8 @@ class RayExecutor:
             compute=ActorPoolStrategy(
                 min_size=resources.min_actors,
                 max_size=resources.max_actors,
-                max_tasks_in_flight_per_actor=max(settings.chunks_in_flight, resources.chunks_at_once),
-                max_concurrent_calls_per_actor=resources.chunks_at_once,
+                max_tasks_in_flight_per_actor=max(settings.chunks_in_flight, resources.concurrent_chunks),
+                max_concurrent_calls_per_actor=resources.concurrent_chunks,
                 enable_true_multi_threading=True,
             ),
             num_cpus=resources.classify_cpus,

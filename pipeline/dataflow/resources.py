@@ -41,7 +41,7 @@ class Resources:
     classify_gpus: float
     min_actors: int
     max_actors: int
-    chunks_at_once: int
+    concurrent_chunks: int
     threads: int | None
 
 
@@ -116,7 +116,7 @@ def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
         read_cpus=read.num_cpus,
         # A chunk as samples, as a table, and as what Ray writes; and what is read ahead.
         read_memory=read.memory
-        or int(min(3 * read.chunk_bytes + (read.fetches + 1) * 8 * 1024**2, most_memory)),
+        or int(min(3 * read.chunk_bytes + (read.concurrent_fetches + 1) * 8 * 1024**2, most_memory)),
         readers=readers,
         decode_cpus=decode_cpus,
         # The chunk's pixels as they are made and as Ray writes them, and one large photograph.
@@ -126,7 +126,7 @@ def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
         classify_gpus=actor_gpus,
         min_actors=classify.min_actors,
         max_actors=max_actors,
-        chunks_at_once=classify.chunks_at_once,
+        concurrent_chunks=classify.concurrent_chunks,
         threads=threads,
     )
 

@@ -54,7 +54,7 @@ class Job:
         config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions.of(config.input, labels, config.read.fetches),
+            read_options=ReadOptions.of(config.input, labels, config.read.concurrent_fetches),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
                 labels, config.output.topk, config.output.embedding, self.checkpoint.embedding_width

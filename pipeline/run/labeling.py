@@ -49,7 +49,7 @@ def label(
     check_installed(config)
     open_listing(config)  # an input without shards fails before anything is written
     job = make_job(config)
-    lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_s)
+    lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_duration_s)
     with sigterm_interrupts(), lease.held(wait, on_wait):
         run = lease.run
         # Not before the lease: another run may have labeled what such a listing lacks.
@@ -64,7 +64,9 @@ def label(
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.note(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, job, plan, timings=clock.seconds)
-                writer = ManifestWriter(job.partition.manifest, config.run.flush_s, before_write=record.save)
+                writer = ManifestWriter(
+                    job.partition.manifest, config.run.flush_interval_s, before_write=record.save
+                )
                 try:
                     _carry_out(RunContext(result, prepared, record, clock, lease, writer, on_progress))
                 finally:

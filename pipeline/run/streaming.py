@@ -42,7 +42,7 @@ def label_shards(run: RunContext, removed: set[str]) -> Stop:
     with (
         open_executor(job.config.ray) as executor,
         committer,
-        graceful_stop(job.config.run.grace_s) as stop,
+        graceful_stop(job.config.run.grace_period_s) as stop,
     ):
         _commit_results(run, executor, committer, stop)
     return stop

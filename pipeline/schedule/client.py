@@ -35,7 +35,7 @@ CONFIG_VARIABLE = "CVT_LABEL_CONFIG"  # in the job's environment
 #: The value of `program` in the metadata of labeling jobs.
 PROGRAM = "cvt-label"
 
-#: Seconds that a stopped job has, in addition to `run.grace_s`, to write manifest and statistics.
+#: Seconds that a stopped job has, in addition to `run.grace_period_s`, to write manifest and statistics.
 _STOP_SECONDS = 60
 _TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
@@ -167,7 +167,7 @@ class Submission:
         """What Ray sets up for the job on every node."""
         config = self.config.model_copy(update={"ray": self.config.ray.model_copy(update={"address": None})})
         # Without this variable, Ray kills a job 3 seconds after it has told it to stop.
-        patience = math.ceil(config.run.grace_s) + _STOP_SECONDS
+        patience = math.ceil(config.run.grace_period_s) + _STOP_SECONDS
         variables = {CONFIG_VARIABLE: config.model_dump_json(), "RAY_JOB_STOP_WAIT_TIME_S": str(patience)}
         given = {"env_vars": variables, "working_dir": self.to.working_dir, "pip": self.to.requirements}
         return {name: value for name, value in given.items() if value is not None}

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import DatasetConfig, DatasetsConfig, Selection, make_storage
+from pipeline.config import DatasetConfig, ScheduleConfig, Selection, make_storage
 from pipeline.dataflow import ClusterError
 from pipeline.schedule.client import (
     AlreadySubmittedError,
@@ -119,7 +119,7 @@ class Scheduler:
 
     def __init__(
         self,
-        config: DatasetsConfig,
+        config: ScheduleConfig,
         connect: Callable[[], JobClient] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:

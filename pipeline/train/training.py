@@ -57,7 +57,7 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         CheckpointError: the checkpoint can't be loaded.
         ConfigError: the architecture or its preprocessing is not possible.
     """
-    torch.manual_seed(config.schedule.seed)
+    torch.manual_seed(config.optimization.seed)
     if (new := config.model.new) is not None:
         unknown = sorted(new.cvt.keys() - CvtConfig.__annotations__.keys())
         if unknown:
@@ -73,8 +73,8 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None
         return TrainingModel(CvtForImageClassification(architecture), preprocessor)
-    assert config.model.start is not None  # the configuration has one of the two
-    checkpoint = open_checkpoint(make_storage(config.storage), config.model.start, config.model.revision)
+    assert config.model.pretrained is not None  # the configuration has one of the two
+    checkpoint = open_checkpoint(make_storage(config.storage), config.model.pretrained, config.model.revision)
     model, labels = checkpoint.model, config.model.labels
     if labels is not None and tuple(labels) != checkpoint.labels:
         model.config.update(_label_fields(labels))
@@ -124,7 +124,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
             "config": config,
             "model": ray.put(model),
             "epochs": epochs,
-            "steps": data["train"].count() // (workers.count * config.schedule.batch_size),
+            "steps": data["train"].count() // (workers.count * config.optimization.batch_size),
         },
         datasets=cast(dict[str, Any], data),
         # The first worker evaluates the whole validation set.
@@ -136,7 +136,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         ),
         run_config=RunConfig(
             name=config.output.name,
-            storage_path=config.output.path,
+            storage_path=config.output.uri,
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
         ),
     )
@@ -147,7 +147,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     finally:
         epochs.put(None)
         listener.join()
-    return _save_best(result, storage, f"{config.output.path}/{config.output.name}/model")
+    return _save_best(result, storage, f"{config.output.uri}/{config.output.name}/model")
 
 
 def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ray.data.Dataset:
@@ -163,15 +163,15 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     context = ray.train.get_context()
     threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
-    schedule, finished = config.schedule, 0
-    trainer = _Trainer(ray.get(arguments["model"]), schedule, steps_per_epoch=arguments["steps"])
+    optimization, finished = config.optimization, 0
+    trainer = _Trainer(ray.get(arguments["model"]), optimization, steps_per_epoch=arguments["steps"])
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             finished = trainer.load(Path(folder))
     images = ray.train.get_dataset_shard("train")
-    for epoch in range(finished, schedule.epochs):
+    for epoch in range(finished, optimization.epochs):
         started = time.monotonic()
-        torch.manual_seed(schedule.seed + epoch)
+        torch.manual_seed(optimization.seed + epoch)
         metrics = {"epoch": epoch + 1, "train_loss": trainer.train(images, epoch)}
         if context.get_world_rank() == 0:
             metrics |= trainer.evaluate(ray.train.get_dataset_shard("validation"))
@@ -187,12 +187,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 class _Trainer:
     """Model, optimizer and learning rate schedule of one worker."""
 
-    def __init__(self, model: TrainingModel, schedule: OptimizationConfig, steps_per_epoch: int) -> None:
+    def __init__(self, model: TrainingModel, optimization: OptimizationConfig, steps_per_epoch: int) -> None:
         if steps_per_epoch < 1:
-            raise ValueError("train: fewer labeled images for each worker than schedule.batch_size")
-        self._schedule = schedule
+            raise ValueError("train: fewer labeled images for each worker than optimization.batch_size")
+        self._optimization = optimization
         # The optimizer's state depends on these settings: a training resumes with the same ones only.
-        self._settings = schedule.model_dump(
+        self._settings = optimization.model_dump(
             include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
         )
         self._model, self._preprocessor = model
@@ -201,11 +201,13 @@ class _Trainer:
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         # Weight decay for matrices and filters, none for biases and normalizations.
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimization.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate)
-        warmup, total = (epochs * steps_per_epoch for epochs in (schedule.warmup_epochs, schedule.epochs))
+        self._optimizer = torch.optim.AdamW(groups, lr=optimization.learning_rate)
+        warmup, total = (
+            epochs * steps_per_epoch for epochs in (optimization.warmup_epochs, optimization.epochs)
+        )
         self._rate = get_cosine_schedule_with_warmup(self._optimizer, int(warmup), total)
 
     @property
@@ -214,24 +216,24 @@ class _Trainer:
 
     def train(self, images: ray.data.DataIterator, epoch: int) -> float:
         """Trains for one epoch; returns the mean loss."""
-        schedule = self._schedule
+        optimization = self._optimization
         self._parallel.train()
         losses = []
         fitting = _SHUFFLE_BYTES // (self._preprocessor.size**2 * 3)
-        buffer = max(schedule.batch_size, min(_SHUFFLE_SAMPLES, fitting))
+        buffer = max(optimization.batch_size, min(_SHUFFLE_SAMPLES, fitting))
         for pixels, targets in self._batches(
             images,
-            schedule.batch_size,
-            partial(augment, flip=schedule.flip, shift=schedule.shift),
+            optimization.batch_size,
+            partial(augment, flip=optimization.horizontal_flip, shift=optimization.max_shift),
             drop_last=True,  # every worker takes as many steps
             local_shuffle_buffer_size=buffer,
-            local_shuffle_seed=schedule.seed + epoch,
+            local_shuffle_seed=optimization.seed + epoch,
         ):
             logits = self._parallel(pixels).logits
-            loss = F.cross_entropy(logits, targets, label_smoothing=schedule.label_smoothing)
+            loss = F.cross_entropy(logits, targets, label_smoothing=optimization.label_smoothing)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self._model.parameters(), schedule.clip_norm)
+            nn.utils.clip_grad_norm_(self._model.parameters(), optimization.max_grad_norm)
             self._optimizer.step()
             self._rate.step()
             losses.append(loss.detach())

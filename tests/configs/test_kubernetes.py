@@ -213,7 +213,7 @@ def test_the_head_waits_longer_than_a_job_that_is_told_to_stop(job: Config) -> N
     head = CLUSTER["headGroupSpec"]["template"]["spec"]
     environment = {each["name"]: each.get("value") for each in head["containers"][0]["env"]}
     patience = int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
-    assert job.run.grace_s + 30 <= patience < head["terminationGracePeriodSeconds"]
+    assert job.run.grace_period_s + 30 <= patience < head["terminationGracePeriodSeconds"]
     assert head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2].endswith("ray stop")
 
 

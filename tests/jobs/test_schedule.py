@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from jobs.schedule import schedule
-from pipeline.config import DatasetsConfig, load_config
+from pipeline.config import ScheduleConfig, load_config
 from pipeline.schedule import (
     DatasetState,
     StateFile,
@@ -28,8 +28,8 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
     (tmp_path / "in" / "a.tar").write_bytes(make_tar([(f"{i}.jpg", make_image(i)) for i in range(5)]))
     path = tmp_path / "schedule.yaml"
     text = LIST.format(address=cluster, python="python") + DATASET.format(name="a", folder=tmp_path)
-    path.write_text(text.replace("submit: {", "submit: {poll_s: 0.5, "))
-    config = load_config(DatasetsConfig, path)
+    path.write_text(text.replace("submit: {", "submit: {poll_interval_s: 0.5, "))
+    config = load_config(ScheduleConfig, path)
     dataset = config.datasets["a"]
     file = StateFile("a", dataset)
     file.write(DatasetState(dataset="a", through=datetime.now(UTC) - timedelta(hours=2)))

@@ -31,7 +31,7 @@ from jobs.schedule import schedule
 from jobs.stats import stats
 from jobs.status import status
 from pipeline.classify.checkpoint import open_checkpoint
-from pipeline.config import Config, ConfigError, DatasetsConfig, load_config
+from pipeline.config import Config, ConfigError, ScheduleConfig, load_config
 from pipeline.schedule import DatasetState, JobClient, StateFile
 from pipeline.schedule.client import CONFIG_VARIABLE
 from pipeline.storage import Storage, StorageError
@@ -128,7 +128,7 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     storage.write(f"{bucket}/in/a.tar", make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)]))
     path = tmp_path / "schedule.yaml"
     path.write_text(SCHEDULE.format(address=head.address, root=bucket))
-    file = StateFile("photos", load_config(DatasetsConfig, path).datasets["photos"])
+    file = StateFile("photos", load_config(ScheduleConfig, path).datasets["photos"])
     file.write(DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(days=400)))
     said: dict[str, str] = {}
 

@@ -271,7 +271,7 @@ def test_the_id_derives_from_dataset_model_and_tick(job: Path) -> None:
 
 def test_the_configuration_survives_its_journey(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = ["input.label_field='1e3'", "input.key_column='日本 \"x\": 🙂'", "classify.batch_size=7"]
-    config = load_config(Config, job, [*odd, "run.flush_s=1e-05"])
+    config = load_config(Config, job, [*odd, "run.flush_interval_s=1e-05"])
     variables = Submission(config, "1").runtime_env["env_vars"]
     monkeypatch.setenv(CONFIG_VARIABLE, variables[CONFIG_VARIABLE])
     arrived = load_config(Config, f"env:{CONFIG_VARIABLE}")

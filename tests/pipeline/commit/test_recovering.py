@@ -226,7 +226,7 @@ def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str)
             label(config(bucket))
 
     with pytest.raises(LeaseLostError):
-        label(config(bucket, "run.lease_s=0.1"), on_progress=overtaken)
+        label(config(bucket, "run.lease_duration_s=0.1"), on_progress=overtaken)
     label(config(bucket))
     assert_rebuilds(partition)
     assert [row.error for row in manifest_rows(partition.manifest)] == [None] * 4

@@ -10,7 +10,7 @@ import yaml
 from pipeline.config import (
     Config,
     ConfigError,
-    DatasetsConfig,
+    ScheduleConfig,
     TrainConfig,
     load_config,
 )
@@ -128,7 +128,7 @@ def test_a_fault_of_an_override_is_blamed_on_no_line_of_the_file(tmp_path: Path)
     assert "  output.topk: " in refusal(tmp_path, MINIMAL, "output.topk=no")
     path = write(tmp_path, "defaults: {cron: '@daily'}\ndatasets: {a: {}}\n")
     with pytest.raises(ConfigError) as caught:
-        load_config(DatasetsConfig, path, ["datasets.a.cron=never"])
+        load_config(ScheduleConfig, path, ["datasets.a.cron=never"])
     assert "  datasets.a.cron: not a cron" in str(caught.value)
 
 
@@ -178,15 +178,21 @@ def test_actor_bounds_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_that_comes_with_the_project_is_valid(path: Path) -> None:
-    kind = {"schedule": DatasetsConfig, "fashion_mnist_train": TrainConfig}.get(path.stem, Config)
+    kind = {"schedule": ScheduleConfig, "fashion_mnist_train": TrainConfig}.get(path.stem, Config)
     assert load_config(kind, path)
 
 
 def test_an_empty_section_is_a_section_and_numbers_may_have_exponents(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("input: {uri: in}\nmodel: {path: m}\noutput: {uri: out}\nstorage:\n  # nothing\n")
-    config = load_config(Config, file, ["storage.region=x", "run.lease_s=6e1", "run.flush_s=1.5e-1"])
-    assert (config.storage.region, config.run.lease_s, config.run.flush_s) == ("x", 60, 0.15)
+    config = load_config(
+        Config, file, ["storage.region=x", "run.lease_duration_s=6e1", "run.flush_interval_s=1.5e-1"]
+    )
+    assert (config.storage.region, config.run.lease_duration_s, config.run.flush_interval_s) == (
+        "x",
+        60,
+        0.15,
+    )
     assert load_config(Config, file).storage.region is None
 
 
@@ -328,7 +334,7 @@ def test_yaml_is_1_2_whose_only_booleans_are_true_and_false(tmp_path: Path) -> N
 def test_a_schedule_without_croniter_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "croniter", None)
     with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[schedule\]'"):
-        load_config(DatasetsConfig, CONFIGS[0].parent / "schedule.yaml")
+        load_config(ScheduleConfig, CONFIGS[0].parent / "schedule.yaml")
 
 
 def test_the_clusters_file_shows_every_field() -> None:

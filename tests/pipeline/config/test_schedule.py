@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, DatasetsConfig, load_config
+from pipeline.config import ConfigError, ScheduleConfig, load_config
 from tests.pipeline.schedule.lists import DATASET, LIST
 from tests.ray_head import REPOSITORY
 
 
 def test_fields_of_a_dataset_come_before_the_common_ones() -> None:
-    config = load_config(DatasetsConfig, REPOSITORY / "configs" / "schedule.yaml")
+    config = load_config(ScheduleConfig, REPOSITORY / "configs" / "schedule.yaml")
     products, reviews = config.datasets["products"], config.datasets["reviews"]
     assert (products.model.path, products.model.precision) == ("microsoft/cvt-13", "bf16")
     assert (reviews.model.path, reviews.model.precision) == ("microsoft/cvt-21", "bf16")
@@ -41,11 +41,11 @@ def test_a_wrong_list_is_refused_with_file_line_and_field(
     text = LIST.format(address="http://head:8265", python="python") + DATASET.format(name="a", folder="/x")
     path = tmp_path / "schedule.yaml"
     path.write_text(text)
-    load_config(DatasetsConfig, path)
+    load_config(ScheduleConfig, path)
     assert text.count(change[0]) == 1
     path.write_text(text.replace(*change))
     with pytest.raises(ConfigError) as caught:
-        load_config(DatasetsConfig, path)
+        load_config(ScheduleConfig, path)
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     assert "password" not in str(caught.value)

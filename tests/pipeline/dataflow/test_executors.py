@@ -111,7 +111,7 @@ def test_few_chunks_are_in_memory_whatever_waits_for_them(job: Job, shards: list
         chunks = executor.label(shards * 20, stages, resources)
         next(chunks)
         time.sleep(0.5)
-        threads = 1 + 1 + resources.chunks_at_once
+        threads = 1 + 1 + resources.concurrent_chunks
         assert stages.read <= threads + 2 + 1  # and two results, and the one that was taken
         chunks.close()
     for name in [thread.name for thread in threading.enumerate()]:
@@ -212,7 +212,7 @@ class Slow(local_executor.Classifier):
         time.sleep(300)
 
 local_executor.Classifier = Slow
-label(run_config(sys.argv[1], "run.grace_s=0"))
+label(run_config(sys.argv[1], "run.grace_period_s=0"))
 """
 
 

@@ -28,7 +28,7 @@ from jobs.publish import publish
 from jobs.report import report
 from jobs.schedule import schedule
 from jobs.stats import stats
-from pipeline.config import Config, DatasetsConfig, Selection, load_config
+from pipeline.config import Config, ScheduleConfig, Selection, load_config
 from pipeline.run import label, make_job, rebuild
 from pipeline.schedule import DatasetState, StateFile
 from pipeline.storage import Storage
@@ -320,7 +320,7 @@ def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, 
     values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
     submit = {"address": "http://127.0.0.1:1"}
     path.write_text(json.dumps({"submit": submit, "datasets": {"photos": values | {"cron": "* * * * *"}}}))
-    dataset = load_config(DatasetsConfig, path).datasets["photos"]
+    dataset = load_config(ScheduleConfig, path).datasets["photos"]
 
     def live(endpoint: str) -> None:
         assert run(schedule, "--config", path, "--once") == 0

@@ -347,7 +347,7 @@ def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
         time.sleep(0.3)
 
     with pytest.raises(LeaseLostError):
-        label(config(root, "run.lease_s=0.3"), on_progress=take_over)
+        label(config(root, "run.lease_duration_s=0.3"), on_progress=take_over)
     assert label(config(root), wait=True).is_complete
     assert len(keys(root)) == len(set(keys(root))) == 48
 
@@ -389,7 +389,7 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        label(config(root, "run.grace_s=0.5"), on_progress=stop)
+        label(config(root, "run.grace_period_s=0.5"), on_progress=stop)
     assert time.monotonic() - start < 15
     assert files(root) == {}
     assert label(config(root)).totals.shards == 3
@@ -540,7 +540,7 @@ def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_pat
         time.sleep(0.5)
 
     with pytest.raises(LeaseLostError):
-        label(config(root, "run.lease_s=0.3"), on_progress=meanwhile)
+        label(config(root, "run.lease_duration_s=0.3"), on_progress=meanwhile)
     (tmp_path / "in" / "0.tar").write_bytes(content)
     assert label(config(root)).is_complete
     assert len(keys(root)) == len(set(keys(root))) == 48

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs.schedule import schedule
-from pipeline.config import DatasetConfig, DatasetsConfig, load_config
+from pipeline.config import DatasetConfig, ScheduleConfig, load_config
 from pipeline.schedule import (
     DatasetState,
     JobClient,
@@ -55,7 +55,7 @@ class Bench:
     def file(self) -> Path:
         return self.folder / "schedule.yaml"
 
-    def configure(self, *names: str, address: str | None = None) -> DatasetsConfig:
+    def configure(self, *names: str, address: str | None = None) -> ScheduleConfig:
         """A list of datasets with these names, due every hour."""
         script = self.folder / "python"
         script.write_text(
@@ -66,12 +66,12 @@ class Bench:
         text = LIST.format(address=address or self.address, python=script)
         datasets = "".join(DATASET.format(name=name, folder=self.folder) for name in names)
         self.file.write_text(text + datasets)
-        return load_config(DatasetsConfig, self.file)
+        return load_config(ScheduleConfig, self.file)
 
-    def scheduler(self, config: DatasetsConfig, connect: Callable[[], JobClient] | None = None) -> Scheduler:
+    def scheduler(self, config: ScheduleConfig, connect: Callable[[], JobClient] | None = None) -> Scheduler:
         return Scheduler(config, connect, clock=lambda: self.now)
 
-    def state(self, name: str, config: DatasetsConfig) -> DatasetState:
+    def state(self, name: str, config: ScheduleConfig) -> DatasetState:
         state = StateFile(name, config.datasets[name]).read()
         assert state is not None
         return state

@@ -45,12 +45,12 @@ def config(shards: Path, output: Path, *overrides: str) -> TrainConfig:
         [
             f"train.uri={shards}/train",
             f"validation.uri={shards}/validation",
-            f"output.path={output}",
+            f"output.uri={output}",
             "model.new.cvt.embed_dim=[8, 16, 16]",
             "model.new.cvt.num_heads=[1, 2, 2]",
             "model.new.cvt.depth=[1, 1, 1]",
-            "schedule.batch_size=32",
-            "schedule.epochs=2",
+            "optimization.batch_size=32",
+            "optimization.epochs=2",
             "workers.threads=1",
             *overrides,
         ],
@@ -61,7 +61,7 @@ def test_a_training_that_was_cut_off_goes_on_where_it_was(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
     seen: list[Mapping[str, float]] = []
-    train(config(shards, tmp_path, "schedule.epochs=1"), seen.append)
+    train(config(shards, tmp_path, "optimization.epochs=1"), seen.append)
     assert [row["epoch"] for row in seen] == [1]
     whole = train(config(shards, tmp_path), seen.append)
     assert [row["epoch"] for row in seen] == [1, 2]
@@ -69,7 +69,7 @@ def test_a_training_that_was_cut_off_goes_on_where_it_was(
     assert all(0 <= row["accuracy"] <= 1 for row in seen)
 
     with pytest.raises(Exception, match=r"started with .*'batch_size': 32"):
-        train(config(shards, tmp_path, "schedule.batch_size=16"), seen.append)
+        train(config(shards, tmp_path, "optimization.batch_size=16"), seen.append)
 
     checkpoint = load_checkpoint(whole.path)
     assert checkpoint.labels == load_checkpoint("fashion-mnist").labels
@@ -92,7 +92,7 @@ def test_a_shard_that_cannot_be_read_ends_the_training_with_its_name(
 
 
 def test_a_training_may_start_from_a_checkpoint_with_other_labels(shards: Path, tmp_path: Path) -> None:
-    start = ["model.new=null", "model.start=fashion-mnist"]
+    start = ["model.new=null", "model.pretrained=fashion-mnist"]
     same = make_training_model(config(shards, tmp_path, *start))
     assert same.model.config.num_labels == 10
     other = make_training_model(config(shards, tmp_path, *start, "model.labels=[dress, shoe]"))
@@ -103,12 +103,12 @@ def test_a_training_may_start_from_a_checkpoint_with_other_labels(shards: Path, 
 
 def test_a_start_that_cannot_be_loaded_is_named(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="/no/such/model"):
-        make_training_model(config(shards, tmp_path, "model.new=null", "model.start=/no/such/model"))
+        make_training_model(config(shards, tmp_path, "model.new=null", "model.pretrained=/no/such/model"))
 
 
 def test_a_new_model_and_a_start_exclude_each_other(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"either model\.new or model\.start"):
-        config(shards, tmp_path, "model.start=fashion-mnist")
+    with pytest.raises(ConfigError, match=r"either model\.new or model\.pretrained"):
+        config(shards, tmp_path, "model.pretrained=fashion-mnist")
 
 
 def test_an_unknown_field_of_the_architecture_is_refused(shards: Path, tmp_path: Path) -> None:
