@@ -164,7 +164,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
     optimization, finished = config.optimization, 0
-    trainer = _Trainer(ray.get(arguments["model"]), optimization, steps_per_epoch=arguments["steps"])
+    trainer = _Trainer(
+        ray.get(arguments["model"]), optimization, arguments["steps"], get_device(), prepare_model
+    )
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
             finished = trainer.load(Path(folder))
@@ -187,7 +189,14 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 class _Trainer:
     """Model, optimizer and learning rate schedule of one worker."""
 
-    def __init__(self, model: TrainingModel, optimization: OptimizationConfig, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        model: TrainingModel,
+        optimization: OptimizationConfig,
+        steps_per_epoch: int,
+        device: torch.device,
+        prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ) -> None:
         if steps_per_epoch < 1:
             raise ValueError("train: fewer labeled images for each worker than optimization.batch_size")
         self._optimization = optimization
@@ -196,8 +205,8 @@ class _Trainer:
             include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
         )
         self._model, self._preprocessor = model
-        self._device = get_device()
-        self._parallel = prepare_model(self._model)
+        self._device = device
+        self._parallel = prepare(self._model)
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         # Weight decay for matrices and filters, none for biases and normalizations.
         groups: list[dict[str, Any]] = [
