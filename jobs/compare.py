@@ -11,9 +11,9 @@ from jobs.console import Exit, make_table, note, out
 from pipeline import compare_labels
 from pipeline.commit import Partition
 from pipeline.compare import NoPreviousRunError, write_comparison
-from pipeline.statistics import Comparison, Limits
+from pipeline.statistics import Comparison, ComparisonLimits
 from pipeline.storage import Storage, StorageError
-from pipeline.text import percent, printable
+from pipeline.text import escape_unprintable, format_percent
 
 _LABELS = (
     "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous. With "
@@ -75,7 +75,9 @@ def compare(
     if output is not None:
         write_comparison(found, storage, output)
     print_comparison(found, most)
-    broken = Limits(max_psi, max_js, max_score_psi, min_agreement, min_images).broken(found.totals)
+    broken = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images).violations(
+        found.totals
+    )
     for message in broken:
         note(f"cvt-label: {message}")
     sys.exit(Exit.DRIFTED if broken else Exit.OK)
@@ -94,13 +96,13 @@ def print_comparison(found: Comparison, most: int) -> None:
     """Prints the classes that changed most, the most frequent disagreements, and the figures."""
     agreement, labels = found.agreement, found.drift.classes.labels
     out.print(_class_table(found, most))
-    if agreement is not None and (pairs := agreement.disagreements.top(most)):
+    if agreement is not None and (pairs := agreement.disagreements.most_common(most)):
         table = make_table("Most frequent disagreements", ["A", "B"], ["images", "share"])
         for i, j, count in pairs:
-            share = percent(count / agreement.compared)
-            table.add_row(printable(labels[i]), printable(labels[j]), f"{count:,}", share)
+            share = format_percent(count / agreement.compared)
+            table.add_row(escape_unprintable(labels[i]), escape_unprintable(labels[j]), f"{count:,}", share)
         out.print(table)
-    console.show_facts({"A": found.a.name, "B": found.b.name, **found.facts("in A", "in B")})
+    console.show_facts({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
 
 
 def _class_table(found: Comparison, most: int) -> Table:
@@ -110,11 +112,11 @@ def _class_table(found: Comparison, most: int) -> Table:
     table = make_table("Classes that changed most", ["label"], headings)
     for row in found.table().take(found.drift.most_changed(most)).to_pylist():
         cells = [f"{row['count_a']:,}", f"{row['count_b']:,}"]
-        cells += [percent(row["fraction_a"]), percent(row["fraction_b"]), f"{row['psi']:.4f}"]
+        cells += [format_percent(row["fraction_a"]), format_percent(row["fraction_b"]), f"{row['psi']:.4f}"]
         cells.append("-" if row["score_psi"] is None else f"{row['score_psi']:.4f}")
         if found.agreement is not None:
-            cells.append(percent(row["same"] / row["compared_a"] if row["compared_a"] else None))
-        table.add_row(printable(row["label"]), *cells)
+            cells.append(format_percent(row["same"] / row["compared_a"] if row["compared_a"] else None))
+        table.add_row(escape_unprintable(row["label"]), *cells)
     return table
 
 

@@ -23,9 +23,9 @@ from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
 from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
-from pipeline.statistics import ClassStatistics, class_cells, occurring
+from pipeline.statistics import ClassStatistics, format_class_row, occurring_classes
 from pipeline.storage import StorageError
-from pipeline.text import printable
+from pipeline.text import escape_unprintable
 
 
 class Exit(IntEnum):
@@ -143,12 +143,12 @@ def _leave(status: Exit, message: str, *more_lines: str) -> None:
 
 def show(line: str) -> None:
     """Prints a line, in which names from data are made printable, to standard output."""
-    typer.echo(printable(line))
+    typer.echo(escape_unprintable(line))
 
 
 def note(line: str) -> None:
     """Prints a line, in which names from data are made printable, to standard error."""
-    typer.echo(printable(line), err=True)
+    typer.echo(escape_unprintable(line), err=True)
 
 
 def show_facts(facts: Mapping[str, str]) -> None:
@@ -161,7 +161,7 @@ def show_facts(facts: Mapping[str, str]) -> None:
 def print_log(text: str) -> None:
     """Prints part of a job's log as it is, but for what a terminal would act on."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    typer.echo(printable(lines, keep="\n\t"), nl=False)
+    typer.echo(escape_unprintable(lines, keep="\n\t"), nl=False)
 
 
 def make_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
@@ -190,7 +190,7 @@ class OneLineFormatter(logging.Formatter):
     """Writes each message on one line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802 - logging's own
-        record.message = printable(record.message)
+        record.message = escape_unprintable(record.message)
         return super().formatMessage(record)
 
 
@@ -238,7 +238,7 @@ def given_partition(uri: str | None, config: Path | None, overrides: list[str] |
 
 def class_statistics_table(classes: pa.Table, most: int) -> Table:
     """The most frequent of the classes that occur, as a table for the terminal."""
-    rows = occurring(classes)
+    rows = occurring_classes(classes)
     title = f"Classes of all {sum(row['count'] for row in rows):,} labelled images"
     if most < len(rows):
         title += f" (the {most} most frequent of {len(rows)})"
@@ -247,7 +247,7 @@ def class_statistics_table(classes: pa.Table, most: int) -> Table:
         headings += ["precision", "recall", "F1"]
     table = make_table(title, ["label"], headings)
     for row in rows[:most]:
-        table.add_row(printable(row["label"]), *class_cells(row))
+        table.add_row(escape_unprintable(row["label"]), *format_class_row(row))
     return table
 
 

@@ -18,7 +18,7 @@ from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.run import Plan, PreparedRun
-from pipeline.statistics import bound_by, class_table
+from pipeline.statistics import class_table, describe_bottleneck
 
 logger = logging.getLogger("cvt_label")
 
@@ -174,7 +174,7 @@ def print_result(result: RunResult) -> None:
         facts["images/s"] = f"{result.rate:,.1f}"
     facts["output"] = result.partition.uri
     if result.stages:
-        facts["decoded by"], facts["bound by"] = result.decoder, bound_by(result.stages)
+        facts["decoded by"], facts["bound by"] = result.decoder, describe_bottleneck(result.stages)
     if result.pruned:
         facts["pruned"] = f"{result.pruned:,} shards that the input no longer has"
     if stats is not None and stats.has_targets:

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 
 from jobs import console
 from pipeline import plan as plan_run
-from pipeline.text import printable
+from pipeline.text import escape_unprintable
 
 
 @console.exit_status()
@@ -30,7 +30,7 @@ def plan(
     job, checkpoint, to_label = planned.job, planned.job.checkpoint, planned.plan.shards
     if shards:
         for shard in to_label:
-            typer.echo(f"{printable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}")
+            typer.echo(f"{escape_unprintable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}")
     formats = Counter(shard.format for shard in to_label)
     console.show_facts(
         {

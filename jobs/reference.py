@@ -17,7 +17,7 @@ from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, InputConfig
 from pipeline.decode import decode
-from pipeline.read import NoShardsError, ReadOptions, input_shards, read_samples
+from pipeline.read import NoShardsError, ReadOptions, list_input_shards, read_samples
 from pipeline.storage import Storage
 
 #: Limit for images that are decoded here; no image is refused for its size.
@@ -52,8 +52,8 @@ def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, n
         StorageError, NoShardsError: the images cannot be read, or there are none.
     """
     section, storage, found = InputConfig(uri=uri, labels=False), Storage(), False
-    for shard in input_shards(storage, section):
-        for sample in read_samples(storage, shard, ReadOptions.of(section, [])):
+    for shard in list_input_shards(storage, section):
+        for sample in read_samples(storage, shard, ReadOptions.from_config(section, [])):
             if sample.image and (pixels := decode(sample.image, preprocessor, MAX_PIXELS).pixels) is not None:
                 found = True
                 yield sample.image, pixels

@@ -54,10 +54,10 @@ def prediction_path(shard_uri: str) -> str:
     path = f"{scheme}/{rest}" if separator else f"file{shard_uri}"
     path = _UNSAFE_PLACES.sub(_encoded, _UNSAFE.sub(_encoded, path))
     whole = f"{path}.parquet"
-    return whole if fits(whole) else _shortened(path, shard_uri)
+    return whole if is_allowed_path(whole) else _shortened(path, shard_uri)
 
 
-def fits(path: str) -> bool:
+def is_allowed_path(path: str) -> bool:
     """Whether a path is within the limits of `prediction_path`."""
     data = path.encode()
     return len(data) <= MAX_PATH_BYTES and all(len(part) <= MAX_PART_BYTES for part in data.split(b"/"))
@@ -79,7 +79,7 @@ def _encoded(found: re.Match[str]) -> str:
 
 def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:
     """The columns of a prediction file, one row a sample; arguments as in `PredictionOptions`."""
-    model = model_fields(embedding, embedding_width)
+    model = model_output_fields(embedding, embedding_width)
     return pa.schema(
         [
             pa.field("shard", pa.string(), nullable=False),
@@ -95,7 +95,7 @@ def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.S
     )
 
 
-def model_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.Field]:
+def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.Field]:
     """The columns that come from the model; all null in a row with an error."""
     fields = [
         pa.field("label", pa.string()),
@@ -120,7 +120,7 @@ class Footer:
         version, format, size: of the shard, as it was listed and labeled.
         rows, errors: samples, and those that could not be classified.
         duplicate_keys: samples whose key an earlier sample of the shard has.
-        statistics: the shard's partial class statistics, as `pack_partial` makes them.
+        statistics: the shard's partial class statistics, as `serialize_statistics` makes them.
     """
 
     shard: str
@@ -138,7 +138,7 @@ class Footer:
 _FOOTER_FIELDS: list[Any] = [field for field in fields(Footer) if field.type in (str, int)]
 
 
-def encode(predictions: pa.Table, footer: Footer) -> bytes:
+def encode_predictions(predictions: pa.Table, footer: Footer) -> bytes:
     """Returns the Parquet file of one shard."""
     metadata = {field.name: str(getattr(footer, field.name)) for field in _FOOTER_FIELDS}
     # Base64, since the Parquet format wants text here and some readers insist on it.
@@ -191,7 +191,7 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
     return None if found is None else found.content
 
 
-def pack_partial(partial: pa.Table) -> bytes:
+def serialize_statistics(partial: pa.Table) -> bytes:
     """Returns partial statistics as the bytes of an Arrow stream."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -200,8 +200,8 @@ def pack_partial(partial: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def unpack_partial(data: bytes) -> pa.Table:
-    """Reads the partial statistics that `pack_partial` wrote."""
+def deserialize_statistics(data: bytes) -> pa.Table:
+    """Reads the partial statistics that `serialize_statistics` wrote."""
     return pa.ipc.open_stream(data).read_all()
 
 

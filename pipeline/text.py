@@ -10,7 +10,7 @@ MAX_ERROR_LENGTH = 200
 _JOINERS = "\u200c\u200d"
 
 
-def printable(text: str, keep: str = "") -> str:
+def escape_unprintable(text: str, keep: str = "") -> str:
     r"""Text with nothing in it that is no character to see: what is not is written as Python would, `\x1b`.
 
     These are line breaks, and all of Unicode's categories C: control characters, which a terminal acts on;
@@ -37,35 +37,35 @@ def _joins(text: str, place: int) -> bool:
     return text[place] in _JOINERS and len(beside) == 2 and all(c > "\x7f" and _is_shown(c) for c in beside)
 
 
-def without_credentials(text: str) -> str:
+def remove_credentials(text: str) -> str:
     """Text without what stands before the host in URLs."""
     return re.sub(r"(?<=://)[^\s\"']*@", "", text)
 
 
-def one_line(message: str) -> str:
+def single_line(message: str) -> str:
     """A message without line breaks, what can't be printed, excessive length, and memory addresses.
 
     Addresses differ from attempt to attempt, and prediction files must not.
     """
-    message = printable(re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split())))
+    message = escape_unprintable(re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split())))
     return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
 
 
-def number(value: float | None, form: str = ",.0f") -> str:
+def format_number(value: float | None, form: str = ",.0f") -> str:
     """A count, for people; a dash where there is none."""
     return "-" if value is None or value != value else f"{value:{form}}"
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """A share, for people."""
-    return number(value, ".1%")
+    return format_number(value, ".1%")
 
 
-def score(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     """A score, for people."""
-    return number(value, ".3f")
+    return format_number(value, ".3f")
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """A count with its noun, in the plural where needed: `1 shard`, `2,000 shards`."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -14,7 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import Manifest, ManifestRow
-from pipeline.predictions import Footer, encode, pack_partial, prediction_path, prediction_schema
+from pipeline.predictions import (
+    Footer,
+    encode_predictions,
+    prediction_path,
+    prediction_schema,
+    serialize_statistics,
+)
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
 
@@ -90,10 +96,12 @@ def write_partition(
                 rows=table.num_rows,
                 errors=table.num_rows - table["error"].null_count,
                 duplicate_keys=0,
-                statistics=pack_partial(ClassStatistics.of(table, len(labels)).to_partial()),
+                statistics=serialize_statistics(
+                    ClassStatistics.from_predictions(table, len(labels)).to_partial()
+                ),
             )
             output = f"predictions/{prediction_path(shard)}"
-            version = storage.write(f"{uri}/{output}", encode(table, footer)).version
+            version = storage.write(f"{uri}/{output}", encode_predictions(table, footer)).version
             row = ManifestRow.of_file(footer, output, version)
             rows[shard] = replace(row, run=ids[-1], committed_at=datetime(2026, 1, 1, tzinfo=UTC))
         manifest.update(rows)

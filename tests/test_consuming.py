@@ -17,7 +17,7 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline import predictions
-from pipeline.predictions import Footer, encode, pack_partial, prediction_schema
+from pipeline.predictions import Footer, encode_predictions, prediction_schema, serialize_statistics
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage
 from tests.partitions import make_predictions
@@ -262,10 +262,10 @@ def _predictions(rows: int) -> pa.Table:
 def test_row_groups_tell_which_labels_and_scores_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "ROW_GROUP_ROWS", 100)
     rows = _predictions(1000)
-    partial = ClassStatistics.of(rows, 10).to_partial()
-    footer = Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, pack_partial(partial))
-    data = encode(rows, footer)
-    assert data == encode(rows, footer)
+    partial = ClassStatistics.from_predictions(rows, 10).to_partial()
+    footer = Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, serialize_statistics(partial))
+    data = encode_predictions(rows, footer)
+    assert data == encode_predictions(rows, footer)
     file = pq.ParquetFile(io.BytesIO(data))
     names = file.schema_arrow.names
     for number in range(10):

@@ -24,7 +24,7 @@ from jobs.console import exit_status, note
 from jobs.reference import MAX_PIXELS, load_model, read_images
 from pipeline.decode import decode
 from pipeline.decode.gpu import GpuDecoder
-from pipeline.read import Sample, cut_into_chunks
+from pipeline.read import Sample, split_into_chunks
 
 EXACT, THEIRS = "decode", "transformers' processor"
 
@@ -133,7 +133,7 @@ def by_transformers(processor: Any, images: Iterable[bytes]) -> Iterator[Any]:
 def by_gpu(decoder: GpuDecoder, images: Iterable[bytes], chunk_images: int = 256) -> Iterator[Any]:
     """Decodes and preprocesses on the GPU, a chunk at a time."""
     samples = (Sample(str(number), data) for number, data in enumerate(images))
-    for chunk in cut_into_chunks(samples, 0, chunk_images, 128 * 1024**2):
+    for chunk in split_into_chunks(samples, 0, chunk_images, 128 * 1024**2):
         pixels = decoder(chunk).pixels
         assert pixels is not None
         yield from pixels

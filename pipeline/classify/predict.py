@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.predictions import PredictionOptions, model_fields
+from pipeline.predictions import PredictionOptions, model_output_fields
 from pipeline.read import Chunk
-from pipeline.text import one_line
+from pipeline.text import single_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     """
     samples = chunk.samples
     good = pc.is_null(samples["error"]).to_numpy()
-    fields = model_fields(options.embedding, options.embedding_width)
+    fields = model_output_fields(options.embedding, options.embedding_width)
     columns = [pa.nulls(0, field.type) for field in fields]
     if chunk.pixels is not None and len(chunk.pixels):
         failures: dict[int, Exception] = {}
@@ -51,7 +51,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
             backend(chunk.pixels[:1] * 0)
         messages: list[str | None] = [None] * len(chunk.pixels)
         for place, failure in failures.items():
-            messages[place] = one_line(
+            messages[place] = single_line(
                 f"the model failed for this image: {type(failure).__name__}: {failure}"
             )
         if outputs:

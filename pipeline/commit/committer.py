@@ -26,7 +26,7 @@ from pipeline.commit.prediction_files import (
     count_errors,
 )
 from pipeline.read import Chunk, Shard
-from pipeline.statistics import COMMIT, Causes, StageMetrics, add_metrics
+from pipeline.statistics import COMMIT, ErrorCauses, StageMetrics, add_metrics
 
 #: Files that are written at once: each is one shard's result rows, so few are enough to hide a PUT's latency.
 WRITERS = 4
@@ -58,7 +58,7 @@ class Totals:
     errors: int = 0
     duplicate_keys: int = 0
     unreadable: list[ManifestRow] = field(default_factory=list)
-    causes: Causes = field(default_factory=Causes)
+    causes: ErrorCauses = field(default_factory=ErrorCauses)
     retries: Counter[str] = field(default_factory=Counter)
     metrics: dict[str, StageMetrics] = field(default_factory=dict)
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import Footer, read_footer, unpack_partial
+from pipeline.predictions import Footer, deserialize_statistics, read_footer
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ABSENT, Storage, StorageError, lies_in
+from pipeline.storage import ABSENT, Storage, StorageError, is_under
 
 T = TypeVar("T")
 _READERS = 32
@@ -220,7 +220,7 @@ class Manifest:
                     outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
                     partials = pool.map(self._partial, outputs, packed)
                     rows = [
-                        (partial, by if root is None or lies_in(uri, root) else None)
+                        (partial, by if root is None or is_under(uri, root) else None)
                         for uri, by, partial in zip(uris, runs, partials, strict=True)
                     ]
                     parts = [[partial for partial, _ in rows]]
@@ -236,7 +236,7 @@ class Manifest:
             uri = f"{self.partition}/{output}"
             with self.storage.open(uri) as file:
                 packed = read_footer(uri, file).statistics
-        return unpack_partial(packed)
+        return deserialize_statistics(packed)
 
     def _tables(
         self, columns: Collection[str] | None = None, version: str | None = None
@@ -246,7 +246,7 @@ class Manifest:
         if version == ABSENT:
             return
         try:
-            with self.storage.open_raw(self.uri, version) as stream:
+            with self.storage.open_unbuffered(self.uri, version) as stream:
                 file = pq.ParquetFile(stream, pre_buffer=True)
                 missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
                 if missing:

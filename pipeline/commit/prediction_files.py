@@ -19,14 +19,14 @@ from pipeline.commit.partition import Partition
 from pipeline.predictions import (
     Footer,
     PredictionOptions,
-    encode,
-    pack_partial,
+    encode_predictions,
     prediction_path,
     prediction_schema,
     read_footer,
+    serialize_statistics,
 )
 from pipeline.read import Chunk, Shard
-from pipeline.statistics import Causes, ClassStatistics, Meter, StageMetrics
+from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
 from pipeline.storage import ABSENT, Versioned
 
 logger = logging.getLogger("cvt_label")
@@ -105,7 +105,7 @@ class CommittedShard(NamedTuple):
 
     row: ManifestRow
     metrics: StageMetrics
-    causes: Causes
+    causes: ErrorCauses
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class PredictionWriter:
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
         """Writes the file of a complete shard, or none if it can't be read; raises `StorageError`."""
-        meter, causes = Meter(), Causes()
+        meter, causes = StageTimer(), ErrorCauses()
         row, size = ManifestRow(shard.uri, format=shard.format, size=shard.size), 0
         with meter:
             if arrived.error is not None:
@@ -143,7 +143,7 @@ class PredictionWriter:
                 error = f"{shard.uri}: has changed since it was listed"
                 row = replace(row, error=error, failed_version=shard.version)
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))
-        return CommittedShard(row, meter.take(row.rows or 0, size), causes)
+        return CommittedShard(row, meter.collect(row.rows or 0, size), causes)
 
     def _write(self, shard: Shard, predictions: pa.Table) -> tuple[ManifestRow, int] | None:
         """Writes the rows of a shard; returns its manifest row, and the bytes written.
@@ -159,11 +159,13 @@ class PredictionWriter:
             rows=predictions.num_rows,
             errors=predictions.num_rows - predictions["error"].null_count,
             duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
-            statistics=pack_partial(ClassStatistics.of(predictions, len(self.options.labels)).to_partial()),
+            statistics=serialize_statistics(
+                ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
+            ),
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
-        content, uri = encode(predictions, footer), f"{self.partition.uri}/{output}"
+        content, uri = encode_predictions(predictions, footer), f"{self.partition.uri}/{output}"
         if shard.members:
             self.before_group()
         storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)

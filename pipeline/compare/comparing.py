@@ -21,8 +21,8 @@ from pipeline.commit import Partition
 from pipeline.predictions import read_predictions
 from pipeline.statistics import (
     HISTOGRAM_BINS,
-    Agreement,
-    Classes,
+    AgreementStatistics,
+    ClassMapping,
     ClassStatistics,
     Comparison,
     Drift,
@@ -105,7 +105,7 @@ def compare(a: LabelSet, b: LabelSet, with_agreement: bool = True) -> Comparison
     Raises:
         StorageError: a label set can't be read, or has no labeled image.
     """
-    classes = Classes.matched(a.partition.labels, b.partition.labels)
+    classes = ClassMapping.matched(a.partition.labels, b.partition.labels)
     for label_set in (a, b):
         if not label_set.counts[0].any():
             raise StorageError(label_set.id.name, "nothing to compare: no image is labeled there")
@@ -141,13 +141,13 @@ def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None
     storage.write(normalize_uri(uri), file.getvalue())
 
 
-def measure_agreement(classes: Classes, a: LabelSet, b: LabelSet) -> Agreement:
+def measure_agreement(classes: ClassMapping, a: LabelSet, b: LabelSet) -> AgreementStatistics:
     """Compares two label sets sample by sample."""
     # Both manifests are read before any label: a run may rewrite them while labels are read, for hours.
     shards = a.shards().join(b.shards(), "uri", join_type="full outer", left_suffix="_a", right_suffix="_b")
     is_common = pc.fill_null(pc.equal(shards["version_a"], shards["version_b"]), False)
     other = shards.filter(pc.invert(is_common))
-    result = Agreement(classes)
+    result = AgreementStatistics(classes)
     result.only_a = pc.sum(other["labeled_a"]).as_py() or 0
     result.only_b = pc.sum(other["labeled_b"]).as_py() or 0
     result.changed_shards = other.drop_null().num_rows

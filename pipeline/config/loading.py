@@ -13,7 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from pipeline.config.job import Config
 from pipeline.config.sections import VALUE_HIDDEN, ConfigError
-from pipeline.text import without_credentials
+from pipeline.text import remove_credentials
 
 T = TypeVar("T", bound=BaseModel)
 Field = tuple[str, ...]
@@ -143,5 +143,5 @@ def _fault(fault: Mapping[str, Any], lines: Mapping[Field, int]) -> str:
     if fault["type"] == VALUE_HIDDEN or isinstance(fault["input"], Mapping):
         return f"  {where}: {message}"
     # The value as it was given, without credentials and without the query of a URL.
-    value = re.sub(r"(?<=[?#])[^\s\"']+", "", without_credentials(repr(fault["input"])))
+    value = re.sub(r"(?<=[?#])[^\s\"']+", "", remove_credentials(repr(fault["input"])))
     return f"  {where}: {message}, not {value}"

@@ -20,9 +20,9 @@ from pipeline.classify import Thumbnails, classify
 from pipeline.dataflow.resources import Resources
 from pipeline.decode import decode_chunk
 from pipeline.predictions import PredictionOptions
-from pipeline.read import Chunk, ReadOptions, Shard, cut_into_chunks, read_samples
-from pipeline.statistics import CLASSIFY, DECODE, STORAGE, Meter, StageMetrics
-from pipeline.storage import Storage, retries
+from pipeline.read import Chunk, ReadOptions, Shard, read_samples, split_into_chunks
+from pipeline.statistics import CLASSIFY, DECODE, STORAGE, StageMetrics, StageTimer
+from pipeline.storage import Storage, retry_counts
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -51,32 +51,32 @@ def read_step(
 
     Pure: versions are pinned, so that a second attempt yields the same chunks.
     """
-    meter, before = Meter(), retries()
+    meter, before = StageTimer(), retry_counts()
     for number, shard in shards:
-        chunks = cut_into_chunks(read_samples(storage, shard, options), number, max_images, max_bytes)
+        chunks = split_into_chunks(read_samples(storage, shard, options), number, max_images, max_bytes)
         while True:
             with meter:
                 chunk = next(chunks, None)
             if chunk is None:
                 break
-            now = retries()
-            metrics = meter.take(chunk.samples.num_rows, chunk.encoded_bytes)
+            now = retry_counts()
+            metrics = meter.collect(chunk.samples.num_rows, chunk.encoded_bytes)
             yield replace(chunk, retries=now - before, metrics={STORAGE: metrics})
             before = now
 
 
 def decode_step(chunk: Chunk, *, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
     """Decodes a chunk on the CPU; see `decode_chunk`."""
-    meter = Meter()
+    meter = StageTimer()
     with meter:
         decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
     return _metered(meter, chunk, decoded)
 
 
-def _metered(meter: Meter, chunk: Chunk, decoded: Chunk) -> Chunk:
+def _metered(meter: StageTimer, chunk: Chunk, decoded: Chunk) -> Chunk:
     """The decoded chunk with what the meter measured of its decoding."""
     assert decoded.pixels is not None
-    metrics = meter.take(chunk.samples["error"].null_count, decoded.pixels.nbytes)
+    metrics = meter.collect(chunk.samples["error"].null_count, decoded.pixels.nbytes)
     metrics += decoded.metrics.get(DECODE, StageMetrics())
     return replace(decoded, metrics={**decoded.metrics, DECODE: metrics})
 
@@ -138,13 +138,13 @@ class Classifier:
             self._decoder = GpuDecoder(
                 checkpoint.preprocessor, stages.max_image_pixels, resources.device, threads=threads
             )
-            self._decode_meter = Meter()
+            self._decode_meter = StageTimer()
         self._engine = warm_engine(checkpoint, stages.precision, stages.runtime, resources)
         self._thumbnails = None
         if stages.gallery:
             self._thumbnails = Thumbnails(stages.gallery, stages.thumbnail_side)
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
-        self._meter = Meter()
+        self._meter = StageTimer()
 
     def __call__(self, chunk: Chunk) -> Chunk:
         """The chunk with prediction columns, and without pixels."""
@@ -157,9 +157,9 @@ class Classifier:
             classified = classify(decoded, self._engine, self._options)
             if self._thumbnails is not None:
                 classified = self._thumbnails.added(decoded, classified)
-        metrics = self._meter.take(decoded.samples["error"].null_count, classified.samples.nbytes)
+        metrics = self._meter.collect(decoded.samples["error"].null_count, classified.samples.nbytes)
         if self._gpu_meter is not None:
-            metrics += self._gpu_meter.take()
+            metrics += self._gpu_meter.collect()
         return replace(classified, metrics={**decoded.metrics, CLASSIFY: metrics})
 
 
@@ -171,7 +171,7 @@ class GpuMeter:
         self._shares: list[float] = []
         threading.Thread(target=self._sample, name="gpu-meter", daemon=True).start()
 
-    def take(self) -> StageMetrics:
+    def collect(self) -> StageMetrics:
         """Sum and number of the samples since the last call."""
         with self._lock:
             shares, self._shares = self._shares, []

@@ -25,7 +25,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
 from pipeline.read import Chunk
-from pipeline.text import one_line
+from pipeline.text import single_line
 
 # First bytes and reader of each format. Image.open is not used: it has a pixel limit of its own, global
 # to the process, and doesn't tell the size of what it refuses.
@@ -144,7 +144,7 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     # Not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError
     # and whatever else Pillow runs into in a broken or hostile file.
     except Exception as error:
-        return Decoded(None, width, height, one_line(f"cannot decode {name}: {_cause(error)}"))
+        return Decoded(None, width, height, single_line(f"cannot decode {name}: {_cause(error)}"))
 
 
 def _decode_scaled(file: JpegImageFile, preprocessor: Preprocessor) -> Decoded | None:

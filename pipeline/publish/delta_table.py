@@ -216,7 +216,7 @@ class DeltaTable:
 
     def clean_up(self, snapshot: Snapshot) -> None:
         """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
-        self.storage.sweep(self.uri)
+        self.storage.remove_unfinished_writes(self.uri)
         current = self._list(snapshot)
         last = current.removesuffix(".parquet").rpartition("-")[0]
         for uri in [info.uri for info in self.storage.list(current.rpartition("/")[0])]:

@@ -23,7 +23,7 @@ from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
 from pipeline.publish.data_files import SCHEMA, DataFile, packed, read_rows, write_file
 from pipeline.publish.delta_table import SHARDS, DeltaTable, Snapshot, TableChangedError
-from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, lies_in, normalize_uri
+from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, is_under, normalize_uri
 
 #: Bytes of rows in memory that make one file. As Parquet that is a third of it; with embeddings, most of it.
 FILE_BYTES = 512 * 1024**2
@@ -97,7 +97,7 @@ def publish_labels(
         except TableChangedError as error:
             cause = error
         except (ObjectChanged, ObjectNotFound) as error:
-            if not lies_in(error.uri, partition.uri):
+            if not is_under(error.uri, partition.uri):
                 raise
             cause = error  # a run has replaced labels
     raise TableBusyError(f"{table.uri}: not published, since others were faster {_ATTEMPTS} times: {cause}")
@@ -107,7 +107,7 @@ def _check_place(table: str, partition: Partition) -> None:
     """Refuses places where readers, or Delta's VACUUM, would mix the table up with other things."""
     source = partition.config().get("input", {}).get("uri")
     for name, place in {"output": partition.uri.rpartition("/")[0], "input": source}.items():
-        if place and (lies_in(table, place) or lies_in(place, table)):
+        if place and (is_under(table, place) or is_under(place, table)):
             raise ConfigError(f"{table}: a table needs a place of its own, and the {name} is {place}")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 #: What a reader knows of each sample.
-ENCODED = pa.struct(
+SAMPLE_FIELDS = pa.struct(
     [("key", pa.string()), ("target", pa.int32()), ("error", pa.string()), ("image", pa.large_binary())]
 )
 
@@ -89,7 +89,7 @@ def _one_binary(content: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
 
 
-def cut_into_chunks(
+def split_into_chunks(
     samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int
 ) -> Iterator[Chunk]:
     """Cuts a shard's samples into chunks, the last of which says how many samples there were.
@@ -118,5 +118,7 @@ def cut_into_chunks(
 
 
 def _table(samples: list[Sample]) -> pa.Table:
-    columns = [pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in ENCODED]
-    return pa.table(columns, schema=pa.schema(list(ENCODED)))
+    columns = [
+        pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in SAMPLE_FIELDS
+    ]
+    return pa.table(columns, schema=pa.schema(list(SAMPLE_FIELDS)))

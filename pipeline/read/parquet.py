@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.read.samples import ReadOptions, Sample, UnreadableError
+from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
@@ -21,7 +21,7 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     # Each column chunk has a buffer of its own, straight from the object: another buffer in front of them
     # would be emptied by each change of column. `pre_buffer` would hold whole row groups.
     with (
-        storage.open_raw(shard.uri, shard.version) as stream,
+        storage.open_unbuffered(shard.uri, shard.version) as stream,
         pq.ParquetFile(
             stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
         ) as file,
@@ -44,7 +44,7 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
                 size, target = sizes[i].as_py(), None
                 error = "the row has no image bytes" if size is None else options.size_error(size)
                 if error is None:
-                    target, error = options.target(labels[i].as_py())
+                    target, error = options.parse_target(labels[i].as_py())
                 image = images[i].as_py() if error is None else None
                 yield Sample(_key(keys[i].as_py(), row), image, target, error)
                 row += 1
@@ -58,20 +58,20 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
         _require_column(schema, name)
         if name not in found:
             problem = f"is {schema.field(name).type}, neither binary nor a struct with binary `bytes`"
-            raise UnreadableError(f"column {name!r} {problem}; {_columns(schema)}")
+            raise UnreadableShardError(f"column {name!r} {problem}; {_columns(schema)}")
         return name
     if "image" in found:
         return "image"
     if len(found) != 1:
         count = "no column" if not found else "more than one column"
         hint = f"{count} could be the image; name it by `input.image_column`"
-        raise UnreadableError(f"{hint}; {_columns(schema)}")
+        raise UnreadableShardError(f"{hint}; {_columns(schema)}")
     return cast(str, found[0])
 
 
 def _require_column(schema: pa.Schema, name: str) -> None:
     if schema.names.count(name) != 1:
-        raise UnreadableError(f"there is no single column {name!r}; {_columns(schema)}")
+        raise UnreadableShardError(f"there is no single column {name!r}; {_columns(schema)}")
 
 
 def _columns(schema: pa.Schema) -> str:

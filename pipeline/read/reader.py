@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.read.parquet import read_parquet
-from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableError
+from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.read.webdataset import read_tar
-from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, name_below
+from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
 
 _FETCHES = 8  # loose images fetched at once
 
@@ -56,7 +56,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 def _cause(shard: Shard, error: Exception) -> str:
     if isinstance(error, StorageError) and error.uri == shard.uri:
         return error.cause
-    if isinstance(error, StorageError | UnreadableError):
+    if isinstance(error, StorageError | UnreadableShardError):
         return str(error)
     return f"is damaged, or not of the format {shard.format} ({type(error).__name__}: {error})"
 
@@ -66,7 +66,7 @@ def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     folder = shard.uri.rpartition("/")[0]
 
     def fetch(info: ObjectInfo) -> Sample:
-        key = name_below(folder, info.uri)
+        key = relative_name(folder, info.uri)
         if error := options.size_error(info.size):
             return Sample(key, None, error=error)
         try:

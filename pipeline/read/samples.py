@@ -12,7 +12,7 @@ _MAX_LABEL_ID = 2**31  # of the predictions' int32 column
 IGNORE_HINT = "labels can be ignored by `input.labels: false`"
 
 
-class UnreadableError(Exception):
+class UnreadableShardError(Exception):
     """A format's reader can't read the shard; the message is the cause."""
 
 
@@ -68,7 +68,7 @@ class ReadOptions:
     fetches: int = 4
 
     @classmethod
-    def of(cls, section: InputConfig, labels: Sequence[str], fetches: int = 4) -> Self:
+    def from_config(cls, section: InputConfig, labels: Sequence[str], fetches: int = 4) -> Self:
         """Makes the options of an input and of a model's class names.
 
         A name that several classes share, as ImageNet's two cranes do, names none of them.
@@ -87,7 +87,7 @@ class ReadOptions:
             return None
         return f"the image {too_large(size, self.max_image_bytes)} (input.max_image_bytes)"
 
-    def target(self, label: object) -> tuple[int | None, str | None]:
+    def parse_target(self, label: object) -> tuple[int | None, str | None]:
         """Returns the class index of a label, None for none, and the error of a label that is no class.
 
         Text is a class name, or else an index.

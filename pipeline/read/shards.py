@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Literal, Self
 
 from pipeline.config import InputConfig, InputFormat
-from pipeline.storage import ObjectInfo, Storage, name_below
+from pipeline.storage import ObjectInfo, Storage, relative_name
 
 Format = Literal["webdataset", "parquet", "images"]
 
@@ -27,7 +27,7 @@ class Shard:
         version: of the object; for a group, a hash over its members' names and versions.
         size: in bytes; for a group, of all members together.
         members: a group's images in listing order, else empty. Their names under the listed folder
-            are `name_below(folder, member.uri)`, with the folder of the group's URI.
+            are `relative_name(folder, member.uri)`, with the folder of the group's URI.
     """
 
     uri: str
@@ -54,7 +54,7 @@ class ShardListing(Iterator[Shard]):
     def __next__(self) -> Shard:
         return next(self._shards)
 
-    def require_any(self) -> Self:
+    def require_shards(self) -> Self:
         """Returns this listing, after a look at the first shard; raises `NoShardsError` or `StorageError`."""
         first = next(self._shards, None)
         if first is None:
@@ -76,7 +76,7 @@ class ShardListing(Iterator[Shard]):
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
         for info in objects:
-            name = name_below(self.uri, info.uri)
+            name = relative_name(self.uri, info.uri)
             is_hidden = _is_hidden(name) and info.uri != self.uri
             format = None if is_hidden else _format(name, self.format)
             if format is None:
@@ -135,6 +135,6 @@ class NoShardsError(ValueError):
     """The input has nothing to label."""
 
 
-def input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
+def list_input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
     """Lists all shards of an input; raises `NoShardsError` or `StorageError`."""
-    return list(list_shards(storage, section.uri, section.format).require_any())
+    return list(list_shards(storage, section.uri, section.format).require_shards())

@@ -12,7 +12,7 @@ from pipeline.read.samples import (
     IGNORE_HINT,
     ReadOptions,
     Sample,
-    UnreadableError,
+    UnreadableShardError,
     too_large,
     whole_number,
 )
@@ -43,10 +43,10 @@ class _StrictTarInfo(tarfile.TarInfo):
             if type(error) is _END_OF_ARCHIVE:
                 raise
             if start == 0:
-                raise UnreadableError("no tar or gzipped tar: its first header is none") from error
-            raise UnreadableError(f"the tar is damaged or cut off at byte {start}: {error}") from error
+                raise UnreadableShardError("no tar or gzipped tar: its first header is none") from error
+            raise UnreadableShardError(f"the tar is damaged or cut off at byte {start}: {error}") from error
         if info.size < 0 or tarfile.offset <= start:  # would be read for ever
-            raise UnreadableError(f"the tar is damaged: a member of negative size at byte {start}")
+            raise UnreadableShardError(f"the tar is damaged: a member of negative size at byte {start}")
         return info
 
 
@@ -56,7 +56,7 @@ _END_OF_ARCHIVE: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-d
 
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the samples of a tar: adjacent members with the same key."""
-    with storage.open_ahead(shard.uri, shard.version, options.fetches) as file:
+    with storage.open_sequential(shard.uri, shard.version, options.fetches) as file:
         # By content: gzip is often called .tar. Not by tarfile, which checks neither gzip's end nor
         # its checksum.
         zipped = file.peek(2)[:2] == b"\x1f\x8b"
@@ -89,7 +89,7 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         while block := stream.read(1024**2):
             if block.count(b"\0") != len(block):
                 cause = "a block in its midst is zeroed, or several tars were put together"
-                raise UnreadableError(f"the tar is damaged: there is data after its end ({cause})")
+                raise UnreadableShardError(f"the tar is damaged: there is data after its end ({cause})")
 
 
 def _is_hidden(name: str) -> bool:
@@ -141,7 +141,7 @@ class _TarSample:
             )
         target = None
         if self.error is None:
-            target, self.error = options.target(self.label)
+            target, self.error = options.parse_target(self.label)
         return Sample(self.key, self.image if self.error is None else None, target, self.error)
 
 
@@ -154,7 +154,7 @@ def _content(info: tarfile.TarInfo, stream: BinaryIO, what: str, size_error: str
     stream.seek(info.offset_data)
     content = stream.read(info.size)
     if len(content) < info.size:
-        raise UnreadableError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
+        raise UnreadableShardError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
     return content
 
 

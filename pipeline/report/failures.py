@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from pipeline.commit import Partition
 from pipeline.predictions import read_predictions
 from pipeline.report.parts import Section
-from pipeline.statistics import Causes
+from pipeline.statistics import ErrorCauses
 from pipeline.storage import StorageError
-from pipeline.text import counted
+from pipeline.text import pluralize
 
 #: Shards that can't be read, in the page; the manifest has all.
 MOST_UNREADABLE = 20
@@ -32,7 +32,7 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
     if errors:
         bad = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
         section.notes.append(
-            f"{counted(errors, 'sample')} of {counted(bad, 'shard')} could not be labeled"
+            f"{pluralize(errors, 'sample')} of {pluralize(bad, 'shard')} could not be labeled"
             f"{_by_cause(section, partition, errors, bad, max_files)}"
         )
         files = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
@@ -40,7 +40,7 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
     if len(failed):
         section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
         first = f", the first {MOST_UNREADABLE}" if len(failed) > MOST_UNREADABLE else ""
-        shards = counted(len(failed), "shard")
+        shards = pluralize(len(failed), "shard")
         section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
     return section
 
@@ -56,13 +56,13 @@ def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max
     if bad > max_files or causes.count != errors:
         note += f"; the causes are of {causes.count:,}"
     if bad > max_files:
-        note += f", in the {counted(max_files, 'shard')} with the most errors"
+        note += f", in the {pluralize(max_files, 'shard')} with the most errors"
     if missing:
         note += f"; missing prediction files: {missing:,}"
     return f"{note}:"
 
 
-def read_causes(partition: Partition, max_files: int) -> tuple[Causes, int]:
+def read_causes(partition: Partition, max_files: int) -> tuple[ErrorCauses, int]:
     """Reads causes from the `max_files` prediction files with the most errors; raises `StorageError`.
 
     Returns the causes, and the number of missing files.
@@ -72,16 +72,16 @@ def read_causes(partition: Partition, max_files: int) -> tuple[Causes, int]:
     order = [("errors", "descending"), ("uri", "ascending")]
     worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()
 
-    def read(row: Mapping[str, Any]) -> Causes | None:
+    def read(row: Mapping[str, Any]) -> ErrorCauses | None:
         uri = f"{partition.uri}/{row['output']}"
         found = read_predictions(partition.storage, uri, ["key", "error"])
         if found is None:
             return None
-        causes = Causes()
+        causes = ErrorCauses()
         causes.add(row["uri"], found[1])
         return causes
 
-    total, missing = Causes(), 0
+    total, missing = ErrorCauses(), 0
     with ThreadPoolExecutor(_READERS, thread_name_prefix="causes") as pool:
         for causes in pool.map(read, worst):
             if causes is None:

@@ -20,7 +20,7 @@ from pipeline.report.gallery import read_gallery
 from pipeline.report.parts import largest, short, text_width, ticks
 from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import normalize_uri
-from pipeline.text import counted, percent, printable, score
+from pipeline.text import escape_unprintable, format_percent, format_score, pluralize
 
 #: Prediction files that are read for the causes of errors: some seconds' worth.
 MAX_FILES = 500
@@ -74,8 +74,8 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        score=score,
-        printable=printable,
+        score=format_score,
+        printable=escape_unprintable,
         largest=largest,
         short=short,
         text_width=text_width,
@@ -108,16 +108,16 @@ def _cards(
     """The most important figures: name, value, and what they are of."""
     labeled = int(stats.count.sum())
     errors, deleted = (pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "deleted"))
-    share = percent(errors / max(1, labeled + errors))
-    shards = counted(manifest.num_rows - manifest["rows"].null_count, "shard")
+    share = format_percent(errors / max(1, labeled + errors))
+    shards = pluralize(manifest.num_rows - manifest["rows"].null_count, "shard")
     more = f", {deleted:,} of them deleted from the input" if deleted else ""
     cards = [
         ("Labeled images", f"{labeled:,}", f"in all, of {shards}{more}"),
         ("Images that could not be labeled", f"{errors:,}", f"in all, {share}"),
     ]
     if counts := record.get("counts"):
-        read = counted(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
-        of = f"of {read}, {counted(counts['errors'], 'error')}"
+        read = pluralize(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
+        of = f"of {read}, {pluralize(counts['errors'], 'error')}"
         cards.append(("Images of this run", f"{counts['images']:,}", of))
     seconds = record.get("timings", {})
     if "last_result" in seconds and "executor_ready" in seconds:
@@ -127,5 +127,5 @@ def _cards(
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))
     if stats.has_targets:
         of = f"of {int(stats.support.sum()):,} with a target"
-        cards.append(("Top-1 accuracy", percent(stats.top1_accuracy()), of))
+        cards.append(("Top-1 accuracy", format_percent(stats.top1_accuracy()), of))
     return cards

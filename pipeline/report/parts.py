@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.report.gallery import Item
-from pipeline.text import printable
+from pipeline.text import escape_unprintable
 
 #: Name and values of each of one or two series.
 Series = Sequence[tuple[str, Sequence[float]]]
@@ -87,7 +87,7 @@ class Section:
 
     Attributes:
         id: target of links to the section.
-        causes: from `Causes.to_record`.
+        causes: from `ErrorCauses.to_record`.
         query: SQL that lists all errors.
         unreadable: errors of shards, after `unreadable_note`.
     """
@@ -111,7 +111,7 @@ def largest(series: Series) -> float:
 
 def short(text: str, longest: int = 26) -> str:
     """Text from data, no longer than a chart has room for."""
-    text = printable(text)
+    text = escape_unprintable(text)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

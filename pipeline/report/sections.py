@@ -15,13 +15,13 @@ from pipeline.statistics import (
     Calibration,
     ClassStatistics,
     Comparison,
-    StageFigures,
-    class_cells,
+    StageSummary,
     class_table,
-    is_telling,
-    occurring,
+    format_class_row,
+    is_long_enough,
+    occurring_classes,
 )
-from pipeline.text import number, percent, score
+from pipeline.text import format_number, format_percent, format_score
 
 #: What is shown at most.
 MOST_BARS = 20
@@ -36,12 +36,12 @@ _SHOWN_BINS = 20
 
 def speed(record: Mapping[str, Any]) -> Section | None:
     """How fast a run was, and which stage limited it; None where it processed nothing."""
-    stages = {name: StageFigures(**figures) for name, figures in (record.get("stages") or {}).items()}
+    stages = {name: StageSummary(**figures) for name, figures in (record.get("stages") or {}).items()}
     if not stages:
         return None
     facts = {"Bound by": record.get("bound_by"), "Decoded by": record.get("decoder")}
     if record.get("gpu_utilization") is not None:
-        facts["GPU utilization"] = percent(record["gpu_utilization"])
+        facts["GPU utilization"] = format_percent(record["gpu_utilization"])
     section = Section("speed", "How fast", facts={name: str(value) for name, value in facts.items() if value})
     busy = [figures.share_busy for figures in stages.values()]
     times = sorted(record.get("timings", {}).items(), key=lambda item: item[1])
@@ -52,14 +52,14 @@ def speed(record: Mapping[str, Any]) -> Section | None:
             ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "MB passed on", "Busy"],
             [
                 [
-                    *(name, number(each.images), f"{each.busy_s:,.1f}", f"{each.wait_s:,.1f}"),
-                    *(f"{each.workers:g}", f"{each.bytes / 1e6:,.1f}", percent(each.share_busy)),
+                    *(name, format_number(each.images), f"{each.busy_s:,.1f}", f"{each.wait_s:,.1f}"),
+                    *(f"{each.workers:g}", f"{each.bytes / 1e6:,.1f}", format_percent(each.share_busy)),
                 ]
                 for name, each in stages.items()
             ],
             Bars(list(stages), [("busy", busy)], "busy", "{:.0%}".format),
             note="The other stages wait for the busiest one."
-            if is_telling(stages)
+            if is_long_enough(stages)
             else "The run was too short to tell: its first images were read before measuring started.",
         ),
         Chart("Seconds from the start of the run", ["Event", "Seconds"], events),
@@ -69,7 +69,7 @@ def speed(record: Mapping[str, Any]) -> Section | None:
 
 def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section:
     """How often each class was given, and with which scores."""
-    rows = occurring(class_table(stats, labels, topk))
+    rows = occurring_classes(class_table(stats, labels, topk))
     note = f"Of {len(labels):,} classes, {len(rows):,} occur in all labels."
     section = Section("classes", "Classes and confidence", [note])
     if not rows:
@@ -84,8 +84,8 @@ def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section
         Chart(
             "Images by class" if len(shown) == len(rows) else f"The {len(shown)} most frequent classes",
             columns,
-            [[row["label"], *class_cells(row)] for row in rows[:MOST_CLASSES]],
-            Bars(names, [("images", values)], "images", number),
+            [[row["label"], *format_class_row(row)] for row in rows[:MOST_CLASSES]],
+            Bars(names, [("images", values)], "images", format_number),
             note=more if len(rows) > MOST_CLASSES else "",
         )
     )
@@ -97,13 +97,13 @@ def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section
     if any(right):
         series.append(("correct, of images with a target", right))
         headings.append("Correct")
-    high = percent(sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole)))
+    high = format_percent(sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole)))
     section.charts.append(
         Chart(
             "Confidence: images by score",
             headings,
-            bin_rows(*([number(value) for value in values] for _, values in series), digits=2),
-            Histogram(series, number),
+            bin_rows(*([format_number(value) for value in values] for _, values in series), digits=2),
+            Histogram(series, format_number),
             note=f"The score is the softmax of the class given: {high} of the images have 0.9 or more.",
         )
     )
@@ -123,34 +123,43 @@ def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Sectio
         return None
     section = Section("accuracy", "Against targets")
     targets = int(stats.support.sum())
-    section.facts["Top-1 accuracy"] = f"{percent(stats.top1_accuracy())} of {targets:,} images with a target"
+    section.facts["Top-1 accuracy"] = (
+        f"{format_percent(stats.top1_accuracy())} of {targets:,} images with a target"
+    )
     if (top5 := stats.top5_accuracy(topk)) is not None:
-        section.facts["Top-5 accuracy"] = percent(top5)
-    found = Calibration.of(stats)
+        section.facts["Top-5 accuracy"] = format_percent(top5)
+    found = Calibration.from_statistics(stats)
     section.facts["Expected calibration error"] = f"{found.ece:.4f}"
     counts, right, confidence = found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist()
     section.charts.append(
         Chart(
             "Accuracy by score",
             ["Score", "Images", "Accuracy", "Mean score"],
-            bin_rows([*map(number, counts)], [*map(percent, right)], [*map(score, confidence)]),
+            bin_rows(
+                [*map(format_number, counts)], [*map(format_percent, right)], [*map(format_score, confidence)]
+            ),
             Reliability(right, confidence),
             f"Reliability diagram; the expected calibration error is {found.ece:.4f}.",
             "A calibrated model's bars end at the dashed line: 80 % of labels with a score of 0.8 are right.",
         )
     )
-    pairs = stats.confusion.top(MOST_PAIRS)
+    pairs = stats.confusion.most_common(MOST_PAIRS)
     if not pairs:
         section.notes.append("No image is labeled with another class than its target.")
         return section
     section.charts.append(_matrix(labels, stats))
     rows = [
-        [labels[target], labels[given], number(count), percent(count / max(1, int(stats.support[target])))]
+        [
+            labels[target],
+            labels[given],
+            format_number(count),
+            format_percent(count / max(1, int(stats.support[target]))),
+        ]
         for given, target, count in pairs
     ]
     columns = ["Target", "Labeled as", "Images", "Of the target's"]
     section.charts.append(Chart("Most confused pairs", columns, rows, names=2))
-    if note := stats.confusion.note:
+    if note := stats.confusion.limit_note:
         section.notes.append(note)
     return section
 
@@ -159,17 +168,17 @@ def _matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
     chosen = _most_confused(stats)
     place = {label_id: i for i, label_id in enumerate(chosen)}
     cells = np.diag(stats.true_positives[chosen])
-    given, target, counts = stats.confusion.arrays()
+    given, target, counts = stats.confusion.to_arrays()
     inside = np.isin(given, chosen) & np.isin(target, chosen)
     for a, b, count in zip(*(values[inside].tolist() for values in (given, target, counts)), strict=True):
         cells[place[b], place[a]] = count
     names = [labels[label_id] for label_id in chosen]
     is_whole = len(chosen) == np.count_nonzero(stats.count | stats.support)
-    a, b, count = stats.confusion.top(1)[0]
+    a, b, count = stats.confusion.most_common(1)[0]
     return Chart(
         "Confusion matrix" if is_whole else f"Confusion matrix of the {len(chosen)} most confused classes",
         ["Target", *names],
-        [[name, *map(number, row)] for name, row in zip(names, cells.tolist(), strict=True)],
+        [[name, *map(format_number, row)] for name, row in zip(names, cells.tolist(), strict=True)],
         Matrix(names, (cells / np.maximum(1, stats.support[chosen])[:, None]).tolist()),
         f"Targets in rows, labels in columns. {labels[b]} is labeled as {labels[a]} {count:,} times.",
         "The darker a cell, the larger its share of the row's targets (by the square root).",
@@ -182,7 +191,7 @@ def _most_confused(stats: ClassStatistics) -> list[int]:
     if len(occur) <= MOST_IN_MATRIX:
         return occur
     chosen: set[int] = set()
-    for given, target, _ in stats.confusion.top(MOST_IN_MATRIX**2):
+    for given, target, _ in stats.confusion.most_common(MOST_IN_MATRIX**2):
         if len(chosen | {given, target}) <= MOST_IN_MATRIX:
             chosen |= {given, target}
     return sorted(chosen)
@@ -195,30 +204,30 @@ def comparison(found: Comparison, number_in_page: int) -> Section:
     there = "all labels" if found.a.run is None else "what that run labeled and no later run relabeled"
     section.facts["There"] = f"{there}: {found.a.name}"
     section.facts["Here"] = "all labels" if found.b.run is None else "what this run labeled"
-    section.facts |= found.facts("there", "here")
+    section.facts |= found.summary("there", "here")
     drift, chosen = found.drift, found.drift.most_changed(MOST_CHANGED)
-    names, parts = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_parts[chosen])
+    names, parts = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_by_class[chosen])
     here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
-    counts = (map(number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
+    counts = (map(format_number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
     scores, others = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
     section.charts = [
         Chart(
             "Classes whose share changed most",
             ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
-            [*zip(names, *counts, map(percent, here), map(percent, there), parts, strict=True)],
+            [*zip(names, *counts, map(format_percent, here), map(format_percent, there), parts, strict=True)],
             Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
         ),
         Chart(
             "Scores, here and there",
             ["Score", "Share here", "Share there"],
-            bin_rows([*map(percent, scores)], [*map(percent, others)]),
+            bin_rows([*map(format_percent, scores)], [*map(format_percent, others)]),
             Histogram([("here", scores), ("there", others)], "{:.0%}".format),
             f"The population stability index is {drift.score_psi:.4f}.",
         ),
     ]
-    if agreement is not None and (pairs := agreement.disagreements.top(MOST_PAIRS)):
+    if agreement is not None and (pairs := agreement.disagreements.most_common(MOST_PAIRS)):
         rows = [
-            [labels[b], labels[a], number(count), percent(count / agreement.compared)]
+            [labels[b], labels[a], format_number(count), format_percent(count / agreement.compared)]
             for a, b, count in pairs
         ]
         columns = ["Here", "There", "Images", "Of those compared"]

@@ -15,7 +15,7 @@ from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
 from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
 from pipeline.read import ReadOptions, Shard
-from pipeline.storage import Storage, room_below
+from pipeline.storage import Storage, max_name_bytes
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -54,7 +54,7 @@ class Job:
         config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions.of(config.input, labels, config.read.concurrent_fetches),
+            read_options=ReadOptions.from_config(config.input, labels, config.read.concurrent_fetches),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
                 labels, config.output.topk, config.output.embedding, self.checkpoint.embedding_width
@@ -105,14 +105,14 @@ def check_installed(config: Config) -> None:
 
 def check_room(partition: Partition, shards: Iterable[Shard]) -> None:
     """Raises `ConfigError` if the storage cannot hold the name of a shard's prediction file."""
-    if room_below(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
+    if max_name_bytes(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
         return
     for shard in shards:
         _check_name(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
 
 
 def _check_name(partition: Partition, what: str, name: str) -> None:
-    room, needed = room_below(partition.uri), len(name.encode())
+    room, needed = max_name_bytes(partition.uri), len(name.encode())
     if needed > room:
         raise ConfigError(
             f"output.uri: too long: names under {partition.uri} can have {max(room, 0)} bytes, "

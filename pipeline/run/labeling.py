@@ -13,7 +13,7 @@ from pipeline.run.planning import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, RunContext, RunResult, recorded
 from pipeline.run.streaming import label_shards
 from pipeline.run.summaries import has_unwanted_gallery, judge_again, summarize
-from pipeline.storage import StorageError, retries
+from pipeline.storage import StorageError, retry_counts
 
 logger = logging.getLogger("cvt_label")
 
@@ -45,7 +45,7 @@ def label(
         LeaseLostError: another run has taken over.
         Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
     """
-    clock, before = Clock(), retries()
+    clock, before = Clock(), retry_counts()
     check_installed(config)
     open_listing(config)  # an input without shards fails before anything is written
     job = make_job(config)
@@ -70,7 +70,7 @@ def label(
                 try:
                     _carry_out(RunContext(result, prepared, record, clock, lease, writer, on_progress))
                 finally:
-                    record.note(storage_retries=dict(retries() - before + result.totals.retries))
+                    record.note(storage_retries=dict(retry_counts() - before + result.totals.retries))
         except Stopped:
             lease.left_in_order = True
             raise
@@ -84,7 +84,7 @@ def _carry_out(run: RunContext) -> None:
     stop: Stop | None = None
     try:
         if not run.prepared.in_order:  # some process may have died
-            partition.storage.sweep(partition.uri)
+            partition.storage.remove_unfinished_writes(partition.uri)
         removed, changed = clean_up(run)
         if plan.shards:
             try:

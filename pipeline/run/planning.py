@@ -9,7 +9,7 @@ from pipeline.commit import ManifestRow, Repairs, find_repairs, left_in_order
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
 from pipeline.read import Shard, ShardListing, list_shards
 from pipeline.run.job import Job, check_room, make_job
-from pipeline.storage import lies_in
+from pipeline.storage import is_under
 
 #: The row of a shard that the manifest does not have.
 _UNKNOWN = ManifestRow("")
@@ -105,7 +105,7 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
     found.deleted = {
         uri: row
         for uri, row in manifest.items()
-        if uri not in seen and lies_in(uri, listing.uri) and listing.format in (None, row.format)
+        if uri not in seen and is_under(uri, listing.uri) and listing.format in (None, row.format)
     }
     found.states[ShardState.DELETED], found.ignored = len(found.deleted), listing.ignored
     return found
@@ -167,9 +167,9 @@ def open_listing(config: Config) -> ShardListing:
         ConfigError: the output lies in the input.
     """
     source, target = config.input.uri, config.output.uri
-    if lies_in(target, source):
+    if is_under(target, source):
         raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
-    return list_shards(make_storage(config.storage), source, config.input.format).require_any()
+    return list_shards(make_storage(config.storage), source, config.input.format).require_shards()
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: bool) -> PreparedRun:

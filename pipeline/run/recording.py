@@ -18,7 +18,7 @@ from pipeline.read import Shard, list_shards
 from pipeline.report import Gallery
 from pipeline.run.job import Job
 from pipeline.run.planning import Plan, PreparedRun
-from pipeline.statistics import ClassStatistics, StageFigures
+from pipeline.statistics import ClassStatistics, StageSummary
 from pipeline.storage import StorageError
 
 _PACKAGES = (
@@ -61,7 +61,7 @@ class RunResult:
     rolled_back: set[str] = field(default_factory=set)
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, StageFigures] = field(default_factory=dict)
+    stages: dict[str, StageSummary] = field(default_factory=dict)
     decoder: str = ""
     broken_limits: list[str] = field(default_factory=list)
 

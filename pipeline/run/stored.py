@@ -31,7 +31,7 @@ def find_partition(config: Config) -> Partition:
         StorageError: there is none, or it can't be read.
     """
     storage, output, runs = make_storage(config.storage), config.output.uri, dict[str, str]()
-    for uri in storage.folders(output):
+    for uri in storage.list_folders(output):
         partition = Partition(storage, uri, ())
         if partition.name.startswith("model="):
             for run in partition.records()[: -_RUNS - 1 : -1]:

@@ -12,8 +12,16 @@ from pipeline.config import InputFormat
 from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor
 from pipeline.read import Chunk, Shard, list_shards
 from pipeline.run.recording import RunContext
-from pipeline.statistics import CLASSIFY, COMMIT, DECODE, STORAGE, StageMetrics, bound_by, stage_figures
-from pipeline.storage import Storage, retries
+from pipeline.statistics import (
+    CLASSIFY,
+    COMMIT,
+    DECODE,
+    STORAGE,
+    StageMetrics,
+    describe_bottleneck,
+    summarize_stages,
+)
+from pipeline.storage import Storage, retry_counts
 
 logger = logging.getLogger("cvt_label")
 
@@ -62,7 +70,7 @@ def _note_commit(run: RunContext, row: ManifestRow) -> None:
 
 
 def _commit_results(run: RunContext, executor: Executor, committer: Committer, stop: Stop) -> None:
-    plan, job, retries_before = run.result.plan, run.result.job, retries()
+    plan, job, retries_before = run.result.plan, run.result.job, retry_counts()
     resources = executor.resources(job.resource_request)
     run.record.note(resources=asdict(resources))
     run.clock.mark("executor_ready")
@@ -73,7 +81,9 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
 
     def note_progress(chunk: Chunk | None = None) -> None:
         if metrics is not None:
-            metrics.update(committer.totals, retries() - retries_before + committer.totals.retries, chunk)
+            metrics.update(
+                committer.totals, retry_counts() - retries_before + committer.totals.retries, chunk
+            )
         run.on_progress(committer.progress(), run.prepared)
 
     chunks = executor.label(plan.shards, job.stages, resources)
@@ -110,10 +120,10 @@ def _note_stages(run: RunContext, resources: Resources, seconds: float) -> None:
         decoded = metrics.get(DECODE, StageMetrics())
         on_gpu, on_cpu = decoded.decoded_on_gpu, decoded.images - decoded.decoded_on_gpu
         result.decoder = f"the GPU, {on_gpu:,} images, and the CPU, {on_cpu:,}"
-    result.stages = stage_figures(metrics, workers, seconds)
+    result.stages = summarize_stages(metrics, workers, seconds)
     run.record.note(
         stages={stage: asdict(figures) for stage, figures in result.stages.items()},
-        bound_by=bound_by(result.stages),
+        bound_by=describe_bottleneck(result.stages),
         gpu_utilization=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
         decoder=result.decoder,
     )

@@ -10,7 +10,7 @@ from pipeline.compare import RunPair
 from pipeline.report import GALLERY_FILE, read_gallery, write_gallery, write_report
 from pipeline.run.recording import RunContext
 from pipeline.run.stored import write_class_table
-from pipeline.statistics import ClassStatistics, Comparison, Limits
+from pipeline.statistics import ClassStatistics, Comparison, ComparisonLimits
 from pipeline.storage import ABSENT, StorageError
 
 logger = logging.getLogger("cvt_label")
@@ -37,7 +37,7 @@ def summarize(run: RunContext) -> None:
 
 def judge_again(run: RunContext) -> None:
     """Holds what earlier runs labeled to the limits of the gate, where this run changed nothing."""
-    if _limits(run).are_any:
+    if _limits(run).any_set:
         runs = _run_pair(run)
         _judge(run, runs, runs.compare()[1] if runs.current else None)
 
@@ -59,8 +59,8 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
     write_gallery(storage, uri, run.gallery.merged(read_gallery(storage, uri), deleted, set(frequent)))
 
 
-def _limits(run: RunContext) -> Limits:
-    return Limits(**run.result.job.config.gate.model_dump())
+def _limits(run: RunContext) -> ComparisonLimits:
+    return ComparisonLimits(**run.result.job.config.gate.model_dump())
 
 
 def _judge(run: RunContext, runs: RunPair, previous: Comparison | None) -> None:
@@ -71,7 +71,7 @@ def _judge(run: RunContext, runs: RunPair, previous: Comparison | None) -> None:
     drift = None if previous is None else previous.totals
     if not runs.current and runs.previous is not None:
         drift = (runs.partition.record(runs.previous) or {}).get("drift")
-    broken = _limits(run).broken(drift) if drift else []
+    broken = _limits(run).violations(drift) if drift else []
     run.result.broken_limits = broken
     run.record.note(drift=drift, broken_limits=broken)
 

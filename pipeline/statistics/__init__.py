@@ -3,23 +3,23 @@
 NumPy and Arrow only. Reading and writing files does not belong here.
 """
 
-from pipeline.statistics.causes import Causes
+from pipeline.statistics.causes import ErrorCauses
 from pipeline.statistics.classes import HISTOGRAM_BINS, Calibration, ClassStatistics
-from pipeline.statistics.comparison import Agreement, Comparison, LabelSetId, Limits
+from pipeline.statistics.comparison import AgreementStatistics, Comparison, ComparisonLimits, LabelSetId
 from pipeline.statistics.confusion import PairCounts
-from pipeline.statistics.drift import Classes, Drift
+from pipeline.statistics.drift import ClassMapping, Drift
 from pipeline.statistics.stages import (
     CLASSIFY,
     COMMIT,
     DECODE,
     STAGES,
     STORAGE,
-    Meter,
-    StageFigures,
     StageMetrics,
+    StageSummary,
+    StageTimer,
     add_metrics,
-    bound_by,
-    is_telling,
-    stage_figures,
+    describe_bottleneck,
+    is_long_enough,
+    summarize_stages,
 )
-from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_cells, class_table, occurring
+from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_table, format_class_row, occurring_classes

@@ -23,14 +23,14 @@ _DIFFERENT = (
 )
 
 
-def causes_of(errors: pa.Array) -> pa.Array:
+def normalize_errors(errors: pa.Array) -> pa.Array:
     """The causes of errors, from their texts."""
     for pattern, mark in _DIFFERENT:
         errors = pc.replace_substring_regex(errors, pattern, mark)
     return errors
 
 
-class Causes:
+class ErrorCauses:
     """Errors by cause."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Causes:
     def add(self, shard: str, samples: pa.Table) -> None:
         """Counts the errors of samples of a shard, from the columns `key` and `error`."""
         bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"]))
-        for text, row in zip(causes_of(bad["error"]).to_pylist(), bad.to_pylist(), strict=True):
+        for text, row in zip(normalize_errors(bad["error"]).to_pylist(), bad.to_pylist(), strict=True):
             self._count(text, 1, [{"shard": shard, **row}])
 
     def merge(self, other: Self) -> None:

@@ -66,7 +66,7 @@ class ClassStatistics:
         support: rows whose target is this class.
         true_positives: rows given this class whose target is this class.
         top5_hits: rows whose target is this class and is among their five best classes; too low where rows
-            have fewer classes (see `knows_top5`).
+            have fewer classes (see `has_top5`).
         confusion: pairs (class given, target) of the rows where the two differ.
         calibration: int64 (3, `HISTOGRAM_BINS`), by bin of the score, over rows with a target: rows, rows
             whose target is the class given, and the fixed-point sum of the scores.
@@ -97,7 +97,7 @@ class ClassStatistics:
         return cls(**values | {"confusion": PairCounts()})
 
     @classmethod
-    def of(cls, predictions: pa.Table, num_classes: int) -> Self:
+    def from_predictions(cls, predictions: pa.Table, num_classes: int) -> Self:
         """Computes the statistics of prediction rows; rows with an error are not counted.
 
         The columns `label_id`, `score`, `entropy`, `target_id`, `topk_label_ids` are read.
@@ -140,7 +140,7 @@ class ClassStatistics:
         histogram = self.score_histogram[seen]
         rows, bins = np.nonzero(histogram)
         lists = {"score_bins": (rows, bins), "score_bin_counts": (rows, histogram[rows, bins])}
-        label, target, counts = self.confusion.arrays()
+        label, target, counts = self.confusion.to_arrays()
         rows = np.searchsorted(seen, label)
         lists |= {"confused_ids": (rows, target), "confused_counts": (rows, counts)}
         bins = np.flatnonzero(self.calibration[0])
@@ -187,10 +187,10 @@ class ClassStatistics:
         return ratio(int(self.true_positives.sum()), int(self.support.sum()))
 
     def top5_accuracy(self, topk: int) -> float | None:
-        """As `top1_accuracy`, with the target among the five best classes; None unless `knows_top5`."""
-        return ratio(int(self.top5_hits.sum()), int(self.support.sum())) if self.knows_top5(topk) else None
+        """As `top1_accuracy`, with the target among the five best classes; None unless `has_top5`."""
+        return ratio(int(self.top5_hits.sum()), int(self.support.sum())) if self.has_top5(topk) else None
 
-    def knows_top5(self, topk: int) -> bool:
+    def has_top5(self, topk: int) -> bool:
         """Whether rows with `topk` classes show if a target is among the five best."""
         return topk >= min(5, len(self.count))
 
@@ -212,7 +212,7 @@ class Calibration:
     confidence: np.ndarray
 
     @classmethod
-    def of(cls, stats: ClassStatistics) -> Self:
+    def from_statistics(cls, stats: ClassStatistics) -> Self:
         """Computes the calibration of all samples with a target."""
         counts, hits, sums = stats.calibration.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
         with np.errstate(invalid="ignore"):

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.statistics.confusion import PairCounts
-from pipeline.statistics.drift import DRIFT_BINS, Classes, Drift
-from pipeline.text import percent, score
+from pipeline.statistics.drift import DRIFT_BINS, ClassMapping, Drift
+from pipeline.text import format_percent, format_score
 
 #: Metadata key of the table, for the totals as JSON.
 TOTALS = "cvt_label.comparison"
@@ -34,7 +34,7 @@ class LabelSetId(NamedTuple):
         return self.uri.rpartition("/")[2]
 
 
-class Agreement:
+class AgreementStatistics:
     """How often two label sets a and b give the same sample the same class.
 
     Arrays have the shape (classes,), by place in `classes.labels`.
@@ -50,24 +50,24 @@ class Agreement:
             version or deleted since the manifest was written.
     """
 
-    def __init__(self, classes: Classes) -> None:
+    def __init__(self, classes: ClassMapping) -> None:
         self.classes = classes
         self.same, self.given_a, self.given_b = np.zeros((3, len(classes.labels)), np.int64)
         self.disagreements = PairCounts()
         self.compared = self.only_a = self.only_b = self.shards = self.changed_shards = 0
 
     @property
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         """Fraction of the compared samples that both gave the same class; None where none was compared."""
         return int(self.same.sum()) / self.compared if self.compared else None
 
     @property
     def kappa(self) -> float | None:
         """Cohen's kappa (1960): agreement beyond what the classes' frequencies alone would give."""
-        if self.share is None:
+        if self.fraction is None:
             return None
         chance = float((self.given_a / self.compared * (self.given_b / self.compared)).sum())
-        return (self.share - chance) / (1 - chance) if chance < 1 else None
+        return (self.fraction - chance) / (1 - chance) if chance < 1 else None
 
     def add(self, a: pa.Table, b: pa.Table) -> None:
         """Counts the samples of one shard, from the columns `index` and `label_id` of both label sets."""
@@ -98,7 +98,7 @@ class Comparison:
     a: LabelSetId
     b: LabelSetId
     drift: Drift
-    agreement: Agreement | None
+    agreement: AgreementStatistics | None
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Comparison:
             "classes_only_b": drift.classes.only_b,
             "psi": drift.psi,
             "psi_by_chance": drift.psi_by_chance,
-            "js_distance": drift.js,
+            "js_distance": drift.js_distance,
             "score_psi": drift.score_psi,
             "score_bins": DRIFT_BINS,
         }
@@ -125,23 +125,23 @@ class Comparison:
                 "only_b": agreement.only_b,
                 "shards": agreement.shards,
                 "changed_shards": agreement.changed_shards,
-                "agreement": agreement.share,
+                "agreement": agreement.fraction,
                 "kappa": agreement.kappa,
                 "disagreements": [
                     {"a": labels[a], "b": labels[b], "count": count}
-                    for a, b, count in agreement.disagreements.top(_MOST_PAIRS)
+                    for a, b, count in agreement.disagreements.most_common(_MOST_PAIRS)
                 ],
                 "disagreements_uncounted": agreement.disagreements.uncounted,
             }
         return values
 
-    def facts(self, in_a: str, in_b: str) -> dict[str, str]:
+    def summary(self, in_a: str, in_b: str) -> dict[str, str]:
         """The figures in words; `in_a` and `in_b` are words for "in a" and "in b", such as "there"."""
         drift, agreement, classes = self.drift, self.agreement, self.drift.classes
         facts = {
             "Labeled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
             "PSI of the classes": f"{drift.psi:.4f} (about {drift.psi_by_chance:.4f} by chance alone)",
-            "Jensen-Shannon distance": f"{drift.js:.4f}",
+            "Jensen-Shannon distance": f"{drift.js_distance:.4f}",
             "PSI of the scores": f"{drift.score_psi:.4f}",
         }
         if classes.only_a or classes.only_b:
@@ -151,14 +151,14 @@ class Comparison:
             )
         if agreement is not None:
             facts["Same class"] = (
-                f"{percent(agreement.share)} of {agreement.compared:,} images labeled in both, "
-                f"Cohen's kappa {score(agreement.kappa)}"
+                f"{format_percent(agreement.fraction)} of {agreement.compared:,} images labeled in both, "
+                f"Cohen's kappa {format_score(agreement.kappa)}"
             )
             facts["Not compared"] = (
                 f"{agreement.only_a:,} images labeled only {in_a}, {agreement.only_b:,} only {in_b}; "
                 f"{agreement.changed_shards:,} shards labeled in different versions"
             )
-            if note := agreement.disagreements.note:
+            if note := agreement.disagreements.limit_note:
                 facts["Disagreements"] = note
         return facts
 
@@ -179,8 +179,8 @@ class Comparison:
             "count_b": drift.count_b,
             "fraction_a": drift.fraction_a,
             "fraction_b": drift.fraction_b,
-            "psi": drift.psi_parts,
-            "js_divergence": drift.js_parts,
+            "psi": drift.psi_by_class,
+            "js_divergence": drift.js_divergence_by_class,
             "score_psi": pa.array(drift.class_score_psi, mask=np.isnan(drift.class_score_psi)),
         }
         columns |= zip(("compared_a", "compared_b", "same"), agreed, strict=True)
@@ -194,7 +194,7 @@ def _ids(places: np.ndarray, classes: int) -> pa.Array:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ComparisonLimits:
     """Limits for a comparison; None is no limit. Those of drift need `min_images` in both label sets."""
 
     max_psi: float | None = None
@@ -204,11 +204,11 @@ class Limits:
     min_images: int = 1
 
     @property
-    def are_any(self) -> bool:
+    def any_set(self) -> bool:
         """Whether there is any limit."""
-        return self != Limits(min_images=self.min_images)
+        return self != ComparisonLimits(min_images=self.min_images)
 
-    def broken(self, totals: Mapping[str, Any]) -> list[str]:
+    def violations(self, totals: Mapping[str, Any]) -> list[str]:
         """The limits that `Comparison.totals` break, in words."""
         enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
         broken = [

@@ -28,19 +28,19 @@ class PairCounts:
         if self._pending_pairs > max(_PENDING, len(self._keys)):
             self._merge()
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def to_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pairs that occur, sorted, and their counts: a, b, count."""
         self._merge()
         return self._keys >> 32, self._keys & 0xFFFFFFFF, self._counts
 
-    def top(self, n: int) -> list[tuple[int, int, int]]:
+    def most_common(self, n: int) -> list[tuple[int, int, int]]:
         """The most frequent pairs: (a, b, count); of equally frequent ones, the first by class id."""
-        a, b, counts = self.arrays()
+        a, b, counts = self.to_arrays()
         best = np.argsort(-counts, kind="stable")[:n]
         return list(zip(a[best].tolist(), b[best].tolist(), counts[best].tolist(), strict=True))
 
     @property
-    def note(self) -> str:
+    def limit_note(self) -> str:
         """What the limit left out, in words; empty where nothing."""
         more = (
             f"{self._limit:,} pairs of classes are counted; {self.uncounted:,} images of other pairs are not."

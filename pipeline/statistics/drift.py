@@ -22,7 +22,7 @@ DRIFT_BINS = 10
 _ADDED = 0.5
 
 
-def psi_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def psi_by_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Each class's part of the PSI between counts, along the last axis; 0 for a class in neither."""
     occurs = (a > 0) | (b > 0)
     with_added = (np.where(occurs, counts + _ADDED, 0) for counts in (a, b))
@@ -38,7 +38,7 @@ def psi_by_chance(a: np.ndarray, b: np.ndarray) -> float:
     return max(0, classes - 1) * (1 / max(1, int(a.sum())) + 1 / max(1, int(b.sum())))
 
 
-def js_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def js_divergence_by_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Each class's part of the Jensen-Shannon divergence between counts, in bits; none is negative."""
     p, q = a / max(1, int(a.sum())), b / max(1, int(b.sum()))
     middle = (p + q) / 2
@@ -50,7 +50,7 @@ def js_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Classes:
+class ClassMapping:
     """The classes of two models a and b, matched by name; classes with the same name by their order.
 
     Attributes:
@@ -99,15 +99,16 @@ class Drift:
     Attributes:
         count_a, count_b: images given each class, int64 (classes,), by place in `classes.labels`.
         scores_a, scores_b: histograms of their scores, int64 (classes, `DRIFT_BINS`).
-        psi_parts, js_parts: each class's part of the PSI, and of the Jensen-Shannon divergence in bits.
+        psi_by_class: each class's contribution to the PSI.
+        js_divergence_by_class: each class's contribution to the Jensen-Shannon divergence, in bits.
         class_score_psi: PSI of each class's scores; NaN where a or b doesn't have the class.
         psi_by_chance: mean of `psi` without drift.
-        js: Jensen-Shannon distance of the classes: 0 for equal fractions, 1 for disjoint ones.
+        js_distance: Jensen-Shannon distance of the classes: 0 for equal fractions, 1 for disjoint ones.
         score_psi: population stability index of the scores of all classes.
     """
 
     def __init__(
-        self, classes: Classes, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
+        self, classes: ClassMapping, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
     ) -> None:
         self.classes = classes
         self.count_a, self.scores_a = self._placed(*a, classes.ids_a)
@@ -115,14 +116,14 @@ class Drift:
         self.images_a, self.images_b = int(self.count_a.sum()), int(self.count_b.sum())
         self.fraction_a = self.count_a / max(1, self.images_a)
         self.fraction_b = self.count_b / max(1, self.images_b)
-        self.psi_parts = psi_parts(self.count_a, self.count_b)
-        self.psi = float(self.psi_parts.sum())
+        self.psi_by_class = psi_by_class(self.count_a, self.count_b)
+        self.psi = float(self.psi_by_class.sum())
         self.psi_by_chance = psi_by_chance(self.count_a, self.count_b)
-        self.js_parts = js_parts(self.count_a, self.count_b)
-        self.js = float(np.sqrt(np.clip(self.js_parts.sum(), 0, 1)))
-        score_psi = psi_parts(self.scores_a, self.scores_b).sum(axis=1)
+        self.js_divergence_by_class = js_divergence_by_class(self.count_a, self.count_b)
+        self.js_distance = float(np.sqrt(np.clip(self.js_divergence_by_class.sum(), 0, 1)))
+        score_psi = psi_by_class(self.scores_a, self.scores_b).sum(axis=1)
         self.class_score_psi = np.where((self.count_a > 0) & (self.count_b > 0), score_psi, np.nan)
-        self.score_psi = float(psi_parts(self.scores_a.sum(axis=0), self.scores_b.sum(axis=0)).sum())
+        self.score_psi = float(psi_by_class(self.scores_a.sum(axis=0), self.scores_b.sum(axis=0)).sum())
 
     def _placed(
         self, count: np.ndarray, histogram: np.ndarray, ids: np.ndarray
@@ -134,5 +135,5 @@ class Drift:
 
     def most_changed(self, n: int) -> list[int]:
         """The occurring classes with the largest parts of the PSI, by place in `classes.labels`."""
-        best = np.argsort(-self.psi_parts, kind="stable")[:n]
+        best = np.argsort(-self.psi_by_class, kind="stable")[:n]
         return [int(i) for i in best if self.count_a[i] or self.count_b[i]]

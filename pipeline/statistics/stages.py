@@ -54,7 +54,7 @@ def add_metrics(total: dict[str, StageMetrics], more: Mapping[str, StageMetrics]
         total[stage] = total.get(stage, StageMetrics()) + metrics
 
 
-class Meter:
+class StageTimer:
     """Measures the seconds in which a worker works (`with meter:`), and in which it waits for work.
 
     Several threads may work at the same time: the worker waits while none of them works.
@@ -72,7 +72,7 @@ class Meter:
     def __exit__(self, *failure: object) -> None:
         self._turn(-1)
 
-    def take(self, images: int = 0, bytes: int = 0) -> StageMetrics:
+    def collect(self, images: int = 0, bytes: int = 0) -> StageMetrics:
         """Returns these counts with the seconds measured since the last call."""
         self._turn(0)
         with self._lock:
@@ -92,7 +92,7 @@ class Meter:
 
 
 @dataclass(frozen=True)
-class StageFigures:
+class StageSummary:
     """One stage's part in a run; `images` and `bytes` as in `StageMetrics`.
 
     Attributes:
@@ -114,9 +114,9 @@ class StageFigures:
         return (self.busy_s + self.wait_s) / self.workers
 
 
-def stage_figures(
+def summarize_stages(
     metrics: Mapping[str, StageMetrics], workers: Mapping[str, int], seconds: float
-) -> dict[str, StageFigures]:
+) -> dict[str, StageSummary]:
     """Each stage's part in a run.
 
     Args:
@@ -135,18 +135,18 @@ def stage_figures(
             count = (busy + wait) / seconds if seconds else 0.0
         share = round(busy / (busy + wait), 4) if busy + wait else 0.0
         times = round(busy, 3), round(wait, 3)
-        figures[stage] = StageFigures(sums.images, *times, sums.bytes, round(count, 2), share)
+        figures[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), share)
     return figures
 
 
-def is_telling(figures: Mapping[str, StageFigures]) -> bool:
+def is_long_enough(figures: Mapping[str, StageSummary]) -> bool:
     """Whether a run was long enough to tell what bound it."""
     return min((stage.seconds for stage in figures.values() if stage.workers), default=0.0) >= _TELLING_S
 
 
-def bound_by(figures: Mapping[str, StageFigures]) -> str:
+def describe_bottleneck(figures: Mapping[str, StageSummary]) -> str:
     """Says in one line which stage the others waited for, where the run was long enough to tell."""
-    if not is_telling(figures):
+    if not is_long_enough(figures):
         return "not known: the run was too short to tell"
     by_share = sorted(figures, key=lambda stage: figures[stage].share_busy, reverse=True)
     shares = [f"{stage} {figures[stage].share_busy:.0%}" for stage in by_share]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.statistics.classes import HISTOGRAM_BINS, SCALE, ClassStatistics, ratio
-from pipeline.text import percent, score
+from pipeline.text import format_percent, format_score
 
 CLASS_STATS_SCHEMA = pa.schema(
     [
@@ -44,15 +44,15 @@ def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.
 
     The top-5 recall is null where rows have only `topk` classes, fewer than five and than the model has.
     """
-    total, knows_top5 = int(stats.count.sum()), stats.knows_top5(topk)
+    total, has_top5 = int(stats.count.sum()), stats.has_top5(topk)
     rows = [
-        {"label_id": i, "label": label, **_class_row(stats, i, total, knows_top5)}
+        {"label_id": i, "label": label, **_class_row(stats, i, total, has_top5)}
         for i, label in enumerate(labels)
     ]
     return pa.Table.from_pylist(rows, schema=CLASS_STATS_SCHEMA)
 
 
-def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> dict[str, object]:
+def _class_row(stats: ClassStatistics, i: int, total: int, has_top5: bool) -> dict[str, object]:
     count, histogram = int(stats.count[i]), stats.score_histogram[i]
     row: dict[str, object] = {"count": count, "fraction": ratio(count, total), "score_histogram": histogram}
     if count:
@@ -75,7 +75,7 @@ def _class_row(stats: ClassStatistics, i: int, total: int, knows_top5: bool) -> 
             "precision": ratio(hits, predicted),
             "recall": ratio(hits, support),
             "f1": ratio(2 * hits, predicted + support),
-            "top5_recall": ratio(int(stats.top5_hits[i]), support) if knows_top5 else None,
+            "top5_recall": ratio(int(stats.top5_hits[i]), support) if has_top5 else None,
         }
     return row
 
@@ -86,7 +86,7 @@ def _quantile(histogram: np.ndarray, q: float) -> float:
     return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / HISTOGRAM_BINS
 
 
-def occurring(classes: pa.Table) -> list[dict[str, Any]]:
+def occurring_classes(classes: pa.Table) -> list[dict[str, Any]]:
     """Rows of a class table whose class was given to an image or is a target, the most frequent first."""
     rows = classes.drop_columns(["score_histogram"]).to_pylist()
     return sorted(
@@ -95,13 +95,13 @@ def occurring(classes: pa.Table) -> list[dict[str, Any]]:
     )
 
 
-def class_cells(row: Mapping[str, Any]) -> list[str]:
+def format_class_row(row: Mapping[str, Any]) -> list[str]:
     """A class's figures as text: images, share, mean score, three quantiles of the score.
 
     Where there are targets, precision, recall and F1 follow.
     """
-    cells = [f"{row['count']:,}", percent(row["fraction"])]
-    cells += [score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
+    cells = [f"{row['count']:,}", format_percent(row["fraction"])]
+    cells += [format_score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
     if row["support"] is not None:
-        cells += [percent(row["precision"]), percent(row["recall"]), score(row["f1"])]
+        cells += [format_percent(row["precision"]), format_percent(row["recall"]), format_score(row["f1"])]
     return cells

@@ -12,9 +12,9 @@ from pipeline.storage.objects import (
     ObjectNotFound,
     StorageError,
     is_relative,
-    lies_in,
-    name_below,
+    is_under,
+    max_name_bytes,
     normalize_uri,
-    room_below,
+    relative_name,
 )
-from pipeline.storage.retrying import retries
+from pipeline.storage.retrying import retry_counts

@@ -66,9 +66,9 @@ class Storage:
             if not missing_ok:
                 raise
 
-    def folders(self, uri: str) -> Iterator[str]:
+    def list_folders(self, uri: str) -> Iterator[str]:
         """Lists the folders directly in a folder, in no particular order; none if it does not exist."""
-        return self._service(uri).folders(uri)
+        return self._service(uri).list_folders(uri)
 
     def stat(self, uri: str) -> ObjectInfo:
         """Returns an object's size and version; raises `ObjectNotFound` if there is none."""
@@ -87,9 +87,9 @@ class Storage:
         Every read is pinned to `version`, or to the current one: bytes of two versions never mix. With
         a version nothing is fetched before the first read.
         """
-        return io.BufferedReader(self.open_raw(uri, version), buffer_size=CHUNK_BYTES)
+        return io.BufferedReader(self.open_unbuffered(uri, version), buffer_size=CHUNK_BYTES)
 
-    def open_ahead(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
+    def open_sequential(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
         """As `open`, for reading from start to end: fetches `at_once` ranges at a time."""
         service = self._service(uri)
         raw = service.open(_pinned(uri, version))
@@ -97,14 +97,14 @@ class Storage:
             return io.BufferedReader(raw, buffer_size=CHUNK_BYTES)
         return io.BufferedReader(raw.ahead(at_once), buffer_size=_AHEAD_BUFFER_BYTES)
 
-    def open_raw(self, uri: str, version: str | None = None) -> io.RawIOBase:
+    def open_unbuffered(self, uri: str, version: str | None = None) -> io.RawIOBase:
         """As `open`, but each read fetches what it asks for: for callers that buffer themselves."""
         service = self._service(uri)
         return service.open(service.stat(uri) if version is None else _pinned(uri, version))
 
     def read(self, uri: str, version: str | None = None) -> bytes:
         """Reads a whole object; see `open`."""
-        with self.open_raw(uri, version) as stream:
+        with self.open_unbuffered(uri, version) as stream:
             return stream.read() or b""
 
     def read_latest(
@@ -176,11 +176,11 @@ class Storage:
         """
         self._service(uri).delete(uri, expected)
 
-    def sweep(self, uri: str) -> None:
+    def remove_unfinished_writes(self, uri: str) -> None:
         """Deletes what killed writers have left under the folder `uri`; in a bucket that is nothing."""
         service = self._service(uri)
         if isinstance(service, LocalFiles):
-            service.sweep(uri)
+            service.remove_unfinished_writes(uri)
 
     def _service(self, uri: str) -> _Service:
         """Returns the service that holds `uri`."""

@@ -19,12 +19,12 @@ from pipeline.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
     StorageError,
-    no_bucket,
-    no_object,
-    split,
+    bucket_not_found,
+    object_not_found,
+    split_uri,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import CONNECTION_ERRORS, Transient, described, retry, whole
+from pipeline.storage.retrying import CONNECTION_ERRORS, TransientFailure, check_length, describe_error, retry
 
 T = TypeVar("T")
 
@@ -46,22 +46,22 @@ class GoogleCloudStorage:
         self._client = client
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
-        found = self._find(uri) if split(uri)[1] else None
+        found = self._find(uri) if split_uri(uri)[1] else None
         for page in self._pages(uri) if found is None else [[found]]:
             for blob in page:
                 if not blob.name.endswith("/"):
                     yield _info(blob)
 
-    def folders(self, uri: str) -> Iterator[str]:
+    def list_folders(self, uri: str) -> Iterator[str]:
         for page in self._pages(uri, delimiter="/"):
             for prefix in sorted(page.prefixes):
-                yield f"gs://{split(uri)[0]}/{prefix.rstrip('/')}"
+                yield f"gs://{split_uri(uri)[0]}/{prefix.rstrip('/')}"
 
     def stat(self, uri: str) -> ObjectInfo:
         found = self._find(uri)
         if found is None:
             next(self._pages(uri), None)  # tells a missing bucket from a missing object
-            raise no_object(uri)
+            raise object_not_found(uri)
         return _info(found)
 
     def open(self, info: ObjectInfo) -> RangeReader:
@@ -77,7 +77,7 @@ class GoogleCloudStorage:
                     checksum=None,  # is over the whole object
                     retry=None,
                 )
-                return whole(data, stop - start)
+                return check_length(data, stop - start)
 
             return self._tried(info.uri, attempt)
 
@@ -95,7 +95,7 @@ class GoogleCloudStorage:
                 retry=None,
             )
 
-        self._tried(uri, attempt, missing=no_bucket, changed=NOT_AS_EXPECTED)
+        self._tried(uri, attempt, missing=bucket_not_found, changed=NOT_AS_EXPECTED)
         return _info(blob)
 
     def delete(self, uri: str, expected: str | None) -> None:
@@ -105,7 +105,7 @@ class GoogleCloudStorage:
             self._tried(uri, attempt, changed=NOT_AS_EXPECTED)
 
     def _pages(self, uri: str, **options: str) -> Iterator[Any]:
-        bucket, name = split(uri)
+        bucket, name = split_uri(uri)
         prefix = f"{name}/" if name else None
         token: str | None = None
 
@@ -114,19 +114,19 @@ class GoogleCloudStorage:
             return next(blobs.pages, None), blobs.next_page_token
 
         while True:
-            page, token = self._tried(uri, next_page, missing=no_bucket)
+            page, token = self._tried(uri, next_page, missing=bucket_not_found)
             if page is not None:
                 yield page
             if not token:
                 return
 
     def _blob(self, uri: str) -> Any:
-        bucket, name = split(uri)
+        bucket, name = split_uri(uri)
         return self._client.bucket(bucket).blob(name)
 
     def _find(self, uri: str) -> Any:
         """An object's properties; None if there is none."""
-        bucket, name = split(uri)
+        bucket, name = split_uri(uri)
         get = functools.partial(self._client.bucket(bucket).get_blob, name, retry=None)
         return self._tried(uri, get)
 
@@ -134,7 +134,7 @@ class GoogleCloudStorage:
         self,
         uri: str,
         action: Callable[[], T],
-        missing: Callable[[str], StorageError] = no_object,
+        missing: Callable[[str], StorageError] = object_not_found,
         changed: str = NOT_AS_LISTED,
     ) -> T:
         """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
@@ -151,15 +151,15 @@ class GoogleCloudStorage:
         except GoogleAuthError as error:
             raise StorageError(uri, f"the credentials were rejected: {error}") from error
         except (api.GoogleAPIError, OSError, ValueError) as error:
-            raise StorageError(uri, described(error)) from error
+            raise StorageError(uri, describe_error(error)) from error
 
 
-def _transient(error: Exception) -> Transient | None:
+def _transient(error: Exception) -> TransientFailure | None:
     if isinstance(error, api.Forbidden):  # as on S3
-        return Transient(type(error).__name__, attempts=4)
+        return TransientFailure(type(error).__name__, attempts=4)
     passing = isinstance(error, (api.ServerError, api.TooManyRequests, TransportError, *CONNECTION_ERRORS))
     passing = passing or (isinstance(error, GoogleAuthError) and error.retryable)
-    return Transient(type(error).__name__) if passing else None
+    return TransientFailure(type(error).__name__) if passing else None
 
 
 def _generation(version: str | None) -> int | None:

@@ -37,7 +37,7 @@ class LocalFiles:
         else:
             yield _info(uri, found)
 
-    def folders(self, uri: str) -> Iterator[str]:
+    def list_folders(self, uri: str) -> Iterator[str]:
         with _errors_of(uri), contextlib.suppress(FileNotFoundError), os.scandir(uri) as scan:
             yield from sorted(entry.path for entry in scan if entry.is_dir())
 
@@ -89,7 +89,7 @@ class LocalFiles:
             path.unlink()
             os.fsync(descriptor)
 
-    def sweep(self, uri: str) -> None:
+    def remove_unfinished_writes(self, uri: str) -> None:
         with _errors_of(uri):
             for folder, _, names in os.walk(uri):
                 for name in filter(_UNFINISHED.match, names):

@@ -76,7 +76,7 @@ def is_relative(uri: str) -> bool:
     return "://" not in uri and not uri.startswith("/")
 
 
-def room_below(uri: str) -> int:
+def max_name_bytes(uri: str) -> int:
     """Returns the maximum bytes of a name under a normalized folder; 0 if the folder's own is too long."""
     if "://" in uri:
         return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
@@ -86,25 +86,25 @@ def room_below(uri: str) -> int:
     return _MAX_LOCAL_PATH_BYTES - _TEMPORARY_NAME_BYTES - len(path) - 1
 
 
-def lies_in(uri: str, root: str) -> bool:
+def is_under(uri: str, root: str) -> bool:
     """Whether a URI is the root itself, or under it; both are normalized."""
     return uri == root or uri.startswith(f"{root}/")
 
 
-def name_below(folder: str, uri: str) -> str:
+def relative_name(folder: str, uri: str) -> str:
     """Returns an object's name relative to the folder; its last part if it is the `folder` itself."""
     return uri[len(folder) :].lstrip("/") or uri.rpartition("/")[2]
 
 
-def split(uri: str) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[str, str]:
     """`s3://bucket/some/key` -> `bucket`, `some/key`."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     return bucket, key
 
 
-def no_bucket(uri: str) -> StorageError:  # noqa: D103
-    return StorageError(uri, f"bucket {split(uri)[0]!r} does not exist")
+def bucket_not_found(uri: str) -> StorageError:  # noqa: D103
+    return StorageError(uri, f"bucket {split_uri(uri)[0]!r} does not exist")
 
 
-def no_object(uri: str) -> ObjectNotFound:  # noqa: D103
+def object_not_found(uri: str) -> ObjectNotFound:  # noqa: D103
     return ObjectNotFound(uri, "no such object")

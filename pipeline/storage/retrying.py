@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import urllib3.exceptions
 
-from pipeline.text import without_credentials
+from pipeline.text import remove_credentials
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ _retries: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
-class Transient:
+class TransientFailure:
     """A failure that may pass: its name in counts, and the attempts after which it counts as permanent."""
 
     kind: str
@@ -39,7 +39,7 @@ def pause_after(attempt: int) -> float:
 
 def retry(
     action: Callable[[], T],
-    transient: Callable[[Exception], Transient | None],
+    transient: Callable[[Exception], TransientFailure | None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Runs `action`, which must be safe to run twice, until it succeeds or fails permanently.
@@ -60,20 +60,20 @@ def retry(
         attempt += 1
 
 
-def retries() -> Counter[str]:
+def retry_counts() -> Counter[str]:
     """Returns how many failures of each kind this process has retried so far."""
     with _lock:
         return _retries.copy()
 
 
-def whole(data: bytes, count: int) -> bytes:
+def check_length(data: bytes, count: int) -> bytes:
     """Returns the body of an answer if it has `count` bytes; another number is a connection failure."""
     if len(data) != count:
         raise http.client.IncompleteRead(data, count - len(data))
     return data
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describes an exception by its class and message."""
-    message = " ".join(without_credentials(str(error)).split())
+    message = " ".join(remove_credentials(str(error)).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -22,12 +22,12 @@ from pipeline.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
     StorageError,
-    no_bucket,
-    no_object,
-    split,
+    bucket_not_found,
+    object_not_found,
+    split_uri,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import CONNECTION_ERRORS, Transient, described, retry, whole
+from pipeline.storage.retrying import CONNECTION_ERRORS, TransientFailure, check_length, describe_error, retry
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def make_client(
     try:
         return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise StorageError("s3://", f"the S3 client can't be made: {described(error)}") from error
+        raise StorageError("s3://", f"the S3 client can't be made: {describe_error(error)}") from error
 
 
 class S3:
@@ -112,7 +112,7 @@ class S3:
         return {name: value for name, value in options.items() if value}
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
-        bucket, key = split(uri)
+        bucket, key = split_uri(uri)
         # The object itself sorts first among those that share its name as a prefix.
         first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1) if key else {}
         is_object = [entry["Key"] for entry in first.get("Contents", [])] == [key]
@@ -121,14 +121,14 @@ class S3:
                 if not entry["Key"].endswith("/"):
                     yield _info(f"s3://{bucket}/{entry['Key']}", entry["ETag"], entry["Size"])
 
-    def folders(self, uri: str) -> Iterator[str]:
-        bucket = split(uri)[0]
+    def list_folders(self, uri: str) -> Iterator[str]:
+        bucket = split_uri(uri)[0]
         for page in self._pages(uri, Delimiter="/"):
             for entry in page.get("CommonPrefixes", []):
                 yield f"s3://{bucket}/{entry['Prefix'].rstrip('/')}"
 
     def _pages(self, uri: str, **request: str) -> Iterator[dict[str, Any]]:
-        bucket, key = split(uri)
+        bucket, key = split_uri(uri)
         request |= {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
         while True:
             page = self._call(uri, "list_objects_v2", **request)
@@ -138,7 +138,7 @@ class S3:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def stat(self, uri: str) -> ObjectInfo:
-        bucket, key = split(uri)
+        bucket, key = split_uri(uri)
         try:
             head = self._call(uri, "head_object", Bucket=bucket, Key=key)
         except ObjectNotFound:
@@ -148,21 +148,21 @@ class S3:
         return _info(uri, head["ETag"], head["ContentLength"])
 
     def open(self, info: ObjectInfo) -> RangeReader:
-        bucket, key = split(info.uri)
+        bucket, key = split_uri(info.uri)
 
         def fetch(start: int, stop: int) -> bytes:
             part = {"Range": f"bytes={start}-{stop - 1}", **_if_match(info.version)}
 
             def attempt() -> bytes:
                 with self._client.get_object(Bucket=bucket, Key=key, **part)["Body"] as body:
-                    return whole(body.read(), stop - start)
+                    return check_length(body.read(), stop - start)
 
             return self._tried(info.uri, attempt)
 
         return RangeReader(info, fetch)
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
-        bucket, key = split(uri)
+        bucket, key = split_uri(uri)
         condition = {"IfNoneMatch": "*"} if expected == ABSENT else _if_match(expected)
         try:
             answer = self._call(uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
@@ -173,7 +173,7 @@ class S3:
         return _info(uri, answer["ETag"], data.seek(0, os.SEEK_END))
 
     def delete(self, uri: str, expected: str | None) -> None:
-        bucket, key = split(uri)
+        bucket, key = split_uri(uri)
         with contextlib.suppress(ObjectNotFound):
             try:
                 self._call(uri, "delete_object", Bucket=bucket, Key=key, **_if_match(expected))
@@ -201,7 +201,7 @@ class S3:
             raise _refusal(uri, error) from error
         except botocore.exceptions.ConnectionError as error:
             endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
-            cause = f"the endpoint {endpoint} can't be reached: {described(error)}"
+            cause = f"the endpoint {endpoint} can't be reached: {describe_error(error)}"
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
             if _is_unsendable(error):  # its message holds credentials, or a proxy's password
@@ -209,29 +209,29 @@ class S3:
                 if "Invalid header" in str(error):
                     cause = "the AWS credentials hold a line break, which no request can carry"
                 raise StorageError(uri, cause) from None
-            raise StorageError(uri, f"failed again and again, last with {described(error)}") from error
+            raise StorageError(uri, f"failed again and again, last with {describe_error(error)}") from error
         except botocore.exceptions.BotoCoreError as error:
             raise _client_failure(uri, error) from error
 
 
 def _client_failure(uri: str, error: botocore.exceptions.BotoCoreError) -> StorageError:
     """Returns the error of a request that was not sent, such as for an invalid bucket name."""
-    cause = described(error)
+    cause = describe_error(error)
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
         cause = f"no usable AWS credentials were found: {hint}"
     return StorageError(uri, cause)
 
 
-def _transient(error: Exception, soon: bool) -> Transient | None:
+def _transient(error: Exception, soon: bool) -> TransientFailure | None:
     if isinstance(error, botocore.exceptions.ClientError):
         code, status = _code(error)
         if code in _BUSY or status == 429 or (status or 0) >= 500:
-            return Transient(code)
+            return TransientFailure(code)
         # Busy stores deny access now and then; a real denial should be reported soon.
-        return Transient(code, attempts=4) if code in _DENIED else None
+        return TransientFailure(code, attempts=4) if code in _DENIED else None
     if isinstance(error, _CONNECTION) and not _is_unsendable(error):
-        return Transient(type(error).__name__, attempts=5 if soon else 10)
+        return TransientFailure(type(error).__name__, attempts=5 if soon else 10)
     return None
 
 
@@ -259,9 +259,9 @@ def _refusal(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
     code, status = _code(error)
     message = str(error.response.get("Error", {}).get("Message", "")) or code
     if code == "NoSuchBucket":
-        return no_bucket(uri)
+        return bucket_not_found(uri)
     if code in {"404", "NoSuchKey", "NotFound"}:
-        return no_object(uri)
+        return object_not_found(uri)
     if code in {"412", "PreconditionFailed"}:
         return ObjectChanged(uri, NOT_AS_LISTED)
     if code in _REJECTED:

@@ -33,7 +33,7 @@ from cvt.presets import preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labeled_images
-from pipeline.read import ReadOptions, input_shards
+from pipeline.read import ReadOptions, list_input_shards
 from pipeline.storage import Storage
 
 _STATE = "training_state.pt"
@@ -152,8 +152,8 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
 
 def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ray.data.Dataset:
     names = model.model.config.id2label
-    options = ReadOptions.of(section, [names[i] for i in range(len(names))])
-    shards = input_shards(storage, section)
+    options = ReadOptions.from_config(section, [names[i] for i in range(len(names))])
+    shards = list_input_shards(storage, section)
     return labeled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
 
 

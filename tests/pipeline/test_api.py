@@ -103,7 +103,7 @@ def test_two_labelings_are_compared(labeled: tuple[Path, pipeline.RunResult], tm
     other = pipeline.label(job(root, "output.topk=1")).partition
     found = pipeline.compare_labels(result.partition.uri, other.uri)
     assert found.agreement is not None
-    assert (found.agreement.compared, found.agreement.share) == (8, 1.0)
+    assert (found.agreement.compared, found.agreement.fraction) == (8, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.console import OneLineFormatter, print_log, show
 from pipeline.report.parts import short
-from pipeline.text import one_line, printable
+from pipeline.text import escape_unprintable, single_line
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner
 WRITTEN = [
@@ -45,18 +45,18 @@ HIDDEN = {
 
 @pytest.mark.parametrize("text", WRITTEN)
 def test_what_people_write_stays_as_it_is(text: str) -> None:
-    assert printable(text) == text
+    assert escape_unprintable(text) == text
 
 
 @pytest.mark.parametrize(("text", "shown"), HIDDEN.items(), ids=map(ascii, HIDDEN))
 def test_what_cannot_be_seen_is_written_out(text: str, shown: str) -> None:
-    assert printable(text) == shown
-    assert printable(shown) == shown
+    assert escape_unprintable(text) == shown
+    assert escape_unprintable(shown) == shown
 
 
 def test_no_character_of_unicode_hides_anything_by_itself() -> None:
     for code in (*range(0x20000), *range(0xE0000, 0xE0200), 0xF0000, sys.maxunicode):
-        shown = printable(f"a{chr(code)}b")
+        shown = escape_unprintable(f"a{chr(code)}b")
         assert "\n" not in shown
         assert not [c for c in shown if unicodedata.category(c)[0] == "C"], hex(code)
 
@@ -73,7 +73,7 @@ def test_terminals_logs_charts_and_prediction_files_follow_the_same_rule(
     record = OneLineFormatter("%(message)s").formatMessage
     assert record(_record(name)) == shown
     assert short(name, 100) == shown
-    assert one_line(f"cannot decode: {name}") == f"cannot decode: {shown[:-2]}"
+    assert single_line(f"cannot decode: {name}") == f"cannot decode: {shown[:-2]}"
 
 
 def _record(message: str) -> logging.LogRecord:

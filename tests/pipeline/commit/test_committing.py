@@ -14,7 +14,7 @@ import pytest
 from pipeline.classify import classify
 from pipeline.commit import Committer, Manifest, ManifestRow, Partition, PredictionWriter, Progress
 from pipeline.commit.prediction_files import IncompleteShardError
-from pipeline.predictions import PredictionOptions, prediction_schema, read_footer, unpack_partial
+from pipeline.predictions import PredictionOptions, deserialize_statistics, prediction_schema, read_footer
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage, StorageError
@@ -208,10 +208,10 @@ def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) ->
     content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
     footer = read_footer("file", io.BytesIO(content))
     stats = ClassStatistics.empty(len(LABELS))
-    stats.add_partial(unpack_partial(footer.statistics))
+    stats.add_partial(deserialize_statistics(footer.statistics))
     assert (footer.shard, footer.version) == ("s3://bucket/000.tar", "v0")
     assert (footer.fingerprint, footer.rows, footer.errors) == ("f" * 64, 30, 7)
-    expected = ClassStatistics.of(pq.read_table(io.BytesIO(content)), len(LABELS))
+    expected = ClassStatistics.from_predictions(pq.read_table(io.BytesIO(content)), len(LABELS))
     manifest = Manifest(Storage(), str(tmp_path), len(LABELS))
     manifest.update(committer.rows)
     folded = manifest.fold_statistics()

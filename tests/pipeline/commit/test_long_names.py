@@ -15,10 +15,10 @@ from pipeline.commit import Partition
 from pipeline.compare import LabelSet
 from pipeline.compare.comparing import measure_agreement
 from pipeline.config import ConfigError, Selection
-from pipeline.predictions import fits
+from pipeline.predictions import is_allowed_path
 from pipeline.report import read_gallery
 from pipeline.run import ShardState, label, make_job, plan_run, rebuild
-from pipeline.statistics import Classes
+from pipeline.statistics import ClassMapping
 from pipeline.storage import ObjectNotFound, Storage
 from tests.makers import make_image, make_tar
 from tests.partitions import manifest_rows
@@ -104,7 +104,7 @@ def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place
     assert result.is_complete
     assert shards(place) == set(found)
     assert len(place.predictions()) == 3 * len(found) == result.totals.images
-    assert all(fits(path) for path in outputs(place))
+    assert all(is_allowed_path(path) for path in outputs(place))
     assert sum("%7E" in path for path in outputs(place)) == len(found) - 1
     before = place.objects("out")
     again = label(place.config)
@@ -154,8 +154,8 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
         ).job.partition
         sides.append(LabelSet.open(partition.storage, partition.uri))
     labels = list(partition.labels)
-    agreement = measure_agreement(Classes.matched(labels, labels), *sides)
-    assert (agreement.shards, agreement.compared, agreement.share) == (len(found), 3 * len(found), 1.0)
+    agreement = measure_agreement(ClassMapping.matched(labels, labels), *sides)
+    assert (agreement.shards, agreement.compared, agreement.fraction) == (len(found), 3 * len(found), 1.0)
 
 
 def test_output_without_room_for_names_is_refused_before_labeling(bucket: str) -> None:

@@ -52,7 +52,7 @@ def test_samples_labeled_in_both_are_compared_by_class_name(models: tuple[str, s
     # One is an error row in the second; then the changed shard, and the shard that the second doesn't have.
     assert (agreement.only_a, agreement.only_b) == (1 + 4 + 2, 1 + 4)
     assert (agreement.shards, agreement.changed_shards) == (2, 1)
-    top = [(labels[a], labels[b], n) for a, b, n in agreement.disagreements.top(5)]
+    top = [(labels[a], labels[b], n) for a, b, n in agreement.disagreements.most_common(5)]
     assert top == [("bag", labels[3], 1), ("coat", labels[3], 1)]
     chance = (2 * 2 + 1 * 0 + 3 * 2 + 0 * 2) / 36
     assert agreement.kappa == pytest.approx((4 / 6 - chance) / (1 - chance))
@@ -127,7 +127,7 @@ def test_run_and_other_model_agree_on_the_shards_of_the_run(tmp_path: Path) -> N
     write_partition(storage, b, LABELS, [others])
     found = compare(*opened(f"{a}@{ids[0]}", b))
     assert found.agreement is not None
-    assert (found.agreement.compared, found.agreement.share, found.agreement.only_b) == (2, 0.5, 4)
+    assert (found.agreement.compared, found.agreement.fraction, found.agreement.only_b) == (2, 0.5, 4)
     assert (found.drift.images_a, found.drift.images_b) == (2, 6)
     without = compare(*opened(a, b), with_agreement=False).table()
     assert without["same"].null_count == without.num_rows == 3

@@ -24,7 +24,7 @@ from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode, decode_chunk
 from pipeline.decode.cpu import MAX_SIDE, Decoded
 from pipeline.read import Chunk
-from pipeline.text import MAX_ERROR_LENGTH, one_line
+from pipeline.text import MAX_ERROR_LENGTH, single_line
 
 PREPROCESSOR = Preprocessor.from_dict({"size": 32}, "test")
 LIMIT = 1_000_000
@@ -499,9 +499,10 @@ def test_an_error_tells_the_size_where_the_header_does() -> None:
 
 def test_memory_addresses_and_line_breaks_stay_out_of_errors() -> None:
     assert (
-        one_line("no <io.BytesIO object at 0x7fd11f2bafc0>\n\tread\0") == r"no <io.BytesIO object> read\x00"
+        single_line("no <io.BytesIO object at 0x7fd11f2bafc0>\n\tread\0")
+        == r"no <io.BytesIO object> read\x00"
     )
-    assert len(one_line("long " * 100)) == MAX_ERROR_LENGTH
+    assert len(single_line("long " * 100)) == MAX_ERROR_LENGTH
 
 
 @pytest.mark.parametrize("name", SAMPLES)

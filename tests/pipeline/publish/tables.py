@@ -164,9 +164,9 @@ class WatchedStorage(Storage):
         self.before(uri)
         super().delete(uri, expected)
 
-    def sweep(self, uri: str) -> None:
+    def remove_unfinished_writes(self, uri: str) -> None:
         self.before(uri)
-        super().sweep(uri)
+        super().remove_unfinished_writes(uri)
 
 
 def needs_delta() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.read import Chunk, Sample, cut_into_chunks
+from pipeline.read import Chunk, Sample, split_into_chunks
 from pipeline.read.samples import ShardError
 
 
@@ -15,7 +15,7 @@ def samples(count: int, size: int = 10) -> list[Sample]:
 
 
 def cut(items: object, images: int = 4, size: int = 10**6) -> list[Chunk]:
-    return list(cut_into_chunks(items, 7, images, size))  # type: ignore[arg-type]
+    return list(split_into_chunks(items, 7, images, size))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 9])

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from pipeline.predictions import fits, prediction_path
+from pipeline.predictions import is_allowed_path, prediction_path
 from pipeline.read import Shard, list_shards
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
@@ -259,9 +259,9 @@ def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
 )
 def test_what_fits_is_called_as_before_there_was_a_limit(fits_yet: str, too_long: str) -> None:
     assert prediction_path(f"s3://b/{fits_yet}") == f"s3/b/{fits_yet}.parquet"
-    assert fits(f"s3/b/{fits_yet}.parquet")
+    assert is_allowed_path(f"s3/b/{fits_yet}.parquet")
     assert "%7E" in prediction_path(f"s3://b/{too_long}")
-    assert not fits(f"s3/b/{too_long}.parquet")
+    assert not is_allowed_path(f"s3/b/{too_long}.parquet")
 
 
 def test_a_long_name_is_cut_today_as_ever() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.commit import Partition
 from pipeline.report.failures import read_causes
-from pipeline.statistics import Causes
+from pipeline.statistics import ErrorCauses
 from pipeline.statistics.causes import MOST_KEYS
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
@@ -31,7 +31,7 @@ def test_files_with_the_most_errors_are_read(tmp_path: Path) -> None:
         path.write_bytes(b"without errors: nobody looks at it")
     partition = Partition.open(storage, uri)
 
-    def causes(most: int) -> Causes:
+    def causes(most: int) -> ErrorCauses:
         found, missing = read_causes(partition, most)
         assert missing == 0
         return found

@@ -141,7 +141,7 @@ def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Pro
     partition = result.job.partition
     written = pq.read_table(io.BytesIO(partition.storage.read(f"{partition.uri}/class_stats.parquet")))
     rows = pa.Table.from_pylist(rows_of(result), schema=prediction_schema())
-    expected = class_table(ClassStatistics.of(rows, 10), partition.labels, 10)
+    expected = class_table(ClassStatistics.from_predictions(rows, 10), partition.labels, 10)
     assert written.equals(expected)
     with_target = [row for row in rows.to_pylist() if row["target_id"] is not None]
     hits = np.mean([row["target_id"] == row["label_id"] for row in with_target])

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from pipeline.statistics import Causes
-from pipeline.statistics.causes import MOST_CAUSES, MOST_KEYS, OTHERS, causes_of
+from pipeline.statistics import ErrorCauses
+from pipeline.statistics.causes import MOST_CAUSES, MOST_KEYS, OTHERS, normalize_errors
 
 
 def samples(*errors: str | None) -> pa.Table:
@@ -21,13 +21,13 @@ def samples(*errors: str | None) -> pa.Table:
     ],
 )
 def test_cause_leaves_out_numbers_and_quotes(error: str, cause: str) -> None:
-    assert causes_of(pa.array([error])).to_pylist() == [cause]
+    assert normalize_errors(pa.array([error])).to_pylist() == [cause]
 
 
 def test_causes_are_counted_the_most_frequent_first() -> None:
-    causes = Causes()
+    causes = ErrorCauses()
     causes.add("s3://b/a.tar", samples("3 bytes", None, "no image", *(f"{i} bytes" for i in range(20))))
-    other = Causes()
+    other = ErrorCauses()
     other.add("s3://b/b.tar", samples("no image", "9 bytes"))
     causes.merge(other)
     first, second = causes.to_record()
@@ -39,7 +39,7 @@ def test_causes_are_counted_the_most_frequent_first() -> None:
 
 
 def test_number_of_causes_is_limited() -> None:
-    causes = Causes()
+    causes = ErrorCauses()
     causes.add("s3://b/a.tar", samples(*("x" * i for i in range(1, 200))))
     record = causes.to_record()
     assert len(record) == MOST_CAUSES + 1

@@ -53,28 +53,31 @@ def test_merging_any_split_equals_the_statistics_of_all_rows(seed: int) -> None:
     rng = np.random.default_rng(seed)
     cuts = [0, *sorted(rng.integers(0, 2000, rng.integers(1, 40)).tolist()), 2000]
     parts = [
-        ClassStatistics.of(table.slice(start, stop - start), CLASSES).to_partial()
+        ClassStatistics.from_predictions(table.slice(start, stop - start), CLASSES).to_partial()
         for start, stop in pairwise(cuts)
     ]
     rng.shuffle(parts)
-    assert_equal(merged(*parts), ClassStatistics.of(table, CLASSES))
-    assert_equal(merged(pa.concat_tables(parts)), ClassStatistics.of(table, CLASSES))
+    assert_equal(merged(*parts), ClassStatistics.from_predictions(table, CLASSES))
+    assert_equal(merged(pa.concat_tables(parts)), ClassStatistics.from_predictions(table, CLASSES))
 
 
 def test_merging_merged_parts_gives_the_same() -> None:
     table = predictions(999)
-    parts = [ClassStatistics.of(table.slice(i, 111), CLASSES).to_partial() for i in range(0, 999, 111)]
+    parts = [
+        ClassStatistics.from_predictions(table.slice(i, 111), CLASSES).to_partial()
+        for i in range(0, 999, 111)
+    ]
     halves = [merged(*parts[:4]).to_partial(), merged(*parts[4:]).to_partial()]
-    assert_equal(merged(*halves), ClassStatistics.of(table, CLASSES))
+    assert_equal(merged(*halves), ClassStatistics.from_predictions(table, CLASSES))
 
 
 def test_confusion_and_calibration_agree_with_a_plain_computation() -> None:
     table = predictions(3000)
     rows = [row for row in table.to_pylist() if row["label_id"] is not None and row["target_id"] is not None]
-    stats = merged(ClassStatistics.of(table, CLASSES).to_partial())
+    stats = merged(ClassStatistics.from_predictions(table, CLASSES).to_partial())
     confused = Counter((r["label_id"], r["target_id"]) for r in rows if r["label_id"] != r["target_id"])
-    assert {(a, b): n for a, b, n in stats.confusion.top(CLASSES**2)} == confused
-    found = Calibration.of(stats)
+    assert {(a, b): n for a, b, n in stats.confusion.most_common(CLASSES**2)} == confused
+    found = Calibration.from_statistics(stats)
     assert found.counts.sum() == len(rows)
     error = 0.0
     for i in range(10):
@@ -93,7 +96,7 @@ def test_table_agrees_with_a_plain_computation() -> None:
     table = predictions(3000)
     rows = [row for row in table.to_pylist() if row["label_id"] is not None]
     labels = [f"class {i}" for i in range(CLASSES)]
-    result = class_table(ClassStatistics.of(table, CLASSES), labels, topk=5).to_pylist()
+    result = class_table(ClassStatistics.from_predictions(table, CLASSES), labels, topk=5).to_pylist()
     assert [row["label"] for row in result] == labels
     for i, row in enumerate(result):
         mine = [r for r in rows if r["label_id"] == i]
@@ -126,7 +129,7 @@ def test_table_agrees_with_a_plain_computation() -> None:
 def test_accuracy_counts_rows_with_targets_only() -> None:
     table = predictions(500)
     rows = [r for r in table.to_pylist() if r["label_id"] is not None and r["target_id"] is not None]
-    stats = ClassStatistics.of(table, CLASSES)
+    stats = ClassStatistics.from_predictions(table, CLASSES)
     top1 = np.mean([r["label_id"] == r["target_id"] for r in rows])
     top5 = np.mean([r["target_id"] in r["topk_label_ids"] for r in rows])
     assert stats.top1_accuracy() == pytest.approx(top1)
@@ -134,13 +137,13 @@ def test_accuracy_counts_rows_with_targets_only() -> None:
 
 
 def test_top5_is_null_where_rows_have_fewer_classes() -> None:
-    stats = ClassStatistics.of(predictions(100, topk=3), CLASSES)
+    stats = ClassStatistics.from_predictions(predictions(100, topk=3), CLASSES)
     assert stats.top5_accuracy(topk=3) is None
     assert class_table(stats, ["x"] * CLASSES, topk=3)["top5_recall"].null_count == CLASSES
 
 
 def test_columns_that_need_targets_are_null_without_targets() -> None:
-    stats = ClassStatistics.of(predictions(100, targets=False), CLASSES)
+    stats = ClassStatistics.from_predictions(predictions(100, targets=False), CLASSES)
     table = class_table(stats, ["x"] * CLASSES, topk=5)
     for name in ("support", "true_positives", "precision", "recall", "f1", "top5_recall"):
         assert table[name].null_count == CLASSES
@@ -158,14 +161,14 @@ def test_standard_deviation_of_equal_scores_is_almost_zero() -> None:
     table = predictions(1000)
     same = pa.array(np.full(1000, 0.7, np.float32))
     table = table.set_column(table.schema.get_field_index("score"), "score", same)
-    rows = class_table(ClassStatistics.of(table, CLASSES), ["x"] * CLASSES, topk=5).to_pylist()
+    rows = class_table(ClassStatistics.from_predictions(table, CLASSES), ["x"] * CLASSES, topk=5).to_pylist()
     assert max(row["score_std"] for row in rows) < 1e-4
 
 
 def test_score_of_one_is_in_the_last_bin() -> None:
     table = predictions(10)
     table = table.set_column(1, "score", pa.array(np.ones(10, np.float32)))
-    stats = ClassStatistics.of(table, CLASSES)
+    stats = ClassStatistics.from_predictions(table, CLASSES)
     assert stats.score_histogram[:, -1].sum() == stats.count.sum() == 9
 
 

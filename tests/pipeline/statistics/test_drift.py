@@ -5,22 +5,22 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.statistics import HISTOGRAM_BINS, Classes, Drift
-from pipeline.statistics.drift import js_parts, psi_by_chance, psi_parts
+from pipeline.statistics import HISTOGRAM_BINS, ClassMapping, Drift
+from pipeline.statistics.drift import js_divergence_by_class, psi_by_chance, psi_by_class
 
 
 def psi(a: np.ndarray, b: np.ndarray) -> float:
-    return float(psi_parts(a, b).sum())
+    return float(psi_by_class(a, b).sum())
 
 
 def js_distance(a: np.ndarray, b: np.ndarray) -> float:
-    return between(a, b).js
+    return between(a, b).js_distance
 
 
 def between(a: np.ndarray, b: np.ndarray) -> Drift:
     """The drift between counts of the same classes, all with a score of 0.95."""
     labels = [f"class {i}" for i in range(len(a))]
-    return Drift(Classes.matched(labels, labels), counted(a), counted(b))
+    return Drift(ClassMapping.matched(labels, labels), counted(a), counted(b))
 
 
 def counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,14 +63,14 @@ def test_jensen_shannon_distance_is_0_for_equal_and_1_for_disjoint() -> None:
 
 def test_parts_of_the_divergence_sum_to_the_distance_squared() -> None:
     a, b = np.array([50, 50, 0, 0, 7]), np.array([50, 30, 20, 0, 7])
-    parts = js_parts(a, b)
+    parts = js_divergence_by_class(a, b)
     assert parts.sum() == pytest.approx(js_distance(a, b) ** 2)
     assert parts.argmax() == 2
     assert parts[3] == parts[0] == parts[4] == 0
 
 
 def test_classes_are_matched_by_name_and_order() -> None:
-    classes = Classes.matched(["crane", "boot", "crane"], ["bag", "crane", "crane", "boot"])
+    classes = ClassMapping.matched(["crane", "boot", "crane"], ["bag", "crane", "crane", "boot"])
     assert classes.labels == ["crane", "boot", "crane", "bag"]
     assert classes.ids_b.tolist() == [3, 0, 2, 1]
     assert (classes.only_a, classes.only_b) == (0, 1)
@@ -78,10 +78,10 @@ def test_classes_are_matched_by_name_and_order() -> None:
 
 def test_drift_compares_classes_by_name_not_by_id() -> None:
     first, swapped = counted(np.array([30, 10])), counted(np.array([10, 30]))
-    same = Drift(Classes.matched(["a", "b"], ["b", "a"]), first, swapped)
-    assert same.psi == same.js == same.score_psi == 0
-    other = Drift(Classes.matched(["a", "b"], ["a", "c"]), first, first)
+    same = Drift(ClassMapping.matched(["a", "b"], ["b", "a"]), first, swapped)
+    assert same.psi == same.js_distance == same.score_psi == 0
+    other = Drift(ClassMapping.matched(["a", "b"], ["a", "c"]), first, first)
     assert other.count_b.tolist() == [30, 0, 10]
-    assert other.js == pytest.approx(0.5)
+    assert other.js_distance == pytest.approx(0.5)
     assert [other.classes.labels[i] for i in other.most_changed(2)] == ["b", "c"]
     assert np.isnan(other.class_score_psi).tolist() == [False, True, True]

@@ -13,11 +13,11 @@ from pipeline.statistics import (
     COMMIT,
     DECODE,
     STORAGE,
-    Meter,
-    StageFigures,
     StageMetrics,
-    bound_by,
-    stage_figures,
+    StageSummary,
+    StageTimer,
+    describe_bottleneck,
+    summarize_stages,
 )
 
 
@@ -30,17 +30,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_work_and_waiting_are_told_apart_and_taken_once(clock: list[float]) -> None:
-    meter = Meter()
+    meter = StageTimer()
     clock[0] += 1
     with meter:
         clock[0] += 4
     clock[0] += 2
-    assert meter.take(bytes=7) == StageMetrics(bytes=7, busy_s=4, wait_s=3)
-    assert meter.take() == StageMetrics()
+    assert meter.collect(bytes=7) == StageMetrics(bytes=7, busy_s=4, wait_s=3)
+    assert meter.collect() == StageMetrics()
 
 
 def test_work_that_fails_counts_as_work(clock: list[float]) -> None:
-    meter = Meter()
+    meter = StageTimer()
 
     def work() -> None:
         with meter:
@@ -49,11 +49,11 @@ def test_work_that_fails_counts_as_work(clock: list[float]) -> None:
 
     with pytest.raises(ValueError, match="bad"):
         work()
-    assert meter.take().busy_s == 4
+    assert meter.collect().busy_s == 4
 
 
 def test_threads_that_work_together_count_once(clock: list[float]) -> None:
-    meter = Meter()
+    meter = StageTimer()
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -70,7 +70,7 @@ def test_threads_that_work_together_count_once(clock: list[float]) -> None:
     leave.set()
     other.join(10)
     clock[0] += 1
-    assert meter.take() == StageMetrics(busy_s=5, wait_s=1)
+    assert meter.collect() == StageMetrics(busy_s=5, wait_s=1)
 
 
 METRICS = {
@@ -82,23 +82,25 @@ METRICS = {
 
 
 def test_waiting_is_what_workers_could_have_done() -> None:
-    figures = stage_figures(METRICS, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
-    assert figures[STORAGE] == StageFigures(400, 2.0, 18.0, 1000, 2, 0.1)
-    assert figures[DECODE] == StageFigures(390, 10.0, 30.0, 0, 4, 0.25)
-    assert figures[CLASSIFY] == StageFigures(380, 19.0, 1.0, 0, 2.0, 0.95)
-    assert bound_by(figures) == "classify, busy 95% of the time (decode 25%, storage 10%, commit 5%)"
+    figures = summarize_stages(METRICS, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
+    assert figures[STORAGE] == StageSummary(400, 2.0, 18.0, 1000, 2, 0.1)
+    assert figures[DECODE] == StageSummary(390, 10.0, 30.0, 0, 4, 0.25)
+    assert figures[CLASSIFY] == StageSummary(380, 19.0, 1.0, 0, 2.0, 0.95)
+    assert (
+        describe_bottleneck(figures) == "classify, busy 95% of the time (decode 25%, storage 10%, commit 5%)"
+    )
 
 
 @pytest.mark.parametrize("stage", [STORAGE, DECODE, COMMIT])
 def test_the_busiest_stage_bound_the_run(stage: str) -> None:
     metrics = {CLASSIFY: StageMetrics(busy_s=1.0, wait_s=9.0), stage: StageMetrics(busy_s=9.0)}
-    figures = stage_figures(metrics, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
-    assert bound_by(figures).startswith(f"{stage}, busy 90% of the time (classify 10%")
+    figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
+    assert describe_bottleneck(figures).startswith(f"{stage}, busy 90% of the time (classify 10%")
 
 
 def test_a_run_that_mostly_started_was_bound_by_no_stage() -> None:
-    figures = stage_figures(METRICS, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
-    assert bound_by(figures).startswith("no stage (busy: classify 48%, decode 25%")
+    figures = summarize_stages(METRICS, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
+    assert describe_bottleneck(figures).startswith("no stage (busy: classify 48%, decode 25%")
 
 
 def test_what_the_driver_says_of_gpus_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +109,7 @@ def test_what_the_driver_says_of_gpus_is_averaged(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("pipeline.dataflow.stages._GPU_INTERVAL", 0.0)
     meter, metrics, deadline = GpuMeter(), StageMetrics(), time.monotonic() + 10
     while metrics.gpu_samples < 2:
-        metrics += meter.take()
+        metrics += meter.collect()
         assert time.monotonic() < deadline
     assert metrics.gpu_utilization == 0.75
 
@@ -117,9 +119,9 @@ def test_without_a_gpu_nothing_is_said_of_one() -> None:
 
 
 def test_a_run_without_results_has_figures_too() -> None:
-    figures = stage_figures({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
+    figures = summarize_stages({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
     assert {f.share_busy for f in figures.values()} == {0.0}
-    assert bound_by(figures) == "not known: the run was too short to tell"
+    assert describe_bottleneck(figures) == "not known: the run was too short to tell"
 
 
 def test_nothing_is_said_of_a_run_whose_first_chunks_took_longer_to_read_than_all_to_classify() -> None:
@@ -128,6 +130,6 @@ def test_nothing_is_said_of_a_run_whose_first_chunks_took_longer_to_read_than_al
         DECODE: StageMetrics(busy_s=2.0),
         CLASSIFY: StageMetrics(busy_s=0.4, wait_s=0.1),
     }
-    figures = stage_figures(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
+    figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
     assert figures[STORAGE].share_busy == 1
-    assert bound_by(figures) == "not known: the run was too short to tell"
+    assert describe_bottleneck(figures) == "not known: the run was too short to tell"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.storage import ObjectInfo, Storage, retries
+from pipeline.storage import ObjectInfo, Storage, retry_counts
 
 OPERATIONS: dict[str, Callable[[Storage, ObjectInfo], Any]] = {
     "read": lambda storage, info: storage.read(info.uri, info.version),
@@ -20,11 +20,11 @@ class Faults:
     """How many failures were tried again in the block, by kind."""
 
     def __enter__(self) -> Faults:
-        self._before = retries()
+        self._before = retry_counts()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.counts = retries() - self._before
+        self.counts = retry_counts() - self._before
 
 
 def names(storage: Storage, uri: str) -> list[str]:

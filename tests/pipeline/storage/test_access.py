@@ -231,9 +231,9 @@ def test_of_writers_that_expect_the_same_exactly_one_succeeds(storage: Storage, 
 def test_folders_are_those_directly_below(storage: Storage, root: str) -> None:
     for name in ("a/x", "a/b/y", "c.tar", "d e/z", "ab"):
         storage.write(f"{root}/{name}", b"")
-    assert list(storage.folders(root)) == [f"{root}/a", f"{root}/d e"]
-    assert list(storage.folders(f"{root}/a")) == [f"{root}/a/b"]
-    assert list(storage.folders(f"{root}/a/b")) == []
+    assert list(storage.list_folders(root)) == [f"{root}/a", f"{root}/d e"]
+    assert list(storage.list_folders(f"{root}/a")) == [f"{root}/a/b"]
+    assert list(storage.list_folders(f"{root}/a/b")) == []
 
 
 def test_storage_travels_to_other_processes(storage: Storage, root: str) -> None:

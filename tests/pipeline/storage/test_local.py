@@ -116,11 +116,11 @@ def test_what_a_killed_writer_has_left_is_swept_and_what_is_being_written_is_not
             while not any(path.stat().st_size for path in _unfinished(tmp_path)):
                 assert time.monotonic() < until
                 time.sleep(0.02)
-            storage.sweep(str(tmp_path))
+            storage.remove_unfinished_writes(str(tmp_path))
             assert len(_unfinished(tmp_path)) == 1
         finally:
             writer.kill()
-    storage.sweep(str(tmp_path))
+    storage.remove_unfinished_writes(str(tmp_path))
     assert not _unfinished(tmp_path)
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"x.parquet", ".hidden.tmp"}
 
@@ -130,7 +130,7 @@ def test_writes_go_on_while_a_folder_is_swept(storage: Storage, tmp_path: Path) 
 
     def sweep() -> None:
         while not done.is_set():
-            storage.sweep(str(tmp_path))
+            storage.remove_unfinished_writes(str(tmp_path))
 
     sweepers = [threading.Thread(target=sweep) for _ in range(3)]
     for sweeper in sweepers:
@@ -146,7 +146,7 @@ def test_writes_go_on_while_a_folder_is_swept(storage: Storage, tmp_path: Path) 
 
 
 def test_sweeping_a_folder_that_is_not_there_does_nothing(storage: Storage, tmp_path: Path) -> None:
-    storage.sweep(f"{tmp_path}/nowhere")
+    storage.remove_unfinished_writes(f"{tmp_path}/nowhere")
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.storage import retries
-from pipeline.storage.retrying import Transient, pause_after, retry
+from pipeline.storage import retry_counts
+from pipeline.storage.retrying import TransientFailure, pause_after, retry
 
 
 class PassingError(Exception):
@@ -30,38 +30,38 @@ def failing(times: int, error: Exception | None = None) -> Callable[[], int]:
     return action
 
 
-def transient(attempts: int = 10) -> Callable[[Exception], Transient | None]:
-    return lambda error: Transient("passing", attempts) if isinstance(error, PassingError) else None
+def transient(attempts: int = 10) -> Callable[[Exception], TransientFailure | None]:
+    return lambda error: TransientFailure("passing", attempts) if isinstance(error, PassingError) else None
 
 
 def test_action_that_succeeds_runs_once() -> None:
-    before = retries()
+    before = retry_counts()
     assert retry(failing(0), transient()) == 1
-    assert retries() == before
+    assert retry_counts() == before
 
 
 @pytest.mark.parametrize("times", [1, 5, 9])
 def test_transient_failures_are_retried_and_counted(times: int) -> None:
-    before, slept = retries(), list[float]()
+    before, slept = retry_counts(), list[float]()
     assert retry(failing(times), transient(), sleep=slept.append) == times + 1
     assert len(slept) == times
-    assert retries() - before == Counter(passing=times)
+    assert retry_counts() - before == Counter(passing=times)
 
 
 @pytest.mark.parametrize("attempts", [1, 4, 10])
 def test_lasting_failure_raises_the_last_exception(attempts: int) -> None:
-    before = retries()
+    before = retry_counts()
     with pytest.raises(PassingError) as caught:
         retry(failing(1000), transient(attempts))
     assert caught.value.args == (attempts,)
-    assert retries() - before == Counter(passing=attempts - 1)  # the last one wasn't retried
+    assert retry_counts() - before == Counter(passing=attempts - 1)  # the last one wasn't retried
 
 
 def test_permanent_failure_is_raised_at_once() -> None:
-    before = retries()
+    before = retry_counts()
     with pytest.raises(ValueError, match="for good"):
         retry(failing(1, ValueError("for good")), transient())
-    assert retries() == before
+    assert retry_counts() == before
 
 
 def test_an_interrupt_is_not_retried() -> None:
@@ -69,7 +69,7 @@ def test_an_interrupt_is_not_retried() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retry(action, lambda _: Transient("any"))
+        retry(action, lambda _: TransientFailure("any"))
 
 
 def test_each_failure_has_its_own_bound() -> None:
@@ -77,7 +77,7 @@ def test_each_failure_has_its_own_bound() -> None:
     with pytest.raises(PassingError) as caught:
         retry(
             failing(1000),
-            lambda _: Transient(kind := next(kinds), attempts=3 if kind == "denied" else 10),
+            lambda _: TransientFailure(kind := next(kinds), attempts=3 if kind == "denied" else 10),
         )
     assert caught.value.args == (3,)
 
@@ -95,13 +95,13 @@ def test_pauses_grow_up_to_a_bound_and_differ(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_threads_count_together() -> None:
-    before = retries()
+    before = retry_counts()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: retry(failing(5), transient()), range(200)))
-    assert retries() - before == Counter(passing=1000)
+    assert retry_counts() - before == Counter(passing=1000)
 
 
 def test_returned_counts_are_a_copy() -> None:
     retry(failing(1), transient())
-    retries().clear()
-    assert retries()["passing"] > 0
+    retry_counts().clear()
+    assert retry_counts()["passing"] > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.storage import ABSENT, Storage, StorageError, retries
+from pipeline.storage import ABSENT, Storage, StorageError, retry_counts
 from tests.pipeline.storage.operations import names
 
 
@@ -51,14 +51,14 @@ def test_credentials_with_a_line_break_are_told_at_once_without_showing_them(
     storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "planted\nsecret\n")
-    before = retries()
+    before = retry_counts()
     for action in (storage.list, storage.read, lambda uri: storage.write(uri, b"x")):
         with pytest.raises(StorageError, match="the AWS credentials hold a line break") as caught:
             list(action(f"{bucket}/x"))
         shown = "".join(traceback.format_exception(caught.value))
         assert "planted" not in shown
         assert "Signature" not in shown
-    assert retries() == before
+    assert retry_counts() == before
 
 
 def test_a_proxy_that_is_none_is_told_without_showing_it(
