@@ -1,4 +1,4 @@
-"""An Airflow 3 DAG that labels a dataset every night on a standing Ray cluster: `cvt-label submit --tick`.
+"""An Airflow 3 DAG that labels a dataset every night on a standing Ray cluster: `cvt-label submit`.
 
 Airflow's workers need this project (`pip install`), the configuration, and in their environment
 RAY_API_SERVER_ADDRESS (the cluster's dashboard), RAY_AUTH_MODE and RAY_AUTH_TOKEN. The cluster has its own
@@ -13,7 +13,7 @@ from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
 
 #: Each try is a job of its own. It is refused (status 6) while the job of an earlier try or night still runs.
-TICK = "{{ dag_run.run_after.strftime('%Y%m%dT%H%M') }}-{{ task_instance.try_number }}"
+KEY = "{{ dag_run.run_after.strftime('%Y%m%dT%H%M') }}-{{ task_instance.try_number }}"
 
 with DAG(
     "label_images",
@@ -24,7 +24,7 @@ with DAG(
 ):
     BashOperator(
         task_id="label",
-        bash_command=f"exec cvt-label submit --config /etc/cvt-label/job.yaml --tick {TICK}",
+        bash_command=f"exec cvt-label submit --config /etc/cvt-label/job.yaml --idempotency-key {KEY}",
         append_env=True,
         retries=2,
         retry_delay=timedelta(minutes=5),

@@ -1,9 +1,10 @@
-"""Labels datasets when they are due: `python -m jobs.schedule --config FILE`, or `cvt-label schedule`."""
+"""Submits labeling jobs on a schedule: `python -m jobs.schedule --config FILE`, or `cvt-label schedule`."""
 
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,30 +13,35 @@ from jobs import console
 from jobs.console import Exit
 from pipeline.config import DatasetConfig, ScheduleConfig, load_config
 from pipeline.dataflow import interrupts_deferred, sigterm_interrupts
-from pipeline.schedule import Scheduler, StateFile, next_ticks
+from pipeline.schedule import Scheduler, StateFile, next_scheduled_times
 
-_DRY_RUN_TICKS = 3
+_DRY_RUN_TIMES = 3
 
 
 @console.exit_status()
 def schedule(
-    config: console.ConfigOption,
+    config: Annotated[
+        Path,
+        typer.Option("--config", "-c", help="YAML file with the list of datasets, as configs/schedule.yaml."),
+    ],
     set: console.SetOption = None,
-    once: Annotated[bool, typer.Option("--once", help="Do what is due now, and end.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Poll once, submit jobs that are due, and exit.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print each dataset's next ticks; change nothing.")
+        bool, typer.Option("--dry-run", help="Print each dataset's next scheduled times; change nothing.")
     ] = False,
     status: Annotated[
         bool, typer.Option("--status", help="Print the state of each dataset; change nothing.")
     ] = False,
 ) -> None:
-    """Submit a labeling job for each dataset of a list when its cron expression is due, until stopped.
+    """Submit a labeling job for each dataset of a list at the times of its cron expression, until stopped.
 
-    Each tick (scheduled time) is submitted once, whatever dies and however many schedulers run. It is skipped
-    while the dataset's last job runs. After downtime, one job makes up for all missed ticks.
+    Each scheduled time is submitted once, also after crashes and with several schedulers. A scheduled time is
+    skipped while the dataset's last job runs. After downtime, one job covers all missed scheduled times.
 
-    Exit status: 0, also when stopped by SIGTERM or Ctrl-C (jobs go on); 2 when the configuration can't be
-    used; 4 when, with --once or --status, a dataset's state or the cluster can't be used.
+    Exit status: 0, also after SIGTERM or Ctrl-C (submitted jobs continue); 2 if the configuration is not
+    valid; 4 if, with --once or --status, a dataset's state or the cluster cannot be accessed.
     """
     loaded = load_config(ScheduleConfig, config, set or (), keep_relative_paths=True)
     if not (dry_run or status):
@@ -43,7 +49,7 @@ def schedule(
     result = Exit.OK
     for name, dataset in loaded.datasets.items():
         try:
-            lines = list(_ticks(dataset) if dry_run else _state(name, dataset))
+            lines = list(_scheduled_times(dataset) if dry_run else _state(name, dataset))
         except Exception as error:  # does not affect the other datasets
             lines, result = [f"can't be read: {error}"], Exit.UNUSABLE
         for line in lines:
@@ -66,29 +72,29 @@ def _run(config: ScheduleConfig, once: bool) -> Exit:
         return Exit.OK
 
 
-def _ticks(dataset: DatasetConfig) -> Iterator[str]:
-    for tick in next_ticks(dataset, datetime.now(UTC), _DRY_RUN_TICKS):
-        zone = "" if str(dataset.timezone) == "UTC" else f" ({tick:%Y-%m-%d %H:%M} {dataset.timezone})"
-        yield _shown(tick) + zone
+def _scheduled_times(dataset: DatasetConfig) -> Iterator[str]:
+    for scheduled in next_scheduled_times(dataset, datetime.now(UTC), _DRY_RUN_TIMES):
+        zone = "" if str(dataset.timezone) == "UTC" else f" ({scheduled:%Y-%m-%d %H:%M} {dataset.timezone})"
+        yield _format_time(scheduled) + zone
 
 
 def _state(name: str, dataset: DatasetConfig) -> Iterator[str]:
     state = StateFile(name, dataset).read()
-    yield f"next: {_shown(next_ticks(dataset, datetime.now(UTC), 1)[0])}"
+    yield f"next: {_format_time(next_scheduled_times(dataset, datetime.now(UTC), 1)[0])}"
     if state is None:
-        yield "no scheduler has polled it yet"
+        yield "not polled by a scheduler yet"
         return
-    if (current := state.current) is not None:
-        problem = f"; {current.problem}" if current.problem else ""
-        yield f"{'submitted' if current.submitted else 'claimed'}: {current.id}{problem}"
-    if (last := state.last) is not None:
+    if (current := state.current_job) is not None:
+        error = f"; {current.error}" if current.error else ""
+        yield f"{'submitted' if current.submitted else 'claimed'}: {current.id}{error}"
+    if (last := state.last_job) is not None:
         yield f"last: {last.id} {last.state.lower()}, exit status {last.exit_status}; {last.message}"
-    if state.skipped is not None:
-        yield f"skipped: {_shown(state.skipped.tick)}; {state.skipped.reason}"
+    if state.last_skipped is not None:
+        yield f"skipped: {_format_time(state.last_skipped.scheduled_time)}; {state.last_skipped.reason}"
 
 
-def _shown(moment: datetime) -> str:
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+def _format_time(time: datetime) -> str:
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from jobs import console
 from jobs.console import note
 from pipeline.config import ConfigError, SubmitConfig
 from pipeline.dataflow import sigterm_interrupts
-from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_tick
+from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_key
 
 
 @console.exit_status()
@@ -19,11 +19,11 @@ def submit(
     config: console.ConfigOption,
     set: console.SetOption = None,
     address: console.AddressOption = None,
-    tick: Annotated[
+    idempotency_key: Annotated[
         str | None,
         typer.Option(
-            help="Names the scheduled time, such as 2026-11-23: one tick of a dataset and model runs once. "
-            "Default: this minute, UTC.",
+            help="Name of this submission, such as 2026-11-23. A second job with the same key, dataset and "
+            "model is refused. Default: the current minute in UTC.",
             show_default=False,
         ),
     ] = None,
@@ -54,11 +54,11 @@ def submit(
     """
     loaded, selection = console.load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
     try:
-        tick = minute_tick(datetime.now(UTC)) if tick is None else tick
+        key = minute_key(datetime.now(UTC)) if idempotency_key is None else idempotency_key
         to = SubmitConfig(working_dir=working_dir, requirements=pip, python=python)
-        submission = Submission(loaded, tick, selection, to)
+        submission = Submission(loaded, key, selection, to)
     except ValueError as error:
-        raise ConfigError(f"--tick: {error}") from None
+        raise ConfigError(f"--idempotency-key: {error}") from None
     client = JobClient(address)
     client.submit(submission)
     job = submission.id

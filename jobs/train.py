@@ -1,12 +1,23 @@
 """Trains a model on labeled shards: `python -m jobs.train --config FILE`, or `cvt-label train`."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from jobs import console
 from pipeline.config import ConfigError, TrainConfig, load_config
 from pipeline.dataflow.ray_cluster import ray_cluster
 
 
 @console.exit_status()
-def train(config: console.ConfigOption, set: console.SetOption = None) -> None:
+def train(
+    config: Annotated[
+        Path,
+        typer.Option("--config", "-c", help="YAML file, such as configs/fashion_mnist_train.yaml."),
+    ],
+    set: console.SetOption = None,
+) -> None:
     """Train a new CvT, or fine-tune a checkpoint, on shards with labels.
 
     Prints the metrics of each epoch. A rerun resumes an interrupted training. The best model is saved in the

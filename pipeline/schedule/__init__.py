@@ -9,6 +9,6 @@ from pipeline.schedule.client import (
     SubmissionRefusedError,
     SubmittedJob,
     UnknownJobError,
-    minute_tick,
+    minute_key,
 )
-from pipeline.schedule.scheduler import DatasetState, Scheduler, StateFile, next_ticks
+from pipeline.schedule.scheduler import DatasetState, Scheduler, StateFile, next_scheduled_times

@@ -1,4 +1,4 @@
-"""A client of Ray's Jobs API: submits a job once, finds it again, follows it and stops it."""
+"""A client for Ray's Jobs API: submits a job once, finds jobs, follows their logs and stops them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
-#: Variables with the address of a cluster. Ray prefers them to any address that it is given.
+#: Variables with the address of a cluster. Ray prefers them to an address that is passed as an argument.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
-_RECONNECTIONS = 10  # to a log, one after the other
+_MAX_RECONNECTIONS = 10  # consecutive ones, to one log
 _POLL_SECONDS = 1.0
 
-CONFIG_VARIABLE = "CVT_LABEL_CONFIG"  # in the job's environment
+#: Environment variable of the job that contains the configuration.
+CONFIG_VARIABLE = "CVT_LABEL_CONFIG"
 
 #: The value of `program` in the metadata of labeling jobs.
 PROGRAM = "cvt-label"
 
-#: Seconds that a stopped job has, in addition to `run.grace_period_s`, to write manifest and statistics.
-_STOP_SECONDS = 60
-_TICK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+#: Seconds, in addition to `run.grace_period_s`, in which a stopped job can write manifest and statistics.
+_SHUTDOWN_SECONDS = 60
+_IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
 class UnknownJobError(LookupError):
-    """The cluster has no job of this id."""
+    """The cluster has no job with this id."""
 
 
 class SubmissionRefusedError(RuntimeError):
@@ -49,11 +50,11 @@ class SubmissionRefusedError(RuntimeError):
 
 
 class AlreadySubmittedError(SubmissionRefusedError):
-    """The cluster has, or had, a job for this dataset, model and tick."""
+    """The cluster already has a job for this dataset, model and idempotency key, possibly a finished one."""
 
 
 class StillRunningError(SubmissionRefusedError):
-    """A job of another tick for the same dataset and model is not finished."""
+    """A job for the same dataset and model, with another idempotency key, is not finished."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class SubmittedJob:
 
     Attributes:
         id: the submission id.
-        state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; LOST if the cluster has forgotten the job.
+        state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; LOST if the cluster no longer has the job.
         message: one line about the state.
-        exit_status: of the process, as a shell reports it; 130 if the job was stopped, 1 if it failed before
-            it had a process; None while the job is not finished, or if it is lost.
+        exit_status: exit status of the process, as a shell reports it. 130 if the job was stopped, 1 if it
+            failed before its process started. None if the job is not finished or is lost.
         entrypoint: the command.
     """
 
@@ -80,7 +81,7 @@ class SubmittedJob:
 
     @classmethod
     def from_details(cls, details: JobDetails) -> SubmittedJob:
-        """Makes a job from what Ray knows of it."""
+        """Creates a job from Ray's job details."""
         state, code = str(details.status), details.driver_exit_code
         status = {"PENDING": None, "RUNNING": None, "SUCCEEDED": 0, "STOPPED": 130}
         failed = (code if code > 0 else 128 - code) if code else 1
@@ -98,82 +99,93 @@ class SubmittedJob:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the job has ended, in whatever state."""
+        """Whether the job has ended, in any state."""
         return self.state not in ("PENDING", "RUNNING")
 
     @property
     def is_labeling(self) -> bool:
-        """Whether it is a job of `submit` or `schedule`, or a labeling job of `ray job submit`."""
-        is_ours = self.metadata.get("program") == PROGRAM
-        return is_ours or re.search(r"\bjobs\.label\b|\bcvt-label label\b", self.entrypoint) is not None
+        """Whether `submit` or `schedule` submitted the job, or `ray job submit` with a labeling command."""
+        has_metadata = self.metadata.get("program") == PROGRAM
+        return has_metadata or re.search(r"\bjobs\.label\b|\bcvt-label label\b", self.entrypoint) is not None
 
 
 @dataclass(frozen=True)
 class Submission:
     """A labeling job to submit.
 
-    It gets nothing of the submitter's environment but its configuration, which contains no secret: the
-    cluster has its own credentials.
+    The job receives only the configuration, and nothing else of the submitter's environment. The
+    configuration contains no secret, because the cluster has its own credentials.
 
     Attributes:
-        config: the job's configuration; `ray.address` is ignored: the job runs on the cluster that gets it.
-        tick: names the scheduled time. One tick of one dataset and model is one job.
+        config: the job's configuration. `ray.address` is ignored, because the job runs on the cluster that
+            receives the submission.
+        idempotency_key: usually the scheduled time. The cluster accepts one job per dataset, model and key.
         selection: the shards to label in addition to new ones.
-        to: how the job runs on its cluster; the address is not used here.
-        wait: wait for other runs on the same labels to end, of another input for example.
+        submit_config: how the job runs on its cluster. The address is not used here.
+        wait: whether the job waits for other runs on the same partition to end, for example runs of another
+            input.
     """
 
     config: Config
-    tick: str
+    idempotency_key: str
     selection: Selection = LABEL_NEW
-    to: SubmitConfig = field(default_factory=SubmitConfig)
+    submit_config: SubmitConfig = field(default_factory=SubmitConfig)
     wait: bool = False
 
     def __post_init__(self) -> None:
-        if not _TICK.fullmatch(self.tick):
-            raise ValueError(f"tick {self.tick!r}: expected up to 40 letters, digits, dots, - and _")
+        if not _IDEMPOTENCY_KEY.fullmatch(self.idempotency_key):
+            expected = (
+                "use 1 to 40 letters, digits, dots, hyphens and underscores; start with a letter or digit"
+            )
+            raise ValueError(f"idempotency key {self.idempotency_key!r}: {expected}")
 
     @property
     def id(self) -> str:
-        """The submission id: the same for the same input, output, model and tick, and for no other."""
-        labels = self._labels
-        digest = hashlib.sha256("\n".join(labels.values()).encode()).hexdigest()[:6]
-        dataset = labels["input"].partition("://")[2] or labels["input"]
-        return f"label-{_slug(dataset)}-{_slug(labels['model'])}-{digest}-{self.tick}"
+        """The submission id: a function of input, output, model, label settings and idempotency key."""
+        identity = self._identity
+        digest = hashlib.sha256("\n".join(identity.values()).encode()).hexdigest()[:6]
+        dataset = identity["input"].partition("://")[2] or identity["input"]
+        return f"label-{_slug(dataset)}-{_slug(identity['model'])}-{digest}-{self.idempotency_key}"
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the cluster shows of the job, in addition to its state."""
-        return {"program": PROGRAM, **self._labels, "tick": self.tick}
+        """The metadata that the cluster shows with the job."""
+        return {"program": PROGRAM, **self._identity, "idempotency_key": self.idempotency_key}
 
-    def has_labels_of(self, metadata: Mapping[str, str]) -> bool:
-        """Whether a job with this metadata labels the same dataset with the same model, at any tick."""
-        return self._labels.items() <= metadata.items()
+    def has_same_labels(self, metadata: Mapping[str, str]) -> bool:
+        """Whether a job with this metadata labels the same dataset with the same model and settings."""
+        return self._identity.items() <= metadata.items()
 
     @property
     def entrypoint(self) -> str:
-        """The command that the cluster runs. It replaces the shell, so that the job receives the signals."""
+        """The command that the cluster runs. `exec` replaces the shell, so that the job receives signals."""
         options = {
             "--retry-errors": self.selection.retry_errors,
             "--relabel": self.selection.relabel,
             "--prune": self.selection.prune,
             "--wait": self.wait,
         }
-        command = [self.to.python, "-m", "jobs.label", f"--config=env:{CONFIG_VARIABLE}"]
-        return f"exec {shlex.join([*command, *(name for name, given in options.items() if given)])}"
+        command = [self.submit_config.python, "-m", "jobs.label", f"--config=env:{CONFIG_VARIABLE}"]
+        return f"exec {shlex.join([*command, *(name for name, is_set in options.items() if is_set)])}"
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        """What Ray sets up for the job on every node."""
+        """The Ray runtime environment of the job."""
         config = self.config.model_copy(update={"ray": self.config.ray.model_copy(update={"address": None})})
-        # Without this variable, Ray kills a job 3 seconds after it has told it to stop.
-        patience = math.ceil(config.run.grace_period_s) + _STOP_SECONDS
-        variables = {CONFIG_VARIABLE: config.model_dump_json(), "RAY_JOB_STOP_WAIT_TIME_S": str(patience)}
-        given = {"env_vars": variables, "working_dir": self.to.working_dir, "pip": self.to.requirements}
-        return {name: value for name, value in given.items() if value is not None}
+        # Without RAY_JOB_STOP_WAIT_TIME_S, Ray kills a job 3 seconds after it sent SIGTERM.
+        stop_timeout = math.ceil(config.run.grace_period_s) + _SHUTDOWN_SECONDS
+        fields = {
+            "env_vars": {
+                CONFIG_VARIABLE: config.model_dump_json(),
+                "RAY_JOB_STOP_WAIT_TIME_S": str(stop_timeout),
+            },
+            "working_dir": self.submit_config.working_dir,
+            "pip": self.submit_config.requirements,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
-    def _labels(self) -> dict[str, str]:
+    def _identity(self) -> dict[str, str]:
         config = self.config
         settings = config.label_settings | {"class_names": config.model.labels}
         return {
@@ -184,24 +196,24 @@ class Submission:
         }
 
 
-def _slug(name: str, longest: int = 40) -> str:
-    """The end of a name in lower-case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())[-longest:].strip("-") or "x"
+def _slug(name: str, max_length: int = 40) -> str:
+    """Returns the end of a name in lower-case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())[-max_length:].strip("-") or "x"
 
 
-def minute_tick(moment: datetime) -> str:
-    """Returns the tick of a moment: its minute in UTC."""
-    return f"{moment.astimezone(UTC):%Y%m%dT%H%MZ}"
+def minute_key(time: datetime) -> str:
+    """Returns the idempotency key of a scheduled time: its minute in UTC, such as `20261123T0200Z`."""
+    return f"{time.astimezone(UTC):%Y%m%dT%H%MZ}"
 
 
 class JobClient:
     """The Jobs API of a Ray cluster.
 
-    Every method raises `ClusterError` if the cluster does not answer, or refuses.
+    Every method raises `ClusterError` if the cluster does not answer or refuses the request.
 
     Args:
-        address: of the dashboard, such as `http://head:8265`; None: RAY_API_SERVER_ADDRESS or RAY_ADDRESS of
-            the environment, or `DEFAULT_ADDRESS`.
+        address: address of the dashboard, such as `http://head:8265`. If None, the first of the environment
+            variables RAY_API_SERVER_ADDRESS and RAY_ADDRESS, or `DEFAULT_ADDRESS`.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -210,25 +222,26 @@ class JobClient:
         elif "://" not in address:
             address = f"http://{address}"
         if "@" in address:
-            cause = "the cluster's address holds credentials, which would be shown"
-            raise ClusterError(f"{cause}: set RAY_AUTH_TOKEN")
+            cause = "the cluster's address contains credentials, which logs and messages would show"
+            raise ClusterError(f"{cause}: remove them and set RAY_AUTH_TOKEN")
         self.address = address
         check_reachable(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.job_submission import JobSubmissionClient  # takes seconds
+        from ray.job_submission import JobSubmissionClient  # the import takes seconds
 
         with self._errors(), _address_variables_hidden():
             self._client = JobSubmissionClient(address)
 
     def submit(self, submission: Submission) -> None:
         """Submits a job; raises `SubmissionRefusedError`."""
-        already, hint = f"job {submission.id} is on the cluster already", "another --tick makes another job"
+        exists = f"the cluster already has job {submission.id}"
+        remedy = "use another --idempotency-key to submit another job"
         for job in self.jobs():
             if job.id == submission.id:
-                raise AlreadySubmittedError(f"{already} ({job.state.lower()}): {hint}")
-            if submission.has_labels_of(job.metadata) and not job.is_finished:
-                what = f"job {job.id}, for the same dataset and model, is {job.state.lower()}"
-                raise StillRunningError(f"{what}: not submitted")
+                raise AlreadySubmittedError(f"{exists} ({job.state.lower()}): {remedy}")
+            if submission.has_same_labels(job.metadata) and not job.is_finished:
+                cause = f"job {job.id} for the same dataset and model is {job.state.lower()}"
+                raise StillRunningError(f"not submitted: {cause}")
         with self._errors():
             try:
                 self._client.submit_job(
@@ -238,82 +251,84 @@ class JobClient:
                     submission_id=submission.id,
                 )
             except (RuntimeError, OSError) as error:
-                if "already exists" in str(error):  # another process was faster: Ray accepts an id once
-                    raise AlreadySubmittedError(f"{already}: {hint}") from None
+                if "already exists" in str(error):  # another process submitted it: Ray accepts an id once
+                    raise AlreadySubmittedError(f"{exists}: {remedy}") from None
                 raise
 
     def jobs(self) -> list[SubmittedJob]:
-        """Returns the labeling jobs that the cluster knows, the latest first."""
+        """Returns the labeling jobs of the cluster, the latest first."""
         with self._errors():
-            every = self._client.list_jobs()
-        jobs = (SubmittedJob.from_details(details) for details in every if details.submission_id)
-        found = (job for job in jobs if job.is_labeling)
-        return sorted(found, key=lambda job: job.started or datetime.now(UTC), reverse=True)
+            all_details = self._client.list_jobs()
+        jobs = (SubmittedJob.from_details(details) for details in all_details if details.submission_id)
+        labeling_jobs = (job for job in jobs if job.is_labeling)
+        return sorted(labeling_jobs, key=lambda job: job.started or datetime.now(UTC), reverse=True)
 
-    def job(self, name: str) -> SubmittedJob:
-        """Returns one job by its id; raises `UnknownJobError`."""
-        job = self.find(name)
+    def job(self, job_id: str) -> SubmittedJob:
+        """Returns the job with this id; raises `UnknownJobError`."""
+        job = self.find(job_id)
         if job is None:
-            raise UnknownJobError(f"{self.address} has no job {name}: see cvt-label status")
+            raise UnknownJobError(f"{self.address} has no job {job_id}: list the jobs with cvt-label status")
         return job
 
-    def find(self, name: str) -> SubmittedJob | None:
-        """Returns one job by its id; None if the cluster doesn't know it."""
-        if not name:
+    def find(self, job_id: str) -> SubmittedJob | None:
+        """Returns the job with this id, or None if the cluster has no such job."""
+        if not job_id:
             return None
         with self._errors():
             try:
-                return SubmittedJob.from_details(self._client.get_job_info(name))
+                return SubmittedJob.from_details(self._client.get_job_info(job_id))
             except RuntimeError as error:
                 if "status code 404" in str(error):
                     return None
                 raise
 
-    def logs(self, name: str) -> str:
-        """Returns what a job has written so far; raises `UnknownJobError`."""
-        self.job(name)
+    def logs(self, job_id: str) -> str:
+        """Returns the log of a job so far; raises `UnknownJobError`."""
+        self.job(job_id)
         with self._errors():
-            return self._client.get_job_logs(name)
+            return self._client.get_job_logs(job_id)
 
-    def follow(self, name: str, write: Callable[[str], None]) -> SubmittedJob:
+    def follow(self, job_id: str, write: Callable[[str], None]) -> SubmittedJob:
         """Passes the log of a job to `write` until the job is finished; returns the finished job.
 
-        After a lost connection it reconnects, and writes nothing twice. Raises `UnknownJobError`.
+        Reconnects after a lost connection, without repeating text. Raises `UnknownJobError`.
         """
         import aiohttp
 
-        job, written, failures = self.job(name), 0, 0
+        job, written, failures = self.job(job_id), 0, 0
 
-        async def pass_on() -> None:
+        async def pass_log() -> None:
             nonlocal written, failures
-            seen = 0
-            async for text in self._client.tail_job_logs(name):
-                seen += len(text)
-                if seen > written:
-                    write(text[written - seen :])
-                    written, failures = seen, 0
+            received = 0
+            async for text in self._client.tail_job_logs(job_id):
+                received += len(text)
+                if received > written:
+                    write(text[written - received :])
+                    written, failures = received, 0
 
         while True:
             try:
-                asyncio.run(pass_on())
-                job = self.job(name)
+                asyncio.run(pass_log())
+                job = self.job(job_id)
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
                 failures += 1
-                if failures > _RECONNECTIONS:
-                    raise ClusterError(f"{self.address}: job {name} can't be followed: {error}") from None
+                if failures > _MAX_RECONNECTIONS:
+                    raise ClusterError(
+                        f"{self.address}: cannot follow the log of job {job_id}: {error}"
+                    ) from None
             if job.is_finished:
                 return job
             time.sleep(_POLL_SECONDS)
 
-    def stop(self, name: str) -> SubmittedJob:
-        """Stops a job as SIGTERM does, and waits until it is finished; raises `UnknownJobError`."""
-        job = self.job(name)
+    def stop(self, job_id: str) -> SubmittedJob:
+        """Sends SIGTERM to a job and waits until the job is finished; raises `UnknownJobError`."""
+        job = self.job(job_id)
         if not job.is_finished:
             with self._errors():
-                self._client.stop_job(name)
+                self._client.stop_job(job_id)
         while not job.is_finished:
             time.sleep(_POLL_SECONDS)
-            job = self.job(name)
+            job = self.job(job_id)
         return job
 
     @contextmanager
@@ -323,26 +338,26 @@ class JobClient:
 
         try:
             yield
-        except requests.exceptions.InvalidHeader:  # its message contains the token
-            cause = "holds a line break, or begins with a space"
+        except requests.exceptions.InvalidHeader:  # whose message contains the token
+            cause = "contains a line break or starts with a space"
             raise ClusterError(f"the token in RAY_AUTH_TOKEN {cause}") from None
         except AuthenticationError:
             raise ClusterError(
-                f"{self.address}: the cluster asks for a token, and has none or another one from here: set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
+                f"{self.address}: the cluster requires a token, and the token is missing or wrong: set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
             ) from None
         except (ClusterError, SubmissionRefusedError):
             raise
-        except (RuntimeError, ValueError, OSError, RayError) as error:  # OSError: of requests, too
-            # The cluster's error is a traceback: its last line says what happened.
+        except (RuntimeError, ValueError, OSError, RayError) as error:  # requests raises OSError
+            # The cluster returns a traceback. Its last line has the cause.
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise ClusterError(f"{self.address}: {(lines or [type(error).__name__])[-1]}") from None
 
 
 @contextmanager
 def _address_variables_hidden() -> Iterator[None]:
-    before = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(before)
+        os.environ.update(hidden)

@@ -49,7 +49,7 @@ def test_command_of_the_dag_submits_one_tick_per_try(monkeypatch: pytest.MonkeyP
     parsed = typer.main.get_command(app).make_context("submit", words[3:]).params
     assert parsed["wait"] is True
     config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist"])
-    assert Submission(config, parsed["tick"]).id.endswith("-20261123T0200-2")
+    assert Submission(config, parsed["idempotency_key"]).id.endswith("-20261123T0200-2")
 
 
 def test_airflow_loads_the_dag() -> None:

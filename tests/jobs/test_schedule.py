@@ -32,11 +32,11 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
     config = load_config(ScheduleConfig, path)
     dataset = config.datasets["a"]
     file = StateFile("a", dataset)
-    file.write(DatasetState(dataset="a", through=datetime.now(UTC) - timedelta(hours=2)))
+    file.write(DatasetState(dataset="a", handled_until=datetime.now(UTC) - timedelta(hours=2)))
     service = subprocess.Popen([sys.executable, "-m", "jobs.cli", "schedule", "--config", str(path)])
     try:
         deadline = time.monotonic() + 600
-        while (state := file.read()) and not state.last:
+        while (state := file.read()) and not state.last_job:
             assert time.monotonic() < deadline
             assert service.poll() is None
             time.sleep(0.5)
@@ -44,8 +44,8 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
         service.send_signal(signal.SIGTERM)
     assert service.wait(60) == 0
     assert state is not None
-    assert state.last is not None
-    assert state.last.exit_status == 0
+    assert state.last_job is not None
+    assert state.last_job.exit_status == 0
     (labels,) = tmp_path.glob("a/model=*/predictions/**/*.parquet")
     assert pq.read_metadata(labels).num_rows == 5
     invoke(schedule, "--config", path, "--once")  # and nothing is due

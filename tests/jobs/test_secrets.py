@@ -124,12 +124,12 @@ def in_this_process(function: Callable[..., None], *arguments: object) -> str:
 def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_terminals(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3, head: Head, tmp_path: Path
 ) -> None:
-    """A tick of a schedule labels, a submitted job finds nothing new, and then the labels are used."""
+    """A scheduled job labels, a submitted job finds nothing new, and then the labels are used."""
     storage.write(f"{bucket}/in/a.tar", make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)]))
     path = tmp_path / "schedule.yaml"
     path.write_text(SCHEDULE.format(address=head.address, root=bucket))
     file = StateFile("photos", load_config(ScheduleConfig, path).datasets["photos"])
-    file.write(DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(days=400)))
+    file.write(DatasetState(dataset="photos", handled_until=datetime.now(UTC) - timedelta(days=400)))
     said: dict[str, str] = {}
 
     # The caller's own credentials stay with the caller: with these, no job would get far.
@@ -139,12 +139,12 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     assert "submitted: label-" in said["schedule"]
     state = file.read()
     assert state is not None
-    assert state.current is not None
-    name = state.current.id
+    assert state.current_job is not None
+    name = state.current_job.id
     assert JobClient(head.address).follow(name, lambda text: None).exit_status == 0
     at = ["--address", head.address]
     wrong = planted | {"AWS_SECRET_ACCESS_KEY": PLANTED}
-    done = cvt_label("submit", "--config", job, *at, "--tick", "again", **wrong)
+    done = cvt_label("submit", "--config", job, *at, "--idempotency-key", "again", **wrong)
     said["submit"] = done.stdout + done.stderr
     assert done.returncode == 0, said["submit"]
     said["look"] = in_this_process(schedule, "--config", path, "--once")

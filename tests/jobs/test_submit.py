@@ -23,7 +23,7 @@ from jobs.stop import stop
 from jobs.submit import submit
 from pipeline.config import Config, ConfigError, Selection, SubmitConfig, load_config
 from pipeline.dataflow import ClusterError
-from pipeline.schedule import JobClient, Submission, minute_tick
+from pipeline.schedule import JobClient, Submission, minute_key
 from pipeline.schedule.client import CONFIG_VARIABLE, AlreadySubmittedError, StillRunningError
 from pipeline.storage import Storage
 from tests.command import cvt_label_process
@@ -93,7 +93,16 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(10)])
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
-    options = ["--config", job, "--address", cluster, "--set", "output.topk=3", "--tick", "night-1"]
+    options = [
+        "--config",
+        job,
+        "--address",
+        cluster,
+        "--set",
+        "output.topk=3",
+        "--idempotency-key",
+        "night-1",
+    ]
     done = cvt_label_process("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "10 in 1 shards" in done.stdout
@@ -103,7 +112,7 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
 
     again = command("submit", *options)
     assert again.exit_code == 6
-    assert f"job {name} is on the cluster already (failed)" in again.stderr
+    assert f"the cluster already has job {name} (failed)" in again.stderr
 
     shown = command("status", name, "--address", cluster)
     assert shown.exit_code == 0, shown.stderr
@@ -125,12 +134,12 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
 
 def test_a_job_that_is_stopped_ends_with_130(cluster: str, job: Path, sleeper: str) -> None:
     options = ["--config", job, "--address", cluster, "--python", sleeper]
-    first = command("submit", *options, "--tick", "1", "--no-wait")
+    first = command("submit", *options, "--idempotency-key", "1", "--no-wait")
     assert first.exit_code == 0, first.stderr
     name = first.stdout.strip()
-    other_tick = command("submit", *options, "--tick", "2")
-    assert other_tick.exit_code == 6
-    assert f"job {name}, for the same dataset and model, is" in other_tick.stderr
+    other_key = command("submit", *options, "--idempotency-key", "2")
+    assert other_key.exit_code == 6
+    assert f"job {name} for the same dataset and model is" in other_key.stderr
 
     following = subprocess.Popen(
         [sys.executable, "-m", "jobs.logs", name, "--address", cluster, "--follow"],
@@ -154,7 +163,7 @@ def test_a_job_that_is_stopped_ends_with_130(cluster: str, job: Path, sleeper: s
 
 
 def test_of_submissions_that_race_one_wins(cluster: str, job: Path, sleeper: str) -> None:
-    submission = Submission(config_of(job), "race", to=SubmitConfig(python=sleeper))
+    submission = Submission(config_of(job), "race", submit_config=SubmitConfig(python=sleeper))
     first, second = JobClient(cluster), JobClient(cluster)
     known = second.jobs()
     second.jobs = lambda: known  # type: ignore[method-assign] # as it was before the first one submitted
@@ -162,7 +171,7 @@ def test_of_submissions_that_race_one_wins(cluster: str, job: Path, sleeper: str
     with pytest.raises(AlreadySubmittedError):
         second.submit(submission)
     with pytest.raises(StillRunningError):
-        first.submit(Submission(config_of(job), "later", to=SubmitConfig(python=sleeper)))
+        first.submit(Submission(config_of(job), "later", submit_config=SubmitConfig(python=sleeper)))
     assert first.stop(submission.id).exit_status == 130
 
 
@@ -190,7 +199,7 @@ def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp
     for environment in ({"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}, {"RAY_AUTH_TOKEN": "0" * 64}):
         done = cvt_label_process("status", "--address", cluster, **environment)
         assert done.returncode == 4, done.stderr
-        assert "the cluster asks for a token" in done.stderr
+        assert "the cluster requires a token" in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -222,14 +231,14 @@ def test_an_address_with_credentials_is_refused_without_showing_them(monkeypatch
     monkeypatch.setenv("RAY_ADDRESS", "planted:secret@127.0.0.1:1")
     done = command("status")
     assert done.exit_code == 4
-    assert "holds credentials" in done.stderr
+    assert "contains credentials" in done.stderr
     assert "planted" not in done.output
 
 
-def test_an_empty_tick_is_refused(job: Path) -> None:
-    done = command("submit", "--config", job, "--tick", "")
+def test_empty_idempotency_key_is_refused(job: Path) -> None:
+    done = command("submit", "--config", job, "--idempotency-key", "")
     assert done.exit_code == 2
-    assert "--tick" in done.stderr
+    assert "--idempotency-key" in done.stderr
 
 
 def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
@@ -238,7 +247,7 @@ def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "planted\nsecret"}
         done = cvt_label_process("status", "--address", address, **environment)
     assert done.returncode == 4, done.stderr
-    assert "the token in RAY_AUTH_TOKEN holds a line break" in done.stderr
+    assert "the token in RAY_AUTH_TOKEN contains a line break" in done.stderr
     assert "planted" not in done.stdout + done.stderr
 
 
@@ -246,12 +255,12 @@ def test_a_wrong_field_ends_with_2_before_any_cluster_is_asked(job: Path) -> Non
     done = command("submit", "--config", job, "--set", "output.topkk=3", "--address", "http://127.0.0.1:1")
     assert done.exit_code == 2
     assert "output.topkk: unknown field" in done.stderr
-    done = command("submit", "--config", job, "--tick", "a b", "--address", "http://127.0.0.1:1")
+    done = command("submit", "--config", job, "--idempotency-key", "a b", "--address", "http://127.0.0.1:1")
     assert done.exit_code == 2
-    assert "tick 'a b'" in done.stderr
+    assert "idempotency key 'a b'" in done.stderr
 
 
-def test_the_id_derives_from_dataset_model_and_tick(job: Path) -> None:
+def test_job_id_depends_on_dataset_model_and_idempotency_key(job: Path) -> None:
     config = load_config(Config, job, ["input.uri=s3://Photos/2026/new/", "model.path=microsoft/cvt-13"])
     name = Submission(config, "20261123T0200Z").id
     assert re.fullmatch(r"label-photos-2026-new-microsoft-cvt-13-[0-9a-f]{6}-20261123T0200Z", name)
@@ -266,7 +275,7 @@ def test_the_id_derives_from_dataset_model_and_tick(job: Path) -> None:
     for override in (*places, *labels):
         other = load_config(Config, job, [*settings, override])
         assert Submission(other, "20261123T0200Z").id != name
-    assert minute_tick(datetime(2026, 11, 23, 2, 0, 59, tzinfo=UTC)) == "20261123T0200Z"
+    assert minute_key(datetime(2026, 11, 23, 2, 0, 59, tzinfo=UTC)) == "20261123T0200Z"
 
 
 def test_the_configuration_survives_its_journey(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

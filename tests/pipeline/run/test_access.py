@@ -315,7 +315,7 @@ def test_a_report_needs_what_its_policy_allows(
 
 
 def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, tmp_path: Path) -> None:
-    """A dataset that is seen for the first time; a tick that is claimed, and finds no cluster; the states."""
+    """The first poll of a dataset; a claimed scheduled time without a cluster; the states."""
     path = tmp_path / "schedule.yaml"
     values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
     submit = {"address": "http://127.0.0.1:1"}
@@ -324,7 +324,7 @@ def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, 
 
     def live(endpoint: str) -> None:
         assert run(schedule, "--config", path, "--once") == 0
-        earlier = DatasetState(dataset="photos", through=datetime.now(UTC) - timedelta(hours=1))
+        earlier = DatasetState(dataset="photos", handled_until=datetime.now(UTC) - timedelta(hours=1))
         uri = StateFile("photos", dataset).uri
         Storage(endpoint_url=s3_server.endpoint_url).write(uri, earlier.model_dump_json().encode())
         assert run(schedule, "--config", path, "--once") == 4

@@ -1,4 +1,4 @@
-"""Lists of datasets for the scheduler, as templates."""
+"""Templates of dataset lists for the scheduler."""
 
 LIST = """\
 submit: {{address: "{address}", python: "{python}"}}

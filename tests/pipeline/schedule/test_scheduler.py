@@ -1,4 +1,4 @@
-"""The scheduler submits what is due once, whatever dies: on a real cluster, with a clock that is set."""
+"""The scheduler submits each scheduled time once, also after crashes. Real cluster, fake clock."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipeline.schedule import (
     StateFile,
     Submission,
     SubmittedJob,
-    next_ticks,
+    next_scheduled_times,
 )
-from pipeline.schedule.scheduler import CurrentJob, last_tick
+from pipeline.schedule.scheduler import CurrentJob, last_scheduled_time
 from pipeline.storage import ObjectInfo, Storage
 from tests.command import invoke
 from tests.pipeline.schedule.lists import DATASET, LIST
@@ -35,12 +35,12 @@ HOUR = timedelta(hours=1)
 
 @dataclass
 class Bench:
-    """Datasets of a folder, whose jobs note that they run, and end when they may.
+    """Datasets of a folder. Their jobs write that they run, and wait until they may end.
 
     Attributes:
-        folder: where all of it lies.
-        address: the cluster's.
-        now: what schedulers take for the time.
+        folder: contains configuration, inputs and outputs.
+        address: address of the cluster.
+        now: the time that schedulers use.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class Bench:
         return self.folder / "schedule.yaml"
 
     def configure(self, *names: str, address: str | None = None) -> ScheduleConfig:
-        """A list of datasets with these names, due every hour."""
+        """Writes and loads a list of datasets with these names, due every hour."""
         script = self.folder / "python"
         script.write_text(
             f"#!/bin/sh\necho run >> {self.folder}/runs\n"
@@ -83,7 +83,7 @@ class Bench:
         ]
 
     def end_jobs(self) -> int:
-        """Lets the jobs end; returns how many have run."""
+        """Lets the jobs end; returns how many ran."""
         self.may_end.touch()
         deadline = time.monotonic() + 600
         while not all(job.is_finished for job in self.jobs()):
@@ -93,21 +93,21 @@ class Bench:
 
 
 def is_submitted(state: DatasetState) -> bool:
-    """Whether the cluster has the dataset's job, and the job is not known to be finished."""
-    return state.current is not None and state.current.submitted and state.current.problem is None
+    """Whether the dataset's job is submitted and not known to be finished."""
+    return state.current_job is not None and state.current_job.submitted and state.current_job.error is None
 
 
 @pytest.fixture
 def bench(cluster: str, tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path, cluster)
-    yield made
-    made.may_end.touch()
+    bench = Bench(tmp_path, cluster)
+    yield bench
+    bench.may_end.touch()
 
 
-def test_tick_is_submitted_once_or_skipped_while_the_last_job_runs(bench: Bench) -> None:
+def test_scheduled_time_is_submitted_once_or_skipped_while_a_job_runs(bench: Bench) -> None:
     config = bench.configure("a")
     scheduler = bench.scheduler(config)
-    assert not scheduler.poll()  # seen for the first time: what was due before is not
+    assert not scheduler.poll()  # the first poll: earlier scheduled times are not due
     assert not scheduler.poll()
     assert bench.jobs() == []
 
@@ -122,22 +122,22 @@ def test_tick_is_submitted_once_or_skipped_while_the_last_job_runs(bench: Bench)
     bench.now = NOON + 2 * HOUR
     assert not scheduler.poll()
     state = bench.state("a", config)
-    assert state.skipped is not None
-    assert state.skipped.tick == bench.now
-    assert job.id in state.skipped.reason
+    assert state.last_skipped is not None
+    assert state.last_skipped.scheduled_time == bench.now
+    assert job.id in state.last_skipped.reason
     assert len(bench.jobs()) == 1
 
     assert bench.end_jobs() == 1
     assert not scheduler.poll()
-    last = bench.state("a", config).last
+    last = bench.state("a", config).last_job
     assert last is not None
     assert (last.id, last.state, last.exit_status) == (job.id, "FAILED", 3)
-    assert len(bench.jobs()) == 1  # the tick that was skipped stays so
+    assert len(bench.jobs()) == 1  # the skipped time is not submitted later
 
-    bench.now = NOON + 99 * HOUR + timedelta(minutes=7)  # after days without a scheduler, a new one
+    bench.now = NOON + 99 * HOUR + timedelta(minutes=7)  # a new scheduler, days later
     for _ in range(3):
         assert not bench.scheduler(config).poll()
-    assert [job.metadata["tick"] for job in bench.jobs()] == ["20260305T1500Z", "20260301T1300Z"]
+    assert [job.metadata["idempotency_key"] for job in bench.jobs()] == ["20260305T1500Z", "20260301T1300Z"]
     assert bench.end_jobs() == 2
     shown = invoke(schedule, "--config", bench.file, "--status")
     assert f"last: {job.id} failed, exit status 3" in shown.output
@@ -145,14 +145,14 @@ def test_tick_is_submitted_once_or_skipped_while_the_last_job_runs(bench: Bench)
 
 
 class Killed(BaseException):
-    """As SIGKILL: no handler of errors sees it."""
+    """Stands for SIGKILL: no error handler catches it."""
 
 
-def test_tick_runs_once_at_whatever_step_a_scheduler_dies(
+def test_job_runs_once_when_a_scheduler_dies_at_any_step(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before and after each of: the claim's write, the submission, the write that it is submitted."""
-    points = [(step, when) for step in ("claim", "submit", "note") for when in ("before", "after")]
+    """Dies before and after the claim, the submission, and the write that records the submission."""
+    points = [(step, when) for step in ("claim", "submit", "record") for when in ("before", "after")]
     names = [f"{when}-{step}" for step, when in points]
     config = bench.configure(*names)
     bench.scheduler(config).poll()
@@ -160,7 +160,7 @@ def test_tick_runs_once_at_whatever_step_a_scheduler_dies(
     for name, (step, when) in zip(names, points, strict=True):
         mine = config.model_copy(update={"datasets": {name: config.datasets[name]}})
         with monkeypatch.context() as patch:
-            _die(patch, step, when)
+            _kill_at(patch, step, when)
             with pytest.raises(Killed):
                 bench.scheduler(mine).poll()
         for _ in range(2):
@@ -171,38 +171,40 @@ def test_tick_runs_once_at_whatever_step_a_scheduler_dies(
     assert not bench.scheduler(config).poll()
     for name in names:
         state = bench.state(name, config)
-        assert state.last is not None
-        assert state.last.exit_status == 3
+        assert state.last_job is not None
+        assert state.last_job.exit_status == 3
 
 
-def _die(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
-    """Has a scheduler die before or after a step."""
+def _kill_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
+    """Makes a scheduler die before or after a step."""
     write, submit = Storage.write, JobClient.submit
     writes = 0
 
-    def at(here: bool, do: Callable[[], object]) -> object:
-        if here and when == "before":
+    def kill_if(is_step: bool, action: Callable[[], object]) -> object:
+        if is_step and when == "before":
             raise Killed
-        result = do()
-        if here:
+        result = action()
+        if is_step:
             raise Killed
         return result
 
-    def dying_write(self: Storage, uri: str, data: bytes, expected: str | None = None) -> ObjectInfo:
+    def killing_write(self: Storage, uri: str, data: bytes, expected: str | None = None) -> ObjectInfo:
         nonlocal writes
         writes += 1
-        result = at(writes == {"claim": 1, "note": 2}.get(step), lambda: write(self, uri, data, expected))
+        result = kill_if(
+            writes == {"claim": 1, "record": 2}.get(step), lambda: write(self, uri, data, expected)
+        )
         assert isinstance(result, ObjectInfo)
         return result
 
-    def dying_submit(self: JobClient, submission: Submission) -> None:
-        at(step == "submit", lambda: submit(self, submission))
+    def killing_submit(self: JobClient, submission: Submission) -> None:
+        kill_if(step == "submit", lambda: submit(self, submission))
 
-    patch.setattr(Storage, "write", dying_write)
-    patch.setattr(JobClient, "submit", dying_submit)
+    patch.setattr(Storage, "write", killing_write)
+    patch.setattr(JobClient, "submit", killing_submit)
 
 
-def test_of_two_schedulers_at_once_one_submits_each_tick(bench: Bench) -> None:
+def test_two_concurrent_schedulers_submit_each_time_once(bench: Bench) -> None:
     names = [f"set-{i}" for i in range(4)]
     config = bench.configure(*names)
     bench.scheduler(config).poll()
@@ -216,57 +218,58 @@ def test_of_two_schedulers_at_once_one_submits_each_tick(bench: Bench) -> None:
             assert not scheduler.poll()
 
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(race) for _ in range(2)]:
-            done.result()
+        for future in [pool.submit(race) for _ in range(2)]:
+            future.result()
     assert bench.end_jobs() == len(names)
     assert all(is_submitted(bench.state(name, config)) for name in names)
 
 
-def test_tick_waits_for_the_cluster_and_a_broken_dataset_stops_no_other(bench: Bench) -> None:
-    away = bench.configure("a", "b", address="http://127.0.0.1:1")
-    bench.scheduler(away).poll()
-    Storage().write(StateFile("a", away.datasets["a"]).uri, b"{}")
+def test_unreachable_cluster_and_broken_dataset_affect_no_other_dataset(bench: Bench) -> None:
+    unreachable = bench.configure("a", "b", address="http://127.0.0.1:1")
+    bench.scheduler(unreachable).poll()
+    Storage().write(StateFile("a", unreachable.datasets["a"]).uri, b"{}")
     bench.now += HOUR
-    problems = bench.scheduler(away).poll()
-    assert "not a schedule's state" in problems["a"]
-    assert "no Ray cluster answers" in problems["b"]
-    state = bench.state("b", away)
-    assert state.current is not None
-    assert not state.current.submitted
-    assert "no Ray cluster answers" in (state.current.problem or "")
+    errors = bench.scheduler(unreachable).poll()
+    assert "not a schedule state file" in errors["a"]
+    assert "no Ray cluster answers" in errors["b"]
+    state = bench.state("b", unreachable)
+    assert state.current_job is not None
+    assert not state.current_job.submitted
+    assert "no Ray cluster answers" in (state.current_job.error or "")
 
     config = bench.configure("a", "b")
-    bench.now += 2 * HOUR  # the claimed tick comes first, and the next ones find it running
+    bench.now += 2 * HOUR  # the claimed time is submitted first; later times find its job running
     assert set(bench.scheduler(config).poll()) == {"a"}
-    assert [job.metadata["tick"] for job in bench.jobs()] == ["20260301T1300Z"]
+    assert [job.metadata["idempotency_key"] for job in bench.jobs()] == ["20260301T1300Z"]
     state = bench.state("b", config)
     assert is_submitted(state)
-    assert state.skipped is not None
+    assert state.last_skipped is not None
 
 
-def test_a_dataset_that_somebody_else_labels_is_skipped(bench: Bench) -> None:
+def test_scheduled_time_is_skipped_while_a_manual_job_runs(bench: Bench) -> None:
     config = bench.configure("a")
     scheduler = bench.scheduler(config)
     scheduler.poll()
-    by_hand = Submission(config.datasets["a"].job, "by-hand", to=config.submit)
-    JobClient(bench.address).submit(by_hand)
+    manual = Submission(config.datasets["a"].job, "manual", submit_config=config.submit)
+    JobClient(bench.address).submit(manual)
     bench.now += HOUR
     assert not scheduler.poll()
     state = bench.state("a", config)
-    assert state.skipped is not None
-    assert by_hand.id in state.skipped.reason
-    assert [job.id for job in bench.jobs()] == [by_hand.id]
+    assert state.last_skipped is not None
+    assert manual.id in state.last_skipped.reason
+    assert [job.id for job in bench.jobs()] == [manual.id]
 
 
-def test_a_job_that_the_cluster_has_forgotten_is_lost(bench: Bench) -> None:
+def test_job_that_the_cluster_no_longer_has_is_lost(bench: Bench) -> None:
     config = bench.configure("a")
-    gone = CurrentJob(tick=NOON, id="gone", submitted=True)
-    StateFile("a", config.datasets["a"]).write(DatasetState(dataset="a", through=NOON, current=gone))
+    lost = CurrentJob(scheduled_time=NOON, id="lost", submitted=True)
+    state = DatasetState(dataset="a", handled_until=NOON, current_job=lost)
+    StateFile("a", config.datasets["a"]).write(state)
     assert not bench.scheduler(config).poll()
     state = bench.state("a", config)
-    assert state.current is None
-    assert state.last is not None
-    assert (state.last.id, state.last.state, state.last.exit_status) == ("gone", "LOST", None)
+    assert state.current_job is None
+    assert state.last_job is not None
+    assert (state.last_job.id, state.last_job.state, state.last_job.exit_status) == ("lost", "LOST", None)
     assert bench.jobs() == []
 
 
@@ -278,11 +281,11 @@ def _dataset(cron: str, timezone: str) -> DatasetConfig:
 
 @pytest.mark.parametrize("start", [datetime(2026, 3, 28, tzinfo=UTC), datetime(2026, 10, 24, tzinfo=UTC)])
 @pytest.mark.parametrize("cron", ["30 2 * * *", "0 * * * *", "0 3 * * 0", "@daily"])
-def test_tick_is_the_last_one_until_the_next_when_clocks_change(cron: str, start: datetime) -> None:
-    """In Berlin, 02:30 isn't there on the first of these weekends, and twice on the second."""
+def test_last_scheduled_time_is_consistent_when_clocks_change(cron: str, start: datetime) -> None:
+    """In Berlin, 02:30 does not exist on the first of these weekends, and occurs twice on the second."""
     dataset = _dataset(cron, "Europe/Berlin")
-    ticks = [tick.astimezone(UTC) for tick in next_ticks(dataset, start, 5)]
-    assert ticks == sorted(set(ticks))
-    for tick, following in pairwise(ticks):
-        assert last_tick(dataset, tick) == tick
-        assert last_tick(dataset, following - timedelta(microseconds=1)) == tick
+    times = [time.astimezone(UTC) for time in next_scheduled_times(dataset, start, 5)]
+    assert times == sorted(set(times))
+    for scheduled, following in pairwise(times):
+        assert last_scheduled_time(dataset, scheduled) == scheduled
+        assert last_scheduled_time(dataset, following - timedelta(microseconds=1)) == scheduled
