@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from jobs import console
-from pipeline.config import ConfigError, TrainConfig, load_config
-from pipeline.dataflow.ray_cluster import ray_cluster
+from pipeline import load_train_config, train_model
 
 
 @console.exit_status()
@@ -26,20 +25,15 @@ def train(
     Exit status: 0; 2 when the configuration can't be used; 4 when data or model can't be used; 130
     when interrupted; 1 otherwise.
     """
-    loaded = load_config(TrainConfig, config, set or ())
-    with ray_cluster(loaded.ray.address):
-        try:
-            from pipeline.train import training  # imports Ray, whose environment is set now
-        except ImportError as error:
-            raise ConfigError(f"training needs Ray Train: pip install 'cvt-label[train]' ({error})") from None
-        result = training.train(
-            loaded,
-            lambda metrics: console.show(
-                f"epoch {metrics['epoch']}/{loaded.optimization.epochs}: "
-                f"train loss {metrics['train_loss']:.4f}, loss {metrics['loss']:.4f}, "
-                f"accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s"
-            ),
-        )
+    loaded = load_train_config(config, set or ())
+    result = train_model(
+        loaded,
+        on_epoch=lambda metrics: console.show(
+            f"epoch {metrics['epoch']}/{loaded.optimization.epochs}: "
+            f"train loss {metrics['train_loss']:.4f}, loss {metrics['loss']:.4f}, "
+            f"accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s"
+        ),
+    )
     best = result.best
     console.show(f"best: epoch {best['epoch']}, accuracy {best['accuracy']:.2%}; saved in {result.path}")
 

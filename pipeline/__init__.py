@@ -18,28 +18,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.commit import Partition, open_partition
     from pipeline.compare import compare_labels
-    from pipeline.config import Config, Selection, load_job_config
+    from pipeline.config import Config, Selection, TrainConfig, load_job_config, load_train_config
     from pipeline.publish import publish_labels
     from pipeline.run import RunResult, find_partition, label, write_report
     from pipeline.run import plan_run as plan
+    from pipeline.train import train_model
 
 __version__ = "0.1.0"
 
 #: The packages that have the public names; those that import least come first.
-_PACKAGES = ("config", "commit", "compare", "publish", "run")
+_PACKAGES = ("config", "commit", "compare", "publish", "run", "train")
 
 __all__ = [
     "Config",
     "Partition",
     "RunResult",
     "Selection",
+    "TrainConfig",
     "compare_labels",
     "find_partition",
     "label",
     "load_job_config",
+    "load_train_config",
     "open_partition",
     "plan",
     "publish_labels",
+    "train_model",
     "write_report",
 ]
 

@@ -17,7 +17,7 @@ from pipeline.config.job import (
     Selection,
     make_storage,
 )
-from pipeline.config.loading import load_config, load_job_config, load_recorded
+from pipeline.config.loading import load_config, load_job_config, load_recorded, load_train_config
 from pipeline.config.schedule import DatasetConfig, ScheduleConfig, SubmitConfig
 from pipeline.config.sections import ConfigError
 from pipeline.config.train import OptimizationConfig, TrainConfig

@@ -13,6 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 
 from pipeline.config.job import Config
 from pipeline.config.sections import VALUE_HIDDEN, ConfigError
+from pipeline.config.train import TrainConfig
 from pipeline.text import remove_credentials
 
 T = TypeVar("T", bound=BaseModel)
@@ -36,6 +37,11 @@ def load_config(
 def load_job_config(path: Source = None, overrides: Iterable[str] = ()) -> Config:
     """Loads the configuration of a labeling job, from YAML or the record of a run; see `load_config`."""
     return load_config(Config, path, overrides)
+
+
+def load_train_config(path: Source = None, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Loads the configuration of a training job from YAML; see `load_config`."""
+    return load_config(TrainConfig, path, overrides)
 
 
 def load_recorded(

@@ -1,4 +1,45 @@
 """Training on labeled shards with Ray Train: a new model, or fine-tuning.
 
-`train.training` needs Ray and is imported by its module name.
+Ray is imported when a training starts, not with this package.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from pipeline.config import ConfigError, TrainConfig
+from pipeline.dataflow.ray_cluster import ray_cluster
+
+if TYPE_CHECKING:
+    from pipeline.train.training import TrainResult
+
+
+def train_model(
+    config: TrainConfig, *, on_epoch: Callable[[Mapping[str, float]], None] = lambda metrics: None
+) -> TrainResult:
+    """Trains a new CvT or fine-tunes a checkpoint; resumes an interrupted training of the same name.
+
+    Args:
+        config: the configuration of the training.
+        on_epoch: called from another thread after each epoch, with `epoch`, `train_loss`, `loss`,
+            `accuracy`, `learning_rate` and `seconds`.
+
+    Returns:
+        The result. `path` is the URI of the folder with the best model, which `model.path` of a labeling
+        job accepts. `best` has the metrics of the best epoch.
+
+    Raises:
+        ConfigError: Ray Train is not installed, or the model is not possible.
+        ConnectionError: no Ray cluster answers at `ray.address`.
+        StorageError, NoShardsError: the images cannot be listed or read.
+        CheckpointError: the checkpoint cannot be loaded.
+        ray.train.TrainingFailedError: a worker failed.
+    """
+    with ray_cluster(config.ray.address):
+        try:
+            # Ray reads environment variables when it is imported, and `ray_cluster` sets them.
+            from pipeline.train import training
+        except ImportError as error:
+            raise ConfigError(f"training needs Ray Train: pip install 'cvt-label[train]' ({error})") from None
+        return training.train(config, on_epoch)

@@ -152,7 +152,7 @@ def test_training_without_ray_train_names_the_extra(
     monkeypatch.setitem(sys.modules, "ray.train", None)
     monkeypatch.delattr("pipeline.train.training")
     monkeypatch.delitem(sys.modules, "pipeline.train.training")
-    monkeypatch.setattr("jobs.train.ray_cluster", lambda address: nullcontext())
+    monkeypatch.setattr("pipeline.train.ray_cluster", lambda address: nullcontext())
     app = typer.Typer()
     app.command()(train_command)
     done = CliRunner().invoke(app, ["--config", str(FASHION_MNIST)])
