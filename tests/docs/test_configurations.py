@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config import Config, DatasetsConfig, TrainConfig, load_config
+from pipeline.config import Config, ScheduleConfig, TrainConfig, load_config
 from tests.docs.pages import PAGES, Block, blocks_of, inline_code, name_of
 
 #: What a configuration needs; blocks that show one section are completed with these sections.
@@ -22,10 +22,10 @@ COMPLETE: dict[str, Any] = {
 }
 
 
-def kind_of(values: dict[str, Any]) -> type[Config] | type[DatasetsConfig] | type[TrainConfig]:
+def kind_of(values: dict[str, Any]) -> type[Config] | type[ScheduleConfig] | type[TrainConfig]:
     """Returns the configuration that a block is part of."""
     if "datasets" in values:
-        return DatasetsConfig
+        return ScheduleConfig
     return TrainConfig if "train" in values else Config
 
 
@@ -61,7 +61,7 @@ def fields(kind: type[BaseModel], prefix: str = "") -> set[str]:
     return found
 
 
-FIELDS = fields(Config) | fields(DatasetsConfig) | fields(TrainConfig)
+FIELDS = fields(Config) | fields(ScheduleConfig) | fields(TrainConfig)
 SECTIONS = {name.partition(".")[0] for name in FIELDS if "." in name} - {"train", "datasets"}
 FILES = (".html", ".json", ".parquet", ".py", ".safetensors", ".yaml")
 _FIELD = re.compile(rf"((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z0-9_]+)+)(?::? .*|=.*|\.)?$")
