@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from jobs import console
-from jobs.console import Exit, make_table, note, out
+from jobs.console import ExitStatus, make_table, print_notice, stdout
 from pipeline import compare_labels
 from pipeline.commit import Partition
 from pipeline.compare import NoPreviousRunError, write_comparison
@@ -21,7 +21,7 @@ _LABELS = (
 )
 
 
-@console.exit_status()
+@console.exit_on_error()
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=_LABELS, show_default=False)],
     b: Annotated[
@@ -51,7 +51,7 @@ def compare(
     min_images: Annotated[
         int, typer.Option(min=1, help="Apply the limits for drift only where A and B have this many images.")
     ] = 1,
-    most: Annotated[int, typer.Option(min=1, help="Rows of each table, at most.")] = 15,
+    top: Annotated[int, typer.Option(min=1, help="Maximum number of rows in each table.")] = 15,
 ) -> None:
     """Compare the labels of two models or two runs: drift by class, and agreement on the same samples.
 
@@ -61,26 +61,26 @@ def compare(
     """
     if drift_only and min_agreement is not None:
         raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
-    configured = None if config is None else console.given_partition(None, config, set)
+    configured = None if config is None else console.resolve_partition(None, config, set)
     storage = Storage() if configured is None else configured.storage
     names = [_full_name(name, configured) for name in (a, b)]
     try:
         found = compare_labels(*names, with_agreement=not drift_only, storage=storage)
     except NoPreviousRunError as error:
-        note(f"cvt-label: nothing is compared: {error}")
+        print_notice(f"cvt-label: nothing is compared: {error}")
         return
     if min_agreement is not None and (found.agreement is None or not found.agreement.compared):
         nothing = f"nothing to measure agreement on: no sample is labeled there and in {names[0]}"
         raise StorageError(names[1], nothing)
     if output is not None:
         write_comparison(found, storage, output)
-    print_comparison(found, most)
+    print_comparison(found, top)
     broken = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images).violations(
         found.totals
     )
     for message in broken:
-        note(f"cvt-label: {message}")
-    sys.exit(Exit.DRIFTED if broken else Exit.OK)
+        print_notice(f"cvt-label: {message}")
+    sys.exit(ExitStatus.DRIFTED if broken else ExitStatus.OK)
 
 
 def _full_name(name: str | None, configured: Partition | None) -> str:
@@ -95,14 +95,14 @@ def _full_name(name: str | None, configured: Partition | None) -> str:
 def print_comparison(found: Comparison, most: int) -> None:
     """Prints the classes that changed most, the most frequent disagreements, and the figures."""
     agreement, labels = found.agreement, found.drift.classes.labels
-    out.print(_class_table(found, most))
+    stdout.print(_class_table(found, most))
     if agreement is not None and (pairs := agreement.disagreements.most_common(most)):
         table = make_table("Most frequent disagreements", ["A", "B"], ["images", "share"])
         for i, j, count in pairs:
             share = format_percent(count / agreement.compared)
             table.add_row(escape_unprintable(labels[i]), escape_unprintable(labels[j]), f"{count:,}", share)
-        out.print(table)
-    console.show_facts({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
+        stdout.print(table)
+    console.print_fields({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
 
 
 def _class_table(found: Comparison, most: int) -> Table:
@@ -121,4 +121,4 @@ def _class_table(found: Comparison, most: int) -> Table:
 
 
 if __name__ == "__main__":
-    console.run_alone(compare)
+    console.run_command(compare)

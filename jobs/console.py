@@ -28,7 +28,7 @@ from pipeline.storage import StorageError
 from pipeline.text import escape_unprintable
 
 
-class Exit(IntEnum):
+class ExitStatus(IntEnum):
     """Exit statuses, for scripts."""
 
     OK = 0
@@ -97,9 +97,9 @@ PruneOption = Annotated[
 
 #: Width of tables in files and pipes.
 _WIDTH = 120
-out = Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
+stdout = Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
 #: For what a terminal shows while a command runs.
-err = Console(stderr=True)
+stderr = Console(stderr=True)
 
 
 def make_app() -> typer.Typer:
@@ -109,7 +109,7 @@ def make_app() -> typer.Typer:
     )
 
 
-def run_alone(command: Callable[..., None]) -> None:
+def run_command(command: Callable[..., None]) -> None:
     """Runs one command as a module of its own: `python -m jobs.<command>`."""
     app = make_app()
     app.command()(command)
@@ -117,45 +117,47 @@ def run_alone(command: Callable[..., None]) -> None:
 
 
 @contextmanager
-def exit_status() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Ends the process with a message and a status where a command can't go on; decorates commands."""
     try:
         yield
     except ConfigError as error:
-        _leave(Exit.USAGE, *str(error).split("\n"))  # a line for each fault
+        _leave(ExitStatus.USAGE, *str(error).split("\n"))  # a line for each fault
     except (StorageError, CheckpointError, NoShardsError, ConnectionError, UnknownJobError) as error:
-        _leave(Exit.UNUSABLE, str(error))
+        _leave(ExitStatus.UNUSABLE, str(error))
     except SubmissionRefusedError as error:
-        _leave(Exit.REFUSED, str(error))
+        _leave(ExitStatus.REFUSED, str(error))
     except (LeaseHeldError, LeaseLostError, TableBusyError) as error:
-        _leave(Exit.BUSY, str(error))
+        _leave(ExitStatus.BUSY, str(error))
     except Stopped:
-        _leave(Exit.INTERRUPTED, "stopped; what is labelled is in the manifest, and a rerun does the rest")
+        _leave(
+            ExitStatus.INTERRUPTED, "stopped; what is labelled is in the manifest, and a rerun does the rest"
+        )
     except KeyboardInterrupt:
-        _leave(Exit.INTERRUPTED, "interrupted")
+        _leave(ExitStatus.INTERRUPTED, "interrupted")
 
 
-def _leave(status: Exit, message: str, *more_lines: str) -> None:
+def _leave(status: ExitStatus, message: str, *more_lines: str) -> None:
     for line in (f"cvt-label: {message}", *more_lines):
-        note(line)
+        print_notice(line)
     sys.exit(status)
 
 
-def show(line: str) -> None:
+def print_line(line: str) -> None:
     """Prints a line, in which names from data are made printable, to standard output."""
     typer.echo(escape_unprintable(line))
 
 
-def note(line: str) -> None:
+def print_notice(line: str) -> None:
     """Prints a line, in which names from data are made printable, to standard error."""
     typer.echo(escape_unprintable(line), err=True)
 
 
-def show_facts(facts: Mapping[str, str]) -> None:
+def print_fields(facts: Mapping[str, str]) -> None:
     """Prints names and values in two columns."""
     width = max(map(len, facts))
     for name, value in facts.items():
-        show(f"{name:<{width}}  {value}")
+        print_line(f"{name:<{width}}  {value}")
 
 
 def print_log(text: str) -> None:
@@ -178,8 +180,8 @@ def log_to_stderr() -> None:
     """Writes the program's log to standard error, each message on one line; in a terminal, above the bar."""
     handler: logging.Handler = logging.StreamHandler()
     form = "%(asctime)s %(levelname)s %(message)s"
-    if err.is_terminal:
-        handler = RichHandler(console=err, show_path=False, log_time_format="[%X]")
+    if stderr.is_terminal:
+        handler = RichHandler(console=stderr, show_path=False, log_time_format="[%X]")
         form = "%(message)s"
     handler.setFormatter(OneLineFormatter(form))
     logging.basicConfig(handlers=[handler])
@@ -216,11 +218,13 @@ def load_job(
     again = [name for name, value in given.items() if value is None and selected.get(name) is True]
     if again:
         options = " ".join(f"--{name.replace('_', '-')}" for name in again)
-        note(f"as run {record['run']} had it: {options} ({options.replace('--', '--no-')} leaves it out)")
+        print_notice(
+            f"as run {record['run']} had it: {options} ({options.replace('--', '--no-')} leaves it out)"
+        )
     return config, Selection(**{name: bool(value) or name in again for name, value in given.items()})
 
 
-def given_partition(uri: str | None, config: Path | None, overrides: list[str] | None = None) -> Partition:
+def resolve_partition(uri: str | None, config: Path | None, overrides: list[str] | None = None) -> Partition:
     """Returns the partition that a command line names, by its URI or by the configuration of its job.
 
     Raises:
@@ -236,7 +240,7 @@ def given_partition(uri: str | None, config: Path | None, overrides: list[str] |
     return open_partition(str(uri))
 
 
-def class_statistics_table(classes: pa.Table, most: int) -> Table:
+def make_class_table(classes: pa.Table, most: int) -> Table:
     """The most frequent of the classes that occur, as a table for the terminal."""
     rows = occurring_classes(classes)
     title = f"Classes of all {sum(row['count'] for row in rows):,} labelled images"
@@ -251,7 +255,7 @@ def class_statistics_table(classes: pa.Table, most: int) -> Table:
     return table
 
 
-def states_line(plan: Plan) -> str:
+def describe_plan(plan: Plan) -> str:
     """How many shards are in which state, and how many are to be labelled."""
     counts = [f"{plan.states[state]:,} {state}" for state in ShardState if plan.states[state]]
     again = f" ({plan.reprocessed:,} of them again)" if plan.reprocessed else ""
@@ -259,7 +263,7 @@ def states_line(plan: Plan) -> str:
     return f"{', '.join(counts)}; {len(plan.shards):,} to label{again}{prune}"
 
 
-def accuracy(stats: ClassStatistics, topk: int) -> str:
+def format_accuracy(stats: ClassStatistics, topk: int) -> str:
     """Top-1 accuracy over all rows with targets, and top-5 where rows of `topk` classes tell it."""
     top5 = stats.top5_accuracy(topk)
     return f"{stats.top1_accuracy():.2%} top-1" + (f", {top5:.2%} top-5" if top5 is not None else "")

@@ -16,7 +16,7 @@ from jobs import console
 Layout = Literal["hugging-face", "microsoft"]
 
 
-@console.exit_status()
+@console.exit_on_error()
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint to convert, as model.path in a configuration.")],
     target: Annotated[Path, typer.Argument(help="New folder; or new .pth file, with `--to microsoft`.")],
@@ -59,11 +59,11 @@ def convert(
             torch.save(microsoft_weights(checkpoint.model), written)
         written.rename(target)
     classes = f"{len(checkpoint.labels):,} classes"
-    console.show(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
+    console.print_line(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
     # A .pth file has weights and a name only, from which the rest is guessed when it is loaded.
     if to == "microsoft" and image_size(target.name) != preprocessor.size:
         pixels = image_size(target.name)
-        console.note(f"cvt-label: by its name, {target.name} loads as a model of {pixels} pixels")
+        console.print_notice(f"cvt-label: by its name, {target.name} loads as a model of {pixels} pixels")
 
 
 def _check_target(target: Path, to: Layout) -> None:
@@ -82,4 +82,4 @@ def _check_target(target: Path, to: Layout) -> None:
 
 
 if __name__ == "__main__":
-    console.run_alone(convert)
+    console.run_command(convert)

@@ -22,7 +22,7 @@ _SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
 _CONFIG = Path(configs.__file__).parent / "demo.yaml"
 
 
-@console.exit_status()
+@console.exit_on_error()
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder that keeps a copy of the labels.")
@@ -39,7 +39,7 @@ def demo(
         shards = sorted(_SAMPLE.glob("*.tar"))
         for shard in shards:
             Storage().write(f"{config.input.uri}/{shard.name}", shard.read_bytes())
-        console.show(f"S3 server at {server.endpoint_url}: {len(shards)} shards in {config.input.uri}")
+        console.print_line(f"S3 server at {server.endpoint_url}: {len(shards)} shards in {config.input.uri}")
         _read_back(run(config).partition, output)
 
 
@@ -55,9 +55,9 @@ def _read_back(partition: Partition, output: Path) -> None:
     table = console.make_table("Some of the labels, read back from S3", labels.column_names, [])
     for row in labels.slice(0, 5).to_pylist():
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-    console.out.print(table)
-    console.show(f"{labels.num_rows:,} labels in {len(tables)} Parquet files, kept in {output}/")
+    console.stdout.print(table)
+    console.print_line(f"{labels.num_rows:,} labels in {len(tables)} Parquet files, kept in {output}/")
 
 
 if __name__ == "__main__":
-    console.run_alone(demo)
+    console.run_command(demo)

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from jobs.console import run_alone
+from jobs.console import run_command
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -56,4 +56,4 @@ def fashion_mnist(
 
 
 if __name__ == "__main__":
-    run_alone(fashion_mnist)
+    run_command(fashion_mnist)

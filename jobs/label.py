@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jobs import console
-from jobs.console import Exit, note
+from jobs.console import ExitStatus, print_notice
 from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
@@ -29,7 +29,7 @@ LOG_INTERVAL = 10.0
 PACE_AFTER = 5.0
 
 
-@console.exit_status()
+@console.exit_on_error()
 def label(
     config: console.ConfigOption,
     set: console.SetOption = None,
@@ -56,17 +56,17 @@ def label(
     overrides = [*(set or ()), *[f"ray.address={IN_PROCESS}"] * no_ray]
     result = run(*console.load_job(config, overrides, retry_errors, relabel, prune), wait)
     if result.broken_limits:
-        sys.exit(Exit.DRIFTED)
-    sys.exit(Exit.OK if result.is_complete else Exit.INCOMPLETE)
+        sys.exit(ExitStatus.DRIFTED)
+    sys.exit(ExitStatus.OK if result.is_complete else ExitStatus.INCOMPLETE)
 
 
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels with progress shown, and prints the result."""
     console.log_to_stderr()
-    with closing(ProgressBar() if console.err.is_terminal else ProgressLog()) as progress:
+    with closing(ProgressBar() if console.stderr.is_terminal else ProgressLog()) as progress:
 
         def planned(prepared: PreparedRun) -> None:
-            note(console.states_line(prepared.plan))
+            print_notice(console.describe_plan(prepared.plan))
             progress.start(prepared.plan)
 
         result = label_dataset(
@@ -83,7 +83,7 @@ class ProgressBar:
         self._pace = Pace()
         state = TextColumn("shards · {task.fields[state]}")
         columns = TextColumn("labeling"), BarColumn(), MofNCompleteColumn(), state, TimeElapsedColumn()
-        self._bar = Progress(*columns, console=console.err, transient=True)
+        self._bar = Progress(*columns, console=console.stderr, transient=True)
         self._task = self._bar.add_task("", state="")
 
     def close(self) -> None:
@@ -166,8 +166,8 @@ def print_result(result: RunResult) -> None:
     topk = result.job.config.output.topk
     if stats is not None and stats.count.any():
         classes = class_table(stats, result.partition.labels, topk)
-        console.out.print(console.class_statistics_table(classes, most=20))
-    facts = {"shards": console.states_line(plan)}
+        console.stdout.print(console.make_class_table(classes, most=20))
+    facts = {"shards": console.describe_plan(plan)}
     if plan.shards:
         facts["images"] = f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards"
         facts["errors"] = f"{totals.errors:,}"
@@ -178,18 +178,18 @@ def print_result(result: RunResult) -> None:
     if result.pruned:
         facts["pruned"] = f"{result.pruned:,} shards that the input no longer has"
     if stats is not None and stats.has_targets:
-        facts["accuracy"] = f"{console.accuracy(stats, topk)}, of all labels"
-    console.show_facts(facts)
+        facts["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
+    console.print_fields(facts)
     if totals.duplicate_keys:
-        note(f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard")
+        print_notice(f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard")
     for row in totals.unreadable:
-        note(f"not labelled: {row.error}")
+        print_notice(f"not labelled: {row.error}")
     if plan.skipped_failures:
         failures = f"{plan.skipped_failures:,} shards that earlier runs could not read"
-        note(f"not labelled: {failures} (--retry-errors tries them again)")
+        print_notice(f"not labelled: {failures} (--retry-errors tries them again)")
     for message in result.broken_limits:
-        note(f"drifted from the run before: {message}")
+        print_notice(f"drifted from the run before: {message}")
 
 
 if __name__ == "__main__":
-    console.run_alone(label)
+    console.run_command(label)

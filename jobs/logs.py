@@ -10,7 +10,7 @@ from jobs.submit import follow as follow_job
 from pipeline.schedule import JobClient
 
 
-@console.exit_status()
+@console.exit_on_error()
 def logs(
     job: console.JobArgument,
     address: console.AddressOption = None,
@@ -29,4 +29,4 @@ def logs(
 
 
 if __name__ == "__main__":
-    console.run_alone(logs)
+    console.run_command(logs)

@@ -11,7 +11,7 @@ from pipeline import plan as plan_run
 from pipeline.text import escape_unprintable
 
 
-@console.exit_status()
+@console.exit_on_error()
 def plan(
     config: console.ConfigOption,
     set: console.SetOption = None,
@@ -32,10 +32,10 @@ def plan(
         for shard in to_label:
             typer.echo(f"{escape_unprintable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}")
     formats = Counter(shard.format for shard in to_label)
-    console.show_facts(
+    console.print_fields(
         {
             "input": job.config.input.uri,
-            "shards": console.states_line(planned.plan),
+            "shards": console.describe_plan(planned.plan),
             "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
             + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
             "ignored": f"{planned.plan.ignored:,} objects that are no shard",
@@ -47,4 +47,4 @@ def plan(
 
 
 if __name__ == "__main__":
-    console.run_alone(plan)
+    console.run_command(plan)

@@ -10,7 +10,7 @@ from pipeline import publish_labels
 from pipeline.publish import FILE_BYTES
 
 
-@console.exit_status()
+@console.exit_on_error()
 def publish(
     to: Annotated[
         str, typer.Option("--to", help="URI of the Delta table; it may hold several models and datasets.")
@@ -34,7 +34,7 @@ def publish(
     since the manifest was written, and wait for the next time; 4 when labels or table can't be used, or
     somebody edited the table; 5 when others changed the table, or the labels, again and again.
     """
-    partition = console.given_partition(uri, config, set)
+    partition = console.resolve_partition(uri, config, set)
     done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2)
     snapshot = done.snapshot
     changes = " has everything already"
@@ -44,11 +44,13 @@ def publish(
             f"{len(done.replaced):,} replaced, {len(done.removed):,} removed; "
             f"{snapshot.rows:,} rows in {len(snapshot.files):,} files"
         )
-    console.show(f"{done.table}: version {snapshot.version}{changes}")
+    console.print_line(f"{done.table}: version {snapshot.version}{changes}")
     if pending := len(done.pending):
-        console.note(f"{pending:,} shards have changed since the manifest was written: publish again later")
-        sys.exit(console.Exit.INCOMPLETE)
+        console.print_notice(
+            f"{pending:,} shards have changed since the manifest was written: publish again later"
+        )
+        sys.exit(console.ExitStatus.INCOMPLETE)
 
 
 if __name__ == "__main__":
-    console.run_alone(publish)
+    console.run_command(publish)

@@ -8,7 +8,7 @@ from jobs import console
 from pipeline import write_report
 
 
-@console.exit_status()
+@console.exit_on_error()
 def report(
     uri: console.PartitionArgument = None,
     config: console.PartitionConfigOption = None,
@@ -30,9 +30,9 @@ def report(
     Exit status: 0; 2 when the configuration can't be used; 4 when labels can't be read, or the report can't
     be written.
     """
-    written = write_report(console.given_partition(uri, config, set), run, against or (), output)
-    console.show(f"{written}: written")
+    written = write_report(console.resolve_partition(uri, config, set), run, against or (), output)
+    console.print_line(f"{written}: written")
 
 
 if __name__ == "__main__":
-    console.run_alone(report)
+    console.run_command(report)

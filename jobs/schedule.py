@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from jobs import console
-from jobs.console import Exit
+from jobs.console import ExitStatus
 from pipeline.config import DatasetConfig, ScheduleConfig, load_config
 from pipeline.dataflow import interrupts_deferred, sigterm_interrupts
 from pipeline.schedule import Scheduler, StateFile, next_scheduled_times
@@ -18,7 +18,7 @@ from pipeline.schedule import Scheduler, StateFile, next_scheduled_times
 _DRY_RUN_TIMES = 3
 
 
-@console.exit_status()
+@console.exit_on_error()
 def schedule(
     config: Annotated[
         Path,
@@ -46,18 +46,18 @@ def schedule(
     loaded = load_config(ScheduleConfig, config, set or (), keep_relative_paths=True)
     if not (dry_run or status):
         sys.exit(_run(loaded, once))
-    result = Exit.OK
+    result = ExitStatus.OK
     for name, dataset in loaded.datasets.items():
         try:
             lines = list(_scheduled_times(dataset) if dry_run else _state(name, dataset))
         except Exception as error:  # does not affect the other datasets
-            lines, result = [f"can't be read: {error}"], Exit.UNUSABLE
+            lines, result = [f"can't be read: {error}"], ExitStatus.UNUSABLE
         for line in lines:
-            console.show(f"{name}  {line}")
+            console.print_line(f"{name}  {line}")
     sys.exit(result)
 
 
-def _run(config: ScheduleConfig, once: bool) -> Exit:
+def _run(config: ScheduleConfig, once: bool) -> ExitStatus:
     console.log_to_stderr()
     scheduler = Scheduler(config)
     try:
@@ -66,10 +66,10 @@ def _run(config: ScheduleConfig, once: bool) -> Exit:
                 with interrupts_deferred():
                     problems = scheduler.poll()
                 if once:
-                    return Exit.UNUSABLE if problems else Exit.OK
+                    return ExitStatus.UNUSABLE if problems else ExitStatus.OK
                 time.sleep(config.submit.poll_interval_s)
     except KeyboardInterrupt:
-        return Exit.OK
+        return ExitStatus.OK
 
 
 def _scheduled_times(dataset: DatasetConfig) -> Iterator[str]:
@@ -98,4 +98,4 @@ def _format_time(time: datetime) -> str:
 
 
 if __name__ == "__main__":
-    console.run_alone(schedule)
+    console.run_command(schedule)

@@ -13,12 +13,12 @@ from pipeline.statistics import class_table
 from pipeline.storage import StorageError
 
 
-@console.exit_status()
+@console.exit_on_error()
 def stats(
     uri: console.PartitionArgument = None,
     config: console.PartitionConfigOption = None,
     set: console.SetOption = None,
-    most: Annotated[int, typer.Option("--most", min=1, help="Classes to show, at most.")] = 1000,
+    top: Annotated[int, typer.Option(min=1, help="Maximum number of classes to print.")] = 1000,
     rebuild: Annotated[
         bool,
         typer.Option(
@@ -36,23 +36,23 @@ def stats(
     if rebuild and uri is None and config is not None:  # class_stats.parquet may be missing
         partition = make_job(load_job_config(config, set or ())).partition
     else:
-        partition = console.given_partition(uri, config, set)
+        partition = console.resolve_partition(uri, config, set)
     if rebuild:
         rebuild_partition(partition)
     manifest = partition.manifest.read(("rows", "errors", "output", "error", "deleted"))
     if not manifest.num_rows:
         raise StorageError(partition.uri, "nothing is labeled yet")
     total, topk = partition.manifest.fold_statistics(), partition.topk()
-    console.out.print(console.class_statistics_table(class_table(total, partition.labels, topk), most))
+    console.stdout.print(console.make_class_table(class_table(total, partition.labels, topk), top))
     labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
     deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))
-    console.show(
+    console.print_line(
         f"{labeled:,} shards, {deleted:,} of them deleted from the input; {failed:,} could not be read; "
         f"{images:,} images, {errors:,} of them errors"
     )
     if total.has_targets:
-        console.show(console.accuracy(total, topk))
+        console.print_line(console.format_accuracy(total, topk))
 
 
 if __name__ == "__main__":
-    console.run_alone(stats)
+    console.run_command(stats)

@@ -12,7 +12,7 @@ from pipeline.schedule import JobClient, SubmittedJob
 _LINE = "{state:<9}  {started:<23}  {took:>8}  {status:>6}  {job}"
 
 
-@console.exit_status()
+@console.exit_on_error()
 def status(
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="A job's id; else all are listed.", show_default=False)
@@ -26,12 +26,12 @@ def status(
     client = JobClient(address)
     if job is not None:
         one = client.job(job)
-        console.show_facts(_row(one) | {"message": one.message, "command": one.entrypoint} | one.metadata)
+        console.print_fields(_row(one) | {"message": one.message, "command": one.entrypoint} | one.metadata)
     elif jobs := client.jobs():
         for row in ({name: name for name in _row(jobs[0])}, *map(_row, jobs)):
-            console.show(_LINE.format(**row))
+            console.print_line(_LINE.format(**row))
     else:
-        console.show("no labeling jobs")
+        console.print_line("no labeling jobs")
 
 
 def _row(job: SubmittedJob) -> dict[str, str]:
@@ -47,4 +47,4 @@ def _row(job: SubmittedJob) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    console.run_alone(status)
+    console.run_command(status)

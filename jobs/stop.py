@@ -4,7 +4,7 @@ from jobs import console
 from pipeline.schedule import JobClient
 
 
-@console.exit_status()
+@console.exit_on_error()
 def stop(job: console.JobArgument, address: console.AddressOption = None) -> None:
     """Stop a submitted job as SIGTERM does, and wait until it is finished.
 
@@ -13,8 +13,8 @@ def stop(job: console.JobArgument, address: console.AddressOption = None) -> Non
     Exit status: 0 when it is finished; 4 when the cluster can't be reached, or has no such job.
     """
     ended = JobClient(address).stop(job)
-    console.show(f"{job} {ended.state.lower()}, exit status {ended.exit_status}")
+    console.print_line(f"{job} {ended.state.lower()}, exit status {ended.exit_status}")
 
 
 if __name__ == "__main__":
-    console.run_alone(stop)
+    console.run_command(stop)

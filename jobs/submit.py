@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from jobs import console
-from jobs.console import note
+from jobs.console import print_notice
 from pipeline.config import ConfigError, SubmitConfig
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_key
 
 
-@console.exit_status()
+@console.exit_on_error()
 def submit(
     config: console.ConfigOption,
     set: console.SetOption = None,
@@ -62,7 +62,7 @@ def submit(
     client = JobClient(address)
     client.submit(submission)
     job = submission.id
-    note(f"submitted {job}; stop it: cvt-label stop {_arguments(client, job)}")
+    print_notice(f"submitted {job}; stop it: cvt-label stop {_arguments(client, job)}")
     if wait:
         sys.exit(follow(client, job).exit_status)
     typer.echo(job)
@@ -75,9 +75,11 @@ def follow(client: JobClient, job: str) -> SubmittedJob:
             ended = client.follow(job, console.print_log)
     except KeyboardInterrupt:
         hint = _arguments(client, job)
-        note(f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}")
-        sys.exit(console.Exit.INTERRUPTED)
-    note(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
+        print_notice(
+            f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}"
+        )
+        sys.exit(console.ExitStatus.INTERRUPTED)
+    print_notice(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
     return ended
 
 
@@ -86,4 +88,4 @@ def _arguments(client: JobClient, job: str) -> str:
 
 
 if __name__ == "__main__":
-    console.run_alone(submit)
+    console.run_command(submit)

@@ -9,7 +9,7 @@ from jobs import console
 from pipeline import load_train_config, train_model
 
 
-@console.exit_status()
+@console.exit_on_error()
 def train(
     config: Annotated[
         Path,
@@ -28,15 +28,17 @@ def train(
     loaded = load_train_config(config, set or ())
     result = train_model(
         loaded,
-        on_epoch=lambda metrics: console.show(
+        on_epoch=lambda metrics: console.print_line(
             f"epoch {metrics['epoch']}/{loaded.optimization.epochs}: "
             f"train loss {metrics['train_loss']:.4f}, loss {metrics['loss']:.4f}, "
             f"accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s"
         ),
     )
     best = result.best
-    console.show(f"best: epoch {best['epoch']}, accuracy {best['accuracy']:.2%}; saved in {result.path}")
+    console.print_line(
+        f"best: epoch {best['epoch']}, accuracy {best['accuracy']:.2%}; saved in {result.path}"
+    )
 
 
 if __name__ == "__main__":
-    console.run_alone(train)
+    console.run_command(train)

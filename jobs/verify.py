@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
 
 
-@console.exit_status()
+@console.exit_on_error()
 def verify(
     images: Annotated[str, typer.Option("--images", help="Shards with images: a folder or a URI.")],
     model: Annotated[
@@ -55,18 +55,18 @@ def verify(
         ]
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None
-    console.note(f"{len(pixels):,} images; transformers' model first")
+    console.print_notice(f"{len(pixels):,} images; transformers' model first")
     wanted = transformers_classifier(checkpoint)(pixels)
     table = Table("runtime", "precision", "images", "same top class", "largest logit difference", "reached")
-    status = console.Exit.OK
+    status = console.ExitStatus.OK
     for engine in engines:
-        console.note(f"engine, {runtime}, {engine.precision}")
+        console.print_notice(f"engine, {runtime}, {engine.precision}")
         top1, difference = agreement(engine(pixels).logits, wanted)
         reached = is_reached(engine.precision, top1, difference)
         figures = f"{len(pixels):,}", f"{top1:.2%}", f"{difference:.2g}"
         table.add_row(runtime, engine.precision, *figures, "yes" if reached else "no")
-        status = status if reached else console.Exit.FAILED
-    console.out.print(table)
+        status = status if reached else console.ExitStatus.FAILED
+    console.stdout.print(table)
     sys.exit(status)
 
 
@@ -85,4 +85,4 @@ def is_reached(precision: str, top1: float, difference: float) -> bool:
 
 
 if __name__ == "__main__":
-    console.run_alone(verify)
+    console.run_command(verify)

@@ -20,7 +20,7 @@ from cvt.checkpoints import Checkpoint
 from cvt.inference import Engine
 from cvt.preprocessing import Preprocessor
 from jobs.benchmarks import figures
-from jobs.console import exit_status, note
+from jobs.console import exit_on_error, print_notice
 from jobs.reference import MAX_PIXELS, load_model, read_images
 from pipeline.decode import decode
 from pipeline.decode.gpu import GpuDecoder
@@ -51,13 +51,13 @@ class Decoding:
     worst_image: float = 0.0
 
 
-@exit_status()
+@exit_on_error()
 def decoding(
     context: typer.Context,
     images: figures.Images,
     model: figures.Model = "cvt-13",
     size: figures.Size = None,
-    samples: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 200,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 200,
     rounds: figures.Rounds = 3,
     device: figures.OnDevice = "auto",
     output: figures.Output = None,
@@ -67,7 +67,7 @@ def decoding(
     Exit status: 0; 1 if a decoder lost an image; 2 if an option is wrong; 4 if images or model are unusable.
     """
     checkpoint = load_model(model, size)
-    encoded = [data for data, _ in itertools.islice(read_images(images, checkpoint.preprocessor), samples)]
+    encoded = [data for data, _ in itertools.islice(read_images(images, checkpoint.preprocessor), count)]
     decoders = available_decoders(checkpoint.preprocessor)
     figures.report(context, output, decoding=compare_decoders(encoded, decoders, checkpoint, device, rounds))
 
@@ -84,7 +84,7 @@ def compare_decoders(
     engine = Engine(checkpoint.model, preprocessor, device=device)
     found = {name: Decoding(name) for name in decoders}
     for turn, (name, decoder) in itertools.product(range(rounds + 1), decoders.items()):
-        note(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
+        print_notice(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
         start = time.perf_counter()
         done = sum(1 for _ in decoder(images))
         if done != len(images):
@@ -113,7 +113,7 @@ def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
         try:
             decoders["the GPU"] = partial(by_gpu, GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda")))
         except (ImportError, ValueError) as error:
-            note(f"not measured: {error}")
+            print_notice(f"not measured: {error}")
     return decoders
 
 

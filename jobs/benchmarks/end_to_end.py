@@ -24,7 +24,7 @@ from cvt.runtimes import Precision
 from jobs.benchmarks import figures
 from jobs.benchmarks.contenders import ENGINE, EXTENSION, OURS, PEERS, Task, task_config
 from jobs.benchmarks.runs import WholeJob, run_contender
-from jobs.console import SetOption, exit_status, note
+from jobs.console import SetOption, exit_on_error, print_notice
 from jobs.reference import load_model, read_images
 from pipeline.dataflow import sigterm_interrupts
 
@@ -32,13 +32,15 @@ _SHARD_IMAGES = 8192
 _SHARDS_PER_CORE = 2  # minimum
 
 
-@exit_status()
+@exit_on_error()
 def run(
     context: typer.Context,
     images: figures.Images,
     model: figures.Model = "cvt-13",
     size: figures.Size = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images; repeated if there are fewer.")] = 2000,
+    count: Annotated[
+        int, typer.Option(min=1, help="Number of images; images repeat if there are fewer.")
+    ] = 2000,
     rounds: figures.Rounds = 3,
     batch_size: figures.BatchSize = 32,
     device: figures.OnDevice = "auto",
@@ -79,8 +81,8 @@ def run(
         )
         task_config(task)  # refuses a wrong override before anything is measured
         save_checkpoint(checkpoint.model, checkpoint.preprocessor, Path(task.model))
-        note("packing the images")
-        dataset = make_dataset(images, Path(task.tars), checkpoint.preprocessor, samples, cores)
+        print_notice("packing the images")
+        dataset = make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
         if "daft" in names:
             for tar in Path(task.tars).iterdir():
                 shutil.unpack_archive(tar, task.files, filter="data")
@@ -89,9 +91,9 @@ def run(
             for job in found:
                 if job.failure:
                     continue  # it would fail again
-                note(f"round {turn} of {rounds}: {job.contender}")
+                print_notice(f"round {turn} of {rounds}: {job.contender}")
                 attempt = replace(task, output=f"{task.output}-{job.contender.replace(' ', '-')}-{turn}")
-                run_contender(job, attempt, samples, timeout)
+                run_contender(job, attempt, count, timeout)
                 if job.failure and job.contender == OURS:
                     raise figures.BenchmarkError(f"the pipeline failed: {job.failure}")
         [record] = Path(f"{task.output}-{OURS}-{rounds}").glob("model=*/runs/*.json")
@@ -115,7 +117,7 @@ def make_dataset(
     uri: str,
     tars: Path,
     preprocessor: Preprocessor,
-    samples: int,
+    count: int,
     cores: int,
     shard_images: int = _SHARD_IMAGES,
 ) -> dict[str, int]:
@@ -128,7 +130,7 @@ def make_dataset(
         uri: shards.
         tars: folder for the tars; it does not exist.
         preprocessor: decides whether an image can be decoded.
-        samples: number of images; they are repeated if there are fewer.
+        count: number of images; they are repeated if there are fewer.
         cores: number of CPUs that share the tars.
         shard_images: maximum number of images in a tar.
 
@@ -136,18 +138,18 @@ def make_dataset(
         StorageError, NoShardsError: the images cannot be read, or there are none.
     """
     tars.mkdir()
-    size = min(shard_images, math.ceil(samples / (_SHARDS_PER_CORE * cores)))
+    size = min(shard_images, math.ceil(count / (_SHARDS_PER_CORE * cores)))
     images = itertools.chain.from_iterable(read_images(uri, preprocessor) for _ in itertools.count())
     total = 0
-    for shard, start in enumerate(range(0, samples, size)):
+    for shard, start in enumerate(range(0, count, size)):
         with tarfile.open(tars / f"{shard:05d}.tar", "w") as tar:
-            for number in range(start, min(start + size, samples)):
+            for number in range(start, min(start + size, count)):
                 data, _ = next(images)
                 member = tarfile.TarInfo(f"{number:09d}.{EXTENSION}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
                 total += len(data)
-    return {"images": samples, "shards": len(list(tars.iterdir())), "bytes": total}
+    return {"images": count, "shards": len(list(tars.iterdir())), "bytes": total}
 
 
 def _stage_row(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from cvt.runtimes import Device
-from jobs.console import out
+from jobs.console import stdout
 from pipeline.run import installed_version
 
 _PACKAGES = ("cvt-label", "torch", "torchvision", "transformers", "ray", "daft", "pyarrow", "pillow", "numpy")
@@ -70,7 +70,7 @@ def report(context: typer.Context, output: Path | None, **tables: Sequence[Any])
         table = Table(*(field.replace("_", " ") for field in fields), title=title.replace("_", " "))
         for row in found:
             table.add_row(*(_cell(row[field]) for field in fields))
-        out.print(table)
+        stdout.print(table)
     if output is not None:
         versions = {name: installed_version(name) for name in _PACKAGES}
         header = {"machine": _machine(), "versions": versions, "settings": context.params}

@@ -17,7 +17,7 @@ from cvt.counting import count_macs
 from cvt.inference.engine import PRECISIONS, Engine
 from cvt.runtimes import RUNTIMES, Precision, precisions_of
 from jobs.benchmarks import figures
-from jobs.console import exit_status, note
+from jobs.console import exit_on_error, print_notice
 from jobs.reference import load_model, transformers_classifier
 
 #: Images, uint8 (n, size, size, 3), to logits (n, classes).
@@ -42,7 +42,7 @@ class Variant:
     to_eager: list[float] = field(default_factory=list)
 
 
-@exit_status()
+@exit_on_error()
 def model(
     context: typer.Context,
     model: figures.Model = "cvt-13",
@@ -118,18 +118,18 @@ def measure(
     """
     prepared: list[tuple[Variant, Classify]] = []
     for name, prepare in variants.items():
-        note(f"{name}: getting ready")
+        print_notice(f"{name}: getting ready")
         start = time.perf_counter()
         try:
             classify = prepare()
         except ImportError as error:
-            note(f"not measured: {error}")
+            print_notice(f"not measured: {error}")
             continue
         if (done := len(classify(images))) != len(images):
             raise figures.BenchmarkError(f"{name}: {done} images came out of {len(images)}")
         prepared.append((Variant(name, time.perf_counter() - start), classify))
     for turn in range(1, rounds + 1):
-        note(f"round {turn} of {rounds}")
+        print_notice(f"round {turn} of {rounds}")
         most = limit()
         for one, classify in prepared:
             start = time.perf_counter()

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from jobs.console import OneLineFormatter, print_log, show
+from jobs.console import OneLineFormatter, print_line, print_log
 from pipeline.report.parts import short
 from pipeline.text import escape_unprintable, single_line
 
@@ -66,7 +66,7 @@ def test_terminals_logs_charts_and_prediction_files_follow_the_same_rule(
 ) -> None:
     name = f"\U0001f469\u200d\U0001f467 {PERSIAN} photo\u202egpj.exe\x1b[2J[bold]\n"
     shown = f"\U0001f469\u200d\U0001f467 {PERSIAN} photo\\u202egpj.exe\\x1b[2J[bold]\\n"
-    show(name)
+    print_line(name)
     assert capsys.readouterr().out == f"{shown}\n"
     print_log(f"{name}\ttwo\r\nthree\r")
     assert capsys.readouterr().out == f"{shown[:-2]}\n\ttwo\nthree\n"

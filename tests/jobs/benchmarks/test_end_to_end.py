@@ -48,7 +48,7 @@ def test_shards_without_images_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_small_benchmark_counts_compares_and_writes_json(images: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    data = ["--images", images, "--model", "fashion-mnist", "--samples", 60]
+    data = ["--images", images, "--model", "fashion-mnist", "--count", 60]
     how = ["--rounds", 1, "--batch-size", 4, "--device", "cpu", "--peers", "dataloader,daft"]
     more = ["--set", "ray.address=in-process", "--set", "read.chunk_images=8", "--price-per-hour", 2]
     done = invoke(run, *data, *how, *more, "--output", figures)
