@@ -1,4 +1,4 @@
-"""What docs/access.md allows is all that the jobs ask of S3, and no more, by their own requests."""
+"""What docs/how-to/restrict-access.md allows is all that the jobs ask of S3, and no more, by their own requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.runs import IN_PROCESS
 
 pytestmark = pytest.mark.slow
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "access.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "how-to" / "restrict-access.md"
 POLICIES: dict[str, dict[str, Any]] = {
     name: json.loads(text)
     for name, text in re.findall(
