@@ -5,4 +5,11 @@ module name. Writing files does not belong here.
 """
 
 from pipeline.classify.predict import classify
-from pipeline.classify.thumbnails import GALLERY_CLASSES, LEAST, MOST, THUMBNAIL_COLUMN, Thumbnails, ranked
+from pipeline.classify.thumbnails import (
+    GALLERY_CLASSES,
+    HIGHEST_CONFIDENCE,
+    LOWEST_CONFIDENCE,
+    THUMBNAIL_COLUMN,
+    Thumbnails,
+    rank_scores,
+)

@@ -21,8 +21,8 @@ from pipeline.read import Chunk
 #: Classes in the gallery, at most: the most frequent.
 GALLERY_CLASSES = 1000
 
-#: The ends of the ranking by confidence: highest, lowest.
-MOST, LEAST = ENDS = ("most", "least")
+#: Values of the gallery's column `selection`.
+HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE = SELECTIONS = ("highest_confidence", "lowest_confidence")
 
 #: Column of chunks.
 THUMBNAIL_COLUMN = "thumbnail"
@@ -41,7 +41,7 @@ class Thumbnails:
     def __init__(self, count: int, side: int, most_classes: int = GALLERY_CLASSES) -> None:
         self._count, self._side, self._most_classes = count, side, most_classes
         self._lock = threading.Lock()  # a classifier has several chunks at once
-        self._kept: dict[str, dict[int, list[float]]] = {end: {} for end in ENDS}
+        self._kept: dict[str, dict[int, list[float]]] = {selection: {} for selection in SELECTIONS}
 
     def added(self, decoded: Chunk, classified: Chunk) -> Chunk:
         """Returns the classified chunk with a column of thumbnails, null for most samples.
@@ -54,7 +54,7 @@ class Thumbnails:
         labels = samples["label_id"].drop_null().to_numpy()
         scores = samples["score"].drop_null().to_numpy()
         with self._lock:
-            wanted = {place for end in ENDS for place in self._better(end, labels, scores)}
+            wanted = {place for selection in SELECTIONS for place in self._better(selection, labels, scores)}
         # The place of a row's pixels: rows that could not be decoded have none.
         place_of = np.cumsum(pc.is_null(decoded.samples["error"]).to_numpy()) - 1
         pictures: list[bytes | None] = [None] * samples.num_rows
@@ -64,10 +64,10 @@ class Thumbnails:
             classified, samples=samples.append_column(THUMBNAIL_COLUMN, pa.array(pictures, pa.binary()))
         )
 
-    def _better(self, end: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
+    def _better(self, selection: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
         """Places of the images that are among the best of their class so far."""
-        kept = self._kept[end]
-        pairs = zip(labels.tolist(), ranked(end, scores).tolist(), strict=True)
+        kept = self._kept[selection]
+        pairs = zip(labels.tolist(), rank_scores(selection, scores).tolist(), strict=True)
         for place, (label, score) in enumerate(pairs):
             if label not in kept and len(kept) >= self._most_classes:
                 continue
@@ -81,9 +81,9 @@ class Thumbnails:
             yield place
 
 
-def ranked(end: str, scores: Any) -> Any:
+def rank_scores(selection: str, scores: Any) -> Any:
     """Scores, negated for the lowest confidence: a higher value is better."""
-    return scores if end == MOST else -scores
+    return scores if selection == HIGHEST_CONFIDENCE else -scores
 
 
 def _thumbnail(pixels: Any, side: int) -> bytes:

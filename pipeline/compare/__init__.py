@@ -1,13 +1,13 @@
 """Comparison of two label sets: drift by class, and agreement sample by sample.
 
-Reading what is compared belongs here. The figures are defined in `statistics`, and `report` draws them.
+This package reads the label sets. `statistics` defines the metrics, and `report` draws them.
 """
 
-from pipeline.compare.comparing import (
+from pipeline.compare.label_sets import (
     LabelSet,
     NoPreviousRunError,
-    RunPair,
-    compare,
+    compare_label_sets,
     compare_labels,
     write_comparison,
 )
+from pipeline.compare.run_pair import RunPair

@@ -1,7 +1,7 @@
-"""The HTML report and the gallery of a partition, from what is stored.
+"""The HTML report and the gallery of a partition, from stored labels, manifest and records.
 
-Figures are computed in `statistics`, comparisons in `compare`.
+Metrics are computed in `statistics`, comparisons in `compare`.
 """
 
-from pipeline.report.gallery import GALLERY_FILE, Gallery, Item, read_gallery, write_gallery
+from pipeline.report.gallery import GALLERY_FILE, Gallery, GalleryItem, read_gallery, write_gallery
 from pipeline.report.page import write_report

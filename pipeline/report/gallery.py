@@ -1,6 +1,6 @@
-"""The gallery: of each class, thumbnails of the images with the highest and with the lowest confidence.
+"""The gallery: per class, thumbnails of the images with the highest and with the lowest confidence.
 
-The driver keeps the best k at each end of what is committed, in `gallery.parquet`.
+The driver keeps the best k thumbnails of each selection for committed shards, in `gallery.parquet`.
 """
 
 import io
@@ -11,7 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.classify import GALLERY_CLASSES, LEAST, MOST, THUMBNAIL_COLUMN, ranked
+from pipeline.classify import (
+    GALLERY_CLASSES,
+    HIGHEST_CONFIDENCE,
+    LOWEST_CONFIDENCE,
+    THUMBNAIL_COLUMN,
+    rank_scores,
+)
 from pipeline.read import Chunk, Shard
 from pipeline.storage import Storage
 
@@ -21,7 +27,7 @@ _SCHEMA = pa.schema(
     [
         ("label_id", pa.int32()),
         ("label", pa.string()),
-        ("end", pa.string()),
+        ("selection", pa.string()),
         ("score", pa.float32()),
         ("shard", pa.string()),
         ("index", pa.int64()),
@@ -30,17 +36,22 @@ _SCHEMA = pa.schema(
     ]
 )
 
-#: Thumbnails in memory of the driver before it drops those that aren't among the best.
-_MOST_HELD = 16 * GALLERY_CLASSES
+#: Thumbnails in memory before the driver drops those that are not among the best.
+_MAX_ITEMS = 16 * GALLERY_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A row of the gallery's file: a JPEG, with the highest ("most") or lowest ("least") confidence."""
+class GalleryItem:
+    """A row of `gallery.parquet`.
+
+    Attributes:
+        selection: `highest_confidence` or `lowest_confidence`.
+        thumbnail: a JPEG.
+    """
 
     label_id: int
     label: str
-    end: str
+    selection: str
     score: float
     shard: str
     index: int
@@ -57,77 +68,90 @@ class Gallery:
     """Collects the best thumbnails of committed shards.
 
     Args:
-        count: number of images of each class that are kept at each end.
-        shards: shards of the plan, by the number in their chunks.
-        most_held: number of thumbnails in memory before those that aren't among the best are dropped.
+        count: number of images that are kept per class and selection.
+        shards: shards of the plan, by the shard number in their chunks.
+        max_items: number of thumbnails in memory before those that are not among the best are dropped.
     """
 
-    def __init__(self, count: int, shards: Sequence[Shard], most_held: int = _MOST_HELD) -> None:
+    def __init__(self, count: int, shards: Sequence[Shard], max_items: int = _MAX_ITEMS) -> None:
         self._count, self._shards = count, shards
-        self._least_held = self._most_held = most_held
-        self._arrived: dict[str, list[Item]] = {}
-        self._settled: set[str] = set()
-        self._items: list[Item] = []
+        self._initial_max_items = self._max_items = max_items
+        self._uncommitted: dict[str, list[GalleryItem]] = {}
+        self._committed_shards: set[str] = set()
+        self._items: list[GalleryItem] = []
 
-    def take(self, chunk: Chunk) -> Chunk:
-        """Takes the thumbnails out of a chunk; returns the chunk without them."""
+    def collect(self, chunk: Chunk) -> Chunk:
+        """Moves the thumbnails of a chunk into the gallery; returns the chunk without thumbnails."""
         if THUMBNAIL_COLUMN not in chunk.samples.column_names:
             return chunk
         shard = self._shards[chunk.shard].uri
-        numbers = pa.array(range(chunk.start, chunk.start + chunk.samples.num_rows))
-        rows = chunk.samples.append_column("index", numbers)
-        rows = rows.select([name for name in _SCHEMA.names if name not in ("end", "shard")])
-        items = self._arrived.setdefault(shard, [])
+        indexes = pa.array(range(chunk.start, chunk.start + chunk.samples.num_rows))
+        rows = chunk.samples.append_column("index", indexes)
+        rows = rows.select([name for name in _SCHEMA.names if name not in ("selection", "shard")])
+        items = self._uncommitted.setdefault(shard, [])
         for row in rows.filter(pc.is_valid(rows[THUMBNAIL_COLUMN])).to_pylist():
-            items += [Item(**row, end=end, shard=shard) for end in (MOST, LEAST)]
+            items += [
+                GalleryItem(**row, selection=selection, shard=shard)
+                for selection in (HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE)
+            ]
         return replace(chunk, samples=chunk.samples.drop_columns([THUMBNAIL_COLUMN]))
 
-    def settle(self, shard: str, is_committed: bool) -> None:
-        """Keeps the thumbnails of a committed shard, and drops those of another one."""
-        items = self._arrived.pop(shard, [])
+    def finish_shard(self, shard: str, is_committed: bool) -> None:
+        """Keeps the thumbnails of a shard if the shard is committed; drops them otherwise."""
+        items = self._uncommitted.pop(shard, [])
         if is_committed:
-            self._settled.add(shard)
+            self._committed_shards.add(shard)
             self._items += items
-        if len(self._items) > self._most_held:
-            self._items = best_of(self._items, self._count)
-            self._most_held = max(self._least_held, 2 * len(self._items))
+        if len(self._items) > self._max_items:
+            self._items = select_best(self._items, self._count)
+            self._max_items = max(self._initial_max_items, 2 * len(self._items))
 
-    def merged(self, before: Iterable[Item], gone: Collection[str], classes: Collection[int]) -> list[Item]:
-        """The gallery `before` this run, updated: without the `gone` shards, of these classes only."""
-        old = (item for item in before if item.shard not in gone and item.shard not in self._settled)
-        shown = [item for item in [*old, *self._items] if item.label_id in classes]
-        return best_of(shown, self._count)
+    def merge(
+        self, previous: Iterable[GalleryItem], removed_shards: Collection[str], classes: Collection[int]
+    ) -> list[GalleryItem]:
+        """Merges the items of this run into those of the previous gallery.
+
+        Args:
+            previous: items of the gallery before this run.
+            removed_shards: URIs of shards whose items are dropped.
+            classes: label ids of the classes that are kept.
+        """
+        dropped = self._committed_shards.union(removed_shards)
+        kept = (item for item in previous if item.shard not in dropped)
+        return select_best((item for item in [*kept, *self._items] if item.label_id in classes), self._count)
 
 
-def best_of(items: Iterable[Item], count: int) -> list[Item]:
-    """The `count` images of each class with the highest, and with the lowest confidence, by class id.
+def select_best(items: Iterable[GalleryItem], count: int) -> list[GalleryItem]:
+    """Returns the `count` images per class with the highest, and with the lowest confidence, by class id.
 
-    No image is at both ends; a class with few images has them at the end of the highest confidence.
+    No image is in both selections. The images of a class with few images are in the first selection.
     """
-    groups: dict[tuple[int, str], dict[tuple[str, int], Item]] = {}
+    groups: dict[tuple[int, str], dict[tuple[str, int], GalleryItem]] = {}
     for item in items:
-        groups.setdefault((item.label_id, item.end), {})[item.sample] = item
-    found = []
+        groups.setdefault((item.label_id, item.selection), {})[item.sample] = item
+    selected = []
     for label_id in sorted({label_id for label_id, _ in groups}):
-        taken: set[tuple[str, int]] = set()
-        for end in (MOST, LEAST):
-            group = groups.get((label_id, end), {})
-            order = sorted(group.values(), key=lambda item: (ranked(item.end, -item.score), item.sample))
-            best = [item for item in order if item.sample not in taken][:count]
-            taken.update(item.sample for item in best)
-            found += best
-    return found
+        selected_samples: set[tuple[str, int]] = set()
+        for selection in (HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE):
+            group = groups.get((label_id, selection), {})
+            ranking = sorted(
+                group.values(), key=lambda item: (rank_scores(item.selection, -item.score), item.sample)
+            )
+            best = [item for item in ranking if item.sample not in selected_samples][:count]
+            selected_samples.update(item.sample for item in best)
+            selected += best
+    return selected
 
 
-def read_gallery(storage: Storage, partition: str) -> list[Item]:
-    """Reads the gallery of a partition; empty where there is none."""
-    found = storage.read_latest(
+def read_gallery(storage: Storage, partition: str) -> list[GalleryItem]:
+    """Reads the gallery of a partition; returns an empty list if the partition has none."""
+    stored = storage.read_latest(
         f"{partition}/{GALLERY_FILE}", lambda file: pq.read_table(file, schema=_SCHEMA)
     )
-    return [] if found is None else [Item(**row) for row in found.content.to_pylist()]
+    return [] if stored is None else [GalleryItem(**row) for row in stored.content.to_pylist()]
 
 
-def write_gallery(storage: Storage, partition: str, items: Sequence[Item]) -> None:
+def write_gallery(storage: Storage, partition: str, items: Sequence[GalleryItem]) -> None:
     """Writes the gallery of a partition."""
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(item) for item in items], _SCHEMA), out, compression="zstd")

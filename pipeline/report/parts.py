@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.gallery import Item
+from pipeline.report.gallery import GalleryItem
 from pipeline.text import escape_unprintable
 
 #: Name and values of each of one or two series.
@@ -101,7 +101,7 @@ class Section:
     query: str = ""
     unreadable: Sequence[str] = ()
     unreadable_note: str = ""
-    gallery: Sequence[tuple[str, Sequence[Item]]] = ()
+    gallery: Sequence[tuple[str, Sequence[GalleryItem]]] = ()
 
 
 def largest(series: Series) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.gallery import Item
+from pipeline.report.gallery import GalleryItem
 from pipeline.report.parts import Bars, Chart, Histogram, Matrix, Reliability, Section
 from pipeline.statistics import (
     Calibration,
@@ -245,9 +245,9 @@ def _other(found: Comparison) -> str:
     return f"run {a.run}" if b.run is None else "the previous run"
 
 
-def gallery(items: Iterable[Item], stats: ClassStatistics) -> Section | None:
+def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> Section | None:
     """Images of the most frequent classes; None where there is no gallery."""
-    by_class: dict[int, list[Item]] = {}
+    by_class: dict[int, list[GalleryItem]] = {}
     for item in items:
         by_class.setdefault(item.label_id, []).append(item)
     if not by_class:

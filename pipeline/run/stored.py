@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.commit import CLASS_STATS, Lease, Partition, new_run_id, rebuilt_rows
-from pipeline.compare import LabelSet, RunPair, compare
+from pipeline.compare import LabelSet, RunPair, compare_label_sets
 from pipeline.config import Config, make_storage
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.report import write_report as write_page
@@ -112,9 +112,9 @@ def write_report(
         raise StorageError(partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}")
     others = [LabelSet.open(partition.storage, name) for name in against]
     dataset = record.get("config", {}).get("input", {}).get("uri")
-    statistics, previous = RunPair.find(partition, dataset, record["run"]).compare()
+    statistics, previous = RunPair.find(partition, dataset, record["run"]).fold_statistics()
     labels = LabelSet(partition, statistics=statistics)
-    comparisons = [compare(other, labels) for other in others]
+    comparisons = [compare_label_sets(other, labels) for other in others]
     if previous is not None:
         comparisons.insert(0, previous)
     return write_page(partition, record, statistics, comparisons, output)

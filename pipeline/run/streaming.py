@@ -64,7 +64,7 @@ def _note_commit(run: RunContext, row: ManifestRow) -> None:
         run.record.shards("recovered", [row.uri])
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
-    run.gallery.settle(row.uri, row.error is None)
+    run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
     run.clock.mark("first_commit")
 
@@ -94,7 +94,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
             if stop.requested:
                 committer.wind_down()
-            committer.add(run.gallery.take(chunk))
+            committer.add(run.gallery.collect(chunk))
             note_progress(chunk)
             run.lease.check()
             if stop.requested and not committer.open_shards:

@@ -19,7 +19,7 @@ logger = logging.getLogger("cvt_label")
 def summarize(run: RunContext) -> None:
     """Writes class statistics, gallery and report, and holds the run to the limits of the gate."""
     runs, partition = _run_pair(run), run.result.partition
-    statistics, previous = runs.compare()
+    statistics, previous = runs.fold_statistics()
     run.result.statistics = statistics
     write_class_table(partition, statistics, run.result.job.config.output.topk)
     run.note_counts()
@@ -39,7 +39,7 @@ def judge_again(run: RunContext) -> None:
     """Holds what earlier runs labeled to the limits of the gate, where this run changed nothing."""
     if _limits(run).any_set:
         runs = _run_pair(run)
-        _judge(run, runs, runs.compare()[1] if runs.current else None)
+        _judge(run, runs, runs.fold_statistics()[1] if runs.current else None)
 
 
 def has_unwanted_gallery(run: RunContext) -> bool:
@@ -56,7 +56,7 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
         return
     deleted = {*run.record.values["removed"], *run.result.rolled_back}
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
-    write_gallery(storage, uri, run.gallery.merged(read_gallery(storage, uri), deleted, set(frequent)))
+    write_gallery(storage, uri, run.gallery.merge(read_gallery(storage, uri), deleted, set(frequent)))
 
 
 def _limits(run: RunContext) -> ComparisonLimits:

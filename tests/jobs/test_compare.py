@@ -16,7 +16,7 @@ from pipeline.statistics.comparison import TOTALS
 from pipeline.storage import Storage
 from tests.command import cvt_label
 from tests.partitions import make_predictions, write_partition
-from tests.pipeline.compare.test_comparing import LABELS, make_models
+from tests.pipeline.compare.test_label_sets import LABELS, make_models
 
 SCHEMA = pa.schema(
     {

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.commit import Partition
 from pipeline.compare import LabelSet
-from pipeline.compare.comparing import measure_agreement
+from pipeline.compare.label_sets import measure_agreement
 from pipeline.config import ConfigError, Selection
 from pipeline.predictions import is_allowed_path
 from pipeline.report import read_gallery

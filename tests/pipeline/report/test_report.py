@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.classify import LEAST, MOST
+from pipeline.classify import HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE
 from pipeline.commit import Partition
-from pipeline.report import Item, write_gallery
+from pipeline.report import GalleryItem, write_gallery
 from pipeline.report import write_report as write_page
 from pipeline.run import write_report
 from pipeline.storage import Storage, StorageError
@@ -175,8 +175,11 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 
 def test_gallery_is_shown_with_its_texts_escaped(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, NASTY)
-    ends = [(MOST, 0.987), (LEAST, 0.123)]
-    items = [Item(0, NASTY[0], end, x, "/in/a.tar", 1, NASTY[1], b"\xff\xd8thumbnail") for end, x in ends]
+    scores = {HIGHEST_CONFIDENCE: 0.987, LOWEST_CONFIDENCE: 0.123}
+    items = [
+        GalleryItem(0, NASTY[0], selection, score, "/in/a.tar", 1, NASTY[1], b"\xff\xd8thumbnail")
+        for selection, score in scores.items()
+    ]
     write_gallery(Storage(), partition.uri, items)
     elements = Elements(report(partition.uri).read_text())
     images = [attributes for tag, attributes in elements.found if tag == "img"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.classify import MOST
-from pipeline.report import Item, write_gallery
+from pipeline.classify import HIGHEST_CONFIDENCE
+from pipeline.report import GalleryItem, write_gallery
 from pipeline.storage import Storage
 from tests.makers import make_image
 from tests.pipeline.report.test_report import NASTY, make_partition, report
@@ -63,7 +63,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     uri = make_partition(folder, NASTY).uri
     picture = make_image(1)
-    items = [Item(i, label, MOST, 0.9, "/in/a.tar", i, label, picture) for i, label in enumerate(NASTY)]
+    items = [
+        GalleryItem(i, label, HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", i, label, picture)
+        for i, label in enumerate(NASTY)
+    ]
     write_gallery(Storage(), uri, items)
     return report(uri)
 

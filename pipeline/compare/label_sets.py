@@ -1,0 +1,179 @@
+"""Compares two label sets by class and sample by sample.
+
+Samples are joined on shard and index. The manifests are joined first. Prediction files are opened only for
+shards that both label sets have in the same version. A thread reads one shard of both label sets at a time.
+"""
+
+import io
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.commit import Partition
+from pipeline.predictions import read_predictions
+from pipeline.statistics import (
+    HISTOGRAM_BINS,
+    AgreementStatistics,
+    ClassMapping,
+    ClassStatistics,
+    Comparison,
+    Drift,
+    LabelSetId,
+)
+from pipeline.storage import Storage, StorageError, normalize_uri
+
+_READER_THREADS = 16
+_LABELS_OF_RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
+
+
+class NoPreviousRunError(StorageError):
+    """The partition has labels of one run only."""
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """All labels of a partition, or the labels of one run that no later run replaced.
+
+    Attributes:
+        run: id of the run; None for all labels.
+        statistics: class statistics of these labels. If None, they are read from the partition.
+    """
+
+    partition: Partition
+    run: str | None = None
+    statistics: ClassStatistics | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, storage: Storage, name: str) -> Self:
+        """Opens the label set named `URI`, `URI@RUN`, `URI@latest` or `URI@previous`.
+
+        Raises:
+            StorageError: the partition does not exist, or has no labels of the run.
+            NoPreviousRunError: the partition has labels of one run only.
+        """
+        match = _LABELS_OF_RUN.fullmatch(name)
+        if match is None:
+            return cls(Partition.open(storage, name))
+        partition, run = Partition.open(storage, match[1]), match[2]
+        runs = partition.manifest.runs()
+        if run in runs:
+            return cls(partition, run)
+        if run not in ("latest", "previous") or not runs:
+            last_runs = ", ".join(runs[-5:]) or "none"
+            raise StorageError(
+                f"{partition.uri}@{run}", f"no labels of this run; runs with labels: {last_runs}"
+            )
+        if run == "previous" and len(runs) == 1:
+            raise NoPreviousRunError(f"{partition.uri}@previous", f"all labels are of one run, {runs[0]}")
+        return cls(partition, runs[-1 if run == "latest" else -2])
+
+    @property
+    def id(self) -> LabelSetId:
+        """The partition's URI and the run."""
+        return LabelSetId(self.partition.uri, self.run)
+
+    @cached_property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images per class, int64 (classes,), and score histograms per class, int64 (classes, bins)."""
+        stats = self.statistics
+        if stats is None and self.run is not None:
+            stats = self.partition.manifest.fold_statistics(self.run)
+        if stats is not None:
+            return stats.count, stats.score_histogram
+        classes = self.partition.class_table
+        histograms = classes["score_histogram"].combine_chunks().flatten().to_numpy()
+        return classes["count"].to_numpy(), histograms.reshape(-1, HISTOGRAM_BINS)
+
+    def shards(self) -> pa.Table:
+        """Returns the labeled shards: `uri`, `version`, `output` (prediction file), `labeled` (images)."""
+        rows = self.partition.manifest.labeled(("uri", "version", "output", "rows", "errors"), self.run)
+        labeled = pc.subtract(rows["rows"], rows["errors"])
+        return rows.select(["uri", "version", "output"]).append_column("labeled", labeled)
+
+
+def compare_label_sets(a: LabelSet, b: LabelSet, with_agreement: bool = True) -> Comparison:
+    """Compares two label sets by class and, if they have common samples, sample by sample.
+
+    Two runs of one partition have no common samples, because each shard has one set of labels there.
+
+    Raises:
+        StorageError: a label set cannot be read or has no labeled image.
+    """
+    classes = ClassMapping.matched(a.partition.labels, b.partition.labels)
+    for label_set in (a, b):
+        if not label_set.counts[0].any():
+            raise StorageError(label_set.id.name, "cannot compare: the label set has no labeled image")
+    drift = Drift(classes, a.counts, b.counts)
+    agreement = None
+    if with_agreement and a.partition.uri != b.partition.uri:
+        agreement = measure_agreement(classes, a, b)
+    return Comparison(a.id, b.id, drift, agreement)
+
+
+def compare_labels(
+    a: str, b: str, *, with_agreement: bool = True, storage: Storage | None = None
+) -> Comparison:
+    """Compares the labels of two models or of two runs.
+
+    Args:
+        a: the first label set: `URI`, `URI@RUN`, `URI@latest` or `URI@previous` of a partition.
+        b: the second label set, in the same form.
+        with_agreement: whether to read all labels and compare them sample by sample.
+        storage: access to both label sets. If None, settings come from the environment.
+
+    Raises:
+        StorageError: a label set does not exist, cannot be read, or has no labeled image.
+    """
+    storage = storage or Storage()
+    return compare_label_sets(LabelSet.open(storage, a), LabelSet.open(storage, b), with_agreement)
+
+
+def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None:
+    """Writes a comparison as a Parquet file with one row per class."""
+    file = io.BytesIO()
+    pq.write_table(comparison.table(), file, compression="zstd")
+    storage.write(normalize_uri(uri), file.getvalue())
+
+
+def measure_agreement(classes: ClassMapping, a: LabelSet, b: LabelSet) -> AgreementStatistics:
+    """Compares two label sets sample by sample."""
+    # Both manifests are read before the labels. Reading labels may take hours, and a run may rewrite the
+    # manifests meanwhile.
+    shards = a.shards().join(b.shards(), "uri", join_type="full outer", left_suffix="_a", right_suffix="_b")
+    is_common = pc.fill_null(pc.equal(shards["version_a"], shards["version_b"]), False)
+    not_common = shards.filter(pc.invert(is_common))
+    result = AgreementStatistics(classes)
+    result.only_a = pc.sum(not_common["labeled_a"]).as_py() or 0
+    result.only_b = pc.sum(not_common["labeled_b"]).as_py() or 0
+    result.changed_shards = not_common.drop_null().num_rows
+
+    def read(shard: Mapping[str, Any]) -> tuple[pa.Table, pa.Table] | None:
+        """Reads a shard's labels in both label sets; None if one no longer has this version of the shard."""
+        tables = []
+        for partition in (a.partition, b.partition):
+            uri = f"{partition.uri}/{shard['output_a']}"
+            labels = read_predictions(partition.storage, uri, ["index", "label_id"])
+            if labels is None or labels[0].version != shard["version_a"]:
+                return None
+            tables.append(labels[1])
+        return tables[0], tables[1]
+
+    with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="compare") as pool:
+        for batch in shards.filter(is_common).sort_by("uri").to_batches(4 * _READER_THREADS):
+            common_shards = batch.to_pylist()
+            for shard, labels in zip(common_shards, pool.map(read, common_shards), strict=True):
+                if labels is not None:
+                    result.add(*labels)
+                    continue
+                result.only_a += shard["labeled_a"]
+                result.only_b += shard["labeled_b"]
+                result.changed_shards += 1
+    return result
