@@ -1,43 +1,55 @@
-# Two commands that do all of their own set-up: make demo, make test.
+# Every target creates the virtual environment that it needs. Run `make help` for the list of targets.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
+T ?=
 ROUNDS ?= 40
 SEED ?= 0
 
-.PHONY: demo test test-fast soak lint install clean
-.DEFAULT_GOAL := demo
+.PHONY: help install demo test test-fast soak lint format lock clean
+.DEFAULT_GOAL := help
 
-install: $(VENV)/installed
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-# The environment is made anew where what it is made from has changed.
+install: $(VENV)/installed ## Create the virtual environment with the locked versions
+
+# A changed pyproject.toml or constraints.txt recreates the environment. The file `installed` contains the path
+# of the repository: an environment with another path, or without this file, was created by something else.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
-	@[ ! -e $(VENV) ] || [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] || [ $(VENV) = .venv ] || { echo "$(VENV) was not made here: it would be wiped"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required, and $(PYTHON) is " + sys.version.split()[0] + ": name another interpreter with make PYTHON=...")'
+	@[ ! -e $(VENV) ] || [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] || [ $(VENV) = .venv ] || { echo "$(VENV) was not created by this Makefile and would be deleted: name another folder with make VENV=..."; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	@echo "installing (PyTorch, Ray and more: some minutes at the first time)"
+	@echo "installing PyTorch, Ray and other packages (the first installation takes several minutes)"
 	$(RUN) pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@echo "$(CURDIR)" > $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed ## Label 1,000 images from a local S3 server
 	@$(RUN) jobs.cli demo
 
-test: $(VENV)/installed
-	@$(RUN) pytest
+test: $(VENV)/installed ## Run all tests, or one path: make test T=tests/cvt
+	@$(RUN) pytest $(T)
 
-# Without the tests that start a Ray, or that take long for another reason.
-test-fast: $(VENV)/installed
-	@$(RUN) pytest -m "not slow"
+test-fast: $(VENV)/installed ## Run the tests that take seconds and start no Ray (T=path)
+	@$(RUN) pytest -m "not slow" $(T)
 
-# Kills and faults at random: make soak ROUNDS=100 SEED=3
-soak: $(VENV)/installed
+soak: $(VENV)/installed ## Label under random crashes and faults: make soak ROUNDS=100 SEED=3
 	@$(RUN) tests.soak --rounds $(ROUNDS) --seed $(SEED)
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed ## Check style, formatting, types, and imports between packages
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
 	@$(VENV)/bin/lint-imports --no-logo --no-cache
 
-clean:
+format: $(VENV)/installed ## Format the code and fix simple style faults
+	@$(RUN) ruff format
+	@$(RUN) ruff check --fix
+
+# uv keeps the locked versions that pyproject.toml allows. UPGRADE=--upgrade takes the latest versions instead.
+lock: $(VENV)/installed ## Update constraints.txt from pyproject.toml (UPGRADE=--upgrade)
+	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
+	    --custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
+
+clean: ## Delete the virtual environment and the output of the demo
 	rm -rf $(VENV) demo-output

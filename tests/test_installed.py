@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source], folder)
@@ -82,6 +82,8 @@ def test_wheel_holds_data_and_type_markers(wheel: Path) -> None:
     for package in PACKAGES:
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*") if path.is_file()}
         assert {name for name in files if "__pycache__" not in name} <= names
+    licenses = {name.partition(".dist-info/licenses/")[2] for name in names}
+    assert {"LICENSE", "NOTICE", "jobs/data/fashion-mnist/LICENSE"} <= licenses
     assert {"pipeline/py.typed", "cvt/py.typed", "cvt/bundled/fashion-mnist/model.safetensors"} <= names
 
 
