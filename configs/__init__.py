@@ -1,1 +1,1 @@
-"""Ready configurations, as YAML."""
+"""Example configurations in YAML."""

@@ -9,7 +9,7 @@ from jobs.console import make_app
 
 COMMANDS = (
     "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
-    "demo", "train", "convert", "verify", "benchmark",
+    "demo", "train", "convert", "verify", "config", "benchmark",
 )  # fmt: skip
 
 

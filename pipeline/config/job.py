@@ -1,7 +1,7 @@
 """The configuration of a labeling job.
 
-Every field that a run depends on is here and goes whole into the run's record. Secrets don't belong here:
-credentials come from the standard chains of each storage service.
+The configuration holds every field that a run depends on, and the run record stores all of them. The
+configuration holds no secrets: credentials come from the standard chains of each storage service.
 """
 
 import hashlib
@@ -9,184 +9,195 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from cvt.runtimes import Device, Precision, Runtime, precisions_of, resolve_precision
-from pipeline.config.sections import Address, NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
+from cvt.runtimes import Precision, precisions_of, resolve_precision
+from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
+from pipeline.config.stages import ClassifyConfig, DecodeConfig, RayConfig, ReadConfig
 from pipeline.storage import Storage
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images"]
 
 
 class InputConfig(Section):
-    """Where the shards are, and which parts of them are image, label and key."""
+    """The location of the shards, and which of their parts are image, label and key."""
 
-    uri: Uri
-    format: InputFormat = "auto"
-    #: Read the labels of the dataset (targets). If false, every target is null.
-    labels: bool = True
-    #: WebDataset: the (dotted) field of `.json` with the label; null: the label is in `.cls`.
-    label_field: str | None = None
-    #: Parquet: names of columns; null: the image column is found by its type.
-    image_column: str | None = None
-    label_column: str | None = None
-    key_column: str | None = None
-    #: Larger images become error rows, before they are read (bytes) or decoded (pixels).
-    max_image_bytes: PositiveInt = 256 * 1024**2
-    max_image_pixels: PositiveInt = 178_956_970  # Pillow's limit against decompression bombs
+    uri: Uri = Field(
+        description="Folder of the shards: `s3://`, `gs://` or a local path. A single shard is also allowed.",
+        examples=["s3://my-bucket/shards"],
+    )
+    format: InputFormat = Field(
+        default="auto",
+        description="Format of the shards. `auto`: inferred from each file extension. `webdataset`, "
+        "`parquet`: every file has this format. `images`: every file with an image extension.",
+        examples=["webdataset"],
+    )
+    labels: bool = Field(
+        default=True,
+        description="Read the dataset's own labels as targets. False: every target is null.",
+        examples=[False],
+    )
+    label_field: str | None = Field(
+        default=None,
+        description="WebDataset: field of the `.json` member that holds the label; dots separate nested "
+        "fields. Null: the label is in the `.cls` member.",
+        examples=["annotation.class"],
+    )
+    image_column: str | None = Field(
+        default=None,
+        description="Parquet: name of the image column. Null: `image`, or the only column whose type is "
+        "binary or a struct with binary `bytes`.",
+        examples=["image"],
+    )
+    label_column: str | None = Field(
+        default=None, description="Parquet: name of the label column. Null: no targets.", examples=["label"]
+    )
+    key_column: str | None = Field(
+        default=None,
+        description="Parquet: name of the column with the sample keys. Null: the image's path, or the row "
+        "number if there is no path.",
+        examples=["id"],
+    )
+    max_image_bytes: PositiveInt = Field(
+        default=256 * 1024**2,
+        description="Maximum size of an encoded image, in bytes. A larger image is an error row, and is not "
+        "read.",
+    )
+    max_image_pixels: PositiveInt = Field(
+        default=178_956_970,  # Pillow's limit against decompression bombs
+        description="Maximum number of pixels of an image (width times height). A larger image is an error "
+        "row, and is not decoded.",
+    )
 
 
 class ModelConfig(Section):
-    """The checkpoint that classifies, and its precision: "auto" is bf16 on a GPU and fp32 on a CPU."""
+    """The checkpoint that classifies, and its precision."""
 
-    #: `fashion-mnist` (in the package), a hub id, or the path or URI of a folder in Hugging Face's layout or
-    #: of a file in Microsoft's (.pth) or TensorFlow's (.h5) format.
-    path: NameOrUri
-    #: Branch, tag or commit of a hub id; `id@revision` does the same.
-    revision: str | None = None
-    #: Path or URI of a file with class names that replace the checkpoint's: one per line, or .json.
-    labels: NameOrUri | None = None
-    precision: Literal["auto", Precision] = "fp32"
+    path: NameOrUri = Field(
+        description="Checkpoint: `fashion-mnist` (bundled), a Hugging Face hub id, or the path or URI of a "
+        "folder in Hugging Face layout, a Microsoft `.pth` file or a TensorFlow `.h5` file.",
+        examples=["microsoft/cvt-13"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub id; `id@revision` in `model.path` does the same. Null: "
+        "the default branch.",
+        examples=["main"],
+    )
+    labels: NameOrUri | None = Field(
+        default=None,
+        description="Path or URI of a file with class names that replace the checkpoint's: one name per "
+        "line, or `.json` with a list or an object by class id. Null: the checkpoint's names.",
+        examples=["s3://my-bucket/classes.txt"],
+    )
+    precision: Literal["auto", Precision] = Field(
+        default="fp32",
+        description="Number format of the model. `auto`: `bf16` if `classify.device` is `cuda`, `fp32` if "
+        "it is `cpu`. Labels depend on this field.",
+        examples=["bf16"],
+    )
 
 
 class OutputConfig(Section):
-    """Where the labels are written, and what each row contains."""
+    """The location of the labels, and the content of each row."""
 
-    uri: Uri
-    topk: PositiveInt = 5
-    embedding: Literal["none", "float16", "float32"] = "none"
+    uri: Uri = Field(
+        description="Folder of the labels. Each model and fingerprint has its own folder "
+        "`model=<name>-<fingerprint>` in it.",
+        examples=["s3://my-bucket/labels"],
+    )
+    topk: PositiveInt = Field(
+        default=5,
+        description="Number of classes with the highest scores that each row keeps. At most the model's "
+        "number of classes.",
+        examples=[10],
+    )
+    embedding: Literal["none", "float16", "float32"] = Field(
+        default="none",
+        description="Type of the column `embedding`, the model's features before the classifier. `none`: no "
+        "such column.",
+        examples=["float32"],
+    )
 
 
 class ReportConfig(Section):
-    """Images in the report; no label depends on them."""
+    """Images in the report. No label depends on this section."""
 
-    #: Thumbnails per class: this many highest-confidence and this many lowest-confidence images.
-    gallery: Annotated[int, Field(ge=0, le=20)] = 3
-    #: Longest side of a thumbnail in pixels.
-    thumbnail_side: Annotated[int, Field(ge=16, le=512)] = 96
+    gallery: Annotated[int, Field(ge=0, le=20)] = Field(
+        default=3,
+        description="Number of highest-confidence images, and of lowest-confidence images, that the report "
+        "shows per class. 0: no images.",
+    )
+    thumbnail_side: Annotated[int, Field(ge=16, le=512)] = Field(
+        default=96, description="Longest side of a thumbnail, in pixels."
+    )
 
 
 class GateConfig(Section):
-    """Limits on drift from the previous run. Null: no limit. Exceeding one sets the exit status."""
+    """Limits on drift from the previous run. Exceeding a limit ends the run with exit status 7."""
 
-    #: Population stability index of classes and of scores; 0.1 is often called small, 0.25 large.
-    max_psi: PositiveFloat | None = None
-    max_score_psi: PositiveFloat | None = None
-    #: Jensen-Shannon distance of the classes, from 0 to 1.
-    max_js: Annotated[float, Field(gt=0, le=1)] | None = None
-    #: Runs with fewer labeled images are not compared: they differ by chance alone.
-    min_images: PositiveInt = 1
+    max_psi: PositiveFloat | None = Field(
+        default=None,
+        description="Maximum population stability index (PSI) of the classes. 0.1 is commonly called a "
+        "small shift, and 0.25 a large one. Null: no limit.",
+        examples=[0.25],
+    )
+    max_score_psi: PositiveFloat | None = Field(
+        default=None,
+        description="Maximum population stability index (PSI) of the scores. Null: no limit.",
+        examples=[0.25],
+    )
+    max_js: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Maximum Jensen-Shannon distance of the classes, from 0 to 1. Null: no limit.",
+        examples=[0.2],
+    )
+    min_images: PositiveInt = Field(
+        default=1,
+        description="Minimum number of labeled images of both runs. Smaller runs are not compared, because "
+        "they differ by chance.",
+        examples=[1000],
+    )
 
 
 class StorageConfig(Section):
-    """How to access object storage; credentials come from the environment."""
+    """Access to object storage. Credentials come from the environment."""
 
-    endpoint_url: ServiceUrl | None = None
-    region: str | None = None
-
-
-class ReadConfig(Section):
-    """Read tasks, and the size of the chunks that they produce."""
-
-    concurrency: PositiveInt | None = None
-    num_cpus: PositiveFloat = 0.25
-    #: Ranges of one tar, 8 MiB each, that are fetched at once.
-    concurrent_fetches: PositiveInt = 4
-    #: Images per chunk; null: chosen by the model's size.
-    chunk_images: PositiveInt | None = None
-    chunk_bytes: PositiveInt = 128 * 1024**2
-    #: Bytes of memory that Ray reserves per task; null: chosen by the size of chunks.
-    memory: PositiveInt | None = None
-
-
-#: The error message where a GPU is configured to decode, and torchvision is missing.
-NO_TORCHVISION = (
-    "install the torchvision that fits this PyTorch (pip install 'cvt-label[gpu]'), or set decode.device: cpu"
-)
-
-
-class DecodeConfig(Section):
-    """How images are decoded, and the decode tasks."""
-
-    #: "gpu": the classifier decodes JPEG on its GPU (torchvision); "auto": gpu if classify.device is cuda.
-    device: Literal["cpu", "gpu", "auto"] = "cpu"
-    #: "fast": a JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth.
-    quality: Literal["exact", "fast"] = "exact"
-    num_cpus: PositiveFloat | None = None
-    memory: PositiveInt | None = None
-
-
-class ClassifyConfig(Section):
-    """Classifier actors; null values are chosen from the resources of the cluster."""
-
-    device: Device = "auto"
-    #: What runs the model: PyTorch, compiled PyTorch, or OpenVINO (on CPUs; cvt-label[openvino]).
-    runtime: Runtime = "torch"
-    num_gpus: PositiveFloat | None = None
-    num_cpus: PositiveFloat | None = None
-    min_actors: PositiveInt = 1
-    max_actors: PositiveInt | None = None
-    #: Images per batch of the model; null: chosen by the model's size.
-    batch_size: PositiveInt | None = None
-    #: Chunks that an actor holds at once: one is computed, while others are decoded or turned into rows.
-    concurrent_chunks: PositiveInt = 2
-    #: Threads of an actor on a CPU.
-    threads: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> Self:
-        if self.max_actors is not None and self.max_actors < self.min_actors:
-            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
-        return self
-
-
-#: As `ray.address`: the job runs in threads of its own process, without Ray.
-IN_PROCESS = "in-process"
-
-
-class RayConfig(Section):
-    """The Ray cluster that runs the job, and its limits."""
-
-    #: null: the cluster of `RAY_ADDRESS`, which Ray sets for submitted jobs, or else a local Ray.
-    #: `in-process`: no Ray; threads of this process run all stages.
-    address: Address | None = None
-    #: A run without progress for this long ends with an error; one chunk must take less.
-    no_progress_timeout_s: PositiveFloat = 900
-    #: Fraction of Ray's object store that chunks between the stages may fill.
-    object_store_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    #: A stage pauses when its waiting output exceeds this multiple of what the next stage is processing.
-    backpressure_ratio: PositiveFloat = 2.0
-    #: Chunks sent to an actor before it has finished the previous one, so that it does not wait.
-    chunks_in_flight: PositiveInt = 4
-    #: How often work on one chunk or shard is repeated after its worker or node has died.
-    task_retries: Annotated[int, Field(ge=0)] = 3
-    #: Consecutive actors that may die while they start.
-    actor_start_retries: Annotated[int, Field(ge=0)] = 3
-
-    @field_validator("address")
-    @classmethod
-    def _is_address(cls, address: str | None) -> str | None:
-        if address is None or ":" in address or address in ("auto", "local", IN_PROCESS):
-            return address
-        raise ValueError(f"not an address: host:port, ray://host:port, auto, local or {IN_PROCESS}")
+    endpoint_url: ServiceUrl | None = Field(
+        default=None,
+        description="URL of an S3-compatible service. Null: `AWS_ENDPOINT_URL_S3`, or AWS.",
+        examples=["https://minio.example.com:9000"],
+    )
+    region: str | None = Field(
+        default=None,
+        description="Region of the S3 buckets. Null: from the AWS configuration.",
+        examples=["eu-west-1"],
+    )
 
 
 class RunConfig(Section):
     """How a run shares its output with other runs, and how it stops."""
 
-    #: The lease on the output expires after this time; clocks should agree to a fraction of it.
-    lease_duration_s: PositiveFloat = 60
-    #: After SIGTERM or Ctrl-C, started shards may be finished for this long.
-    grace_period_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
-    #: Interval between writes of the manifest, as long as they take little of the time.
-    flush_interval_s: PositiveFloat = 30
+    lease_duration_s: PositiveFloat = Field(
+        default=60,
+        description="Seconds after which the lease on the output expires if the run does not renew it. The "
+        "clocks of all machines should agree to a fraction of this time.",
+    )
+    grace_period_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=20, description="Maximum seconds for finishing started shards after SIGTERM or Ctrl-C."
+    )
+    flush_interval_s: PositiveFloat = Field(
+        default=30,
+        description="Seconds between writes of the manifest. The interval is longer if the writes take a "
+        "large part of the time.",
+    )
 
 
 class Config(Section):
     """The configuration of a labeling job.
 
-    Loading replaces "auto" as precision and as decoder. `classify.device: auto` is left to the cluster, and
-    `input.format: auto` to each object.
+    Loading resolves `auto` in `model.precision` and `decode.device`. The cluster resolves
+    `classify.device: auto`, and each file extension resolves `input.format: auto`.
     """
 
     input: InputConfig
@@ -202,7 +213,7 @@ class Config(Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _fields_fit(self) -> Self:
+    def _resolve_and_check(self) -> Self:
         device, decoder = self.classify.device, self.decode.device
         for field, value in (("model.precision", self.model.precision), ("decode.device", decoder)):
             if value == device == "auto":
@@ -212,24 +223,24 @@ class Config(Section):
         if decoder == "auto":
             decoder = "gpu" if device == "cuda" else "cpu"
         if decoder == "gpu" and device != "cuda":
-            raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', and it is {device!r}")
+            raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', not {device!r}")
         if decoder == "gpu" and self.decode.quality == "fast":
-            raise ValueError("decode.quality: 'fast' is for the CPU, and decode.device is the GPU")
+            raise ValueError("decode.quality: 'fast' needs decode.device 'cpu'")
         runtime, precisions = self.classify.runtime, precisions_of(self.classify.runtime)
         if runtime == "openvino" and device == "cuda":
-            raise ValueError("classify.runtime: 'openvino' is for CPUs, and classify.device is 'cuda'")
+            raise ValueError("classify.runtime: 'openvino' runs on CPUs only, but classify.device is 'cuda'")
         if precision not in precisions:
             allowed = " or ".join(precisions)
-            message = f"{runtime!r} computes in {allowed}, and model.precision is {precision!r}"
+            message = f"{runtime!r} supports {allowed}, but model.precision is {precision!r}"
             raise ValueError(f"classify.runtime: {message}")
-        # Sections are frozen from here on.
+        # The sections are frozen, so this cannot assign to their fields.
         object.__setattr__(self, "model", self.model.model_copy(update={"precision": precision}))
         object.__setattr__(self, "decode", self.decode.model_copy(update={"device": decoder}))
         return self
 
     @property
     def label_settings(self) -> dict[str, Any]:
-        """The settings that determine a label, whatever the model: no place, and no share of the work."""
+        """Returns the settings that determine a label, without model, locations and resources."""
         settings: dict[str, Any] = {
             "precision": self.model.precision,
             "output": self.output.model_dump(exclude={"uri"}),
@@ -240,8 +251,8 @@ class Config(Section):
 
     def fingerprint(self, checkpoint_digest: str) -> str:
         """Returns the SHA-256 over everything that determines a label, in hexadecimal."""
-        whole = self.label_settings | {"checkpoint": checkpoint_digest}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        settings = self.label_settings | {"checkpoint": checkpoint_digest}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def make_storage(section: StorageConfig) -> Storage:
@@ -251,12 +262,12 @@ def make_storage(section: StorageConfig) -> Storage:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The shards that a run labels in addition to new and changed ones.
+    """The shards that a run labels or prunes in addition to labeling new and changed shards.
 
     Attributes:
-        retry_errors: shards with error rows, and shards that could not be read.
-        relabel: every shard.
-        prune: remove the labels of shards that are deleted from the input.
+        retry_errors: label shards with error rows, and shards that could not be read.
+        relabel: label every shard.
+        prune: remove the labels of shards that were deleted from the input.
     """
 
     retry_errors: bool = False
@@ -264,5 +275,5 @@ class Selection:
     prune: bool = False
 
 
-#: New and changed shards only.
+#: Selects new and changed shards only.
 LABEL_NEW = Selection()

@@ -1,8 +1,8 @@
-"""Loads a configuration from YAML 1.2, from the record of a run, and from overrides."""
+"""Loads a configuration from YAML 1.2 or from a run record, and applies overrides."""
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +11,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
+from pipeline.config.base import VALUE_HIDDEN, ConfigError
+from pipeline.config.fields import describe_unknown_field
 from pipeline.config.job import Config
-from pipeline.config.sections import VALUE_HIDDEN, ConfigError
 from pipeline.config.train import TrainConfig
 from pipeline.text import remove_credentials
 
@@ -26,31 +27,61 @@ def load_config(
 ) -> T:
     """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
 
-    Without a path, the overrides alone make the configuration. The path `env:NAME` reads the variable
-    NAME of the environment: a submitted job gets its configuration from there. URIs are normalized. A
-    relative path is made absolute, unless `keep_relative_paths` is set, for use on another machine.
-    A `ConfigError` lists every fault, each with its field, and its line where the file has one.
+    Args:
+        kind: the model of the configuration, such as `Config`.
+        path: a YAML file or a run record. `env:NAME` reads the environment variable NAME, which holds the
+            configuration of a submitted job. None: only the overrides set fields.
+        overrides: `section.field=value`, where the value is YAML.
+        keep_relative_paths: do not make relative paths absolute, because another machine uses them.
+
+    Returns:
+        The validated configuration, with normalized URIs.
+
+    Raises:
+        ConfigError: lists every error, each with its field, and with its line or its override.
     """
     return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
 
 
 def load_job_config(path: Source = None, overrides: Iterable[str] = ()) -> Config:
-    """Loads the configuration of a labeling job, from YAML or the record of a run; see `load_config`."""
+    """Loads the configuration of a labeling job from YAML or from a run record.
+
+    Args:
+        path: a YAML file or a run record. None: only the overrides set fields.
+        overrides: `section.field=value`, where the value is YAML, such as `output.topk=10`.
+
+    Returns:
+        The validated configuration, with normalized URIs.
+
+    Raises:
+        ConfigError: lists every error, each with its field, and with its line or its override.
+    """
     return load_config(Config, path, overrides)
 
 
 def load_train_config(path: Source = None, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Loads the configuration of a training job from YAML; see `load_config`."""
+    """Loads the configuration of a training job from YAML.
+
+    Args:
+        path: a YAML file. None: only the overrides set fields.
+        overrides: `section.field=value`, where the value is YAML, such as `optimization.epochs=5`.
+
+    Returns:
+        The validated configuration, with normalized URIs.
+
+    Raises:
+        ConfigError: lists every error, each with its field, and with its line or its override.
+    """
     return load_config(TrainConfig, path, overrides)
 
 
 def load_recorded(
     kind: type[T], path: Source, overrides: Iterable[str] = (), *, keep_relative_paths: bool = False
 ) -> tuple[T, Mapping[str, Any]]:
-    """Like `load_config`; returns also the record if the file is the record of a run, and else an empty one.
+    """Returns the configuration as `load_config` does, and the run record, if the file is one.
 
-    A model from the Hugging Face hub is loaded by the commit that the run used, unless an override names
-    another model or revision.
+    The record is empty if the file is not a run record. A model from the Hugging Face hub is loaded at the
+    commit that the recorded run used, unless an override sets another model or revision.
     """
     source = str(path) if path is not None else "configuration"
     values, lines = _read(source) if path is not None else ({}, {})
@@ -59,16 +90,18 @@ def load_recorded(
         record, values = values, values["config"]
         lines = {field[1:]: line for field, line in lines.items() if field[0] == "config"}
     recorded_model = _model(values)
-    for override in overrides:
-        lines[_apply(values, override)] = 0  # no line's fault
+    overridden = {_apply(values, override): override for override in overrides}
     commit = record.get("model_commit")
     if commit is not None and _model(values) == recorded_model is not None:
         values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
     try:
         return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths}), record
     except ValidationError as error:
-        faults = "\n".join(_fault(fault, lines) for fault in error.errors())
-        raise ConfigError(f"{source}:\n{faults}") from None
+        errors = [_describe(kind, each, lines, overridden) for each in error.errors()]
+    of_file = [message for is_override, message in errors if not is_override]
+    of_overrides = [message for is_override, message in errors if is_override]
+    header = [f"{source}:"] if of_file else []
+    raise ConfigError("\n".join([*header, *of_file, *of_overrides]))
 
 
 def _model(values: Mapping[str, Any]) -> tuple[str, Any] | None:
@@ -79,14 +112,14 @@ def _model(values: Mapping[str, Any]) -> tuple[str, Any] | None:
 
 
 def _read(source: str) -> tuple[dict[str, Any], dict[Field, int]]:
-    """Returns the values of a file or variable, and the line of each field."""
+    """Returns the values of a file or environment variable, and the line of each field."""
     kind, _, name = source.partition(":")
     try:
         text = os.environ[name] if kind == "env" else Path(source).read_text(encoding="utf-8")
-        values, node = _parsed(text)
+        values, node = _parse(text)
         lines = dict(_lines(node))
     except KeyError:
-        raise ConfigError(f"{source}: there is no such variable in the environment") from None
+        raise ConfigError(f"{source}: the environment has no such variable") from None
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror or error}") from None
     except MarkedYAMLError as error:
@@ -96,32 +129,33 @@ def _read(source: str) -> tuple[dict[str, Any], dict[Field, int]]:
     except (YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(values, dict | None):
-        raise ConfigError(f"{source}: holds a {type(values).__name__}, not a mapping of sections")
+        raise ConfigError(f"{source}: expected a mapping of sections, found a {type(values).__name__}")
     return values or {}, lines
 
 
-def _parsed(text: str) -> tuple[Any, Node | None]:
+def _parse(text: str) -> tuple[Any, Node | None]:
     yaml = YAML(typ="safe", pure=True)
     node = yaml.compose(text)
     return (None if node is None else yaml.constructor.construct_document(node)), node
 
 
-def _lines(node: Node | None, at: Field = ()) -> Iterable[tuple[Field, int]]:
+def _lines(node: Node | None, parent: Field = ()) -> Iterator[tuple[Field, int]]:
+    """Yields every field of a YAML mapping with its line."""
     if isinstance(node, MappingNode):
         for key, value in node.value:
-            field = (*at, str(key.value))
+            field = (*parent, str(key.value))
             yield field, key.start_mark.line + 1
             yield from _lines(value, field)
 
 
 def _apply(values: dict[str, Any], override: str) -> Field:
-    """Sets one `section.field=value`, whose value is YAML; returns the field."""
+    """Sets one `section.field=value`, whose value is YAML, and returns the field."""
     name, equals, text = override.partition("=")
     field = tuple(name.strip().split("."))
     if not equals or not all(field):
-        raise ConfigError(f"--set {override}: expected section.field=value")
+        raise ConfigError(f"--set {_without_secrets(override)}: expected section.field=value")
     try:
-        value = _parsed(text)[0]
+        value = _parse(text)[0]
     except (YAMLError, ValueError, RecursionError):
         value = text
     for part in field[:-1]:
@@ -129,25 +163,48 @@ def _apply(values: dict[str, Any], override: str) -> Field:
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {part} is not a section")
+            raise ConfigError(f"--set {_without_secrets(override)}: {part} is not a section")
     values[field[-1]] = value
     return field
 
 
-def _fault(fault: Mapping[str, Any], lines: Mapping[Field, int]) -> str:
-    field = tuple(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if not field:  # the message names the fields
-        return f"  {message}"
-    inherited = ("defaults", *field[2:]) if field[0] == "datasets" else field
-    line = lines.get(field, lines.get(inherited))
-    where = f"{f'line {line}: ' if line else ''}{'.'.join(field)}"
-    if fault["type"] == "extra_forbidden":
-        return f"  {where}: unknown field"
-    if fault["type"] == "missing":
-        return f"  {'.'.join(field)}: required, but missing"
-    if fault["type"] == VALUE_HIDDEN or isinstance(fault["input"], Mapping):
-        return f"  {where}: {message}"
-    # The value as it was given, without credentials and without the query of a URL.
-    value = re.sub(r"(?<=[?#])[^\s\"']+", "", remove_credentials(repr(fault["input"])))
-    return f"  {where}: {message}, not {value}"
+def _describe(
+    kind: type[BaseModel],
+    error: Mapping[str, Any],
+    lines: Mapping[Field, int],
+    overridden: dict[Field, str],
+) -> tuple[bool, str]:
+    """Returns whether a validation error comes from an override, and its message."""
+    field = tuple(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if named := re.match(r"([a-z]+\.[a-z_]+): ", message):  # a condition on several fields names one of them
+        field, message = (*field, *named[1].split(".")), message.removeprefix(named[0])
+    is_hidden = error["type"] == VALUE_HIDDEN
+    if error["type"] == "extra_forbidden":
+        message = describe_unknown_field(kind, field)
+    elif error["type"] == "missing":
+        message = "required, but missing"
+    # The value of a dataset's field may come from the defaults of all datasets.
+    origins = [field, ("defaults", *field[2:])] if field[:1] == ("datasets",) else [field]
+    line = next((lines[origin] for origin in origins if origin in lines), None)
+    for option, override in reversed(overridden.items()):
+        sets_field = any(origin[: len(option)] == option for origin in origins)
+        makes_section = line is None and any(option[: len(origin)] == origin for origin in origins)
+        if field and (sets_field or makes_section):
+            name, _, value = override.partition("=")
+            shown = name if is_hidden else f"{name}={_without_secrets(value)}"
+            return True, f"--set {shown}: {'' if option == field else '.'.join(field) + ': '}{message}"
+    # The error of a section that an override has changed is in no line.
+    if line is not None and not any(option[: len(field)] == field for option in overridden):
+        place = f"line {line}: {'.'.join(field)}: "
+    else:
+        place = f"{'.'.join(field)}: " if field else ""
+    has_value = error["type"] not in ("extra_forbidden", "missing") and not is_hidden
+    if has_value and not isinstance(error["input"], Mapping):
+        message += f", not {_without_secrets(repr(error['input']))}"
+    return False, f"  {place}{message}"
+
+
+def _without_secrets(text: str) -> str:
+    """Returns text without credentials and without the query and fragment of a URL."""
+    return re.sub(r"(?<=[?#])[^\s\"']+", "", remove_credentials(text))

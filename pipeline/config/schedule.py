@@ -8,39 +8,61 @@ from zoneinfo import ZoneInfo
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pipeline.config.base import VALUE_HIDDEN, PositiveFloat, Section, ServiceUrl
 from pipeline.config.job import Config
-from pipeline.config.sections import VALUE_HIDDEN, PositiveFloat, Section, ServiceUrl
 
 
 class SubmitConfig(Section):
     """The Ray cluster that a schedule submits to, and how its jobs run there."""
 
-    #: The dashboard, http://head:8265; null: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.
-    address: ServiceUrl | None = None
-    #: Local folder with the code to upload; null: the cluster's image contains it.
-    working_dir: str | None = None
-    #: Local requirements file that Ray installs for the job; null: the image contains everything.
-    requirements: str | None = None
-    #: The cluster's interpreter.
-    python: Annotated[str, Field(min_length=1)] = "python"
-    #: Seconds between two polls of the datasets.
-    poll_interval_s: PositiveFloat = 15
+    address: ServiceUrl | None = Field(
+        default=None,
+        description="URL of the cluster's dashboard. Null: `RAY_API_SERVER_ADDRESS`, `RAY_ADDRESS`, or port "
+        "8265 of this machine.",
+        examples=["http://head:8265"],
+    )
+    working_dir: str | None = Field(
+        default=None,
+        description="Local folder with the code to upload. Null: the cluster's image contains the code.",
+        examples=["."],
+    )
+    requirements: str | None = Field(
+        default=None,
+        description="Local requirements file that Ray installs for each job. Null: the cluster's image "
+        "contains all packages.",
+        examples=["requirements.txt"],
+    )
+    python: Annotated[str, Field(min_length=1)] = Field(
+        default="python", description="Python interpreter on the cluster."
+    )
+    poll_interval_s: PositiveFloat = Field(default=15, description="Seconds between polls of the datasets.")
 
 
 class DatasetConfig(Config):
-    """One dataset of a schedule: a labeling job, and when it is due."""
+    """One dataset of a schedule: a labeling job, and the times at which it is due."""
 
-    #: Five fields (minute, hour, day of the month, month, day of the week), or @daily and the like.
-    cron: str
-    timezone: ZoneInfo = ZoneInfo("UTC")
-    #: Label also shards with error rows, and shards that could not be read.
-    retry_errors: bool = False
-    #: Remove the labels of shards that are deleted from the input.
-    prune: bool = False
+    cron: str = Field(
+        description="Cron expression of five fields (minute, hour, day of month, month, day of week; 0 and "
+        "7 are Sunday), or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@yearly`.",
+        examples=["0 2 * * *"],
+    )
+    timezone: ZoneInfo = Field(
+        default=ZoneInfo("UTC"),
+        description="IANA time zone of the cron expression.",
+        examples=["Europe/Berlin"],
+    )
+    retry_errors: bool = Field(
+        default=False,
+        description="In every run, also label shards with error rows, and shards that could not be read.",
+    )
+    prune: bool = Field(
+        default=False,
+        description="In every run, remove the labels of shards that were deleted from the input.",
+    )
 
     @field_validator("cron")
     @classmethod
-    def _is_cron(cls, cron: str) -> str:
+    def _check_cron(cls, cron: str) -> str:
         try:
             from croniter import croniter
         except ImportError:
@@ -51,7 +73,7 @@ class DatasetConfig(Config):
             with suppress(ValueError):
                 croniter(cron).get_next()
                 return cron
-        raise ValueError("not a cron expression of five fields that ever comes")
+        raise ValueError("expected a cron expression of five fields with at least one future time")
 
     @property
     def job(self) -> Config:
@@ -63,28 +85,35 @@ DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_
 
 
 class ScheduleConfig(Section):
-    """A list of datasets, each with its own input, model, output and schedule."""
+    """The configuration of a schedule: a list of datasets, and the cluster that labels them."""
 
     submit: SubmitConfig = SubmitConfig()
-    #: Fields for every dataset that does not set them itself.
-    defaults: dict[str, Any] = Field(default_factory=dict)
-    datasets: Annotated[dict[DatasetName, DatasetConfig], Field(min_length=1)]
+    defaults: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of every dataset that does not set them itself. Sections are merged field by "
+        "field.",
+        examples=[{"model": {"path": "microsoft/cvt-13"}, "timezone": "Europe/Berlin"}],
+    )
+    datasets: Annotated[dict[DatasetName, DatasetConfig], Field(min_length=1)] = Field(
+        description="Datasets by name. A name has at most 100 letters, digits, dots, underscores and "
+        "hyphens. It is part of the name of the state file `schedule-<name>.json`."
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_are_inherited(cls, values: Any) -> Any:
+    def _apply_defaults(cls, values: Any) -> Any:
         match values:
             case {"datasets": dict(datasets)}:
                 defaults = values.get("defaults") or {}
-                whole = {
-                    name: _merged(defaults, {} if own is None else own) for name, own in datasets.items()
+                merged = {
+                    name: _merge(defaults, {} if own is None else own) for name, own in datasets.items()
                 }
-                return values | {"defaults": defaults, "datasets": whole}
+                return values | {"defaults": defaults, "datasets": merged}
         return values
 
 
-def _merged(common: Any, own: Any) -> Any:
-    """Returns a dataset's own fields over the common ones, field by field of each section."""
-    if not isinstance(common, dict) or not isinstance(own, dict):
+def _merge(defaults: Any, own: Any) -> Any:
+    """Returns the defaults, updated with a dataset's own fields, field by field in each section."""
+    if not isinstance(defaults, dict) or not isinstance(own, dict):
         return own
-    return common | {name: _merged(common.get(name), value) for name, value in own.items()}
+    return defaults | {name: _merge(defaults.get(name), value) for name, value in own.items()}

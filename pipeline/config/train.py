@@ -4,74 +4,117 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config.job import InputConfig, RayConfig, StorageConfig
-from pipeline.config.sections import NameOrUri, PositiveFloat, PositiveInt, Section, Uri
+from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, Uri
+from pipeline.config.job import InputConfig, StorageConfig
+from pipeline.config.stages import RayConfig
 
 
 class ArchitectureConfig(Section):
-    """A new model: fields of `CvtConfig`, and its preprocessing."""
+    """A new model: its classes, architecture and preprocessing."""
 
-    #: Names of the classes, by class id.
-    labels: Annotated[list[str], Field(min_length=1)]
-    #: A published variant: cvt-13, cvt-21 or cvt-w24; `cvt` and `preprocessor` override its fields.
-    preset: str | None = None
-    #: Fields of `CvtConfig`, such as `embed_dim` and `depth`.
-    cvt: dict[str, Any] = Field(default_factory=dict)
-    #: Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.
-    preprocessor: dict[str, Any] = Field(default_factory=dict)
+    labels: Annotated[list[str], Field(min_length=1)] = Field(
+        description="Names of the classes, in the order of class ids.", examples=[["cat", "dog"]]
+    )
+    preset: str | None = Field(
+        default=None,
+        description="Published variant: `cvt-13`, `cvt-21` or `cvt-w24`. `cvt` and `preprocessor` override "
+        "its fields. Null: `cvt` describes the architecture.",
+        examples=["cvt-13"],
+    )
+    cvt: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of `CvtConfig`, as in `config.json`.",
+        examples=[{"embed_dim": [64, 192, 384], "depth": [1, 2, 10]}],
+    )
+    preprocessor: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.",
+        examples=[{"size": {"shortest_edge": 224}}],
+    )
 
 
 class TrainedModelConfig(Section):
-    """The model to train: a new one, or a checkpoint to fine-tune."""
+    """The model to train: either a new model, or a checkpoint to fine-tune."""
 
-    new: ArchitectureConfig | None = None
-    #: A checkpoint, as `model.path` of a labeling job. If `labels` differ from its own, its head is reset.
-    pretrained: NameOrUri | None = None
-    revision: str | None = None
-    labels: list[str] | None = None
+    new: ArchitectureConfig | None = Field(
+        default=None, description="A new model with random weights. Null: `model.pretrained` is the model."
+    )
+    pretrained: NameOrUri | None = Field(
+        default=None,
+        description="Checkpoint to fine-tune, in the same notation as `model.path` of a labeling job. Null: "
+        "`model.new` is the model.",
+        examples=["microsoft/cvt-13"],
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of the hub id in `model.pretrained`. Null: the default branch.",
+        examples=["main"],
+    )
+    labels: list[str] | None = Field(
+        default=None,
+        description="Names of the classes to fine-tune on, in the order of class ids. If they differ from "
+        "the checkpoint's names, the classifier starts with random weights. Null: the checkpoint's names.",
+        examples=[["cat", "dog"]],
+    )
 
     @model_validator(mode="after")
-    def _one_of(self) -> Self:
+    def _check_one_model(self) -> Self:
         if (self.new is None) == (self.pretrained is None):
-            raise ValueError("give either model.new or model.pretrained")
+            raise ValueError("set either model.new or model.pretrained")
         if self.new is not None and self.labels is not None:
-            raise ValueError("the labels of a new model are model.new.labels")
+            raise ValueError("set model.new.labels instead of model.labels: the model is new")
         return self
 
 
 class OptimizationConfig(Section):
     """AdamW with a linear warm-up and a cosine decay to zero, and light augmentation."""
 
-    epochs: PositiveInt = 20
-    #: Images per step and worker.
-    batch_size: PositiveInt = 128
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    max_grad_norm: PositiveFloat = 1.0
-    #: Mirror half of the images.
-    horizontal_flip: bool = True
-    #: Shift each image by up to this many pixels, horizontally and vertically.
-    max_shift: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    epochs: PositiveInt = Field(default=20, description="Number of passes over the training images.")
+    batch_size: PositiveInt = Field(default=128, description="Number of images per step and worker.")
+    learning_rate: PositiveFloat = Field(
+        default=1e-3, description="Maximum learning rate, reached after the warm-up."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.05, description="Weight decay of matrices and filters. Biases and normalizations have none."
+    )
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Length of the linear warm-up, in epochs. Fractions are allowed."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="Label smoothing of the cross-entropy loss."
+    )
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="Norm to which gradients are clipped.")
+    horizontal_flip: bool = Field(default=True, description="Mirror half of the images horizontally.")
+    max_shift: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Maximum random shift of an image, in pixels, horizontally and vertically."
+    )
+    seed: int = Field(default=0, description="Seed of weights, order and augmentation.")
 
 
 class WorkersConfig(Section):
     """Training workers."""
 
-    count: PositiveInt = 1
-    use_gpu: bool = False
-    #: CPU threads of each worker; null: all that the machine has.
-    threads: PositiveInt | None = None
+    count: PositiveInt = Field(default=1, description="Number of workers.")
+    use_gpu: bool = Field(default=False, description="Give each worker one GPU.")
+    threads: PositiveInt | None = Field(
+        default=None,
+        description="CPU threads of each worker. Null: the CPUs of the node, divided by its workers.",
+        examples=[8],
+    )
 
 
 class TrainOutputConfig(Section):
-    """Where training stores its state and the model."""
+    """The location of the training state and of the trained model."""
 
-    #: Folder that every worker can access (Ray Train's storage path); a rerun resumes from it.
-    uri: Uri
-    name: str = "train"
+    uri: Uri = Field(
+        description="Folder that every worker can access (Ray Train's storage path). A rerun resumes from "
+        "it.",
+        examples=["s3://my-bucket/training"],
+    )
+    name: str = Field(
+        default="train",
+        description="Name of the training. Its state and its model are in the folder `<uri>/<name>`.",
+    )
 
 
 class TrainConfig(Section):
@@ -83,7 +126,10 @@ class TrainConfig(Section):
     optimization: OptimizationConfig = OptimizationConfig()
     workers: WorkersConfig = WorkersConfig()
     output: TrainOutputConfig
-    #: Keep decoded images in Ray's object store (and on its disk) instead of decoding them every epoch.
-    cache: bool = True
+    cache: bool = Field(
+        default=True,
+        description="Keep decoded images in Ray's object store, and on its disk, for all epochs. False: "
+        "decode them in every epoch.",
+    )
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()

@@ -49,7 +49,7 @@ def test_help_of_label_lists_exit_statuses() -> None:
 def test_unknown_field_ends_with_2_and_is_named(job: Path) -> None:
     done = cvt_label("label", "--config", job, "--set", "output.topkk=3")
     assert done.returncode == 2
-    assert "output.topkk: unknown field" in done.stderr
+    assert "--set output.topkk=3: unknown field" in done.stderr
     assert "Traceback" not in done.stderr
 
 

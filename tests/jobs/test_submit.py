@@ -254,7 +254,7 @@ def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
 def test_a_wrong_field_ends_with_2_before_any_cluster_is_asked(job: Path) -> None:
     done = command("submit", "--config", job, "--set", "output.topkk=3", "--address", "http://127.0.0.1:1")
     assert done.exit_code == 2
-    assert "output.topkk: unknown field" in done.stderr
+    assert "--set output.topkk=3: unknown field" in done.stderr
     done = command("submit", "--config", job, "--idempotency-key", "a b", "--address", "http://127.0.0.1:1")
     assert done.exit_code == 2
     assert "idempotency key 'a b'" in done.stderr
@@ -286,5 +286,5 @@ def test_the_configuration_survives_its_journey(job: Path, monkeypatch: pytest.M
     arrived = load_config(Config, f"env:{CONFIG_VARIABLE}")
     assert arrived.ray.address is None
     assert arrived.model_copy(update={"ray": config.ray}) == config
-    with pytest.raises(ConfigError, match="env:NOT_SET: there is no such variable"):
+    with pytest.raises(ConfigError, match="env:NOT_SET: the environment has no such variable"):
         load_config(Config, "env:NOT_SET")

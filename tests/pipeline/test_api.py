@@ -141,7 +141,7 @@ def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_field_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"output\.topkk: unknown field"):
+    with pytest.raises(ConfigError, match=r"output\.topkk=1: unknown field"):
         pipeline.load_job_config(None, ["output.topkk=1"])
 
 

@@ -80,7 +80,7 @@ def test_small_benchmark_counts_compares_and_writes_json(images: Path, tmp_path:
     [
         (["--peers", "ray,spark"], "spark: not one of"),
         (["--model", "fashion-mnist", "--size", "224"], "has a size of its own"),
-        (["--set", "decode.nothing=1", "--model", "fashion-mnist"], "decode.nothing: unknown field"),
+        (["--set", "decode.nothing=1", "--model", "fashion-mnist"], "--set decode.nothing=1: unknown field"),
         (["--output", "/no/such/folder/figures.json"], "there is no folder /no/such/folder"),
     ],
 )

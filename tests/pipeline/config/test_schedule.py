@@ -1,4 +1,4 @@
-"""The list of datasets: which of its fields hold, and how faults are reported."""
+"""The configuration of a schedule: defaults of datasets, and error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.pipeline.schedule.lists import DATASET, LIST
 from tests.ray_head import REPOSITORY
 
 
-def test_fields_of_a_dataset_come_before_the_common_ones() -> None:
+def test_fields_of_a_dataset_override_the_defaults() -> None:
     config = load_config(ScheduleConfig, REPOSITORY / "configs" / "schedule.yaml")
     products, reviews = config.datasets["products"], config.datasets["reviews"]
     assert (products.model.path, products.model.precision) == ("microsoft/cvt-13", "bf16")
@@ -24,9 +24,15 @@ def test_fields_of_a_dataset_come_before_the_common_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("input:", "inputs:"), "line 6: datasets.a.inputs: unknown field"),
-        (("model: {path", "model: {pathh"), "line 4: datasets.a.model.pathh: unknown field"),
-        (("submit: {", "submit: {adress: x, "), "line 1: submit.adress: unknown field"),
+        (("input:", "inputs:"), "line 6: datasets.a.inputs: unknown field; did you mean `input`?"),
+        (
+            ("model: {path", "model: {pathh"),
+            "line 4: datasets.a.model.pathh: unknown field; did you mean `path`?",
+        ),
+        (
+            ("submit: {", "submit: {adress: x, "),
+            "line 1: submit.adress: unknown field; did you mean `address`?",
+        ),
         (("http://", "http://user:password@"), "credentials don't belong here"),
         (("0 * * * *", "0 * * *"), "line 3: datasets.a.cron: "),
         (("0 * * * *", "R * * * *"), "line 3: datasets.a.cron: "),
@@ -35,7 +41,7 @@ def test_fields_of_a_dataset_come_before_the_common_ones() -> None:
         (("  a:", "  ../a:"), "datasets.../a"),
     ],
 )
-def test_a_wrong_list_is_refused_with_file_line_and_field(
+def test_invalid_schedule_is_reported_with_file_line_and_field(
     tmp_path: Path, change: tuple[str, str], message: str
 ) -> None:
     text = LIST.format(address="http://head:8265", python="python") + DATASET.format(name="a", folder="/x")
@@ -49,3 +55,23 @@ def test_a_wrong_list_is_refused_with_file_line_and_field(
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     assert "password" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("datasets.a.cron=never", "expected a cron expression of five fields"),
+        ("datasets.a.output.topk=x", "Input should be a valid integer"),
+        ("datasets.a.model.pathh=x", "unknown field; did you mean `path`?"),
+        ("defaults.output.topk=x", "datasets.a.output.topk: Input should be a valid integer"),
+        ("submit.poll_interval_s=0", "Input should be greater than 0"),
+    ],
+)
+def test_error_of_an_override_is_reported_as_the_options(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "schedule.yaml"
+    path.write_text(
+        LIST.format(address="http://head:8265", python="python") + DATASET.format(name="a", folder="/x")
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(ScheduleConfig, path, [override])
+    assert str(caught.value).startswith(f"--set {override}: {message}")

@@ -1,0 +1,29 @@
+"""Prints the JSON Schema of configuration files: `python -m jobs.config`, or `cvt-label config`."""
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from jobs import console
+from pipeline.config import json_schema
+
+
+@console.exit_status()
+def config(
+    schema: Annotated[
+        Literal["label", "train", "schedule"],
+        typer.Option("--schema", help="Kind of configuration file."),
+    ],
+) -> None:
+    """Print the JSON Schema of a configuration file, for editors.
+
+    The schema has the description, type, limits and default of each field.
+
+    Exit status: 0; 2 if the command line is invalid.
+    """
+    typer.echo(json.dumps(json_schema(schema), indent=2))
+
+
+if __name__ == "__main__":
+    console.run_alone(config)

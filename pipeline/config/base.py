@@ -1,0 +1,83 @@
+"""The base of all configuration sections: strict, frozen models, and value types that hold no secret."""
+
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from pipeline.storage import StorageError, is_relative, normalize_uri
+
+#: The type of validation errors whose value must not be shown.
+VALUE_HIDDEN = "value_hidden"
+
+
+class ConfigError(ValueError):
+    """The configuration is invalid. The message names the file and line, or the option, and the field."""
+
+
+class Section(BaseModel):
+    """A section of a configuration. Unknown fields and values of another type are rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_null_section_as_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        """A section whose lines are all comments is null in YAML."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        return {} if value is None and is_section else value
+
+
+def _reject_credentials(uri: str) -> str:
+    """Rejects credentials before the host of a URI, and signed URLs."""
+    scheme, separator, rest = uri.partition("://")
+    if scheme in ("s3", "gs", "file"):  # a password may contain a slash; a bucket name contains no colon
+        rest, marks = rest.partition("/")[0], "@:"
+    else:
+        marks = "@?#"
+    if separator and any(mark in rest for mark in marks):
+        message = "credentials don't belong here: set them in the environment, and give only a plain address"
+        raise PydanticCustomError(VALUE_HIDDEN, message)
+    return uri
+
+
+def _check_service_url(url: str) -> str:
+    """Rejects a URL with more than scheme, host and port."""
+    _reject_credentials(url if "://" in url else f"http://{url}")
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # its message contains the URL
+        raise PydanticCustomError(VALUE_HIDDEN, "not a URL") from None
+    return url
+
+
+def _normalize(uri: str, info: ValidationInfo) -> str:
+    """Returns the normalized URI. `load_config` may keep relative paths."""
+    if is_relative(uri) and (info.context or {}).get("keep_relative_paths"):
+        return uri
+    try:
+        return normalize_uri(uri)
+    except StorageError as error:
+        raise PydanticCustomError(VALUE_HIDDEN, "{cause}", {"cause": error.cause}) from None
+
+
+def _normalize_unless_relative(uri: str, info: ValidationInfo) -> str:
+    return uri if is_relative(uri) else _normalize(uri, info)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+#: The URL of a service. Records and messages show it.
+ServiceUrl = Annotated[str, AfterValidator(_check_service_url)]
+
+#: A path, a URI or an address. Records and messages show it.
+Address = Annotated[str, Field(min_length=1), AfterValidator(_reject_credentials)]
+
+#: The normalized URI of a folder or an object.
+Uri = Annotated[Address, AfterValidator(_normalize)]
+
+#: The name of a model, or the path or URI of a file or folder. URIs and absolute paths are normalized.
+NameOrUri = Annotated[Address, AfterValidator(_normalize_unless_relative)]

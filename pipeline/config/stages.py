@@ -1,0 +1,178 @@
+"""The configuration of the stages (read, decode, classify) and of the Ray cluster that runs them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cvt.runtimes import Device, Runtime
+from pipeline.config.base import Address, PositiveFloat, PositiveInt, Section
+
+#: The value of `ray.address` that runs the job in threads of its own process, without Ray.
+IN_PROCESS = "in-process"
+
+#: The error message if a GPU is configured to decode and torchvision is missing.
+NO_TORCHVISION = (
+    "install the torchvision that fits this PyTorch (pip install 'cvt-label[gpu]'), or set decode.device: cpu"
+)
+
+
+class ReadConfig(Section):
+    """Read tasks, and the size of the chunks that they produce."""
+
+    concurrency: PositiveInt | None = Field(
+        default=None,
+        description="Number of concurrent read tasks. Null: a quarter of the cluster's CPUs, at least 1 and "
+        "at most 32.",
+        examples=[16],
+    )
+    num_cpus: PositiveFloat = Field(default=0.25, description="CPUs that Ray reserves for each read task.")
+    concurrent_fetches: PositiveInt = Field(
+        default=4,
+        description="Number of 8 MiB ranges of one tar that a read task fetches concurrently. A higher "
+        "number hides the latency of object storage.",
+        examples=[8],
+    )
+    chunk_images: PositiveInt | None = Field(
+        default=None,
+        description="Maximum number of images in a chunk. Null: from the model's size; for CvT-13 at 224 "
+        "pixels, 1024 on a GPU and 128 on a CPU.",
+        examples=[512],
+    )
+    chunk_bytes: PositiveInt = Field(
+        default=128 * 1024**2, description="Maximum size of a chunk's encoded images, in bytes."
+    )
+    memory: PositiveInt | None = Field(
+        default=None,
+        description="Memory that Ray reserves for each read task, in bytes. Null: from `read.chunk_bytes` "
+        "and `read.concurrent_fetches`.",
+        examples=[1073741824],
+    )
+
+
+class DecodeConfig(Section):
+    """How images are decoded, and the resources of the decode tasks."""
+
+    device: Literal["cpu", "gpu", "auto"] = Field(
+        default="cpu",
+        description="Where images are decoded. `gpu`: the classifier decodes JPEG by nvJPEG on its GPU, and "
+        "needs torchvision. `auto`: `gpu` if `classify.device` is `cuda`, else `cpu`. Labels depend on this "
+        "field.",
+        examples=["gpu"],
+    )
+    quality: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="`exact`: as transformers' processor. `fast`: a JPEG of at least twice the needed size "
+        "is decoded at 1/2, 1/4 or 1/8 of its size, on the CPU only. Labels depend on this field.",
+        examples=["fast"],
+    )
+    num_cpus: PositiveFloat | None = Field(
+        default=None,
+        description="CPUs that Ray reserves for each decode task. Null: 1, or less on nodes with fewer than "
+        "4 CPUs.",
+        examples=[1.0],
+    )
+    memory: PositiveInt | None = Field(
+        default=None,
+        description="Memory that Ray reserves for each decode task, in bytes. Null: from the chunk size and "
+        "the model's image size.",
+        examples=[1073741824],
+    )
+
+
+class ClassifyConfig(Section):
+    """Classifier actors. Null values are chosen from the resources of the cluster."""
+
+    device: Device = Field(
+        default="auto",
+        description="Device of the model. `auto`: `cuda` if the cluster has a GPU, else `cpu`.",
+        examples=["cuda"],
+    )
+    runtime: Runtime = Field(
+        default="torch",
+        description="What runs the model: PyTorch (`torch`), compiled PyTorch (`compile`), or OpenVINO on "
+        "CPUs (`openvino`, needs `cvt-label[openvino]`).",
+        examples=["compile"],
+    )
+    num_gpus: PositiveFloat | None = Field(
+        default=None, description="GPUs of each actor. Null: 1 on a GPU, 0 on a CPU.", examples=[0.5]
+    )
+    num_cpus: PositiveFloat | None = Field(
+        default=None,
+        description="CPUs of each actor. Null: on a GPU 1, or 2 if the GPU decodes; on a CPU about half of "
+        "a node, at most 8.",
+        examples=[4.0],
+    )
+    min_actors: PositiveInt = Field(default=1, description="Minimum number of actors.")
+    max_actors: PositiveInt | None = Field(
+        default=None,
+        description="Maximum number of actors. Null: as many as fit into the cluster when the job starts. "
+        "Set this field if the cluster scales up during the job.",
+        examples=[8],
+    )
+    batch_size: PositiveInt | None = Field(
+        default=None,
+        description="Number of images in a batch of the model. Null: from the model's size, 64 to 256; 64 "
+        "for CvT-13 at 224 pixels.",
+        examples=[128],
+    )
+    concurrent_chunks: PositiveInt = Field(
+        default=2,
+        description="Number of chunks that an actor processes concurrently. One is classified while others "
+        "are decoded or converted to rows.",
+    )
+    threads: PositiveInt | None = Field(
+        default=None,
+        description="CPU threads of the model in an actor on a CPU. Null: the actor's CPUs, or all of the "
+        "node if there is one actor.",
+        examples=[8],
+    )
+
+    @model_validator(mode="after")
+    def _check_actor_limits(self) -> Self:
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
+        return self
+
+
+class RayConfig(Section):
+    """The Ray cluster that runs the job, and the limits of Ray Data."""
+
+    address: Address | None = Field(
+        default=None,
+        description="Address of the cluster: `host:port`, `ray://host:port`, `auto`, or `local` to start "
+        "Ray on this machine. `in-process`: run all stages in threads of this process, without Ray. Null: "
+        "the cluster in `RAY_ADDRESS`, which Ray sets for submitted jobs, else a local Ray.",
+        examples=["10.0.0.1:6379"],
+    )
+    no_progress_timeout_s: PositiveFloat = Field(
+        default=900,
+        description="Seconds without any finished task after which the run ends with an error. One chunk "
+        "must take less.",
+    )
+    object_store_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="Fraction of Ray's object store that chunks between the stages may fill."
+    )
+    backpressure_ratio: PositiveFloat = Field(
+        default=2.0,
+        description="A stage pauses when its queued output exceeds this multiple of what the next stage is "
+        "processing.",
+    )
+    chunks_in_flight: PositiveInt = Field(
+        default=4,
+        description="Number of chunks that are assigned to an actor at the same time, so that it never "
+        "waits for the next chunk.",
+    )
+    task_retries: Annotated[int, Field(ge=0)] = Field(
+        default=3,
+        description="Number of retries of the work on one chunk or shard after its worker or node has died.",
+    )
+    actor_start_retries: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="Number of consecutive actors that may die while they start."
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address is None or ":" in address or address in ("auto", "local", IN_PROCESS):
+            return address
+        raise ValueError(f"expected host:port, ray://host:port, auto, local or {IN_PROCESS}")
