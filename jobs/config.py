@@ -9,7 +9,7 @@ from jobs import console
 from pipeline.config import json_schema
 
 
-@console.exit_status()
+@console.exit_on_error()
 def config(
     schema: Annotated[
         Literal["label", "train", "schedule"],
@@ -26,4 +26,4 @@ def config(
 
 
 if __name__ == "__main__":
-    console.run_alone(config)
+    console.run_command(config)

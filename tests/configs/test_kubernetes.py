@@ -292,7 +292,9 @@ def test_without_its_operator_prometheus_finds_the_same_pods(tmp_path: Path) -> 
     binary = shutil.which("prometheus")
     if binary is None:
         pytest.skip("prometheus is not installed")
-    found = re.search(r"```yaml\n(scrape_configs:.*?)```", (ROOT / "docs/how-to/kubernetes.md").read_text(), re.S)
+    found = re.search(
+        r"```yaml\n(scrape_configs:.*?)```", (ROOT / "docs/how-to/kubernetes.md").read_text(), re.S
+    )
     assert found is not None
     config = yaml.safe_load(found[1])
     (job,) = config["scrape_configs"]

@@ -65,7 +65,9 @@ FIELDS = fields(Config) | fields(ScheduleConfig) | fields(TrainConfig)
 SECTIONS = {name.partition(".")[0] for name in FIELDS if "." in name} - {"train", "datasets"}
 FILES = (".html", ".json", ".parquet", ".py", ".safetensors", ".yaml")
 #: A field, also with its value; `storage.objects.list` is a permission of Google Cloud.
-_FIELD = re.compile(rf"(?!storage\.objects)((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z0-9_]+)+)(?::? .*|=.*|\.)?$")
+_FIELD = re.compile(
+    rf"(?!storage\.objects)((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z0-9_]+)+)(?::? .*|=.*|\.)?$"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
