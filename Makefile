@@ -33,7 +33,7 @@ test: $(VENV)/installed ## Run all tests, or one path: make test T=tests/cvt
 test-fast: $(VENV)/installed ## Run the tests that take seconds and start no Ray (T=path)
 	@$(RUN) pytest -m "not slow" $(T)
 
-soak: $(VENV)/installed ## Label under random crashes and faults: make soak ROUNDS=100 SEED=3
+soak: $(VENV)/installed ## Label under random crashes and faults (ROUNDS=100 SEED=3)
 	@$(RUN) tests.soak --rounds $(ROUNDS) --seed $(SEED)
 
 lint: $(VENV)/installed ## Check style, formatting, types, and imports between packages
