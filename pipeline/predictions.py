@@ -11,7 +11,8 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from enum import StrEnum
+from typing import Any, NewType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,6 +110,37 @@ def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> li
         kind = pa.list_(pa.type_for_alias(embedding), embedding_width)
         fields.append(pa.field("embedding", kind))
     return fields
+
+
+class ErrorCategory(StrEnum):
+    """The categories of sample errors: the text of the column `error` before its first colon.
+
+    The categories are part of the output contract. A category has no colon and no digit, and its text never
+    changes, so that `split_part(error, ':', 1)` groups errors in SQL.
+    """
+
+    NO_IMAGE = "no image"  # no member with an image extension, or null in the image column
+    IMAGE_NOT_FOUND = "image not found"  # an image file was deleted after the listing
+    IMAGE_CHANGED = "image changed"  # an image file was replaced after the listing
+    UNREADABLE_IMAGE = "unreadable image"  # a link or a special file in a tar
+    EMPTY_IMAGE = "empty image"  # zero bytes
+    FILE_TOO_LARGE = "file too large"  # more bytes than `input.max_image_bytes`
+    DIMENSIONS_TOO_LARGE = "dimensions too large"  # more pixels than `input.max_image_pixels`
+    UNSUPPORTED_FORMAT = "unsupported format"  # the first bytes are not of a supported image format
+    CANNOT_DECODE = "cannot decode"  # a corrupt or truncated image
+    UNREADABLE_LABEL = "unreadable label"  # a label file that is not text or not valid JSON
+    INVALID_LABEL = "invalid label"  # the label is not a class of the model
+    MODEL_FAILED = "model failed"  # the model raised an error for the image
+    NON_FINITE_OUTPUT = "non-finite output"  # the model returned NaN or infinity
+
+
+#: A text `<category>: <detail>` for the column `error`. Only `sample_error` creates one.
+SampleError = NewType("SampleError", str)
+
+
+def sample_error(category: ErrorCategory, detail: str) -> SampleError:
+    """Returns the text of a sample's error: `<category>: <detail>`."""
+    return SampleError(f"{category}: {detail}")
 
 
 @dataclass(frozen=True)

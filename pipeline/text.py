@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-MAX_ERROR_LENGTH = 200
+MAX_LINE_LENGTH = 200
 
 # Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them. Elsewhere
 # they only hide something.
@@ -48,7 +48,7 @@ def single_line(message: str) -> str:
     Addresses differ from attempt to attempt, and prediction files must not.
     """
     message = escape_unprintable(re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split())))
-    return message if len(message) <= MAX_ERROR_LENGTH else message[: MAX_ERROR_LENGTH - 3] + "..."
+    return message if len(message) <= MAX_LINE_LENGTH else message[: MAX_LINE_LENGTH - 3] + "..."
 
 
 def format_number(value: float | None, form: str = ",.0f") -> str:

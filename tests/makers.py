@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.predictions import ErrorCategory
+
 
 def make_image(seed: int = 0, size: tuple[int, int] = (32, 24), format: str = "JPEG") -> bytes:
     """A small valid image whose pixels depend on `seed`."""
@@ -47,6 +49,14 @@ def make_samples(count: int, labels: bool = True) -> list[tuple[str, bytes]]:
         if labels:
             members.append((f"{i:05d}.cls", str(i).encode()))
     return members
+
+
+def category_of(error: str | None) -> ErrorCategory:
+    """Returns the category of a sample's error, which must be `<category>: <detail>`."""
+    category, separator, detail = (error or "").partition(": ")
+    assert separator
+    assert detail
+    return ErrorCategory(category)
 
 
 def make_parquet(columns: Mapping[str, Any], **options: Any) -> bytes:

@@ -33,7 +33,7 @@ def make_predictions(
     given: Sequence[int | None],
     targets: Sequence[int | None] | None = None,
     scores: Sequence[float] | None = None,
-    error: str = "not an image",
+    error: str = "unsupported format: the file starts with b'<html>'",
 ) -> pa.Table:
     """The prediction rows of a shard; where no class is given there is an error."""
     count = len(given)

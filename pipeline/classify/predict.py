@@ -14,7 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.predictions import PredictionOptions, model_output_fields
+from pipeline.predictions import (
+    ErrorCategory,
+    PredictionOptions,
+    SampleError,
+    model_output_fields,
+    sample_error,
+)
 from pipeline.read import Chunk
 from pipeline.text import single_line
 
@@ -49,18 +55,19 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
         outputs = list(_bisected(backend, chunk.pixels, failures))
         if failures:  # is it the images, or a device that broke midway?
             backend(chunk.pixels[:1] * 0)
-        messages: list[str | None] = [None] * len(chunk.pixels)
+        messages: list[SampleError | None] = [None] * len(chunk.pixels)
         for place, failure in failures.items():
-            messages[place] = single_line(
-                f"the model failed for this image: {type(failure).__name__}: {failure}"
-            )
+            detail = single_line(f"{type(failure).__name__}: {failure}")
+            messages[place] = sample_error(ErrorCategory.MODEL_FAILED, detail)
         if outputs:
             logits = np.concatenate([part.logits for part in outputs])
             embeddings = np.concatenate([part.embeddings for part in outputs])
             finite = np.isfinite(logits).all(axis=1)
             answered = [place for place, message in enumerate(messages) if message is None]
             for place in np.flatnonzero(~finite).tolist():
-                messages[answered[place]] = "the model's output for this image is not finite"
+                messages[answered[place]] = sample_error(
+                    ErrorCategory.NON_FINITE_OUTPUT, "the model returned NaN or infinity for this image"
+                )
             predicted = _predict(logits[finite], options)
             if options.embedding != "none":
                 values = pa.array(embeddings[finite].astype(options.embedding).reshape(-1))

@@ -24,6 +24,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
+from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
 from pipeline.text import single_line
 
@@ -102,13 +103,14 @@ class Decoded(NamedTuple):
         pixels: uint8 of shape (size, size, 3), RGB; None where there is an error.
         width, height: of the source image in pixels, as displayed (after EXIF orientation); where there is
             an error, as the header says, or None where the header can't be read.
-        error: None, or one line of at most MAX_ERROR_LENGTH characters, the same at every attempt.
+        error: None, or `<category>: <detail>` with a detail of at most `MAX_LINE_LENGTH` characters; every
+            attempt returns the same text.
     """
 
     pixels: np.ndarray | None
     width: int | None
     height: int | None
-    error: str | None
+    error: SampleError | None
 
 
 @pillow_warnings_ignored
@@ -144,7 +146,8 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     # Not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError
     # and whatever else Pillow runs into in a broken or hostile file.
     except Exception as error:
-        return Decoded(None, width, height, single_line(f"cannot decode {name}: {_cause(error)}"))
+        detail = single_line(f"{name}: {_cause(error)}")
+        return Decoded(None, width, height, sample_error(ErrorCategory.CANNOT_DECODE, detail))
 
 
 def _decode_scaled(file: JpegImageFile, preprocessor: Preprocessor) -> Decoded | None:
@@ -171,20 +174,23 @@ def exchanged(size: tuple[_N, _N], turn: Turn | None) -> tuple[_N, _N]:
     return (size[1], size[0]) if turn is not None and turn.is_sideways else size
 
 
-def _unknown(data: bytes) -> str:
+def _unknown(data: bytes) -> SampleError:
     if not data:
-        return "empty: not a single byte"
+        return sample_error(ErrorCategory.EMPTY_IMAGE, "the file has no bytes")
     names = ", ".join(name for name, _, _ in FORMATS)
-    return f"not an image in a supported format ({names}): starts with {data[:12]!r}"
+    detail = f"the file starts with {data[:12]!r}; supported formats are {names}"
+    return sample_error(ErrorCategory.UNSUPPORTED_FORMAT, detail)
 
 
-def too_large(width: int, height: int, max_pixels: int) -> str | None:
+def too_large(width: int, height: int, max_pixels: int) -> SampleError | None:
     """What is wrong with an image of this size, in pixels; None if nothing is."""
     if width * height > max_pixels:
-        return f"{width} x {height} pixels are more than the limit of {max_pixels}"
-    if max(width, height) > MAX_SIDE:
-        return f"{width} x {height} pixels: a side is longer than {MAX_SIDE}"
-    return None
+        limit = f"more than the limit of {max_pixels} pixels (input.max_image_pixels)"
+    elif max(width, height) > MAX_SIDE:
+        limit = f"with a side longer than {MAX_SIDE} pixels"
+    else:
+        return None
+    return sample_error(ErrorCategory.DIMENSIONS_TOO_LARGE, f"{width} x {height} pixels, {limit}")
 
 
 def _to_rgb(file: ImageFile) -> Image.Image:

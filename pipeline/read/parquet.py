@@ -8,12 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
 _PARQUET_BATCH_ROWS = 16
 _PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
+_NO_IMAGE = sample_error(ErrorCategory.NO_IMAGE, "the row has no image bytes")
 
 
 def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
@@ -42,7 +44,7 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             sizes = pc.binary_length(images)
             for i in range(batch.num_rows):
                 size, target = sizes[i].as_py(), None
-                error = "the row has no image bytes" if size is None else options.size_error(size)
+                error = _NO_IMAGE if size is None else options.size_error(size)
                 if error is None:
                     target, error = options.parse_target(labels[i].as_py())
                 image = images[i].as_py() if error is None else None

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.parquet import read_parquet
 from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
@@ -71,8 +72,10 @@ def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             return Sample(key, None, error=error)
         try:
             return Sample(key, storage.read(info.uri, info.version))
-        except (ObjectNotFound, ObjectChanged) as failure:
-            return Sample(key, None, error=str(failure))
+        except ObjectNotFound as failure:
+            return Sample(key, None, error=sample_error(ErrorCategory.IMAGE_NOT_FOUND, str(failure)))
+        except ObjectChanged as failure:
+            return Sample(key, None, error=sample_error(ErrorCategory.IMAGE_CHANGED, str(failure)))
 
     pending: deque[Future[Sample]] = deque()
     with ThreadPoolExecutor(_FETCHES) as pool:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from pipeline.config import InputConfig
+from pipeline.predictions import ErrorCategory, SampleError, sample_error
 
 _MAX_LABEL_ID = 2**31  # of the predictions' int32 column
-IGNORE_HINT = "labels can be ignored by `input.labels: false`"
+IGNORE_HINT = "set `input.labels: false` to ignore labels"
 
 
 class UnreadableShardError(Exception):
@@ -45,7 +46,7 @@ class Sample:
     key: str
     image: bytes | None
     target: int | None = None
-    error: str | None = None
+    error: SampleError | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ class ReadOptions:
             **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
         )
 
-    def size_error(self, size: int) -> str | None:
+    def size_error(self, size: int) -> SampleError | None:
         """Describes what is wrong with an encoded image of this size; None if nothing is."""
         if size <= self.max_image_bytes:
             return None
-        return f"the image {too_large(size, self.max_image_bytes)} (input.max_image_bytes)"
+        detail = f"the image {too_large(size, self.max_image_bytes)} (input.max_image_bytes)"
+        return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
 
-    def parse_target(self, label: object) -> tuple[int | None, str | None]:
+    def parse_target(self, label: object) -> tuple[int | None, SampleError | None]:
         """Returns the class index of a label, None for none, and the error of a label that is no class.
 
         Text is a class name, or else an index.
@@ -103,10 +105,14 @@ class ReadOptions:
         shown = repr(label)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         if not isinstance(found, int) or isinstance(found, bool):
-            return None, f"label {shown} is no class of the model; {IGNORE_HINT}"
+            return None, _invalid_label(f"{shown} is not a class of the model")
         if not 0 <= found < self.num_labels:
-            return None, f"label {shown} is not in 0..{self.num_labels - 1}; {IGNORE_HINT}"
+            return None, _invalid_label(f"{shown} is not in 0..{self.num_labels - 1}")
         return found, None
+
+
+def _invalid_label(detail: str) -> SampleError:
+    return sample_error(ErrorCategory.INVALID_LABEL, f"{detail}; {IGNORE_HINT}")
 
 
 def whole_number(text: str) -> int | None:

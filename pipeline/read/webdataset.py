@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO, Self, cast
 
+from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read.samples import (
     IGNORE_HINT,
     ReadOptions,
@@ -25,6 +26,10 @@ _MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
 
 class _DamagedSampleError(Exception):
     """The image or the label of a sample can't be read."""
+
+    def __init__(self, error: SampleError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -111,7 +116,7 @@ class _TarSample:
     key: str
     kinds: dict[str, None] = field(default_factory=dict)  # in their order
     image: bytes | None = None
-    error: str | None = None
+    error: SampleError | None = None
     label: object = None
     has_image: bool = False
 
@@ -124,20 +129,21 @@ class _TarSample:
         try:
             if kind in IMAGE_EXTENSIONS and not self.has_image:
                 self.has_image = True
-                self.image = _content(info, stream, "image", options.size_error(info.size))
+                size_error = options.size_error(info.size)
+                self.image = _content(info, stream, ErrorCategory.UNREADABLE_IMAGE, size_error)
             elif options.labels and kind == ("json" if options.label_field else "cls"):
-                is_large = info.size > _MAX_LABEL_BYTES
-                error = f"the label {too_large(info.size, _MAX_LABEL_BYTES)}" if is_large else None
-                self.label = _label(_content(info, stream, "label", error), options.label_field)
+                content = _content(info, stream, ErrorCategory.UNREADABLE_LABEL, _label_size_error(info.size))
+                self.label = _label(content, options.label_field)
         except _DamagedSampleError as error:
-            self.error = self.error or str(error)
+            self.error = self.error or error.error
 
     def finished(self, options: ReadOptions) -> Sample:
         if not self.has_image:
             members = " ".join(f".{kind}" for kind in islice(self.kinds, 8))
-            self.error = (
-                f"no image in a supported format (members: {members}); the members of a sample must "
-                "be adjacent in the tar, and extensions start at the first dot"
+            self.error = sample_error(
+                ErrorCategory.NO_IMAGE,
+                f"no member has a supported image extension (members: {members}); the members of a sample "
+                "must be adjacent in the tar, and the extension starts at the first dot",
             )
         target = None
         if self.error is None:
@@ -145,10 +151,19 @@ class _TarSample:
         return Sample(self.key, self.image if self.error is None else None, target, self.error)
 
 
-def _content(info: tarfile.TarInfo, stream: BinaryIO, what: str, size_error: str | None) -> bytes:
+def _label_size_error(size: int) -> SampleError | None:
+    if size <= _MAX_LABEL_BYTES:
+        return None
+    return sample_error(ErrorCategory.UNREADABLE_LABEL, f"the label {too_large(size, _MAX_LABEL_BYTES)}")
+
+
+def _content(
+    info: tarfile.TarInfo, stream: BinaryIO, category: ErrorCategory, size_error: SampleError | None
+) -> bytes:
+    """Reads a member's bytes; raises `_DamagedSampleError` of the category if it isn't a regular file."""
     if not info.isreg() or info.issparse():
-        kind = f"a link to {info.linkname!r}" if info.linkname else "not a regular file"
-        raise _DamagedSampleError(f"the {what} {info.name!r} is {kind}, not a file with bytes")
+        kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
+        raise _DamagedSampleError(sample_error(category, f"{info.name!r} is {kind}, not a regular file"))
     if size_error is not None:
         raise _DamagedSampleError(size_error)
     stream.seek(info.offset_data)
@@ -168,7 +183,8 @@ def _label(content: bytes, label_field: str | None) -> object:
         value: object = json.loads(content)
     except (ValueError, RecursionError) as error:
         what = ".cls is not text" if label_field is None else ".json is not valid JSON"
-        raise _DamagedSampleError(f"the sample's {what} ({error}); {IGNORE_HINT}") from None
+        detail = f"the sample's {what} ({error}); {IGNORE_HINT}"
+        raise _DamagedSampleError(sample_error(ErrorCategory.UNREADABLE_LABEL, detail)) from None
     for name in label_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
     return value

@@ -130,7 +130,7 @@ def test_label_then_stats_show_the_same_table(
     assert f"not labelled: {bucket}/in/cut.tar" in done.stderr
     assert "2 of 2 shards, 21 images, 1 errors" in done.stderr  # progress, without a terminal
     assert re.search(rf"run \S+ labels 2 shards to {bucket}/out/model=fashion-mnist-", done.stderr)
-    assert f"shard '{bucket}/in/a.tar', sample 20, key 'x': not an image" in done.stderr
+    assert f"shard '{bucket}/in/a.tar', sample 20, key 'x': unsupported format: " in done.stderr
     assert "\x1b" not in done.stderr + done.stdout
     assert s3_server.secret_key not in done.stdout + done.stderr
     table = cvt_label("stats", "--config", job)

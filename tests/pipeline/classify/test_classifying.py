@@ -83,7 +83,7 @@ def test_an_output_that_is_not_finite_is_an_error_of_that_image_alone() -> None:
     assert done.samples["label"].to_pylist() == ["zero", None, None, "one"]
     assert done.samples["error"].to_pylist() == [
         None,
-        "the model's output for this image is not finite",
+        "non-finite output: the model returned NaN or infinity for this image",
         "bad",
         None,
     ]
@@ -115,7 +115,7 @@ def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labell
     for place, (row, want) in enumerate(zip(rows, wanted, strict=True)):
         image = place - (place > 1)
         if place != 1 and image in bad:
-            assert row["error"] == "the model failed for this image: RuntimeError: shape mismatch"
+            assert row["error"] == "model failed: RuntimeError: shape mismatch"
             assert row["label"] is row["score"] is row["embedding"] is None
         else:
             assert row == want

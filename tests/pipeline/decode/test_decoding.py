@@ -24,7 +24,8 @@ from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode, decode_chunk
 from pipeline.decode.cpu import MAX_SIDE, Decoded
 from pipeline.read import Chunk
-from pipeline.text import MAX_ERROR_LENGTH, single_line
+from pipeline.text import MAX_LINE_LENGTH, single_line
+from tests.makers import category_of
 
 PREPROCESSOR = Preprocessor.from_dict({"size": 32}, "test")
 LIMIT = 1_000_000
@@ -88,7 +89,8 @@ def decoded(data: bytes, max_pixels: int = LIMIT) -> Decoded:
         assert result.height is not None
     else:
         assert result.pixels is None
-        assert 0 < len(result.error) <= MAX_ERROR_LENGTH
+        category = category_of(result.error)
+        assert len(result.error) <= len(f"{category}: ") + MAX_LINE_LENGTH
         assert result.error.isprintable()
         assert " at 0x" not in result.error
     return result
@@ -352,11 +354,17 @@ def test_damaged_exif_is_no_error(damaged: bytes, format: str) -> None:
 # --- limits ----------------------------------------------------------------------------------------
 
 
+def too_large(size: str, limit: int) -> str:
+    return (
+        f"dimensions too large: {size} pixels, more than the limit of {limit} pixels (input.max_image_pixels)"
+    )
+
+
 def test_an_image_of_exactly_the_limit_is_decoded_and_one_pixel_more_refused() -> None:
     data = encode(picture(), "PNG")
     assert decoded(data, 56 * 40).error is None
     result = decoded(data, 56 * 40 - 1)
-    assert result == (None, 56, 40, "56 x 40 pixels are more than the limit of 2239")
+    assert result == (None, 56, 40, too_large("56 x 40", 2239))
 
 
 def claim(format: str, width: int, height: int) -> bytes:
@@ -380,7 +388,7 @@ def test_a_decompression_bomb_is_found_in_its_header(format: str) -> None:
     data = claim(format, 60000, 60000)
     assert len(data) < 10_000
     result = decoded(data, 200_000_000)
-    assert result == (None, 60000, 60000, "60000 x 60000 pixels are more than the limit of 200000000")
+    assert result == (None, 60000, 60000, too_large("60000 x 60000", 200_000_000))
 
 
 def animated_webp(width: int, height: int) -> bytes:
@@ -392,7 +400,7 @@ def animated_webp(width: int, height: int) -> bytes:
 
 def test_a_webp_with_a_huge_canvas_is_an_error() -> None:
     refused = decoded(animated_webp(12000, 12000), 100_000_000)
-    assert refused == (None, 12000, 12000, "12000 x 12000 pixels are more than the limit of 100000000")
+    assert refused == (None, 12000, 12000, too_large("12000 x 12000", 100_000_000))
     # Beyond Pillow's own limit, which it checks before it tells the size.
     assert "WebP: DecompressionBombError" in decoded(animated_webp(60000, 60000)).error
 
@@ -409,7 +417,7 @@ def test_a_limit_above_the_one_of_pillow_is_the_one_that_counts(monkeypatch: pyt
 @pytest.mark.parametrize("upright", [True, False])
 def test_the_longest_line_is_decoded_and_a_longer_one_refused(size: int, upright: bool) -> None:
     preprocessor = Preprocessor.from_dict({"size": size}, "test")
-    for length, error in ((MAX_SIDE, None), (MAX_SIDE + 1, f": a side is longer than {MAX_SIDE}")):
+    for length, error in ((MAX_SIDE, None), (MAX_SIDE + 1, f", with a side longer than {MAX_SIDE} pixels")):
         width, height = (1, length) if upright else (length, 1)
         rows = b"\0\x80" * length if upright else b"\0" + b"\x80" * (length // 8 + 1)
         result = decode(png(width, height, 1, 0, rows), preprocessor, 2 * MAX_SIDE)
@@ -431,7 +439,7 @@ def profile_bomb() -> bytes:
 @pytest.mark.parametrize("make", [text_bomb, profile_bomb])
 def test_a_bomb_in_the_metadata_is_an_error(make: Callable[[], bytes]) -> None:
     assert decoded(make()).error == (
-        "cannot decode PNG: Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"
+        "cannot decode: PNG: Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"
     )
 
 
@@ -439,7 +447,7 @@ def test_a_bomb_in_the_metadata_is_an_error(make: Callable[[], bytes]) -> None:
 
 
 def test_nothing_at_all_is_an_error() -> None:
-    assert decoded(b"") == (None, None, None, "empty: not a single byte")
+    assert decoded(b"") == (None, None, None, "empty image: the file has no bytes")
 
 
 @pytest.mark.parametrize(
@@ -455,12 +463,12 @@ def test_nothing_at_all_is_an_error() -> None:
     ],
 )
 def test_what_is_no_image_says_how_it_starts(data: bytes) -> None:
-    start = repr(data[:12])
+    formats = "JPEG, PNG, WebP, GIF, BMP, TIFF"
     assert decoded(data) == (
         None,
         None,
         None,
-        f"not an image in a supported format (JPEG, PNG, WebP, GIF, BMP, TIFF): starts with {start}",
+        f"unsupported format: the file starts with {data[:12]!r}; supported formats are {formats}",
     )
 
 
@@ -494,7 +502,7 @@ def test_a_truncated_image_is_an_error(name: str) -> None:
 def test_an_error_tells_the_size_where_the_header_does() -> None:
     result = decoded(encode(picture(size=(400, 300)), "JPEG")[:-500])
     assert result[:3] == (None, 400, 300)
-    assert "cannot decode JPEG: image file is truncated" in result.error
+    assert "cannot decode: JPEG: image file is truncated" in result.error
 
 
 def test_memory_addresses_and_line_breaks_stay_out_of_errors() -> None:
@@ -502,7 +510,7 @@ def test_memory_addresses_and_line_breaks_stay_out_of_errors() -> None:
         single_line("no <io.BytesIO object at 0x7fd11f2bafc0>\n\tread\0")
         == r"no <io.BytesIO object> read\x00"
     )
-    assert len(single_line("long " * 100)) == MAX_ERROR_LENGTH
+    assert len(single_line("long " * 100)) == MAX_LINE_LENGTH
 
 
 @pytest.mark.parametrize("name", SAMPLES)

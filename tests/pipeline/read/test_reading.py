@@ -22,7 +22,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.read import ReadOptions, Sample, Shard, list_shards, read_samples
 from pipeline.read.samples import ShardError
 from pipeline.storage import ObjectInfo, Storage
-from tests.makers import make_image, make_parquet, make_samples, make_tar, make_tar_gz
+from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
 
 PLAIN = ReadOptions()
 
@@ -39,8 +39,12 @@ def shard_of(storage: Storage, uri: str, data: bytes, format: str = "auto") -> S
 
 
 def read(root: object, data: bytes, options: ReadOptions = PLAIN, name: str = "x.tar") -> list[Sample]:
+    """Reads a shard, and checks that each error has a category."""
     storage = Storage()
-    return list(read_samples(storage, shard_of(storage, f"{root}/{name}", data), options))
+    samples = list(read_samples(storage, shard_of(storage, f"{root}/{name}", data), options))
+    for sample in samples:
+        assert sample.error is None or category_of(sample.error)
+    return samples
 
 
 def one(root: object, data: bytes, options: ReadOptions = PLAIN, name: str = "x.tar") -> Sample:
@@ -154,7 +158,9 @@ def test_a_sample_without_an_image_is_an_error_that_names_its_members(files: Pat
     assert sample.image is None
     assert sample.target is None
     assert sample.error is not None
-    assert "no image in a supported format (members: .heic .cls .json)" in sample.error
+    assert sample.error.startswith(
+        "no image: no member has a supported image extension (members: .heic .cls .json)"
+    )
 
 
 def test_links_are_errors_that_name_their_target(files: Path) -> None:
@@ -173,7 +179,10 @@ def test_links_are_errors_that_name_their_target(files: Path) -> None:
 def test_an_image_that_is_too_large_is_an_error_and_the_rest_is_read(files: Path) -> None:
     data = make_tar([("a.jpg", bytes(1001)), ("a.cls", b"1"), ("b.jpg", bytes(1000))])
     large, small = read(files, data, ReadOptions(max_image_bytes=1000))
-    assert large.error == "the image has 1001 bytes, more than the limit of 1000 (input.max_image_bytes)"
+    assert (
+        large.error
+        == "file too large: the image has 1001 bytes, more than the limit of 1000 (input.max_image_bytes)"
+    )
     assert large.image is None
     assert small.image == bytes(1000)
 
@@ -316,7 +325,7 @@ def test_a_label_that_is_no_class_is_an_error_that_says_how_to_ignore_it(files: 
 
 def test_a_label_that_is_not_text_is_an_error(files: Path) -> None:
     sample = one(files, make_tar({"a.jpg": b"image", "a.cls": b"\xff\xfe"}))
-    assert "the sample's .cls is not text" in (sample.error or "")
+    assert (sample.error or "").startswith("unreadable label: the sample's .cls is not text")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +362,7 @@ def test_a_json_value_that_is_no_class_is_an_error(files: Path, value: str) -> N
 def test_malformed_json_is_an_error(files: Path, text: bytes) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": text})
     sample = one(files, data, ReadOptions(label_field="y"))
-    assert "the sample's .json is not valid JSON" in (sample.error or "")
+    assert (sample.error or "").startswith("unreadable label: the sample's .json is not valid JSON")
     assert one(files, data) == Sample("a", b"image")  # not looked at unless asked for
 
 
@@ -445,7 +454,7 @@ def test_rows_without_bytes_or_with_too_many_are_errors(files: Path) -> None:
     samples = read(files, data, ReadOptions(max_image_bytes=4), "x.parquet")
     assert [sample.key for sample in samples] == ["a", "000000001", "c", "000000003"]
     assert [sample.image for sample in samples] == [None, None, None, b"1"]
-    assert samples[0].error == samples[1].error == "the row has no image bytes"
+    assert samples[0].error == samples[1].error == "no image: the row has no image bytes"
     assert "5 bytes, more than the limit of 4" in (samples[2].error or "")
 
 
@@ -483,8 +492,10 @@ def test_an_image_that_vanished_or_changed_since_the_listing_is_an_error(
     storage.write(f"{bucket}/a.jpg", b"new")
     s3_server.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key="b.jpg")
     changed, vanished, good, large = read_samples(storage, shard, ReadOptions(max_image_bytes=98))
-    assert changed.error == f"{bucket}/a.jpg: the object is no longer the version that was listed"
-    assert vanished.error == f"{bucket}/b.jpg: no such object"
+    assert (
+        changed.error == f"image changed: {bucket}/a.jpg: the object is no longer the version that was listed"
+    )
+    assert vanished.error == f"image not found: {bucket}/b.jpg: no such object"
     assert good == Sample("c.jpg", b"ccc")
     assert "99 bytes" in (large.error or "")
 

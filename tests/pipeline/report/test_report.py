@@ -167,7 +167,9 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     [run] = write_partition(Storage(), uri, ["a", "b"], [{"/in/a.tar": predictions}])
     report(uri)
     text = Elements(Path(uri, "report.html").read_text()).text
-    assert "1 sample of 1 shard could not be labeled, by cause: 1 \xd7 not an image" in " ".join(text.split())
+    assert "1 sample of 1 shard could not be labeled, by cause: 1 \xd7 unsupported format" in " ".join(
+        text.split()
+    )
     assert run in text
     for absent in ("How fast", "Against targets", "Against the previous run", "Samples"):
         assert absent not in text

@@ -1,0 +1,155 @@
+"""Every sample error is `<category>: <detail>`, whichever stage produced the error."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cvt.inference import EngineOutput
+from cvt.preprocessing import Preprocessor
+from pipeline.classify import classify
+from pipeline.decode import decode
+from pipeline.decode.cpu import MAX_SIDE
+from pipeline.predictions import ErrorCategory, PredictionOptions, sample_error
+from pipeline.read import Chunk, ReadOptions, list_shards, read_samples, webdataset
+from pipeline.storage import Storage
+from tests.makers import category_of, make_image, make_parquet, make_tar
+
+Producer = Callable[[Path], str | None]
+JPEG = make_image(1, (200, 150))
+
+
+def read(name: str, data: bytes, options: ReadOptions | None = None, change: str = "") -> Producer:
+    """Reads one sample; after the listing, `change` replaces or deletes the file."""
+
+    def produce(folder: Path) -> str | None:
+        storage, uri = Storage(), f"{folder}/{name}"
+        storage.write(uri, data)
+        [shard] = list_shards(storage, str(folder))
+        if change == "replace":
+            storage.write(uri, b"other")
+        elif change == "delete":
+            storage.delete(uri)
+        [sample] = read_samples(storage, shard, options or ReadOptions(num_labels=10))
+        assert sample.image is None
+        return sample.error
+
+    return produce
+
+
+def tar(*members: tuple[str, bytes], **options: object) -> Producer:
+    return read("x.tar", make_tar(members), ReadOptions(**{"num_labels": 10, **options}))  # type: ignore[arg-type]
+
+
+def linked(name: str) -> Producer:
+    """A tar whose member `name` is a symbolic link, next to an image."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        if name != "a.jpg":
+            image = tarfile.TarInfo("a.jpg")
+            image.size = 1
+            archive.addfile(image, io.BytesIO(b"i"))
+    return read("x.tar", stream.getvalue())
+
+
+def decoded(data: bytes, max_pixels: int = 10**6) -> Producer:
+    return lambda _: decode(data, Preprocessor.from_dict({"size": 32}, "test"), max_pixels).error
+
+
+def classified(value: float | Exception) -> Producer:
+    """Classifies one white image with a model that returns `value`, or raises it."""
+
+    def backend(images: np.ndarray) -> EngineOutput:
+        if isinstance(value, Exception) and images.any():
+            raise value
+        logit = 0.0 if isinstance(value, Exception) else value
+        return EngineOutput(np.full((len(images), 3), logit, np.float32), np.zeros((len(images), 1)))
+
+    def produce(_: Path) -> str | None:
+        samples = pa.table({"key": ["a"], "error": pa.nulls(1, pa.string())})
+        chunk = Chunk(0, 0, samples, pixels=np.full((1, 4, 4, 3), 255, np.uint8))
+        options = PredictionOptions(("a", "b", "c"), 1, "none", 1)
+        [error] = classify(chunk, backend, options).samples["error"].to_pylist()
+        assert error is None or isinstance(error, str)
+        return error
+
+    return produce
+
+
+C = ErrorCategory
+PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
+    (C.NO_IMAGE, tar(("a.heic", b"?"))),
+    (C.NO_IMAGE, read("x.parquet", make_parquet({"image": pa.array([None], pa.binary())}))),
+    (C.IMAGE_NOT_FOUND, read("a.jpg", JPEG, change="delete")),
+    (C.IMAGE_CHANGED, read("a.jpg", JPEG, change="replace")),
+    (C.UNREADABLE_IMAGE, linked("a.jpg")),
+    (C.FILE_TOO_LARGE, tar(("a.jpg", JPEG), max_image_bytes=9)),
+    (C.FILE_TOO_LARGE, read("x.parquet", make_parquet({"image": [JPEG]}), ReadOptions(max_image_bytes=9))),
+    (C.FILE_TOO_LARGE, read("a.jpg", JPEG, ReadOptions(max_image_bytes=9))),
+    (C.UNREADABLE_LABEL, tar(("a.jpg", JPEG), ("a.cls", b"\xff\xfe"))),
+    (C.UNREADABLE_LABEL, tar(("a.jpg", JPEG), ("a.json", b"{"), label_field="y")),
+    (C.UNREADABLE_LABEL, tar(("a.jpg", JPEG), ("a.cls", bytes(101)))),
+    (C.UNREADABLE_LABEL, linked("a.cls")),
+    (C.INVALID_LABEL, tar(("a.jpg", JPEG), ("a.cls", b"boot: ish"))),
+    (C.INVALID_LABEL, tar(("a.jpg", JPEG), ("a.cls", b"10"))),
+    (
+        C.INVALID_LABEL,
+        read(
+            "x.parquet",
+            make_parquet({"image": [JPEG], "y": [10]}),
+            ReadOptions(label_column="y", num_labels=3),
+        ),
+    ),
+    (C.EMPTY_IMAGE, decoded(b"")),
+    (C.UNSUPPORTED_FORMAT, decoded(b"<html>: not an image")),
+    (C.DIMENSIONS_TOO_LARGE, decoded(JPEG, max_pixels=9)),
+    (C.DIMENSIONS_TOO_LARGE, decoded(make_image(0, (MAX_SIDE + 1, 1), "PNG"), max_pixels=2 * MAX_SIDE)),
+    (C.CANNOT_DECODE, decoded(JPEG[:-200])),
+    (C.CANNOT_DECODE, decoded(make_image(1, (200, 150), "PNG")[:100])),
+    (C.CANNOT_DECODE, decoded(b"BM: 1")),
+    (C.MODEL_FAILED, classified(RuntimeError("shape: 3\nmismatch"))),
+    (C.NON_FINITE_OUTPUT, classified(np.nan)),
+    (C.NON_FINITE_OUTPUT, classified(np.inf)),
+]
+
+
+@pytest.mark.parametrize(("category", "produce"), PRODUCERS)
+def test_error_starts_with_its_category(
+    category: ErrorCategory, produce: Producer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webdataset, "_MAX_LABEL_BYTES", 100)
+    error = produce(tmp_path)
+    assert category_of(error) is category
+    assert len((error or "").splitlines()) == 1
+
+
+def test_every_category_has_a_producer() -> None:
+    assert {category for category, _ in PRODUCERS} == set(ErrorCategory)
+
+
+@pytest.mark.parametrize("category", ErrorCategory)
+def test_category_has_no_colon_and_no_digit(category: ErrorCategory) -> None:
+    assert category.replace("-", " ").replace(" ", "").isalpha()
+    assert category == category.strip().lower()
+
+
+def test_sql_groups_errors_by_category() -> None:
+    categories = [C.INVALID_LABEL, C.CANNOT_DECODE, C.INVALID_LABEL]
+    errors = [sample_error(category, f"'a: {i}' is {i}") for i, category in enumerate(categories)]
+    labels = pa.table({"error": [None, *errors]})
+    query = (
+        "SELECT split_part(error, ':', 1), count(*) FROM labels WHERE error IS NOT NULL GROUP BY 1 ORDER BY 1"
+    )
+    with duckdb.connect() as connection:
+        connection.register("labels", labels)
+        assert connection.execute(query).fetchall() == [("cannot decode", 1), ("invalid label", 2)]
