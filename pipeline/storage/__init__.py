@@ -1,7 +1,7 @@
 """Object storage: S3, Google Cloud Storage and local files; ranged reads, conditional writes, retries.
 
-The only package that accesses a storage service. It is no file system: objects are written whole, in one
-atomic step, and read at a pinned version.
+Only this package accesses a storage service. Each object is written whole, in one atomic step, and is read
+at a pinned version.
 """
 
 from pipeline.storage.access import Storage, Versioned

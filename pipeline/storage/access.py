@@ -1,4 +1,4 @@
-"""Access to any object by its URI, on every storage service."""
+"""Access to objects on every storage service, by URI."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from pipeline.storage.s3 import S3
 
 _AHEAD_BUFFER_BYTES = 1024**2
-_clients_lock = threading.Lock()  # making boto3 clients is not thread-safe, using them is
+_clients_lock = threading.Lock()  # boto3 clients are thread-safe, but their creation is not
 _Service: TypeAlias = "LocalFiles | S3 | GoogleCloudStorage"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Versioned(Generic[T]):
-    """What was read of an object, and the version that it was read from."""
+    """Content that was read from an object, and the object's version."""
 
     content: T
     version: str
@@ -33,32 +33,38 @@ class Versioned(Generic[T]):
 
 @dataclass(frozen=True)
 class Storage:
-    """Access to every storage service, by URIs as `normalize_uri` returns them.
+    """Access to every storage service, by normalized URI (see `normalize_uri`).
 
-    Small and picklable: clients are made when first needed, one per process and configuration.
+    Instances are small and picklable. A client is created on first use, one per process and configuration.
     Credentials come from each service's standard chain (environment, files, instance roles).
     Every method may raise `StorageError`, after retries.
 
     Attributes:
-        endpoint_url: an S3-compatible service; default: AWS, or AWS_ENDPOINT_URL_S3.
-        region: the buckets' region; default: from the AWS configuration.
+        endpoint_url: URL of an S3-compatible service; default: AWS_ENDPOINT_URL_S3, or AWS.
+        region: Region of the buckets; default: from the AWS configuration.
     """
 
     endpoint_url: str | None = None
     region: str | None = None
 
     def object_store_options(self, uri: str) -> dict[str, str]:
-        """Returns the options for a URI of libraries over Rust's object_store; they hold secrets."""
+        """Returns options of Rust's object_store for a URI. The options contain secrets."""
         return self._s3().object_store_options() if uri.startswith("s3://") else {}
 
     def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
-        """Lists the object `uri`, or everything under the folder `uri`; nothing if there is neither.
+        """Lists the object `uri`, or all objects under the folder `uri`.
 
-        A missing local folder raises `ObjectNotFound` unless `missing_ok`; in a bucket there are no folders.
+        A folder contains the objects under `uri + "/"`, but no sibling with the same prefix. Objects come in
+        bytewise order of their URIs. Zero-byte folder markers are skipped. The listing streams: memory holds
+        one page, or the entries of one local folder.
 
-        A folder holds what is under `uri + "/"`, never a sibling whose name merely starts alike. The
-        order is the service's: bytewise on S3, Google Cloud Storage and local disks. Zero-byte
-        markers of folders are left out. Streams: a page, or one local folder, is held at a time.
+        Args:
+            uri: URI of an object or a folder.
+            missing_ok: Whether a missing local folder lists nothing. In a bucket, a missing folder always
+                lists nothing, because buckets have no folders.
+
+        Raises:
+            ObjectNotFound: The local folder does not exist, and `missing_ok` is false.
         """
         try:
             yield from self._service(uri).list(uri)
@@ -67,55 +73,56 @@ class Storage:
                 raise
 
     def list_folders(self, uri: str) -> Iterator[str]:
-        """Lists the folders directly in a folder, in no particular order; none if it does not exist."""
+        """Lists the URIs of the folders directly in a folder; none if the folder does not exist."""
         return self._service(uri).list_folders(uri)
 
     def stat(self, uri: str) -> ObjectInfo:
-        """Returns an object's size and version; raises `ObjectNotFound` if there is none."""
+        """Returns an object's size and version; raises `ObjectNotFound` if the object does not exist."""
         return self._service(uri).stat(uri)
 
     def version(self, uri: str) -> str:
-        """Returns an object's version, or `ABSENT`."""
+        """Returns an object's version, or `ABSENT` if the object does not exist."""
         try:
             return self.stat(uri).version
         except ObjectNotFound:
             return ABSENT
 
     def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
-        """Opens an object for reading, seekable, by ranged reads of 8 MiB that are retried.
+        """Opens an object as a seekable stream over retried ranged reads of 8 MiB.
 
-        Every read is pinned to `version`, or to the current one: bytes of two versions never mix. With
-        a version nothing is fetched before the first read.
+        Every read is pinned to `version`, or to the current version: bytes of two versions never mix. If
+        `version` is given, nothing is fetched before the first read.
         """
         return io.BufferedReader(self.open_unbuffered(uri, version), buffer_size=CHUNK_BYTES)
 
-    def open_sequential(self, uri: str, version: str, at_once: int) -> io.BufferedReader:
-        """As `open`, for reading from start to end: fetches `at_once` ranges at a time."""
+    def open_sequential(self, uri: str, version: str, read_ahead: int) -> io.BufferedReader:
+        """Opens an object for reading from start to end; fetches `read_ahead` ranges concurrently."""
         service = self._service(uri)
         raw = service.open(_pinned(uri, version))
         if isinstance(service, LocalFiles):  # the operating system reads ahead
             return io.BufferedReader(raw, buffer_size=CHUNK_BYTES)
-        return io.BufferedReader(raw.ahead(at_once), buffer_size=_AHEAD_BUFFER_BYTES)
+        return io.BufferedReader(raw.with_read_ahead(read_ahead), buffer_size=_AHEAD_BUFFER_BYTES)
 
     def open_unbuffered(self, uri: str, version: str | None = None) -> io.RawIOBase:
-        """As `open`, but each read fetches what it asks for: for callers that buffer themselves."""
+        """Opens an object as `open` does, but without a buffer: each read fetches exactly its range."""
         service = self._service(uri)
         return service.open(service.stat(uri) if version is None else _pinned(uri, version))
 
     def read(self, uri: str, version: str | None = None) -> bytes:
-        """Reads a whole object; see `open`."""
+        """Reads a whole object at one version."""
         with self.open_unbuffered(uri, version) as stream:
             return stream.read() or b""
 
     def read_latest(
         self, uri: str, read: Callable[[io.BufferedReader], T], attempts: int = 100
     ) -> Versioned[T] | None:
-        """Reads the current version of an object; starts again if somebody replaces the object meanwhile.
+        """Reads the current version of an object; restarts if the object is replaced during the read.
 
-        Returns what `read` made of the open object, and the version; None if there is no such object.
+        Returns:
+            The result of `read` on the open object, and the version; None if the object does not exist.
 
         Raises:
-            ObjectChanged: the object was replaced during every attempt.
+            ObjectChanged: The object was replaced during every attempt.
         """
         while True:
             attempts -= 1
@@ -130,14 +137,19 @@ class Storage:
                     raise
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
-        """Writes a whole object in one atomic step: readers see the old one or the new one.
+        """Writes a whole object in one atomic step: readers see the old object or the new one.
 
-        The version to replace is `expected`, which may be `ABSENT`; None replaces any. Of writers that expect
-        the same version, one succeeds. A file must be seekable.
+        Of concurrent writers that expect the same version, exactly one succeeds.
+
+        Args:
+            uri: URI of the object.
+            data: The content; a file must be seekable.
+            expected: The version to replace, or `ABSENT`; None replaces any version.
 
         Raises:
-            ObjectChanged: the object is not as expected. If an answer was lost and the write was
-                retried, this very write may have changed it: look what is there.
+            ObjectChanged: The object does not have the expected version. If the response to this write was
+                lost and the write was retried, the write itself may have changed the object. Read the
+                object to find out.
         """
         return self._service(uri).write(uri, io.BytesIO(data) if isinstance(data, bytes) else data, expected)
 
@@ -148,14 +160,20 @@ class Storage:
         expected: str | None = None,
         attempts: int = 100,
     ) -> ObjectInfo | None:
-        """Replaces an object by compare-and-swap; starts again if somebody else replaces it meanwhile.
+        """Replaces an object by compare-and-swap; restarts if another writer replaces the object meanwhile.
 
-        `change` is called with the object's version, or `ABSENT`. It reads what it needs of that version, and
-        returns the new content, or None to leave the object as it is: then None is returned here, too. The
-        first version is `expected`, if given.
+        Args:
+            uri: URI of the object.
+            change: Called with the object's version, or `ABSENT`. Returns the new content, or None to keep
+                the object.
+            expected: The version of the first attempt; default: the current version.
+            attempts: Maximum number of attempts.
+
+        Returns:
+            The new object's metadata; None if `change` returned None.
 
         Raises:
-            ObjectChanged: the object was replaced during every attempt.
+            ObjectChanged: The object was replaced during every attempt.
         """
         while True:
             try:
@@ -169,33 +187,33 @@ class Storage:
                 expected = None
 
     def delete(self, uri: str, expected: str | None = None) -> None:
-        """Deletes an object, if it exists: the `expected` version, or any.
+        """Deletes an object, if the object exists: the `expected` version, or any version.
 
         Raises:
-            ObjectChanged: the object exists, and is not as expected.
+            ObjectChanged: The object exists, but does not have the expected version.
         """
         self._service(uri).delete(uri, expected)
 
     def remove_unfinished_writes(self, uri: str) -> None:
-        """Deletes what killed writers have left under the folder `uri`; in a bucket that is nothing."""
+        """Deletes the temporary files of crashed writers under the folder `uri`; buckets have none."""
         service = self._service(uri)
         if isinstance(service, LocalFiles):
             service.remove_unfinished_writes(uri)
 
     def _service(self, uri: str) -> _Service:
-        """Returns the service that holds `uri`."""
+        """Returns the service of a URI's scheme."""
         scheme = uri.partition("://")[0]
         if scheme == uri:
             return LocalFiles()
         if scheme not in ("s3", "gs"):
-            shown = uri.partition("?")[0]  # behind it, a signed web address has its signature
-            raise StorageError(shown, f"{scheme}:// is not supported (s3://, gs:// and local paths are)")
+            shown = uri.partition("?")[0]  # the query of a signed URL holds the signature
+            raise StorageError(shown, f"{scheme}:// is not supported; use s3://, gs:// or a local path")
         try:
             return self._s3() if scheme == "s3" else self._gcs()
-        except StorageError as error:  # names no URI, since one client serves all
+        except StorageError as error:  # has no URI, because one client serves all URIs
             raise type(error)(uri, error.cause) from error
 
-    # A service's library is imported when first needed.
+    # The library of a service is imported on first use.
 
     def _s3(self) -> S3:
         from pipeline.storage.s3 import S3, make_client

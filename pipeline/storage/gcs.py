@@ -1,6 +1,6 @@
-"""Google Cloud Storage. Needs google-cloud-storage, which not every installation has."""
+"""Google Cloud Storage, with the optional package google-cloud-storage."""
 
-# ruff: noqa: D102 - `Storage` describes the verbs
+# ruff: noqa: D102 - `Storage` documents the methods
 
 import contextlib
 import functools
@@ -13,8 +13,8 @@ from google.cloud import storage
 
 from pipeline.storage.objects import (
     ABSENT,
-    NOT_AS_EXPECTED,
-    NOT_AS_LISTED,
+    VERSION_CHANGED,
+    VERSION_MISMATCH,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
@@ -31,16 +31,16 @@ T = TypeVar("T")
 
 @functools.lru_cache(maxsize=8)
 def make_client(emulator: str | None, pid: int) -> Any:
-    """Makes a client, one per process; the client itself reads STORAGE_EMULATOR_HOST."""
+    """Returns a client, one per process and emulator; the client itself reads STORAGE_EMULATOR_HOST."""
     del emulator, pid
     try:
         return storage.Client()
-    except (GoogleAuthError, OSError) as error:  # OSError: no project can be told
+    except (GoogleAuthError, OSError) as error:  # OSError: the project is unknown
         raise StorageError("gs://", f"no usable Google Cloud credentials: {error}") from error
 
 
 class GoogleCloudStorage:
-    """The service, through Google's own client."""
+    """Google Cloud Storage, accessed with Google's client."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -60,7 +60,7 @@ class GoogleCloudStorage:
     def stat(self, uri: str) -> ObjectInfo:
         found = self._find(uri)
         if found is None:
-            next(self._pages(uri), None)  # tells a missing bucket from a missing object
+            next(self._pages(uri), None)  # raises if the bucket is missing
             raise object_not_found(uri)
         return _info(found)
 
@@ -73,13 +73,13 @@ class GoogleCloudStorage:
                     start=start,
                     end=stop - 1,
                     if_generation_match=generation,
-                    raw_download=True,  # else what is stored as gzip comes unpacked, at other offsets
-                    checksum=None,  # is over the whole object
+                    raw_download=True,  # decompressed objects would have other offsets
+                    checksum=None,  # the checksum covers the whole object
                     retry=None,
                 )
                 return check_length(data, stop - start)
 
-            return self._tried(info.uri, attempt)
+            return self._request(info.uri, attempt)
 
         return RangeReader(info, fetch)
 
@@ -95,14 +95,14 @@ class GoogleCloudStorage:
                 retry=None,
             )
 
-        self._tried(uri, attempt, missing=bucket_not_found, changed=NOT_AS_EXPECTED)
+        self._request(uri, attempt, missing=bucket_not_found, changed=VERSION_MISMATCH)
         return _info(blob)
 
     def delete(self, uri: str, expected: str | None) -> None:
         generation = _generation(expected)
         attempt = functools.partial(self._blob(uri).delete, if_generation_match=generation, retry=None)
         with contextlib.suppress(ObjectNotFound):
-            self._tried(uri, attempt, changed=NOT_AS_EXPECTED)
+            self._request(uri, attempt, changed=VERSION_MISMATCH)
 
     def _pages(self, uri: str, **options: str) -> Iterator[Any]:
         bucket, name = split_uri(uri)
@@ -114,7 +114,7 @@ class GoogleCloudStorage:
             return next(blobs.pages, None), blobs.next_page_token
 
         while True:
-            page, token = self._tried(uri, next_page, missing=bucket_not_found)
+            page, token = self._request(uri, next_page, missing=bucket_not_found)
             if page is not None:
                 yield page
             if not token:
@@ -125,19 +125,19 @@ class GoogleCloudStorage:
         return self._client.bucket(bucket).blob(name)
 
     def _find(self, uri: str) -> Any:
-        """An object's properties; None if there is none."""
+        """Returns an object's properties; None if the object does not exist."""
         bucket, name = split_uri(uri)
         get = functools.partial(self._client.bucket(bucket).get_blob, name, retry=None)
-        return self._tried(uri, get)
+        return self._request(uri, get)
 
-    def _tried(
+    def _request(
         self,
         uri: str,
         action: Callable[[], T],
         missing: Callable[[str], StorageError] = object_not_found,
-        changed: str = NOT_AS_LISTED,
+        changed: str = VERSION_CHANGED,
     ) -> T:
-        """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
+        """Makes one request, with retries; raises a permanent failure as `StorageError`."""
         try:
             return retry(action, _transient)
         except api.NotFound as error:
@@ -147,7 +147,7 @@ class GoogleCloudStorage:
         except (api.Forbidden, api.Unauthorized) as error:
             raise StorageError(uri, f"access denied: {error.message}") from error
         except TransportError as error:
-            raise StorageError(uri, f"no credentials could be fetched: {error}") from error
+            raise StorageError(uri, f"cannot fetch credentials: {error}") from error
         except GoogleAuthError as error:
             raise StorageError(uri, f"the credentials were rejected: {error}") from error
         except (api.GoogleAPIError, OSError, ValueError) as error:
@@ -155,17 +155,21 @@ class GoogleCloudStorage:
 
 
 def _transient(error: Exception) -> TransientFailure | None:
-    if isinstance(error, api.Forbidden):  # as on S3
+    if isinstance(error, api.Forbidden):  # as on S3, may be transient
         return TransientFailure(type(error).__name__, attempts=4)
-    passing = isinstance(error, (api.ServerError, api.TooManyRequests, TransportError, *CONNECTION_ERRORS))
-    passing = passing or (isinstance(error, GoogleAuthError) and error.retryable)
-    return TransientFailure(type(error).__name__) if passing else None
+    is_transient = isinstance(
+        error, (api.ServerError, api.TooManyRequests, TransportError, *CONNECTION_ERRORS)
+    )
+    is_transient = is_transient or (isinstance(error, GoogleAuthError) and error.retryable)
+    return TransientFailure(type(error).__name__) if is_transient else None
 
 
 def _generation(version: str | None) -> int | None:
     if version is None:
         return None
-    return 0 if version == ABSENT else int(version.rpartition("-")[0])  # no object has generation 0
+    return (
+        0 if version == ABSENT else int(version.rpartition("-")[0])
+    )  # generation 0 matches only a missing object
 
 
 def _info(blob: Any) -> ObjectInfo:

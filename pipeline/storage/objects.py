@@ -1,24 +1,28 @@
-"""Objects as listed, the spelling of their URIs, and the errors of storage."""
+"""Object metadata, normalization of URIs, and storage errors."""
 
 import os
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-_MAX_KEY_BYTES = 1024  # on S3 and on Google Cloud Storage
-_MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX, without the NUL at its end
-_TEMPORARY_NAME_BYTES = 37  # of the name that a local file has while it is written
+_MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
+_MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX without the final NUL
+_TEMPORARY_NAME_BYTES = 37  # length of the temporary name that a local file has during a write
 _MAX_LOCAL_NAME_BYTES = 255
 
-#: Stands for the version of an object that does not exist.
+#: The version of an object that does not exist.
 ABSENT = "absent"
 
-#: The causes of an `ObjectChanged`: in a read, and in a write or a deletion.
-NOT_AS_LISTED = "the object is no longer the version that was listed"
-NOT_AS_EXPECTED = "the object is not the version that was expected"
+#: Causes of `ObjectChanged`: the first for reads, the second for writes and deletions.
+VERSION_CHANGED = "the object is no longer the version that was listed"
+VERSION_MISMATCH = "the object is not the version that was expected"
 
 
 class StorageError(Exception):
-    """A permanent failure, after retries, with the URI of the object, folder or bucket."""
+    """A storage operation failed permanently; transient failures were retried.
+
+    Attributes:
+        uri: URI of the object, folder or bucket.
+    """
 
     def __init__(self, uri: str, cause: str) -> None:
         super().__init__(uri, cause)
@@ -30,21 +34,21 @@ class StorageError(Exception):
 
 
 class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
-    """There is no such object or folder."""
+    """The object or folder does not exist."""
 
 
 class ObjectChanged(StorageError):  # noqa: N818
-    """The object is no longer the version that was asked for."""
+    """The object does not have the requested version."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object as listed.
+    """Metadata of an object.
 
     Attributes:
         uri: `s3://bucket/key`, `gs://bucket/name`, or an absolute local path.
-        size: in bytes.
-        version: changes whenever the content does: `<etag>-<size>` on S3, `<generation>-<size>` on
+        size: Size in bytes.
+        version: Changes whenever the content changes: `<etag>-<size>` on S3, `<generation>-<size>` on
             Google Cloud Storage, `<modification time in ns>-<size>` for a local file.
     """
 
@@ -54,30 +58,37 @@ class ObjectInfo:
 
 
 def normalize_uri(uri: str) -> str:
-    """Returns the one spelling of a place: no trailing slash; local paths absolute, without `file://`.
+    """Returns the canonical form of a URI, without a trailing slash.
 
-    Raises `StorageError` if the URI names no place, or holds credentials.
+    A local path becomes absolute, without `file://`.
+
+    Raises:
+        StorageError: The URI has no bucket or no path, or contains credentials.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         path = unquote(rest) if separator else uri
         if not path or (separator and not path.startswith("/")):
-            raise StorageError(uri, "is not an absolute path" if separator else "is not a path")
+            raise StorageError(uri, "the path must be absolute" if separator else "the path is empty")
         return "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100 - Path keeps '..'
     if not rest.strip("/"):
-        raise StorageError(uri, "names no bucket")
+        raise StorageError(uri, "the URI has no bucket")
     if "@" in rest.partition("/")[0]:
-        raise StorageError(f"{scheme}://...", "credentials don't belong into a URI, but in the environment")
+        cause = "the URI contains credentials; set the credentials in the environment"
+        raise StorageError(f"{scheme}://...", cause)
     return uri.rstrip("/")
 
 
 def is_relative(uri: str) -> bool:
-    """Whether a path or URI names another place in another working directory."""
+    """Returns whether a path or URI depends on the working directory."""
     return "://" not in uri and not uri.startswith("/")
 
 
 def max_name_bytes(uri: str) -> int:
-    """Returns the maximum bytes of a name under a normalized folder; 0 if the folder's own is too long."""
+    """Returns the maximum length, in bytes, of an object's name under a normalized folder URI.
+
+    Returns 0 if a part of the folder's own path is too long.
+    """
     if "://" in uri:
         return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
     path = os.fsencode(uri)
@@ -87,17 +98,17 @@ def max_name_bytes(uri: str) -> int:
 
 
 def is_under(uri: str, root: str) -> bool:
-    """Whether a URI is the root itself, or under it; both are normalized."""
+    """Returns whether a normalized URI equals the normalized `root` or is under `root`."""
     return uri == root or uri.startswith(f"{root}/")
 
 
 def relative_name(folder: str, uri: str) -> str:
-    """Returns an object's name relative to the folder; its last part if it is the `folder` itself."""
+    """Returns the name of an object relative to `folder`, or the object's last part if `uri` is `folder`."""
     return uri[len(folder) :].lstrip("/") or uri.rpartition("/")[2]
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """`s3://bucket/some/key` -> `bucket`, `some/key`."""
+    """Returns bucket and key: `bucket` and `some/key` for `s3://bucket/some/key`."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     return bucket, key
 

@@ -1,4 +1,4 @@
-"""Objects as seekable streams over ranged reads, on demand or ahead."""
+"""Seekable streams over ranged reads of objects, with optional read-ahead."""
 
 # ruff: noqa: D102 - io.RawIOBase describes the methods
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.storage.objects import ObjectInfo
 
-CHUNK_BYTES = 8 * 1024**2  # one ranged GET; what an open object holds in memory
+CHUNK_BYTES = 8 * 1024**2  # size of one ranged GET, and of an open object's buffer
 
 #: Returns the bytes from `start` to `stop` of one version of an object.
 Fetch = Callable[[int, int], bytes]
@@ -41,7 +41,7 @@ class RangeReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fills the buffer up to the end of the object, never less (pyarrow relies on it)."""
+        """Fills the buffer, except at the end of the object; pyarrow relies on full reads."""
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._info.size - self._position))
         for done in range(0, wanted, CHUNK_BYTES):
@@ -56,9 +56,9 @@ class RangeReader(io.RawIOBase):
         self.readinto(data)
         return bytes(data)
 
-    def ahead(self, at_once: int) -> RangeReader:
-        """Returns a stream over the same object that fetches `at_once` ranges ahead."""
-        blocks = _BlocksAhead(self._info.size, self._fetch, at_once)
+    def with_read_ahead(self, read_ahead: int) -> RangeReader:
+        """Returns a stream over the same object that fetches the next `read_ahead` ranges."""
+        blocks = _ReadAhead(self._info.size, self._fetch, read_ahead)
         return RangeReader(self._info, blocks.fetch, blocks.close)
 
     def close(self) -> None:
@@ -67,19 +67,19 @@ class RangeReader(io.RawIOBase):
         super().close()
 
 
-class _BlocksAhead:
-    """Fetches the next blocks while the reader works on the current one.
+class _ReadAhead:
+    """Fetches the next blocks while the reader processes the current block.
 
-    Holds up to `at_once` blocks of 8 MiB besides the current one. For reading forwards: after a jump to
-    where nothing was fetched, it starts again there.
+    Holds up to `read_ahead` blocks of 8 MiB in addition to the current block. Intended for sequential reads:
+    after a seek to another block, read-ahead restarts at this block.
     """
 
-    def __init__(self, size: int, fetch: Fetch, at_once: int) -> None:
+    def __init__(self, size: int, fetch: Fetch, read_ahead: int) -> None:
         self._size = size
         self._fetch = fetch
-        self._at_once = at_once
+        self._read_ahead = read_ahead
         self._blocks: dict[int, Future[bytes]] = {}
-        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="read-ahead")
+        self._pool = ThreadPoolExecutor(read_ahead, thread_name_prefix="read-ahead")
 
     def fetch(self, start: int, stop: int) -> bytes:
         number, offset = divmod(start, CHUNK_BYTES)
@@ -91,9 +91,9 @@ class _BlocksAhead:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _block(self, number: int) -> bytes:
-        """Returns a block's bytes, and starts fetching the next ones."""
+        """Returns a block's bytes, and starts to fetch the next blocks."""
         last = (self._size - 1) // CHUNK_BYTES
-        wanted = range(number, min(number + self._at_once, last) + 1)
+        wanted = range(number, min(number + self._read_ahead, last) + 1)
         for other in self._blocks.keys() - set(wanted):
             self._blocks.pop(other).cancel()
         for other in wanted:

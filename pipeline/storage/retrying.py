@@ -1,4 +1,4 @@
-"""Retries of transient failures, with growing pauses, and their counts."""
+"""Retries of transient failures with exponential backoff, and counts of the retries."""
 
 import http.client
 import random
@@ -15,26 +15,34 @@ from pipeline.text import remove_credentials
 
 T = TypeVar("T")
 
-#: How a connection fails, below every client library; those of `requests` are OSErrors.
+#: Connection failures below the client libraries. The exceptions of `requests` are OSErrors.
 CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 
-LONGEST_PAUSE_S = 10.0
+MAX_PAUSE_S = 10.0
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
 class TransientFailure:
-    """A failure that may pass: its name in counts, and the attempts after which it counts as permanent."""
+    """A failure that a retry may resolve.
+
+    Attributes:
+        kind: Name of the failure in `retry_counts`.
+        attempts: Number of attempts after which the failure counts as permanent.
+    """
 
     kind: str
     attempts: int = 10
 
 
 def pause_after(attempt: int) -> float:
-    """Returns the seconds to wait after a failed attempt, counted from 1; about half a minute in all."""
-    # Jitter keeps clients that failed together from returning together.
-    return min(LONGEST_PAUSE_S, 0.25 * 2.0**attempt) * random.uniform(0.5, 1)
+    """Returns the seconds to wait after the failed attempt with this number, counted from 1.
+
+    Ten attempts wait about half a minute in total.
+    """
+    # Jitter keeps clients that failed at the same time from retrying at the same time.
+    return min(MAX_PAUSE_S, 0.25 * 2.0**attempt) * random.uniform(0.5, 1)
 
 
 def retry(
@@ -42,9 +50,12 @@ def retry(
     transient: Callable[[Exception], TransientFailure | None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Runs `action`, which must be safe to run twice, until it succeeds or fails permanently.
+    """Runs `action` until it succeeds or fails permanently.
 
-    `transient` classifies an exception; None is a permanent failure.
+    Args:
+        action: The function to run; must be idempotent.
+        transient: Classifies an exception; None means a permanent failure.
+        sleep: Waits for a number of seconds.
     """
     attempt = 1
     while True:
@@ -61,19 +72,19 @@ def retry(
 
 
 def retry_counts() -> Counter[str]:
-    """Returns how many failures of each kind this process has retried so far."""
+    """Returns the number of failures that this process has retried, by kind."""
     with _lock:
         return _retries.copy()
 
 
 def check_length(data: bytes, count: int) -> bytes:
-    """Returns the body of an answer if it has `count` bytes; another number is a connection failure."""
+    """Returns a response body of `count` bytes; raises `IncompleteRead` for any other length."""
     if len(data) != count:
         raise http.client.IncompleteRead(data, count - len(data))
     return data
 
 
 def describe_error(error: BaseException) -> str:
-    """Describes an exception by its class and message."""
+    """Returns an exception's class and message on one line, without credentials."""
     message = " ".join(remove_credentials(str(error)).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,6 +1,6 @@
-"""Amazon S3, and the services that speak its protocol."""
+"""Amazon S3 and S3-compatible services."""
 
-# ruff: noqa: D102 - `Storage` describes the verbs
+# ruff: noqa: D102 - `Storage` documents the methods
 
 import contextlib
 import functools
@@ -16,8 +16,8 @@ from botocore.config import Config
 
 from pipeline.storage.objects import (
     ABSENT,
-    NOT_AS_EXPECTED,
-    NOT_AS_LISTED,
+    VERSION_CHANGED,
+    VERSION_MISMATCH,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
@@ -31,7 +31,7 @@ from pipeline.storage.retrying import CONNECTION_ERRORS, TransientFailure, check
 
 T = TypeVar("T")
 
-# boto3 must not retry by itself: it ignores incomplete bodies, and its retries are not counted.
+# This module retries instead of boto3, which ignores incomplete bodies and does not count its retries.
 _CONNECTION = (
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
@@ -50,11 +50,11 @@ _REJECTED = {
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 _BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
-# botocore takes an answer that breaks off in or right after its head for a complete one.
-_WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "head_object": lambda answer: "ETag" in answer and "ContentLength" in answer,
-    "list_objects_v2": lambda answer: len(answer) > 1,  # has more than the ResponseMetadata
-    "put_object": lambda answer: "ETag" in answer,
+# botocore accepts a response that is cut off in its head or directly after the head.
+_IS_COMPLETE: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "head_object": lambda response: "ETag" in response and "ContentLength" in response,
+    "list_objects_v2": lambda response: len(response) > 1,  # more than the ResponseMetadata
+    "put_object": lambda response: "ETag" in response,
 }
 
 
@@ -62,11 +62,11 @@ _WHOLE: dict[str, Callable[[dict[str, Any]], bool]] = {
 def make_client(
     endpoint_url: str | None, region: str | None, environment: tuple[tuple[str, str], ...], pid: int
 ) -> Any:
-    """Makes a client, one per process; another one when the AWS variables of the environment change."""
+    """Returns a client, one per process and set of AWS environment variables."""
     del pid
     variables = dict(environment)
     endpoint = endpoint_url or variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
-    # Other services: not all know virtual hosts, nor AWS's newer checksums.
+    # Some S3-compatible services support neither virtual hosts nor AWS's newer checksums.
     checksums = "when_required" if endpoint else None
     config = Config(
         connect_timeout=10,
@@ -82,11 +82,11 @@ def make_client(
     try:
         return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
-        raise StorageError("s3://", f"the S3 client can't be made: {describe_error(error)}") from error
+        raise StorageError("s3://", f"cannot create the S3 client: {describe_error(error)}") from error
 
 
 class S3:
-    """The service, through a boto3 client."""
+    """S3, accessed with a boto3 client."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -99,7 +99,7 @@ class S3:
                 raise botocore.exceptions.NoCredentialsError
             key = credentials.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
-            raise _client_failure("s3://", error) from error
+            raise _unsent_error("s3://", error) from error
         is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
         options = {
             "endpoint_url": None if is_default else endpoint,
@@ -113,7 +113,7 @@ class S3:
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         bucket, key = split_uri(uri)
-        # The object itself sorts first among those that share its name as a prefix.
+        # Among the objects whose key starts with `key`, the object `key` itself comes first.
         first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1) if key else {}
         is_object = [entry["Key"] for entry in first.get("Contents", [])] == [key]
         for page in [first] if is_object else self._pages(uri):
@@ -142,7 +142,7 @@ class S3:
         try:
             head = self._call(uri, "head_object", Bucket=bucket, Key=key)
         except ObjectNotFound:
-            # A HEAD has no body that would distinguish a missing bucket from a missing object.
+            # The response to HEAD has no body: only a listing distinguishes a missing bucket.
             self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
             raise
         return _info(uri, head["ETag"], head["ContentLength"])
@@ -157,7 +157,7 @@ class S3:
                 with self._client.get_object(Bucket=bucket, Key=key, **part)["Body"] as body:
                     return check_length(body.read(), stop - start)
 
-            return self._tried(info.uri, attempt)
+            return self._request(info.uri, attempt)
 
         return RangeReader(info, fetch)
 
@@ -165,12 +165,12 @@ class S3:
         bucket, key = split_uri(uri)
         condition = {"IfNoneMatch": "*"} if expected == ABSENT else _if_match(expected)
         try:
-            answer = self._call(uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            response = self._call(uri, "put_object", Bucket=bucket, Key=key, Body=data, **condition)
         except (ObjectChanged, ObjectNotFound) as error:
             if isinstance(error, ObjectNotFound) and expected in (None, ABSENT):
                 raise
-            raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
-        return _info(uri, answer["ETag"], data.seek(0, os.SEEK_END))
+            raise ObjectChanged(uri, VERSION_MISMATCH) from None
+        return _info(uri, response["ETag"], data.seek(0, os.SEEK_END))
 
     def delete(self, uri: str, expected: str | None) -> None:
         bucket, key = split_uri(uri)
@@ -179,69 +179,70 @@ class S3:
                 self._call(uri, "delete_object", Bucket=bucket, Key=key, **_if_match(expected))
             except ObjectChanged:
                 self.stat(uri)
-                raise ObjectChanged(uri, NOT_AS_EXPECTED) from None
+                raise ObjectChanged(uri, VERSION_MISMATCH) from None
 
     def _call(self, uri: str, operation: str, **request: Any) -> Any:
         def attempt() -> Any:
             if "Body" in request:
                 request["Body"].seek(0)
-            answer = getattr(self._client, operation)(**request)
-            if operation in _WHOLE and not _WHOLE[operation](answer):
+            response = getattr(self._client, operation)(**request)
+            if operation in _IS_COMPLETE and not _IS_COMPLETE[operation](response):
                 raise http.client.IncompleteRead(b"")
-            return answer
+            return response
 
-        # A listing comes first in any job, and should fail soon if the endpoint is wrong.
-        return self._tried(uri, attempt, soon="list" in operation)
+        # A listing is the first request of a job, and should fail soon if the endpoint is wrong.
+        return self._request(uri, attempt, fail_soon="list" in operation)
 
-    def _tried(self, uri: str, action: Callable[[], T], soon: bool = False) -> T:
-        """Makes one request, retried if need be; a permanent failure becomes a `StorageError`."""
+    def _request(self, uri: str, action: Callable[[], T], fail_soon: bool = False) -> T:
+        """Makes one request, with retries; raises a permanent failure as `StorageError`."""
         try:
-            return retry(action, functools.partial(_transient, soon=soon))
+            return retry(action, functools.partial(_transient, fail_soon=fail_soon))
         except botocore.exceptions.ClientError as error:
-            raise _refusal(uri, error) from error
+            raise _service_error(uri, error) from error
         except botocore.exceptions.ConnectionError as error:
             endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
-            cause = f"the endpoint {endpoint} can't be reached: {describe_error(error)}"
+            cause = f"cannot reach the endpoint {endpoint}: {describe_error(error)}"
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
-            if _is_unsendable(error):  # its message holds credentials, or a proxy's password
-                cause = "no request can be sent: is the proxy's address right?"
+            if _is_unsendable(error):  # the message contains credentials, or the password of a proxy
+                cause = "cannot send a request; check the address of the proxy"
                 if "Invalid header" in str(error):
-                    cause = "the AWS credentials hold a line break, which no request can carry"
+                    cause = "cannot send a request; the AWS credentials contain a line break"
                 raise StorageError(uri, cause) from None
-            raise StorageError(uri, f"failed again and again, last with {describe_error(error)}") from error
+            raise StorageError(uri, f"failed after retries, last with {describe_error(error)}") from error
         except botocore.exceptions.BotoCoreError as error:
-            raise _client_failure(uri, error) from error
+            raise _unsent_error(uri, error) from error
 
 
-def _client_failure(uri: str, error: botocore.exceptions.BotoCoreError) -> StorageError:
-    """Returns the error of a request that was not sent, such as for an invalid bucket name."""
+def _unsent_error(uri: str, error: botocore.exceptions.BotoCoreError) -> StorageError:
+    """Returns the error of a request that was not sent, for example because of an invalid bucket name."""
     cause = describe_error(error)
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-        cause = f"no usable AWS credentials were found: {hint}"
+        cause = f"no usable AWS credentials: {hint}"
     return StorageError(uri, cause)
 
 
-def _transient(error: Exception, soon: bool) -> TransientFailure | None:
+def _transient(error: Exception, fail_soon: bool) -> TransientFailure | None:
     if isinstance(error, botocore.exceptions.ClientError):
         code, status = _code(error)
         if code in _BUSY or status == 429 or (status or 0) >= 500:
             return TransientFailure(code)
-        # Busy stores deny access now and then; a real denial should be reported soon.
+        # A busy service sometimes denies access. A real denial should be reported soon.
         return TransientFailure(code, attempts=4) if code in _DENIED else None
     if isinstance(error, _CONNECTION) and not _is_unsendable(error):
-        return TransientFailure(type(error).__name__, attempts=5 if soon else 10)
+        return TransientFailure(type(error).__name__, attempts=5 if fail_soon else 10)
     return None
 
 
 def _is_unsendable(error: Exception) -> bool:
-    """Whether the request could not be sent: an invalid header, or an invalid proxy address."""
+    """Returns whether the request was not sent: an invalid header, or an invalid proxy address."""
     cause = error.kwargs.get("error") if isinstance(error, botocore.exceptions.HTTPClientError) else None
     return isinstance(cause, ValueError)
 
 
 def _code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:
+    """Returns the service's error code and the HTTP status."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     return code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
@@ -255,7 +256,8 @@ def _if_match(version: str | None) -> dict[str, str]:
     return {} if version is None else {"IfMatch": '"' + version.rpartition("-")[0] + '"'}
 
 
-def _refusal(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
+def _service_error(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
+    """Returns the error of a request that the service refused."""
     code, status = _code(error)
     message = str(error.response.get("Error", {}).get("Message", "")) or code
     if code == "NoSuchBucket":
@@ -263,7 +265,7 @@ def _refusal(uri: str, error: botocore.exceptions.ClientError) -> StorageError:
     if code in {"404", "NoSuchKey", "NotFound"}:
         return object_not_found(uri)
     if code in {"412", "PreconditionFailed"}:
-        return ObjectChanged(uri, NOT_AS_LISTED)
+        return ObjectChanged(uri, VERSION_CHANGED)
     if code in _REJECTED:
         message = f"the credentials were rejected: {message}"
     elif code in _DENIED:

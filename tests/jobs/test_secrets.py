@@ -180,7 +180,7 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     ("environment", "overrides", "said"),
     [
         ({"AWS_SECRET_ACCESS_KEY": PLANTED}, [], "SignatureDoesNotMatch"),
-        ({"AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@{NOWHERE}"}, [], "can't be reached"),
+        ({"AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@{NOWHERE}"}, [], "cannot reach"),
         pytest.param(
             {"HF_TOKEN": f"hf_{PLANTED}", "HF_ENDPOINT": f"http://{NOWHERE}"},
             ["model.path=a/b"],

@@ -36,7 +36,7 @@ SELECTIONS = [
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
-    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
     monkeypatch.setattr(lease.LeaseState, "is_live", False)  # nobody waits for killed runs
 
 

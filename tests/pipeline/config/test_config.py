@@ -372,7 +372,7 @@ def test_loaded_uris_are_normalized(tmp_path: Path, given: str, normalized: str)
 
 
 def test_uri_without_bucket_is_rejected(tmp_path: Path) -> None:
-    assert "input.uri: names no bucket" in error_of(tmp_path, MINIMAL, "input.uri=s3://")
+    assert "input.uri: the URI has no bucket" in error_of(tmp_path, MINIMAL, "input.uri=s3://")
 
 
 def test_yaml_1_2_booleans_are_true_and_false_only(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path)
 def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
     write(bucket, "a.tar", 1)
     write(bucket, "b.tar", 2)
     with FaultProxy(s3_server.endpoint_url) as proxy:
@@ -398,7 +398,7 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
 def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.05)
     for i in range(6):
         write(bucket, f"{i}.tar", i)
     with FaultProxy(s3_server.endpoint_url, seed=3, rate=0.5) as proxy:

@@ -1,4 +1,4 @@
-"""Places to write to on each service, and the real S3 server behind a proxy that fails on demand."""
+"""A folder on each storage service, and the S3 server behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fault_proxy import FaultProxy
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def gcs_emulator() -> Iterator[str]:
 
 @pytest.fixture(params=["s3", "local", "gs"])
 def root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place that can be written to, on each service."""
+    """A writable folder on each service."""
     if request.param == "s3":
         return str(request.getfixturevalue("folder"))
     if request.param == "local":
@@ -51,13 +51,13 @@ def shared_bucket(s3_server: LocalS3) -> str:
 
 @pytest.fixture
 def folder(shared_bucket: str) -> str:
-    """The URI of a fresh folder; a bucket takes the server longer."""
+    """The URI of a new folder; creating a bucket takes longer."""
     return f"{shared_bucket}/{secrets.token_hex(6)}"
 
 
 @pytest.fixture(scope="session")
 def many(shared_bucket: str) -> list[str]:
-    """All the URIs of a folder: more than fit on a page, which holds 1000."""
+    """All URIs of a folder with more objects than a listing page, which has 1000."""
     uris = [f"{shared_bucket}/many/{i:05d}" for i in range(1001)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda uri: Storage().write(uri, b""), uris))
@@ -72,7 +72,7 @@ def shared_proxy(s3_server: LocalS3) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def proxy(shared_proxy: FaultProxy) -> Iterator[FaultProxy]:
-    """In front of the S3 server; passes all on but for what a test scripts."""
+    """A proxy of the S3 server that forwards all requests, except for the faults that a test schedules."""
     shared_proxy.clear()
     yield shared_proxy
     assert shared_proxy.upstream_failures == 0

@@ -1,4 +1,4 @@
-"""The verbs of `Storage` as the tests of its failures call them, and what is counted meanwhile."""
+"""Operations of `Storage` for the tests of failures, and a counter of retries."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OPERATIONS: dict[str, Callable[[Storage, ObjectInfo], Any]] = {
 }
 
 
-class Faults:
-    """How many failures were tried again in the block, by kind."""
+class RetryCounter:
+    """Counts the retries in a block, by kind of failure."""
 
-    def __enter__(self) -> Faults:
+    def __enter__(self) -> RetryCounter:
         self._before = retry_counts()
         return self
 

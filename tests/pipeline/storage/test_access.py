@@ -1,4 +1,4 @@
-"""Object storage, alike on the real S3 server, local disks, and a Google Cloud Storage emulator."""
+"""Operations that behave the same on the S3 server, local disks, and a Google Cloud Storage emulator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.storage import (
 from tests.pipeline.storage.operations import names
 
 
-def test_what_is_written_is_read_listed_and_described_alike(storage: Storage, root: str) -> None:
+def test_written_object_can_be_read_listed_and_described(storage: Storage, root: str) -> None:
     written = storage.write(f"{root}/a/b.bin", b"some bytes")
     assert written.uri == f"{root}/a/b.bin"
     assert written.size == 10
@@ -36,7 +36,7 @@ def test_what_is_written_is_read_listed_and_described_alike(storage: Storage, ro
     assert storage.read(written.uri, written.version) == b"some bytes"
 
 
-def test_a_new_version_replaces_the_old_one_and_has_another_name(storage: Storage, root: str) -> None:
+def test_rewritten_object_has_a_new_version(storage: Storage, root: str) -> None:
     first = storage.write(f"{root}/x", b"first")
     second = storage.write(f"{root}/x", b"other")
     assert first.version != second.version
@@ -44,30 +44,30 @@ def test_a_new_version_replaces_the_old_one_and_has_another_name(storage: Storag
     assert names(storage, root) == [f"{root}/x"]
 
 
-def test_an_empty_object_is_an_object(storage: Storage, root: str) -> None:
+def test_empty_object_can_be_written_and_read(storage: Storage, root: str) -> None:
     info = storage.write(f"{root}/empty", b"")
     assert storage.read(info.uri) == b""
     assert names(storage, root) == [info.uri]
 
 
-def test_a_listing_holds_the_folder_and_not_siblings_that_start_alike(storage: Storage, root: str) -> None:
+def test_listing_excludes_siblings_with_the_same_prefix(storage: Storage, root: str) -> None:
     for name in ["train/1", "train/sub/2", "train-old/3", "train.tar", "trainer/4"]:
         storage.write(f"{root}/{name}", b"x")
-    below = [f"{root}/train/1", f"{root}/train/sub/2"]
-    assert names(storage, f"{root}/train") == below
+    expected = [f"{root}/train/1", f"{root}/train/sub/2"]
+    assert names(storage, f"{root}/train") == expected
 
 
-def test_the_uri_of_an_object_lists_that_object_alone(storage: Storage, root: str) -> None:
+def test_object_uri_lists_only_the_object(storage: Storage, root: str) -> None:
     for name in ["a.tar", "a.tar.gz", "a.tar-1"]:
         storage.write(f"{root}/{name}", b"x")
     assert names(storage, f"{root}/a.tar") == [f"{root}/a.tar"]
 
 
-def test_a_missing_folder_is_empty(storage: Storage, root: str) -> None:
+def test_missing_folder_lists_nothing(storage: Storage, root: str) -> None:
     assert list(storage.list(f"{root}/none/at/all")) == []
 
 
-def test_the_latest_version_is_read_even_if_it_is_replaced_meanwhile(storage: Storage, root: str) -> None:
+def test_read_latest_restarts_when_the_object_is_replaced(storage: Storage, root: str) -> None:
     assert storage.read_latest(f"{root}/x", io.BufferedReader.read) is None
     storage.write(f"{root}/x", b"first")
     seen: list[bytes] = []
@@ -87,7 +87,7 @@ def test_the_latest_version_is_read_even_if_it_is_replaced_meanwhile(storage: St
         storage.read_latest(f"{root}/x", read, attempts=1)
 
 
-def test_a_missing_object_is_named(storage: Storage, root: str) -> None:
+def test_error_names_the_missing_object(storage: Storage, root: str) -> None:
     storage.write(f"{root}/there", b"x")
     for action in (storage.stat, storage.read, storage.open):
         with pytest.raises(ObjectNotFound, match="no such") as caught:
@@ -95,7 +95,7 @@ def test_a_missing_object_is_named(storage: Storage, root: str) -> None:
         assert caught.value.uri == f"{root}/missing.tar"
 
 
-def test_a_file_is_written_from_its_start(storage: Storage, root: str, tmp_path: Path) -> None:
+def test_file_is_written_from_its_start(storage: Storage, root: str, tmp_path: Path) -> None:
     data = random.Random(5).randbytes(300_000)
     (tmp_path / "source").write_bytes(data)
     with (tmp_path / "source").open("rb") as file:
@@ -105,7 +105,7 @@ def test_a_file_is_written_from_its_start(storage: Storage, root: str, tmp_path:
     assert storage.read(f"{root}/x", info.version) == data
 
 
-def test_what_is_deleted_is_gone_and_may_be_deleted_again(storage: Storage, root: str) -> None:
+def test_deletion_is_idempotent_and_affects_only_the_object(storage: Storage, root: str) -> None:
     storage.write(f"{root}/x", b"x")
     storage.write(f"{root}/xy", b"y")
     storage.delete(f"{root}/x")
@@ -117,7 +117,7 @@ def test_what_is_deleted_is_gone_and_may_be_deleted_again(storage: Storage, root
     assert storage.read(f"{root}/xy") == b"y"
 
 
-def test_what_is_expected_is_replaced(storage: Storage, root: str) -> None:
+def test_expected_version_is_replaced(storage: Storage, root: str) -> None:
     first = storage.write(f"{root}/x", b"first", ABSENT)
     second = storage.write(f"{root}/x", b"second", first.version)
     assert second == storage.stat(f"{root}/x")
@@ -127,10 +127,11 @@ def test_what_is_expected_is_replaced(storage: Storage, root: str) -> None:
     assert storage.read(f"{root}/x") == b"third"
 
 
-exact = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)  # gs: its emulator isn't
+# The emulator of gs:// ignores preconditions.
+conditional = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)
 
 
-@exact
+@conditional
 def test_only_the_expected_version_is_deleted(storage: Storage, root: str) -> None:
     first = storage.write(f"{root}/x", b"first")
     second = storage.write(f"{root}/x", b"second")
@@ -142,8 +143,8 @@ def test_only_the_expected_version_is_deleted(storage: Storage, root: str) -> No
     storage.delete(f"{root}/x", second.version)
 
 
-@exact
-def test_what_is_not_expected_is_left_as_it_is(storage: Storage, root: str) -> None:
+@conditional
+def test_unexpected_version_is_not_replaced(storage: Storage, root: str) -> None:
     stale = storage.write(f"{root}/x", b"stale")
     current = storage.write(f"{root}/x", b"other")
     for expected in (ABSENT, stale.version):
@@ -157,8 +158,8 @@ def test_what_is_not_expected_is_left_as_it_is(storage: Storage, root: str) -> N
     assert [info.uri for info in storage.list(root)] == [f"{root}/x"]
 
 
-@exact
-def test_concurrent_updates_lose_nothing(storage: Storage, root: str) -> None:
+@conditional
+def test_concurrent_updates_are_all_kept(storage: Storage, root: str) -> None:
     uri = f"{root}/log"
 
     def append(i: int) -> None:
@@ -172,8 +173,8 @@ def test_concurrent_updates_lose_nothing(storage: Storage, root: str) -> None:
     assert sorted(map(int, storage.read(uri).decode().split(",")[:-1])) == list(range(24))
 
 
-@exact
-def test_an_update_starts_from_what_is_expected_and_may_stop(storage: Storage, root: str) -> None:
+@conditional
+def test_update_starts_from_expected_version_and_may_stop(storage: Storage, root: str) -> None:
     uri, seen = f"{root}/x", list[str]()
 
     def change(version: str) -> bytes | None:
@@ -187,8 +188,8 @@ def test_an_update_starts_from_what_is_expected_and_may_stop(storage: Storage, r
     assert storage.read(uri) == b"mine"
 
 
-@exact
-def test_an_update_gives_up_after_so_many_attempts(storage: Storage, root: str) -> None:
+@conditional
+def test_update_fails_after_the_maximum_of_attempts(storage: Storage, root: str) -> None:
     uri, attempts = f"{root}/x", 0
 
     def change(version: str) -> bytes:
@@ -203,11 +204,11 @@ def test_an_update_gives_up_after_so_many_attempts(storage: Storage, root: str) 
     assert storage.read(uri) == b"by another 3"
 
 
-@exact
-def test_of_writers_that_expect_the_same_exactly_one_succeeds(storage: Storage, root: str) -> None:
+@conditional
+def test_one_of_concurrent_conditional_writes_succeeds(storage: Storage, root: str) -> None:
     expected = ABSENT
     for turn in range(2):
-        # On S3 a version is told by its content, so that no two may be alike.
+        # On S3, the content determines the version, so the contents must differ.
         contents = [b"by writer %d of turn %d" % (i, turn) for i in range(16)]
         start = threading.Barrier(len(contents))
 
@@ -228,7 +229,7 @@ def test_of_writers_that_expect_the_same_exactly_one_succeeds(storage: Storage, 
         expected = info.version
 
 
-def test_folders_are_those_directly_below(storage: Storage, root: str) -> None:
+def test_list_folders_returns_direct_subfolders(storage: Storage, root: str) -> None:
     for name in ("a/x", "a/b/y", "c.tar", "d e/z", "ab"):
         storage.write(f"{root}/{name}", b"")
     assert list(storage.list_folders(root)) == [f"{root}/a", f"{root}/d e"]
@@ -236,7 +237,7 @@ def test_folders_are_those_directly_below(storage: Storage, root: str) -> None:
     assert list(storage.list_folders(f"{root}/a/b")) == []
 
 
-def test_storage_travels_to_other_processes(storage: Storage, root: str) -> None:
+def test_storage_and_errors_can_be_pickled(storage: Storage, root: str) -> None:
     info = storage.write(f"{root}/x", b"bytes")
     assert pickle.loads(pickle.dumps(storage)).read(info.uri) == b"bytes"
     error = pickle.loads(pickle.dumps(ObjectChanged("s3://b/k", "changed")))
@@ -250,8 +251,8 @@ def test_unsupported_scheme_is_refused(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("uri", ["s3://", "gs:///", "file://relative/x", ""])
-def test_uri_that_names_no_place_is_refused(uri: str) -> None:
-    with pytest.raises(StorageError, match=r"names no bucket|is not a"):
+def test_uri_without_bucket_or_path_is_refused(uri: str) -> None:
+    with pytest.raises(StorageError, match=r"has no bucket|must be absolute|is empty"):
         normalize_uri(uri)
 
 
@@ -264,11 +265,11 @@ def test_uri_that_names_no_place_is_refused(uri: str) -> None:
         ("/data//a/../b/", "/data/b"),
     ],
 )
-def test_uri_has_one_spelling(uri: str, normalized: str) -> None:
+def test_uri_is_normalized(uri: str, normalized: str) -> None:
     assert normalize_uri(uri) == normalize_uri(normalized) == normalized
 
 
-def test_client_libraries_are_imported_when_first_needed(tmp_path: Path) -> None:
+def test_client_libraries_are_imported_on_first_use(tmp_path: Path) -> None:
     code = """
 import sys
 from pipeline.storage import Storage

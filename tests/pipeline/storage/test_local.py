@@ -1,4 +1,4 @@
-"""What is the local files' own."""
+"""Behavior that is specific to local files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageErro
 from tests.pipeline.storage.operations import names
 
 
-def test_local_listings_are_bytewise_and_follow_links_but_no_cycles(storage: Storage, tmp_path: Path) -> None:
+def test_listing_is_bytewise_and_follows_links_without_cycles(storage: Storage, tmp_path: Path) -> None:
     files = ["a/1", "a-b/2", "a.tar", "B", "ü", "z/y/x"]
     root = tmp_path / "root"
     for name in files:
@@ -31,7 +31,7 @@ def test_local_listings_are_bytewise_and_follow_links_but_no_cycles(storage: Sto
     assert storage.read(outside.uri) == b"x"
 
 
-def test_local_paths_have_one_spelling(
+def test_local_paths_are_normalized(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = storage.write(normalize_uri(f"file://{tmp_path}/with%20space/x"), b"x")
@@ -41,14 +41,14 @@ def test_local_paths_have_one_spelling(
     assert storage.stat(normalize_uri("with space/x")) == info
 
 
-def test_a_failed_local_write_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").mkdir()  # can't be replaced by a file
+def test_failed_write_leaves_no_temporary_file(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").mkdir()  # a file cannot replace a folder
     with pytest.raises(StorageError, match=f"{tmp_path}/x.parquet: "):
         storage.write(f"{tmp_path}/x.parquet", b"data")
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
 
 
-def test_readers_of_a_local_folder_see_whole_files_only(storage: Storage, tmp_path: Path) -> None:
+def test_readers_see_only_complete_files(storage: Storage, tmp_path: Path) -> None:
     contents = [b"a" * 3_000_000, b"b" * 2_000_000]
     storage.write(f"{tmp_path}/x.parquet", contents[0])
     done = threading.Event()
@@ -71,14 +71,14 @@ def test_readers_of_a_local_folder_see_whole_files_only(storage: Storage, tmp_pa
     assert seen
 
 
-def test_local_writes_of_one_moment_have_different_versions(
+def test_writes_at_the_same_time_have_different_versions(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fsync(descriptor: int) -> None:  # the last step before a file is looked at: time stands still
+    def fsync(descriptor: int) -> None:  # the last call before the version is read: stops the clock
         os.utime(descriptor, ns=(10**18, 10**18))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    for expected in (None, "as before"):
+    for expected in (None, "previous"):
         written = [storage.write(f"{tmp_path}/x", b"0")]
         for i in range(1, 10):
             written.append(storage.write(f"{tmp_path}/x", b"%d" % i, expected and written[-1].version))
@@ -88,7 +88,7 @@ def test_local_writes_of_one_moment_have_different_versions(
             storage.read(f"{tmp_path}/x", written[-2].version)
 
 
-#: Writes a file whose last byte never comes.
+#: Starts a write that never ends.
 _WRITER = """
 import io, sys, time
 from pipeline.storage import Storage
@@ -104,11 +104,9 @@ Storage().write(sys.argv[1], Endless(b"half of it" * 10_000))
 """
 
 
-def test_what_a_killed_writer_has_left_is_swept_and_what_is_being_written_is_not(
-    storage: Storage, tmp_path: Path
-) -> None:
+def test_only_temporary_files_of_killed_writers_are_removed(storage: Storage, tmp_path: Path) -> None:
     storage.write(f"{tmp_path}/deep/x.parquet", b"x")
-    (tmp_path / "deep" / ".hidden.tmp").write_bytes(b"somebody else's")
+    (tmp_path / "deep" / ".hidden.tmp").write_bytes(b"of another program")
     command = [sys.executable, "-c", _WRITER, f"{tmp_path}/deep/y.parquet"]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())}) as writer:
         try:
@@ -125,27 +123,27 @@ def test_what_a_killed_writer_has_left_is_swept_and_what_is_being_written_is_not
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"x.parquet", ".hidden.tmp"}
 
 
-def test_writes_go_on_while_a_folder_is_swept(storage: Storage, tmp_path: Path) -> None:
+def test_removal_of_unfinished_writes_spares_running_writes(storage: Storage, tmp_path: Path) -> None:
     done = threading.Event()
 
-    def sweep() -> None:
+    def remove() -> None:
         while not done.is_set():
             storage.remove_unfinished_writes(str(tmp_path))
 
-    sweepers = [threading.Thread(target=sweep) for _ in range(3)]
-    for sweeper in sweepers:
-        sweeper.start()
+    removers = [threading.Thread(target=remove) for _ in range(3)]
+    for remover in removers:
+        remover.start()
     try:
         for number in range(200):
             storage.write(f"{tmp_path}/{number}", b"x")
     finally:
         done.set()
-        for sweeper in sweepers:
-            sweeper.join()
+        for remover in removers:
+            remover.join()
     assert len(list(tmp_path.iterdir())) == 200
 
 
-def test_sweeping_a_folder_that_is_not_there_does_nothing(storage: Storage, tmp_path: Path) -> None:
+def test_removal_in_a_missing_folder_does_nothing(storage: Storage, tmp_path: Path) -> None:
     storage.remove_unfinished_writes(f"{tmp_path}/nowhere")
     assert not (tmp_path / "nowhere").exists()
 
@@ -154,7 +152,7 @@ def _unfinished(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*.tmp") if path.name != ".hidden.tmp"]
 
 
-def test_missing_folder_is_reported_when_required(storage: Storage, tmp_path: Path) -> None:
+def test_missing_folder_is_an_error_when_required(storage: Storage, tmp_path: Path) -> None:
     assert list(storage.list(f"{tmp_path}/nowhere")) == []
     with pytest.raises(ObjectNotFound, match="nowhere: no such file or folder"):
         list(storage.list(f"{tmp_path}/nowhere", missing_ok=False))

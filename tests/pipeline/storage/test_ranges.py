@@ -1,4 +1,4 @@
-"""Objects as streams: any range, one version, several ranges under way."""
+"""Streams of objects: reads of any range, of one version, with read-ahead."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from pipeline.storage import ObjectChanged, ObjectNotFound, Storage
 from tests.fault_proxy import FaultProxy
 
-CHUNK = 8 * 1024**2  # of one ranged read
+CHUNK = 8 * 1024**2  # size of one ranged read
 
 
-def test_reads_at_any_offset_return_the_same_bytes_as_the_whole(storage: Storage, root: str) -> None:
+def test_range_reads_return_the_same_bytes_as_a_full_read(storage: Storage, root: str) -> None:
     data = random.Random(1).randbytes(10 * 1024**2 + 123)
     info = storage.write(f"{root}/large", data)
     choose = random.Random(2)
@@ -31,8 +31,8 @@ def test_reads_at_any_offset_return_the_same_bytes_as_the_whole(storage: Storage
     assert storage.read(info.uri) == data
 
 
-@pytest.mark.parametrize("kind", ["s3", "local"])  # the emulator of gs:// knows no preconditions
-def test_a_reader_never_mixes_two_versions(storage: Storage, kind: str, folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["s3", "local"])  # the emulator of gs:// ignores preconditions
+def test_reader_never_mixes_two_versions(storage: Storage, kind: str, folder: str, tmp_path: Path) -> None:
     uri = (folder if kind == "s3" else str(tmp_path)) + "/x"
     info = storage.write(uri, b"a" * 20_000_000)
     stream = storage.open(uri)
@@ -40,7 +40,7 @@ def test_a_reader_never_mixes_two_versions(storage: Storage, kind: str, folder: 
     if kind == "s3":
         storage.write(uri, b"b" * 20_000_000)
     else:
-        Path(uri).write_bytes(b"b" * 20_000_000)  # in place: replaced files stay readable to the end
+        Path(uri).write_bytes(b"b" * 20_000_000)  # in place, because a replaced file stays readable
     with pytest.raises(ObjectChanged, match="no longer the version that was listed"):
         stream.read()
     with pytest.raises(ObjectChanged):
@@ -48,7 +48,7 @@ def test_a_reader_never_mixes_two_versions(storage: Storage, kind: str, folder: 
 
 
 @pytest.mark.parametrize("kind", ["truncated", "no_body", "reset", "error"])
-def test_of_a_large_object_only_the_range_that_failed_is_read_again(
+def test_only_the_failed_range_is_read_again(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str
 ) -> None:
     data = random.Random(3).randbytes(2 * CHUNK + 12345)
@@ -59,7 +59,7 @@ def test_of_a_large_object_only_the_range_that_failed_is_read_again(
     assert [request.range for request in proxy.seen] == [ranges[0], *[ranges[1]] * 3, ranges[2]]
 
 
-def test_reading_ahead_has_several_ranges_under_way_and_gives_the_same_bytes(
+def test_read_ahead_fetches_ranges_concurrently_and_correctly(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage
 ) -> None:
     data = random.Random(4).randbytes(4 * CHUNK + 12345)
@@ -68,7 +68,7 @@ def test_reading_ahead_has_several_ranges_under_way_and_gives_the_same_bytes(
     with faulty.open_sequential(info.uri, info.version, 3) as file:
         assert file.read(100) == data[:100]
         deadline = time.monotonic() + 30
-        while len({request.range for request in proxy.seen}) < 4:  # though only the first was asked for
+        while len({request.range for request in proxy.seen}) < 4:  # only the first range was requested
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert file.seek(CHUNK - 7) == CHUNK - 7
@@ -82,7 +82,7 @@ def test_reading_ahead_has_several_ranges_under_way_and_gives_the_same_bytes(
     assert proxy.left == 0
 
 
-def test_what_is_read_ahead_is_pinned_to_its_version(storage: Storage, folder: str) -> None:
+def test_read_ahead_is_pinned_to_the_version(storage: Storage, folder: str) -> None:
     info = storage.write(f"{folder}/x", bytes(3 * CHUNK))
     with storage.open_sequential(info.uri, info.version, 1) as file:
         assert file.read(10) == bytes(10)
@@ -93,7 +93,7 @@ def test_what_is_read_ahead_is_pinned_to_its_version(storage: Storage, folder: s
         file.read()
 
 
-def test_an_empty_object_can_be_read_ahead(storage: Storage, folder: str) -> None:
+def test_empty_object_can_be_read_ahead(storage: Storage, folder: str) -> None:
     info = storage.write(f"{folder}/x", b"")
     with storage.open_sequential(info.uri, info.version, 2) as file:
         assert file.read() == b""

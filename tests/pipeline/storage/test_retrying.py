@@ -1,4 +1,4 @@
-"""Retries: their number, their pauses, and their counts."""
+"""Retries: number of attempts, pauses, counts."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from pipeline.storage import retry_counts
 from pipeline.storage.retrying import TransientFailure, pause_after, retry
 
 
-class PassingError(Exception):
+class TemporaryError(Exception):
     pass
 
 
 def failing(times: int, error: Exception | None = None) -> Callable[[], int]:
-    """An action that fails that often, and then returns how often it was called."""
+    """Returns an action that fails `times` times, and then returns the number of its calls."""
     calls = 0
 
     def action() -> int:
         nonlocal calls
         calls += 1
         if calls <= times:
-            raise error or PassingError(calls)
+            raise error or TemporaryError(calls)
         return calls
 
     return action
 
 
 def transient(attempts: int = 10) -> Callable[[Exception], TransientFailure | None]:
-    return lambda error: TransientFailure("passing", attempts) if isinstance(error, PassingError) else None
+    return lambda error: (
+        TransientFailure("temporary", attempts) if isinstance(error, TemporaryError) else None
+    )
 
 
 def test_action_that_succeeds_runs_once() -> None:
@@ -45,26 +47,26 @@ def test_transient_failures_are_retried_and_counted(times: int) -> None:
     before, slept = retry_counts(), list[float]()
     assert retry(failing(times), transient(), sleep=slept.append) == times + 1
     assert len(slept) == times
-    assert retry_counts() - before == Counter(passing=times)
+    assert retry_counts() - before == Counter(temporary=times)
 
 
 @pytest.mark.parametrize("attempts", [1, 4, 10])
 def test_lasting_failure_raises_the_last_exception(attempts: int) -> None:
     before = retry_counts()
-    with pytest.raises(PassingError) as caught:
+    with pytest.raises(TemporaryError) as caught:
         retry(failing(1000), transient(attempts))
     assert caught.value.args == (attempts,)
-    assert retry_counts() - before == Counter(passing=attempts - 1)  # the last one wasn't retried
+    assert retry_counts() - before == Counter(temporary=attempts - 1)  # the last failure was not retried
 
 
-def test_permanent_failure_is_raised_at_once() -> None:
+def test_permanent_failure_is_raised_immediately() -> None:
     before = retry_counts()
     with pytest.raises(ValueError, match="for good"):
         retry(failing(1, ValueError("for good")), transient())
     assert retry_counts() == before
 
 
-def test_an_interrupt_is_not_retried() -> None:
+def test_interrupt_is_not_retried() -> None:
     def action() -> None:
         raise KeyboardInterrupt
 
@@ -72,9 +74,9 @@ def test_an_interrupt_is_not_retried() -> None:
         retry(action, lambda _: TransientFailure("any"))
 
 
-def test_each_failure_has_its_own_bound() -> None:
+def test_each_kind_of_failure_has_its_own_limit() -> None:
     kinds = iter(["busy", "busy", "denied"])
-    with pytest.raises(PassingError) as caught:
+    with pytest.raises(TemporaryError) as caught:
         retry(
             failing(1000),
             lambda _: TransientFailure(kind := next(kinds), attempts=3 if kind == "denied" else 10),
@@ -82,8 +84,8 @@ def test_each_failure_has_its_own_bound() -> None:
     assert caught.value.args == (3,)
 
 
-def test_pauses_grow_up_to_a_bound_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.retrying.LONGEST_PAUSE_S", 10.0)
+def test_pauses_grow_up_to_a_limit_with_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 10.0)
     runs = [[pause_after(attempt) for attempt in range(1, 10)] for _ in range(50)]
     for run in runs:
         for attempt, pause in enumerate(run, 1):
@@ -91,17 +93,19 @@ def test_pauses_grow_up_to_a_bound_and_differ(monkeypatch: pytest.MonkeyPatch) -
             assert longest / 2 <= pause <= longest
         assert 15 < sum(run) < 60
     for same_attempt in zip(*runs, strict=True):
-        assert len(set(same_attempt)) > 40  # clients that failed together don't return together
+        assert (
+            len(set(same_attempt)) > 40
+        )  # concurrent failures are not retried in step
 
 
-def test_threads_count_together() -> None:
+def test_counts_include_all_threads() -> None:
     before = retry_counts()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda _: retry(failing(5), transient()), range(200)))
-    assert retry_counts() - before == Counter(passing=1000)
+    assert retry_counts() - before == Counter(temporary=1000)
 
 
 def test_returned_counts_are_a_copy() -> None:
     retry(failing(1), transient())
     retry_counts().clear()
-    assert retry_counts()["passing"] > 0
+    assert retry_counts()["temporary"] > 0

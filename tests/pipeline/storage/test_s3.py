@@ -1,4 +1,4 @@
-"""What is S3's own, on the real S3 server."""
+"""Behavior that is specific to S3, on the S3 server."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from pipeline.storage import ABSENT, Storage, StorageError, retry_counts
 from tests.pipeline.storage.operations import names
 
 
-def test_listings_of_several_pages_are_complete_and_in_order(
+def test_listing_of_several_pages_is_complete_and_in_order(
     storage: Storage, shared_bucket: str, many: list[str]
 ) -> None:
     assert names(storage, f"{shared_bucket}/many") == many
 
 
-def test_an_empty_prefix_lists_nothing_and_folder_markers_are_no_objects(
-    storage: Storage, bucket: str, s3_server: LocalS3
-) -> None:
+def test_listing_skips_folder_markers(storage: Storage, bucket: str, s3_server: LocalS3) -> None:
     assert names(storage, f"{bucket}/nothing/here") == []
     s3_server.client().put_object(Bucket=bucket.removeprefix("s3://"), Key="folder/", Body=b"")
     assert names(storage, bucket) == []
 
 
-def test_unusual_keys_come_back_as_they_are(storage: Storage, bucket: str) -> None:
+def test_unusual_keys_are_listed_unchanged(storage: Storage, bucket: str) -> None:
     for name in ["sp ace+%41 ü.tar", "日本/😀.tar", "a=b&c?d#e.tar"]:
         uri = f"{bucket}/{name}"
         storage.write(uri, name.encode())
@@ -34,7 +32,7 @@ def test_unusual_keys_come_back_as_they_are(storage: Storage, bucket: str) -> No
         assert uri in names(storage, bucket)
 
 
-def test_a_missing_bucket_is_called_a_missing_bucket(storage: Storage, s3_server: LocalS3) -> None:
+def test_missing_bucket_is_reported_as_such(storage: Storage, s3_server: LocalS3) -> None:
     for action in (
         lambda: list(storage.list("s3://no-such-bucket/train")),
         lambda: storage.stat("s3://no-such-bucket/x"),
@@ -47,13 +45,13 @@ def test_a_missing_bucket_is_called_a_missing_bucket(storage: Storage, s3_server
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
-def test_credentials_with_a_line_break_are_told_at_once_without_showing_them(
+def test_credentials_with_a_line_break_fail_without_being_shown(
     storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "planted\nsecret\n")
     before = retry_counts()
     for action in (storage.list, storage.read, lambda uri: storage.write(uri, b"x")):
-        with pytest.raises(StorageError, match="the AWS credentials hold a line break") as caught:
+        with pytest.raises(StorageError, match="the AWS credentials contain a line break") as caught:
             list(action(f"{bucket}/x"))
         shown = "".join(traceback.format_exception(caught.value))
         assert "planted" not in shown
@@ -61,13 +59,13 @@ def test_credentials_with_a_line_break_are_told_at_once_without_showing_them(
     assert retry_counts() == before
 
 
-def test_a_proxy_that_is_none_is_told_without_showing_it(
+def test_invalid_proxy_fails_without_being_shown(
     storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://user:pla/nted@127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setenv("AWS_REGION", "elsewhere")  # so that the client is made anew
+    monkeypatch.setenv("AWS_REGION", "elsewhere")  # so that a new client is created
     with pytest.raises(StorageError) as caught:
         storage.read(f"{bucket}/x")
     assert "proxy" in str(caught.value)
@@ -75,7 +73,7 @@ def test_a_proxy_that_is_none_is_told_without_showing_it(
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_rejected_credentials_are_told_without_showing_them(
+def test_rejected_credentials_fail_without_being_shown(
     storage: Storage, bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "wrong" * 5)
@@ -89,7 +87,7 @@ def test_rejected_credentials_are_told_without_showing_them(
         assert "wrongwrong" not in message
 
 
-def test_missing_credentials_are_told_with_what_to_set(
+def test_missing_credentials_error_names_the_variables(
     storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
@@ -101,30 +99,30 @@ def test_missing_credentials_are_told_with_what_to_set(
         list(storage.list(bucket))
 
 
-def test_an_endpoint_that_nobody_serves_is_named(s3_server: LocalS3) -> None:
+def test_unreachable_endpoint_is_named(s3_server: LocalS3) -> None:
     storage = Storage(endpoint_url="http://127.0.0.1:9")
-    with pytest.raises(StorageError, match=r"s3://b/x: the endpoint http://127.0.0.1:9 can't be reached"):
+    with pytest.raises(StorageError, match=r"s3://b/x: cannot reach the endpoint http://127.0.0.1:9"):
         list(storage.list("s3://b/x"))
 
 
-def test_the_endpoint_may_come_from_the_environment(bucket: str) -> None:
+def test_endpoint_can_come_from_the_environment(bucket: str) -> None:
     info = Storage().write(f"{bucket}/x", b"by AWS_ENDPOINT_URL_S3")
     assert Storage().read(info.uri) == b"by AWS_ENDPOINT_URL_S3"
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "told"),
+    ("endpoint", "expected"),
     [
-        (None, None),  # Amazon's own, which other clients know
+        (None, None),  # Amazon's endpoint, the default of other clients
         ("https://bucket.vpce-1a2b.s3.eu-west-1.vpce.amazonaws.com",) * 2,
         ("http://127.0.0.1:9000",) * 2,
     ],
 )
-def test_other_clients_are_told_how_s3_is_reached(
-    s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, told: str | None
+def test_object_store_options_hold_endpoint_and_credentials(
+    s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, endpoint: str | None, expected: str | None
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     found = Storage(endpoint, "eu-west-1").object_store_options("s3://b/x")
-    assert (found.get("endpoint_url"), found["region"]) == (told, "eu-west-1")
+    assert (found.get("endpoint_url"), found["region"]) == (expected, "eu-west-1")
     assert found["aws_access_key_id"] == s3_server.access_key
     assert found["aws_secret_access_key"] == s3_server.secret_key

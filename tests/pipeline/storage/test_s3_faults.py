@@ -1,4 +1,4 @@
-"""S3 that fails: the real S3 server behind a proxy that breaks its answers."""
+"""Failures of S3: the S3 server behind a proxy that breaks responses."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage, StorageError
 from tests.fault_proxy import ALL_KINDS, FaultProxy
-from tests.pipeline.storage.operations import OPERATIONS, Faults, names
+from tests.pipeline.storage.operations import OPERATIONS, RetryCounter, names
 
 CONNECTION = {"ConnectionClosedError", "IncompleteRead", "ProtocolError"}
-CALLED = {
-    "error": {"InternalError", "500"},  # the answer to a HEAD has no body that would say more
+KINDS_OF = {
+    "error": {"InternalError", "500"},  # the response to HEAD has no body
     "slow_down": {"SlowDown", "503"},
     "denied": {"AccessDenied", "403"},
     "reset": CONNECTION,
     "lost_answer": CONNECTION,
-    "truncated": CONNECTION | {"500"},  # what botocore makes of a listing that is no XML
+    "truncated": CONNECTION | {"500"},  # botocore's status for a listing that is not XML
     "no_body": CONNECTION,
     "no_head": CONNECTION,
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("kind", CALLED)
-def test_what_fails_for_a_moment_is_tried_again_and_counted(
+@pytest.mark.parametrize("kind", KINDS_OF)
+def test_transient_failures_are_retried_and_counted(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str, operation: str
 ) -> None:
     info = storage.write(f"{folder}/x", b"some bytes")
     expected = {"read": b"some bytes", "write": info, "list": [info], "stat": info, "delete": None}[operation]
     proxy.next(kind, kind, kind)
-    with Faults() as faults:
+    with RetryCounter() as retries:
         assert OPERATIONS[operation](faulty, info) == expected
-    if (kind, operation) == ("no_head", "delete"):  # its first line tells it all
-        assert (len(proxy.seen), faults.counts) == (1, Counter())
+    if (kind, operation) == ("no_head", "delete"):  # the status line is the whole response
+        assert (len(proxy.seen), retries.counts) == (1, Counter())
         return
     assert proxy.injected == {kind: 3}
-    assert faults.counts.total() == 3
-    assert set(faults.counts) <= CALLED[kind]
+    assert retries.counts.total() == 3
+    assert set(retries.counts) <= KINDS_OF[kind]
     if operation == "delete":
         assert names(storage, folder) == []
     else:
@@ -51,14 +51,14 @@ def test_what_fails_for_a_moment_is_tried_again_and_counted(
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(
-    ("kind", "attempts", "error", "told"),
+    ("kind", "attempts", "error", "message"),
     [
         ("denied", 4, StorageError, "access denied"),
         ("error", 10, StorageError, "InternalError|500"),
-        ("reset", 10, StorageError, "failed again and again, last with"),
+        ("reset", 10, StorageError, "failed after retries, last with"),
     ],
 )
-def test_what_never_ends_is_an_error_that_names_the_object(
+def test_lasting_failure_is_an_error_that_names_the_object(
     storage: Storage,
     folder: str,
     proxy: FaultProxy,
@@ -67,32 +67,32 @@ def test_what_never_ends_is_an_error_that_names_the_object(
     kind: str,
     attempts: int,
     error: type[StorageError],
-    told: str,
+    message: str,
 ) -> None:
     info = storage.write(f"{folder}/x", b"some bytes")
     if (kind, operation) == ("reset", "list"):
-        attempts = 5  # tells sooner that an endpoint is wrong
+        attempts = 5  # reports a wrong endpoint sooner
     proxy.next(*[kind] * 50)
-    with Faults() as faults, pytest.raises(error, match=told) as caught:
+    with RetryCounter() as retries, pytest.raises(error, match=message) as caught:
         OPERATIONS[operation](faulty, info)
     assert caught.value.uri == (f"{folder}" if operation == "list" else info.uri)
     assert type(caught.value) is error
     assert len(proxy.seen) == attempts
-    assert faults.counts.total() == attempts - 1
+    assert retries.counts.total() == attempts - 1
 
 
 @pytest.mark.parametrize("kind", ["truncated", "no_body"])
-def test_an_answer_that_always_breaks_off_is_an_error_in_the_end(
+def test_repeatedly_truncated_response_is_an_error(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str
 ) -> None:
     info = storage.write(f"{folder}/x", bytes(2_000_000))
     proxy.next(*[kind] * 50)
-    with pytest.raises(StorageError, match=f"{info.uri}: failed again and again, last with"):
+    with pytest.raises(StorageError, match=f"{info.uri}: failed after retries, last with"):
         faulty.read(info.uri, info.version)
     assert len(proxy.seen) == 10
 
 
-def test_a_listing_of_which_a_page_breaks_off_is_complete(
+def test_listing_is_complete_after_truncated_pages(
     shared_bucket: str, many: list[str], proxy: FaultProxy, faulty: Storage
 ) -> None:
     kinds = ("no_body", "truncated", "no_head")
@@ -104,8 +104,8 @@ def test_a_listing_of_which_a_page_breaks_off_is_complete(
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-@pytest.mark.parametrize("operation", sorted(set(OPERATIONS) - {"stat"}))  # a HEAD tells nothing but 403
-def test_wrong_credentials_are_not_tried_again(
+@pytest.mark.parametrize("operation", sorted(set(OPERATIONS) - {"stat"}))  # a HEAD returns only 403
+def test_wrong_credentials_are_not_retried(
     storage: Storage,
     folder: str,
     proxy: FaultProxy,
@@ -116,24 +116,28 @@ def test_wrong_credentials_are_not_tried_again(
 ) -> None:
     info = storage.write(f"{folder}/x", b"some bytes")
     monkeypatch.setenv(variable, "wrong" * 5)
-    with Faults() as faults, pytest.raises(StorageError, match="credentials were rejected"):
+    with RetryCounter() as retries, pytest.raises(StorageError, match="credentials were rejected"):
         OPERATIONS[operation](faulty, info)
     assert len(proxy.seen) == 1
-    assert faults.counts == Counter()
+    assert retries.counts == Counter()
 
 
-def test_a_missing_object_is_not_tried_again(folder: str, proxy: FaultProxy, faulty: Storage) -> None:
-    with Faults() as faults:
+def test_missing_object_is_not_retried(folder: str, proxy: FaultProxy, faulty: Storage) -> None:
+    with RetryCounter() as retries:
         with pytest.raises(ObjectNotFound):
             faulty.read(f"{folder}/x", "0123456789abcdef-5")
         assert [request.method for request in proxy.seen] == ["GET"]
         with pytest.raises(ObjectNotFound):
             faulty.stat(f"{folder}/y")
-        assert [request.method for request in proxy.seen] == ["GET", "HEAD", "GET"]  # is there a bucket?
-    assert faults.counts == Counter()
+        assert [request.method for request in proxy.seen] == [
+            "GET",
+            "HEAD",
+            "GET",
+        ]  # the last: the bucket
+    assert retries.counts == Counter()
 
 
-def test_a_write_whose_answer_was_lost_is_told_as_a_change_of_the_object(
+def test_conditional_write_with_lost_response_reports_a_change(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage
 ) -> None:
     proxy.next("lost_answer")
@@ -147,7 +151,7 @@ def test_a_write_whose_answer_was_lost_is_told_as_a_change_of_the_object(
 
 
 @pytest.mark.parametrize("kind", ["error", "denied", "reset"])
-def test_a_conditional_write_that_was_not_carried_out_is_tried_again(
+def test_failed_conditional_write_is_retried(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str
 ) -> None:
     proxy.next(kind)
@@ -159,7 +163,7 @@ def test_a_conditional_write_that_was_not_carried_out_is_tried_again(
 
 
 @pytest.mark.parametrize("kind", ["error", "reset", "lost_answer"])
-def test_a_file_is_written_whole_though_it_was_sent_before(
+def test_retried_write_sends_the_whole_file_again(
     storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage, kind: str, tmp_path: Path
 ) -> None:
     data = random.Random(4).randbytes(3_000_000)
@@ -174,7 +178,7 @@ def test_a_file_is_written_whole_though_it_was_sent_before(
     assert storage.read(f"{folder}/x") == data
 
 
-def test_many_at_once_come_through_faults_by_chance(
+def test_concurrent_requests_succeed_despite_random_faults(
     storage: Storage, folder: str, s3_server: LocalS3
 ) -> None:
     contents = {f"{folder}/{i}": random.Random(i).randbytes(20_000 + i) for i in range(60)}
@@ -185,9 +189,9 @@ def test_many_at_once_come_through_faults_by_chance(
 
     with FaultProxy(s3_server.endpoint_url, seed=1, rate=0.4, delay_seconds=0.01) as proxy:
         through = Storage(endpoint_url=proxy.url)
-        with Faults() as faults, ThreadPoolExecutor(12) as pool:
+        with RetryCounter() as retries, ThreadPoolExecutor(12) as pool:
             assert all(pool.map(write_and_read, contents))
             assert sorted(names(through, folder)) == sorted(contents)
         assert set(proxy.injected) == set(ALL_KINDS)
-        assert faults.counts.total() == proxy.injected.total() - proxy.injected["delay"]
+        assert retries.counts.total() == proxy.injected.total() - proxy.injected["delay"]
         assert proxy.upstream_failures == 0
