@@ -66,6 +66,21 @@ def test_hooks_need_no_network() -> None:
     assert {hook["language"] for hook in config["repos"][0]["hooks"]} == {"system"}
 
 
+@pytest.mark.parametrize("page", ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_page_names_existing_files_targets_and_code(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    paths = re.findall(r"`((?:cvt|pipeline|jobs|configs|tests|docs|examples)/[^`]*)`", text)
+    missing = [path for path in links + paths if "://" not in path and not (ROOT / path).exists()]
+    assert not missing
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M)) <= set(targets)
+    code = "".join(path.read_text() for name in ("pipeline", "jobs") for path in (ROOT / name).rglob("*.py"))
+    names = {name for name in re.findall(r"`([A-Za-z_]+)`", text) if re.search(r"_|[a-z][A-Z]", name)}
+    names = {name for name in names if not name.isupper() and not name.startswith("test_")}
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
+
+
 @pytest.mark.parametrize("pattern", PROJECT["license-files"])
 def test_license_files_exist(pattern: str) -> None:
     assert list(ROOT.glob(pattern))
