@@ -23,7 +23,7 @@ from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
 from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
-from pipeline.statistics import ClassStatistics, format_class_row, occurring_classes
+from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
 from pipeline.storage import StorageError
 from pipeline.text import escape_unprintable
 
@@ -241,8 +241,8 @@ def resolve_partition(uri: str | None, config: Path | None, overrides: list[str]
 
 
 def make_class_table(classes: pa.Table, most: int) -> Table:
-    """The most frequent of the classes that occur, as a table for the terminal."""
-    rows = occurring_classes(classes)
+    """The most frequently predicted classes, as a table for the terminal."""
+    rows = predicted_classes(classes)
     title = f"Classes of all {sum(row['count'] for row in rows):,} labelled images"
     if most < len(rows):
         title += f" (the {most} most frequent of {len(rows)})"

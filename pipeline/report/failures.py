@@ -1,4 +1,4 @@
-"""The section of the page about failures: samples without a label by cause, and shards that can't be read."""
+"""The section about failures: samples with errors, grouped by cause, and shards that could not be read."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,83 +9,90 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.predictions import read_predictions
-from pipeline.report.parts import Section
+from pipeline.report.elements import Section
 from pipeline.statistics import ErrorCauses
 from pipeline.storage import StorageError
 from pipeline.text import pluralize
 
-#: Shards that can't be read, in the page; the manifest has all.
-MOST_UNREADABLE = 20
-_READERS = 16
+#: Maximum number of unreadable shards in the page. The manifest lists all.
+MAX_UNREADABLE_SHARDS = 20
+_READER_THREADS = 16
 
 
 def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Section:
-    """Why samples of any run have no label, and which shards can't be read.
+    """Returns the section about samples with errors and unreadable shards, of all runs.
 
-    Reads the columns `errors` and `error` of the manifest, and the causes from at most `max_files` files.
+    Args:
+        partition: the partition of the report.
+        manifest: the columns `errors` and `error` of the manifest.
+        max_files: maximum number of prediction files to read for the causes.
     """
-    failed = manifest["error"].drop_null()
+    unreadable = manifest["error"].drop_null()
     errors = pc.sum(manifest["errors"]).as_py() or 0
-    section = Section("failures", "What failed")
-    if not errors and not len(failed):
-        section.notes.append("Nothing: every sample of every shard is labeled.")
+    section = Section("failures", "Failures")
+    if not errors and not len(unreadable):
+        section.notes.append("No failures: every sample of every shard is labeled.")
     if errors:
-        bad = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
+        shards_with_errors = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
         section.notes.append(
-            f"{pluralize(errors, 'sample')} of {pluralize(bad, 'shard')} could not be labeled"
-            f"{_by_cause(section, partition, errors, bad, max_files)}"
+            f"{pluralize(errors, 'sample')} in {pluralize(shards_with_errors, 'shard')} could not be labeled"
+            f"{_add_causes(section, partition, errors, shards_with_errors, max_files)}"
         )
         files = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
         section.query = f"SELECT shard, key, error FROM '{files}' WHERE error IS NOT NULL ORDER BY ALL"
-    if len(failed):
-        section.unreadable = failed.slice(0, MOST_UNREADABLE).to_pylist()
-        first = f", the first {MOST_UNREADABLE}" if len(failed) > MOST_UNREADABLE else ""
-        shards = pluralize(len(failed), "shard")
-        section.unreadable_note = f"{shards} could not be read (manifest.parquet lists them{first}):"
+    if len(unreadable):
+        section.unreadable_shards = unreadable.slice(0, MAX_UNREADABLE_SHARDS).to_pylist()
+        section.unreadable_note = f"{pluralize(len(unreadable), 'shard')} could not be read."
+        if len(unreadable) > MAX_UNREADABLE_SHARDS:
+            section.unreadable_note += f" The first {MAX_UNREADABLE_SHARDS} are shown."
+        section.unreadable_note += " The file manifest.parquet lists all:"
     return section
 
 
-def _by_cause(section: Section, partition: Partition, errors: int, bad: int, max_files: int) -> str:
-    """Puts the causes into the section; returns the rest of the sentence that introduces them."""
+def _add_causes(
+    section: Section, partition: Partition, errors: int, shards_with_errors: int, max_files: int
+) -> str:
+    """Adds the causes to the section; returns the rest of the sentence that introduces them."""
     try:
-        causes, missing = read_causes(partition, max_files)
-    except StorageError as error:  # the report of a run is written all the same
-        return f". Their causes could not be read: {error}"
+        causes, missing_files = read_causes(partition, max_files)
+    except StorageError as error:  # must not prevent the report of a run
+        return f". The causes could not be read: {error}"
     section.causes = causes.to_record()
-    note = ", by cause"
-    if bad > max_files or causes.count != errors:
-        note += f"; the causes are of {causes.count:,}"
-    if bad > max_files:
-        note += f", in the {pluralize(max_files, 'shard')} with the most errors"
-    if missing:
-        note += f"; missing prediction files: {missing:,}"
-    return f"{note}:"
+    limits = []
+    if shards_with_errors > max_files or causes.count != errors:
+        limits.append(f"The causes cover {pluralize(causes.count, 'sample')}")
+        if shards_with_errors > max_files:
+            limits[0] += f" of the {pluralize(max_files, 'shard')} with the most errors"
+    if missing_files:
+        limits.append(f"{pluralize(missing_files, 'prediction file')} could not be found")
+    return ". ".join(["", *limits, "By cause:"])
 
 
 def read_causes(partition: Partition, max_files: int) -> tuple[ErrorCauses, int]:
     """Reads causes from the `max_files` prediction files with the most errors; raises `StorageError`.
 
-    Returns the causes, and the number of missing files.
+    Returns the causes and the number of missing files.
     """
     rows = partition.manifest.labeled(["uri", "errors", "output"])
-    bad = rows.filter(pc.greater(rows["errors"], 0))
+    with_errors = rows.filter(pc.greater(rows["errors"], 0))
     order = [("errors", "descending"), ("uri", "ascending")]
-    worst = bad.take(pc.select_k_unstable(bad, max_files, order)).to_pylist()
+    most_errors = with_errors.take(pc.select_k_unstable(with_errors, max_files, order)).to_pylist()
 
     def read(row: Mapping[str, Any]) -> ErrorCauses | None:
-        uri = f"{partition.uri}/{row['output']}"
-        found = read_predictions(partition.storage, uri, ["key", "error"])
-        if found is None:
+        predictions = read_predictions(
+            partition.storage, f"{partition.uri}/{row['output']}", ["key", "error"]
+        )
+        if predictions is None:
             return None
         causes = ErrorCauses()
-        causes.add(row["uri"], found[1])
+        causes.add(row["uri"], predictions[1])
         return causes
 
-    total, missing = ErrorCauses(), 0
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="causes") as pool:
-        for causes in pool.map(read, worst):
+    total, missing_files = ErrorCauses(), 0
+    with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="causes") as pool:
+        for causes in pool.map(read, most_errors):
             if causes is None:
-                missing += 1
+                missing_files += 1
             else:
                 total.merge(causes)
-    return total, missing
+    return total, missing_files

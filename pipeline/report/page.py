@@ -1,7 +1,7 @@
-"""The report: one self-contained HTML page that opens without a network and runs no script.
+"""The report: one self-contained HTML page that loads nothing and runs no script.
 
-It is made from what is stored: the record of a run, the class statistics, the manifest. So it can be made
-again at any time.
+The page is generated from stored data: a run's record, class statistics, manifest and gallery. It can be
+regenerated at any time.
 """
 
 import base64
@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.report import sections
+from pipeline.report.elements import axis_ticks, max_value, text_width, truncate
 from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
-from pipeline.report.parts import largest, short, text_width, ticks
 from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import normalize_uri
 from pipeline.text import escape_unprintable, format_percent, format_score, pluralize
 
-#: Prediction files that are read for the causes of errors: some seconds' worth.
+#: Maximum number of prediction files that are read for the causes of errors. Reading takes some seconds.
 MAX_FILES = 500
 
 
@@ -34,20 +34,30 @@ def write_report(
     output: str | None = None,
     max_files: int = MAX_FILES,
 ) -> str:
-    """Writes the report about a partition and the run of a record; raises `StorageError`.
+    """Writes the report of a partition and a run; returns the report's URI.
 
-    Returns its URI: `report.html` in the partition where no other `output` is given. All text from data is
-    escaped, and at most `max_files` prediction files are read.
+    All text from data is escaped.
+
+    Args:
+        partition: the partition of the report.
+        record: the record of the run.
+        statistics: class statistics of all labels of the partition.
+        comparisons: comparisons of other label sets (a) with labels of this partition (b).
+        output: path or URI of the page. If None, `report.html` in the partition.
+        max_files: maximum number of prediction files that are read for the causes of errors.
+
+    Raises:
+        StorageError: the partition cannot be read, or the page cannot be written.
     """
     manifest = partition.manifest.read(("rows", "errors", "error", "deleted"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
-    found = [
-        failures(partition, manifest, max_files),
-        sections.speed(record),
+    page_sections = [
         sections.classes(partition.labels, statistics, topk),
+        sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
         sections.accuracy(partition.labels, statistics, topk),
         *(sections.comparison(each, i) for i, each in enumerate(comparisons)),
-        sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
+        failures(partition, manifest, max_files),
+        sections.throughput(record),
         sections.run(record),
     ]
     page = (
@@ -57,7 +67,7 @@ def write_report(
             model=partition.model,
             facts=_facts(partition, record),
             cards=_cards(record, statistics, manifest),
-            sections=[section for section in found if section is not None],
+            sections=[section for section in page_sections if section is not None],
         )
     )
     output = f"{partition.uri}/report.html" if output is None else normalize_uri(output)
@@ -74,12 +84,13 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(
-        score=format_score,
+        format_score=format_score,
         printable=escape_unprintable,
-        largest=largest,
-        short=short,
+        pluralize=pluralize,
+        max_value=max_value,
+        truncate_label=truncate,
         text_width=text_width,
-        ticks=ticks,
+        axis_ticks=axis_ticks,
         base64=lambda data: base64.b64encode(data).decode(),
     )
     return environment
@@ -105,27 +116,27 @@ def _facts(partition: Partition, record: Mapping[str, Any]) -> dict[str, str]:
 def _cards(
     record: Mapping[str, Any], stats: ClassStatistics, manifest: pa.Table
 ) -> list[tuple[str, str, str]]:
-    """The most important figures: name, value, and what they are of."""
+    """Returns the most important figures: name, value, and an explanation."""
     labeled = int(stats.count.sum())
     errors, deleted = (pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "deleted"))
-    share = format_percent(errors / max(1, labeled + errors))
+    error_rate = format_percent(errors / max(1, labeled + errors))
     shards = pluralize(manifest.num_rows - manifest["rows"].null_count, "shard")
-    more = f", {deleted:,} of them deleted from the input" if deleted else ""
+    deleted_note = f"; {deleted:,} deleted from the input" if deleted else ""
     cards = [
-        ("Labeled images", f"{labeled:,}", f"in all, of {shards}{more}"),
-        ("Images that could not be labeled", f"{errors:,}", f"in all, {share}"),
+        ("Labeled images", f"{labeled:,}", f"all runs, {shards}{deleted_note}"),
+        ("Images with errors", f"{errors:,}", f"all runs, {error_rate} of the images"),
     ]
+    if stats.has_targets:
+        targets = f"of {pluralize(int(stats.support.sum()), 'image')} with a target"
+        cards.append(("Top-1 accuracy", format_percent(stats.top1_accuracy()), targets))
     if counts := record.get("counts"):
         read = pluralize(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
-        of = f"of {read}, {pluralize(counts['errors'], 'error')}"
-        cards.append(("Images of this run", f"{counts['images']:,}", of))
-    seconds = record.get("timings", {})
-    if "last_result" in seconds and "executor_ready" in seconds:
-        rate = record["counts"]["images"] / max(seconds["last_result"] - seconds["executor_ready"], 1e-9)
-        cards.append(("Images per second", f"{rate:,.1f}", "of this run, from when Ray was ready"))
+        details = f"{read}, {pluralize(counts['errors'], 'error')}"
+        cards.append(("Images in this run", f"{counts['images']:,}", details))
+    timings = record.get("timings", {})
+    if "last_result" in timings and "executor_ready" in timings:
+        rate = record["counts"]["images"] / max(timings["last_result"] - timings["executor_ready"], 1e-9)
+        cards.append(("Images per second", f"{rate:,.1f}", "in this run, without startup"))
     if broken := record.get("broken_limits"):
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))
-    if stats.has_targets:
-        of = f"of {int(stats.support.sum()):,} with a target"
-        cards.append(("Top-1 accuracy", format_percent(stats.top1_accuracy()), of))
     return cards

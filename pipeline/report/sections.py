@@ -1,6 +1,6 @@
-"""The sections of the page: speed, classes, accuracy, comparisons with other label sets, samples, the run.
+"""The sections of the page: classes, gallery, accuracy, comparisons, throughput and run details.
 
-With many classes, a section shows the first ones and says where the others are.
+If there are many classes, a section shows the first ones and names the file that has all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.classify import HIGHEST_CONFIDENCE
+from pipeline.report.elements import BarChart, Chart, Histogram, MatrixChart, ReliabilityDiagram, Section
 from pipeline.report.gallery import GalleryItem
-from pipeline.report.parts import Bars, Chart, Histogram, Matrix, Reliability, Section
 from pipeline.statistics import (
     Calibration,
     ClassStatistics,
@@ -19,225 +20,238 @@ from pipeline.statistics import (
     class_table,
     format_class_row,
     is_long_enough,
-    occurring_classes,
+    predicted_classes,
 )
-from pipeline.text import format_number, format_percent, format_score
+from pipeline.text import format_number, format_percent, format_score, pluralize
 
-#: What is shown at most.
-MOST_BARS = 20
-MOST_CLASSES = 50
-MOST_PAIRS = 12
-MOST_IN_MATRIX = 15
-MOST_CHANGED = 15
-#: Classes with images: some kilobytes each.
-MOST_IN_GALLERY = 20
+# Maximum numbers of shown items.
+MAX_BARS = 20
+MAX_TABLE_CLASSES = 50
+MAX_PAIRS = 12
+MAX_MATRIX_CLASSES = 15
+MAX_CHANGED_CLASSES = 15
+#: Classes with images. A class takes some kilobytes.
+MAX_GALLERY_CLASSES = 20
 _SHOWN_BINS = 20
 
 
-def speed(record: Mapping[str, Any]) -> Section | None:
-    """How fast a run was, and which stage limited it; None where it processed nothing."""
-    stages = {name: StageSummary(**figures) for name, figures in (record.get("stages") or {}).items()}
-    if not stages:
-        return None
-    facts = {"Bound by": record.get("bound_by"), "Decoded by": record.get("decoder")}
-    if record.get("gpu_utilization") is not None:
-        facts["GPU utilization"] = format_percent(record["gpu_utilization"])
-    section = Section("speed", "How fast", facts={name: str(value) for name, value in facts.items() if value})
-    busy = [figures.share_busy for figures in stages.values()]
-    times = sorted(record.get("timings", {}).items(), key=lambda item: item[1])
-    events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in times]
-    section.charts = [
-        Chart(
-            "Fraction of the time that the stages' workers were busy",
-            ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "MB passed on", "Busy"],
-            [
-                [
-                    *(name, format_number(each.images), f"{each.busy_s:,.1f}", f"{each.wait_s:,.1f}"),
-                    *(f"{each.workers:g}", f"{each.bytes / 1e6:,.1f}", format_percent(each.share_busy)),
-                ]
-                for name, each in stages.items()
-            ],
-            Bars(list(stages), [("busy", busy)], "busy", "{:.0%}".format),
-            note="The other stages wait for the busiest one."
-            if is_long_enough(stages)
-            else "The run was too short to tell: its first images were read before measuring started.",
-        ),
-        Chart("Seconds from the start of the run", ["Event", "Seconds"], events),
-    ]
-    return section
-
-
 def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section:
-    """How often each class was given, and with which scores."""
-    rows = occurring_classes(class_table(stats, labels, topk))
-    note = f"Of {len(labels):,} classes, {len(rows):,} occur in all labels."
+    """Returns the section about the predicted classes and their scores."""
+    rows = predicted_classes(class_table(stats, labels, topk))
+    note = f"Predicted classes: {len(rows):,} of {len(labels):,}."
     section = Section("classes", "Classes and confidence", [note])
     if not rows:
         return section
-    shown = rows[:MOST_BARS]
-    names, values = [row["label"] for row in shown], [row["count"] for row in shown]
-    columns = ["Class", "Images", "Share", "Mean score", "5 %", "50 %", "95 %"]
+    shown = rows[:MAX_BARS]
+    names, counts = [row["label"] for row in shown], [row["count"] for row in shown]
+    columns = ["Class", "Images", "Share", "Mean score", "p05", "p50", "p95"]
     if stats.has_targets:
         columns += ["Precision", "Recall", "F1"]
-    more = f"The table has the first {MOST_CLASSES}; class_stats.parquet has all."
+    limit_note = f"The table has the first {MAX_TABLE_CLASSES}. The file class_stats.parquet has all classes."
     section.charts.append(
         Chart(
             "Images by class" if len(shown) == len(rows) else f"The {len(shown)} most frequent classes",
             columns,
-            [[row["label"], *format_class_row(row)] for row in rows[:MOST_CLASSES]],
-            Bars(names, [("images", values)], "images", format_number),
-            note=more if len(rows) > MOST_CLASSES else "",
+            [[row["label"], *format_class_row(row)] for row in rows[:MAX_TABLE_CLASSES]],
+            BarChart(names, [("images", counts)], "images", format_number),
+            note=limit_note if len(rows) > MAX_TABLE_CLASSES else "",
         )
     )
-    whole, right = (
+    all_images, correct = (
         counts.reshape(_SHOWN_BINS, -1).sum(axis=1).tolist()
         for counts in (stats.score_histogram.sum(axis=0), stats.calibration[1])
     )
-    series, headings = [("all", whole)], ["Score", "Images"]
-    if any(right):
-        series.append(("correct, of images with a target", right))
+    series, headings = [("all images", all_images)], ["Score", "Images"]
+    if any(correct):
+        series.append(("correct, of images with a target", correct))
         headings.append("Correct")
-    high = format_percent(sum(whole[-_SHOWN_BINS // 10 :]) / max(1, sum(whole)))
+    confident = format_percent(sum(all_images[-_SHOWN_BINS // 10 :]) / max(1, sum(all_images)))
     section.charts.append(
         Chart(
-            "Confidence: images by score",
+            "Images by score",
             headings,
             bin_rows(*([format_number(value) for value in values] for _, values in series), digits=2),
             Histogram(series, format_number),
-            note=f"The score is the softmax of the class given: {high} of the images have 0.9 or more.",
+            note="The score is the softmax probability of the predicted class. "
+            f"{confident} of the images have a score of 0.9 or higher.",
         )
     )
     return section
 
 
 def bin_rows(*columns: Sequence[str], digits: int = 1) -> list[list[str]]:
-    """Rows of a table by score: the bin, and its value in each column."""
+    """Returns rows of a table by score: the bin, and the bin's value in each column."""
     edges = [f"{edge:.{digits}f}" for edge in np.linspace(0, 1, len(columns[0]) + 1)]
     bins = [f"{low} to {high}" for low, high in pairwise(edges)]
     return [list(row) for row in zip(bins, *columns, strict=True)]
 
 
+def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> Section | None:
+    """Returns the section with images of the most frequent classes; None without a gallery."""
+    by_class: dict[int, list[GalleryItem]] = {}
+    for item in items:
+        by_class.setdefault(item.label_id, []).append(item)
+    if not by_class:
+        return None
+    by_count = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))
+    shown = [by_class[label_id] for label_id in by_count[:MAX_GALLERY_CLASSES]]
+    section = Section("gallery", "Example images")
+    section.gallery = [
+        (
+            class_items[0].label,
+            [item for item in class_items if item.selection == HIGHEST_CONFIDENCE],
+            [item for item in class_items if item.selection != HIGHEST_CONFIDENCE],
+        )
+        for class_items in shown
+    ]
+    note = "For each class: the images with the highest and the lowest confidence, with score and key."
+    if len(by_class) > len(shown):
+        note += f" The {len(shown)} most frequent classes are shown. The file gallery.parquet has more."
+    section.notes.append(note)
+    return section
+
+
 def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section | None:
-    """Labels compared with targets: accuracy, calibration, confusion; None without targets."""
+    """Returns the section about accuracy, calibration and confusion; None without targets."""
     if not stats.has_targets:
         return None
-    section = Section("accuracy", "Against targets")
-    targets = int(stats.support.sum())
-    section.facts["Top-1 accuracy"] = (
-        f"{format_percent(stats.top1_accuracy())} of {targets:,} images with a target"
-    )
+    section = Section("accuracy", "Accuracy against targets")
+    targets = pluralize(int(stats.support.sum()), "image")
+    section.facts["Top-1 accuracy"] = f"{format_percent(stats.top1_accuracy())} of {targets} with a target"
     if (top5 := stats.top5_accuracy(topk)) is not None:
         section.facts["Top-5 accuracy"] = format_percent(top5)
-    found = Calibration.from_statistics(stats)
-    section.facts["Expected calibration error"] = f"{found.ece:.4f}"
-    counts, right, confidence = found.counts.tolist(), found.accuracy.tolist(), found.confidence.tolist()
+    calibration = Calibration.from_statistics(stats)
+    section.facts["Expected calibration error"] = f"{calibration.ece:.4f}"
+    if never_predicted := np.count_nonzero((stats.support > 0) & (stats.count == 0)):
+        target_classes = np.count_nonzero(stats.support)
+        section.facts["Target classes never predicted"] = f"{never_predicted:,} of {target_classes:,}"
+    counts, accuracies = calibration.counts.tolist(), calibration.accuracy.tolist()
+    confidences = calibration.confidence.tolist()
     section.charts.append(
         Chart(
             "Accuracy by score",
             ["Score", "Images", "Accuracy", "Mean score"],
             bin_rows(
-                [*map(format_number, counts)], [*map(format_percent, right)], [*map(format_score, confidence)]
+                [*map(format_number, counts)],
+                [*map(format_percent, accuracies)],
+                [*map(format_score, confidences)],
             ),
-            Reliability(right, confidence),
-            f"Reliability diagram; the expected calibration error is {found.ece:.4f}.",
-            "A calibrated model's bars end at the dashed line: 80 % of labels with a score of 0.8 are right.",
+            ReliabilityDiagram(accuracies, confidences),
+            f"Reliability diagram. The expected calibration error is {calibration.ece:.4f}.",
+            "The bars of a calibrated model end at the dashed line: of labels with a score of 0.8, 80% are "
+            "correct.",
         )
     )
-    pairs = stats.confusion.most_common(MOST_PAIRS)
+    pairs = stats.confusion.most_common(MAX_PAIRS)
     if not pairs:
-        section.notes.append("No image is labeled with another class than its target.")
+        section.notes.append("The label of every image equals its target.")
         return section
-    section.charts.append(_matrix(labels, stats))
+    section.charts.append(_confusion_matrix(labels, stats))
     rows = [
         [
             labels[target],
-            labels[given],
+            labels[predicted],
             format_number(count),
             format_percent(count / max(1, int(stats.support[target]))),
         ]
-        for given, target, count in pairs
+        for predicted, target, count in pairs
     ]
-    columns = ["Target", "Labeled as", "Images", "Of the target's"]
-    section.charts.append(Chart("Most confused pairs", columns, rows, names=2))
+    columns = ["Target", "Label", "Images", "Share of target"]
+    section.charts.append(Chart("Most confused pairs", columns, rows, text_columns=2))
     if note := stats.confusion.limit_note:
         section.notes.append(note)
     return section
 
 
-def _matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
-    chosen = _most_confused(stats)
-    place = {label_id: i for i, label_id in enumerate(chosen)}
+def _confusion_matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
+    chosen = _most_confused_classes(stats)
+    position = {label_id: i for i, label_id in enumerate(chosen)}
     cells = np.diag(stats.true_positives[chosen])
-    given, target, counts = stats.confusion.to_arrays()
-    inside = np.isin(given, chosen) & np.isin(target, chosen)
-    for a, b, count in zip(*(values[inside].tolist() for values in (given, target, counts)), strict=True):
-        cells[place[b], place[a]] = count
+    predicted, target, counts = stats.confusion.to_arrays()
+    inside = np.isin(predicted, chosen) & np.isin(target, chosen)
+    columns = (values[inside].tolist() for values in (predicted, target, counts))
+    for predicted_id, target_id, count in zip(*columns, strict=True):
+        cells[position[target_id], position[predicted_id]] = count
     names = [labels[label_id] for label_id in chosen]
-    is_whole = len(chosen) == np.count_nonzero(stats.count | stats.support)
-    a, b, count = stats.confusion.most_common(1)[0]
+    is_complete = len(chosen) == np.count_nonzero(stats.count | stats.support)
+    predicted_id, target_id, count = stats.confusion.most_common(1)[0]
+    times = pluralize(count, "time")
     return Chart(
-        "Confusion matrix" if is_whole else f"Confusion matrix of the {len(chosen)} most confused classes",
+        "Confusion matrix" if is_complete else f"Confusion matrix of the {len(chosen)} most confused classes",
         ["Target", *names],
         [[name, *map(format_number, row)] for name, row in zip(names, cells.tolist(), strict=True)],
-        Matrix(names, (cells / np.maximum(1, stats.support[chosen])[:, None]).tolist()),
-        f"Targets in rows, labels in columns. {labels[b]} is labeled as {labels[a]} {count:,} times.",
-        "The darker a cell, the larger its share of the row's targets (by the square root).",
+        MatrixChart(names, (cells / np.maximum(1, stats.support[chosen])[:, None]).tolist()),
+        "Targets are in rows, labels are in columns. The most confused pair is the target "
+        f"{labels[target_id]} with the label {labels[predicted_id]}, {times}.",
+        "A darker cell is a larger share of the row's target. The scale is the square root of the share.",
     )
 
 
-def _most_confused(stats: ClassStatistics) -> list[int]:
-    """The classes that occur, if they are few; else those of the most frequent pairs, by class id."""
-    occur: list[int] = np.flatnonzero(stats.count | stats.support).tolist()
-    if len(occur) <= MOST_IN_MATRIX:
-        return occur
+def _most_confused_classes(stats: ClassStatistics) -> list[int]:
+    """Returns all classes that occur if they are few; otherwise those of the most confused pairs, by id."""
+    occurring: list[int] = np.flatnonzero(stats.count | stats.support).tolist()
+    if len(occurring) <= MAX_MATRIX_CLASSES:
+        return occurring
     chosen: set[int] = set()
-    for given, target, _ in stats.confusion.most_common(MOST_IN_MATRIX**2):
-        if len(chosen | {given, target}) <= MOST_IN_MATRIX:
-            chosen |= {given, target}
+    for predicted, target, _ in stats.confusion.most_common(MAX_MATRIX_CLASSES**2):
+        if len(chosen | {predicted, target}) <= MAX_MATRIX_CLASSES:
+            chosen |= {predicted, target}
     return sorted(chosen)
 
 
-def comparison(found: Comparison, number_in_page: int) -> Section:
-    """How the labels of the page, b of the comparison, differ from others: drift, and agreement."""
-    agreement, labels = found.agreement, found.drift.classes.labels
-    section = Section(f"against-{number_in_page}", f"Against {_other(found)}")
-    there = "all labels" if found.a.run is None else "what that run labeled and no later run relabeled"
-    section.facts["There"] = f"{there}: {found.a.name}"
-    section.facts["Here"] = "all labels" if found.b.run is None else "what this run labeled"
-    section.facts |= found.summary("there", "here")
-    drift, chosen = found.drift, found.drift.most_changed(MOST_CHANGED)
-    names, parts = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_by_class[chosen])
-    here, there = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
+def comparison(compared: Comparison, number_in_page: int) -> Section:
+    """Returns the section about drift from, and agreement with, another label set.
+
+    The reference is label set a of the comparison. The current labels, those of the page, are label set b.
+    """
+    agreement, labels = compared.agreement, compared.drift.classes.labels
+    section = Section(f"comparison-{number_in_page}", f"Comparison with {_reference_name(compared)}")
+    all_labels, of_run = "all labels", "labels of that run that no later run replaced"
+    section.facts["Reference labels"] = f"{compared.a.name} ({of_run if compared.a.run else all_labels})"
+    section.facts["Current labels"] = all_labels if compared.b.run is None else "labels of this run"
+    section.facts |= compared.summary("in the reference", "in the current labels")
+    drift, chosen = compared.drift, compared.drift.most_changed(MAX_CHANGED_CLASSES)
+    names, psi = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_by_class[chosen])
+    current, reference = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
     counts = (map(format_number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
-    scores, others = ((s.sum(axis=0) / s.sum()).tolist() for s in (drift.scores_b, drift.scores_a))
+    shares = map(format_percent, current), map(format_percent, reference)
+    current_scores, reference_scores = (
+        (histograms.sum(axis=0) / histograms.sum()).tolist()
+        for histograms in (drift.scores_b, drift.scores_a)
+    )
     section.charts = [
         Chart(
             "Classes whose share changed most",
-            ["Class", "Images here", "Images there", "Share here", "Share there", "PSI"],
-            [*zip(names, *counts, map(format_percent, here), map(format_percent, there), parts, strict=True)],
-            Bars(names, [("here", here), ("there", there)], "share of the images", "{:.1%}".format),
+            ["Class", "Images, current", "Images, reference", "Share, current", "Share, reference", "PSI"],
+            [*zip(names, *counts, *shares, psi, strict=True)],
+            BarChart(
+                names,
+                [("current", current), ("reference", reference)],
+                "share of the images",
+                "{:.1%}".format,
+            ),
         ),
         Chart(
-            "Scores, here and there",
-            ["Score", "Share here", "Share there"],
-            bin_rows([*map(format_percent, scores)], [*map(format_percent, others)]),
-            Histogram([("here", scores), ("there", others)], "{:.0%}".format),
+            "Score distribution",
+            ["Score", "Share, current", "Share, reference"],
+            bin_rows([*map(format_percent, current_scores)], [*map(format_percent, reference_scores)]),
+            Histogram([("current", current_scores), ("reference", reference_scores)], "{:.0%}".format),
             f"The population stability index is {drift.score_psi:.4f}.",
         ),
     ]
-    if agreement is not None and (pairs := agreement.disagreements.most_common(MOST_PAIRS)):
+    if agreement is not None and (pairs := agreement.disagreements.most_common(MAX_PAIRS)):
         rows = [
             [labels[b], labels[a], format_number(count), format_percent(count / agreement.compared)]
             for a, b, count in pairs
         ]
-        columns = ["Here", "There", "Images", "Of those compared"]
-        section.charts.append(Chart("Most frequent disagreements", columns, rows, names=2))
+        columns = ["Current label", "Reference label", "Images", "Share of compared"]
+        section.charts.append(Chart("Most frequent disagreements", columns, rows, text_columns=2))
     return section
 
 
-def _other(found: Comparison) -> str:
-    """What these labels are compared with, for a heading."""
-    a, b = found.a, found.b
+def _reference_name(compared: Comparison) -> str:
+    """Returns the name of the reference label set, for a heading."""
+    a, b = compared.a, compared.b
     if a.uri != b.uri:
         return a.folder if a.run is None else f"{a.folder}, run {a.run}"
     if a.run is None:
@@ -245,28 +259,48 @@ def _other(found: Comparison) -> str:
     return f"run {a.run}" if b.run is None else "the previous run"
 
 
-def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> Section | None:
-    """Images of the most frequent classes; None where there is no gallery."""
-    by_class: dict[int, list[GalleryItem]] = {}
-    for item in items:
-        by_class.setdefault(item.label_id, []).append(item)
-    if not by_class:
+def throughput(record: Mapping[str, Any]) -> Section | None:
+    """Returns the section about a run's speed and bottleneck; None if the run processed nothing."""
+    stages = {name: StageSummary(**values) for name, values in (record.get("stages") or {}).items()}
+    if not stages:
         return None
-    shown = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))[:MOST_IN_GALLERY]
-    section = Section("gallery", "Samples")
-    section.gallery = [(by_class[label_id][0].label, by_class[label_id]) for label_id in shown]
-    note = "Images with the highest and the lowest confidence, with their scores."
-    if len(by_class) > len(shown):
-        note += f" Of the {len(shown)} most frequent classes; gallery.parquet has more."
-    section.notes.append(note)
+    facts = {"Bottleneck": record.get("bound_by"), "Decoder": record.get("decoder")}
+    if record.get("gpu_utilization") is not None:
+        facts["GPU utilization"] = format_percent(record["gpu_utilization"])
+    section = Section(
+        "throughput", "Throughput", facts={name: str(value) for name, value in facts.items() if value}
+    )
+    shares_busy = [stage.share_busy for stage in stages.values()]
+    timings = sorted(record.get("timings", {}).items(), key=lambda item: item[1])
+    events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in timings]
+    section.charts = [
+        Chart(
+            "Utilization of each stage's workers",
+            ["Stage", "Images", "Busy, s", "Waiting, s", "Workers", "Output, MB", "Utilization"],
+            [
+                [
+                    *(name, format_number(stage.images), f"{stage.busy_s:,.1f}", f"{stage.wait_s:,.1f}"),
+                    *(f"{stage.workers:g}", f"{stage.bytes / 1e6:,.1f}", format_percent(stage.share_busy)),
+                ]
+                for name, stage in stages.items()
+            ],
+            BarChart(list(stages), [("busy", shares_busy)], "share of time busy", "{:.0%}".format),
+            note="The other stages wait for the busiest stage."
+            if is_long_enough(stages)
+            else "The run was too short to find the bottleneck: most of its input was read before the first "
+            "measurement.",
+        ),
+        Chart("Seconds since the start of the run", ["Event", "Seconds"], events),
+    ]
     return section
 
 
 def run(record: Mapping[str, Any]) -> Section:
-    """The run's counts, and the versions of its software."""
+    """Returns the section about the run's counts and software versions."""
     counts = [[name.replace("_", " "), f"{value:,}"] for name, value in record.get("counts", {}).items()]
     versions = [[name, str(value)] for name, value in record.get("versions", {}).items()]
-    section = Section("run", "The run", [f"runs/{record.get('run')}.json has its whole configuration."])
-    section.charts.append(Chart("Counts of this run", ["What", "Number"], counts))
-    section.charts.append(Chart("Versions", ["Package", "Version"], versions))
+    note = f"The file runs/{record.get('run')}.json has the complete configuration."
+    section = Section("run", "Run details", [note])
+    section.charts.append(Chart("Counts of this run", ["Name", "Count"], counts))
+    section.charts.append(Chart("Software versions", ["Package", "Version"], versions))
     return section

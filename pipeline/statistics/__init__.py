@@ -22,4 +22,4 @@ from pipeline.statistics.stages import (
     is_long_enough,
     summarize_stages,
 )
-from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_table, format_class_row, occurring_classes
+from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_table, format_class_row, predicted_classes

@@ -86,11 +86,11 @@ def _quantile(histogram: np.ndarray, q: float) -> float:
     return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / HISTOGRAM_BINS
 
 
-def occurring_classes(classes: pa.Table) -> list[dict[str, Any]]:
-    """Rows of a class table whose class was given to an image or is a target, the most frequent first."""
+def predicted_classes(classes: pa.Table) -> list[dict[str, Any]]:
+    """Returns the rows of a class table whose class was predicted, the most frequent first."""
     rows = classes.drop_columns(["score_histogram"]).to_pylist()
     return sorted(
-        (row for row in rows if row["count"] or row["support"]),
+        (row for row in rows if row["count"]),
         key=lambda row: (-row["count"], row["label_id"]),
     )
 

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from jobs.console import OneLineFormatter, print_line, print_log
-from pipeline.report.parts import short
+from pipeline.report.elements import truncate
 from pipeline.text import escape_unprintable, single_line
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner
@@ -72,7 +72,7 @@ def test_terminals_logs_charts_and_prediction_files_follow_the_same_rule(
     assert capsys.readouterr().out == f"{shown[:-2]}\n\ttwo\nthree\n"
     record = OneLineFormatter("%(message)s").formatMessage
     assert record(_record(name)) == shown
-    assert short(name, 100) == shown
+    assert truncate(name, 100) == shown
     assert single_line(f"cannot decode: {name}") == f"cannot decode: {shown[:-2]}"
 
 

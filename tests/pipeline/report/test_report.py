@@ -1,4 +1,4 @@
-"""The report as text: what it says, that it stays small, and that nothing from data becomes markup."""
+"""The report as text: its content and size. No text from data becomes markup."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pipeline.run import write_report
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
-#: What somebody may have put into labels, keys and URIs.
-NASTY = [
+#: Hostile and unusual texts for labels, keys and URIs.
+HOSTILE_TEXTS = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
     "</title></svg><script>alert(2)</script>",
@@ -46,9 +46,9 @@ RECORD: dict[str, Any] = {
     "decoder": "the CPU, exact",
     "causes": [
         {
-            "cause": NASTY[0],
+            "cause": HOSTILE_TEXTS[0],
             "count": 4,
-            "samples": [{"shard": NASTY[1], "key": NASTY[2], "error": NASTY[5]}],
+            "samples": [{"shard": HOSTILE_TEXTS[1], "key": HOSTILE_TEXTS[2], "error": HOSTILE_TEXTS[5]}],
         }
     ],
     "versions": {"ray": "2.60.0"},
@@ -56,7 +56,7 @@ RECORD: dict[str, Any] = {
 
 
 def make_partition(folder: Path, labels: list[str], name: str = "model=m-ffffffff") -> Partition:
-    """Labels of two runs with targets, a tenth of them wrong, and a few error rows."""
+    """Writes labels of two runs with targets, a tenth of them wrong, and some error rows."""
     rng, classes, runs = np.random.default_rng(0), len(labels), []
     for run in range(2):
         shards = {}
@@ -66,7 +66,7 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
             given: list[int | None] = np.where(wrong, (target + 1) % classes, target).tolist()
             given[7] = given[70] = None
             scores = rng.uniform(0.5, 1, 200).tolist()
-            shards[shard] = make_predictions(shard, labels, given, target.tolist(), scores, NASTY[0])
+            shards[shard] = make_predictions(shard, labels, given, target.tolist(), scores, HOSTILE_TEXTS[0])
         runs.append(shards)
     uri = str(folder / name)
     write_partition(Storage(), uri, labels, runs, RECORD)
@@ -74,7 +74,7 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
 
 
 def report(uri: str, *against: str) -> Path:
-    """Writes the report of the last run; returns its path."""
+    """Writes the report of the last run; returns the path of the report."""
     return Path(write_report(Partition.open(Storage(), uri), against=against))
 
 
@@ -84,11 +84,11 @@ def make_page(folder: Path, labels: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_page(tmp_path_factory.mktemp("report"), NASTY)
+    return make_page(tmp_path_factory.mktemp("report"), HOSTILE_TEXTS)
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and its text."""
+    """The elements and the text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_data_never_becomes_an_element_or_an_attribute(page: str) -> None:
     tags = {tag for tag, _ in elements.found}
     assert not tags & {"script", "img", "iframe", "object", "link"}
     assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
-    for label in NASTY[:4] + NASTY[5:8]:
+    for label in HOSTILE_TEXTS[:4] + HOSTILE_TEXTS[5:8]:
         assert label in elements.text
     assert not set("\x00\x1b\u202e") & set(page)
 
@@ -140,14 +140,14 @@ def test_ids_are_unique_and_references_resolve(page: str) -> None:
     assert wanted <= set(map(str, ids))
 
 
-def test_figures_of_the_run_and_of_all_labels_are_distinguished(page: str) -> None:
+def test_counts_of_the_run_and_of_all_labels_are_distinguished(page: str) -> None:
     text = text_of(page)
-    assert "Labeled images792in all, of 4 shards" in text
-    assert "Images of this run400of 2 shards, 4 errors" in text
-    assert "8 samples of 4 shards could not be labeled, by cause:" in text
-    assert "the causes are of" not in text
-    assert "of 792 with a target" in text
-    assert "Against the previous run" in text
+    assert "Labeled images792all runs, 4 shards" in text
+    assert "Images in this run4002 shards, 4 errors" in text
+    assert "8 samples in 4 shards could not be labeled. By cause:" in text
+    assert "The causes cover" not in text
+    assert "of 792 images with a target" in text
+    assert "Comparison with the previous run" in text
     assert "Most confused pairs" in text
     assert "Expected calibration error" in text
     assert "classify, busy 90% of the time" in text
@@ -158,7 +158,7 @@ def test_page_stays_small_with_many_classes(tmp_path: Path, classes: int) -> Non
     page = make_page(tmp_path, [f"class {i}" for i in range(classes)])
     assert len(page) < 200_000
     assert page.count("<tr>") < 250
-    assert ("class_stats.parquet has all" in page) == (classes > 50)
+    assert ("class_stats.parquet has all classes" in page) == (classes > 50)
 
 
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
@@ -167,44 +167,69 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     [run] = write_partition(Storage(), uri, ["a", "b"], [{"/in/a.tar": predictions}])
     report(uri)
     text = Elements(Path(uri, "report.html").read_text()).text
-    assert "1 sample of 1 shard could not be labeled, by cause: 1 \xd7 unsupported format" in " ".join(
+    assert "1 sample in 1 shard could not be labeled. By cause: 1 \xd7 unsupported format" in " ".join(
         text.split()
     )
     assert run in text
-    for absent in ("How fast", "Against targets", "Against the previous run", "Samples"):
+    for absent in ("Throughput", "Accuracy against targets", "Comparison with", "Example images"):
         assert absent not in text
 
 
-def test_gallery_is_shown_with_its_texts_escaped(tmp_path: Path) -> None:
-    partition = make_partition(tmp_path, NASTY)
+def test_labels_and_images_come_before_quality_failures_and_throughput(tmp_path: Path) -> None:
+    partition = make_partition(tmp_path, ["a", "b"])
+    item = GalleryItem(0, "a", HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", 0, "key", b"\xff\xd8thumbnail")
+    write_gallery(Storage(), partition.uri, [item])
+    elements = Elements(report(partition.uri).read_text())
+    ids = [attributes["id"] for tag, attributes in elements.found if tag == "section"]
+    assert ids == ["classes", "gallery", "accuracy", "comparison-0", "failures", "throughput", "run"]
+
+
+def test_only_predicted_classes_are_counted_and_listed(tmp_path: Path) -> None:
+    """The classes c and d have targets, and no image is labeled with them."""
+    uri, labels = str(tmp_path / "model=m-ffffffff"), ["a", "b", "c", "d", "e"]
+    predictions = make_predictions("/in/a.tar", labels, [0, 0, 1, None], [0, 2, 3, 3])
+    write_partition(Storage(), uri, labels, [{"/in/a.tar": predictions}])
+    page = report(uri).read_text()
+    assert "Predicted classes: 2 of 5." in page
+    assert "Target classes never predicted 2 of 3" in text_of(page.replace("</dt>", " </dt>"))
+    section = page[page.index('<section id="classes"') : page.index('<section id="accuracy"')]
+    assert re.findall(r'<th scope="row">([^<]*)</th><td>', section)[:2] == ["a", "b"]
+    assert ">c<" not in section
+
+
+def test_gallery_is_shown_with_escaped_text(tmp_path: Path) -> None:
+    partition = make_partition(tmp_path, HOSTILE_TEXTS)
     scores = {HIGHEST_CONFIDENCE: 0.987, LOWEST_CONFIDENCE: 0.123}
     items = [
-        GalleryItem(0, NASTY[0], selection, score, "/in/a.tar", 1, NASTY[1], b"\xff\xd8thumbnail")
+        GalleryItem(
+            0, HOSTILE_TEXTS[0], selection, score, "/in/a.tar", 1, HOSTILE_TEXTS[1], b"\xff\xd8thumbnail"
+        )
         for selection, score in scores.items()
     ]
     write_gallery(Storage(), partition.uri, items)
-    elements = Elements(report(partition.uri).read_text())
+    path = report(partition.uri)
+    elements = Elements(path.read_text())
     images = [attributes for tag, attributes in elements.found if tag == "img"]
     assert len(images) == 2
     for image in images:
         assert set(image) == {"src", "alt"}
         assert str(image["src"]).startswith("data:image/jpeg;base64,/9h0")
-        assert image["alt"] == NASTY[1]
-    assert "highest confidence, 0.987" in elements.text
-    assert "lowest confidence, 0.123" in elements.text
+        assert image["alt"] == HOSTILE_TEXTS[1]
+    assert "Highest confidence 0.987" in text_of(path.read_text())
+    assert "Lowest confidence 0.123" in text_of(path.read_text())
 
 
 def test_comparison_with_another_model_has_drift_and_agreement(tmp_path: Path) -> None:
     mine = make_partition(tmp_path, [f"class {i}" for i in range(10)])
     other = make_partition(tmp_path, [f"class {i + 1}" for i in range(10)], "model=other-ffffffff")
     text = text_of(report(mine.uri, other.uri).read_text())
-    assert "Against model=other-ffffffff" in text
+    assert "Comparison with model=other-ffffffff" in text
     assert "of 792 images labeled in both" in text
-    assert "matched by name: 1 only there, 1 only here" in text
+    assert "matched by name: 1 only in the reference, 1 only in the current labels" in text
     assert "Most frequent disagreements" in text
 
 
-def test_causes_of_some_files_are_stated_as_such(tmp_path: Path) -> None:
+def test_limited_reading_of_causes_is_stated(tmp_path: Path) -> None:
     uri = str(tmp_path / "model=m-ffffffff")
     first, second = (
         {shard: make_predictions(shard, ["a"], [0, *[None] * bad], error=error)}
@@ -214,53 +239,51 @@ def test_causes_of_some_files_are_stated_as_such(tmp_path: Path) -> None:
     partition = Partition.open(Storage(), uri)
     stats = partition.manifest.fold_statistics()
     text = text_of(Path(write_page(partition, RECORD, stats)).read_text())
-    assert "3 samples of 2 shards could not be labeled, by cause: 2 \xd7 empty" in text
+    assert "3 samples in 2 shards could not be labeled. By cause: 2 \xd7 empty" in text
     assert "/in/b.tar: k1 cut off" in text
-    assert "<script>" not in text  # the causes in the run's record
+    assert "<script>" not in text  # the run's record has hostile causes
     text = text_of(Path(write_page(partition, RECORD, stats, max_files=1)).read_text())
-    assert "by cause; the causes are of 2, in the 1 shard with the most errors: 2 \xd7 empty" in text
+    assert "The causes cover 2 samples of the 1 shard with the most errors. By cause: 2 \xd7 empty" in text
 
 
 def failures(uri: str) -> str:
-    """What the report of some labels says of failures."""
+    """Returns the text of the report about failures."""
     text = text_of(report(uri).read_text())
-    return text[text.index("could not be labeled") :]
+    return text[text.index("could not be labeled") - 40 :]
 
 
-def test_copied_partition_has_its_causes_and_missing_files_are_stated(tmp_path: Path) -> None:
+def test_copied_partition_has_causes_and_missing_files_are_stated(tmp_path: Path) -> None:
     partition = make_partition(tmp_path / "there", ["a", "b"])
     copy = str(tmp_path / "copy" / partition.name)
     shutil.copytree(partition.uri, copy, copy_function=shutil.copyfile)
-    assert "8 samples of 4 shards could not be labeled, by cause: 8 \xd7" in failures(copy)
+    assert "8 samples in 4 shards could not be labeled. By cause: 8 \xd7" in failures(copy)
     next(Path(copy).rglob("1-1.tar.parquet")).unlink()
-    expected = "by cause; the causes are of 6; missing prediction files: 1: 6 \xd7"
+    expected = "The causes cover 6 samples. 1 prediction file could not be found. By cause: 6 \xd7"
     assert expected in failures(copy)
 
 
 def test_unreadable_prediction_file_does_not_prevent_the_report(tmp_path: Path) -> None:
     uri = make_partition(tmp_path, ["a", "b"]).uri
-    next(Path(uri).rglob("1-1.tar.parquet")).write_bytes(b"of somebody else")
-    said = failures(uri)
-    assert "8 samples of 4 shards could not be labeled. Their causes could not be read: " in said
-    assert "1-1.tar.parquet: not a prediction file" in said
-    assert "To list them all, with DuckDB:" in said
+    next(Path(uri).rglob("1-1.tar.parquet")).write_bytes(b"another format")
+    text = failures(uri)
+    assert "8 samples in 4 shards could not be labeled. The causes could not be read: " in text
+    assert "1-1.tar.parquet: not a prediction file" in text
+    assert "To list all errors with DuckDB:" in text
 
 
-def test_heading_of_a_comparison_names_the_other_label_set(tmp_path: Path) -> None:
+def test_heading_of_a_comparison_names_the_reference(tmp_path: Path) -> None:
     mine = make_partition(tmp_path, ["a", "b"])
     other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff")
     run = mine.manifest.runs()[0]
     text = text_of(report(mine.uri, f"{mine.uri}@{run}", f"{other.uri}@{run}").read_text())
-    for heading, here, there in (
-        ("the previous run", "what this run labeled", "what that run labeled and no later run relabeled"),
-        (f"run {run}", "all labels", "what that run labeled and no later run relabeled"),
-        (
-            f"model=other-ffffffff, run {run}",
-            "all labels",
-            "what that run labeled and no later run relabeled",
-        ),
+    for heading, current in (
+        ("the previous run", "labels of this run"),
+        (f"run {run}", "all labels"),
+        (f"model=other-ffffffff, run {run}", "all labels"),
     ):
-        assert re.search(f"Against {heading} There{there}: \\S+@{run} Here{here} ", text)
+        reference = rf"\S+@{run} \(labels of that run that no later run replaced\)"
+        pattern = f"Comparison with {heading} Reference labels{reference} Current labels{current} "
+        assert re.search(pattern, text)
 
 
 def test_missing_record_is_named(tmp_path: Path) -> None:
@@ -274,12 +297,12 @@ def test_report_without_comparisons_can_be_written_at_any_time(tmp_path: Path) -
     written = write_page(partition, RECORD, partition.manifest.fold_statistics())
     assert written == f"{partition.uri}/report.html"
     text = text_of(Path(written).read_text())
-    assert "Labeled images792in all" in text
-    assert "Against" not in text.replace("Against targets", "")
+    assert "Labeled images792all runs" in text
+    assert "Comparison with" not in text
 
 
 def test_class_statistics_of_the_page_are_the_given_ones(tmp_path: Path) -> None:
-    """Not those of `class_stats.parquet`, which an overlapping run may have replaced."""
+    """An overlapping run may have replaced `class_stats.parquet`."""
     partition = make_partition(tmp_path, ["a", "b"])
     stats = partition.manifest.fold_statistics()
     stats.count[:] = [123_456, 0]
