@@ -1,11 +1,13 @@
-"""The console command `cvt-label`: the commands of this package under one name."""
+"""The command line `cvt-label`, which has every command of this package."""
 
 import importlib
 import sys
+from typing import Annotated
 
 import typer
 
 from jobs.console import make_app
+from pipeline.run import installed_version
 
 COMMANDS = (
     "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
@@ -14,14 +16,18 @@ COMMANDS = (
 
 
 def make_cli(command: str | None = None) -> typer.Typer:
-    """Returns the command line with all commands, or with one: some modules take seconds to import."""
+    """Returns the command line with all commands, or with one command to import fewer modules.
+
+    Args:
+        command: name of the only command; None or an unknown name for all commands.
+    """
     app = make_app()
-    app.callback()(_describe)
+    app.callback()(_main)
     for name in [command] if command in COMMANDS else COMMANDS:
         if name == "benchmark":
-            # A group. Its commands take seconds to import, so it has them only if it is asked for.
+            # Commands of this group import torch, which takes seconds: they are added only on demand.
             group = importlib.import_module("jobs.benchmarks.cli").app if name == command else make_app()
-            group.callback()(_describe_benchmark)
+            group.callback()(_benchmark)
             app.add_typer(group, name=name)
         else:
             app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
@@ -33,12 +39,26 @@ def main() -> None:
     make_cli(sys.argv[1] if len(sys.argv) > 1 else None)()
 
 
-def _describe() -> None:
-    """Label image datasets with CvT: shards in object storage in, Parquet with statistics out."""
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"cvt-label {installed_version('cvt-label')}")
+        raise typer.Exit
 
 
-def _describe_benchmark() -> None:
-    """Measure labeling, decoding and the model against other ways to do the same."""
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Label image datasets with CvT.
+
+    Reads image shards from object storage. Writes Parquet labels and class statistics.
+    """
+
+
+def _benchmark() -> None:
+    """Measure the throughput of labeling and of its parts."""
 
 
 if __name__ == "__main__":

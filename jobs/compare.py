@@ -1,4 +1,4 @@
-"""Compares the labels of two models, or of two runs: `python -m jobs.compare A B`, or `cvt-label compare`."""
+"""Compares the labels of two models or two runs: `python -m jobs.compare A B`, or `cvt-label compare`."""
 
 import sys
 from typing import Annotated
@@ -16,8 +16,8 @@ from pipeline.storage import Storage, StorageError
 from pipeline.text import escape_unprintable, format_percent
 
 _LABELS = (
-    "URI of a model's labels, .../model=NAME-FINGERPRINT; of one run with @RUN, @latest or @previous. With "
-    "--config, @RUN, @latest or @previous alone are of the configured job."
+    "URI of a partition: OUTPUT/model=NAME-FINGERPRINT. Append @RUN, @latest or @previous to select the "
+    "labels of one run. With --config, @RUN, @latest or @previous select from the partition of the job."
 )
 
 
@@ -28,50 +28,56 @@ def compare(
         str | None,
         typer.Argument(
             metavar="B",
-            help="Labels to compare with A; with --config, by default all labels of the configured job.",
+            help="Labels to compare with A. Default with --config: all labels of the job.",
             show_default=False,
         ),
     ] = None,
     config: console.PartitionConfigOption = None,
     set: console.SetOption = None,
     output: Annotated[
-        str | None, typer.Option(help="Path or URI of a Parquet file for the result, one row per class.")
+        str | None,
+        typer.Option(metavar="FILE", help="Path or URI of a Parquet file for the result, one row per class."),
     ] = None,
-    max_psi: Annotated[float | None, typer.Option(min=0, help="PSI of the classes.")] = None,
+    max_psi: Annotated[
+        float | None, typer.Option(min=0, help="Maximum population stability index (PSI) of the classes.")
+    ] = None,
     max_js: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Jensen-Shannon distance of the classes.")
+        float | None, typer.Option(min=0, max=1, help="Maximum Jensen-Shannon distance of the classes.")
     ] = None,
-    max_score_psi: Annotated[float | None, typer.Option(min=0, help="PSI of the scores.")] = None,
+    max_score_psi: Annotated[float | None, typer.Option(min=0, help="Maximum PSI of the scores.")] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the samples with the same class.")
+        float | None, typer.Option(min=0, max=1, help="Minimum fraction of samples with the same label.")
     ] = None,
     drift_only: Annotated[
-        bool, typer.Option("--drift-only", help="Read statistics only, not every label.")
+        bool, typer.Option("--drift-only", help="Compare statistics only, without reading every label.")
     ] = False,
     min_images: Annotated[
-        int, typer.Option(min=1, help="Apply the limits for drift only where A and B have this many images.")
+        int, typer.Option(min=1, help="Minimum number of images in A and in B for the drift limits to apply.")
     ] = 1,
     top: Annotated[int, typer.Option(min=1, help="Maximum number of rows in each table.")] = 15,
 ) -> None:
-    """Compare the labels of two models or two runs: drift by class, and agreement on the same samples.
+    """Compare the labels of two models or two runs.
 
-    Exit status: 0, also when @previous is given and all labels are of one run, so that nothing is compared
-    or written; 2 when an option or the configuration can't be used; 4 when labels can't be read, or there are
-    none; 7 when a limit is broken.
+    Prints the drift per class, and the agreement on the samples that both have.
+
+    Exit status: 0 if no limit is exceeded, or if there is no @previous run to compare with; 2 if an option or
+    the configuration is not valid; 4 if labels cannot be read or there are none; 7 if a limit is exceeded.
     """
     if drift_only and min_agreement is not None:
-        raise typer.BadParameter("needs every label, and not --drift-only", param_hint="--min-agreement")
+        raise typer.BadParameter(
+            "cannot be combined with --drift-only, which reads no labels", param_hint="--min-agreement"
+        )
     configured = None if config is None else console.resolve_partition(None, config, set)
     storage = Storage() if configured is None else configured.storage
     names = [_full_name(name, configured) for name in (a, b)]
     try:
         found = compare_labels(*names, with_agreement=not drift_only, storage=storage)
     except NoPreviousRunError as error:
-        print_notice(f"cvt-label: nothing is compared: {error}")
+        print_notice(f"cvt-label: nothing to compare: {error}")
         return
     if min_agreement is not None and (found.agreement is None or not found.agreement.compared):
-        nothing = f"nothing to measure agreement on: no sample is labeled there and in {names[0]}"
-        raise StorageError(names[1], nothing)
+        problem = f"--min-agreement cannot be checked: no sample is labeled both here and in {names[0]}"
+        raise StorageError(names[1], problem)
     if output is not None:
         write_comparison(found, storage, output)
     print_comparison(found, top)
@@ -84,19 +90,19 @@ def compare(
 
 
 def _full_name(name: str | None, configured: Partition | None) -> str:
-    """The name of a label set with its URI: that of the configured job, where the name has none."""
+    """Adds the URI of the configured job's partition to a name that has no URI."""
     if name is not None and not name.startswith("@"):
         return name
     if configured is None:
-        raise typer.BadParameter("give A and B with their URIs, or --config")
+        raise typer.BadParameter("give A and B with their URIs, or give --config")
     return f"{configured.uri}{name or ''}"
 
 
-def print_comparison(found: Comparison, most: int) -> None:
-    """Prints the classes that changed most, the most frequent disagreements, and the figures."""
+def print_comparison(found: Comparison, top: int) -> None:
+    """Prints the classes that changed most, the most frequent disagreements, and a summary."""
     agreement, labels = found.agreement, found.drift.classes.labels
-    stdout.print(_class_table(found, most))
-    if agreement is not None and (pairs := agreement.disagreements.most_common(most)):
+    stdout.print(_class_table(found, top))
+    if agreement is not None and (pairs := agreement.disagreements.most_common(top)):
         table = make_table("Most frequent disagreements", ["A", "B"], ["images", "share"])
         for i, j, count in pairs:
             share = format_percent(count / agreement.compared)
@@ -105,12 +111,12 @@ def print_comparison(found: Comparison, most: int) -> None:
     console.print_fields({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
 
 
-def _class_table(found: Comparison, most: int) -> Table:
+def _class_table(found: Comparison, top: int) -> Table:
     headings = ["A", "B", "share A", "share B", "PSI", "PSI of scores"]
     if found.agreement is not None:
         headings.append("B agrees")
     table = make_table("Classes that changed most", ["label"], headings)
-    for row in found.table().take(found.drift.most_changed(most)).to_pylist():
+    for row in found.table().take(found.drift.most_changed(top)).to_pylist():
         cells = [f"{row['count_a']:,}", f"{row['count_b']:,}"]
         cells += [format_percent(row["fraction_a"]), format_percent(row["fraction_b"]), f"{row['psi']:.4f}"]
         cells.append("-" if row["score_psi"] is None else f"{row['score_psi']:.4f}")

@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, errors as messages, options, and output to the terminal."""
+"""Shared parts of the commands: exit statuses, error messages, options and terminal output."""
 
 import logging
 import sys
@@ -25,92 +25,107 @@ from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
 from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
 from pipeline.storage import StorageError
-from pipeline.text import escape_unprintable
+from pipeline.text import escape_unprintable, pluralize
 
 
 class ExitStatus(IntEnum):
-    """Exit statuses, for scripts."""
+    """Exit statuses of all commands."""
 
     OK = 0
-    #: Something went wrong that no other status names.
+    #: Any failure without a status of its own.
     FAILED = 1
-    #: The command line or the configuration can't be used.
+    #: The command line or the configuration is not valid.
     USAGE = 2
-    #: The run ended, and labelled everything but shards that it couldn't read.
+    #: Some shards could not be read; all others are labeled.
     INCOMPLETE = 3
-    #: Input, output or model can't be reached or used.
-    UNUSABLE = 4
-    #: Another run works on the same labels.
+    #: The input, the output, the model or the cluster cannot be accessed.
+    UNAVAILABLE = 4
+    #: Another run holds the lease on the partition.
     BUSY = 5
-    #: The job was submitted before, or another one for the same dataset and model isn't over.
+    #: The job was submitted before, or another job for the same dataset and model is running.
     REFUSED = 6
-    #: A run, or a comparison, breaks a limit on drift that was given.
+    #: A run or a comparison exceeds a drift limit.
     DRIFTED = 7
     INTERRUPTED = 130
 
 
 ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="YAML configuration (see configs/), or the record of a run.")
+    Path,
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="YAML configuration (see configs/), or the record of a run."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a field: section.field=value. May be given several times."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Override a field of the configuration, such as output.topk=3. Repeatable.",
+    ),
 ]
 PartitionArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="URI", help="URI of a model's labels: .../model=NAME-FINGERPRINT.", show_default=False
+        metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT.", show_default=False
     ),
 ]
 PartitionConfigOption = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", help="Instead of the URI, a job's configuration; its model is not loaded."
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="Configuration of a labeling job, in place of the URI. The model is not loaded.",
     ),
 ]
 AddressOption = Annotated[
     str | None,
     typer.Option(
-        help="The cluster's dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this "
-        "machine's.",
+        metavar="URL",
+        help="Dashboard of the Ray cluster, such as http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, "
+        "then RAY_ADDRESS, then the cluster of this machine.",
         show_default=False,
     ),
 ]
 JobArgument = Annotated[
-    str, typer.Argument(metavar="JOB", help="The job's id, as submit and status print it.")
+    str, typer.Argument(metavar="JOB", help="Id of the job, as printed by submit and status.")
 ]
 
-# Without these options, a run's record keeps what that run had; else they are off.
+# The default of these options is None, not False: a run record in place of a configuration then keeps the
+# selection of that run.
 RetryErrorsOption = Annotated[
     bool | None,
     typer.Option(
-        "--retry-errors/--no-retry-errors", help="Also shards with error rows, or that could not be read."
+        "--retry-errors/--no-retry-errors",
+        help="Also label shards again that have error rows or could not be read.",
     ),
 ]
 RelabelOption = Annotated[
-    bool | None, typer.Option("--relabel/--no-relabel", help="All shards, whatever is labelled.")
+    bool | None, typer.Option("--relabel/--no-relabel", help="Label every shard again.")
 ]
 PruneOption = Annotated[
     bool | None,
-    typer.Option("--prune/--no-prune", help="Remove the labels of shards that the input no longer has."),
+    typer.Option("--prune/--no-prune", help="Delete the labels of shards that were deleted from the input."),
 ]
 
-#: Width of tables in files and pipes.
-_WIDTH = 120
-stdout = Console(width=None if sys.stdout.isatty() else _WIDTH, markup=False, emoji=False, highlight=False)
-#: For what a terminal shows while a command runs.
+#: Width of tables that are written to a file or a pipe, in characters.
+_PIPE_WIDTH = 120
+stdout = Console(
+    width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, emoji=False, highlight=False
+)
+#: Shows progress and log messages while a command runs.
 stderr = Console(stderr=True)
 
 
 def make_app() -> typer.Typer:
-    """A command line whose unexpected errors are plain Python tracebacks, and whose help is plain text."""
+    """Returns an empty command line. Unexpected errors are plain Python tracebacks; help is plain text."""
     return typer.Typer(
         pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True, rich_markup_mode=None
     )
 
 
 def run_command(command: Callable[..., None]) -> None:
-    """Runs one command as a module of its own: `python -m jobs.<command>`."""
+    """Runs one command, for `python -m jobs.<command>`."""
     app = make_app()
     app.command()(command)
     app()
@@ -118,78 +133,76 @@ def run_command(command: Callable[..., None]) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends the process with a message and a status where a command can't go on; decorates commands."""
+    """Ends the process with a message and an exit status on an expected error. Decorates commands."""
     try:
         yield
     except ConfigError as error:
-        _leave(ExitStatus.USAGE, *str(error).split("\n"))  # a line for each fault
+        _exit(ExitStatus.USAGE, *str(error).split("\n"))  # one line per invalid field
     except (StorageError, CheckpointError, NoShardsError, ConnectionError, UnknownJobError) as error:
-        _leave(ExitStatus.UNUSABLE, str(error))
+        _exit(ExitStatus.UNAVAILABLE, str(error))
     except SubmissionRefusedError as error:
-        _leave(ExitStatus.REFUSED, str(error))
+        _exit(ExitStatus.REFUSED, str(error))
     except (LeaseHeldError, LeaseLostError, TableBusyError) as error:
-        _leave(ExitStatus.BUSY, str(error))
+        _exit(ExitStatus.BUSY, str(error))
     except Stopped:
-        _leave(
-            ExitStatus.INTERRUPTED, "stopped; what is labelled is in the manifest, and a rerun does the rest"
-        )
+        _exit(ExitStatus.INTERRUPTED, "stopped; run the same command again to label the remaining shards")
     except KeyboardInterrupt:
-        _leave(ExitStatus.INTERRUPTED, "interrupted")
+        _exit(ExitStatus.INTERRUPTED, "interrupted")
 
 
-def _leave(status: ExitStatus, message: str, *more_lines: str) -> None:
+def _exit(status: ExitStatus, message: str, *more_lines: str) -> None:
     for line in (f"cvt-label: {message}", *more_lines):
         print_notice(line)
     sys.exit(status)
 
 
 def print_line(line: str) -> None:
-    """Prints a line, in which names from data are made printable, to standard output."""
+    """Prints a line to standard output, with unprintable characters escaped."""
     typer.echo(escape_unprintable(line))
 
 
 def print_notice(line: str) -> None:
-    """Prints a line, in which names from data are made printable, to standard error."""
+    """Prints a line to standard error, with unprintable characters escaped."""
     typer.echo(escape_unprintable(line), err=True)
 
 
-def print_fields(facts: Mapping[str, str]) -> None:
+def print_fields(fields: Mapping[str, str]) -> None:
     """Prints names and values in two columns."""
-    width = max(map(len, facts))
-    for name, value in facts.items():
+    width = max(map(len, fields))
+    for name, value in fields.items():
         print_line(f"{name:<{width}}  {value}")
 
 
 def print_log(text: str) -> None:
-    """Prints part of a job's log as it is, but for what a terminal would act on."""
+    """Prints a part of a job's log, with control characters escaped."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     typer.echo(escape_unprintable(lines, keep="\n\t"), nl=False)
 
 
-def make_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
-    """Returns an empty table with columns of text and, to the right of them, columns of numbers."""
+def make_table(title: str, text_columns: Iterable[str], number_columns: Iterable[str]) -> Table:
+    """Returns an empty table: first the columns of text, then the right-aligned columns of numbers."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in texts:
+    for heading in text_columns:
         table.add_column(heading, overflow="fold")
-    for heading in numbers:
+    for heading in number_columns:
         table.add_column(heading, justify="right")
     return table
 
 
 def log_to_stderr() -> None:
-    """Writes the program's log to standard error, each message on one line; in a terminal, above the bar."""
+    """Sends the log to standard error, one line per message. On a terminal, above the progress bar."""
     handler: logging.Handler = logging.StreamHandler()
-    form = "%(asctime)s %(levelname)s %(message)s"
+    line_format = "%(asctime)s %(levelname)s %(message)s"
     if stderr.is_terminal:
         handler = RichHandler(console=stderr, show_path=False, log_time_format="[%X]")
-        form = "%(message)s"
-    handler.setFormatter(OneLineFormatter(form))
+        line_format = "%(message)s"
+    handler.setFormatter(OneLineFormatter(line_format))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("cvt_label").setLevel(logging.INFO)
 
 
 class OneLineFormatter(logging.Formatter):
-    """Writes each message on one line."""
+    """Writes each message on one line, with unprintable characters escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802 - logging's own
         record.message = escape_unprintable(record.message)
@@ -205,34 +218,33 @@ def load_job(
     *,
     keep_relative_paths: bool = False,
 ) -> tuple[Config, Selection]:
-    """Returns a job's configuration, and what it selects.
+    """Loads the configuration of a job from a YAML file or a run record, and the selection of shards.
 
-    From a run's record, a selection that no option sets (None) is that run's, and is printed.
+    An option that is None keeps the selection of the run record. The kept options are printed.
 
     Raises:
-        ConfigError: as `pipeline.config.load_config`.
+        ConfigError: see `pipeline.config.load_config`.
     """
     config, record = load_recorded(Config, path, overrides or (), keep_relative_paths=keep_relative_paths)
-    given = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
-    selected = record.get("selection", {})
-    again = [name for name, value in given.items() if value is None and selected.get(name) is True]
-    if again:
-        options = " ".join(f"--{name.replace('_', '-')}" for name in again)
-        print_notice(
-            f"as run {record['run']} had it: {options} ({options.replace('--', '--no-')} leaves it out)"
-        )
-    return config, Selection(**{name: bool(value) or name in again for name, value in given.items()})
+    options = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
+    recorded = record.get("selection", {})
+    kept = [name for name, value in options.items() if value is None and recorded.get(name) is True]
+    if kept:
+        flags = " ".join(f"--{name.replace('_', '-')}" for name in kept)
+        opposites = flags.replace("--", "--no-")
+        print_notice(f"options of run {record['run']} apply: {flags} (to disable: {opposites})")
+    return config, Selection(**{name: bool(value) or name in kept for name, value in options.items()})
 
 
 def resolve_partition(uri: str | None, config: Path | None, overrides: list[str] | None = None) -> Partition:
-    """Returns the partition that a command line names, by its URI or by the configuration of its job.
+    """Opens the partition given by its URI or by the configuration of its job.
 
     Raises:
-        ConfigError: as `pipeline.config.load_config`.
-        StorageError: there is no such partition.
+        ConfigError: see `pipeline.config.load_config`.
+        StorageError: the partition does not exist.
     """
     if (uri is None) == (config is None):
-        raise typer.BadParameter("give either a URI or --config")
+        raise typer.BadParameter("give a URI or --config, not both")
     if config is not None:
         return find_partition(load_job_config(config, overrides or ()))
     if overrides:
@@ -240,23 +252,23 @@ def resolve_partition(uri: str | None, config: Path | None, overrides: list[str]
     return open_partition(str(uri))
 
 
-def make_class_table(classes: pa.Table, most: int) -> Table:
-    """The most frequently predicted classes, as a table for the terminal."""
+def make_class_table(classes: pa.Table, top: int) -> Table:
+    """Returns a table of the `top` most frequent predicted classes."""
     rows = predicted_classes(classes)
-    title = f"Classes of all {sum(row['count'] for row in rows):,} labelled images"
-    if most < len(rows):
-        title += f" (the {most} most frequent of {len(rows)})"
+    title = f"Classes of all {pluralize(sum(row['count'] for row in rows), 'labeled image')}"
+    if top < len(rows):
+        title += f" (the {top} most frequent of {len(rows)})"
     headings = ["images", "share", "score", "p05", "p50", "p95"]
     if any(row["support"] is not None for row in rows):
         headings += ["precision", "recall", "F1"]
     table = make_table(title, ["label"], headings)
-    for row in rows[:most]:
+    for row in rows[:top]:
         table.add_row(escape_unprintable(row["label"]), *format_class_row(row))
     return table
 
 
 def describe_plan(plan: Plan) -> str:
-    """How many shards are in which state, and how many are to be labelled."""
+    """Returns the number of shards per state, and the number of shards to label and to prune."""
     counts = [f"{plan.states[state]:,} {state}" for state in ShardState if plan.states[state]]
     again = f" ({plan.reprocessed:,} of them again)" if plan.reprocessed else ""
     prune = f", {len(plan.to_prune):,} to prune" if plan.selection.prune else ""
@@ -264,6 +276,6 @@ def describe_plan(plan: Plan) -> str:
 
 
 def format_accuracy(stats: ClassStatistics, topk: int) -> str:
-    """Top-1 accuracy over all rows with targets, and top-5 where rows of `topk` classes tell it."""
+    """Returns the top-1 accuracy over all rows with targets, and the top-5 accuracy if `topk` allows."""
     top5 = stats.top5_accuracy(topk)
     return f"{stats.top1_accuracy():.2%} top-1" + (f", {top5:.2%} top-5" if top5 is not None else "")

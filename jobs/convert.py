@@ -1,6 +1,6 @@
-"""Rewrites a checkpoint in another layout: `python -m jobs.convert SOURCE TARGET`, or `cvt-label convert`.
+"""Converts a checkpoint to another layout: `python -m jobs.convert SOURCE TARGET`, or `cvt-label convert`.
 
-The layouts themselves belong to `cvt.checkpoints`.
+`cvt.checkpoints` reads and writes the layouts.
 """
 
 import re
@@ -12,31 +12,37 @@ from typing import Annotated, Literal
 import typer
 
 from jobs import console
+from pipeline.text import pluralize
 
 Layout = Literal["hugging-face", "microsoft"]
 
 
 @console.exit_on_error()
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint to convert, as model.path in a configuration.")],
-    target: Annotated[Path, typer.Argument(help="New folder; or new .pth file, with `--to microsoft`.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Checkpoint, in any form that model.path accepts.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="New folder. With --to microsoft: new .pth file.")
+    ],
     labels: Annotated[
-        str | None, typer.Option("--labels", help="File of class names: one a line, or .json.")
+        str | None, typer.Option(metavar="FILE", help="File with the class names: one per line, or JSON.")
     ] = None,
-    to: Annotated[Layout, typer.Option("--to", help="Layout of the target.")] = "hugging-face",
+    to: Annotated[Layout, typer.Option("--to", help="Layout to write.")] = "hugging-face",
     size: Annotated[
         Literal["224", "384"] | None,
-        typer.Option("--size", help="Pixels of the model's images; else the checkpoint's."),
+        typer.Option("--size", help="Image size in pixels. Default: the size of the checkpoint."),
     ] = None,
 ) -> None:
-    """Write a checkpoint as a folder that transformers loads, or as a .pth file for Microsoft's code.
+    """Convert a checkpoint to the Hugging Face or Microsoft layout.
 
-    A .pth file contains the weights, without labels and preprocessing: only a published variant loads again.
+    The Hugging Face layout is a folder that transformers loads. The Microsoft layout is a .pth file. The file
+    has no labels and no preprocessing, so this package loads it only if it is a published variant of CvT.
 
-    Exit status: 0; 2 when the target exists or the command line can't be used; 4 when the source can't be
-    loaded.
+    Exit status: 0 on success; 2 if the target exists or the command line is not valid; 4 if the source cannot
+    be loaded.
     """
-    # PyTorch takes seconds, which --help need not wait for.
+    # Importing PyTorch takes seconds. --help and usage errors do not need PyTorch.
     import torch
 
     from cvt.checkpoints import save_checkpoint
@@ -58,25 +64,27 @@ def convert(
         else:
             torch.save(microsoft_weights(checkpoint.model), written)
         written.rename(target)
-    classes = f"{len(checkpoint.labels):,} classes"
+    classes = pluralize(len(checkpoint.labels), "class")
     console.print_line(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
-    # A .pth file has weights and a name only, from which the rest is guessed when it is loaded.
+    # A .pth file has no preprocessing: `load_checkpoint` infers the image size from the file name.
     if to == "microsoft" and image_size(target.name) != preprocessor.size:
         pixels = image_size(target.name)
-        console.print_notice(f"cvt-label: by its name, {target.name} loads as a model of {pixels} pixels")
+        console.print_notice(
+            f"cvt-label: {target.name} will load with an image size of {pixels} pixels, because of its name"
+        )
 
 
 def _check_target(target: Path, to: Layout) -> None:
-    """Refuses a target that can't be written, before a model is loaded."""
+    """Checks that the target can be written, before the model is loaded."""
     problem = None
     if re.match(r"\w+:/", str(target)):
         problem = "must be a local path"
     elif target.exists():
-        problem = "exists, and is not overwritten"
+        problem = "exists and is not overwritten"
     elif (target.suffix == ".pth") != (to == "microsoft"):
-        problem = "the name must end with .pth with --to microsoft, and only then"
+        problem = "the name must end with .pth if --to is microsoft, and must not otherwise"
     elif not next(parent for parent in target.absolute().parents if parent.exists()).is_dir():
-        problem = "is below a file"
+        problem = "is under a file, not a folder"
     if problem is not None:
         raise typer.BadParameter(f"{target}: {problem}", param_hint="TARGET")
 

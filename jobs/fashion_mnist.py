@@ -1,6 +1,6 @@
-"""Packs Fashion-MNIST's own files as WebDataset shards: `python -m jobs.fashion_mnist IN OUT`.
+"""Converts the files of Fashion-MNIST to WebDataset shards: `python -m jobs.fashion_mnist SOURCE TARGET`.
 
-It made the sample in this package, and the shards that the bundled checkpoint was trained on.
+This script made the sample in this package and the training shards of the bundled checkpoint.
 """
 
 import gzip
@@ -17,10 +17,10 @@ from jobs.console import run_command
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, gzipped.
+    """Reads a gzipped IDX file of unsigned bytes.
 
     Raises:
-        ValueError: it isn't one.
+        ValueError: the file has another format.
     """
     data = gzip.decompress(path.read_bytes())
     if data[:3] != b"\0\0\x08":
@@ -30,13 +30,13 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def fashion_mnist(
-    source: Annotated[Path, typer.Argument(help="Folder with the four idx*-ubyte.gz files.")],
-    target: Annotated[Path, typer.Argument(help="Folder for train/ and test/.")],
-    per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 5000,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with the four *-ubyte.gz files.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for train/ and test/.")],
+    per_shard: Annotated[int, typer.Option(min=1, help="Number of images in a shard.")] = 5000,
 ) -> None:
-    """Pack the 60,000 training and 10,000 test images as WebDataset shards.
+    """Convert the 60,000 training and 10,000 test images to WebDataset shards.
 
-    A shard has PNG images with their class ids; the same samples make the same bytes.
+    A shard has PNG images and their class ids. The output is deterministic, byte for byte.
     """
     for part, name in (("train", "train"), ("test", "t10k")):
         images = read_idx(source / f"{name}-images-idx3-ubyte.gz")

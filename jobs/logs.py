@@ -1,4 +1,4 @@
-"""Shows the log of a submitted job: `python -m jobs.logs JOB`, or `cvt-label logs`."""
+"""Prints the log of a submitted job: `python -m jobs.logs JOB`, or `cvt-label logs`."""
 
 import sys
 from typing import Annotated
@@ -15,12 +15,18 @@ def logs(
     job: console.JobArgument,
     address: console.AddressOption = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Continue until the job is finished, and end as it ends.")
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Follow the log until the job is finished, and end with its exit status."
+        ),
     ] = False,
 ) -> None:
-    """Show the log of a submitted job, its progress included.
+    """Print the log of a submitted job.
 
-    Exit status: 0, or with --follow the job's own; 4 when the cluster can't be reached, or has no such job.
+    The log includes the progress of the job.
+
+    Exit status: 0, or with --follow the exit status of the job; 4 if the cluster cannot be reached or has no
+    such job.
     """
     client = JobClient(address)
     if follow:

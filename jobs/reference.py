@@ -1,4 +1,4 @@
-"""Models and images that `verify` and the benchmarks use, and transformers' model as the reference."""
+"""Models and images for `verify` and the benchmarks, and transformers' model as the reference."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pipeline.decode import decode
 from pipeline.read import NoShardsError, ReadOptions, list_input_shards, read_samples
 from pipeline.storage import Storage
 
-#: Limit for images that are decoded here; no image is refused for its size.
+#: Limit on the pixels of an image, so high that no image exceeds it.
 MAX_PIXELS = 10**9
 
 
 def load_model(model: str, size: int | None) -> Checkpoint:
-    """Loads a checkpoint as `model.path` does, or makes a published variant with random weights.
+    """Loads a checkpoint, or creates a published variant with random weights.
 
     Args:
-        model: a name of `PRESETS`, or what `model.path` takes.
-        size: of a variant's images, in pixels (224).
+        model: a key of `PRESETS`, or any value of the configuration field `model.path`.
+        size: height and width of the images of a variant, in pixels. Default: 224.
 
     Raises:
-        ConfigError: a size is given for a checkpoint, which has its own.
+        ConfigError: a size is given for a checkpoint, which has its own size.
         CheckpointError, StorageError: the checkpoint cannot be loaded.
     """
     if model in PRESETS:
@@ -41,15 +41,15 @@ def load_model(model: str, size: int | None) -> Checkpoint:
         network = CvtForImageClassification(preset_config(model, id2label=labels)).eval()
         return Checkpoint(model, network, preset_preprocessor(size or 224), digest="")
     if size is not None:
-        raise ConfigError(f"--size: is for {', '.join(PRESETS)}; {model} has a size of its own")
+        raise ConfigError(f"--size: applies only to {', '.join(PRESETS)}; {model} has its own size")
     return open_checkpoint(Storage(), model)
 
 
 def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yields the images of shards that can be decoded, in order: encoded, and as uint8 (size, size, 3).
+    """Yields each decodable image of the shards: its bytes, and its pixels as uint8 (size, size, 3).
 
     Raises:
-        StorageError, NoShardsError: the images cannot be read, or there are none.
+        StorageError, NoShardsError: the images cannot be read, or no image can be decoded.
     """
     section, storage, found = InputConfig(uri=uri, labels=False), Storage(), False
     for shard in list_input_shards(storage, section):
@@ -58,14 +58,14 @@ def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, n
                 found = True
                 yield sample.image, pixels
     if not found:
-        raise NoShardsError(f"{uri}: no image that can be decoded")
+        raise NoShardsError(f"{uri}: no image can be decoded")
 
 
 def load_images(uri: str, preprocessor: Preprocessor, count: int) -> np.ndarray:
-    """Returns the first images that can be decoded, at most `count`: uint8 (n, size, size, 3).
+    """Returns the first `count` decodable images or fewer, as uint8 (n, size, size, 3).
 
     Raises:
-        StorageError, NoShardsError: as `read_images`.
+        StorageError, NoShardsError: see `read_images`.
     """
     return np.stack([pixels for _, pixels in itertools.islice(read_images(uri, preprocessor), count)])
 
@@ -77,7 +77,10 @@ def transformers_classifier(
     batch_size: int = 16,
     compiled: bool = False,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns transformers' model as a function of images, uint8 (n, size, size, 3), that returns logits."""
+    """Returns a function that classifies images with transformers' model.
+
+    The function takes uint8 images (n, size, size, 3) and returns float32 logits (n, classes).
+    """
     dtype, preprocessor = PRECISIONS[precision], checkpoint.preprocessor
     model = transformers.CvtForImageClassification(
         transformers.CvtConfig(**checkpoint.model.config.to_dict())

@@ -1,4 +1,4 @@
-"""Makes the report of a partition again: `python -m jobs.report URI`, or `cvt-label report URI`."""
+"""Writes the report of a partition: `python -m jobs.report URI`, or `cvt-label report URI`."""
 
 from typing import Annotated
 
@@ -15,23 +15,28 @@ def report(
     set: console.SetOption = None,
     run: Annotated[
         str | None,
-        typer.Option("--run", help="The run that the report is about (the last one that labeled)."),
+        typer.Option(metavar="RUN", help="Run to report. Default: the last run that labeled a shard."),
     ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help="Labels to compare with, as in `compare`. May be repeated."),
+        typer.Option(metavar="LABELS", help="Labels to compare with, as in `compare`. Repeatable."),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Path or URI (report.html next to the labels).")
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Path or URI. Default: report.html in the partition."
+        ),
     ] = None,
 ) -> None:
-    """Make the report of a partition from what is stored, also against the labels of other models or runs.
+    """Write the HTML report of a partition from its stored labels.
 
-    Exit status: 0; 2 when the configuration can't be used; 4 when labels can't be read, or the report can't
-    be written.
+    With --against, the report also compares the labels with those of other models or runs.
+
+    Exit status: 0 on success; 2 if the configuration is not valid; 4 if labels cannot be read or the report
+    cannot be written.
     """
     written = write_report(console.resolve_partition(uri, config, set), run, against or (), output)
-    console.print_line(f"{written}: written")
+    console.print_line(f"report written to {written}")
 
 
 if __name__ == "__main__":

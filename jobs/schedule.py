@@ -22,7 +22,9 @@ _DRY_RUN_TIMES = 3
 def schedule(
     config: Annotated[
         Path,
-        typer.Option("--config", "-c", help="YAML file with the list of datasets, as configs/schedule.yaml."),
+        typer.Option(
+            "--config", "-c", metavar="FILE", help="YAML list of datasets, such as configs/schedule.yaml."
+        ),
     ],
     set: console.SetOption = None,
     once: Annotated[
@@ -35,8 +37,9 @@ def schedule(
         bool, typer.Option("--status", help="Print the state of each dataset; change nothing.")
     ] = False,
 ) -> None:
-    """Submit a labeling job for each dataset of a list at the times of its cron expression, until stopped.
+    """Submit labeling jobs on the schedules of a list of datasets.
 
+    Runs until it is stopped. Each dataset has a cron expression.
     Each scheduled time is submitted once, also after crashes and with several schedulers. A scheduled time is
     skipped while the dataset's last job runs. After downtime, one job covers all missed scheduled times.
 
@@ -51,7 +54,7 @@ def schedule(
         try:
             lines = list(_scheduled_times(dataset) if dry_run else _state(name, dataset))
         except Exception as error:  # does not affect the other datasets
-            lines, result = [f"can't be read: {error}"], ExitStatus.UNUSABLE
+            lines, result = [f"cannot be read: {error}"], ExitStatus.UNAVAILABLE
         for line in lines:
             console.print_line(f"{name}  {line}")
     sys.exit(result)
@@ -66,7 +69,7 @@ def _run(config: ScheduleConfig, once: bool) -> ExitStatus:
                 with interrupts_deferred():
                     problems = scheduler.poll()
                 if once:
-                    return ExitStatus.UNUSABLE if problems else ExitStatus.OK
+                    return ExitStatus.UNAVAILABLE if problems else ExitStatus.OK
                 time.sleep(config.submit.poll_interval_s)
     except KeyboardInterrupt:
         return ExitStatus.OK

@@ -1,4 +1,4 @@
-"""Shows the statistics of a partition: `python -m jobs.stats URI`, or `cvt-label stats URI`."""
+"""Prints the class statistics of a partition: `python -m jobs.stats URI`, or `cvt-label stats URI`."""
 
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from pipeline.run import make_job
 from pipeline.run import rebuild as rebuild_partition
 from pipeline.statistics import class_table
 from pipeline.storage import StorageError
+from pipeline.text import pluralize
 
 
 @console.exit_on_error()
@@ -23,15 +24,15 @@ def stats(
         bool,
         typer.Option(
             "--rebuild",
-            help="First regenerate manifest and statistics from the prediction files. "
-            "With --config, the model is loaded, and class_stats.parquet may be missing.",
+            help="First rebuild the manifest and the statistics from the prediction files. With --config, "
+            "the model is loaded and class_stats.parquet may be missing.",
         ),
     ] = False,
 ) -> None:
-    """Show the per-class statistics of a partition.
+    """Print the class statistics of a partition.
 
-    Exit status: 0; 2 when the configuration can't be used; 4 when the output can't be used, or nothing is
-    labeled yet; 5 when a run is at work, with --rebuild.
+    Exit status: 0 on success; 2 if the configuration is not valid; 4 if the output cannot be accessed or
+    nothing is labeled yet; 5 if --rebuild is given while a run is active.
     """
     if rebuild and uri is None and config is not None:  # class_stats.parquet may be missing
         partition = make_job(load_job_config(config, set or ())).partition
@@ -47,8 +48,8 @@ def stats(
     labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
     deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))
     console.print_line(
-        f"{labeled:,} shards, {deleted:,} of them deleted from the input; {failed:,} could not be read; "
-        f"{images:,} images, {errors:,} of them errors"
+        f"{pluralize(labeled, 'labeled shard')}, {deleted:,} deleted from the input; "
+        f"{pluralize(failed, 'unreadable shard')}; {pluralize(images, 'image')}, {pluralize(errors, 'error')}"
     )
     if total.has_targets:
         console.print_line(console.format_accuracy(total, topk))

@@ -1,4 +1,4 @@
-"""Shows labeling jobs of a Ray cluster: `python -m jobs.status [JOB]`, or `cvt-label status`."""
+"""Prints the state of jobs on a Ray cluster: `python -m jobs.status [JOB]`, or `cvt-label status`."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -8,20 +8,22 @@ import typer
 from jobs import console
 from pipeline.schedule import JobClient, SubmittedJob
 
-#: State, start, seconds and exit status have a maximum width; the id, which may be long, comes last.
+#: The job id comes last because its length varies.
 _LINE = "{state:<9}  {started:<23}  {took:>8}  {status:>6}  {job}"
 
 
 @console.exit_on_error()
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="JOB", help="A job's id; else all are listed.", show_default=False)
+        str | None, typer.Argument(metavar="JOB", help="Id of a job. Default: all jobs.", show_default=False)
     ] = None,
     address: console.AddressOption = None,
 ) -> None:
-    """Show a labeling job, or all that the cluster knows of: state, times, exit status.
+    """Print the state of the labeling jobs on a Ray cluster.
 
-    Exit status: 0; 4 when the cluster can't be reached, or has no such job.
+    The table has the state, the start, the duration and the exit status of each job.
+
+    Exit status: 0 on success; 4 if the cluster cannot be reached or has no such job.
     """
     client = JobClient(address)
     if job is not None:

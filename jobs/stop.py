@@ -6,11 +6,12 @@ from pipeline.schedule import JobClient
 
 @console.exit_on_error()
 def stop(job: console.JobArgument, address: console.AddressOption = None) -> None:
-    """Stop a submitted job as SIGTERM does, and wait until it is finished.
+    """Stop a submitted job and wait until it is finished.
 
-    Shards that it has started are finished, if `run.grace_period_s` allows; a rerun does the rest.
+    The job receives SIGTERM and finishes the shards that it has started, within `run.grace_period_s`. Submit
+    the job again to label the remaining shards.
 
-    Exit status: 0 when it is finished; 4 when the cluster can't be reached, or has no such job.
+    Exit status: 0 if the job is finished; 4 if the cluster cannot be reached or has no such job.
     """
     ended = JobClient(address).stop(job)
     console.print_line(f"{job} {ended.state.lower()}, exit status {ended.exit_status}")

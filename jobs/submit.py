@@ -22,6 +22,7 @@ def submit(
     idempotency_key: Annotated[
         str | None,
         typer.Option(
+            metavar="KEY",
             help="Name of this submission, such as 2026-11-23. A second job with the same key, dataset and "
             "model is refused. Default: the current minute in UTC.",
             show_default=False,
@@ -32,25 +33,31 @@ def submit(
     prune: console.PruneOption = None,
     working_dir: Annotated[
         str | None,
-        typer.Option(help="Local folder with the code to upload; else the cluster's image must contain it."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Local folder with the code to upload. Default: the code in the image of the cluster.",
+        ),
     ] = None,
     pip: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Requirements that Ray installs for the job, on every node."),
+        typer.Option(metavar="FILE", help="Requirements file. Ray installs the packages on every node."),
     ] = None,
-    python: Annotated[str, typer.Option(help="The cluster's interpreter.")] = "python",
+    python: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Python interpreter on the cluster.")
+    ] = "python",
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the job's log, and end as it ends.")
+        bool,
+        typer.Option("--wait/--no-wait", help="Follow the log, and end with the exit status of the job."),
     ] = True,
 ) -> None:
-    """Submit a labeling job to a Ray cluster, follow it, and end with its exit status.
+    """Submit a labeling job to a Ray cluster and follow its log.
 
-    The configuration is checked here, and sent with the job, without credentials: the cluster has its own.
-    Ctrl-C stops following, not the job.
+    The configuration is checked locally and sent with the job. Credentials are not sent: the cluster needs
+    its own. Ctrl-C ends following the log; the job continues.
 
-    Exit status: the job's own (see label), 130 when it was stopped; 2 when the configuration can't be
-    used; 4 when the cluster can't be reached or refuses; 6 when this job was submitted before, or one for
-    the same dataset and model is not finished. With --no-wait, 0 once it is submitted.
+    Exit status: the exit status of the job (see label), 130 if the job was stopped; 2 if the configuration is
+    not valid; 4 if the cluster cannot be reached or refuses the job; 6 if the same job was submitted before,
+    or a job for the same dataset and model is not finished. With --no-wait, 0 after the submission.
     """
     loaded, selection = console.load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
     try:
@@ -62,22 +69,24 @@ def submit(
     client = JobClient(address)
     client.submit(submission)
     job = submission.id
-    print_notice(f"submitted {job}; stop it: cvt-label stop {_arguments(client, job)}")
+    print_notice(f"submitted {job}; stop the job: cvt-label stop {_arguments(client, job)}")
     if wait:
         sys.exit(follow(client, job).exit_status)
     typer.echo(job)
 
 
 def follow(client: JobClient, job: str) -> SubmittedJob:
-    """Prints the log of a job until the job is finished; Ctrl-C and SIGTERM stop following, not the job."""
+    """Prints the log of a job until the job is finished.
+
+    Ctrl-C and SIGTERM end following; the job continues.
+    """
     try:
         with sigterm_interrupts():
             ended = client.follow(job, console.print_log)
     except KeyboardInterrupt:
         hint = _arguments(client, job)
-        print_notice(
-            f"no longer followed; the job goes on: cvt-label logs --follow {hint}, cvt-label stop {hint}"
-        )
+        print_notice(f"the job continues; follow it: cvt-label logs --follow {hint}")
+        print_notice(f"stop the job: cvt-label stop {hint}")
         sys.exit(console.ExitStatus.INTERRUPTED)
     print_notice(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
     return ended

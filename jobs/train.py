@@ -13,17 +13,19 @@ from pipeline import load_train_config, train_model
 def train(
     config: Annotated[
         Path,
-        typer.Option("--config", "-c", help="YAML file, such as configs/fashion_mnist_train.yaml."),
+        typer.Option(
+            "--config", "-c", metavar="FILE", help="YAML file, such as configs/fashion_mnist_train.yaml."
+        ),
     ],
     set: console.SetOption = None,
 ) -> None:
-    """Train a new CvT, or fine-tune a checkpoint, on shards with labels.
+    """Train or fine-tune a CvT on labeled shards.
 
-    Prints the metrics of each epoch. A rerun resumes an interrupted training. The best model is saved in the
-    format that `label` loads.
+    Prints the metrics of each epoch and saves the best model in the format that `label` loads. Run the same
+    command again to resume an interrupted training.
 
-    Exit status: 0; 2 when the configuration can't be used; 4 when data or model can't be used; 130
-    when interrupted; 1 otherwise.
+    Exit status: 0 on success; 2 if the configuration is not valid; 4 if the data or the model cannot be
+    loaded; 130 if interrupted; 1 otherwise.
     """
     loaded = load_train_config(config, set or ())
     result = train_model(

@@ -1,4 +1,4 @@
-"""Compares the engine with transformers' model on real images: `cvt-label verify`."""
+"""Compares the engine with transformers' model on images: `cvt-label verify`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ from rich.table import Table
 from cvt.runtimes import Device, Precision, Runtime, precisions_of
 from jobs import console
 from pipeline.config import ConfigError
+from pipeline.text import pluralize
 
 if TYPE_CHECKING:
     import numpy as np
 
-#: Minimum fraction of images with the same top class, and maximum difference of a logit, by precision.
+#: By precision: minimum fraction of images with the same top class, maximum difference of a logit.
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
 
 
 @console.exit_on_error()
 def verify(
-    images: Annotated[str, typer.Option("--images", help="Shards with images: a folder or a URI.")],
+    images: Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")],
     model: Annotated[
-        str, typer.Option("--model", help="cvt-13, cvt-21 or cvt-w24 (random weights), or as model.path.")
+        str,
+        typer.Option(help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."),
     ] = "fashion-mnist",
-    size: Annotated[int | None, typer.Option(min=32, help="Pixels, with random weights (224).")] = None,
-    precision: Annotated[
-        Precision | None, typer.Option("--precision", help="By default, each that the runtime has.")
+    size: Annotated[
+        int | None, typer.Option(min=32, help="Image size in pixels for random weights. Default: 224.")
     ] = None,
-    runtime: Annotated[Runtime, typer.Option("--runtime")] = "torch",
-    device: Annotated[Device, typer.Option("--device")] = "auto",
+    precision: Annotated[
+        Precision | None, typer.Option(help="Default: every precision of the runtime.")
+    ] = None,
+    runtime: Annotated[Runtime, typer.Option(help="Runtime of the engine.")] = "torch",
+    device: Annotated[Device, typer.Option(help="Device of the engine.")] = "auto",
     count: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 32,
 ) -> None:
-    """Compare the engine with transformers' model in float32, on the same pixels.
+    """Compare the engine's results with those of transformers.
 
-    The goal for fp32 is the same top class for all images, and logits within 1e-4; for bf16 and fp16, the
-    same top class for 99.5 % of the images.
+    Both classify the same pixels; transformers computes in float32. In fp32, the engine passes if all images
+    have the same top class and logits differ by at most 1e-4. In bf16 and fp16, the engine passes if 99.5 %
+    of the images have the same top class.
 
-    Exit status: 0; 1 when an engine misses its goal; 2 when runtime, precision or device can't be used here;
-    4 when model or images can't be used.
+    Exit status: 0 if all pass; 1 if the engine fails; 2 if the runtime, the precision or the device is not
+    available; 4 if the model or the images cannot be loaded.
     """
-    from cvt.inference import Engine  # PyTorch takes seconds, which --help need not wait for
+    from cvt.inference import Engine  # importing PyTorch takes seconds, and --help does not need it
     from jobs.reference import load_images, load_model, transformers_classifier
 
     checkpoint = load_model(model, size)
@@ -55,33 +60,35 @@ def verify(
         ]
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None
-    console.print_notice(f"{len(pixels):,} images; transformers' model first")
-    wanted = transformers_classifier(checkpoint)(pixels)
-    table = Table("runtime", "precision", "images", "same top class", "largest logit difference", "reached")
+    console.print_notice(f"transformers' model: {pluralize(len(pixels), 'image')}")
+    reference = transformers_classifier(checkpoint)(pixels)
+    table = Table("runtime", "precision", "images", "same top class", "max logit difference", "passed")
     status = console.ExitStatus.OK
     for engine in engines:
-        console.print_notice(f"engine, {runtime}, {engine.precision}")
-        top1, difference = agreement(engine(pixels).logits, wanted)
-        reached = is_reached(engine.precision, top1, difference)
+        console.print_notice(f"engine: {runtime}, {engine.precision}")
+        top1, difference = agreement(engine(pixels).logits, reference)
+        passed = is_passed(engine.precision, top1, difference)
         figures = f"{len(pixels):,}", f"{top1:.2%}", f"{difference:.2g}"
-        table.add_row(runtime, engine.precision, *figures, "yes" if reached else "no")
-        status = status if reached else console.ExitStatus.FAILED
+        table.add_row(runtime, engine.precision, *figures, "yes" if passed else "no")
+        status = status if passed else console.ExitStatus.FAILED
     console.stdout.print(table)
     sys.exit(status)
 
 
-def agreement(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+def agreement(logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Returns the fraction of images with the same top class, and the maximum difference of logits.
 
-    Both arguments are logits (n, classes).
+    Args:
+        logits: logits of the engine, (n, classes).
+        reference: logits of transformers' model, (n, classes).
     """
-    return float((found.argmax(1) == wanted.argmax(1)).mean()), float(abs(found - wanted).max())
+    return float((logits.argmax(1) == reference.argmax(1)).mean()), float(abs(logits - reference).max())
 
 
-def is_reached(precision: str, top1: float, difference: float) -> bool:
-    """Whether an agreement meets `GOALS`."""
-    least, most = GOALS[precision]
-    return top1 >= least and difference <= most
+def is_passed(precision: str, top1: float, difference: float) -> bool:
+    """Returns whether the results of a precision meet `GOALS`."""
+    min_top1, max_difference = GOALS[precision]
+    return top1 >= min_top1 and difference <= max_difference
 
 
 if __name__ == "__main__":

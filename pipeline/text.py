@@ -67,5 +67,6 @@ def format_score(value: float | None) -> str:
 
 
 def pluralize(count: int, noun: str) -> str:
-    """A count with its noun, in the plural where needed: `1 shard`, `2,000 shards`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    """Returns a count and its noun, in the singular or plural: `1 shard`, `2,000 shards`, `10 classes`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"

@@ -1,4 +1,4 @@
-"""The group `cvt-label benchmark`."""
+"""The command group `cvt-label benchmark`."""
 
 from jobs.benchmarks.decoding import decoding
 from jobs.benchmarks.end_to_end import run

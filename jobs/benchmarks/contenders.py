@@ -1,8 +1,8 @@
-"""What the end-to-end benchmark compares: `python -m jobs.benchmarks.contenders NAME TASK.json`.
+"""The contenders of the end-to-end benchmark: `python -m jobs.benchmarks.contenders NAME TASK.json`.
 
 Each contender labels the same tars and writes Parquet files with `key`, `label` and `score`. The peers use
-transformers' model and nothing of this package, as their own documentation and benchmarks do. Nothing heavy
-is imported before a contender starts, because its start is measured too.
+transformers' model and no code of this package, as in their own documentation and benchmarks. Each function
+imports its own libraries, because the start-up time is measured too.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ import numpy as np
 from cvt.runtimes import DTYPES, Precision
 from pipeline.config import Config, load_job_config
 
-#: Every image has this extension, whatever its format, since some readers make a column of each extension.
-#: Decoders go by the bytes.
+#: All images have this extension, because some readers make one column per extension. Decoders detect the
+#: format from the bytes.
 EXTENSION = "jpg"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a contender does; all contenders of a round get the same.
+    """The task of a contender. All contenders of a round have the same task.
 
     Attributes:
         tars: folder with uncompressed tars of images `<key>.jpg`.
         files: folder with the same images as single files, for contenders that cannot read tars.
-        model: folder with a checkpoint in Hugging Face's layout.
-        size: of the model's images, in pixels.
-        output: folder for the Parquet files; it does not exist yet.
-        batch_size: images in a batch.
+        model: folder with a checkpoint in the Hugging Face layout.
+        size: height and width of the model's images, in pixels.
+        output: folder for the Parquet files; must not exist.
+        batch_size: number of images in a batch.
         device: "cpu" or "cuda".
-        precision: as in `cvt.runtimes`.
+        precision: see `cvt.runtimes`.
         cores: number of CPUs of this machine.
-        overrides: of the configuration of this pipeline.
+        overrides: overrides of the configuration of this pipeline.
     """
 
     tars: str
@@ -60,13 +60,15 @@ class Task:
 
     @property
     def events(self) -> Path:
-        """File that gets a line whenever images are labeled: their number, and `time.monotonic()`."""
+        """File with one line per labeled batch: the number of images, and `time.monotonic()`."""
         return Path(f"{self.output}.events")
 
-    def labeled(self, images: int) -> None:
-        """Records that more images are labeled; any process may call this."""
+    def record(self, images: int) -> None:
+        """Records that a batch of images is labeled. Any process may call this function."""
         file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(file, f"{images} {time.monotonic()}\n".encode())  # one write, so that lines don't mix
+        os.write(
+            file, f"{images} {time.monotonic()}\n".encode()
+        )  # a single write keeps lines of several processes apart
         os.close(file)
 
 
@@ -74,7 +76,7 @@ def task_config(task: Task) -> Config:
     """Returns the configuration of this pipeline for a task.
 
     Raises:
-        ConfigError: an override is wrong.
+        ConfigError: an override is not valid.
     """
     settings = {
         "input.uri": task.tars,
@@ -86,12 +88,12 @@ def task_config(task: Task) -> Config:
         "classify.batch_size": task.batch_size,
     }
     if task.device == "cuda":
-        settings["classify.max_actors"] = 1  # one GPU, as the peers use
+        settings["classify.max_actors"] = 1  # one GPU, like the peers
     return load_job_config(None, [f"{n}={v}" for n, v in settings.items()] + list(task.overrides))
 
 
 def this_pipeline(task: Task) -> None:
-    """The whole job, as `cvt-label label` runs it."""
+    """Runs the whole job, like `cvt-label label`."""
     from pipeline.run import label
 
     done = 0
@@ -99,17 +101,17 @@ def this_pipeline(task: Task) -> None:
     def progress(found: Any, plan: Any) -> None:
         nonlocal done
         if found.images > done:
-            task.labeled(found.images - done)
+            task.record(found.images - done)
             done = found.images
 
     label(task_config(task), on_progress=progress)
 
 
 def engine_alone(task: Task, seconds: float = 10.0) -> None:
-    """The pipeline's engine on decoded images in memory, called as the pipeline calls it; writes no labels.
+    """Calls the pipeline's engine on decoded images in memory for some seconds. Writes no labels.
 
-    `classify.concurrent_chunks` calls run at any time, each of a chunk, or of four batches if that is more.
-    The images are where the engine gets them: on the GPU if the GPU decodes.
+    As in the pipeline, `classify.concurrent_chunks` calls run at the same time. Each call has the images of a
+    chunk or of four batches, whichever is more. The images are in GPU memory if the GPU decodes.
     """
     import torch
 
@@ -125,15 +127,15 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
     request = ResourceRequest(config.read, config.decode, config.classify, task.size, count)
     resources = choose_resources(request, cluster)
     engine = warm_engine(checkpoint, config.model.precision, config.classify.runtime, resources)
-    wanted = max(resources.chunk_images, 4 * resources.batch_size)
-    images = load_images(task.tars, checkpoint.preprocessor, wanted)
-    pixels = np.resize(images, (wanted, *images.shape[1:]))  # repeats them
+    image_count = max(resources.chunk_images, 4 * resources.batch_size)
+    images = load_images(task.tars, checkpoint.preprocessor, image_count)
+    pixels = np.resize(images, (image_count, *images.shape[1:]))  # repeats them
     resident = pixels if resources.decoders else torch.from_numpy(pixels).to("cuda")
-    ends: list[float] = []  # of calls; the time of the first, with its tuning, does not count
+    ends: list[float] = []  # times of finished calls; the first call includes tuning and does not count
 
     def call_repeatedly(_: int) -> None:
         while not ends or time.monotonic() < ends[0] + seconds:
-            task.labeled(len(engine(resident).logits))
+            task.record(len(engine(resident).logits))
             ends.append(time.monotonic())
 
     with ThreadPoolExecutor(config.classify.concurrent_chunks) as pool:
@@ -141,10 +143,10 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
 
 
 class Classifier:
-    """Transformers' model, eager: pixels in, labels and scores out."""
+    """Transformers' eager model as a function from pixels to labels and scores."""
 
     def __init__(self, task: Task, threads: int | None = None) -> None:
-        """`threads` is the number of PyTorch's threads; by default PyTorch chooses."""
+        """`threads` is the number of PyTorch threads; None keeps the default of PyTorch."""
         import torch
         from transformers import AutoModelForImageClassification
 
@@ -164,15 +166,15 @@ class Classifier:
             logits = self._model(pixels.to(self._task.device, self._dtype, non_blocking=True)).logits
             scores, classes = logits.float().softmax(-1).max(-1)
         found = [self._labels[i] for i in classes.tolist()], scores.tolist()
-        self._task.labeled(len(scores))
+        self._task.record(len(scores))
         return found
 
 
 def dataloader(task: Task) -> None:
-    """A DataLoader whose workers read, decode and preprocess; the main process runs the model.
+    """Labels with a DataLoader: workers read, decode and preprocess; the main process runs the model.
 
-    As in clip-retrieval's clip_inference and timm's inference.py: one worker per core, two batches ahead of
-    each, pinned memory on a GPU. tarfile reads the tars; webdataset would be one more package.
+    As in clip-retrieval's clip_inference and timm's inference.py: one worker per core, two prefetched
+    batches per worker, pinned memory for a GPU. tarfile reads the tars, without a dependency on webdataset.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -182,7 +184,7 @@ def dataloader(task: Task) -> None:
     from transformers import AutoImageProcessor
 
     class Images(IterableDataset[tuple[str, torch.Tensor]]):
-        """Keys and pixels; each worker reads its share of the tars."""
+        """Yields keys and pixels. Each worker reads its share of the tars."""
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             processor = AutoImageProcessor.from_pretrained(task.model)
@@ -214,11 +216,11 @@ def dataloader(task: Task) -> None:
 
 
 def ray_data(task: Task) -> None:
-    """Ray Data: read_webdataset, map_batches to preprocess, map_batches with an actor, write_parquet.
+    """Labels with Ray Data: read_webdataset, map_batches (preprocess), map_batches (actor), write_parquet.
 
     As in Ray's guide to offline batch inference and its example of image classification with a vision
-    transformer. Images are decoded where they are preprocessed (`decoder=None`): the default decoder of
-    read_webdataset would send whole pictures through the object store.
+    transformer. Images are decoded in the preprocessing step (`decoder=None`), because the default decoder of
+    read_webdataset would send full-size images through the object store.
     """
     import logging
 
@@ -236,11 +238,11 @@ def ray_data(task: Task) -> None:
         return {"key": batch["__key__"], "pixels": pixels}
 
     class Label:
-        """The model, in an actor."""
+        """The model in an actor."""
 
         def __init__(self) -> None:
-            # Ray gives an actor the threads of its CPUs. The actor has few, so that it fits next to the
-            # readers, but a model on a CPU is faster with all of them.
+            # Ray limits the threads of an actor to its CPUs. The actor reserves few CPUs to leave room for
+            # the readers, but a model on a CPU is faster with all threads.
             self._classifier = Classifier(task, None if on_gpu else task.cores)
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def ray_data(task: Task) -> None:
             return {"key": batch["key"], "label": labels, "score": np.array(scores, np.float32)}
 
     ray.init(address="local", num_cpus=task.cores, include_dashboard=False, logging_level=logging.ERROR)
-    # With equal CPUs, Ray would fuse both stages on a CPU, and they would take turns in the actor.
+    # If both stages had the same CPUs, Ray would fuse them, and they would run one after the other.
     preprocess_cpus = 1.0 if on_gpu else 0.5
     images = ray.data.read_webdataset(task.tars, decoder=None, num_cpus=preprocess_cpus)
     (
@@ -265,10 +267,11 @@ def ray_data(task: Task) -> None:
 
 
 def daft(task: Task) -> None:
-    """Daft: a glob of image files, download, decode, a function to preprocess, a class for the model.
+    """Labels with Daft: glob of image files, download, decode, preprocess function, model class.
 
-    As in the image classification of Daft's own benchmarks (benchmarking/ai/image_classification), on its
-    native runner. It reads single files: its read_webdataset (0.7.26) hangs on several tars with two cores.
+    As in the image classification of Daft's own benchmarks (benchmarking/ai/image_classification), on the
+    native runner. Reads single files, because read_webdataset of Daft 0.7.26 hangs on several tars with two
+    cores.
     """
     import daft as package
     import torch
@@ -308,12 +311,12 @@ def daft(task: Task) -> None:
     found.select(col("path").alias("key"), label, score).write_parquet(task.output)
 
 
-#: The contender that the others are compared with, and the one that writes no labels.
+#: The contender that all others are compared with, and the contender that writes no labels.
 OURS, ENGINE = "pipeline", "engine alone"
 PEERS = {"ray": ray_data, "dataloader": dataloader, "daft": daft}
 
 
 if __name__ == "__main__":
-    name, described = sys.argv[1:]
+    name, task_file = sys.argv[1:]
     run = {OURS: this_pipeline, ENGINE: engine_alone, **PEERS}[name]
-    run(Task(**json.loads(Path(described).read_text())))
+    run(Task(**json.loads(Path(task_file).read_text())))

@@ -1,4 +1,4 @@
-"""The whole job against others that do the same: `cvt-label benchmark run --images URI`."""
+"""Compares the whole job with other tools: `cvt-label benchmark run --images URI`."""
 
 from __future__ import annotations
 
@@ -43,27 +43,31 @@ def run(
     ] = 2000,
     rounds: figures.Rounds = 3,
     batch_size: figures.BatchSize = 32,
-    device: figures.OnDevice = "auto",
-    precision: Annotated[Precision, typer.Option("--precision")] = "fp32",
+    device: figures.DeviceOption = "auto",
+    precision: Annotated[Precision, typer.Option(help="Precision of the model.")] = "fp32",
     peers: Annotated[
-        str, typer.Option("--peers", help="Of ray, dataloader and daft, with commas; or none.")
+        str, typer.Option(metavar="NAMES", help="Comma-separated tools to compare with, or none.")
     ] = "ray,dataloader,daft",
     set: SetOption = None,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of this machine.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a run is ended.")] = 3600,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of this machine, in any currency.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Maximum duration of one run, in seconds.")] = 3600,
     output: figures.Output = None,
 ) -> None:
-    """Measure the whole job, from shards to Parquet, against its engine alone and against others.
+    """Compare the speed of the whole job with that of other tools.
 
-    Each contender labels the same tars with the same weights in a process of its own, and its labels are
-    counted. Rates are in steady state: from the first labeled batch to the last.
+    Each contender labels the same tars with the same weights in its own process: this pipeline, the engine
+    alone, and the peers. The labels of each contender are counted. Rates are in steady state: from the first
+    labeled batch to the last.
 
-    Exit status: 0; 1 if a contender lost images or this pipeline failed; 2 if an option is wrong; 4 if
-    images or model cannot be used.
+    Exit status: 0 on success; 1 if a contender lost images or this pipeline failed; 2 if an option is not
+    valid; 4 if the images or the model cannot be loaded.
     """
     names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
     if unknown := [name for name in names if name not in PEERS]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: not one of {', '.join(PEERS)}, none")
+        choices = ", ".join([*PEERS, "none"])
+        raise typer.BadParameter(f"{', '.join(unknown)}: not one of {choices}", param_hint="--peers")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         checkpoint = load_model(model, size)
@@ -79,18 +83,18 @@ def run(
             cores=cores,
             overrides=set or (),
         )
-        task_config(task)  # refuses a wrong override before anything is measured
+        task_config(task)  # checks the overrides before the first measurement
         save_checkpoint(checkpoint.model, checkpoint.preprocessor, Path(task.model))
         print_notice("packing the images")
         dataset = make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
         if "daft" in names:
             for tar in Path(task.tars).iterdir():
                 shutil.unpack_archive(tar, task.files, filter="data")
-        found = [WholeJob(name) for name in (OURS, ENGINE, *names)]
+        results = [WholeJob(name) for name in (OURS, ENGINE, *names)]
         for turn in range(1, rounds + 1):
-            for job in found:
+            for job in results:
                 if job.failure:
-                    continue  # it would fail again
+                    continue  # the contender would fail again
                 print_notice(f"round {turn} of {rounds}: {job.contender}")
                 attempt = replace(task, output=f"{task.output}-{job.contender.replace(' ', '-')}-{turn}")
                 run_contender(job, attempt, count, timeout)
@@ -98,18 +102,18 @@ def run(
                     raise figures.BenchmarkError(f"the pipeline failed: {job.failure}")
         [record] = Path(f"{task.output}-{OURS}-{rounds}").glob("model=*/runs/*.json")
         last_run = json.loads(record.read_text())
-    for job in found:
-        job.ours_to_theirs = figures.ratios(found[0].images_per_s, job.images_per_s)
+    for job in results:
+        job.pipeline_speedup = figures.ratios(results[0].images_per_s, job.images_per_s)
         if price_per_hour is not None and job.images_per_s:
             job.cost_per_million = price_per_hour / 3600 / statistics.median(job.images_per_s) * 1e6
     figures.report(
         context,
         output,
         data=[dataset],
-        whole_jobs=found,
-        stages_of_the_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
+        whole_jobs=results,
+        stages_of_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
         last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
-        seconds_of_the_last_run=[last_run["timings"]],
+        seconds_of_last_run=[last_run["timings"]],
     )
 
 
@@ -121,21 +125,21 @@ def make_dataset(
     cores: int,
     shard_images: int = _SHARD_IMAGES,
 ) -> dict[str, int]:
-    """Packs images of any shard format into tars, byte for byte, and returns what is in them.
+    """Packs the encoded images of any shard format into tars, and returns the size of the dataset.
 
-    Images that cannot be decoded are left out, because other contenders stop at them. Keys are the numbers
-    from 0, with nine digits.
+    Images that cannot be decoded are omitted, because other contenders fail on them. Keys are numbers of nine
+    digits, from 0.
 
     Args:
-        uri: shards.
-        tars: folder for the tars; it does not exist.
-        preprocessor: decides whether an image can be decoded.
-        count: number of images; they are repeated if there are fewer.
+        uri: folder or URI of shards.
+        tars: folder for the tars; must not exist.
+        preprocessor: used to test whether an image can be decoded.
+        count: number of images; images are repeated if there are fewer.
         cores: number of CPUs that share the tars.
         shard_images: maximum number of images in a tar.
 
     Raises:
-        StorageError, NoShardsError: the images cannot be read, or there are none.
+        StorageError, NoShardsError: the images cannot be read, or no image can be decoded.
     """
     tars.mkdir()
     size = min(shard_images, math.ceil(count / (_SHARDS_PER_CORE * cores)))
@@ -153,6 +157,6 @@ def make_dataset(
 
 
 def _stage_row(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to a stage of a run record the images/s that it would reach if it never waited."""
+    """Adds to a stage of a run record its maximum rate: the images/s if the stage never waited."""
     rate = stage["images"] * stage["workers"] / stage["busy_s"] if stage["busy_s"] else None
     return {"stage": name, **stage, "images_per_s_busy": rate}

@@ -1,4 +1,4 @@
-"""What all benchmarks share: options, and figures as tables and as JSON."""
+"""Shared parts of the benchmarks: options, tables and JSON output."""
 
 from __future__ import annotations
 
@@ -30,51 +30,55 @@ def _resolve(device: Device) -> Device:
 
 def _check_folder(file: Path | None) -> Path | None:
     if file is not None and not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {file.parent}")
+        raise typer.BadParameter(f"folder {file.parent} does not exist")
     return file
 
 
-Images = Annotated[str, typer.Option("--images", help="Shards with images: a folder or a URI.")]
+Images = Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")]
 Model = Annotated[
-    str, typer.Option("--model", help="cvt-13, cvt-21 or cvt-w24 (random weights), or as model.path.")
+    str, typer.Option(help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path.")
 ]
-Size = Annotated[int | None, typer.Option(min=32, help="Pixels, with random weights (224).")]
-OnDevice = Annotated[Device, typer.Option("--device", callback=_resolve)]
-Rounds = Annotated[int, typer.Option(min=1, help="How often everything is measured, in turn.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch, everywhere.")]
-Output = Annotated[Path | None, typer.Option(callback=_check_folder, help="File for the figures, as JSON.")]
+Size = Annotated[
+    int | None, typer.Option(min=32, help="Image size in pixels for random weights. Default: 224.")
+]
+DeviceOption = Annotated[Device, typer.Option("--device", callback=_resolve, help="Device of the model.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements of each variant.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
+Output = Annotated[
+    Path | None, typer.Option(callback=_check_folder, metavar="FILE", help="JSON file for the results.")
+]
 
 
 class BenchmarkError(SystemExit):
-    """Ends a benchmark with a message and status 1: a contender failed or lost images."""
+    """A variant or contender failed or lost images. Ends the benchmark with exit status 1."""
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Returns the ratios of figures, round by round; one of both may have failed in the last rounds."""
+    """Returns the ratio of two figures in each round that both have."""
     return [one / other for one, other in zip(ours, theirs, strict=False)]
 
 
 def report(context: typer.Context, output: Path | None, **tables: Sequence[Any]) -> None:
-    """Prints tables, and writes them as JSON with machine, versions and settings.
+    """Prints tables, and writes them to a JSON file with machine, versions and settings.
 
     Args:
-        context: of the command, whose parameters are the settings.
+        context: context of the command; its parameters are the settings.
         output: JSON file, or None.
-        tables: by title, rows that are dataclasses or dictionaries with the same fields. A table shows a
-            list of numbers as median, minimum and maximum, and leaves out fields without any value.
+        tables: by title, rows with the same fields as dataclasses or dictionaries. A table shows a list of
+            numbers as median, minimum and maximum, and omits fields that are empty in all rows.
     """
-    rows: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for title, table_rows in tables.items():
-        rows[title] = found = [row if isinstance(row, dict) else vars(row) for row in table_rows]
-        fields = [field for field in found[0] if any(row[field] not in (None, []) for row in found)]
+        results[title] = rows = [row if isinstance(row, dict) else vars(row) for row in table_rows]
+        fields = [field for field in rows[0] if any(row[field] not in (None, []) for row in rows)]
         table = Table(*(field.replace("_", " ") for field in fields), title=title.replace("_", " "))
-        for row in found:
+        for row in rows:
             table.add_row(*(_cell(row[field]) for field in fields))
         stdout.print(table)
     if output is not None:
         versions = {name: installed_version(name) for name in _PACKAGES}
         header = {"machine": _machine(), "versions": versions, "settings": context.params}
-        output.write_text(json.dumps(header | rows, indent=2, default=str) + "\n")
+        output.write_text(json.dumps(header | results, indent=2, default=str) + "\n")
 
 
 def _cell(value: Any) -> str:
@@ -84,8 +88,8 @@ def _cell(value: Any) -> str:
         case [number]:
             return _cell(number)
         case [*numbers]:
-            median, least, most = (_cell(f(numbers)) for f in (statistics.median, min, max))
-            return f"{median} ({least} to {most})"
+            median, low, high = (_cell(f(numbers)) for f in (statistics.median, min, max))
+            return f"{median} ({low} to {high})"
         case float():
             return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:,.2f}"
         case int():

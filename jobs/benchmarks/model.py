@@ -1,4 +1,4 @@
-"""Ways to run a CvT on decoded images: `cvt-label benchmark model`."""
+"""Compares implementations of CvT on decoded images: `cvt-label benchmark model`."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from jobs.benchmarks import figures
 from jobs.console import exit_on_error, print_notice
 from jobs.reference import load_model, transformers_classifier
 
-#: Images, uint8 (n, size, size, 3), to logits (n, classes).
+#: Maps images, uint8 (n, size, size, 3), to logits (n, classes).
 Classify = Callable[[np.ndarray], np.ndarray]
 EAGER = "transformers, eager"
 
 
 @dataclass
 class Variant:
-    """The figures of one way to run the model; lists have one value per round.
+    """The results of one implementation of the model. Lists have one value per round.
 
     Attributes:
-        of_limit: images/s over what a matrix product on this machine allows.
-        to_eager: images/s over those of transformers' eager model.
-        ready_s: seconds until it was ready, compilation and first call included.
+        startup_s: seconds to prepare the variant, with compilation and first call.
+        fraction_of_limit: images/s divided by the limit of this machine.
+        speedup: images/s divided by images/s of transformers' eager model.
     """
 
     variant: str
-    ready_s: float
+    startup_s: float
     images_per_s: list[float] = field(default_factory=list)
-    of_limit: list[float] = field(default_factory=list)
-    to_eager: list[float] = field(default_factory=list)
+    fraction_of_limit: list[float] = field(default_factory=list)
+    speedup: list[float] = field(default_factory=list)
 
 
 @exit_on_error()
@@ -47,19 +47,23 @@ def model(
     context: typer.Context,
     model: figures.Model = "cvt-13",
     size: figures.Size = None,
-    precision: Annotated[Precision, typer.Option("--precision")] = "fp32",
-    device: figures.OnDevice = "auto",
+    precision: Annotated[Precision, typer.Option(help="Precision of the model.")] = "fp32",
+    device: figures.DeviceOption = "auto",
     rounds: figures.Rounds = 3,
-    count: Annotated[int | None, typer.Option(min=1, help="Images in a round (64; 2,048 on a GPU).")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images per round. Default: 64 on a CPU, 2,048 on a GPU.")
+    ] = None,
     batch_size: figures.BatchSize = 32,
     output: figures.Output = None,
 ) -> None:
-    """Measure the engine's runtimes and transformers' model, eager and compiled, in turn, on the same noise.
+    """Compare the speed of the engine with that of transformers.
 
-    The limit is the rate of a large matrix product on this machine, in the same round, over the
-    multiply-accumulates of an image. `verify` compares what the engine and transformers' model compute.
+    Measures each runtime of the engine, and transformers' model eager and compiled, on the same random
+    pixels. The limit of the machine is the rate of a large matrix product in the same round, divided by the
+    multiply-accumulates of an image. `verify` compares the results of the variants.
 
-    Exit status: 0; 1 if a variant lost images; 2 if an option is wrong; 4 if the model is unusable.
+    Exit status: 0 on success; 1 if a variant lost images; 2 if an option is not valid; 4 if the model cannot
+    be loaded.
     """
     checkpoint = load_model(model, size)
     pixels = checkpoint.preprocessor.size
@@ -67,18 +71,18 @@ def model(
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     macs = count_macs(checkpoint.model.config, pixels, pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
-    found = measure(images, variants, rounds, lambda: matrix_rate(device, precision) / macs)
-    figures.report(context, output, variants=found)
+    results = measure(images, variants, rounds, lambda: matrix_rate(device, precision) / macs)
+    figures.report(context, output, variants=results)
 
 
 def available_variants(
     checkpoint: Checkpoint, device: str, precision: Precision, batch_size: int
 ) -> dict[str, Callable[[], Classify]]:
-    """Returns what prepares each variant, which may take minutes, by name."""
-    theirs = partial(transformers_classifier, checkpoint, device, precision, batch_size)
+    """Returns, by name, a function that prepares the variant. Preparation may take minutes."""
+    eager = partial(transformers_classifier, checkpoint, device, precision, batch_size)
     variants: dict[str, Callable[[], Classify]] = {
-        EAGER: theirs,
-        "transformers, compiled": partial(theirs, compiled=True),
+        EAGER: eager,
+        "transformers, compiled": partial(eager, compiled=True),
     }
     for runtime in RUNTIMES:
         if precision in precisions_of(runtime) and (runtime != "openvino" or device == "cpu"):
@@ -105,46 +109,48 @@ def measure(
     rounds: int,
     limit: Callable[[], float],
 ) -> list[Variant]:
-    """Prepares variants, `EAGER` among them, and measures them in turn.
+    """Prepares the variants, which include `EAGER`, and measures all of them in each round.
 
     Args:
         images: uint8 (n, size, size, 3).
-        variants: what prepares each, by name.
+        variants: by name, the function that prepares the variant.
         rounds: number of rounds.
-        limit: measures the images/s that this machine allows.
+        limit: measures the limit of this machine in images/s.
 
     Raises:
         BenchmarkError: a variant lost an image.
     """
     prepared: list[tuple[Variant, Classify]] = []
     for name, prepare in variants.items():
-        print_notice(f"{name}: getting ready")
+        print_notice(f"{name}: preparing")
         start = time.perf_counter()
         try:
             classify = prepare()
         except ImportError as error:
-            print_notice(f"not measured: {error}")
+            print_notice(f"{name}: skipped: {error}")
             continue
         if (done := len(classify(images))) != len(images):
-            raise figures.BenchmarkError(f"{name}: {done} images came out of {len(images)}")
+            raise figures.BenchmarkError(f"{name}: {done} of {len(images)} images were classified")
         prepared.append((Variant(name, time.perf_counter() - start), classify))
     for turn in range(1, rounds + 1):
         print_notice(f"round {turn} of {rounds}")
-        most = limit()
-        for one, classify in prepared:
+        max_rate = limit()
+        for variant, classify in prepared:
             start = time.perf_counter()
             classify(images)
-            one.images_per_s.append(len(images) / (time.perf_counter() - start))
-            one.of_limit.append(one.images_per_s[-1] / most)
-    found = {one.variant: one for one, _ in prepared}
-    for one in found.values():
-        one.to_eager = figures.ratios(one.images_per_s, found[EAGER].images_per_s)
-    return list(found.values())
+            variant.images_per_s.append(len(images) / (time.perf_counter() - start))
+            variant.fraction_of_limit.append(variant.images_per_s[-1] / max_rate)
+    results = {variant.variant: variant for variant, _ in prepared}
+    for variant in results.values():
+        variant.speedup = figures.ratios(variant.images_per_s, results[EAGER].images_per_s)
+    return list(results.values())
 
 
 def matrix_rate(device: str, precision: str) -> float:
-    """Returns multiply-accumulates per second of a large matrix product, the best of ten."""
-    size, repeats = (8192, 20) if device == "cuda" else (2048, 1)  # so large that its start does not count
+    """Returns the multiply-accumulates per second of a large matrix product, the best of ten."""
+    size, repeats = (
+        (8192, 20) if device == "cuda" else (2048, 1)
+    )  # large enough that launch overhead is negligible
     a, b = (torch.randn(size, size).to(device, PRECISIONS[precision]) for _ in range(2))
     seconds = []
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""Planning and commit at scale, with simulated listings and results: `cvt-label benchmark planning`."""
+"""Measures planning and commits at scale, with simulated data: `cvt-label benchmark planning`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ROOT, _SIZE = "bucket/dataset/train", 10**9
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured of one thing; memory is resident, imports included, in MiB."""
+    """The result of one measurement. Memory is the resident set of the process, in MiB."""
 
     measured: str
     count: int
@@ -50,16 +50,17 @@ class Figure:
 
 def planning(
     context: typer.Context,
-    shards: Annotated[int, typer.Option(min=100, help="Shards of the manifest.")] = 10**6,
-    rows: Annotated[int, typer.Option(min=10**4, help="Rows that are committed.")] = 4 * 10**6,
+    shards: Annotated[int, typer.Option(min=100, help="Number of shards in the manifest.")] = 10**6,
+    rows: Annotated[int, typer.Option(min=10**4, help="Number of rows to commit.")] = 4 * 10**6,
     output: figures.Output = None,
 ) -> None:
-    """Measure planning against a large manifest, and how many rows per second the committer takes.
+    """Measure the speed of planning and of commits.
 
-    A tenth of the listing is new, and a hundredth has changed. Rows are of a model with 1000 classes, in
-    shards of 10,240, on one core. Each runs in a process of its own.
+    Plans a run against a large manifest: a tenth of the listing is new, and a hundredth has changed. Commits
+    rows of a model with 1,000 classes on one core, in shards of 10,240 rows. Each measurement runs in its own
+    process.
 
-    Exit status: 0; 1 if shards or rows are missing in the end.
+    Exit status: 0 on success; 1 if the plan is wrong or rows are missing.
     """
     found = []
     for measure, count in ((measure_plan, shards), (measure_commit, rows)):
@@ -92,7 +93,7 @@ def _row(number: int) -> ManifestRow:
 
 
 def measure_plan(folder: str, count: int) -> Figure:
-    """Plans an input of `count` labeled shards, a hundredth of them changed, and a tenth more."""
+    """Plans an input of `count` labeled shards (1 % changed) and 10 % new shards."""
     listed = range(count + count // 10)
     manifest = Manifest(Storage(), folder, _CLASSES)
     manifest.replace(lambda: map(_row, range(count)))
@@ -117,7 +118,7 @@ def measure_plan(folder: str, count: int) -> Figure:
 
 
 def measure_commit(folder: str, rows: int) -> Figure:
-    """Commits classified chunks on one core."""
+    """Commits `rows` rows of classified chunks on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     pa.set_cpu_count(1)
     labels = tuple(f"class {i}" for i in range(_CLASSES))
@@ -146,12 +147,14 @@ def measure_commit(folder: str, rows: int) -> Figure:
     count = len(shards) * _SHARD_CHUNKS * _CHUNK
     written = sum(manifest.read(["rows"])["rows"].to_pylist())
     if (committer.totals.images, written) != (count, count):
-        raise RuntimeError(f"{committer.totals.images} rows were committed, {written} are listed, of {count}")
+        raise RuntimeError(
+            f"expected {count} rows, committed {committer.totals.images}, in the manifest {written}"
+        )
     return Figure("commit: rows", count, seconds, count / seconds, _peak_mib(), early)
 
 
 def _classified(seed: int, options: PredictionOptions) -> pa.Table:
-    """Returns a chunk's rows as a classifier with random logits gives them."""
+    """Returns the rows of a chunk, classified with random logits."""
     generator = np.random.default_rng(seed)
     integers = {"target": (0, _CLASSES), "width": (300, 600), "height": (300, 600)}
     columns = {

@@ -1,4 +1,4 @@
-"""Runs of contenders: each is a process of its own, whose labels are counted and whose speed is measured."""
+"""Runs each contender in its own process, counts its labels and measures its speed."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from jobs.benchmarks.figures import BenchmarkError
 
 @dataclass
 class WholeJob:
-    """The figures of one contender; lists have one value per round, times are from the start of its process.
+    """The results of one contender. Lists have one value per round.
 
     Attributes:
         seconds: duration of the process.
-        first_labels_s: time of the first labeled batch or chunk.
-        images_per_s: in steady state, from the first labeled batch or chunk to the last.
-        ours_to_theirs: images/s of this pipeline over those of the contender.
+        first_labels_s: seconds from the start of the process to the first labeled batch or chunk.
+        images_per_s: rate in steady state, from the first labeled batch or chunk to the last.
+        pipeline_speedup: images/s of this pipeline divided by images/s of the contender.
         cost_per_million: cost of a million images, in the currency of the price.
-        failure: why the last round has no figures, and why there are no more rounds.
+        failure: reason of a failure. A failed contender has no further rounds.
     """
 
     contender: str
     seconds: list[float] = field(default_factory=list)
     first_labels_s: list[float] = field(default_factory=list)
     images_per_s: list[float] = field(default_factory=list)
-    ours_to_theirs: list[float] = field(default_factory=list)
+    pipeline_speedup: list[float] = field(default_factory=list)
     cost_per_million: float | None = None
     failure: str | None = None
 
 
 def run_contender(job: WholeJob, task: Task, images: int, timeout: float) -> None:
-    """Runs a contender, counts its labels, and adds its figures.
+    """Runs a contender, counts its labels, and adds its results to `job`.
 
     Raises:
-        BenchmarkError: not each of `images` is labeled once.
+        BenchmarkError: the contender did not label each of `images` images once.
     """
     start = time.monotonic()
     job.failure = run_process(job.contender, task, timeout)
@@ -62,7 +62,7 @@ def run_contender(job: WholeJob, task: Task, images: int, timeout: float) -> Non
 
 
 def run_process(contender: str, task: Task, timeout: float) -> str | None:
-    """Runs a contender in a process group of its own; returns why it failed, or None."""
+    """Runs a contender in its own process group. Returns the reason of a failure, or None."""
     described, log = Path(f"{task.output}.json"), Path(f"{task.output}.log")
     described.write_text(json.dumps(asdict(task)))
     path = os.pathsep.join([str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -72,7 +72,7 @@ def run_process(contender: str, task: Task, timeout: float) -> str | None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "DAFT_ANALYTICS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray writes one into the home folder
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # without it, Ray writes a token into the home folder
     }
     environment.pop("RAY_ADDRESS", None)
     python = [sys.executable, "-m", "jobs.benchmarks.contenders", contender, str(described)]
@@ -81,7 +81,7 @@ def run_process(contender: str, task: Task, timeout: float) -> str | None:
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return f"not done after {timeout:,.0f} s"
+            return f"timed out after {timeout:,.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -94,32 +94,34 @@ def check_labels(contender: str, output: str, images: int) -> None:
     """Checks that the Parquet files have each image once, with a label.
 
     Raises:
-        BenchmarkError: they do not.
+        BenchmarkError: an image has no label, or not exactly one row.
     """
     pattern = "model=*/predictions/**/*.parquet" if contender == OURS else "*.parquet"
     table = ds.dataset(sorted(Path(output).glob(pattern))).to_table(columns=["key", "label", "score"])
     if table["label"].null_count or table["score"].null_count:
-        raise BenchmarkError(f"{contender}: there are images without a label")
+        raise BenchmarkError(f"{contender}: some images have no label")
     keys = [Path(key).stem for key in table["key"].to_pylist()]
     expected = {f"{number:09d}" for number in range(images)}
     if len(keys) != images or set(keys) != expected:
-        found = f"{len(keys):,} labels of {len(expected.intersection(keys)):,} images"
-        raise BenchmarkError(f"{contender}: expected labels of {images:,} images, found {found}")
+        found = f"{len(keys):,} rows for {len(expected.intersection(keys)):,} images"
+        raise BenchmarkError(f"{contender}: expected one row for each of {images:,} images, found {found}")
 
 
 def read_events(task: Task) -> list[tuple[float, int]]:
-    """Returns when images were labeled, and how many; processes may have written out of order."""
+    """Returns the time and the number of images of each labeled batch, in order of time."""
     lines = [line.split() for line in task.events.read_text().splitlines()]
     return sorted((float(at), int(images)) for images, at in lines)
 
 
 def steady_rate(contender: str, events: Sequence[tuple[float, int]]) -> float:
-    """Returns images/s after the first labeled batch or chunk, to the last.
+    """Returns the images/s from the first labeled batch or chunk to the last.
 
     Raises:
-        BenchmarkError: all images came at once.
+        BenchmarkError: all images were labeled at the same time.
     """
     (first, _), *others = events
     if not others or others[-1][0] <= first:
-        raise BenchmarkError(f"{contender}: too few images for a steady state: all came out at once")
+        raise BenchmarkError(
+            f"{contender}: too few images for a steady state: all were labeled at the same time"
+        )
     return sum(images for _, images in others) / (others[-1][0] - first)

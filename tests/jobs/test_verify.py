@@ -1,4 +1,4 @@
-"""`verify` on the images that come with the package."""
+"""Tests of the command `verify`, on the images in the package."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from jobs.reference import load_model
-from jobs.verify import agreement, is_reached, verify
+from jobs.verify import agreement, is_passed, verify
 from pipeline.config import ConfigError
 from tests.command import invoke
 
 SAMPLES = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist"
 
 
-def test_verify_compares_the_bundled_model_with_transformers() -> None:
+def test_bundled_model_agrees_with_transformers() -> None:
     done = invoke(verify, "--images", SAMPLES, "--count", 300)
     rows = [line.replace("│", " ").split() for line in done.stdout.splitlines() if "torch" in line]
     assert [row[:3] for row in rows] == [["torch", name, "300"] for name in ("fp32", "bf16", "fp16")]
@@ -24,12 +24,12 @@ def test_verify_compares_the_bundled_model_with_transformers() -> None:
     assert [row[5] for row in rows] == ["yes", "yes", "yes"]
 
 
-def test_verify_of_a_model_that_is_not_there_ends_with_4(tmp_path: Path) -> None:
+def test_missing_model_ends_with_4(tmp_path: Path) -> None:
     assert "no config.json" in invoke(verify, "--images", SAMPLES, "--model", tmp_path, status=4).stderr
 
 
 @pytest.mark.parametrize(
-    ("precision", "right", "difference", "reached"),
+    ("precision", "correct", "difference", "passed"),
     [
         ("fp32", 200, 5e-5, True),
         ("fp32", 200, 2e-4, False),
@@ -38,15 +38,17 @@ def test_verify_of_a_model_that_is_not_there_ends_with_4(tmp_path: Path) -> None
         ("bf16", 198, 0.1, False),
     ],
 )
-def test_what_is_to_be_reached(precision: str, right: int, difference: float, reached: bool) -> None:
-    wanted = np.zeros((200, 3))
-    wanted[:, 2] = 1e-5  # so little above the others that the same difference loses or keeps the top class
-    found = wanted.copy()
-    found[:right, 2] += difference
-    found[right:, 0] += difference
-    measured = agreement(found, wanted)
-    assert measured == (right / 200, pytest.approx(difference))
-    assert is_reached(precision, *measured) == reached
+def test_precision_passes_within_its_goals(
+    precision: str, correct: int, difference: float, passed: bool
+) -> None:
+    reference = np.zeros((200, 3))
+    reference[:, 2] = 1e-5  # a difference in class 0 changes the top class, the same one in class 2 keeps it
+    logits = reference.copy()
+    logits[:correct, 2] += difference
+    logits[correct:, 0] += difference
+    measured = agreement(logits, reference)
+    assert measured == (correct / 200, pytest.approx(difference))
+    assert is_passed(precision, *measured) == passed
 
 
 @pytest.mark.parametrize(
@@ -56,10 +58,10 @@ def test_what_is_to_be_reached(precision: str, right: int, difference: float, re
         (["--runtime", "openvino", "--precision", "fp16"], "has no precision 'fp16'"),
     ],
 )
-def test_what_cannot_be_compared_is_told_at_once(arguments: list[str], message: str) -> None:
+def test_unavailable_precision_ends_with_2(arguments: list[str], message: str) -> None:
     assert message in invoke(verify, "--images", SAMPLES, "--count", 1, *arguments, status=2).stderr
 
 
-def test_size_is_only_for_random_weights() -> None:
-    with pytest.raises(ConfigError, match="fashion-mnist has a size of its own"):
+def test_size_applies_only_to_random_weights() -> None:
+    with pytest.raises(ConfigError, match="fashion-mnist has its own size"):
         load_model("fashion-mnist", 224)

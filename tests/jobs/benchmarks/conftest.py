@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks' tests."""
+"""Fixtures for the tests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.makers import make_image, make_tar
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Five PNG images in two tars, and a sample that is no image."""
+    """Five PNG images in two tars, and a sample that is not an image."""
     folder = tmp_path / "images"
     folder.mkdir()
     encoded = [make_image(i, format="PNG") for i in range(5)]
     members = [(f"{i}.png", data) for i, data in enumerate(encoded)]
-    (folder / "a.tar").write_bytes(make_tar([*members[:2], ("broken.png", b"no image"), members[2]]))
+    (folder / "a.tar").write_bytes(make_tar([*members[:2], ("broken.png", b"not an image"), members[2]]))
     (folder / "b.tar").write_bytes(make_tar(members[3:]))
     return folder
 

@@ -1,4 +1,4 @@
-"""The benchmark of the model's runtimes, on small images."""
+"""Tests of the model benchmark, on small images."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.command import invoke
 
 
 @pytest.mark.slow
-def test_variants_are_measured_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_are_measured_in_each_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def some_variants(*arguments: Any) -> dict[str, Callable[[], Classify]]:
         found = available_variants(*arguments)
-        assert {"transformers, compiled", "engine, compile"} < found.keys()  # which take minutes
+        assert {"transformers, compiled", "engine, compile"} < found.keys()  # both take minutes to prepare
         return {name: found[name] for name in (EAGER, "engine, torch")}
 
     monkeypatch.setattr("jobs.benchmarks.model.available_variants", some_variants)
@@ -28,30 +28,32 @@ def test_variants_are_measured_in_turn(tmp_path: Path, monkeypatch: pytest.Monke
     settings = ["--size", 32, "--count", 3, "--batch-size", 2, "--rounds", 2, "--device", "cpu"]
     done = invoke(model, *settings, "--output", figures)
     eager, engine = json.loads(figures.read_text())["variants"]
-    assert (eager["variant"], eager["to_eager"]) == (EAGER, [1, 1])
+    assert (eager["variant"], eager["speedup"]) == (EAGER, [1, 1])
     assert engine["variant"] == "engine, torch"
     for variant in (engine, eager):
-        assert len(variant["images_per_s"]) == len(variant["of_limit"]) == len(variant["to_eager"]) == 2
+        assert (
+            len(variant["images_per_s"]) == len(variant["fraction_of_limit"]) == len(variant["speedup"]) == 2
+        )
     assert EAGER in done.stdout
 
 
 @pytest.mark.slow
-def test_variant_that_loses_images_is_refused_and_a_missing_one_left_out() -> None:
+def test_lossy_variant_fails_and_missing_variant_is_skipped() -> None:
     images = np.zeros((2, 28, 28, 3), np.uint8)
-    right = transformers_classifier(load_model("fashion-mnist", None))
+    classify = transformers_classifier(load_model("fashion-mnist", None))
 
     def missing() -> Classify:
         raise ImportError("openvino is not installed")
 
     def lossy() -> Classify:
-        return lambda images: right(images[1:])
+        return lambda images: classify(images[1:])
 
-    [found] = measure(images, {EAGER: lambda: right, "missing": missing}, rounds=1, limit=lambda: 1e9)
+    [found] = measure(images, {EAGER: lambda: classify, "missing": missing}, rounds=1, limit=lambda: 1e9)
     assert found.variant == EAGER
-    with pytest.raises(BenchmarkError, match="lossy: 1 images came out of 2"):
+    with pytest.raises(BenchmarkError, match="lossy: 1 of 2 images were classified"):
         measure(images, {"lossy": lossy}, rounds=1, limit=lambda: 1e9)
 
 
-def test_unknown_model_ends_with_2() -> None:
+def test_size_of_a_checkpoint_ends_with_2() -> None:
     done = invoke(model, "--model", "fashion-mnist", "--size", 64, status=2)
-    assert "has a size of its own" in done.stderr
+    assert "has its own size" in done.stderr

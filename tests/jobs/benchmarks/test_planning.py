@@ -1,4 +1,4 @@
-"""The benchmark of planning and commit, at a small scale."""
+"""Tests of the benchmark of planning and commits, at a small scale."""
 
 from __future__ import annotations
 

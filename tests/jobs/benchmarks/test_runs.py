@@ -1,4 +1,4 @@
-"""Runs of contenders: what is counted and timed, and how they end."""
+"""Tests of the runs of contenders: counts, rates and failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_labels(folder: Path, keys: list[str], labels: list[str | None] | None 
     pq.write_table(pa.table(columns), folder / "labels.parquet")
 
 
-def test_keys_may_name_folder_and_extension(tmp_path: Path) -> None:
+def test_keys_may_have_folder_and_extension(tmp_path: Path) -> None:
     write_labels(tmp_path / "out", ["000000001", "file:///somewhere/000000000.jpg"])
     check_labels("dataloader", str(tmp_path / "out"), 2)
 
@@ -33,13 +33,13 @@ def test_keys_may_name_folder_and_extension(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "labels", "message"),
     [
-        (["000000000", "000000001"], None, "of 3 images, found 2 labels of 2 images"),
-        (["000000000", "000000001", "000000001"], None, "3 labels of 2 images"),
-        (["000000000", "000000001", "000000003"], None, "3 labels of 2 images"),
-        (["000000000", "000000001", "000000002"], ["a", None, "a"], "without a label"),
+        (["000000000", "000000001"], None, "of 3 images, found 2 rows for 2 images"),
+        (["000000000", "000000001", "000000001"], None, "3 rows for 2 images"),
+        (["000000000", "000000001", "000000003"], None, "3 rows for 2 images"),
+        (["000000000", "000000001", "000000002"], ["a", None, "a"], "have no label"),
     ],
 )
-def test_lost_or_repeated_images_are_refused(
+def test_lost_or_repeated_images_fail(
     tmp_path: Path, keys: list[str], labels: list[str | None] | None, message: str
 ) -> None:
     write_labels(tmp_path / "out", keys, labels)
@@ -63,12 +63,12 @@ def test_contenders_start_without_heavy_imports() -> None:
 
 
 @pytest.mark.slow
-def test_contender_that_fails_or_hangs_is_ended(task: Task) -> None:
+def test_contender_that_fails_or_hangs_is_stopped(task: Task) -> None:
     assert run_process("unheard-of", task, 120) == "KeyError: 'unheard-of'"
-    assert run_process("ray", task, 0.2) == "not done after 0 s"
+    assert run_process("ray", task, 0.2) == "timed out after 0 s"
 
 
-def test_pipeline_takes_one_gpu_unless_overridden(task: Task) -> None:
+def test_pipeline_uses_one_gpu_unless_overridden(task: Task) -> None:
     on_gpu = replace(task, device="cuda")
     assert task_config(task).classify.max_actors is None
     assert task_config(on_gpu).classify.max_actors == 1
@@ -76,7 +76,7 @@ def test_pipeline_takes_one_gpu_unless_overridden(task: Task) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [((), 4096), (("read.chunk_images=8",), 256)])
-def test_engine_gets_a_chunk_but_at_least_four_batches(
+def test_engine_call_has_one_chunk_or_four_batches(
     images: Path, task: Task, overrides: tuple[str, ...], expected: int
 ) -> None:
     task = replace(task, tars=str(images), batch_size=64, overrides=overrides)
