@@ -270,9 +270,9 @@ def make_class_table(classes: pa.Table, top: int) -> Table:
 def describe_plan(plan: Plan) -> str:
     """Returns the number of shards per state, and the number of shards to label and to prune."""
     counts = [f"{plan.states[state]:,} {state}" for state in ShardState if plan.states[state]]
-    again = f" ({plan.reprocessed:,} of them again)" if plan.reprocessed else ""
+    reprocessed = f" ({plan.reprocessed:,} reprocessed)" if plan.reprocessed else ""
     prune = f", {len(plan.to_prune):,} to prune" if plan.selection.prune else ""
-    return f"{', '.join(counts)}; {len(plan.shards):,} to label{again}{prune}"
+    return f"{', '.join(counts)}; {len(plan.shards):,} to label{reprocessed}{prune}"
 
 
 def format_accuracy(stats: ClassStatistics, topk: int) -> str:

@@ -22,11 +22,11 @@ from pipeline.statistics import class_table, describe_bottleneck
 
 logger = logging.getLogger("cvt_label")
 
-#: Seconds between lines of progress.
+#: Seconds between two progress messages in the log.
 LOG_INTERVAL = 10.0
 
-#: Seconds after the first results before the pace is known.
-PACE_AFTER = 5.0
+#: Seconds of results that an estimate of the rate needs.
+MIN_RATE_SECONDS = 5.0
 
 
 @console.exit_on_error()
@@ -37,21 +37,21 @@ def label(
     relabel: console.RelabelOption = None,
     prune: console.PruneOption = None,
     no_ray: Annotated[
-        bool, typer.Option("--no-ray", help="Run all stages in this process: fast for small datasets.")
+        bool, typer.Option("--no-ray", help="Run all stages in this process: faster for small datasets.")
     ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for another run on the same labels to end.")
+        bool, typer.Option("--wait", help="Wait until no other run labels the same partition.")
     ] = False,
 ) -> None:
-    """Label every shard of the input that is new or has changed; write Parquet and per-class statistics.
+    """Label the new and changed shards of a dataset.
 
-    With a run's record for the configuration it labels with the same model, and selects what that run had
-    selected, unless options say otherwise.
+    Writes Parquet labels, class statistics and a report. With a run record in place of a configuration, the
+    command uses the model and the selection of that run; options override the selection.
 
-    Exit status: 0 when everything is labelled; 2 when the configuration can't be used; 3 when shards
-    could not be read (the others are labelled); 4 when input, output or model can't be used; 5 when
-    another run works on the same labels; 7 when a limit of the configured gate is broken (what 3 says may
-    be so, too); 130 when stopped by Ctrl-C or SIGTERM; 1 otherwise.
+    Exit status: 0 if all shards are labeled; 2 if the configuration is not valid; 3 if shards could not be
+    read (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5 if another
+    run labels the same partition; 7 if a limit of the configured gate is exceeded (shards may be unreadable
+    too); 130 if stopped by Ctrl-C or SIGTERM; 1 otherwise.
     """
     overrides = [*(set or ()), *[f"ray.address={IN_PROCESS}"] * no_ray]
     result = run(*console.load_job(config, overrides, retry_errors, relabel, prune), wait)
@@ -61,7 +61,7 @@ def label(
 
 
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
-    """Labels with progress shown, and prints the result."""
+    """Labels a dataset, shows the progress, and prints the result."""
     console.log_to_stderr()
     with closing(ProgressBar() if console.stderr.is_terminal else ProgressLog()) as progress:
 
@@ -154,7 +154,7 @@ class Pace:
             return text
         since, first = self._first
         images, share = progress.images - first.images, progress.share - first.share
-        if now - since < PACE_AFTER or images <= 0 or share <= 0:
+        if now - since < MIN_RATE_SECONDS or images <= 0 or share <= 0:
             return text
         left = timedelta(seconds=round((1 - progress.share) / share * (now - since)))
         return f"{text}, {images / (now - since):,.1f}/s, {left} left"

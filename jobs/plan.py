@@ -1,4 +1,4 @@
-"""Shows what a labelling job would do: `python -m jobs.plan --config FILE`, or `cvt-label plan`."""
+"""Prints what a labeling job would do: `python -m jobs.plan --config FILE`, or `cvt-label plan`."""
 
 from collections import Counter
 from typing import Annotated
@@ -19,12 +19,15 @@ def plan(
     relabel: console.RelabelOption = None,
     prune: console.PruneOption = None,
     shards: Annotated[
-        bool, typer.Option("--shards", help="List what is to be labelled, a line a shard.")
+        bool, typer.Option("--shards", help="Print each shard to label, one per line.")
     ] = False,
 ) -> None:
-    """Show what `label` would do, without doing it: nothing is written, and Ray is not started.
+    """Print what `label` would do, without writing anything.
 
-    Exit status: 0; 2 when the configuration can't be used; 4 when input or model can't be used.
+    Ray is not started.
+
+    Exit status: 0 on success; 2 if the configuration is not valid; 4 if the input or the model cannot be
+    accessed.
     """
     planned = plan_run(*console.load_job(config, set, retry_errors, relabel, prune))
     job, checkpoint, to_label = planned.job, planned.job.checkpoint, planned.plan.shards

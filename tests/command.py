@@ -1,4 +1,4 @@
-"""The command `cvt-label`, in this process or as a process of its own."""
+"""Runs `cvt-label` in this process or in a new process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from jobs.cli import make_cli
 from jobs.console import make_app
 
-Done = subprocess.CompletedProcess[str]
+CompletedProcess = subprocess.CompletedProcess[str]
 
 
 def invoke(command: Callable[..., None], *arguments: object, status: int = 0) -> Result:
-    """Runs the function of a command in this process, and checks its exit status."""
+    """Runs the function of a command in this process and checks its exit status."""
     app = make_app()
     app.command()(command)
     result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
@@ -26,21 +26,21 @@ def invoke(command: Callable[..., None], *arguments: object, status: int = 0) ->
     return result
 
 
-def cvt_label(*arguments: object, **environment: str) -> Done:
-    """Runs the command in this process to its end; the caller checks the status.
+def cvt_label(*arguments: object, **environment: str) -> CompletedProcess:
+    """Runs `cvt-label` in this process. The caller checks the exit status.
 
-    Not for commands that start a Ray or log: logging is pytest's in this process.
+    Do not use for commands that start Ray or log: pytest owns the logging of this process.
     """
-    given = [str(argument) for argument in arguments]
-    result = CliRunner(env=environment).invoke(make_cli(given[0]), given, prog_name="cvt-label")
+    words = [str(argument) for argument in arguments]
+    result = CliRunner(env=environment).invoke(make_cli(words[0]), words, prog_name="cvt-label")
     stderr = result.stderr
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         stderr += "".join(traceback.format_exception(result.exception))
-    return Done(given, result.exit_code, result.stdout, stderr)
+    return CompletedProcess(words, result.exit_code, result.stdout, stderr)
 
 
-def cvt_label_process(*arguments: object, timeout: float = 900, **environment: str) -> Done:
-    """Runs the command as a process of its own to its end; the caller checks the status."""
+def cvt_label_process(*arguments: object, timeout: float = 900, **environment: str) -> CompletedProcess:
+    """Runs `cvt-label` in a new process. The caller checks the exit status."""
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
         env=os.environ | environment,

@@ -18,26 +18,26 @@ from jobs.local_s3 import LocalS3
 from pipeline.storage import Storage
 from tests.ray_head import Head, ray_head
 
-# Ray reads these when it is imported, which some test modules do; so they are set before any of them.
-# With the token in the environment, Ray writes none into the home folder.
+# Ray reads these variables at import, and some test modules import Ray: set them before collection.
+# With a token in the environment, Ray writes no token into the home folder.
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
 
-# A shell that starts the tests in the background has them ignore SIGINT, and what they start would too.
+# A shell makes background processes ignore SIGINT, and child processes inherit this. Restore the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Photograph = tuple[str, bytes, int]
 
-#: Fixtures that start a Ray, which all tests of a worker share, and what a file that uses them contains.
+#: Fixtures that start a Ray shared by all tests of a worker, and the text in files that use them.
 SHARED_RAY = {"ray_local", "head"}
 USES_SHARED_RAY = re.compile(r"\bray_local\b|\bhead: Head\b|\bcluster: str\b")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files that share a Ray first, then files with slow tests: none of them runs alone at the end."""
+    """Sorts files that share a Ray first, then by number of slow tests, so that workers finish together."""
     shares_ray = {str(item.path) for item in items if SHARED_RAY & set(getattr(item, "fixturenames", ()))}
     for item in items:
         if SHARED_RAY & set(getattr(item, "fixturenames", ())):
@@ -50,9 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Runs each file on one worker, and all files that share a Ray on the same one.
+    """Runs each file on one worker, and all files that share a Ray on the same worker.
 
-    Instead of `--dist loadgroup`, which has no effect in pytest-xdist 3.8 with pytest 9.2.
+    `--dist loadgroup` has no effect in pytest-xdist 3.8 with pytest 9.2.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -66,7 +66,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[LocalS3]:
-    """A running S3 server; for the session, the AWS variables of the environment point to it."""
+    """A running S3 server. During the session, the AWS variables of the environment select this server."""
     with LocalS3() as server, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"):
             patch.delenv(name, raising=False)
@@ -77,7 +77,7 @@ def s3_server() -> Iterator[LocalS3]:
 
 @pytest.fixture
 def bucket(s3_server: LocalS3) -> str:
-    """The URI of a fresh, empty bucket."""
+    """The URI of a new, empty bucket."""
     name = f"test-{secrets.token_hex(6)}"
     s3_server.create_bucket(name)
     return f"s3://{name}"
@@ -85,7 +85,7 @@ def bucket(s3_server: LocalS3) -> str:
 
 @pytest.fixture
 def storage(s3_server: LocalS3) -> Storage:
-    """Storage that reaches the S3 server (and local files)."""
+    """Storage for the S3 server and local files."""
     return Storage(endpoint_url=s3_server.endpoint_url)
 
 
@@ -100,7 +100,7 @@ def ray_local(s3_server: LocalS3) -> Iterator[None]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
         init_ray(
             "local",
-            num_cpus=4,  # for each of them Ray starts a worker, wanted or not
+            num_cpus=4,  # Ray starts one worker per CPU, even if unused
             include_dashboard=False,
             object_store_memory=300_000_000,
             logging_level="warning",
@@ -111,7 +111,7 @@ def ray_local(s3_server: LocalS3) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def head(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A running Ray cluster that takes jobs, with the S3 server's credentials in its environment."""
+    """A running Ray cluster that accepts jobs, with the S3 server's credentials in its environment."""
     with ray_head(tmp_path_factory.mktemp("cluster")) as running:
         yield running
 
@@ -127,7 +127,7 @@ def photographs() -> list[Photograph]:
     """Real photographs: (key, JPEG, ImageNet class index), from WebDataset tars."""
     folder = os.environ.get("IMAGENET_SAMPLE_DIR")
     if not folder:
-        pytest.skip("IMAGENET_SAMPLE_DIR names no folder of WebDataset tars with photographs")
+        pytest.skip("IMAGENET_SAMPLE_DIR is not set to a folder of WebDataset tars with photographs")
     found: list[Photograph] = []
     for path in sorted(Path(folder).glob("*.tar")):
         with tarfile.open(path) as tar:

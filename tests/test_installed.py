@@ -1,4 +1,4 @@
-"""The wheel in a fresh environment, started where somebody else's packages have the same names."""
+"""Tests of the installed wheel, in a folder with other packages of the same names."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of a fresh environment with the wheel; its dependencies are those of the tests."""
+    """The scripts of a new environment with the wheel and the dependencies of the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin" / "python"]
     run([*pip, "install", "--no-deps", "--no-index", wheel], folder)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # Without the tests' editable installation: .pth files in this folder are not read.
+    # Python does not read .pth files in this folder, so the editable installation is not visible.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin"
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A working directory that holds other packages of all our names, and images in `in`."""
+    """A folder with other packages of the same names, and images in `in`."""
     for package in PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(f"raise RuntimeError('the other {package}')\n")
@@ -61,7 +61,7 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def run(command: list[object], folder: Path, status: int = 0) -> str:
-    """Runs a command in a folder to its end; returns what it printed."""
+    """Runs a command in a folder and returns its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, command)),
@@ -77,7 +77,7 @@ def run(command: list[object], folder: Path, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_wheel_holds_data_and_type_markers(wheel: Path) -> None:
+def test_wheel_has_data_and_type_markers(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in PACKAGES:
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*") if path.is_file()}
@@ -88,10 +88,10 @@ def test_wheel_holds_data_and_type_markers(wheel: Path) -> None:
 
 
 def label(scripts: Path, folder: Path, address: str) -> None:
-    """Labels the images of a folder with the installed command, and checks the labels."""
+    """Labels the images of a folder with the installed command and checks the labels."""
     (folder / "job.yaml").write_text("input: {uri: in}\noutput: {uri: out}\nmodel: {path: fashion-mnist}\n")
     options = ["--config", "job.yaml", "--set", f"ray.address={address}"]
-    assert "5 in 1 shards" in run([scripts / "cvt-label", "label", *options], folder)
+    assert "5 in 1 shard" in run([scripts / "cvt-label", "label", *options], folder)
     (partition,) = (folder / "out").iterdir()
     assert ds.dataset(partition / "predictions", format="parquet").count_rows() == 5
     assert (partition / "report.html").is_file()
@@ -99,20 +99,19 @@ def label(scripts: Path, folder: Path, address: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("address", ["in-process", "local"])
-def test_command_labels_where_packages_have_the_same_names(
-    scripts: Path, foreign: Path, address: str
-) -> None:
+def test_command_ignores_other_packages_of_the_same_names(scripts: Path, foreign: Path, address: str) -> None:
     label(scripts, foreign, address)
 
 
-def test_command_labels_there_on_a_cluster(scripts: Path, foreign: Path, head: Head) -> None:
+def test_command_on_cluster_ignores_other_packages(scripts: Path, foreign: Path, head: Head) -> None:
     label(scripts, foreign, head.gcs_address)
 
 
-def test_module_form_refuses_a_foreign_pipeline(scripts: Path, foreign: Path) -> None:
+def test_module_form_refuses_other_packages(scripts: Path, foreign: Path) -> None:
     shutil.rmtree(foreign / "jobs")
-    said = run([scripts / "python", "-m", "jobs.label", "--help"], foreign, status=2)
+    output = run([scripts / "python", "-m", "jobs.label", "--help"], foreign, status=2)
     place = f"{foreign}/cvt/__init__.py"
     assert (
-        said == f"cvt is another package: {place}: run cvt-label, or run this command in another directory\n"
+        output
+        == f"cvt is another package: {place}: run cvt-label, or run this command in another directory\n"
     )

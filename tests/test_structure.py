@@ -1,6 +1,6 @@
-"""The structure of the code: no import cycles, short import chains, modules and classes of readable size.
+"""Tests of the code structure: no import cycles, short import chains, limits on module and class sizes.
 
-Which package may import which is a contract of import-linter (`make lint`, in `pyproject.toml`).
+`make lint` checks which package may import which (import-linter, in `pyproject.toml`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Graph = Mapping[str, set[str]]
 
 @pytest.fixture(scope="module")
 def imports() -> Graph:
-    """The modules that each module imports, inside functions and for type checking included."""
+    """The imports of each module, including imports in functions and for type checking."""
     graph = grimp.build_graph(*PACKAGES)
     return {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
 
 
 def grouped(imports: Graph, unit: Callable[[str], str]) -> Graph:
-    """The same graph between units of modules."""
+    """Returns the same graph between groups of modules. `unit` returns the group of a module."""
     found: dict[str, set[str]] = {}
     for module, imported in imports.items():
         found.setdefault(unit(module), set()).update(map(unit, imported))
@@ -38,7 +38,7 @@ def grouped(imports: Graph, unit: Callable[[str], str]) -> Graph:
 
 
 def longest_chain(imports: Graph) -> list[str]:
-    """The longest chain of imports; raises `graphlib.CycleError` if there is a cycle."""
+    """Returns the longest chain of imports. Raises `graphlib.CycleError` for a cycle."""
     chains: dict[str, list[str]] = {}
     for name in graphlib.TopologicalSorter(imports).static_order():
         chains[name] = [name, *max((chains[other] for other in imports[name]), key=len, default=[])]
@@ -46,7 +46,7 @@ def longest_chain(imports: Graph) -> list[str]:
 
 
 def layer_unit(module: str) -> str:
-    """What counts as one level: `jobs`, `cvt`, `configs`, each package and loose module in `pipeline`."""
+    """Returns the level of a module: a top-level package, or a package or module in `pipeline`."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "pipeline" else parts[0]
 
@@ -71,13 +71,13 @@ def sources() -> list[Path]:
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
-def test_modules_are_not_long() -> None:
+def test_modules_are_within_the_size_limit() -> None:
     lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in sources()}
     long = {name: count for name, count in lines.items() if count > MAX_MODULE_LINES}
     assert not long
 
 
-def test_classes_are_not_long() -> None:
+def test_classes_are_within_the_size_limit() -> None:
     long = {}
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):

@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "dept
 
 
 @torch.no_grad()
-def randomise(model: Model, seed: int = 0) -> Model:
+def randomize(model: Model, seed: int = 0) -> Model:
     """Fills a model, in place, such that each part of it shows in the output.
 
     With its initial weights, attention would be almost uniform, and batch norm the identity. Here a

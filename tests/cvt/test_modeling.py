@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtDropPath, CvtForImageClassification, CvtModel
-from tests.cvt.random_models import PUBLISHED, TINY, randomise
+from tests.cvt.random_models import PUBLISHED, TINY, randomize
 
 #: cvt-w24 has 277 million parameters: its widths and heads at the least depth that transformers builds.
 SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
@@ -33,7 +33,7 @@ def twins(**fields: Any) -> Twins:
     with torch.device("meta"):  # initial weights would take longer than the tests
         theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**fields))
         ours = CvtForImageClassification(CvtConfig(**fields))
-    theirs = randomise(theirs.to_empty(device="cpu"))
+    theirs = randomize(theirs.to_empty(device="cpu"))
     ours.to_empty(device="cpu").load_state_dict(theirs.state_dict(), strict=True)
     return ours.eval(), theirs
 
@@ -109,7 +109,7 @@ def test_parameters_and_buffers_are_those_of_transformers_in_the_same_order(name
 
 
 def test_weights_load_strictly_into_transformers() -> None:
-    ours = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    ours = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**TINY)).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     pixels = images(2, 3, 64, 64)
@@ -201,7 +201,7 @@ def naive_attention(module: nn.Module, method: str, hidden: Tensor, height: int,
 @pytest.mark.parametrize("method", ["avg", "linear"])
 @torch.inference_mode()
 def test_avg_and_linear_projections_equal_a_naive_reference(method: str, height: int, width: int) -> None:
-    model = randomise(CvtModel(CvtConfig(**TINY, qkv_projection_method=[method] * 3)))
+    model = randomize(CvtModel(CvtConfig(**TINY, qkv_projection_method=[method] * 3)))
     for stage, class_tokens in ((1, 0), (2, 1)):
         module = model.encoder["stages"][stage].layers[0].attention["attention"]
         hidden = images(2, height * width + class_tokens, TINY["embed_dim"][stage])
@@ -211,7 +211,7 @@ def test_avg_and_linear_projections_equal_a_naive_reference(method: str, height:
 
 def test_projections_may_differ_from_stage_to_stage_and_survive_saving(tmp_path: Path) -> None:
     config = CvtConfig(**TINY, qkv_projection_method=["avg", "linear", "dw_bn"], num_labels=4)
-    model = randomise(CvtForImageClassification(config))
+    model = randomize(CvtForImageClassification(config))
     assert [
         key for key in model.state_dict() if "convolution_projection" in key and "stages.2" not in key
     ] == []
@@ -222,7 +222,7 @@ def test_projections_may_differ_from_stage_to_stage_and_survive_saving(tmp_path:
 
 
 def test_a_checkpoint_saved_here_loads_in_plain_transformers(tmp_path: Path) -> None:
-    ours = randomise(CvtForImageClassification(CvtConfig(**TINY, id2label={0: "cat", 1: "dog", 2: "eel"})))
+    ours = randomize(CvtForImageClassification(CvtConfig(**TINY, id2label={0: "cat", 1: "dog", 2: "eel"})))
     ours.save_pretrained(tmp_path)
     theirs, info = transformers.AutoModelForImageClassification.from_pretrained(
         tmp_path, output_loading_info=True
@@ -236,7 +236,7 @@ def test_a_checkpoint_saved_here_loads_in_plain_transformers(tmp_path: Path) -> 
 
 
 def test_a_checkpoint_saved_by_transformers_loads_here(tmp_path: Path) -> None:
-    theirs = randomise(transformers.CvtForImageClassification(transformers.CvtConfig(**TINY, num_labels=3)))
+    theirs = randomize(transformers.CvtForImageClassification(transformers.CvtConfig(**TINY, num_labels=3)))
     theirs.save_pretrained(tmp_path)
     ours, info = CvtForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(ours.config, CvtConfig)
@@ -247,7 +247,7 @@ def test_a_checkpoint_saved_by_transformers_loads_here(tmp_path: Path) -> None:
 
 
 def test_a_new_head_on_loaded_features_is_initialised_and_the_features_are_kept(tmp_path: Path) -> None:
-    features = randomise(CvtModel(CvtConfig(**TINY)))
+    features = randomize(CvtModel(CvtConfig(**TINY)))
     features.save_pretrained(tmp_path)
     model = CvtForImageClassification.from_pretrained(tmp_path, num_labels=500)
     for key, wanted in features.state_dict().items():
@@ -326,7 +326,7 @@ def test_tuples_hold_what_they_hold_in_transformers(hidden: bool, labelled: bool
 
 @torch.inference_mode()
 def test_the_configuration_says_what_is_returned_where_the_call_does_not() -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY, output_hidden_states=True)))
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY, output_hidden_states=True)))
     pixels = images(1, 3, 64, 64)
     assert [tuple(state.shape) for state in model(pixels).hidden_states] == [
         (1, 16, 16, 16),
@@ -357,14 +357,14 @@ def test_losses_equal_those_of_transformers(num_labels: int, labels: Tensor) -> 
 
 def test_the_loss_of_a_part_of_a_batch_is_divided_by_the_size_of_the_whole() -> None:
     """As transformers' Trainer wants it when it accumulates gradients."""
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY, num_labels=10)))
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY, num_labels=10)))
     pixels, labels = images(2, 3, 64, 64), torch.tensor([3, 7])
     whole = model(pixels, labels=labels).loss
     assert_close(model(pixels, labels=labels, num_items_in_batch=8).loss, whole * 2 / 8)
 
 
 def test_without_labels_there_is_no_classifier() -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY, num_labels=0)))
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY, num_labels=0)))
     assert model(images(2, 3, 64, 64)).logits.shape == (2, 48)
 
 
@@ -383,7 +383,7 @@ def test_a_configuration_that_was_spoiled_after_it_was_made_is_refused() -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
 def test_half_precision_gives_about_the_same(dtype: torch.dtype) -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     pixels = images(2, 3, 32, 32)
     wanted = model(pixels).logits
     got = model.to(dtype)(pixels.to(dtype)).logits
@@ -393,7 +393,7 @@ def test_half_precision_gives_about_the_same(dtype: torch.dtype) -> None:
 
 @torch.inference_mode()
 def test_a_saved_model_in_half_precision_loads_as_it_was(tmp_path: Path) -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY))).to(torch.bfloat16)
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY))).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = CvtForImageClassification.from_pretrained(tmp_path)
     assert again.dtype == torch.bfloat16
@@ -409,7 +409,7 @@ def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reen
     pixels, labels = images(2, 3, 64, 64), torch.tensor([0, 1])
     found, calls = [], []
     for checkpointing in (False, True):
-        model = randomise(CvtForImageClassification(CvtConfig(**TINY, drop_rate=[0.5] * 3))).train()
+        model = randomize(CvtForImageClassification(CvtConfig(**TINY, drop_rate=[0.5] * 3))).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         layer = model.cvt.encoder["stages"][1].layers[0]
@@ -431,7 +431,7 @@ def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reen
 @pytest.mark.slow
 @torch.inference_mode()
 def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     shapes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
     exported = torch.export.export(model, (images(2, 3, 64, 64),), dynamic_shapes=shapes).module()
     for count in (1, 5):
@@ -440,7 +440,7 @@ def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:
 
 
 def test_channels_last_images_give_the_same() -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(**TINY)))
+    model = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     pixels = images(2, 3, 64, 64)
     other = pixels.contiguous(memory_format=torch.channels_last)
     assert_close(model(other).logits, model(pixels).logits, **CLOSE)

@@ -1,4 +1,4 @@
-"""The console command as a person meets it: what it prints, and the status it ends with."""
+"""Tests of the command line: output and exit statuses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_unknown_field_ends_with_2_and_is_named(job: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_more_classes_than_the_model_has_end_with_2(job: Path, bucket: str, storage: Storage) -> None:
+def test_topk_above_the_number_of_classes_ends_with_2(job: Path, bucket: str, storage: Storage) -> None:
     storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
     done = cvt_label("plan", "--config", job, "--set", "output.topk=11")
     assert done.returncode == 2
@@ -109,7 +109,7 @@ def test_plan_lists_shards_and_writes_nothing(job: Path, bucket: str, storage: S
     assert [o.uri for o in storage.list(f"{bucket}/out")] == []
 
 
-def test_stats_of_nothing_ends_with_4(job: Path) -> None:
+def test_stats_of_missing_partition_ends_with_4(job: Path) -> None:
     done = cvt_label("stats", "--config", job)
     assert done.returncode == 4
     assert "nothing is labeled yet" in done.stderr
@@ -119,16 +119,16 @@ def test_stats_of_nothing_ends_with_4(job: Path) -> None:
 def test_label_then_stats_show_the_same_table(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
-    """A run of its own, which ends with 3 for the shard that is cut."""
-    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(20)] + [("x.jpg", b"no image")])
+    """The run ends with 3, because one shard is truncated."""
+    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(20)] + [("x.jpg", b"not an image")])
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
     in_process = ["--config", job, "--set", "ray.address=in-process"]
     done = cvt_label_process("label", *in_process)
     assert done.returncode == 3, done.stderr
-    assert "21 in 1 shards" in done.stdout
-    assert f"not labelled: {bucket}/in/cut.tar" in done.stderr
-    assert "2 of 2 shards, 21 images, 1 errors" in done.stderr  # progress, without a terminal
+    assert "21 in 1 shard" in done.stdout
+    assert f"not labeled: {bucket}/in/cut.tar" in done.stderr
+    assert "2 of 2 shards, 21 images, 1 error" in done.stderr  # progress log
     assert re.search(rf"run \S+ labels 2 shards to {bucket}/out/model=fashion-mnist-", done.stderr)
     assert f"shard '{bucket}/in/a.tar', sample 20, key 'x': unsupported format: " in done.stderr
     assert "\x1b" not in done.stderr + done.stdout
@@ -136,22 +136,22 @@ def test_label_then_stats_show_the_same_table(
     table = cvt_label("stats", "--config", job)
     assert table.returncode == 0, table.stderr
     assert table.stdout.partition("images ")[0] in done.stdout
-    assert "1 shards, 0 of them deleted from the input; 1 could not be read; 21 images, 1 of" in table.stdout
-    again = cvt_label("label", *in_process)
-    assert again.returncode == 3, again.stderr
-    assert "1 done, 1 failed; 0 to label" in again.stdout
-    assert "1 done, 1 failed; 0 to label" in again.stderr  # said before it starts
-    assert "1 shards that earlier runs could not read (--retry-errors tries them again)" in again.stderr
+    assert "1 labeled shard, 0 deleted from the input; 1 unreadable shard; 21 images, 1 error" in table.stdout
+    repeated = cvt_label("label", *in_process)
+    assert repeated.returncode == 3, repeated.stderr
+    assert "1 done, 1 failed; 0 to label" in repeated.stdout
+    assert "1 done, 1 failed; 0 to label" in repeated.stderr  # printed before the run starts
+    assert "1 shard that earlier runs could not read (--retry-errors reads it again)" in repeated.stderr
     assert (
-        "1 done, 1 failed; 2 to label (2 of them again), 0 to prune"
+        "1 done, 1 failed; 2 to label (2 reprocessed), 0 to prune"
         in cvt_label("plan", "--config", job, "--relabel", "--prune").stdout
     )
     assert cvt_label("stats", "--config", job, "--rebuild").stdout == table.stdout
 
 
 @pytest.mark.slow
-def test_held_lease_refuses_a_run_or_makes_it_wait(tmp_path: Path) -> None:
-    """Another run holds the lease: 5; or it is waited for, until SIGTERM comes: 130."""
+def test_held_lease_ends_with_5_or_waits(tmp_path: Path) -> None:
+    """Another run holds the lease. Without --wait, 5. With --wait and SIGTERM, 130."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.tar").write_bytes(make_tar([("a.jpg", make_image(1))]))
     path = tmp_path / "job.yaml"
@@ -176,7 +176,7 @@ def test_held_lease_refuses_a_run_or_makes_it_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_unreachable_ray_ends_with_4_at_once(job: Path, bucket: str, storage: Storage) -> None:
+def test_unreachable_ray_ends_with_4(job: Path, bucket: str, storage: Storage) -> None:
     storage.write(f"{bucket}/in/a.tar", make_tar([("a.jpg", make_image(1))]))
     done = cvt_label_process("label", "--config", job, "--set", "ray.address=127.0.0.1:1")
     assert done.returncode == 4

@@ -1,4 +1,4 @@
-"""The command `compare`: what it prints and writes, and its exit statuses."""
+"""Tests of the command `compare`: output and exit statuses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_labels(uri: str, *runs: list[int | None], record: object = None) -> li
     return write_partition(Storage(), uri, LABELS, made, {} if record is None else {"config": record})
 
 
-def test_result_is_printed_and_written_and_limits_set_the_status(bucket: str, storage: Storage) -> None:
+def test_result_is_printed_and_written_and_limits_set_exit_status(bucket: str, storage: Storage) -> None:
     models = make_models(bucket, storage)
     output = f"{bucket}/cmp.parquet"
     done = cvt_label("compare", *models, "--output", output, "--max-psi", "0.1", "--min-agreement", 0.9)
@@ -67,7 +67,7 @@ def test_result_is_printed_and_written_and_limits_set_the_status(bucket: str, st
     assert sum(parts) == pytest.approx(totals["js_distance"] ** 2)
 
 
-def test_copy_of_a_partition_is_compared_like_the_original(tmp_path: Path) -> None:
+def test_copied_partition_compares_like_the_original(tmp_path: Path) -> None:
     """The manifest has the object versions of the original."""
     a, b, copy = (str(tmp_path / f"model={name}-00000000") for name in ("a", "b", "copy"))
     write_labels(a, [0, 1, 2, 2])
@@ -80,18 +80,18 @@ def test_copy_of_a_partition_is_compared_like_the_original(tmp_path: Path) -> No
         assert "agreement 0.75 is less than 0.76" in done.stderr
 
 
-def test_labels_that_cannot_be_compared_end_with_status_4(tmp_path: Path) -> None:
+def test_labels_without_common_samples_end_with_4(tmp_path: Path) -> None:
     uri = str(tmp_path / "model=a-00000000")
     write_labels(uri, [None], [0, 1])
-    nowhere = cvt_label("compare", uri, tmp_path)
-    assert nowhere.returncode == 4
-    assert f"{tmp_path}: no labels of a model" in nowhere.stderr
+    missing = cvt_label("compare", uri, tmp_path)
+    assert missing.returncode == 4
+    assert f"{tmp_path}: no labels of a model" in missing.stderr
     disjoint = cvt_label("compare", uri, f"{uri}@latest", "--min-agreement", 0.5)
     assert disjoint.returncode == 4
-    assert "no sample is labeled there" in disjoint.stderr
+    assert "no sample is labeled both here and in" in disjoint.stderr
 
 
-def test_unusable_options_end_with_status_2(tmp_path: Path) -> None:
+def test_invalid_options_end_with_2(tmp_path: Path) -> None:
     uri = str(tmp_path / "model=a-00000000")
     write_labels(uri, [0])
     assert cvt_label("compare", uri, uri, "--drift-only", "--min-agreement", 1).returncode == 2
@@ -99,15 +99,15 @@ def test_unusable_options_end_with_status_2(tmp_path: Path) -> None:
     assert cvt_label("compare", uri, "@latest").returncode == 2
 
 
-def test_missing_previous_run_is_no_failure(tmp_path: Path) -> None:
+def test_missing_previous_run_ends_with_0(tmp_path: Path) -> None:
     uri = str(tmp_path / "model=a-00000000")
     write_labels(uri, [0])
     done = cvt_label("compare", f"{uri}@previous", f"{uri}@latest", "--max-psi", 0.1)
     assert done.returncode == 0
-    assert "nothing is compared" in done.stderr
+    assert "nothing to compare" in done.stderr
 
 
-def test_configuration_names_the_labels_of_its_job(tmp_path: Path) -> None:
+def test_configuration_selects_the_partition_of_its_job(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"model: {{path: fashion-mnist}}\ninput: {{uri: /in}}\noutput: {{uri: {tmp_path}/out}}\n")
     uri, other = f"{tmp_path}/out/model=fashion-mnist-ffffffff", str(tmp_path / "model=b-11111111")

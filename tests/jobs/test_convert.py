@@ -1,4 +1,4 @@
-"""Converting checkpoints, as a person does it; what comes out is loaded by plain transformers."""
+"""Tests of the command `convert`: transformers loads the converted checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.configuration import CvtConfig
 from tests.command import invoke
 from tests.cvt.microsoft_names import as_microsoft
-from tests.cvt.random_models import randomise
+from tests.cvt.random_models import randomize
 
 FOLDER = BUNDLED["fashion-mnist"]
 DEPTH = [1, 2, 3]  # of the bundled checkpoint
@@ -26,7 +26,7 @@ FILE = "CvT-13-384x384-IN-1k.pth"
 
 
 def convert(*arguments: object, status: int = 0) -> str:
-    """Runs the command; returns what it prints."""
+    """Runs the command and returns its output."""
     return invoke(jobs.convert.convert, *arguments, status=status).output
 
 
@@ -34,10 +34,10 @@ def convert(*arguments: object, status: int = 0) -> str:
 def published(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, transformers.CvtForImageClassification]:
-    """A file of Microsoft's of the shape of CvT-13, with random weights; and transformers' model of them."""
+    """A Microsoft file with random weights for CvT-13, and transformers' model with the same weights."""
     with torch.device("meta"):
         model = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=3))
-    model = randomise(model.to_empty(device="cpu"))
+    model = randomize(model.to_empty(device="cpu"))
     file = tmp_path_factory.mktemp("published") / FILE
     torch.save(as_microsoft(model.state_dict(), model.config.depth), file)
     return file, model
@@ -51,17 +51,17 @@ def test_microsofts_file_becomes_a_folder_that_transformers_loads(
     file, model = published
     labels, target = tmp_path / "labels.txt", tmp_path / "new" / "cvt-13-384"
     labels.write_text("cat\ndog\neel\n")
-    said = convert(file, target, "--labels", labels)
-    assert said == f"{target}: CvT-13-384x384-IN-1k, 3 classes, 384 pixels\n"
+    output = convert(file, target, "--labels", labels)
+    assert output == f"{target}: CvT-13-384x384-IN-1k, 3 classes, 384 pixels\n"
     assert sorted(path.name for path in target.parent.iterdir()) == ["cvt-13-384"]
     assert sorted(path.name for path in target.iterdir()) == [
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
     ]
-    theirs, info = transformers.CvtForImageClassification.from_pretrained(target, output_loading_info=True)
+    converted, info = transformers.CvtForImageClassification.from_pretrained(target, output_loading_info=True)
     assert not any(info.values())
-    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert converted.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
     written = json.loads((target / "config.json").read_text())
     assert written.keys() >= CvtConfig.__annotations__.keys() | {"id2label", "label2id", "model_type"}
 
@@ -71,7 +71,7 @@ def test_microsofts_file_becomes_a_folder_that_transformers_loads(
     assert pixels.shape == (1, 3, 384, 384)
     logits = model(pixels).logits
     assert logits.std() > 0.01
-    assert_close(theirs.eval()(pixels).logits, logits)
+    assert_close(converted.eval()(pixels).logits, logits)
 
     checkpoint = load_checkpoint(str(target))
     assert checkpoint.digest == load_checkpoint(str(file), labels=str(labels)).digest
@@ -82,16 +82,16 @@ def test_microsofts_file_becomes_a_folder_that_transformers_loads(
     assert load_checkpoint(str(back)).digest == load_checkpoint(str(file)).digest
 
 
-def test_the_bundled_checkpoint_goes_to_microsofts_names_and_back(tmp_path: Path) -> None:
+def test_bundled_checkpoint_survives_conversion_to_microsoft_and_back(tmp_path: Path) -> None:
     file = tmp_path / "clothes.pth"
-    said = convert("fashion-mnist", file, "--to", "microsoft")
-    assert "clothes.pth loads as a model of 224 pixels" in said
+    output = convert("fashion-mnist", file, "--to", "microsoft")
+    assert "clothes.pth will load with an image size of 224 pixels" in output
     weights = torch.load(file, weights_only=True)
     expected = as_microsoft(load_checkpoint("fashion-mnist").model.state_dict(), DEPTH)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
-    # Its shape is of no published variant, so that it takes a config.json to load it.
+    # The architecture is not a published variant, so loading needs a config.json.
     assert "no published variant of CvT has embed_dim [32, 64, 128]" in convert(
         file, tmp_path / "x", status=4
     )
@@ -104,13 +104,13 @@ def test_the_bundled_checkpoint_goes_to_microsofts_names_and_back(tmp_path: Path
     assert load_checkpoint(str(tmp_path / "again")).digest == load_checkpoint("fashion-mnist").digest
 
 
-def test_the_size_of_images_can_be_given(tmp_path: Path) -> None:
+def test_size_option_sets_the_image_size(tmp_path: Path) -> None:
     assert "224 pixels" in convert("fashion-mnist", tmp_path / "clothes", "--size", "224")
     assert load_checkpoint(str(tmp_path / "clothes")).preprocessor.size == 224
     assert "256" in convert("fashion-mnist", tmp_path / "x", "--size", "256", status=2)
 
 
-def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
+def test_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.pth").write_bytes(b"mine")
     assert "exists" in convert("fashion-mnist", tmp_path / "empty", status=2)
@@ -119,28 +119,28 @@ def test_an_existing_target_is_not_overwritten(tmp_path: Path) -> None:
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_microsofts_file_must_have_its_suffix(tmp_path: Path) -> None:
+def test_microsoft_file_needs_pth_suffix(tmp_path: Path) -> None:
     assert "must end with .pth" in convert("fashion-mnist", tmp_path / "x", "--to", "microsoft", status=2)
 
 
-def test_what_cannot_be_loaded_ends_with_4_and_leaves_nothing(tmp_path: Path) -> None:
+def test_unloadable_source_ends_with_4_and_leaves_no_files(tmp_path: Path) -> None:
     assert "no such folder" in convert("/no/such/model", tmp_path / "out", status=4)
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\n")
-    said = convert("fashion-mnist", tmp_path / "out", "--labels", labels, status=4)
-    assert "1 names, but the model has 10 classes" in said
+    output = convert("fashion-mnist", tmp_path / "out", "--labels", labels, status=4)
+    assert "1 names, but the model has 10 classes" in output
     assert list(tmp_path.iterdir()) == [labels]
 
 
 @pytest.mark.parametrize("target", ["s3://bucket/model", "new.pth", "file.txt/below"])
-def test_a_target_that_cannot_be_is_refused(tmp_path: Path, target: str) -> None:
+def test_invalid_target_ends_with_2(tmp_path: Path, target: str) -> None:
     (tmp_path / "file.txt").write_text("a file")
     place = target if "://" in target else str(tmp_path / target)
     convert("fashion-mnist", place, status=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt"]
 
 
-def test_weights_without_a_classifier_are_refused(tmp_path: Path) -> None:
+def test_weights_without_classifier_end_with_4(tmp_path: Path) -> None:
     source = tmp_path / "features"
     load_checkpoint("fashion-mnist").model.cvt.save_pretrained(source)
     shutil.copy(FOLDER / "preprocessor_config.json", source)

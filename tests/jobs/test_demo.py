@@ -1,3 +1,5 @@
+"""Tests of the command `demo`."""
+
 from __future__ import annotations
 
 import signal
@@ -17,13 +19,13 @@ pytestmark = pytest.mark.slow
 DEMO = [sys.executable, "-m", "jobs.demo", "--output"]
 
 
-def test_the_demo_labels_its_sample_and_leaves_the_labels_in_a_folder(tmp_path: Path) -> None:
+def test_demo_labels_its_images_and_keeps_a_copy(tmp_path: Path) -> None:
     output = tmp_path / "labels"
     done = subprocess.run([*DEMO, output], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert "1,000 in 2 shards" in done.stdout
     assert "Ankle boot" in done.stdout
-    assert "read back from S3" in done.stdout
+    assert "read from S3" in done.stdout
     [partition] = output.glob("model=fashion-mnist-*")
     labels = ds.dataset(partition / "predictions", format="parquet").to_table().to_pylist()
     assert len(labels) == len({row["key"] for row in labels}) == 1000
@@ -35,17 +37,17 @@ def test_the_demo_labels_its_sample_and_leaves_the_labels_in_a_folder(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("number", "once_there"),
+    ("number", "awaited"),
     [(signal.SIGTERM, "weed"), (signal.SIGINT, "ray::MapWorker")],
     ids=["SIGTERM before Ray", "Ctrl-C"],
 )
-def test_interrupting_it_stops_the_server_and_ray(tmp_path: Path, number: int, once_there: str) -> None:
+def test_interrupt_stops_the_server_and_ray(tmp_path: Path, number: int, awaited: str) -> None:
     demo = subprocess.Popen(
         [*DEMO, tmp_path / "labels"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     started: dict[int, str] = {}
     deadline = time.monotonic() + 300
-    while not any(once_there in command for command in started.values()):
+    while not any(awaited in command for command in started.values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
         started |= descendants(demo.pid)

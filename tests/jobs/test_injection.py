@@ -1,4 +1,4 @@
-"""Names from data that would be code elsewhere: in paths, pages, terminals and queries they stay names."""
+"""Names from data that look like code are inert in paths, pages, terminals and queries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 CLEAR_SCREEN = "\x1b[2J"
 FORGED = "\n2026-01-01 00:00:00,000 INFO forged"
-#: What a bundled model's ten classes are called here.
+#: Class names of the bundled model in these tests.
 LABELS = [
     "../../x",
     "<script>alert(1)</script>",
@@ -35,7 +35,7 @@ LABELS = [
     "x" * 5000,
 ]
 KEYS = [*LABELS, "/etc/passwd", "..", "a\\..\\b", "\u202egnp.exe"]
-#: Of files in the input; a disk takes neither a slash nor NUL in them.
+#: Names of input files. A file system allows neither a slash nor NUL in them.
 SHARDS = [
     f"{CLEAR_SCREEN}a.parquet",
     f"b{FORGED}.tar",
@@ -48,11 +48,11 @@ CUT = f"cut{FORGED}{CLEAR_SCREEN}<script>alert(1)<b>.tar"
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A run over all of these names: where it wrote, and what it and `stats` and `plan` printed."""
+class LabeledNames:
+    """A run over all of these names: its folder, and the output of `plan`, `label` and `stats`."""
 
     root: Path
-    said: dict[str, str]
+    output: dict[str, str]
 
     @property
     def predictions(self) -> ds.Dataset:
@@ -64,7 +64,7 @@ class Labelled:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> LabeledNames:
     root = tmp_path_factory.mktemp("injection")
     (root / "in").mkdir()
     (root / "labels.json").write_text(json.dumps(LABELS))
@@ -74,7 +74,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
         (f"{name}.jpg", make_image(i)) for i, name in enumerate(["../../x", "/abs", "%2e%2e/y", "..."])
     ]
     for name in SHARDS[1:]:
-        (root / "in" / name).write_bytes(make_tar([*members, ("<b>.jpg", b"no image")]))
+        (root / "in" / name).write_bytes(make_tar([*members, ("<b>.jpg", b"not an image")]))
     (root / "in" / CUT).write_bytes(make_tar(members)[:3000])
     job = {
         "input": {"uri": f"{root}/in", "key_column": "key"},
@@ -82,21 +82,21 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
         "output": {"uri": f"{root}/out"},
         "ray": {"address": "in-process"},
     }
-    (root / "job.yaml").write_text(json.dumps(job))  # which is YAML, too
+    (root / "job.yaml").write_text(json.dumps(job))  # JSON is YAML
     planned = cvt_label("plan", "--config", f"{root}/job.yaml", "--shards")
     done = cvt_label_process("label", "--config", f"{root}/job.yaml")
     counted = cvt_label("stats", "--config", f"{root}/job.yaml")
     statuses = planned.returncode, done.returncode, counted.returncode
     assert statuses == (0, 3, 0), planned.stderr + done.stderr + counted.stderr
     results = {"plan": planned, "label": done, "stats": counted}
-    said = {name: result.stdout + result.stderr for name, result in results.items()}
-    return Labelled(root, said)
+    output = {name: result.stdout + result.stderr for name, result in results.items()}
+    return LabeledNames(root, output)
 
 
-def test_nothing_is_written_outside_of_the_output(labelled: Labelled) -> None:
-    assert {path.name for path in labelled.root.iterdir()} == {"in", "out", "job.yaml", "labels.json"}
-    assert len(list((labelled.root / "in").iterdir())) == len(SHARDS) + 1
-    (partition,) = (labelled.root / "out").iterdir()
+def test_run_writes_only_to_the_output(labeled: LabeledNames) -> None:
+    assert {path.name for path in labeled.root.iterdir()} == {"in", "out", "job.yaml", "labels.json"}
+    assert len(list((labeled.root / "in").iterdir())) == len(SHARDS) + 1
+    (partition,) = (labeled.root / "out").iterdir()
     assert {path.name for path in partition.iterdir()} == {
         "predictions", "runs", "class_stats.parquet", "gallery.parquet", "manifest.parquet", "report.html",
         "lease.json",
@@ -105,37 +105,37 @@ def test_nothing_is_written_outside_of_the_output(labelled: Labelled) -> None:
     assert len(files) == len(SHARDS)
     for path in files:
         below = path.relative_to(partition / "predictions")
-        assert below.parent == Path("file") / labelled.root.relative_to("/") / "in"
+        assert below.parent == Path("file") / labeled.root.relative_to("/") / "in"
         assert path.name.isprintable()
         assert not set(path.name) & set("<>\"='*?:[]") - {"'"}
 
 
-def test_keys_and_labels_are_in_the_table_as_they_are(labelled: Labelled) -> None:
-    table = labelled.predictions.to_table()
+def test_keys_and_labels_are_stored_unchanged(labeled: LabeledNames) -> None:
+    table = labeled.predictions.to_table()
     keys = table.filter(pc.ends_with(table["shard"], ".parquet")).sort_by("index")["key"].to_pylist()
     assert keys == KEYS
     tars = set(table.filter(pc.ends_with(table["shard"], ".tar"))["key"].to_pylist())
     assert {"../../x", "/abs", "%2e%2e/y", "<b>"} <= tars
-    assert pq.read_table(labelled.file("class_stats.parquet"))["label"].to_pylist() == LABELS
+    assert pq.read_table(labeled.file("class_stats.parquet"))["label"].to_pylist() == LABELS
     assert set(table["label"].drop_null().unique().to_pylist()) <= set(LABELS)
 
 
-def test_a_filter_by_such_a_name_finds_its_rows(labelled: Labelled) -> None:
-    everything = labelled.predictions.to_table()
+def test_filter_by_name_finds_its_rows(labeled: LabeledNames) -> None:
+    everything = labeled.predictions.to_table()
     for label in LABELS:
         expected = sum(each == label for each in everything["label"].to_pylist())
-        assert labelled.predictions.count_rows(filter=ds.field("label") == label) == expected
+        assert labeled.predictions.count_rows(filter=ds.field("label") == label) == expected
     for key in KEYS:
-        assert labelled.predictions.count_rows(filter=ds.field("key") == key) >= 1
+        assert labeled.predictions.count_rows(filter=ds.field("key") == key) >= 1
 
 
-def test_the_manifest_lists_every_shard_by_its_own_name(labelled: Labelled) -> None:
-    rows = pq.read_table(labelled.file("manifest.parquet")).to_pylist()
+def test_manifest_lists_every_shard_by_name(labeled: LabeledNames) -> None:
+    rows = pq.read_table(labeled.file("manifest.parquet")).to_pylist()
     assert {Path(row["uri"]).name for row in rows} == {*SHARDS, CUT}
 
 
-def test_the_report_shows_them_as_text(labelled: Labelled) -> None:
-    page = labelled.file("report.html").read_text()
+def test_report_escapes_names(labeled: LabeledNames) -> None:
+    page = labeled.file("report.html").read_text()
     tags: list[tuple[str, dict[str, str | None]]] = []
 
     class Tags(HTMLParser):
@@ -151,16 +151,16 @@ def test_the_report_shows_them_as_text(labelled: Labelled) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "label", "stats"])
-def test_terminals_and_logs_get_them_as_text_on_their_own_line(labelled: Labelled, command: str) -> None:
-    said = labelled.said[command]
+def test_output_escapes_control_characters(labeled: LabeledNames, command: str) -> None:
+    output = labeled.output[command]
     for character in ("\x1b", "\x00", "\u202e"):
-        assert character not in said, repr(character)
-    assert not [line for line in said.splitlines() if line.strip().startswith("2026-01-01")]
+        assert character not in output, repr(character)
+    assert not [line for line in output.splitlines() if line.strip().startswith("2026-01-01")]
     if command != "stats":
-        assert r"\n2026-01-01 00:00:00,000 INFO forged" in said
+        assert r"\n2026-01-01 00:00:00,000 INFO forged" in output
 
 
-def test_a_record_of_the_log_is_one_line() -> None:
+def test_log_record_is_one_line() -> None:
     record = logging.LogRecord(
         "cvt_label", logging.INFO, "", 0, "shard %s", (f"x{FORGED}{CLEAR_SCREEN}",), None
     )

@@ -1,4 +1,4 @@
-"""What `label` shows while it runs."""
+"""Tests of the progress output of `label`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The S3 server on loopback: that it serves, and that nothing of it stays."""
+"""Tests of the local S3 server: requests, and cleanup."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with LocalS3() as server:
 
 
 def runs(pid: int) -> bool:
-    """Whether the process runs; a dead one that nobody has waited for doesn't."""
+    """Returns whether the process runs. A zombie process does not run."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -78,13 +78,13 @@ def test_server_listens_on_loopback_only(s3_server: LocalS3) -> None:
     assert set(listening) == {"0100007F"}  # 127.0.0.1
 
 
-def test_two_servers_run_side_by_side(s3_server: LocalS3) -> None:
+def test_two_servers_run_at_the_same_time(s3_server: LocalS3) -> None:
     with LocalS3() as other:
         assert other.endpoint_url != s3_server.endpoint_url
         assert other.client().list_buckets()["Buckets"] == []
 
 
-def test_exception_in_the_block_ends_the_server() -> None:
+def test_exception_in_the_block_stops_the_server() -> None:
     server = LocalS3()
     with pytest.raises(KeyboardInterrupt), server:
         raise KeyboardInterrupt
@@ -94,7 +94,7 @@ def test_exception_in_the_block_ends_the_server() -> None:
 @pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_server_ends_with_the_program_that_started_it(how: signal.Signals, tmp_path: Path) -> None:
+def test_server_stops_when_its_program_ends(how: signal.Signals, tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     with subprocess.Popen(
         [sys.executable, "-c", HOLD],
@@ -124,7 +124,7 @@ def test_missing_server_program_names_the_package(tmp_path: Path) -> None:
         pass
 
 
-def test_server_that_ends_at_its_start_shows_its_log(tmp_path: Path) -> None:
+def test_server_that_fails_to_start_shows_its_log(tmp_path: Path) -> None:
     weed = tmp_path / "weed"
     weed.write_text("#!/bin/sh\necho no space left on device\nexit 1\n")
     weed.chmod(0o755)

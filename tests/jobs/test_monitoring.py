@@ -1,4 +1,4 @@
-"""What can be seen of a run on a cluster: its metrics, by Prometheus, and the dashboard over them."""
+"""Tests of monitoring on a cluster: Prometheus metrics and the Grafana dashboard."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SAMPLE = re.compile(r"(ray_cvt_label_\w+)\{(.*)\} (\S+)")
 
 @pytest.fixture(scope="module")
 def dataset(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a job on the cluster has labelled: 40 images, one more that is none, and a shard that is cut."""
+    """The input of a finished job: 40 images, one invalid image, and a truncated shard."""
     folder = tmp_path_factory.mktemp("monitoring")
-    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(40)] + [("x.jpg", b"no image")])
+    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(40)] + [("x.jpg", b"not an image")])
     (folder / "in").mkdir()
     (folder / "in/a.tar").write_bytes(whole)
     (folder / "in/cut.tar").write_bytes(whole[:3000])
@@ -41,7 +41,7 @@ def dataset(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     job += [word for setting in settings for word in ("--set", setting)]
     submit = [RAY, "job", "submit", "--address", cluster, "--working-dir", ".", "--", *job]
     done = subprocess.run(submit, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False)
-    assert "41 in 1 shards" in done.stdout, done.stdout + done.stderr
+    assert "41 in 1 shard" in done.stdout, done.stdout + done.stderr
     return f"{folder}/in"
 
 
@@ -52,32 +52,32 @@ def get(url: str) -> str:
 
 
 def targets(cluster: str) -> list[str]:
-    """What Ray tells Prometheus to scrape."""
+    """Returns the addresses that Ray exposes to Prometheus."""
     return [
         target for group in json.loads(get(f"{cluster}/api/prometheus/sd")) for target in group["targets"]
     ]
 
 
 def scraped(cluster: str, dataset: str) -> dict[str, dict[str, float]]:
-    """By metric, its values of a dataset by those of its labels that are ours."""
+    """Returns, by metric, the values of a dataset by the labels that this project sets."""
     found: dict[str, dict[str, float]] = {}
     for target in targets(cluster):
         try:
             page = get(f"http://{target}/metrics")
-        except OSError:  # one of Ray's own that isn't up yet
+        except OSError:  # a process of Ray that has not started yet
             continue
         for name, labels, value in SAMPLE.findall(page):
-            ours = dict(re.findall(r'(outcome|stage|state|kind|le|dataset|model)="([^"]*)"', labels))
-            if ours.pop("dataset") != dataset:
+            own_labels = dict(re.findall(r'(outcome|stage|state|kind|le|dataset|model)="([^"]*)"', labels))
+            if own_labels.pop("dataset") != dataset:
                 continue
-            assert re.fullmatch(r"fashion-mnist-[0-9a-f]{8}", ours.pop("model"))
-            found.setdefault(name, {})[" ".join(ours.values())] = float(value)
+            assert re.fullmatch(r"fashion-mnist-[0-9a-f]{8}", own_labels.pop("model"))
+            found.setdefault(name, {})[" ".join(own_labels.values())] = float(value)
     return found
 
 
 @pytest.fixture(scope="module")
 def metrics(cluster: str, dataset: str) -> dict[str, dict[str, float]]:
-    """The metrics, once the last ones of the job have come."""
+    """The metrics, after the last update of the job arrived."""
     deadline = time.monotonic() + 300
     while True:
         found = scraped(cluster, dataset)
@@ -87,17 +87,17 @@ def metrics(cluster: str, dataset: str) -> dict[str, dict[str, float]]:
         time.sleep(1)
 
 
-def test_status_lists_a_job_that_rays_own_command_submitted(cluster: str, dataset: str) -> None:
+def test_status_lists_job_of_ray_job_submit(cluster: str, dataset: str) -> None:
     done = cvt_label("status", "--address", cluster)
     assert done.returncode == 0, done.stderr
     assert re.search(r"failed .* 3  raysubmit_\w+\n", done.stdout)
 
 
-def test_what_is_counted_is_what_was_done(metrics: dict[str, dict[str, float]]) -> None:
+def test_metrics_count_the_processed_images(metrics: dict[str, dict[str, float]]) -> None:
     assert metrics["ray_cvt_label_images_total"] == {"labeled": 40, "error": 1}
     assert metrics["ray_cvt_label_shards_planned_total"] == {"": 2}
     assert metrics["ray_cvt_label_shards_total"] == {"committed": 1, "unreadable": 1}
-    # Of the shard that is cut, what came before the cut was read, decoded and classified too.
+    # The images before the truncation were read, decoded and classified too.
     assert metrics["ray_cvt_label_stage_images_total"]["commit"] == 41
     assert metrics["ray_cvt_label_stage_images_total"]["storage"] > 41
     assert set(metrics["ray_cvt_label_stage_bytes_total"]) == {"storage", "decode", "classify", "commit"}
@@ -110,10 +110,10 @@ def expressions() -> list[str]:
     return [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(metrics: dict[str, dict[str, float]]) -> None:
-    asked = {name for text in expressions() for name in re.findall(r"ray_cvt_label_\w+", text)}
-    assert asked - {"ray_cvt_label_storage_retries_total"} <= set(metrics)  # there were none
-    assert set(metrics) - asked <= {
+def test_dashboard_queries_existing_metrics(metrics: dict[str, dict[str, float]]) -> None:
+    queried = {name for text in expressions() for name in re.findall(r"ray_cvt_label_\w+", text)}
+    assert queried - {"ray_cvt_label_storage_retries_total"} <= set(metrics)  # no retry happened
+    assert set(metrics) - queried <= {
         "ray_cvt_label_batch_seconds_count",
         "ray_cvt_label_batch_seconds_sum",
         "ray_cvt_label_stage_images_total",
@@ -123,7 +123,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(metrics: dict[str, dict[s
     assert all(panel["title"] and panel["description"] is not None for panel in DASHBOARD["panels"])
 
 
-def test_grafanas_own_types_lose_nothing_of_the_dashboard() -> None:
+def test_dashboard_is_valid_for_grafana_types() -> None:
     models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
     encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
     loaded = json.loads(encoder.JSONEncoder().encode(models.Dashboard.from_json(DASHBOARD)))
@@ -163,8 +163,8 @@ def prometheus(cluster: str, metrics: dict[str, dict[str, float]], tmp_path: Pat
         process.wait(120)
 
 
-def test_every_panel_has_an_answer_in_prometheus(prometheus: str, dataset: str) -> None:
-    """But for rates: the run is over, and they are all 0 by now, or unknown."""
+def test_every_panel_has_data_in_prometheus(prometheus: str, dataset: str) -> None:
+    """Rates may be 0 or missing, because the run is finished."""
     variables = {"$dataset": dataset, "$model": ".*", "$__rate_interval": "10s", "$__range": "1m"}
 
     def answer(expression: str) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_every_panel_has_an_answer_in_prometheus(prometheus: str, dataset: str) 
         query = urllib.parse.urlencode({"query": expression})
         try:
             found = json.loads(get(f"{prometheus}/api/v1/query?{query}"))
-        except OSError:  # not up yet
+        except OSError:  # not started yet
             return []
         assert found["status"] == "success", found
         return list(found["data"]["result"])

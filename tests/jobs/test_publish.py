@@ -1,4 +1,4 @@
-"""`cvt-label publish` as a person or a schedule meets it."""
+"""Tests of the command `publish`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ needs_delta()
 
 
 @dataclass(frozen=True)
-class Done:
-    """How a command ended."""
+class CommandResult:
+    """Exit status and output of a command."""
 
     status: int
-    shown: str
+    output: str
 
 
-def command(*arguments: object) -> Done:
+def command(*arguments: object) -> CommandResult:
     """Runs `publish` in this process."""
     app = make_app()
     app.command()(publish)
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return Done(done.exit_code, done.output)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CommandResult(result.exit_code, result.output)
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ def dataset(tmp_path: Path) -> Dataset:
     return dataset
 
 
-def test_reports_what_was_published_and_that_there_was_nothing(dataset: Dataset) -> None:
+def test_output_reports_published_shards_and_up_to_date_table(dataset: Dataset) -> None:
     done = command(dataset.uri, "--to", dataset.table)
-    expected = f"{dataset.table}: version 1: 1 shards added, 0 replaced, 0 removed; 6 rows in 1 files\n"
-    assert (done.status, done.shown) == (0, expected)
+    expected = f"{dataset.table}: version 1: 1 shard added, 0 replaced, 0 removed; 6 rows in 1 file\n"
+    assert (done.status, done.output) == (0, expected)
     assert dataset.published() == dataset.labels()
     again = command(dataset.uri, "--to", dataset.table)
-    assert (again.status, again.shown) == (0, f"{dataset.table}: version 1 has everything already\n")
+    assert (again.status, again.output) == (0, f"{dataset.table}: version 1, already up to date\n")
 
 
 @pytest.mark.parametrize("by", ["uri", "config"])
-def test_runs_without_torch_and_ray(dataset: Dataset, tmp_path: Path, by: str) -> None:
+def test_command_imports_neither_torch_nor_ray(dataset: Dataset, tmp_path: Path, by: str) -> None:
     fields = [f"input.uri={dataset.root}/in", f"output.uri={dataset.root}/out", "model.path=fashion-mnist"]
     config = load_config(Config, None, fields)
     dataset.config = config.model_dump(mode="json")
@@ -75,48 +75,50 @@ def test_runs_without_torch_and_ray(dataset: Dataset, tmp_path: Path, by: str) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("9 rows in 1 files\nset()\n")
+    assert done.stdout.endswith("9 rows in 1 file\nset()\n")
     assert dataset.published() == dataset.labels()
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["out", "--config", "job.yaml"], ["out", "--set", "output.topk=1"]]
 )
-def test_needs_a_partition_or_a_configuration(dataset: Dataset, arguments: list[str]) -> None:
+def test_command_needs_either_a_partition_or_a_configuration(dataset: Dataset, arguments: list[str]) -> None:
     assert command(*arguments, "--to", dataset.table).status == 2
 
 
-def test_partition_that_is_not_there_ends_with_4(dataset: Dataset) -> None:
+def test_missing_partition_ends_with_4(dataset: Dataset) -> None:
     done = command(f"{dataset.root}/out/model=other", "--to", dataset.table)
     assert done.status == 4
-    assert "model=other: no labels of a model" in done.shown
+    assert "model=other: no labels of a model" in done.output
     dataset.storage.delete(dataset.partition.manifest.uri)
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert "nothing is labeled yet" in done.shown
+    assert "nothing is labeled yet" in done.output
     assert not dataset.objects(dataset.table)
 
 
 def test_table_in_the_output_ends_with_2(dataset: Dataset) -> None:
     done = command(dataset.uri, "--to", f"{dataset.root}/out/table")
     assert done.status == 2
-    assert f"a table needs a place of its own, and the output is {dataset.root}/out" in done.shown
+    assert f"a table needs a place of its own, and the output is {dataset.root}/out" in done.output
 
 
-def test_labels_that_have_changed_since_the_manifest_end_with_3(dataset: Dataset) -> None:
+def test_labels_newer_than_the_manifest_end_with_3(dataset: Dataset) -> None:
     os.utime(dataset.prediction_uri("a"), ns=(1, 1))
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 3
-    assert "1 shards have changed since the manifest was written" in done.shown
+    assert "1 shard changed after the manifest was written" in done.output
 
 
-def test_edited_table_ends_with_4_and_is_published_again_with_rebuild(dataset: Dataset) -> None:
+def test_edited_table_ends_with_4_until_rebuild(dataset: Dataset) -> None:
     dataset.publish()
     dataset.delta().delete("index = 3")
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert f"{dataset.table}: rows of model=cvt-00000001 are not as they were published: DELETE" in done.shown
-    assert "--rebuild" in done.shown
+    assert (
+        f"{dataset.table}: rows of model=cvt-00000001 are not as they were published: DELETE" in done.output
+    )
+    assert "--rebuild" in done.output
     assert command(dataset.uri, "--to", dataset.table, "--rebuild").status == 0
     assert dataset.published() == dataset.labels()
 
@@ -125,7 +127,7 @@ def test_missing_package_ends_with_4_and_is_named(dataset: Dataset, monkeypatch:
     monkeypatch.setitem(sys.modules, "deltalake", None)
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert "pip install 'cvt-label[delta]'" in done.shown
+    assert "pip install 'cvt-label[delta]'" in done.output
 
 
 def test_wrong_credentials_end_with_4_and_are_not_shown(
@@ -135,14 +137,14 @@ def test_wrong_credentials_end_with_4_and_are_not_shown(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
     done = command(dataset.uri, "--to", f"{bucket}/table")
     assert done.status == 4
-    assert "planted" not in done.shown
+    assert "planted" not in done.output
 
 
 @pytest.fixture
 def without_credentials(
     s3_server: LocalS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.MonkeyPatch:
-    """An environment that says nothing of S3, and a home without AWS's files."""
+    """An environment without S3 settings and without AWS files."""
     for name in s3_server.environment():
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -159,7 +161,7 @@ def test_profile_is_enough_to_publish(
     without_credentials: pytest.MonkeyPatch,
     profile: str,
 ) -> None:
-    """Credentials in the one file, and the service in the other."""
+    """The credentials file has the credentials, and the config file has the endpoint."""
     Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).write_text(
         f"[{profile}]\naws_access_key_id = {s3_server.access_key}\n"
         f"aws_secret_access_key = {s3_server.secret_key}\n"
@@ -171,46 +173,46 @@ def test_profile_is_enough_to_publish(
     if profile != "default":
         without_credentials.setenv("AWS_PROFILE", profile)
     first = command(dataset.uri, "--to", f"{bucket}/table")
-    assert (first.status, first.shown) == (0, first.shown)
-    assert "version 1: 1 shards added" in first.shown
-    assert "has everything already" in command(dataset.uri, "--to", f"{bucket}/table").shown
-    assert s3_server.secret_key not in first.shown
+    assert (first.status, first.output) == (0, first.output)
+    assert "version 1: 1 shard added" in first.output
+    assert "already up to date" in command(dataset.uri, "--to", f"{bucket}/table").output
+    assert s3_server.secret_key not in first.output
 
 
-def test_what_is_missing_of_s3_is_reported_in_one_line(
+def test_missing_s3_credentials_or_bucket_is_reported_in_one_line(
     dataset: Dataset, without_credentials: pytest.MonkeyPatch, s3_server: LocalS3
 ) -> None:
     without_credentials.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint_url)
     done = command(dataset.uri, "--to", "s3://no-such-bucket/table")
     assert done.status == 4
-    assert "no usable AWS credentials" in done.shown
-    assert done.shown.count("\n") == 1
+    assert "no usable AWS credentials" in done.output
+    assert done.output.count("\n") == 1
     for name, value in s3_server.environment().items():
         without_credentials.setenv(name, value)
     done = command(dataset.uri, "--to", "s3://no-such-bucket/table")
     assert done.status == 4
-    assert "bucket 'no-such-bucket' does not exist" in done.shown
-    assert done.shown.count("\n") == 1
+    assert "bucket 'no-such-bucket' does not exist" in done.output
+    assert done.output.count("\n") == 1
 
 
-def test_log_that_deltalake_cannot_read_is_reported_in_one_line(dataset: Dataset) -> None:
+def test_unreadable_delta_log_is_reported_in_one_line(dataset: Dataset) -> None:
     dataset.storage.write(f"{dataset.table}/_delta_log/{0:020d}.json", b"no\nlog")
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert "table: can't be read as a Delta table: " in done.shown
-    assert done.shown.count("\n") == 1
-    assert "\x1b" not in done.shown
-    assert " 0: " not in done.shown  # the first of many lines of a stack
+    assert "table: can't be read as a Delta table: " in done.output
+    assert done.output.count("\n") == 1
+    assert "\x1b" not in done.output
+    assert " 0: " not in done.output  # the first line of a stack trace
 
 
 def test_help_names_the_extra_that_delta_needs() -> None:
-    assert "cvt-label[delta]" in command("--help").shown
+    assert "cvt-label[delta]" in command("--help").output
 
 
 def test_no_secret_is_written_or_logged(
     dataset: Dataset, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
-    """By a process of its own, whose libraries log all that they log."""
+    """Runs in a separate process with debug logs of the libraries."""
     done = subprocess.run(
         [sys.executable, "-m", "jobs.publish", dataset.uri, "--to", f"{bucket}/table"],
         env=os.environ | {"RUST_LOG": "debug"},

@@ -1,4 +1,4 @@
-"""The command `report`, as it is called."""
+"""Tests of the command `report`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tests.command import cvt_label
 from tests.pipeline.report.test_report import make_partition
 
 
-def test_report_is_written_next_to_the_labels_or_elsewhere(tmp_path: Path) -> None:
+def test_report_is_written_to_the_partition_or_to_output(tmp_path: Path) -> None:
     uri = make_partition(tmp_path, ["a", "b"]).uri
     done = cvt_label("report", uri)
     assert done.returncode == 0, done.stderr
     assert f"{uri}/report.html" in done.stdout
-    elsewhere = tmp_path / "page.html"
-    assert cvt_label("report", uri, "--output", elsewhere).returncode == 0
-    assert elsewhere.read_bytes() == Path(uri, "report.html").read_bytes()
+    page = tmp_path / "page.html"
+    assert cvt_label("report", uri, "--output", page).returncode == 0
+    assert page.read_bytes() == Path(uri, "report.html").read_bytes()
 
 
-def test_missing_record_ends_with_status_4(tmp_path: Path) -> None:
+def test_missing_run_record_ends_with_4(tmp_path: Path) -> None:
     uri = make_partition(tmp_path, ["a", "b"]).uri
     done = cvt_label("report", uri, "--run", "20260101T000000.000000Z-ffffff")
     assert done.returncode == 4
@@ -29,15 +29,15 @@ def test_missing_record_ends_with_status_4(tmp_path: Path) -> None:
 
 
 def test_report_and_compare_import_neither_torch_nor_ray(tmp_path: Path) -> None:
-    mine = make_partition(tmp_path, ["a", "b"]).uri
-    other = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff").uri
+    first = make_partition(tmp_path, ["a", "b"]).uri
+    second = make_partition(tmp_path, ["a", "b"], "model=other-ffffffff").uri
     program = f"""
 import sys
 from jobs.compare import compare
 from jobs.report import report
-report({mine!r}, against=[{other!r}])
+report({first!r}, against=[{second!r}])
 try:
-    compare({mine!r}, {other!r})
+    compare({first!r}, {second!r})
 except SystemExit as ended:
     assert ended.code == 0
 assert not {{"torch", "ray", "transformers"}} & set(sys.modules), sorted(sys.modules)

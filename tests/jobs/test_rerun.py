@@ -1,4 +1,4 @@
-"""Runs that are repeated from a run's record: the same selection, and of a hub's model the same commit."""
+"""Tests of reruns from a run record: same selection, and same commit of a hub model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMITS = ("0" * 40, "1" * 40)
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A configuration, with two shards."""
+    """A configuration whose input has two shards."""
     (tmp_path / "in").mkdir()
     for i in range(2):
         (tmp_path / "in" / f"{i}.tar").write_bytes(make_tar([("0.jpg", make_image(i)), ("1.jpg", b"bad")]))
@@ -32,7 +32,7 @@ def job(tmp_path: Path) -> Path:
         "output": {"uri": f"{tmp_path}/out"},
         "ray": {"address": "in-process"},
     }
-    (tmp_path / "job.yaml").write_text(json.dumps(values))  # which is YAML, too
+    (tmp_path / "job.yaml").write_text(json.dumps(values))  # JSON is YAML
     return tmp_path / "job.yaml"
 
 
@@ -51,45 +51,46 @@ def last_record(job: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_from_a_record_selects_what_that_run_had_selected_and_says_so(job: Path) -> None:
+def test_run_from_record_keeps_and_prints_its_selection(job: Path) -> None:
     run("label", job)
     run("label", job, "--relabel", "--prune")
     record, values = last_record(job)
     assert values["selection"] == {"retry_errors": False, "relabel": True, "prune": True}
     (job.parent / "in" / "1.tar").unlink()
-    said = run("plan", record).output
-    assert f"as run {values['run']} had it: --relabel --prune (--no-relabel --no-prune leaves it out)" in said
-    assert "1 to label (1 of them again), 1 to prune" in said
+    output = run("plan", record).output
+    kept = "--relabel --prune (to disable: --no-relabel --no-prune)"
+    assert f"options of run {values['run']} apply: {kept}" in output
+    assert "1 to label (1 reprocessed), 1 to prune" in output
     run("label", record)
-    again, repeated = last_record(job)
-    assert again != record
+    other_record, repeated = last_record(job)
+    assert other_record != record
     assert repeated["selection"] == values["selection"]
     assert repeated["counts"] == values["counts"] | {
         "shards": 1, "images": 1 + 1, "errors": 1, "pruned_shards": 1,
     }  # fmt: skip
 
 
-def test_options_go_before_what_is_recorded(job: Path) -> None:
+def test_options_override_the_recorded_selection(job: Path) -> None:
     run("label", job, "--relabel", "--retry-errors")
     record, _ = last_record(job)
-    said = run("plan", record, "--no-relabel", "--prune", "--no-retry-errors").output
-    assert "as run" not in said
-    assert "0 to label, 0 to prune" in said
-    assert "2 to label (2 of them again)" in run("plan", record, "--no-relabel").output
+    output = run("plan", record, "--no-relabel", "--prune", "--no-retry-errors").output
+    assert "options of run" not in output
+    assert "0 to label, 0 to prune" in output
+    assert "2 to label (2 reprocessed)" in run("plan", record, "--no-relabel").output
 
 
-def test_a_run_that_died_before_it_knew_what_to_do_has_left_what_it_was_asked_for(job: Path) -> None:
+def test_run_that_fails_while_planning_records_its_selection(job: Path) -> None:
     run("label", job)
     stray = next(job.parent.glob("out/model=*/predictions")) / "stray.parquet"
-    stray.write_bytes(b"no Parquet")  # ends it while it plans
+    stray.write_bytes(b"not Parquet")  # makes planning fail
     run("label", job, "--relabel", status=4)
     record, values = last_record(job)
     assert values["status"] == "failed"
     stray.unlink()
-    assert "2 to label (2 of them again)" in run("plan", record).output
+    assert "2 to label (2 reprocessed)" in run("plan", record).output
 
 
-def test_a_record_of_an_earlier_version_selects_nothing_more(job: Path) -> None:
+def test_record_without_selection_selects_new_shards(job: Path) -> None:
     run("label", job, "--relabel")
     record, values = last_record(job)
     for name in ("selection", "model_commit"):
@@ -98,7 +99,7 @@ def test_a_record_of_an_earlier_version_selects_nothing_more(job: Path) -> None:
     assert "0 to label" in run("plan", record).output
 
 
-def test_a_model_of_the_hub_is_the_commit_that_the_run_used(
+def test_rerun_uses_the_recorded_commit_of_a_hub_model(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -116,21 +117,21 @@ def test_a_model_of_the_hub_is_the_commit_that_the_run_used(
     run("label", job, "--set", "model.path=someone/clothes@main")
     record, values = last_record(job)
     assert (values["model_commit"], values["config"]["model"]["revision"]) == (COMMITS[0], None)
-    branch.write_text(COMMITS[1])  # somebody has pushed
+    branch.write_text(COMMITS[1])  # a new commit on the branch
     assert "2 new" in run("plan", job, "--set", "model.path=someone/clothes").output
     assert "2 done" in run("plan", record).output
     run("label", record, "--relabel")
-    again, repeated = last_record(job)
+    other_record, repeated = last_record(job)
     assert repeated["fingerprint"] == values["fingerprint"]
     assert repeated["model_commit"] == repeated["config"]["model"]["revision"] == COMMITS[0]
-    assert "2 done" in run("plan", again, "--no-relabel").output
-    # Another model, or revision, is the one that is named.
+    assert "2 done" in run("plan", other_record, "--no-relabel").output
+    # An override of model or revision wins over the record.
     assert "fashion-mnist" in run("plan", record, "--set", "model.path=fashion-mnist").output
-    asked = ["model.path=someone/clothes", "model.revision=main"]
-    assert "2 new" in run("plan", record, "--set", asked[0], "--set", asked[1]).output
+    overrides = ["model.path=someone/clothes", "model.revision=main"]
+    assert "2 new" in run("plan", record, "--set", overrides[0], "--set", overrides[1]).output
 
 
-def test_no_commit_is_recorded_of_a_model_that_is_none_of_the_hubs(job: Path) -> None:
+def test_record_has_no_commit_for_a_local_model(job: Path) -> None:
     run("label", job)
     record, values = last_record(job)
     assert values["model_commit"] is None

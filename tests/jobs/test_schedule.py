@@ -1,4 +1,4 @@
-"""The command `schedule`: a service on a real cluster, a dry run, and a wrong list."""
+"""Tests of the command `schedule`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.pipeline.schedule.lists import DATASET, LIST
 from tests.ray_head import REPOSITORY
 
 
-def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_path: Path) -> None:
+def test_scheduler_labels_due_datasets_and_ends_at_sigterm(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.tar").write_bytes(make_tar([(f"{i}.jpg", make_image(i)) for i in range(5)]))
     path = tmp_path / "schedule.yaml"
@@ -48,17 +48,17 @@ def test_the_service_labels_what_is_due_and_ends_at_sigterm(cluster: str, tmp_pa
     assert state.last_job.exit_status == 0
     (labels,) = tmp_path.glob("a/model=*/predictions/**/*.parquet")
     assert pq.read_metadata(labels).num_rows == 5
-    invoke(schedule, "--config", path, "--once")  # and nothing is due
+    invoke(schedule, "--config", path, "--once")  # nothing is due now
 
 
-def test_a_dry_run_prints_the_next_ticks_of_each_dataset() -> None:
+def test_dry_run_prints_next_scheduled_times() -> None:
     shown = invoke(schedule, "--config", REPOSITORY / "configs" / "schedule.yaml", "--dry-run", status=0)
     lines = shown.output.splitlines()
     assert len(lines) == 6
     assert "02:00 Europe/Berlin" in lines[0]
 
 
-def test_wrong_list_ends_with_2_and_names_the_field(tmp_path: Path) -> None:
+def test_invalid_list_ends_with_2_and_names_the_field(tmp_path: Path) -> None:
     path = tmp_path / "schedule.yaml"
     path.write_text(LIST.format(address="http://head:8265", python="python") + "  a: {inputs: {uri: /x}}\n")
     shown = invoke(schedule, "--config", path, "--dry-run", status=2)

@@ -1,4 +1,4 @@
-"""Planted secrets: in whatever a run writes, prints or says on its way down, they are not to be found."""
+"""Planted secrets do not appear in outputs, terminals, logs or error messages."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def job(tmp_path: Path, bucket: str) -> Path:
 
 @pytest.fixture
 def ray_folder() -> Iterator[Path]:
-    """Where a Ray keeps its logs; short, for the names of its sockets."""
+    """A folder for Ray's logs. Its name is short, because socket paths have a maximum length."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def opened(uri: str, data: bytes) -> bytes:
-    """An object as it is, and what of a Parquet file is compressed or encoded."""
+def readable_content(uri: str, data: bytes) -> bytes:
+    """Returns the bytes of an object. For Parquet, adds the decoded footer, schema and rows."""
     if not uri.endswith(".parquet"):
         return data
     metadata = pq.read_metadata(io.BytesIO(data)).metadata or {}
@@ -74,31 +74,31 @@ def opened(uri: str, data: bytes) -> bytes:
 
 
 def assert_without(places: Mapping[str, bytes], *planted: str) -> None:
-    """None of the secrets is in what lies at any of the places."""
+    """Checks that no content has a planted secret."""
     for place, content in places.items():
         for secret in planted:
             assert secret.encode() not in content, place
 
 
 @pytest.mark.slow
-def test_a_run_leaves_no_secret_in_output_terminal_or_logs(
+def test_run_leaves_no_secret_in_output_terminal_or_logs(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3, ray_folder: Path
 ) -> None:
-    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)] + [("bad.jpg", b"no image")])
+    whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(8)] + [("bad.jpg", b"not an image")])
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
     environment = {"HF_TOKEN": f"hf_{PLANTED}", "RAY_TMPDIR": str(ray_folder)}
     done = cvt_label_process("label", "--config", job, **environment)
     assert done.returncode == 3, done.stderr
-    written = {o.uri: opened(o.uri, storage.read(o.uri)) for o in storage.list(f"{bucket}/out")}
+    written = {o.uri: readable_content(o.uri, storage.read(o.uri)) for o in storage.list(f"{bucket}/out")}
     logs = {str(path): path.read_bytes() for path in ray_folder.rglob("*") if path.is_file()}
-    said = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    output = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
     for kind in ("/runs/", "/predictions/", "/manifest.", "/class_stats.", "/report.", "/lease."):
         assert any(kind in uri for uri in written), kind
     assert any("raylet" in path for path in logs)
-    # What must be found shows that the search finds something.
+    # Contents that must be found prove that the search works.
     assert b"bad" in next(content for uri, content in written.items() if "/predictions/" in uri)
-    assert_without({**written, **logs, **said}, s3_server.secret_key, s3_server.access_key, PLANTED)
+    assert_without({**written, **logs, **output}, s3_server.secret_key, s3_server.access_key, PLANTED)
 
 
 SCHEDULE = """\
@@ -113,7 +113,7 @@ datasets:
 
 
 def in_this_process(function: Callable[..., None], *arguments: object) -> str:
-    """What a command prints that ends well."""
+    """Runs a command in this process, checks that it succeeds, and returns its output."""
     app = make_app()
     app.command()(function)
     done = CliRunner(env={"HF_TOKEN": f"hf_{PLANTED}"}).invoke(app, list(map(str, arguments)))
@@ -121,7 +121,7 @@ def in_this_process(function: Callable[..., None], *arguments: object) -> str:
     return done.output
 
 
-def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_terminals(
+def test_cluster_commands_leave_no_secret_in_storage_terminal_or_logs(
     job: Path, bucket: str, storage: Storage, s3_server: LocalS3, head: Head, tmp_path: Path
 ) -> None:
     """A scheduled job labels, a submitted job finds nothing new, and then the labels are used."""
@@ -130,13 +130,13 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     path.write_text(SCHEDULE.format(address=head.address, root=bucket))
     file = StateFile("photos", load_config(ScheduleConfig, path).datasets["photos"])
     file.write(DatasetState(dataset="photos", handled_until=datetime.now(UTC) - timedelta(days=400)))
-    said: dict[str, str] = {}
+    output: dict[str, str] = {}
 
-    # The caller's own credentials stay with the caller: with these, no job would get far.
+    # The job must not receive the caller's credentials: with these, the job would fail.
     planted = {"HF_TOKEN": f"hf_{PLANTED}", "MY_TOKEN": PLANTED}
     done = cvt_label_process("schedule", "--config", path, "--once", **planted)
-    said["schedule"] = done.stdout + done.stderr
-    assert "submitted: label-" in said["schedule"]
+    output["schedule"] = done.stdout + done.stderr
+    assert "submitted: label-" in output["schedule"]
     state = file.read()
     assert state is not None
     assert state.current_job is not None
@@ -145,39 +145,41 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     at = ["--address", head.address]
     wrong = planted | {"AWS_SECRET_ACCESS_KEY": PLANTED}
     done = cvt_label("submit", "--config", job, *at, "--idempotency-key", "again", **wrong)
-    said["submit"] = done.stdout + done.stderr
-    assert done.returncode == 0, said["submit"]
-    said["look"] = in_this_process(schedule, "--config", path, "--once")
-    said["state"] = in_this_process(schedule, "--config", path, "--status")
-    said["jobs"] = in_this_process(status, *at)
-    said["job"] = in_this_process(status, name, *at)
-    said["log"] = in_this_process(logs, name, *at)
+    output["submit"] = done.stdout + done.stderr
+    assert done.returncode == 0, output["submit"]
+    output["poll"] = in_this_process(schedule, "--config", path, "--once")
+    output["state"] = in_this_process(schedule, "--config", path, "--status")
+    output["jobs"] = in_this_process(status, *at)
+    output["job"] = in_this_process(status, name, *at)
+    output["log"] = in_this_process(logs, name, *at)
 
     partition = next(o.uri for o in storage.list(f"{bucket}/out") if "/lease." in o.uri).rpartition("/")[0]
     if importlib.util.find_spec("deltalake"):
-        said["publish"] = in_this_process(publish, "--config", job, "--to", f"{bucket}/table")
-    said["compare"] = in_this_process(compare, partition, partition, "--output", f"{bucket}/compared.parquet")
-    said["report"] = in_this_process(report, partition)
-    said["stats"] = in_this_process(stats, "--config", job, "--rebuild")
+        output["publish"] = in_this_process(publish, "--config", job, "--to", f"{bucket}/table")
+    output["compare"] = in_this_process(
+        compare, partition, partition, "--output", f"{bucket}/compared.parquet"
+    )
+    output["report"] = in_this_process(report, partition)
+    output["stats"] = in_this_process(stats, "--config", job, "--rebuild")
 
-    written = {o.uri: opened(o.uri, storage.read(o.uri)) for o in storage.list(bucket)}
+    written = {o.uri: readable_content(o.uri, storage.read(o.uri)) for o in storage.list(bucket)}
     kept = {str(p): p.read_bytes() for p in head.folder.glob("session_2*/logs/**/*") if p.is_file()}
     from ray.job_submission import JobSubmissionClient
 
-    told = {"api": "".join(j.model_dump_json() for j in JobSubmissionClient(head.address).list_jobs())}
-    # What must be found shows that the search finds something.
+    api = {"api": "".join(j.model_dump_json() for j in JobSubmissionClient(head.address).list_jobs())}
+    # Contents that must be found prove that the search works.
     assert b"SUCCEEDED" in written[file.uri]
-    assert "1 shards" in said["log"]
-    assert f"{name} succeeded" in said["state"]
-    assert CONFIG_VARIABLE in told["api"]
+    assert "1 shard" in output["log"]
+    assert f"{name} succeeded" in output["state"]
+    assert CONFIG_VARIABLE in api["api"]
     assert any(name in place and b"images" in content for place, content in kept.items())
-    texts = {place: text.encode() for place, text in (said | told).items()}
-    of_the_cluster = s3_server.secret_key, s3_server.access_key, head.hub_token, os.environ["RAY_AUTH_TOKEN"]
-    assert_without({**written, **kept, **texts}, *of_the_cluster, PLANTED)
+    texts = {place: text.encode() for place, text in (output | api).items()}
+    cluster_secrets = s3_server.secret_key, s3_server.access_key, head.hub_token, os.environ["RAY_AUTH_TOKEN"]
+    assert_without({**written, **kept, **texts}, *cluster_secrets, PLANTED)
 
 
 @pytest.mark.parametrize(
-    ("environment", "overrides", "said"),
+    ("environment", "overrides", "message"),
     [
         ({"AWS_SECRET_ACCESS_KEY": PLANTED}, [], "SignatureDoesNotMatch"),
         ({"AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@{NOWHERE}"}, [], "cannot reach"),
@@ -190,13 +192,13 @@ def test_what_a_cluster_is_used_for_leaves_no_secret_there_in_storage_or_in_term
     ],
     ids=["wrong secret", "unreachable endpoint", "unreachable hub"],
 )
-def test_a_job_that_gets_no_access_says_so_without_the_secret(
+def test_access_error_does_not_show_the_secret(
     job: Path,
     bucket: str,
     storage: Storage,
     environment: dict[str, str],
     overrides: list[str],
-    said: str,
+    message: str,
 ) -> None:
     storage.write(f"{bucket}/in/a.tar", make_tar([("a.jpg", make_image())]))
     options = [part for override in overrides for part in ("--set", override)]
@@ -204,7 +206,7 @@ def test_a_job_that_gets_no_access_says_so_without_the_secret(
     run = cvt_label_process if "HF_ENDPOINT" in environment else cvt_label
     done = run("plan", "--config", job, *options, **environment)
     assert done.returncode == 4, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert PLANTED not in done.stdout + done.stderr
 
@@ -215,7 +217,7 @@ def test_a_job_that_gets_no_access_says_so_without_the_secret(
     [f"s3://AKIA:{PLANTED}@bucket/x", f"https://h/x?X-Amz-Signature={PLANTED}"],
     ids=["user", "signature"],
 )
-def test_an_address_with_a_secret_is_refused_without_showing_it(field: str, address: str) -> None:
+def test_field_with_a_secret_is_refused_and_not_shown(field: str, address: str) -> None:
     fields = ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist", f"{field}={address}"]
     with pytest.raises(ConfigError) as caught:
         load_config(Config, None, fields)
@@ -226,7 +228,7 @@ def test_an_address_with_a_secret_is_refused_without_showing_it(field: str, addr
 @pytest.mark.parametrize(
     "place", ["s3://bucket/with @ and ?x=1", "/folder/of/me@home", "microsoft/cvt-13@main", "gs://b/a@b"]
 )
-def test_an_address_without_a_secret_is_taken_as_it_is(place: str) -> None:
+def test_field_without_a_secret_is_unchanged(place: str) -> None:
     fields = [f"input.uri={place}", f"output.uri={place}", f"model.path={place}"]
     config = load_config(Config, None, fields, keep_relative_paths=True)
     assert (config.input.uri, config.output.uri, config.model.path) == (place, place, place)
@@ -237,7 +239,7 @@ def test_an_address_without_a_secret_is_taken_as_it_is(place: str) -> None:
     [f"s3://AKIA:{PLANTED}@bucket/x", f"https://h/x?X-Amz-Signature={PLANTED}"],
     ids=["user", "signature"],
 )
-def test_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
+def test_uri_with_a_secret_is_refused_and_not_shown(uri: str) -> None:
     actions: list[Callable[[], object]] = [
         lambda: pipeline.open_partition(uri),
         lambda: pipeline.compare_labels(uri, uri),
@@ -249,7 +251,7 @@ def test_uri_with_a_secret_is_refused_without_showing_it(uri: str) -> None:
         assert PLANTED not in f"{caught.value!r} {caught.value}"
 
 
-def test_help_shows_no_value_of_the_environment() -> None:
+def test_help_shows_no_environment_value() -> None:
     planted = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"), PLANTED)
     app = make_app()
     for command in (label, plan, stats):

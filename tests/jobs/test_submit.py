@@ -1,4 +1,4 @@
-"""The job as a cluster runs it: submitted, followed, looked up and stopped, at a Ray of `ray start`."""
+"""Tests of `submit`, `status`, `logs` and `stop` on a cluster of `ray start`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SECRET = "planted-in-the-submitters-environment"
 def job(tmp_path: Path, bucket: str) -> Path:
     path = tmp_path / "job.yaml"
     lines = [f'input: {{uri: "{bucket}/in"}}', "model: {path: fashion-mnist}"]
-    lines += [f'output: {{uri: "{bucket}/out"}}', "ray: {address: local}  # not where it is submitted to"]
+    lines += [f'output: {{uri: "{bucket}/out"}}', "ray: {address: local}  # ignored by submit"]
     path.write_text("\n".join(lines))
     return path
 
 
 @pytest.fixture
 def sleeper(tmp_path: Path) -> str:
-    """An interpreter that runs no module, but waits to be stopped."""
+    """A fake interpreter that runs until it is stopped."""
     path = tmp_path / "sleeper"
     path.write_text(f"#!/bin/sh\necho awake\nexec {sys.executable} -c 'import time; time.sleep(300)'\n")
     path.chmod(0o755)
@@ -51,7 +51,7 @@ def sleeper(tmp_path: Path) -> str:
 
 
 def command(*arguments: object) -> Result:
-    """A command in this process, where that takes less time."""
+    """Runs a command in this process, which is faster than a new process."""
     app = typer.Typer()
     for function in (submit, status, logs, stop):
         app.command()(function)
@@ -62,10 +62,8 @@ def config_of(job: Path) -> Config:
     return load_config(Config, job)
 
 
-def test_the_code_of_a_working_dir_goes_before_the_clusters_own(
-    cluster: str, job: Path, tmp_path: Path
-) -> None:
-    """And what it writes reaches a terminal without what that would act on."""
+def test_code_in_working_dir_replaces_code_of_the_cluster(cluster: str, job: Path, tmp_path: Path) -> None:
+    """Control characters in the log are escaped."""
     code = tmp_path / "code" / "jobs"
     code.mkdir(parents=True)
     (code / "__init__.py").touch()
@@ -84,10 +82,10 @@ def test_the_code_of_a_working_dir_goes_before_the_clusters_own(
     assert "\x1b" not in done.stdout
 
 
-def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
+def test_submit_follows_the_job_and_returns_its_exit_status(
     cluster: str, job: Path, bucket: str, storage: Storage, s3_server: LocalS3
 ) -> None:
-    """The configuration goes with it, and no secret; the shard that is cut makes it end with 3."""
+    """The job receives the configuration but no secret. It ends with 3 because of a truncated shard."""
     from ray.job_submission import JobSubmissionClient
 
     whole = make_tar([(f"{i}.jpg", make_image(i)) for i in range(10)])
@@ -105,14 +103,14 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     ]
     done = cvt_label_process("submit", *options, AWS_SECRET_ACCESS_KEY=SECRET, MY_TOKEN=SECRET)
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "10 in 1 shards" in done.stdout
+    assert "10 in 1 shard" in done.stdout
     assert "2 of 2 shards" in done.stdout  # progress
     assert "failed, exit status 3" in done.stderr
     name = re.findall(r"submitted (\S+);", done.stderr)[0]
 
-    again = command("submit", *options)
-    assert again.exit_code == 6
-    assert f"the cluster already has job {name} (failed)" in again.stderr
+    repeated = command("submit", *options)
+    assert repeated.exit_code == 6
+    assert f"the cluster already has job {name} (failed)" in repeated.stderr
 
     shown = command("status", name, "--address", cluster)
     assert shown.exit_code == 0, shown.stderr
@@ -120,19 +118,19 @@ def test_a_submitted_job_is_followed_and_its_exit_status_passed_on(
     assert f"{bucket}/in" in shown.stdout
     assert re.search(rf"failed .* 3  {re.escape(name)}\n", command("status", "--address", cluster).stdout)
     log = command("logs", name, "--address", cluster)
-    assert "10 in 1 shards" in log.stdout
+    assert "10 in 1 shard" in log.stdout
 
     records = [o.uri for o in storage.list(f"{bucket}/out") if "/runs/" in o.uri]
     record = storage.read(records[0]).decode()
     assert json.loads(record)["config"]["output"]["topk"] == 3
     stored = JobSubmissionClient(cluster).get_job_info(name).model_dump_json()
-    for text in (stored, record, *(o for d in (done, again, shown, log) for o in (d.stdout, d.stderr))):
+    for text in (stored, record, *(o for d in (done, repeated, shown, log) for o in (d.stdout, d.stderr))):
         assert SECRET not in text
         assert s3_server.secret_key not in text
         assert os.environ["RAY_AUTH_TOKEN"] not in text
 
 
-def test_a_job_that_is_stopped_ends_with_130(cluster: str, job: Path, sleeper: str) -> None:
+def test_stopped_job_ends_with_130(cluster: str, job: Path, sleeper: str) -> None:
     options = ["--config", job, "--address", cluster, "--python", sleeper]
     first = command("submit", *options, "--idempotency-key", "1", "--no-wait")
     assert first.exit_code == 0, first.stderr
@@ -150,19 +148,19 @@ def test_a_job_that_is_stopped_ends_with_130(cluster: str, job: Path, sleeper: s
     assert following.stdout is not None
     assert "awake\n" in iter(following.stdout.readline, "")
     following.send_signal(signal.SIGINT)
-    _, told = following.communicate(timeout=300)
+    _, stderr = following.communicate(timeout=300)
     assert following.returncode == 130
-    assert "the job goes on" in told
+    assert "the job continues" in stderr
     assert JobClient(cluster).job(name).state == "RUNNING"
 
     stopped = command("stop", name, "--address", cluster)
     assert stopped.exit_code == 0, stopped.stderr
     assert "stopped, exit status 130" in stopped.stdout
     assert command("logs", name, "--address", cluster, "--follow").exit_code == 130
-    assert command("stop", name, "--address", cluster).exit_code == 0  # of a job that is over
+    assert command("stop", name, "--address", cluster).exit_code == 0  # the job is already finished
 
 
-def test_of_submissions_that_race_one_wins(cluster: str, job: Path, sleeper: str) -> None:
+def test_one_of_two_concurrent_submissions_wins(cluster: str, job: Path, sleeper: str) -> None:
     submission = Submission(config_of(job), "race", submit_config=SubmitConfig(python=sleeper))
     first, second = JobClient(cluster), JobClient(cluster)
     known = second.jobs()
@@ -175,7 +173,7 @@ def test_of_submissions_that_race_one_wins(cluster: str, job: Path, sleeper: str
     assert first.stop(submission.id).exit_status == 130
 
 
-def test_an_explicit_address_wins_over_the_environment(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_address_overrides_the_environment(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     JobClient(cluster).jobs()
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
@@ -185,17 +183,17 @@ def test_an_explicit_address_wins_over_the_environment(cluster: str, monkeypatch
     JobClient().jobs()
 
 
-def test_an_unknown_job_ends_with_4(cluster: str) -> None:
+def test_unknown_job_ends_with_4(cluster: str) -> None:
     for name in ("status", "logs", "stop"):
         done = command(name, "no-such-job", "--address", cluster)
         assert done.exit_code == 4
         assert "has no job no-such-job" in done.stderr
         assert "Traceback" not in done.stderr
-        assert command(name, "", "--address", cluster).exit_code == 4  # of a variable that isn't set
+        assert command(name, "", "--address", cluster).exit_code == 4  # the value of an unset shell variable
 
 
-def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp_path: Path) -> None:
-    # In processes of their own: Ray reads the token once.
+def test_missing_or_wrong_token_ends_with_4(cluster: str, tmp_path: Path) -> None:
+    # In separate processes, because Ray reads the token once per process.
     for environment in ({"RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}, {"RAY_AUTH_TOKEN": "0" * 64}):
         done = cvt_label_process("status", "--address", cluster, **environment)
         assert done.returncode == 4, done.stderr
@@ -203,7 +201,7 @@ def test_without_the_clusters_token_it_ends_with_4_and_says_so(cluster: str, tmp
         assert "Traceback" not in done.stderr
 
 
-def test_a_file_that_is_not_there_is_named(cluster: str, job: Path) -> None:
+def test_missing_file_of_an_option_is_named(cluster: str, job: Path) -> None:
     for option in ("--pip", "--working-dir"):
         done = command("submit", "--config", job, "--address", cluster, option, "/no/such")
         assert done.exit_code == 4, done.stderr
@@ -211,14 +209,14 @@ def test_a_file_that_is_not_there_is_named(cluster: str, job: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_no_cluster_at_the_address_ends_with_4(job: Path) -> None:
+def test_unreachable_address_ends_with_4(job: Path) -> None:
     done = command("submit", "--config", job, "--address", "http://127.0.0.1:1")
     assert done.exit_code == 4
     assert "no Ray cluster answers at http://127.0.0.1:1" in done.stderr
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "localhost:1"])
-def test_no_cluster_where_the_environment_says_ends_with_4(
+def test_unreachable_address_in_environment_ends_with_4(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -227,7 +225,7 @@ def test_no_cluster_where_the_environment_says_ends_with_4(
     assert f"no Ray cluster answers at {address}" in done.stderr
 
 
-def test_an_address_with_credentials_is_refused_without_showing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_with_credentials_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "planted:secret@127.0.0.1:1")
     done = command("status")
     assert done.exit_code == 4
@@ -241,7 +239,7 @@ def test_empty_idempotency_key_is_refused(job: Path) -> None:
     assert "--idempotency-key" in done.stderr
 
 
-def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
+def test_token_with_line_break_ends_with_4_and_is_not_shown() -> None:
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
         address = f"http://127.0.0.1:{server.server_address[1]}"
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "planted\nsecret"}
@@ -251,7 +249,7 @@ def test_a_token_with_a_line_break_ends_with_4_without_showing_it() -> None:
     assert "planted" not in done.stdout + done.stderr
 
 
-def test_a_wrong_field_ends_with_2_before_any_cluster_is_asked(job: Path) -> None:
+def test_invalid_field_ends_with_2_before_connecting(job: Path) -> None:
     done = command("submit", "--config", job, "--set", "output.topkk=3", "--address", "http://127.0.0.1:1")
     assert done.exit_code == 2
     assert "--set output.topkk=3: unknown field" in done.stderr
@@ -278,9 +276,9 @@ def test_job_id_depends_on_dataset_model_and_idempotency_key(job: Path) -> None:
     assert minute_key(datetime(2026, 11, 23, 2, 0, 59, tzinfo=UTC)) == "20261123T0200Z"
 
 
-def test_the_configuration_survives_its_journey(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = ["input.label_field='1e3'", "input.key_column='日本 \"x\": 🙂'", "classify.batch_size=7"]
-    config = load_config(Config, job, [*odd, "run.flush_interval_s=1e-05"])
+def test_configuration_arrives_unchanged(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unusual = ["input.label_field='1e3'", "input.key_column='日本 \"x\": 🙂'", "classify.batch_size=7"]
+    config = load_config(Config, job, [*unusual, "run.flush_interval_s=1e-05"])
     variables = Submission(config, "1").runtime_env["env_vars"]
     monkeypatch.setenv(CONFIG_VARIABLE, variables[CONFIG_VARIABLE])
     arrived = load_config(Config, f"env:{CONFIG_VARIABLE}")

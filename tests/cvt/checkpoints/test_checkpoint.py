@@ -19,7 +19,7 @@ from cvt.checkpoints.microsoft import microsoft_key
 from cvt.errors import CheckpointError
 from tests.cvt.hub import serve_hub
 from tests.cvt.microsoft_names import as_microsoft
-from tests.cvt.random_models import PUBLISHED, randomise
+from tests.cvt.random_models import PUBLISHED, randomize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -290,7 +290,7 @@ def theirs() -> transformers.CvtForImageClassification:
         model = transformers.CvtForImageClassification(
             transformers.CvtConfig(**PUBLISHED["cvt-13"], num_labels=10)
         )
-    return randomise(model.to_empty(device="cpu"))
+    return randomize(model.to_empty(device="cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from cvt.inference.engine import Engine
 from cvt.inference.network import InferenceNetwork
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
-from tests.cvt.random_models import TINY, randomise
+from tests.cvt.random_models import TINY, randomize
 
 SIZE = 48
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,7 +21,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.
 
 
 def make_model(**fields: Any) -> CvtForImageClassification:
-    return randomise(CvtForImageClassification(CvtConfig(**TINY | {"num_labels": 5} | fields)))
+    return randomize(CvtForImageClassification(CvtConfig(**TINY | {"num_labels": 5} | fields)))
 
 
 def network(model: CvtForImageClassification) -> InferenceNetwork:

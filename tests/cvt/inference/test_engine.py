@@ -27,7 +27,7 @@ from tests.cvt.inference.small import (
     outputs_of_the_model,
     same_as_the_model,
 )
-from tests.cvt.random_models import randomise
+from tests.cvt.random_models import randomize
 
 
 def with_runtime(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Runtime], Runtime]) -> None:
@@ -43,7 +43,7 @@ def test_it_gives_what_the_model_gives(method: str, cls_token: bool) -> None:
 
 
 def test_it_gives_what_the_model_gives_at_the_size_of_cvt_13() -> None:
-    model = randomise(CvtForImageClassification(CvtConfig(num_labels=1000)))
+    model = randomize(CvtForImageClassification(CvtConfig(num_labels=1000)))
     preprocessor = Preprocessor(224, crop_pct=0.875, resample=3, mean=MEAN, std=STD, rescale_factor=1 / 255)
     images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
     logits, embeddings = outputs_of_the_model(model, images)

@@ -18,7 +18,7 @@ from cvt.checkpoints import BUNDLED
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification, CvtModel
-from tests.cvt.random_models import PUBLISHED, TINY, randomise
+from tests.cvt.random_models import PUBLISHED, TINY, randomize
 
 os.environ["KERAS_BACKEND"] = "torch"  # read when keras is imported; the one that is always installed
 keras = pytest.importorskip("keras", reason="needs the extra `keras`")
@@ -46,7 +46,7 @@ def twins(**fields: Any) -> Twins:
     """Keras' and PyTorch's model, with the same random weights."""
     with torch.device("meta"):
         model = CvtForImageClassification(CvtConfig(**{"num_labels": 10} | fields))
-    theirs = randomise(model.to_empty(device="cpu"))
+    theirs = randomize(model.to_empty(device="cpu"))
     return TFCvtForImageClassification.from_torch(theirs), theirs
 
 
@@ -327,7 +327,7 @@ def test_weights_go_to_pytorch_and_back(fields: dict[str, Any]) -> None:
 
 
 def test_a_model_of_transformers_is_taken_as_well() -> None:
-    theirs = randomise(transformers.CvtForImageClassification(transformers.CvtConfig(**TINY, num_labels=4)))
+    theirs = randomize(transformers.CvtForImageClassification(transformers.CvtConfig(**TINY, num_labels=4)))
     ours = TFCvtForImageClassification.from_torch(theirs.bfloat16())
     assert_same_weights(ours.to_torch(), theirs.float())
 

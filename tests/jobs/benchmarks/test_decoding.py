@@ -19,9 +19,9 @@ from jobs.benchmarks.decoding import (
     EXACT,
     TRANSFORMERS,
     available_decoders,
-    decode_on_gpu,
-    decode_on_cpu,
     compare_decoders,
+    decode_on_cpu,
+    decode_on_gpu,
     decoding,
     to_pixels,
 )
