@@ -166,7 +166,7 @@ def print_result(result: RunResult) -> None:
     topk = result.job.config.output.topk
     if stats is not None and stats.count.any():
         classes = class_table(stats, result.partition.labels, topk)
-        console.stdout.print(console.make_class_table(classes, most=20))
+        console.stdout.print(console.make_class_table(classes, top=20))
     facts = {"shards": console.describe_plan(plan)}
     if plan.shards:
         facts["images"] = f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards"
