@@ -15,7 +15,11 @@ from tests.docs.example_labels import ExampleLabels
 from tests.docs.pages import Block, blocks_of
 
 #: Pages whose blocks query the labels of `ExampleLabels`, each block on its own.
-QUERY_PAGES = ("docs/how-to/read-labels.md", "docs/how-to/publish.md")
+QUERY_PAGES = (
+    "docs/how-to/read-labels.md",
+    "docs/how-to/publish.md",
+    "docs/how-to/compare-and-gate.md",
+)
 QUERIES = [block for page in QUERY_PAGES for block in blocks_of("python", "sql", page=page)]
 
 #: A block that needs one of these is skipped if the package is not installed.

@@ -31,7 +31,7 @@ def kind_of(values: dict[str, Any]) -> type[Config] | type[ScheduleConfig] | typ
 
 @pytest.mark.parametrize("block", blocks_of("yaml"), ids=lambda block: block.name)
 def test_yaml_blocks_load(block: Block, tmp_path: Path) -> None:
-    values = yaml.safe_load(block.text)
+    values = yaml.safe_load(block.text) or {}
     if isinstance(values, list):  # environment variables of a Kubernetes container
         assert all({"name"} < each.keys() <= {"name", "value", "valueFrom"} for each in values)
         return
