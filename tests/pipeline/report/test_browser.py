@@ -1,6 +1,6 @@
 """The report in a headless Chromium: security, contrast, layout, keyboard and screen reader use.
 
-Playwright controls Chromium. `AXE_CORE` may name the `axe.min.js` of axe-core, which checks accessibility rules.
+Playwright controls Chromium. Accessibility rules are checked if `AXE_CORE` names axe-core's `axe.min.js`.
 """
 
 from __future__ import annotations
