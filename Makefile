@@ -6,7 +6,7 @@ T ?=
 ROUNDS ?= 40
 SEED ?= 0
 
-.PHONY: help install demo test test-fast soak lint format lock clean
+.PHONY: help install demo test test-fast soak lint format docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -46,10 +46,15 @@ format: $(VENV)/installed ## Format the code and fix simple style faults
 	@$(RUN) ruff format
 	@$(RUN) ruff check --fix
 
+docs: $(VENV)/installed ## Build the documentation site into site/
+	@PYTHONPATH=. $(VENV)/bin/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
+	@echo "open site/index.html"
+
 # uv keeps the locked versions that pyproject.toml allows. UPGRADE=--upgrade takes the latest versions instead.
 lock: $(VENV)/installed ## Update constraints.txt from pyproject.toml (UPGRADE=--upgrade)
 	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
 	    --custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
 
-clean: ## Delete the virtual environment and the output of the demo
-	rm -rf $(VENV) demo-output
+clean: ## Delete the virtual environment, the site, and the output of the demo
+	rm -rf $(VENV) demo-output site

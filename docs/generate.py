@@ -1,11 +1,12 @@
-"""Generates the reference pages of the configuration and of the command line: `make docs` runs it.
+"""Generates the reference pages of configuration and command line, and the tables of the benchmarks.
 
-The generated pages are committed, so that they can be read without the site. A
+`make docs` runs this module. The generated pages are committed, so that they can be read without the site. A
 test compares them with the code.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -52,6 +53,12 @@ With the YAML language server, the first line of a configuration names the schem
 
 ```yaml
 # yaml-language-server: $schema=label.schema.json
+input:
+  uri: s3://my-bucket/shards
+model:
+  path: microsoft/cvt-13
+output:
+  uri: s3://my-bucket/labels
 ```
 
 The [fingerprint](output-schema.md#folder-layout) depends on the checkpoint, `model.precision`, `output.topk`,
@@ -69,7 +76,7 @@ TRAINING = """\
 ## Training job
 
 The command `train` reads this file. The sections `train` and `validation` describe the images, with the
-fields of [`input`](#input). The sections [`storage`](#storage) and [`ray`](#ray) are the same as in a labeling job.
+fields of [`input`](#input). The sections [`storage`](#storage) and [`ray`](#ray) are those of a labeling job.
 """
 
 SCHEDULE = """\
@@ -228,8 +235,25 @@ def _escaped(text: str) -> str:
     )
 
 
+def benchmarks_page() -> str:
+    """Returns the page of benchmarks, with its tables updated from the CSV files."""
+
+    def table(marker: re.Match[str]) -> str:
+        with (REFERENCE / "benchmarks" / marker[2]).open(encoding="utf-8", newline="") as file:
+            heading, *rows = csv.reader(file)
+        lines = [[name.replace("_", " ") for name in heading], ["---"] * len(heading), *rows]
+        return marker[1] + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + marker[3]
+
+    page = (REFERENCE / "benchmarks.md").read_text(encoding="utf-8")
+    return re.sub(r"(<!-- table (\S+) -->\n).*?(<!-- end -->\n)", table, page, flags=re.S)
+
+
 #: Every generated page, by its file name in `docs/reference`.
-PAGES: dict[str, Callable[[], str]] = {"configuration.md": configuration_page, "cli.md": command_line_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "configuration.md": configuration_page,
+    "cli.md": command_line_page,
+    "benchmarks.md": benchmarks_page,
+}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ QUERY_PAGES = (
     "docs/how-to/read-labels.md",
     "docs/how-to/publish.md",
     "docs/how-to/compare-and-gate.md",
+    "docs/reference/output-schema.md",
 )
 QUERIES = [block for page in QUERY_PAGES for block in blocks_of("python", "sql", page=page)]
 

@@ -21,6 +21,10 @@ from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of, command_line
 FOREIGN_OPTIONS = {"--metrics-export-port"}
 
 
+#: The message of a command with `--device cuda` on a machine without a GPU.
+NO_GPU = "PyTorch finds no GPU"
+
+
 @cache
 def command(name: str) -> Any:
     """Returns one command of `cvt-label`, or the group of this name."""

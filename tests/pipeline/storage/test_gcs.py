@@ -42,9 +42,7 @@ def test_transient_failures_are_retried_and_counted(
     info = storage.write(f"gs://emulated/{kind}-{operation}/x", b"some bytes")
     with FaultProxy(gcs_emulator) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        proxy.next(
-            kind, kind, where=lambda request: "/b/emulated/o" in request.path
-        )  # only objects
+        proxy.next(kind, kind, where=lambda request: "/b/emulated/o" in request.path)  # only objects
         with RetryCounter() as retries:
             result = OPERATIONS[operation](storage, info)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)

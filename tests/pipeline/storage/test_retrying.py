@@ -93,9 +93,7 @@ def test_pauses_grow_up_to_a_limit_with_jitter(monkeypatch: pytest.MonkeyPatch) 
             assert longest / 2 <= pause <= longest
         assert 15 < sum(run) < 60
     for same_attempt in zip(*runs, strict=True):
-        assert (
-            len(set(same_attempt)) > 40
-        )  # concurrent failures are not retried in step
+        assert len(set(same_attempt)) > 40  # concurrent failures are not retried in step
 
 
 def test_counts_include_all_threads() -> None:
