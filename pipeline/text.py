@@ -1,68 +1,73 @@
-"""Text that holds names from data, such as keys, labels and URIs, as it may be shown: one rule for all."""
+"""Formatting of text for people: names from data, messages, and numbers."""
 
 import re
 import unicodedata
 
 MAX_LINE_LENGTH = 200
 
-# Without ink, and yet part of writing: Persian, Hindi and emoji, join and part characters by them. Elsewhere
-# they only hide something.
+# Joiners are invisible. Persian, Hindi and emoji need them to join or separate characters. In other text,
+# joiners only hide a difference between names.
 _JOINERS = "\u200c\u200d"
 
 
 def escape_unprintable(text: str, keep: str = "") -> str:
-    r"""Text with nothing in it that is no character to see: what is not is written as Python would, `\x1b`.
+    r"""Returns text in which invisible characters are escaped as in Python, for example as `\x1b`.
 
-    These are line breaks, and all of Unicode's categories C: control characters, which a terminal acts on;
-    formats, that turn the writing's direction or have no width; halves of surrogates, private and unassigned
-    characters. Names in a bucket may have any of them, and would forge lines, or look like other names.
-    Whatever else there is stays: letters of all scripts, spaces, emoji, with the joiners that they need. The
-    characters of `keep` stay, too.
+    Line breaks and all characters of Unicode's categories C are escaped. These categories are control
+    characters, which a terminal executes; format characters, which have no width or change the direction of
+    text; surrogates; private and unassigned characters. A name in a bucket may contain such characters, and
+    could then forge a line or imitate another name. All other characters stay: letters of all scripts,
+    spaces, and emoji with their joiners.
+
+    Args:
+        text: The text.
+        keep: Characters that are not escaped.
     """
     if text.isprintable():
         return text
     return "".join(
-        c if _is_shown(c) or c in keep or _joins(text, i) else c.encode("unicode_escape").decode()
+        c if _is_visible(c) or c in keep or _is_joiner(text, i) else c.encode("unicode_escape").decode()
         for i, c in enumerate(text)
     )
 
 
-def _is_shown(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs"
 
 
-def _joins(text: str, place: int) -> bool:
-    """Whether a joiner stands between two characters that may need it, which ASCII's never do."""
-    beside = text[max(0, place - 1) : place] + text[place + 1 : place + 2]
-    return text[place] in _JOINERS and len(beside) == 2 and all(c > "\x7f" and _is_shown(c) for c in beside)
+def _is_joiner(text: str, i: int) -> bool:
+    """Returns whether a joiner is between two visible characters outside ASCII, which may need the joiner."""
+    neighbors = text[max(0, i - 1) : i] + text[i + 1 : i + 2]
+    is_between = len(neighbors) == 2 and all(c > "\x7f" and _is_visible(c) for c in neighbors)
+    return text[i] in _JOINERS and is_between
 
 
 def remove_credentials(text: str) -> str:
-    """Text without what stands before the host in URLs."""
+    """Returns text without the user names and passwords of URLs."""
     return re.sub(r"(?<=://)[^\s\"']*@", "", text)
 
 
 def single_line(message: str) -> str:
-    """A message without line breaks, what can't be printed, excessive length, and memory addresses.
+    """Returns a message on one line of at most `MAX_LINE_LENGTH` characters, without memory addresses.
 
-    Addresses differ from attempt to attempt, and prediction files must not.
+    Memory addresses differ between attempts, but the prediction files of all attempts must be equal.
     """
     message = escape_unprintable(re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(message.split())))
     return message if len(message) <= MAX_LINE_LENGTH else message[: MAX_LINE_LENGTH - 3] + "..."
 
 
-def format_number(value: float | None, form: str = ",.0f") -> str:
-    """A count, for people; a dash where there is none."""
-    return "-" if value is None or value != value else f"{value:{form}}"
+def format_number(value: float | None, spec: str = ",.0f") -> str:
+    """Formats a number; returns a dash for None and NaN."""
+    return "-" if value is None or value != value else f"{value:{spec}}"
 
 
 def format_percent(value: float | None) -> str:
-    """A share, for people."""
+    """Formats a fraction as a percentage."""
     return format_number(value, ".1%")
 
 
 def format_score(value: float | None) -> str:
-    """A score, for people."""
+    """Formats a score with three decimals."""
     return format_number(value, ".3f")
 
 

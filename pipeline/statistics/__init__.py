@@ -1,6 +1,6 @@
-"""Statistics of labels and of stages: class statistics, confusion, calibration, drift, causes of errors.
+"""Statistics of labels and stages: class statistics, confusion, calibration, drift, causes of errors.
 
-NumPy and Arrow only. Reading and writing files does not belong here.
+This package uses only NumPy and Arrow, and does no I/O.
 """
 
 from pipeline.statistics.causes import ErrorCauses

@@ -1,6 +1,6 @@
-"""Per-class statistics that merge exactly: merging the parts of any split of the rows gives the same numbers.
+"""Per-class statistics that merge exactly: the result does not depend on how the rows are split.
 
-Sums are integers (fixed point), since floating-point addition isn't associative. Quantiles come from a
+Sums are fixed-point integers, because floating-point addition is not associative. Quantiles come from a
 histogram with fixed bins.
 """
 
@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 
 from pipeline.statistics.confusion import PairCounts
 
-#: Bins of the score histogram over [0, 1]; a bin's width is the resolution of the quantiles.
+#: Number of bins of the score histogram over [0, 1]. The bin width is the resolution of the quantiles.
 HISTOGRAM_BINS = 100
 CALIBRATION_BINS = 10
 
-#: Fixed point of the sums: kept to 2**-27, an int64 has room for the entropies of 6e9 images of one
-#: class, even where there are 22,000 classes (10 nats).
+#: Scale of the fixed-point sums. With a resolution of 2**-27, an int64 can hold the entropies of 6e9 images
+#: of one class, even with 22,000 classes (10 nats).
 SCALE = 1 << 27
 
 _PARTIAL = pa.schema(
@@ -30,17 +30,17 @@ _PARTIAL = pa.schema(
         ("score_min", pa.float32()),
         ("score_max", pa.float32()),
         ("entropy_sum", pa.int64()),
-        # Bins with samples only: of a thousand classes, a shard has an image or two each.
+        # Only bins with samples: with a thousand classes, a shard has one or two images of a class.
         ("score_bins", pa.list_(pa.uint8())),
         ("score_bin_counts", pa.list_(pa.int64())),
         ("predicted_with_target", pa.int64()),
         ("support", pa.int64()),
         ("true_positives", pa.int64()),
         ("top5_hits", pa.int64()),
-        # Other classes that are the target of rows given this class, and the number of these rows.
+        # Targets of wrong predictions of this class, and the number of rows of each target.
         ("confused_ids", pa.list_(pa.int32())),
         ("confused_counts", pa.list_(pa.int64())),
-        # Rows with a target, by bin of their score. The first row has the figures of all classes.
+        # Rows with a target, by score bin. The first row of the table has the values of all classes.
         ("calibration_bins", pa.list_(pa.uint8())),
         ("calibration_counts", pa.list_(pa.int64())),
         ("calibration_hits", pa.list_(pa.int64())),
@@ -55,21 +55,22 @@ _CALIBRATION = ("calibration_counts", "calibration_hits", "calibration_score_sum
 class ClassStatistics:
     """Statistics of every class over prediction rows.
 
-    Arrays have the shape (classes,), by class id, unless stated otherwise.
+    Arrays have the shape (classes,), by class id, unless stated otherwise. A row of a class is a row that the
+    model gave this class.
 
     Attributes:
-        count: rows that were given this class.
-        score_sum, score_square_sum, entropy_sum: fixed-point sums over these rows, int64 / `SCALE`.
-        score_min, score_max: float32; +inf and -inf where there is no row.
+        count: Number of rows of the class.
+        score_sum, score_square_sum, entropy_sum: Fixed-point sums over these rows, int64 / `SCALE`.
+        score_min, score_max: float32; +inf and -inf for a class without rows.
         score_histogram: int64 (classes, `HISTOGRAM_BINS`).
-        predicted_with_target: rows given this class that have a target.
-        support: rows whose target is this class.
-        true_positives: rows given this class whose target is this class.
-        top5_hits: rows whose target is this class and is among their five best classes; too low where rows
-            have fewer classes (see `has_top5`).
-        confusion: pairs (class given, target) of the rows where the two differ.
-        calibration: int64 (3, `HISTOGRAM_BINS`), by bin of the score, over rows with a target: rows, rows
-            whose target is the class given, and the fixed-point sum of the scores.
+        predicted_with_target: Number of rows of the class that have a target.
+        support: Number of rows whose target is the class.
+        true_positives: Number of rows of the class whose target is the class.
+        top5_hits: Number of rows whose target is the class, and whose five best classes include the target.
+            Too low if rows have fewer than five classes (see `has_top5`).
+        confusion: Pairs (predicted class, target) of the rows where the two differ.
+        calibration: int64 (3, `HISTOGRAM_BINS`), by score bin, over the rows with a target: number of rows,
+            number of correct rows, and fixed-point sum of the scores.
     """
 
     count: np.ndarray
@@ -88,7 +89,7 @@ class ClassStatistics:
 
     @classmethod
     def empty(cls, num_classes: int) -> Self:
-        """Statistics of no rows."""
+        """Returns the statistics of no rows."""
         values: dict[str, Any] = {f.name: np.zeros(num_classes, np.int64) for f in fields(cls)}
         values["score_min"] = np.full(num_classes, np.inf, np.float32)
         values["score_max"] = -values["score_min"]
@@ -98,9 +99,9 @@ class ClassStatistics:
 
     @classmethod
     def from_predictions(cls, predictions: pa.Table, num_classes: int) -> Self:
-        """Computes the statistics of prediction rows; rows with an error are not counted.
+        """Computes the statistics of prediction rows. Rows with an error are not counted.
 
-        The columns `label_id`, `score`, `entropy`, `target_id`, `topk_label_ids` are read.
+        Reads the columns `label_id`, `score`, `entropy`, `target_id` and `topk_label_ids`.
         """
         rows = predictions.filter(pc.is_valid(predictions["label_id"]))
         stats = cls.empty(num_classes)
@@ -108,12 +109,12 @@ class ClassStatistics:
             return stats
         label, score, entropy = (rows[name].to_numpy() for name in ("label_id", "score", "entropy"))
         np.add.at(stats.count, label, 1)
-        np.add.at(stats.score_sum, label, _fixed(score))
-        np.add.at(stats.score_square_sum, label, _fixed(score.astype(np.float64) ** 2))
-        np.add.at(stats.entropy_sum, label, _fixed(entropy))
+        np.add.at(stats.score_sum, label, _to_fixed_point(score))
+        np.add.at(stats.score_square_sum, label, _to_fixed_point(score.astype(np.float64) ** 2))
+        np.add.at(stats.entropy_sum, label, _to_fixed_point(entropy))
         np.minimum.at(stats.score_min, label, score)
         np.maximum.at(stats.score_max, label, score)
-        np.add.at(stats.score_histogram, (label, _bins(score)), 1)
+        np.add.at(stats.score_histogram, (label, _score_bins(score)), 1)
         stats._count_targets(rows, label, score)
         return stats
 
@@ -131,11 +132,11 @@ class ClassStatistics:
         np.add.at(self.top5_hits, target[(best == target[:, None]).any(axis=1)], 1)
         is_wrong = label != target
         self.confusion.add(label[is_wrong], target[is_wrong])
-        for row, values in zip(self.calibration, (1, ~is_wrong, _fixed(score)), strict=True):
-            np.add.at(row, _bins(score), values)
+        for row, values in zip(self.calibration, (1, ~is_wrong, _to_fixed_point(score)), strict=True):
+            np.add.at(row, _score_bins(score), values)
 
     def to_partial(self) -> pa.Table:
-        """The statistics as a table with one row per class that occurs, for `add_partial`."""
+        """Returns the statistics as a table for `add_partial`, with one row per class that occurs."""
         seen = np.flatnonzero((self.count > 0) | (self.support > 0))
         histogram = self.score_histogram[seen]
         rows, bins = np.nonzero(histogram)
@@ -159,18 +160,18 @@ class ClassStatistics:
         return pa.table(columns, schema=_PARTIAL)
 
     def add_partial(self, partial: pa.Table) -> None:
-        """Adds the statistics of other rows: a table that `to_partial` made, or several concatenated."""
+        """Adds statistics of other rows: a table of `to_partial`, or several such tables concatenated."""
         partial = partial.combine_chunks()
         label = partial["label_id"].to_numpy()
         for name, values in vars(self).items():
             if name == "score_histogram":
-                rows, bins, counts = _flattened(partial, "score_bins", "score_bin_counts")
+                rows, bins, counts = _flatten_lists(partial, "score_bins", "score_bin_counts")
                 np.add.at(values, (label[rows], bins), counts)
             elif name == "confusion":
-                rows, target, counts = _flattened(partial, "confused_ids", "confused_counts")
+                rows, target, counts = _flatten_lists(partial, "confused_ids", "confused_counts")
                 values.add(label[rows], target, counts)
             elif name == "calibration":
-                _, bins, *sums = _flattened(partial, "calibration_bins", *_CALIBRATION)
+                _, bins, *sums = _flatten_lists(partial, "calibration_bins", *_CALIBRATION)
                 for row, more in zip(values, sums, strict=True):
                     np.add.at(row, bins, more)
             else:
@@ -179,32 +180,35 @@ class ClassStatistics:
 
     @property
     def has_targets(self) -> bool:
-        """Whether any row has a target."""
+        """Returns whether any row has a target."""
         return bool(self.support.any())
 
     def top1_accuracy(self) -> float | None:
-        """Fraction of the rows with a target that were given the target's class; None without targets."""
+        """Returns the fraction of correct rows among the rows with a target; None without targets."""
         return ratio(int(self.true_positives.sum()), int(self.support.sum()))
 
     def top5_accuracy(self, topk: int) -> float | None:
-        """As `top1_accuracy`, with the target among the five best classes; None unless `has_top5`."""
+        """Returns the fraction of the rows with a target whose five best classes include the target.
+
+        Returns None without targets, and if the rows have too few classes (see `has_top5`).
+        """
         return ratio(int(self.top5_hits.sum()), int(self.support.sum())) if self.has_top5(topk) else None
 
     def has_top5(self, topk: int) -> bool:
-        """Whether rows with `topk` classes show if a target is among the five best."""
+        """Returns whether rows with `topk` classes contain the five best classes, or all classes."""
         return topk >= min(5, len(self.count))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration: whether samples labeled with a score of 0.8 are correct in 80 % of the cases.
+    """Calibration of the scores: whether 80 % of the samples with a score of 0.8 are correct.
 
-    Arrays have the shape (`CALIBRATION_BINS`,): bins of the score of equal width, each with its lower end.
+    Arrays have the shape (`CALIBRATION_BINS`,): score bins of equal width, which include their lower limit.
 
     Attributes:
-        counts: samples with a target whose score is in the bin.
-        accuracy: fraction of these samples that are labeled with their target; NaN in an empty bin.
-        confidence: mean score of these samples; NaN in an empty bin.
+        counts: Number of samples with a target, by score bin.
+        accuracy: Fraction of these samples that are correct; NaN for an empty bin.
+        confidence: Mean score of these samples; NaN for an empty bin.
     """
 
     counts: np.ndarray
@@ -213,14 +217,14 @@ class Calibration:
 
     @classmethod
     def from_statistics(cls, stats: ClassStatistics) -> Self:
-        """Computes the calibration of all samples with a target."""
+        """Computes the calibration over all samples with a target."""
         counts, hits, sums = stats.calibration.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
         with np.errstate(invalid="ignore"):
             return cls(counts, hits / counts, sums / SCALE / counts)
 
     @property
     def ece(self) -> float:
-        """The expected calibration error: the mean of |accuracy - mean score|, weighted by the bins' samples.
+        """Expected calibration error: mean of |accuracy - confidence| over the bins, weighted by `counts`.
 
         NaN without samples. See Naeini et al., AAAI 2015; Guo et al., "On Calibration of Modern Neural
         Networks", 2017.
@@ -229,21 +233,21 @@ class Calibration:
         return float(np.nansum(self.counts * gaps) / self.counts.sum())
 
 
-def _flattened(partial: pa.Table, *names: str) -> list[np.ndarray]:
-    """The values of list columns of equal lengths, after the number of the row that each value is in."""
+def _flatten_lists(partial: pa.Table, *names: str) -> list[np.ndarray]:
+    """Returns the row number of each value, and the values, of list columns with equal lengths per row."""
     columns = [partial[name].combine_chunks() for name in names]
     rows = pc.list_parent_indices(columns[0]).to_numpy()
     return [rows, *(column.flatten().to_numpy() for column in columns)]
 
 
-def _bins(scores: np.ndarray) -> np.ndarray:
+def _score_bins(scores: np.ndarray) -> np.ndarray:
     return np.minimum((scores * HISTOGRAM_BINS).astype(np.int64), HISTOGRAM_BINS - 1)
 
 
-def _fixed(values: np.ndarray) -> np.ndarray:
+def _to_fixed_point(values: np.ndarray) -> np.ndarray:
     return np.rint(values.astype(np.float64) * SCALE).astype(np.int64)
 
 
 def ratio(part: int, whole: int) -> float | None:
-    """`part / whole`; None where the whole is 0."""
+    """Returns `part / whole`; None if `whole` is 0."""
     return part / whole if whole else None

@@ -1,4 +1,4 @@
-"""The comparison of two label sets: agreement, all figures in words and as a table, and limits for them."""
+"""Comparison of two label sets: agreement, drift, totals, a table per class, and limits."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import DRIFT_BINS, ClassMapping, Drift
 from pipeline.text import format_percent, format_score
 
-#: Metadata key of the table, for the totals as JSON.
+#: Metadata key of the comparison table. The value is the JSON of the totals.
 TOTALS = "cvt_label.comparison"
-_MOST_PAIRS = 100
+_MAX_PAIRS = 100
 
 
 class LabelSetId(NamedTuple):
-    """Names a label set: all labels of a partition, by its URI, or the labels that one run wrote."""
+    """Identifies a label set: all labels of the partition at a URI, or the labels of one run."""
 
     uri: str
     run: str | None = None
@@ -35,50 +35,50 @@ class LabelSetId(NamedTuple):
 
 
 class AgreementStatistics:
-    """How often two label sets a and b give the same sample the same class.
+    """Sample-by-sample agreement of two label sets a and b.
 
-    Arrays have the shape (classes,), by place in `classes.labels`.
+    Arrays have the shape (classes,), by index in `classes.labels`.
 
     Attributes:
-        same: samples given this class by both.
-        given_a, given_b: compared samples given this class by one.
-        disagreements: pairs (class in a, class in b) that differ.
-        only_a, only_b: samples labeled in one only: an error row in the other, or in a shard that wasn't
-            compared.
-        shards: shards whose samples were compared.
-        changed_shards: shards that both have, but labeled in different versions, or relabeled in another
-            version or deleted since the manifest was written.
+        same: Number of samples that have the class in a and in b.
+        compared_a, compared_b: Number of compared samples that have the class in a, and in b.
+        disagreements: Pairs (class in a, class in b) of the samples whose classes differ.
+        only_a, only_b: Number of samples that are labeled only in a, or only in b. In the other label set the
+            sample is an error, or its shard was not compared.
+        shards: Number of shards whose samples were compared.
+        changed_shards: Number of shards in both label sets that could not be compared. The shard's version
+            differs, or the shard was relabeled or deleted since the manifest was written.
     """
 
     def __init__(self, classes: ClassMapping) -> None:
         self.classes = classes
-        self.same, self.given_a, self.given_b = np.zeros((3, len(classes.labels)), np.int64)
+        self.same, self.compared_a, self.compared_b = np.zeros((3, len(classes.labels)), np.int64)
         self.disagreements = PairCounts()
         self.compared = self.only_a = self.only_b = self.shards = self.changed_shards = 0
 
     @property
     def fraction(self) -> float | None:
-        """Fraction of the compared samples that both gave the same class; None where none was compared."""
+        """Fraction of the compared samples that have the same class in a and b; None without samples."""
         return int(self.same.sum()) / self.compared if self.compared else None
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa (1960): agreement beyond what the classes' frequencies alone would give."""
+        """Cohen's kappa (1960): agreement beyond the agreement expected from the class frequencies."""
         if self.fraction is None:
             return None
-        chance = float((self.given_a / self.compared * (self.given_b / self.compared)).sum())
+        chance = float((self.compared_a / self.compared * (self.compared_b / self.compared)).sum())
         return (self.fraction - chance) / (1 - chance) if chance < 1 else None
 
     def add(self, a: pa.Table, b: pa.Table) -> None:
-        """Counts the samples of one shard, from the columns `index` and `label_id` of both label sets."""
+        """Adds one shard, from the columns `index` and `label_id` of both label sets."""
         index_a, label_a = _labeled(a)
         index_b, label_b = _labeled(b)
         _, at_a, at_b = np.intersect1d(index_a, index_b, assume_unique=True, return_indices=True)
         first, second = self.classes.ids_a[label_a[at_a]], self.classes.ids_b[label_b[at_b]]
         is_same = first == second
         np.add.at(self.same, first[is_same], 1)
-        np.add.at(self.given_a, first, 1)
-        np.add.at(self.given_b, second, 1)
+        np.add.at(self.compared_a, first, 1)
+        np.add.at(self.compared_b, second, 1)
         self.disagreements.add(first[~is_same], second[~is_same])
         self.compared += len(first)
         self.only_a += len(label_a) - len(first)
@@ -87,13 +87,14 @@ class AgreementStatistics:
 
 
 def _labeled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `index` and `label_id` of the labeled rows."""
     rows = rows.filter(rows["label_id"].is_valid())
     return rows["index"].to_numpy(), rows["label_id"].to_numpy()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two label sets a and b differ; `agreement` is None where it wasn't measured."""
+    """The differences of two label sets a and b; `agreement` is None if not measured."""
 
     a: LabelSetId
     b: LabelSetId
@@ -102,7 +103,7 @@ class Comparison:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """The figures of all classes together; in the table's metadata."""
+        """The values over all classes, which are also in the table's metadata."""
         drift, agreement, labels = self.drift, self.agreement, self.drift.classes.labels
         values: dict[str, Any] = {
             "a": self.a.name,
@@ -129,14 +130,14 @@ class Comparison:
                 "kappa": agreement.kappa,
                 "disagreements": [
                     {"a": labels[a], "b": labels[b], "count": count}
-                    for a, b, count in agreement.disagreements.most_common(_MOST_PAIRS)
+                    for a, b, count in agreement.disagreements.most_common(_MAX_PAIRS)
                 ],
                 "disagreements_uncounted": agreement.disagreements.uncounted,
             }
         return values
 
     def summary(self, in_a: str, in_b: str) -> dict[str, str]:
-        """The figures in words; `in_a` and `in_b` are words for "in a" and "in b", such as "there"."""
+        """Returns the totals in words, by title; `in_a` and `in_b` are the words for "in a" and "in b"."""
         drift, agreement, classes = self.drift, self.agreement, self.drift.classes
         facts = {
             "Labeled images": f"{drift.images_a:,} {in_a}, {drift.images_b:,} {in_b}",
@@ -163,14 +164,14 @@ class Comparison:
         return facts
 
     def table(self) -> pa.Table:
-        """One row per class; without agreement, `compared_a`, `compared_b` and `same` are null.
+        """Returns one row per class; without agreement, `compared_a`, `compared_b` and `same` are null.
 
-        `psi` and `js_divergence` are the classes' parts: they sum to the PSI, and to the square of the
-        Jensen-Shannon distance.
+        `psi` and `js_divergence` are contributions of the class. Their sums are the PSI and the square of
+        the Jensen-Shannon distance.
         """
         drift, classes, agreement = self.drift, self.drift.classes, self.agreement
         none = [pa.nulls(len(classes.labels), pa.int64())] * 3
-        agreed = none if agreement is None else [agreement.given_a, agreement.given_b, agreement.same]
+        agreed = none if agreement is None else [agreement.compared_a, agreement.compared_b, agreement.same]
         columns = {
             "label": pa.array(classes.labels, pa.string()),
             "label_id_a": _ids(classes.ids_a, len(classes.labels)),
@@ -187,15 +188,20 @@ class Comparison:
         return pa.table(columns, metadata={TOTALS: json.dumps(self.totals)})
 
 
-def _ids(places: np.ndarray, classes: int) -> pa.Array:
+def _ids(indices: np.ndarray, classes: int) -> pa.Array:
+    """Returns a model's class id of each class; null for classes that the model does not have."""
     ids = np.full(classes, -1, np.int32)
-    ids[places] = np.arange(len(places))
+    ids[indices] = np.arange(len(indices))
     return pa.array(ids, mask=ids < 0)
 
 
 @dataclass(frozen=True)
 class ComparisonLimits:
-    """Limits for a comparison; None is no limit. Those of drift need `min_images` in both label sets."""
+    """Limits for a comparison; None means no limit.
+
+    Attributes:
+        min_images: The limits on drift apply if both label sets have at least this number of images.
+    """
 
     max_psi: float | None = None
     max_js: float | None = None
@@ -205,22 +211,22 @@ class ComparisonLimits:
 
     @property
     def any_set(self) -> bool:
-        """Whether there is any limit."""
+        """Returns whether any limit is set."""
         return self != ComparisonLimits(min_images=self.min_images)
 
     def violations(self, totals: Mapping[str, Any]) -> list[str]:
-        """The limits that `Comparison.totals` break, in words."""
+        """Returns a sentence for each limit that `Comparison.totals` exceed."""
         enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
-        broken = [
-            f"{what} {value:.4g} is more than {limit:g}"
-            for what, name, limit in (
+        violations = [
+            f"{title} {value:.4g} is more than {limit:g}"
+            for title, name, limit in (
                 ("PSI", "psi", self.max_psi),
                 ("Jensen-Shannon distance", "js_distance", self.max_js),
                 ("PSI of the scores", "score_psi", self.max_score_psi),
             )
-            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN breaks every limit
+            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN violates any limit
         ]
-        share = totals.get("agreement")
-        if self.min_agreement is not None and share is not None and not share >= self.min_agreement:
-            broken.append(f"agreement {share:.4g} is less than {self.min_agreement:g}")
-        return broken
+        agreement = totals.get("agreement")
+        if self.min_agreement is not None and agreement is not None and not agreement >= self.min_agreement:
+            violations.append(f"agreement {agreement:.4g} is less than {self.min_agreement:g}")
+        return violations

@@ -1,6 +1,6 @@
-"""Where the time of a run goes: what each stage did, how long it took, and which of them bound the run.
+"""Stage metrics: the work and the time of each stage, and the stage that limits the throughput of a run.
 
-Stages measure themselves, chunks carry the metrics, and the driver adds them up.
+Each stage measures itself, chunks carry the metrics, and the driver sums them.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from dataclasses import astuple, dataclass
 
 STORAGE, DECODE, CLASSIFY, COMMIT = STAGES = ("storage", "decode", "classify", "commit")
 
-#: Seconds of classifying from which on shares tell what bound a run: its first chunks were read and decoded
-#: before, which counts as work too.
-_TELLING_S = 10.0
-#: Below this share of its time, even the busiest stage is not what a run waits for.
-_BOUND_SHARE = 0.5
+#: Minimum duration of a run with a known bottleneck. In a shorter run, the first chunks, which are read and
+#: decoded before the measurement starts, distort the busy fractions.
+_MIN_SECONDS = 10.0
+#: Minimum busy fraction of a stage that limits the throughput.
+_MIN_BUSY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class StageMetrics:
-    """What a stage measured while it processed a chunk, or the sum over many chunks.
+    """Metrics of a stage for one chunk, or the sum over many chunks.
 
     Attributes:
-        images: images that came to the stage.
-        bytes: bytes that the stage passed on: encoded images, pixels, labels, or a file.
-        busy_s, wait_s: seconds in which its workers worked, and waited for work.
-        gpu_busy, gpu_samples: sum and number of the samples of GPU utilization, each from 0 to 1.
+        images: Number of input images.
+        bytes: Number of output bytes: encoded images, pixels, labels, or a file.
+        busy_s, wait_s: Seconds that the workers worked, and waited for work.
+        decoded_on_gpu: Number of images that the GPU decoded.
+        gpu_busy, gpu_samples: Sum and number of GPU utilization samples, each from 0 to 1.
     """
 
     images: int = 0
@@ -44,61 +45,62 @@ class StageMetrics:
 
     @property
     def gpu_utilization(self) -> float | None:
-        """Share of the time in which GPUs were busy, on average; None where there are no samples."""
+        """Mean GPU utilization, from 0 to 1; None without samples."""
         return round(self.gpu_busy / self.gpu_samples, 3) if self.gpu_samples else None
 
 
 def add_metrics(total: dict[str, StageMetrics], more: Mapping[str, StageMetrics]) -> None:
-    """Adds stage metrics, by stage, to a total."""
+    """Adds metrics to a total, by stage."""
     for stage, metrics in more.items():
         total[stage] = total.get(stage, StageMetrics()) + metrics
 
 
 class StageTimer:
-    """Measures the seconds in which a worker works (`with meter:`), and in which it waits for work.
+    """Measures the seconds that a worker is busy (`with timer:`), and the seconds that it waits.
 
-    Several threads may work at the same time: the worker waits while none of them works.
+    Several threads may be busy at the same time. The worker waits while no thread is busy.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside = 0
+        self._busy_threads = 0
         self._since = time.perf_counter()
         self._busy = self._wait = 0.0
 
     def __enter__(self) -> None:
-        self._turn(1)
+        self._advance(1)
 
     def __exit__(self, *failure: object) -> None:
-        self._turn(-1)
+        self._advance(-1)
 
     def collect(self, images: int = 0, bytes: int = 0) -> StageMetrics:
-        """Returns these counts with the seconds measured since the last call."""
-        self._turn(0)
+        """Returns metrics with these counts and the seconds since the last call."""
+        self._advance(0)
         with self._lock:
             metrics = StageMetrics(images, bytes, self._busy, self._wait)
             self._busy = self._wait = 0.0
         return metrics
 
-    def _turn(self, step: int) -> None:
+    def _advance(self, step: int) -> None:
         with self._lock:
             now = time.perf_counter()
-            if self._inside:
+            if self._busy_threads:
                 self._busy += now - self._since
             else:
                 self._wait += now - self._since
             self._since = now
-            self._inside += step
+            self._busy_threads += step
 
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One stage's part in a run; `images` and `bytes` as in `StageMetrics`.
+    """Summary of one stage over a run.
 
     Attributes:
-        busy_s, wait_s: seconds in which its workers worked, and could have worked, summed over the workers.
-        workers: number of workers that could work at once.
-        share_busy: fraction of these seconds that are busy.
+        images, bytes: As in `StageMetrics`.
+        busy_s, wait_s: Seconds that the workers were busy, and idle, summed over the workers.
+        workers: Number of concurrent workers.
+        share_busy: Busy fraction of the workers' time.
     """
 
     images: int
@@ -110,21 +112,21 @@ class StageSummary:
 
     @property
     def seconds(self) -> float:
-        """Seconds that each of its workers worked or waited."""
+        """Measured seconds per worker, busy or idle."""
         return (self.busy_s + self.wait_s) / self.workers
 
 
 def summarize_stages(
     metrics: Mapping[str, StageMetrics], workers: Mapping[str, int], seconds: float
 ) -> dict[str, StageSummary]:
-    """Each stage's part in a run.
+    """Returns the summary of each stage.
 
     Args:
-        metrics: sums over the run, by stage.
-        workers: of each stage except `classify`, whose actors measure how long they waited.
-        seconds: the run's, from its first work at a classifier to its last result.
+        metrics: Sums over the run, by stage.
+        workers: Number of workers of each stage except `classify`, whose actors measure their idle time.
+        seconds: Duration of the run, from the first classification to the last result.
     """
-    figures = {}
+    summaries = {}
     for stage in STAGES:
         sums = metrics.get(stage, StageMetrics())
         busy, wait = sums.busy_s, sums.wait_s
@@ -135,22 +137,22 @@ def summarize_stages(
             count = (busy + wait) / seconds if seconds else 0.0
         share = round(busy / (busy + wait), 4) if busy + wait else 0.0
         times = round(busy, 3), round(wait, 3)
-        figures[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), share)
-    return figures
+        summaries[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), share)
+    return summaries
 
 
-def is_long_enough(figures: Mapping[str, StageSummary]) -> bool:
-    """Whether a run was long enough to tell what bound it."""
-    return min((stage.seconds for stage in figures.values() if stage.workers), default=0.0) >= _TELLING_S
+def is_long_enough(summaries: Mapping[str, StageSummary]) -> bool:
+    """Returns whether a run was long enough to identify the bottleneck."""
+    return min((stage.seconds for stage in summaries.values() if stage.workers), default=0.0) >= _MIN_SECONDS
 
 
-def describe_bottleneck(figures: Mapping[str, StageSummary]) -> str:
-    """Says in one line which stage the others waited for, where the run was long enough to tell."""
-    if not is_long_enough(figures):
-        return "not known: the run was too short to tell"
-    by_share = sorted(figures, key=lambda stage: figures[stage].share_busy, reverse=True)
-    shares = [f"{stage} {figures[stage].share_busy:.0%}" for stage in by_share]
-    busiest = by_share[0]
-    if figures[busiest].share_busy < _BOUND_SHARE:
-        return f"no stage (busy: {', '.join(shares)}): starting and scheduling took the rest"
-    return f"{busiest}, busy {figures[busiest].share_busy:.0%} of the time ({', '.join(shares[1:])})"
+def describe_bottleneck(summaries: Mapping[str, StageSummary]) -> str:
+    """Returns one line that names the stage that limited the throughput, if known."""
+    if not is_long_enough(summaries):
+        return "unknown: the run was too short to tell"
+    by_fraction = sorted(summaries, key=lambda stage: summaries[stage].share_busy, reverse=True)
+    fractions = [f"{stage} {summaries[stage].share_busy:.0%}" for stage in by_fraction]
+    busiest = by_fraction[0]
+    if summaries[busiest].share_busy < _MIN_BUSY:
+        return f"no stage (busy: {', '.join(fractions)}): startup and scheduling took the remaining time"
+    return f"{busiest}, busy {summaries[busiest].share_busy:.0%} of the time ({', '.join(fractions[1:])})"

@@ -1,4 +1,4 @@
-"""The table of class statistics: `class_stats.parquet`, and the same for people."""
+"""The table of class statistics, for `class_stats.parquet` and as text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,9 +40,9 @@ CLASS_STATS_SCHEMA = pa.schema(
 
 
 def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.Table:
-    """Class statistics for readers: one row per class, also of classes that never occur.
+    """Returns the class statistics with one row per class, including classes that never occur.
 
-    The top-5 recall is null where rows have only `topk` classes, fewer than five and than the model has.
+    `top5_recall` is null if `topk` is less than five and less than the number of classes.
     """
     total, has_top5 = int(stats.count.sum()), stats.has_top5(topk)
     rows = [
@@ -81,9 +81,9 @@ def _class_row(stats: ClassStatistics, i: int, total: int, has_top5: bool) -> di
 
 
 def _quantile(histogram: np.ndarray, q: float) -> float:
-    """Middle of the bin with the q-quantile."""
-    upto = np.cumsum(histogram)
-    return float(np.searchsorted(upto, q * upto[-1], side="left") + 0.5) / HISTOGRAM_BINS
+    """Returns the middle of the bin that contains the q-quantile."""
+    cumulative = np.cumsum(histogram)
+    return float(np.searchsorted(cumulative, q * cumulative[-1], side="left") + 0.5) / HISTOGRAM_BINS
 
 
 def predicted_classes(classes: pa.Table) -> list[dict[str, Any]]:
@@ -96,9 +96,9 @@ def predicted_classes(classes: pa.Table) -> list[dict[str, Any]]:
 
 
 def format_class_row(row: Mapping[str, Any]) -> list[str]:
-    """A class's figures as text: images, share, mean score, three quantiles of the score.
+    """Returns a class's values as text: images, fraction, mean score, three score quantiles.
 
-    Where there are targets, precision, recall and F1 follow.
+    If there are targets, precision, recall and F1 follow.
     """
     cells = [f"{row['count']:,}", format_percent(row["fraction"])]
     cells += [format_score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]

@@ -10,7 +10,7 @@ import pytest
 from pipeline.commit import Partition
 from pipeline.report.failures import read_causes
 from pipeline.statistics import ErrorCauses
-from pipeline.statistics.causes import MOST_KEYS
+from pipeline.statistics.causes import MAX_SAMPLES
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
 
@@ -39,7 +39,7 @@ def test_files_with_the_most_errors_are_read(tmp_path: Path) -> None:
     [found] = causes(100).to_record()
     assert (found["cause"], found["count"]) == ("N bytes, day '...'", 2 * (1 + 2 + 3))
     assert found["samples"][0] == {"shard": "/in/x-3.tar", "key": "k1", "error": "3 bytes, day 'x'"}
-    assert len(found["samples"]) == MOST_KEYS
+    assert len(found["samples"]) == MAX_SAMPLES
     assert causes(3).count == 3 + 3 + 2
     [path] = Path(uri).rglob("x-3.tar.parquet")
     path.unlink()

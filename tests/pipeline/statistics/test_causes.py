@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.statistics import ErrorCauses
-from pipeline.statistics.causes import MOST_CAUSES, MOST_KEYS, OTHERS, normalize_errors
+from pipeline.statistics.causes import MAX_CAUSES, MAX_SAMPLES, OTHER_CAUSES, normalize_errors
 
 
 def samples(*errors: str | None) -> pa.Table:
@@ -23,11 +23,11 @@ def samples(*errors: str | None) -> pa.Table:
         ("empty image: the file has no bytes", "empty image: the file has no bytes"),
     ],
 )
-def test_cause_leaves_out_numbers_and_quotes(error: str, cause: str) -> None:
+def test_cause_has_placeholders_for_numbers_and_quotes(error: str, cause: str) -> None:
     assert normalize_errors(pa.array([error])).to_pylist() == [cause]
 
 
-def test_causes_are_counted_the_most_frequent_first() -> None:
+def test_causes_are_sorted_by_count() -> None:
     causes = ErrorCauses()
     causes.add("s3://b/a.tar", samples("3 bytes", None, "no image", *(f"{i} bytes" for i in range(20))))
     other = ErrorCauses()
@@ -37,7 +37,7 @@ def test_causes_are_counted_the_most_frequent_first() -> None:
     assert (first["cause"], first["count"]) == ("N bytes", 22)
     assert (second["cause"], second["count"]) == ("no image", 2)
     assert first["samples"][0] == {"shard": "s3://b/a.tar", "key": "k0", "error": "3 bytes"}
-    assert len(first["samples"]) == MOST_KEYS
+    assert len(first["samples"]) == MAX_SAMPLES
     assert [sample["shard"] for sample in second["samples"]] == ["s3://b/a.tar", "s3://b/b.tar"]
 
 
@@ -45,6 +45,6 @@ def test_number_of_causes_is_limited() -> None:
     causes = ErrorCauses()
     causes.add("s3://b/a.tar", samples(*("x" * i for i in range(1, 200))))
     record = causes.to_record()
-    assert len(record) == MOST_CAUSES + 1
-    assert record[0]["cause"] == OTHERS
+    assert len(record) == MAX_CAUSES + 1
+    assert record[0]["cause"] == OTHER_CAUSES
     assert sum(cause["count"] for cause in record) == 199

@@ -13,7 +13,7 @@ CLASSES = 7
 
 
 def predictions(count: int, seed: int = 0, topk: int = 5, targets: bool = True) -> pa.Table:
-    """Prediction rows with every tenth an error, and every fifth without a target."""
+    """Returns prediction rows. Every tenth row is an error, and every fifth row has no target."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(count, CLASSES)) * 2
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -40,7 +40,7 @@ def assert_equal(one: ClassStatistics, other: ClassStatistics) -> None:
 
 
 def merged(*partials: pa.Table) -> ClassStatistics:
-    """The statistics of all parts, added one after another."""
+    """Returns the sum of partial statistics."""
     stats = ClassStatistics.empty(CLASSES)
     for partial in partials:
         stats.add_partial(partial)
@@ -48,7 +48,7 @@ def merged(*partials: pa.Table) -> ClassStatistics:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_merging_any_split_equals_the_statistics_of_all_rows(seed: int) -> None:
+def test_merged_statistics_do_not_depend_on_the_split(seed: int) -> None:
     table = predictions(2000, seed)
     rng = np.random.default_rng(seed)
     cuts = [0, *sorted(rng.integers(0, 2000, rng.integers(1, 40)).tolist()), 2000]
@@ -61,7 +61,7 @@ def test_merging_any_split_equals_the_statistics_of_all_rows(seed: int) -> None:
     assert_equal(merged(pa.concat_tables(parts)), ClassStatistics.from_predictions(table, CLASSES))
 
 
-def test_merging_merged_parts_gives_the_same() -> None:
+def test_merging_is_associative() -> None:
     table = predictions(999)
     parts = [
         ClassStatistics.from_predictions(table.slice(i, 111), CLASSES).to_partial()
@@ -71,7 +71,7 @@ def test_merging_merged_parts_gives_the_same() -> None:
     assert_equal(merged(*halves), ClassStatistics.from_predictions(table, CLASSES))
 
 
-def test_confusion_and_calibration_agree_with_a_plain_computation() -> None:
+def test_confusion_and_calibration_equal_a_direct_computation() -> None:
     table = predictions(3000)
     rows = [row for row in table.to_pylist() if row["label_id"] is not None and row["target_id"] is not None]
     stats = merged(ClassStatistics.from_predictions(table, CLASSES).to_partial())
@@ -92,7 +92,7 @@ def test_confusion_and_calibration_agree_with_a_plain_computation() -> None:
     assert found.ece == pytest.approx(error, abs=1e-7)
 
 
-def test_table_agrees_with_a_plain_computation() -> None:
+def test_class_table_equals_a_direct_computation() -> None:
     table = predictions(3000)
     rows = [row for row in table.to_pylist() if row["label_id"] is not None]
     labels = [f"class {i}" for i in range(CLASSES)]
@@ -126,7 +126,7 @@ def test_table_agrees_with_a_plain_computation() -> None:
         assert row["top5_recall"] == pytest.approx(len(in_top5) / len(support))
 
 
-def test_accuracy_counts_rows_with_targets_only() -> None:
+def test_accuracy_counts_only_rows_with_targets() -> None:
     table = predictions(500)
     rows = [r for r in table.to_pylist() if r["label_id"] is not None and r["target_id"] is not None]
     stats = ClassStatistics.from_predictions(table, CLASSES)
@@ -136,13 +136,13 @@ def test_accuracy_counts_rows_with_targets_only() -> None:
     assert stats.top5_accuracy(topk=5) == pytest.approx(top5)
 
 
-def test_top5_is_null_where_rows_have_fewer_classes() -> None:
+def test_top5_is_null_if_rows_have_fewer_classes() -> None:
     stats = ClassStatistics.from_predictions(predictions(100, topk=3), CLASSES)
     assert stats.top5_accuracy(topk=3) is None
     assert class_table(stats, ["x"] * CLASSES, topk=3)["top5_recall"].null_count == CLASSES
 
 
-def test_columns_that_need_targets_are_null_without_targets() -> None:
+def test_columns_of_targets_are_null_without_targets() -> None:
     stats = ClassStatistics.from_predictions(predictions(100, targets=False), CLASSES)
     table = class_table(stats, ["x"] * CLASSES, topk=5)
     for name in ("support", "true_positives", "precision", "recall", "f1", "top5_recall"):
@@ -150,7 +150,7 @@ def test_columns_that_need_targets_are_null_without_targets() -> None:
     assert stats.top1_accuracy() is None
 
 
-def test_table_without_labels_has_a_row_per_class() -> None:
+def test_table_without_rows_has_a_row_per_class() -> None:
     rows = class_table(ClassStatistics.empty(3), ["a", "b", "c"], topk=3).to_pylist()
     assert [row["count"] for row in rows] == [0, 0, 0]
     assert {row["fraction"] for row in rows} == {None}
@@ -172,6 +172,6 @@ def test_score_of_one_is_in_the_last_bin() -> None:
     assert stats.score_histogram[:, -1].sum() == stats.count.sum() == 9
 
 
-def test_table_states_the_resolution_of_its_quantiles() -> None:
+def test_table_metadata_has_the_quantile_resolution() -> None:
     metadata = class_table(ClassStatistics.empty(1), ["a"], topk=1).schema.metadata
     assert metadata[b"score_quantile_resolution"] == b"0.01"

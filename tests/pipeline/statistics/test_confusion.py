@@ -28,13 +28,13 @@ def test_large_class_ids_are_distinguished() -> None:
     assert counts.most_common(5) == [(21_999, 0, 3), (0, 21_999, 2)]
 
 
-def test_beyond_the_limit_kept_counts_are_exact_and_the_rest_is_stated() -> None:
+def test_kept_counts_beyond_the_limit_are_exact() -> None:
     counts, expected = PairCounts(50), Counter[tuple[int, int]]()
     for seed in range(60):
         a, b = pairs(2000, seed)
         counts.add(a, b)
         expected.update(zip(a.tolist(), b.tolist(), strict=True))
-        counts.to_arrays()  # merges what was added
+        counts.to_arrays()  # merges the pending pairs
     found = {(a, b): n for a, b, n in counts.most_common(10**6)}
     assert len(found) == 50 < len(expected)
     assert {pair: expected[pair] for pair in found} == found

@@ -18,18 +18,18 @@ def js_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def between(a: np.ndarray, b: np.ndarray) -> Drift:
-    """The drift between counts of the same classes, all with a score of 0.95."""
+    """Returns the drift between counts of the same classes, with a score of 0.95 for all images."""
     labels = [f"class {i}" for i in range(len(a))]
-    return Drift(ClassMapping.matched(labels, labels), counted(a), counted(b))
+    return Drift(ClassMapping.matched(labels, labels), with_histogram(a), with_histogram(b))
 
 
-def counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def with_histogram(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     histogram = np.zeros((len(counts), HISTOGRAM_BINS), np.int64)
     histogram[:, 95] = counts
     return counts, histogram
 
 
-def test_psi_is_the_sum_of_its_textbook_terms() -> None:
+def test_psi_equals_the_textbook_formula() -> None:
     a, b = np.array([500, 300, 200]), np.array([400, 300, 300])
     expected = sum(
         ((y + 0.5) / 1001.5 - (x + 0.5) / 1001.5) * math.log((y + 0.5) / (x + 0.5))
@@ -40,28 +40,28 @@ def test_psi_is_the_sum_of_its_textbook_terms() -> None:
     assert psi(a, a) == 0
 
 
-def test_empty_class_gives_a_finite_psi() -> None:
+def test_psi_of_an_empty_class_is_finite() -> None:
     a, b = np.array([10, 0]), np.array([5, 5])
     assert 0 < psi(a, b) < 10
     assert psi(np.append(a, 0), np.append(b, 0)) == psi(a, b)
 
 
-def test_mean_psi_without_drift_is_psi_by_chance() -> None:
+def test_mean_psi_without_drift_equals_psi_by_chance() -> None:
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.full(40, 5.0))
-    sides = [(rng.multinomial(20_000, p), rng.multinomial(5000, p)) for _ in range(300)]
-    found = np.mean([psi(a, b) for a, b in sides])
-    assert found == pytest.approx(psi_by_chance(*sides[0]), rel=0.05)
+    samples = [(rng.multinomial(20_000, p), rng.multinomial(5000, p)) for _ in range(300)]
+    found = np.mean([psi(a, b) for a, b in samples])
+    assert found == pytest.approx(psi_by_chance(*samples[0]), rel=0.05)
 
 
 def test_jensen_shannon_distance_is_0_for_equal_and_1_for_disjoint() -> None:
     assert js_distance(np.array([1, 3]), np.array([10, 30])) == pytest.approx(0, abs=1e-8)
     assert js_distance(np.array([5, 0]), np.array([0, 7])) == 1
-    # scipy.spatial.distance.jensenshannon([1, 0], [0.5, 0.5], base=2), as its documentation has it:
+    # scipy.spatial.distance.jensenshannon([1, 0], [0.5, 0.5], base=2), from its documentation:
     assert js_distance(np.array([1, 0]), np.array([1, 1])) == pytest.approx(0.5579230452841438)
 
 
-def test_parts_of_the_divergence_sum_to_the_distance_squared() -> None:
+def test_divergence_by_class_sums_to_the_squared_distance() -> None:
     a, b = np.array([50, 50, 0, 0, 7]), np.array([50, 30, 20, 0, 7])
     parts = js_divergence_by_class(a, b)
     assert parts.sum() == pytest.approx(js_distance(a, b) ** 2)
@@ -77,7 +77,7 @@ def test_classes_are_matched_by_name_and_order() -> None:
 
 
 def test_drift_compares_classes_by_name_not_by_id() -> None:
-    first, swapped = counted(np.array([30, 10])), counted(np.array([10, 30]))
+    first, swapped = with_histogram(np.array([30, 10])), with_histogram(np.array([10, 30]))
     same = Drift(ClassMapping.matched(["a", "b"], ["b", "a"]), first, swapped)
     assert same.psi == same.js_distance == same.score_psi == 0
     other = Drift(ClassMapping.matched(["a", "b"], ["a", "c"]), first, first)

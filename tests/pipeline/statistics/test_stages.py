@@ -1,4 +1,4 @@
-"""Where the time went: meters, their sums, and what is said to have bound a run."""
+"""Stage metrics: timers, sums, and the bottleneck of a run."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ from pipeline.statistics import (
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time it is for meters; change its only item to let time pass."""
+    """The time that timers read; change the only item to advance the time."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_work_and_waiting_are_told_apart_and_taken_once(clock: list[float]) -> None:
-    meter = StageTimer()
+def test_busy_and_waiting_seconds_are_collected_once(clock: list[float]) -> None:
+    timer = StageTimer()
     clock[0] += 1
-    with meter:
+    with timer:
         clock[0] += 4
     clock[0] += 2
-    assert meter.collect(bytes=7) == StageMetrics(bytes=7, busy_s=4, wait_s=3)
-    assert meter.collect() == StageMetrics()
+    assert timer.collect(bytes=7) == StageMetrics(bytes=7, busy_s=4, wait_s=3)
+    assert timer.collect() == StageMetrics()
 
 
-def test_work_that_fails_counts_as_work(clock: list[float]) -> None:
-    meter = StageTimer()
+def test_failing_work_counts_as_busy(clock: list[float]) -> None:
+    timer = StageTimer()
 
     def work() -> None:
-        with meter:
+        with timer:
             clock[0] += 4
             raise ValueError("bad")
 
     with pytest.raises(ValueError, match="bad"):
         work()
-    assert meter.collect().busy_s == 4
+    assert timer.collect().busy_s == 4
 
 
-def test_threads_that_work_together_count_once(clock: list[float]) -> None:
-    meter = StageTimer()
+def test_concurrent_threads_count_once(clock: list[float]) -> None:
+    timer = StageTimer()
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
-        with meter:
+        with timer:
             inside.set()
             leave.wait(10)
 
-    with meter:
+    with timer:
         other = threading.Thread(target=work)
         other.start()
         assert inside.wait(10)
@@ -70,7 +70,7 @@ def test_threads_that_work_together_count_once(clock: list[float]) -> None:
     leave.set()
     other.join(10)
     clock[0] += 1
-    assert meter.collect() == StageMetrics(busy_s=5, wait_s=1)
+    assert timer.collect() == StageMetrics(busy_s=5, wait_s=1)
 
 
 METRICS = {
@@ -81,7 +81,7 @@ METRICS = {
 }
 
 
-def test_waiting_is_what_workers_could_have_done() -> None:
+def test_waiting_time_follows_from_the_number_of_workers() -> None:
     figures = summarize_stages(METRICS, {STORAGE: 2, DECODE: 4, COMMIT: 1}, seconds=10.0)
     assert figures[STORAGE] == StageSummary(400, 2.0, 18.0, 1000, 2, 0.1)
     assert figures[DECODE] == StageSummary(390, 10.0, 30.0, 0, 4, 0.25)
@@ -92,18 +92,18 @@ def test_waiting_is_what_workers_could_have_done() -> None:
 
 
 @pytest.mark.parametrize("stage", [STORAGE, DECODE, COMMIT])
-def test_the_busiest_stage_bound_the_run(stage: str) -> None:
+def test_busiest_stage_is_the_bottleneck(stage: str) -> None:
     metrics = {CLASSIFY: StageMetrics(busy_s=1.0, wait_s=9.0), stage: StageMetrics(busy_s=9.0)}
     figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=10.0)
     assert describe_bottleneck(figures).startswith(f"{stage}, busy 90% of the time (classify 10%")
 
 
-def test_a_run_that_mostly_started_was_bound_by_no_stage() -> None:
+def test_no_stage_is_the_bottleneck_of_a_run_that_mostly_starts() -> None:
     figures = summarize_stages(METRICS, {STORAGE: 2, DECODE: 4, CLASSIFY: 4, COMMIT: 1}, seconds=10.0)
     assert describe_bottleneck(figures).startswith("no stage (busy: classify 48%, decode 25%")
 
 
-def test_what_the_driver_says_of_gpus_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_utilization_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([50, 100])
     monkeypatch.setattr("torch.cuda.utilization", lambda: next(answers))
     monkeypatch.setattr("pipeline.dataflow.stages._GPU_INTERVAL", 0.0)
@@ -114,17 +114,17 @@ def test_what_the_driver_says_of_gpus_is_averaged(monkeypatch: pytest.MonkeyPatc
     assert metrics.gpu_utilization == 0.75
 
 
-def test_without_a_gpu_nothing_is_said_of_one() -> None:
+def test_gpu_utilization_is_none_without_a_gpu() -> None:
     assert StageMetrics().gpu_utilization is None
 
 
-def test_a_run_without_results_has_figures_too() -> None:
+def test_run_without_results_has_stage_summaries() -> None:
     figures = summarize_stages({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
     assert {f.share_busy for f in figures.values()} == {0.0}
-    assert describe_bottleneck(figures) == "not known: the run was too short to tell"
+    assert describe_bottleneck(figures) == "unknown: the run was too short to tell"
 
 
-def test_nothing_is_said_of_a_run_whose_first_chunks_took_longer_to_read_than_all_to_classify() -> None:
+def test_bottleneck_of_a_short_run_is_unknown() -> None:
     metrics = {
         STORAGE: StageMetrics(busy_s=3.0),
         DECODE: StageMetrics(busy_s=2.0),
@@ -132,4 +132,4 @@ def test_nothing_is_said_of_a_run_whose_first_chunks_took_longer_to_read_than_al
     }
     figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
     assert figures[STORAGE].share_busy == 1
-    assert describe_bottleneck(figures) == "not known: the run was too short to tell"
+    assert describe_bottleneck(figures) == "unknown: the run was too short to tell"
