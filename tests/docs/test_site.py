@@ -132,9 +132,7 @@ def test_output_schema_page_lists_every_key_of_a_run_record(tmp_path: Path) -> N
 
 def test_exit_statuses_page_lists_every_status() -> None:
     rows = table_under("exit-statuses.md", "Exit statuses")
-    assert [(int(row[0]), row[1].strip("`")) for row in rows] == [
-        (each.value, each.name) for each in ExitStatus
-    ]
+    assert [int(row[0]) for row in rows] == [*ExitStatus]
 
 
 def test_metrics_page_lists_every_metric_with_its_labels() -> None:
