@@ -153,10 +153,10 @@ class Pace:
                 self._first = now, progress
             return text
         since, first = self._first
-        images, share = progress.images - first.images, progress.share - first.share
-        if now - since < MIN_RATE_SECONDS or images <= 0 or share <= 0:
+        images, fraction = progress.images - first.images, progress.fraction - first.fraction
+        if now - since < MIN_RATE_SECONDS or images <= 0 or fraction <= 0:
             return text
-        left = timedelta(seconds=round((1 - progress.share) / share * (now - since)))
+        left = timedelta(seconds=round((1 - progress.fraction) / fraction * (now - since)))
         return f"{text}, {images / (now - since):,.1f}/s, {left} left"
 
 
@@ -171,7 +171,9 @@ def print_result(result: RunResult) -> None:
     if plan.shards:
         facts["images"] = f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards"
         facts["errors"] = f"{totals.errors:,}"
-        facts["images/s"] = f"{result.rate:,.1f}"
+        if result.images_per_s is not None:
+            facts["images/s"] = f"{result.images_per_s:,.1f} from the first result to the last"
+        facts["total time"] = f"{result.total_seconds:,.1f} s"
     facts["output"] = result.partition.uri
     if result.stages:
         facts["decoded by"], facts["bound by"] = result.decoder, describe_bottleneck(result.stages)

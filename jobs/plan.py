@@ -41,7 +41,7 @@ def plan(
             "shards": console.describe_plan(planned.plan),
             "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
             + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
-            "ignored": f"{planned.plan.ignored:,} objects that are no shard",
+            "ignored": f"{planned.plan.ignored.total():,} objects that are no shard",
             "model": f"{checkpoint.name}, {len(checkpoint.labels):,} classes, "
             f"{checkpoint.preprocessor.size} pixels",
             "output": job.partition.uri,

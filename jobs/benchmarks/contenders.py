@@ -118,12 +118,12 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
     from cvt.checkpoints import load_checkpoint
     from cvt.counting import count_macs
     from jobs.reference import load_images
-    from pipeline.dataflow import Cluster, ResourceRequest, choose_resources
+    from pipeline.dataflow import ClusterCapacity, ResourceRequest, choose_resources
     from pipeline.dataflow.stages import warm_engine
 
     config, checkpoint = task_config(task), load_checkpoint(task.model)
     count = partial(count_macs, checkpoint.model.config, task.size, task.size)
-    cluster = Cluster(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
+    cluster = ClusterCapacity(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
     request = ResourceRequest(config.read, config.decode, config.classify, task.size, count)
     resources = choose_resources(request, cluster)
     engine = warm_engine(checkpoint, config.model.precision, config.classify.runtime, resources)

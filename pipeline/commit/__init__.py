@@ -1,10 +1,16 @@
-"""What is stored of a partition: prediction files, manifest, lease, run records, and recovery after a crash.
+"""The stored partition: prediction files, manifest, lease, run records, and recovery after a crash.
 
-Deciding what to label does not belong here.
+Planning what to label does not belong here.
 """
 
-from pipeline.commit.committer import WRITERS, Committer, Progress, Totals
-from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, left_in_order
+from pipeline.commit.committer import MAX_CONCURRENT_WRITES, Committer, Progress, Totals
+from pipeline.commit.lease import (
+    InvalidLeaseError,
+    Lease,
+    LeaseHeldError,
+    LeaseLostError,
+    was_clean_shutdown,
+)
 from pipeline.commit.manifest import Manifest, ManifestRow, ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter

@@ -1,12 +1,12 @@
-"""The committer: results of chunks in, one prediction file a shard out, in one atomic write.
+"""The committer: turns labeled chunks into one prediction file per shard, each in one atomic write.
 
-It holds the result rows of open shards, never pixels. It runs in the driver and knows nothing of Ray.
+The committer holds the result rows of open shards, never pixels. It runs in the driver and does not use Ray.
 
 The order of a commit:
- 1. chunks of a shard are kept, by their first index, until they cover the shard, in any order of arrival;
- 2. the file is assembled, in the shard's order, and encoded in memory;
- 3. one atomic, conditional write makes it visible (`prediction_files`);
- 4. only then does the shard get a manifest row.
+ 1. Chunks of a shard arrive in any order, and are kept by their first index until they cover the shard.
+ 2. The file is assembled in the order of the shard, and encoded in memory.
+ 3. One atomic, conditional write makes the file visible (`prediction_files`).
+ 4. Only then does the shard get a manifest row.
 """
 
 from __future__ import annotations
@@ -28,29 +28,36 @@ from pipeline.commit.prediction_files import (
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import COMMIT, ErrorCauses, StageMetrics, add_metrics
 
-#: Files that are written at once: each is one shard's result rows, so few are enough to hide a PUT's latency.
-WRITERS = 4
+#: A file holds the result rows of one shard, so a few concurrent writes hide the latency of a PUT.
+MAX_CONCURRENT_WRITES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What has arrived: images, error rows among them, shards that are done, and the share of all bytes."""
+    """Progress of a run.
+
+    Attributes:
+        images: images whose results have arrived, error rows included.
+        errors: error rows among the images.
+        shards: shards that are done.
+        fraction: fraction of the bytes of all planned shards that was processed, from 0 to 1.
+    """
 
     images: int
     errors: int
     shards: int
-    share: float
+    fraction: float
 
 
 @dataclass
 class Totals:
-    """What is committed.
+    """Counts and metrics of the committed shards.
 
     Attributes:
         shards: number of shards that are done, unreadable ones included.
-        images: samples, error rows included.
-        retries: storage operations that workers tried again, by kind of failure.
-        metrics: by stage; those of chunks of open shards are included.
+        images: number of samples, error rows included.
+        retries: storage operations that workers retried, by kind of failure.
+        metrics: metrics by stage, chunks of open shards included.
     """
 
     shards: int = 0
@@ -69,18 +76,21 @@ class Committer:
     def __init__(
         self, writer: PredictionWriter, plan: Sequence[Shard], on_commit: Callable[[ManifestRow], None]
     ) -> None:
-        """Chunks name shards by their place in the plan.
+        """Creates a committer for the shards of a plan.
 
-        `on_commit` is called in this thread, with the manifest row of each shard that is done.
+        Args:
+            writer: writes prediction files.
+            plan: the shards; a chunk refers to its shard by the index in this sequence.
+            on_commit: called in this thread with the manifest row of each shard that is done.
         """
         self.totals = Totals()
         self._writer, self._plan, self._on_commit = writer, plan, on_commit
-        self._accepts_new = True
+        self._accepts_new_shards = True
         self._open: dict[int, OpenShard] = {}
-        self._missing = dict.fromkeys(range(len(plan)))  # in the plan's order
+        self._unfinished = dict.fromkeys(range(len(plan)))  # in the order of the plan
         self._images = self._errors = 0
         self._bytes, self._planned_bytes = 0, sum(shard.size for shard in plan)
-        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="commit")
+        self._writers = ThreadPoolExecutor(MAX_CONCURRENT_WRITES, thread_name_prefix="commit")
         self._writes: deque[Future[CommittedShard]] = deque()
 
     def __enter__(self) -> Committer:
@@ -88,13 +98,13 @@ class Committer:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._writers.shutdown(wait=True, cancel_futures=kind is not None)
-        for write in self._writes:  # left where an error ended the run: what is written is done
+        for write in self._writes:  # left if an error ended the run: completed writes count
             if not write.cancelled() and write.exception() is None:
-                self._settle(write)
+                self._finish_write(write)
 
     def add(self, chunk: Chunk) -> None:
-        """Takes a chunk's results, and commits its shard if they complete it; raises as `settle`."""
-        if chunk.shard not in self._missing or not (self._accepts_new or chunk.shard in self._open):
+        """Adds a chunk, and commits the shard if it is complete; raises as `wait_for_writes`."""
+        if chunk.shard not in self._unfinished or not (self._accepts_new_shards or chunk.shard in self._open):
             return
         arrived = self._open.setdefault(chunk.shard, OpenShard())
         if not arrived.add(chunk):
@@ -103,57 +113,57 @@ class Committer:
         add_metrics(self.totals.metrics, chunk.metrics)
         self._images += chunk.samples.num_rows
         self._errors += count_errors(chunk)
-        # Of open shards, encoded images only; a tar has more bytes: as many again where images are small.
+        # For open shards, only encoded images count. A tar has more bytes, twice as many if images are small.
         self._bytes += chunk.encoded_bytes
         if arrived.complete:
-            self._close(chunk.shard, arrived)
-        while self._writes and (len(self._writes) > 2 * WRITERS or self._writes[0].done()):
-            self._settle(self._writes.popleft())
+            self._commit(chunk.shard, arrived)
+        while self._writes and (len(self._writes) > 2 * MAX_CONCURRENT_WRITES or self._writes[0].done()):
+            self._finish_write(self._writes.popleft())
 
-    def _close(self, number: int, arrived: OpenShard) -> None:
+    def _commit(self, number: int, arrived: OpenShard) -> None:
         shard = self._plan[number]
         self._bytes += shard.size - arrived.encoded_bytes
-        if arrived.error is not None:  # then its samples don't come out after all
+        if arrived.error is not None:  # an unreadable shard has no result rows
             self._images -= arrived.samples
             self._errors -= arrived.errors
-        del self._open[number], self._missing[number]
+        del self._open[number], self._unfinished[number]
         self._writes.append(self._writers.submit(self._writer.commit, shard, arrived))
 
-    def wind_down(self) -> None:
-        """From now on takes results of open shards only."""
-        self._accepts_new = False
+    def reject_new_shards(self) -> None:
+        """Ignores results of shards that are not open yet."""
+        self._accepts_new_shards = False
 
     @property
     def open_shards(self) -> int:
-        """Number of shards of which some results have arrived, but not all."""
+        """Number of shards with some but not all results."""
         return len(self._open)
 
-    def settle(self) -> None:
-        """Waits for the files of complete shards; raises `StorageError` if one couldn't be written."""
+    def wait_for_writes(self) -> None:
+        """Waits for the files of complete shards; raises `StorageError` if a file can't be written."""
         while self._writes:
-            self._settle(self._writes.popleft())
+            self._finish_write(self._writes.popleft())
 
     def finish(self) -> None:
-        """Waits for the last files, when the stream of results has ended; raises as `settle`.
+        """Waits for the last files after the stream of results has ended; raises as `wait_for_writes`.
 
-        Also raises `IncompleteShardError` if results are missing, so that a shard of the plan isn't covered.
+        Also raises `IncompleteShardError` if a shard of the plan lacks results.
         """
-        self.settle()
-        for number in self._missing:
+        self.wait_for_writes()
+        for number in self._unfinished:
             uri, arrived = self._plan[number].uri, self._open.get(number, OpenShard())
             total = arrived.total or "an unknown number of"
-            raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples came out")
+            raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples have results")
 
-    def missing(self, most: int) -> list[str]:
-        """The first shards of the plan that are not complete, by URI."""
-        return [self._plan[number].uri for number in islice(self._missing, most)]
+    def unfinished(self, limit: int) -> list[str]:
+        """Returns the URIs of the first `limit` shards of the plan that are not complete."""
+        return [self._plan[number].uri for number in islice(self._unfinished, limit)]
 
     def progress(self) -> Progress:
-        """What has arrived."""
-        share = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
-        return Progress(self._images, self._errors, self.totals.shards, min(1.0, share))
+        """Returns the current progress."""
+        fraction = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
+        return Progress(self._images, self._errors, self.totals.shards, min(1.0, fraction))
 
-    def _settle(self, write: Future[CommittedShard]) -> None:
+    def _finish_write(self, write: Future[CommittedShard]) -> None:
         (row, metrics, causes), totals = write.result(), self.totals
         add_metrics(totals.metrics, {COMMIT: metrics})
         totals.causes.merge(causes)

@@ -1,8 +1,8 @@
-"""An advisory lease on a partition: one run at a time, as a courtesy.
+"""An advisory lease on a partition, so that one run at a time labels it.
 
-Two concurrent runs only cost more: what they commit is correct whoever holds the lease. The lease is an
-object next to the labels. It is renewed while its run lives, and expires after its run dies. It also tells
-the next run whether the last one left manifest and statistics up to date.
+The lease only saves cost: commits of concurrent runs are correct without a lease. The lease is an object next
+to the labels. A run renews its lease until it ends; the lease of a dead run expires. The lease also records
+whether the run shut down cleanly, with manifest and statistics up to date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 _logger = logging.getLogger("cvt_label")
 
 _NAME = "lease.json"
-State = Literal["held", "released", "unfinished"]
+LeaseState = Literal["held", "released", "unfinished"]
 
 
 class LeaseHeldError(RuntimeError):
@@ -33,23 +33,26 @@ class LeaseHeldError(RuntimeError):
 
 
 class LeaseLostError(RuntimeError):
-    """Another run has taken the lease over, since this one didn't renew it in time."""
+    """Another run has taken over the lease, because this run did not renew it in time."""
 
 
-class LeaseState(BaseModel, frozen=True):
+class InvalidLeaseError(StorageError):
+    """The lease object is not a lease."""
+
+
+class LeaseContent(BaseModel, frozen=True):
     """The content of the lease object.
 
     Attributes:
-        run: id of the run that holds the lease, or held it last.
-        holder: host and process of that run.
-        state: "held"; "released" by a run that left everything in order; "unfinished" by one that
-            ended otherwise.
+        run: id of the run that holds the lease, or that held the lease last.
+        holder: host and process of the run.
+        state: "held"; "released" after a clean shutdown; "unfinished" after any other end.
     """
 
     run: str
     holder: str
     expires_at: datetime
-    state: State
+    state: LeaseState
 
     @property
     def is_live(self) -> bool:
@@ -57,51 +60,56 @@ class LeaseState(BaseModel, frozen=True):
         return self.state == "held" and datetime.now(UTC) < self.expires_at
 
 
-def left_in_order(storage: Storage, partition: str) -> bool:
-    """Whether the last run left manifest and statistics up to date, or there was none."""
+def was_clean_shutdown(storage: Storage, partition: str) -> bool:
+    """Whether the last run left manifest and statistics up to date; True if there was no run."""
     found = _latest(storage, f"{partition}/{_NAME}")
     return found is None or found.content.state == "released"
 
 
-def _latest(storage: Storage, uri: str) -> Versioned[LeaseState] | None:
+def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
     return storage.read_latest(uri, lambda file: _parsed(uri, file.read()))
 
 
-def _parsed(uri: str, content: bytes) -> LeaseState:
+def _parsed(uri: str, content: bytes) -> LeaseContent:
     try:
-        return LeaseState.model_validate_json(content)
+        return LeaseContent.model_validate_json(content)
     except ValidationError as error:
-        raise StorageError(uri, f"not a lease: {error.errors()[0]['msg']}") from None
+        cause = f"not a lease: {error.errors()[0]['msg']}; delete the object if no run is active"
+        raise InvalidLeaseError(uri, cause) from None
 
 
 class Lease:
-    """A partition's lease: hold it with `held`, and call `check` now and then.
+    """The lease of a partition: hold it with `held`, and call `check` regularly.
 
-    The clocks of its users should agree to within a fraction of its length.
+    The clocks of all holders should agree to within a fraction of the lease's duration.
 
     Attributes:
         run: id of the run that holds the lease.
-        found_in_order, left_in_order: whether the last run left manifest and statistics up to date, and
-            whether this run does; otherwise the next run repairs them.
+        found_clean_shutdown: whether the last run left manifest and statistics up to date.
+        clean_shutdown: whether this run leaves them up to date; if not, the next run repairs them.
     """
 
     def __init__(
         self, storage: Storage, partition: str, run: str, seconds: float, poll_s: float = 5.0
     ) -> None:
-        """A lease holds so many seconds without renewal; it is renewed three times as often.
+        """Creates the lease; `held` acquires it.
 
-        A run that had to wait gets another id, so that runs sort by when they worked. A lease that is waited
-        for is read every `poll_s` seconds.
+        Args:
+            storage: access to the partition.
+            partition: URI of the partition.
+            run: id of the run. A run that had to wait gets another id, so that ids sort by start of work.
+            seconds: duration of the lease without renewal; renewals are three times as frequent.
+            poll_s: seconds between polls of a lease that another run holds.
         """
         self.uri = f"{partition}/{_NAME}"
         self._storage, self.run = storage, run
-        self.found_in_order = self.left_in_order = False
+        self.found_clean_shutdown = self.clean_shutdown = False
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
         self._seconds, self._poll_s = seconds, min(poll_s, seconds / 3)
         self._version: str | None = None
         self._lost = False
         self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._renewal = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @contextmanager
     def held(
@@ -109,25 +117,25 @@ class Lease:
     ) -> Iterator[None]:
         """Holds the lease while the block runs; see `acquire`."""
         try:
-            self.found_in_order = self.acquire(wait, on_wait)
-        except KeyboardInterrupt:  # it may have come just after the lease was taken
+            self.found_clean_shutdown = self.acquire(wait, on_wait)
+        except KeyboardInterrupt:  # may arrive right after the lease was written
             with suppress(StorageError):
                 found = _latest(self._storage, self.uri)
                 if found is not None and found.content.run == self.run:
-                    self.release(in_order=False)
+                    self.release(clean_shutdown=False)
             raise
         try:
             yield
         finally:
-            self.release(self.left_in_order)
+            self.release(self.clean_shutdown)
 
     def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
-        """Takes the lease; returns whether the last run left everything in order.
+        """Acquires the lease; returns whether the last run shut down cleanly.
 
-        Where another run holds the lease, it raises `LeaseHeldError`, or waits and calls `on_wait` once with
-        what is waited for.
+        If another run holds the lease, raises `LeaseHeldError`; with `wait`, calls `on_wait` once with a
+        message, and waits.
         """
-        before: LeaseState | None = None
+        before: LeaseContent | None = None
         waited = False
 
         def claim(version: str) -> bytes | None:
@@ -142,57 +150,57 @@ class Lease:
         while (written := self._storage.update(self.uri, claim)) is None:
             assert before is not None
             message = (
-                f"{self.uri}: run {before.run} ({before.holder}) works on these labels, and holds "
-                f"their lease until {before.expires_at:%Y-%m-%d %H:%M:%S} UTC or renews it"
+                f"{self.uri}: run {before.run} ({before.holder}) labels this partition and holds the "
+                f"lease until {before.expires_at:%Y-%m-%d %H:%M:%S} UTC, unless it renews the lease"
             )
             if not wait:
-                raise LeaseHeldError(f"{message}; --wait waits for it")
+                raise LeaseHeldError(f"{message}; use --wait to wait for the run to end")
             if not waited:
                 on_wait(message)
             waited = True
             time.sleep(self._poll_s)
         self._version = written.version
-        self._heart.start()
+        self._renewal.start()
         return before is None or before.state == "released"
 
     def check(self) -> None:
-        """Raises LeaseLostError if another run has taken the lease over."""
+        """Raises `LeaseLostError` if another run has taken over the lease."""
         if self._lost:
             raise LeaseLostError(
-                f"{self.uri}: another run has taken over, since this one was held up for more than "
-                f"{self._seconds:g} s"
+                f"{self.uri}: another run has taken over, because this run did not renew the lease for more "
+                f"than {self._seconds:g} s; run the same command again to resume"
             )
 
     def verify(self) -> None:
-        """As `check`, but reads the lease itself instead of relying on the last renewal."""
+        """As `check`, but reads the lease instead of relying on the last renewal."""
         try:
             found = _latest(self._storage, self.uri)
-        except StorageError:  # the next renewal or write will tell
+        except StorageError:  # the next renewal or write reports it
             found = None
         self._lost = self._lost or (found is not None and found.content.run != self.run)
         self.check()
 
-    def release(self, in_order: bool) -> None:
-        """Gives the lease back, if it is still this run's; unless `in_order`, the next run makes repairs."""
+    def release(self, clean_shutdown: bool) -> None:
+        """Releases the lease if this run still holds it; without a clean shutdown, the next run repairs."""
         self._stop.set()
-        if self._heart.is_alive():
-            self._heart.join()
+        if self._renewal.is_alive():
+            self._renewal.join()
         if self._lost:
             return
         try:
-            self._write("released" if in_order else "unfinished")
-        except StorageError as error:  # it expires
-            _logger.warning("the lease could not be given back: %s", error)
+            self._write("released" if clean_shutdown else "unfinished")
+        except StorageError as error:  # the lease expires
+            _logger.warning("could not release the lease; it expires in %g s: %s", self._seconds, error)
 
     def _renew(self) -> None:
         while not self._lost and not self._stop.wait(self._seconds / 3):
             try:
                 self._lost = not self._write("held")
             except StorageError as error:
-                _logger.warning("the lease could not be renewed: %s", error)
+                _logger.warning("could not renew the lease, will retry: %s", error)
 
-    def _write(self, state: State) -> bool:
-        """Writes the lease, also one that was deleted; False where another run has taken it over."""
+    def _write(self, state: LeaseState) -> bool:
+        """Writes the lease, also if it was deleted; returns False if another run has taken over."""
 
         def content(version: str) -> bytes | None:
             is_ours = version in (ABSENT, self._version) or self._read(version).run == self.run
@@ -203,10 +211,10 @@ class Lease:
             self._version = written.version
         return written is not None
 
-    def _read(self, version: str) -> LeaseState:
+    def _read(self, version: str) -> LeaseContent:
         return _parsed(self.uri, self._storage.read(self.uri, version))
 
-    def _content(self, state: State) -> bytes:
+    def _content(self, state: LeaseState) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)
-        content = LeaseState(run=self.run, holder=self._holder, expires_at=until, state=state)
+        content = LeaseContent(run=self.run, holder=self._holder, expires_at=until, state=state)
         return content.model_dump_json(indent=2).encode()

@@ -1,7 +1,7 @@
-"""The manifest: one row per labeled shard, and the per-class statistics folded from the rows.
+"""The manifest: one row per shard, and the class statistics folded from the rows.
 
-It is a fold over the prediction files, which `recovery` can repeat. It is rewritten as a stream, in one
-conditional PUT, so that neither concurrent writers nor its size do harm.
+The manifest is a fold over the prediction files, which `recovery` can repeat. An update streams all rows into
+one conditional PUT: concurrent writers lose nothing, and a large manifest needs little memory.
 """
 
 from __future__ import annotations
@@ -29,27 +29,31 @@ from pipeline.storage import ABSENT, Storage, StorageError, is_under
 T = TypeVar("T")
 _READERS = 32
 
-#: Maximum number of rows that wait for a rewrite of the manifest.
-MOST_PENDING = 5000
+#: Number of rows that wait for an update of the manifest before an update is due at once.
+MAX_PENDING = 5000
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """What is known of a shard.
+    """One row of the manifest.
 
     Attributes:
-        version: the version of the shard that is labeled; None where none is.
-        format, size: of the shard, when it was last read.
-        rows, errors: samples, and those that are error rows; None where no version is labeled.
-        duplicate_keys: samples whose key an earlier sample of the shard has.
-        output, output_version: its prediction file, relative to the partition; None where there is none.
-        error: why the shard couldn't be read last time; None where it could.
-        failed_version: the version that couldn't be read; None where the storage failed, and the next run
-            is to read the shard again.
+        uri: URI of the shard.
+        version: labeled version of the shard; None if no version is labeled.
+        format: format of the shard when it was last read.
+        size: bytes of the shard when it was last read.
+        rows: number of samples; None if no version is labeled.
+        errors: number of samples that are error rows.
+        duplicate_keys: number of samples whose key occurs earlier in the shard.
+        output: prediction file, relative to the partition; None if there is no file.
+        output_version: version of the prediction file.
+        error: why the last attempt to read the shard failed; None if it succeeded.
+        failed_version: the version that could not be read; None if the storage failed, so that the next run
+            reads the shard again.
         deleted: whether the shard was deleted from the input.
-        run: the run that labeled it; None where the row was recovered from the prediction file.
-        committed_at: when (UTC); None where `run` is.
-        statistics: partial class statistics, packed; None in further rows of a large manifest.
+        run: run that labeled the shard; None if the row was recovered from the prediction file.
+        committed_at: time of the commit (UTC); None if `run` is None.
+        statistics: serialized partial class statistics; None in the later rows of a large manifest.
     """
 
     uri: str
@@ -70,13 +74,13 @@ class ManifestRow:
 
     @classmethod
     def of_file(cls, footer: Footer, output: str, output_version: str) -> ManifestRow:
-        """Makes the row of a prediction file, without the run that wrote it."""
+        """Returns the row of a prediction file; `run` and `committed_at` are None."""
         same = ("version", "format", "size", "rows", "errors", "duplicate_keys", "statistics")
         values = {name: getattr(footer, name) for name in same}
         return cls(footer.shard, output=output, output_version=output_version, **values)
 
-    def succeeding(self, before: ManifestRow | None) -> ManifestRow:
-        """The row that replaces an earlier one: a failure keeps the labels of an earlier version."""
+    def merged_with(self, before: ManifestRow | None) -> ManifestRow:
+        """Returns the row that replaces an earlier row: a failure keeps the labels of an earlier version."""
         if before is None or before.output is None or self.output is not None:
             return self
         return replace(before, error=self.error, failed_version=self.failed_version, deleted=self.deleted)
@@ -91,7 +95,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _ENTRY_FIELDS = (
-    "uri", "version", "errors", "output", "output_version", "error", "failed_version", "deleted", "format",
+    "uri", "version", "rows", "errors", "output", "output_version", "error", "failed_version", "deleted",
+    "format",
 )  # fmt: skip
 
 
@@ -101,10 +106,10 @@ class Manifest:
 
     Attributes:
         partition: URI of the partition.
-        group_rows: rows of a row group with statistics (some 50 MB): what is in memory during a rewrite.
-        bare_group_rows: rows of a row group without statistics (some 10 MB).
-        max_statistics: shards times (classes + 100) up to which rows hold their statistics (some 500 MB).
-            In further rows that column is null, and statistics are folded from the files' footers.
+        group_rows: rows in a row group with statistics, about 50 MB; an update holds one group in memory.
+        bare_group_rows: rows in a row group without statistics, about 10 MB.
+        max_statistics: limit on shards * (classes + 100), about 500 MB. The first rows, up to the limit, hold
+            statistics. In later rows the column is null, and statistics are read from the files' footers.
     """
 
     storage: Storage
@@ -116,19 +121,19 @@ class Manifest:
 
     @property
     def uri(self) -> str:
-        """URI of the object."""
+        """URI of `manifest.parquet`."""
         return f"{self.partition}/manifest.parquet"
 
     def exists(self) -> bool:
-        """Whether there is a manifest yet."""
+        """Whether the manifest exists."""
         return self.storage.version(self.uri) != ABSENT
 
     def read(self, columns: Collection[str]) -> pa.Table:
-        """Returns some columns of all rows, sorted by URI; raises `StorageError`. No manifest has no rows."""
+        """Returns columns of all rows, sorted by URI; empty without a manifest. Raises `StorageError`."""
         return _joined(columns, self._tables(columns))
 
     def labeled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
-        """Returns some columns of the shards that have labels, or of those that one run labeled."""
+        """Returns columns of the shards that have labels; with `run`, only of shards that the run labeled."""
         return _joined(columns, self._labeled(columns, run))
 
     def _labeled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
@@ -137,8 +142,8 @@ class Manifest:
             yield table if run is None else table.filter(pc.equal(table["run"], run))
 
     def entries(self) -> dict[str, ManifestRow]:
-        """Every shard's row by URI, with the fields that planning needs; the others are None."""
-        # Few values, repeated in every row: one object each.
+        """Returns all rows by URI, with the fields that planning needs; other fields are None."""
+        # These columns have few distinct values: dictionary encoding makes one Python object of each.
         shared = {"format", "error", "failed_version"}
         columns = (
             (column.dictionary_encode() if name in shared else column).to_pylist()
@@ -154,46 +159,51 @@ class Manifest:
         deleted: Mapping[str, bool] | None = None,
         recovered: Collection[str] = (),
     ) -> None:
-        """Replaces or adds some rows, removes others, and keeps the rest.
+        """Updates some rows and keeps the others.
 
-        A row that only reports a read failure keeps the labels of an earlier version of its shard. Of two
-        concurrent writers, the later one adds to what the earlier one wrote.
+        A row that only reports a read failure keeps the labels of an earlier version of the shard. Of two
+        concurrent writers, the later one merges its changes into the rows of the earlier one.
 
-        `deleted` maps URIs to whether the shard was deleted from the input. The rows of `recovered` URIs
-        lose `error` and `failed_version`.
+        Args:
+            rows: rows to insert or replace, by URI.
+            removed: URIs whose rows are removed.
+            deleted: new values of the field `deleted`, by URI.
+            recovered: URIs whose `error` and `failed_version` become None.
         """
 
-        def marked(row: ManifestRow) -> ManifestRow:
+        def with_flags(row: ManifestRow) -> ManifestRow:
             row = replace(row, deleted=(deleted or {}).get(row.uri, row.deleted))
             return replace(row, error=None, failed_version=None) if row.uri in recovered else row
 
-        removed, recovered, waiting = {*removed}, {*recovered}, sorted(rows)
+        removed, recovered, added = {*removed}, {*recovered}, sorted(rows)
         touched = pa.array({*rows, *removed, *(deleted or ()), *recovered}, pa.string())
 
         def merged(version: str) -> Iterator[pa.Table]:
             """Merges the sorted stream of rows with the changes."""
-            left = waiting
+            remaining = added
             for table in self._tables(version=version):
-                count = bisect.bisect_right(left, table["uri"][-1].as_py())
-                now, left = left[:count], left[count:]
+                count = bisect.bisect_right(remaining, table["uri"][-1].as_py())
+                now, remaining = remaining[:count], remaining[count:]
                 is_changed = pc.is_in(table["uri"], value_set=touched)
                 if now or pc.any(is_changed).as_py():
                     before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
                     after = {uri: row for uri, row in before.items() if uri not in removed}
-                    after |= {uri: rows[uri].succeeding(before.get(uri)) for uri in now}
+                    after |= {uri: rows[uri].merged_with(before.get(uri)) for uri in now}
                     table = table.filter(pc.invert(is_changed))
-                    table = pa.concat_tables([table, _to_table(map(marked, after.values()))]).sort_by("uri")
+                    table = pa.concat_tables([table, _to_table(map(with_flags, after.values()))]).sort_by(
+                        "uri"
+                    )
                 yield table
-            yield _to_table(marked(rows[uri]) for uri in left)
+            yield _to_table(with_flags(rows[uri]) for uri in remaining)
 
         self._rewrite(merged)
 
     def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
-        """Rewrites all rows, sorted by URI; calls `make_rows` again if somebody else wrote meanwhile."""
+        """Rewrites all rows, sorted by URI; calls `make_rows` again after a concurrent write."""
         self._rewrite(lambda _: map(_to_table, batched(make_rows(), self.group_rows)))
 
     def runs(self, root: str | None = None) -> list[str]:
-        """Returns the runs that current labels are from, in their order; with a root, of shards under it."""
+        """Returns the runs that wrote current labels, sorted; with `root`, only labels of shards under it."""
         rows = self.labeled(("uri", "run"))
         if root is not None:
             uris = rows["uri"]
@@ -201,16 +211,21 @@ class Manifest:
         return sorted(pc.unique(rows["run"]).drop_null().to_pylist())
 
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
-        """Folds the class statistics over every labeled shard, or over those that one run labeled."""
+        """Folds the class statistics of all labeled shards, or of the shards that `run` labeled."""
         return self.fold_runs(None, run=run)[0]
 
     def fold_runs(
         self, root: str | None, *groups: Collection[str], run: str | None = None
     ) -> list[ClassStatistics]:
-        """Folds the class statistics over every labeled shard, and over what each group of runs labeled.
+        """Folds the class statistics of all labeled shards and of groups of runs, in one pass.
 
-        With a root, the groups' statistics are of shards under that URI only; with a run, only what that run
-        labeled counts. Reads the manifest once.
+        Args:
+            root: URI; the statistics of the groups count only shards under this URI. None for all shards.
+            groups: groups of run ids.
+            run: id of a run; only shards that this run labeled count. None for all runs.
+
+        Returns:
+            The statistics of all labeled shards, then of each group.
         """
         totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
@@ -231,7 +246,7 @@ class Manifest:
         return totals
 
     def _partial(self, output: str, packed: bytes | None) -> pa.Table:
-        """Partial statistics of a labeled shard: of its row, or of its prediction file."""
+        """Returns the partial statistics of a labeled shard, from its row or from its prediction file."""
         if packed is None:
             uri = f"{self.partition}/{output}"
             with self.storage.open(uri) as file:
@@ -241,7 +256,7 @@ class Manifest:
     def _tables(
         self, columns: Collection[str] | None = None, version: str | None = None
     ) -> Iterator[pa.Table]:
-        """Yields the rows of one version, or of the current one, a row group at a time."""
+        """Yields the rows of a version, or of the current version, one row group at a time."""
         version = self.storage.version(self.uri) if version is None else version
         if version == ABSENT:
             return
@@ -250,19 +265,19 @@ class Manifest:
                 file = pq.ParquetFile(stream, pre_buffer=True)
                 missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
                 if missing:
-                    message = f"not a manifest: it has no column {', '.join(missing)} (run stats --rebuild)"
-                    raise StorageError(self.uri, message)
+                    cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
+                    raise StorageError(self.uri, cause)
                 for group in range(file.num_row_groups):
                     yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
         except (pa.ArrowInvalid, ValueError, KeyError) as error:
             raise StorageError(self.uri, f"not a manifest: {error}") from None
 
     def _rewrite(self, make_tables: Callable[[str], Iterable[pa.Table]]) -> None:
-        """Replaces the current version, which `make_tables` gets, by these rows."""
+        """Replaces the manifest; `make_tables` gets the current version and returns all rows."""
         with ExitStack() as files:
 
             def content(version: str) -> BinaryIO:
-                files.close()  # of the last attempt
+                files.close()  # the file of the last attempt
                 file = files.enter_context(tempfile.TemporaryFile())
                 self._save(make_tables(version), file)
                 return file
@@ -271,7 +286,7 @@ class Manifest:
 
     def _save(self, tables: Iterable[pa.Table], file: BinaryIO) -> None:
         """Writes rows in groups of fixed sizes, so that equal rows give equal bytes."""
-        left, written = _SCHEMA.empty_table(), 0
+        pending, written = _SCHEMA.empty_table(), 0
         limit = self.max_statistics // (self.num_classes + 100)
         with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
 
@@ -282,26 +297,31 @@ class Manifest:
                 writer.write_table(group.combine_chunks())
 
             for table in tables:
-                left = pa.concat_tables([left, table.cast(_SCHEMA)])
-                while left.num_rows >= (size := self.group_rows if written < limit else self.bare_group_rows):
-                    write(left.slice(0, size))
-                    left, written = left.slice(size), written + size
-            if left.num_rows:
-                write(left)
+                pending = pa.concat_tables([pending, table.cast(_SCHEMA)])
+                while pending.num_rows >= (
+                    size := self.group_rows if written < limit else self.bare_group_rows
+                ):
+                    write(pending.slice(0, size))
+                    pending, written = pending.slice(size), written + size
+            if pending.num_rows:
+                write(pending)
 
 
 class ManifestWriter:
-    """Gathers the rows of a run, and writes them periodically in the background.
+    """Collects the rows of a run and writes them periodically, in a background thread.
 
-    Rows that are not written when a run dies are recovered from the prediction files.
+    If a run dies, rows that were not written are recovered from the prediction files.
     """
 
     def __init__(
         self, manifest: Manifest, interval: float, before_write: Callable[[], None] = lambda: None
     ) -> None:
-        """Writes every `interval` seconds, or less often where that would take a twentieth of the time.
+        """Creates a writer.
 
-        `before_write` is called before each write, in any thread.
+        Args:
+            manifest: the manifest to update.
+            interval: seconds between updates; longer if updates would take more than 5 % of the time.
+            before_write: called before each update, in any thread.
         """
         self._manifest, self._interval, self._before_write = manifest, interval, before_write
         self._pending: dict[str, ManifestRow] = {}
@@ -311,25 +331,25 @@ class ManifestWriter:
         self._next = time.monotonic() + interval
 
     def add(self, row: ManifestRow) -> None:
-        """Takes a row; writes the waiting rows if that is due. Raises `StorageError` of an earlier write."""
+        """Adds a row; starts an update if one is due. Raises the `StorageError` of an earlier update."""
         with self._lock:
             self._pending[row.uri] = row
             count = len(self._pending)
         if self._writing is not None and self._writing.done():
             self._writing.result()
             self._writing = None
-        due = time.monotonic() >= self._next or count >= MOST_PENDING
+        due = time.monotonic() >= self._next or count >= MAX_PENDING
         if due and self._writing is None:
             self._writing = self._pool.submit(self._write)
-        elif count >= 2 * MOST_PENDING and self._writing is not None:
+        elif count >= 2 * MAX_PENDING and self._writing is not None:
             self._writing.result()
 
     def flush(self) -> None:
-        """Writes the waiting rows; raises `StorageError` if they can't be written."""
+        """Writes the pending rows; raises `StorageError`."""
         self._pool.submit(self._write).result()
 
     def close(self) -> None:
-        """Ends the thread; writes nothing."""
+        """Stops the thread without writing pending rows."""
         self._pool.shutdown()
 
     def _write(self) -> None:
@@ -360,7 +380,7 @@ def _to_table(rows: Iterable[ManifestRow]) -> pa.Table:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Cuts items into lists of at most `size`; itertools has it from Python 3.12 on."""
-    left = iter(items)
-    while batch := list(islice(left, size)):
+    """Yields lists of at most `size` items; `itertools.batched` needs Python 3.12."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
         yield batch

@@ -26,7 +26,7 @@ class Partition:
 
     Attributes:
         uri: `<output>/model=<name>-<fingerprint8>`, without a slash at the end.
-        labels: the classes' names, by class id.
+        labels: class names by class id.
     """
 
     storage: Storage
@@ -35,13 +35,16 @@ class Partition:
 
     @classmethod
     def open(cls, storage: Storage, uri: str) -> Partition:
-        """Opens a stored partition; raises `StorageError` if there is none, or it can't be read."""
+        """Opens a stored partition; raises `StorageError` if it does not exist or can't be read."""
         partition = cls(storage, normalize_uri(uri), ())
         names: list[str] = partition.class_table["label"].to_pylist()
         return cls(storage, partition.uri, names)
 
     def read_labels(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Reads these columns, or all, of the prediction files, one table per shard, in their names' order.
+        """Yields the prediction rows, one table per shard, in the order of the file names.
+
+        Args:
+            columns: columns to read; None for all.
 
         Raises:
             StorageError: a file can't be read, or lacks a column.
@@ -56,7 +59,7 @@ class Partition:
 
     @property
     def name(self) -> str:
-        """The folder's name: `model=<name>-<fingerprint8>`."""
+        """The name of the folder: `model=<name>-<fingerprint8>`."""
         return self.uri.rpartition("/")[2]
 
     @property
@@ -78,46 +81,46 @@ class Partition:
         except ObjectNotFound:
             raise StorageError(
                 self.uri,
-                f"no labels of a model: it has no {CLASS_STATS} (expected: .../model=NAME-FINGERPRINT)",
+                f"not a partition: it has no {CLASS_STATS}; give a URI like .../model=NAME-FINGERPRINT",
             ) from None
         except (pa.ArrowInvalid, KeyError) as error:
             raise StorageError(uri, f"not class statistics: {error}") from None
 
     def topk(self) -> int:
-        """How many classes the rows keep, as the last run's record says."""
+        """Returns the number of classes in `topk_label_ids`, from the record of the last run."""
         return int(self.config().get("output", {}).get("topk", 5))
 
     def config(self) -> dict[str, Any]:
-        """The configuration of the last run; empty where there is no record."""
+        """Returns the configuration of the last run; empty if there is no run record."""
         runs = self.records()
         config: dict[str, Any] = ((self.record(runs[-1]) if runs else None) or {}).get("config", {})
         return config
 
     def record(self, run: str) -> dict[str, Any] | None:
-        """The record of a run; None where there is none. Raises `StorageError` if it can't be read."""
+        """Returns the record of a run, or None if it does not exist; raises `StorageError`."""
         uri = f"{self.uri}/runs/{run}.json"
         try:
             found = self.storage.read_latest(uri, json.load)
             return None if found is None else dict(found.content)
         except (ValueError, TypeError) as error:
-            raise StorageError(uri, f"not the record of a run: {error}") from None
+            raise StorageError(uri, f"not a run record: {error}") from None
 
     def records(self) -> list[str]:
-        """The ids of all runs that left a record, in their order."""
+        """Returns the ids of all runs that have a record, sorted by time."""
         listing = self.storage.list(f"{self.uri}/runs")
         found = [info.uri.rpartition("/")[2] for info in listing]
         return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
 
 
 def open_partition(uri: str, *, endpoint_url: str | None = None, region: str | None = None) -> Partition:
-    """Opens the labels of one model; neither the model nor a configuration is needed.
+    """Opens the labels of one model; needs neither the model nor a configuration.
 
     Args:
-        uri: of the partition, `.../model=<name>-<fingerprint8>`: s3://, gs://, or a local path.
-        endpoint_url: of an S3 service other than AWS; `AWS_ENDPOINT_URL_S3` where None.
-        region: of the bucket; as the AWS configuration says where None.
+        uri: URI of the partition, `.../model=<name>-<fingerprint8>`: s3://, gs://, or a local path.
+        endpoint_url: address of an S3 service other than AWS; None for `AWS_ENDPOINT_URL_S3`, else AWS.
+        region: region of the bucket; None for the region of the AWS configuration.
 
     Raises:
-        StorageError: there is none at the URI, or it can't be read.
+        StorageError: there is no partition at the URI, or it can't be read.
     """
     return Partition.open(Storage(endpoint_url=endpoint_url, region=region), uri)

@@ -1,7 +1,7 @@
-"""From the chunks of a shard to its prediction file, which is written in one conditional write.
+"""Assembles the chunks of a shard and writes the prediction file, in one conditional write.
 
-A file replaces the version that the plan has seen. Where another version is found, another run is active,
-or was until it died: a file of the same version of the shard stays; of two versions, the input's own wins.
+A file replaces the version that the plan expects. Any other version was written by an overlapping run. If
+that file has the same version of the shard, it stays. Otherwise the version that the input has now wins.
 """
 
 import logging
@@ -31,12 +31,12 @@ from pipeline.storage import ABSENT, Versioned
 
 logger = logging.getLogger("cvt_label")
 
-# Of a shard; its prediction file has all of them.
-_LOGGED_ERRORS = 3
+#: Error rows of a shard that are logged; the prediction file has all of them.
+_MAX_LOGGED_ERRORS = 3
 
 
 class IncompleteShardError(RuntimeError):
-    """The stream of results ended, or went wrong, before a shard was covered."""
+    """Results of a shard are missing or overlap."""
 
 
 @dataclass
@@ -44,9 +44,10 @@ class OpenShard:
     """The chunks of a shard that have arrived.
 
     Attributes:
-        chunks: by the index of their first sample.
-        total: the shard's number of samples, once its last chunk has arrived.
-        transient: whether the cause of the error is the storage, not the shard.
+        chunks: chunks by the index of their first sample.
+        total: number of samples in the shard; None until its last chunk has arrived.
+        error: why the shard can't be read; None if it can.
+        transient: whether the error comes from the storage, not from the shard.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
@@ -57,9 +58,9 @@ class OpenShard:
     encoded_bytes: int = 0
 
     def add(self, chunk: Chunk) -> bool:
-        """Keeps a chunk; False where a second attempt brought a chunk that is there already.
+        """Adds a chunk; returns False if a retry delivers a chunk again.
 
-        A second attempt may fail earlier than the first, and reports this in place of a chunk that is there.
+        A retry may fail earlier than the first attempt. Its error then replaces a chunk that has arrived.
         """
         if chunk.start in self.chunks and chunk.error is None:
             return False
@@ -72,20 +73,20 @@ class OpenShard:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more is to be waited for."""
+        """Whether all samples have arrived, or the shard can't be read."""
         return self.error is not None or self.samples == self.total
 
     @property
     def errors(self) -> int:
-        """Number of samples that are error rows."""
+        """Number of error rows."""
         return sum(map(count_errors, self.chunks.values()))
 
     def rows(self, shard: Shard, options: PredictionOptions) -> pa.Table:
-        """The prediction rows of the complete shard; raises `IncompleteShardError`."""
+        """Returns the prediction rows of the complete shard; raises `IncompleteShardError`."""
         chunks = [self.chunks[start] for start in sorted(self.chunks)]
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
-            raise IncompleteShardError(f"{shard.uri}: its chunks leave gaps or overlap")
+            raise IncompleteShardError(f"{shard.uri}: the chunks have gaps or overlap")
         samples = pa.concat_tables([chunk.samples for chunk in chunks])
         samples = samples.rename_columns({"target": "target_id"})
         samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
@@ -95,13 +96,13 @@ class OpenShard:
 
 
 def count_errors(chunk: Chunk) -> int:
-    """Number of a chunk's samples that are error rows."""
+    """Returns the number of error rows of a chunk."""
     count: int = chunk.samples.num_rows - chunk.samples["error"].null_count
     return count
 
 
 class CommittedShard(NamedTuple):
-    """A shard that is done: its manifest row, the metrics of the commit, and the causes of its error rows."""
+    """The outcome of a shard: manifest row, metrics of the commit, and causes of the error rows."""
 
     row: ManifestRow
     metrics: StageMetrics
@@ -113,11 +114,12 @@ class PredictionWriter:
     """Writes the prediction files of a run; thread-safe.
 
     Attributes:
-        expected: by URI of a shard, the version of the prediction file that it has already.
+        run: id of the run.
+        expected: version of the current prediction file, by URI of the shard.
         is_current: returns whether the input still has this version of a shard.
-        before_group: called before the labels of a group of image files are written; raises if they must
-            not be written. Another run may have grouped the images differently, so that an overtaken run's
-            labels would be there twice; tars and Parquet files don't share samples.
+        before_group: called before the labels of a group of image files are written; raises to prevent the
+            write. A run that lost its lease must not write groups: another run may have grouped the images
+            differently, and the images would be labeled twice. Tars and Parquet files do not share samples.
     """
 
     partition: Partition
@@ -129,10 +131,10 @@ class PredictionWriter:
     before_group: Callable[[], None] = lambda: None
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
-        """Writes the file of a complete shard, or none if it can't be read; raises `StorageError`."""
-        meter, causes = StageTimer(), ErrorCauses()
+        """Writes the file of a complete shard, unless the shard can't be read; raises `StorageError`."""
+        timer, causes = StageTimer(), ErrorCauses()
         row, size = ManifestRow(shard.uri, format=shard.format, size=shard.size), 0
-        with meter:
+        with timer:
             if arrived.error is not None:
                 failed_version = None if arrived.transient else shard.version
                 row = replace(row, error=arrived.error, failed_version=failed_version)
@@ -140,15 +142,17 @@ class PredictionWriter:
                 row, size = written
                 causes.add(shard.uri, predictions)
             else:
-                error = f"{shard.uri}: has changed since it was listed"
+                error = f"{shard.uri}: changed after it was listed"
                 row = replace(row, error=error, failed_version=shard.version)
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))
-        return CommittedShard(row, meter.collect(row.rows or 0, size), causes)
+        return CommittedShard(row, timer.collect(row.rows or 0, size), causes)
 
     def _write(self, shard: Shard, predictions: pa.Table) -> tuple[ManifestRow, int] | None:
-        """Writes the rows of a shard; returns its manifest row, and the bytes written.
+        """Writes the rows of a shard.
 
-        None where no file is there: it was removed, and the input no longer has this version of the shard.
+        Returns:
+            The manifest row of the file and the size in bytes. None if no file exists: the file was removed,
+            and the input no longer has this version of the shard.
         """
         footer = Footer(
             shard=shard.uri,
@@ -169,34 +173,34 @@ class PredictionWriter:
         if shard.members:
             self.before_group()
         storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
-        theirs: Versioned[Footer] | None = None
+        current: Versioned[Footer] | None = None
 
         def change(version: str) -> bytes | None:
-            nonlocal theirs
-            theirs = None
+            nonlocal current
+            current = None
             if version == expected:
                 return content
-            if version != ABSENT:  # else removed by hand, or because its images are in other groups now
+            if version != ABSENT:  # if absent, a user removed the file, or its images were regrouped
                 with storage.open(uri, version) as file:
                     found = read_footer(uri, file)
-                theirs = Versioned(found, version)
+                current = Versioned(found, version)
                 if (found.version, found.fingerprint) == (footer.version, footer.fingerprint):
                     return None
             return content if self.is_current(shard) else None
 
         written = storage.update(uri, change, expected)
         if written is not None:
-            theirs = Versioned(footer, written.version)
-        if theirs is None:
+            current = Versioned(footer, written.version)
+        if current is None:
             return None
-        return ManifestRow.of_file(theirs.content, output, theirs.version), len(content)
+        return ManifestRow.of_file(current.content, output, current.version), len(content)
 
     def _log_errors(self, shard: Shard, predictions: pa.Table) -> None:
-        """Logs a shard's first error rows; names come from data, so they are quoted."""
+        """Logs the first error rows of a shard; names come from data, so they are quoted."""
         bad = predictions.filter(pc.is_valid(predictions["error"]))
-        for row in bad.slice(0, _LOGGED_ERRORS).select(["index", "key", "error"]).to_pylist():
+        for row in bad.slice(0, _MAX_LOGGED_ERRORS).select(["index", "key", "error"]).to_pylist():
             where = self.run, shard.uri, row["index"], row["key"]
             logger.warning("run %s: shard %r, sample %d, key %r: %s", *where, row["error"])
-        if bad.num_rows > _LOGGED_ERRORS:
-            more = bad.num_rows - _LOGGED_ERRORS
+        if bad.num_rows > _MAX_LOGGED_ERRORS:
+            more = bad.num_rows - _MAX_LOGGED_ERRORS
             logger.warning("run %s: shard %r: %d more error rows", self.run, shard.uri, more)

@@ -1,4 +1,4 @@
-"""The record of a run, as it grows. `recovery` replays records."""
+"""The record of a run. `recovery` replays run records."""
 
 import json
 import secrets
@@ -10,17 +10,17 @@ from typing import Any
 from pipeline.commit.manifest import ManifestRow
 from pipeline.storage import Storage
 
-#: What is recorded of shards, and of one that couldn't be read.
+#: Lists of shards in the record, and the fields of a shard that could not be read.
 _LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable")
-_FAILURE = ("uri", "format", "size", "error", "failed_version")
+_FAILURE_FIELDS = ("uri", "format", "size", "error", "failed_version")
 
 
 class RunRecord:
-    """`runs/<run id>.json`, as it grows. Several threads may add to it.
+    """`runs/<run id>.json`, which grows during the run. Thread-safe.
 
-    What happened to shards is saved before the manifest says so, and in this order it is replayed: shards
-    `removed` from the manifest, `deleted` from the input, `reappeared` in it, `recovered` of a failure that
-    an earlier run had found, and `unreadable` ones.
+    The record is saved before the manifest is updated. Recovery replays the lists of a record in this order:
+    shards `removed` from the manifest, `deleted` from the input, `reappeared` in the input, `recovered` from
+    a failure of an earlier run, and `unreadable` shards.
     """
 
     def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
@@ -31,33 +31,33 @@ class RunRecord:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What it says so far."""
+        """A copy of the current content."""
         with self._lock:
             return dict(self._values)
 
-    def note(self, **values: Any) -> None:
+    def set(self, **values: Any) -> None:
         """Sets values."""
         with self._lock:
             self._values |= values
 
-    def shards(self, what: str, uris: Iterable[str]) -> None:
-        """Adds shards to a list of what happened to shards."""
+    def add_shards(self, name: str, uris: Iterable[str]) -> None:
+        """Adds shards to the list `name`."""
         with self._lock:
-            self._values[what] += sorted(uris)
+            self._values[name] += sorted(uris)
 
-    def failure(self, row: ManifestRow) -> None:
-        """Adds a shard that couldn't be read."""
+    def add_failure(self, row: ManifestRow) -> None:
+        """Adds a shard that could not be read."""
         with self._lock:
-            self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE})
+            self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE_FIELDS})
 
-    def forget(self) -> None:
-        """Takes back what was added of shards since it was written last."""
+    def discard_unsaved(self) -> None:
+        """Removes shards that were added since the last save."""
         with self._lock:
             for name, count in self._saved.items():
                 del self._values[name][count:]
 
     def save(self) -> None:
-        """Writes it, if shards were added since it was written; raises `StorageError`."""
+        """Writes the record if shards were added since the last save; raises `StorageError`."""
         with self._lock:
             lengths = {name: len(self._values[name]) for name in _LISTS}
             if lengths != self._saved:
@@ -65,12 +65,12 @@ class RunRecord:
                 self._saved = lengths
 
     def end(self, **values: Any) -> None:
-        """Sets the last values, and the time, and writes it."""
-        self.note(ended_at=datetime.now(UTC).isoformat(), **values)
+        """Sets the last values and the time of the end, and writes the record."""
+        self.set(ended_at=datetime.now(UTC).isoformat(), **values)
         self._saved = {}
         self.save()
 
 
 def new_run_id() -> str:
-    """An id that sorts by time, and that no other run has."""
+    """Returns a unique id that sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{secrets.token_hex(3)}"

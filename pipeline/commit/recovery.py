@@ -1,7 +1,8 @@
 """Manifest rows from prediction files and run records: after a crash, and to rebuild the manifest.
 
-Prediction files hold what is labeled. Each run records the rest (shards that couldn't be read or were deleted
-from the input) before it writes the manifest. Recovery replays the records in their order.
+Prediction files determine which shards are labeled. Run records hold the rest: shards that could not be read,
+and shards that were deleted from the input. A run saves its record before it writes the manifest. Recovery
+replays the records in order.
 """
 
 import json
@@ -15,7 +16,7 @@ from pipeline.predictions import Footer, read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
 _READERS = 32
-_AT_ONCE = 1000
+_BATCH_FILES = 1000
 
 
 def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
@@ -25,51 +26,64 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
 
 
 def reconcile(
-    files: Iterable[ObjectInfo], known: Mapping[str, ManifestRow], partition: str
+    files: Iterable[ObjectInfo], manifest: Mapping[str, ManifestRow], partition: str
 ) -> tuple[list[ObjectInfo], list[str]]:
-    """Returns files that the manifest doesn't have in this version, and shards whose files are missing."""
-    labelled = {row.output: (uri, row.output_version) for uri, row in known.items() if row.output}
+    """Compares the prediction files with the manifest.
+
+    Returns:
+        The files that the manifest does not have in this version, and the shards whose files are missing.
+    """
+    labeled = {row.output: (uri, row.output_version) for uri, row in manifest.items() if row.output}
     unlisted = []
     for info in files:
-        _, version = labelled.pop(info.uri.removeprefix(f"{partition}/"), (None, None))
+        _, version = labeled.pop(info.uri.removeprefix(f"{partition}/"), (None, None))
         if version != info.version:
             unlisted.append(info)
-    return unlisted, [uri for uri, _ in labelled.values()]
+    return unlisted, [uri for uri, _ in labeled.values()]
 
 
 def recovered_rows(
     storage: Storage, partition: str, files: Iterable[ObjectInfo], fingerprint: str | None = None
 ) -> Iterator[ManifestRow]:
-    """Yields the manifest rows of prediction files, from their footers; raises `StorageError`.
+    """Yields the manifest rows of prediction files, from the files' footers; raises `StorageError`.
 
-    All must have one fingerprint: the given one, or that of the first file.
+    All files must have the given fingerprint; if it is None, the fingerprint of the first file.
     """
 
     def read(info: ObjectInfo) -> tuple[ObjectInfo, Footer] | None:
         try:
             with storage.open(info.uri, info.version) as file:
                 return info, read_footer(info.uri, file)
-        except (ObjectChanged, ObjectNotFound):  # another run replaced it, and writes its row
+        except (ObjectChanged, ObjectNotFound):  # another run replaced the file, and writes its row
             return None
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-        for batch in batched(files, _AT_ONCE):
+        for batch in batched(files, _BATCH_FILES):
             for info, footer in filter(None, pool.map(read, batch)):
                 fingerprint = fingerprint or footer.fingerprint
                 if footer.fingerprint != fingerprint:
-                    raise StorageError(info.uri, f"is of another model or options: {footer.fingerprint}")
+                    cause = (
+                        f"the fingerprint {footer.fingerprint} is not the partition's ({fingerprint}): "
+                        "the file has labels of another model or of other options"
+                    )
+                    raise StorageError(info.uri, cause)
                 yield ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
 
 
 @dataclass
 class History:
-    """What only run records hold: shards that couldn't be read last time, and that the input has lost."""
+    """State that only run records hold.
+
+    Attributes:
+        failures: manifest rows of shards that the last attempt could not read, by URI.
+        deleted: shards that were deleted from the input.
+    """
 
     failures: dict[str, ManifestRow] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
 
     def replay(self, record: Mapping[str, Any]) -> None:
-        """Adds what a run has recorded, after all earlier runs."""
+        """Applies the record of a run; records are replayed in the order of their runs."""
         self.deleted -= {*record["removed"], *record["reappeared"]}
         self.deleted |= {*record["deleted"]}
         for uri in (*record["removed"], *record["recovered"]):
@@ -77,18 +91,18 @@ class History:
         for failure in record["unreadable"]:
             self.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
 
-    def applied(self, labeled: Mapping[str, ManifestRow]) -> dict[str, ManifestRow]:
-        """All rows by URI, from those of prediction files."""
+    def apply_to(self, labeled: Mapping[str, ManifestRow]) -> dict[str, ManifestRow]:
+        """Returns all rows by URI, given the rows of prediction files."""
         rows = {**labeled}
         for uri, failure in self.failures.items():
-            rows[uri] = failure.succeeding(rows.get(uri))
+            rows[uri] = failure.merged_with(rows.get(uri))
         for uri in self.deleted & rows.keys():
             rows[uri] = replace(rows[uri], deleted=True)
         return rows
 
 
 def read_history(storage: Storage, partition: str) -> History:
-    """Replays the records of all runs; raises `StorageError` if one of them is no record."""
+    """Replays the records of all runs; raises `StorageError` if an object is not a run record."""
     history = History()
     uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
@@ -96,19 +110,20 @@ def read_history(storage: Storage, partition: str) -> History:
             try:
                 history.replay(json.loads(content))
             except (ValueError, TypeError, KeyError) as error:
-                raise StorageError(uri, f"not the record of a run: {error!r}") from None
+                raise StorageError(uri, f"not a run record: {error!r}") from None
     return history
 
 
 @dataclass
 class Repairs:
-    """How to bring the manifest in line with prediction files and records; rows are by URI.
+    """Changes that bring the manifest in line with prediction files and run records.
 
     Attributes:
-        rows, removed: rows to put in, and shards whose rows are to be removed.
-        entries: all rows, with these repairs.
-        recovered: shards whose failures no longer hold.
-        deleted: whether the shard was deleted from the input, where the manifest has it otherwise.
+        rows: rows to insert or replace, by URI.
+        removed: shards whose rows are removed.
+        entries: all rows after the repairs, by URI.
+        recovered: shards whose recorded failure no longer applies.
+        deleted: corrected values of the field `deleted`, by URI.
     """
 
     rows: dict[str, ManifestRow]
@@ -119,25 +134,36 @@ class Repairs:
 
 
 def find_repairs(
-    storage: Storage, partition: str, fingerprint: str, manifest: Mapping[str, ManifestRow], in_order: bool
+    storage: Storage,
+    partition: str,
+    fingerprint: str,
+    manifest: Mapping[str, ManifestRow],
+    clean_shutdown: bool,
 ) -> Repairs:
-    """Compares the manifest, whose rows it gets by URI, with what it is made from.
+    """Compares the manifest with prediction files and run records.
 
-    Prediction files are always listed, for they are the source of truth, whoever wrote them. Run records are
-    only read unless all is `in_order`: there is a manifest, and the last run left it up to date.
+    Prediction files are the source of truth, so they are always listed. Run records are read only if the
+    manifest is missing or the last run did not shut down cleanly.
+
+    Args:
+        storage: access to the partition.
+        partition: URI of the partition.
+        fingerprint: fingerprint that all prediction files must have.
+        manifest: rows of the manifest, by URI.
+        clean_shutdown: whether the manifest exists and the last run left it up to date.
 
     Raises:
-        StorageError: something there is no prediction file of this partition, or no record.
+        StorageError: an object is not a prediction file of this partition, or not a run record.
     """
     unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
     found = {row.uri: row for row in recovered_rows(storage, partition, unlisted, fingerprint)}
     removed = set(lost) - found.keys()
     before = {uri: row for uri, row in manifest.items() if uri not in removed} | found
-    # A file that the manifest doesn't have is newer than all its rows; without a manifest, none is.
+    # A file that the manifest does not have is newer than all rows. Without a manifest, no file is newer.
     newer = {uri for uri in found if manifest}
     recovered = {uri for uri in newer & manifest.keys() if manifest[uri].error is not None}
     repairs = Repairs(dict(found), removed, before, recovered)
-    if in_order:
+    if clean_shutdown:
         return repairs
     history = read_history(storage, partition)
     repairs.recovered |= newer & history.failures.keys()
@@ -148,7 +174,7 @@ def find_repairs(
         for uri, row in before.items()
         if row.output is not None
     }
-    repairs.entries = history.applied(labeled)
+    repairs.entries = history.apply_to(labeled)
     repairs.removed |= before.keys() - repairs.entries.keys()
     for uri, row in repairs.entries.items():
         old = before.get(uri, ManifestRow(uri))
@@ -157,7 +183,7 @@ def find_repairs(
         if row.error is None and old.error is not None:
             repairs.recovered.add(uri)
         elif (row.error, row.failed_version) != (old.error, old.failed_version):
-            repairs.rows[uri] = history.failures[uri].succeeding(found.get(uri))
+            repairs.rows[uri] = history.failures[uri].merged_with(found.get(uri))
     return repairs
 
 
@@ -165,5 +191,5 @@ def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
     """Regenerates all manifest rows, sorted by URI; raises as `find_repairs`."""
     files = prediction_files(storage, partition)
     labeled = {row.uri: row for row in recovered_rows(storage, partition, files)}
-    rows = read_history(storage, partition).applied(labeled)
+    rows = read_history(storage, partition).apply_to(labeled)
     return [rows[uri] for uri in sorted(rows)]

@@ -5,7 +5,13 @@ belongs to `read`, `decode`, `classify` and `commit`.
 """
 
 from pipeline.dataflow.executor import Executor, open_executor
-from pipeline.dataflow.ray_cluster import ClusterError, check_reachable
-from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.ray_cluster import LOCAL, ClusterError, check_reachable, ray_address
+from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Stages
-from pipeline.dataflow.stopping import Stop, Stopped, graceful_stop, interrupts_deferred, sigterm_interrupts
+from pipeline.dataflow.stopping import (
+    StopController,
+    Stopped,
+    graceful_stop,
+    interrupts_deferred,
+    sigterm_interrupts,
+)

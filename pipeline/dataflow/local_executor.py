@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import ConfigError
-from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, Stages
 from pipeline.read import Chunk, Shard
 
@@ -38,7 +38,7 @@ class LocalExecutor:
         if request.classify.device == "cuda" and not gpus:
             raise ConfigError("classify.device: 'cuda', but PyTorch finds no GPU on this machine")
         classify = request.classify.model_copy(update={"min_actors": 1, "max_actors": 1})
-        return choose_resources(replace(request, classify=classify), Cluster(cpus, gpus, cpus))
+        return choose_resources(replace(request, classify=classify), ClusterCapacity(cpus, gpus, cpus))
 
     def label(
         self, shards: Sequence[Shard], stages: Stages, resources: Resources

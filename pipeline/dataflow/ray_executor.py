@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 
 from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
-from pipeline.dataflow.resources import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages
 from pipeline.read import Chunk, Shard
 
@@ -147,7 +147,7 @@ class RayExecutor:
     def resources(self, request: ResourceRequest) -> Resources:
         """What the stages get of the cluster as it is now."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cluster = Cluster(
+        cluster = ClusterCapacity(
             cpus=sum(node.get("CPU", 0.0) for node in nodes),
             gpus=sum(node.get("GPU", 0.0) for node in nodes),
             node_cpus=max(node.get("CPU", 0.0) for node in nodes),

@@ -46,7 +46,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterCapacity:
     """CPUs and GPUs of a cluster, CPUs of its largest node, and bytes of memory of its smallest."""
 
     cpus: float
@@ -71,7 +71,7 @@ class ResourceRequest:
     count_macs: Callable[[], int]
 
 
-def choose_resources(request: ResourceRequest, cluster: Cluster) -> Resources:
+def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Resources:
     """Fills in what the configuration leaves to the cluster.
 
     Raises:

@@ -1,20 +1,20 @@
-"""Stopping a run: signals, the grace period, and giving up, as one state machine (`Stop`).
+"""Stopping a run: signals, the grace period and aborting, as one state machine (`StopController`).
 
     state      meaning
-    RUNNING    nobody has asked the run to stop
-    FINISHING  asked to stop: open shards are finished, results of other shards are discarded
-    ABANDONED  asked again, or the grace period is over: open shards are given up
+    RUNNING    no stop was requested
+    DRAINING   a stop was requested: open shards are finished, results of other shards are discarded
+    ABORTED    a second request arrived, or the grace period ended: open shards are abandoned
 
-    state      event                            next state  effect
-    RUNNING    SIGTERM or Ctrl-C                FINISHING   the grace period starts
-    RUNNING    SIGTERM or Ctrl-C, without grace ABANDONED   interrupt
-    FINISHING  SIGTERM or Ctrl-C                ABANDONED   interrupt
-    FINISHING  the grace period ends            ABANDONED   interrupt
-    ABANDONED  either                           ABANDONED   interrupt
+    state      event                                 next state  effect
+    RUNNING    SIGTERM or Ctrl-C                     DRAINING    the grace period starts
+    RUNNING    SIGTERM or Ctrl-C, no grace period    ABORTED     interrupt
+    DRAINING   SIGTERM or Ctrl-C                     ABORTED     interrupt
+    DRAINING   the grace period ends                 ABORTED     interrupt
+    ABORTED    any                                   ABORTED     interrupt
 
-An interrupt raises KeyboardInterrupt in the main thread. Within `Stop.abandonable` it ends only that block,
-so that finished shards are still committed. `Stop.conclude` then ends the run: with nothing in RUNNING,
-`Stopped` in FINISHING, KeyboardInterrupt in ABANDONED.
+An interrupt raises KeyboardInterrupt in the main thread. Inside `StopController.until_aborted`, an interrupt
+ends only that block, so that complete shards are still committed. `StopController.raise_if_requested` then
+ends the run: it raises nothing in RUNNING, `Stopped` in DRAINING, and KeyboardInterrupt in ABORTED.
 """
 
 import signal
@@ -26,19 +26,19 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and has left everything in order."""
+    """The run was stopped by request and shut down cleanly."""
 
 
 class StopState(Enum):
-    """States of a run, as the module describes them."""
+    """States of the state machine; see the module's docstring."""
 
     RUNNING = auto()
-    FINISHING = auto()
-    ABANDONED = auto()
+    DRAINING = auto()
+    ABORTED = auto()
 
 
-class Stop:
-    """The state machine; `start_timer` makes `expire` be called after so many seconds."""
+class StopController:
+    """The state machine; `start_timer` must call `expire` after the given seconds."""
 
     def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
         self.state = StopState.RUNNING
@@ -47,47 +47,47 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether the run was asked to stop."""
+        """Whether a stop was requested."""
         return self.state is not StopState.RUNNING
 
-    def ask(self) -> None:
-        """A signal arrives; raises KeyboardInterrupt where open shards are given up."""
+    def request(self) -> None:
+        """Handles a signal; raises KeyboardInterrupt if the run is aborted."""
         if self.state is not StopState.RUNNING or self._grace <= 0:
             self.expire()
-        self.state = StopState.FINISHING
+        self.state = StopState.DRAINING
         self._start_timer(self._grace)
 
     def expire(self) -> None:
-        """The grace period ends; raises KeyboardInterrupt."""
-        self.state = StopState.ABANDONED
+        """Ends the grace period; raises KeyboardInterrupt."""
+        self.state = StopState.ABORTED
         raise KeyboardInterrupt
 
     @contextmanager
-    def abandonable(self) -> Iterator[None]:
-        """A block that ends where open shards are given up."""
+    def until_aborted(self) -> Iterator[None]:
+        """Ends the block when the run is aborted, without raising."""
         try:
             yield
         except KeyboardInterrupt:
-            if self.state is not StopState.ABANDONED:
+            if self.state is not StopState.ABORTED:
                 raise
 
-    def conclude(self) -> None:
-        """Raises `Stopped` or KeyboardInterrupt where the run was asked to stop."""
-        if self.state is StopState.FINISHING:
+    def raise_if_requested(self) -> None:
+        """Raises `Stopped` after a clean stop, and KeyboardInterrupt after an abort."""
+        if self.state is StopState.DRAINING:
             raise Stopped
-        if self.state is StopState.ABANDONED:
+        if self.state is StopState.ABORTED:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def graceful_stop(grace: float) -> Iterator[Stop]:
-    """Connects a `Stop` to SIGTERM and Ctrl-C for the length of the block; only the main thread can."""
+def graceful_stop(grace: float) -> Iterator[StopController]:
+    """Connects a `StopController` to SIGTERM and Ctrl-C inside the block; works in the main thread only."""
 
     def start_timer(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    stop = Stop(grace, start_timer)
-    with _handler(stop.ask, signal.SIGTERM, signal.SIGINT), _handler(stop.expire, signal.SIGALRM):
+    stop = StopController(grace, start_timer)
+    with _handler(stop.request, signal.SIGTERM, signal.SIGINT), _handler(stop.expire, signal.SIGALRM):
         try:
             yield stop
         finally:
@@ -97,7 +97,7 @@ def graceful_stop(grace: float) -> Iterator[Stop]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does, so that what was started is stopped."""
+    """Makes SIGTERM raise KeyboardInterrupt inside the block, as Ctrl-C does, so that clean-up code runs."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -108,28 +108,28 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Lets SIGTERM and Ctrl-C wait until the block has ended, and raises KeyboardInterrupt then.
+    """Defers SIGTERM and Ctrl-C to the end of the block, then raises KeyboardInterrupt.
 
-    Ray's core handles SIGTERM itself in about the first second of its start: it ends the process at once.
+    In about the first second of its start, Ray's core has its own handler of SIGTERM, which ends the process.
     """
-    arrived = False
+    has_arrived = False
 
-    def note() -> None:
-        nonlocal arrived
-        arrived = True
+    def defer() -> None:
+        nonlocal has_arrived
+        has_arrived = True
 
     try:
-        with _handler(note, signal.SIGTERM, signal.SIGINT):
+        with _handler(defer, signal.SIGTERM, signal.SIGINT):
             yield
-    except SystemExit:  # raised by a handler of SIGTERM that Ray sets at first
-        arrived = True
-    if arrived:
+    except SystemExit:  # raised by Ray's first handler of SIGTERM
+        has_arrived = True
+    if has_arrived:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def _handler(action: Callable[[], None], *numbers: int) -> Iterator[None]:
-    """Calls `action` when one of these signals arrives; does nothing outside of the main thread."""
+    """Calls `action` when one of these signals arrives; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -137,9 +137,9 @@ def _handler(action: Callable[[], None], *numbers: int) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         action()
 
-    before = [signal.signal(number, handle) for number in numbers]
+    previous = [signal.signal(number, handle) for number in numbers]
     try:
         yield
     finally:
-        for number, former in zip(numbers, before, strict=True):
-            signal.signal(number, former)
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

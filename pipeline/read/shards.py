@@ -1,8 +1,10 @@
 """Shards, found in a listing of the input by names, sizes and versions. Nothing is read here."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import chain
 from typing import Literal, Self
 
@@ -37,18 +39,25 @@ class Shard:
     members: tuple[ObjectInfo, ...] = ()
 
 
+class IgnoreReason(StrEnum):
+    """Why an object of the input is not a shard."""
+
+    HIDDEN = "hidden name"  # a part of the name starts with `.` or `_`
+    FORMAT = "other format"  # by the extension, or not of the configured format
+
+
 class ShardListing(Iterator[Shard]):
     """The shards among listed objects, found while iterating.
 
     Attributes:
         format: the only format that was looked for; None for all.
-        ignored: objects passed over so far, for their hidden or unknown names.
+        ignored: number of objects that are not shards, by reason, so far.
     """
 
     def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
         self.uri = uri
         self.format = format
-        self.ignored = 0
+        self.ignored = Counter[IgnoreReason]()
         self._shards = self._find(objects)
 
     def __next__(self) -> Shard:
@@ -58,7 +67,7 @@ class ShardListing(Iterator[Shard]):
         """Returns this listing, after a look at the first shard; raises `NoShardsError` or `StorageError`."""
         first = next(self._shards, None)
         if first is None:
-            others = f" ({self.ignored} objects there are none)" if self.ignored else ""
+            others = f" ({self.ignored.total()} objects there are none)" if self.ignored else ""
             raise NoShardsError(
                 f"{self.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
             )
@@ -80,7 +89,7 @@ class ShardListing(Iterator[Shard]):
             is_hidden = _is_hidden(name) and info.uri != self.uri
             format = None if is_hidden else _format(name, self.format)
             if format is None:
-                self.ignored += 1
+                self.ignored[IgnoreReason.HIDDEN if is_hidden else IgnoreReason.FORMAT] += 1
             elif format != "images":
                 yield Shard(info.uri, info.version, format, info.size)
             else:

@@ -133,10 +133,8 @@ def _cards(
         read = pluralize(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
         details = f"{read}, {pluralize(counts['errors'], 'error')}"
         cards.append(("Images in this run", f"{counts['images']:,}", details))
-    timings = record.get("timings", {})
-    if "last_result" in timings and "executor_ready" in timings:
-        rate = record["counts"]["images"] / max(timings["last_result"] - timings["executor_ready"], 1e-9)
-        cards.append(("Images per second", f"{rate:,.1f}", "in this run, without startup"))
+    if (rate := record.get("images_per_s")) is not None:
+        cards.append(("Images per second", f"{rate:,.1f}", "in this run, from the first result to the last"))
     if broken := record.get("broken_limits"):
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))
     return cards

@@ -1,11 +1,11 @@
-"""One labeling run: job, plan, sequence, gate, cleanup; and what is done with a stored partition.
+"""One labeling run (job, plan, steps, gate, cleanup), and operations on a stored partition.
 
-What a stage does, and how stages run, belongs to `dataflow` and the stages' packages.
+The stages and the code that runs them are in `dataflow` and in the packages of the stages.
 """
 
 from pipeline.dataflow import Stopped
 from pipeline.run.job import Job, make_job
 from pipeline.run.labeling import label
-from pipeline.run.planning import Plan, PreparedRun, ShardState, plan, plan_run
-from pipeline.run.recording import RunResult, installed_version
+from pipeline.run.planning import Plan, PlanCounts, PreparedRun, ShardState, plan, plan_run
+from pipeline.run.recording import Phase, RunResult, installed_version
 from pipeline.run.stored import find_partition, rebuild, write_report

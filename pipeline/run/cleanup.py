@@ -1,7 +1,7 @@
-"""Brings manifest and prediction files in line with the input, before anything is labeled.
+"""Updates manifest and prediction files to the input, before anything is labeled.
 
-Labels are removed of deleted shards, where that is asked for, and of groups of image files whose images
-are in other groups now.
+Removes the labels of deleted shards if the selection prunes, and of groups of image files that lost images
+to other groups.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.commit import ManifestRow, Partition, prediction_files
 from pipeline.predictions import prediction_path
 from pipeline.read import Shard
-from pipeline.run.planning import regrouped
+from pipeline.run.planning import find_regrouped
 from pipeline.run.recording import RunContext
 from pipeline.storage import ObjectChanged, ObjectNotFound
 
@@ -22,15 +22,17 @@ _THREADS = 16
 
 
 def clean_up(run: RunContext) -> tuple[set[str], bool]:
-    """Removes labels and rows that must go, and repairs the manifest; first writes the record.
+    """Removes obsolete labels and rows, and repairs the manifest; writes the run record before the manifest.
 
-    Labels of images that now belong to another group are removed first, so that no image is ever visible
-    in two groups' files.
-    Returns the shards whose labels were removed, and whether anything was changed.
+    Removing the labels of regrouped images comes first, so that no image is ever visible in two prediction
+    files.
+
+    Returns:
+        The shards whose labels were removed, and whether the manifest changed.
     """
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.deleted_with_labels
-    to_remove = plan.to_prune | _regrouped(run)
+    to_remove = plan.to_prune | _regrouped_since(run)
     to_remove |= {uri for uri in plan.split_groups if uri in plan.expected}
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
@@ -39,20 +41,25 @@ def clean_up(run: RunContext) -> tuple[set[str], bool]:
     deleted = [uri for uri, row in labeled.items() if uri not in removed and not row.deleted]
     rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
     recovered = repairs.recovered.union(plan.recovered) - removed
-    record.shards("removed", removed)
-    record.shards("deleted", deleted)
-    record.shards("reappeared", plan.reappeared)
-    record.shards("recovered", recovered)
+    record.add_shards("removed", removed)
+    record.add_shards("deleted", deleted)
+    record.add_shards("reappeared", plan.reappeared)
+    record.add_shards("recovered", recovered)
     record.save()
-    is_deleted = repairs.deleted | dict.fromkeys(deleted, True) | dict.fromkeys(plan.reappeared, False)
-    if not (rows or removed or recovered or is_deleted):
+    deletions = repairs.deleted | dict.fromkeys(deleted, True) | dict.fromkeys(plan.reappeared, False)
+    if not (rows or removed or recovered or deletions):
         return to_remove, False
-    partition.manifest.update(rows, removed, is_deleted, recovered)
+    partition.manifest.update(rows, removed, deletions, recovered)
     return to_remove, True
 
 
 def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
-    """Removes prediction files of these versions, by shard; not those that another run has rewritten."""
+    """Removes prediction files; keeps a file that another run has rewritten.
+
+    Args:
+        partition: holds the files.
+        versions: version of the prediction file to remove, by shard.
+    """
 
     def remove_one(shard: tuple[str, str | None]) -> None:
         uri, version = shard
@@ -63,12 +70,15 @@ def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
         deque(pool.map(remove_one, versions.items()), 0)
 
 
-def withdraw_regrouped(run: RunContext) -> set[str]:
-    """Removes what a run labeled of image files that the input has in other groups meanwhile.
+def roll_back_regrouped(run: RunContext) -> set[str]:
+    """Removes labels that this run wrote for image files that are in other groups of the input by now.
 
-    That matters only where another run has labeled those other groups, knowing nothing of this run: where
-    there is a prediction file that this run neither found nor wrote, or of another version of a group.
-    Returns the groups whose labels were removed.
+    Only an overlapping run makes this necessary: the other run labeled the new groups and did not see the
+    labels of this run. A sign of such a run is a prediction file that this run neither found nor wrote, or
+    that has another version of a group.
+
+    Returns:
+        The groups whose labels were removed.
     """
     partition, groups = run.result.partition, run.groups
     if not groups:
@@ -81,18 +91,20 @@ def withdraw_regrouped(run: RunContext) -> set[str]:
         versions.get(file.uri.removeprefix(f"{partition.uri}/")) == file.version for file in files
     ):
         return set()
-    moved = regrouped(run.relist(), {member.uri: shard.uri for shard in labeled for member in shard.members})
+    moved = find_regrouped(
+        run.relist(), {member.uri: shard.uri for shard in labeled for member in shard.members}
+    )
     _remove(partition, {uri: groups[uri].output_version for uri in moved})
     return moved
 
 
-def _regrouped(run: RunContext) -> set[str]:
-    """Deleted groups of image files, some of whose images are in other groups now."""
+def _regrouped_since(run: RunContext) -> set[str]:
+    """Returns deleted groups of image files that lost images to other groups."""
     plan, partition = run.result.plan, run.result.partition
     groups = {uri: row for uri, row in plan.deleted_with_labels.items() if row.format == "images"}
-    # An image that is in another group now has changed that group, so it is planned.
+    # A group that gained an image has changed, so the plan has the group.
     gaining: Iterable[Shard] = [shard for shard in plan.shards if shard.members]
-    if groups.keys() & run.prepared.repairs.rows.keys():  # unless overlapping runs wrote both
+    if groups.keys() & run.prepared.repairs.rows.keys():  # overlapping runs may have labeled both groups
         gaining = run.relist()
     if not gaining or not groups:
         return set()
@@ -108,4 +120,4 @@ def _regrouped(run: RunContext) -> set[str]:
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="keys") as pool:
         group_of = dict(image for found in pool.map(images, groups.items()) for image in found)
-    return regrouped(gaining, group_of)
+    return find_regrouped(gaining, group_of)

@@ -1,4 +1,4 @@
-"""The job: a configuration with its model loaded, its fingerprint, and its partition."""
+"""The job: a configuration with its loaded model, its fingerprint and its partition."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _PREDICTIONS = "predictions/"
 
 @dataclass(frozen=True)
 class Job:
-    """A labeling job: built once from its configuration, and passed to whatever runs it.
+    """A labeling job: built once from its configuration, and passed to each step.
 
     Attributes:
         storage: access to input and output.
-        checkpoint: the model, loaded.
+        checkpoint: the loaded model.
         fingerprint: hash over everything that determines a label, in hexadecimal.
     """
 
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def resource_request(self) -> ResourceRequest:
-        """What the job asks of an executor."""
+        """The resources that the job requests from an executor."""
         from cvt.counting import count_macs
 
         config, size = self.config, self.checkpoint.preprocessor.size
@@ -50,7 +50,7 @@ class Job:
 
     @property
     def stages(self) -> Stages:
-        """What the stages need to know."""
+        """The settings of the stages."""
         config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
@@ -69,19 +69,19 @@ class Job:
 
 
 def make_job(config: Config) -> Job:
-    """Loads the model, and determines where its labels go; neither input nor output is accessed.
+    """Loads the model and determines its partition; accesses neither input nor output.
 
     Raises:
         CheckpointError: the model can't be loaded.
         StorageError: an object of the model can't be read.
-        ConfigError: an option doesn't fit the model, or `output.uri` leaves no room for names.
+        ConfigError: an option does not fit the model, or `output.uri` is too long.
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     topk, classes = config.output.topk, len(checkpoint.labels)
     if topk > classes:
-        raise ConfigError(f"output.topk: {topk} is more than the model's {classes} classes")
-    if config.decode.device == "gpu":  # which can't do every model's preprocessing
+        raise ConfigError(f"output.topk: {topk} is more than the {classes} classes of the model")
+    if config.decode.device == "gpu":  # a GPU does not support every preprocessing
         from cvt.inference.device_preprocessing import DevicePreprocessor
 
         try:
@@ -91,30 +91,33 @@ def make_job(config: Config) -> Job:
     fingerprint = config.fingerprint(checkpoint.digest)
     uri = f"{config.output.uri}/model={checkpoint.name}-{fingerprint[:8]}"
     partition = Partition(storage, uri, checkpoint.labels)
-    _check_name(partition, "a run's record", f"runs/{new_run_id()}.json")
+    _check_name_length(partition, "a run record", f"runs/{new_run_id()}.json")
     return Job(config, storage, checkpoint, fingerprint, partition)
 
 
 def check_installed(config: Config) -> None:
-    """Raises `ConfigError` if a package is missing: at once, not from within a worker; nodes are alike."""
+    """Raises `ConfigError` if a package is missing.
+
+    All nodes have the same packages, so checking here reports the error before any worker starts.
+    """
     if config.classify.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
         raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:
-        raise ConfigError(f"decode.device: the GPU decodes by torchvision: {NO_TORCHVISION}")
+        raise ConfigError(f"decode.device: decoding on a GPU needs torchvision: {NO_TORCHVISION}")
 
 
-def check_room(partition: Partition, shards: Iterable[Shard]) -> None:
-    """Raises `ConfigError` if the storage cannot hold the name of a shard's prediction file."""
+def check_name_lengths(partition: Partition, shards: Iterable[Shard]) -> None:
+    """Raises `ConfigError` if the name of a prediction file is too long for the storage."""
     if max_name_bytes(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
         return
     for shard in shards:
-        _check_name(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
+        _check_name_length(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
 
 
-def _check_name(partition: Partition, what: str, name: str) -> None:
-    room, needed = max_name_bytes(partition.uri), len(name.encode())
-    if needed > room:
+def _check_name_length(partition: Partition, what: str, name: str) -> None:
+    limit, needed = max_name_bytes(partition.uri), len(name.encode())
+    if needed > limit:
         raise ConfigError(
-            f"output.uri: too long: names under {partition.uri} can have {max(room, 0)} bytes, "
-            f"and the name for {what} has {needed}"
+            f"output.uri: too long: the storage allows names of at most {max(limit, 0)} bytes under "
+            f"{partition.uri}, and the name for {what} has {needed} bytes. Choose a shorter output.uri"
         )

@@ -1,18 +1,25 @@
-"""One labeling run, from configuration to run record. Each part is handed what it needs."""
+"""One labeling run, from configuration to run record. Each step is handed what it needs."""
 
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
-from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
+from pipeline.commit import (
+    InvalidLeaseError,
+    Lease,
+    LeaseLostError,
+    ManifestWriter,
+    Progress,
+    new_run_id,
+)
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import Stop, Stopped, sigterm_interrupts
-from pipeline.run.cleanup import clean_up, withdraw_regrouped
+from pipeline.dataflow import StopController, Stopped, sigterm_interrupts
+from pipeline.run.cleanup import clean_up, roll_back_regrouped
 from pipeline.run.job import check_installed, make_job
 from pipeline.run.planning import PreparedRun, open_listing, prepare
-from pipeline.run.recording import Clock, RunContext, RunResult, recorded
+from pipeline.run.recording import Clock, Phase, RunContext, RunResult, run_record
 from pipeline.run.streaming import label_shards
-from pipeline.run.summaries import has_unwanted_gallery, judge_again, summarize
+from pipeline.run.summaries import check_gate_again, has_unwanted_gallery, summarize
 from pipeline.storage import StorageError, retry_counts
 
 logger = logging.getLogger("cvt_label")
@@ -24,90 +31,111 @@ def label(
     *,
     on_progress: Callable[[Progress, PreparedRun], None] = lambda progress, prepared: None,
     on_plan: Callable[[PreparedRun], None] = lambda prepared: None,
+    on_phase: Callable[[Phase], None] = lambda phase: None,
     wait: bool = False,
     on_wait: Callable[[str], None] = lambda message: None,
 ) -> RunResult:
-    """Labels what is new or changed in the input; writes predictions, manifest, statistics and report.
+    """Labels new and changed shards; writes predictions, manifest, statistics and report.
 
     Args:
-        config: the job's configuration.
-        selection: what else is labeled.
+        config: configuration of the job.
+        selection: which other shards to label, and whether to prune.
         on_progress: called in this thread when results have arrived.
-        on_plan: called with what the run is about to do.
-        wait: wait while another run works on the same labels, instead of raising.
-        on_wait: called with what is waited for.
+        on_plan: called with the plan before anything is labeled.
+        on_phase: called in this thread when a phase before the first result, or after the last one, starts.
+        wait: wait while another run holds the lease of the partition, instead of raising.
+        on_wait: called with a message when the wait starts.
 
     Raises:
         StorageError: the input can't be listed, or the output can't be written.
         NoShardsError, CheckpointError, ConfigError: as `plan_run`.
         ConnectionError: no Ray cluster answers.
-        LeaseHeldError: another run works on the same labels.
+        LeaseHeldError: another run labels the same partition.
         LeaseLostError: another run has taken over.
-        Stopped: SIGTERM or Ctrl-C came; everything that was committed is in the manifest.
+        Stopped: SIGTERM or Ctrl-C arrived; the manifest has everything that was committed.
     """
-    clock, before = Clock(), retry_counts()
+    clock, retries_before = Clock(), retry_counts()
     check_installed(config)
+    on_phase(Phase.LISTING)
     open_listing(config)  # an input without shards fails before anything is written
+    on_phase(Phase.LOADING_MODEL)
     job = make_job(config)
     lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_duration_s)
-    with sigterm_interrupts(), lease.held(wait, on_wait):
+    with sigterm_interrupts(), _held(lease, config.output.uri, wait, on_wait):
         run = lease.run
-        # Not before the lease: another run may have labeled what such a listing lacks.
+        on_phase(Phase.PLANNING)
+        # Listed again under the lease: another run may have labeled shards that the first listing lacks.
         listing = open_listing(config)
         try:
-            with recorded(job, run, clock, selection) as record:
-                prepared = prepare(job, listing, selection, lease.found_in_order)
+            with run_record(job, run, clock, selection) as record:
+                prepared = prepare(job, listing, selection, lease.found_clean_shutdown)
                 plan = prepared.plan
-                clock.mark("planned")
+                clock.record("planned")
                 on_plan(prepared)
                 logger.info("run %s labels %d shards to %s", run, len(plan.shards), job.partition.uri)
                 counts = {str(state): count for state, count in plan.states.items()}
-                record.note(plan=counts | {"to_label": len(plan.shards)})
-                result = RunResult(run, job, plan, timings=clock.seconds)
+                record.set(plan=counts | {"to_label": len(plan.shards)})
+                result = RunResult(run, job, plan, timings=clock.timings)
                 writer = ManifestWriter(
                     job.partition.manifest, config.run.flush_interval_s, before_write=record.save
                 )
+                context = RunContext(result, prepared, record, clock, lease, writer, on_progress, on_phase)
                 try:
-                    _carry_out(RunContext(result, prepared, record, clock, lease, writer, on_progress))
+                    _execute(context)
                 finally:
-                    record.note(storage_retries=dict(retry_counts() - before + result.totals.retries))
+                    retries = retry_counts() - retries_before + result.totals.retries
+                    record.set(storage_retries=dict(retries))
         except Stopped:
-            lease.left_in_order = True
+            lease.clean_shutdown = True
             raise
-        lease.left_in_order = True
+        lease.clean_shutdown = True
     return result
 
 
-def _carry_out(run: RunContext) -> None:
-    """Carries out the plan and updates manifest, statistics and report; raises as `label`."""
+@contextmanager
+def _held(lease: Lease, output: str, wait: bool, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lease, which is the first object that a run writes to the output."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lease.held(wait, on_wait))
+        except InvalidLeaseError:
+            raise
+        except StorageError as error:
+            raise StorageError(output, f"output.uri cannot be written: {error.cause}") from error
+        yield
+
+
+def _execute(run: RunContext) -> None:
+    """Executes the plan, and updates manifest, statistics and report; raises as `label`."""
     plan, partition = run.result.plan, run.result.partition
-    stop: Stop | None = None
+    stop: StopController | None = None
     try:
-        if not run.prepared.in_order:  # some process may have died
+        if not run.prepared.clean_shutdown:  # a run that died may have left temporary files
             partition.storage.remove_unfinished_writes(partition.uri)
         removed, changed = clean_up(run)
         if plan.shards:
             try:
                 stop = label_shards(run, removed)
-            finally:  # images may have moved to other groups meanwhile
-                run.result.rolled_back = withdraw_regrouped(run)
+            finally:  # images may have moved to other groups in the meantime
+                run.result.rolled_back = roll_back_regrouped(run)
         run.writer.flush()
         if run.result.rolled_back:
             partition.manifest.update({}, run.result.rolled_back)
-        if changed or plan.shards or not run.prepared.in_order or has_unwanted_gallery(run):
+        if changed or plan.shards or not run.prepared.clean_shutdown or has_unwanted_gallery(run):
+            run.on_phase(Phase.SUMMARIZING)
             summarize(run)
-            run.clock.mark("summarized")
+            run.clock.record("summarized")
         else:
-            judge_again(run)
+            check_gate_again(run)
     except LeaseLostError:  # the manifest of the other run is newer
-        run.record.forget()
+        run.record.discard_unsaved()
         raise
     except BaseException:
-        with suppress(StorageError):  # it would hide what ended the run
+        with suppress(StorageError):  # it would hide the exception that ended the run
             run.writer.flush()
         raise
     finally:
         run.writer.close()
-        run.note_counts()
+        run.record_counts()
     if stop is not None:
-        stop.conclude()
+        stop.raise_if_requested()

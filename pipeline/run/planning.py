@@ -1,28 +1,49 @@
-"""What is left to do: `plan` is a pure function of the input's listing and the manifest."""
+"""What a run has to do: `plan` is a pure function of the input's listing and the manifest."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
-from pipeline.commit import ManifestRow, Repairs, find_repairs, left_in_order
+from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
-from pipeline.read import Shard, ShardListing, list_shards
-from pipeline.run.job import Job, check_room, make_job
+from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
+from pipeline.run.job import Job, check_name_lengths, make_job
 from pipeline.storage import is_under
 
 #: The row of a shard that the manifest does not have.
-_UNKNOWN = ManifestRow("")
+_NO_ROW = ManifestRow("")
 
 
 class ShardState(StrEnum):
-    """What a shard is to a plan."""
+    """State of a shard, from the listing and the manifest."""
 
     NEW = "new"
     CHANGED = "changed"
     DONE = "done"
-    FAILED = "failed"  # this version of it could not be read
-    DELETED = "deleted"  # deleted from the input
+    FAILED = "failed"  # an earlier run could not read this version
+    DELETED = "deleted"  # the manifest has the shard, the input does not
+
+
+@dataclass
+class PlanCounts:
+    """The size of a plan, for people.
+
+    Attributes:
+        unit: what is counted.
+        to_label: number of shards or images to label, the reprocessed ones included.
+        reprocessed: those to label that are neither new nor changed.
+        skipped_failures: those that an earlier run could not read and that are not retried.
+        to_prune: deleted ones whose labels the run removes.
+    """
+
+    unit: Literal["shard", "image"]
+    states: Counter[ShardState] = field(default_factory=Counter)
+    to_label: int = 0
+    reprocessed: int = 0
+    skipped_failures: int = 0
+    to_prune: int = 0
 
 
 @dataclass
@@ -30,21 +51,24 @@ class Plan:
     """What a run has to do.
 
     Attributes:
-        shards: the shards to label, in the order of the listing.
-        ignored: objects under the input URI that are no shard.
-        expected: by URI of a shard to label, the version of its present prediction file.
-        reprocessed: how many of `shards` are neither new nor changed.
-        skipped_failures: unreadable shards that are not tried again.
-        deleted: manifest rows of shards that were deleted from the input.
-        reappeared: shards that the manifest calls deleted, and that the input has again.
-        recovered: labeled shards of which another version could not be read.
-        split_groups: changed groups of image files that lost images to a new group after them.
+        shards: the shards to label, in listing order.
+        states: number of shards by state.
+        ignored: number of objects under the input URI that are not shards, by reason.
+        expected: version of the current prediction file, by URI of a shard to label.
+        reprocessed: number of shards to label that are neither new nor changed.
+        skipped_failures: number of unreadable shards that are not retried.
+        deleted: manifest rows of shards that were deleted from the input, by URI.
+        reappeared: shards that the manifest marks as deleted and that the input has again.
+        recovered: labeled shards of which a later version was unreadable; the input has the labeled version
+            again.
+        split_groups: changed groups of image files that lost images to a new group directly after them.
+        image_counts: the plan in images; None unless the input has image files only.
     """
 
     selection: Selection
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
-    ignored: int = 0
+    ignored: Counter[IgnoreReason] = field(default_factory=Counter)
     expected: dict[str, str] = field(default_factory=dict)
     reprocessed: int = 0
     skipped_failures: int = 0
@@ -52,6 +76,7 @@ class Plan:
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
     split_groups: set[str] = field(default_factory=set)
+    image_counts: PlanCounts | None = None
 
     @property
     def deleted_with_labels(self) -> dict[str, ManifestRow]:
@@ -60,61 +85,82 @@ class Plan:
 
     @property
     def to_prune(self) -> set[str]:
-        """Deleted shards whose labels are to be removed."""
+        """Deleted shards whose labels the run removes."""
         return set(self.deleted_with_labels) if self.selection.prune else set()
 
     @property
     def images(self) -> int | None:
-        """Number of images to label; None unless all are image files, which the listing counts."""
+        """Number of images to label; None unless all are image files, whose number the listing gives."""
         if not all(shard.members for shard in self.shards):
             return None
         return sum(len(shard.members) for shard in self.shards)
 
+    @property
+    def counts(self) -> PlanCounts:
+        """The plan in images if the input has image files only, else in shards."""
+        if self.image_counts is not None:
+            return self.image_counts
+        pruned = len(self.to_prune)
+        return PlanCounts(
+            "shard", self.states, len(self.shards), self.reprocessed, self.skipped_failures, pruned
+        )
+
 
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
-    """Compares the input with what is labeled; reads the listing to its end.
+    """Compares the input with the manifest; reads the listing to its end.
 
     Only shards under the listing's URI and of its format can be deleted: rows of other inputs are ignored.
     """
-    found, seen = Plan(selection), set[str]()
+    planned, images, seen = Plan(selection), PlanCounts("image"), set[str]()
+    has_only_groups = True
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
-        row = manifest.get(shard.uri, _UNKNOWN)
+        row = manifest.get(shard.uri, _NO_ROW)
         state = _state(shard, row)
-        found.states[state] += 1
+        planned.states[state] += 1
+        images.states[state] += len(shard.members)
         seen.add(shard.uri)
         failed = row.failed_version == shard.version
         if row.deleted:
-            found.reappeared.append(shard.uri)
+            planned.reappeared.append(shard.uri)
         if state is ShardState.DONE and row.error is not None and not failed:
-            found.recovered.append(shard.uri)
+            planned.recovered.append(shard.uri)
         is_due = state in (ShardState.NEW, ShardState.CHANGED)
         if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
-            found.shards.append(shard)
-            found.reprocessed += not is_due
+            planned.shards.append(shard)
+            planned.reprocessed += not is_due
+            images.to_label += len(shard.members)
+            images.reprocessed += 0 if is_due else len(shard.members)
             if row.output_version is not None:
-                found.expected[shard.uri] = row.output_version
+                planned.expected[shard.uri] = row.output_version
         elif state is ShardState.FAILED:
-            found.skipped_failures += 1
-        if shard.format == "images":
-            if (row.version is None or row.deleted) and last_changed is not None:
-                found.split_groups.add(last_changed)
-            if state is not ShardState.NEW:
-                has_labels = row.output is not None
-                last_changed = shard.uri if state is ShardState.CHANGED and has_labels else None
-    found.deleted = {
+            planned.skipped_failures += 1
+            images.skipped_failures += len(shard.members)
+        if shard.format != "images":
+            has_only_groups = False
+            continue
+        if (row.version is None or row.deleted) and last_changed is not None:
+            planned.split_groups.add(last_changed)
+        if state is not ShardState.NEW:
+            has_labels = row.output is not None
+            last_changed = shard.uri if state is ShardState.CHANGED and has_labels else None
+    planned.deleted = {
         uri: row
         for uri, row in manifest.items()
         if uri not in seen and is_under(uri, listing.uri) and listing.format in (None, row.format)
     }
-    found.states[ShardState.DELETED], found.ignored = len(found.deleted), listing.ignored
-    return found
+    planned.states[ShardState.DELETED], planned.ignored = len(planned.deleted), listing.ignored
+    if has_only_groups and all(row.format == "images" for row in planned.deleted.values()):
+        images.states[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
+        images.to_prune = sum(planned.deleted[uri].rows or 0 for uri in planned.to_prune)
+        planned.image_counts = images
+    return planned
 
 
-def regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
-    """Groups of image files, some of whose images are in another group of these shards.
+def find_regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
+    """Finds groups of image files that lost images to another group of these shards.
 
-    `group_of` has the group under which an image is labeled, by the URI of the image.
+    `group_of` maps the URI of an image to the group under which the image is labeled.
     """
     members = ((member.uri, shard.uri) for shard in shards for member in shard.members)
     return {group_of[image] for image, group in members if group_of.get(image, group) != group}
@@ -128,26 +174,27 @@ def _state(shard: Shard, row: ManifestRow) -> ShardState:
     if row.failed_version != shard.version:
         return ShardState.CHANGED
     # A shard that failed under another `input.format` may be readable under this one.
-    return ShardState.FAILED if row.version is not None or row.format == shard.format else ShardState.NEW
+    is_same_format = row.version is not None or row.format == shard.format
+    return ShardState.FAILED if is_same_format else ShardState.NEW
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A job, and what there is to do.
+    """A job and its plan.
 
     Attributes:
-        repairs: how the manifest differs from what it is made from.
-        in_order: whether the last run left manifest and statistics up to date, and the manifest is there.
+        repairs: changes that bring the manifest in line with prediction files and run records.
+        clean_shutdown: whether the manifest exists and the last run left manifest and statistics up to date.
     """
 
     job: Job
     plan: Plan
     repairs: Repairs
-    in_order: bool
+    clean_shutdown: bool
 
 
 def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
-    """Plans a run: nothing is written, and Ray is not needed.
+    """Plans a run without writing anything; needs no Ray.
 
     Raises:
         CheckpointError: the model can't be loaded.
@@ -155,41 +202,46 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
     """
     listing = open_listing(config)
     job = make_job(config)
-    return prepare(job, listing, selection, left_in_order(job.storage, job.partition.uri))
+    return prepare(job, listing, selection, was_clean_shutdown(job.storage, job.partition.uri))
 
 
 def open_listing(config: Config) -> ShardListing:
-    """Starts the listing of the input, and checks that it has a shard.
+    """Starts to list the input, and checks that it has a shard.
 
     Raises:
         StorageError: the input can't be listed.
-        NoShardsError: nothing in the input is a shard.
-        ConfigError: the output lies in the input.
+        NoShardsError: the input has no shard.
+        ConfigError: the output is inside the input.
     """
     source, target = config.input.uri, config.output.uri
     if is_under(target, source):
-        raise ConfigError(f"output.uri: {target} lies in the input, {source}: labels would be read as shards")
+        raise ConfigError(
+            f"output.uri: {target} is inside the input, {source}; later runs would read the labels as "
+            "shards. Choose an output.uri outside of input.uri"
+        )
     return list_shards(make_storage(config.storage), source, config.input.format).require_shards()
 
 
-def prepare(job: Job, listing: ShardListing, selection: Selection, in_order: bool) -> PreparedRun:
-    """Reads the listing to its end and the manifest, finds its repairs, and plans.
+def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdown: bool) -> PreparedRun:
+    """Reads the manifest and the rest of the listing, finds repairs, and plans.
 
     Raises:
         StorageError: input or output can't be read.
-        ConfigError: the input lies in a folder whose image files are labeled already, in groups of their own,
-            or `output.uri` is too long.
+        ConfigError: the input is inside a folder whose image files are labeled already, or `output.uri` is
+            too long.
     """
     partition, manifest = job.partition, job.partition.manifest
-    in_order = in_order and manifest.exists()
-    repairs = find_repairs(partition.storage, partition.uri, job.fingerprint, manifest.entries(), in_order)
+    clean_shutdown = clean_shutdown and manifest.exists()
+    repairs = find_repairs(
+        partition.storage, partition.uri, job.fingerprint, manifest.entries(), clean_shutdown
+    )
     for uri, row in repairs.entries.items():
         folder = uri.rpartition("/")[0]
         if row.format == "images" and row.output is not None and listing.uri.startswith(f"{folder}/"):
             raise ConfigError(
-                f"input.uri: {listing.uri} lies in {folder}, whose loose images have labels in this output: "
-                "label all of them, or choose another output.uri, or they would be labeled twice"
+                f"input.uri: {listing.uri} is inside {folder}, whose image files are labeled in this output; "
+                f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
     planned = plan(listing, repairs.entries, selection)
-    check_room(partition, planned.shards)
-    return PreparedRun(job, planned, repairs, in_order)
+    check_name_lengths(partition, planned.shards)
+    return PreparedRun(job, planned, repairs, clean_shutdown)

@@ -1,7 +1,7 @@
-"""What the steps of a run share, its result, and its record.
+"""What the steps of a run share: phases, clock, result, and run record.
 
-The record holds configuration and selection, versions, counts, timings and outcome, so that a run can be
-repeated from it. It also lists what no prediction file holds, such as unreadable shards.
+The run record holds configuration, selection, versions, counts, timings and outcome, so that the run can be
+repeated from it. It also lists what prediction files do not hold, such as unreadable shards.
 """
 
 import importlib.metadata
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 
 from pipeline.commit import Lease, ManifestRow, ManifestWriter, Partition, Progress, RunRecord, Totals
 from pipeline.config import Selection
@@ -27,31 +28,51 @@ _PACKAGES = (
 )  # fmt: skip
 
 
+class Phase(StrEnum):
+    """What a run does before the first result and after the last one."""
+
+    LISTING = "listing the input"
+    LOADING_MODEL = "loading the model"
+    PLANNING = "planning"
+    STARTING_RAY = "starting Ray"
+    CONNECTING_TO_RAY = "connecting to Ray"
+    STARTING_STAGES = "starting the stages"  # until the first result; classifiers load the model
+    SUMMARIZING = "writing statistics and report"
+
+
 class Clock:
-    """Seconds from the start to each event."""
+    """Seconds since the start of the run.
+
+    Attributes:
+        timings: seconds from the start to each event, by the name of the event.
+    """
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self.seconds: dict[str, float] = {}
+        self.timings: dict[str, float] = {}
 
-    def mark(self, event: str) -> None:
-        """Notes the time at which an event happens first."""
-        self.seconds.setdefault(event, round(time.monotonic() - self._start, 3))
+    def record(self, event: str) -> None:
+        """Records the time of an event; only its first occurrence counts."""
+        self.timings.setdefault(event, round(time.monotonic() - self._start, 3))
 
 
 @dataclass
 class RunResult:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
-        run: its id.
-        totals: what it committed.
-        rolled_back: groups of image files whose labels it removed again, since its input has changed.
-        statistics: class statistics over all labels of the partition; None where the run changed nothing.
-        timings: seconds from its start to each event, by name.
-        stages: each stage's part in it; empty where nothing was to be labeled.
-        decoder: what decoded the images, in words.
-        broken_limits: of the configured gate, in words.
+        run: id of the run.
+        totals: counts and metrics of the committed shards.
+        rolled_back: groups of image files whose labels the run removed again, since their images are in other
+            groups now.
+        statistics: class statistics of all labels in the partition; None if the run changed nothing.
+        timings: seconds from the start of the run to each event, by name: `planned`, `executor_ready`,
+            `first_result`, `first_commit`, `last_result`, `summarized`, `ended`.
+        images_per_s: steady-state throughput: the number of images that arrived after the first result,
+            divided by the seconds from the first result to the last. None with fewer than two results.
+        stages: metrics of each stage; empty if there was nothing to label.
+        decoder: the device that decoded the images, and how many it decoded.
+        broken_limits: messages about limits of the configured gate that the labels break.
     """
 
     run: str
@@ -61,40 +82,41 @@ class RunResult:
     rolled_back: set[str] = field(default_factory=set)
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    images_per_s: float | None = None
     stages: dict[str, StageSummary] = field(default_factory=dict)
     decoder: str = ""
     broken_limits: list[str] = field(default_factory=list)
 
     @property
     def partition(self) -> Partition:
-        """Where the labels are."""
+        """The partition that holds the labels."""
         return self.job.partition
 
     @property
     def pruned(self) -> int:
-        """Deleted shards whose labels the run removed."""
+        """Number of deleted shards whose labels the run removed."""
         return len(self.plan.to_prune)
 
     @property
-    def rate(self) -> float:
-        """Samples a second, from the start of the dataflow to its last result."""
-        if "last_result" not in self.timings:
-            return 0.0
-        return self.totals.images / max(self.timings["last_result"] - self.timings["executor_ready"], 1e-9)
+    def total_seconds(self) -> float:
+        """Seconds from the start of the run to its end."""
+        return self.timings["ended"]
 
     @property
     def is_complete(self) -> bool:
-        """Whether every shard of the input is labeled, as it is now."""
+        """Whether every shard of the input is labeled in its current version."""
         return not self.totals.unreadable and not self.plan.skipped_failures
 
 
 @dataclass
 class RunContext:
-    """What the steps of a run share.
+    """State that the steps of a run share.
 
     Attributes:
+        on_progress: called when results have arrived.
+        on_phase: called when a phase starts.
         gallery: thumbnails of labeled shards.
-        groups: manifest rows of the groups of image files that were labeled, by URI.
+        groups: manifest rows of the groups of image files that this run labeled, by URI.
     """
 
     result: RunResult
@@ -104,6 +126,7 @@ class RunContext:
     lease: Lease
     writer: ManifestWriter
     on_progress: Callable[[Progress, PreparedRun], None]
+    on_phase: Callable[[Phase], None]
     gallery: Gallery = field(init=False)
     groups: dict[str, ManifestRow] = field(default_factory=dict)
 
@@ -111,12 +134,12 @@ class RunContext:
         self.gallery = Gallery(self.result.job.config.report.gallery, self.result.plan.shards)
 
     def relist(self) -> Iterator[Shard]:
-        """Lists the input as it is now; for what only overlapping runs make necessary."""
+        """Lists the input again; needed only if runs overlap."""
         section = self.result.job.config.input
         return list_shards(self.result.job.storage, section.uri, section.format)
 
-    def note_counts(self) -> None:
-        """Notes in the record how many shards and images the run has committed so far."""
+    def record_counts(self) -> None:
+        """Sets in the run record how many shards and images the run has committed so far."""
         totals = self.result.totals
         counts = {
             "shards": totals.shards,
@@ -126,12 +149,12 @@ class RunContext:
             "duplicate_keys": totals.duplicate_keys,
             "pruned_shards": self.result.pruned,
         }
-        self.record.note(counts=counts, causes=totals.causes.to_record())
+        self.record.set(counts=counts, causes=totals.causes.to_record())
 
 
 @contextmanager
-def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
-    """Keeps `runs/<run id>.json`: written at once, so that a run that dies leaves a trace, and at the end."""
+def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
+    """Writes `runs/<run id>.json` at the start, so that a run that dies leaves a record, and at the end."""
     versions = {name: installed_version(name) or "not installed" for name in _PACKAGES}
     values = {
         "run": run,
@@ -150,14 +173,19 @@ def recorded(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator
         yield record
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        with suppress(StorageError):  # it would hide what ended the run
-            record.end(status=status, timings=clock.seconds, error=f"{type(error).__name__}: {error}")
+        clock.record("ended")
+        with suppress(StorageError):  # it would hide the exception that ended the run
+            record.end(status=status, timings=clock.timings, error=f"{type(error).__name__}: {error}")
         raise
-    record.end(status="incomplete" if record.values["unreadable"] else "complete", timings=clock.seconds)
+    clock.record("ended")
+    record.end(status="incomplete" if record.values["unreadable"] else "complete", timings=clock.timings)
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package; None where it isn't installed, as ours when run from a working directory."""
+    """Returns the version of a package; None if it is not installed.
+
+    This project is not installed when it runs from its working directory.
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What is done with a stored partition without a run: find it, rebuild its summaries, write its report."""
+"""Operations on a stored partition without a run: find it, rebuild its summaries, write its report."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ from pipeline.report import write_report as write_page
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import StorageError
 
-#: Runs of a partition that are looked at, the latest first: they differ in how they name the same model.
+#: Number of latest runs whose configuration is compared: runs may name the same model differently.
 _RUNS = 10
-#: Seconds after which the lease of a rebuild expires unless it is renewed.
+#: Seconds after which the lease of a rebuild expires without renewal.
 _LEASE_S = 60.0
 
 
 def find_partition(config: Config) -> Partition:
-    """Returns the partition to which the latest run wrote whose configuration determines the same labels.
+    """Finds the partition of the latest run whose configuration determines the same labels.
 
-    The model is not loaded. Where a checkpoint was replaced under the same path, the partition is that of the
-    newer checkpoint.
+    The model is not loaded. If a checkpoint was replaced under the same path, the partition of the newer
+    checkpoint is returned.
 
     Raises:
-        StorageError: there is none, or it can't be read.
+        StorageError: there is no such partition, or it can't be read.
     """
     storage, output, runs = make_storage(config.storage), config.output.uri, dict[str, str]()
     for uri in storage.list_folders(output):
@@ -39,13 +39,16 @@ def find_partition(config: Config) -> Partition:
                     runs[run] = uri
                     break
     if not runs:
-        cause = "nothing is labeled yet with this model and these options (or name the partition by its URI)"
+        cause = (
+            "no run has labeled with this model and these options; run `cvt-label label` first, "
+            "or give the URI of the partition"
+        )
         raise StorageError(output, cause)
     return Partition.open(storage, runs[max(runs)])
 
 
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:
-    """Whether a run's configuration determines the same labels; the model is compared by its name."""
+    """Whether a recorded configuration determines the same labels; compares the model by its name."""
     try:
         recorded = Config.model_validate(record.get("config"))
     except ValidationError:
@@ -60,7 +63,7 @@ def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:
 
 
 def _model(config: Config) -> tuple[str, str]:
-    """The model's path, and the revision of a hub id, which may be part of the path."""
+    """Returns the path of the model, and the revision, which may be part of a hub id."""
     path, revision = config.model.path, config.model.revision
     if not path.startswith("/") and "://" not in path:
         path, _, after = path.partition("@")
@@ -69,11 +72,11 @@ def _model(config: Config) -> tuple[str, str]:
 
 
 def rebuild(partition: Partition) -> None:
-    """Regenerates manifest and class statistics from the prediction files and the records of runs.
+    """Regenerates manifest and class statistics from prediction files and run records.
 
     Raises:
         StorageError: the partition can't be read or written.
-        LeaseHeldError: a run is at work.
+        LeaseHeldError: a run is active.
         LeaseLostError: a run has taken over.
     """
     storage, uri = partition.storage, partition.uri
@@ -82,7 +85,7 @@ def rebuild(partition: Partition) -> None:
         partition.manifest.replace(lambda: rebuilt_rows(storage, uri))
         lease.verify()
         write_class_table(partition, partition.manifest.fold_statistics(), partition.topk())
-        lease.left_in_order = True
+        lease.clean_shutdown = True
 
 
 def write_class_table(partition: Partition, statistics: ClassStatistics, topk: int) -> None:
@@ -95,16 +98,16 @@ def write_class_table(partition: Partition, statistics: ClassStatistics, topk: i
 def write_report(
     partition: Partition, run: str | None = None, against: Sequence[str] = (), output: str | None = None
 ) -> str:
-    """Writes the report of a partition from what is stored; returns its URI.
+    """Writes the report of a stored partition; returns the URI of the report.
 
     Args:
-        partition: what the report is about.
-        run: id of the run that the report is about; None for the last run that labeled something.
+        partition: the labels to report on.
+        run: id of the run to report on; None for the last run that labeled something.
         against: other labels to compare with: `URI`, `URI@RUN`, `URI@latest` or `URI@previous`.
-        output: path or URI of the page; `report.html` in the partition where None.
+        output: path or URI of the page; None for `report.html` in the partition.
 
     Raises:
-        StorageError: labels or a record can't be read, or the page can't be written.
+        StorageError: labels or a run record can't be read, or the page can't be written.
     """
     runs = [run] if run is not None else (partition.manifest.runs() or partition.records())[-1:]
     record = partition.record(runs[0]) if runs else None

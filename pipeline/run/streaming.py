@@ -1,4 +1,4 @@
-"""Labels the shards of a plan: starts the dataflow, commits its results, and stops when asked to."""
+"""Labels the shards of a plan: runs the dataflow, commits its results, and stops when requested."""
 
 import logging
 import time
@@ -7,11 +7,19 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 
-from pipeline.commit import WRITERS, Committer, ManifestRow, PredictionWriter
-from pipeline.config import InputFormat
-from pipeline.dataflow import Executor, Resources, Stop, graceful_stop, open_executor
+from pipeline.commit import MAX_CONCURRENT_WRITES, Committer, ManifestRow, PredictionWriter
+from pipeline.config import IN_PROCESS, InputFormat
+from pipeline.dataflow import (
+    LOCAL,
+    Executor,
+    Resources,
+    StopController,
+    graceful_stop,
+    open_executor,
+    ray_address,
+)
 from pipeline.read import Chunk, Shard, list_shards
-from pipeline.run.recording import RunContext
+from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
     CLASSIFY,
     COMMIT,
@@ -25,15 +33,21 @@ from pipeline.storage import Storage, retry_counts
 
 logger = logging.getLogger("cvt_label")
 
+#: Number of unfinished shards that an error message names.
+_NAMED_SHARDS = 5
 
-def label_shards(run: RunContext, removed: set[str]) -> Stop:
-    """Labels all shards of the plan, or, after a stop, those that were started.
 
-    Result, record and manifest of the run receive the outcome of each shard.
+def label_shards(run: RunContext, removed: set[str]) -> StopController:
+    """Labels all shards of the plan; after a stop request, only the shards that have results already.
+
+    Writes the outcome of each shard to the result, the record and the manifest of the run.
 
     Args:
         run: the run.
-        removed: shards whose prediction files were removed, and so are not expected.
+        removed: shards whose prediction files this run has removed; no file is expected in their place.
+
+    Returns:
+        The controller, which knows whether a stop was requested.
     """
     job, plan = run.result.job, run.result.plan
     writer = PredictionWriter(
@@ -45,8 +59,11 @@ def label_shards(run: RunContext, removed: set[str]) -> Stop:
         is_current=partial(_is_current, job.storage, job.config.input.format),
         before_group=run.lease.verify,
     )
-    committer = Committer(writer, plan.shards, partial(_note_commit, run))
+    committer = Committer(writer, plan.shards, partial(_record_commit, run))
     run.result.totals = committer.totals
+    address = job.config.ray.address
+    if address != IN_PROCESS:
+        run.on_phase(Phase.STARTING_RAY if ray_address(address) == LOCAL else Phase.CONNECTING_TO_RAY)
     with (
         open_executor(job.config.ray) as executor,
         committer,
@@ -56,30 +73,32 @@ def label_shards(run: RunContext, removed: set[str]) -> Stop:
     return stop
 
 
-def _note_commit(run: RunContext, row: ManifestRow) -> None:
+def _record_commit(run: RunContext, row: ManifestRow) -> None:
+    """Records the outcome of a shard."""
     before = run.prepared.repairs.entries.get(row.uri)
     if row.error is not None:
-        run.record.failure(row)
+        run.record.add_failure(row)
     elif before is not None and before.error is not None:
-        run.record.shards("recovered", [row.uri])
+        run.record.add_shards("recovered", [row.uri])
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
-    run.clock.mark("first_commit")
+    run.clock.record("first_commit")
 
 
-def _commit_results(run: RunContext, executor: Executor, committer: Committer, stop: Stop) -> None:
+def _commit_results(run: RunContext, executor: Executor, committer: Committer, stop: StopController) -> None:
     plan, job, retries_before = run.result.plan, run.result.job, retry_counts()
     resources = executor.resources(job.resource_request)
-    run.record.note(resources=asdict(resources))
-    run.clock.mark("executor_ready")
-    logger.info("images go to the model in batches of %d", resources.batch_size)
+    run.record.set(resources=asdict(resources))
+    run.clock.record("executor_ready")
+    run.on_phase(Phase.STARTING_STAGES)
+    logger.info("the model gets batches of %d images", resources.batch_size)
     metrics = executor.metrics(
         job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
     )
 
-    def note_progress(chunk: Chunk | None = None) -> None:
+    def report_progress(chunk: Chunk | None = None) -> None:
         if metrics is not None:
             metrics.update(
                 committer.totals, retry_counts() - retries_before + committer.totals.retries, chunk
@@ -87,32 +106,39 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         run.on_progress(committer.progress(), run.prepared)
 
     chunks = executor.label(plan.shards, job.stages, resources)
-    started = 0.0
-    with closing(chunks), stop.abandonable(), _missing_shards_noted(committer):
+    started = first_result = last_result = 0.0
+    first_images = 0
+    with closing(chunks), stop.until_aborted(), _unfinished_shards_named(committer):
         for chunk in chunks:
-            run.clock.mark("first_result")
-            started = started or time.perf_counter() - chunk.metrics[CLASSIFY].busy_s
+            run.clock.record("first_result")
+            last_result = time.perf_counter()
             if stop.requested:
-                committer.wind_down()
+                committer.reject_new_shards()
             committer.add(run.gallery.collect(chunk))
-            note_progress(chunk)
+            if not first_result:
+                first_result, first_images = last_result, committer.progress().images
+                started = first_result - chunk.metrics[CLASSIFY].busy_s
+            report_progress(chunk)
             run.lease.check()
             if stop.requested and not committer.open_shards:
                 break
     seconds = time.perf_counter() - started if started else 0.0
-    run.clock.mark("last_result")
+    run.clock.record("last_result")
     if stop.requested:
-        committer.settle()
+        committer.wait_for_writes()
     else:
         committer.finish()
-    _note_stages(run, resources, seconds)
-    note_progress()
+    if last_result > first_result:
+        later_images = committer.progress().images - first_images
+        run.result.images_per_s = later_images / (last_result - first_result)
+    _record_stages(run, resources, seconds)
+    report_progress()
 
 
-def _note_stages(run: RunContext, resources: Resources, seconds: float) -> None:
-    """Notes what each stage did in so many seconds of the dataflow."""
+def _record_stages(run: RunContext, resources: Resources, seconds: float) -> None:
+    """Records the metrics of each stage; `seconds` is the duration of the dataflow."""
     result, metrics = run.result, run.result.totals.metrics
-    workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: WRITERS}
+    workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: MAX_CONCURRENT_WRITES}
     if resources.decoders:
         workers[DECODE] = resources.decoders
         result.decoder = f"the CPU, {result.job.config.decode.quality}"
@@ -121,8 +147,9 @@ def _note_stages(run: RunContext, resources: Resources, seconds: float) -> None:
         on_gpu, on_cpu = decoded.decoded_on_gpu, decoded.images - decoded.decoded_on_gpu
         result.decoder = f"the GPU, {on_gpu:,} images, and the CPU, {on_cpu:,}"
     result.stages = summarize_stages(metrics, workers, seconds)
-    run.record.note(
-        stages={stage: asdict(figures) for stage, figures in result.stages.items()},
+    run.record.set(
+        stages={stage: asdict(summary) for stage, summary in result.stages.items()},
+        images_per_s=result.images_per_s,
         bound_by=describe_bottleneck(result.stages),
         gpu_utilization=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
         decoder=result.decoder,
@@ -130,12 +157,12 @@ def _note_stages(run: RunContext, resources: Resources, seconds: float) -> None:
 
 
 @contextmanager
-def _missing_shards_noted(committer: Committer) -> Iterator[None]:
-    """Names the first unfinished shards in an error, since Ray doesn't say which shard killed its workers."""
+def _unfinished_shards_named(committer: Committer) -> Iterator[None]:
+    """Adds the first unfinished shards to an error: Ray does not report which shard killed its workers."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"The first shards that were not done: {', '.join(committer.missing(5))}")
+        error.add_note(f"The first unfinished shards: {', '.join(committer.unfinished(_NAMED_SHARDS))}")
         raise
 
 

@@ -28,15 +28,15 @@ DELAY = 3.0
 
 
 def event_at(name: str) -> threading.Event:
-    """An event that is set when a run's clock notes the one of this name."""
-    came, mark = threading.Event(), Clock.mark
+    """An event that is set when a run's clock records the event `name`."""
+    came, record = threading.Event(), Clock.record
 
-    def marked(self: Clock, event: str) -> None:
-        mark(self, event)
+    def recorded(self: Clock, event: str) -> None:
+        record(self, event)
         if event == name:
             came.set()
 
-    Clock.mark = marked  # type: ignore[method-assign]
+    Clock.record = recorded  # type: ignore[method-assign]
     return came
 
 

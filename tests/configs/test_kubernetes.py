@@ -27,7 +27,7 @@ from cvt.counting import count_macs
 from cvt.presets import preset_config
 from jobs.console import make_app
 from pipeline.config import Config, load_config
-from pipeline.dataflow import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.schedule import Submission
 from tests.configs.crds import kuberay_validator
 
@@ -365,12 +365,12 @@ def node(group: Json) -> dict[str, float]:
     }
 
 
-def cluster_of(bound: str) -> Cluster:
+def cluster_of(bound: str) -> ClusterCapacity:
     """The cluster at its least (`minReplicas`) or its largest (`maxReplicas`)."""
     nodes = [node(CLUSTER["headGroupSpec"])]
     for group in CLUSTER["workerGroupSpecs"]:
         nodes += [node(group)] * group[bound]
-    return Cluster(
+    return ClusterCapacity(
         cpus=sum(each["cpus"] for each in nodes),
         gpus=sum(each["gpus"] for each in nodes),
         node_cpus=max(each["cpus"] for each in nodes),
@@ -378,7 +378,7 @@ def cluster_of(bound: str) -> Cluster:
     )
 
 
-def chosen(job: Config, cluster: Cluster) -> Resources:
+def chosen(job: Config, cluster: ClusterCapacity) -> Resources:
     count = partial(count_macs, preset_config("cvt-13"), 224, 224)
     return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, count), cluster)
 

@@ -57,7 +57,7 @@ def test_topk_above_the_number_of_classes_ends_with_2(job: Path, bucket: str, st
     storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
     done = cvt_label("plan", "--config", job, "--set", "output.topk=11")
     assert done.returncode == 2
-    assert "output.topk: 11 is more than the model's 10 classes" in done.stderr
+    assert "output.topk: 11 is more than the 10 classes of the model" in done.stderr
 
 
 def test_empty_prefix_ends_with_4_and_lists_formats(job: Path, bucket: str) -> None:
@@ -172,7 +172,7 @@ def test_held_lease_ends_with_5_or_waits(tmp_path: Path) -> None:
     waiting.terminate()
     assert waiting.wait(300) == 130
     assert json.loads(partition.storage.read(f"{partition.uri}/lease.json"))["run"] == "other-run"
-    other.release(in_order=True)
+    other.release(clean_shutdown=True)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_labels_without_common_samples_end_with_4(tmp_path: Path) -> None:
     write_labels(uri, [None], [0, 1])
     missing = cvt_label("compare", uri, tmp_path)
     assert missing.returncode == 4
-    assert f"{tmp_path}: no labels of a model" in missing.stderr
+    assert f"{tmp_path}: not a partition" in missing.stderr
     disjoint = cvt_label("compare", uri, f"{uri}@latest", "--min-agreement", 0.5)
     assert disjoint.returncode == 4
     assert "no sample is labeled both here and in" in disjoint.stderr

@@ -89,7 +89,7 @@ def test_command_needs_either_a_partition_or_a_configuration(dataset: Dataset, a
 def test_missing_partition_ends_with_4(dataset: Dataset) -> None:
     done = command(f"{dataset.root}/out/model=other", "--to", dataset.table)
     assert done.status == 4
-    assert "model=other: no labels of a model" in done.output
+    assert "model=other: not a partition" in done.output
     dataset.storage.delete(dataset.partition.manifest.uri)
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4

@@ -74,10 +74,10 @@ def _run(
     os.environ |= environment
     patch = pytest.MonkeyPatch()
     small_groups(patch)
-    patch.setattr(committing, "WRITERS", 1)
-    patch.setattr(manifest, "MOST_PENDING", 2)
+    patch.setattr(committing, "MAX_CONCURRENT_WRITES", 1)
+    patch.setattr(manifest, "MAX_PENDING", 2)
     # The last run was killed just now: what is tested is not that its lease expires.
-    patch.setattr(lease.LeaseState, "is_live", False)
+    patch.setattr(lease.LeaseContent, "is_live", False)
     if crash is not None:
         done = multiprocessing.Value("i", 0)
         for name in ("write", "delete"):

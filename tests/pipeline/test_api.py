@@ -136,7 +136,7 @@ def test_an_unknown_column_of_labels_is_named(labeled: tuple[Path, pipeline.RunR
 
 
 def test_a_folder_without_labels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="no labels of a model"):
+    with pytest.raises(StorageError, match="not a partition"):
         pipeline.open_partition(str(tmp_path))
 
 

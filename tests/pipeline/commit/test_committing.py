@@ -139,7 +139,7 @@ def test_progress_tells_the_share_of_the_bytes_that_have_come(tmp_path: Path) ->
         ([first, other, last], 1.3 / 3),
     ):
         progress = commit(tmp_path, plan, chunks, finish=False).committer.progress()
-        assert progress.share == pytest.approx(share)
+        assert progress.fraction == pytest.approx(share)
 
 
 def test_the_log_names_run_shard_and_key_of_error_rows(
@@ -200,7 +200,7 @@ def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_pa
         row = committer.rows["s3://bucket/000.tar"]
         assert (row.error, row.rows, row.output, row.statistics) == (error, None, None, None)
         assert files(tmp_path) == {}
-        assert committer.committer.progress() == Progress(images=0, errors=0, shards=1, share=1.0)
+        assert committer.committer.progress() == Progress(images=0, errors=0, shards=1, fraction=1.0)
 
 
 def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:
@@ -276,17 +276,17 @@ def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path
     assert [row.rows for row in done.rows.values()] == [12]
 
 
-def test_a_committer_that_winds_down_ends_what_is_open_and_takes_nothing_new(tmp_path: Path) -> None:
+def test_committer_finishes_open_shards_and_rejects_new_ones(tmp_path: Path) -> None:
     rows: dict[str, ManifestRow] = {}
     files_to = writer(tmp_path, {}, lambda shard: True)
     with Committer(files_to, shards(2), lambda row: rows.update({row.uri: row})) as committer:
         first, *rest = cut(0, 10, 4)
         committer.add(first)
-        committer.wind_down()
+        committer.reject_new_shards()
         for chunk in cut(1, 6, 4) + rest:
             committer.add(chunk)
         assert committer.open_shards == 0
-        committer.settle()
+        committer.wait_for_writes()
     assert list(files(tmp_path)) == ["predictions/s3/bucket/000.tar.parquet"]
     assert list(rows) == ["s3://bucket/000.tar"]
     assert committer.totals.images == 10

@@ -72,8 +72,8 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
-    monkeypatch.setattr(manifest, "MOST_PENDING", 2)
-    monkeypatch.setattr(lease.LeaseState, "is_live", False)  # runs die, and their leases are not waited for
+    monkeypatch.setattr(manifest, "MAX_PENDING", 2)
+    monkeypatch.setattr(lease.LeaseContent, "is_live", False)  # runs die, and their leases are not waited for
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, left_in_order
-from pipeline.commit.lease import LeaseState
+from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, was_clean_shutdown
+from pipeline.commit.lease import LeaseContent
 from pipeline.storage import ObjectInfo, Storage, StorageError
 
 
@@ -28,7 +28,7 @@ def make(place: str, run: str, seconds: float = 60, **options: Any) -> Lease:
 
 def left_by_a_dead_run(place: str, seconds: float) -> None:
     until = datetime.now(UTC) + timedelta(seconds=seconds)
-    state = LeaseState(run="dead", holder="host", expires_at=until, state="held")
+    state = LeaseContent(run="dead", holder="host", expires_at=until, state="held")
     Storage().write(f"{place}/lease.json", state.model_dump_json().encode())
 
 
@@ -41,10 +41,10 @@ def test_a_second_run_is_refused_and_told_who_holds_it_and_until_when(place: str
     assert first.acquire()
     with pytest.raises(LeaseHeldError, match=r"lease\.json: run run-1 \(.*process \d+\).* until 20.* UTC"):
         make(place, "run-2").acquire()
-    first.release(in_order=True)
+    first.release(clean_shutdown=True)
     second = make(place, "run-2")
     assert second.acquire()
-    second.release(in_order=True)
+    second.release(clean_shutdown=True)
 
 
 def test_a_run_that_waits_gets_it_when_it_is_free(place: str) -> None:
@@ -56,7 +56,7 @@ def test_a_run_that_waits_gets_it_when_it_is_free(place: str) -> None:
     assert time.monotonic() - start > 0.4
     assert len(told) == 1
     assert "run-1" in told[0]
-    second.release(in_order=True)
+    second.release(clean_shutdown=True)
 
 
 def test_it_is_renewed_while_the_run_lives(place: str) -> None:
@@ -66,7 +66,7 @@ def test_it_is_renewed_while_the_run_lives(place: str) -> None:
     with pytest.raises(LeaseHeldError):
         make(place, "run-2").acquire()
     first.check()
-    first.release(in_order=True)
+    first.release(clean_shutdown=True)
 
 
 def test_it_expires_after_its_run_died(place: str) -> None:
@@ -75,7 +75,7 @@ def test_it_expires_after_its_run_died(place: str) -> None:
         make(place, "run-2").acquire()
     second = make(place, "run-2", poll_s=0.05)
     assert not second.acquire(wait=True)  # the dead run left nothing in order
-    second.release(in_order=True)
+    second.release(clean_shutdown=True)
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def test_a_run_that_was_held_up_learns_that_another_has_taken_over(place: str) -
     storage.resumed.set()
     with pytest.raises(LeaseLostError, match=r"lease\.json: another run has taken over"):
         check_until_lost(zombie)
-    zombie.release(in_order=True)
+    zombie.release(clean_shutdown=True)
     assert (state(place)["run"], state(place)["state"]) == (other.run, "held")
     other.check()
-    other.release(in_order=True)
+    other.release(clean_shutdown=True)
 
 
 def test_a_lease_that_somebody_removes_is_written_anew(place: str) -> None:
@@ -121,21 +121,21 @@ def test_a_lease_that_somebody_removes_is_written_anew(place: str) -> None:
     first.verify()
     with pytest.raises(LeaseHeldError, match="run-1"):
         make(place, "run-2").acquire()
-    first.release(in_order=True)
-    assert left_in_order(Storage(), place)
+    first.release(clean_shutdown=True)
+    assert was_clean_shutdown(Storage(), place)
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-def test_it_tells_how_the_last_run_left_things(place: str, in_order: bool) -> None:
-    assert left_in_order(Storage(), place)
+@pytest.mark.parametrize("clean_shutdown", [True, False])
+def test_it_tells_how_the_last_run_left_things(place: str, clean_shutdown: bool) -> None:
+    assert was_clean_shutdown(Storage(), place)
     first = make(place, "run-1")
     assert first.acquire()
-    assert not left_in_order(Storage(), place)
-    first.release(in_order=in_order)
-    assert left_in_order(Storage(), place) == in_order
+    assert not was_clean_shutdown(Storage(), place)
+    first.release(clean_shutdown=clean_shutdown)
+    assert was_clean_shutdown(Storage(), place) == clean_shutdown
     second = make(place, "run-2")
-    assert second.acquire() == in_order
-    second.release(in_order=True)
+    assert second.acquire() == clean_shutdown
+    second.release(clean_shutdown=True)
 
 
 def test_of_runs_that_start_together_one_gets_it(place: str) -> None:
@@ -151,7 +151,7 @@ def test_of_runs_that_start_together_one_gets_it(place: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert Counter(pool.map(try_it, leases)) == {"holds it": 1, "refused": 7}
     held = state(place)["run"]
-    leases[int(held.removeprefix("run-"))].release(in_order=True)
+    leases[int(held.removeprefix("run-"))].release(clean_shutdown=True)
     assert state(place)["state"] == "released"
 
 

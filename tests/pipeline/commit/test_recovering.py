@@ -37,7 +37,7 @@ SELECTIONS = [
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
     monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
-    monkeypatch.setattr(lease.LeaseState, "is_live", False)  # nobody waits for killed runs
+    monkeypatch.setattr(lease.LeaseContent, "is_live", False)  # no wait for the leases of killed runs
 
 
 def untimed(rows: list[ManifestRow]) -> list[ManifestRow]:
@@ -257,7 +257,7 @@ def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
     partition = label(config(root)).job.partition
     Storage().write(f"{partition.uri}/runs/20260101.json", b'{"run": "x"}')
-    with pytest.raises(StorageError, match=r"20260101.json: not the record of a run: KeyError\('removed'\)"):
+    with pytest.raises(StorageError, match=r"20260101.json: not a run record: KeyError\('removed'\)"):
         rebuild(make_job(config(root)).partition)
 
 
@@ -268,7 +268,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     other = label(config(root, "output.topk=2")).job.partition
     [file] = Storage().list(f"{other.uri}/predictions")
     Storage().write(f"{partition.uri}/predictions/stray.parquet", Storage().read(file.uri))
-    with pytest.raises(StorageError, match=r"stray\.parquet: is of another model or options"):
+    with pytest.raises(StorageError, match=r"stray\.parquet: the fingerprint"):
         rebuild(make_job(config(root)).partition)
 
 

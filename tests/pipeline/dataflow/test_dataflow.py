@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, load_config
-from pipeline.dataflow import Cluster, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.ray_executor import MAX_READ_TASKS, ShardSource
 from pipeline.read import Shard
 
@@ -18,13 +18,13 @@ def config(*overrides: str) -> Config:
 CVT_13 = 4_566_000_000  # multiply-accumulates of an image of 224 pixels
 
 
-def choose_on(cluster: Cluster, config: Config, macs: int = CVT_13, size: int = 224) -> Resources:
+def choose_on(cluster: ClusterCapacity, config: Config, macs: int = CVT_13, size: int = 224) -> Resources:
     request = ResourceRequest(config.read, config.decode, config.classify, size, lambda: macs)
     return choose_resources(request, cluster)
 
 
 def choose(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resources:
-    return choose_on(Cluster(cpus, gpus, node_cpus), config)
+    return choose_on(ClusterCapacity(cpus, gpus, node_cpus), config)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
@@ -92,14 +92,14 @@ def test_a_cluster_that_grows_may_start_without_gpus() -> None:
 def test_chunks_are_as_large_as_keeps_a_classifier_busy(
     macs: int, size: int, on_cpu: int, on_gpu: int
 ) -> None:
-    with_gpu = Cluster(8, 1, 8)
-    assert choose_on(Cluster(8, 0, 8), config(), macs, size).chunk_images == on_cpu
+    with_gpu = ClusterCapacity(8, 1, 8)
+    assert choose_on(ClusterCapacity(8, 0, 8), config(), macs, size).chunk_images == on_cpu
     assert choose_on(with_gpu, config(), macs, size).chunk_images == on_gpu
     assert choose_on(with_gpu, config("read.chunk_images=7"), macs, size).chunk_images == 7
 
 
 def test_small_models_get_larger_batches() -> None:
-    cluster = Cluster(8, 0, 8)
+    cluster = ClusterCapacity(8, 0, 8)
     sizes = [choose_on(cluster, config(), macs).batch_size for macs in (1, 2 * 10**9, CVT_13)]
     assert sizes == [256, 128, 64]
     assert choose_on(cluster, config(), 10**12, 384).batch_size == 64
@@ -119,7 +119,7 @@ def test_where_the_gpu_decodes_no_decoder_takes_room() -> None:
 
 
 def test_memory_of_tasks_leaves_room_on_a_small_machine() -> None:
-    cluster = Cluster(2, 0, 2, node_memory=1 << 30)
+    cluster = ClusterCapacity(2, 0, 2, node_memory=1 << 30)
     resources = choose_on(cluster, config())
     assert resources.read_memory + resources.decode_memory <= 1 << 29
     resources = choose_on(cluster, config("read.memory=1000", "decode.memory=2000"))

@@ -8,28 +8,28 @@ import time
 import pytest
 
 from pipeline.dataflow import Stopped, graceful_stop
-from pipeline.dataflow.stopping import Stop, StopState, interrupts_deferred
+from pipeline.dataflow.stopping import StopController, StopState, interrupts_deferred
 
-RUNNING, FINISHING, ABANDONED = StopState
+RUNNING, DRAINING, ABORTED = StopState
 
 
 @pytest.mark.parametrize(
     ("grace", "events", "states"),
     [
-        (20, ["ask"], [FINISHING]),
-        (20, ["ask", "ask"], [FINISHING, ABANDONED]),
-        (20, ["ask", "expire"], [FINISHING, ABANDONED]),
-        (20, ["ask", "ask", "ask"], [FINISHING, ABANDONED, ABANDONED]),
-        (20, ["ask", "ask", "expire"], [FINISHING, ABANDONED, ABANDONED]),
-        (0, ["ask"], [ABANDONED]),
-        (0, ["ask", "ask"], [ABANDONED, ABANDONED]),
+        (20, ["request"], [DRAINING]),
+        (20, ["request", "request"], [DRAINING, ABORTED]),
+        (20, ["request", "expire"], [DRAINING, ABORTED]),
+        (20, ["request", "request", "request"], [DRAINING, ABORTED, ABORTED]),
+        (20, ["request", "request", "expire"], [DRAINING, ABORTED, ABORTED]),
+        (0, ["request"], [ABORTED]),
+        (0, ["request", "request"], [ABORTED, ABORTED]),
     ],
 )
-def test_events_lead_to_states_and_interrupt_when_abandoned(
+def test_events_change_the_state_and_interrupt_when_aborted(
     grace: float, events: list[str], states: list[StopState]
 ) -> None:
     timers: list[float] = []
-    stop = Stop(grace, timers.append)
+    stop = StopController(grace, timers.append)
     assert (stop.state, stop.requested) == (RUNNING, False)
     for event, state in zip(events, states, strict=True):
         interrupted = False
@@ -37,45 +37,45 @@ def test_events_lead_to_states_and_interrupt_when_abandoned(
             getattr(stop, event)()
         except KeyboardInterrupt:
             interrupted = True
-        assert (stop.state, interrupted, stop.requested) == (state, state is ABANDONED, True)
-    assert timers == [grace] * (states[0] is FINISHING)
+        assert (stop.state, interrupted, stop.requested) == (state, state is ABORTED, True)
+    assert timers == [grace] * (states[0] is DRAINING)
 
 
-@pytest.mark.parametrize(("asked", "end"), [(0, None), (1, Stopped), (2, KeyboardInterrupt)])
-def test_a_run_ends_as_its_state_says(asked: int, end: type[BaseException] | None) -> None:
-    stop = Stop(20, lambda seconds: None)
-    with stop.abandonable():
-        for _ in range(asked):
-            stop.ask()
+@pytest.mark.parametrize(("requests", "end"), [(0, None), (1, Stopped), (2, KeyboardInterrupt)])
+def test_state_determines_how_a_run_ends(requests: int, end: type[BaseException] | None) -> None:
+    stop = StopController(20, lambda seconds: None)
+    with stop.until_aborted():
+        for _ in range(requests):
+            stop.request()
     if end is None:
-        stop.conclude()
+        stop.raise_if_requested()
         return
     with pytest.raises(KeyboardInterrupt) as caught:
-        stop.conclude()
+        stop.raise_if_requested()
     assert caught.type is end
 
 
-def test_an_interrupt_from_elsewhere_is_not_taken_for_giving_up() -> None:
-    stop = Stop(20, lambda seconds: None)
-    with pytest.raises(KeyboardInterrupt), stop.abandonable():
+def test_other_interrupts_leave_the_block() -> None:
+    stop = StopController(20, lambda seconds: None)
+    with pytest.raises(KeyboardInterrupt), stop.until_aborted():
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_ask_and_the_timer_gives_up(number: int) -> None:
+def test_signal_requests_a_stop_and_the_timer_aborts(number: int) -> None:
     before = signal.getsignal(number)
     with graceful_stop(0.05) as stop:
-        with stop.abandonable():
+        with stop.until_aborted():
             signal.raise_signal(number)
-            assert stop.state is FINISHING
+            assert stop.state is DRAINING
             time.sleep(10)
             pytest.fail("not interrupted")
-        assert stop.state is ABANDONED
+        assert stop.state is ABORTED
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(number) == before
 
 
-def test_deferred_interrupts_come_after_the_block() -> None:
+def test_deferred_interrupt_is_raised_after_the_block() -> None:
     done = []
 
     def work() -> None:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline.predictions import is_allowed_path, prediction_path
-from pipeline.read import Shard, list_shards
+from pipeline.read import IgnoreReason, Shard, list_shards
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
 
@@ -41,7 +41,7 @@ def test_extensions_tell_the_formats_in_any_case(storage: Storage, bucket: str) 
         (f"{bucket}/c.tgz", "webdataset"),
         (f"{bucket}/d.parquet", "parquet"),
     ]
-    assert listing.ignored == 3
+    assert listing.ignored == {IgnoreReason.FORMAT: 3}
 
 
 def test_a_shard_carries_its_objects_version_and_size(storage: Storage, bucket: str) -> None:
@@ -56,7 +56,7 @@ def test_hidden_names_are_ignored_and_counted(storage: Storage, tmp_path: Path) 
     for format in ("auto", "webdataset"):
         listing = list_shards(storage, root, format)
         assert [shard.uri for shard in listing] == [f"{root}/a/b_.c/1.tar"]
-        assert listing.ignored == len(hidden) + 1
+        assert listing.ignored == {IgnoreReason.HIDDEN: len(hidden) + 1}
 
 
 def test_a_format_that_is_said_takes_any_name(storage: Storage, tmp_path: Path) -> None:

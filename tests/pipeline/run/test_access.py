@@ -293,7 +293,7 @@ def test_a_comparison_needs_what_its_policy_allows(
         assert run(compare, uri, other) == 0
         assert run(compare, f"{uri}@previous", f"{uri}@latest", "--drift-only") == 0
         assert run(compare, f"{uri}@20260101T000000.000000Z-000000", uri) == 4  # no such run
-        assert run(compare, f"s3://{root}labels/labels/model=x-00000000", uri) == 4  # no labels of a model
+        assert run(compare, f"s3://{root}labels/labels/model=x-00000000", uri) == 4  # not a partition
 
     check(policy("compare", root), asked(s3_server, look))
     written = f"s3://{root}tables/comparison.parquet"

@@ -9,9 +9,9 @@ import pytest
 
 from pipeline.commit import ManifestRow
 from pipeline.config import LABEL_NEW, Selection
-from pipeline.read import ShardListing
+from pipeline.read import IgnoreReason, ShardListing
 from pipeline.run import Plan, ShardState
-from pipeline.run.planning import plan, regrouped
+from pipeline.run.planning import find_regrouped, plan
 from pipeline.storage import ObjectInfo
 
 ROOT = "s3://b/in"
@@ -100,7 +100,7 @@ def test_a_shard_is_planned_by_its_row(case: Case) -> None:
     assert names(found.shards) == ["a.tar"] * case.labels
     has_labels = case.known is not None and case.known.output is not None
     assert dict(found.expected) == ({f"{ROOT}/a.tar": "etag"} if case.labels and has_labels else {})
-    defaults = {"again": 0, "skipped_failures": 0, "recovered": [], "reappeared": []}
+    defaults = {"reprocessed": 0, "skipped_failures": 0, "recovered": [], "reappeared": []}
     assert {name: getattr(found, name) for name in defaults} == defaults | dict(case.expected)
     assert names(found.deleted) == ["a.tar"] * (case.state is ShardState.DELETED)
 
@@ -123,7 +123,10 @@ def test_only_the_listed_input_and_format_can_be_gone() -> None:
 
 def test_ignored_objects_are_counted() -> None:
     found = plan(listing({"a.tar": "v1", "README.md": "v1", "_SUCCESS": "v1"}), {}, LABEL_NEW)
-    assert (names(found.shards), found.ignored) == (["a.tar"], 2)
+    assert (names(found.shards), found.ignored) == (
+        ["a.tar"],
+        {IgnoreReason.HIDDEN: 1, IgnoreReason.FORMAT: 1},
+    )
 
 
 IMAGES = {f"{i:05d}.jpg": "v1" for i in range(4000)}
@@ -151,7 +154,9 @@ def test_a_removed_image_moves_the_others_of_its_group() -> None:
     [merged] = found.shards
     [gone] = found.deleted
     group_of = {member.uri: shard.uri for shard in listing(IMAGES) for member in shard.members}
-    assert regrouped(found.shards, {uri: group for uri, group in group_of.items() if group == gone}) == {gone}
+    assert find_regrouped(found.shards, {uri: group for uri, group in group_of.items() if group == gone}) == {
+        gone
+    }
     assert merged.uri in known
 
 
@@ -167,4 +172,4 @@ def test_an_added_image_that_splits_a_group_shrinks_it() -> None:
 def test_an_image_in_its_own_group_regroups_nothing() -> None:
     shards = list(listing(IMAGES))
     group_of = {member.uri: shard.uri for shard in shards for member in shard.members}
-    assert regrouped(shards, group_of) == set()
+    assert find_regrouped(shards, group_of) == set()

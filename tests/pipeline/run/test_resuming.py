@@ -32,6 +32,8 @@ from pipeline.run import (
     make_job,
     plan_run,
     rebuild,
+    streaming,
+    summaries,
 )
 from pipeline.storage import ObjectInfo, Storage
 from tests.fault_proxy import FaultProxy
@@ -78,7 +80,7 @@ def test_a_rerun_with_nothing_new_opens_no_executor_and_touches_nothing(
     def none(settings: object) -> None:
         raise AssertionError("an executor was opened")
 
-    monkeypatch.setattr(labeling, "open_executor", none)
+    monkeypatch.setattr(streaming, "open_executor", none)
     again = label(config(root))
     assert again.is_complete
     assert again.plan.states == {ShardState.DONE: 1, ShardState.DELETED: 0}
@@ -162,9 +164,9 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
 
     root = str(tmp_path)
     write(root, "0.tar", 0)
-    monkeypatch.setattr(labeling, "write_report", fail)
+    monkeypatch.setattr(summaries, "write_report", fail)
     assert label(config(root)).is_complete
-    assert "the report could not be drawn" in caplog.text
+    assert "the report could not be written" in caplog.text
     assert record(label(config(root)))["status"] == "complete"
 
 
@@ -286,7 +288,7 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
 
     label(config(root), on_progress=another)
     assert refused
-    assert "works on these labels" in refused[0]
+    assert "labels this partition" in refused[0]
     assert plan_run(config(root)).plan.shards == []
 
 
@@ -300,7 +302,7 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
     for i in range(8):
         write(root, f"{i}.tar", i)
     monkeypatch.setattr(labeling.Lease, "acquire", lambda self, wait, on_wait: False)
-    monkeypatch.setattr(labeling.Lease, "release", lambda self, in_order: None)
+    monkeypatch.setattr(labeling.Lease, "release", lambda self, clean_shutdown: None)
     half_way, changed = threading.Event(), threading.Event()
     failures = []
 
@@ -369,7 +371,7 @@ def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, numbe
         label(config(root), on_progress=stop)
     assert (told[0].shards, told[0].images < 12) == (0, True)
     prepared = plan_run(config(root))
-    assert prepared.in_order
+    assert prepared.clean_shutdown
     assert prepared.plan.states == {ShardState.DONE: 1, ShardState.NEW: 5, ShardState.DELETED: 0}
     assert files(root, "class_stats.parquet")
     [path] = files(root, "/runs/")
@@ -506,7 +508,7 @@ def test_a_wider_input_takes_over_the_images_of_a_narrower_one_and_not_the_rever
     label(narrow)
     label(config(root))
     assert len(image_uris(root)) == len(set(image_uris(root))) == 10
-    with pytest.raises(ConfigError, match=r"in/sub lies in .*/in, whose loose images have labels"):
+    with pytest.raises(ConfigError, match=r"in/sub is inside .*/in, whose image files are labeled"):
         label(narrow)
 
 
@@ -581,7 +583,7 @@ def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_ta
     groups = [shard for shard in plan_run(config(root)).plan.shards if len(shard.members) > 2]
     victim = groups[-1]
     name = prediction_path(victim.uri)
-    monkeypatch.setattr(committing, "WRITERS", 1)
+    monkeypatch.setattr(committing, "MAX_CONCURRENT_WRITES", 1)
     write_object = Storage.write
 
     def suspended(self: Storage, uri: str, *args: Any) -> ObjectInfo:
@@ -591,7 +593,7 @@ def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_ta
         Storage().delete(victim.members[0].uri)  # which gave the group its name
         lease = next(info.uri for info in Storage().list(f"{root}/out") if info.uri.endswith("lease.json"))
         Storage().delete(lease)
-        monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
+        monkeypatch.setattr(Lease, "release", lambda self, clean_shutdown: None)
         label(config(root))
         return write_object(self, uri, *args)
 
@@ -608,7 +610,7 @@ def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
     root = str(tmp_path)
     write_images(root, *range(30))
     monkeypatch.setattr(Lease, "acquire", lambda self, wait, on_wait: True)
-    monkeypatch.setattr(Lease, "release", lambda self, in_order: None)
+    monkeypatch.setattr(Lease, "release", lambda self, clean_shutdown: None)
     victim = [shard for shard in plan_run(config(root)).plan.shards if len(shard.members) > 2][-1]
     changed = []
 
