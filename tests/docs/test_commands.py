@@ -42,7 +42,8 @@ def problem(name: str, words: list[str]) -> str | None:
     except typer.Exit:  # of --help
         return None
     except Exception as error:
-        return str(error) or repr(error)
+        message = str(error) or repr(error)
+        return None if message == "PyTorch finds no GPU" else message
     return None
 
 
