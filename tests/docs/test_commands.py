@@ -42,8 +42,7 @@ def problem(name: str, words: list[str]) -> str | None:
     except typer.Exit:  # of --help
         return None
     except Exception as error:
-        message = str(error) or repr(error)
-        return None if message == "PyTorch finds no GPU" else message
+        return str(error) or repr(error)
     return None
 
 
