@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from cvt.checkpoints import BUNDLED
 from jobs.cli import make_cli
 from pipeline.storage import Storage
 from tests.docs.pages import ROOT, Block, blocks_of, command_lines
 from tests.docs.test_code import run_sql
-from tests.makers import make_samples, make_tar
+from tests.makers import make_image, make_samples, make_tar
+from tests.runs import run_config
 
 #: Commands of a page that a test cannot or need not run.
 SKIPPED = ("make ", "pip ", "source ")
@@ -96,3 +101,20 @@ def test_readme_labels_a_bucket(
         return run_sql(query)
 
     run_page("README.md", text, query_copy)
+
+
+@pytest.mark.slow
+def test_python_api_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/0.jpg").write_bytes(make_image())
+    (tmp_path / "job.yaml").write_text(run_config(tmp_path).model_dump_json(exclude={"classify", "ray"}))
+    shutil.copytree(BUNDLED["fashion-mnist"], tmp_path / "my-cvt")
+    names = {"image": Image.open("in/0.jpg"), "pixel_values": np.zeros((1, 3, 28, 28), np.float32)}
+    for block in blocks_of("python", page="docs/reference/python-api.md"):
+        if "cvt.keras" in block.text:
+            pytest.importorskip("keras", reason="keras is not installed: cvt-label[keras]")
+        code = block.text.replace("microsoft/cvt-13", "fashion-mnist")
+        exec(compile(code, block.name, "exec"), names)
+    assert names["logits"].shape == (1, 10)
