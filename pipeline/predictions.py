@@ -1,8 +1,8 @@
-"""The prediction file of a shard: its name, its columns, its Parquet bytes, and its footer.
+"""The output contract: name, columns, Parquet bytes and footer of a shard's prediction file.
 
-Programs that know nothing of this project read these files, and everything else can be rebuilt from them.
-They hold nothing about a run or a time: the same shard, labeled with the same fingerprint on the same kind
-of device, gives the same bytes.
+Programs outside this project read prediction files, and all other output can be rebuilt from them. A
+prediction file has no information about a run or a time. The same shard, labeled with the same fingerprint on
+the same kind of device, therefore has the same bytes.
 """
 
 import base64
@@ -19,22 +19,22 @@ import pyarrow.parquet as pq
 
 from pipeline.storage import Storage, StorageError
 
-# Glob patterns, Hive partitions (`key=value` folders become columns), URI syntax, other systems' paths.
+# Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
 _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
 
-# Hidden to Spark, DuckDB and others; `.` and `..` among them. A slash at either end or after another
-# would make an empty part.
-_UNSAFE_PLACES = re.compile(r"(?:^|(?<=/))[._/]|/$")
+# A leading `.` or `_` hides a file from Spark, DuckDB and others, and includes `.` and `..`. A slash at the
+# start, at the end or after another slash would create an empty part.
+_UNSAFE_POSITIONS = re.compile(r"(?:^|(?<=/))[._/]|/$")
 
-#: Maximum bytes of a part of a path, on every usual disk; and of a whole path: of the 1,024 bytes of an
-#: object's key, 224 are left for the output URI.
+#: Maximum bytes of a part of a path, the limit of common file systems, and of a whole path. An object key has
+#: at most 1,024 bytes, so that 224 bytes remain for the output URI.
 MAX_PART_BYTES = 255
 MAX_PATH_BYTES = 800
 
-# An escape that a cut has gone through.
+# An incomplete percent escape at the end of a truncated path.
 _BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
 
-#: Rows of a row group: enough to compress well, few enough for a reader to skip some.
+#: Rows per row group: enough for good compression, and few enough for readers to skip row groups.
 ROW_GROUP_ROWS = 65_536
 
 _FOOTER = "cvt_label."
@@ -43,43 +43,45 @@ _FOOTER = "cvt_label."
 def prediction_path(shard_uri: str) -> str:
     """Returns the path of a shard's prediction file, relative to the folder of predictions.
 
-    `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar`
-    `file/data/x.tar.parquet`. What could leave the folder, be hidden, or mean something to a glob or to
-    a reader of partitions is percent-encoded, and so is `%`: the path decodes to the normalized URI.
+    `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar` becomes
+    `file/data/x.tar.parquet`. Characters are percent-encoded if they could leave the folder, hide the file,
+    or have a meaning for globs or readers of Hive partitions. `%` is encoded too, so that the path decodes to
+    the normalized URI.
 
-    A path with a part of more than 255 bytes, or more than 800 bytes in all, is cut, and ends in `%7E` (a
-    tilde) and 160 bits of a hash of the URI. No other path has this escape, since a tilde is not encoded:
-    two URIs never share a path.
+    A path is truncated if a part has more than 255 bytes, or the path has more than 800 bytes. A truncated
+    path ends in `%7E` (a tilde) and 160 bits of a hash of the URI. No other path has this escape, because a
+    tilde is not encoded. Two URIs therefore never share a path.
     """
     scheme, separator, rest = shard_uri.partition("://")
     path = f"{scheme}/{rest}" if separator else f"file{shard_uri}"
-    path = _UNSAFE_PLACES.sub(_encoded, _UNSAFE.sub(_encoded, path))
-    whole = f"{path}.parquet"
-    return whole if is_allowed_path(whole) else _shortened(path, shard_uri)
+    path = _UNSAFE_POSITIONS.sub(_percent_encode, _UNSAFE.sub(_percent_encode, path))
+    full_path = f"{path}.parquet"
+    return full_path if is_allowed_path(full_path) else _truncate_path(path, shard_uri)
 
 
 def is_allowed_path(path: str) -> bool:
-    """Whether a path is within the limits of `prediction_path`."""
+    """Returns whether a path is within the limits of `prediction_path`."""
     data = path.encode()
     return len(data) <= MAX_PATH_BYTES and all(len(part) <= MAX_PART_BYTES for part in data.split(b"/"))
 
 
-def _shortened(path: str, uri: str) -> str:
-    end = f"%7E{hashlib.blake2b(uri.encode(), digest_size=20).hexdigest()}.parquet"
-    parts = path.encode()[: MAX_PATH_BYTES - len(end)].split(b"/")
+def _truncate_path(path: str, uri: str) -> str:
+    """Truncates a path to the limits, and appends a hash of the URI."""
+    suffix = f"%7E{hashlib.blake2b(uri.encode(), digest_size=20).hexdigest()}.parquet"
+    parts = path.encode()[: MAX_PATH_BYTES - len(suffix)].split(b"/")
     too_long = (i for i, part in enumerate(parts) if len(part) > MAX_PART_BYTES)
     last = next(too_long, len(parts) - 1)
-    kept = b"/".join([*parts[:last], parts[last][: MAX_PART_BYTES - len(end)]])
-    # A character that the cut has gone through is left out.
-    return _BROKEN_ESCAPE.sub("", kept.decode(errors="ignore")) + end
+    kept = b"/".join([*parts[:last], parts[last][: MAX_PART_BYTES - len(suffix)]])
+    # A partial character at the end is dropped.
+    return _BROKEN_ESCAPE.sub("", kept.decode(errors="ignore")) + suffix
 
 
-def _encoded(found: re.Match[str]) -> str:
-    return f"%{ord(found.group()):02X}"  # all are ASCII
+def _percent_encode(match: re.Match[str]) -> str:
+    return f"%{ord(match.group()):02X}"  # all unsafe characters are ASCII
 
 
 def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:
-    """The columns of a prediction file, one row a sample; arguments as in `PredictionOptions`."""
+    """Returns the columns of a prediction file, one row per sample; arguments as in `PredictionOptions`."""
     model = model_output_fields(embedding, embedding_width)
     return pa.schema(
         [
@@ -97,7 +99,7 @@ def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.S
 
 
 def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.Field]:
-    """The columns that come from the model; all null in a row with an error."""
+    """Returns the columns with outputs of the model. All are null in a row with an error."""
     fields = [
         pa.field("label", pa.string()),
         pa.field("label_id", pa.int32()),
@@ -145,14 +147,16 @@ def sample_error(category: ErrorCategory, detail: str) -> SampleError:
 
 @dataclass(frozen=True)
 class Footer:
-    """What a prediction file's footer records about it.
+    """The metadata in a prediction file's footer.
 
     Attributes:
-        shard: the shard's URI.
-        version, format, size: of the shard, as it was listed and labeled.
-        rows, errors: samples, and those that could not be classified.
-        duplicate_keys: samples whose key an earlier sample of the shard has.
-        statistics: the shard's partial class statistics, as `serialize_statistics` makes them.
+        shard: URI of the shard.
+        version, format, size: Version, format and size in bytes of the shard when it was labeled.
+        fingerprint: Fingerprint of the labels.
+        rows: Number of samples.
+        errors: Number of samples that could not be classified.
+        duplicate_keys: Number of samples whose key occurs earlier in the shard.
+        statistics: Partial class statistics of the shard, from `serialize_statistics`.
     """
 
     shard: str
@@ -166,33 +170,33 @@ class Footer:
     statistics: bytes
 
 
-#: Fields that are text or numbers, in the order of the footer.
+#: Fields of type str or int, in the order of the footer.
 _FOOTER_FIELDS: list[Any] = [field for field in fields(Footer) if field.type in (str, int)]
 
 
 def encode_predictions(predictions: pa.Table, footer: Footer) -> bytes:
     """Returns the Parquet file of one shard."""
     metadata = {field.name: str(getattr(footer, field.name)) for field in _FOOTER_FIELDS}
-    # Base64, since the Parquet format wants text here and some readers insist on it.
+    # Base64, because the Parquet format requires text, and some readers reject other values.
     metadata["statistics"] = base64.b64encode(footer.statistics).decode()
     out = io.BytesIO()
     with pq.ParquetWriter(
         out,
         predictions.schema,
         compression="zstd",
-        # Keys are unique and scores nearly so: a dictionary would only cost them space.
+        # Keys are unique and scores almost unique: a dictionary would only need space.
         use_dictionary=["shard", "label", "error"],
-        # Minimum and maximum also of each page (20,000 rows): half a percent, and readers skip more.
+        # Minimum and maximum per page (20,000 rows): 0.5 % more bytes, and readers can skip pages.
         write_page_index=True,
     ) as writer:
         writer.write_table(predictions, row_group_size=ROW_GROUP_ROWS)
-        # Not as the schema's metadata, which Arrow writes a second time.
+        # Metadata of the schema is not used, because Arrow writes schema metadata twice.
         writer.add_key_value_metadata({_FOOTER + name: value for name, value in metadata.items()})
     return out.getvalue()
 
 
 def read_footer(uri: str, file: io.IOBase) -> Footer:
-    """Reads a prediction file's footer, and no rows; raises `StorageError` if it is no prediction file."""
+    """Reads the footer of a prediction file; raises `StorageError` if the file is not a prediction file."""
     try:
         found = pq.read_metadata(file).metadata or {}
         metadata = {name.decode(): text.decode() for name, text in found.items()}
@@ -200,7 +204,7 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
         statistics = base64.b64decode(metadata[f"{_FOOTER}statistics"])
         return Footer(**values, statistics=statistics)
     except KeyError as missing:
-        raise StorageError(uri, f"not a prediction file: its footer has no {missing}") from None
+        raise StorageError(uri, f"not a prediction file: the footer has no {missing}") from None
     except (pa.ArrowInvalid, ValueError) as error:
         raise StorageError(uri, f"not a prediction file: {error}") from None
 
@@ -208,8 +212,13 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
 def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tuple[Footer, pa.Table] | None:
     """Reads the footer and some columns of a prediction file's current version.
 
-    A copy of a partition has other versions than the manifest that was copied with it, so none is asked for.
-    Returns None if there is no such file; raises `StorageError` if it can't be read, or is something else.
+    The version in the manifest is not required, because the files of a copied partition have new versions.
+
+    Returns:
+        The footer and the columns; None if the file does not exist.
+
+    Raises:
+        StorageError: The file cannot be read, or is not a prediction file.
     """
 
     def read(file: io.BufferedReader) -> tuple[Footer, pa.Table]:
@@ -224,7 +233,7 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
 
 
 def serialize_statistics(partial: pa.Table) -> bytes:
-    """Returns partial statistics as the bytes of an Arrow stream."""
+    """Returns partial class statistics as the bytes of an Arrow stream."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_stream(sink, partial.schema, options=options) as writer:
@@ -233,19 +242,19 @@ def serialize_statistics(partial: pa.Table) -> bytes:
 
 
 def deserialize_statistics(data: bytes) -> pa.Table:
-    """Reads the partial statistics that `serialize_statistics` wrote."""
+    """Returns the partial class statistics from the bytes of `serialize_statistics`."""
     return pa.ipc.open_stream(data).read_all()
 
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What is kept of the model's outputs.
+    """The outputs of the model that a prediction file contains.
 
     Attributes:
-        labels: the classes' names, by class id.
-        topk: best classes kept of each image; no more than there are classes.
+        labels: Class names, by class id.
+        topk: Number of best classes per image; at most the number of classes.
         embedding: "none", "float16" or "float32".
-        embedding_width: values in an embedding.
+        embedding_width: Number of values of an embedding.
     """
 
     labels: Sequence[str]

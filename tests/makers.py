@@ -16,7 +16,7 @@ from pipeline.predictions import ErrorCategory
 
 
 def make_image(seed: int = 0, size: tuple[int, int] = (32, 24), format: str = "JPEG") -> bytes:
-    """A small valid image whose pixels depend on `seed`."""
+    """Returns a small valid image whose pixels depend on `seed`."""
     image = Image.new("RGB", size, (seed * 37 % 256, seed * 101 % 256, seed * 13 % 256))
     image.putpixel((seed % size[0], 0), (255, 255, 255))
     stream = io.BytesIO()
@@ -25,7 +25,7 @@ def make_image(seed: int = 0, size: tuple[int, int] = (32, 24), format: str = "J
 
 
 def make_tar(members: Iterable[tuple[str, bytes]] | Mapping[str, bytes]) -> bytes:
-    """A tar of these members, in this order; a name that comes twice is there twice."""
+    """Returns a tar of these members in order; a name may occur several times."""
     pairs = members.items() if isinstance(members, Mapping) else members
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -37,12 +37,12 @@ def make_tar(members: Iterable[tuple[str, bytes]] | Mapping[str, bytes]) -> byte
 
 
 def make_tar_gz(members: Iterable[tuple[str, bytes]] | Mapping[str, bytes]) -> bytes:
-    """As `make_tar`, gzipped."""
+    """Returns a gzipped tar of these members in order."""
     return gzip.compress(make_tar(members), mtime=0)
 
 
 def make_samples(count: int, labels: bool = True) -> list[tuple[str, bytes]]:
-    """Members of a WebDataset tar: `00000.jpg`, `00000.cls` and so on; the class is the number."""
+    """Returns members of a WebDataset tar: `00000.jpg`, `00000.cls` and so on. The class is the number."""
     members = []
     for i in range(count):
         members.append((f"{i:05d}.jpg", make_image(i)))
@@ -60,7 +60,7 @@ def category_of(error: str | None) -> ErrorCategory:
 
 
 def make_parquet(columns: Mapping[str, Any], **options: Any) -> bytes:
-    """A Parquet file of these columns (lists or arrow arrays); options of `pq.write_table`."""
+    """Returns a Parquet file of these columns (lists or Arrow arrays); `options` are for `pq.write_table`."""
     stream = io.BytesIO()
     pq.write_table(pa.table(dict(columns)), stream, **options)
     return stream.getvalue()

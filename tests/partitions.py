@@ -1,4 +1,4 @@
-"""Partitions as a run leaves them, made from predictions: no model and no Ray are needed."""
+"""Creates partitions from predictions, without a model and without Ray."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_predictions(
     scores: Sequence[float] | None = None,
     error: str = "unsupported format: the file starts with b'<html>'",
 ) -> pa.Table:
-    """The prediction rows of a shard; where no class is given there is an error."""
+    """Returns the prediction rows of a shard; a sample whose class is None has an error."""
     count = len(given)
     scores = [0.75] * count if scores is None else scores
     is_bad = [label is None for label in given]
@@ -58,7 +58,7 @@ def make_predictions(
 
 
 def manifest_rows(manifest: Manifest) -> list[ManifestRow]:
-    """All rows of a manifest."""
+    """Returns all rows of a manifest."""
     names = [field.name for field in fields(ManifestRow)]
     return [ManifestRow(**row) for row in manifest.read(names).to_pylist()]
 
@@ -71,15 +71,15 @@ def write_partition(
     record: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Writes prediction files, manifest, statistics and records of runs; returns the runs' ids.
+    """Writes the files of a partition: prediction files, manifest, statistics, records; returns the run ids.
 
     Args:
-        storage: where to.
-        uri: the partition's.
-        labels: the classes' names.
-        runs: of each run its predictions by shard.
-        record: more of each run's record.
-        versions: of shards that have another than "v1".
+        storage: Storage of the partition.
+        uri: URI of the partition.
+        labels: Class names.
+        runs: Predictions by shard, for each run.
+        record: Additional fields of each run's record.
+        versions: Versions of shards; the default is "v1".
     """
     manifest = Manifest(storage, uri, len(labels))
     ids = []
@@ -116,7 +116,7 @@ def write_partition(
 
 
 def random_given(count: int, weights: Sequence[float], seed: int = 0) -> list[int]:
-    """Class ids at random, by the classes' weights."""
+    """Returns random class ids with these weights."""
     p = np.array(weights) / np.sum(weights)
     found: list[int] = np.random.default_rng(seed).choice(len(p), count, p=p).tolist()
     return found

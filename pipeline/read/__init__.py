@@ -1,6 +1,6 @@
-"""From object storage to chunks of encoded samples: listing shards and reading each format.
+"""Lists shards in object storage, and reads shards of each format as chunks of encoded samples.
 
-Nothing is decoded here.
+Images are not decoded in this package.
 """
 
 from pipeline.read.chunks import Chunk, split_into_chunks

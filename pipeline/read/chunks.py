@@ -1,7 +1,7 @@
-"""The chunk: some hundred samples of one shard, and the Arrow form in which it crosses Ray Data.
+"""Chunks: some hundred samples of one shard, and their conversion to Arrow blocks for Ray Data.
 
-A chunk is one row of a block, so that Ray can neither split nor merge what is in it. Which shard it
-is of and which of its samples it holds rides in the row; nothing is derived from order of arrival.
+A chunk is one row of a block, so that Ray can neither split nor merge chunks. The row also holds the index
+of the shard and the position in the shard, because chunks may arrive in any order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-#: What a reader knows of each sample.
+#: Columns of samples that a reader returns.
 SAMPLE_FIELDS = pa.struct(
     [("key", pa.string()), ("target", pa.int32()), ("error", pa.string()), ("image", pa.large_binary())]
 )
@@ -32,15 +32,17 @@ class Chunk:
     """Consecutive samples of one shard.
 
     Attributes:
-        shard: the shard's place in the plan.
-        start: index in the shard of the first sample.
-        samples: one row a sample; the columns depend on the stage.
-        total, error: on the shard's last chunk only: its samples, and why it can't be read any further.
-        pixels: uint8 (images, height, width, 3) of the samples that have no error, in their order; a
-            tensor where they were decoded on the classifier's device: they stay there.
-        transient: whether the cause of the error is the storage, not the shard.
-        retries: of storage operations while the chunk was read, by kind of failure.
-        metrics: by stage; no result depends on them.
+        shard: Index of the shard in the plan.
+        start: Index of the first sample in the shard.
+        samples: One row per sample; the columns depend on the stage.
+        total: Number of samples of the shard; only in the last chunk of the shard.
+        error: Cause of a shard that cannot be read further; only in the last chunk of the shard.
+        pixels: uint8 (images, height, width, 3), the pixels of the samples without an error, in order. A
+            tensor on the classifier's device if the images were decoded there.
+        transient: Whether the storage caused the error, not the shard.
+        encoded_bytes: Size of the encoded images in bytes.
+        retries: Number of retried storage failures while the chunk was read, by kind.
+        metrics: Metrics by stage. No result depends on the metrics.
     """
 
     shard: int
@@ -55,7 +57,7 @@ class Chunk:
     metrics: Mapping[str, StageMetrics] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:
-        """The chunk as a table of one row; pixels are not copied, and must be an array."""
+        """Returns the chunk as a table with one row; pixels must be an array and are not copied."""
         rows = self.samples.to_struct_array().combine_chunks()
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("samples", "pixels")}
         columns = {
@@ -70,7 +72,7 @@ class Chunk:
 
     @staticmethod
     def from_block(block: pa.Table) -> Iterator[Chunk]:
-        """The chunks of a block, one a row; a block without rows or columns has none."""
+        """Yields the chunk of each row of a block; a block may have no rows and no columns."""
         for row in range(block.num_rows):
             record = block.slice(row, 1)
             samples = record["samples"].combine_chunks().flatten()
@@ -83,7 +85,7 @@ class Chunk:
 
 
 def _one_binary(content: np.ndarray) -> pa.Array:
-    """A column of one value over the array's own memory."""
+    """Returns a column with one value that shares the array's memory."""
     ends = pa.py_buffer(np.array([0, content.nbytes], np.int64))
     data = pa.py_buffer(np.ascontiguousarray(content).reshape(-1))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
@@ -92,28 +94,33 @@ def _one_binary(content: np.ndarray) -> pa.Array:
 def split_into_chunks(
     samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int
 ) -> Iterator[Chunk]:
-    """Cuts a shard's samples into chunks, the last of which says how many samples there were.
+    """Splits the samples of a shard into chunks. The last chunk has the total number of samples.
 
-    The cut depends on the samples alone, so that a second attempt makes the same chunks. A shard
-    that can't be read to its end still ends in a chunk, one that carries the error: an exception
-    would end the job, with every other shard's work. A shard always yields at least one chunk.
-    A chunk has at most `max_bytes` of encoded images, unless one image alone has more.
+    The split depends only on the samples, so that every attempt yields the same chunks. Each shard yields at
+    least one chunk. The last chunk of a shard that cannot be read to its end carries the error, because an
+    exception would end the job with the work on all other shards.
+
+    Args:
+        samples: The samples of the shard, which may raise `ShardError`.
+        shard: Index of the shard in the plan.
+        max_images: Maximum number of samples of a chunk.
+        max_bytes: Maximum size of the encoded images of a chunk; a single image may be larger.
     """
     start, size = 0, 0
-    waiting: list[Sample] = []
+    pending: list[Sample] = []
     error, transient = None, False
     try:
         for sample in samples:
             more = len(sample.image or b"")
-            if waiting and (len(waiting) == max_images or size + more > max_bytes):
-                yield Chunk(shard, start, _table(waiting), encoded_bytes=size)
-                start, waiting, size = start + len(waiting), [], 0
-            waiting.append(sample)
+            if pending and (len(pending) == max_images or size + more > max_bytes):
+                yield Chunk(shard, start, _table(pending), encoded_bytes=size)
+                start, pending, size = start + len(pending), [], 0
+            pending.append(sample)
             size += more
     except ShardError as failure:
         error, transient = str(failure), failure.transient
-    total = start + len(waiting)
-    table = _table(waiting)
+    total = start + len(pending)
+    table = _table(pending)
     yield Chunk(shard, start, table, total, error, transient=transient, encoded_bytes=size)
 
 

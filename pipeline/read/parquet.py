@@ -1,4 +1,4 @@
-"""Reading Parquet files with image bytes."""
+"""Reader of Parquet files with image bytes."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -14,14 +14,14 @@ from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
 _PARQUET_BATCH_ROWS = 16
-_PARQUET_BUFFER_BYTES = 8 * 1024**2  # read at once from each column
+_PARQUET_BUFFER_BYTES = 8 * 1024**2  # per column
 _NO_IMAGE = sample_error(ErrorCategory.NO_IMAGE, "the row has no image bytes")
 
 
 def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the samples of a Parquet file, one per row."""
-    # Each column chunk has a buffer of its own, straight from the object: another buffer in front of them
-    # would be emptied by each change of column. `pre_buffer` would hold whole row groups.
+    # Each column chunk has its own buffer over the unbuffered object: a common buffer would be discarded at
+    # each change of column. `pre_buffer` would hold whole row groups.
     with (
         storage.open_unbuffered(shard.uri, shard.version) as stream,
         pq.ParquetFile(
@@ -53,32 +53,32 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 
 
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
-    """The column that holds the images: as configured, or found."""
-    found = [column.name for column in schema if _is_image_type(column.type)]
+    """Returns the name of the image column: the configured column, or the only candidate."""
+    candidates = [column.name for column in schema if _is_image_type(column.type)]
     name = options.image_column
     if name is not None:
         _require_column(schema, name)
-        if name not in found:
+        if name not in candidates:
             problem = f"is {schema.field(name).type}, neither binary nor a struct with binary `bytes`"
             raise UnreadableShardError(f"column {name!r} {problem}; {_columns(schema)}")
         return name
-    if "image" in found:
+    if "image" in candidates:
         return "image"
-    if len(found) != 1:
-        count = "no column" if not found else "more than one column"
-        hint = f"{count} could be the image; name it by `input.image_column`"
+    if len(candidates) != 1:
+        count = "no column" if not candidates else "more than one column"
+        hint = f"{count} has an image type; set `input.image_column`"
         raise UnreadableShardError(f"{hint}; {_columns(schema)}")
-    return cast(str, found[0])
+    return cast(str, candidates[0])
 
 
 def _require_column(schema: pa.Schema, name: str) -> None:
     if schema.names.count(name) != 1:
-        raise UnreadableShardError(f"there is no single column {name!r}; {_columns(schema)}")
+        raise UnreadableShardError(f"expected exactly one column {name!r}; {_columns(schema)}")
 
 
 def _columns(schema: pa.Schema) -> str:
     shown = [f"{column.name} ({column.type})" for column in islice(schema, 20)]
-    return "its columns: " + ", ".join(shown) + (", ..." if len(schema) > 20 else "")
+    return "columns: " + ", ".join(shown) + (", ..." if len(schema) > 20 else "")
 
 
 def _is_image_type(kind: pa.DataType) -> bool:
@@ -89,7 +89,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _image_values(column: pa.Array, nulls: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """The images' bytes, and their paths, which are null where the column has none."""
+    """Returns the bytes and the paths of the images; the paths are `nulls` if the column has no paths."""
     if not pa.types.is_struct(column.type):
         return column, nulls
     has_path = column.type.get_field_index("path") >= 0
@@ -97,6 +97,7 @@ def _image_values(column: pa.Array, nulls: pa.Array) -> tuple[pa.Array, pa.Array
 
 
 def _key(value: object, row: int) -> str:
+    """Returns a sample's key: the value of the key column or the path, or else the row number."""
     if isinstance(value, bytes):
         return value.decode(errors="backslashreplace")
     return f"{row:09d}" if value is None else str(value)

@@ -1,6 +1,7 @@
-"""Reading a shard: its samples, one at a time, in the same order every time.
+"""Reads the samples of a shard, one at a time, in a deterministic order.
 
-A bad sample is a sample with an error; a bad shard is a `ShardError`. Pickles are never loaded.
+A sample that cannot be read becomes a sample with an error; a shard that cannot be read raises `ShardError`.
+Pickles are never loaded.
 """
 
 from collections import deque
@@ -13,33 +14,35 @@ from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableSha
 from pipeline.read.shards import Shard
 from pipeline.read.webdataset import read_tar
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
+from pipeline.text import pluralize
 
-_FETCHES = 8  # loose images fetched at once
+_CONCURRENT_IMAGES = 8  # image files that are fetched concurrently
 
 
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
-    """Yields the shard's samples in shard order; a second reading yields the same.
+    """Yields the samples of a shard in shard order; every call yields the same samples.
 
-    Streams: it holds one sample of a tar, 16 rows of a Parquet file and their pages, or 16 image files, and
-    read buffers of 8 MiB: one, or of a tar in object storage one more than `fetches`.
+    Memory holds one sample of a tar, 16 rows of a Parquet file with their pages, or 16 image files. Memory
+    also holds read buffers of 8 MiB: one, or `concurrent_fetches` + 1 for a tar in object storage.
 
-    **WebDataset.** Adjacent members whose names are equal up to the first dot of the last part form a
-    sample, with that as its key; the image is the first whose remaining extension is an image's. A
-    member whose extension the sample has already starts another sample of the same key. Members that
-    are not adjacent to their image become a sample of their own: an error that names them. The label
-    is `.cls` (a class index or name), or a field of `.json`. Folders and hidden members (`._x.jpg`,
+    **WebDataset.** Adjacent members with the same key form a sample. The key is the member's name up to the
+    first dot of the last part, and the rest is the extension. The first member with an image extension is
+    the image. A member whose extension already occurs in the sample starts another sample with the same key.
+    Members that are not adjacent to their image become a separate sample, whose error names the members. The
+    label is `.cls` (a class index or name), or a field of `.json`. Folders and hidden members (`._x.jpg`,
     `__MACOSX/`) are skipped.
 
-    **Parquet.** The image column holds binary values, or `struct<bytes, path>` as Hugging Face writes
-    them: the column named `image`, else the only one of such a type.
+    **Parquet.** The image column has binary values, or `struct<bytes, path>` as in files of Hugging Face.
+    The image column is the column named `image`, or else the only column of these types.
 
-    **Image files.** Keys are the names under the listed folder. There are no labels.
+    **Image files.** The key is the name under the listed folder. Image files have no labels.
 
-    A label that is null or -1 is none; one that is no class makes the sample an error.
+    A sample whose label is null or -1 has no target. A label that is not a class of the model is an error of
+    the sample.
 
     Raises:
-        ShardError: the object is missing, changed, truncated, corrupt, of another format, or lacks a
-            named column. Samples yielded before do not count: the shard is not labeled.
+        ShardError: The object is missing, changed, truncated, corrupt or of another format, or a configured
+            column is missing. The shard is then not labeled, and samples that were yielded are discarded.
     """
     key = None
     count = 0
@@ -48,10 +51,10 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             key, count = sample.key, count + 1
             yield sample
     except Exception as error:
-        # No bytes of one shard may end the job for all others.
-        place = f"after {count} samples (the last was {key!r}): " if count else ""
+        # Every exception is caught, because the content of one shard must not end the job.
+        position = f"after {pluralize(count, 'sample')} (the last key was {key!r}): " if count else ""
         is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
-        raise ShardError(shard.uri, place + _cause(shard, error), transient=is_storage) from error
+        raise ShardError(shard.uri, position + _cause(shard, error), transient=is_storage) from error
 
 
 def _cause(shard: Shard, error: Exception) -> str:
@@ -59,11 +62,11 @@ def _cause(shard: Shard, error: Exception) -> str:
         return error.cause
     if isinstance(error, StorageError | UnreadableShardError):
         return str(error)
-    return f"is damaged, or not of the format {shard.format} ({type(error).__name__}: {error})"
+    return f"damaged, or not in the format {shard.format} ({type(error).__name__}: {error})"
 
 
 def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
-    """Yields the samples of a group of image files, in the order of its members."""
+    """Yields the samples of a group of image files in the order of the members."""
     folder = shard.uri.rpartition("/")[0]
 
     def fetch(info: ObjectInfo) -> Sample:
@@ -78,11 +81,11 @@ def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             return Sample(key, None, error=sample_error(ErrorCategory.IMAGE_CHANGED, str(failure)))
 
     pending: deque[Future[Sample]] = deque()
-    with ThreadPoolExecutor(_FETCHES) as pool:
+    with ThreadPoolExecutor(_CONCURRENT_IMAGES) as pool:
         try:
             for info in shard.members:
                 pending.append(pool.submit(fetch, info))
-                if len(pending) == 2 * _FETCHES:
+                if len(pending) == 2 * _CONCURRENT_IMAGES:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

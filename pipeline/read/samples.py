@@ -1,4 +1,4 @@
-"""Samples, and what readers need to know. Reading itself belongs to the modules of the formats."""
+"""Samples, errors of shards, and options of readers. Other modules read the formats."""
 
 import math
 from collections import Counter
@@ -9,19 +9,19 @@ from typing import Self
 from pipeline.config import InputConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 
-_MAX_LABEL_ID = 2**31  # of the predictions' int32 column
+_MAX_LABEL_ID = 2**31  # limit of the int32 column `target_id`
 IGNORE_HINT = "set `input.labels: false` to ignore labels"
 
 
 class UnreadableShardError(Exception):
-    """A format's reader can't read the shard; the message is the cause."""
+    """The reader of a format cannot read the shard; the message is the cause."""
 
 
 class ShardError(Exception):
-    """The shard can't be read; the message names its URI, the place in it and the cause.
+    """The shard cannot be read; the message has the URI, the position in the shard and the cause.
 
     Attributes:
-        transient: whether the cause is the storage, not the shard: a later attempt may succeed.
+        transient: Whether the storage failed, not the shard, so that a later attempt may succeed.
     """
 
     def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
@@ -35,12 +35,12 @@ class ShardError(Exception):
 
 @dataclass(slots=True)
 class Sample:
-    """One image, or an error in its place.
+    """One image with its key and target, or an error.
 
     Attributes:
-        key: its name in the shard. Not always unique: shard and position identify a sample.
-        image: the encoded image; None where `error` is set.
-        target: the dataset's own label, as a class index.
+        key: Name in the shard. A key may occur several times: only shard and index identify a sample.
+        image: The encoded image; None if `error` is set.
+        target: Class index of the dataset's own label.
     """
 
     key: str
@@ -51,11 +51,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What readers need to know: fields of `InputConfig` and `ReadConfig`, and the model's classes.
+    """Options of readers: fields of `InputConfig` and `ReadConfig`, and the classes of the model.
 
     Attributes:
-        class_ids: class indices by class name, for labels that are names.
-        num_labels: class indices are below this; by default, any that fits an int32 is allowed.
+        class_ids: Class indices by class name, for labels that are names.
+        num_labels: Class indices must be less than this number. Default: the limit of int32.
+        concurrent_fetches: Number of ranges of a tar that are fetched concurrently.
     """
 
     labels: bool = True
@@ -66,61 +67,61 @@ class ReadOptions:
     class_ids: Mapping[str, int] = field(default_factory=dict)
     num_labels: int = _MAX_LABEL_ID
     max_image_bytes: int = 256 * 1024**2
-    fetches: int = 4
+    concurrent_fetches: int = 4
 
     @classmethod
-    def from_config(cls, section: InputConfig, labels: Sequence[str], fetches: int = 4) -> Self:
-        """Makes the options of an input and of a model's class names.
+    def from_config(cls, section: InputConfig, labels: Sequence[str], concurrent_fetches: int = 4) -> Self:
+        """Creates options from an input configuration and the class names of a model.
 
-        A name that several classes share, as ImageNet's two cranes do, names none of them.
+        A name that several classes share, such as "crane" in ImageNet, is not a valid label.
         """
         times = Counter(labels)
         return cls(
             class_ids={name: i for i, name in enumerate(labels) if times[name] == 1},
             num_labels=len(labels),
-            fetches=fetches,
+            concurrent_fetches=concurrent_fetches,
             **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
         )
 
     def size_error(self, size: int) -> SampleError | None:
-        """Describes what is wrong with an encoded image of this size; None if nothing is."""
+        """Returns the error of an encoded image of this size in bytes; None if the size is allowed."""
         if size <= self.max_image_bytes:
             return None
-        detail = f"the image {too_large(size, self.max_image_bytes)} (input.max_image_bytes)"
+        detail = f"the image {describe_excess(size, self.max_image_bytes)} (input.max_image_bytes)"
         return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
 
     def parse_target(self, label: object) -> tuple[int | None, SampleError | None]:
-        """Returns the class index of a label, None for none, and the error of a label that is no class.
+        """Returns the class index of a label, and the error of an invalid label.
 
-        Text is a class name, or else an index.
+        Text is a class name or a class index. Both results are None if the label is null, NaN or -1.
         """
-        found = label
+        class_id = label
         if isinstance(label, str):
             text = label.strip()
-            found = self.class_ids.get(text, whole_number(text))
-        elif isinstance(label, float) and label.is_integer():  # pandas' integers next to nulls
-            found = int(label)
-        if label is None or found == -1 or (isinstance(label, float) and math.isnan(label)):
+            class_id = self.class_ids.get(text, parse_integer(text))
+        elif isinstance(label, float) and label.is_integer():  # pandas stores integers with nulls as floats
+            class_id = int(label)
+        if label is None or class_id == -1 or (isinstance(label, float) and math.isnan(label)):
             return None, None
         shown = repr(label)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        if not isinstance(found, int) or isinstance(found, bool):
+        if not isinstance(class_id, int) or isinstance(class_id, bool):
             return None, _invalid_label(f"{shown} is not a class of the model")
-        if not 0 <= found < self.num_labels:
+        if not 0 <= class_id < self.num_labels:
             return None, _invalid_label(f"{shown} is not in 0..{self.num_labels - 1}")
-        return found, None
+        return class_id, None
 
 
 def _invalid_label(detail: str) -> SampleError:
     return sample_error(ErrorCategory.INVALID_LABEL, f"{detail}; {IGNORE_HINT}")
 
 
-def whole_number(text: str) -> int | None:
-    """Returns the number that a text is, in ASCII digits; None where it is none."""
+def parse_integer(text: str) -> int | None:
+    """Returns the integer that a text represents in ASCII digits; None for other text."""
     digits = text.removeprefix("-")
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
 
 
-def too_large(size: int, limit: int) -> str:
-    """Says that a size in bytes is over a limit."""
+def describe_excess(size: int, limit: int) -> str:
+    """Returns a phrase that reports a size in bytes over a limit."""
     return f"has {size} bytes, more than the limit of {limit}"

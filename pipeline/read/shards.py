@@ -1,4 +1,4 @@
-"""Shards, found in a listing of the input by names, sizes and versions. Nothing is read here."""
+"""Listing of shards, from the names, sizes and versions of objects. This module reads no object."""
 
 import hashlib
 from collections import Counter
@@ -10,26 +10,27 @@ from typing import Literal, Self
 
 from pipeline.config import InputConfig, InputFormat
 from pipeline.storage import ObjectInfo, Storage, relative_name
+from pipeline.text import pluralize
 
 Format = Literal["webdataset", "parquet", "images"]
 
-#: File name extensions of the image formats, as they stand after the dot, in lower case.
+#: File name extensions of images, without the dot, in lower case.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-_GROUP_IMAGES = 1000  # a group's mean
+_MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The unit of reading, of commit and of resume.
+    """The unit of reading, commit and resume.
 
     Attributes:
-        uri: of the object; for a group of image files `<listed folder>/images-<16 hex digits>`.
-        version: of the object; for a group, a hash over its members' names and versions.
-        size: in bytes; for a group, of all members together.
-        members: a group's images in listing order, else empty. Their names under the listed folder
-            are `relative_name(folder, member.uri)`, with the folder of the group's URI.
+        uri: URI of the object; for a group of image files, `<listed folder>/images-<16 hex digits>`.
+        version: Version of the object; for a group, a hash over the names and versions of the members.
+        size: Size in bytes; for a group, the sum over the members.
+        members: The images of a group in listing order; empty for other shards. The key of a member is
+            `relative_name(folder, member.uri)`, where `folder` is the listed folder.
     """
 
     uri: str
@@ -40,18 +41,18 @@ class Shard:
 
 
 class IgnoreReason(StrEnum):
-    """Why an object of the input is not a shard."""
+    """The reasons for which an object of the input is ignored."""
 
     HIDDEN = "hidden name"  # a part of the name starts with `.` or `_`
     FORMAT = "other format"  # by the extension, or not of the configured format
 
 
 class ShardListing(Iterator[Shard]):
-    """The shards among listed objects, found while iterating.
+    """Iterates over the shards among listed objects.
 
     Attributes:
-        format: the only format that was looked for; None for all.
-        ignored: number of objects that are not shards, by reason, so far.
+        format: The only format that is listed; None for all formats.
+        ignored: Number of ignored objects so far, by reason.
     """
 
     def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
@@ -64,29 +65,29 @@ class ShardListing(Iterator[Shard]):
         return next(self._shards)
 
     def require_shards(self) -> Self:
-        """Returns this listing, after a look at the first shard; raises `NoShardsError` or `StorageError`."""
+        """Returns this listing if it has a shard; raises `NoShardsError` or `StorageError` otherwise."""
         first = next(self._shards, None)
         if first is None:
-            others = f" ({self.ignored.total()} objects there are none)" if self.ignored else ""
+            ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored)" if self.ignored else ""
             raise NoShardsError(
-                f"{self.uri}: no shards found{others}; expected .tar, .tar.gz or .parquet objects, or images"
+                f"{self.uri}: no shards found{ignored}; expected .tar, .tar.gz or .parquet objects, or images"
             )
         self._shards = chain([first], self._shards)
         return self
 
     def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
-        """Cuts the sorted image files among the objects into groups of about a thousand, by names alone.
+        """Yields the shards; splits the image files into groups of about a thousand by their names.
 
-        An image whose name hashes to 0 modulo 1000 starts a new group, which is named after that hash. An
-        image that is added or removed changes its own group (or splits it, or joins it to the one before);
-        every other group keeps its URI, members and version. This is content-defined chunking over names
-        (Muthitacharoen et al., "A Low-bandwidth Network File System", 2001). Sizes are geometrically
-        distributed: one group in 150 has 5,000 images, one in 20,000 has 10,000.
+        An image whose name hashes to 0 modulo 1000 starts a new group, which is named after the hash. Adding
+        or removing an image changes the group of the image, and may split the group or merge the group with
+        the previous one. All other groups keep their URI, members and version. This method is content-defined
+        chunking over names (Muthitacharoen et al., "A Low-bandwidth Network File System", 2001). Group sizes
+        are geometrically distributed: one group in 150 has 5,000 images, one in 20,000 has 10,000.
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
         for info in objects:
             name = relative_name(self.uri, info.uri)
-            is_hidden = _is_hidden(name) and info.uri != self.uri
+            is_hidden = _has_hidden_part(name) and info.uri != self.uri
             format = None if is_hidden else _format(name, self.format)
             if format is None:
                 self.ignored[IgnoreReason.HIDDEN if is_hidden else IgnoreReason.FORMAT] += 1
@@ -94,8 +95,9 @@ class ShardListing(Iterator[Shard]):
                 yield Shard(info.uri, info.version, format, info.size)
             else:
                 digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-                # Cut and name come from different halves: all names that cut have that half's remainder.
-                if int(digest[16:], 16) % _GROUP_IMAGES == 0:
+                # Boundaries and names use different halves of the hash: at each boundary, the remainder of
+                # the second half is 0.
+                if int(digest[16:], 16) % _MEAN_GROUP_SIZE == 0:
                     if members:
                         yield _group(self.uri, group, members)
                     group, members = digest[:16], []
@@ -105,26 +107,32 @@ class ShardListing(Iterator[Shard]):
 
 
 def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> ShardListing:
-    """Lists the shards at a normalized URI: one object, or everything under a folder. Streams.
+    """Lists the shards at a normalized URI: one object, or all objects under a folder.
 
-    With `auto`, the extension decides, in any case: `.tar`, `.tar.gz` and `.tgz` are WebDataset,
-    `.parquet` is Parquet, images are gathered into groups, anything else is ignored. With a format,
-    every object is of that format; for `images`, every one with an image's extension. A name with a
-    part that starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`) is always ignored, except
-    in `uri` itself. Any step of the iteration may raise `StorageError`.
+    The listing streams, and each step may raise `StorageError`. Objects are ignored if a part of their name
+    starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in `uri` itself.
+
+    Args:
+        storage: The storage of the input.
+        uri: Normalized URI of an object or a folder.
+        format: With `auto`, the case-insensitive extension determines the format: `.tar`, `.tar.gz` and
+            `.tgz` are WebDataset, `.parquet` is Parquet, image files are grouped, and other objects are
+            ignored. With `images`, only objects with an image extension are listed. With another format,
+            every object is a shard of this format.
     """
     return ShardListing(storage.list(uri, missing_ok=False), uri, None if format == "auto" else format)
 
 
-def _is_hidden(name: str) -> bool:
+def _has_hidden_part(name: str) -> bool:
     return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
-def _format(name: str, said: Format | None) -> Format | None:
+def _format(name: str, required: Format | None) -> Format | None:
+    """Returns the format of an object; None if the object is ignored."""
     lower = name.lower()
     is_image = lower.endswith(_IMAGE_SUFFIXES)
-    if said is not None:
-        return said if said != "images" or is_image else None
+    if required is not None:
+        return required if required != "images" or is_image else None
     if lower.endswith((".tar", ".tar.gz", ".tgz")):
         return "webdataset"
     if lower.endswith(".parquet"):
@@ -141,9 +149,9 @@ def _group(folder: str, name: str, members: list[ObjectInfo]) -> Shard:
 
 
 class NoShardsError(ValueError):
-    """The input has nothing to label."""
+    """The input has no shards."""
 
 
 def list_input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
-    """Lists all shards of an input; raises `NoShardsError` or `StorageError`."""
+    """Returns all shards of an input; raises `NoShardsError` or `StorageError`."""
     return list(list_shards(storage, section.uri, section.format).require_shards())

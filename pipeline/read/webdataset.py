@@ -1,4 +1,4 @@
-"""Reading WebDataset tars, gzipped ones too."""
+"""Reader of WebDataset tars, uncompressed or gzipped."""
 
 import gzip
 import json
@@ -14,18 +14,18 @@ from pipeline.read.samples import (
     ReadOptions,
     Sample,
     UnreadableShardError,
-    too_large,
-    whole_number,
+    describe_excess,
+    parse_integer,
 )
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
 from pipeline.storage import Storage
 
-_MAX_MEMBERS = 1000  # of one sample: names like `frame.000001.jpg` all have the key `frame`
-_MAX_LABEL_BYTES = 16 * 1024**2  # of one .cls or .json
+_MAX_MEMBERS = 1000  # per sample; all names like `frame.000001.jpg` have the key `frame`
+_MAX_LABEL_BYTES = 16 * 1024**2  # per .cls or .json member
 
 
 class _DamagedSampleError(Exception):
-    """The image or the label of a sample can't be read."""
+    """The image or the label of a sample cannot be read."""
 
     def __init__(self, error: SampleError) -> None:
         super().__init__(error)
@@ -33,10 +33,10 @@ class _DamagedSampleError(Exception):
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Reads headers and refuses what `tarfile` takes for the end of the archive.
+    """Reads headers, and raises an error where `tarfile` silently ends the archive.
 
-    After the first member, tarfile ends its iteration without a word at a corrupt header, at half a
-    header and at the end of the file. Only the zero block that closes every tar is an end here.
+    After the first member, tarfile ends its iteration without an error at a corrupt header, at a truncated
+    header, and at the end of the file. This class accepts only the zero block that ends every tar.
     """
 
     @classmethod
@@ -48,10 +48,10 @@ class _StrictTarInfo(tarfile.TarInfo):
             if type(error) is _END_OF_ARCHIVE:
                 raise
             if start == 0:
-                raise UnreadableShardError("no tar or gzipped tar: its first header is none") from error
-            raise UnreadableShardError(f"the tar is damaged or cut off at byte {start}: {error}") from error
-        if info.size < 0 or tarfile.offset <= start:  # would be read for ever
-            raise UnreadableShardError(f"the tar is damaged: a member of negative size at byte {start}")
+                raise UnreadableShardError("not a tar or gzipped tar: the first header is invalid") from error
+            raise UnreadableShardError(f"the tar is damaged or truncated at byte {start}: {error}") from error
+        if info.size < 0 or tarfile.offset <= start:  # would cause an endless loop
+            raise UnreadableShardError(f"the tar is damaged: the member at byte {start} has a negative size")
         return info
 
 
@@ -60,86 +60,86 @@ _END_OF_ARCHIVE: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-d
 
 
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
-    """Yields the samples of a tar: adjacent members with the same key."""
-    with storage.open_sequential(shard.uri, shard.version, options.fetches) as file:
-        # By content: gzip is often called .tar. Not by tarfile, which checks neither gzip's end nor
-        # its checksum.
-        zipped = file.peek(2)[:2] == b"\x1f\x8b"
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb") if zipped else file)
-        gathered: _TarSample | None = None
+    """Yields the samples of a tar. Adjacent members with the same key form a sample."""
+    with storage.open_sequential(shard.uri, shard.version, options.concurrent_fetches) as file:
+        # The content determines the compression, because gzipped tars are often named .tar. GzipFile is used
+        # instead of tarfile, which checks neither the end nor the checksum of gzip.
+        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb") if is_gzip else file)
+        current: _TarSample | None = None
         for info in _members(stream):
-            key, kind = _split_name(info.name)
-            if gathered is None or key != gathered.key or gathered.is_full_for(kind):
-                if gathered is not None:
-                    yield gathered.finished(options)
-                gathered = _TarSample(key)
-            gathered.add(kind, info, stream, options)
-        if gathered is not None:
-            yield gathered.finished(options)
+            key, extension = _split_name(info.name)
+            if current is None or key != current.key or current.is_full_for(extension):
+                if current is not None:
+                    yield current.to_sample(options)
+                current = _TarSample(key)
+            current.add(extension, info, stream, options)
+        if current is not None:
+            yield current.to_sample(options)
 
 
 def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The tar's members that may belong to a sample; at the end, checks that it is the end."""
+    """Yields the members that may belong to a sample; raises an error if data follows the end of the tar."""
     with tarfile.open(
         fileobj=stream,
         mode="r:",
         tarinfo=_StrictTarInfo,
         encoding="utf-8",
-        errors="backslashreplace",  # keys are written as UTF-8, and stay distinct
+        errors="backslashreplace",  # keys stay distinct and can be encoded as UTF-8
     ) as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined] # else it would keep all of them
-            if not info.isdir() and not _is_hidden(info.name):
+            tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep all members
+            if not info.isdir() and not _is_hidden_member(info.name):
                 yield info
         while block := stream.read(1024**2):
             if block.count(b"\0") != len(block):
-                cause = "a block in its midst is zeroed, or several tars were put together"
-                raise UnreadableShardError(f"the tar is damaged: there is data after its end ({cause})")
+                cause = "a block was overwritten with zeros, or several tars were concatenated"
+                raise UnreadableShardError(f"the tar is damaged: data follows the end of the tar ({cause})")
 
 
-def _is_hidden(name: str) -> bool:
+def _is_hidden_member(name: str) -> bool:
     parts = name.split("/")
     return "__MACOSX" in parts or any(part.startswith(".") and part not in {".", ".."} for part in parts)
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """`a/b.c.JPG` -> (`a/b`, `c.jpg`): what WebDataset takes for key and extension."""
+    """Returns WebDataset's key and extension of a member: `a/b` and `c.jpg` for `a/b.c.JPG`."""
     folder, slash, last = name.rpartition("/")
-    stem, _, kind = last.partition(".")
-    return folder + slash + stem, kind.lower()
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()
 
 
 @dataclass(slots=True)
 class _TarSample:
-    """The members of one sample, gathered as they come; only what is needed is read."""
+    """Collects the members of one sample; reads only the image and the label."""
 
     key: str
-    kinds: dict[str, None] = field(default_factory=dict)  # in their order
+    extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
     image: bytes | None = None
     error: SampleError | None = None
     label: object = None
     has_image: bool = False
 
-    def is_full_for(self, kind: str) -> bool:
-        """Whether a member with the same key must belong to another sample."""
-        return kind in self.kinds or len(self.kinds) == _MAX_MEMBERS
+    def is_full_for(self, extension: str) -> bool:
+        """Returns whether a member with the same key starts another sample."""
+        return extension in self.extensions or len(self.extensions) == _MAX_MEMBERS
 
-    def add(self, kind: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
-        self.kinds[kind] = None
+    def add(self, extension: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
+        self.extensions[extension] = None
         try:
-            if kind in IMAGE_EXTENSIONS and not self.has_image:
+            if extension in IMAGE_EXTENSIONS and not self.has_image:
                 self.has_image = True
                 size_error = options.size_error(info.size)
                 self.image = _content(info, stream, ErrorCategory.UNREADABLE_IMAGE, size_error)
-            elif options.labels and kind == ("json" if options.label_field else "cls"):
+            elif options.labels and extension == ("json" if options.label_field else "cls"):
                 content = _content(info, stream, ErrorCategory.UNREADABLE_LABEL, _label_size_error(info.size))
                 self.label = _label(content, options.label_field)
         except _DamagedSampleError as error:
             self.error = self.error or error.error
 
-    def finished(self, options: ReadOptions) -> Sample:
+    def to_sample(self, options: ReadOptions) -> Sample:
         if not self.has_image:
-            members = " ".join(f".{kind}" for kind in islice(self.kinds, 8))
+            members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
             self.error = sample_error(
                 ErrorCategory.NO_IMAGE,
                 f"no member has a supported image extension (members: {members}); the members of a sample "
@@ -154,7 +154,9 @@ class _TarSample:
 def _label_size_error(size: int) -> SampleError | None:
     if size <= _MAX_LABEL_BYTES:
         return None
-    return sample_error(ErrorCategory.UNREADABLE_LABEL, f"the label {too_large(size, _MAX_LABEL_BYTES)}")
+    return sample_error(
+        ErrorCategory.UNREADABLE_LABEL, f"the label {describe_excess(size, _MAX_LABEL_BYTES)}"
+    )
 
 
 def _content(
@@ -169,21 +171,24 @@ def _content(
     stream.seek(info.offset_data)
     content = stream.read(info.size)
     if len(content) < info.size:
-        raise UnreadableShardError(f"the tar is damaged: it ends within {info.name!r}, so it is cut off")
+        raise UnreadableShardError(f"the tar is damaged or truncated: the file ends within {info.name!r}")
     return content
 
 
 def _label(content: bytes, label_field: str | None) -> object:
-    """Returns the number or text of a .cls file, or the dotted field of a .json file; None if missing."""
+    """Returns the integer or text of a .cls member, or a field of a .json member; None if missing.
+
+    `label_field` is the path of the field, such as `meta.label`.
+    """
     try:
         if label_field is None:
             text = content.decode().strip()
-            number = whole_number(text)
-            return text if number is None else number
+            integer = parse_integer(text)
+            return text if integer is None else integer
         value: object = json.loads(content)
     except (ValueError, RecursionError) as error:
-        what = ".cls is not text" if label_field is None else ".json is not valid JSON"
-        detail = f"the sample's {what} ({error}); {IGNORE_HINT}"
+        problem = ".cls member is not UTF-8 text" if label_field is None else ".json member is not valid JSON"
+        detail = f"the {problem} ({error}); {IGNORE_HINT}"
         raise _DamagedSampleError(sample_error(ErrorCategory.UNREADABLE_LABEL, detail)) from None
     for name in label_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None

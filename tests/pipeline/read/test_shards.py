@@ -1,4 +1,4 @@
-"""What a listing becomes: shards, stable groups of loose images, and names of predictions."""
+"""Listing of shards, groups of image files, and names of prediction files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.read import IgnoreReason, Shard, list_shards
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
 
-class Listed(Storage):
-    """Storage whose listing is given, where a test needs more names than files."""
+class FakeListing(Storage):
+    """Storage with a given listing, for tests that need many names."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ def write(storage: Storage, root: str, *names: str) -> None:
         storage.write(f"{root}/{name}", b"x")
 
 
-def test_extensions_tell_the_formats_in_any_case(storage: Storage, bucket: str) -> None:
+def test_extension_determines_the_format_in_any_case(storage: Storage, bucket: str) -> None:
     write(storage, bucket, "a.tar", "b.TAR.GZ", "c.tgz", "d.parquet", "e.txt", "f", "g.jpg.json")
     listing = list_shards(storage, bucket)
     assert [(shard.uri, shard.format) for shard in listing] == [
@@ -44,13 +44,13 @@ def test_extensions_tell_the_formats_in_any_case(storage: Storage, bucket: str) 
     assert listing.ignored == {IgnoreReason.FORMAT: 3}
 
 
-def test_a_shard_carries_its_objects_version_and_size(storage: Storage, bucket: str) -> None:
+def test_shard_has_version_and_size_of_its_object(storage: Storage, bucket: str) -> None:
     info = storage.write(f"{bucket}/a.tar", b"12345")
     assert list(list_shards(storage, bucket)) == [Shard(info.uri, info.version, "webdataset", 5)]
 
 
 def test_hidden_names_are_ignored_and_counted(storage: Storage, tmp_path: Path) -> None:
-    root = f"{tmp_path}/_hidden/.root"  # what is asked for by name may be called anything
+    root = f"{tmp_path}/_hidden/.root"  # the input URI itself may have hidden parts
     hidden = ["_SUCCESS", "_x/1.tar", ".DS_Store", "a/.x.tar", "__MACOSX/a.jpg", "._a.jpg"]
     write(storage, root, *hidden, "a/_b.d/1.tar", "a/b_.c/1.tar")
     for format in ("auto", "webdataset"):
@@ -59,7 +59,7 @@ def test_hidden_names_are_ignored_and_counted(storage: Storage, tmp_path: Path) 
         assert listing.ignored == {IgnoreReason.HIDDEN: len(hidden) + 1}
 
 
-def test_a_format_that_is_said_takes_any_name(storage: Storage, tmp_path: Path) -> None:
+def test_configured_format_applies_to_any_name(storage: Storage, tmp_path: Path) -> None:
     write(storage, str(tmp_path), "shard-1", "x.jpg")
     formats = [shard.format for shard in list_shards(storage, str(tmp_path), "webdataset")]
     assert formats == ["webdataset", "webdataset"]
@@ -67,12 +67,12 @@ def test_a_format_that_is_said_takes_any_name(storage: Storage, tmp_path: Path) 
     assert [info.uri for info in group.members] == [f"{tmp_path}/x.jpg"]
 
 
-def test_one_object_can_be_the_whole_input(storage: Storage, tmp_path: Path) -> None:
+def test_input_can_be_a_single_object(storage: Storage, tmp_path: Path) -> None:
     write(storage, str(tmp_path), "_a.tar", "_a.tar.gz")
     assert [shard.uri for shard in list_shards(storage, f"{tmp_path}/_a.tar")] == [f"{tmp_path}/_a.tar"]
 
 
-def test_an_empty_prefix_has_no_shards_and_a_missing_folder_is_an_error(
+def test_empty_prefix_has_no_shards_but_missing_folder_fails(
     storage: Storage, bucket: str, tmp_path: Path
 ) -> None:
     assert list(list_shards(storage, f"{bucket}/empty")) == []
@@ -89,11 +89,11 @@ def test_listing_streams(tmp_path: Path) -> None:
     assert [shard.uri for shard in first] == [f"s3://b/{i:09d}.tar" for i in range(3)]
 
 
-# Groups of loose images --------------------------------------------------------------------------
+# Groups of image files ---------------------------------------------------------------------------
 
 
 def groups_of(names: list[str]) -> dict[str, Shard]:
-    shards = list(list_shards(Listed(names), "s3://b/photos", "images"))
+    shards = list(list_shards(FakeListing(names), "s3://b/photos", "images"))
     by_uri = {shard.uri: shard for shard in shards}
     assert len(by_uri) == len(shards)
     return by_uri
@@ -102,7 +102,7 @@ def groups_of(names: list[str]) -> dict[str, Shard]:
 NAMES = [f"photos/2024/{i:07d}.jpg" for i in range(0, 60_000, 2)]
 
 
-def test_loose_images_become_a_group(storage: Storage, bucket: str) -> None:
+def test_image_files_form_a_group(storage: Storage, bucket: str) -> None:
     write(storage, bucket, "in/b.JPEG", "in/a/c.png", "in/a/notes.txt", "in/d.webp")
     (group,) = list_shards(storage, f"{bucket}/in")
     assert group.format == "images"
@@ -113,16 +113,16 @@ def test_loose_images_become_a_group(storage: Storage, bucket: str) -> None:
     assert group.uri == f"{bucket}/in/images-0000000000000000"
 
 
-def test_groups_cover_every_image_once_at_about_a_thousand_each() -> None:
+def test_groups_have_every_image_once_and_about_a_thousand_each() -> None:
     groups = groups_of(NAMES)
     members = [info.uri for shard in groups.values() for info in shard.members]
     assert members == [f"s3://b/{name}" for name in NAMES]
     assert 20 <= len(groups) <= 45  # 30 expected
 
 
-def test_adding_an_image_changes_its_own_group_only() -> None:
+def test_adding_an_image_changes_only_its_group() -> None:
     before = groups_of(NAMES)
-    for number in (1, 30_001, 59_999):  # the first, a middle and the last group
+    for number in (1, 30_001, 59_999):  # in the first, a middle and the last group
         added = f"photos/2024/{number:07d}.jpg"
         after = groups_of([*NAMES, added])
         changed = [uri for uri in before if after.get(uri) != before[uri]]
@@ -130,7 +130,7 @@ def test_adding_an_image_changes_its_own_group_only() -> None:
         assert f"s3://b/{added}" in [info.uri for info in after[changed[0]].members]
 
 
-def test_an_image_that_starts_a_group_splits_one_and_leaves_the_others() -> None:
+def test_image_that_starts_a_group_splits_only_one_group() -> None:
     starts = [shard.members[0].uri.removeprefix("s3://b/") for shard in groups_of(NAMES).values()][1:]
     without = [name for name in NAMES if name != starts[5]]
     before, after = groups_of(without), groups_of(NAMES)
@@ -138,7 +138,7 @@ def test_an_image_that_starts_a_group_splits_one_and_leaves_the_others() -> None
     assert len([uri for uri in before if after.get(uri) != before[uri]]) == 1
 
 
-def test_a_new_version_of_an_image_is_a_new_version_of_its_group_alone(storage: Storage, bucket: str) -> None:
+def test_changed_image_changes_the_version_of_its_group(storage: Storage, bucket: str) -> None:
     write(storage, bucket, "a.jpg", "b.jpg")
     (before,) = list_shards(storage, bucket)
     (same,) = list_shards(storage, bucket)
@@ -149,13 +149,13 @@ def test_a_new_version_of_an_image_is_a_new_version_of_its_group_alone(storage: 
     assert before.version != after.version
 
 
-def test_tars_and_loose_images_may_lie_together(storage: Storage, tmp_path: Path) -> None:
+def test_folder_may_contain_tars_and_image_files(storage: Storage, tmp_path: Path) -> None:
     write(storage, str(tmp_path), "a.jpg", "b.tar", "c.jpg")
     found = [(shard.format, len(shard.members)) for shard in list_shards(storage, str(tmp_path))]
     assert found == [("webdataset", 0), ("images", 2)]
 
 
-# Names of predictions ----------------------------------------------------------------------------
+# Names of prediction files -----------------------------------------------------------------------
 
 ODD_NAMES = [
     "train/0000.tar",
@@ -189,7 +189,7 @@ def test_normal_names_stay_readable() -> None:
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_path_decodes_to_the_uri_and_stays_in_its_folder(name: str) -> None:
+def test_path_decodes_to_the_uri_and_stays_in_its_folder(name: str) -> None:
     path = prediction_path(f"s3://bucket/{name}")
     assert unquote(path) == f"s3/bucket/{name}.parquet"
     assert posixpath.normpath(path) == path
@@ -205,7 +205,7 @@ def test_no_two_uris_share_a_path() -> None:
     assert len({prediction_path(uri) for uri in distinct}) == len(distinct)
 
 
-#: Long ones, which differ where they are cut, before it, or behind it; of characters of 1 to 4 bytes.
+#: Long names with characters of 1 to 4 bytes, which differ before, at or after the end of the truncated path.
 LONG_NAMES = [
     f"{start}{character * count}{end}"
     for start in ("", "a/", "." * 3, "deep/" * 150)
@@ -219,7 +219,7 @@ def storable(path: str) -> bool:
     return len(path.encode()) <= 800 and all(len(part.encode()) <= 255 for part in path.split("/"))
 
 
-def test_long_names_are_cut_to_what_every_storage_takes() -> None:
+def test_long_names_are_truncated_to_the_limits() -> None:
     for name in LONG_NAMES:
         path = prediction_path(f"s3://bucket/{name}")
         assert storable(path), name
@@ -227,7 +227,7 @@ def test_long_names_are_cut_to_what_every_storage_takes() -> None:
         assert all(part and part[0] not in "._" for part in path.split("/"))
         assert not set(path) & set("*?[]{}\\:=#")
         whole = f"s3/bucket/{name}.parquet"
-        if "%7E" in path:  # as much of the name as there is room for, without half a character
+        if "%7E" in path:  # the longest prefix without a partial character
             kept, _, end = path.rpartition("%7E")
             assert whole.startswith(unquote(kept, errors="strict"))
             assert re.fullmatch(r"[0-9a-f]{40}\.parquet", end)
@@ -235,12 +235,12 @@ def test_long_names_are_cut_to_what_every_storage_takes() -> None:
             assert unquote(path) == whole
 
 
-def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
+def test_no_two_uris_share_a_truncated_path() -> None:
     folders = ("s3://bucket", "/s3/bucket")
     uris = {f"{folder}/{name}" for folder in folders for name in LONG_NAMES}
     paths = {uri: prediction_path(uri) for uri in uris}
     assert sum("%7E" in path for path in paths.values()) > 500
-    # Nor do URIs that are called as the labels of others are, encoded or decoded.
+    # Also add URIs that equal the prediction paths of other URIs, encoded or decoded.
     uris |= {f"s3://bucket/{path.partition('/')[2]}" for path in paths.values()}
     uris |= {f"/{unquote(path)}" for path in paths.values()}
     uris |= {f"/{path.partition('/')[2].removesuffix('.parquet')}" for path in paths.values()}
@@ -249,7 +249,7 @@ def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fits_yet", "too_long"),
+    ("allowed", "too_long"),
     [
         (f"{'x' * 243}.tar", f"{'x' * 244}.tar"),  # with .parquet, 255 and 256 bytes
         (f"{'日' * 81}.tar", f"{'日' * 82}.tar"),
@@ -257,14 +257,14 @@ def test_no_two_uris_share_a_path_where_names_are_cut() -> None:
         (f"{'dd/' * 260}yyy.tar", f"{'dd/' * 260}yyyy.tar"),  # with s3/b/ and .parquet, 800 and 801
     ],
 )
-def test_what_fits_is_called_as_before_there_was_a_limit(fits_yet: str, too_long: str) -> None:
-    assert prediction_path(f"s3://b/{fits_yet}") == f"s3/b/{fits_yet}.parquet"
-    assert is_allowed_path(f"s3/b/{fits_yet}.parquet")
+def test_path_within_the_limits_is_not_truncated(allowed: str, too_long: str) -> None:
+    assert prediction_path(f"s3://b/{allowed}") == f"s3/b/{allowed}.parquet"
+    assert is_allowed_path(f"s3/b/{allowed}.parquet")
     assert "%7E" in prediction_path(f"s3://b/{too_long}")
     assert not is_allowed_path(f"s3/b/{too_long}.parquet")
 
 
-def test_a_long_name_is_cut_today_as_ever() -> None:
-    """Labels lie under it: another rule would leave them there, and label the shard again."""
+def test_truncated_path_is_stable() -> None:
+    """A different path would orphan the existing prediction file, and relabel the shard."""
     path = prediction_path(f"s3://b/{'x' * 300}.tar")
     assert path == f"s3/b/{'x' * 204}%7E0cb7e3aef221994fc33d29b1444ccad5f1a13089.parquet"
