@@ -1,6 +1,6 @@
-"""Consumer tables: the labels of a partition in few large, sorted files, as Delta Lake.
+"""Consumer tables: the labels of a partition in few large, sorted files, as a Delta Lake table.
 
-Reading what is labeled belongs to `commit`.
+Reading labels from prediction files belongs to `commit`.
 """
 
 from pipeline.publish.publishing import FILE_BYTES, Publication, TableBusyError, publish_labels

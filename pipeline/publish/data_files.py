@@ -1,4 +1,4 @@
-"""Data files of a consumer table: rows of many shards in few large files, sorted."""
+"""Data files of a consumer table: the rows of many shards in few large, sorted files."""
 
 import json
 import tempfile
@@ -13,18 +13,19 @@ import pyarrow.parquet as pq
 from pipeline.predictions import ROW_GROUP_ROWS, prediction_schema
 from pipeline.storage import Storage, StorageError
 
-#: By class, and within it the lowest score first: a filter on label, or on label and score, reads a few row
-#: groups of each file. The rest only makes the order a total one.
-_ORDER = [("label", "ascending"), ("score", "ascending"), ("shard", "ascending"), ("index", "ascending")]
+#: Sort order of a file: by class, then the lowest score first. A filter on label, or on label and score,
+#: reads only a few row groups of each file. Shard and index make the order unique.
+_SORT_KEYS = [("label", "ascending"), ("score", "ascending"), ("shard", "ascending"), ("index", "ascending")]
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file of a table, by its path in the table; it is never changed.
+    """A data file of a table. Data files are never modified.
 
     Attributes:
-        first_shard, last_shard: bounds of the URIs of its shards.
-        statistics: of a new file, as Delta's log has them.
+        path: path relative to the table.
+        first_shard, last_shard: minimum and maximum of the shard URIs in the file.
+        statistics: column statistics in the format of Delta's log; None if the file is not new.
     """
 
     path: str
@@ -34,8 +35,8 @@ class DataFile:
     statistics: str | None = field(default=None, compare=False, repr=False)
 
 
-#: The columns of data files: those of predictions, and `published`. Delta has neither half precision nor
-#: lists of one length, so embeddings are lists of single precision, null where there are none.
+#: The columns of data files: the prediction columns and `published`. Delta supports neither half precision
+#: nor fixed-size lists. Therefore embeddings are lists of float32, and null for samples without one.
 SCHEMA = pa.schema(
     [
         *(pa.field(column.name, column.type) for column in prediction_schema()),
@@ -52,90 +53,97 @@ def read_rows(
     columns: Sequence[str] = SCHEMA.names,
     constants: Mapping[str, int | None] = {},
 ) -> pa.Table:
-    """Reads columns of a data file, or of a prediction file; `constants` have one value in all rows instead.
+    """Reads columns of a data file or of a prediction file; raises `StorageError`.
 
-    Who compacts a table may choose other types, such as views: they are cast. Raises `StorageError`.
+    A tool that compacts a table may write other types, such as string views. They are cast.
+
+    Args:
+        storage: access to the file.
+        uri: URI of the file.
+        version: version of the object; None for the current one.
+        columns: names of the columns to read.
+        constants: values by column. These columns are not read; all rows have the given value.
     """
     try:
         with storage.open(uri, version) as file:
             parquet = pq.ParquetFile(file)
-            given = {**constants}
+            values = {**constants}
             if "embedding" not in parquet.schema_arrow.names:
-                given["embedding"] = None
-            rows = parquet.read(columns=[name for name in columns if name not in given])
+                values["embedding"] = None
+            rows = parquet.read(columns=[name for name in columns if name not in values])
         schema = pa.schema([SCHEMA.field(name) for name in columns])
-        found = (
-            pa.repeat(pa.scalar(given[field.name], field.type), len(rows))
-            if field.name in given
+        arrays = [
+            pa.repeat(pa.scalar(values[field.name], field.type), len(rows))
+            if field.name in values
             else rows[field.name].cast(field.type)
             for field in schema
-        )
-        return pa.table([*found], schema=schema)
+        ]
+        return pa.table(arrays, schema=schema)
     except (pa.ArrowInvalid, KeyError) as error:
-        raise StorageError(uri, f"not a file of predictions: {error}") from None
+        raise StorageError(uri, f"not a file of prediction rows: {error}") from None
 
 
-def packed(units: Iterable[pa.Table], file_bytes: int) -> Iterator[pa.Table]:
-    """Yields the rows of one file after the other: as many units as fit, at least one, sorted."""
-    held, size = list[pa.Table](), 0
-    for unit in units:
-        if held and size + unit.nbytes > file_bytes:
-            yield _sorted(held)
+def pack_rows(tables: Iterable[pa.Table], file_bytes: int) -> Iterator[pa.Table]:
+    """Yields the sorted rows of one file at a time: as many input tables as fit, at least one."""
+    batch, size = list[pa.Table](), 0
+    for table in tables:
+        if batch and size + table.nbytes > file_bytes:
+            yield _concat_sorted(batch)
             size = 0
-        if unit.num_rows:
-            held.append(unit)
-            size += unit.nbytes
-    if held:
-        yield _sorted(held)
+        if table.num_rows:
+            batch.append(table)
+            size += table.nbytes
+    if batch:
+        yield _concat_sorted(batch)
 
 
-def _sorted(units: list[pa.Table]) -> pa.Table:
-    """Rows of units in the order of a file; empties the list, for their memory."""
-    rows = pa.concat_tables(units)
-    units.clear()
-    keys = rows.select([name for name, _ in _ORDER]).combine_chunks()
-    return rows.take(pc.sort_indices(keys, sort_keys=_ORDER))
+def _concat_sorted(tables: list[pa.Table]) -> pa.Table:
+    """Returns the rows of tables in the order of a file. Clears the list to free the memory."""
+    rows = pa.concat_tables(tables)
+    tables.clear()
+    keys = rows.select([name for name, _ in _SORT_KEYS]).combine_chunks()
+    return rows.take(pc.sort_indices(keys, sort_keys=_SORT_KEYS))
 
 
-def encode(rows: pa.Table, file: BinaryIO, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-    """Writes sorted rows as Parquet."""
+def write_parquet(rows: pa.Table, file: BinaryIO, row_group_rows: int = ROW_GROUP_ROWS) -> None:
+    """Writes sorted rows as a Parquet file."""
     with pq.ParquetWriter(
         file,
         rows.schema,
         compression="zstd",
         use_dictionary=["shard", "label", "error"],
         write_page_index=True,
-        # For one image by its key: sorted by class, a row group's range of keys excludes nothing.
+        # For lookups by key. Rows are sorted by class, so the key ranges of row groups exclude nothing.
         bloom_filter_options={"key": {"ndv": max(1, min(rows.num_rows, row_group_rows)), "fpp": 0.01}},
-        sorting_columns=pq.SortingColumn.from_ordering(rows.schema, _ORDER, null_placement="at_end"),
+        sorting_columns=pq.SortingColumn.from_ordering(rows.schema, _SORT_KEYS, null_placement="at_end"),
     ) as writer:
         writer.write_table(rows, row_group_size=row_group_rows)
 
 
-def write_file(storage: Storage, table: str, path: str, rows: pa.Table) -> DataFile:
-    """Writes sorted rows to a path in a table; raises `StorageError`."""
+def write_data_file(storage: Storage, table: str, path: str, rows: pa.Table) -> DataFile:
+    """Writes sorted rows to a path in a table; returns the data file. Raises `StorageError`."""
     with tempfile.TemporaryFile() as file:
-        encode(rows, file)
+        write_parquet(rows, file)
         size = file.tell()
         storage.write(f"{table}/{path}", file)
-    return _described(path, size, rows)
+    return _describe(path, size, rows)
 
 
-def _described(path: str, size: int, rows: pa.Table) -> DataFile:
-    """A new data file, with rows, bounds and nulls as Delta's log has them: by these, readers skip files.
+def _describe(path: str, size: int, rows: pa.Table) -> DataFile:
+    """Returns a new data file with row count, bounds and null counts for Delta's log.
 
-    Every column that is no list has bounds: where the log has bounds of some columns only, deltalake's
-    datasets find no row by the others.
+    Readers skip files by these statistics. Every column that is not a list needs bounds. If the log has
+    bounds for some columns only, deltalake's datasets find no rows by the other columns.
     """
     columns = [column.name for column in rows.schema if not pa.types.is_list(column.type)]
     bounds = {name: pc.min_max(rows[name]).as_py() for name in columns}
-    found = {name: each for name, each in bounds.items() if each["min"] is not None}
+    known_bounds = {name: each for name, each in bounds.items() if each["min"] is not None}
     statistics = {
         "numRecords": rows.num_rows,
-        "minValues": {name: each["min"] for name, each in found.items()},
-        "maxValues": {name: each["max"] for name, each in found.items()},
+        "minValues": {name: each["min"] for name, each in known_bounds.items()},
+        "maxValues": {name: each["max"] for name, each in known_bounds.items()},
         "nullCount": {name: rows[name].null_count for name in columns},
     }
-    # Not in ASCII: deltalake misreads long texts of surrogate pairs, which stand for emoji there.
+    # ASCII output would encode emoji as surrogate pairs, and deltalake misreads long texts of these.
     text = json.dumps(statistics, ensure_ascii=False, allow_nan=False)
     return DataFile(path, size, bounds["shard"]["min"], bounds["shard"]["max"], text)

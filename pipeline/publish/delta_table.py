@@ -1,14 +1,17 @@
-"""One model's rows in a Delta table that is partitioned by model: its files, and the list of their shards.
+"""One model's rows in a Delta table that is partitioned by model: data files, and the list of their shards.
 
-`deltalake` only writes the log: the files that come and the files that go, in one commit. So no condition
-over rows is ever put into words, whatever the keys are. Each commit carries a transaction of an application
-that is the model's: of two publishers at once, deltalake refuses the slower one. By the transaction's number,
-a publisher knows whether its attempt was committed, and finds the list of shards, which was written before:
+`deltalake` only writes the log: one commit adds and removes files. Therefore no row filter with keys from
+data is ever written as SQL.
+
+Each commit contains an application transaction of the model. If two publishers commit at the same time,
+deltalake refuses the slower one. The transaction number tells a publisher whether its attempt was committed,
+and names the list of shards, which was written before the commit:
 
     <table>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
 
-Delta's own VACUUM removes data files that no version needs; nothing here does. Where the files are others
-than were published, and more than OPTIMIZE and VACUUM happened, somebody edited the table: it is refused.
+Delta's own VACUUM removes data files that no version needs. This module removes none. If the table's files
+differ from the published files, and more than maintenance (OPTIMIZE, VACUUM) ran, the table was edited.
+Publishing to an edited table is refused.
 """
 
 import importlib.util
@@ -28,13 +31,13 @@ import pyarrow.parquet as pq
 from pipeline.publish.data_files import SCHEMA, DataFile
 from pipeline.storage import ObjectNotFound, Storage, StorageError
 
-#: What an owner may do with a table between publications: the rows stay the same.
-_UPKEEP = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
+#: Operations that are allowed between publications, because they do not change rows.
+_MAINTENANCE_OPERATIONS = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
 
-#: One row per shard in a table, sorted: the version of its prediction file that was published, its rows, and
-#: the URI of the partition that they are from. A null `output_version` means that somebody edited the table
-#: since: the shard is to be published again.
-SHARDS = pa.schema(
+#: The list of shards: one row per shard in the table, sorted by shard. `output_version` is the published
+#: version of the shard's prediction file, `rows` the number of rows, `source` the URI of the partition. A
+#: null `output_version` means that the table was edited later, and the shard must be published again.
+SHARDS_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("output_version", pa.string()),
@@ -42,17 +45,17 @@ SHARDS = pa.schema(
         ("source", pa.string()),
     ]
 )
-#: Metadata of the list: the paths of all data files, as JSON.
-_NOTES = b"cvt_label.table"
+#: Metadata key of the list of shards. The value is JSON with the paths of all data files.
+_METADATA_KEY = b"cvt_label.table"
 
-_TOKENS = 2**32  # of a version
+_TOKENS_PER_VERSION = 2**32
 
-#: The last of characters: an upper bound where there is none in the log.
-_LAST = "\U0010ffff"
+#: The highest Unicode character, an upper bound if the log has none.
+_MAX_CHARACTER = "\U0010ffff"
 
 
 class TableChangedError(Exception):
-    """Another publisher was faster: the table is no longer the version that was read."""
+    """Another publisher committed first: the table is no longer the version that was read."""
 
 
 @dataclass(frozen=True)
@@ -60,137 +63,151 @@ class Snapshot:
     """One model's rows in one version of a table.
 
     Attributes:
-        transaction: number in the log: 2**32 times the version, and a token, which distinguishes attempts at
-            the same version and is 0 where no publication is in the log.
-        shards: the shards whose rows are in the files, as `SHARDS`.
-        delta_version: the table's own version; None where there is no table.
+        transaction: transaction number in the log: 2**32 times the version, plus a random token. The token
+            distinguishes attempts at the same version. It is 0 if the log has no publication.
+        shards: the shards whose rows are in the files, with the schema `SHARDS_SCHEMA`.
+        delta_version: the version of the Delta table; None if there is no table.
     """
 
     transaction: int = 0
     files: tuple[DataFile, ...] = ()
-    shards: pa.Table = field(default_factory=SHARDS.empty_table)
+    shards: pa.Table = field(default_factory=SHARDS_SCHEMA.empty_table)
     delta_version: int | None = None
 
     @property
     def version(self) -> int:
-        """Counts up from 1; 0 before anything is published."""
-        return self.transaction // _TOKENS
+        """The model's publication number, from 1; 0 before the first publication."""
+        return self.transaction // _TOKENS_PER_VERSION
 
     @property
     def name(self) -> str:
-        """Version and token, for the names of files."""
-        return f"{self.version:08d}-{self.transaction % _TOKENS:08x}"
+        """Version and token, for file names."""
+        return f"{self.version:08d}-{self.transaction % _TOKENS_PER_VERSION:08x}"
 
-    def successor(self) -> Self:
-        """The next version, still without files, with a token of its own."""
-        return type(self)(_TOKENS * (self.version + 1) + secrets.randbelow(_TOKENS - 1) + 1)
+    def next_version(self) -> Self:
+        """Returns the next version without files, with a new token."""
+        return type(self)(
+            _TOKENS_PER_VERSION * (self.version + 1) + secrets.randbelow(_TOKENS_PER_VERSION - 1) + 1
+        )
 
     @property
     def rows(self) -> int:
-        """Rows of all shards."""
+        """Number of rows of all shards."""
         total: int = pc.sum(self.shards["rows"]).as_py() or 0
         return total
 
 
 @dataclass(frozen=True)
 class DeltaTable:
-    """The rows of one model, named `<name>-<fingerprint8>`, in a Delta table."""
+    """The rows of one model, `<name>-<fingerprint8>`, in a Delta table."""
 
     storage: Storage
     uri: str
     model: str
 
     def read(self, rebuild: bool = False) -> Snapshot:
-        """Reads the current version; one without files before anything is published.
+        """Reads the current version; returns a version without files before the first publication.
 
-        With `rebuild`, it may be edited. Then every shard in it is to be published again, and its files may
-        have rows that no shard in the list has.
+        With `rebuild`, the table may be edited. Then every shard must be published again, and the files may
+        contain rows of shards that are not in the list.
 
         Raises:
-            StorageError: the table can't be read, publishing could harm it, `deltalake` isn't installed, or
-                somebody edited the table.
-            TableChangedError: another publisher was faster.
+            StorageError: the table cannot be read, publishing could damage the table, `deltalake` is not
+                installed, or the table was edited.
+            TableChangedError: another publisher committed first.
         """
-        logged = self._logged()
-        found, edit = self._published(logged)
+        logged = self._read_log()
+        snapshot, edit = self._read_published(logged)
         if edit is None:
-            return found
-        if self._logged().transaction != logged.transaction:  # who has removed the list of shards
-            raise TableChangedError(f"{self.uri}: another publisher was faster")
+            return snapshot
+        if (
+            self._read_log().transaction != logged.transaction
+        ):  # the other publisher removed the list of shards
+            raise TableChangedError(f"{self.uri}: another publisher committed first")
         if not rebuild:
-            cause = f"rows of model={self.model} are not as they were published: {edit}"
+            cause = f"the rows of model={self.model} differ from the published rows: {edit}"
             raise StorageError(self.uri, f"{cause}; publish every dataset of the model again, with --rebuild")
-        unknown = pa.nulls(len(found.shards), pa.string())
-        return replace(found, shards=found.shards.set_column(1, SHARDS.field(1), unknown))
+        unknown = pa.nulls(len(snapshot.shards), pa.string())
+        shards = snapshot.shards.set_column(1, SHARDS_SCHEMA.field(1), unknown)
+        return replace(snapshot, shards=shards)
 
-    def _logged(self) -> Snapshot:
-        """The current version as the log has it, without its shards."""
+    def _read_log(self) -> Snapshot:
+        """Reads the current version from Delta's log, without the list of shards."""
         if importlib.util.find_spec("deltalake") is None:
-            cause = "Delta tables need the package deltalake: pip install 'cvt-label[delta]'"
+            cause = "Delta tables require the package deltalake: pip install 'cvt-label[delta]'"
             raise StorageError(self.uri, cause)
-        # Listed first, so that access failures are reported like everywhere.
-        listed = self.storage.list(f"{self.uri}/_delta_log")
-        table = self._open() if next(listed, None) is not None else None
+        # Listing first reports access failures with the messages of `storage`.
+        log_files = self.storage.list(f"{self.uri}/_delta_log")
+        table = self._open() if next(log_files, None) is not None else None
         if table is None:
             return Snapshot()
         if table.metadata().partition_columns != ["model"]:
-            raise StorageError(self.uri, "is a Delta table that is not partitioned by model alone")
+            raise StorageError(
+                self.uri, "the Delta table is not partitioned by exactly the column model; use another table"
+            )
         if "deletionVectors" in (table.protocol().writer_features or ()):
-            raise StorageError(self.uri, "uses Delta's deletion vectors, which publishing doesn't support")
-        logged = pa.table(table.get_add_actions(flatten=True))
-        rows = logged.filter(pc.equal(logged["partition.model"], self.model)).to_pylist()
+            raise StorageError(self.uri, "the table uses deletion vectors, which publishing does not support")
+        added = pa.table(table.get_add_actions(flatten=True))
+        rows = added.filter(pc.equal(added["partition.model"], self.model)).to_pylist()
         files = []
         for row in rows:
-            bounds = row.get("min.shard") or "", row.get("max.shard") or _LAST
+            bounds = row.get("min.shard") or "", row.get("max.shard") or _MAX_CHARACTER
             files.append(DataFile(unquote(row["path"]), row["size_bytes"], *bounds))
-        transaction = table.transaction_version(self._app)
+        transaction = table.transaction_version(self._app_id)
         if transaction is None:
-            transaction = _TOKENS * max((row.get("max.published") or 0 for row in rows), default=0)
+            transaction = _TOKENS_PER_VERSION * max(
+                (row.get("max.published") or 0 for row in rows), default=0
+            )
         return Snapshot(transaction, (*files,), delta_version=table.version())
 
-    def _published(self, logged: Snapshot) -> tuple[Snapshot, str | None]:
-        """What is known of a version, and how somebody edited it; None where it is as it was published."""
-        if not logged.transaction % _TOKENS:
-            return logged, "no publication of them is in its log" if logged.files else None
-        uri = self._list(logged)
+    def _read_published(self, logged: Snapshot) -> tuple[Snapshot, str | None]:
+        """Adds the list of shards to a version; returns also how the table was edited, or None."""
+        if not logged.transaction % _TOKENS_PER_VERSION:
+            return logged, "the table's log contains no publication of this model" if logged.files else None
+        uri = self._shards_uri(logged)
         try:
             table = pq.read_table(io.BytesIO(self.storage.read(uri)))
         except ObjectNotFound:
-            return logged, f"the list of their shards is missing, {uri}"
-        published = json.loads(table.schema.metadata[_NOTES])["files"]
-        is_same = {file.path for file in logged.files} == {*published}
-        found = replace(logged, shards=table.select(SHARDS.names).cast(SHARDS))
-        return found, None if is_same else self._edit_since(found.transaction)
+            return logged, f"the list of shards is missing: {uri}"
+        published_files = json.loads(table.schema.metadata[_METADATA_KEY])["files"]
+        is_unchanged = {file.path for file in logged.files} == {*published_files}
+        snapshot = replace(logged, shards=table.select(SHARDS_SCHEMA.names).cast(SHARDS_SCHEMA))
+        return snapshot, None if is_unchanged else self._find_edit(snapshot.transaction)
 
-    def _edit_since(self, transaction: int) -> str | None:
-        """Describes what changed files since a publication; None if nothing but upkeep did."""
-        since: int | None = None
+    def _find_edit(self, transaction: int) -> str | None:
+        """Describes the edit after a publication; returns None if only maintenance operations ran."""
+        base_version: int | None = None
         for entry in self._open().history():
-            mark = entry.get("cvt_label")
-            if since is not None and entry["version"] <= since:
+            publication = entry.get("cvt_label")
+            if base_version is not None and entry["version"] <= base_version:
                 return None
-            if mark is None and entry.get("operation") not in _UPKEEP:
+            if publication is None and entry.get("operation") not in _MAINTENANCE_OPERATIONS:
                 return f"{entry.get('operation')} in version {entry['version']} of the table"
-            if mark is not None and mark["transaction"] == transaction:
-                since = mark["read"]
-        return None if since is not None else "and the log no longer has what happened since"
+            if publication is not None and publication["transaction"] == transaction:
+                base_version = publication["read"]
+        return None if base_version is not None else "the log no longer reaches back to the publication"
 
     def commit(self, base: Snapshot, snapshot: Snapshot, attempts: int = 20) -> None:
-        """Makes `snapshot` the current version in place of `base`, in one transaction; raises as `read`."""
+        """Replaces the current version `base` by `snapshot` in one transaction.
+
+        Raises:
+            StorageError: the transaction failed.
+            TableChangedError: another publisher committed first, or the attempts are used up.
+        """
         from deltalake import CommitProperties, Schema, Transaction
         from deltalake import DeltaTable as Table
         from deltalake.exceptions import DeltaError
 
-        notes = json.dumps({"files": [file.path for file in snapshot.files]})
-        shards = snapshot.shards.replace_schema_metadata({_NOTES: notes})
+        metadata = json.dumps({"files": [file.path for file in snapshot.files]})
+        shards = snapshot.shards.replace_schema_metadata({_METADATA_KEY: metadata})
         out = io.BytesIO()
         pq.write_table(shards, out, compression="zstd")
-        self.storage.write(self._list(snapshot), out.getvalue())
+        self.storage.write(self._shards_uri(snapshot), out.getvalue())
 
         transaction, version = snapshot.transaction, base.delta_version
         options = self.storage.object_store_options(self.uri)
         properties = CommitProperties(
-            app_transactions=[Transaction(self._app, transaction)],
+            app_transactions=[Transaction(self._app_id, transaction)],
             custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
         )
         schema = Schema.from_arrow(SCHEMA.append(pa.field("model", pa.string())))
@@ -201,54 +218,57 @@ class DeltaTable:
                 self._actions(base, snapshot), "append", schema, ["model"], commit_properties=properties
             )
         except (DeltaError, OSError) as error:
-            found = self._logged()
-            if found.transaction == transaction:
-                return  # it was committed, and only its answer was lost
-            if found.delta_version == version:
-                cause = f"the transaction was not committed: {_said(error)}"
+            current = self._read_log()
+            if current.transaction == transaction:
+                return  # the commit succeeded, and only the response was lost
+            if current.delta_version == version:
+                cause = f"the transaction was not committed: {_format_error(error)}"
                 raise StorageError(self.uri, cause) from error
-            if (found.transaction, {*found.files}) != (base.transaction, {*base.files}):
-                raise TableChangedError(f"{self.uri}: another publisher was faster") from error
+            if (current.transaction, {*current.files}) != (base.transaction, {*base.files}):
+                raise TableChangedError(f"{self.uri}: another publisher committed first") from error
             if attempts <= 1:
-                raise TableChangedError(f"{self.uri}: others commit to it all the time") from error
-            # Others have committed, but nothing of this model.
-            self.commit(replace(base, delta_version=found.delta_version), snapshot, attempts - 1)
+                raise TableChangedError(f"{self.uri}: concurrent commits of other models") from error
+            # Another writer committed, but changed nothing of this model.
+            self.commit(replace(base, delta_version=current.delta_version), snapshot, attempts - 1)
 
     def clean_up(self, snapshot: Snapshot) -> None:
-        """Removes the lists of shards of earlier versions, and of attempts at this one that have lost."""
+        """Removes lists of shards of earlier versions, and of failed attempts at this version."""
         self.storage.remove_unfinished_writes(self.uri)
-        current = self._list(snapshot)
-        last = current.removesuffix(".parquet").rpartition("-")[0]
+        current = self._shards_uri(snapshot)
+        version_prefix = current.removesuffix(".parquet").rpartition("-")[0]
         for uri in [info.uri for info in self.storage.list(current.rpartition("/")[0])]:
-            if uri[: len(last)] <= last and uri != current:
+            if uri[: len(version_prefix)] <= version_prefix and uri != current:
                 self.storage.delete(uri)
 
     @property
-    def _app(self) -> str:
+    def _app_id(self) -> str:
         return f"cvt-label/model={self.model}"
 
-    def _list(self, snapshot: Snapshot) -> str:
+    def _shards_uri(self, snapshot: Snapshot) -> str:
         return f"{self.uri}/_cvt_label/model={self.model}/{snapshot.name}.parquet"
 
     def _actions(self, before: Snapshot, after: Snapshot) -> list[Any]:
         from deltalake.transaction import AddAction, RemoveAction
 
         now, partition = time.time_ns() // 10**6, {"model": self.model}
-        was, stays = {*before.files}, {*after.files}
+        files_before, files_after = {*before.files}, {*after.files}
         added = [
             AddAction(file.path, file.bytes, partition, now, True, file.statistics)
             for file in after.files
-            if file not in was
+            if file not in files_before
         ]
         removed = [
             RemoveAction(file.path, True, deletion_timestamp=now, size=file.bytes, partition_values=partition)
             for file in before.files
-            if file not in stays
+            if file not in files_after
         ]
         return [*added, *removed]
 
     def _open(self, version: int | None = None) -> Any:
-        """The table, in one version or as it is now, with the credentials of now; None where it is none."""
+        """Opens a version of the table, by default the current one; None if there is no table.
+
+        Each call uses the current credentials.
+        """
         import deltalake
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
@@ -259,11 +279,11 @@ class DeltaTable:
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
-            raise StorageError(self.uri, f"can't be read as a Delta table: {_said(error)}") from None
+            raise StorageError(self.uri, f"cannot be read as a Delta table: {_format_error(error)}") from None
 
 
-def _said(error: Exception) -> str:
-    """What deltalake says, in one line: without colors, stacks, and the tags of what services answer."""
+def _format_error(error: Exception) -> str:
+    """Returns deltalake's message in one line, without colors, stack traces and XML tags."""
     text = re.split(r"\n\s*0: ", str(error))[0]
     text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)
     return " ".join(text.split())[:300]

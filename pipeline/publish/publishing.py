@@ -1,13 +1,13 @@
-"""Brings a consumer table in line with the manifest of a partition: what is new, has changed or was removed.
+"""Updates a consumer table to the manifest of a partition: adds, replaces and removes shards.
 
-A prediction file is the unit of commit, so there are as many as shards; who queries all of them is better
-served by few large ones. The order of a publication:
+A prediction file is the unit of commit, so a partition has one file per shard. Queries over all labels are
+faster on few large files. A publication has these steps:
 
 1. Read the current version of the table, and compare it with the manifest.
-2. Write data files under names that no other attempt has: readers don't know of them.
-3. Make the next version the current one in one transaction. If another publisher was faster, start again
-   from what that one has published.
-4. Remove lists of shards that earlier attempts and versions left behind.
+2. Write data files under unique names. Readers do not see them yet.
+3. Commit the next version in one transaction. If another publisher committed first, restart from the
+   version of that publisher.
+4. Remove lists of shards of earlier versions and of failed attempts.
 """
 
 import re
@@ -21,20 +21,21 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
-from pipeline.publish.data_files import SCHEMA, DataFile, packed, read_rows, write_file
-from pipeline.publish.delta_table import SHARDS, DeltaTable, Snapshot, TableChangedError
+from pipeline.publish.data_files import SCHEMA, DataFile, pack_rows, read_rows, write_data_file
+from pipeline.publish.delta_table import SHARDS_SCHEMA, DeltaTable, Snapshot, TableChangedError
 from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, is_under, normalize_uri
 
-#: Bytes of rows in memory that make one file. As Parquet that is a third of it; with embeddings, most of it.
+#: Size of the rows of one file in memory, in bytes. The Parquet file has about a third of this size. With
+#: embeddings, its size is nearly the same.
 FILE_BYTES = 512 * 1024**2
-#: Files with less than this share of `file_bytes` are written again, together with what is added.
-_SMALL = 1 / 12
-_ATTEMPTS = 5
-_READERS = 16
+#: Files smaller than this fraction of `file_bytes` are merged with added rows.
+_SMALL_FILE_FRACTION = 1 / 12
+_MAX_ATTEMPTS = 5
+_READER_THREADS = 16
 
 
 class TableBusyError(RuntimeError):
-    """Table or labels changed again and again while they were read; the message says which."""
+    """The table or the labels changed during every attempt. The message names the changed object."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class Publication:
     """The result of publishing.
 
     Attributes:
-        snapshot: the version of the table that is current now.
-        added: shards that the table lacked, sorted: `uri`, `rows`, and their prediction files, `output`
-            (relative to the partition) and `output_version`.
-        replaced: those of them that the table had from this partition already.
-        removed: shards that the table had from this partition, and that are no longer labeled.
-        pending: shards whose file has changed since the manifest was written: they wait.
-        is_new: whether this publication made the version; else there was nothing to do.
+        table: URI of the table.
+        snapshot: the current version of the table.
+        added: the new and changed shards, sorted: `uri`, `rows`, `output` (prediction file, relative to the
+            partition) and `output_version`.
+        replaced: URIs of added shards that the table already had from this partition.
+        removed: URIs of shards that the table had from this partition and that are no longer labeled.
+        pending: URIs of shards whose prediction file has changed since the manifest was written. They are not
+            published yet.
+        is_new: whether this publication committed the version. False if the table was up to date.
     """
 
     table: str
@@ -68,30 +71,30 @@ def publish_labels(
     embedding: bool = True,
     file_bytes: int = FILE_BYTES,
 ) -> Publication:
-    """Brings a Delta table in line with the manifest of a partition.
+    """Updates a Delta table to the manifest of a partition.
 
-    The table may also hold rows of other models, and of other partitions (datasets) of this model.
+    The table may also contain rows of other models, and of other partitions (datasets) of this model.
 
     Args:
-        partition: whose predictions are published.
-        uri: the table's.
-        rebuild: publish all shards again, also where somebody edited the table: that is refused otherwise.
-        embedding: whether embeddings of these shards are published too, where there are any.
-        file_bytes: bytes of rows in memory that make one file; memory is about three times that.
+        partition: the partition to publish.
+        uri: URI of the table.
+        rebuild: publish all shards again, also of an edited table. By default, an edited table is refused.
+        embedding: whether to publish embeddings, if the predictions have any.
+        file_bytes: size of the rows of one file in memory, in bytes. Peak memory is about three times this.
 
     Raises:
-        ConfigError: the table would be in the output or the input, or contain it.
-        TableBusyError: other publishers, or a run, were faster each time.
-        StorageError: nothing is labeled yet; something can't be read or written; somebody edited the table;
-            or it has a shard from another partition.
+        ConfigError: the table is in the output or in the input, or contains one of them.
+        TableBusyError: other publishers or a run changed the table or the labels during every attempt.
+        StorageError: the partition has no labels; an object cannot be read or written; the table was edited,
+            or contains a shard from another partition.
     """
     table = DeltaTable(partition.storage, normalize_uri(uri), partition.model)
-    _check_place(table.uri, partition)
+    _check_location(table.uri, partition)
     if not partition.manifest.exists():
-        raise StorageError(partition.uri, "nothing is labeled yet")
+        raise StorageError(partition.uri, "nothing is labeled yet; run cvt-label label first")
     publisher = _Publisher(partition, table, rebuild, embedding, file_bytes)
     cause: Exception | None = None
-    for _ in range(_ATTEMPTS):
+    for _ in range(_MAX_ATTEMPTS):
         try:
             return publisher.publish()
         except TableChangedError as error:
@@ -99,21 +102,22 @@ def publish_labels(
         except (ObjectChanged, ObjectNotFound) as error:
             if not is_under(error.uri, partition.uri):
                 raise
-            cause = error  # a run has replaced labels
-    raise TableBusyError(f"{table.uri}: not published, since others were faster {_ATTEMPTS} times: {cause}")
+            cause = error  # a run replaced labels
+    message = f"not published: {_MAX_ATTEMPTS} attempts met concurrent changes; the last: {cause}"
+    raise TableBusyError(f"{table.uri}: {message}")
 
 
-def _check_place(table: str, partition: Partition) -> None:
-    """Refuses places where readers, or Delta's VACUUM, would mix the table up with other things."""
+def _check_location(table: str, partition: Partition) -> None:
+    """Refuses locations where readers or Delta's VACUUM would confuse the table with other files."""
     source = partition.config().get("input", {}).get("uri")
-    for name, place in {"output": partition.uri.rpartition("/")[0], "input": source}.items():
-        if place and (is_under(table, place) or is_under(place, table)):
-            raise ConfigError(f"{table}: a table needs a place of its own, and the {name} is {place}")
+    for name, location in {"output": partition.uri.rpartition("/")[0], "input": source}.items():
+        if location and (is_under(table, location) or is_under(location, table)):
+            raise ConfigError(f"{table}: the table must be outside the {name} {location}, and not contain it")
 
 
 @dataclass(frozen=True)
 class _Publisher:
-    """Publishes to the table what it lacks of the partition's labels."""
+    """Publishes new and changed labels of the partition to the table."""
 
     partition: Partition
     table: DeltaTable
@@ -122,34 +126,36 @@ class _Publisher:
     file_bytes: int
 
     def publish(self) -> Publication:
-        """Publishes to the current version of the table; raises `TableChangedError` if others are faster."""
+        """Makes one attempt; raises `TableChangedError` if another publisher commits first."""
         base, source = self.table.read(self.rebuild), self.partition.uri
-        # After it: what others have published meanwhile is labeled, too.
+        # The manifest is read after the table: all shards that others have published are labeled in it.
         labeled = self.partition.manifest.labeled(("uri", "rows", "output", "output_version"))
         shards, sources = base.shards, base.shards["source"]
-        twice = _those(shards.filter(pc.not_equal(sources, source))["shard"], labeled["uri"])
-        if len(twice):
-            other = sources.filter(pc.equal(shards["shard"], twice[0]))[0]
-            cause = f"has the shard {twice[0]} from {other} already: {source} needs a table of its own"
+        duplicates = _in(shards.filter(pc.not_equal(sources, source))["shard"], labeled["uri"])
+        if len(duplicates):
+            other = sources.filter(pc.equal(shards["shard"], duplicates[0]))[0]
+            cause = (
+                f"the table already has shard {duplicates[0]} from {other}; publish {source} to another table"
+            )
             raise StorageError(self.table.uri, cause)
         published = shards["output_version"].take(pc.index_in(labeled["uri"], value_set=shards["shard"]))
-        is_same = pc.fill_null(pc.equal(labeled["output_version"], published), False)
-        due = labeled if self.rebuild else labeled.filter(pc.invert(is_same))
-        added, pending = self._by_presence(due)
+        is_current = pc.fill_null(pc.equal(labeled["output_version"], published), False)
+        outdated = labeled if self.rebuild else labeled.filter(pc.invert(is_current))
+        added, pending = self._split_by_presence(outdated)
         own = shards.filter(pc.equal(sources, source))["shard"]
-        replaced = _those(added["uri"], own)
-        removed = _those(own, (added if self.rebuild else labeled)["uri"], False)
+        replaced = _in(added["uri"], own)
+        removed = _not_in(own, (added if self.rebuild else labeled)["uri"])
         is_new = bool(len(added) or len(removed) or (self.rebuild and base.files))
         snapshot = base
         if is_new:
-            gone = pa.chunked_array([*replaced.chunks, *removed.chunks], pa.string())
-            snapshot = self._write(base, added, gone)
+            dropped = pa.chunked_array([*replaced.chunks, *removed.chunks], pa.string())
+            snapshot = self._write(base, added, dropped)
             self.table.commit(base, snapshot)
         self.table.clean_up(snapshot)
         return Publication(self.table.uri, snapshot, added, replaced, removed, pending, is_new)
 
-    def _by_presence(self, shards: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
-        """Shards whose prediction file is there in the manifest's version, and the URIs of all others."""
+    def _split_by_presence(self, shards: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
+        """Returns the shards whose prediction file has the manifest's version, and the URIs of the others."""
         missing = set(zip(shards["output"].to_pylist(), shards["output_version"].to_pylist(), strict=True))
         if missing:
             start = len(self.partition.uri) + 1
@@ -159,51 +165,54 @@ class _Publisher:
         is_absent = pc.is_in(shards["output"], value_set=absent)
         return shards.filter(pc.invert(is_absent)), shards["uri"].filter(is_absent)
 
-    def _write(self, base: Snapshot, added: pa.Table, gone: pa.ChunkedArray) -> Snapshot:
-        """Writes the files of the next version: without rows of `gone` shards, with those of `added` ones.
+    def _write(self, base: Snapshot, added: pa.Table, dropped: pa.ChunkedArray) -> Snapshot:
+        """Writes the files of the next version: removes `dropped` shards, adds `added` shards.
 
-        To rebuild, it writes all files again: any of them may have rows that are not listed.
+        A rebuild rewrites all files, because each may contain rows of shards that are not in the list.
         """
-        snapshot, storage = base.successor(), self.partition.storage
-        kept = base.shards.filter(pc.invert(pc.is_in(base.shards["shard"], value_set=gone)))
-        candidates = base.files if len(kept) else ()  # without shards that are kept, no file is even read
-        files = [file for file in candidates if not self.rebuild and self._stays(file, gone)]
+        snapshot, storage = base.next_version(), self.partition.storage
+        kept = base.shards.filter(pc.invert(pc.is_in(base.shards["shard"], value_set=dropped)))
+        candidates = base.files if len(kept) else ()  # if no shard is kept, no file is read
+        files = [file for file in candidates if not self.rebuild and self._can_keep(file, dropped)]
         merged = [file for file in candidates if file not in files]
         written: list[DataFile] = []
-        # The log has paths percent-encoded, and not every reader decodes them: so nothing is there to encode.
+        # Delta's log contains percent-encoded paths, and some readers do not decode them. These names need no
+        # encoding.
         folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", self.partition.model)
         try:
-            units = self._units(merged, kept["shard"], added, snapshot.version)
-            for number, rows in enumerate(packed(units, self.file_bytes)):
+            tables = self._rows(merged, kept["shard"], added, snapshot.version)
+            for number, rows in enumerate(pack_rows(tables, self.file_bytes)):
                 path = f"{folder}/{snapshot.name}-{number:04d}.parquet"
-                written.append(write_file(storage, self.table.uri, path, rows))
+                written.append(write_data_file(storage, self.table.uri, path, rows))
         except BaseException:
             for file in written:
-                with suppress(StorageError):  # it would hide what went wrong
+                with suppress(StorageError):  # would hide the first error
                     storage.delete(f"{self.table.uri}/{file.path}")
             raise
         columns = [added[name] for name in ("uri", "output_version", "rows")]
         columns.append(pa.repeat(self.partition.uri, len(added)))
-        shards = pa.concat_tables([kept, pa.table(columns, schema=SHARDS)]).sort_by("shard")
+        shards = pa.concat_tables([kept, pa.table(columns, schema=SHARDS_SCHEMA)]).sort_by("shard")
         return replace(snapshot, files=(*files, *written), shards=shards)
 
-    def _stays(self, file: DataFile, gone: pa.ChunkedArray) -> bool:
-        """Whether a file is large and has no rows of these shards; mostly, its range of shards tells."""
-        if file.bytes < self.file_bytes * _SMALL:
+    def _can_keep(self, file: DataFile, dropped: pa.ChunkedArray) -> bool:
+        """Whether a file is large and has no rows of dropped shards. Reads the file if ranges overlap."""
+        if file.bytes < self.file_bytes * _SMALL_FILE_FRACTION:
             return False
-        is_within = pc.and_(pc.greater_equal(gone, file.first_shard), pc.less_equal(gone, file.last_shard))
+        is_within = pc.and_(
+            pc.greater_equal(dropped, file.first_shard), pc.less_equal(dropped, file.last_shard)
+        )
         if not pc.any(is_within).as_py():
             return True
         shards = self._read(file, ["shard"])["shard"]
-        return not pc.any(pc.is_in(shards, value_set=gone)).as_py()
+        return not pc.any(pc.is_in(shards, value_set=dropped)).as_py()
 
     def _read(self, file: DataFile, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         return read_rows(self.partition.storage, f"{self.table.uri}/{file.path}", columns=columns)
 
-    def _units(
+    def _rows(
         self, merged: Iterable[DataFile], kept: pa.ChunkedArray, added: pa.Table, version: int
     ) -> Iterator[pa.Table]:
-        """Yields the rows to write: of kept shards file by file, then each added shard's, in order."""
+        """Yields the rows to write: the kept rows of each merged file, then the rows of each added shard."""
         for file in merged:
             rows = self._read(file)
             yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
@@ -213,12 +222,14 @@ class _Publisher:
             uri = f"{self.partition.uri}/{output}"
             return read_rows(self.partition.storage, uri, output_version, constants=constants)
 
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="publish") as pool:
-            for batch in added.to_batches(max_chunksize=_READERS):
+        with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="publish") as pool:
+            for batch in added.to_batches(max_chunksize=_READER_THREADS):
                 yield from pool.map(read, batch["output"].to_pylist(), batch["output_version"].to_pylist())
 
 
-def _those(values: pa.ChunkedArray, among: pa.ChunkedArray, are_in: bool = True) -> pa.ChunkedArray:
-    """The values that are, or are not, among others."""
-    is_in = pc.is_in(values, value_set=among)
-    return values.filter(is_in if are_in else pc.invert(is_in))
+def _in(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
+    return values.filter(pc.is_in(values, value_set=value_set))
+
+
+def _not_in(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
+    return values.filter(pc.invert(pc.is_in(values, value_set=value_set)))

@@ -100,7 +100,7 @@ def test_missing_partition_ends_with_4(dataset: Dataset) -> None:
 def test_table_in_the_output_ends_with_2(dataset: Dataset) -> None:
     done = command(dataset.uri, "--to", f"{dataset.root}/out/table")
     assert done.status == 2
-    assert f"a table needs a place of its own, and the output is {dataset.root}/out" in done.output
+    assert f"the table must be outside the output {dataset.root}/out" in done.output
 
 
 def test_labels_newer_than_the_manifest_end_with_3(dataset: Dataset) -> None:
@@ -115,9 +115,8 @@ def test_edited_table_ends_with_4_until_rebuild(dataset: Dataset) -> None:
     dataset.delta().delete("index = 3")
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert (
-        f"{dataset.table}: rows of model=cvt-00000001 are not as they were published: DELETE" in done.output
-    )
+    cause = "the rows of model=cvt-00000001 differ from the published rows: DELETE"
+    assert f"{dataset.table}: {cause}" in done.output
     assert "--rebuild" in done.output
     assert command(dataset.uri, "--to", dataset.table, "--rebuild").status == 0
     assert dataset.published() == dataset.labels()
@@ -199,7 +198,7 @@ def test_unreadable_delta_log_is_reported_in_one_line(dataset: Dataset) -> None:
     dataset.storage.write(f"{dataset.table}/_delta_log/{0:020d}.json", b"no\nlog")
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert "table: can't be read as a Delta table: " in done.output
+    assert "table: cannot be read as a Delta table: " in done.output
     assert done.output.count("\n") == 1
     assert "\x1b" not in done.output
     assert " 0: " not in done.output  # the first line of a stack trace

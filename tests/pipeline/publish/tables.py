@@ -1,4 +1,4 @@
-"""Partitions made from predictions, their Delta table, and publishers that are watched."""
+"""Helpers of the publishing tests: partitions, their Delta tables, and storage that reports writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows = list[dict[str, Any]]
 
 
 def predictions(shard: str, count: int, seed: int = 0, embedding: str | None = None) -> pa.Table:
-    """The rows of a shard with random labels and scores; of several, the last one is an error."""
+    """Makes a shard's rows with random labels and scores. The last of several rows has an error."""
     random = np.random.default_rng(seed)
     given: list[int | None] = random.integers(0, len(LABELS), count).tolist()
     if count > 1:
@@ -31,19 +31,19 @@ def predictions(shard: str, count: int, seed: int = 0, embedding: str | None = N
     if embedding is None:
         return rows
     values = random.uniform(-1, 1, (count, 4)).astype(embedding).tolist()
-    kind = pa.list_(pa.type_for_alias(embedding), 4)
+    vector_type = pa.list_(pa.type_for_alias(embedding), 4)
     vectors = [None if label is None else value for label, value in zip(given, values, strict=True)]
-    return rows.append_column("embedding", pa.array(vectors, kind))
+    return rows.append_column("embedding", pa.array(vectors, vector_type))
 
 
 class Dataset:
-    """A partition, and the table that it is published to.
+    """A partition and the table for its labels.
 
     Attributes:
-        root: folder or bucket of input, output and table.
-        uri: the partition's.
-        table: the table's URI.
-        config: of the job, as its record has it.
+        root: folder or bucket with input, output and table.
+        uri: URI of the partition.
+        table: URI of the table.
+        config: the job's configuration in the record of a run.
     """
 
     def __init__(
@@ -59,24 +59,24 @@ class Dataset:
 
     @property
     def partition(self) -> Partition:
-        """The labels, as they are now."""
+        """The partition in its current state."""
         return Partition.open(self.storage, self.uri)
 
     def shard(self, name: str) -> str:
-        """A shard's URI."""
+        """Returns a shard's URI."""
         return f"{self.root}/in/{name}"
 
     def prediction_uri(self, name: str) -> str:
-        """A shard's prediction file."""
+        """Returns the URI of a shard's prediction file."""
         return f"{self.uri}/predictions/{prediction_path(self.shard(name))}"
 
     def label(self, *tables: pa.Table, remove: Iterable[str] = (), **counts: int) -> None:
-        """Labels shards, again where they are labeled, and removes the labels of others.
+        """Labels or relabels shards, and removes the labels of other shards.
 
         Args:
-            tables: predictions of a shard each.
-            remove: names of shards that are to go.
-            counts: of shards by name, as many rows with labels as nobody has seen.
+            tables: predictions, one table per shard.
+            remove: names of shards whose labels are removed.
+            counts: number of rows by shard name; these rows get new random labels.
         """
         self._labelings += 1
         run = {table["shard"][0].as_py(): table for table in tables}
@@ -89,24 +89,24 @@ class Dataset:
         self.partition.manifest.update({}, removed=[self.shard(name) for name in remove])
 
     def publish(self, storage: Storage | None = None, **options: Any) -> Publication:
-        """Publishes in this process, through this storage."""
+        """Publishes the partition, with this storage."""
         partition = Partition.open(storage or self.storage, self.uri)
         return publish_labels(partition, self.table, **options)
 
     def objects(self, uri: str) -> dict[str, str]:
-        """Versions of all objects in a folder."""
+        """Returns the versions of all objects in a folder by URI."""
         try:
             return {info.uri: info.version for info in self.storage.list(uri)}
         except ObjectNotFound:
             return {}
 
     def labels(self) -> Rows:
-        """The rows of all prediction files, sorted."""
+        """Returns the rows of all prediction files, sorted."""
         uris = [uri for uri in self.objects(self.uri) if "/predictions/" in uri]
         return rows_of(pq.read_table(pa.BufferReader(self.storage.read(uri))) for uri in uris)
 
     def published(self, version: int | None = None) -> Rows:
-        """The rows that a reader of the table sees, sorted, without `published` and `model`."""
+        """Returns the rows that a reader of the table sees, sorted, without `published` and `model`."""
         from deltalake.exceptions import TableNotFoundError
 
         try:
@@ -116,19 +116,19 @@ class Dataset:
         return rows_of([rows.drop_columns(["published", "model"])])
 
     def delta(self, version: int | None = None) -> Any:
-        """The Delta table, as any reader opens it."""
+        """Opens the Delta table as a reader."""
         import deltalake
 
         options = self.storage.object_store_options(self.table)
         return deltalake.DeltaTable(self.table, version=version, storage_options=options)
 
     def lists(self) -> list[str]:
-        """The lists of shards of all versions."""
+        """Returns the URIs of the lists of shards of all versions."""
         return list(self.objects(f"{self.table}/_cvt_label"))
 
 
 def rows_of(tables: Iterable[pa.Table]) -> Rows:
-    """Rows, sorted; those without an embedding as if there were no such column."""
+    """Returns sorted rows. A null embedding is left out."""
     rows = [row for table in tables for row in table.to_pylist()]
     for row in rows:
         if row.get("embedding", 0) is None:
@@ -137,22 +137,22 @@ def rows_of(tables: Iterable[pa.Table]) -> Rows:
 
 
 def changes(done: Publication, root: str) -> Mapping[str, list[str]]:
-    """The names of the shards that a publication added, replaced and so on, where there are any."""
+    """Returns the names of added, replaced, removed and pending shards, without empty lists."""
     columns = {
         "added": done.added["uri"],
         "replaced": done.replaced,
         "removed": done.removed,
         "pending": done.pending,
     }
-    found = {
+    names_by_kind = {
         kind: [uri.removeprefix(f"{root}/in/") for uri in each.to_pylist()] for kind, each in columns.items()
     }
-    return {kind: names for kind, names in found.items() if names}
+    return {kind: names for kind, names in names_by_kind.items() if names}
 
 
 @dataclass(frozen=True)
 class WatchedStorage(Storage):
-    """Storage that calls a function with the URI before each change."""
+    """Storage that calls a function with the URI before each write."""
 
     before: Callable[[str], None] = print
 
@@ -170,12 +170,12 @@ class WatchedStorage(Storage):
 
 
 def needs_delta() -> None:
-    """Skips the module where deltalake is not installed."""
+    """Skips the module if deltalake is not installed."""
     pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
 
 
 class Datasets:
-    """Two datasets with labels of the same model, to be published to one table."""
+    """Two datasets with labels of the same model, for one table."""
 
     def __init__(self, root: str, embedding: str | None = None) -> None:
         self.one = Dataset(root, embedding=embedding)
@@ -187,6 +187,6 @@ class Datasets:
         return iter((self.one, self.two))
 
     def labels(self) -> Rows:
-        """The rows of both."""
+        """Returns the rows of both datasets, sorted."""
         rows = self.one.labels() + self.two.labels()
         return sorted(rows, key=lambda row: (row["shard"], row["index"]))

@@ -1,4 +1,4 @@
-"""Several datasets of one model in one table: each is brought up to date by its own publications."""
+"""Several datasets of one model in one table: a publication updates the rows of its dataset only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.pipeline.publish.tables import Dataset, Datasets, WatchedStorage, cha
 
 needs_delta()
 
-#: So that a table of two datasets has several files, and some of them rows of both.
+#: A small file size, so that the table has several files, some with rows of both datasets.
 SMALL_FILES = 2000
 
 
@@ -38,7 +38,7 @@ def test_publication_changes_rows_of_its_own_dataset_only(both: Datasets) -> Non
     assert one.published() == both.labels()
 
 
-def test_dataset_whose_shards_were_all_removed_leaves_the_other_as_it_is(both: Datasets) -> None:
+def test_removing_all_shards_of_a_dataset_keeps_the_other_dataset(both: Datasets) -> None:
     one, two = both
     one.publish()
     two.publish()
@@ -47,29 +47,29 @@ def test_dataset_whose_shards_were_all_removed_leaves_the_other_as_it_is(both: D
     assert one.published() == one.labels()
 
 
-def test_shard_that_two_outputs_have_is_refused_and_both_are_named(both: Datasets) -> None:
+def test_shard_of_two_partitions_is_refused_and_both_are_named(both: Datasets) -> None:
     one, _ = both
     one.publish()
-    again = Dataset(one.root, table=one.table)
-    again.uri = f"{one.root}/again/{one.partition.name}"
-    again.label(a=5)
+    duplicate = Dataset(one.root, table=one.table)
+    duplicate.uri = f"{one.root}/duplicate/{one.partition.name}"
+    duplicate.label(a=5)
     with pytest.raises(StorageError) as raised:
-        again.publish()
-    assert raised.value.cause.startswith(f"has the shard {one.shard('a')} from {one.uri}")
-    assert again.uri in raised.value.cause
+        duplicate.publish()
+    assert raised.value.cause.startswith(f"the table already has shard {one.shard('a')} from {one.uri}")
+    assert duplicate.uri in raised.value.cause
     assert one.published() == one.labels()
 
 
-def test_datasets_that_are_published_at_once_both_succeed(both: Datasets) -> None:
-    """The other one just before this one's commit."""
+def test_concurrent_publications_of_two_datasets_succeed(both: Datasets) -> None:
+    """The second dataset is published just before the commit of the first."""
     one, two = both
     others = iter([two])
 
-    def overtake(uri: str) -> None:
+    def publish_other(uri: str) -> None:
         if "/_cvt_label/" in uri and (other := next(others, None)):
             assert other.publish().is_new
 
-    assert one.publish(WatchedStorage(before=overtake)).snapshot.version == 2
+    assert one.publish(WatchedStorage(before=publish_other)).snapshot.version == 2
     assert one.published() == both.labels()
 
 

@@ -1,4 +1,4 @@
-"""Delta tables that somebody edited: upkeep is welcome, all else is refused until they are rebuilt."""
+"""Edited Delta tables: maintenance is allowed, every other edit is refused until a rebuild."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def deletes_the_list_of_shards(both: Datasets) -> None:
 
 
 def copies_the_rows(both: Datasets) -> None:
-    """As a tool does it that knows rows, and nothing of the log."""
+    """Copies the rows without the log, as a generic tool does."""
     rows = both.one.delta().to_pyarrow_table()
     shutil.rmtree(both.one.table)
     deltalake.write_deltalake(both.one.table, rows, partition_by=["model"])
@@ -66,27 +66,26 @@ EDITS: dict[Edit, str] = {
     deletes_a_shard_and_compacts: "DELETE in version 3 of the table",
     appends_all_rows_again: "WRITE in version 3 of the table",
     restores_the_first_version: "RESTORE in version 3 of the table",
-    deletes_the_list_of_shards: "the list of their shards is missing, ",
-    copies_the_rows: "no publication of them is in its log",
+    deletes_the_list_of_shards: "the list of shards is missing: ",
+    copies_the_rows: "the table's log contains no publication of this model",
 }
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
-def test_edited_table_is_refused_until_every_dataset_is_published_again(both: Datasets, edit: Edit) -> None:
+def test_edited_table_is_refused_until_all_datasets_are_republished(both: Datasets, edit: Edit) -> None:
     one, two = both
     edit(both)
     before = one.objects(one.table)
     for dataset in both:
         with pytest.raises(StorageError) as raised:
             dataset.publish()
-        assert str(raised.value).startswith(
-            f"{one.table}: rows of model={one.partition.model} are not as they were published: {EDITS[edit]}"
-        )
+        cause = f"the rows of model={one.partition.model} differ from the published rows: {EDITS[edit]}"
+        assert str(raised.value).startswith(f"{one.table}: {cause}")
         assert "publish every dataset of the model again, with --rebuild" in str(raised.value)
     assert one.objects(one.table) == before
 
     done = one.publish(rebuild=True)
-    assert done.snapshot.version == 3  # readers know by it what is new
+    assert done.snapshot.version == 3  # readers find new rows by the version
     rows = one.published()
     assert [row for row in rows if row["shard"].startswith(f"{one.root}/in/")] == one.labels()
     two.publish()
@@ -106,14 +105,14 @@ def test_rebuild_publishes_an_intact_table_again(both: Datasets) -> None:
     assert one.published() == both.labels()
 
 
-def test_rebuild_of_no_table_makes_one(tmp_path: Path) -> None:
+def test_rebuild_without_a_table_creates_one(tmp_path: Path) -> None:
     one, _ = Datasets(str(tmp_path))
     assert one.publish(rebuild=True).snapshot.version == 1
     assert one.published() == one.labels()
 
 
-def test_edit_while_a_version_is_committed_is_noticed(tmp_path: Path) -> None:
-    """Rows that are added don't conflict with the commit, so that Delta lets it pass."""
+def test_edit_during_a_commit_is_detected(tmp_path: Path) -> None:
+    """Added rows do not conflict with the commit in Delta, so the commit succeeds."""
     one, _ = Datasets(str(tmp_path))
     one.publish()
     one.label(d=3)
@@ -129,7 +128,7 @@ def test_edit_while_a_version_is_committed_is_noticed(tmp_path: Path) -> None:
     assert one.published() == one.labels()
 
 
-def test_compacted_and_vacuumed_table_is_published_to(both: Datasets) -> None:
+def test_compacted_and_vacuumed_table_can_be_updated(both: Datasets) -> None:
     one, two = both
     one.delta().optimize.compact()
     one.delta().optimize.z_order(["label"])
@@ -145,27 +144,27 @@ def test_compacted_and_vacuumed_table_is_published_to(both: Datasets) -> None:
     assert one.published() == both.labels()
 
 
-def test_log_that_no_longer_has_the_publication_is_refused(both: Datasets) -> None:
-    """As when a checkpoint has let Delta remove old entries, and the table was compacted."""
+def test_log_without_the_last_publication_is_refused(both: Datasets) -> None:
+    """A checkpoint lets Delta remove old log entries, and the table was compacted."""
     one, _ = both
     one.delta().optimize.z_order(["label"])
     one.delta().create_checkpoint()
     for path in Path(one.table, "_delta_log").glob("*.json"):
         if path.stem < f"{one.delta().version():020d}":
             path.unlink()
-    with pytest.raises(StorageError, match="the log no longer has what happened since"):
+    with pytest.raises(StorageError, match="the log no longer reaches back to the publication"):
         one.publish()
 
 
-def test_other_kinds_of_tables_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_table_is_refused(tmp_path: Path) -> None:
     one, _ = Datasets(str(tmp_path))
     deltalake.write_deltalake(one.table, pa.table({"x": [1]}))
     for rebuild in (False, True):
-        with pytest.raises(StorageError, match="not partitioned by model"):
+        with pytest.raises(StorageError, match="not partitioned by exactly the column model"):
             one.publish(rebuild=rebuild)
 
 
-def test_table_with_deletion_vectors_is_left_alone(tmp_path: Path) -> None:
+def test_table_with_deletion_vectors_is_refused(tmp_path: Path) -> None:
     one, _ = Datasets(str(tmp_path))
     one.publish()
     one.delta().alter.add_feature(
@@ -176,7 +175,7 @@ def test_table_with_deletion_vectors_is_left_alone(tmp_path: Path) -> None:
         one.publish()
 
 
-def test_data_file_that_was_removed_is_named(both: Datasets) -> None:
+def test_missing_data_file_is_named(both: Datasets) -> None:
     one, two = both
     [path] = Path(one.table).glob("model=*/*00000002-*.parquet")
     path.unlink()
@@ -185,11 +184,11 @@ def test_data_file_that_was_removed_is_named(both: Datasets) -> None:
         two.publish()
 
 
-def test_data_file_that_holds_something_else_is_named(both: Datasets) -> None:
-    """Where rows of another dataset in it are to be kept."""
+def test_invalid_data_file_is_named(both: Datasets) -> None:
+    """The file is read because it has rows of another dataset."""
     one, _ = both
     [path] = Path(one.table).glob("model=*/*00000002-*.parquet")
-    path.write_bytes(b"no Parquet")
+    path.write_bytes(b"not Parquet")
     one.label(d=3)
-    with pytest.raises(StorageError, match=rf"{path.name}: not a file of predictions"):
+    with pytest.raises(StorageError, match=rf"{path.name}: not a file of prediction rows"):
         one.publish()

@@ -22,14 +22,14 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.publish import TableBusyError
-from pipeline.publish.data_files import encode
+from pipeline.publish.data_files import write_parquet
 from pipeline.storage import StorageError
 from tests.pipeline.publish.tables import Dataset, WatchedStorage, changes, needs_delta, predictions
 
 needs_delta()
 import deltalake  # noqa: E402
 
-#: Rows of one or two shards: so a table has several files, and no file counts as small.
+#: The size of the rows of one or two shards, so that a table has several files and no file counts as small.
 SMALL_FILES = 2000
 KEYS = ("../../x", "it's", '"; DROP TABLE t; --', "' OR 1=1 --")
 
@@ -45,7 +45,7 @@ def local(tmp_path: Path) -> Dataset:
 
 
 def hostile(dataset: Dataset, name: str) -> pa.Table:
-    """Predictions whose keys are meant to do harm."""
+    """Makes predictions with hostile keys."""
     rows = predictions(dataset.shard(name), len(KEYS))
     return rows.set_column(1, rows.schema.field(1), pa.array(KEYS))
 
@@ -65,7 +65,7 @@ def assert_no_leftovers(dataset: Dataset) -> None:
         assert not list(Path(dataset.table).rglob("*.tmp"))
 
 
-def test_every_version_holds_what_the_prediction_files_held(anywhere: Dataset) -> None:
+def test_every_version_has_the_rows_of_the_prediction_files(anywhere: Dataset) -> None:
     first_day(anywhere)
     history = {1: anywhere.labels()}
     assert len(history[1]) == 44
@@ -104,22 +104,22 @@ def test_increment_keeps_large_files_and_merges_small_ones(local: Dataset) -> No
     second = local.publish(file_bytes=SMALL_FILES).snapshot
     assert {file.path for file in first.files} < {file.path for file in second.files}
     local.label(newer=2)
-    third = local.publish().snapshot  # by the default size, all of them are small
+    third = local.publish().snapshot  # with the default size, all files are small
     assert len(third.files) == 1
     assert local.published() == local.labels()
 
 
-def test_change_rewrites_only_the_files_that_have_the_shard(local: Dataset) -> None:
+def test_changed_shard_rewrites_only_the_files_with_its_rows(local: Dataset) -> None:
     local.label(a=20, b=20, c=20)
     first = local.publish(file_bytes=1).snapshot
     local.label(b=5)
     second = local.publish(file_bytes=1).snapshot
-    was, now = ({file.path for file in each.files} for each in (first, second))
-    assert (len(was), len(now), len(was & now)) == (3, 3, 2)
+    before, after = ({file.path for file in each.files} for each in (first, second))
+    assert (len(before), len(after), len(before & after)) == (3, 3, 2)
     assert local.published() == local.labels()
 
 
-def test_rows_name_the_version_that_brought_them(local: Dataset) -> None:
+def test_published_column_is_the_version_that_added_the_row(local: Dataset) -> None:
     local.label(a=5, b=6)
     local.publish()
     local.label(a=3, c=4)
@@ -145,7 +145,7 @@ def test_row_groups_of_sorted_rows_can_be_skipped(local: Dataset) -> None:
     local.label(a=30, b=30)
     [file] = local.publish().snapshot.files
     rows, out = pq.read_table(f"{local.table}/{file.path}", partitioning=None), io.BytesIO()
-    encode(rows, out, row_group_rows=10)
+    write_parquet(rows, out, row_group_rows=10)
     groups = pq.ParquetFile(io.BytesIO(out.getvalue())).metadata
     assert groups.num_row_groups == 6
     ranges = [groups.row_group(i).column(3).statistics for i in range(6)]
@@ -155,7 +155,7 @@ def test_row_groups_of_sorted_rows_can_be_skipped(local: Dataset) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])
-def test_embeddings_can_be_left_out_and_put_back(tmp_path: Path, precision: str) -> None:
+def test_embeddings_can_be_omitted_and_added_later(tmp_path: Path, precision: str) -> None:
     dataset = Dataset(str(tmp_path), embedding=precision)
     dataset.label(a=5, b=6)
     assert dataset.publish(embedding=False).snapshot.version == 1
@@ -168,7 +168,7 @@ def test_embeddings_can_be_left_out_and_put_back(tmp_path: Path, precision: str)
     assert not dataset.publish(embedding=True).is_new
 
 
-def test_rebuild_leaves_out_labels_that_the_manifest_lacks(tmp_path: Path) -> None:
+def test_rebuild_omits_labels_that_the_manifest_does_not_have(tmp_path: Path) -> None:
     dataset = Dataset(str(tmp_path))
     dataset.label(a=5, b=6)
     dataset.publish()
@@ -179,8 +179,8 @@ def test_rebuild_leaves_out_labels_that_the_manifest_lacks(tmp_path: Path) -> No
     assert {row["shard"] for row in dataset.published()} == {dataset.shard("b")}
 
 
-def test_publisher_that_dies_at_any_write_leaves_a_whole_version(local: Dataset, tmp_path: Path) -> None:
-    """The table is copied before each change of a publication, as a publisher that dies there leaves it."""
+def test_publisher_that_dies_at_any_write_leaves_a_complete_version(local: Dataset, tmp_path: Path) -> None:
+    """Copies the table before each write: a publisher that dies at this write leaves the copied state."""
     first_day(local)
     local.publish(file_bytes=SMALL_FILES)
     old = local.labels()
@@ -211,11 +211,11 @@ DYING = """
 import os, signal, sys
 from tests.pipeline.publish.tables import Dataset, WatchedStorage
 
-left = [int(sys.argv[2])]
+remaining = [int(sys.argv[2])]
 
 def die(uri):
-    left[0] -= 1
-    if not left[0]:
+    remaining[0] -= 1
+    if not remaining[0]:
         os.kill(os.getpid(), signal.SIGKILL)
 
 Dataset(sys.argv[1]).publish(WatchedStorage(before=die))
@@ -224,10 +224,10 @@ Dataset(sys.argv[1]).publish(WatchedStorage(before=die))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "is_committed"), [(2, False), (3, True)])
-def test_first_publisher_that_is_killed_leaves_no_rows_or_all(
+def test_killed_first_publisher_leaves_no_rows_or_all_rows(
     local: Dataset, number: int, is_committed: bool
 ) -> None:
-    """Before its list of shards, and after its commit."""
+    """The publisher dies before it writes the list of shards, or after the commit."""
     local.label(a=5, b=6)
     done = subprocess.run([sys.executable, "-c", DYING, local.root, str(number)], timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -247,50 +247,50 @@ def test_concurrent_publishers_add_each_shard_once(anywhere: Dataset) -> None:
     assert_no_leftovers(anywhere)
 
 
-def overtaken_by(action: Callable[[], object], times: int = 1) -> WatchedStorage:
-    """The storage of a publisher; just before it commits, something else happens, as often as that."""
-    left = iter(range(times))
+def run_before_commit(action: Callable[[], object], times: int = 1) -> WatchedStorage:
+    """Returns a publisher's storage that calls an action just before the first commits of the publisher."""
+    remaining = iter(range(times))
 
     def before(uri: str) -> None:
-        if "/_cvt_label/" in uri and uri.endswith(".parquet") and next(left, None) is not None:
+        if "/_cvt_label/" in uri and uri.endswith(".parquet") and next(remaining, None) is not None:
             action()
 
     return WatchedStorage(before=before)
 
 
-def test_publisher_that_was_overtaken_starts_from_the_new_version(local: Dataset) -> None:
+def test_publisher_restarts_from_a_concurrent_version(local: Dataset) -> None:
     first_day(local)
 
     def other() -> None:
         local.label(new=20)
         assert local.publish().is_new
 
-    done = local.publish(overtaken_by(other))
+    done = local.publish(run_before_commit(other))
     assert (done.is_new, done.snapshot.version) == (False, 1)
     assert local.published() == local.labels()
     assert_no_leftovers(local)
 
 
-def test_publisher_that_is_always_overtaken_gives_up(local: Dataset) -> None:
+def test_publisher_gives_up_after_repeated_concurrent_commits(local: Dataset) -> None:
     first_day(local)
-    turn = count(1)
+    numbers = count(1)
 
     def other() -> None:
-        local.label(new=next(turn))
+        local.label(new=next(numbers))
         assert local.publish().is_new
-        local.label(new=next(turn))
+        local.label(new=next(numbers))
 
-    with pytest.raises(TableBusyError, match=r"faster 5 times: .*another publisher"):
-        local.publish(overtaken_by(other, 5))
+    with pytest.raises(TableBusyError, match=r"5 attempts met concurrent changes; .*another publisher"):
+        local.publish(run_before_commit(other, 5))
 
 
-def test_labels_that_change_during_publishing_are_read_again(local: Dataset) -> None:
+def test_labels_that_change_during_publishing_are_reread(local: Dataset) -> None:
     local.label(a=5, b=6)
-    read = iter([True])
+    first_read = iter([True])
 
     class Racing(WatchedStorage):
         def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
-            if uri == local.prediction_uri("a") and version is not None and next(read, False):
+            if uri == local.prediction_uri("a") and version is not None and next(first_read, False):
                 local.label(a=7)
             return super().open(uri, version)
 
@@ -299,34 +299,34 @@ def test_labels_that_change_during_publishing_are_read_again(local: Dataset) -> 
     assert len(local.labels()) == 13
 
 
-def test_commit_whose_answer_was_lost_counts(local: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_with_a_lost_response_succeeds(local: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     local.label(a=5)
     local.publish()
     local.label(b=6)
     commit = deltalake.DeltaTable.create_write_transaction
 
-    def loses(self: Any, *arguments: Any, **options: Any) -> None:
+    def commit_and_fail(self: Any, *arguments: Any, **options: Any) -> None:
         commit(self, *arguments, **options)
         raise deltalake.exceptions.CommitFailedError("0")
 
     with monkeypatch.context() as patch:
-        patch.setattr(deltalake.DeltaTable, "create_write_transaction", loses)
+        patch.setattr(deltalake.DeltaTable, "create_write_transaction", commit_and_fail)
         assert local.publish().snapshot.version == 2
     assert local.published() == local.labels()
     assert not local.publish().is_new
     assert_no_leftovers(local)
 
 
-def test_commit_that_fails_is_reported_and_leaves_no_rows(
+def test_failed_commit_is_reported_and_leaves_no_rows(
     local: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local.label(a=5)
 
-    def fails(self: Any, *arguments: Any, **options: Any) -> None:
+    def fail(self: Any, *arguments: Any, **options: Any) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(deltalake.DeltaTable, "create_write_transaction", fails)
+        patch.setattr(deltalake.DeltaTable, "create_write_transaction", fail)
         with pytest.raises(StorageError, match=r"table: the transaction was not committed: no space left"):
             local.publish()
     assert local.published() == []
@@ -345,8 +345,8 @@ def test_failed_publication_removes_its_data_files(local: Dataset) -> None:
     assert not local.objects(local.table)
 
 
-def test_labels_that_the_manifest_lacks_stay_as_they_were_published(local: Dataset) -> None:
-    """As when a run is in progress, or has died: the manifest follows the files."""
+def test_labels_newer_than_the_manifest_are_not_published(local: Dataset) -> None:
+    """A running or killed run has written prediction files but not yet the manifest."""
     local.label(a=5, b=6)
     local.publish()
     old, uri = local.published(), local.partition.manifest.uri
@@ -369,7 +369,7 @@ def test_labels_that_the_manifest_lacks_stay_as_they_were_published(local: Datas
     assert local.published() == local.labels()
 
 
-def test_table_whose_shards_were_all_removed_can_be_read(local: Dataset) -> None:
+def test_table_without_shards_is_readable(local: Dataset) -> None:
     local.label(a=5, b=6)
     local.publish()
     local.label(remove=["a", "b"])
@@ -393,20 +393,20 @@ def test_models_share_a_table(tmp_path: Path) -> None:
     assert Counter(models) == {one.partition.model: 5, two.partition.model: 11}
 
 
-def test_models_that_are_published_at_once_do_not_conflict(tmp_path: Path) -> None:
-    """Another model's first publication, and then its second, just before the commits of the one."""
+def test_concurrent_publications_of_two_models_do_not_conflict(tmp_path: Path) -> None:
+    """A second model is published just before each commit of the first model."""
     one, two = (Dataset(str(tmp_path), f"cvt-0000000{number}") for number in (1, 2))
     for day in ({"a": 5}, {"b": 6}):
         one.label(**day)
         two.label(**day)
         written = len(data_files(one))
-        assert one.publish(overtaken_by(two.publish)).is_new
-        assert len(data_files(one)) == written + 1  # nothing was written twice
+        assert one.publish(run_before_commit(two.publish)).is_new
+        assert len(data_files(one)) == written + 1  # no file was written twice
     models = one.delta().to_pyarrow_table()["model"].to_pylist()
     assert Counter(models) == {each.partition.model: 11 for each in (one, two)}
 
 
-def test_models_are_first_published_at_once(tmp_path: Path) -> None:
+def test_concurrent_first_publications_of_models_succeed(tmp_path: Path) -> None:
     models = [Dataset(str(tmp_path), f"cvt-0000000{number}") for number in range(4)]
     for each in models:
         each.label(a=3)
@@ -424,11 +424,11 @@ def test_shard_without_rows_is_published_once(local: Dataset) -> None:
 
 
 def data_files(dataset: Dataset) -> list[Path]:
-    """A model's data files that are there, in a version or not."""
+    """Returns all data files of a model, whether or not a version has them."""
     return list(Path(dataset.table, f"model={dataset.partition.model}").glob("*.parquet"))
 
 
-def test_increment_is_one_commit_with_the_transaction_of_the_model(local: Dataset) -> None:
+def test_update_is_one_commit_with_the_transaction_of_the_model(local: Dataset) -> None:
     local.label(a=5, b=6)
     first = local.publish()
     local.label(a=7, remove=["b"])
@@ -441,7 +441,7 @@ def test_increment_is_one_commit_with_the_transaction_of_the_model(local: Datase
     assert Counter(actions) == {"commitInfo": 1, "add": 1, "remove": 1, "txn": 1}
 
 
-def test_models_and_shards_with_odd_and_long_names_are_published(anywhere: Dataset) -> None:
+def test_models_and_shards_with_unusual_names_are_published(anywhere: Dataset) -> None:
     dataset = Dataset(anywhere.root, "a model: 100 %-00000001")
     names = ["x" * 251 + ".tar", "日" * 83 + "a.tar", "=" * 200 + ".tar", "%41 b.tar"]
     dataset.label(**dict.fromkeys(names, 3))
@@ -456,7 +456,7 @@ def test_models_and_shards_with_odd_and_long_names_are_published(anywhere: Datas
 def test_table_in_the_output_or_the_input_is_refused(local: Dataset, where: str) -> None:
     local.label(a=5)
     local.table = f"{local.root}/{where}"
-    with pytest.raises(ConfigError, match="a table needs a place of its own"):
+    with pytest.raises(ConfigError, match=r"the table must be outside the (output|input)"):
         local.publish()
 
 
@@ -464,9 +464,9 @@ def test_leftovers_of_killed_writers_are_removed(local: Dataset) -> None:
     local.label(a=5)
     local.publish()
     folders = {path.parent for path in Path(local.table).rglob("*") if path.is_file()}
-    left = [folder / f".{number:032x}.tmp" for number, folder in enumerate(folders)]
-    for path in left:
-        path.write_bytes(b"half of a file")
+    leftovers = [folder / f".{number:032x}.tmp" for number, folder in enumerate(folders)]
+    for path in leftovers:
+        path.write_bytes(b"part of a file")
     assert not local.publish().is_new
-    assert len(left) == 3
-    assert not any(path.exists() for path in left)
+    assert len(leftovers) == 3
+    assert not any(path.exists() for path in leftovers)
