@@ -1,4 +1,4 @@
-"""KubeRay's published CRDs as JSON schemas that refuse what a cluster refuses."""
+"""KubeRay's published CRDs as JSON schemas that reject what a cluster rejects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @cache
 def kuberay_validator(kind: str) -> Any:
-    """A validator of RayCluster or RayJob; skips the test where `KUBERAY_CRDS` names no folder with CRDs."""
+    """Returns a validator of RayCluster or RayJob, or skips the test if `KUBERAY_CRDS` names no folder."""
     pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     folder = os.environ.get("KUBERAY_CRDS")
     if not folder:
@@ -28,12 +28,12 @@ def kuberay_validator(kind: str) -> Any:
 
 
 def faults(schema: Json, document: Json) -> list[str]:
-    """What is wrong with a document, by a CRD's schema; its `metadata` is defined by Kubernetes itself."""
+    """Returns the errors of a document by a CRD's schema. Kubernetes itself defines `metadata`."""
     return [f"{error.json_path}: {error.message}" for error in validator(schema).iter_errors(document)]
 
 
 def validator(schema: Json) -> Any:
-    """A validator that applies a CRD's schema strictly."""
+    """Returns a validator that applies a CRD's schema strictly."""
     from jsonschema import Draft4Validator  # OpenAPI 3.0 derives from draft 4
 
     strict = _strict(schema)
@@ -42,9 +42,9 @@ def validator(schema: Json) -> Any:
 
 
 def _strict(schema: Json) -> Json:
-    """The schema as a strict server applies it: unknown fields are refused.
+    """Returns the schema as a strict server applies it: unknown fields are rejected.
 
-    Alternatives (such as `anyOf`) only narrow what is described next to them, and stay as they are.
+    Alternatives (such as `anyOf`) only narrow the schema next to them, so they are not changed.
     """
     made = {name: value for name, value in schema.items() if not name.startswith("x-kubernetes-")}
     is_open = schema.get("x-kubernetes-preserve-unknown-fields", False)
@@ -53,9 +53,9 @@ def _strict(schema: Json) -> Json:
     fields = schema.get("properties", {})
     if fields:
         made["properties"] = {name: _strict(each) for name, each in fields.items()}
-    if required := schema.get("required"):  # what has a default is there in the end
+    if required := schema.get("required"):  # the server sets fields with a default
         made["required"] = [name for name in required if "default" not in fields.get(name, {})]
-        if not made["required"]:  # draft 4 wants one at least
+        if not made["required"]:  # draft 4 requires at least one name
             del made["required"]
     if isinstance(schema.get("items"), dict):
         made["items"] = _strict(schema["items"])

@@ -1,7 +1,8 @@
-"""A run of the manifests' configuration that begins on a head without CPUs, and gets a worker later.
+"""A run with the manifests' configuration that starts on a head without CPUs and gets a worker later.
 
-Run by `test_growing` in a process of its own, for the tests' process is connected to another Ray. Writes
-JSON: images, how the run ended, and the seconds at which the worker and the first result came.
+`test_growing` runs this module in a separate process, because the test process is connected to another Ray.
+The module writes JSON: the number of images, whether the run is complete, and the seconds from the start to
+the new worker and to the first result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.makers import make_image, make_tar
 
 MANIFEST = Path(__file__).parents[2] / "configs" / "kubernetes" / "config.yaml"
 SHARDS, IMAGES = 4, 10
-#: Seconds that the run waits for the cluster to grow.
+#: Seconds before the cluster gets a worker.
 DELAY = 3.0
 
 
@@ -51,7 +52,7 @@ def main(folder: Path, result: Path) -> None:
     )
     try:
         there = [f"input.uri={folder}", f"output.uri={folder.parent}/out", "model.path=fashion-mnist"]
-        # As on a machine without a GPU; the stages' CPUs are the manifests'.
+        # For a machine without a GPU. The stages have the CPUs of the manifests.
         cpu = ["classify.device=cpu", "classify.num_gpus=null", "model.precision=fp32", "classify.threads=1"]
         config = load_config(Config, job, [*there, *cpu, f"ray.address={cluster.address}"])
         ready, start = event_at("executor_ready"), time.monotonic()
@@ -60,7 +61,7 @@ def main(folder: Path, result: Path) -> None:
             while not (ready.wait(0.2) or running.done()):
                 pass
             time.sleep(DELAY)
-            cluster.add_node(num_cpus=8, object_store_memory=150_000_000)  # in the main thread alone
+            cluster.add_node(num_cpus=8, object_store_memory=150_000_000)  # works in the main thread only
             grown = time.monotonic() - start
             done = running.result()
         found = {
@@ -70,7 +71,7 @@ def main(folder: Path, result: Path) -> None:
             "executor_ready": done.timings["executor_ready"],
             "first_result": done.timings["first_result"],
         }
-        result.write_text(json.dumps(found))  # Ray writes to standard output
+        result.write_text(json.dumps(found))  # standard output also has Ray's messages
     finally:
         cluster.shutdown()
 

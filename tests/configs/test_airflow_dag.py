@@ -1,4 +1,4 @@
-"""The Airflow example: its command is one that `cvt-label submit` takes, and Airflow loads it."""
+"""The Airflow example: `cvt-label submit` accepts its command line, and Airflow loads the DAG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CRDs are applied as strictly as a cluster applies them."""
+"""The validator applies CRDs as strictly as a cluster."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ INT_OR_STRING = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer
         "no fields",
         "any fields",
         "anything",
-        "unknown fields beside known ones",
+        "unknown fields next to known ones",
         "embedded resource",
         "nullable",
         "exclusive bound",
         "required and default",
     ],
 )
-def test_extensions_of_kubernetes_to_schemas_are_applied(
+def test_kubernetes_extensions_of_schemas_are_applied(
     schema: Json, right: list[object], wrong: list[object]
 ) -> None:
-    whole = {"type": "object", "properties": {"spec": schema}}
+    resource = {"type": "object", "properties": {"spec": schema}}
     for value in right:
-        assert faults(whole, {"kind": "X", "spec": value}) == [], value
+        assert faults(resource, {"kind": "X", "spec": value}) == [], value
     for value in wrong:
-        assert faults(whole, {"kind": "X", "spec": value}), value
+        assert faults(resource, {"kind": "X", "spec": value}), value

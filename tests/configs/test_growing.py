@@ -1,4 +1,4 @@
-"""A cluster that grows only when there is work: a job that begins without any worker."""
+"""A cluster that scales up on demand: the job starts without any worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.own_ray import run_script
 pytestmark = pytest.mark.slow
 
 
-def test_a_job_that_begins_on_a_head_alone_goes_on_when_workers_come(tmp_path: Path) -> None:
+def test_job_on_a_head_without_workers_continues_when_workers_join(tmp_path: Path) -> None:
     found = run_script("tests.configs.growing_run", tmp_path, 600)
     assert (found["images"], found["complete"]) == (SHARDS * IMAGES, True)
     assert found["executor_ready"] < found["grown"] < found["first_result"]

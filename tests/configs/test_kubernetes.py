@@ -1,4 +1,4 @@
-"""The manifests: against the published schemas, this project's own commands, and each other."""
+"""The manifests, checked against the published schemas, this project's commands, and each other."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CLUSTERS: dict[str, Json] = {
 CLUSTER = CLUSTERS["raycluster.yaml"]
 CRON = MANIFESTS["cronjob.yaml"][0]["spec"]
 CRON_POD = CRON["jobTemplate"]["spec"]["template"]["spec"]
-#: Where any key may stand: names of labels, files, resources and parameters.
+#: Mappings with arbitrary keys: names of labels, files, resources and parameters.
 FREE = {"annotations", "labels", "data", "nodeSelector", "requests", "limits", "rayStartParams"}
 FREE |= {"matchLabels"}
 KUBERNETES = "1.37"
@@ -62,7 +62,7 @@ def monitor_validator() -> Any:
 
 
 def faults(document: Json) -> list[str]:
-    """What is wrong with a document, by the schema of its kind."""
+    """Returns the errors of a document by the schema of its kind."""
     if document["apiVersion"] == "monitoring.coreos.com/v1":
         return [error.message for error in monitor_validator().iter_errors(document)]
     found = []
@@ -80,7 +80,7 @@ def faults(document: Json) -> list[str]:
 
 
 def mappings(value: Any) -> Iterator[Json]:
-    """The mappings in a document whose keys a schema names."""
+    """Yields the mappings in a document whose keys a schema defines."""
     if isinstance(value, dict):
         yield value
         for name, each in value.items():
@@ -109,19 +109,19 @@ def test_every_manifest_is_valid(document: Json) -> None:
 @pytest.mark.parametrize(
     "name", ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "podmonitor.yaml"]
 )
-def test_a_misspelt_field_is_refused_wherever_it_stands(name: str) -> None:
+def test_misspelled_field_is_rejected_at_every_level(name: str) -> None:
     document = copy.deepcopy(MANIFESTS[name][0])
-    tried = 0
+    checked = 0
     for mapping in mappings(document):
         for field in list(mapping):
             if field in ("kind", "apiVersion") and mapping is document:
-                continue  # by these the schema is found
+                continue  # they select the schema
             mapping[f"{field}s"] = mapping.pop(field)
             assert faults(document), f"{field}s"
             mapping[field] = mapping.pop(f"{field}s")
-            tried += 1
+            checked += 1
     assert faults(document) == []
-    assert tried > {"access.yaml": 2, "config.yaml": 2, "podmonitor.yaml": 8}.get(name, 50)
+    assert checked > {"access.yaml": 2, "config.yaml": 2, "podmonitor.yaml": 8}.get(name, 50)
 
 
 @pytest.mark.usefixtures("_schemas")
@@ -136,7 +136,7 @@ def test_a_misspelt_field_is_refused_wherever_it_stands(name: str) -> None:
         ("spec.rayClusterSpec.headGroupSpec.template.spec.terminationGracePeriodSeconds", "60s"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused(path: str, value: object) -> None:
+def test_value_of_wrong_type_is_rejected(path: str, value: object) -> None:
     document: Any = copy.deepcopy(MANIFESTS["rayjob.yaml"][0])
     *before, last = path.split(".")
     place = document
@@ -151,7 +151,7 @@ def test_a_value_of_the_wrong_type_is_refused(path: str, value: object) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Config:
-    """The configuration as the pods find it."""
+    """The configuration that is mounted in the pods."""
     (name,) = MANIFESTS["config.yaml"][0]["data"]
     path = tmp_path / name
     path.write_text(MANIFESTS["config.yaml"][0]["data"][name])
@@ -159,7 +159,7 @@ def job(tmp_path: Path) -> Config:
 
 
 def commands() -> dict[str, str]:
-    """The command lines in the manifests that run this project."""
+    """Returns the command lines in the manifests that run this project."""
     return {
         "rayjob.yaml": MANIFESTS["rayjob.yaml"][0]["spec"]["entrypoint"],
         "cronjob.yaml": CRON_POD["containers"][0]["command"][2].partition("||")[0],
@@ -167,7 +167,7 @@ def commands() -> dict[str, str]:
 
 
 def pods() -> dict[str, Json]:
-    """The specifications of all pods, by where they stand."""
+    """Returns the specifications of all pods, by manifest and group."""
     found = {"cronjob.yaml submit": CRON_POD}
     for name, cluster in CLUSTERS.items():
         found[f"{name} head"] = cluster["headGroupSpec"]["template"]["spec"]
@@ -177,7 +177,7 @@ def pods() -> dict[str, Json]:
 
 
 @pytest.mark.parametrize("name", commands())
-def test_every_command_line_parses_and_names_the_file_that_is_mounted(name: str) -> None:
+def test_command_lines_parse_and_name_the_mounted_file(name: str) -> None:
     words = [word for word in shlex.split(commands()[name]) if word != "exec"]
     assert words[:2] == ["python", "-m"]
     package, _, command = words[2].partition(".")
@@ -191,13 +191,13 @@ def test_every_command_line_parses_and_names_the_file_that_is_mounted(name: str)
         typer.main.get_command(app).make_context(command, [*words[3:], "--no-such-option"])
 
 
-def test_the_tick_of_a_night_is_one_that_submit_takes() -> None:
+def test_job_name_of_the_cronjob_is_a_valid_idempotency_key() -> None:
     job = f"{MANIFESTS['cronjob.yaml'][0]['metadata']['name']}-29384720"  # minutes since 1970
     config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist"])
     assert Submission(config, job).id.endswith(job)
 
 
-def test_only_overlapping_tries_wait_for_each_other() -> None:
+def test_only_overlapping_attempts_wait_for_each_other() -> None:
     assert "--wait" in commands()["rayjob.yaml"]
     assert MANIFESTS["rayjob.yaml"][0]["spec"]["backoffLimit"] > 0
     assert "--wait" not in commands()["cronjob.yaml"]
@@ -205,19 +205,19 @@ def test_only_overlapping_tries_wait_for_each_other() -> None:
     assert CRON["startingDeadlineSeconds"] > 0
 
 
-def test_all_clusters_are_the_same() -> None:
+def test_all_clusters_are_equal() -> None:
     assert CLUSTERS["rayjob.yaml"] == CLUSTERS["raycluster.yaml"]
 
 
-def test_the_head_waits_longer_than_a_job_that_is_told_to_stop(job: Config) -> None:
+def test_head_waits_longer_than_a_stopped_job_needs(job: Config) -> None:
     head = CLUSTER["headGroupSpec"]["template"]["spec"]
     environment = {each["name"]: each.get("value") for each in head["containers"][0]["env"]}
-    patience = int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
-    assert job.run.grace_period_s + 30 <= patience < head["terminationGracePeriodSeconds"]
+    stop_wait = int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert job.run.grace_period_s + 30 <= stop_wait < head["terminationGracePeriodSeconds"]
     assert head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2].endswith("ray stop")
 
 
-def test_versions_are_those_of_the_image() -> None:
+def test_versions_match_the_image() -> None:
     (ray,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     images = {c["image"] for pod in pods().values() for c in pod["containers"]}
@@ -225,7 +225,7 @@ def test_versions_are_those_of_the_image() -> None:
     assert images == {f"registry.example.com/cvt-label:{project['project']['version']}"}
 
 
-def test_the_image_is_made_of_everything_that_is_installed() -> None:
+def test_image_copies_every_installed_package() -> None:
     lines = (FOLDER / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -240,7 +240,7 @@ def test_the_image_is_made_of_everything_that_is_installed() -> None:
     assert f"Programming Language :: Python :: {version}" in project["project"]["classifiers"]
 
 
-def test_what_the_manifests_name_is_there() -> None:
+def test_objects_named_by_the_manifests_exist() -> None:
     accounts = {document["metadata"]["name"] for document in MANIFESTS["access.yaml"]}
     (config,) = MANIFESTS["config.yaml"]
     cluster = MANIFESTS["raycluster.yaml"][0]["metadata"]["name"]
@@ -268,15 +268,17 @@ def test_prometheus_scrapes_the_metrics_port_of_the_head() -> None:
         group["template"]["spec"]["containers"][0]
         for group in (CLUSTER["headGroupSpec"], *CLUSTER["workerGroupSpecs"])
     )
-    assert {"name": endpoint["port"], "containerPort": 8080} in head["ports"]  # Ray's, by KubeRay's default
+    assert {"name": endpoint["port"], "containerPort": 8080} in head[
+        "ports"
+    ]  # Ray's port by KubeRay's default
     assert all("metrics-export-port" not in group["rayStartParams"] for group in CLUSTER["workerGroupSpecs"])
-    assert not any("ports" in worker for worker in workers)  # then KubeRay adds it
+    assert not any("ports" in worker for worker in workers)  # so KubeRay adds the port
     interval, timeout = (int(endpoint[name].removesuffix("s")) for name in ("interval", "scrapeTimeout"))
     assert 10 <= timeout <= interval <= 30
 
 
 def pod(port: str, **labels: str) -> Json:
-    """A pod's port as Prometheus's service discovery for Kubernetes gives it."""
+    """Returns a pod's port in the format of Prometheus's service discovery for Kubernetes."""
     meta = {"namespace": "default", "pod_name": "p", "pod_container_port_name": port}
     meta |= {f"pod_label_{name}": value for name, value in labels.items()}
     return {
@@ -285,8 +287,8 @@ def pod(port: str, **labels: str) -> Json:
     }
 
 
-def test_without_its_operator_prometheus_finds_the_same_pods(tmp_path: Path) -> None:
-    """As the page says it, but that the pods are given: not every build of Prometheus finds Kubernetes'."""
+def test_prometheus_without_operator_selects_the_same_pods(tmp_path: Path) -> None:
+    """The configuration in the docs, with given pods: not every build of Prometheus can discover pods."""
     binary = shutil.which("prometheus")
     if binary is None:
         pytest.skip("prometheus is not installed")
@@ -307,7 +309,7 @@ def test_without_its_operator_prometheus_finds_the_same_pods(tmp_path: Path) -> 
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([binary, *options], cwd=tmp_path, stdout=log, stderr=log)
     try:
-        targets = told(f"http://{address}/api/v1/targets")
+        targets = wait_for_targets(f"http://{address}/api/v1/targets")
     finally:
         process.terminate()
         process.wait(30)
@@ -317,15 +319,15 @@ def test_without_its_operator_prometheus_finds_the_same_pods(tmp_path: Path) -> 
     assert kept["labels"] == labels | {"job": "ray", "instance": "127.0.0.1:9"}
 
 
-def told(url: str, patience: float = 120) -> Json:
-    """What Prometheus answers, once it has found its targets."""
-    end = time.monotonic() + patience
+def wait_for_targets(url: str, timeout: float = 120) -> Json:
+    """Returns the answer of Prometheus as soon as it has active targets."""
+    end = time.monotonic() + timeout
     while time.monotonic() < end:
         time.sleep(0.2)
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:
                 data = dict(json.load(answer)["data"])
-        except OSError:  # not up yet
+        except OSError:  # not started yet
             continue
         if data["activeTargets"]:
             return data
@@ -333,7 +335,7 @@ def told(url: str, patience: float = 120) -> Json:
 
 
 @pytest.mark.parametrize("name", pods())
-def test_no_pod_has_a_key_or_more_rights_than_it_needs(name: str) -> None:
+def test_pods_have_no_keys_and_minimal_rights(name: str) -> None:
     pod = pods()[name]
     for container in pod["containers"]:
         for variable in container["env"]:
@@ -341,10 +343,10 @@ def test_no_pod_has_a_key_or_more_rights_than_it_needs(name: str) -> None:
             assert not (is_secret and "value" in variable), variable["name"]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod.get("automountServiceAccountToken") is False or name.endswith("head")  # its autoscaler's
+    assert pod.get("automountServiceAccountToken") is False or name.endswith("head")  # for the autoscaler
 
 
-# Against what a job asks of its cluster ---------------------------------------------------------
+# Against the resources that a job requests ---------------------------------------------------------
 
 UNITS = {"Ki": 1024, "Mi": 1024**2, "Gi": 1024**3, "": 1}
 
@@ -355,7 +357,7 @@ def quantity(text: str) -> float:
 
 
 def node(group: Json) -> dict[str, float]:
-    """What Ray sees of a pod of a group."""
+    """Returns the resources that Ray sees in a pod of a group."""
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     return {
         "cpus": float(group["rayStartParams"].get("num-cpus", limits["cpu"])),
@@ -366,7 +368,7 @@ def node(group: Json) -> dict[str, float]:
 
 
 def cluster_of(bound: str) -> ClusterCapacity:
-    """The cluster at its least (`minReplicas`) or its largest (`maxReplicas`)."""
+    """Returns the cluster at its minimum (`minReplicas`) or maximum (`maxReplicas`) size."""
     nodes = [node(CLUSTER["headGroupSpec"])]
     for group in CLUSTER["workerGroupSpecs"]:
         nodes += [node(group)] * group[bound]
@@ -383,15 +385,15 @@ def chosen(job: Config, cluster: ClusterCapacity) -> Resources:
     return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, count), cluster)
 
 
-def test_a_job_gets_the_same_whatever_of_the_cluster_is_up_when_it_starts(job: Config) -> None:
-    least, most = cluster_of("minReplicas"), cluster_of("maxReplicas")
-    assert (least.cpus, least.gpus) == (0, 0)
-    small, large = chosen(job, least), chosen(job, most)
-    # How many decoders find room beside all others is only told, in the report.
-    assert replace(small, decoders=large.decoders) == large
+def test_resources_do_not_depend_on_the_cluster_size_at_start(job: Config) -> None:
+    smallest, largest = cluster_of("minReplicas"), cluster_of("maxReplicas")
+    assert (smallest.cpus, smallest.gpus) == (0, 0)
+    at_start, later = chosen(job, smallest), chosen(job, largest)
+    # The number of decoders is only reported: Ray starts as many as fit.
+    assert replace(at_start, decoders=later.decoders) == later
 
 
-def test_the_stages_fit_into_the_largest_cluster(job: Config) -> None:
+def test_stages_fit_into_the_largest_cluster(job: Config) -> None:
     largest = cluster_of("maxReplicas")
     resources = chosen(job, largest)
     groups = {
@@ -403,17 +405,17 @@ def test_the_stages_fit_into_the_largest_cluster(job: Config) -> None:
     gpu, _ = groups["gpu"]
     assert (
         gpu["gpus"] // resources.classify_gpus * resources.classify_cpus < gpu["cpus"]
-    )  # some are left to decode
-    cpu, most = groups["cpu"]
-    assert resources.readers * resources.read_cpus + resources.decode_cpus <= cpu["cpus"] * most
-    for each, _ in groups.values():  # a node that is alone goes on: one slot of each stage
+    )  # the other CPUs decode
+    cpu, max_replicas = groups["cpu"]
+    assert resources.readers * resources.read_cpus + resources.decode_cpus <= cpu["cpus"] * max_replicas
+    for each, _ in groups.values():  # one node alone can run one slot of each stage
         assert (
             resources.readers * resources.read_cpus + resources.decode_cpus + resources.classify_cpus
             <= each["cpus"]
         )
 
 
-def test_memory_fits_the_tasks_of_a_node_beside_its_object_store(job: Config) -> None:
+def test_memory_of_a_node_fits_its_tasks_and_object_store(job: Config) -> None:
     resources = chosen(job, cluster_of("maxReplicas"))
     for group in CLUSTER["workerGroupSpecs"]:
         each = node(group)
@@ -427,13 +429,13 @@ def test_memory_fits_the_tasks_of_a_node_beside_its_object_store(job: Config) ->
         assert node(group)["object_store"] < quantity(shm["sizeLimit"]) < node(group)["memory"] / 2
 
 
-def test_only_the_head_is_on_demand_and_only_gpu_workers_ask_for_a_gpu() -> None:
+def test_only_head_is_on_demand_and_only_gpu_workers_request_gpus() -> None:
     capacity = {name: pod.get("nodeSelector") for name, pod in pods().items()}
     assert capacity["rayjob.yaml head"] == {"karpenter.sh/capacity-type": "on-demand"}
     for name in ("rayjob.yaml cpu", "rayjob.yaml gpu"):
         assert capacity[name] == {"karpenter.sh/capacity-type": "spot"}
         assert {each["key"] for each in pods()[name]["tolerations"]} >= {"karpenter.sh/capacity-type"}
-    asking = {name for name in pods() if "nvidia.com/gpu" in str(pods()[name]["containers"])}
-    assert asking == {f"{name} gpu" for name in CLUSTERS}
-    for name in asking:
+    with_gpu = {name for name in pods() if "nvidia.com/gpu" in str(pods()[name]["containers"])}
+    assert with_gpu == {f"{name} gpu" for name in CLUSTERS}
+    for name in with_gpu:
         assert "nvidia.com/gpu" in {each["key"] for each in pods()[name]["tolerations"]}

@@ -25,7 +25,7 @@ output:
   uri: s3://bucket/labels
 """
 
-#: The digest of the bundled checkpoint, when these fingerprints were taken.
+#: The digest of the bundled checkpoint for which the expected fingerprints were computed.
 BUNDLED_DIGEST = "295007f85eada3df2861fd26a84b710441b2c71967570740870bd920019d29ba"
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -267,13 +267,13 @@ def test_automatic_precision_requires_a_device() -> None:
         device: make_job(load_config(Config, None, [*fields, f"classify.device={device}"])).partition.uri
         for device in ("cpu", "cuda")
     }
-    said = {
+    explicit = {
         precision: make_job(
             load_config(Config, None, [*fields[:3], f"model.precision={precision}"])
         ).partition.uri
         for precision in ("fp32", "bf16")
     }
-    assert partitions == {"cpu": said["fp32"], "cuda": said["bf16"]}
+    assert partitions == {"cpu": explicit["fp32"], "cuda": explicit["bf16"]}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_recorded_commit_applies_to_recorded_model_only(
 
 
 def test_fingerprint_depends_on_settings_and_checkpoint_only(tmp_path: Path) -> None:
-    """Another value would give existing partitions other names."""
+    """With another value, existing partitions would get other names."""
     config = load_config(Config, write(tmp_path, MINIMAL))
     expected = "ef89a5a52571e3c84bf2c5d81cea236e80e5503e4849b87fbbee0e8b214c9c3e"
     assert config.fingerprint(BUNDLED_DIGEST) == expected
@@ -356,10 +356,10 @@ def test_fingerprint_depends_on_settings_and_checkpoint_only(tmp_path: Path) -> 
 
 def test_label_settings_exclude_locations_and_resources(tmp_path: Path) -> None:
     settings = load_config(Config, write(tmp_path, MINIMAL)).label_settings
-    for same in ("input.uri=/in", "output.uri=/out", "classify.batch_size=3", "classify.device=cpu"):
-        assert load_config(Config, write(tmp_path, MINIMAL), [same]).label_settings == settings
-    for other in ("output.topk=3", "model.precision=bf16", "decode.quality=fast", "input.labels=false"):
-        assert load_config(Config, write(tmp_path, MINIMAL), [other]).label_settings != settings
+    for unrelated in ("input.uri=/in", "output.uri=/out", "classify.batch_size=3", "classify.device=cpu"):
+        assert load_config(Config, write(tmp_path, MINIMAL), [unrelated]).label_settings == settings
+    for related in ("output.topk=3", "model.precision=bf16", "decode.quality=fast", "input.labels=false"):
+        assert load_config(Config, write(tmp_path, MINIMAL), [related]).label_settings != settings
 
 
 @pytest.mark.parametrize(
