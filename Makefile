@@ -49,7 +49,7 @@ format: $(VENV)/installed ## Format the code and fix simple style faults
 docs: $(VENV)/installed ## Build the documentation site into site/
 	@PYTHONPATH=. $(VENV)/bin/python docs/generate.py
 	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html, or serve it with search: python -m http.server --directory site"
 
 # uv keeps the locked versions that pyproject.toml allows. UPGRADE=--upgrade takes the latest versions instead.
 lock: $(VENV)/installed ## Update constraints.txt from pyproject.toml (UPGRADE=--upgrade)
