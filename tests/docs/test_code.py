@@ -48,7 +48,7 @@ def needed_packages(block: Block) -> set[str]:
 
 def skip_unless_installed(block: Block) -> None:
     for package in sorted(needed_packages(block)):
-        reason = f"{package} is not installed: cvt-label[consumers,delta], datasets, or pyspark with Java"
+        reason = f"{package} is not installed: cvt-label[consumers,delta], or pyspark with Java"
         pytest.importorskip(package, reason=reason)
         if package == "pyspark" and shutil.which("java") is None:
             pytest.skip(reason)
