@@ -1,6 +1,6 @@
-"""Trains CvT on labeled shards with Ray Train: the model, the data, the loop of a worker, the checkpoints.
+"""Trains CvT on shards with targets, with Ray Train: model, data, training loop and checkpoints.
 
-Shards are read and preprocessed as for labeling, and the checkpoint has the format that labeling loads.
+Shards are read and preprocessed as for labeling. The saved model has the format that labeling loads.
 """
 
 import os
@@ -36,26 +36,26 @@ from pipeline.dataflow.training_images import labeled_images
 from pipeline.read import ReadOptions, list_input_shards
 from pipeline.storage import Storage
 
-_STATE = "training_state.pt"
+_STATE_FILE = "training_state.pt"
 
-#: Maximum size of a worker's shuffle buffer, in samples and in bytes of their pixels.
-_SHUFFLE_SAMPLES = 20_000
-_SHUFFLE_BYTES = 1 << 30
+#: Maximum size of a worker's shuffle buffer, in samples and in bytes of pixels.
+_MAX_SHUFFLE_SAMPLES = 20_000
+_MAX_SHUFFLE_BYTES = 1 << 30
 
 
 class TrainingModel(NamedTuple):
-    """A model, and the preprocessing that belongs to it."""
+    """A model and its preprocessor."""
 
     model: CvtForImageClassification
     preprocessor: Preprocessor
 
 
 def make_training_model(config: TrainConfig) -> TrainingModel:
-    """Makes the configured new model, or loads the configured checkpoint.
+    """Creates the configured new model, or loads the configured checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint can't be loaded.
-        ConfigError: the architecture or its preprocessing is not possible.
+        CheckpointError: the checkpoint cannot be loaded.
+        ConfigError: the architecture or the preprocessing is not valid.
     """
     torch.manual_seed(config.optimization.seed)
     if (new := config.model.new) is not None:
@@ -73,7 +73,7 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None
         return TrainingModel(CvtForImageClassification(architecture), preprocessor)
-    assert config.model.pretrained is not None  # the configuration has one of the two
+    assert config.model.pretrained is not None  # the configuration has either `new` or `pretrained`
     checkpoint = open_checkpoint(make_storage(config.storage), config.model.pretrained, config.model.revision)
     model, labels = checkpoint.model, config.model.labels
     if labels is not None and tuple(labels) != checkpoint.labels:
@@ -91,20 +91,27 @@ def _label_fields(labels: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The folder of the best model, in the format that labeling loads, and the metrics of its epoch."""
+    """The result of a training.
+
+    Attributes:
+        path: path or URI of the folder with the best model, in the format that labeling loads.
+        best: metrics of the best model's epoch.
+    """
 
     path: str
     best: Mapping[str, float]
 
 
 def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) -> TrainResult:
-    """Trains, or resumes an interrupted training; Ray must be connected.
+    """Trains a model, or resumes an interrupted training. Ray must be connected.
 
-    `on_epoch` is called with the metrics of each epoch, from another thread.
+    Args:
+        config: the configuration of the training.
+        on_epoch: called from another thread with the metrics of each epoch.
 
     Raises:
-        StorageError, NoShardsError: the data can't be listed.
-        CheckpointError, ConfigError: the model can't be loaded or created.
+        StorageError, NoShardsError: the images cannot be listed.
+        CheckpointError, ConfigError: the model cannot be loaded or created.
         ray.train.TrainingFailedError: a worker failed.
     """
     model, storage = make_training_model(config), make_storage(config.storage)
@@ -112,10 +119,10 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     data = {name: _dataset(storage, section, model) for name, section in sections.items()}
     if config.cache:
         data = {name: dataset.materialize() for name, dataset in data.items()}
-    workers, epochs = config.workers, Queue()
+    workers, epoch_metrics = config.workers, Queue()
 
-    def listen() -> None:
-        for metrics in iter(epochs.get, None):
+    def report_epochs() -> None:
+        for metrics in iter(epoch_metrics.get, None):
             on_epoch(metrics)
 
     trainer = TorchTrainer(
@@ -123,8 +130,8 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
         train_loop_config={
             "config": config,
             "model": ray.put(model),
-            "epochs": epochs,
-            "steps": data["train"].count() // (workers.count * config.optimization.batch_size),
+            "epoch_metrics": epoch_metrics,
+            "steps_per_epoch": data["train"].count() // (workers.count * config.optimization.batch_size),
         },
         datasets=cast(dict[str, Any], data),
         # The first worker evaluates the whole validation set.
@@ -140,12 +147,12 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
         ),
     )
-    listener = Thread(target=listen, daemon=True)
+    listener = Thread(target=report_epochs, daemon=True)
     listener.start()
     try:
         result = trainer.fit()
     finally:
-        epochs.put(None)
+        epoch_metrics.put(None)
         listener.join()
     return _save_best(result, storage, f"{config.output.uri}/{config.output.name}/model")
 
@@ -158,27 +165,27 @@ def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ra
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    """The loop of one worker: trains, and reports metrics and a checkpoint after each epoch."""
+    """Runs the training loop of one worker; reports metrics and a checkpoint after each epoch."""
     config: TrainConfig = arguments["config"]
     context = ray.train.get_context()
     threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
-    optimization, finished = config.optimization, 0
+    optimization, finished_epochs = config.optimization, 0
     trainer = _Trainer(
-        ray.get(arguments["model"]), optimization, arguments["steps"], get_device(), prepare_model
+        ray.get(arguments["model"]), optimization, arguments["steps_per_epoch"], get_device(), prepare_model
     )
     if (checkpoint := ray.train.get_checkpoint()) is not None:
         with checkpoint.as_directory() as folder:
-            finished = trainer.load(Path(folder))
+            finished_epochs = trainer.load(Path(folder))
     images = ray.train.get_dataset_shard("train")
-    for epoch in range(finished, optimization.epochs):
+    for epoch in range(finished_epochs, optimization.epochs):
         started = time.monotonic()
         torch.manual_seed(optimization.seed + epoch)
-        metrics = {"epoch": epoch + 1, "train_loss": trainer.train(images, epoch)}
+        metrics = {"epoch": epoch + 1, "train_loss": trainer.train_epoch(images, epoch)}
         if context.get_world_rank() == 0:
             metrics |= trainer.evaluate(ray.train.get_dataset_shard("validation"))
             metrics |= {"learning_rate": trainer.learning_rate, "seconds": time.monotonic() - started}
-            arguments["epochs"].put(metrics)
+            arguments["epoch_metrics"].put(metrics)
             with tempfile.TemporaryDirectory() as folder:
                 trainer.save(Path(folder), epoch + 1)
                 ray.train.report(metrics, Checkpoint.from_directory(folder))
@@ -187,7 +194,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 
 
 class _Trainer:
-    """Model, optimizer and learning rate schedule of one worker."""
+    """The model, optimizer and learning rate schedule of one worker."""
 
     def __init__(
         self,
@@ -198,9 +205,12 @@ class _Trainer:
         prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
         if steps_per_epoch < 1:
-            raise ValueError("train: fewer labeled images for each worker than optimization.batch_size")
+            raise ValueError(
+                "the section train has fewer images with targets per worker than optimization.batch_size: "
+                "add images, or reduce optimization.batch_size or workers.count"
+            )
         self._optimization = optimization
-        # The optimizer's state depends on these settings: a training resumes with the same ones only.
+        # The optimizer state depends on these settings. A training can resume only with the same values.
         self._settings = optimization.model_dump(
             include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
         )
@@ -208,7 +218,7 @@ class _Trainer:
         self._device = device
         self._parallel = prepare(self._model)
         parameters = [p for p in self._model.parameters() if p.requires_grad]
-        # Weight decay for matrices and filters, none for biases and normalizations.
+        # Weight decay applies to matrices and filters, not to biases and normalization layers.
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimization.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -217,24 +227,24 @@ class _Trainer:
         warmup, total = (
             epochs * steps_per_epoch for epochs in (optimization.warmup_epochs, optimization.epochs)
         )
-        self._rate = get_cosine_schedule_with_warmup(self._optimizer, int(warmup), total)
+        self._scheduler = get_cosine_schedule_with_warmup(self._optimizer, int(warmup), total)
 
     @property
     def learning_rate(self) -> float:
-        return float(self._rate.get_last_lr()[0])
+        return float(self._scheduler.get_last_lr()[0])
 
-    def train(self, images: ray.data.DataIterator, epoch: int) -> float:
+    def train_epoch(self, images: ray.data.DataIterator, epoch: int) -> float:
         """Trains for one epoch; returns the mean loss."""
         optimization = self._optimization
         self._parallel.train()
         losses = []
-        fitting = _SHUFFLE_BYTES // (self._preprocessor.size**2 * 3)
-        buffer = max(optimization.batch_size, min(_SHUFFLE_SAMPLES, fitting))
+        max_samples = _MAX_SHUFFLE_BYTES // (self._preprocessor.size**2 * 3)
+        buffer = max(optimization.batch_size, min(_MAX_SHUFFLE_SAMPLES, max_samples))
         for pixels, targets in self._batches(
             images,
             optimization.batch_size,
             partial(augment, flip=optimization.horizontal_flip, shift=optimization.max_shift),
-            drop_last=True,  # every worker takes as many steps
+            drop_last=True,  # all workers take the same number of steps
             local_shuffle_buffer_size=buffer,
             local_shuffle_seed=optimization.seed + epoch,
         ):
@@ -244,7 +254,7 @@ class _Trainer:
             loss.backward()
             nn.utils.clip_grad_norm_(self._model.parameters(), optimization.max_grad_norm)
             self._optimizer.step()
-            self._rate.step()
+            self._scheduler.step()
             losses.append(loss.detach())
         return torch.stack(losses).mean().item()
 
@@ -259,33 +269,35 @@ class _Trainer:
             correct += (logits.argmax(dim=1) == targets).sum().item()
             count += len(targets)
         if not count:
-            raise ValueError("validation: no labeled image")
+            raise ValueError(
+                "the section validation has no image with a target: check validation.uri and its label field"
+            )
         return {"loss": loss / count, "accuracy": correct / count}
 
-    def save(self, folder: Path, finished: int) -> None:
-        """Writes the model, and the state of the training after `finished` epochs."""
+    def save(self, folder: Path, finished_epochs: int) -> None:
+        """Writes the model and the training state after `finished_epochs` epochs."""
         save_checkpoint(self._model, self._preprocessor, folder)
-        progress = {
+        state = {
             "optimizer": self._optimizer.state_dict(),
-            "rate": self._rate.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
             "settings": self._settings,
-            "epoch": finished,
+            "epoch": finished_epochs,
         }
-        torch.save(progress, folder / _STATE)
+        torch.save(state, folder / _STATE_FILE)
 
     def load(self, folder: Path) -> int:
-        """Loads what `save` has written; returns the number of finished epochs."""
+        """Loads the files that `save` wrote; returns the number of finished epochs."""
         saved = CvtForImageClassification.from_pretrained(folder, dtype=torch.float32)
         self._model.load_state_dict(saved.state_dict())
-        progress = torch.load(folder / _STATE, weights_only=True, map_location=self._device)
-        if progress["settings"] != self._settings:
+        state = torch.load(folder / _STATE_FILE, weights_only=True, map_location=self._device)
+        if state["settings"] != self._settings:
             raise ValueError(
-                f"a training of this name was started with {progress['settings']}, not {self._settings}: "
-                "continue with those, or use another output.name"
+                f"the training of this name was started with {state['settings']}, not {self._settings}: "
+                "use the same settings, or another output.name"
             )
-        self._optimizer.load_state_dict(progress["optimizer"])
-        self._rate.load_state_dict(progress["rate"])
-        return int(progress["epoch"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        return int(state["epoch"])
 
     def _batches(
         self,
@@ -308,7 +320,7 @@ class _Trainer:
 
 
 def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
-    """Mirrors half of the images (n, c, h, w), and shifts each by up to `shift` pixels in both axes.
+    """Flips half of the images (n, c, h, w) horizontally, and shifts each by up to `shift` pixels per axis.
 
     Uncovered pixels are black.
     """
@@ -317,20 +329,20 @@ def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
     rows = torch.arange(height, device=device) + torch.randint(0, 2 * shift + 1, (n, 1), device=device)
     columns = torch.arange(width, device=device) + torch.randint(0, 2 * shift + 1, (n, 1), device=device)
     if flip:
-        mirrored = torch.rand(n, 1, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+        is_flipped = torch.rand(n, 1, device=device) < 0.5
+        columns = torch.where(is_flipped, columns.flip(1), columns)
     padded = F.pad(images, (shift, shift, shift, shift))
     sample = torch.arange(n, device=device).view(-1, 1, 1)
     moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
 
 
-def _save_best(result: ray.train.Result, storage: Storage, target: str) -> TrainResult:
-    """Copies the best checkpoint to `target`, without the state of the training."""
+def _save_best(result: ray.train.Result, storage: Storage, uri: str) -> TrainResult:
+    """Copies the best checkpoint, without the training state, to the folder `uri`."""
     assert result.best_checkpoints  # every epoch reports one
     best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["accuracy"])
     with best.as_directory() as folder:
         for file in sorted(Path(folder).iterdir()):
-            if file.name != _STATE:
-                storage.write(f"{target}/{file.name}", file.read_bytes())
-    return TrainResult(target, metrics)
+            if file.name != _STATE_FILE:
+                storage.write(f"{uri}/{file.name}", file.read_bytes())
+    return TrainResult(uri, metrics)

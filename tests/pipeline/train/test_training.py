@@ -1,4 +1,4 @@
-"""Training on real shards with a real Ray Train: new, cut off and resumed, and from a checkpoint."""
+"""Training on real shards with Ray Train: new models, resumed training, and fine-tuning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FASHION_MNIST = Path(__file__).parents[3] / "configs" / "fashion_mnist_train.yam
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards to train on and one to validate on, 96 images each, and a few that are no use."""
+    """Two training shards and one validation shard with 96 images each, and a few unusable samples."""
     folder = tmp_path_factory.mktemp("shards")
     with tarfile.open(SAMPLE / "test-0000.tar") as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()[: 3 * 192]]  # type: ignore[union-attr]
@@ -57,21 +57,21 @@ def config(shards: Path, output: Path, *overrides: str) -> TrainConfig:
     )
 
 
-def test_a_training_that_was_cut_off_goes_on_where_it_was(
+def test_interrupted_training_resumes_after_the_last_epoch(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
     seen: list[Mapping[str, float]] = []
     train(config(shards, tmp_path, "optimization.epochs=1"), seen.append)
     assert [row["epoch"] for row in seen] == [1]
-    whole = train(config(shards, tmp_path), seen.append)
+    resumed = train(config(shards, tmp_path), seen.append)
     assert [row["epoch"] for row in seen] == [1, 2]
-    assert whole.best["accuracy"] == max(row["accuracy"] for row in seen)
+    assert resumed.best["accuracy"] == max(row["accuracy"] for row in seen)
     assert all(0 <= row["accuracy"] <= 1 for row in seen)
 
-    checkpoint = load_checkpoint(whole.path)
+    checkpoint = load_checkpoint(resumed.path)
     assert checkpoint.labels == load_checkpoint("fashion-mnist").labels
     assert checkpoint.preprocessor == load_checkpoint("fashion-mnist").preprocessor
-    assert sorted(p.name for p in Path(whole.path).iterdir()) == [
+    assert sorted(p.name for p in Path(resumed.path).iterdir()) == [
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
@@ -83,23 +83,23 @@ def test_training_resumes_with_the_same_optimizer_settings_only(shards: Path, tm
         settings = config(shards, tmp_path, *overrides)
         return _Trainer(make_training_model(settings), settings.optimization, 4, torch.device("cpu"))
 
-    trainer().save(tmp_path, finished=1)
+    trainer().save(tmp_path, finished_epochs=1)
     assert trainer("optimization.epochs=7").load(tmp_path) == 1
     with pytest.raises(ValueError, match=r"started with .*'batch_size': 32"):
         trainer("optimization.batch_size=16").load(tmp_path)
 
 
-def test_a_shard_that_cannot_be_read_ends_the_training_with_its_name(
+def test_unreadable_shard_fails_the_training_and_is_named(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "train").mkdir()
-    whole = (shards / "train" / "0.tar").read_bytes()
-    (tmp_path / "train" / "cut.tar").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Exception, match=r"cut\.tar"):
+    complete = (shards / "train" / "0.tar").read_bytes()
+    (tmp_path / "train" / "truncated.tar").write_bytes(complete[: len(complete) // 2])
+    with pytest.raises(Exception, match=r"truncated\.tar"):
         train(config(shards, tmp_path / "runs", f"train.uri={tmp_path}/train"), lambda _: None)
 
 
-def test_a_training_may_start_from_a_checkpoint_with_other_labels(shards: Path, tmp_path: Path) -> None:
+def test_fine_tuning_replaces_the_classifier_for_other_labels(shards: Path, tmp_path: Path) -> None:
     start = ["model.new=null", "model.pretrained=fashion-mnist"]
     same = make_training_model(config(shards, tmp_path, *start))
     assert same.model.config.num_labels == 10
@@ -109,24 +109,24 @@ def test_a_training_may_start_from_a_checkpoint_with_other_labels(shards: Path, 
     torch.testing.assert_close(other.model.cvt.state_dict(), same.model.cvt.state_dict())
 
 
-def test_a_start_that_cannot_be_loaded_is_named(shards: Path, tmp_path: Path) -> None:
+def test_checkpoint_that_cannot_be_loaded_is_named(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="/no/such/model"):
         make_training_model(config(shards, tmp_path, "model.new=null", "model.pretrained=/no/such/model"))
 
 
-def test_a_new_model_and_a_start_exclude_each_other(shards: Path, tmp_path: Path) -> None:
+def test_new_model_and_pretrained_model_are_exclusive(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"either model\.new or model\.pretrained"):
         config(shards, tmp_path, "model.pretrained=fashion-mnist")
 
 
-def test_an_unknown_field_of_the_architecture_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_unknown_architecture_field_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.new\.cvt: unknown field depht"):
         make_training_model(config(shards, tmp_path, "model.new.cvt.depht=[1, 1, 1]"))
     with pytest.raises(ConfigError, match=r"model\.new: .*num_heads"):
         make_training_model(config(shards, tmp_path, "model.new.cvt.num_heads=[1, 2, 3]"))
 
 
-def test_a_new_model_may_be_a_published_variant(shards: Path, tmp_path: Path) -> None:
+def test_new_model_can_use_a_preset(shards: Path, tmp_path: Path) -> None:
     plain = ["model.new.cvt={}", "model.new.preprocessor={}", "model.new.preset=cvt-21"]
     made = make_training_model(config(shards, tmp_path, *plain, "model.new.cvt.depth=[1, 1, 2]"))
     assert made.model.config.embed_dim == [64, 192, 384]
@@ -137,7 +137,7 @@ def test_a_new_model_may_be_a_published_variant(shards: Path, tmp_path: Path) ->
         make_training_model(config(shards, tmp_path, "model.new.preset=cvt-14"))
 
 
-def test_the_bundled_checkpoint_has_the_architecture_of_its_configuration() -> None:
+def test_bundled_checkpoint_has_the_configured_architecture() -> None:
     made = make_training_model(load_config(TrainConfig, FASHION_MNIST))
     bundled = load_checkpoint(str(BUNDLED["fashion-mnist"]))
     assert made.preprocessor == bundled.preprocessor
@@ -160,7 +160,7 @@ def test_training_without_ray_train_names_the_extra(
     assert "pip install 'cvt-label[train]'" in done.output
 
 
-def test_augmentation_shifts_and_mirrors_whole_images() -> None:
+def test_augmentation_shifts_and_flips_whole_images() -> None:
     torch.manual_seed(0)
     image = torch.arange(1, 37, dtype=torch.uint8).reshape(1, 1, 6, 6).expand(64, 3, 6, 6)
     made = augment(image, flip=True, shift=1)
@@ -171,9 +171,9 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
     possible = {window.contiguous().numpy().tobytes() for window in windows}
     found = {one.contiguous().numpy().tobytes() for one in made}
     assert found <= possible
-    assert len(found) > 9  # shifts and mirrors both occur
+    assert len(found) > 9  # both shifts and flips occur
 
 
-def test_without_augmentation_images_stay_as_they_are() -> None:
+def test_images_do_not_change_without_augmentation() -> None:
     image = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
     assert torch.equal(augment(image, flip=False, shift=0), image)
