@@ -4,8 +4,8 @@
 data is ever written as SQL.
 
 Each commit contains an application transaction of the model. If two publishers commit at the same time,
-deltalake refuses the slower one. The transaction number tells a publisher whether its attempt was committed,
-and names the list of shards, which was written before the commit:
+deltalake refuses the slower one. A publisher finds the transaction number in the log if its attempt was
+committed. The number is also part of the name of the list of shards, which is written before the commit:
 
     <table>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
 

@@ -27,7 +27,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 #: Variables with the address of a cluster. Ray prefers them to an address that is passed as an argument.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
-_MAX_RECONNECTIONS = 10  # consecutive ones, to one log
+_MAX_RECONNECTIONS = 10  # consecutive reconnections to one log
 _POLL_SECONDS = 1.0
 
 #: Environment variable of the job that contains the configuration.
@@ -229,7 +229,7 @@ class JobClient:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.job_submission import JobSubmissionClient  # the import takes seconds
 
-        with self._errors(), _address_variables_hidden():
+        with self._translate_errors(), _hide_address_variables():
             self._client = JobSubmissionClient(address)
 
     def submit(self, submission: Submission) -> None:
@@ -242,7 +242,7 @@ class JobClient:
             if submission.has_same_labels(job.metadata) and not job.is_finished:
                 cause = f"job {job.id} for the same dataset and model is {job.state.lower()}"
                 raise StillRunningError(f"not submitted: {cause}")
-        with self._errors():
+        with self._translate_errors():
             try:
                 self._client.submit_job(
                     entrypoint=submission.entrypoint,
@@ -257,7 +257,7 @@ class JobClient:
 
     def jobs(self) -> list[SubmittedJob]:
         """Returns the labeling jobs of the cluster, the latest first."""
-        with self._errors():
+        with self._translate_errors():
             all_details = self._client.list_jobs()
         jobs = (SubmittedJob.from_details(details) for details in all_details if details.submission_id)
         labeling_jobs = (job for job in jobs if job.is_labeling)
@@ -274,7 +274,7 @@ class JobClient:
         """Returns the job with this id, or None if the cluster has no such job."""
         if not job_id:
             return None
-        with self._errors():
+        with self._translate_errors():
             try:
                 return SubmittedJob.from_details(self._client.get_job_info(job_id))
             except RuntimeError as error:
@@ -285,7 +285,7 @@ class JobClient:
     def logs(self, job_id: str) -> str:
         """Returns the log of a job so far; raises `UnknownJobError`."""
         self.job(job_id)
-        with self._errors():
+        with self._translate_errors():
             return self._client.get_job_logs(job_id)
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> SubmittedJob:
@@ -324,7 +324,7 @@ class JobClient:
         """Sends SIGTERM to a job and waits until the job is finished; raises `UnknownJobError`."""
         job = self.job(job_id)
         if not job.is_finished:
-            with self._errors():
+            with self._translate_errors():
                 self._client.stop_job(job_id)
         while not job.is_finished:
             time.sleep(_POLL_SECONDS)
@@ -332,13 +332,13 @@ class JobClient:
         return job
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         import requests
         from ray.exceptions import AuthenticationError, RayError
 
         try:
             yield
-        except requests.exceptions.InvalidHeader:  # whose message contains the token
+        except requests.exceptions.InvalidHeader:  # its message contains the token
             cause = "contains a line break or starts with a space"
             raise ClusterError(f"the token in RAY_AUTH_TOKEN {cause}") from None
         except AuthenticationError:
@@ -355,7 +355,7 @@ class JobClient:
 
 
 @contextmanager
-def _address_variables_hidden() -> Iterator[None]:
+def _hide_address_variables() -> Iterator[None]:
     hidden = {name: os.environ.pop(name) for name in _ADDRESS_VARIABLES if name in os.environ}
     try:
         yield

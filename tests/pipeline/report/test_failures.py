@@ -1,4 +1,4 @@
-"""The causes of errors, read from prediction files."""
+"""Reading the causes of errors from prediction files."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def test_files_with_the_most_errors_are_read(tmp_path: Path) -> None:
     ]
     write_partition(storage, uri, ["a"], days)
     for path in Path(uri).rglob("?-0.tar.parquet"):
-        path.write_bytes(b"without errors: nobody looks at it")
+        path.write_bytes(b"must not be read: the shard has no errors")
     partition = Partition.open(storage, uri)
 
-    def causes(most: int) -> ErrorCauses:
-        found, missing = read_causes(partition, most)
+    def causes(max_files: int) -> ErrorCauses:
+        causes, missing = read_causes(partition, max_files)
         assert missing == 0
-        return found
+        return causes
 
-    [found] = causes(100).to_record()
-    assert (found["cause"], found["count"]) == ("N bytes, day '...'", 2 * (1 + 2 + 3))
-    assert found["samples"][0] == {"shard": "/in/x-3.tar", "key": "k1", "error": "3 bytes, day 'x'"}
-    assert len(found["samples"]) == MAX_SAMPLES
+    [cause] = causes(100).to_record()
+    assert (cause["cause"], cause["count"]) == ("N bytes, day '...'", 2 * (1 + 2 + 3))
+    assert cause["samples"][0] == {"shard": "/in/x-3.tar", "key": "k1", "error": "3 bytes, day 'x'"}
+    assert len(cause["samples"]) == MAX_SAMPLES
     assert causes(3).count == 3 + 3 + 2
     [path] = Path(uri).rglob("x-3.tar.parquet")
     path.unlink()
-    without, missing = read_causes(partition, 100)
-    assert (without.count, missing) == (2 * (1 + 2 + 3) - 3, 1)
-    path.write_bytes(b"of somebody else")
+    remaining, missing = read_causes(partition, 100)
+    assert (remaining.count, missing) == (2 * (1 + 2 + 3) - 3, 1)
+    path.write_bytes(b"another format")
     with pytest.raises(StorageError, match=r"x-3\.tar\.parquet: not a prediction file"):
         causes(100)
 
 
-def test_copy_of_a_partition_has_the_same_causes(tmp_path: Path) -> None:
-    """The manifest has the object versions of the original."""
-    uri, copy = (str(tmp_path / name / "model=m-ffffffff") for name in ("there", "copy"))
+def test_copied_partition_has_the_same_causes(tmp_path: Path) -> None:
+    """The manifest of the copy has the object versions of the original."""
+    uri, copy = (str(tmp_path / name / "model=m-ffffffff") for name in ("original", "copy"))
     predictions = make_predictions("/in/a.tar", ["a"], [0, None, None], error="3 bytes")
     write_partition(Storage(), uri, ["a"], [{"/in/a.tar": predictions}])
     shutil.copytree(uri, copy, copy_function=shutil.copyfile)
     records = []
     for each in (uri, copy):
-        found, missing = read_causes(Partition.open(Storage(), each), 100)
-        assert (found.count, missing) == (2, 0)
-        records.append(found.to_record())
+        causes, missing = read_causes(Partition.open(Storage(), each), 100)
+        assert (causes.count, missing) == (2, 0)
+        records.append(causes.to_record())
     assert records[0] == records[1]

@@ -253,7 +253,7 @@ def failures(uri: str) -> str:
 
 
 def test_copied_partition_has_causes_and_missing_files_are_stated(tmp_path: Path) -> None:
-    partition = make_partition(tmp_path / "there", ["a", "b"])
+    partition = make_partition(tmp_path / "original", ["a", "b"])
     copy = str(tmp_path / "copy" / partition.name)
     shutil.copytree(partition.uri, copy, copy_function=shutil.copyfile)
     assert "8 samples in 4 shards could not be labeled. By cause: 8 \xd7" in failures(copy)
