@@ -23,8 +23,8 @@ __all__ = ["CvtConfig", "CvtForImageClassification", "CvtModel", "Engine", "Prep
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when they are used: a worker that only decodes images needs neither torch nor
-    # transformers, which take seconds and hundreds of megabytes.
+    # Imported on first use, because torch and transformers take seconds and hundreds of megabytes. Workers
+    # that only decode images need neither.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,6 +1,6 @@
-"""CvtConfig: the shape of a CvT, in the fields of transformers' CvtConfig, and its checks.
+"""CvtConfig: the architecture of a CvT, with the fields of transformers' CvtConfig, and its validation.
 
-Files, the hub and labels belong to transformers' PreTrainedConfig.
+The base class PreTrainedConfig of transformers handles files, the hub and labels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 from transformers import PreTrainedConfig
 
-from cvt.errors import described
+from cvt.errors import describe_validation_error
 
 Counts = Sequence[PositiveInt]
 Paddings = Sequence[NonNegativeInt]
@@ -22,33 +22,34 @@ Methods = Sequence[Literal["dw_bn", "avg", "linear"]]
 
 
 class CvtConfig(PreTrainedConfig):
-    """Configuration of a CvT; drop-in for `transformers.CvtConfig`, defaults are CvT-13's.
+    """Configuration of a CvT, a drop-in replacement for `transformers.CvtConfig`.
 
-    Takes these fields and those of PreTrainedConfig (`num_labels`, `id2label`, ...) by keyword. A sequence
-    has one entry per stage.
+    The constructor takes these fields and the fields of PreTrainedConfig (`num_labels`, `id2label`, ...) as
+    keyword arguments. A sequence has one entry per stage. The defaults are those of CvT-13.
 
     Attributes:
-        patch_sizes, patch_stride, patch_padding: of the convolution that embeds a stage's input.
-        embed_dim: width of a stage's tokens.
-        num_heads: attention heads; divides the width.
+        patch_sizes, patch_stride, patch_padding: kernel, stride and padding of the patch embedding.
+        embed_dim: width of the tokens.
+        num_heads: number of attention heads; must divide the width.
         depth: number of layers.
         mlp_ratio: hidden width of the MLP, as a multiple of `embed_dim`.
-        attention_drop_rate: dropout of attention probabilities.
-        drop_rate: dropout of embeddings, and of the outputs of attention and MLP.
-        drop_path_rate: stochastic depth of the stage's last layer; rises linearly from 0 in the first.
-        qkv_bias: whether query, key and value have a bias.
-        cls_token: whether a class token, of the last stage's width, joins the stage's tokens.
-        qkv_projection_method: how tokens become the input of query, key and value: "dw_bn", a depthwise
-            convolution with batch norm; "avg", average pooling for key and value; "linear", unchanged.
-        kernel_qkv: kernel of that convolution or pooling.
-        padding_kv, stride_kv: of that convolution or pooling, for key and value.
-        padding_q, stride_q: of that convolution, for the query.
+        attention_drop_rate: dropout rate of the attention probabilities.
+        drop_rate: dropout rate of the embeddings, and of the outputs of attention and MLP.
+        drop_path_rate: stochastic depth rate of the last layer. The rate rises linearly from 0 in the first
+            layer.
+        qkv_bias: whether the linear layers of query, key and value have a bias.
+        cls_token: whether the stage has a class token. Its width is that of the last stage.
+        qkv_projection_method: projection before the linear layers of query, key and value. "dw_bn":
+            depthwise convolution with batch norm. "avg": average pooling of key and value. "linear": none.
+        kernel_qkv: kernel of the projection.
+        padding_kv, stride_kv: padding and stride of the projection for key and value.
+        padding_q, stride_q: padding and stride of the projection for the query.
         initializer_range: standard deviation of initial weights.
-        layer_norm_eps: unused, as in transformers, whose CvT normalizes with PyTorch's default of 1e-5; kept
-            so that files pass through unchanged.
+        layer_norm_eps: unused, as in transformers, which uses PyTorch's default of 1e-5 for CvT. The field
+            exists so that configuration files stay unchanged.
 
     Raises:
-        ValueError: the fields do not describe a model; names the field and the reason.
+        ValueError: the fields do not describe a valid model. The message names the field and the reason.
     """
 
     model_type = "cvt"
@@ -76,7 +77,7 @@ class CvtConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
 
     def __init__(self, **kwargs: Any) -> None:
-        # Written out, because only from 5.4 on does PreTrainedConfig make a dataclass of this.
+        # Explicit, because PreTrainedConfig makes subclasses dataclasses only from transformers 5.4.
         for name in CvtConfig.__annotations__:
             setattr(self, name, kwargs.pop(name, getattr(CvtConfig, name)))
         super().__init__(**kwargs)
@@ -91,21 +92,22 @@ _Fields = create_model(
 
 
 def check_architecture(config: PreTrainedConfig) -> None:
-    """Refuses a CvtConfig, this one or transformers', that describes no model.
+    """Validates a CvtConfig of this package or of transformers.
 
     Raises:
-        ValueError: names the field and the reason.
+        ValueError: the fields do not describe a valid model. The message names the field and the reason.
     """
     fields = {name: getattr(config, name) for name in CvtConfig.__annotations__}
     try:
         _Fields.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(f"CvtConfig: {described(error)}") from None
+        raise ValueError(f"CvtConfig: {describe_validation_error(error)}") from None
     stages = len(config.embed_dim)
     for name, entries in fields.items():
         if isinstance(entries, list | tuple) and len(entries) != stages:
             raise ValueError(
-                f"CvtConfig: {name} has {len(entries)} entries and embed_dim {stages}; both need one a stage"
+                f"CvtConfig: {name} has {len(entries)} entries and embed_dim has {stages};"
+                " both need one entry per stage"
             )
     for stage in range(stages):
         _check_stage(config, stage)
@@ -118,21 +120,21 @@ def _check_stage(config: PreTrainedConfig, i: int) -> None:
         raise ValueError(f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})")
     if int(width * config.mlp_ratio[i]) < 1:
         raise ValueError(
-            f"CvtConfig: mlp_ratio[{i}] ({config.mlp_ratio[i]}) leaves no hidden width"
-            f" of embed_dim[{i}] ({width})"
+            f"CvtConfig: mlp_ratio[{i}] ({config.mlp_ratio[i]}) times embed_dim[{i}] ({width})"
+            " gives a hidden width of 0"
         )
     if config.cls_token[i] and width != config.embed_dim[-1]:
         raise ValueError(
-            f"CvtConfig: cls_token[{i}] is true, but a class token has the last stage's width"
-            f" ({config.embed_dim[-1]}), not that of its tokens, embed_dim[{i}] ({width})"
+            f"CvtConfig: cls_token[{i}] needs embed_dim[{i}] ({width}) to equal the width of the last stage"
+            f" ({config.embed_dim[-1]}), which is the width of a class token"
         )
-    # The attention's output is added to its input, so there must be one query for each token.
+    # The output of attention is added to its input, so each token needs one query.
     method = config.qkv_projection_method[i]
     if method == "dw_bn" and (config.stride_q[i] != 1 or 2 * config.padding_q[i] != kernel - 1):
         raise ValueError(
             f"CvtConfig: stride_q[{i}] ({config.stride_q[i]}) and padding_q[{i}]"
-            f" ({config.padding_q[i]}) don't keep the number of tokens: with kernel_qkv[{i}]"
-            f" ({kernel}) the stride must be 1 and the padding half of the kernel less 1"
+            f" ({config.padding_q[i]}) change the number of tokens: with kernel_qkv[{i}]"
+            f" ({kernel}) the stride must be 1 and the padding (kernel - 1) / 2"
         )
     if method == "avg" and 2 * config.padding_kv[i] > kernel:
         raise ValueError(

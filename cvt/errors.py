@@ -1,6 +1,6 @@
-"""Errors of checkpoints, and helpers for their messages.
+"""The error for checkpoints, and helpers for its messages.
 
-Imports no torch, because programs that do not load torch catch these errors.
+Does not import torch, because programs without torch catch this error.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def checkpoint_errors(where: object) -> Iterator[None]:
-    """Raises any exception of the block as a CheckpointError that begins with `where`.
+    """Converts any exception in the block to a CheckpointError whose message starts with `where`.
 
-    A checkpoint's files come from anywhere, and the libraries that read them share no base class of errors.
+    Checkpoint files may be damaged in any way, and the libraries that read them have no common exception
+    class.
     """
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else None  # `where` names the file
+        reason = error.strerror if isinstance(error, OSError) else None  # `where` has the file name
         cause = " ".join((reason or str(error)).split())[:500] or type(error).__name__
         raise CheckpointError(f"{where}: {cause}") from error
 
 
-def described(error: ValidationError) -> str:
-    """The first fault that pydantic found: the field, what it must be, and what it is."""
-    fault = error.errors()[0]
-    value = json.dumps(fault["input"], default=repr)
-    found = value if len(value) <= 80 else f"{value[:77]}..."
-    field, *places = fault["loc"]
-    name = f"{field}{''.join(f'[{place}]' for place in places)}"
-    return f"{name}: {fault['msg']}, not {found}"
+def describe_validation_error(error: ValidationError) -> str:
+    """Describes the first error that pydantic found: the field, the requirement and the value."""
+    details = error.errors()[0]
+    value = json.dumps(details["input"], default=repr)
+    shown = value if len(value) <= 80 else f"{value[:77]}..."
+    field, *indices = details["loc"]
+    name = f"{field}{''.join(f'[{index}]' for index in indices)}"
+    return f"{name}: {details['msg']}, not {shown}"
 
 
-def listed(keys: Iterable[str], most: int = 8) -> str:
-    """The first `most` keys in order, and the number of the others."""
+def join_keys(keys: Iterable[str], limit: int = 8) -> str:
+    """Joins the first `limit` keys in sorted order, and adds the number of omitted keys."""
     names = sorted(keys)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,7 +1,7 @@
-"""CvT, the Convolutional vision Transformer of arXiv 2103.15808; drop-in for transformers' classes.
+"""CvT, the Convolutional vision Transformer of arXiv 2103.15808: drop-in classes for transformers.
 
-Tokens are (B, H*W, C), which is an image in channels_last memory format, so that neither layers nor
-convolutions copy. Other optimizations for inference belong to `cvt.inference.network`.
+Tokens have the shape (B, H*W, C). This is the memory layout of an image in channels_last format, so neither
+linear layers nor convolutions copy. `cvt.inference.network` has further optimizations for inference.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cvt.configuration import CvtConfig, check_architecture
 
 @dataclass
 class BaseModelOutputWithCLSToken(ModelOutput):
-    """What CvtModel returns.
+    """Output of CvtModel.
 
     Attributes:
-        last_hidden_state: the last stage's output, (B, C, H, W).
-        cls_token_value: its class token, (B, 1, C), or None where that stage has none.
-        hidden_states: the output of each stage, (B, C, H, W) of that stage, or None.
+        last_hidden_state: output of the last stage, (B, C, H, W).
+        cls_token_value: class token of the last stage, (B, 1, C), or None if the stage has none.
+        hidden_states: output of each stage, (B, C, H, W) with the sizes of the stage, or None.
     """
 
     last_hidden_state: Tensor | None = None
@@ -37,23 +37,23 @@ class BaseModelOutputWithCLSToken(ModelOutput):
 
 
 def _named(**modules: nn.Module) -> nn.Sequential:
-    """A sequence whose steps have names, which become part of the parameters' keys."""
+    """Returns a sequence with named modules. The names become part of the parameter names."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def _to_tokens(image: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, H*W, C)."""
+    """Reshapes (B, C, H, W) to (B, H*W, C)."""
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _to_image(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, H*W, C) to (B, C, H, W) in channels_last memory format; copies only split-off tokens."""
+    """Reshapes (B, H*W, C) to (B, C, H, W) in channels_last format. Copies only slices of tokens."""
     image = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
     return image.contiguous(memory_format=torch.channels_last)
 
 
 class CvtConvEmbeddings(nn.Module):
-    """Convolutional token embedding: overlapping patches, then layer norm (section 3.1)."""
+    """Convolutional token embedding (section 3.1): overlapping patches, then layer norm."""
 
     def __init__(self, config: CvtConfig, stage: int) -> None:
         super().__init__()
@@ -67,19 +67,19 @@ class CvtConvEmbeddings(nn.Module):
         self.normalization = nn.LayerNorm(config.embed_dim[stage])
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, C_in, H_in, W_in) to (B, C, H, W)."""
+        """Embeds an image (B, C_in, H_in, W_in) as (B, C, H, W)."""
         image = self.projection(image.contiguous(memory_format=torch.channels_last))
         return self.normalization(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class CvtSelfAttention(nn.Module):
-    """Attention whose queries, keys and values are convolutional projections (section 3.2)."""
+    """Multi-head attention with convolutional projections of query, key and value (section 3.2)."""
 
     def __init__(self, config: CvtConfig, stage: int) -> None:
         super().__init__()
         width = config.embed_dim[stage]
         self.num_heads = config.num_heads[stage]
-        self.scale = width**-0.5  # the width of all heads together
+        self.scale = width**-0.5  # the total width of all heads, not the width of one head
         self.drop_rate = config.attention_drop_rate[stage]
         self.with_cls_token = config.cls_token[stage]
 
@@ -105,7 +105,7 @@ class CvtSelfAttention(nn.Module):
         return nn.Identity()
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
-        """(B, T, C) to (B, T, C); T is H*W, and 1 more for a class token, which comes first."""
+        """Maps (B, T, C) to (B, T, C). T is H*W, plus 1 if there is a class token, which comes first."""
         cls_token, tokens = hidden_state.split([int(self.with_cls_token), height * width], dim=1)
         image = _to_image(tokens, height, width)
 
@@ -126,14 +126,14 @@ class CvtSelfAttention(nn.Module):
 
 
 class CvtDropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, drops a sample's residual branch."""
+    """Stochastic depth (arXiv 1603.09382): in training, drops the residual branch of random samples."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
-        """(B, ...) to (B, ...), with the same expected value."""
+        """Maps (B, ...) to (B, ...). The expected value does not change."""
         if not self.training or self.rate == 0.0:
             return branch
         kept = branch.new_empty([branch.shape[0]] + [1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
@@ -141,7 +141,7 @@ class CvtDropPath(nn.Module):
 
 
 class CvtLayer(GradientCheckpointingLayer):
-    """Transformer block, with layer norm ahead of attention and MLP."""
+    """Transformer block with pre-norm: layer norm before attention and before the MLP."""
 
     def __init__(self, config: CvtConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
@@ -160,16 +160,16 @@ class CvtLayer(GradientCheckpointingLayer):
         self.layernorm_after = nn.LayerNorm(width)
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
-        """(B, T, C) to (B, T, C)."""
+        """Maps (B, T, C) to (B, T, C)."""
         context = self.attention["attention"](self.layernorm_before(hidden_state), height, width)
         hidden_state = hidden_state + self.drop_path(self.attention["output"](context))
         transformed = self.output(self.intermediate(self.layernorm_after(hidden_state)))
-        # As in the paper's code, only the branch is dropped; transformers drops the whole sum.
+        # Drops only the branch, as in the paper's code. transformers drops the whole sum.
         return hidden_state + self.drop_path(transformed)
 
 
 class CvtStage(nn.Module):
-    """Token embedding and the layers over it, with a class token if the stage has one."""
+    """One stage: token embedding, class token if configured, and transformer layers."""
 
     def __init__(self, config: CvtConfig, stage: int) -> None:
         super().__init__()
@@ -178,15 +178,15 @@ class CvtStage(nn.Module):
             convolution_embeddings=CvtConvEmbeddings(config, stage),
             dropout=nn.Dropout(config.drop_rate[stage]),
         )
-        # Rates rise over a stage's layers, as in the paper's code; transformers uses the rate of layer i for
-        # all layers of stage i.
+        # The rate rises over the layers of a stage, as in the paper's code. transformers uses the rate of
+        # layer i for all layers of stage i.
         rates = (rate * i / max(depth - 1, 1) for i in range(depth))
         self.layers = nn.ModuleList(CvtLayer(config, stage, rate) for rate in rates)
         token = nn.Parameter(torch.zeros(1, 1, config.embed_dim[-1])) if config.cls_token[stage] else None
         self.cls_token = token
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, C_in, H_in, W_in) to (B, C, H, W) and the class token, (B, 1, C) or None."""
+        """Maps (B, C_in, H_in, W_in) to (B, C, H, W) and the class token, (B, 1, C) or None."""
         image = self.embedding(image)
         height, width = image.shape[-2:]
         hidden_state = _to_tokens(image)
@@ -201,7 +201,7 @@ class CvtStage(nn.Module):
 
 
 class CvtPreTrainedModel(PreTrainedModel):
-    """Settings with which transformers makes, loads and saves the models."""
+    """Base class: settings for creating, loading and saving with transformers."""
 
     config: CvtConfig
     config_class = CvtConfig
@@ -212,18 +212,18 @@ class CvtPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # all but the class token
+        super()._init_weights(module)  # initializes everything except the class token
         if isinstance(module, CvtStage) and module.cls_token is not None:
             init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
 
-    def _returned(self, outputs: ModelOutput, return_dict: bool | None) -> Any:
+    def _format_output(self, outputs: ModelOutput, return_dict: bool | None) -> Any:
         named = self.config.return_dict if return_dict is None else return_dict
         return outputs if named else outputs.to_tuple()
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
-        # The backward pass computes such a layer again, so that batch norm sees each batch twice: two steps
-        # with the smaller momentum equal one with PyTorch's 0.1.
+        # With checkpointing, the backward pass computes the layer a second time, so batch norm sees each
+        # batch twice. Two steps with the smaller momentum equal one step with PyTorch's 0.1.
         for layer in (module for module in self.modules() if isinstance(module, CvtLayer)):
             for module in layer.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -231,10 +231,10 @@ class CvtPreTrainedModel(PreTrainedModel):
 
 
 class CvtModel(CvtPreTrainedModel):
-    """CvT without a head. `add_pooling_layer` has no effect, as in transformers."""
+    """CvT without a classification head. `add_pooling_layer` has no effect, as in transformers."""
 
     def __init__(self, config: CvtConfig, add_pooling_layer: bool = True) -> None:
-        check_architecture(config)  # again: a configuration can be changed after it was made
+        check_architecture(config)  # the configuration may have changed after its own validation
         super().__init__(config)
         stages = (CvtStage(config, i) for i in range(len(config.depth)))
         self.encoder = nn.ModuleDict({"stages": nn.ModuleList(stages)})
@@ -247,14 +247,14 @@ class CvtModel(CvtPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | BaseModelOutputWithCLSToken:
-        """Computes features.
+        """Computes the features of images.
 
         Args:
-            pixel_values: normalized images, (B, num_channels, H, W), of any size that leaves the last stage a
-                token.
-            output_hidden_states: whether to return each stage's output; else as configured.
-            return_dict: whether to return a ModelOutput, not a tuple; else as configured.
-            kwargs: ignored, as transformers does.
+            pixel_values: normalized images, (B, num_channels, H, W). Any size is valid that gives the last
+                stage at least one token.
+            output_hidden_states: whether to return the output of each stage. Default: as configured.
+            return_dict: whether to return a ModelOutput instead of a tuple. Default: as configured.
+            kwargs: ignored, as in transformers.
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
@@ -269,11 +269,11 @@ class CvtModel(CvtPreTrainedModel):
         outputs = BaseModelOutputWithCLSToken(
             last_hidden_state=image, cls_token_value=cls_token, hidden_states=states
         )
-        return self._returned(outputs, return_dict)
+        return self._format_output(outputs, return_dict)
 
 
 class CvtForImageClassification(CvtPreTrainedModel):
-    """CvT with a linear classifier on the class token, or on the mean of tokens without one."""
+    """CvT with a linear classifier on the class token, or on the mean of the tokens if there is none."""
 
     def __init__(self, config: CvtConfig) -> None:
         super().__init__(config)
@@ -285,7 +285,7 @@ class CvtForImageClassification(CvtPreTrainedModel):
         self.post_init()
 
     def pool(self, last_hidden_state: Tensor, cls_token: Tensor | None) -> Tensor:
-        """The input of the classifier, (B, C), from CvtModel's outputs."""
+        """Returns the input of the classifier, (B, C), from the outputs of CvtModel."""
         tokens = _to_tokens(last_hidden_state) if cls_token is None else cls_token
         # The head may have a higher precision than the features.
         return self.layernorm(tokens.to(self.layernorm.weight.dtype)).mean(dim=1)
@@ -298,10 +298,15 @@ class CvtForImageClassification(CvtPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | ImageClassifierOutputWithNoAttention:
-        """Classifies images into logits, (B, num_labels); see `CvtModel.forward` for the other arguments.
+        """Computes the logits of images, (B, num_labels), and the loss if labels are given.
 
-        `labels` are, by `config.problem_type`, class ids (B,), or values (B, num_labels) for regression or
-        several classes per image. `kwargs` are passed on to the loss, for transformers' Trainer.
+        Args:
+            pixel_values: see `CvtModel.forward`.
+            labels: class ids, (B,). For regression and multi-label classification
+                (`config.problem_type`), values (B, num_labels).
+            output_hidden_states: see `CvtModel.forward`.
+            return_dict: see `CvtModel.forward`.
+            kwargs: passed to the loss function, for transformers' Trainer.
         """
         outputs = self.cvt(pixel_values, output_hidden_states, return_dict=True)
         logits = self.classifier(self.pool(outputs.last_hidden_state, outputs.cls_token_value))
@@ -309,11 +314,11 @@ class CvtForImageClassification(CvtPreTrainedModel):
         result = ImageClassifierOutputWithNoAttention(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states
         )
-        return self._returned(result, return_dict)
+        return self._format_output(result, return_dict)
 
 
 def register() -> None:
-    """Makes transformers' Auto classes in this process load CvT checkpoints with these classes."""
+    """Registers these classes, so that transformers' Auto classes of this process use them for CvT."""
     AutoConfig.register(CvtConfig.model_type, CvtConfig, exist_ok=True)
     AutoModel.register(CvtConfig, CvtModel, exist_ok=True)
     AutoModelForImageClassification.register(CvtConfig, CvtForImageClassification, exist_ok=True)

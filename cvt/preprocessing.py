@@ -1,7 +1,7 @@
-"""The pixels that a checkpoint's preprocessor_config.json asks for.
+"""Resizes and crops images as specified by a checkpoint's preprocessor_config.json.
 
-Resizes and crops to uint8 as transformers' ConvNextImageProcessor, which is CvT's. Decoding files belongs to
-the pipeline, normalization to the engine.
+The result is uint8 and equals that of transformers' ConvNextImageProcessor, the processor of CvT. The
+pipeline decodes image files. The engine normalizes pixels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from cvt.errors import CheckpointError, checkpoint_errors, described
+from cvt.errors import CheckpointError, checkpoint_errors, describe_validation_error
 
 FILE_NAME = "preprocessor_config.json"
 
-# From this size on, ConvNextImageProcessor squashes the whole image into a square.
+# At this size and above, ConvNextImageProcessor squashes the whole image into a square, without a crop.
 SQUASH_FROM = 384
 
-# All names under which transformers has written this processor. Without one, it takes this one for CvT.
+# All names of this processor in transformers' files. For a CvT without a name, transformers uses it too.
 _Type = Literal[
     "ConvNextImageProcessor",
     "ConvNextImageProcessorFast",
@@ -32,33 +32,33 @@ _Type = Literal[
     "ConvNextFeatureExtractor",
 ]
 
-# With nearest and box, rounding errors decide which pixels count: resizing a part of an image differs from
-# taking a part of the resized image.
+# Excludes nearest and box: with these filters, rounding decides which pixels count. Resizing a part of an
+# image then differs from cropping the resized image.
 SMOOTH_FILTERS = frozenset(Image.Resampling) - {Image.Resampling.NEAREST, Image.Resampling.BOX}
 
-# How far the widest of Pillow's filters reaches, in pixels of the smaller image.
+# Radius of Pillow's widest filter, in pixels of the smaller image.
 FILTER_REACH = 5
 
-# Left, top, right and bottom, in pixels of the source.
+# Left, top, right and bottom, in pixels of the source image.
 Box = tuple[float, float, float, float]
 
 
 def _shortest_edge(size: Any) -> Any:
-    """A size in pixels, which files also write as {"shortest_edge": pixels}."""
+    """Returns the size in pixels. Files may have {"shortest_edge": pixels} instead of a number."""
     return size["shortest_edge"] if isinstance(size, Mapping) and size.keys() == {"shortest_edge"} else size
 
 
-def _three(value: Any) -> Any:
-    """The values of red, green and blue, for which files may have one."""
+def _per_channel(value: Any) -> Any:
+    """Returns one value per channel. Files may have a single number for all channels."""
     return list(value) if isinstance(value, list | tuple) else [value] * 3
 
 
 _Positive = Annotated[float, Field(gt=0)]
-_CHANNELS = (Field(min_length=3, max_length=3), BeforeValidator(_three))
+_CHANNELS = (Field(min_length=3, max_length=3), BeforeValidator(_per_channel))
 
 
 class _File(BaseModel):
-    """The fields of a preprocessor_config.json that ConvNextImageProcessor uses, and its defaults."""
+    """The fields that ConvNextImageProcessor reads from preprocessor_config.json, with its defaults."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -78,7 +78,7 @@ class _File(BaseModel):
 
     @field_validator("resample")
     @classmethod
-    def _is_smooth(cls, value: int) -> int:
+    def _check_filter(cls, value: int) -> int:
         if value not in SMOOTH_FILTERS:
             raise ValueError(f"must be one of {sorted(map(int, SMOOTH_FILTERS))}, Pillow's smooth filters")
         return value
@@ -86,15 +86,16 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """The resizing and cropping that a checkpoint was trained with.
+    """Resizing, cropping and normalization of a checkpoint.
 
     Attributes:
         size: height and width of the result in pixels.
-        crop_pct: below 384, the part of the resized image's shortest side that the crop keeps.
-        resample: Pillow's number of the interpolation (`PIL.Image.Resampling`).
-        mean: per channel, of the rescaled values; for the engine.
-        std: per channel, of the rescaled values; for the engine.
-        rescale_factor: multiplies gray levels before normalization; for the engine.
+        crop_pct: fraction of the shortest side of the resized image that the crop keeps. Sizes of 384 and
+            above have no crop.
+        resample: interpolation filter, a value of `PIL.Image.Resampling`.
+        mean: mean of the rescaled values per channel. The engine subtracts the mean.
+        std: standard deviation of the rescaled values per channel. The engine divides by it.
+        rescale_factor: factor from gray levels to rescaled values. The engine multiplies by it.
     """
 
     size: int
@@ -106,21 +107,21 @@ class Preprocessor:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str) -> Preprocessor:
-        """Reads the content of a preprocessor_config.json.
+        """Creates a preprocessor from the content of a preprocessor_config.json.
 
-        Absent fields have ConvNextImageProcessor's defaults. Fields that it does not use are ignored.
+        Missing fields have the defaults of ConvNextImageProcessor. Unknown fields are ignored.
 
         Args:
             config: the parsed file.
-            source: what errors call the file.
+            source: name of the file in error messages.
 
         Raises:
-            CheckpointError: a field is malformed or not supported; names source and field.
+            CheckpointError: a field is invalid or not supported. The message names source and field.
         """
         try:
             file = _File.model_validate(config)
         except ValidationError as error:
-            raise CheckpointError(f"{source}: {described(error)}") from None
+            raise CheckpointError(f"{source}: {describe_validation_error(error)}") from None
         return cls(
             size=file.size,
             crop_pct=file.crop_pct,
@@ -132,10 +133,10 @@ class Preprocessor:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Preprocessor:
-        """Reads the preprocessor_config.json of a checkpoint's folder.
+        """Reads the preprocessor_config.json in the folder of a checkpoint.
 
         Raises:
-            CheckpointError: there is no such file, or see `from_dict`; names the file.
+            CheckpointError: the file is missing or not valid (see `from_dict`). The message names the file.
         """
         file = folder / FILE_NAME
         with checkpoint_errors(f"{file}: cannot be read as JSON"):
@@ -145,7 +146,7 @@ class Preprocessor:
         return cls.from_dict(config, str(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a preprocessor_config.json, for `from_dict` and transformers."""
+        """Returns the content of a preprocessor_config.json, for `from_dict` and transformers."""
         return {
             "image_processor_type": "ConvNextImageProcessor",
             "do_resize": True,
@@ -165,21 +166,22 @@ class Preprocessor:
         source: tuple[int, int] | None = None,
         part: Box | None = None,
     ) -> np.ndarray:
-        """Resizes and crops in one step, which computes the kept pixels only.
+        """Resizes and crops an image in one step, which computes only the pixels of the crop.
 
         Args:
-            image: in mode RGB.
-            source: if the image is a reduced copy, width and height of the original.
-            part: the box of the image that shows the original; may have fractions of pixels.
+            image: image in mode RGB.
+            source: width and height of the original image, if `image` is a reduced copy.
+            part: box in `image` that shows the original image, possibly with fractions of pixels. Default:
+                the whole image.
 
         Returns:
-            uint8 of shape (size, size, 3), writable.
+            Writable uint8 array (size, size, 3).
 
         Raises:
-            ValueError: the image isn't RGB.
+            ValueError: the image is not RGB.
         """
         if image.mode != "RGB":
-            raise ValueError(f"an RGB image is needed, not one in mode {image.mode}")
+            raise ValueError(f"the image must be in mode RGB, not {image.mode}")
         new_size = (self.size, self.size)
         part = part or (0, 0, *image.size)
         if self.size >= SQUASH_FROM:
@@ -191,20 +193,20 @@ class Preprocessor:
         return np.array(image.resize(new_size, self.resample, box=box))
 
     def _resize_width_first(self, image: Image.Image, box: Box, resized_height: int) -> Image.Image:
-        """The same as `image.resize` with this box, but for the order of its two passes."""
+        """Resizes like `image.resize` with this box, but resizes the width first."""
         left, top, right, bottom = box
         reach = math.ceil(FILTER_REACH * max(1.0, image.height / resized_height))
         first = max(0, math.floor(top) - reach)
         last = min(image.height, math.ceil(bottom) + reach)
         rows = image.crop((0, first, image.width, last))
-        # Pillow leaves out the pass of an axis that neither changes its size nor has a box.
+        # Pillow skips the pass of an axis if neither the size nor the box changes it.
         narrow = rows.resize((self.size, rows.height), self.resample, box=(left, 0, right, rows.height))
         return narrow.resize(
             (self.size, self.size), self.resample, box=(0, top - first, self.size, bottom - first)
         )
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """Size before the crop of an image of this size, as transformers' get_resize_output_image_size."""
+        """Returns width and height before the crop, as transformers' get_resize_output_image_size does."""
         if self.size >= SQUASH_FROM:
             return self.size, self.size
         shortest = int(self.size / self.crop_pct)
@@ -213,14 +215,14 @@ class Preprocessor:
         return int(shortest * width / height), shortest
 
     def crop_corner(self, width: int, height: int) -> tuple[int, int]:
-        """Left and top of the crop in the resized image, rounded as transformers' center_crop."""
+        """Returns left and top of the crop in the resized image, rounded as in transformers' center_crop."""
         return (width - self.size) // 2, (height - self.size) // 2
 
     def _kept_box(self, source: Box, resized: tuple[int, int]) -> Box:
-        """The part of the source that the crop keeps."""
+        """Returns the part of the source image that the crop keeps."""
         left, top = self.crop_corner(*resized)
         width, height = source[2] - source[0], source[3] - source[1]
-        # Multiplied first: the far edge is then the source's own where the crop reaches it.
+        # Multiplies before dividing: a crop that ends at the edge of the image then ends exactly at its edge.
         return (
             source[0] + left * width / resized[0],
             source[1] + top * height / resized[1],
@@ -230,10 +232,10 @@ class Preprocessor:
 
 
 def _height_first(source: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Whether Pillow, from version 13 on, resizes the height before the width.
+    """Returns whether Pillow 13 and later resizes the height before the width.
 
-    Each pass rounds to 8 bits, so the order shows in the pixels (some 0.3 gray levels on average)
-    and has to be the one in which the uncropped image would be resized.
+    Each pass rounds to 8 bits, so the order changes the pixels, by about 0.3 gray levels on average. The
+    order must be the same as for the whole image without a crop.
     """
     width_loss, height_loss = source[0] - resized[0], source[1] - resized[1]
     return height_loss > 0 and height_loss > 2 * width_loss

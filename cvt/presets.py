@@ -1,7 +1,7 @@
-"""The published variants of CvT: their architectures and their preprocessing.
+"""Architectures and preprocessing of the published CvT variants.
 
-From table 2 of arXiv 2103.15808 and the configurations of https://github.com/microsoft/CvT. Weights belong to
-`cvt.checkpoints`.
+The values are from table 2 of arXiv 2103.15808 and from the configurations of https://github.com/microsoft/CvT.
+`cvt.checkpoints` loads weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 from cvt.configuration import CvtConfig
 from cvt.preprocessing import Preprocessor
 
-#: Fields of `CvtConfig`, by the variant's name; the others have its defaults, which are CvT-13's.
+#: Fields of `CvtConfig` by the name of the variant. All other fields have their defaults.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cvt-13": {"embed_dim": [64, 192, 384], "num_heads": [1, 3, 6], "depth": [1, 2, 10]},
     "cvt-21": {"embed_dim": [64, 192, 384], "num_heads": [1, 3, 6], "depth": [1, 4, 16]},
@@ -28,27 +28,27 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def preset_config(name: str, **fields: Any) -> CvtConfig:
-    """The configuration of a published variant, for images of any size.
+    """Returns the configuration of a published variant, for images of any size.
 
     Args:
         name: a key of `PRESETS`.
-        fields: of `CvtConfig` and PreTrainedConfig, such as `num_labels`; override the variant's.
+        fields: fields of `CvtConfig` or PreTrainedConfig, such as `num_labels`, that override the variant's.
 
     Raises:
-        ValueError: there is no such variant, or the fields do not describe a model.
+        ValueError: the name is unknown, or the fields do not describe a valid model.
     """
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return CvtConfig(**{**PRESETS[name], **fields})
 
 
 def preset_preprocessor(size: int = 224) -> Preprocessor:
-    """The preprocessing of the published checkpoints, for images of `size` pixels in height and width."""
+    """Returns the preprocessing of the published checkpoints, for an image size of `size` pixels."""
     return Preprocessor(
         size=size,
         crop_pct=0.875,
         resample=int(Image.Resampling.BICUBIC),
-        mean=(0.485, 0.456, 0.406),  # of ImageNet
+        mean=(0.485, 0.456, 0.406),  # ImageNet statistics
         std=(0.229, 0.224, 0.225),
         rescale_factor=1 / 255,
     )

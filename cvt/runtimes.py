@@ -1,6 +1,6 @@
 """Names of devices, runtimes and precisions, for configurations and commands.
 
-Imports no torch, which takes seconds.
+Does not import torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from typing import Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
 
-#: PyTorch, compiled PyTorch, or OpenVINO, which is for CPUs.
+#: PyTorch, compiled PyTorch, or OpenVINO (CPU only).
 Runtime = Literal["torch", "compile", "openvino"]
 
-#: Number formats that a model computes in.
+#: Floating-point formats of the computation.
 Precision = Literal["fp32", "bf16", "fp16"]
 
 DEVICES: tuple[Device, ...] = get_args(Device)
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
-#: PyTorch's names of the precisions.
+#: PyTorch's name of each precision.
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-NO_OPENVINO = "openvino is not installed: pip install 'cvt-label[openvino]'"
+OPENVINO_MISSING = "openvino is not installed: pip install 'cvt-label[openvino]'"
 
 
-def precisions_of(runtime: str) -> tuple[Precision, ...]:
-    """The precisions of a runtime. OpenVINO's bf16 needs a CPU with instructions for it."""
+def supported_precisions(runtime: str) -> tuple[Precision, ...]:
+    """Returns the precisions that a runtime supports. bf16 in OpenVINO needs a CPU with bf16 instructions."""
     return tuple(name for name in DTYPES if (runtime, name) != ("openvino", "fp16"))
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """The precision that a setting means on a device, "cpu" or "cuda".
+    """Resolves "auto" to the precision for a device: bf16 on "cuda", fp32 on "cpu".
 
     Raises:
-        ValueError: there is no such precision.
+        ValueError: the precision is unknown.
     """
     if precision == "auto":
         return "bf16" if device == "cuda" else "fp32"

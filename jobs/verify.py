@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cvt.runtimes import Device, Precision, Runtime, precisions_of
+from cvt.runtimes import Device, Precision, Runtime, supported_precisions
 from jobs import console
 from pipeline.config import ConfigError
 from pipeline.text import pluralize
@@ -56,7 +56,7 @@ def verify(
     try:
         engines = [
             Engine(network, preprocessor, device=device, precision=p, runtime=runtime, batch_size=batch_size)
-            for p in ([precision] if precision else precisions_of(runtime))
+            for p in ([precision] if precision else supported_precisions(runtime))
         ]
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None

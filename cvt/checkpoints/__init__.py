@@ -1,6 +1,6 @@
-"""Loads and writes checkpoints in every published layout: Hugging Face, Microsoft, TensorFlow.
+"""Loads and saves checkpoints in the published layouts: Hugging Face, Microsoft, TensorFlow.
 
-Fetching files from object storage does not belong here: see `pipeline.classify`.
+`pipeline.classify` fetches checkpoints from object storage.
 """
 
 from cvt.checkpoints.checkpoint import BUNDLED, Checkpoint, load_checkpoint, read_labels, save_checkpoint

@@ -1,7 +1,7 @@
-"""Names and shapes of weights in Microsoft's checkpoints (https://github.com/microsoft/CvT).
+"""Converts weight names of Microsoft's checkpoints (https://github.com/microsoft/CvT).
 
-Reading the files belongs to `cvt.checkpoints.weights`. Microsoft's code has QuickGELU where transformers and
-this package have the exact GELU, so that logits of the same weights differ slightly.
+`cvt.checkpoints.weights` reads the files. Microsoft's code uses QuickGELU. transformers and this package use
+the exact GELU. The logits of the same weights therefore differ slightly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification
 from cvt.presets import PRESETS, preset_config
 
-#: Parts of transformers' names, and Microsoft's.
+#: Patterns in transformers' names, and their replacements in Microsoft's names.
 _PARTS = {
     r"^cvt\.encoder\.stages\.": "stage",
     r"^layernorm\.": "norm.",
@@ -37,25 +37,30 @@ _PARTS = {
 
 
 def microsoft_key(key: str) -> str:
-    """Microsoft's name of a weight, for transformers' name."""
+    """Returns Microsoft's name of a weight, given transformers' name."""
     for part, replacement in _PARTS.items():
         key = re.sub(part, replacement, key)
     return key
 
 
 def microsoft_weights(model: CvtForImageClassification) -> dict[str, Tensor]:
-    """A model's weights under Microsoft's names."""
+    """Returns the weights of a model by Microsoft's names."""
     return {microsoft_key(key): tensor for key, tensor in model.state_dict().items()}
 
 
-def renamed(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
-    """Weights under transformers' names, of which `keys` are the model's; other names stay unchanged."""
+def rename_weights(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Renames Microsoft's names to transformers' names.
+
+    Args:
+        weights: weights by Microsoft's or transformers' names. Unknown names stay unchanged.
+        keys: transformers' names of the weights of the model.
+    """
     names = {microsoft_key(key): key for key in keys}
     return {names.get(key, key): tensor for key, tensor in weights.items()}
 
 
-def unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
-    """The weights in a training script's file: without its wrapper and DataParallel's prefix."""
+def unwrap_weights(content: Mapping[str, object]) -> Mapping[str, object]:
+    """Removes the wrapper of a training script, and the prefix of DataParallel, from weights."""
     wrapped = (content.get("state_dict"), content.get("model"))
     weights = next((inner for inner in wrapped if isinstance(inner, Mapping)), content)
     if weights and all(str(key).startswith("module.") for key in weights):
@@ -64,21 +69,21 @@ def unwrapped(content: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def infer_config(weights: Mapping[str, Tensor]) -> CvtConfig:
-    """Finds the published variant by the depths and widths of weights with Microsoft's names.
+    """Finds the published variant with the depths and widths of weights with Microsoft's names.
 
     Returns:
-        The variant's configuration, with the weights' number of classes.
+        The configuration of the variant, with the number of classes of the weights.
 
     Raises:
-        CheckpointError: no variant has such weights.
+        CheckpointError: no variant has these depths and widths.
     """
     embed_dim: list[int] = []
     while (patches := weights.get(f"stage{len(embed_dim)}.patch_embed.proj.weight")) is not None:
         embed_dim.append(len(patches))
     if not embed_dim:
-        raise CheckpointError("not a CvT of Microsoft's: it has no stage0.patch_embed.proj.weight")
+        raise CheckpointError("not a Microsoft CvT checkpoint: stage0.patch_embed.proj.weight is missing")
     if "head.weight" not in weights:
-        raise CheckpointError("it has no classifier (head.weight)")
+        raise CheckpointError("the checkpoint has no classifier: head.weight is missing")
     blocks = {match[0] for key in weights if (match := re.match(r"stage\d+\.blocks\.\d+\.", key))}
     depth = [sum(block.startswith(f"stage{i}.") for block in blocks) for i in range(len(embed_dim))]
     for name, fields in PRESETS.items():
@@ -88,5 +93,5 @@ def infer_config(weights: Mapping[str, Tensor]) -> CvtConfig:
 
 
 def image_size(file_name: str) -> int:
-    """Height and width in pixels of a published checkpoint's images, by the name of its file."""
+    """Returns the image size in pixels of a published checkpoint, from its file name."""
     return 384 if "-384x384-" in file_name else 224

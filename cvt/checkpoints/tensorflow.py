@@ -1,11 +1,11 @@
-"""Reads weights from the `tf_model.h5` of transformers 4's TensorFlow CvT classes.
+"""Reads weights from the `tf_model.h5` of the TensorFlow CvT classes in transformers 4.
 
-Whether weights fit a model is checked by `cvt.checkpoints.weights.check_weights`.
+`cvt.checkpoints.weights.check_weights` checks that weights fit a model.
 
-Keras 2 wrote such a file: a group for each of `cvt`, `layernorm` and `classifier`, in which datasets have the
-names of their variables. These are PyTorch's names except for the last part and the class token. Kernels have
-the output channels last. The values are the same: the TensorFlow classes use PyTorch's epsilon of 1e-5 in all
-norms (transformers 4.57, `models/cvt/modeling_tf_cvt.py`).
+The file has the format of Keras 2: a group for each of `cvt`, `layernorm` and `classifier`, with one dataset
+per variable. The names are PyTorch's names, except for the last part and the class token. Kernels have the
+output channels last. The values are the same as in PyTorch, because the TensorFlow classes use the same
+epsilon of 1e-5 in all norms (transformers 4.57, `models/cvt/modeling_tf_cvt.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("reading tf_model.h5 needs h5py: pip install 'cvt-label[keras]'") from error
 
-#: The name of the class token's variable, which has no groups.
+#: Name of the class token. Its dataset is not in a nested group.
 _CLS_TOKEN = "cvt.encoder.stages.2.cls_token"
 
-#: The last parts of names, and PyTorch's where they differ.
+#: Last parts of names in Keras that differ from PyTorch.
 _LEAVES = {
     "kernel": "weight",
     "gamma": "weight",
@@ -35,24 +35,24 @@ _LEAVES = {
     "moving_variance": "running_var",
 }
 
-#: Axes of a kernel in PyTorch's order, by its rank.
+#: Permutation of the axes of a kernel to PyTorch's order, by rank.
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 def torch_name(name: str) -> str:
-    """PyTorch's name of a variable of Keras: "a.dense.kernel" becomes "a.dense.weight"."""
+    """Converts the name of a Keras variable to PyTorch: "a.dense.kernel" becomes "a.dense.weight"."""
     module, _, leaf = name.rpartition(".")
     return f"{module}.{_LEAVES.get(leaf, leaf)}"
 
 
 def read_h5(path: Path) -> dict[str, Tensor]:
-    """Reads the weights of a TFCvtForImageClassification or a TFCvtModel of transformers 4.
+    """Reads the weights of a TFCvtForImageClassification or TFCvtModel of transformers 4.
 
     Returns:
-        Float32 weights in PyTorch's layout, by the keys of a CvtForImageClassification.
+        Float32 weights with PyTorch's axes, by the names in CvtForImageClassification.
 
     Raises:
-        CheckpointError: a dataset cannot be a weight; names it.
+        CheckpointError: a dataset is not a weight. The message names the dataset.
         OSError: the file cannot be read as HDF5.
     """
     datasets: dict[str, np.ndarray] = {}
@@ -67,7 +67,7 @@ def read_h5(path: Path) -> dict[str, Tensor]:
     for name, value in datasets.items():
         key = _key_of_dataset(name)
         if value.dtype.kind != "f" or key in weights:
-            raise CheckpointError(f"{name} is not the dataset of a weight")
+            raise CheckpointError(f"{name}: not the dataset of a weight")
         tensor = torch.from_numpy(value).float()
         if name.endswith("/kernel:0") and tensor.ndim in TO_TORCH:
             tensor = tensor.permute(TO_TORCH[tensor.ndim])
@@ -76,10 +76,10 @@ def read_h5(path: Path) -> dict[str, Tensor]:
 
 
 def _key_of_dataset(name: str) -> str:
-    """PyTorch's key, for a name such as cvt/tf_cvt_model/cvt/encoder/stages.0/.../kernel:0."""
+    """Returns PyTorch's name for a dataset such as cvt/tf_cvt_model/cvt/encoder/stages.0/.../kernel:0."""
     variable = name.removesuffix(":0")
     if variable.endswith(_CLS_TOKEN):
         return _CLS_TOKEN
-    # The first two parts are the group and the model, whose name ends in a number for a second model.
+    # The first two parts are the group and the model. Keras adds a number to the name of a second model.
     parts = variable.split("/")[2:]
     return torch_name(".".join(parts)) if len(parts) > 1 else name

@@ -1,7 +1,7 @@
-"""Reads weights from files (safetensors, PyTorch, TensorFlow; whole or in shards) and checks that they fit.
+"""Reads weights from safetensors, PyTorch and TensorFlow files, single or sharded, and checks them.
 
-Only tensors are unpickled. Tensors may be views of a mapped file: copy those that must not change. Making a
-model of the weights belongs to `cvt.checkpoints.checkpoint`.
+PyTorch files are loaded with `weights_only=True`. Tensors may be views of a memory-mapped file: copy tensors
+that must not change. `cvt.checkpoints.checkpoint` creates the model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cvt.checkpoints.microsoft import unwrapped
-from cvt.errors import CheckpointError, checkpoint_errors, listed
+from cvt.checkpoints.microsoft import unwrap_weights
+from cvt.errors import CheckpointError, checkpoint_errors, join_keys
 from cvt.preprocessing import FILE_NAME
 
 _INDEX = ".index.json"
 
-#: The kinds of weights in a folder. The first that is there is read.
+#: Names of weights in a folder, in order of precedence.
 _PRECEDENCE = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -35,13 +35,13 @@ _PRECEDENCE = (
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = FILE_NAME
 
-#: Files that are complete checkpoints, and files that need the configuration next to them.
+#: Suffixes of files that are complete checkpoints, and of files that need JSON files next to them.
 MICROSOFT_SUFFIXES = (".pth", ".pt")
 TENSORFLOW_SUFFIX = ".h5"
 
 
-def used_files(names: Iterable[str]) -> list[str]:
-    """The names in a folder that loading uses: configuration files, and one kind of weights."""
+def files_to_load(names: Iterable[str]) -> list[str]:
+    """Returns the files of a folder that loading needs: configuration files, and one kind of weights."""
     names = {name for name in names if "/" not in name}
     used = sorted(names.intersection({CONFIG_FILE, PREPROCESSOR_FILE}))
     first = next((name for name in _PRECEDENCE if name in names), None)
@@ -49,16 +49,16 @@ def used_files(names: Iterable[str]) -> list[str]:
         used.append(first)
     if first is not None and first.endswith(_INDEX):
         stem, dot, suffix = first.removesuffix(_INDEX).rpartition(".")
-        # Shards are named model-00001-of-00002.safetensors, and so on.
+        # Shards have names such as model-00001-of-00002.safetensors.
         used += sorted(name for name in names if name.startswith(f"{stem}-") and name.endswith(dot + suffix))
     return used
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Reads the weights of a folder in Hugging Face's layout, by the names in its files.
+    """Reads the weights of a folder in the Hugging Face layout. Names stay unchanged.
 
     Raises:
-        CheckpointError: there are none, or they can't be read; names the file.
+        CheckpointError: the folder has no weights, or a file cannot be read. The message names the file.
     """
     for name in _PRECEDENCE:
         file = folder / name
@@ -68,10 +68,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """Reads one file of weights, by its suffix; a file of another suffix is PyTorch's.
+    """Reads a file of weights: safetensors or TensorFlow by its suffix, else PyTorch.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else; names the file.
+        CheckpointError: the file cannot be read or has other content. The message names the file.
     """
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
         ".safetensors": safetensors.torch.load_file,
@@ -82,42 +82,42 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are not those of a model, except that batch norm's counters may be missing.
+    """Checks that weights fit a model. The counters of batch norm may be missing.
 
     Args:
-        weights: by the model's keys.
-        expected: the model's state dict; may be on the meta device.
+        weights: weights by the names in the model.
+        expected: state dict of the model, possibly on the meta device.
 
     Raises:
-        CheckpointError: names the weights.
+        CheckpointError: weights do not fit. The message names the weights.
     """
     shared = weights.keys() & expected.keys()
-    faults = {
+    problems = {
         "missing": {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")},
         "unexpected": weights.keys() - shared,
-        "of another shape": {key for key in shared if weights[key].shape != expected[key].shape},
-        "no floating-point numbers": {
+        "wrong shape": {key for key in shared if weights[key].shape != expected[key].shape},
+        "not floating-point": {
             key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
         },
         "not finite": {key for key in shared if not weights[key].isfinite().all()},
     }
-    if any(faults.values()):
-        described = (f"{fault}: {listed(keys)}" for fault, keys in faults.items() if keys)
-        raise CheckpointError(f"weights don't fit the configuration: {'; '.join(described)}")
+    if any(problems.values()):
+        details = (f"{problem}: {join_keys(keys)}" for problem, keys in problems.items() if keys)
+        raise CheckpointError(f"weights do not fit the configuration: {'; '.join(details)}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     with checkpoint_errors(f"{index}: not an index of weights with a weight_map"):
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        places = {key: PurePosixPath(place) for key, place in weight_map.items()}
+        files = {key: PurePosixPath(file) for key, file in weight_map.items()}
     weights: dict[str, Tensor] = {}
-    for place in sorted(set(places.values())):
-        if len(place.parts) != 1:  # do not leave the folder
-            raise CheckpointError(f"{index}: weight_map: {str(place)!r} is not the name of a file beside it")
-        shard_file = index.parent / place
+    for file in sorted(set(files.values())):
+        if len(file.parts) != 1:  # the file must be in the same folder
+            raise CheckpointError(f"{index}: weight_map: {str(file)!r} is not a file name without a folder")
+        shard_file = index.parent / file
         shard = read_file(shard_file)
-        if lost := sorted(key for key in places if places[key] == place and key not in shard):
-            raise CheckpointError(f"{shard_file}: has no {lost[0]}, which {index.name} places there")
+        if missing := sorted(key for key in files if files[key] == file and key not in shard):
+            raise CheckpointError(f"{shard_file}: {missing[0]} is missing, but {index.name} lists it here")
         weights |= shard
     return weights
 
@@ -125,19 +125,21 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_pytorch(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch asks to report files that are refused below
-            # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped.
+            warnings.simplefilter("ignore")  # PyTorch warns about files that raise an error below
+            # Files of PyTorch before 1.6 are not zip archives and cannot be memory-mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        # PyTorch's own message describes how to unpickle the file anyway, which nobody should do.
+        # PyTorch's own message explains how to unpickle the file anyway, which is unsafe.
         raise CheckpointError(
-            "damaged, or holds Python objects other than tensors, which are not unpickled because that would"
-            " run code of the file's author"
+            "the file is damaged, or has Python objects other than tensors, which are not unpickled because"
+            " unpickling can run code from the file"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"holds a {type(content).__name__}, not weights by name")
+        raise CheckpointError(
+            f"the content is a {type(content).__name__}, not a mapping from names to weights"
+        )
     weights: dict[str, Tensor] = {}
-    for key, value in unwrapped(content).items():
+    for key, value in unwrap_weights(content).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
         weights[str(key)] = value
@@ -145,6 +147,6 @@ def _read_pytorch(file: Path) -> dict[str, Tensor]:
 
 
 def _read_tensorflow(file: Path) -> dict[str, Tensor]:
-    from cvt.checkpoints.tensorflow import read_h5  # needs h5py, which few have
+    from cvt.checkpoints.tensorflow import read_h5  # needs h5py, an optional dependency
 
     return read_h5(file)

@@ -1,6 +1,6 @@
-"""The engine that runs the model fast, and its runtimes: PyTorch on a CPU or a GPU, OpenVINO.
+"""Fast inference: the engine and its runtimes, which are PyTorch on a CPU or GPU, and OpenVINO.
 
-Loading checkpoints and decoding images do not belong here.
+`cvt.checkpoints` loads models. The pipeline decodes images.
 """
 
 from cvt.inference.engine import Engine

@@ -1,4 +1,4 @@
-"""The network in PyTorch on a GPU, eager or compiled. CPUs are the subject of `torch_runtime`."""
+"""Runs the network in PyTorch on a GPU, eager or compiled. `torch_runtime` is for CPUs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cvt.inference.network import InferenceNetwork, Result
 
 
 class CudaRuntime:
-    """Queues batches on a GPU; the host prepares one while others are computed.
+    """Queues batches on a GPU. The host prepares a batch while the GPU computes others.
 
-    All calls must come from one thread. Arrays are copied to the GPU on a separate stream, to overlap with
-    computation, which uses the thread's current stream, as does the copy of the results. Compiled, the
-    network takes batches of exactly `batch_size` images: the last one is padded.
+    All calls must come from one thread. Arrays are copied to the GPU on a separate stream, so that copies
+    overlap with computation. Computation and the copy of results use the current stream of the thread. The
+    compiled network takes batches of exactly `batch_size` images: the last batch is padded.
     """
 
     def __init__(
@@ -25,10 +25,10 @@ class CudaRuntime:
         self._device = network.scale.device
         self._forward = network.forward
         if compiled:
-            # With CUDA graphs, the GPU does not launch each kernel separately.
+            # This mode uses CUDA graphs, which replace one launch per kernel by one launch per batch.
             self._forward = torch.compile(network, dynamic=False, fullgraph=True, mode="reduce-overhead")
         self._upload = torch.cuda.Stream(self._device)
-        # Two buffers in turn: one is filled while the other is copied to the GPU.
+        # Two buffers alternate: one is filled while the other is copied to the GPU.
         self._staged = [pinned(batch_size, *image_shape, dtype=torch.uint8) for _ in range(2)]
         self._uploaded = [blocking_event() for _ in range(2)]
 
@@ -37,15 +37,15 @@ class CudaRuntime:
         count = len(images)
         pixels = images if isinstance(images, Tensor) else self._to_device(images)
         if self._compiled:
-            # Always the same kind of tensor: another one would be compiled again.
+            # The tensor must always have the same properties, or the network is compiled again.
             shape = (self.batch_size, *pixels.shape[1:])
             padded = torch.zeros(shape, dtype=torch.uint8, device=self._device)
             padded[:count] = pixels
             pixels = padded
-        # By default cuDNN may choose another algorithm, or TensorFloat-32, in another run.
+        # By default, cuDNN may choose different algorithms or TensorFloat-32 in different runs.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             outputs = self._forward(pixels.contiguous())
-        # The next run of a CUDA graph overwrites these outputs, on this stream after these copies.
+        # The next run of the CUDA graph overwrites these outputs. It runs on this stream, after these copies.
         logits, embeddings = (
             pinned(count, out.shape[1], dtype=torch.float32).copy_(out[:count], non_blocking=True)
             for out in outputs
@@ -63,22 +63,22 @@ class CudaRuntime:
         staged, uploaded = self._staged[0], self._uploaded[0]
         self._staged.reverse()
         self._uploaded.reverse()
-        uploaded.synchronize()  # until the batch before the last one has left this buffer
+        uploaded.synchronize()  # waits until the previous batch in this buffer is copied
         staged.numpy()[: len(images)] = images
         with torch.cuda.stream(self._upload):
             pixels = staged[: len(images)].to(self._device, non_blocking=True)
             uploaded.record(self._upload)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(uploaded)
-        pixels.record_stream(computing)  # do not reuse its memory before that stream has read it
+        pixels.record_stream(computing)  # keeps the memory allocated until that stream has read it
         return pixels
 
 
 def blocking_event() -> torch.cuda.Event:
-    """An event whose wait leaves the CPU free for decoding."""
+    """Creates an event that waits without using CPU time, which decoding needs."""
     return torch.cuda.Event(blocking=True)
 
 
 def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Host memory that a GPU copies from and to without waiting."""
+    """Allocates pinned host memory, which a GPU copies asynchronously."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)

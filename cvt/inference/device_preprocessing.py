@@ -1,4 +1,4 @@
-"""Resizes and crops on a torch device, as `cvt.preprocessing` does with Pillow."""
+"""Resizes and crops images on a torch device, like `cvt.preprocessing` with Pillow."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from torch import Tensor, nn
 
 from cvt.preprocessing import Preprocessor
 
-#: PyTorch's names of the filters that it has.
+#: Filters that PyTorch supports, with PyTorch's names.
 MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
 class DevicePreprocessor:
     """Resizes and crops an image on its device.
 
-    Pixels differ from Pillow's by a fraction of a gray level: Pillow rounds to 8 bits after each axis, and
-    this class once.
+    Pixels differ from Pillow's by a fraction of a gray level, because Pillow rounds to 8 bits after each
+    axis and this class rounds once.
 
     Raises:
-        ValueError: PyTorch does not have the interpolation.
+        ValueError: PyTorch does not support the filter.
     """
 
     def __init__(self, preprocessor: Preprocessor) -> None:
         if preprocessor.resample not in MODES:
-            known = " and ".join(f"{int(number)} ({name})" for number, name in MODES.items())
+            supported = " and ".join(f"{int(number)} ({name})" for number, name in MODES.items())
             raise ValueError(
-                f"preprocessor_config.json: resample: {preprocessor.resample}, but on a GPU"
-                f" images can be resized by {known} only"
+                f"preprocessor_config.json: resample: {preprocessor.resample} is not supported on a GPU,"
+                f" only {supported}"
             )
         self._preprocessor = preprocessor
         self._mode = MODES[Image.Resampling(preprocessor.resample)]
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
-        """RGB, uint8 (3, height, width), to uint8 (size, size, 3) on the same device."""
+        """Converts an RGB image, uint8 (3, height, width), to uint8 (size, size, 3) on the same device."""
         size = self._preprocessor.size
         width, height = self._preprocessor.resized_size(image.shape[2], image.shape[1])
         left, top = self._preprocessor.crop_corner(width, height)
@@ -44,5 +44,5 @@ class DevicePreprocessor:
                 pixels, size=(height, width), mode=self._mode, align_corners=False, antialias=True
             )
         kept = pixels[0, :, top : top + size, left : left + size].permute(1, 2, 0)
-        # Half up, as Pillow; bicubic interpolation overshoots.
+        # Rounds half up, as Pillow does. Clamps, because bicubic interpolation overshoots.
         return (kept + 0.5).clamp_(0, 255).to(torch.uint8)

@@ -1,6 +1,6 @@
-"""The engine: uint8 images in, logits and embeddings out, on a CPU or a GPU.
+"""The engine: computes logits and embeddings of uint8 images, on a CPU or a GPU.
 
-Decoding and resizing images, and the meaning of logits, belong to the pipeline.
+The pipeline decodes and resizes images, and converts logits to labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cvt.inference.network import EngineOutput, InferenceNetwork, Result, Runtime
-from cvt.inference.torch_runtime import TorchRuntime, images_at_once
+from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import DEVICES, DTYPES, RUNTIMES, resolve_precision
@@ -25,32 +25,33 @@ logger = logging.getLogger("cvt_label")
 
 PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
 
-#: Where compiled code is kept between runs, unless TORCHINDUCTOR_CACHE_DIR is set.
+#: Folder for compiled code between runs, unless TORCHINDUCTOR_CACHE_DIR is set.
 COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
 
 
 class Engine:
-    """A model that is ready to classify batches.
+    """Classifies batches of images with a model.
 
-    The same images in the same call give the same bits on the same machine; results may differ by rounding
+    The same images in the same call give the same bits on the same machine. Results may differ by rounding
     when the batch differs. Several threads may call the engine: it starts the images of one call while
     another call waits for its results.
 
     Args:
-        model: the model, which is copied.
-        preprocessor: made the images; its mean, std and rescale factor are applied here.
-        device: "cpu", "cuda", or "auto": a GPU if there is one.
-        precision: "fp32", "bf16" or "fp16", of everything but normalization and head; or "auto": "bf16" on a
-            GPU, "fp32" on a CPU. A CPU without instructions for half precision emulates it, far slower than
-            "fp32".
-        runtime: "torch"; "compile", with `torch.compile`, which takes a minute once per machine and shape of
-            batch, and uses CUDA graphs on a GPU; or "openvino", for a CPU.
-        batch_size: maximum number of images on the device at once; halved when a GPU runs out of memory.
-        threads: CPU threads; PyTorch's own choice if None.
+        model: the model. The engine makes a copy.
+        preprocessor: preprocessor of the images. The engine applies its mean, std and rescale factor.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        precision: "fp32", "bf16", "fp16", or "auto" for "bf16" on a GPU and "fp32" on a CPU. Normalization
+            and head always use float32. A CPU without instructions for half precision emulates it, which is
+            much slower than "fp32".
+        runtime: "torch" for eager PyTorch; "compile" for `torch.compile`, which takes a minute once per
+            machine and batch shape, and uses CUDA graphs on a GPU; "openvino" for OpenVINO on a CPU.
+        batch_size: maximum number of images on the device at once. The engine halves this number when a GPU
+            runs out of memory.
+        threads: number of CPU threads. Default: PyTorch's default.
 
     Raises:
-        ValueError: an argument is none of these, there is no GPU, model and preprocessor differ in their
-            channels, or the runtime cannot run this model on this device.
+        ValueError: an argument is not valid, there is no GPU, the model and the preprocessor differ in the
+            number of channels, or the runtime does not support the model or the device.
         ImportError: the runtime is not installed.
     """
 
@@ -75,8 +76,7 @@ class Engine:
         channels = len(preprocessor.mean)
         if model.config.num_channels != channels:
             raise ValueError(
-                f"the model takes images of {model.config.num_channels} channels,"
-                f" its preprocessing makes {channels}"
+                f"the model has {model.config.num_channels} channels, but its preprocessing has {channels}"
             )
         self._image_shape = (preprocessor.size, preprocessor.size, channels)
         self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
@@ -91,34 +91,39 @@ class Engine:
         return self._runtime.batch_size
 
     def __call__(self, images: np.ndarray | Tensor) -> EngineOutput:
-        """Classifies images, uint8 (n, size, size, channels).
+        """Classifies images.
 
         Args:
-            images: an array; or a tensor on the engine's device, which does not pass through the host.
+            images: uint8 (n, size, size, channels), an array or a tensor on the device of the engine. A
+                tensor is not copied to the host.
 
         Raises:
-            ValueError: the images have another type or shape, or are on another device.
+            ValueError: the images have the wrong type or shape, or are on the wrong device.
         """
         pixel_type = torch.uint8 if isinstance(images, Tensor) else np.uint8
         if images.dtype != pixel_type or images.shape[1:] != self._image_shape:
-            wanted = ", ".join(map(str, self._image_shape))
-            raise ValueError(f"images must be uint8 (n, {wanted}), not {images.dtype} {tuple(images.shape)}")
+            expected = ", ".join(map(str, self._image_shape))
+            raise ValueError(
+                f"images must be uint8 (n, {expected}), not {images.dtype} {tuple(images.shape)}"
+            )
         if isinstance(images, Tensor) and images.device.type != self.device.type:
-            raise ValueError(f"images are on {images.device.type!r}, and the engine on {self.device.type!r}")
+            raise ValueError(
+                f"images are on {images.device.type!r}, but the engine is on {self.device.type!r}"
+            )
         if isinstance(images, Tensor):
-            if self.device.type == "cuda":  # the caller's stream may still be computing them
+            if self.device.type == "cuda":  # the caller's stream may still compute the images
                 torch.cuda.current_stream(images.device).synchronize()
             else:
                 images = images.numpy()
-        with _thread_lock:  # otherwise two first calls would create a thread each
-            thread = network_thread(os.getpid())
-        results = thread.submit(self._begin, images).result()
+        with _thread_lock:  # without the lock, two concurrent first calls would create two threads
+            thread = engine_thread(os.getpid())
+        results = thread.submit(self._start, images).result()
         logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
         for rows, result in results:
             logits[rows], embeddings[rows] = result()
         return EngineOutput(logits, embeddings)
 
-    def _begin(self, images: np.ndarray | Tensor) -> list[tuple[slice, Result]]:
+    def _start(self, images: np.ndarray | Tensor) -> list[tuple[slice, Result]]:
         results: list[tuple[slice, Result]] = []
         start = 0
         while start < len(images):
@@ -127,21 +132,21 @@ class Engine:
                 results.append((rows, self._runtime(images[rows])))
                 start = rows.stop
                 continue
-            # Raised where memory is requested, which is here: queued batches are not affected.
+            # The error is raised here, when memory is requested. Queued batches are not affected.
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise
-            # After the block, which holds memory through the error. Later calls have the same batch size:
-            # other programs may use the GPU too.
+            # Outside of the except block, because the error keeps memory alive. Later calls use the smaller
+            # batch size too, because other programs may use the GPU.
             self._runtime.batch_size //= 2
             torch.cuda.empty_cache()
-            logger.warning("the GPU is out of memory: going on with batches of %d", self.batch_size)
+            logger.warning("the GPU is out of memory: continuing with batches of %d images", self.batch_size)
         return results
 
     def warm_up(self) -> None:
-        """Classifies black images, so that the next call does not wait for compilation and memory."""
+        """Classifies black images, so that the next call needs no compilation or memory allocation."""
         count = self.batch_size if self.device.type == "cuda" else 1
-        for _ in range(2):  # a CUDA graph is recorded the second time
+        for _ in range(2):  # the second call records the CUDA graph
             self(np.zeros((count, *self._image_shape), np.uint8))
 
 
@@ -154,13 +159,13 @@ def make_runtime(
     batch_size: int,
     threads: int,
 ) -> Runtime:
-    """The runtime of an engine; see `Engine` for the arguments, none of which is "auto" or None here."""
+    """Creates the runtime of an engine. See `Engine` for the arguments, which must not be "auto" or None."""
     image_shape = (preprocessor.size, preprocessor.size, len(preprocessor.mean))
     if runtime == "openvino":
         from cvt.inference.openvino_runtime import OpenVinoRuntime
 
         if device.type != "cpu":
-            raise ValueError(f"runtime 'openvino' is for a CPU, and device is {device.type!r}")
+            raise ValueError(f"runtime 'openvino' needs device 'cpu', not {device.type!r}")
         network = InferenceNetwork(model, preprocessor, torch.float32)
         return OpenVinoRuntime(network, image_shape, precision, batch_size, threads)
     compiled = runtime == "compile"
@@ -171,19 +176,19 @@ def make_runtime(
         from cvt.inference.cuda_runtime import CudaRuntime
 
         return CudaRuntime(network, image_shape, batch_size, compiled)
-    at_once = images_at_once(model.config, preprocessor.size)
-    return TorchRuntime(network, batch_size, at_once, threads, compiled)
+    part_size = max_images_per_part(model.config, preprocessor.size)
+    return TorchRuntime(network, batch_size, part_size, threads, compiled)
 
 
 _thread_lock = threading.Lock()
 
 
 @functools.cache
-def network_thread(process: int) -> ThreadPoolExecutor:
-    """The one thread of this process that runs networks.
+def engine_thread(process: int) -> ThreadPoolExecutor:
+    """Returns the single thread of this process that runs networks.
 
-    PyTorch keeps CUDA graphs per thread: compiled code fails in another thread. A fork has another process id
-    and creates its own thread.
+    PyTorch keeps CUDA graphs per thread, so compiled code fails in other threads. A forked process has
+    another process id and creates its own thread.
     """
     return ThreadPoolExecutor(1, "engine")
 

@@ -1,8 +1,7 @@
-"""The network that inference runs: a simplified copy of the model, from uint8 pixels to logits.
+"""The network for inference: a simplified copy of the model, from uint8 pixels to logits.
 
-Also the interface of what runs the network; `engine` decides which runtime to use.
-
-The model for training, and its drop-in interface, is `cvt.modeling`.
+This module also defines the interface of runtimes. `engine` chooses the runtime. `cvt.modeling` has the model
+for training.
 """
 
 from __future__ import annotations
@@ -21,54 +20,55 @@ from cvt.preprocessing import Preprocessor
 
 
 class EngineOutput(NamedTuple):
-    """The engine's result for n images.
+    """Results of the engine for n images.
 
     Attributes:
         logits: float32 (n, num_labels).
-        embeddings: float32 (n, C), the normalized vectors that the classifier sees.
+        embeddings: float32 (n, C), the input of the classifier after layer norm.
     """
 
     logits: np.ndarray
     embeddings: np.ndarray
 
 
-#: Waits for a batch and returns its logits and embeddings, float32. Any thread may call it.
+#: Waits for a batch and returns its logits and embeddings in float32. Any thread may call this function.
 Result = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 class Runtime(Protocol):
-    """Runs the network: uint8 (n, H, W, channels) to logits and embeddings, float32.
-
-    One thread at a time may call it.
+    """Runs the network on uint8 images (n, H, W, channels). Only one thread at a time may call a runtime.
 
     Attributes:
-        batch_size: maximum number of images in one call; may be lowered.
+        batch_size: maximum number of images in one call. The engine may lower this number.
     """
 
     batch_size: int
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:
-        """Starts inference on 1 to `batch_size` images, which must not change until the result is read."""
+        """Starts inference on 1 to `batch_size` images.
+
+        The images must not change until the result is read.
+        """
 
 
 class InferenceNetwork(nn.Module):
-    """Normalization, features and head, without batch norm and without results that the head never sees.
+    """Normalization, features and head, with fused batch norm and without outputs that the head ignores.
 
-    Keys and values keep a depthwise convolution each: on a CPU, one with twice the channels is five times
-    slower, because libraries have no kernel for it.
+    Keys and values keep separate depthwise convolutions. A single convolution with twice the channels is five
+    times slower on a CPU, because libraries have no kernel for it.
 
     Args:
-        model: the model, which is copied.
-        preprocessor: its mean, std and rescale factor are applied here.
-        dtype: of the features. Normalization and head stay in float32, which costs almost no time: logits in
-            half precision have ties.
+        model: the model. The network makes a copy.
+        preprocessor: supplies mean, std and rescale factor.
+        dtype: data type of the features. Normalization and head use float32, which costs almost no time,
+            because logits in half precision have ties.
     """
 
     def __init__(
         self, model: CvtForImageClassification, preprocessor: Preprocessor, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.model = _simplified(model)
+        self.model = _simplify(model)
         self.model.cvt.to(dtype)
         self.dtype = dtype
         mean, std = np.array(preprocessor.mean), np.array(preprocessor.std)
@@ -76,28 +76,29 @@ class InferenceNetwork(nn.Module):
         self.shift = nn.Buffer(torch.tensor(-mean / std, dtype=torch.float32))
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Uint8 (n, H, W, channels) to the vectors that the classifier sees, float32 (n, C)."""
-        # Not folded into the first convolution, whose zero padding represents the mean.
+        """Computes the input of the classifier, float32 (n, C), from pixels, uint8 (n, H, W, channels)."""
+        # Not fused into the first convolution: its zero padding equals the mean only after normalization.
         normalized = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype)
         features = self.model.cvt(normalized.permute(0, 3, 1, 2), return_dict=True)
         return self.model.pool(features.last_hidden_state, features.cls_token_value)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Uint8 (n, H, W, channels) to logits and embeddings."""
+        """Computes logits and embeddings from pixels, uint8 (n, H, W, channels)."""
         embeddings = self.embed(pixels)
         return self.model.classifier(embeddings), embeddings
 
     def pack(self) -> None:
-        """Lays out the weights of linear layers for oneDNN, if PyTorch has it, for inference on a CPU.
+        """Converts the weights of linear layers to the layout of oneDNN, for inference on a CPU.
 
-        An eighth faster than the library that PyTorch uses for float32; in half precision PyTorch uses oneDNN
-        anyway. Afterwards the network cannot be exported, compiled or moved.
+        Has no effect if PyTorch lacks oneDNN. The gain is one eighth over the library that PyTorch uses for
+        float32. In half precision, PyTorch always uses oneDNN. A packed network cannot be exported, compiled
+        or moved.
         """
         if self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             _pack(self.model.cvt)
 
 
-def _simplified(model: CvtForImageClassification) -> CvtForImageClassification:
+def _simplify(model: CvtForImageClassification) -> CvtForImageClassification:
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
@@ -123,9 +124,9 @@ def _pack(module: nn.Module) -> None:
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer and the operation after it, with oneDNN's own layout of the weight.
+    """A linear layer fused with the next operation, with the weight in the layout of oneDNN.
 
-    `torch.compile` makes the same of linear layers. PyTorch has no public interface to it.
+    `torch.compile` generates the same operations. PyTorch has no public API for them.
     """
 
     def __init__(self, linear: nn.Linear, operation: str, algorithm: str) -> None:
@@ -141,16 +142,17 @@ class _PackedLinear(nn.Module):
 
 
 class _InPlaceGELU(nn.Module):
-    """GELU without a second copy of the largest activation, of which more stays in the cache."""
+    """In-place GELU, which needs no second copy of the largest activation and uses the cache better."""
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(hidden_state)
 
 
 class _ClassTokenLayer(nn.Module):
-    """A layer that computes the class token only; the other tokens pass through unchanged.
+    """A layer that computes only the class token. All other tokens pass through unchanged.
 
-    As the last layer it saves 6 % of CvT-13's operations. The head sees the class token only.
+    Used as the last layer, because the head uses only the class token. This saves 6 % of the operations of
+    CvT-13.
     """
 
     def __init__(self, layer: CvtLayer) -> None:
@@ -167,7 +169,7 @@ class _ClassTokenLayer(nn.Module):
 
 
 class _NoTokens(nn.Module):
-    """Replaces the query's convolution and drops its tokens; the class token does not pass through it."""
+    """Replaces the convolution of the query and returns no tokens. The class token bypasses it."""
 
     def forward(self, image: Tensor) -> Tensor:
         return image[:, :, :0]

@@ -1,4 +1,4 @@
-"""The network in OpenVINO, on a CPU. Needs `pip install 'cvt-label[openvino]'`."""
+"""Runs the network in OpenVINO on a CPU. Needs `pip install 'cvt-label[openvino]'`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cvt.inference.network import InferenceNetwork, Result
-from cvt.runtimes import NO_OPENVINO
+from cvt.runtimes import OPENVINO_MISSING
 
-#: Images that go through the network at once: activations fit the cache, and matrices are large enough.
-_AT_ONCE = 8
+#: Number of images in an inference request. Activations fit the cache, and matrices are large enough.
+_REQUEST_SIZE = 8
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -24,8 +24,8 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 def import_openvino() -> ModuleType:
     """Imports OpenVINO without telemetry.
 
-    OpenVINO reports its use over the network, from its import on, unless it does not find the package
-    `openvino_telemetry`. So that package is hidden during the import.
+    OpenVINO sends usage data over the network, from its import on, if it finds the package
+    `openvino_telemetry`. This function hides the package during the import.
 
     Raises:
         ImportError: OpenVINO is not installed.
@@ -36,7 +36,7 @@ def import_openvino() -> ModuleType:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise ImportError(f"runtime: {NO_OPENVINO}") from error
+        raise ImportError(f"runtime: {OPENVINO_MISSING}") from error
     finally:
         del sys.modules[hidden]
         if before is not None:
@@ -44,12 +44,12 @@ def import_openvino() -> ModuleType:
 
 
 class OpenVinoRuntime:
-    """Computes features in OpenVINO, a batch of one size per thread, and the head in PyTorch.
+    """Computes features in OpenVINO, with one request per thread, and the head in PyTorch.
 
-    The network must be on the CPU, in float32.
+    The network must be on the CPU and in float32.
 
     Raises:
-        ValueError: the CPU cannot compute in this precision, or OpenVINO cannot run this model.
+        ValueError: the CPU does not support the precision, or OpenVINO does not support the model.
         ImportError: OpenVINO is not installed.
     """
 
@@ -63,19 +63,21 @@ class OpenVinoRuntime:
     ) -> None:
         openvino = import_openvino()
         core = openvino.Core()
-        able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision not in _HINTS or (precision == "bf16" and "BF16" not in able):
-            raise ValueError(f"runtime 'openvino' has no precision {precision!r} on this CPU")
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision not in _HINTS or (precision == "bf16" and "BF16" not in capabilities):
+            raise ValueError(f"runtime 'openvino' does not support precision {precision!r} on this CPU")
         config = network.model.config
-        if "avg" in config.qkv_projection_method:  # whose edges OpenVINO's converter gets wrong
-            raise ValueError("runtime 'openvino' can't run a model whose qkv_projection_method is 'avg'")
+        if (
+            "avg" in config.qkv_projection_method
+        ):  # OpenVINO converts the edges of average pooling incorrectly
+            raise ValueError("runtime 'openvino' does not support qkv_projection_method 'avg'")
         self.batch_size = batch_size
         self._network = network
-        self._at_once = min(_AT_ONCE, -(-batch_size // threads))
+        self._request_size = min(_REQUEST_SIZE, -(-batch_size // threads))
         self._width = config.embed_dim[-1]
-        example = torch.zeros((self._at_once, *image_shape), dtype=torch.uint8)
+        example = torch.zeros((self._request_size, *image_shape), dtype=torch.uint8)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about its own code
+            warnings.simplefilter("ignore", FutureWarning)  # a warning of PyTorch about its own code
             exported = openvino.convert_model(torch.export.export(_Features(network), (example,)))
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -88,12 +90,14 @@ class OpenVinoRuntime:
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
         images = np.asarray(images)
         embeddings = np.empty((len(images), self._width), np.float32)
-        for start in range(0, len(images), self._at_once):
-            part = images[start : start + self._at_once]
-            missing = self._at_once - len(part)
-            if missing:
-                part = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            self._queue.start_async([np.ascontiguousarray(part)], embeddings[start : start + self._at_once])
+        for start in range(0, len(images), self._request_size):
+            part = images[start : start + self._request_size]
+            padding = self._request_size - len(part)
+            if padding:
+                part = np.pad(part, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            self._queue.start_async(
+                [np.ascontiguousarray(part)], embeddings[start : start + self._request_size]
+            )
         self._queue.wait_all()
         with torch.inference_mode():
             logits: np.ndarray = self._network.model.classifier(torch.from_numpy(embeddings)).numpy()

@@ -1,7 +1,7 @@
-"""CvT on Keras 3: TFCvtModel and TFCvtForImageClassification, which transformers 5 no longer has.
+"""CvT on Keras 3: TFCvtModel and TFCvtForImageClassification, which transformers 5 removed.
 
-They have the arguments and outputs of transformers' classes of these names. Images are (B, num_channels,
-H, W). KERAS_BACKEND or keras.json selects the backend; it works with PyTorch's and TensorFlow's.
+The classes have the arguments and outputs of the classes in transformers 4. Images have the shape
+(B, num_channels, H, W). KERAS_BACKEND or keras.json selects the backend: PyTorch or TensorFlow.
 """
 
 try:
@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
     if error.name == "keras":
         raise ImportError("cvt.keras needs Keras: pip install 'cvt-label[keras]'") from error
     raise ImportError(
-        f"Keras can't load its backend ({error}); KERAS_BACKEND=torch selects PyTorch"
+        f"Keras cannot load its backend ({error}); set KERAS_BACKEND=torch to use PyTorch"
     ) from error
 
 from cvt.keras.models import (

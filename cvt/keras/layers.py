@@ -1,7 +1,7 @@
-"""The layers of CvT on Keras 3, and how their variables are named.
+"""The layers of CvT on Keras 3, with the variable names of PyTorch.
 
-Images are (B, H, W, C) here, in which convolutions run on every backend. Loading and saving belong to
-`cvt.keras.models`.
+Images have the shape (B, H, W, C), for which every backend supports convolutions. `cvt.keras.models` loads
+and saves models.
 """
 
 from __future__ import annotations
@@ -12,36 +12,37 @@ import keras
 from keras import ops
 from transformers import PreTrainedConfig
 
-#: Of layer norm and batch norm, in PyTorch's CvT and transformers' TensorFlow classes; Keras' is 1e-3.
+#: Epsilon of layer norm and batch norm in PyTorch and in transformers' TensorFlow classes. The default of
+#: Keras is 1e-3.
 EPSILON = 1e-5
 
 
-def _built(layer: keras.layers.Layer, *shape: int | None) -> keras.layers.Layer:
-    """The layer with its variables: all widths are known from the configuration."""
+def _build(layer: keras.layers.Layer, *shape: int | None) -> keras.layers.Layer:
+    """Creates the variables of a layer at once, because the configuration has all widths."""
     layer.build((None, *shape))
     return layer
 
 
 def _initializer(config: PreTrainedConfig) -> keras.initializers.Initializer:
-    # Each layer needs its own: an initializer without a seed returns the same values every time.
+    # Each layer needs its own initializer: an initializer without a seed always returns the same values.
     return keras.initializers.TruncatedNormal(stddev=config.initializer_range)
 
 
 def dense(
     config: PreTrainedConfig, name: str, width_in: int, width: int, **options: Any
 ) -> keras.layers.Layer:
-    """A linear layer from `width_in` to `width` values."""
+    """Creates a linear layer from `width_in` to `width` values."""
     layer = keras.layers.Dense(width, kernel_initializer=_initializer(config), name=name, **options)
-    return _built(layer, None, width_in)
+    return _build(layer, None, width_in)
 
 
 def layer_norm(name: str, width: int) -> keras.layers.Layer:
-    """Layer norm with PyTorch's epsilon."""
-    return _built(keras.layers.LayerNormalization(epsilon=EPSILON, name=name), None, width)
+    """Creates a layer norm with PyTorch's epsilon."""
+    return _build(keras.layers.LayerNormalization(epsilon=EPSILON, name=name), None, width)
 
 
 def to_tokens(image: Any) -> Any:
-    """(B, H, W, C) to (B, H*W, C)."""
+    """Reshapes (B, H, W, C) to (B, H*W, C)."""
     _, height, width, channels = ops.shape(image)
     return ops.reshape(image, (-1, height * width, channels))
 
@@ -49,8 +50,8 @@ def to_tokens(image: Any) -> Any:
 class CvtDepthwiseProjection(keras.layers.Layer):
     """Depthwise convolution with batch norm.
 
-    Keras' moving variance is the batch's own; PyTorch's is the unbiased estimate, n/(n-1) times as large for
-    the n tokens of a batch.
+    The moving variance differs from PyTorch in training: Keras uses the variance of the batch, PyTorch uses
+    the unbiased estimate, which is n/(n-1) times as large for the n tokens of a batch.
     """
 
     def __init__(self, config: PreTrainedConfig, stage: int, stride: int, padding: int, name: str) -> None:
@@ -65,27 +66,27 @@ class CvtDepthwiseProjection(keras.layers.Layer):
             depthwise_initializer=_initializer(config),
             name=f"{name}-convolution",
         )
-        self.convolution = _built(convolution, None, None, width)
-        # What Keras calls momentum is 1 - PyTorch's.
+        self.convolution = _build(convolution, None, None, width)
+        # The momentum in Keras is 1 minus the momentum in PyTorch.
         normalization = keras.layers.BatchNormalization(
             epsilon=EPSILON, momentum=0.9, name=f"{name}-normalization"
         )
-        self.normalization = _built(normalization, None, None, width)
+        self.normalization = _build(normalization, None, None, width)
         self.built = True
 
     def call(self, image: Any) -> Any:
-        """(B, H_in, W_in, C) to (B, H, W, C)."""
+        """Maps (B, H_in, W_in, C) to (B, H, W, C)."""
         return self.normalization(self.convolution(self.padding(image)))
 
 
 class CvtSelfAttention(keras.layers.Layer):
-    """Attention whose queries, keys and values are convolutional projections (section 3.2)."""
+    """Multi-head attention with convolutional projections of query, key and value (section 3.2)."""
 
     def __init__(self, config: PreTrainedConfig, stage: int, name: str) -> None:
         super().__init__(name=name)
         self.width = config.embed_dim[stage]
         self.num_heads = config.num_heads[stage]
-        self.scale = self.width**-0.5  # of the whole width, not of a head's
+        self.scale = self.width**-0.5  # the total width of all heads, not the width of one head
         self.with_cls_token = config.cls_token[stage]
         parts, bias = ("query", "key", "value"), config.qkv_bias[stage]
         self.convolutions = [self._projection(config, stage, part, name) for part in parts]
@@ -102,15 +103,15 @@ class CvtSelfAttention(keras.layers.Layer):
         stride = (config.stride_q if query else config.stride_kv)[stage]
         padding = (config.padding_q if query else config.padding_kv)[stage]
         method = config.qkv_projection_method[stage]
-        if method == "avg":  # which transformers' TensorFlow classes did not have either
-            raise ValueError("cvt.keras has no qkv_projection_method 'avg'")
+        if method == "avg":  # transformers' TensorFlow classes did not support it either
+            raise ValueError("cvt.keras does not support qkv_projection_method 'avg'")
         if method == "linear":
             return keras.layers.Identity()
         name = f"{name}-convolution_projection_{part}-convolution_projection"
         return CvtDepthwiseProjection(config, stage, stride, padding, name)
 
     def call(self, hidden_state: Any, height: int, width: int) -> Any:
-        """(B, T, C) to (B, T, C); T is H*W, and 1 more for a class token, which comes first."""
+        """Maps (B, T, C) to (B, T, C). T is H*W, plus 1 if there is a class token, which comes first."""
         first = int(self.with_cls_token)
         image = ops.reshape(hidden_state[:, first:], (-1, height, width, self.width))
         projected = []
@@ -128,7 +129,7 @@ class CvtSelfAttention(keras.layers.Layer):
 
 
 class CvtLayer(keras.layers.Layer):
-    """Transformer block, with layer norm ahead of attention and MLP."""
+    """Transformer block with pre-norm: layer norm before attention and before the MLP."""
 
     def __init__(self, config: PreTrainedConfig, stage: int, drop_path_rate: float, name: str) -> None:
         super().__init__(name=name)
@@ -142,23 +143,23 @@ class CvtLayer(keras.layers.Layer):
         self.intermediate = dense(config, f"{name}-intermediate-dense", width, hidden)
         self.mlp_output = dense(config, f"{name}-output-dense", hidden, width)
         self.mlp_dropout = keras.layers.Dropout(drop_rate)
-        # Stochastic depth (arXiv 1603.09382): drops the whole branch of a sample.
+        # Stochastic depth (arXiv 1603.09382): drops the whole branch of random samples.
         self.drop_path = keras.layers.Dropout(drop_path_rate, noise_shape=(None, 1, 1))
         self.built = True
 
     def call(self, hidden_state: Any, height: int, width: int) -> Any:
-        """(B, T, C) to (B, T, C)."""
+        """Maps (B, T, C) to (B, T, C)."""
         context = self.attention(self.layernorm_before(hidden_state), height=height, width=width)
         branch = self.attention_dropout(self.attention_output(context))
         hidden_state = hidden_state + self.drop_path(branch)
         transformed = ops.gelu(self.intermediate(self.layernorm_after(hidden_state)), approximate=False)
         branch = self.mlp_dropout(self.mlp_output(transformed))
-        # As in the paper's code, only the branch is dropped; transformers drops the whole sum.
+        # Drops only the branch, as in the paper's code. transformers drops the whole sum.
         return hidden_state + self.drop_path(branch)
 
 
 class CvtStage(keras.layers.Layer):
-    """Token embedding and the layers over it, with a class token if the stage has one."""
+    """One stage: token embedding, class token if configured, and transformer layers."""
 
     def __init__(self, config: PreTrainedConfig, stage: int, name: str) -> None:
         super().__init__(name=name)
@@ -174,10 +175,10 @@ class CvtStage(keras.layers.Layer):
             name=f"{embeddings}-projection",
         )
         width_in = config.embed_dim[stage - 1] if stage else config.num_channels
-        self.projection = _built(projection, None, None, width_in)
+        self.projection = _build(projection, None, None, width_in)
         self.normalization = layer_norm(f"{embeddings}-normalization", width)
         self.dropout = keras.layers.Dropout(config.drop_rate[stage])
-        # Rates rise over a stage's layers, as in the paper's code.
+        # The rate rises over the layers of a stage, as in the paper's code.
         self.blocks = [
             CvtLayer(config, stage, rate * i / max(depth - 1, 1), f"{name}-layers-{i}") for i in range(depth)
         ]
@@ -188,7 +189,7 @@ class CvtStage(keras.layers.Layer):
         self.built = True
 
     def call(self, image: Any) -> tuple[Any, Any]:
-        """(B, H_in, W_in, C_in) to (B, H, W, C) and the class token, (B, 1, C) or None."""
+        """Maps (B, H_in, W_in, C_in) to (B, H, W, C) and the class token, (B, 1, C) or None."""
         image = self.projection(self.padding(image))
         batch, height, width, channels = ops.shape(image)
         hidden_state = self.dropout(self.normalization(to_tokens(image)))

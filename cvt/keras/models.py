@@ -1,7 +1,6 @@
-"""The models of CvT on Keras 3: their calls, outputs, losses, loading and saving.
+"""The models of CvT on Keras 3: calls, outputs, losses, loading and saving.
 
-Layers are in `cvt.keras.layers`; the format of `tf_model.h5` is in
-`cvt.checkpoints.tensorflow`.
+`cvt.keras.layers` has the layers. `cvt.checkpoints.tensorflow` reads the format of `tf_model.h5`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
-from cvt.checkpoints.weights import check_weights, read_file, used_files
+from cvt.checkpoints.weights import check_weights, files_to_load, read_file
 from cvt.configuration import CvtConfig, check_architecture
 from cvt.errors import checkpoint_errors
 from cvt.keras.layers import CvtStage, dense, layer_norm, to_tokens
@@ -31,8 +30,8 @@ from cvt.modeling import CvtForImageClassification, CvtModel
 H5_NAME = "tf_model.h5"
 
 
-class _ByName:
-    """Adds indexing by name, which transformers' outputs have, to a named tuple."""
+class _NamedOutput:
+    """Adds indexing by name to a named tuple, as in the outputs of transformers."""
 
     _fields: ClassVar[tuple[str, ...]]
 
@@ -44,16 +43,16 @@ class _ByName:
         return getattr(self, key)
 
     def keys(self) -> tuple[str, ...]:
-        """The names of the values."""
+        """Returns the names of the values."""
         return self._fields
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values without names."""
+        """Returns the values without names."""
         return tuple(self)  # type: ignore[arg-type]
 
 
 class TFBaseModelOutputWithCLSToken:
-    """What TFCvtModel returns, with the attributes of `cvt.modeling.BaseModelOutputWithCLSToken`."""
+    """Output of TFCvtModel, with the attributes of `cvt.modeling.BaseModelOutputWithCLSToken`."""
 
     last_hidden_state: Any = None
     cls_token_value: Any = None
@@ -61,7 +60,7 @@ class TFBaseModelOutputWithCLSToken:
 
 
 class TFImageClassifierOutputWithNoAttention:
-    """What TFCvtForImageClassification returns, with the attributes of transformers' class."""
+    """Output of TFCvtForImageClassification, with the attributes of transformers' class."""
 
     loss: Any = None
     logits: Any = None
@@ -69,102 +68,104 @@ class TFImageClassifierOutputWithNoAttention:
 
 
 @functools.cache
-def _type_with(kind: type, names: tuple[str, ...]) -> type:
-    # Keras' own machinery (predict, functional models) handles the values in a tuple, but no None among them:
-    # hence one type per set of names. The class attributes of `kind` make the other values None.
-    return type(kind.__name__, (_ByName, namedtuple(kind.__name__, names), kind), {})
+def _output_type(kind: type, names: tuple[str, ...]) -> type:
+    # Keras (predict, functional models) supports tuples, but not None values in them. So there is one type
+    # per set of names. The class attributes of `kind` are the None values of all other names.
+    return type(kind.__name__, (_NamedOutput, namedtuple(kind.__name__, names), kind), {})
 
 
 def _make_output(kind: type, **values: Any) -> Any:
-    """An output of the given class, of the values that are not None."""
+    """Creates an output of type `kind` from the values that are not None."""
     present = {name: value for name, value in values.items() if value is not None}
-    return _type_with(kind, tuple(present))(**present)
+    return _output_type(kind, tuple(present))(**present)
 
 
 class TFCvtPreTrainedModel(keras.Model):
-    """Loading, saving and calling, which the models share."""
+    """Base class: loading, saving and calling."""
 
-    #: The class of the same model in PyTorch, and what precedes its keys in the names of variables.
+    #: The PyTorch class of the model, and the prefix of its parameter names in the names of variables.
     torch_class: ClassVar[type[PreTrainedModel]]
     torch_prefix: ClassVar[str]
 
     def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
-        check_architecture(config)  # again: a configuration can be changed after it was made
+        check_architecture(config)  # the configuration may have changed after its own validation
         super().__init__(name=name)
         self.config = config
 
     def __call__(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model; the first argument may also be a mapping of the arguments of `call`."""
+        """Calls the model. The first argument may be a mapping with the arguments of `call`."""
         if isinstance(pixel_values, Mapping):
             kwargs = {**pixel_values, **kwargs}
             pixel_values = kwargs.pop("pixel_values", None)
         return super().__call__(pixel_values, *args, **kwargs)
 
-    def _returned(self, outputs: Any, return_dict: bool | None) -> Any:
+    def _format_output(self, outputs: Any, return_dict: bool | None) -> Any:
         named = self.config.return_dict if return_dict is None else return_dict
         return outputs if named else outputs.to_tuple()
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras' own format, `model.save("….keras")`, keeps next to the weights."""
+        """Returns the configuration for Keras' own file format, `model.save("….keras")`."""
         return {"config": self.config.to_dict(), "name": self.name}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """A model of the result of `get_config`, with initial weights."""
+        """Creates a model with initial weights from the result of `get_config`."""
         return cls(CvtConfig.from_dict(config["config"]), name=config["name"])
 
     @classmethod
     def from_torch(cls, model: PreTrainedModel) -> Self:
-        """The Keras model of a PyTorch model's configuration and weights.
+        """Creates a Keras model with the configuration and weights of a PyTorch model.
 
         Args:
-            model: a CvtModel for a TFCvtModel, a CvtForImageClassification for a TFCvtForImageClassification;
-                this package's or transformers'.
+            model: a CvtModel for TFCvtModel, a CvtForImageClassification for TFCvtForImageClassification, of
+                this package or of transformers.
 
         Raises:
-            CheckpointError: the weights are not those of such a model; names the ones that differ.
+            CheckpointError: the weights do not fit the model. The message names the weights.
         """
-        made = cls(copy.deepcopy(model.config))
+        result = cls(copy.deepcopy(model.config))
         state = model.state_dict()
-        check_weights(state, made._empty_torch_model().state_dict())
-        for key, variable in made._by_torch_name().items():
+        check_weights(state, result._empty_torch_model().state_dict())
+        for key, variable in result._variables_by_torch_name().items():
             axes = np.argsort(_axes(key, len(variable.shape))).tolist()
             variable.assign(state[key].detach().cpu().float().permute(axes).numpy())
-        return made
+        return result
 
     def to_torch(self) -> PreTrainedModel:
-        """The PyTorch model of the same configuration and weights, in float32 and evaluation mode."""
+        """Returns a PyTorch model with the same configuration and weights, in float32 and evaluation mode."""
         model = self._empty_torch_model().to_empty(device="cpu")
         state = {key: torch.tensor(0) for key in model.state_dict() if key.endswith(".num_batches_tracked")}
-        for key, variable in self._by_torch_name().items():
+        for key, variable in self._variables_by_torch_name().items():
             value = torch.from_numpy(np.array(ops.convert_to_numpy(variable), dtype=np.float32))
             state[key] = value.permute(_axes(key, value.ndim))
         model.load_state_dict(state, strict=True)
         return model.eval()
 
     def _empty_torch_model(self) -> PreTrainedModel:
-        with torch.device("meta"):  # initial weights would only take time
+        with torch.device("meta"):  # skips random initialization
             return self.torch_class(copy.deepcopy(self.config))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Loads what PyTorch's models save, or transformers' TensorFlow models.
+        """Loads a saved PyTorch model, or a TensorFlow model of transformers.
 
-        Missing weights, such as a new classifier's, are initialized with a warning, as in transformers.
+        Missing weights, such as those of a new classifier, are initialized with a warning, as in
+        transformers.
 
         Args:
-            path: a folder in Hugging Face's layout, a hub id, or a `tf_model.h5` next to its config.json. A
-                folder's `tf_model.h5` is read only if the folder has no other weights.
-            kwargs: changes of the configuration, such as `num_labels`; for PyTorch's files, all arguments of
-                `from_pretrained`.
+            path: a folder in the Hugging Face layout, a hub id, or a `tf_model.h5` with config.json next to
+                it. The `tf_model.h5` of a folder is read only if the folder has no other weights.
+            kwargs: overrides of the configuration, such as `num_labels`. For PyTorch files, any argument of
+                transformers' `from_pretrained`.
 
         Raises:
-            OSError: there are no such files.
-            CheckpointError: the weights of a `tf_model.h5` do not fit config.json; names them.
-            RuntimeError: other weights have other shapes than the configuration says.
+            OSError: a file is missing.
+            CheckpointError: the weights of `tf_model.h5` do not fit config.json. The message names the
+                weights.
+            RuntimeError: the shapes of other weights do not fit the configuration.
         """
         h5 = Path(path)
-        if h5.is_dir() and H5_NAME in used_files(file.name for file in h5.iterdir()):
+        if h5.is_dir() and H5_NAME in files_to_load(file.name for file in h5.iterdir()):
             h5 = h5 / H5_NAME
         kwargs["dtype"] = torch.float32
         if h5.suffix == ".h5":
@@ -178,7 +179,7 @@ class TFCvtPreTrainedModel(keras.Model):
 
     @classmethod
     def _check_except_head(cls, state: Mapping[str, Tensor], config: CvtConfig) -> None:
-        """Raises `CheckpointError` if weights do not fit; a classifier may be missing, or not be needed."""
+        """Raises `CheckpointError` if weights do not fit. The classifier may be missing or superfluous."""
         with torch.device("meta"):
             empty = cls.torch_class(copy.deepcopy(config)).state_dict()
         expected = {f"{cls.torch_prefix}{key}": value for key, value in empty.items()}
@@ -189,19 +190,19 @@ class TFCvtPreTrainedModel(keras.Model):
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Saves config.json and model.safetensors, which this package and transformers load."""
+        """Saves config.json and model.safetensors, which this package and transformers can load."""
         self.to_torch().save_pretrained(folder)
 
-    def _by_torch_name(self) -> dict[str, Any]:
-        # A path ends in the names of layer and variable. A layer has the name of PyTorch's module, with
-        # hyphens for dots, which Keras does not allow.
+    def _variables_by_torch_name(self) -> dict[str, Any]:
+        # A path ends in the names of layer and variable. A layer has the name of the PyTorch module, with
+        # hyphens in place of dots, because Keras does not allow dots.
         names = (".".join(variable.path.split("/")[-2:]) for variable in self.weights)
         keys = (torch_name(name.replace("-", ".")).removeprefix(self.torch_prefix) for name in names)
         return dict(zip(keys, self.weights, strict=True))
 
 
 def _axes(key: str, ndim: int) -> tuple[int, ...]:
-    """The axes of a variable, in PyTorch's order."""
+    """Returns the permutation of the axes of a variable to PyTorch's order."""
     if key.endswith(".convolution.weight"):  # depthwise, (height, width, channels, 1)
         return (2, 3, 0, 1)
     return TO_TORCH.get(ndim, tuple(range(ndim)))
@@ -209,7 +210,7 @@ def _axes(key: str, ndim: int) -> tuple[int, ...]:
 
 @keras.saving.register_keras_serializable(package="cvt")
 class TFCvtModel(TFCvtPreTrainedModel):
-    """CvT without a head, as `cvt.CvtModel`."""
+    """CvT without a classification head, like `cvt.CvtModel`."""
 
     torch_class = CvtModel
     torch_prefix = "cvt."
@@ -226,13 +227,14 @@ class TFCvtModel(TFCvtPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Any:
-        """Computes features; see `cvt.CvtModel.forward`.
+        """Computes the features of images; see `cvt.CvtModel.forward`.
 
         Args:
             pixel_values: normalized images, (B, num_channels, H, W).
-            output_hidden_states: whether to return each stage's output; else as configured.
-            return_dict: whether to return a TFBaseModelOutputWithCLSToken, not a tuple; else as configured.
-            training: whether to drop, and to normalize by the batch and learn its statistics.
+            output_hidden_states: whether to return the output of each stage. Default: as configured.
+            return_dict: whether to return a TFBaseModelOutputWithCLSToken instead of a tuple. Default: as
+                configured.
+            training: whether to use training mode for dropout and batch norm.
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
@@ -249,15 +251,15 @@ class TFCvtModel(TFCvtPreTrainedModel):
             cls_token_value=cls_token,
             hidden_states=states if output_hidden_states else None,
         )
-        return self._returned(outputs, return_dict)
+        return self._format_output(outputs, return_dict)
 
 
 @keras.saving.register_keras_serializable(package="cvt")
 class TFCvtForImageClassification(TFCvtPreTrainedModel):
-    """CvT with a linear classifier, as `cvt.CvtForImageClassification`.
+    """CvT with a linear classifier, like `cvt.CvtForImageClassification`.
 
-    Without a loss in `compile`, `fit` uses the model's own, with labels as Keras' `y` or as the input
-    "labels". Losses and metrics in `compile` get the logits.
+    Without a loss in `compile`, `fit` uses the loss of the model. Labels are `y` or the input "labels".
+    Losses and metrics in `compile` receive the logits.
     """
 
     torch_class = CvtForImageClassification
@@ -284,10 +286,10 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Any:
-        """Classifies images into logits, (B, num_labels); see `TFCvtModel.call`.
+        """Computes the logits of images, (B, num_labels), and the loss if labels are given.
 
-        The loss is the mean over the batch: cross-entropy of class ids, (B,), or for a model with one label
-        the squared error of values, (B,) or (B, 1).
+        See `TFCvtModel.call` for the other arguments. The loss is the mean over the batch: cross-entropy of
+        class ids, (B,). For a model with one label, the squared error of values, (B,) or (B, 1).
         """
         outputs = self.cvt(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         tokens = outputs.cls_token_value
@@ -300,7 +302,7 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
         )
-        return self._returned(result, return_dict)
+        return self._format_output(result, return_dict)
 
     def compute_loss(
         self,
@@ -310,7 +312,7 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """The loss for Keras' `fit` and `evaluate`."""
+        """Returns the loss, for `fit` and `evaluate` of Keras."""
         if y is None:
             return y_pred.loss
         if self.loss is None:
@@ -318,5 +320,5 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """The metrics for Keras' `fit` and `evaluate`."""
+        """Returns the metrics, for `fit` and `evaluate` of Keras."""
         return super().compute_metrics(x, y, y_pred.logits, sample_weight)

@@ -15,7 +15,7 @@ import typer
 from cvt.checkpoints import Checkpoint
 from cvt.counting import count_macs
 from cvt.inference.engine import PRECISIONS, Engine
-from cvt.runtimes import RUNTIMES, Precision, precisions_of
+from cvt.runtimes import RUNTIMES, Precision, supported_precisions
 from jobs.benchmarks import figures
 from jobs.console import exit_on_error, print_notice
 from jobs.reference import load_model, transformers_classifier
@@ -85,7 +85,7 @@ def available_variants(
         "transformers, compiled": partial(eager, compiled=True),
     }
     for runtime in RUNTIMES:
-        if precision in precisions_of(runtime) and (runtime != "openvino" or device == "cpu"):
+        if precision in supported_precisions(runtime) and (runtime != "openvino" or device == "cpu"):
             prepare = partial(_engine, checkpoint, device, precision, runtime, batch_size)
             variants[f"engine, {runtime}"] = prepare
     return variants

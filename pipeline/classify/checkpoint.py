@@ -70,7 +70,7 @@ class _Fetched:
         objects = {info.uri.removeprefix(f"{uri}/"): info for info in self._storage.list(uri)}
         if not objects:
             raise CheckpointError(f"model {uri!r}: no such folder")
-        return str(self._copy(uri, [objects[name] for name in weights.used_files(objects)]))
+        return str(self._copy(uri, [objects[name] for name in weights.files_to_load(objects)]))
 
     def file(self, uri: str, *beside: str) -> str:
         """Copies an object, and others of these names beside it; returns its local path."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cvt.runtimes import Precision, precisions_of, resolve_precision
+from cvt.runtimes import Precision, resolve_precision, supported_precisions
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
 from pipeline.config.stages import ClassifyConfig, DecodeConfig, RayConfig, ReadConfig
 from pipeline.storage import Storage
@@ -226,7 +226,7 @@ class Config(Section):
             raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', not {device!r}")
         if decoder == "gpu" and self.decode.quality == "fast":
             raise ValueError("decode.quality: 'fast' needs decode.device 'cpu'")
-        runtime, precisions = self.classify.runtime, precisions_of(self.classify.runtime)
+        runtime, precisions = self.classify.runtime, supported_precisions(self.classify.runtime)
         if runtime == "openvino" and device == "cuda":
             raise ValueError("classify.runtime: 'openvino' runs on CPUs only, but classify.device is 'cuda'")
         if precision not in precisions:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cvt.runtimes import NO_OPENVINO
+from cvt.runtimes import OPENVINO_MISSING
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition, new_run_id
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
@@ -101,7 +101,7 @@ def check_installed(config: Config) -> None:
     All nodes have the same packages, so checking here reports the error before any worker starts.
     """
     if config.classify.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
-        raise ConfigError(f"classify.runtime: {NO_OPENVINO}")
+        raise ConfigError(f"classify.runtime: {OPENVINO_MISSING}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:
         raise ConfigError(f"decode.device: decoding on a GPU needs torchvision: {NO_TORCHVISION}")
 

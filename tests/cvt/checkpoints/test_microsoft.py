@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvt.checkpoints.microsoft import image_size, infer_config, microsoft_key, renamed
+from cvt.checkpoints.microsoft import image_size, infer_config, microsoft_key, rename_weights
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification
@@ -21,14 +21,14 @@ def test_names_are_those_of_microsofts_modules() -> None:
     names = microsoft_names(TINY["depth"])
     assert {theirs: microsoft_key(theirs) for theirs in names.values()} == {t: o for o, t in names.items()}
     tensors = {key: torch.tensor(i) for i, key in enumerate(names)}
-    back = renamed(tensors, names.values())
+    back = rename_weights(tensors, names.values())
     assert {key: int(tensor) for key, tensor in back.items()} == {t: i for i, t in enumerate(names.values())}
 
 
 def test_names_of_transformers_stay_as_they_are_and_so_do_unknown_ones() -> None:
     keys = list(microsoft_names([1, 1, 1]).values())
     weights = dict.fromkeys(keys, torch.ones(1)) | {"stage0.pos_embed": torch.ones(1)}
-    assert renamed(weights, keys).keys() == weights.keys()
+    assert rename_weights(weights, keys).keys() == weights.keys()
 
 
 def published(name: str, classes: int = 5, **fields: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cvt.checkpoints.weights import read_file, read_folder, used_files
+from cvt.checkpoints.weights import files_to_load, read_file, read_folder
 from cvt.errors import CheckpointError
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0]), "c": torch.ones(1)}
@@ -78,13 +78,13 @@ def test_of_a_folder_configuration_and_one_kind_of_weights_are_used() -> None:
         ".gitattributes",
     ]
     both = ["pytorch_model.bin", "tf_model.h5", *config, *others]
-    assert used_files(["model.safetensors", *both]) == [*config, "model.safetensors"]
-    assert used_files(both) == [*config, "pytorch_model.bin"]
-    assert used_files(["tf_model.h5", *config]) == [*config, "tf_model.h5"]
+    assert files_to_load(["model.safetensors", *both]) == [*config, "model.safetensors"]
+    assert files_to_load(both) == [*config, "pytorch_model.bin"]
+    assert files_to_load(["tf_model.h5", *config]) == [*config, "tf_model.h5"]
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = "model.safetensors.index.json"
-    assert used_files([*shards, index, *both]) == [*config, index, *shards]
-    assert used_files(others) == []
+    assert files_to_load([*shards, index, *both]) == [*config, index, *shards]
+    assert files_to_load(others) == []
 
 
 def test_a_folder_without_weights_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
 from cvt.inference import engine as engine_module
-from cvt.inference.engine import Engine, make_runtime, network_thread
+from cvt.inference.engine import Engine, engine_thread, make_runtime
 from cvt.inference.network import Result, Runtime
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
@@ -204,7 +204,7 @@ def test_two_first_calls_make_one_thread(monkeypatch: pytest.MonkeyPatch) -> Non
 
     engine = make_engine()
     monkeypatch.setattr(engine_module, "ThreadPoolExecutor", slow)
-    network_thread.cache_clear()
+    engine_thread.cache_clear()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(engine, [IMAGES, IMAGES]))
     assert made == [(1, "engine")]

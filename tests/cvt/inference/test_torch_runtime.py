@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from cvt.configuration import CvtConfig
 from cvt.inference import engine as engine_module
 from cvt.inference.network import InferenceNetwork
-from cvt.inference.torch_runtime import TorchRuntime, images_at_once
+from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
 from cvt.modeling import CvtStage
 from tests.cvt.inference.small import (
     IMAGES,
@@ -34,8 +34,8 @@ from tests.cvt.random_models import TINY
 def test_batches_are_split_so_that_activations_fit_the_cpu() -> None:
     config = CvtConfig(**TINY)
     an_image = 12 * 12 * 64 * 4  # the first stage's tokens, inside its MLP, in bytes
-    assert images_at_once(config, SIZE, largest_activation=2 * an_image + 1) == 2
-    assert images_at_once(config, SIZE, largest_activation=1) == 1
+    assert max_images_per_part(config, SIZE, max_bytes=2 * an_image + 1) == 2
+    assert max_images_per_part(config, SIZE, max_bytes=1) == 1
     model = make_model()
     runtime, sizes = TorchRuntime(network(model), 6, 2, threads=1, compiled=False), []
 
