@@ -181,7 +181,10 @@ def print_log(text: str) -> None:
 
 def make_table(title: str, text_columns: Iterable[str], number_columns: Iterable[str]) -> Table:
     """Returns an empty table: first the columns of text, then the right-aligned columns of numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    # Narrow padding: the table of classes with all its columns fits 80 characters.
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1)
+    )
     for heading in text_columns:
         table.add_column(heading, overflow="fold")
     for heading in number_columns:
@@ -268,11 +271,19 @@ def make_class_table(classes: pa.Table, top: int) -> Table:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Returns the number of shards per state, and the number of shards to label and to prune."""
-    counts = [f"{plan.states[state]:,} {state}" for state in ShardState if plan.states[state]]
-    reprocessed = f" ({plan.reprocessed:,} reprocessed)" if plan.reprocessed else ""
-    prune = f", {len(plan.to_prune):,} to prune" if plan.selection.prune else ""
-    return f"{', '.join(counts)}; {len(plan.shards):,} to label{reprocessed}{prune}"
+    """Describes the input: counts by state, and counts to label and to prune. Counts images if possible."""
+    counts = plan.counts
+    states = [f"{counts.states[state]:,} {state}" for state in ShardState if counts.states[state]]
+    reprocessed = f" ({counts.reprocessed:,} reprocessed)" if counts.reprocessed else ""
+    prune = f", {counts.to_prune:,} to prune" if plan.selection.prune else ""
+    total = pluralize(counts.states.total(), counts.unit)
+    return f"{total}: {', '.join(states)}; {counts.to_label:,} to label{reprocessed}{prune}"
+
+
+def describe_ignored(plan: Plan) -> str:
+    """Describes the ignored objects of the input: the number in total and by reason."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(plan.ignored.items()))
+    return pluralize(plan.ignored.total(), "object") + (f" ({reasons})" if reasons else "")
 
 
 def format_accuracy(stats: ClassStatistics, topk: int) -> str:

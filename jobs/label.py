@@ -4,21 +4,25 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import RenderableType
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from jobs import console
 from jobs.console import ExitStatus, print_notice
 from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
-from pipeline.run import Plan, PreparedRun
+from pipeline.run import Phase, Plan, PreparedRun
 from pipeline.statistics import class_table, describe_bottleneck
+from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
 
@@ -65,50 +69,86 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     console.log_to_stderr()
     with closing(ProgressBar() if console.stderr.is_terminal else ProgressLog()) as progress:
 
-        def planned(prepared: PreparedRun) -> None:
-            print_notice(console.describe_plan(prepared.plan))
-            progress.start(prepared.plan)
+        def show_plan(prepared: PreparedRun) -> None:
+            plan = prepared.plan
+            ignored = f"; ignored: {console.describe_ignored(plan)}" if plan.ignored.total() else ""
+            print_notice(console.describe_plan(plan) + ignored)
+            progress.show_plan(plan)
 
         result = label_dataset(
-            config, selection, on_progress=progress.update, wait=wait, on_wait=logger.info, on_plan=planned
+            config,
+            selection,
+            on_progress=progress.show_progress,
+            on_plan=show_plan,
+            on_phase=progress.show_phase,
+            wait=wait,
+            on_wait=logger.info,
         )
     print_result(result)
     return result
 
 
 class ProgressBar:
-    """Shows a bar in a terminal, from the first results on: what Ray prints before would break it."""
+    """Shows the phase or the progress of a run in a terminal."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
-        state = TextColumn("shards · {task.fields[state]}")
-        columns = TextColumn("labeling"), BarColumn(), MofNCompleteColumn(), state, TimeElapsedColumn()
-        self._bar = Progress(*columns, console=console.stderr, transient=True)
-        self._task = self._bar.add_task("", state="")
+        self._estimator = Estimator()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[shards]}elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remaining]}"),
+        )
+        self._bar = _TwoLineProgress(*columns, console=console.stderr, transient=True)
+        self._task = self._bar.add_task("starting", total=None, shards="", remaining="")
 
     def close(self) -> None:
         """Removes the bar."""
         self._bar.stop()
 
-    def start(self, plan: Plan) -> None:
-        """Takes the plan, before the first result."""
-        self._bar.update(self._task, total=len(plan.shards))
+    def show_plan(self, plan: Plan) -> None:
+        """Does nothing: the total appears with the first result."""
 
-    def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
-        """Takes the latest progress."""
+    def show_phase(self, phase: Phase) -> None:
+        """Shows the name of a phase."""
         self._bar.start()
-        state = self._pace.described(progress, prepared.plan)
-        self._bar.update(self._task, completed=progress.shards, state=state)
+        self._bar.update(self._task, description=str(phase), remaining="")
+
+    def show_progress(self, progress: commit.Progress, prepared: PreparedRun) -> None:
+        """Shows counts, rate and remaining time."""
+        total = len(prepared.plan.shards)
+        estimate = self._estimator.estimate(progress)
+        self._bar.details = describe_progress(progress, prepared.plan, estimate)
+        self._bar.update(
+            self._task,
+            description="labeling",
+            total=1.0,
+            completed=progress.fraction,
+            shards=f"{progress.shards:,} of {pluralize(total, 'shard')}, ",
+            remaining=f"remaining {estimate.remaining}" if estimate else "",
+        )
+
+
+class _TwoLineProgress(RichProgress):
+    """A progress bar with a second line of text."""
+
+    details = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.details:
+            yield Text(self.details, no_wrap=True, overflow="ellipsis")
 
 
 class ProgressLog:
-    """Logs progress every few seconds, whether results come or not, until the last result."""
+    """Logs phases, and progress at regular intervals until the last result."""
 
     def __init__(self, interval: float = LOG_INTERVAL) -> None:
         self._interval = interval
-        self._pace = Pace()
+        self._estimator = Estimator()
         self._finished = threading.Event()
-        self._state = ""
+        self._message = ""
         self._thread = threading.Thread(target=self._log, name="progress", daemon=True)
 
     def close(self) -> None:
@@ -117,47 +157,68 @@ class ProgressLog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def start(self, plan: Plan) -> None:
+    def show_plan(self, plan: Plan) -> None:
         """Starts logging if there are shards to label."""
         if plan.shards:
             self._thread.start()
 
-    def update(self, progress: commit.Progress, prepared: PreparedRun) -> None:
-        """Takes the latest progress."""
-        shards, described = len(prepared.plan.shards), self._pace.described(progress, prepared.plan)
-        self._state = f"{progress.shards} of {shards} shards, {described}"
-        if progress.shards == shards and not self._finished.is_set():
+    def show_phase(self, phase: Phase) -> None:
+        """Logs the name of a phase."""
+        logger.info("%s", phase)
+
+    def show_progress(self, progress: commit.Progress, prepared: PreparedRun) -> None:
+        """Stores the latest progress for the next message."""
+        total, estimate = len(prepared.plan.shards), self._estimator.estimate(progress)
+        remaining = f", remaining {estimate.remaining}" if estimate else ""
+        details = describe_progress(progress, prepared.plan, estimate)
+        self._message = f"{progress.shards:,} of {pluralize(total, 'shard')}, {details}{remaining}"
+        if progress.shards == total and not self._finished.is_set():
             self._finished.set()
-            logger.info("%s", self._state)
+            logger.info("%s", self._message)
 
     def _log(self) -> None:
         started = time.monotonic()
         while not self._finished.wait(self._interval):
-            logger.info("%s", self._state or f"no results yet, after {time.monotonic() - started:.0f} s")
+            logger.info("%s", self._message or f"no results after {time.monotonic() - started:.0f} s")
 
 
-class Pace:
-    """What progress means in images a second and time left, from the first results on."""
+class Estimate(NamedTuple):
+    """Rate in images per second, and remaining time."""
+
+    images_per_s: float
+    remaining: timedelta
+
+
+class Estimator:
+    """Estimates the rate and the remaining time of a run from its progress since the first result."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._first: tuple[float, commit.Progress] | None = None
 
-    def described(self, progress: commit.Progress, plan: Plan) -> str:
-        """Images, their total if the listing knows it, errors, and, once known, pace and time left."""
-        total = f" of {plan.images:,}" if plan.images is not None else ""
-        text = f"{progress.images:,}{total} images, {progress.errors:,} errors"
+    def estimate(self, progress: commit.Progress) -> Estimate | None:
+        """Returns an estimate, or None before `MIN_RATE_SECONDS` of results."""
         now = self._clock()
         if self._first is None:
             if progress.images:
                 self._first = now, progress
-            return text
+            return None
         since, first = self._first
-        images, fraction = progress.images - first.images, progress.fraction - first.fraction
-        if now - since < MIN_RATE_SECONDS or images <= 0 or fraction <= 0:
-            return text
-        left = timedelta(seconds=round((1 - progress.fraction) / fraction * (now - since)))
-        return f"{text}, {images / (now - since):,.1f}/s, {left} left"
+        seconds, images = now - since, progress.images - first.images
+        fraction = progress.fraction - first.fraction
+        if seconds < MIN_RATE_SECONDS or images <= 0 or fraction <= 0:
+            return None
+        remaining = timedelta(seconds=round((1 - progress.fraction) / fraction * seconds))
+        return Estimate(images / seconds, remaining)
+
+
+def describe_progress(progress: commit.Progress, plan: Plan, estimate: Estimate | None) -> str:
+    """Describes the number of images, the number of errors and the rate."""
+    images = pluralize(progress.images, "image")
+    if plan.images is not None:
+        images = f"{progress.images:,} of {pluralize(plan.images, 'image')}"
+    rate = f", {estimate.images_per_s:,.1f} images/s" if estimate else ""
+    return f"{images}, {pluralize(progress.errors, 'error')}{rate}"
 
 
 def print_result(result: RunResult) -> None:
@@ -167,30 +228,34 @@ def print_result(result: RunResult) -> None:
     if stats is not None and stats.count.any():
         classes = class_table(stats, result.partition.labels, topk)
         console.stdout.print(console.make_class_table(classes, top=20))
-    facts = {"shards": console.describe_plan(plan)}
+    fields = {"plan": console.describe_plan(plan)}
+    if plan.ignored.total():
+        fields["ignored"] = console.describe_ignored(plan)
     if plan.shards:
-        facts["images"] = f"{totals.images:,} in {totals.shards - len(totals.unreadable):,} shards"
-        facts["errors"] = f"{totals.errors:,}"
+        labeled = totals.shards - len(totals.unreadable)
+        fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}"
+        fields["errors"] = f"{totals.errors:,}"
         if result.images_per_s is not None:
-            facts["images/s"] = f"{result.images_per_s:,.1f} from the first result to the last"
-        facts["total time"] = f"{result.total_seconds:,.1f} s"
-    facts["output"] = result.partition.uri
+            fields["images/s"] = f"{result.images_per_s:,.1f} from the first result to the last"
+        fields["total time"] = f"{result.total_seconds:,.1f} s"
+    fields["output"] = result.partition.uri
+    fields["report"] = f"{result.partition.uri}/report.html"
     if result.stages:
-        facts["decoded by"], facts["bound by"] = result.decoder, describe_bottleneck(result.stages)
+        fields["decoded by"], fields["bound by"] = result.decoder, describe_bottleneck(result.stages)
     if result.pruned:
-        facts["pruned"] = f"{result.pruned:,} shards that the input no longer has"
+        fields["pruned"] = f"{pluralize(result.pruned, 'shard')} deleted from the input"
     if stats is not None and stats.has_targets:
-        facts["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
-    console.print_fields(facts)
+        fields["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
+    console.print_fields(fields)
     if totals.duplicate_keys:
-        print_notice(f"{totals.duplicate_keys:,} samples share a key with an earlier one of their shard")
+        print_notice(f"duplicate keys within a shard: {pluralize(totals.duplicate_keys, 'sample')}")
     for row in totals.unreadable:
-        print_notice(f"not labelled: {row.error}")
+        print_notice(f"not labeled: {row.error}")
     if plan.skipped_failures:
-        failures = f"{plan.skipped_failures:,} shards that earlier runs could not read"
-        print_notice(f"not labelled: {failures} (--retry-errors tries them again)")
+        shards = pluralize(plan.skipped_failures, "shard")
+        print_notice(f"not labeled: {shards} that could not be read before (to retry: --retry-errors)")
     for message in result.broken_limits:
-        print_notice(f"drifted from the run before: {message}")
+        print_notice(f"drift from the previous run: {message}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ from rich.filesize import decimal
 
 from jobs import console
 from pipeline import plan as plan_run
-from pipeline.text import escape_unprintable
+from pipeline.run import Plan
+from pipeline.text import escape_unprintable, pluralize
+
+#: Names of the shards of each format.
+_UNITS = {"webdataset": "tar shard", "parquet": "Parquet shard", "images": "group of image files"}
 
 
 @console.exit_on_error()
@@ -21,6 +25,9 @@ def plan(
     shards: Annotated[
         bool, typer.Option("--shards", help="Print each shard to label, one per line.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print the ignored objects of the input, by reason.")
+    ] = False,
 ) -> None:
     """Print what `label` would do, without writing anything.
 
@@ -29,24 +36,36 @@ def plan(
     Exit status: 0 on success; 2 if the configuration is not valid; 4 if the input or the model cannot be
     accessed.
     """
-    planned = plan_run(*console.load_job(config, set, retry_errors, relabel, prune))
-    job, checkpoint, to_label = planned.job, planned.job.checkpoint, planned.plan.shards
+    prepared = plan_run(*console.load_job(config, set, retry_errors, relabel, prune))
+    job, checkpoint, planned = prepared.job, prepared.job.checkpoint, prepared.plan
     if shards:
-        for shard in to_label:
+        for shard in planned.shards:
             typer.echo(f"{escape_unprintable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}")
-    formats = Counter(shard.format for shard in to_label)
+    if verbose:
+        for reason, uris in sorted(planned.ignored_examples.items()):
+            for uri in uris:
+                console.print_line(f"ignored ({reason}): {uri}")
+            if others := planned.ignored[reason] - len(uris):
+                console.print_line(f"ignored ({reason}): {pluralize(others, 'other object')}")
     console.print_fields(
         {
             "input": job.config.input.uri,
-            "shards": console.describe_plan(planned.plan),
-            "to label": f"{len(to_label):,} shards, {decimal(sum(shard.size for shard in to_label))}"
-            + "".join(f"; {count:,} {name}" for name, count in sorted(formats.items())),
-            "ignored": f"{planned.plan.ignored.total():,} objects that are no shard",
-            "model": f"{checkpoint.name}, {len(checkpoint.labels):,} classes, "
+            "plan": console.describe_plan(planned),
+            "to label": _describe_size(planned),
+            "ignored": console.describe_ignored(planned),
+            "model": f"{checkpoint.name}, {pluralize(len(checkpoint.labels), 'class')}, "
             f"{checkpoint.preprocessor.size} pixels",
             "output": job.partition.uri,
         }
     )
+
+
+def _describe_size(planned: Plan) -> str:
+    """Describes the size of the shards to label, and the number of shards by format."""
+    size = decimal(sum(shard.size for shard in planned.shards))
+    formats = Counter(shard.format for shard in planned.shards)
+    parts = [pluralize(count, _UNITS[name]) for name, count in sorted(formats.items())]
+    return f"{', '.join(parts) or '0 shards'}; {size}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Listing of shards, from the names, sizes and versions of objects. This module reads no object."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +19,7 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp",
 _IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
+_MAX_EXAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,14 @@ class ShardListing(Iterator[Shard]):
     Attributes:
         format: The only format that is listed; None for all formats.
         ignored: Number of ignored objects so far, by reason.
+        ignored_examples: URIs of the first ignored objects, by reason.
     """
 
     def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
         self.uri = uri
         self.format = format
         self.ignored = Counter[IgnoreReason]()
+        self.ignored_examples = defaultdict[IgnoreReason, list[str]](list)
         self._shards = self._find(objects)
 
     def __next__(self) -> Shard:
@@ -90,7 +93,10 @@ class ShardListing(Iterator[Shard]):
             is_hidden = _has_hidden_part(name) and info.uri != self.uri
             format = None if is_hidden else _format(name, self.format)
             if format is None:
-                self.ignored[IgnoreReason.HIDDEN if is_hidden else IgnoreReason.FORMAT] += 1
+                reason = IgnoreReason.HIDDEN if is_hidden else IgnoreReason.FORMAT
+                self.ignored[reason] += 1
+                if self.ignored[reason] <= _MAX_EXAMPLES:
+                    self.ignored_examples[reason].append(info.uri)
             elif format != "images":
                 yield Shard(info.uri, info.version, format, info.size)
             else:

@@ -54,6 +54,7 @@ class Plan:
         shards: the shards to label, in listing order.
         states: number of shards by state.
         ignored: number of objects under the input URI that are not shards, by reason.
+        ignored_examples: URIs of the first ignored objects, by reason.
         expected: version of the current prediction file, by URI of a shard to label.
         reprocessed: number of shards to label that are neither new nor changed.
         skipped_failures: number of unreadable shards that are not retried.
@@ -69,6 +70,7 @@ class Plan:
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
     ignored: Counter[IgnoreReason] = field(default_factory=Counter)
+    ignored_examples: Mapping[IgnoreReason, list[str]] = field(default_factory=dict)
     expected: dict[str, str] = field(default_factory=dict)
     reprocessed: int = 0
     skipped_failures: int = 0
@@ -149,7 +151,8 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         for uri, row in manifest.items()
         if uri not in seen and is_under(uri, listing.uri) and listing.format in (None, row.format)
     }
-    planned.states[ShardState.DELETED], planned.ignored = len(planned.deleted), listing.ignored
+    planned.states[ShardState.DELETED] = len(planned.deleted)
+    planned.ignored, planned.ignored_examples = listing.ignored, listing.ignored_examples
     if has_only_groups and all(row.format == "images" for row in planned.deleted.values()):
         images.states[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
         images.to_prune = sum(planned.deleted[uri].rows or 0 for uri in planned.to_prune)

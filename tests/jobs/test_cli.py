@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -38,6 +39,40 @@ def test_help_lists_every_command() -> None:
     assert done.returncode == 0
     for command in COMMANDS:
         assert command in done.stdout
+
+
+def help_pages() -> list[list[str]]:
+    commands = [[name] for name in COMMANDS]
+    return [[], *commands, *(["benchmark", name] for name in ("run", "model", "decoding", "planning"))]
+
+
+@pytest.mark.parametrize("command", help_pages(), ids=" ".join)
+def test_help_is_complete_at_80_columns(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = cvt_label(*command, "--help")
+    assert done.returncode == 0
+    usage, *lines = done.stdout.splitlines()
+    assert usage.startswith("Usage: cvt-label")
+    assert max(map(len, lines)) <= 80
+    assert "..." not in "".join(lines)
+    assert all(re.search(r"[.\])]$", paragraph) for paragraph in done.stdout.strip().split("\n\n")[1:])
+
+
+def test_version_is_printed() -> None:
+    assert cvt_label("--version").stdout == f"cvt-label {importlib.metadata.version('cvt-label')}\n"
+
+
+def test_plan_counts_image_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(make_image(i))
+    (tmp_path / "in" / ".hidden").write_bytes(b"")
+    job = tmp_path / "job.yaml"
+    job.write_text(JOB.format(input=tmp_path / "in", output=tmp_path / "out"))
+    done = cvt_label("plan", "--config", job)
+    assert "3 images: 3 new; 3 to label" in done.stdout
+    assert "1 group of image files; " in done.stdout
+    assert "1 object (1 hidden name)" in done.stdout
 
 
 def test_help_of_label_lists_exit_statuses() -> None:
@@ -100,10 +135,12 @@ def test_plan_lists_shards_and_writes_nothing(job: Path, bucket: str, storage: S
     storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
     storage.write(f"{bucket}/in/b.jpg", make_image())
     storage.write(f"{bucket}/in/notes.txt", b"notes")
-    done = cvt_label("plan", "--config", job, "--shards")
+    done = cvt_label("plan", "--config", job, "--shards", "--verbose")
     assert done.returncode == 0, done.stderr
-    assert "2 shards" in done.stdout
-    assert "1 objects that are no shard" in done.stdout
+    assert "2 shards: 2 new; 2 to label" in done.stdout
+    assert "1 group of image files, 1 tar shard; " in done.stdout
+    assert f"ignored (other format): {bucket}/in/notes.txt" in done.stdout
+    assert "1 object (1 other format)" in done.stdout
     assert f"{bucket}/in/a.tar" in done.stdout
     assert f"{bucket}/out/model=fashion-mnist-" in done.stdout
     assert [o.uri for o in storage.list(f"{bucket}/out")] == []
@@ -112,7 +149,7 @@ def test_plan_lists_shards_and_writes_nothing(job: Path, bucket: str, storage: S
 def test_stats_of_missing_partition_ends_with_4(job: Path) -> None:
     done = cvt_label("stats", "--config", job)
     assert done.returncode == 4
-    assert "nothing is labeled yet" in done.stderr
+    assert "no run has labeled with this model and these options" in done.stderr
 
 
 @pytest.mark.slow
@@ -141,7 +178,7 @@ def test_label_then_stats_show_the_same_table(
     assert repeated.returncode == 3, repeated.stderr
     assert "1 done, 1 failed; 0 to label" in repeated.stdout
     assert "1 done, 1 failed; 0 to label" in repeated.stderr  # printed before the run starts
-    assert "1 shard that earlier runs could not read (--retry-errors reads it again)" in repeated.stderr
+    assert "1 shard that could not be read before (to retry: --retry-errors)" in repeated.stderr
     assert (
         "1 done, 1 failed; 2 to label (2 reprocessed), 0 to prune"
         in cvt_label("plan", "--config", job, "--relabel", "--prune").stdout

@@ -106,7 +106,7 @@ def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: P
     Storage().write(f"{tmp_path}/in/bad.tar", b"no tar")
     done = cvt_label()
     assert done.exit_code == 7, done.output
-    assert "drifted from the run before: Jensen-Shannon distance 1 is more than 0.9" in done.stderr
+    assert "drift from the previous run: Jensen-Shannon distance 1 is more than 0.9" in done.stderr
     assert "bad.tar" in done.stderr
     assert cvt_label("--set=gate.max_js=null").exit_code == 3
 
