@@ -183,7 +183,12 @@ def make_table(title: str, text_columns: Iterable[str], number_columns: Iterable
     """Returns an empty table: first the columns of text, then the right-aligned columns of numbers."""
     # Narrow padding: the table of classes with all its columns fits 80 characters.
     table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1)
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
     )
     for heading in text_columns:
         table.add_column(heading, overflow="fold")
