@@ -29,4 +29,4 @@ def run_config(root: object, *overrides: str) -> Config:
 
 def small_groups(patch: pytest.MonkeyPatch) -> None:
     """Makes groups of about 4 image files."""
-    patch.setattr(shards, "_GROUP_IMAGES", 4)
+    patch.setattr(shards, "_MEAN_GROUP_SIZE", 4)
