@@ -56,5 +56,5 @@ lock: $(VENV)/installed ## Update constraints.txt from pyproject.toml (UPGRADE=-
 	@$(RUN) uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate $(UPGRADE) \
 	    --custom-compile-command "make lock" --output-file constraints.txt pyproject.toml
 
-clean: ## Delete the virtual environment, the site, and the output of the demo
+clean: ## Delete the virtual environment and what demo and docs created
 	rm -rf $(VENV) demo-output site
