@@ -35,7 +35,9 @@ def test_glob_over_partitions_reads_every_row_with_its_model(labels: ExampleLabe
 
         source = "read_parquet($1, hive_partitioning = true, union_by_name = true)"
         query = f'SELECT model, shard, "index", score FROM {source}'
-        rows = duckdb.sql(query, params=[pattern]).to_arrow_table().to_pylist()
+        relation = duckdb.sql(query, params=[pattern])
+        assert relation is not None
+        rows = relation.to_arrow_table().to_pylist()
     elif package == "polars":
         import polars
 

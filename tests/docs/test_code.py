@@ -142,6 +142,7 @@ def test_polars_example_for_buckets_uses_the_endpoint(
         Storage().write(f"{bucket}/{path.relative_to(with_embeddings.folder)}", path.read_bytes())
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     monkeypatch.setenv(variable, s3_server.endpoint_url)
+    found: dict[str, Any] = {}
     [code] = [block.text for block in QUERIES if "s3://my-bucket" in block.text]
-    exec(compile(code.replace("s3://my-bucket", bucket), QUERY_PAGES[0], "exec"), found := {})
+    exec(compile(code.replace("s3://my-bucket", bucket), QUERY_PAGES[0], "exec"), found)
     assert found["labels"].select("key").collect().height == len(with_embeddings.rows)
