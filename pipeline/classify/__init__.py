@@ -1,7 +1,7 @@
-"""From pixels to predictions: the model's outputs as columns, and thumbnails for the gallery.
+"""Classifies decoded images: prediction columns, and thumbnails for the gallery.
 
-`classify.checkpoint` opens checkpoints, needs PyTorch and is imported by its
-module name. Writing files does not belong here.
+`classify.checkpoint` opens checkpoints, needs PyTorch and is imported by its module name. Writing files does
+not belong here.
 """
 
 from pipeline.classify.predict import classify

@@ -1,6 +1,6 @@
-"""Checkpoints in object storage: what of them is needed comes to this machine, to be loaded as a local one.
+"""Opens checkpoints in object storage: copies the needed files to this machine and loads them.
 
-Called in the driver alone: workers get the loaded model through Ray's object store.
+Only the driver opens checkpoints. Workers get the loaded model through Ray's object store.
 """
 
 from __future__ import annotations
@@ -21,44 +21,52 @@ if TYPE_CHECKING:
 def open_checkpoint(
     storage: Storage, path: str, revision: str | None = None, labels: str | None = None
 ) -> Checkpoint:
-    """Loads a checkpoint as `cvt.checkpoints.load_checkpoint` does, from object storage too.
+    """Loads a checkpoint as `cvt.checkpoints.load_checkpoint` does, also from object storage.
 
-    The path may also be the URI of a folder or file, whose last part is the name, and `labels` a URI.
+    Args:
+        storage: access to the checkpoint.
+        path: local path, hub id, or URI of a folder or file; the last part is the name of the model.
+        revision: revision of a hub id.
+        labels: path or URI of a file with class names.
 
     Raises:
-        CheckpointError: nothing is there, or it isn't a complete CvT classifier.
-        StorageError: an object can't be read; names it.
+        CheckpointError: there is no checkpoint, or it is not a complete CvT classifier.
+        StorageError: an object can't be read.
     """
-    from cvt.checkpoints import load_checkpoint  # takes seconds, of which listing needs none
+    from cvt.checkpoints import load_checkpoint  # this import takes seconds
 
     with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
-        fetched = _Fetched(storage, Path(temporary))
+        copies = _LocalCopies(storage, Path(temporary))
         try:
-            path = fetched.local(path)
+            path = copies.local(path)
             if labels is not None and "://" in labels:
-                labels = fetched.file(labels)
+                labels = copies.file(labels)
             return load_checkpoint(path, revision, labels)
         except CheckpointError as error:
             message = str(error)
-            for local, uri in fetched.folders.items():
+            for local, uri in copies.folders.items():
                 message = message.replace(local, uri)
             raise CheckpointError(message) from error
 
 
-class _Fetched:
-    """Local copies of objects, in a folder of their own for each folder that they come from."""
+class _LocalCopies:
+    """Local copies of objects, with one local folder per remote folder.
+
+    Attributes:
+        folders: URI of the remote folder, by local folder.
+    """
 
     def __init__(self, storage: Storage, root: Path) -> None:
         self._storage = storage
         self._root = root
-        self.folders: dict[str, str] = {}  # local: URI
+        self.folders: dict[str, str] = {}
 
     def local(self, path: str) -> str:
-        """The local path that stands for a checkpoint's path or URI; copies what loading uses."""
+        """Returns the local path of a checkpoint; copies the files that loading uses."""
         if "://" not in path:
             return path
         uri = normalize_uri(path)
-        if "://" not in uri:  # it was file://
+        if "://" not in uri:  # a file:// URI
             return uri
         from cvt.checkpoints import weights
 
@@ -72,14 +80,14 @@ class _Fetched:
             raise CheckpointError(f"model {uri!r}: no such folder")
         return str(self._copy(uri, [objects[name] for name in weights.files_to_load(objects)]))
 
-    def file(self, uri: str, *beside: str) -> str:
-        """Copies an object, and others of these names beside it; returns its local path."""
+    def file(self, uri: str, *siblings: str) -> str:
+        """Copies an object and its siblings in the same folder; returns the local path of the object."""
         folder, _, name = uri.rpartition("/")
-        objects = [self._storage.stat(f"{folder}/{each}") for each in (name, *beside)]
+        objects = [self._storage.stat(f"{folder}/{each}") for each in (name, *siblings)]
         return str(self._copy(folder, objects) / name)
 
     def _copy(self, uri: str, objects: Iterable[ObjectInfo]) -> Path:
-        """Copies objects of one folder, each in the version that was listed."""
+        """Copies objects of one folder, each in its listed version."""
         folder = self._root / str(len(self.folders)) / PurePosixPath(uri).name
         folder.mkdir(parents=True)
         self.folders[str(folder)] = uri

@@ -1,4 +1,4 @@
-"""Classifying a chunk: pixels in, the columns of a prediction out. Knows nothing of Ray.
+"""Classifies a chunk: pixels in, prediction columns out. Does not use Ray.
 
 The model is a function, `Backend`.
 """
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cvt_label")
 
-#: A model: uint8 images (n, height, width, 3) in, n from 1 up, logits and embeddings out. Images are an
-#: array, or a tensor that decoding has put on the model's device: `classify` only slices them.
+#: A model: maps uint8 images (n, height, width, 3), n >= 1, to logits and embeddings. The images are an
+#: array, or a tensor on the model's device; `classify` only slices them.
 Backend = Callable[[Any], "EngineOutput"]
 
 
 def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chunk:
-    """Adds the prediction columns to a chunk's samples, and drops its pixels.
+    """Adds the prediction columns to the samples of a chunk, and drops the pixels.
 
-    They are null where the sample has an error. An image for which the model gives a logit that
-    isn't finite (as half precision may) has no label, and becomes an error; so does one for which the
-    model fails, but not the others of its chunk.
+    Samples with an error have null in every prediction column. An image becomes an error if the model fails
+    for it, or returns a logit that is not finite (possible in half precision). The other images of the chunk
+    are not affected.
 
     Raises:
-        Exception: the model fails for a black image too: it isn't the images that are at fault.
+        Exception: the model also fails for a black image, so the images are not the cause.
     """
     samples = chunk.samples
     good = pc.is_null(samples["error"]).to_numpy()
@@ -52,20 +52,20 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     columns = [pa.nulls(0, field.type) for field in fields]
     if chunk.pixels is not None and len(chunk.pixels):
         failures: dict[int, Exception] = {}
-        outputs = list(_bisected(backend, chunk.pixels, failures))
-        if failures:  # is it the images, or a device that broke midway?
+        outputs = list(_predict_bisecting(backend, chunk.pixels, failures))
+        if failures:  # raises if the device is broken, and not the images
             backend(chunk.pixels[:1] * 0)
         messages: list[SampleError | None] = [None] * len(chunk.pixels)
-        for place, failure in failures.items():
+        for index, failure in failures.items():
             detail = single_line(f"{type(failure).__name__}: {failure}")
-            messages[place] = sample_error(ErrorCategory.MODEL_FAILED, detail)
+            messages[index] = sample_error(ErrorCategory.MODEL_FAILED, detail)
         if outputs:
             logits = np.concatenate([part.logits for part in outputs])
             embeddings = np.concatenate([part.embeddings for part in outputs])
             finite = np.isfinite(logits).all(axis=1)
-            answered = [place for place, message in enumerate(messages) if message is None]
-            for place in np.flatnonzero(~finite).tolist():
-                messages[answered[place]] = sample_error(
+            answered = [index for index, message in enumerate(messages) if message is None]
+            for index in np.flatnonzero(~finite).tolist():
+                messages[answered[index]] = sample_error(
                     ErrorCategory.NON_FINITE_OUTPUT, "the model returned NaN or infinity for this image"
                 )
             predicted = _predict(logits[finite], options)
@@ -74,18 +74,22 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
                 predicted["embedding"] = pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
             columns = [predicted[field.name].cast(field.type) for field in fields]
         if any(messages):
-            errors = pc.coalesce(samples["error"], _spread(pa.array(messages, pa.string()), good))
+            errors = pc.coalesce(samples["error"], _scatter(pa.array(messages, pa.string()), good))
             samples = samples.set_column(samples.schema.get_field_index("error"), "error", errors)
             good = pc.is_null(samples["error"]).to_numpy()
     for field, values in zip(fields, columns, strict=True):
-        samples = samples.append_column(field, _spread(values, good))
+        samples = samples.append_column(field, _scatter(values, good))
     return replace(chunk, samples=samples, pixels=None)
 
 
-def _bisected(
+def _predict_bisecting(
     backend: Backend, pixels: np.ndarray | Tensor, failures: dict[int, Exception], start: int = 0
 ) -> Iterator[EngineOutput]:
-    """The model's outputs for those images for which it doesn't fail; the others go to `failures`."""
+    """Yields the outputs of the model; after a failure, tries each half.
+
+    Images for which the model fails are added to `failures`, by index; `start` is the index of the first
+    image.
+    """
     try:
         outputs = backend(pixels)
     except Exception as error:
@@ -93,20 +97,21 @@ def _bisected(
             failures[start] = error
             return
         half = len(pixels) // 2
-        logger.warning("the model failed for %d images, trying each half: %s", len(pixels), error)
-        yield from _bisected(backend, pixels[:half], failures, start)
-        yield from _bisected(backend, pixels[half:], failures, start + half)
+        logger.warning("the model failed for %d images; trying each half: %s", len(pixels), error)
+        yield from _predict_bisecting(backend, pixels[:half], failures, start)
+        yield from _predict_bisecting(backend, pixels[half:], failures, start + half)
     else:
         yield outputs
 
 
 def _predict(logits: np.ndarray, options: PredictionOptions) -> dict[str, pa.Array]:
-    # In float64, the sum over 22,000 classes costs no digit of a float32 score.
+    """Returns prediction columns for logits (n, classes)."""
+    # In float64, the sum over 22,000 classes loses no digit of a float32 score.
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True, initial=-np.inf)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
-    top = _best(p, options.topk)
+    top = _top_classes(p, options.topk)
     top_p = np.take_along_axis(p, top, axis=1).astype(np.float32)
     ends = pa.array(np.arange(len(p) + 1) * options.topk, pa.int32())
     label_id = pa.array(top[:, 0], pa.int32())
@@ -120,14 +125,17 @@ def _predict(logits: np.ndarray, options: PredictionOptions) -> dict[str, pa.Arr
     }
 
 
-def _best(p: np.ndarray, k: int) -> np.ndarray:
-    """Ids of the k likeliest classes, the best first, the lower id first of equals; int64 (n, k)."""
-    some = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
-    order = np.argsort(-np.take_along_axis(p, some, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, axis=1)
+def _top_classes(p: np.ndarray, k: int) -> np.ndarray:
+    """Returns the ids of the k classes with the highest probability, highest first; int64 (n, k).
+
+    Of classes with equal probability, the lower id comes first.
+    """
+    candidates = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
+    order = np.argsort(-np.take_along_axis(p, candidates, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(candidates, order, axis=1)
 
 
-def _spread(values: pa.Array, good: np.ndarray) -> pa.Array:
-    """Puts the values of the good rows in their places, with nulls between them."""
-    places = np.cumsum(good) - 1
-    return values.take(pa.array(places, pa.int64(), mask=~good))
+def _scatter(values: pa.Array, good: np.ndarray) -> pa.Array:
+    """Places the values in the good rows, and null in all other rows."""
+    indices = np.cumsum(good) - 1
+    return values.take(pa.array(indices, pa.int64(), mask=~good))

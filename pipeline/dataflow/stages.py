@@ -156,7 +156,7 @@ class Classifier:
         with self._meter:
             classified = classify(decoded, self._engine, self._options)
             if self._thumbnails is not None:
-                classified = self._thumbnails.added(decoded, classified)
+                classified = self._thumbnails.add_column(decoded, classified)
         metrics = self._meter.collect(decoded.samples["error"].null_count, classified.samples.nbytes)
         if self._gpu_meter is not None:
             metrics += self._gpu_meter.collect()

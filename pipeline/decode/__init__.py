@@ -1,6 +1,6 @@
-"""From encoded images to pixels, on the CPU or on the classifier's GPU.
+"""Decodes images to pixels, on the CPU or on the GPU of a classifier.
 
-`decode.gpu` needs PyTorch and is imported by its module name. Resizing rules belong to `cvt.preprocessing`.
+`decode.gpu` needs PyTorch and is imported by its module name. `cvt.preprocessing` resizes and crops.
 """
 
 from pipeline.decode.cpu import decode, decode_chunk

@@ -1,4 +1,4 @@
-"""Decoding on the CPU: image bytes to pixels at the model's input size; errors are values.
+"""Decodes images on the CPU, to pixels of the model's input size; errors are values.
 
 Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 """
@@ -28,8 +28,8 @@ from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
 from pipeline.text import single_line
 
-# First bytes and reader of each format. Image.open is not used: it has a pixel limit of its own, global
-# to the process, and doesn't tell the size of what it refuses.
+#: Name, first bytes and reader of each format. `Image.open` is not used: its pixel limit is global to the
+#: process, and its error does not contain the size of the image.
 FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
@@ -39,38 +39,47 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
 
-# Longest side in pixels. Resizing to a square takes memory and time by the longest side, however few
-# pixels there are: some 30 MB here, gigabytes for the longest line that a PNG can hold.
+#: Maximum length of a side in pixels. Resizing to a square needs memory and time in proportion to the longest
+#: side, however few pixels the image has: about 30 MB at this limit, gigabytes for the longest row that a PNG
+#: can have.
 MAX_SIDE = 1 << 20
 
 
-class Turn(NamedTuple):
-    """What makes a stored image upright: a transposition if `is_sideways`, then reflections."""
+class Orientation(NamedTuple):
+    """How to turn a stored image upright: transpose if `swaps_sides`, then mirror.
+
+    Attributes:
+        method: Pillow's operation.
+        swaps_sides: whether width and height are exchanged.
+        flips_horizontally: whether left and right are exchanged, after the transposition.
+        flips_vertically: whether top and bottom are exchanged, after the transposition.
+    """
 
     method: Image.Transpose
-    is_sideways: bool
-    from_right: bool
-    from_below: bool
+    swaps_sides: bool
+    flips_horizontally: bool
+    flips_vertically: bool
 
 
-# By EXIF orientation.
-_TURNS = {
-    2: Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
-    3: Turn(Image.Transpose.ROTATE_180, False, True, True),
-    4: Turn(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
-    5: Turn(Image.Transpose.TRANSPOSE, True, False, False),
-    6: Turn(Image.Transpose.ROTATE_270, True, True, False),
-    7: Turn(Image.Transpose.TRANSVERSE, True, True, True),
-    8: Turn(Image.Transpose.ROTATE_90, True, False, True),
+#: Values of the EXIF tag Orientation; 1 is upright.
+_ORIENTATIONS = {
+    2: Orientation(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: Orientation(Image.Transpose.ROTATE_180, False, True, True),
+    4: Orientation(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: Orientation(Image.Transpose.TRANSPOSE, True, False, False),
+    6: Orientation(Image.Transpose.ROTATE_270, True, True, False),
+    7: Orientation(Image.Transpose.TRANSVERSE, True, True, True),
+    8: Orientation(Image.Transpose.ROTATE_90, True, False, True),
 }
 
 _N = TypeVar("_N", int, float)
 
 
 class _PillowWarningsIgnored(contextlib.ContextDecorator):
-    """Hides Pillow's warnings about damaged metadata, which would fill the logs; several threads may use it.
+    """Hides Pillow's warnings about damaged metadata, which would fill the logs. Thread-safe.
 
-    `warnings.catch_warnings` alone is not thread-safe: the first thread enters it, the last one leaves it.
+    `warnings.catch_warnings` alone is not thread-safe. Here the first thread enters the
+    context and the last thread exits.
     """
 
     def __init__(self) -> None:
@@ -97,12 +106,12 @@ pillow_warnings_ignored = _PillowWarningsIgnored()
 
 
 class Decoded(NamedTuple):
-    """One decoded image, or what is wrong with it.
+    """One decoded image, or its error.
 
     Attributes:
-        pixels: uint8 of shape (size, size, 3), RGB; None where there is an error.
-        width, height: of the source image in pixels, as displayed (after EXIF orientation); where there is
-            an error, as the header says, or None where the header can't be read.
+        pixels: uint8 of shape (size, size, 3), RGB; None for an error.
+        width, height: size of the source image in pixels, as displayed (after EXIF orientation). For an
+            error, the size in the header; None if the header can't be read.
         error: None, or `<category>: <detail>` with a detail of at most `MAX_LINE_LENGTH` characters; every
             attempt returns the same text.
     """
@@ -115,66 +124,71 @@ class Decoded(NamedTuple):
 
 @pillow_warnings_ignored
 def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Decoded:
-    """Decodes one image, turns it upright, converts it to RGB, and resizes and crops it.
+    """Decodes an image, turns it upright, converts it to RGB, and resizes and crops it.
 
-    Takes the first frame of an animation and the first page of a document. Transparency is dropped, as in
-    transformers' pipelines: the color stored under it shows. Gray images with 12 or 16 bits are scaled to
-    8; 32-bit integers and floats, which have no agreed white, are clipped to 0..255. Damaged metadata is
-    no error, an incomplete image is one.
+    Decodes the first frame of an animation and the first page of a document. Transparency is dropped, as in
+    the pipelines of transformers: the stored color is used. Gray images with 12 or 16 bits are scaled to 8
+    bits. 32-bit integers and floats have no defined white, and are clipped to 0..255. Damaged metadata is not
+    an error; an incomplete image is an error.
 
-    More than `max_pixels` are an error, found in the header. (For WebP and TIFF, Pillow has a further limit,
-    2 * PIL.Image.MAX_IMAGE_PIXELS: 179 million.) With `fast`, a JPEG of at least twice the needed size is
-    decoded at a half, a quarter or an eighth of its size, by libjpeg in the inverse cosine transform.
+    Args:
+        data: the encoded image.
+        preprocessor: resizes and crops.
+        max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP and
+            TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
+        fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size. libjpeg scales
+            in the inverse cosine transform.
     """
-    known = next((known for known in FORMATS if known[1].match(data)), None)
-    if known is None:
-        return Decoded(None, None, None, _unknown(data))
-    name, _, reader = known
+    matched = next((entry for entry in FORMATS if entry[1].match(data)), None)
+    if matched is None:
+        return Decoded(None, None, None, _format_error(data))
+    name, _, reader = matched
     width, height = None, None
     try:
         file = reader(io.BytesIO(data))
         width, height = file.size
-        if error := too_large(width, height, max_pixels):
+        if error := size_error(width, height, max_pixels):
             return Decoded(None, width, height, error)
         if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
             return scaled
         file.load()
         image = _to_rgb(file)
-        if (turn := turn_of(file)) is not None:  # Pillow has turned a TIFF by now
-            image = image.transpose(turn.method)
+        orientation = read_orientation(file)  # None for a TIFF, which Pillow turns upright itself
+        if orientation is not None:
+            image = image.transpose(orientation.method)
         return Decoded(preprocessor(image), *image.size, None)
-    # Not only OSError: ValueError, SyntaxError, struct.error, zlib.error, MemoryError, DecompressionBombError
-    # and whatever else Pillow runs into in a broken or hostile file.
+    # A broken or hostile file can raise any exception, among them OSError, ValueError, SyntaxError,
+    # struct.error, zlib.error, MemoryError and DecompressionBombError.
     except Exception as error:
-        detail = single_line(f"{name}: {_cause(error)}")
+        detail = single_line(f"{name}: {_describe(error)}")
         return Decoded(None, width, height, sample_error(ErrorCategory.CANNOT_DECODE, detail))
 
 
 def _decode_scaled(file: JpegImageFile, preprocessor: Preprocessor) -> Decoded | None:
-    """Decodes a JPEG at a fraction of its size; None if it isn't large enough for that."""
-    turn = turn_of(file)
-    size = exchanged(file.size, turn)
-    drafted = file.draft(file.mode, exchanged(preprocessor.resized_size(*size), turn))
-    if drafted is None:
+    """Decodes a JPEG at a fraction of its size; returns None if the JPEG is too small."""
+    orientation = read_orientation(file)
+    size = displayed_size(file.size, orientation)
+    draft = file.draft(file.mode, displayed_size(preprocessor.resized_size(*size), orientation))
+    if draft is None:
         return None
     file.load()
     image = _to_rgb(file)
-    # The last pixels, which a turn may make the first, may be of the source in part only.
-    width, height = exchanged(drafted[1][2:], turn)
+    # The source may cover the last pixels only in part. Turning upright may make them the first pixels.
+    width, height = displayed_size(draft[1][2:], orientation)
     left = top = 0.0
-    if turn is not None:
-        image = image.transpose(turn.method)
-        left = image.width - width if turn.from_right else 0.0
-        top = image.height - height if turn.from_below else 0.0
+    if orientation is not None:
+        image = image.transpose(orientation.method)
+        left = image.width - width if orientation.flips_horizontally else 0.0
+        top = image.height - height if orientation.flips_vertically else 0.0
     return Decoded(preprocessor(image, size, (left, top, left + width, top + height)), *size, None)
 
 
-def exchanged(size: tuple[_N, _N], turn: Turn | None) -> tuple[_N, _N]:
-    """A width and height after a turn, or what they were before it."""
-    return (size[1], size[0]) if turn is not None and turn.is_sideways else size
+def displayed_size(size: tuple[_N, _N], orientation: Orientation | None) -> tuple[_N, _N]:
+    """Converts a stored width and height to the displayed ones, or back."""
+    return (size[1], size[0]) if orientation is not None and orientation.swaps_sides else size
 
 
-def _unknown(data: bytes) -> SampleError:
+def _format_error(data: bytes) -> SampleError:
     if not data:
         return sample_error(ErrorCategory.EMPTY_IMAGE, "the file has no bytes")
     names = ", ".join(name for name, _, _ in FORMATS)
@@ -182,8 +196,8 @@ def _unknown(data: bytes) -> SampleError:
     return sample_error(ErrorCategory.UNSUPPORTED_FORMAT, detail)
 
 
-def too_large(width: int, height: int, max_pixels: int) -> SampleError | None:
-    """What is wrong with an image of this size, in pixels; None if nothing is."""
+def size_error(width: int, height: int, max_pixels: int) -> SampleError | None:
+    """Returns the error of an image of this size in pixels, or None if the size is allowed."""
     if width * height > max_pixels:
         limit = f"more than the limit of {max_pixels} pixels (input.max_image_pixels)"
     elif max(width, height) > MAX_SIDE:
@@ -194,57 +208,58 @@ def too_large(width: int, height: int, max_pixels: int) -> SampleError | None:
 
 
 def _to_rgb(file: ImageFile) -> Image.Image:
-    """The image in mode RGB; not a copy where it is RGB already."""
+    """Returns the image in mode RGB, without a copy if it is RGB already."""
     if file.mode == "RGB":
         return file
     if file.mode.startswith("I;16"):
-        # Pillow would clip to 0..255, which makes nearly everything white.
+        # Pillow would clip to 0..255, which would make almost every pixel white.
         bits = file.tag_v2[BITSPERSAMPLE][0] if isinstance(file, TiffImageFile) else 16
         gray = np.asarray(file) >> (bits - 8)
         return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
-    # Not wanted in the result, and Pillow stumbles over the more unusual kinds.
+    # Transparency is dropped, and Pillow fails on its rarer forms.
     file.info.pop("transparency", None)
     if file.mode == "La":
         return file.convert("LA").convert("RGB")
     return file.convert("RGB")
 
 
-def turn_of(file: ImageFile) -> Turn | None:
-    """As in PIL.ImageOps.exif_transpose, but None if EXIF is damaged."""
+def read_orientation(file: ImageFile) -> Orientation | None:
+    """Returns the orientation as PIL.ImageOps.exif_transpose does; None if upright or if EXIF is damaged."""
     try:
-        return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+        return _ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return None
 
 
-def _cause(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     kind, text = type(error).__name__, str(error)
     if not text:
         return kind
-    # These speak for themselves; a KeyError, say, doesn't.
+    # The texts of these exceptions are messages; the text of a KeyError, for example, is not.
     return text if isinstance(error, OSError | SyntaxError | ValueError) else f"{kind}: {text}"
 
 
 def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
-    """Replaces the column `image` of a chunk by pixels and the columns `width` and `height`; see `decode`."""
+    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`."""
     samples = chunk.samples
     size = preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
-    outcomes, good = [], 0
+    outcomes, decoded_count = [], 0
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
             decoded = decode(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast)
         if decoded.pixels is not None:
-            pixels[good] = decoded.pixels
-            good += 1
+            pixels[decoded_count] = decoded.pixels
+            decoded_count += 1
         outcomes.append(decoded._replace(pixels=None))
-    return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:good])
+    return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:decoded_count])
 
 
 def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:
-    """The samples with what their decoding said (but for pixels) in place of the encoded images."""
+    """Replaces the column `image` of samples by the columns `width`, `height` and `error` of the outcomes."""
     samples = samples.drop_columns(["image", "error"])
     for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("error", pa.string())):
-        samples = samples.append_column(name, pa.array([getattr(o, name) for o in outcomes], kind))
+        values = [getattr(outcome, name) for outcome in outcomes]
+        samples = samples.append_column(name, pa.array(values, kind))
     return samples

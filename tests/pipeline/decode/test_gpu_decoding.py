@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode_chunk
-from pipeline.decode.gpu import GpuDecoder, plain_jpeg
+from pipeline.decode.gpu import GpuDecoder
+from pipeline.decode.plain_jpeg import parse_plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE
 from tests.pipeline.decode.test_decoding import SAMPLES, claim, encode, exif, picture
@@ -263,7 +264,7 @@ def test_batches_are_bounded_by_their_pixels() -> None:
     sizes = [(50, 50), (50, 50), (10, 10), (100, 50), (10, 10), (101, 50)]
     images = [jpeg(size) for size in sizes]
     decode_jpegs = PillowJpegs()
-    decoder = make_decoder(decode_jpegs, pixels_at_once=5000)
+    decoder = make_decoder(decode_jpegs, max_batch_pixels=5000)
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
     assert decode_jpegs.batches == [2, 1, 1, 1]
     assert (decoder.on_device, decoder.on_cpu) == (5, 1)
@@ -316,8 +317,8 @@ def test_damaged_headers_never_raise(name: str) -> None:
             data[chance.randrange(min(len(data), chance.choice([64, 400, len(data)])))] = chance.randrange(
                 256
             )
-        plain_jpeg(0, bytes(data), LIMIT)
-        plain_jpeg(0, bytes(data[: chance.randrange(len(data))]) + b"\xff\xd9", LIMIT)
+        parse_plain_jpeg(0, bytes(data), LIMIT)
+        parse_plain_jpeg(0, bytes(data[: chance.randrange(len(data))]) + b"\xff\xd9", LIMIT)
 
 
 def test_without_torchvision_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +371,9 @@ def test_a_decoder_that_leaves_out_an_image_is_refused(
         return images
 
     stand_in_for_torchvision(monkeypatch, decode)
-    with pytest.raises(ValueError, match=r"can't decode JPEGs on 'cpu' \(an image comes out \d+ gray levels"):
+    with pytest.raises(
+        ValueError, match=r"can't decode JPEGs on 'cpu' \(a decoded image differs by \d+ gray levels"
+    ):
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 

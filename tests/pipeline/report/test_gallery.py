@@ -55,7 +55,7 @@ def brightness_by_row(chunk: Chunk) -> dict[int, int]:
 
 def test_highest_and_lowest_confidence_of_a_class_get_thumbnails() -> None:
     chunk = make_classified([0.5, None, 0.9, 0.7, 0.6, 0.8], [0, 0, 0, 0, 0, 1])
-    made = Thumbnails(1, 16).added(add_pixels(chunk), chunk)
+    made = Thumbnails(1, 16).add_column(add_pixels(chunk), chunk)
     # When 0.5 was the first score, it was the highest and the lowest. 0.7 and 0.6 were neither.
     assert brightness_by_row(made) == {0: 0, 2: 20, 5: 50}
     assert made.samples.drop_columns(["thumbnail"]).equals(chunk.samples)
@@ -65,20 +65,20 @@ def test_tensor_has_the_same_thumbnails_as_an_array() -> None:
     chunk = make_classified([0.5, None, 0.9], [0, 0, 0])
     decoded = add_pixels(chunk)
     on_device = replace(decoded, pixels=torch.tensor(decoded.pixels))
-    assert brightness_by_row(Thumbnails(1, 16).added(on_device, chunk)) == {0: 0, 2: 20}
+    assert brightness_by_row(Thumbnails(1, 16).add_column(on_device, chunk)) == {0: 0, 2: 20}
 
 
 def test_failed_sample_does_not_shift_other_thumbnails() -> None:
     decoded = add_pixels(make_classified([0.5, 0.6, 0.9], [0, 0, 0]))
     failed = make_classified([0.5, None, 0.9], [0, 0, 0])
-    assert brightness_by_row(Thumbnails(2, 16).added(decoded, failed)) == {0: 0, 2: 20}
+    assert brightness_by_row(Thumbnails(2, 16).add_column(decoded, failed)) == {0: 0, 2: 20}
 
 
 def test_rate_of_new_thumbnails_falls_during_a_run() -> None:
     rng, thumbnails, made = np.random.default_rng(0), Thumbnails(3, 16), []
     for _ in range(20):
         chunk = make_classified(rng.random(500).tolist(), rng.integers(0, 10, 500).tolist())
-        made.append(len(brightness_by_row(thumbnails.added(add_pixels(chunk), chunk))))
+        made.append(len(brightness_by_row(thumbnails.add_column(add_pixels(chunk), chunk))))
     assert made[0] > 100
     # The expected number is k * ln(n / k) per selection of ten classes. The factor 1.5 is a margin.
     assert sum(made) < 1.5 * 2 * 10 * 3 * (1 + np.log(1000 / 3))
@@ -87,7 +87,10 @@ def test_rate_of_new_thumbnails_falls_during_a_run() -> None:
 
 def test_number_of_gallery_classes_is_limited() -> None:
     chunk = make_classified([0.5, 0.6, 0.7], [7, 3, 5])
-    assert set(brightness_by_row(Thumbnails(1, 16, most_classes=2).added(add_pixels(chunk), chunk))) == {0, 1}
+    assert set(brightness_by_row(Thumbnails(1, 16, max_classes=2).add_column(add_pixels(chunk), chunk))) == {
+        0,
+        1,
+    }
     shown = Gallery(1, SHARDS).merge([item(0.5, label=n) for n in (7, 3, 5)], set(), {7, 5})
     assert [one.label_id for one in shown] == [5, 7]
 
@@ -95,7 +98,7 @@ def test_number_of_gallery_classes_is_limited() -> None:
 def test_thumbnail_is_at_most_as_large_as_requested_and_as_the_image() -> None:
     chunk = make_classified([0.5], [0])
     for side, wanted in ((16, 16), (64, 40)):
-        data = Thumbnails(1, side).added(add_pixels(chunk), chunk).samples["thumbnail"][0].as_py()
+        data = Thumbnails(1, side).add_column(add_pixels(chunk), chunk).samples["thumbnail"][0].as_py()
         assert Image.open(io.BytesIO(data)).size == (wanted, wanted)
 
 
@@ -125,7 +128,7 @@ def test_each_image_is_in_one_selection_only() -> None:
 
 
 def collect(gallery: Gallery, chunk: Chunk) -> Chunk:
-    return gallery.collect(Thumbnails(2, 16).added(add_pixels(chunk), chunk))
+    return gallery.collect(Thumbnails(2, 16).add_column(add_pixels(chunk), chunk))
 
 
 def test_gallery_has_committed_shards_only() -> None:
