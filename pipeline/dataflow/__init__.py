@@ -1,7 +1,7 @@
-"""How the stages run: on Ray Data or in this process; resources, metrics, shutdown.
+"""Runs the stages on Ray Data or in this process; resources, metrics, shutdown.
 
-`dataflow.ray_executor` imports Ray and is imported by its module name. What a stage does to a sample
-belongs to `read`, `decode`, `classify` and `commit`.
+`dataflow.ray_executor` imports Ray and is imported by its module name. The processing of a sample is in
+`read`, `decode`, `classify` and `commit`.
 """
 
 from pipeline.dataflow.executor import Executor, open_executor

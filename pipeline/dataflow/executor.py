@@ -1,4 +1,4 @@
-"""Executors: what runs the stages of a labeling run, on Ray or in this process, behind one interface."""
+"""Executors run the stages of a labeling run, on Ray or in this process, behind one interface."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Executor(Protocol):
     """Runs the stages of a labeling run."""
 
     def resources(self, request: ResourceRequest) -> Resources:
-        """What each stage gets of the CPUs and GPUs there are.
+        """Returns the CPUs, GPUs and memory of each stage.
 
         Raises:
-            ConfigError: the request does not fit.
+            ConfigError: the request does not fit the available resources.
         """
 
     def label(
@@ -32,12 +32,12 @@ class Executor(Protocol):
         """Yields the labeled chunks of all shards, without pixels, in any order."""
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics | None:
-        """Live metrics of a run that labels `planned` shards; None where they are not collected."""
+        """Returns the live metrics of a run that labels `planned` shards; None if there are none."""
 
 
 @contextmanager
 def open_executor(settings: RayConfig) -> Iterator[Executor]:
-    """Makes the executor that `ray.address` selects; connects to Ray for the length of the block if need be.
+    """Returns the executor that `ray.address` selects; stays connected to Ray inside the block.
 
     Raises:
         ClusterError: no cluster answers at the address.
@@ -48,7 +48,7 @@ def open_executor(settings: RayConfig) -> Iterator[Executor]:
         yield LocalExecutor()
         return
     with ray_cluster(settings.address):
-        # Only now, when its environment is set, is Ray imported.
+        # `ray_cluster` sets the environment that Ray reads when it is imported.
         from pipeline.dataflow.ray_executor import RayExecutor
 
         yield RayExecutor(settings)

@@ -1,7 +1,7 @@
 """The executor without Ray: threads of this process run the stages.
 
-Each thread reads a chunk, decodes it, classifies it, and takes the next one. Memory holds one chunk per
-thread, and a few results. An image that crashes the process ends the run.
+Each thread reads, decodes and classifies one chunk at a time. Memory holds one chunk per thread and a few
+results. An image that crashes the process ends the run.
 """
 
 import os
@@ -18,17 +18,17 @@ from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resour
 from pipeline.dataflow.stages import Classifier, Stages
 from pipeline.read import Chunk, Shard
 
-#: Results that may wait for whoever takes them.
-_WAITING_RESULTS = 2
-#: Seconds that a run that is given up waits for its threads in all; each of them finishes its chunk.
-_JOIN_S = 5.0
+#: Maximum number of results that wait for the consumer.
+_MAX_PENDING_RESULTS = 2
+#: Total seconds that an abandoned run waits for its threads; each thread finishes its chunk.
+_JOIN_TIMEOUT_S = 5.0
 
 
 class LocalExecutor:
     """Runs the stages in threads of this process."""
 
     def resources(self, request: ResourceRequest) -> Resources:
-        """One classifier with all CPUs or one GPU; readers and decoders as Ray would have on this machine."""
+        """Returns resources for one classifier, on all CPUs or one GPU; readers and decoders as with Ray."""
         cpus = usable_cpus()
         gpus = 0
         if request.classify.device != "cpu":
@@ -36,7 +36,9 @@ class LocalExecutor:
 
             gpus = min(1, torch.cuda.device_count())
         if request.classify.device == "cuda" and not gpus:
-            raise ConfigError("classify.device: 'cuda', but PyTorch finds no GPU on this machine")
+            raise ConfigError(
+                "classify.device: 'cuda', but PyTorch finds no GPU on this machine; set 'auto' or 'cpu'"
+            )
         classify = request.classify.model_copy(update={"min_actors": 1, "max_actors": 1})
         return choose_resources(replace(request, classify=classify), ClusterCapacity(cpus, gpus, cpus))
 
@@ -51,7 +53,7 @@ class LocalExecutor:
             run.stop()
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
-        """None are collected."""
+        """Returns None: metrics need Ray."""
 
 
 class _Run:
@@ -60,21 +62,21 @@ class _Run:
     def __init__(self, shards: Sequence[Shard], stages: Stages, resources: Resources) -> None:
         readers = min(resources.readers, max(1, len(shards)))
         count = readers + resources.decoders + resources.concurrent_chunks
-        self._decode = stages.decoding if resources.decoders else None
+        self._decode = stages.make_decode_step() if resources.decoders else None
         self._classify = Classifier(stages, resources)
         self._classifying = threading.Semaphore(resources.concurrent_chunks)
-        # Readers share the shards; a reader reads for one thread at a time.
+        # Readers share the shards. One thread at a time uses a reader.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
         for item in (*enumerate(shards), *[None] * readers):
             numbered.put(item)
-        read = stages.reading(resources)
+        read = stages.make_read_step(resources)
         self._readers = queue.SimpleQueue[Iterator[Chunk] | None]()
         for _ in range(readers):
             self._readers.put(read(iter(numbered.get, None)))
         self._open_readers = readers
         self._lock = threading.Lock()
         self._stopped = False
-        self._slots = threading.Semaphore(count + _WAITING_RESULTS)
+        self._slots = threading.Semaphore(count + _MAX_PENDING_RESULTS)
         self._results = queue.SimpleQueue[Chunk | BaseException | None]()
         self._threads = [
             threading.Thread(target=self._work, name=f"stages-{i}", daemon=True) for i in range(count)
@@ -83,7 +85,7 @@ class _Run:
             thread.start()
 
     def results(self) -> Iterator[Chunk]:
-        """Yields labeled chunks until all threads have ended; raises the first exception of theirs."""
+        """Yields labeled chunks until all threads have ended; raises the first exception of a thread."""
         running = len(self._threads)
         while running:
             result = self._results.get()
@@ -96,12 +98,12 @@ class _Run:
             yield result
 
     def stop(self) -> None:
-        """Lets the threads end, each after its chunk."""
+        """Stops the threads; each finishes its chunk."""
         self._stopped = True
         self._readers.put(None)
         for _ in self._threads:
             self._slots.release()
-        deadline = time.monotonic() + _JOIN_S
+        deadline = time.monotonic() + _JOIN_TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -118,16 +120,16 @@ class _Run:
                 self._results.put(classified)
         except BaseException as error:
             self._results.put(error)
-            self._readers.put(None)  # which may have lost one
+            self._readers.put(None)  # this thread may not have returned its reader
         self._results.put(None)
 
     def _read(self) -> Chunk | None:
-        """The next chunk of the first reader that is free; None after the last one."""
+        """Returns the next chunk of the first free reader; None if no chunks remain."""
         while (reader := self._readers.get()) is not None:
             chunk = next(reader, None)
             if chunk is not None:
                 self._readers.put(reader)
-                return replace(chunk, retries={})  # this process counts them itself
+                return replace(chunk, retries={})  # `retry_counts` of this process has them already
             with self._lock:
                 self._open_readers -= 1
                 if not self._open_readers:
@@ -137,11 +139,11 @@ class _Run:
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPUs that this process may use: by its affinity, and by the quota of its container (cgroup 1 or 2)."""
+    """Returns the CPUs that the affinity and the container's quota (cgroup 1 or 2) allow this process."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with suppress(OSError, ValueError):  # ValueError: "max", which is no quota
+        with suppress(OSError, ValueError):  # ValueError: "max" means no quota
             quota, period = (int(value) for name in names for value in (cgroup / name).read_text().split())
             if quota > 0:
                 return max(1, min(cpus, quota // period))

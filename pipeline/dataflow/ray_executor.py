@@ -2,7 +2,7 @@
 
     read tasks -> decode tasks -> classifier actors -> labeled chunks, to the driver
 
-Whatever is set of Ray Data is set here.
+All settings of Ray Data are in this module.
 """
 
 import functools
@@ -23,65 +23,67 @@ from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resour
 from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages
 from pipeline.read import Chunk, Shard
 
-#: Most read tasks of a run: beyond, a task reads several shards, and planning stays small.
+#: Maximum number of read tasks. With more shards, a task reads several, which keeps Ray's planning fast.
 MAX_READ_TASKS = 10_000
 
 
 class ChunkError(RuntimeError):
-    """Workers died again and again while they worked on the same chunk or shard."""
+    """Too many workers died while they processed the same chunk or shard."""
 
 
 class _Attempts:
-    """Counts the attempts at each piece of work, since Ray Data repeats the work of dead workers for ever."""
+    """Counts the attempts per piece of work, because Ray Data retries the work of dead workers forever."""
 
     def __init__(self) -> None:
         self._started: Counter[str] = Counter()
 
     def start(self, work: str) -> int:
-        """Counts an attempt; returns how many there are."""
+        """Counts an attempt; returns the number of attempts."""
         self._started[work] += 1
         return self._started[work]
 
     def finish(self, work: str) -> None:
-        """Forgets work that is done."""
+        """Removes finished work."""
         del self._started[work]
 
 
 class AttemptLimit:
-    """Ends the run where a piece of work has killed too many workers; Ray must be connected."""
+    """Ends the run if a piece of work has killed too many workers; needs a connection to Ray."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_attempts: int) -> None:
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self._attempts: Any = remote(_Attempts).remote()
-        self._most = most
+        self._max_attempts = max_attempts
 
     def close(self) -> None:
-        """Ends the counter's process."""
+        """Stops the process of the counter."""
         ray.kill(self._attempts)
 
     @contextmanager
     def attempt(self, work: str) -> Iterator[None]:
-        """Does a piece of work; raises `ChunkError` where that was attempted too often."""
-        if ray.get(self._attempts.start.remote(work)) > self._most:
-            raise ChunkError(f"{work}: {self._most} workers died at it; ray.task_retries limits the attempts")
+        """Counts an attempt at a piece of work; raises `ChunkError` after too many attempts."""
+        if ray.get(self._attempts.start.remote(work)) > self._max_attempts:
+            raise ChunkError(
+                f"{work}: {self._max_attempts} workers died, one per attempt; ray.task_retries limits attempts"
+            )
         yield
         self._attempts.finish.remote(work)
 
 
 class ShardSource(Datasource):
-    """The shards of a plan as Ray Data's source, one row of a block a chunk.
+    """The shards of a plan as a data source of Ray Data; each row of a block is a chunk.
 
-    Pure: the plan comes by value, versions pinned, so that a retried read yields the same chunks.
+    A retried read yields the same chunks: the plan is passed by value, and versions are pinned.
     """
 
     def __init__(self, plan: Sequence[Shard], step: ray.ObjectRef[ReadStep], limit: AttemptLimit) -> None:
-        """`step` is put once: with 22,000 class names it is too large for each task."""
+        """Creates the source; `step` is a reference, as 22,000 class names are too large for each task."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
         self._read = functools.partial(_read_shards, step=step, limit=limit)
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown before reading."""
+        """Returns None: the size is unknown before reading."""
         return None
 
     def get_read_tasks(
@@ -90,13 +92,13 @@ class ShardSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """One task a shard, or a few shards where there are very many."""
+        """Returns one task per shard, or per group of shards if there are more than `MAX_READ_TASKS`."""
         numbered = list(enumerate(self._plan))
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        each = math.ceil(len(numbered) / MAX_READ_TASKS)
+        size = math.ceil(len(numbered) / MAX_READ_TASKS)
         return [
-            ReadTask(functools.partial(self._read, numbered[at : at + each]), metadata)
-            for at in range(0, len(numbered), each)
+            ReadTask(functools.partial(self._read, numbered[start : start + size]), metadata)
+            for start in range(0, len(numbered), size)
         ]
 
     @property
@@ -114,21 +116,21 @@ def _read_shards(
 
 
 def _process(
-    block: pa.Table, step: Callable[[Chunk], Chunk], limit: AttemptLimit, doing: str
+    block: pa.Table, step: Callable[[Chunk], Chunk], limit: AttemptLimit, action: str
 ) -> Iterator[pa.Table]:
     for chunk in Chunk.from_block(block):
-        with limit.attempt(f"{doing} shard {chunk.shard} of the plan, from sample {chunk.start}"):
+        with limit.attempt(f"{action} shard {chunk.shard} of the plan, from sample {chunk.start}"):
             result = step(chunk).to_block()
         yield result
 
 
 def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
-    """Decodes; Ray shows this name in its dashboard and in the titles of processes."""
+    """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
     return _process(block, step, limit, "decoding")
 
 
 class _ClassifierActor:
-    """Holds a classifier for as long as the run lasts."""
+    """Holds a classifier during the run."""
 
     def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
         self._classify = Classifier(ray.get(stages), resources)
@@ -139,13 +141,13 @@ class _ClassifierActor:
 
 
 class RayExecutor:
-    """Runs the stages on the Ray that this process is connected to."""
+    """Runs the stages on the connected Ray cluster."""
 
     def __init__(self, settings: RayConfig) -> None:
         self._settings = settings
 
     def resources(self, request: ResourceRequest) -> Resources:
-        """What the stages get of the cluster as it is now."""
+        """Returns the resources of the stages on the current cluster."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cluster = ClusterCapacity(
             cpus=sum(node.get("CPU", 0.0) for node in nodes),
@@ -156,7 +158,7 @@ class RayExecutor:
         return choose_resources(request, cluster)
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics:
-        """Metrics for Prometheus, which Ray's agents export."""
+        """Returns metrics for Prometheus, which Ray's agents export."""
         return RunMetrics(dataset, model, planned, batch_size)
 
     def label(
@@ -166,7 +168,7 @@ class RayExecutor:
         settings = self._settings
         _set_context(settings)
         limit = AttemptLimit(settings.task_retries + 1)
-        source = ShardSource(shards, ray.put(stages.reading(resources)), limit)
+        source = ShardSource(shards, ray.put(stages.make_read_step(resources)), limit)
         chunks = ray.data.read_datasource(
             source,
             num_cpus=resources.read_cpus,
@@ -179,13 +181,13 @@ class RayExecutor:
                 _decode_block,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_args=(stages.decoding, limit),
+                fn_args=(stages.make_decode_step(), limit),
                 num_cpus=resources.decode_cpus,
                 memory=resources.decode_memory,
             )
         classified = chunks.map_batches(
             _ClassifierActor,
-            # Put once, so that the weights cross the network once a node, and not once an actor.
+            # Put once, so that the weights cross the network once per node and not once per actor.
             fn_constructor_args=(ray.put(stages), resources, limit),
             batch_size=None,
             batch_format="pyarrow",
@@ -199,7 +201,7 @@ class RayExecutor:
             num_cpus=resources.classify_cpus,
             num_gpus=resources.classify_gpus or None,
         )
-        # Prefetching would hold each result back until the next one is there.
+        # Prefetching would delay each result until the next one has arrived.
         try:
             for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 yield from Chunk.from_block(block)
@@ -209,15 +211,15 @@ class RayExecutor:
 
 def _set_context(settings: RayConfig) -> None:
     context = DataContext.get_current()
-    # Every block that a stage yields stays the block that the next stage sees: one chunk.
+    # Ray Data must not merge or split blocks: each block is one chunk.
     context.target_max_block_size = 1
-    # A dropped block would be labels lost while the job succeeds.
+    # Without dropped blocks, no label is lost in a run that succeeds.
     context.max_errored_blocks = 0
     context.execution_no_progress_timeout_s = settings.no_progress_timeout_s
     context.override_object_store_memory_limit_fraction = settings.object_store_fraction
     context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio
-    # A machine that is taken away while an actor starts there is no reason to end the job.
+    # A machine that is removed while an actor starts there must not end the job.
     context.max_consecutive_actor_init_deaths = settings.actor_start_retries
-    # The job shows its own progress, by what is committed.
+    # The job shows its own progress.
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,15 +1,12 @@
-"""What each stage does to a chunk: read, decode, classify. Every executor runs these.
+"""The stages that process a chunk: read, decode, classify. Every executor runs these stages.
 
     shards -> read_step -> decode_step -> Classifier -> labeled chunks
 
-Nothing here knows which executor runs it.
+The stages do not depend on the executor.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
+from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
 from pipeline.decode import decode_chunk
 from pipeline.predictions import PredictionOptions
@@ -29,12 +27,7 @@ if TYPE_CHECKING:
     from cvt.inference import Engine
     from pipeline.decode.gpu import GpuDecoder
 
-logger = logging.getLogger("cvt_label")
-
-#: Seconds between two samples of how busy a GPU is.
-_GPU_INTERVAL = 0.5
-
-#: Yields the chunks of numbered shards, one shard after the other.
+#: Yields the chunks of numbered shards, one shard after another.
 ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
 DecodeStep = Callable[[Chunk], Chunk]
 
@@ -47,49 +40,56 @@ def read_step(
     max_images: int,
     max_bytes: int,
 ) -> Iterator[Chunk]:
-    """Reads numbered shards in chunks of so many images and encoded bytes at most.
+    """Reads numbered shards in chunks.
 
-    Pure: versions are pinned, so that a second attempt yields the same chunks.
+    A retry yields the same chunks, because the versions of the shards are pinned.
+
+    Args:
+        shards: shards with their index in the plan.
+        storage: access to the input.
+        options: how to read samples.
+        max_images: maximum number of images in a chunk.
+        max_bytes: maximum number of encoded bytes in a chunk.
     """
-    meter, before = StageTimer(), retry_counts()
+    timer, before = StageTimer(), retry_counts()
     for number, shard in shards:
         chunks = split_into_chunks(read_samples(storage, shard, options), number, max_images, max_bytes)
         while True:
-            with meter:
+            with timer:
                 chunk = next(chunks, None)
             if chunk is None:
                 break
             now = retry_counts()
-            metrics = meter.collect(chunk.samples.num_rows, chunk.encoded_bytes)
+            metrics = timer.collect(chunk.samples.num_rows, chunk.encoded_bytes)
             yield replace(chunk, retries=now - before, metrics={STORAGE: metrics})
             before = now
 
 
 def decode_step(chunk: Chunk, *, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
     """Decodes a chunk on the CPU; see `decode_chunk`."""
-    meter = StageTimer()
-    with meter:
+    timer = StageTimer()
+    with timer:
         decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
-    return _metered(meter, chunk, decoded)
+    return _with_metrics(timer, chunk, decoded)
 
 
-def _metered(meter: StageTimer, chunk: Chunk, decoded: Chunk) -> Chunk:
-    """The decoded chunk with what the meter measured of its decoding."""
+def _with_metrics(timer: StageTimer, chunk: Chunk, decoded: Chunk) -> Chunk:
+    """Adds the metrics of decoding to a decoded chunk."""
     assert decoded.pixels is not None
-    metrics = meter.collect(chunk.samples["error"].null_count, decoded.pixels.nbytes)
+    metrics = timer.collect(chunk.samples["error"].null_count, decoded.pixels.nbytes)
     metrics += decoded.metrics.get(DECODE, StageMetrics())
     return replace(decoded, metrics={**decoded.metrics, DECODE: metrics})
 
 
 @dataclass(frozen=True)
 class Stages:
-    """What the stages of a labeling run need to know.
+    """The settings of the stages of a labeling run.
 
     Attributes:
-        max_image_pixels: larger images are an error.
-        fast_decoding: decode large JPEGs at a fraction of their size.
-        gallery: images of each class that get thumbnails, at each end; 0 for no thumbnails.
-        thumbnail_side: pixels of a thumbnail's longest side.
+        max_image_pixels: maximum number of pixels of an image; a larger image is an error.
+        fast_decoding: whether large JPEGs are decoded at a fraction of their size.
+        gallery: number of images per class and selection that get thumbnails; 0 for no thumbnails.
+        thumbnail_side: longest side of a thumbnail in pixels.
     """
 
     storage: Storage
@@ -103,8 +103,8 @@ class Stages:
     gallery: int
     thumbnail_side: int
 
-    def reading(self, resources: Resources) -> ReadStep:
-        """The first stage."""
+    def make_read_step(self, resources: Resources) -> ReadStep:
+        """Returns the first stage."""
         return partial(
             read_step,
             storage=self.storage,
@@ -113,9 +113,8 @@ class Stages:
             max_bytes=resources.chunk_bytes,
         )
 
-    @property
-    def decoding(self) -> DecodeStep:
-        """The second stage, where the CPU decodes."""
+    def make_decode_step(self) -> DecodeStep:
+        """Returns the second stage, which decodes on the CPU."""
         return partial(
             decode_step,
             preprocessor=self.checkpoint.preprocessor,
@@ -125,75 +124,47 @@ class Stages:
 
 
 class Classifier:
-    """The last stage: holds the model on its device; also decodes where its GPU does. Thread-safe."""
+    """The last stage: holds the model on its device; with GPU decoding, also decodes. Thread-safe."""
 
     def __init__(self, stages: Stages, resources: Resources) -> None:
         checkpoint, options = stages.checkpoint, stages.predictions
         self._options = options
         self._decoder: GpuDecoder | None = None
-        if not resources.decoders:  # before the engine, which may take a minute to get ready
+        if not resources.decoders:  # before the engine, whose warm-up may take a minute
             from pipeline.decode.gpu import GpuDecoder
 
             threads = max(2, int(resources.classify_cpus))
             self._decoder = GpuDecoder(
                 checkpoint.preprocessor, stages.max_image_pixels, resources.device, threads=threads
             )
-            self._decode_meter = StageTimer()
+            self._decode_timer = StageTimer()
         self._engine = warm_engine(checkpoint, stages.precision, stages.runtime, resources)
         self._thumbnails = None
         if stages.gallery:
             self._thumbnails = Thumbnails(stages.gallery, stages.thumbnail_side)
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
-        self._meter = StageTimer()
+        self._timer = StageTimer()
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        """The chunk with prediction columns, and without pixels."""
+        """Returns the chunk with prediction columns and without pixels."""
         decoded = chunk
         if self._decoder is not None:
-            with self._decode_meter:
+            with self._decode_timer:
                 decoded = self._decoder(chunk)
-            decoded = _metered(self._decode_meter, chunk, decoded)
-        with self._meter:
+            decoded = _with_metrics(self._decode_timer, chunk, decoded)
+        with self._timer:
             classified = classify(decoded, self._engine, self._options)
             if self._thumbnails is not None:
                 classified = self._thumbnails.add_column(decoded, classified)
-        metrics = self._meter.collect(decoded.samples["error"].null_count, classified.samples.nbytes)
+        metrics = self._timer.collect(decoded.samples["error"].null_count, classified.samples.nbytes)
         if self._gpu_meter is not None:
             metrics += self._gpu_meter.collect()
         return replace(classified, metrics={**decoded.metrics, CLASSIFY: metrics})
 
 
-class GpuMeter:
-    """Asks the driver twice a second how busy this process's GPU is (needs nvidia-ml-py)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._shares: list[float] = []
-        threading.Thread(target=self._sample, name="gpu-meter", daemon=True).start()
-
-    def collect(self) -> StageMetrics:
-        """Sum and number of the samples since the last call."""
-        with self._lock:
-            shares, self._shares = self._shares, []
-        return StageMetrics(gpu_busy=sum(shares), gpu_samples=len(shares))
-
-    def _sample(self) -> None:
-        import torch
-
-        while True:
-            try:
-                share = torch.cuda.utilization() / 100
-            except Exception as error:  # of three kinds at least; labelling goes on without
-                logger.warning("GPU utilisation is not measured: %s", error)
-                return
-            with self._lock:
-                self._shares.append(share)
-            time.sleep(_GPU_INTERVAL)
-
-
 def warm_engine(checkpoint: Checkpoint, precision: str, runtime: str, resources: Resources) -> Engine:
-    """The engine of a classifier, ready for its first chunk."""
-    from cvt.inference.engine import Engine  # with torch, which readers and decoders don't need
+    """Returns the warmed-up engine of a classifier."""
+    from cvt.inference.engine import Engine  # imports torch, which readers and decoders do not need
 
     engine = Engine(
         checkpoint.model,

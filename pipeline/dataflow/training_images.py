@@ -24,19 +24,19 @@ def labeled_images(
     preprocessor: Preprocessor,
     max_pixels: int,
 ) -> ray.data.Dataset:
-    """The samples that have a target, for training: `image`, uint8 (size * size * 3), and `target`.
+    """Returns the samples with a target: columns `image`, uint8 (size * size * 3), and `target`.
 
-    Samples without a target, and images that can't be decoded, are left out. A shard that can't be
-    read to its end raises.
+    Omits samples without a target and images that can't be decoded. A shard that can't be read to its end
+    raises.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = 128 * 1024**2  # here rows are samples, not chunks
+    context.target_max_block_size = 128 * 1024**2  # rows are samples here, not chunks
     read = partial(read_step, storage=storage, options=read_options, max_images=512, max_bytes=64 * 1024**2)
-    source = ShardSource(plan, ray.put(read), AttemptLimit(most=4))
+    source = ShardSource(plan, ray.put(read), AttemptLimit(max_attempts=4))
     chunks = ray.data.read_datasource(source, num_cpus=0.25, override_num_blocks=source.tasks)
     rows: ray.data.Dataset = chunks.map_batches(
-        _labelled_rows,
+        _labeled_rows,
         batch_size=None,
         batch_format="pyarrow",
         fn_args=(preprocessor, max_pixels),
@@ -45,7 +45,7 @@ def labeled_images(
     return rows
 
 
-def _labelled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
+def _labeled_rows(block: pa.Table, preprocessor: Preprocessor, max_pixels: int) -> pa.Table:
     width = preprocessor.size**2 * 3
     images, targets = [np.empty((0, width), np.uint8)], [pa.array([], pa.int32())]
     for chunk in Chunk.from_block(block):

@@ -57,8 +57,8 @@ def plain(chunk: Chunk) -> Chunk:
 
 def step_by_step(job: Job, shards: list[Shard], resources: Resources) -> list[Chunk]:
     classifier = Classifier(job.stages, resources)
-    chunks = job.stages.reading(resources)(enumerate(shards))
-    return [classifier(job.stages.decoding(chunk)) for chunk in chunks]
+    chunks = job.stages.make_read_step(resources)(enumerate(shards))
+    return [classifier(job.stages.make_decode_step()(chunk)) for chunk in chunks]
 
 
 def test_threads_label_what_the_stages_label_one_by_one(job: Job, shards: list[Shard]) -> None:
@@ -86,7 +86,7 @@ class SlowlyTaken(Stages):
     fails_at: int | None = None
 
     def reading(self, resources: Resources) -> ReadStep:
-        step = super().reading(resources)
+        step = super().make_read_step(resources)
 
         def counted(numbered: Iterator[tuple[int, Shard]]) -> Iterator[Chunk]:
             for chunk in step(numbered):

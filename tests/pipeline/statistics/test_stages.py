@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.dataflow.stages import GpuMeter
+from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.statistics import (
     CLASSIFY,
     COMMIT,
@@ -106,7 +106,7 @@ def test_no_stage_is_the_bottleneck_of_a_run_that_mostly_starts() -> None:
 def test_gpu_utilization_is_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([50, 100])
     monkeypatch.setattr("torch.cuda.utilization", lambda: next(answers))
-    monkeypatch.setattr("pipeline.dataflow.stages._GPU_INTERVAL", 0.0)
+    monkeypatch.setattr("pipeline.dataflow.gpu_meter._INTERVAL_S", 0.0)
     meter, metrics, deadline = GpuMeter(), StageMetrics(), time.monotonic() + 10
     while metrics.gpu_samples < 2:
         metrics += meter.collect()
