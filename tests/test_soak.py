@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_a_short_soak_loses_and_doubles_nothing() -> None:
+def test_short_soak_loses_and_duplicates_no_sample() -> None:
     """For more of it: `make soak`."""
     command = [sys.executable, "-m", "tests.soak", "--rounds", "3", "--seed", "5", "--ray-every", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)

@@ -64,7 +64,7 @@ class AttemptLimit:
         """Counts an attempt at a piece of work; raises `ChunkError` after too many attempts."""
         if ray.get(self._attempts.start.remote(work)) > self._max_attempts:
             raise ChunkError(
-                f"{work}: {self._max_attempts} workers died, one per attempt; ray.task_retries limits attempts"
+                f"{work}: {self._max_attempts} workers died; ray.task_retries limits the attempts"
             )
         yield
         self._attempts.finish.remote(work)

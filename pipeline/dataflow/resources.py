@@ -96,18 +96,14 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
     classify, read, decode, size = request.classify, request.read, request.decode, request.size
     readers = read.concurrency or max(1, min(32, int(cluster.cpus // 4) or int(cluster.cpus // 2)))
     on_gpu = classify.device == "cuda" or (
-        cluster.gpus > 0
-        and classify.device == "auto"
-        and classify.runtime != "openvino"  # OpenVINO runs on CPUs
+        cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # for CPUs
     )
     has_decode_tasks = decode.device == "cpu"
     decode_cpus = (decode.num_cpus or _decode_cpus(cluster.node_cpus)) if has_decode_tasks else 0.0
     cpus_left = cluster.cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
         actor_gpus = classify.num_gpus or 1.0
-        actor_cpus = classify.num_cpus or (
-            1.0 if has_decode_tasks else 2.0
-        )  # the actor decodes what the GPU can't
+        actor_cpus = classify.num_cpus or (1.0 if has_decode_tasks else 2.0)  # also decodes on the CPU
         fitting_actors = math.floor(min(cluster.gpus / actor_gpus, cpus_left / actor_cpus))
     else:
         actor_gpus = 0.0

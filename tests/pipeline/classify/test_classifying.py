@@ -49,7 +49,7 @@ def test_predictions_are_the_softmax_of_the_logits() -> None:
     assert done.pixels is None
 
 
-def test_rows_with_an_error_have_no_predictions_and_the_others_keep_their_places() -> None:
+def test_error_rows_have_no_predictions_and_others_keep_their_rows() -> None:
     done = classify(
         chunk([[9, 0, 0, 0], [0, 0, 0, 9]], ["corrupt", None, "empty", None]), Backend(), options()
     )
@@ -57,26 +57,26 @@ def test_rows_with_an_error_have_no_predictions_and_the_others_keep_their_places
     assert done.samples["score"].null_count == done.samples["topk_scores"].null_count == 2
 
 
-def test_a_chunk_of_nothing_but_errors_has_the_same_columns() -> None:
+def test_chunk_with_only_errors_has_the_same_columns() -> None:
     bad = classify(chunk([], ["a", "b"]), Backend(), options(embedding="float16"))
     good = classify(chunk([[1, 2, 3, 4]], [None]), Backend(), options(embedding="float16"))
     assert bad.samples.schema == good.samples.schema
     assert bad.samples["label_id"].null_count == bad.samples["embedding"].null_count == 2
 
 
-def test_an_empty_chunk_stays_empty() -> None:
+def test_empty_chunk_stays_empty() -> None:
     assert classify(chunk([], []), Backend(), options()).samples.num_rows == 0
 
 
 @pytest.mark.parametrize("embedding", ["float16", "float32"])
-def test_embeddings_come_where_they_are_asked_for(embedding: str) -> None:
+def test_embeddings_are_present_if_requested(embedding: str) -> None:
     done = classify(chunk([[8, 4, 2, 1]], [None, "bad"][:1]), Backend(), options(embedding=embedding))
     column = done.samples["embedding"]
     assert str(column.type.value_type) == {"float16": "halffloat", "float32": "float"}[embedding]
     assert column.to_pylist() == [[1.0, 0.5, 0.25]]
 
 
-def test_an_output_that_is_not_finite_is_an_error_of_that_image_alone() -> None:
+def test_non_finite_output_is_an_error_of_that_image_only() -> None:
     done = classify(
         chunk([[9, 0, 0, 0], [255, 0, 0, 0], [0, 9, 0, 0]], [None, None, "bad", None]), Backend(), options()
     )
@@ -105,7 +105,7 @@ class Fragile(Backend):
 
 
 @pytest.mark.parametrize("bad", [[0], [6], [2, 3], [0, 1, 5], [0, 1, 2, 3, 4, 5], [*range(7)]])
-def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labelled(bad: list[int]) -> None:
+def test_model_failure_is_an_error_of_that_image_only(bad: list[int]) -> None:
     logits = [[200 if i in bad else 1, 0, i, 0] for i in range(7)]
     errors = [None, "corrupt", *[None] * 6]
     rows = classify(chunk(logits, errors), Fragile(), options(embedding="float32")).samples.to_pylist()
@@ -121,7 +121,7 @@ def test_an_image_that_the_model_fails_for_is_an_error_and_the_others_are_labell
             assert row == want
 
 
-def test_pixels_may_be_a_tensor_on_the_device_of_the_model() -> None:
+def test_pixels_can_be_a_tensor_on_the_device_of_the_model() -> None:
     class OnDevice(Fragile):
         def __call__(self, images: Any) -> EngineOutput:
             assert isinstance(images, torch.Tensor)
@@ -137,7 +137,7 @@ def test_pixels_may_be_a_tensor_on_the_device_of_the_model() -> None:
     assert done.samples["error"].null_count == 6
 
 
-def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:
+def test_device_failure_is_not_an_error_of_the_images() -> None:
     class Breaking(Backend):
         calls = 0
 
@@ -152,7 +152,7 @@ def test_a_device_that_breaks_midway_is_no_fault_of_the_images() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_a_model_that_fails_for_a_black_image_too_is_no_fault_of_the_images(count: int) -> None:
+def test_model_that_fails_for_a_black_image_raises(count: int) -> None:
     class Broken(Backend):
         def __call__(self, images: np.ndarray) -> EngineOutput:
             raise RuntimeError("device lost")

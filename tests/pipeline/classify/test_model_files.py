@@ -63,7 +63,7 @@ def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_a_folder_in_a_bucket_loads_and_gives_its_name(bucket: str, noting: Noting, slash: str) -> None:
+def test_folder_in_a_bucket_loads_and_gives_the_name(bucket: str, noting: Noting, slash: str) -> None:
     uri = f"{bucket}/models/my clothes"
     put(noting, FOLDER, uri)
     for name in ("tf_model.h5", "pytorch_model.bin", "optimizer.pt", "logs/model.safetensors"):
@@ -75,7 +75,7 @@ def test_a_folder_in_a_bucket_loads_and_gives_its_name(bucket: str, noting: Noti
     assert noting.opened == {f"{uri}/{name}" for name in names}
 
 
-def test_shards_in_a_bucket_load(bucket: str, storage: Storage, tmp_path: Path) -> None:
+def test_sharded_weights_in_a_bucket_load(bucket: str, storage: Storage, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(FOLDER, tmp_path / "clothes"))
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -94,7 +94,7 @@ def test_shards_in_a_bucket_load(bucket: str, storage: Storage, tmp_path: Path) 
     assert f"{bucket}/clothes/pytorch_model-2-of-2.bin: " in refusal(storage, f"{bucket}/clothes")
 
 
-def test_a_file_of_microsofts_in_a_bucket_loads(bucket: str, storage: Storage, tmp_path: Path) -> None:
+def test_microsoft_checkpoint_in_a_bucket_loads(bucket: str, storage: Storage, tmp_path: Path) -> None:
     config = preset_config("cvt-13", num_labels=3)
     with torch.device("meta"):
         model = CvtForImageClassification(config)
@@ -109,7 +109,7 @@ def test_a_file_of_microsofts_in_a_bucket_loads(bucket: str, storage: Storage, t
     assert checkpoint.digest == load_checkpoint(str(local)).digest
 
 
-def test_what_is_not_there_is_named(bucket: str, storage: Storage) -> None:
+def test_missing_checkpoint_is_named(bucket: str, storage: Storage) -> None:
     assert f"model '{bucket}/none': no such folder" in refusal(storage, f"{bucket}/none")
     for name in ("none.pth", "none/tf_model.h5"):
         with pytest.raises(ObjectNotFound, match=f"{bucket}/{name}: no such object"):
@@ -118,7 +118,7 @@ def test_what_is_not_there_is_named(bucket: str, storage: Storage) -> None:
         open_checkpoint(storage, "fashion-mnist", labels=f"{bucket}/labels.txt")
 
 
-def test_what_is_wrong_with_an_object_is_said_of_its_uri(bucket: str, storage: Storage) -> None:
+def test_invalid_object_is_reported_by_its_uri(bucket: str, storage: Storage) -> None:
     uri = f"{bucket}/clothes"
     put(storage, FOLDER, uri)
     storage.write(f"{uri}/model.safetensors", b"no weights")
@@ -132,7 +132,7 @@ def test_what_is_wrong_with_an_object_is_said_of_its_uri(bucket: str, storage: S
     assert f"model '{uri}': the folder has no config.json" in refusal(storage, uri)
 
 
-def test_tensorflows_file_in_a_bucket_comes_with_its_configuration(bucket: str, noting: Noting) -> None:
+def test_tensorflow_checkpoint_in_a_bucket_loads_with_its_configuration(bucket: str, noting: Noting) -> None:
     put(noting, FOLDER, f"{bucket}/clothes")
     noting.write(f"{bucket}/clothes/tf_model.h5", b"no weights")
     assert f"{bucket}/clothes/tf_model.h5: " in refusal(noting, f"{bucket}/clothes/tf_model.h5")
@@ -145,7 +145,9 @@ def config(output: str, **model: str) -> Config:
     return load_config(Config, None, ["input.uri=/in", f"output.uri={output}", *overrides])
 
 
-def test_labels_of_a_bucket_make_another_partition(bucket: str, storage: Storage, tmp_path: Path) -> None:
+def test_class_names_from_a_bucket_change_the_partition(
+    bucket: str, storage: Storage, tmp_path: Path
+) -> None:
     names = [f"label {i}" for i in range(10)]
     storage.write(f"{bucket}/labels.txt", "\n".join(names).encode())
     (tmp_path / "labels.json").write_text(json.dumps(names))
@@ -161,7 +163,7 @@ def test_labels_of_a_bucket_make_another_partition(bucket: str, storage: Storage
     )
 
 
-def test_the_partition_does_not_depend_on_where_the_model_lies(bucket: str, storage: Storage) -> None:
+def test_partition_does_not_depend_on_the_location_of_the_model(bucket: str, storage: Storage) -> None:
     put(storage, FOLDER, f"{bucket}/models/fashion-mnist")
     remote = make_job(config(bucket, path=f"{bucket}/models/fashion-mnist"))
     assert remote.partition.uri == make_job(config(bucket, path="fashion-mnist")).partition.uri

@@ -87,7 +87,7 @@ def commit(
     return Committed(rows, committer)
 
 
-def test_a_second_attempt_that_fails_makes_the_shard_unreadable(tmp_path: Path) -> None:
+def test_failed_retry_makes_the_shard_unreadable(tmp_path: Path) -> None:
     """A chunk has come; the others were lost with a node, and meanwhile the shard has changed."""
     failed = replace(result(0, 0, 0, 0, error="s3://bucket/000.tar: has changed"), pixels=None)
     committed = commit(tmp_path, shards(1), [result(0, 0, 4), failed])
@@ -99,7 +99,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_shard_becomes_one_file_with_the_columns_of_the_contract_in_its_order(tmp_path: Path) -> None:
+def test_shard_becomes_one_file_with_the_contract_columns_in_order(tmp_path: Path) -> None:
     commit(tmp_path, shards(1), cut(0, 10, 4))
     table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
     assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
@@ -116,9 +116,7 @@ def test_a_shard_becomes_one_file_with_the_columns_of_the_contract_in_its_order(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_bytes_do_not_depend_on_how_chunks_were_cut_or_in_which_order_they_came(
-    tmp_path: Path, seed: int
-) -> None:
+def test_file_bytes_do_not_depend_on_the_chunks_or_their_order(tmp_path: Path, seed: int) -> None:
     plan = shards(3)
     commit(tmp_path / "whole", plan, [c for i in range(3) for c in cut(i, 23, 100)])
     chunks = [c for i in range(3) for c in cut(i, 23, 2 + seed)]
@@ -127,7 +125,7 @@ def test_the_bytes_do_not_depend_on_how_chunks_were_cut_or_in_which_order_they_c
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_progress_tells_the_share_of_the_bytes_that_have_come(tmp_path: Path) -> None:
+def test_progress_reports_the_fraction_of_bytes_processed(tmp_path: Path) -> None:
     plan = [replace(shard, size=1000 * (number + 1)) for number, shard in enumerate(shards(2))]
     first, last = cut(0, 8, 4)
     other = replace(result(1, 0, 4), encoded_bytes=300)
@@ -142,9 +140,7 @@ def test_progress_tells_the_share_of_the_bytes_that_have_come(tmp_path: Path) ->
         assert progress.fraction == pytest.approx(share)
 
 
-def test_the_log_names_run_shard_and_key_of_error_rows(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_log_names_run_shard_and_key_of_error_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     chunks = cut(0, 40, 40)
     keys = pa.array([f"k{i}\n\x1b[31m" for i in range(40)])
     samples = chunks[0].samples
@@ -159,7 +155,7 @@ def test_the_log_names_run_shard_and_key_of_error_rows(
     ]
 
 
-def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
+def test_duplicate_chunk_counts_once(tmp_path: Path) -> None:
     plan = shards(2)
     chunks = cut(0, 10, 4) + cut(1, 6, 4)
     commit(tmp_path / "once", plan, chunks)
@@ -168,23 +164,23 @@ def test_a_chunk_that_comes_twice_counts_once(tmp_path: Path) -> None:
     assert again.committer.progress().images == 16
 
 
-def test_nothing_is_visible_of_a_shard_that_is_not_complete(tmp_path: Path) -> None:
+def test_incomplete_shard_is_not_visible(tmp_path: Path) -> None:
     plan = shards(2)
     commit(tmp_path, plan, cut(0, 10, 4)[1:] + cut(1, 6, 4), finish=False)
     assert list(files(tmp_path)) == ["predictions/s3/bucket/001.tar.parquet"]
 
 
-def test_a_shard_that_lacks_samples_at_the_end_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_incomplete_shard_at_the_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(IncompleteShardError, match=r"s3://bucket/001\.tar: 2 of 6 samples"):
         commit(tmp_path, shards(2), cut(0, 10, 4) + cut(1, 6, 4)[1:])
 
 
-def test_a_shard_of_which_nothing_came_is_an_error_too(tmp_path: Path) -> None:
+def test_shard_without_results_at_the_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(IncompleteShardError, match=r"001\.tar: 0 of an unknown number of samples"):
         commit(tmp_path, shards(2), cut(0, 10, 4))
 
 
-def test_a_shard_without_samples_has_a_file_without_rows(tmp_path: Path) -> None:
+def test_empty_shard_has_a_file_without_rows(tmp_path: Path) -> None:
     committer = commit(tmp_path, shards(1), [result(0, 0, 0, total=0)])
     table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
     assert table.num_rows == 0
@@ -192,7 +188,7 @@ def test_a_shard_without_samples_has_a_file_without_rows(tmp_path: Path) -> None
     assert committer.rows["s3://bucket/000.tar"].rows == 0
 
 
-def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_path: Path) -> None:
+def test_unreadable_shard_has_a_manifest_row_and_no_file(tmp_path: Path) -> None:
     error = "s3://bucket/000.tar: truncated"
     chunks = [result(0, 0, 4), result(0, 4, 2, total=6, error=error)]
     for order in (chunks, chunks[::-1]):
@@ -203,7 +199,7 @@ def test_an_unreadable_shard_is_a_manifest_row_with_its_error_and_no_file(tmp_pa
         assert committer.committer.progress() == Progress(images=0, errors=0, shards=1, fraction=1.0)
 
 
-def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) -> None:
+def test_footer_has_the_labeled_version_and_statistics(tmp_path: Path) -> None:
     committer = commit(tmp_path, shards(1), cut(0, 30, 7))
     content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
     footer = read_footer("file", io.BytesIO(content))
@@ -219,14 +215,14 @@ def test_the_footer_says_what_was_labelled_and_its_statistics(tmp_path: Path) ->
     assert folded.to_partial().equals(expected.to_partial())
 
 
-def test_another_parquet_file_is_not_taken_for_predictions() -> None:
+def test_other_parquet_file_is_not_a_prediction_file() -> None:
     out = io.BytesIO()
     pq.write_table(pa.table({"a": [1]}), out)
     with pytest.raises(StorageError, match=r"some\.parquet: not a prediction file"):
         read_footer("some.parquet", io.BytesIO(out.getvalue()))
 
 
-def test_keys_that_stand_twice_are_kept_and_counted(tmp_path: Path) -> None:
+def test_duplicate_keys_are_kept_and_counted(tmp_path: Path) -> None:
     chunk = result(0, 0, 5, total=5)
     keys = pa.array(["a", "b", "a", "a", "c"])
     chunk = Chunk(0, 0, chunk.samples.set_column(0, "key", keys), 5)
@@ -234,7 +230,7 @@ def test_keys_that_stand_twice_are_kept_and_counted(tmp_path: Path) -> None:
     assert (row.rows, row.duplicate_keys) == (5, 2)
 
 
-def test_output_that_cannot_be_written_ends_the_run_with_its_name(tmp_path: Path) -> None:
+def test_unwritable_output_raises_with_the_name_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "predictions").write_text("in the way")
     with pytest.raises(StorageError, match=r"000\.tar\.parquet"):
         commit(tmp_path, shards(1), cut(0, 4, 4))
@@ -245,7 +241,7 @@ def overwrite(folder: Path, plan: list[Shard], is_current: bool) -> Committed:
     return commit(folder, plan, cut(0, 12, 5), is_current=lambda shard: is_current)
 
 
-def test_of_two_runs_that_label_the_same_the_second_finds_the_shard_done(tmp_path: Path) -> None:
+def test_second_write_of_a_shard_keeps_the_first_file(tmp_path: Path) -> None:
     plan = shards(1)
     first = commit(tmp_path, plan, cut(0, 12, 4))
     content = files(tmp_path)
@@ -255,7 +251,7 @@ def test_of_two_runs_that_label_the_same_the_second_finds_the_shard_done(tmp_pat
     assert replace(row, committed_at=None) == replace(other, committed_at=None)
 
 
-def test_a_zombie_does_not_replace_the_labels_of_a_newer_version(tmp_path: Path) -> None:
+def test_zombie_run_does_not_replace_labels_of_a_newer_version(tmp_path: Path) -> None:
     newer = [replace(shards(1)[0], version="newer")]
     commit(tmp_path, newer, cut(0, 9, 4))
     content = files(tmp_path)
@@ -264,14 +260,14 @@ def test_a_zombie_does_not_replace_the_labels_of_a_newer_version(tmp_path: Path)
     assert [(row.version, row.rows) for row in zombie.rows.values()] == [("newer", 9)]
 
 
-def test_the_labels_that_a_zombie_left_give_way_to_those_of_the_current_version(tmp_path: Path) -> None:
+def test_current_version_replaces_labels_of_a_zombie_run(tmp_path: Path) -> None:
     commit(tmp_path, [replace(shards(1)[0], version="older")], cut(0, 9, 4))
     done = overwrite(tmp_path, shards(1), is_current=True)
     assert [(row.version, row.rows) for row in done.rows.values()] == [("v0", 12)]
     assert pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet").num_rows == 12
 
 
-def test_a_file_that_is_to_be_replaced_but_was_removed_is_written(tmp_path: Path) -> None:
+def test_expected_file_that_was_removed_is_written(tmp_path: Path) -> None:
     done = commit(tmp_path, shards(1), cut(0, 12, 5), expected={"s3://bucket/000.tar": "1-1"})
     assert [row.rows for row in done.rows.values()] == [12]
 

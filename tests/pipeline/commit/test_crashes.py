@@ -82,7 +82,7 @@ def every(place: Place) -> int:
     return 1 if place.root.startswith("/") else 16
 
 
-def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_the_rest(
+def test_run_killed_at_any_write_leaves_complete_shards_and_resumes(
     place: Place, members: Members, every: int
 ) -> None:
     """The first run over an input."""
@@ -105,7 +105,7 @@ def test_a_run_that_dies_at_any_write_leaves_whole_shards_and_the_next_one_does_
 @pytest.mark.parametrize(
     "selection", [LABEL_NEW, Selection(retry_errors=True, prune=True)], ids=["increment", "retry and prune"]
 )
-def test_an_increment_that_dies_at_any_write_does_so_too(
+def test_incremental_run_killed_at_any_write_resumes(
     place: Place, members: Members, selection: Selection, every: int
 ) -> None:
     """A second run, over an input that has changed."""
@@ -125,9 +125,7 @@ def test_an_increment_that_dies_at_any_write_does_so_too(
         assert place.end_state() == end
 
 
-def test_runs_that_are_killed_one_after_the_other_leave_no_more_than_one_does(
-    tmp_path: Path, members: Members
-) -> None:
+def test_repeatedly_killed_runs_end_like_a_single_run(tmp_path: Path, members: Members) -> None:
     """Each of a row of runs is killed at a random write, and so is a rebuilding of the manifest."""
     place, chance = Place(str(tmp_path)), random.Random(5)
     place.put("in", first_day(members))
@@ -147,7 +145,7 @@ def test_runs_that_are_killed_one_after_the_other_leave_no_more_than_one_does(
         assert place.end_state() == end
 
 
-def test_an_input_that_has_changed_since_a_run_died_is_labelled_as_it_is(
+def test_input_changed_after_a_crash_is_labeled_in_its_current_state(
     tmp_path: Path, members: Members
 ) -> None:
     place = Place(str(tmp_path))
@@ -169,7 +167,7 @@ def test_an_input_that_has_changed_since_a_run_died_is_labelled_as_it_is(
         assert place.last_counts()["unreadable_shards"] >= 1
 
 
-def test_a_rebuilding_that_dies_at_any_write_is_made_up_for(place: Place, members: Members) -> None:
+def test_rebuild_killed_at_any_write_is_repaired(place: Place, members: Members) -> None:
     """By a run, and by another rebuilding."""
     place.put("in", first_day(members))
     place.run()

@@ -36,7 +36,7 @@ def state(place: str) -> dict[str, str]:
     return dict(json.loads(Storage().read(f"{place}/lease.json")))
 
 
-def test_a_second_run_is_refused_and_told_who_holds_it_and_until_when(place: str) -> None:
+def test_second_run_is_rejected_with_the_holder_and_the_expiry(place: str) -> None:
     first = make(place, "run-1")
     assert first.acquire()
     with pytest.raises(LeaseHeldError, match=r"lease\.json: run run-1 \(.*process \d+\).* until 20.* UTC"):
@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_and_told_who_holds_it_and_until_when(place: str
     second.release(clean_shutdown=True)
 
 
-def test_a_run_that_waits_gets_it_when_it_is_free(place: str) -> None:
+def test_waiting_run_acquires_the_lease_when_released(place: str) -> None:
     first, second, told = make(place, "run-1"), make(place, "run-2", poll_s=0.05), list[str]()
     first.acquire()
     threading.Timer(0.5, first.release, [True]).start()
@@ -59,7 +59,7 @@ def test_a_run_that_waits_gets_it_when_it_is_free(place: str) -> None:
     second.release(clean_shutdown=True)
 
 
-def test_it_is_renewed_while_the_run_lives(place: str) -> None:
+def test_lease_is_renewed_while_the_run_is_active(place: str) -> None:
     first = make(place, "run-1", seconds=0.6)
     first.acquire()
     time.sleep(1.5)
@@ -69,7 +69,7 @@ def test_it_is_renewed_while_the_run_lives(place: str) -> None:
     first.release(clean_shutdown=True)
 
 
-def test_it_expires_after_its_run_died(place: str) -> None:
+def test_lease_expires_after_its_run_died(place: str) -> None:
     left_by_a_dead_run(place, seconds=0.5)
     with pytest.raises(LeaseHeldError):
         make(place, "run-2").acquire()
@@ -96,7 +96,7 @@ def check_until_lost(lease: Lease, patience: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_run_that_was_held_up_learns_that_another_has_taken_over(place: str) -> None:
+def test_delayed_run_learns_that_another_has_taken_over(place: str) -> None:
     storage = Suspended()
     storage.resumed.set()
     zombie = Lease(storage, place, "zombie", seconds=0.3)
@@ -113,7 +113,7 @@ def test_a_run_that_was_held_up_learns_that_another_has_taken_over(place: str) -
     other.release(clean_shutdown=True)
 
 
-def test_a_lease_that_somebody_removes_is_written_anew(place: str) -> None:
+def test_removed_lease_is_rewritten(place: str) -> None:
     first = make(place, "run-1", seconds=0.6)
     first.acquire()
     Storage().delete(f"{place}/lease.json")
@@ -126,7 +126,7 @@ def test_a_lease_that_somebody_removes_is_written_anew(place: str) -> None:
 
 
 @pytest.mark.parametrize("clean_shutdown", [True, False])
-def test_it_tells_how_the_last_run_left_things(place: str, clean_shutdown: bool) -> None:
+def test_lease_records_whether_the_last_run_shut_down_cleanly(place: str, clean_shutdown: bool) -> None:
     assert was_clean_shutdown(Storage(), place)
     first = make(place, "run-1")
     assert first.acquire()
@@ -138,7 +138,7 @@ def test_it_tells_how_the_last_run_left_things(place: str, clean_shutdown: bool)
     second.release(clean_shutdown=True)
 
 
-def test_of_runs_that_start_together_one_gets_it(place: str) -> None:
+def test_one_of_several_simultaneous_runs_acquires_the_lease(place: str) -> None:
     leases = [make(place, f"run-{i}") for i in range(8)]
 
     def try_it(lease: Lease) -> str:
@@ -155,13 +155,13 @@ def test_of_runs_that_start_together_one_gets_it(place: str) -> None:
     assert state(place)["state"] == "released"
 
 
-def test_what_is_no_lease_is_named(tmp_path: Path) -> None:
+def test_invalid_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text("[]")
     with pytest.raises(StorageError, match=r"lease\.json: not a lease"):
         make(str(tmp_path), "run-1").acquire()
 
 
-def test_interrupt_before_the_lease_is_taken_writes_nothing(
+def test_interrupt_before_the_lease_is_acquired_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:

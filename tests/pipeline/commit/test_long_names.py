@@ -98,7 +98,7 @@ def shards(place: Place) -> set[str]:
 
 
 @pytest.mark.slow
-def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place) -> None:
+def test_longest_possible_names_are_labeled_once(place: Place) -> None:
     found = put(place)
     result = label(place.config)
     assert result.is_complete
@@ -117,7 +117,7 @@ def test_the_longest_names_that_an_input_can_have_are_labelled_once(place: Place
     }
 
 
-def test_they_are_found_again_without_the_manifest_and_their_changes_replace_them(place: Place) -> None:
+def test_longest_names_are_recovered_without_a_manifest_and_replaced(place: Place) -> None:
     found = put(place)
     label(place.config)
     manifest = {
@@ -134,7 +134,7 @@ def test_they_are_found_again_without_the_manifest_and_their_changes_replace_the
     assert len(place.predictions()) == 3 * (len(found) - 2) + 5 + 1
 
 
-def test_they_are_pruned(place: Place) -> None:
+def test_longest_names_are_pruned(place: Place) -> None:
     found = put(place)
     label(place.config)
     removed = {found[0], found[2], found[-1]}
@@ -144,7 +144,7 @@ def test_they_are_pruned(place: Place) -> None:
     assert len(outputs(place)) == len(found) - len(removed)
 
 
-def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
+def test_longest_names_of_two_models_are_compared(bucket: str) -> None:
     place = Place(bucket)
     found = put(place)
     sides = []
@@ -158,7 +158,7 @@ def test_two_models_are_compared_shard_by_shard(bucket: str) -> None:
     assert (agreement.shards, agreement.compared, agreement.fraction) == (len(found), 3 * len(found), 1.0)
 
 
-def test_output_without_room_for_names_is_refused_before_labeling(bucket: str) -> None:
+def test_output_uri_that_is_too_long_is_rejected_before_labeling(bucket: str) -> None:
     deep = "/".join(["o" * 100] * 3)
     place = Place(bucket, f"output.uri={bucket}/{deep}")
     found = put(place)
@@ -175,7 +175,7 @@ def test_output_without_room_for_names_is_refused_before_labeling(bucket: str) -
         plan_run(place.config)
 
 
-def test_local_output_without_room_for_names_is_refused(tmp_path: Path) -> None:
+def test_local_output_path_that_is_too_long_is_rejected(tmp_path: Path) -> None:
     Storage().write(f"{tmp_path}/in/a.tar", tar(1))
     for below in ("o" * 256, "/".join(["o" * 200] * 20)):
         place = Place(str(tmp_path), f"output.uri={tmp_path}/{below}")

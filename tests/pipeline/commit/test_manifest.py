@@ -60,7 +60,7 @@ def manifest(request: pytest.FixtureRequest, tmp_path: Path) -> Manifest:
     return make(tmp_path, group_rows=request.param, bare_group_rows=request.param)
 
 
-def test_the_statistics_of_one_run_are_those_of_the_shards_that_it_labelled_last(manifest: Manifest) -> None:
+def test_statistics_of_a_run_cover_the_shards_with_its_current_labels(manifest: Manifest) -> None:
     manifest.update(by_uri(row(1), row(2, run="run-2"), row(3, run=None), row(4, run="run-2")))
     manifest.update(by_uri(row(4, run="run-3")))
     np.testing.assert_array_equal(manifest.fold_statistics("run-2").count, statistics(2).count)
@@ -68,7 +68,7 @@ def test_the_statistics_of_one_run_are_those_of_the_shards_that_it_labelled_last
     assert manifest.fold_statistics("run-9").count.sum() == 0
 
 
-def test_rows_come_back_as_they_were_written_sorted(manifest: Manifest) -> None:
+def test_rows_are_read_as_written_and_sorted(manifest: Manifest) -> None:
     assert not manifest.exists()
     assert manifest_rows(manifest) == []
     rows = [row(i) for i in range(10)]
@@ -79,7 +79,7 @@ def test_rows_come_back_as_they_were_written_sorted(manifest: Manifest) -> None:
     assert manifest.read(["uri", "rows"]).to_pylist() == [{"uri": r.uri, "rows": r.rows} for r in rows]
 
 
-def test_an_update_replaces_adds_removes_and_marks_and_keeps_the_rest(manifest: Manifest) -> None:
+def test_update_changes_some_rows_and_keeps_the_others(manifest: Manifest) -> None:
     manifest.update(by_uri(*(row(i) for i in range(0, 20, 2))))
     newer = row(4, version="newer", rows=99)
     manifest.update(
@@ -94,7 +94,7 @@ def test_an_update_replaces_adds_removes_and_marks_and_keeps_the_rest(manifest: 
     assert [r.uri for r in manifest_rows(manifest) if r.deleted] == [row(3).uri, row(50).uri]
 
 
-def test_the_same_rows_give_the_same_bytes_however_they_came(manifest: Manifest, tmp_path: Path) -> None:
+def test_equal_rows_give_equal_bytes_in_any_order_of_updates(manifest: Manifest, tmp_path: Path) -> None:
     rows = [row(i) for i in range(11)]
     manifest.replace(lambda: rows)
     whole = Path(manifest.uri).read_bytes()
@@ -104,7 +104,7 @@ def test_the_same_rows_give_the_same_bytes_however_they_came(manifest: Manifest,
     assert Path(manifest.uri).read_bytes() == whole
 
 
-def test_a_failed_reading_leaves_the_labels_of_an_earlier_version(manifest: Manifest) -> None:
+def test_read_failure_keeps_the_labels_of_an_earlier_version(manifest: Manifest) -> None:
     failed = ManifestRow(row(1).uri, error="cut off", failed_version="v9", run="run-2")
     never = ManifestRow(row(2).uri, error="cut off", failed_version="v9", run="run-2")
     manifest.update(by_uri(row(1)))
@@ -114,7 +114,7 @@ def test_a_failed_reading_leaves_the_labels_of_an_earlier_version(manifest: Mani
     assert [r.error for r in manifest_rows(manifest)] == [None, None]
 
 
-def test_two_writers_at_once_lose_nothing(manifest: Manifest) -> None:
+def test_two_concurrent_writers_lose_no_rows(manifest: Manifest) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: manifest.update(by_uri(row(i))), range(24)))
     assert manifest_rows(manifest) == [row(i) for i in range(24)]
@@ -122,7 +122,7 @@ def test_two_writers_at_once_lose_nothing(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("limit", [10**9, 0], ids=["in the manifest", "in the footers"])
 @pytest.mark.parametrize("group_rows", [2000, 3])
-def test_statistics_are_the_fold_over_all_shards(tmp_path: Path, limit: int, group_rows: int) -> None:
+def test_statistics_are_folded_over_all_shards(tmp_path: Path, limit: int, group_rows: int) -> None:
     manifest = make(tmp_path, max_statistics=limit, group_rows=group_rows, bare_group_rows=group_rows)
     expected = ClassStatistics.empty(CLASSES)
     for i in range(8):
@@ -140,7 +140,7 @@ def test_statistics_are_the_fold_over_all_shards(tmp_path: Path, limit: int, gro
     assert manifest.fold_statistics().to_partial().equals(expected.to_partial())
 
 
-def test_a_damaged_manifest_is_refused_by_name(manifest: Manifest) -> None:
+def test_damaged_manifest_is_named(manifest: Manifest) -> None:
     Path(manifest.uri).write_bytes(b"PAR1 not at all")
     with pytest.raises(StorageError, match=r"manifest\.parquet: not a manifest"):
         manifest.read(["uri"])
@@ -149,7 +149,7 @@ def test_a_damaged_manifest_is_refused_by_name(manifest: Manifest) -> None:
         manifest_rows(manifest)
 
 
-def test_a_writer_writes_now_and_then_and_the_rest_at_the_end(manifest: Manifest) -> None:
+def test_writer_writes_periodically_and_at_the_end(manifest: Manifest) -> None:
     writer = ManifestWriter(manifest, interval=0.05)
     seen = set()
     for i in range(40):
@@ -162,7 +162,7 @@ def test_a_writer_writes_now_and_then_and_the_rest_at_the_end(manifest: Manifest
     assert len(seen) > 1
 
 
-def test_a_writer_that_cannot_write_says_so(tmp_path: Path) -> None:
+def test_writer_that_cannot_write_raises(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("in the way")
     writer = ManifestWriter(Manifest(Storage(), str(tmp_path / "out"), CLASSES), interval=60)
     writer.add(row(1))

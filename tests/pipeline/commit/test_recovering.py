@@ -50,7 +50,7 @@ def assert_rebuilds(partition: Partition) -> None:
 
 
 @pytest.mark.slow
-def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None:
+def test_records_determine_failed_recovered_and_reappeared_shards(bucket: str) -> None:
     storage, uri = Storage(), f"{bucket}/in/a.tar"
     good = make_tar([("0.jpg", make_image(1))])
     storage.write(f"{bucket}/in/other.tar", good)
@@ -82,7 +82,7 @@ def test_failures_cures_and_returns_are_told_by_the_records(bucket: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 18])
-def test_after_any_history_the_manifest_is_rebuilt_as_it_was(
+def test_rebuilt_manifest_equals_the_manifest_after_any_history(
     bucket: str, s3_server: LocalS3, seed: int
 ) -> None:
     """Shards come, change, go, return, and can't be read; runs are killed; files are removed by hand."""
@@ -124,7 +124,7 @@ def remove_one_by_hand(chance: random.Random, storage: Storage, partition: Parti
         storage.delete(chance.choice(found))
 
 
-def test_failures_that_a_killed_run_has_recorded_are_not_tried_again(bucket: str) -> None:
+def test_failures_recorded_by_a_killed_run_are_not_retried(bucket: str) -> None:
     storage = Storage()
     tar = make_tar([("0.jpg", make_image(1))])
     for i in range(6):
@@ -182,7 +182,7 @@ GOOD = make_tar([("0.jpg", make_image(1)), ("1.jpg", make_image(2))])
 @pytest.mark.parametrize(
     "then", [GOOD, GOOD[:700], GOOD[:800], None], ids=["good", "cut", "cut more", "gone"]
 )
-def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
+def test_next_run_adds_the_record_of_a_killed_run_to_the_manifest(
     tmp_path: Path, contents: tuple[bytes | None, ...], then: bytes | None
 ) -> None:
     partition = history(root := str(tmp_path), *contents, die_at_last=True)
@@ -195,7 +195,7 @@ def test_what_a_killed_run_has_recorded_is_in_the_manifest_after_the_next(
     assert plan_run(config(root)).plan.shards == []
 
 
-def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> None:
+def test_run_without_a_manifest_uses_the_run_records(bucket: str) -> None:
     partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
     states = plan_run(config(bucket)).plan.states
     Storage().delete(partition.manifest.uri)
@@ -204,7 +204,7 @@ def test_without_a_manifest_a_run_knows_what_the_records_tell(bucket: str) -> No
     assert_rebuilds(partition)
 
 
-def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: str) -> None:
+def test_deleted_shards_of_one_input_stay_deleted_when_another_is_labeled(bucket: str) -> None:
     partition = history(bucket, GOOD, None, die_at_last=False)
     Storage().delete(partition.manifest.uri)
     Storage().write(f"{bucket}/other/b.tar", GOOD)
@@ -213,7 +213,7 @@ def test_what_is_gone_from_one_input_stays_so_when_another_is_labelled(bucket: s
     assert [row.deleted for row in manifest_rows(partition.manifest)] == [True, False, False]
 
 
-def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str) -> None:
+def test_overtaken_run_records_no_unsaved_failures(bucket: str) -> None:
     storage = Storage()
     for i in range(4):
         storage.write(f"{bucket}/in/{i}.tar", GOOD[:700])
@@ -232,7 +232,7 @@ def test_an_overtaken_run_records_no_failure_that_it_has_not_listed(bucket: str)
     assert [row.error for row in manifest_rows(partition.manifest)] == [None] * 4
 
 
-def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
+def test_rebuilt_manifest_has_a_run_that_ends_during_the_rebuild(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     partition = history(bucket, GOOD, die_at_last=False)
@@ -252,7 +252,7 @@ def test_a_run_that_ends_while_the_manifest_is_rebuilt_is_in_it(
     assert [row.error is None for row in manifest_rows(partition.manifest)] == [True, True, False]
 
 
-def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
+def test_invalid_run_record_is_named(tmp_path: Path) -> None:
     root = str(tmp_path)
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
     partition = label(config(root)).job.partition
@@ -261,7 +261,7 @@ def test_a_record_that_is_none_is_named(tmp_path: Path) -> None:
         rebuild(make_job(config(root)).partition)
 
 
-def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_prediction_file_of_another_model_is_rejected(tmp_path: Path) -> None:
     root = str(tmp_path)
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
     partition = label(config(root)).job.partition
@@ -272,7 +272,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
         rebuild(make_job(config(root)).partition)
 
 
-def test_without_the_records_nothing_but_failures_is_forgotten(bucket: str) -> None:
+def test_missing_run_records_lose_only_failures(bucket: str) -> None:
     partition = history(bucket, GOOD, GOOD[:700], die_at_last=False)
     for info in Storage().list(f"{partition.uri}/runs"):
         Storage().delete(info.uri)

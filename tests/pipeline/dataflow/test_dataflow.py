@@ -15,7 +15,7 @@ def config(*overrides: str) -> Config:
     return load_config(Config, None, [*base, *overrides])
 
 
-CVT_13 = 4_566_000_000  # multiply-accumulates of an image of 224 pixels
+CVT_13 = 4_566_000_000  # multiply-accumulate operations for an image of 224 pixels
 
 
 def choose_on(cluster: ClusterCapacity, config: Config, macs: int = CVT_13, size: int = 224) -> Resources:
@@ -28,20 +28,20 @@ def choose(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resour
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
-def test_one_slot_of_each_stage_fits_into_a_single_machine(cpus: int) -> None:
+def test_one_task_of_each_stage_fits_on_a_single_machine(cpus: int) -> None:
     resources = choose(config(), cpus=cpus, gpus=0, node_cpus=cpus)
-    taken = (
+    used = (
         resources.readers * resources.read_cpus
         + resources.decode_cpus
         + resources.min_actors * resources.classify_cpus
     )
-    assert taken <= cpus
-    most = taken + (resources.max_actors - resources.min_actors) * resources.classify_cpus
-    assert most <= cpus
+    assert used <= cpus
+    maximum = used + (resources.max_actors - resources.min_actors) * resources.classify_cpus
+    assert maximum <= cpus
     assert resources.device == "cpu"
 
 
-def test_a_classifier_alone_on_a_small_machine_gets_all_of_its_threads() -> None:
+def test_single_classifier_uses_all_threads_of_a_small_machine() -> None:
     assert choose(config(), cpus=2, gpus=0, node_cpus=2).threads == 2
 
 
@@ -52,7 +52,7 @@ def test_several_classifiers_share_the_cores() -> None:
     assert resources.threads * resources.max_actors <= 64
 
 
-def test_gpus_are_used_where_there_are_any() -> None:
+def test_gpus_are_used_if_available() -> None:
     resources = choose(config(), cpus=32, gpus=4, node_cpus=16)
     assert (resources.device, resources.classify_gpus, resources.max_actors) == ("cuda", 1.0, 4)
     assert choose(config("classify.device=cpu"), 32, 4, 16).device == "cpu"
@@ -60,22 +60,22 @@ def test_gpus_are_used_where_there_are_any() -> None:
 
 def test_actors_on_gpus_leave_cpus_to_the_other_stages() -> None:
     resources = choose(config(), cpus=4, gpus=8, node_cpus=4)
-    taken = resources.readers * resources.read_cpus + resources.decode_cpus
-    assert taken + resources.max_actors * resources.classify_cpus <= 4
+    used = resources.readers * resources.read_cpus + resources.decode_cpus
+    assert used + resources.max_actors * resources.classify_cpus <= 4
 
 
-def test_a_fraction_of_a_gpu_makes_room_for_more_actors() -> None:
+def test_fractional_gpus_allow_more_actors() -> None:
     assert choose(config("classify.num_gpus=0.5"), 32, 4, 16).max_actors == 8
 
 
-def test_actors_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"min_actors: 3 classifiers don't fit .* 32 CPUs and 2 GPUs"):
+def test_actors_that_do_not_fit_are_rejected() -> None:
+    with pytest.raises(ValueError, match=r"min_actors: 3 classifiers do not fit .* 32 CPUs and 2 GPUs"):
         choose(config("classify.min_actors=3"), 32, 2, 16)
     with pytest.raises(ValueError, match="0 GPUs"):
         choose(config("classify.device=cuda"), 32, 0, 16)
 
 
-def test_a_cluster_that_grows_may_start_without_gpus() -> None:
+def test_growing_cluster_may_start_without_gpus() -> None:
     resources = choose(config("classify.device=cuda", "classify.max_actors=8"), 4, 0, 4)
     assert (resources.device, resources.max_actors) == ("cuda", 8)
 
@@ -89,9 +89,7 @@ def test_a_cluster_that_grows_may_start_without_gpus() -> None:
         (194_200_000_000, 384, 16, 16),
     ],
 )
-def test_chunks_are_as_large_as_keeps_a_classifier_busy(
-    macs: int, size: int, on_cpu: int, on_gpu: int
-) -> None:
+def test_chunk_size_follows_the_cost_of_the_model(macs: int, size: int, on_cpu: int, on_gpu: int) -> None:
     with_gpu = ClusterCapacity(8, 1, 8)
     assert choose_on(ClusterCapacity(8, 0, 8), config(), macs, size).chunk_images == on_cpu
     assert choose_on(with_gpu, config(), macs, size).chunk_images == on_gpu
@@ -106,19 +104,19 @@ def test_small_models_get_larger_batches() -> None:
     assert choose_on(cluster, config("classify.batch_size=7")).batch_size == 7
 
 
-def test_decoders_are_as_many_as_find_room() -> None:
+def test_number_of_decoders_follows_the_free_cpus() -> None:
     resources = choose(config(), 16, 1, 16)
-    taken = resources.readers * resources.read_cpus + resources.max_actors * resources.classify_cpus
-    assert taken + resources.decoders * resources.decode_cpus <= 16
+    used = resources.readers * resources.read_cpus + resources.max_actors * resources.classify_cpus
+    assert used + resources.decoders * resources.decode_cpus <= 16
     assert resources.decoders == 14
 
 
-def test_where_the_gpu_decodes_no_decoder_takes_room() -> None:
+def test_gpu_decoding_uses_no_decode_tasks() -> None:
     resources = choose(config("classify.device=cuda", "decode.device=auto"), 16, 1, 16)
     assert (resources.decoders, resources.decode_cpus) == (0, 0.0)
 
 
-def test_memory_of_tasks_leaves_room_on_a_small_machine() -> None:
+def test_memory_of_tasks_fits_on_a_small_machine() -> None:
     cluster = ClusterCapacity(2, 0, 2, node_memory=1 << 30)
     resources = choose_on(cluster, config())
     assert resources.read_memory + resources.decode_memory <= 1 << 29
@@ -131,9 +129,9 @@ def plan(count: int) -> list[Shard]:
 
 
 @pytest.mark.parametrize("count", [1, 7, MAX_READ_TASKS, MAX_READ_TASKS + 1, 3 * MAX_READ_TASKS])
-def test_every_shard_is_read_by_exactly_one_task_and_tasks_stay_few(count: int) -> None:
-    step: Any = "its reference"
-    limit: Any = "another"
+def test_each_shard_is_read_by_one_task_and_tasks_are_limited(count: int) -> None:
+    step: Any = "reference"
+    limit: Any = "limit"
     source = ShardSource(plan(count), step, limit)
     tasks = source.get_read_tasks(parallelism=4)
     assert len(tasks) == source.tasks <= MAX_READ_TASKS

@@ -1,4 +1,4 @@
-"""Executors: what they run is the same, whichever of them does; and how threads of this process do it."""
+"""Both executors give the same results; threads of the in-process executor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARDS, IMAGES = 3, 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a few tars, one of which breaks off."""
+    """A folder with a few tars, one of them truncated."""
     root = tmp_path_factory.mktemp("executors")
     (root / "in").mkdir()
     for number in range(SHARDS):
@@ -50,28 +50,34 @@ def shards(job: Job) -> list[Shard]:
     return list(list_shards(Storage(), job.config.input.uri))
 
 
-def plain(chunk: Chunk) -> Chunk:
-    """A chunk without what differs from one attempt to the next."""
+def without_metrics(chunk: Chunk) -> Chunk:
+    """A chunk without metrics, which differ between attempts."""
     return replace(chunk, metrics={})
 
 
-def step_by_step(job: Job, shards: list[Shard], resources: Resources) -> list[Chunk]:
+def without_thumbnails(chunk: Chunk) -> Chunk:
+    """A chunk without thumbnails, which depend on earlier chunks."""
+    return replace(chunk, samples=chunk.samples.drop_columns(["thumbnail"]))
+
+
+def label_step_by_step(job: Job, shards: list[Shard], resources: Resources) -> list[Chunk]:
     classifier = Classifier(job.stages, resources)
     chunks = job.stages.make_read_step(resources)(enumerate(shards))
     return [classifier(job.stages.make_decode_step()(chunk)) for chunk in chunks]
 
 
-def test_threads_label_what_the_stages_label_one_by_one(job: Job, shards: list[Shard]) -> None:
+def test_threads_label_as_the_stages_do_one_by_one(job: Job, shards: list[Shard]) -> None:
     with open_executor(job.config.ray) as executor:
         resources = executor.resources(job.resource_request)
         chunks = list(executor.label(shards, job.stages, resources))
-    wanted = step_by_step(job, shards, resources)
-    assert len(wanted) > SHARDS * 2
+    expected = label_step_by_step(job, shards, resources)
+    assert len(expected) > SHARDS * 2
     order: Callable[[Chunk], tuple[int, int]] = lambda chunk: (chunk.shard, chunk.start)  # noqa: E731
-    # Thumbnails depend on what came before.
-    without = [replace(c, samples=c.samples.drop_columns(["thumbnail"])) for c in (*chunks, *wanted)]
-    found, expected = without[: len(chunks)], without[len(chunks) :]
-    assert [plain(c) for c in sorted(found, key=order)] == [plain(c) for c in sorted(expected, key=order)]
+    found, wanted = (
+        [without_metrics(without_thumbnails(chunk)) for chunk in sorted(labeled, key=order)]
+        for labeled in (chunks, expected)
+    )
+    assert found == wanted
     for chunk in chunks:
         assert chunk.pixels is None
         assert chunk.metrics.keys() == {STORAGE, DECODE, CLASSIFY}
@@ -79,55 +85,55 @@ def test_threads_label_what_the_stages_label_one_by_one(job: Job, shards: list[S
         assert chunk.metrics[CLASSIFY].busy_s > 0
 
 
-class SlowlyTaken(Stages):
-    """Stages that count what is read, and may fail there."""
+class CountingStages(Stages):
+    """Stages that count the chunks that are read; reading may fail."""
 
     read = 0
     fails_at: int | None = None
 
-    def reading(self, resources: Resources) -> ReadStep:
+    def make_read_step(self, resources: Resources) -> ReadStep:
         step = super().make_read_step(resources)
 
         def counted(numbered: Iterator[tuple[int, Shard]]) -> Iterator[Chunk]:
             for chunk in step(numbered):
                 type(self).read += 1
                 if self.read == self.fails_at:
-                    raise RuntimeError("the disk is gone")
+                    raise RuntimeError("disk failure")
                 yield chunk
 
         return counted  # type: ignore[return-value]
 
 
-def counting(job: Job, fails_at: int | None = None) -> Stages:
-    kind = type("Counting", (SlowlyTaken,), {"read": 0, "fails_at": fails_at})
+def counting_stages(job: Job, fails_at: int | None = None) -> Stages:
+    kind = type("Counting", (CountingStages,), {"read": 0, "fails_at": fails_at})
     stages: Stages = kind(**vars(job.stages))
     return stages
 
 
-def test_few_chunks_are_in_memory_whatever_waits_for_them(job: Job, shards: list[Shard]) -> None:
-    stages, before = counting(job), threading.active_count()
+def test_slow_consumer_limits_the_chunks_in_memory(job: Job, shards: list[Shard]) -> None:
+    stages, before = counting_stages(job), threading.active_count()
     with open_executor(job.config.ray) as executor:
         resources = replace(executor.resources(job.resource_request), readers=1, decoders=1)
         chunks = executor.label(shards * 20, stages, resources)
         next(chunks)
         time.sleep(0.5)
         threads = 1 + 1 + resources.concurrent_chunks
-        assert stages.read <= threads + 2 + 1  # and two results, and the one that was taken
+        assert stages.read <= threads + 2 + 1  # two pending results and the consumed one
         chunks.close()
     for name in [thread.name for thread in threading.enumerate()]:
         assert not name.startswith("stages"), name
-    assert threading.active_count() <= before + 4  # the engine's
+    assert threading.active_count() <= before + 4  # threads of the engine
 
 
-def test_a_stage_that_fails_ends_the_run_with_its_error(job: Job, shards: list[Shard]) -> None:
+def test_failing_stage_ends_the_run_with_its_error(job: Job, shards: list[Shard]) -> None:
     with open_executor(job.config.ray) as executor:
         resources = executor.resources(job.resource_request)
-        with pytest.raises(RuntimeError, match="the disk is gone"):
-            list(executor.label(shards, counting(job, fails_at=4), resources))
+        with pytest.raises(RuntimeError, match="disk failure"):
+            list(executor.label(shards, counting_stages(job, fails_at=4), resources))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("stages")]
 
 
-def test_a_failure_names_the_shards_that_were_not_done(
+def test_failure_names_the_unfinished_shards(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Classifier, chunk: Chunk) -> Chunk:
@@ -139,19 +145,19 @@ def test_a_failure_names_the_shards_that_were_not_done(
     assert str(folder / "in" / "0.tar") in caught.value.__notes__[0]
 
 
-def test_a_gpu_that_is_not_there_is_refused(folder: Path) -> None:
+def test_missing_gpu_is_rejected(folder: Path) -> None:
     job = make_job(run_config(folder, "classify.device=cuda", "model.precision=fp32"))
     with open_executor(job.config.ray) as executor, pytest.raises(ConfigError, match="finds no GPU"):
         executor.resources(job.resource_request)
 
 
-def test_what_needs_ray_refuses_to_run_in_process() -> None:
-    with pytest.raises(ConfigError, match="labeling only"), ray_cluster("in-process"):
+def test_ray_cluster_rejects_the_in_process_address() -> None:
+    with pytest.raises(ConfigError, match="only labeling supports"), ray_cluster("in-process"):
         pytest.fail("connected")
 
 
 @pytest.mark.slow
-def test_a_run_in_process_imports_no_ray(folder: Path, tmp_path: Path) -> None:
+def test_in_process_run_does_not_import_ray(folder: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pipeline.run import label
@@ -180,7 +186,7 @@ def test_both_executors_write_the_same_prediction_files(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("files", "most"),
+    ("files", "expected"),
     [
         ({"cpu.max": "150000 100000"}, 1),
         ({"cpu.max": "50000 100000"}, 1),
@@ -190,17 +196,17 @@ def test_both_executors_write_the_same_prediction_files(folder: Path, tmp_path: 
         ({}, 64),
     ],
 )
-def test_cpus_are_limited_by_the_quota_of_a_container(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], most: int
+def test_container_quota_limits_the_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content + "\n")
-    assert usable_cpus(tmp_path) == most
+    assert usable_cpus(tmp_path) == expected
 
 
-GIVEN_UP = """
+ABORTED = """
 import os, signal, sys, threading, time
 from pipeline.dataflow import local_executor
 from pipeline.run import label
@@ -217,9 +223,9 @@ label(run_config(sys.argv[1], "run.grace_period_s=0"))
 
 
 @pytest.mark.slow
-def test_process_of_a_run_that_is_given_up_ends_at_once(folder: Path, tmp_path: Path) -> None:
+def test_process_of_an_aborted_run_ends_at_once(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in").symlink_to(folder / "in")
-    command = [sys.executable, "-c", GIVEN_UP, str(tmp_path)]
+    command = [sys.executable, "-c", ABORTED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode != 0
     assert "KeyboardInterrupt" in done.stderr

@@ -21,11 +21,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("failure", ["decoder", "classifier", "node"])
-def test_the_run_goes_on_after_a_failure(run: dict[str, Any], failure: str) -> None:
+def test_run_continues_after_a_failure(run: dict[str, Any], failure: str) -> None:
     assert run["after"][failure] > 0
     assert run["stall"][failure] < STALL_S
 
 
-def test_every_sample_comes_out_exactly_once(run: dict[str, Any]) -> None:
+def test_every_sample_is_labeled_exactly_once(run: dict[str, Any]) -> None:
     assert (run["samples"], run["twice"], run["errors"]) == (SHARDS * IMAGES, 0, 0)
     assert (run["shards"], run["complete"]) == (SHARDS, True)

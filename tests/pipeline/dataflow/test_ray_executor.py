@@ -30,7 +30,7 @@ class DeadlyStages(Stages):
         return die
 
 
-def test_a_chunk_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path) -> None:
+def test_chunk_that_kills_its_workers_is_named_in_the_error(tmp_path: Path) -> None:
     from pipeline.dataflow.ray_executor import RayExecutor
 
     (tmp_path / "in").mkdir()
@@ -39,5 +39,5 @@ def test_a_chunk_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path
     job = make_job(load_job_config(None, settings))
     stages = DeadlyStages(**{field.name: getattr(job.stages, field.name) for field in fields(Stages)})
     executor, shards = RayExecutor(RayConfig(task_retries=1)), list(list_shards(Storage(), f"{tmp_path}/in"))
-    with pytest.raises(Exception, match="decoding shard 0 of the plan, from sample 0: 2 workers died at it"):
+    with pytest.raises(Exception, match="decoding shard 0 of the plan, from sample 0: 2 workers died"):
         list(executor.label(shards, stages, executor.resources(job.resource_request)))

@@ -138,13 +138,13 @@ def test_tiff_compressions_are_decoded(compression: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
-def test_kinds_of_jpeg_are_decoded(options: dict[str, object]) -> None:
+def test_jpeg_variants_are_decoded(options: dict[str, object]) -> None:
     data = encode(picture(), "JPEG", **options)
     assert_decodes_to(data, by_transformers(data))
 
 
 @pytest.mark.parametrize("transform", [0, 2])
-def test_cmyk_jpegs_of_adobe_are_not_shown_inverted(transform: int) -> None:
+def test_adobe_cmyk_jpegs_are_not_inverted(transform: int) -> None:
     # Pillow writes CMYK with the marker of Adobe, inverted; its last byte makes the same data YCCK.
     data = bytearray(encode(Image.new("CMYK", (56, 40), (0, 255, 255, 0)), "JPEG", quality=95))
     data[data.index(b"Adobe") + 11] = transform
@@ -183,7 +183,7 @@ def test_transparency_is_dropped_as_in_transformers(make: Callable[[], bytes]) -
     assert_decodes_to(data, by_transformers(data))
 
 
-def test_what_is_under_full_transparency_shows() -> None:
+def test_color_under_full_transparency_is_kept() -> None:
     data = encode(Image.new("RGBA", (56, 40), (10, 200, 30, 0)), "PNG")
     assert (decoded(data).pixels == (10, 200, 30)).all()
 
@@ -201,13 +201,13 @@ GRAY16 = np.linspace(0, 65535, 56 * 40).astype(np.uint16).reshape(40, 56)
     ],
     ids=["png", "tiff", "tiff-lzw", "tiff-big-endian"],
 )
-def test_gray_of_16_bits_is_scaled_not_clipped(data: bytes) -> None:
+def test_16_bit_gray_is_scaled_not_clipped(data: bytes) -> None:
     gray = Image.fromarray((GRAY16 >> 8).astype(np.uint8))
     assert_decodes_to(data, gray.convert("RGB"))
     assert np.unique(decoded(data).pixels).size > 100
 
 
-def test_gray_of_12_bits_is_scaled_to_its_own_white() -> None:
+def test_12_bit_gray_is_scaled_to_its_white() -> None:
     # Two pixels in three bytes; a TIFF of 8 bits, its width and depth rewritten.
     eight = encode(Image.frombytes("L", (84, 40), b"\xff\xf8\x00" * 28 * 40), "TIFF")
     packed = with_tiff_tags(eight, {256: 56, 258: 12})
@@ -216,7 +216,7 @@ def test_gray_of_12_bits_is_scaled_to_its_own_white() -> None:
 
 
 @pytest.mark.parametrize(("color", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_colour_of_16_bits_is_scaled_not_clipped(color: int, channels: int) -> None:
+def test_16_bit_color_is_scaled_not_clipped(color: int, channels: int) -> None:
     values = np.repeat(GRAY16[..., None], channels, -1)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     gray = Image.fromarray((GRAY16 >> 8).astype(np.uint8))
@@ -224,7 +224,7 @@ def test_colour_of_16_bits_is_scaled_not_clipped(color: int, channels: int) -> N
 
 
 @pytest.mark.parametrize(("kind", "number"), [(np.int32, "I"), (np.float32, "F")])
-def test_integers_and_floats_of_32_bits_are_clipped(kind: type, number: str) -> None:
+def test_32_bit_integers_and_floats_are_clipped(kind: type, number: str) -> None:
     values = np.linspace(-100, 1000, 56 * 40).astype(kind).reshape(40, 56)
     image = Image.fromarray(values)
     assert image.mode == number
@@ -233,7 +233,7 @@ def test_integers_and_floats_of_32_bits_are_clipped(kind: type, number: str) -> 
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_an_animation_or_several_pages_the_first_is_taken(format: str) -> None:
+def test_first_frame_or_page_is_decoded(format: str) -> None:
     first, others = picture(), [picture().rotate(angle) for angle in (90, 180)]
     data = encode(first, format, save_all=True, append_images=others)
     assert PIL.Image.open(io.BytesIO(data)).n_frames == 3
@@ -247,7 +247,7 @@ def test_of_an_animation_or_several_pages_the_first_is_taken(format: str) -> Non
     ("size", "scale"), [((90, 60), 1), ((190, 150), 4), ((640, 800), 16), ((75, 2000), 2)]
 )
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_fast_decoding_of_a_jpeg_is_close_and_tells_its_true_size(
+def test_fast_jpeg_decoding_is_close_and_reports_the_true_size(
     mode: str, size: tuple[int, int], scale: int, orientation: int
 ) -> None:
     exif = Image.Exif()
@@ -264,7 +264,7 @@ def test_fast_decoding_of_a_jpeg_is_close_and_tells_its_true_size(
 
 @pytest.mark.parametrize("size", [(163, 117), (150, 190), (201, 201)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_fast_decoding_keeps_the_place_of_a_turned_image(orientation: int, size: tuple[int, int]) -> None:
+def test_fast_decoding_keeps_the_position_of_a_rotated_image(orientation: int, size: tuple[int, int]) -> None:
     """Sizes that aren't multiples of the scale: the last pixels are of the source in part only."""
     data = encode(picture(size=size), "JPEG", quality=98, subsampling=0, exif=exif(orientation))
     exact, fast = (decode(data, PREPROCESSOR, LIMIT, fast=fast).pixels for fast in (False, True))
@@ -275,18 +275,18 @@ def test_fast_decoding_keeps_the_place_of_a_turned_image(orientation: int, size:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_fast_decoding_changes_nothing_but_jpegs(format: str) -> None:
+def test_fast_decoding_affects_only_jpegs(format: str) -> None:
     data = encode(picture(size=(640, 480)), format)
     exact, fast = decode(data, PREPROCESSOR, LIMIT), decode(data, PREPROCESSOR, LIMIT, fast=True)
     assert np.array_equal(exact.pixels, fast.pixels) == (format != "JPEG")  # type: ignore[arg-type]
 
 
-def test_fast_decoding_keeps_the_message_of_a_broken_jpeg() -> None:
+def test_fast_decoding_keeps_the_error_of_a_broken_jpeg() -> None:
     data = encode(picture(size=(640, 480)), "JPEG")[:-2000]
     assert decode(data, PREPROCESSOR, LIMIT, fast=True) == decode(data, PREPROCESSOR, LIMIT)
 
 
-def test_a_photograph_with_a_second_picture_is_its_first() -> None:
+def test_first_picture_of_a_multi_picture_file_is_decoded() -> None:
     data = encode(picture(), "MPO", save_all=True, append_images=[picture().rotate(180)])
     assert_decodes_to(data, by_transformers(data))
 
@@ -302,7 +302,7 @@ def exif(orientation: object) -> Image.Exif:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_as_by_pillow(orientation: int, format: str) -> None:
+def test_orientation_is_applied_as_in_pillow(orientation: int, format: str) -> None:
     data = encode(picture(), format, exif=exif(orientation))
     expected = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
     assert expected.size == ((40, 56) if orientation >= 5 else (56, 40))
@@ -310,7 +310,7 @@ def test_orientation_is_applied_as_by_pillow(orientation: int, format: str) -> N
 
 
 @pytest.mark.parametrize("mode", ["P", "LA", "I;16"])
-def test_an_image_that_is_not_rgb_is_turned_too(mode: str) -> None:
+def test_image_that_is_not_rgb_is_turned_upright(mode: str) -> None:
     image = Image.fromarray(GRAY16) if mode == "I;16" else picture(mode)
     data = encode(image, "PNG", exif=exif(6))
     upright = decoded(encode(image.transpose(Image.Transpose.ROTATE_270), "PNG"))
@@ -319,7 +319,7 @@ def test_an_image_that_is_not_rgb_is_turned_too(mode: str) -> None:
     np.testing.assert_array_equal(turned.pixels, upright.pixels)
 
 
-def test_orientation_behind_the_pixels_of_a_png_counts() -> None:
+def test_orientation_after_the_pixels_of_a_png_is_applied() -> None:
     data = encode(picture(), "PNG", exif=exif(6))
     start = data.index(b"eXIf") - 4
     end = start + 12 + int.from_bytes(data[start : start + 4])
@@ -330,7 +330,7 @@ def test_orientation_behind_the_pixels_of_a_png_counts() -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_unknown_orientation_is_none(orientation: int) -> None:
+def test_unknown_orientation_is_ignored(orientation: int) -> None:
     assert_decodes_to(encode(picture(), "PNG", exif=exif(orientation)), picture())
 
 
@@ -346,7 +346,7 @@ def test_an_unknown_orientation_is_none(orientation: int) -> None:
     ],
 )
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_damaged_exif_is_no_error(damaged: bytes, format: str) -> None:
+def test_damaged_exif_is_ignored(damaged: bytes, format: str) -> None:
     result = decoded(encode(picture(), format, exif=damaged))
     np.testing.assert_array_equal(result.pixels, decoded(encode(picture(), format)).pixels)
 
@@ -360,7 +360,7 @@ def too_large(size: str, limit: int) -> str:
     )
 
 
-def test_an_image_of_exactly_the_limit_is_decoded_and_one_pixel_more_refused() -> None:
+def test_image_at_the_pixel_limit_is_decoded_and_one_above_is_an_error() -> None:
     data = encode(picture(), "PNG")
     assert decoded(data, 56 * 40).error is None
     result = decoded(data, 56 * 40 - 1)
@@ -384,7 +384,7 @@ def claim(format: str, width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
-def test_a_decompression_bomb_is_found_in_its_header(format: str) -> None:
+def test_decompression_bomb_is_detected_in_the_header(format: str) -> None:
     data = claim(format, 60000, 60000)
     assert len(data) < 10_000
     result = decoded(data, 200_000_000)
@@ -398,14 +398,14 @@ def animated_webp(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-def test_a_webp_with_a_huge_canvas_is_an_error() -> None:
+def test_webp_with_a_huge_canvas_is_an_error() -> None:
     refused = decoded(animated_webp(12000, 12000), 100_000_000)
     assert refused == (None, 12000, 12000, too_large("12000 x 12000", 100_000_000))
     # Beyond Pillow's own limit, which it checks before it tells the size.
     assert "WebP: DecompressionBombError" in decoded(animated_webp(60000, 60000)).error
 
 
-def test_a_limit_above_the_one_of_pillow_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_above_the_limit_of_pillow_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     data = encode(picture(), "PNG")
     with pytest.raises(PIL.Image.DecompressionBombError):
@@ -415,7 +415,7 @@ def test_a_limit_above_the_one_of_pillow_is_the_one_that_counts(monkeypatch: pyt
 
 @pytest.mark.parametrize("size", [32, 384])
 @pytest.mark.parametrize("upright", [True, False])
-def test_the_longest_line_is_decoded_and_a_longer_one_refused(size: int, upright: bool) -> None:
+def test_longest_allowed_side_is_decoded_and_a_longer_one_is_an_error(size: int, upright: bool) -> None:
     preprocessor = Preprocessor.from_dict({"size": size}, "test")
     for length, error in ((MAX_SIDE, None), (MAX_SIDE + 1, f", with a side longer than {MAX_SIDE} pixels")):
         width, height = (1, length) if upright else (length, 1)
@@ -437,7 +437,7 @@ def profile_bomb() -> bytes:
 
 
 @pytest.mark.parametrize("make", [text_bomb, profile_bomb])
-def test_a_bomb_in_the_metadata_is_an_error(make: Callable[[], bytes]) -> None:
+def test_decompression_bomb_in_metadata_is_an_error(make: Callable[[], bytes]) -> None:
     assert decoded(make()).error == (
         "cannot decode: PNG: Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"
     )
@@ -446,7 +446,7 @@ def test_a_bomb_in_the_metadata_is_an_error(make: Callable[[], bytes]) -> None:
 # --- what is bad -----------------------------------------------------------------------------------
 
 
-def test_nothing_at_all_is_an_error() -> None:
+def test_empty_image_is_an_error() -> None:
     assert decoded(b"") == (None, None, None, "empty image: the file has no bytes")
 
 
@@ -462,7 +462,7 @@ def test_nothing_at_all_is_an_error() -> None:
         encode(picture(), "ICO"),
     ],
 )
-def test_what_is_no_image_says_how_it_starts(data: bytes) -> None:
+def test_error_of_an_unknown_format_has_the_first_bytes(data: bytes) -> None:
     formats = "JPEG, PNG, WebP, GIF, BMP, TIFF"
     assert decoded(data) == (
         None,
@@ -490,7 +490,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_truncated_image_is_an_error(name: str) -> None:
+def test_truncated_image_is_an_error(name: str) -> None:
     data = SAMPLES[name]
     for end in sorted({*range(1, 40), *range(40, len(data) - 1, max(1, len(data) // 200))}):
         result = decoded(data[:end])
@@ -499,13 +499,13 @@ def test_a_truncated_image_is_an_error(name: str) -> None:
             assert result.error is not None, f"{end} of {len(data)} bytes"
 
 
-def test_an_error_tells_the_size_where_the_header_does() -> None:
+def test_error_keeps_the_size_from_the_header() -> None:
     result = decoded(encode(picture(size=(400, 300)), "JPEG")[:-500])
     assert result[:3] == (None, 400, 300)
     assert "cannot decode: JPEG: image file is truncated" in result.error
 
 
-def test_memory_addresses_and_line_breaks_stay_out_of_errors() -> None:
+def test_errors_contain_no_memory_addresses_or_line_breaks() -> None:
     assert (
         single_line("no <io.BytesIO object at 0x7fd11f2bafc0>\n\tread\0")
         == r"no <io.BytesIO object> read\x00"
@@ -514,7 +514,7 @@ def test_memory_addresses_and_line_breaks_stay_out_of_errors() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_damaged_bytes_never_raise_and_always_say_the_same(name: str) -> None:
+def test_damaged_bytes_never_raise_and_give_the_same_error(name: str) -> None:
     chance = random.Random(name)
     for _ in range(150):
         data = bytearray(SAMPLES[name])
@@ -529,13 +529,13 @@ def test_damaged_bytes_never_raise_and_always_say_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_random_bytes_behind_a_good_start_never_raise(name: str) -> None:
+def test_random_bytes_after_a_valid_start_never_raise(name: str) -> None:
     chance = random.Random(name)
     for length in range(0, 300, 3):
         decoded(SAMPLES[name][: chance.choice([4, 12, 30])] + chance.randbytes(length))
 
 
-def test_another_process_says_the_same_and_prints_nothing() -> None:
+def test_another_process_gives_the_same_errors_and_prints_nothing() -> None:
     bad = [data[: len(data) // 2] for name, data in SAMPLES.items() if name != "TIFF JPEG"]
     bad += [b"", b"\0\xff", text_bomb(), animated_webp(60000, 60000)]
     bad += [encode(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12")]
@@ -559,7 +559,7 @@ def test_another_process_says_the_same_and_prints_nothing() -> None:
 # --- chunks ----------------------------------------------------------------------------------------
 
 
-def test_a_chunk_keeps_its_samples_in_order_and_its_errors() -> None:
+def test_chunk_keeps_its_order_and_its_errors() -> None:
     good = [encode(picture(size=size), "PNG") for size in ((56, 40), (40, 40))]
     samples = pa.table(
         {
@@ -582,7 +582,7 @@ def test_a_chunk_keeps_its_samples_in_order_and_its_errors() -> None:
     assert result["error"] == [None, decoded(b"\0").error, "no image", None]
 
 
-def test_a_chunk_without_a_good_image_has_no_pixels() -> None:
+def test_chunk_without_valid_images_has_no_pixels() -> None:
     samples = pa.table(
         {
             "key": ["a"],
@@ -596,7 +596,7 @@ def test_a_chunk_without_a_good_image_has_no_pixels() -> None:
     assert chunk.pixels.shape == (0, 32, 32, 3)
 
 
-def test_pillow_warnings_are_hidden_while_decoding_only() -> None:
+def test_pillow_warnings_are_hidden_only_while_decoding() -> None:
     stream = io.BytesIO()
     picture().save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
     data = stream.getvalue()

@@ -134,14 +134,14 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_plain_jpeg_is_decoded_on_the_device(name: str) -> None:
+def test_plain_jpeg_is_decoded_on_the_device(name: str) -> None:
     decoder = make_decoder()
     assert_as_on_the_cpu(decoder(chunk_of([PLAIN[name]])), [PLAIN[name]])
     assert (decoder.on_device, decoder.on_cpu) == (1, 0)
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_anything_else_is_left_to_the_cpu(name: str) -> None:
+def test_other_images_are_decoded_on_the_cpu(name: str) -> None:
     decode_jpegs = PillowJpegs()
     decoder = make_decoder(decode_jpegs)
     assert_as_on_the_cpu(decoder(chunk_of([UNUSUAL[name]])), [UNUSUAL[name]])
@@ -149,7 +149,7 @@ def test_anything_else_is_left_to_the_cpu(name: str) -> None:
     assert decode_jpegs.batches == []
 
 
-def test_a_chunk_keeps_its_order_and_its_errors() -> None:
+def test_chunk_keeps_its_order_and_its_errors() -> None:
     images: list[bytes | None] = [*PLAIN.values(), None, *UNUSUAL.values(), without_tables()]
     random.Random(0).shuffle(images)
     decoder = make_decoder()
@@ -158,11 +158,11 @@ def test_a_chunk_keeps_its_order_and_its_errors() -> None:
 
 
 @pytest.mark.parametrize("images", [[], [None], [b"\0"]])
-def test_a_chunk_without_a_good_image_has_no_pixels(images: list[bytes | None]) -> None:
+def test_chunk_without_valid_images_has_no_pixels(images: list[bytes | None]) -> None:
     assert_as_on_the_cpu(make_decoder()(chunk_of(images)), images)
 
 
-def test_an_image_of_exactly_the_limit_is_decoded_and_one_pixel_more_refused() -> None:
+def test_image_at_the_pixel_limit_is_decoded_and_one_above_is_an_error() -> None:
     decoder = make_decoder(max_pixels=56 * 40)
     assert_as_on_the_cpu(decoder(chunk_of([jpeg()])), [jpeg()], 56 * 40)
     images = [jpeg((57, 40)), jpeg()]
@@ -171,7 +171,7 @@ def test_an_image_of_exactly_the_limit_is_decoded_and_one_pixel_more_refused() -
 
 
 @pytest.mark.parametrize("bad", [[0], [8], [3, 4], [0, 2, 5, 7], [*range(9)]])
-def test_corrupt_images_do_not_cost_the_others_of_their_batch(bad: list[int]) -> None:
+def test_corrupt_image_does_not_affect_its_batch(bad: list[int]) -> None:
     images = [without_tables() if row in bad else jpeg((50 + row, 60)) for row in range(9)]
     decoder = make_decoder()
     done = decoder(chunk_of(images))
@@ -180,7 +180,7 @@ def test_corrupt_images_do_not_cost_the_others_of_their_batch(bad: list[int]) ->
     assert (decoder.on_device, decoder.on_cpu) == (9 - len(bad), len(bad))
 
 
-def test_what_only_the_device_fails_for_is_decoded_on_the_cpu() -> None:
+def test_image_that_fails_on_the_device_is_decoded_on_the_cpu() -> None:
     def refuse(files: list[bytes]) -> list[Tensor]:
         raise RuntimeError("Failed to decode jpeg stream: 5")
 
@@ -189,14 +189,14 @@ def test_what_only_the_device_fails_for_is_decoded_on_the_cpu() -> None:
     assert (decoder.on_device, decoder.on_cpu) == (0, len(PLAIN))
 
 
-def test_an_image_of_another_size_than_its_header_says_is_decoded_on_the_cpu() -> None:
+def test_image_whose_size_differs_from_its_header_is_decoded_on_the_cpu() -> None:
     images = [jpeg(), jpeg((40, 40))]
     decoder = make_decoder(lambda files: [torch.zeros((3, 40, 40), dtype=torch.uint8) for _ in files])
     decoder(chunk_of(images))
     assert (decoder.on_device, decoder.on_cpu) == (1, 1)
 
 
-def test_a_resize_that_fails_costs_its_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_resize_affects_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [jpeg((50 + row, 60)) for row in range(9)]
     decode_jpegs = PillowJpegs()
     decoder = make_decoder(decode_jpegs)
@@ -213,7 +213,7 @@ def test_a_resize_that_fails_costs_its_image_only(monkeypatch: pytest.MonkeyPatc
     assert (decoder.on_device, decoder.on_cpu) == (8, 1)
 
 
-def test_where_the_driver_has_no_memory_pytorch_gives_its_own_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_frees_cached_memory_when_the_driver_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """nvJPEG asks the driver, and its errors don't say what was missing."""
     free: list[bool] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(True))
@@ -229,7 +229,7 @@ def test_where_the_driver_has_no_memory_pytorch_gives_its_own_back(monkeypatch: 
     assert (decoder.on_device, decoder.on_cpu, len(free)) == (8, 0, 1)
 
 
-def test_without_memory_for_its_pixels_a_chunk_is_decoded_on_the_cpu(
+def test_chunk_without_device_memory_is_decoded_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> Tensor:
@@ -245,7 +245,7 @@ def test_without_memory_for_its_pixels_a_chunk_is_decoded_on_the_cpu(
     assert "the GPU is out of memory" in caplog.text
 
 
-def test_a_device_out_of_memory_gets_smaller_batches() -> None:
+def test_device_out_of_memory_gets_smaller_batches() -> None:
     class ShortOfMemory(PillowJpegs):
         def __call__(self, files: list[bytes]) -> list[Tensor]:
             if len(files) > 2:
@@ -260,7 +260,7 @@ def test_a_device_out_of_memory_gets_smaller_batches() -> None:
     assert (decoder.on_device, decoder.on_cpu) == (8, 0)
 
 
-def test_batches_are_bounded_by_their_pixels() -> None:
+def test_batches_are_limited_by_their_pixels() -> None:
     sizes = [(50, 50), (50, 50), (10, 10), (100, 50), (10, 10), (101, 50)]
     images = [jpeg(size) for size in sizes]
     decode_jpegs = PillowJpegs()
@@ -270,7 +270,7 @@ def test_batches_are_bounded_by_their_pixels() -> None:
     assert (decoder.on_device, decoder.on_cpu) == (5, 1)
 
 
-def test_results_do_not_depend_on_the_company_of_an_image() -> None:
+def test_results_do_not_depend_on_the_batch() -> None:
     images = [*PLAIN.values(), *UNUSUAL.values()]
     together = make_decoder()(chunk_of(images))
     alone = [make_decoder()(chunk_of([image])).pixels for image in images]
@@ -299,7 +299,7 @@ def test_the_cpu_decodes_while_the_device_does() -> None:
     assert decoder.on_device == 1
 
 
-def test_two_chunks_may_be_decoded_at_once() -> None:
+def test_two_chunks_can_be_decoded_concurrently() -> None:
     decoder = make_decoder()
     groups = [[*PLAIN.values()], [*UNUSUAL.values()], [*PLAIN.values()][::-1], [*UNUSUAL.values()][::-1]]
     with ThreadPoolExecutor(4) as pool:
@@ -321,7 +321,7 @@ def test_damaged_headers_never_raise(name: str) -> None:
         parse_plain_jpeg(0, bytes(data[: chance.randrange(len(data))]) + b"\xff\xd9", LIMIT)
 
 
-def test_without_torchvision_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchvision_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
@@ -345,14 +345,14 @@ def stand_in_for_torchvision(monkeypatch: pytest.MonkeyPatch, decode: Any) -> No
     monkeypatch.setattr(torch.cuda, "synchronize", MagicMock())
 
 
-def test_torchvision_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_is_called_with_valid_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_torchvision(monkeypatch, PillowJpegs())
     decoder, images = Counting(PREPROCESSOR, LIMIT, "cpu"), [*PLAIN.values(), without_tables()]
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
     assert decoder.on_device == len(PLAIN)
 
 
-def test_a_torchvision_without_nvjpeg_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_without_nvjpeg_is_rejected_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(files: list[bytes]) -> list[Tensor]:
         raise RuntimeError("torchvision not compiled with nvJPEG support")
 
@@ -362,7 +362,7 @@ def test_a_torchvision_without_nvjpeg_is_refused_at_once(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("place", "left"), [(0, 0), (7, 0), (11, 255)])
-def test_a_decoder_that_leaves_out_an_image_is_refused(
+def test_decoder_that_skips_an_image_is_rejected(
     monkeypatch: pytest.MonkeyPatch, place: int, left: int
 ) -> None:
     def decode(files: list[bytes]) -> list[Tensor]:
@@ -377,7 +377,7 @@ def test_a_decoder_that_leaves_out_an_image_is_refused(
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 
-def test_photographs_are_plain_and_come_out_alike(photographs: list[tuple[str, bytes, int]]) -> None:
+def test_photographs_are_plain_and_decoded_alike(photographs: list[tuple[str, bytes, int]]) -> None:
     preprocessor = Preprocessor.from_dict({"size": 224}, "test")
     images = [data for _, data, _ in photographs[:60]]
     decoder = Counting(preprocessor, 10**8, "cpu", PillowJpegs())

@@ -181,7 +181,7 @@ def other(labelled: set[Access], root: str, s3_server: LocalS3) -> str:
     return label(config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")).job.partition.uri
 
 
-def test_labelling_needs_what_its_policy_allows_and_nothing_else(labelled: set[Access], root: str) -> None:
+def test_labeling_requests_exactly_what_its_policy_allows(labelled: set[Access], root: str) -> None:
     check(policy("label", root), labelled)
     assert {
         needed.action for needed in labelled if needed.resource.startswith(f"arn:aws:s3:::{root}images/")
@@ -189,7 +189,7 @@ def test_labelling_needs_what_its_policy_allows_and_nothing_else(labelled: set[A
 
 
 @pytest.mark.parametrize("action", ["s3:DeleteObject", "s3:PutObject", "s3:ListBucket"])
-def test_a_policy_that_lacks_an_action_or_has_one_too_many_is_noticed(
+def test_missing_or_extra_action_in_a_policy_is_detected(
     labelled: set[Access], root: str, action: str
 ) -> None:
     lacking = copy.deepcopy(policy("label", root))
@@ -204,9 +204,7 @@ def test_a_policy_that_lacks_an_action_or_has_one_too_many_is_noticed(
         check(generous, labelled)
 
 
-def test_that_an_object_is_missing_is_told_where_the_whole_bucket_may_be_listed(
-    labelled: set[Access], root: str
-) -> None:
+def test_missing_object_is_reported_if_the_bucket_may_be_listed(labelled: set[Access], root: str) -> None:
     missing = Access("s3:ListBucket", f"arn:aws:s3:::{root}labels")
     assert missing in labelled
     with pytest.raises(AssertionError, match=r"not allowed: .*images"):
@@ -229,7 +227,7 @@ def job(root: str, tmp_path: Path) -> Path:
     return path
 
 
-def test_planning_and_statistics_need_what_their_policy_allows(
+def test_planning_and_statistics_request_what_their_policy_allows(
     labelled: set[Access], root: str, s3_server: LocalS3, job: Path
 ) -> None:
     def look(endpoint: str) -> None:
@@ -240,7 +238,7 @@ def test_planning_and_statistics_need_what_their_policy_allows(
     check(policy("plan", root), asked(s3_server, look))
 
 
-def test_a_reader_of_labels_needs_what_its_policy_allows(
+def test_reader_of_labels_requests_what_its_policy_allows(
     labelled: set[Access], root: str, s3_server: LocalS3
 ) -> None:
     partition = make_job(config(root, s3_server.endpoint_url)).partition.uri.removeprefix("s3://")
@@ -252,14 +250,14 @@ def test_a_reader_of_labels_needs_what_its_policy_allows(
     check(policy("read", root), asked(s3_server, read))
 
 
-def test_a_model_in_a_bucket_needs_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
+def test_model_in_a_bucket_requests_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
     def load(endpoint: str) -> None:
         make_job(config(root, endpoint, f"model.path=s3://{root}models/cvt-13"))
 
     check(policy("model", root), asked(s3_server, load))
 
 
-def test_publishing_needs_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
+def test_publishing_requests_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
     """Three increments, and then nothing new."""
     deltalake = pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     dataset = Dataset(f"s3://{root}images", table=f"s3://{root}tables/table")
@@ -281,7 +279,7 @@ def test_publishing_needs_what_its_policy_allows(root: str, s3_server: LocalS3) 
     check(policy("publish", root), found)
 
 
-def test_a_comparison_needs_what_its_policy_allows(
+def test_comparison_requests_what_its_policy_allows(
     labelled: set[Access], other: str, root: str, s3_server: LocalS3
 ) -> None:
     storage, job = Storage(endpoint_url=s3_server.endpoint_url), config(root, s3_server.endpoint_url)
@@ -302,7 +300,7 @@ def test_a_comparison_needs_what_its_policy_allows(
     assert extra == {Access("s3:PutObject", f"arn:aws:s3:::{written.removeprefix('s3://')}")}
 
 
-def test_a_report_needs_what_its_policy_allows(
+def test_report_requests_what_its_policy_allows(
     labelled: set[Access], other: str, root: str, s3_server: LocalS3
 ) -> None:
     uri = make_job(config(root, s3_server.endpoint_url)).partition.uri
@@ -314,7 +312,7 @@ def test_a_report_needs_what_its_policy_allows(
     check(policy("report", root), asked(s3_server, make))
 
 
-def test_a_schedule_needs_what_its_policy_allows(root: str, s3_server: LocalS3, tmp_path: Path) -> None:
+def test_schedule_requests_what_its_policy_allows(root: str, s3_server: LocalS3, tmp_path: Path) -> None:
     """The first poll of a dataset; a claimed scheduled time without a cluster; the states."""
     path = tmp_path / "schedule.yaml"
     values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})

@@ -48,7 +48,7 @@ def record(result: RunResult) -> dict[str, object]:
     return dict(json.loads(Storage().read(uri)))
 
 
-def test_a_run_like_the_one_before_passes_and_another_breaks_the_limit(tmp_path: Path) -> None:
+def test_similar_run_passes_the_gate_and_a_drifted_run_breaks_it(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER, BAG)
     first = judged(tmp_path)
     assert first.broken_limits == record(first)["broken_limits"] == []
@@ -69,7 +69,7 @@ def test_a_run_like_the_one_before_passes_and_another_breaks_the_limit(tmp_path:
     assert drift["a"] == f"{third.job.partition.uri}@{second.run}"
 
 
-def test_the_answer_stays_until_there_is_something_new_or_the_limit_is_another(tmp_path: Path) -> None:
+def test_gate_result_stays_until_labels_or_limits_change(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
     judged(tmp_path)
     write(tmp_path, "1.tar", BAG)
@@ -82,7 +82,7 @@ def test_the_answer_stays_until_there_is_something_new_or_the_limit_is_another(t
     assert judged(tmp_path).broken_limits == []
 
 
-def test_what_has_nothing_before_it_or_is_too_small_is_not_judged(tmp_path: Path) -> None:
+def test_first_run_and_small_run_are_not_gated(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
     judged(tmp_path)
     write(tmp_path, "1.tar", BAG)
@@ -91,7 +91,7 @@ def test_what_has_nothing_before_it_or_is_too_small_is_not_judged(tmp_path: Path
     assert judged(tmp_path, relabel=True).broken_limits == []  # no label of an earlier run stands
 
 
-def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: Path) -> None:
+def test_command_ends_with_7_even_with_unreadable_shards(tmp_path: Path) -> None:
     def cvt_label(*arguments: str) -> Result:
         app = make_app()
         app.command()(label_command.label)
@@ -111,7 +111,7 @@ def test_the_command_ends_with_7_also_where_shards_could_not_be_read(tmp_path: P
     assert cvt_label("--set=gate.max_js=null").exit_code == 3
 
 
-def test_with_one_run_alone_compare_has_nothing_to_compare_and_passes(tmp_path: Path) -> None:
+def test_compare_passes_with_a_single_run(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
     uri = judged(tmp_path).job.partition.uri
     app = make_app()
@@ -121,7 +121,7 @@ def test_with_one_run_alone_compare_has_nothing_to_compare_and_passes(tmp_path: 
     assert "nothing is compared" in done.stderr
 
 
-def test_limits_hold_the_totals_of_a_comparison() -> None:
+def test_limits_apply_to_the_totals_of_a_comparison() -> None:
     totals = {
         "images_a": 100, "images_b": 50, "psi": 0.3, "js_distance": 0.2, "score_psi": 0.1, "agreement": 0.8,
     }  # fmt: skip
@@ -138,7 +138,7 @@ def test_limits_hold_the_totals_of_a_comparison() -> None:
     assert ComparisonLimits(0.1).violations(totals | {"psi": float("nan")}) != []
 
 
-def test_datasets_that_share_an_output_are_each_compared_with_themselves(tmp_path: Path) -> None:
+def test_datasets_in_one_output_are_gated_separately(tmp_path: Path) -> None:
     def labelled(name: str) -> RunResult:
         settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", *IN_PROCESS]
         return label(load_config(Config, None, [*settings, "gate.max_psi=1"]))
@@ -157,7 +157,7 @@ def test_datasets_that_share_an_output_are_each_compared_with_themselves(tmp_pat
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
-def test_a_run_that_did_not_end_counts_with_the_one_that_does_the_rest(tmp_path: Path, status: str) -> None:
+def test_interrupted_run_is_gated_together_with_its_resumption(tmp_path: Path, status: str) -> None:
     """So a night that has drifted doesn't pass for being like its own first half."""
     write(tmp_path, "0.tar", TROUSER)
     judged(tmp_path)

@@ -98,7 +98,7 @@ def formats(ray_local: None, s3_server: LocalS3, samples: list[Sample]) -> tuple
     return label(job, on_progress=lambda progress, plan: seen.append(progress)), seen
 
 
-def test_every_format_is_labelled_whole(formats: tuple[RunResult, list[Progress]]) -> None:
+def test_every_format_is_labeled_completely(formats: tuple[RunResult, list[Progress]]) -> None:
     result, _ = formats
     rows = rows_of(result)
     assert len(rows) == 100
@@ -109,7 +109,7 @@ def test_every_format_is_labelled_whole(formats: tuple[RunResult, list[Progress]
     assert result.plan.ignored.total() == 2
 
 
-def test_labels_equal_those_of_transformers_own_model_and_processor(
+def test_labels_equal_those_of_transformers(
     formats: tuple[RunResult, list[Progress]], samples: list[Sample]
 ) -> None:
     from transformers import ConvNextImageProcessorPil
@@ -136,7 +136,7 @@ def test_labels_equal_those_of_transformers_own_model_and_processor(
         assert row["target_id"] == (None if i >= 80 else target)
 
 
-def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Progress]]) -> None:
+def test_statistics_cover_all_rows(formats: tuple[RunResult, list[Progress]]) -> None:
     result, _ = formats
     partition = result.job.partition
     written = pq.read_table(io.BytesIO(partition.storage.read(f"{partition.uri}/class_stats.parquet")))
@@ -150,7 +150,7 @@ def test_the_statistics_are_those_of_all_rows(formats: tuple[RunResult, list[Pro
     assert hits > 0.8  # the checkpoint is a real one
 
 
-def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, list[Progress]]) -> None:
+def test_manifest_record_and_report_describe_the_run(formats: tuple[RunResult, list[Progress]]) -> None:
     result, _ = formats
     partition, storage = result.job.partition, result.job.partition.storage
     manifest = pq.read_table(io.BytesIO(storage.read(partition.manifest.uri))).to_pylist()
@@ -185,15 +185,13 @@ def test_manifest_record_and_report_say_what_was_done(formats: tuple[RunResult, 
     assert "T-shirt/top" in report
 
 
-def test_progress_counts_up_to_everything(formats: tuple[RunResult, list[Progress]]) -> None:
+def test_progress_ends_at_the_totals(formats: tuple[RunResult, list[Progress]]) -> None:
     result, seen = formats
     assert [p.images for p in seen] == sorted(p.images for p in seen)
     assert (seen[-1].images, seen[-1].shards) == (100, len(result.plan.shards))
 
 
-def test_secrets_are_nowhere_in_what_is_written(
-    formats: tuple[RunResult, list[Progress]], s3_server: LocalS3
-) -> None:
+def test_output_contains_no_secrets(formats: tuple[RunResult, list[Progress]], s3_server: LocalS3) -> None:
     partition = formats[0].job.partition
     for info in partition.storage.list(partition.uri):
         data = partition.storage.read(info.uri)
@@ -201,7 +199,7 @@ def test_secrets_are_nowhere_in_what_is_written(
         assert s3_server.access_key.encode() not in data
 
 
-def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelled(
+def test_bad_samples_are_error_rows_and_all_others_are_labeled(
     bucket: str, storage: Storage, samples: list[Sample]
 ) -> None:
     png, jpeg = samples[0][1], make_image(1, (640, 480))
@@ -252,7 +250,7 @@ def test_bad_members_are_error_rows_and_every_good_sample_beside_them_is_labelle
     assert "dimensions too large: N x N pixels, more than the limit of N" in report
 
 
-def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
+def test_unreadable_shard_is_reported_and_the_others_are_labeled(
     bucket: str, storage: Storage, samples: list[Sample]
 ) -> None:
     whole = make_tar(wds(samples[:30]))
@@ -274,7 +272,7 @@ def test_a_shard_that_cannot_be_read_is_reported_and_the_others_are_labelled(
     assert not result.is_complete
 
 
-def test_labelling_anew_writes_the_same_bytes(bucket: str, storage: Storage, samples: list[Sample]) -> None:
+def test_relabeling_writes_the_same_bytes(bucket: str, storage: Storage, samples: list[Sample]) -> None:
     for i in range(3):
         storage.write(f"{bucket}/in/{i}.tar", make_tar(wds(samples[i * 30 : i * 30 + 30])))
 
@@ -293,7 +291,7 @@ def test_labelling_anew_writes_the_same_bytes(bucket: str, storage: Storage, sam
     assert predictions(again) == first
 
 
-def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
+def test_output_inside_the_input_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output\.uri: .* is inside the input"):
         plan_run(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
 
@@ -314,9 +312,7 @@ def _gray16() -> bytes:
     return out.getvalue()
 
 
-def test_nothing_is_called_done_before_it_is_written(
-    bucket: str, storage: Storage, samples: list[Sample]
-) -> None:
+def test_progress_counts_only_written_shards(bucket: str, storage: Storage, samples: list[Sample]) -> None:
     """At every step that a run shows, the shards it calls done lie whole in the output."""
     for i in range(4):
         storage.write(f"{bucket}/in/{i}.tar", make_tar(wds(samples[i * 20 : i * 20 + 20])))

@@ -33,7 +33,7 @@ def fingerprint(*overrides: str) -> str:
         "input.labels=false",
     ],
 )
-def test_what_decides_a_row_makes_another_partition(override: str) -> None:
+def test_options_that_affect_labels_change_the_partition(override: str) -> None:
     assert fingerprint(override) != fingerprint()
 
 
@@ -50,15 +50,15 @@ def test_what_decides_a_row_makes_another_partition(override: str) -> None:
         "ray.backpressure_ratio=9",
     ],
 )
-def test_how_the_work_is_spread_does_not(override: str) -> None:
+def test_options_of_execution_keep_the_partition(override: str) -> None:
     assert fingerprint(override) == fingerprint()
 
 
-def test_a_gpu_decodes_alike_by_name_and_by_choice() -> None:
+def test_automatic_gpu_decoding_keeps_the_partition_of_gpu_decoding() -> None:
     assert fingerprint("decode.device=auto") == fingerprint("decode.device=gpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_without_torchvision_a_gpu_decoder_is_refused_with_what_to_install(tmp_path: Path) -> None:
+def test_gpu_decoding_without_torchvision_names_the_package(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
         label(config("decode.device=auto", f"output.uri={tmp_path}"))

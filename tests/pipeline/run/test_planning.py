@@ -19,7 +19,7 @@ LABELED = {"output": "predictions/x.parquet", "output_version": "etag", "errors"
 
 
 def listing(objects: Mapping[str, str], format: Any = None) -> ShardListing:
-    """A listing of objects of these versions."""
+    """A listing of objects with these versions."""
     infos = (ObjectInfo(f"{ROOT}/{name}", 10, version) for name, version in sorted(objects.items()))
     return ShardListing(infos, ROOT, format)
 
@@ -44,7 +44,7 @@ FAILED_LATER = row("a.tar", error="cut", failed_version="v2")
 
 @dataclass(frozen=True)
 class Case:
-    """One shard `a.tar`, its manifest row, and what becomes of it."""
+    """One shard `a.tar`, its manifest row, and the expected plan."""
 
     listed: str | None  # version
     known: ManifestRow | None
@@ -61,7 +61,7 @@ CASES = {
     "done, relabel": Case(
         "v1", row("a.tar"), ShardState.DONE, True, Selection(relabel=True), {"reprocessed": 1}
     ),
-    "done, retry of no errors": Case(
+    "done, retry without errors": Case(
         "v1", row("a.tar"), ShardState.DONE, False, Selection(retry_errors=True)
     ),
     "error rows": Case("v1", row("a.tar", errors=3), ShardState.DONE, False),
@@ -73,26 +73,26 @@ CASES = {
         "v1", FAILED, ShardState.FAILED, True, Selection(retry_errors=True), {"reprocessed": 1}
     ),
     "unreadable, changed since": Case("v2", FAILED, ShardState.CHANGED, True),
-    "unreadable by the storage's fault": Case("v1", row("a.tar", None, error="cut"), ShardState.NEW, True),
+    "unreadable because of the storage": Case("v1", row("a.tar", None, error="cut"), ShardState.NEW, True),
     "unreadable as another format": Case("v1", replace(FAILED, format="parquet"), ShardState.NEW, True),
     "labeled, unreadable since": Case(
         "v2", FAILED_LATER, ShardState.FAILED, False, expected={"skipped_failures": 1}
     ),
-    "labeled, unreadable, and back": Case(
+    "labeled, unreadable, then recovered": Case(
         "v1", FAILED_LATER, ShardState.DONE, False, expected={"recovered": ["s3://b/in/a.tar"]}
     ),
     "labeled, unreadable again": Case(
         "v1", row("a.tar", error="cut", failed_version="v1"), ShardState.DONE, False
     ),
     "deleted": Case(None, row("a.tar"), ShardState.DELETED, False),
-    "gone, and back": Case(
+    "deleted, then reappeared": Case(
         "v1", row("a.tar", deleted=True), ShardState.DONE, False, expected={"reappeared": ["s3://b/in/a.tar"]}
     ),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_shard_is_planned_by_its_row(case: Case) -> None:
+def test_manifest_row_determines_the_plan_of_a_shard(case: Case) -> None:
     known = manifest(*[case.known] * (case.known is not None))
     objects = {} if case.listed is None else {"a.tar": case.listed}
     found = plan(listing(objects), known, case.selection)
@@ -105,7 +105,7 @@ def test_a_shard_is_planned_by_its_row(case: Case) -> None:
     assert names(found.deleted) == ["a.tar"] * (case.state is ShardState.DELETED)
 
 
-def test_deleted_shards_are_pruned_only_when_asked() -> None:
+def test_deleted_shards_are_pruned_only_if_selected() -> None:
     known = manifest(row("a.tar"), row("b.tar"), row("c.tar", None, error="cut", failed_version="v1"))
     kept = plan(listing({"a.tar": "v1"}), known, LABEL_NEW)
     pruned = plan(listing({"a.tar": "v1"}), known, Selection(prune=True))
@@ -114,14 +114,14 @@ def test_deleted_shards_are_pruned_only_when_asked() -> None:
     assert pruned.to_prune == {f"{ROOT}/b.tar"}
 
 
-def test_only_the_listed_input_and_format_can_be_gone() -> None:
+def test_only_shards_of_the_listed_input_and_format_can_be_deleted() -> None:
     elsewhere = ManifestRow("s3://b/in2/x.tar", "v1", "webdataset", **LABELED)
     known = manifest(elsewhere, row("y.parquet", format="parquet"), row("z.tar"))
     assert names(plan(listing({}, "webdataset"), known, LABEL_NEW).deleted) == ["z.tar"]
     assert names(plan(listing({}), known, LABEL_NEW).deleted) == ["y.parquet", "z.tar"]
 
 
-def test_ignored_objects_are_counted() -> None:
+def test_ignored_objects_are_counted_by_reason() -> None:
     found = plan(listing({"a.tar": "v1", "README.md": "v1", "_SUCCESS": "v1"}), {}, LABEL_NEW)
     assert (names(found.shards), found.ignored) == (
         ["a.tar"],
@@ -137,30 +137,51 @@ def labeled_groups(objects: Mapping[str, str]) -> Mapping[str, ManifestRow]:
     return manifest(*(row(names([s])[0], s.version, format="images") for s in shards))
 
 
-def test_images_to_label_are_counted_where_the_listing_counts_them() -> None:
+def test_images_to_label_are_counted_for_image_files_only() -> None:
     assert plan(listing(IMAGES), {}, LABEL_NEW).images == 4000
     assert plan(listing({**IMAGES, "a.tar": "v1"}), {}, LABEL_NEW).images is None
 
 
+def test_counts_are_in_images_for_image_files_only() -> None:
+    known = labeled_groups(IMAGES)
+    changed, *others = listing(IMAGES)
+    objects = {name: "v1" for shard in others for name in names(shard.members)}
+    objects |= dict.fromkeys(names(changed.members), "v2")
+    counts = plan(listing(objects), known, LABEL_NEW).counts
+    done = sum(len(shard.members) for shard in others)
+    assert counts.unit == "image"
+    assert +counts.states == {ShardState.CHANGED: len(changed.members), ShardState.DONE: done}
+    assert (counts.to_label, counts.reprocessed) == (len(changed.members), 0)
+    relabeled = plan(listing(objects), known, Selection(relabel=True)).counts
+    assert (relabeled.to_label, relabeled.reprocessed) == (len(objects), done)
+    mixed = plan(listing({**objects, "a.tar": "v1"}), known, LABEL_NEW).counts
+    assert (mixed.unit, mixed.to_label, mixed.states[ShardState.NEW]) == ("shard", 2, 1)
+
+
+def test_deleted_images_are_counted_from_the_manifest() -> None:
+    deleted = row("images-0000000000000000", format="images", rows=7)
+    counts = plan(listing({}), manifest(deleted), Selection(prune=True)).counts
+    assert (counts.unit, counts.states[ShardState.DELETED], counts.to_prune) == ("image", 7, 7)
+
+
 def cutting_image() -> str:
-    """An image that starts a group, so that its removal moves the group's images to the one before."""
+    """An image that starts a group; without the image, the group joins the preceding group."""
     return names([list(listing(IMAGES))[2].members[0]])[0]
 
 
-def test_a_removed_image_moves_the_others_of_its_group() -> None:
+def test_removed_image_can_move_its_group_to_the_preceding_group() -> None:
     known, cut = labeled_groups(IMAGES), cutting_image()
     found = plan(listing({name: v for name, v in IMAGES.items() if name != cut}), known, LABEL_NEW)
     assert found.states[ShardState.DELETED] == 1
     [merged] = found.shards
-    [gone] = found.deleted
+    [deleted] = found.deleted
     group_of = {member.uri: shard.uri for shard in listing(IMAGES) for member in shard.members}
-    assert find_regrouped(found.shards, {uri: group for uri, group in group_of.items() if group == gone}) == {
-        gone
-    }
+    from_deleted = {uri: group for uri, group in group_of.items() if group == deleted}
+    assert find_regrouped(found.shards, from_deleted) == {deleted}
     assert merged.uri in known
 
 
-def test_an_added_image_that_splits_a_group_shrinks_it() -> None:
+def test_added_image_can_split_its_group() -> None:
     cut = cutting_image()
     before = labeled_groups({name: v for name, v in IMAGES.items() if name != cut})
     found: Plan = plan(listing(IMAGES), before, LABEL_NEW)
@@ -169,7 +190,7 @@ def test_an_added_image_that_splits_a_group_shrinks_it() -> None:
     assert len(found.shards) == 2
 
 
-def test_an_image_in_its_own_group_regroups_nothing() -> None:
+def test_unchanged_groups_are_not_regrouped() -> None:
     shards = list(listing(IMAGES))
     group_of = {member.uri: shard.uri for shard in shards for member in shard.members}
     assert find_regrouped(shards, group_of) == set()

@@ -69,7 +69,7 @@ def record(result: RunResult) -> dict[str, Any]:
     return dict(json.loads(Storage().read(f"{partition.uri}/runs/{result.run}.json")))
 
 
-def test_a_rerun_with_nothing_new_opens_no_executor_and_touches_nothing(
+def test_rerun_without_changes_starts_no_executor_and_writes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = str(tmp_path)
@@ -88,7 +88,7 @@ def test_a_rerun_with_nothing_new_opens_no_executor_and_touches_nothing(
     assert record(again)["status"] == "complete"
 
 
-def test_an_increment_labels_only_what_is_new_or_has_changed(tmp_path: Path) -> None:
+def test_rerun_labels_only_new_and_changed_shards(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
@@ -117,7 +117,7 @@ def label_with_thumbnails(root: str) -> None:
     assert read_gallery(partition.storage, partition.uri)
 
 
-def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
+def test_gallery_is_removed_when_disabled(tmp_path: Path) -> None:
     root = str(tmp_path)
     label_with_thumbnails(root)
     write(root, "1.tar", 1)
@@ -125,7 +125,7 @@ def test_thumbnails_that_are_no_longer_asked_for_go(tmp_path: Path) -> None:
     assert files(root, "gallery") == {}
 
 
-def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_label(tmp_path: Path) -> None:
+def test_gallery_is_removed_when_disabled_without_shards_to_label(tmp_path: Path) -> None:
     root = str(tmp_path)
     label_with_thumbnails(root)
     [page] = files(root, "report.html").values()
@@ -136,7 +136,7 @@ def test_thumbnails_that_are_no_longer_asked_for_go_even_if_there_is_nothing_to_
     assert b"data:image/jpeg" not in page
 
 
-def test_what_another_run_labels_while_the_model_is_loaded_is_not_gone(
+def test_labels_of_a_run_during_model_loading_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = str(tmp_path)
@@ -156,7 +156,7 @@ def test_what_another_run_labels_while_the_model_is_loaded_is_not_gone(
     assert len(files(root)) == 2
 
 
-def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
+def test_failed_report_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any) -> str:
@@ -170,7 +170,7 @@ def test_a_report_that_cannot_be_drawn_does_not_fail_the_run(
     assert record(label(config(root)))["status"] == "complete"
 
 
-def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Path) -> None:
+def test_labels_of_a_deleted_shard_stay_until_pruned(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(2):
         write(root, f"{i}.tar", i)
@@ -198,7 +198,7 @@ def test_labels_of_a_shard_that_is_gone_stay_until_they_are_pruned(tmp_path: Pat
     assert len(files(root)) == 2
 
 
-def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path) -> None:
+def test_retry_errors_reprocesses_failed_shards_and_error_rows(tmp_path: Path) -> None:
     root = str(tmp_path)
     write(root, "good.tar", 1)
     write(root, "bad.tar", 2, bad=True)
@@ -214,7 +214,7 @@ def test_failed_shards_and_error_rows_are_tried_again_when_asked(tmp_path: Path)
     assert (fourth.totals.shards, fourth.is_complete) == (1, True)
 
 
-def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
+def test_shard_with_a_storage_failure_is_retried_by_the_next_run(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
@@ -233,7 +233,7 @@ def test_a_shard_that_storage_does_not_give_is_tried_again_by_the_next_run(
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
-def test_manifest_and_statistics_are_rebuilt_from_the_labels(
+def test_manifest_and_statistics_are_rebuilt_from_prediction_files(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
     root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
@@ -262,7 +262,7 @@ def test_manifest_and_statistics_are_rebuilt_from_the_labels(
     assert plan_run(config(root)).plan.shards == []
 
 
-def test_without_a_manifest_a_run_finds_out_what_is_labelled(tmp_path: Path) -> None:
+def test_run_without_a_manifest_finds_the_labeled_shards(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
@@ -275,7 +275,7 @@ def test_without_a_manifest_a_run_finds_out_what_is_labelled(tmp_path: Path) -> 
     assert int(again.statistics.count.sum()) == 48
 
 
-def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
+def test_second_run_is_rejected_while_another_is_active(tmp_path: Path) -> None:
     root = str(tmp_path)
     write(root, "a.tar", 1)
     refused = []
@@ -294,7 +294,7 @@ def test_a_second_run_is_refused_while_one_is_at_work(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
-def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
+def test_two_concurrent_runs_label_every_sample_exactly_once(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither knows of the other; and the input changes under the first, which is a zombie in the end."""
@@ -338,7 +338,7 @@ def test_two_runs_at_full_speed_leave_every_sample_exactly_once(
         assert storage.read(f"{partition.uri}/predictions/{uri.partition('/predictions/')[2]}") == data
 
 
-def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
+def test_run_that_loses_its_lease_ends_with_an_error(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(4):
         write(root, f"{i}.tar", i)
@@ -355,7 +355,7 @@ def test_a_run_that_loses_its_lease_ends_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, number: int) -> None:
+def test_stopped_run_finishes_open_shards(tmp_path: Path, number: int) -> None:
     root = str(tmp_path)
     for i in range(6):
         write(root, f"{i}.tar", i)
@@ -380,7 +380,7 @@ def test_a_run_that_is_told_to_stop_ends_what_it_has_begun(tmp_path: Path, numbe
     assert label(config(root)).totals.shards == 5
 
 
-def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path) -> None:
+def test_stopped_run_abandons_open_shards_after_the_grace_period(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
@@ -397,7 +397,7 @@ def test_a_run_gives_up_what_it_has_begun_when_its_grace_is_over(tmp_path: Path)
     assert label(config(root)).totals.shards == 3
 
 
-def test_storage_that_fails_now_and_then_costs_nothing_but_time(
+def test_occasional_storage_failures_are_retried(
     bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.05)
@@ -417,7 +417,7 @@ def test_storage_that_fails_now_and_then_costs_nothing_but_time(
     assert files(bucket) == disturbed
 
 
-def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifest_whole(
+def test_grown_input_keeps_the_manifest_of_each_partition_complete(
     tmp_path: Path,
 ) -> None:
     write(str(tmp_path), "a.tar", 1, count=10)
@@ -433,7 +433,7 @@ def test_another_option_is_another_partition_and_a_grown_input_keeps_the_manifes
     assert len(files(str(tmp_path), f"{grown.job.partition.uri}/predictions")) == 2
 
 
-def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_statistics(
+def test_shard_that_becomes_unreadable_keeps_its_labels(
     tmp_path: Path,
 ) -> None:
     shard = tmp_path / "in" / "a.tar"
@@ -452,7 +452,7 @@ def test_a_shard_that_cannot_be_read_again_keeps_its_labels_in_manifest_and_stat
     assert Path(second.job.partition.uri, row["output"]).is_file()
 
 
-def test_what_a_run_has_committed_before_it_fails_is_in_the_manifest(
+def test_manifest_has_the_commits_of_a_failed_run(
     tmp_path: Path,
 ) -> None:
     for i in range(3):
@@ -484,7 +484,7 @@ def image_uris(root: str) -> list[str]:
     return sorted(f"{shard.rpartition('/')[0]}/{key}" for shard, key in keys(root))
 
 
-def test_labels_of_a_group_that_a_zombie_brings_back_are_removed(tmp_path: Path) -> None:
+def test_labels_of_an_old_group_from_a_zombie_run_are_removed(tmp_path: Path) -> None:
     root = str(tmp_path)
     write_images(root, *range(30))
     first = label(config(root))
@@ -501,7 +501,7 @@ def test_labels_of_a_group_that_a_zombie_brings_back_are_removed(tmp_path: Path)
         assert len(image_uris(root)) == len(set(image_uris(root))) == 29
 
 
-def test_a_wider_input_takes_over_the_images_of_a_narrower_one_and_not_the_reverse(tmp_path: Path) -> None:
+def test_parent_folder_takes_over_image_files_of_a_subfolder(tmp_path: Path) -> None:
     root = str(tmp_path)
     write_images(root, *range(10))
     narrow = config(root, f"input.uri={root}/in/sub")
@@ -512,7 +512,7 @@ def test_a_wider_input_takes_over_the_images_of_a_narrower_one_and_not_the_rever
         label(narrow)
 
 
-def test_labels_that_somebody_removed_are_made_again(tmp_path: Path) -> None:
+def test_removed_prediction_files_are_rewritten(tmp_path: Path) -> None:
     root = str(tmp_path)
     for i in range(3):
         write(root, f"{i}.tar", i)
@@ -525,7 +525,7 @@ def test_labels_that_somebody_removed_are_made_again(tmp_path: Path) -> None:
     assert int(again.statistics.count.sum()) == 36
 
 
-def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_path: Path) -> None:
+def test_run_that_lost_its_lease_does_not_restore_manifest_rows(tmp_path: Path) -> None:
     """It has labelled a shard; before it lists it, the shard goes, and another run prunes its labels."""
     root = str(tmp_path)
     for i in range(4):
@@ -548,7 +548,7 @@ def test_a_run_that_lost_its_lease_does_not_list_what_is_no_longer_there(tmp_pat
     assert len(keys(root)) == len(set(keys(root))) == 48
 
 
-def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
+def test_pruning_keeps_files_that_another_run_has_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = str(tmp_path)
@@ -574,7 +574,7 @@ def test_what_is_to_be_pruned_stays_if_another_run_has_labelled_it_anew(
     assert len(keys(root)) == 12 + 3
 
 
-def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_takes_them_back(
+def test_run_suspended_before_a_group_write_rolls_the_labels_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has asked for its lease, and sleeps; the images are grouped anew, and another run labels them."""
@@ -603,9 +603,7 @@ def test_a_run_that_is_suspended_just_before_it_writes_labels_of_loose_images_ta
     assert len(image_uris(root)) == len(set(image_uris(root))) == 29
 
 
-def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_unaware_runs_label_image_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The images are grouped anew under the first, which goes on with the groups that it has found."""
     root = str(tmp_path)
     write_images(root, *range(30))
@@ -626,7 +624,7 @@ def test_two_runs_that_know_nothing_of_each_other_leave_loose_images_once(
     assert plan_run(config(root)).plan.shards == []
 
 
-def test_a_run_that_was_overtaken_writes_no_more_labels_of_loose_images(tmp_path: Path) -> None:
+def test_overtaken_run_writes_no_labels_of_image_files(tmp_path: Path) -> None:
     """For the other run may have grouped them otherwise."""
     root = str(tmp_path)
     write_images(root, *range(30))
