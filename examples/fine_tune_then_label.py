@@ -51,7 +51,7 @@ def main() -> None:
         "ray.address=in-process",
     ]
     result = label(load_job_config(None, labeling))
-    print(f"labeled {result.totals.images} images: {result.partition.uri}")
+    print(f"labels of {result.totals.images} images: {result.partition.uri}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
         ],
     )
     result = label(config)
-    print(f"labeled {result.totals.images} images in {result.totals.shards} shards")
+    print(f"images: {result.totals.images}, shards: {result.totals.shards}")
     print(f"labels: {result.partition.uri}")
 
     counts: Counter[str] = Counter()

@@ -61,7 +61,7 @@ def test_example_is_short_and_uses_the_public_api_only(path: Path) -> None:
 
 def test_label_from_python_counts_labels_and_errors(data: Path, tmp_path: Path) -> None:
     lines = run("label_from_python.py", data / "in", tmp_path)
-    assert lines[0] == "labeled 13 images in 1 shards"
+    assert lines[0] == "images: 13, shards: 1"
     assert "errors: 1" in lines
     assert lines[-1].strip().startswith("damaged: ")
 
@@ -100,6 +100,6 @@ def test_fine_tune_then_label_labels_with_the_new_classes(data: Path, tmp_path: 
     options = ["--classes", *classes, "--epochs", 2, "--batch-size", 8]
     lines = run("fine_tune_then_label.py", *folders, tmp_path, *options)
     assert [line.partition(":")[0] for line in lines[:3]] == ["epoch 1", "epoch 2", "model"]
-    assert lines[-1].startswith("labeled 13 images: ")
+    assert lines[-1].startswith("labels of 13 images: ")
     partition = pipeline.open_partition(lines[-1].partition(": ")[2])
     assert partition.labels == classes
