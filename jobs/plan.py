@@ -12,7 +12,7 @@ from pipeline.run import Plan
 from pipeline.text import escape_unprintable, pluralize
 
 #: Names of the shards of each format.
-_UNITS = {"webdataset": "tar shard", "parquet": "Parquet shard", "images": "group of image files"}
+_UNITS = {"webdataset": "tar shard", "parquet": "Parquet shard", "images": "image group"}
 
 
 @console.exit_on_error()

@@ -111,7 +111,10 @@ def test_python_api_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "in/0.jpg").write_bytes(make_image())
     (tmp_path / "job.yaml").write_text(run_config(tmp_path).model_dump_json(exclude={"classify", "ray"}))
     shutil.copytree(BUNDLED["fashion-mnist"], tmp_path / "my-cvt")
-    names: dict[str, Any] = {"image": Image.open("in/0.jpg"), "pixel_values": np.zeros((1, 3, 28, 28), np.float32)}
+    names: dict[str, Any] = {
+        "image": Image.open("in/0.jpg"),
+        "pixel_values": np.zeros((1, 3, 28, 28), np.float32),
+    }
     for block in blocks_of("python", page="docs/reference/python-api.md"):
         if "cvt.keras" in block.text:
             pytest.importorskip("keras", reason="keras is not installed: cvt-label[keras]")

@@ -71,7 +71,7 @@ def test_plan_counts_image_files(tmp_path: Path) -> None:
     job.write_text(JOB.format(input=tmp_path / "in", output=tmp_path / "out"))
     done = cvt_label("plan", "--config", job)
     assert "3 images: 3 new; 3 to label" in done.stdout
-    assert "1 group of image files; " in done.stdout
+    assert "1 image group; " in done.stdout
     assert "1 object (1 hidden name)" in done.stdout
 
 
@@ -138,7 +138,7 @@ def test_plan_lists_shards_and_writes_nothing(job: Path, bucket: str, storage: S
     done = cvt_label("plan", "--config", job, "--shards", "--verbose")
     assert done.returncode == 0, done.stderr
     assert "2 shards: 2 new; 2 to label" in done.stdout
-    assert "1 group of image files, 1 tar shard; " in done.stdout
+    assert "1 image group, 1 tar shard; " in done.stdout
     assert f"ignored (other format): {bucket}/in/notes.txt" in done.stdout
     assert "1 object (1 other format)" in done.stdout
     assert f"{bucket}/in/a.tar" in done.stdout
