@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the model."""
+"""Fixtures for the tests of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marks of transformers' common tests, which `--strict-markers` refuses otherwise."""
+    """Registers the markers of transformers' common tests for `--strict-markers`."""
     for mark in (
         "slow",
         "accelerate_tests",
@@ -18,21 +18,25 @@ def pytest_configure(config: pytest.Config) -> None:
         "flash_attn_4_test",
         "torch_compile_test",
     ):
-        config.addinivalue_line("markers", f"{mark}: of transformers' common tests")
+        config.addinivalue_line("markers", f"{mark}: used by transformers' common tests")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Of transformers' common tests, sums up those that don't apply; with -v, each says why it doesn't."""
+    """Replaces the skip reasons of transformers' common tests by one, except with -v."""
     report = yield
     if report.skipped and item.path.name == "test_common.py" and item.config.get_verbosity() <= 0:
-        report.longrepr = str(item.path), None, "of what CvT, or this machine, has not; -v tells which"
+        report.longrepr = (
+            str(item.path),
+            None,
+            "not applicable to CvT or this machine; run with -v for reasons",
+        )
     return report
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """PyTorch on one thread: faster than two for models this small, and much so on a busy machine."""
+    """Limits PyTorch to one thread, which is faster for small models, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

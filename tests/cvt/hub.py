@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the Hugging Face hub's HTTP interface as fetching a model takes."""
+"""A local server with the part of the Hugging Face hub API that downloads of models need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 def serve_hub(model: str, revision: str, folder: Path) -> Iterator[tuple[str, set[str]]]:
     """Serves a folder as a revision of a model.
 
-    Gives the hub's URL, and the names of files, which are added as they are fetched.
+    Yields the URL of the hub, and the set of the file names that were downloaded so far.
     """
     commit = hashlib.sha1(revision.encode()).hexdigest()
     fetched: set[str] = set()

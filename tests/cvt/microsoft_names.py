@@ -1,4 +1,4 @@
-"""The names of weights in Microsoft's checkpoints, after the modules of its lib/models/cls_cvt.py."""
+"""Names of weights in Microsoft's checkpoints, from the modules in its lib/models/cls_cvt.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 _TENSORS = ("weight", "bias")
-_NORMALISED = (*_TENSORS, "running_mean", "running_var", "num_batches_tracked")
+_BATCH_NORM = (*_TENSORS, "running_mean", "running_var", "num_batches_tracked")
 _WORDS = {"q": "query", "k": "key", "v": "value"}
 
 
 def microsoft_names(depth: Sequence[int]) -> dict[str, str]:
-    """Transformers' name of each weight of a model with these depths and a class token, by Microsoft's."""
+    """Maps Microsoft's to transformers' names, for a model with these depths and a class token."""
     names = {f"stage{len(depth) - 1}.cls_token": f"cvt.encoder.stages.{len(depth) - 1}.cls_token"}
 
     def add(microsoft: str, transformers: str, tensors: Sequence[str] = _TENSORS) -> None:
@@ -34,14 +34,14 @@ def microsoft_names(depth: Sequence[int]) -> dict[str, str]:
                 convolution = f"{attention}.convolution_projection_{word}.convolution_projection"
                 add(f"{ours}.attn.proj_{letter}", f"{attention}.projection_{word}")
                 add(f"{ours}.attn.conv_proj_{letter}.conv", f"{convolution}.convolution", ["weight"])
-                add(f"{ours}.attn.conv_proj_{letter}.bn", f"{convolution}.normalization", _NORMALISED)
+                add(f"{ours}.attn.conv_proj_{letter}.bn", f"{convolution}.normalization", _BATCH_NORM)
     add("norm", "layernorm")
     add("head", "classifier")
     return names
 
 
 def as_microsoft(weights: Mapping[str, Tensor], depth: Sequence[int]) -> dict[str, Tensor]:
-    """Weights that have transformers' names, under Microsoft's."""
+    """Converts weights with transformers' names to Microsoft's names."""
     names = microsoft_names(depth)
     assert sorted(names.values()) == sorted(weights)
     return {ours: weights[theirs] for ours, theirs in names.items()}

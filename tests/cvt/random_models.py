@@ -1,4 +1,4 @@
-"""Models with random weights that leave no part of CvT without effect on the outputs."""
+"""Random weights that give every part of CvT an effect on the outputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: What differs from the defaults in the configurations of the published checkpoints.
+#: Fields of the published configurations that differ from the defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cvt-13": {},
     "cvt-21": {"depth": [1, 4, 16]},
@@ -22,11 +22,11 @@ TINY: dict[str, Any] = {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "dept
 
 @torch.no_grad()
 def randomize(model: Model, seed: int = 0) -> Model:
-    """Fills a model, in place, such that each part of it shows in the output.
+    """Fills a model in place with weights that give every part an effect on the output.
 
-    With its initial weights, attention would be almost uniform, and batch norm the identity. Here a
-    branch weighs about as much as what it is added to, and all of it is about 1, lest float32 itself
-    round by more than what tests tolerate.
+    With initial weights, attention would be almost uniform, and batch norm would be the identity. With these
+    weights, a branch is about as large as its residual. All values are about 1, so that rounding of float32
+    stays below the tolerance of the tests.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():

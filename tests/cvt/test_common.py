@@ -1,8 +1,8 @@
-"""transformers' own tests of what all of its models have in common, on this package's CvT.
+"""Runs transformers' common model tests on the CvT of this package.
 
-They are in the source distribution of transformers and not in its wheel, so the first run has pip
-download that of the installed version (10 MB), from wherever pip downloads packages. Later runs find it in
-the user's cache folder. Where it can't be had, the tests are skipped.
+The tests are in the source distribution of transformers, not in its wheel. The first run downloads the source
+distribution of the installed version (10 MB) with pip. Later runs use the cache folder of the user. Without
+the source distribution, the tests are skipped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification, CvtModel
 from tests.cvt.random_models import TINY
 
-#: The name under which transformers' `tests` are imported, since this project's have that name.
+#: Import name of transformers' `tests`, which is different because this project has a package `tests` too.
 PACKAGE = "transformers_tests"
 
-#: What the common tests import from folders of tests that the source distribution leaves out: tests of
-#: generated text and of exporters, which CvT's own tests of `torch.export` stand in for, and values for the
-#: fields that all configurations have, here each with another than its default.
-LEFT_OUT: dict[str, dict[str, Any]] = {
+#: Replacements for modules that the common tests import and the source distribution lacks. Text generation
+#: does not apply to CvT, and other tests cover `torch.export`. Fields have non-default values.
+REPLACEMENTS: dict[str, dict[str, Any]] = {
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "utils.test_configuration_utils": {
@@ -52,23 +51,23 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 
 
-def downloaded() -> Path:
-    """The folder with transformers' `tests` and the package `parameterized`, which they need.
+def download_tests() -> Path:
+    """Returns the folder with transformers' `tests` and the package `parameterized`, which the tests need.
 
     Raises:
-        subprocess.SubprocessError: pip can't download them.
-        OSError: the cache folder can't be written.
+        subprocess.SubprocessError: pip cannot download the files.
+        OSError: the cache folder cannot be written.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvt-label"
-    found = cache / f"transformers-{transformers.__version__}-tests"
-    if not found.exists():
+    target = cache / f"transformers-{transformers.__version__}-tests"
+    if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            wanted = [f"transformers=={transformers.__version__}", "parameterized"]
+            packages = [f"transformers=={transformers.__version__}", "parameterized"]
             options = ["--no-deps", "--no-binary", "transformers", "--no-build-isolation", "--dest", folder]
             quick = ["--quiet", "--disable-pip-version-check", "--retries", "0", "--timeout", "10"]
             subprocess.run(
-                [sys.executable, "-m", "pip", "download", *quick, *options, *wanted],
+                [sys.executable, "-m", "pip", "download", *quick, *options, *packages],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -80,22 +79,22 @@ def downloaded() -> Path:
                 members = [member for member in tar if Path(member.name).parts[1:2] == ("tests",)]
                 tar.extractall(folder, members, filter="data")
             extracted = Path(folder) / archive.name.removesuffix(".tar.gz") / "tests"
-            (extracted / "__init__.py").touch()  # read by one of the tests' modules
+            (extracted / "__init__.py").touch()  # a test module reads this file
             shutil.copy(wheel, extracted / "parameterized.whl")
             try:
-                extracted.rename(found)
+                extracted.rename(target)
             except OSError:  # another process was faster
-                if not found.exists():
+                if not target.exists():
                     raise
-    return found
+    return target
 
 
-def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """The modules of the common tests of models and of configurations."""
+def import_tests(folder: Path) -> tuple[ModuleType, ModuleType]:
+    """Imports the common tests of models and of configurations."""
     package = ModuleType(PACKAGE)
     package.__path__ = [str(folder)]
     sys.modules[PACKAGE] = package
-    for name, contents in LEFT_OUT.items():
+    for name, contents in REPLACEMENTS.items():
         module = sys.modules[f"{PACKAGE}.{name}"] = ModuleType(f"{PACKAGE}.{name}")
         vars(module).update(contents)
     sys.path.append(str(folder / "parameterized.whl"))
@@ -106,17 +105,17 @@ def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
 
 
 try:
-    modeling, configuration = imported(downloaded())
+    modeling, configuration = import_tests(download_tests())
 except (subprocess.SubprocessError, OSError) as error:
     pytest.skip(
-        f"the source distribution of transformers {transformers.__version__}, whose tests these are, "
-        f"can't be downloaded: {(getattr(error, 'stderr', None) or str(error)).strip()}",
+        f"cannot download the source distribution of transformers {transformers.__version__}, which has "
+        f"these tests: {(getattr(error, 'stderr', None) or str(error)).strip()}",
         allow_module_level=True,
     )
 
 
 class CvtModelTester:
-    """What the common tests ask about a model: a configuration, and inputs for it."""
+    """Provides a configuration and inputs for the common tests."""
 
     batch_size = 13
     image_size = 64
@@ -132,12 +131,12 @@ class CvtModelTester:
 
 
 class TestCommon(modeling.ModelTesterMixin, TestCase):
-    """Skipped by name is only what transformers' own tests of its CvT skip too."""
+    """Skips only the tests that transformers skips for its own CvT."""
 
     all_model_classes = (CvtModel, CvtForImageClassification)
     test_resize_embeddings = False
     has_attentions = False
-    # Otherwise asked only of models that are newer than CvT.
+    # By default, this test applies only to models newer than CvT.
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self) -> None:
@@ -163,7 +162,7 @@ class TestCommon(modeling.ModelTesterMixin, TestCase):
 
     @torch.no_grad()
     def test_hidden_states_output(self) -> None:
-        """Of stages, not of layers as elsewhere: an image each, and not tokens."""
+        """Hidden states are one image per stage, not tokens per layer."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(config).to(modeling.torch_device).eval()

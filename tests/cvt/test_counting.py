@@ -1,4 +1,4 @@
-"""Multiply-accumulates, against the figures of arXiv 2103.15808 and of Microsoft's model zoo."""
+"""Tests of multiply-accumulates against arXiv 2103.15808 and Microsoft's model zoo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.cvt.random_models import TINY
         ("cvt-w24", 384, 194.222, 193.2),
     ],
 )
-def test_multiply_accumulates_are_those_of_the_definition_and_about_as_published(
+def test_macs_equal_the_definition_and_are_close_to_published_values(
     name: str, size: int, exact: float, published: float
 ) -> None:
     config = preset_config(name, num_labels=1000)
@@ -33,18 +33,18 @@ def test_multiply_accumulates_are_those_of_the_definition_and_about_as_published
 
 
 @pytest.mark.parametrize("fields", [TINY, TINY | {"mlp_ratio": [2.0, 3.0, 1.0]}], ids=["tiny", "mlp_ratio"])
-def test_multiply_accumulates_follow_the_configuration(fields: dict[str, Any]) -> None:
+def test_macs_depend_on_the_configuration(fields: dict[str, Any]) -> None:
     config = CvtConfig(**fields, num_labels=7)
     assert count_macs(config, 64, 64) == expected_macs(config, 64)
     assert count_macs(config, 64, 128) == count_macs(config, 128, 64) > 2 * count_macs(config, 64, 64)
 
 
 def expected_macs(config: CvtConfig, size: int) -> int:
-    """After the definition in Microsoft's code (`Attention.compute_macs`, without biases), by hand."""
+    """Computes the MACs as in Microsoft's code (`Attention.compute_macs`, without biases)."""
     total, channels, side = config.embed_dim[-1] * config.num_labels, 3, size
     for i, width in enumerate(config.embed_dim):
         side //= config.patch_stride[i]
-        tokens, fewer = side**2, (side // 2) ** 2  # of queries; of keys and values
+        tokens, fewer = side**2, (side // 2) ** 2  # queries; keys and values
         total += config.patch_sizes[i] ** 2 * channels * width * tokens
         convolutions = 9 * width * (tokens + 2 * fewer)
         tokens, fewer = tokens + config.cls_token[i], fewer + config.cls_token[i]

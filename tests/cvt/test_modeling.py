@@ -1,3 +1,5 @@
+"""Tests of the PyTorch model against transformers' CvT."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +21,7 @@ from cvt.configuration import CvtConfig
 from cvt.modeling import CvtDropPath, CvtForImageClassification, CvtModel
 from tests.cvt.random_models import PUBLISHED, TINY, randomize
 
-#: cvt-w24 has 277 million parameters: its widths and heads at the least depth that transformers builds.
+#: cvt-w24 has 277 million parameters. The tests use its widths and heads with the smallest depth that works.
 SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -28,9 +30,9 @@ Twins = tuple[CvtForImageClassification, transformers.CvtForImageClassification]
 
 
 def twins(**fields: Any) -> Twins:
-    """This model and transformers', with the same random weights."""
+    """Returns this model and transformers' model, with the same random weights."""
     fields = {"num_labels": 10} | fields
-    with torch.device("meta"):  # initial weights would take longer than the tests
+    with torch.device("meta"):  # skips random initialization
         theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**fields))
         ours = CvtForImageClassification(CvtConfig(**fields))
     theirs = randomize(theirs.to_empty(device="cpu"))
@@ -49,19 +51,19 @@ def published(request: pytest.FixtureRequest) -> Twins:
 
 @pytest.mark.parametrize("size", [224, pytest.param(384, marks=pytest.mark.slow)])
 @torch.inference_mode()
-def test_logits_and_hidden_states_equal_those_of_transformers(published: Twins, size: int) -> None:
+def test_logits_and_hidden_states_equal_transformers(published: Twins, size: int) -> None:
     ours, theirs = published
     pixels = images(1, 3, size, size)
     one, other = (model(pixels, output_hidden_states=True) for model in (ours, theirs))
     assert other.logits.std() > 0.1
     assert_close(one.logits, other.logits, **CLOSE)
     assert len(one.hidden_states) == 3
-    for mine, wanted in zip(one.hidden_states, other.hidden_states, strict=True):
-        assert_close(mine, wanted, **CLOSE)
+    for mine, expected in zip(one.hidden_states, other.hidden_states, strict=True):
+        assert_close(mine, expected, **CLOSE)
 
 
 @torch.inference_mode()
-def test_features_equal_those_of_transformers_for_images_of_any_shape() -> None:
+def test_features_of_any_image_shape_equal_transformers() -> None:
     ours, theirs = twins(**TINY)
     pixels = images(2, 3, 70, 101)
     one, other = ours.cvt(pixels), theirs.cvt(pixels)
@@ -83,14 +85,14 @@ def test_features_equal_those_of_transformers_for_images_of_any_shape() -> None:
     ids=lambda fields: ", ".join(fields),
 )
 @torch.inference_mode()
-def test_each_field_has_the_effect_that_it_has_in_transformers(fields: dict[str, Any]) -> None:
+def test_each_configuration_field_acts_as_in_transformers(fields: dict[str, Any]) -> None:
     ours, theirs = twins(**TINY | fields)
     pixels = images(2, fields.get("num_channels", 3), 64, 64)
     assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
 
 
 @torch.inference_mode()
-def test_a_model_of_four_stages_equals_that_of_transformers() -> None:
+def test_model_with_four_stages_equals_transformers() -> None:
     fields = {name: [value[1]] * 4 for name, value in vars(CvtConfig).items() if isinstance(value, tuple)}
     fields |= {"embed_dim": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4], "depth": [1, 2, 3, 4]}
     ours, theirs = twins(**fields | {"cls_token": [False, False, False, True]})
@@ -99,12 +101,12 @@ def test_a_model_of_four_stages_equals_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_parameters_and_buffers_are_those_of_transformers_in_the_same_order(name: str) -> None:
+def test_parameters_and_buffers_have_the_order_of_transformers(name: str) -> None:
     with torch.device("meta"):
         ours = CvtForImageClassification(CvtConfig(**SHAPES[name]))
         theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**SHAPES[name]))
-    for listed in (nn.Module.named_parameters, nn.Module.named_buffers):
-        shapes = [[(key, tensor.shape) for key, tensor in listed(model)] for model in (ours, theirs)]
+    for list_tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+        shapes = [[(key, tensor.shape) for key, tensor in list_tensors(model)] for model in (ours, theirs)]
         assert shapes[0] == shapes[1]
 
 
@@ -120,9 +122,9 @@ def test_weights_load_strictly_into_transformers() -> None:
 @pytest.mark.parametrize(("size", "training"), [(64, False), (64, True), (96, False)], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_gradients_equal_those_of_transformers(name: str, size: int, training: bool) -> None:
-    """In training also what batch norm learns of its input.
+    """In training, the statistics of batch norm are equal too.
 
-    Of two images: of one alone, transformers' model has another gradient than numerical differentiation.
+    The batch has two images, because the gradient of transformers' model is wrong for a single image.
     """
     ours, theirs = twins(**SHAPES[name], drop_path_rate=[0.0, 0.0, 0.0])
     pixels, labels = images(2, 3, size, size).requires_grad_(), torch.tensor([3, 7])
@@ -137,26 +139,29 @@ def test_gradients_equal_those_of_transformers(name: str, size: int, training: b
     assert_close(loss, their_loss, **CLOSE)
     assert_close(grad, their_grad, rtol=1e-4, atol=1e-5 * float(their_grad.abs().max()))
     assert gradients.keys() == their_gradients.keys()
-    # A key's bias moves all scores of a query alike: its gradient is rounding, hence the scale of all.
+    # The bias of a key shifts all scores of a query equally, so its gradient is only rounding. The tolerance
+    # is therefore relative to the largest gradient of all weights.
     scale = max(float(g.abs().max()) for g in their_gradients.values())
-    for key, wanted in their_gradients.items():
-        assert_close(gradients[key], wanted, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}")
-    for key, wanted in their_buffers.items():
-        assert_close(buffers[key], wanted, **CLOSE)
+    for key, expected in their_gradients.items():
+        assert_close(gradients[key], expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}")
+    for key, expected in their_buffers.items():
+        assert_close(buffers[key], expected, **CLOSE)
 
 
 @torch.inference_mode()
-def test_a_model_without_class_token_classifies_the_mean_of_its_tokens_as_transformers_does() -> None:
+def test_model_without_class_token_classifies_the_mean_of_tokens() -> None:
     ours, theirs = twins(**TINY, cls_token=[False] * 3)
     pixels = images(2, 3, 64, 64)
-    wanted = theirs(pixels, output_hidden_states=True).logits  # without them, it raises IndexError
-    assert_close(ours(pixels).logits, wanted, **CLOSE)
-    assert_close(ours(pixels, return_dict=False)[0], wanted, **CLOSE)
+    expected = theirs(
+        pixels, output_hidden_states=True
+    ).logits  # transformers raises IndexError without hidden states
+    assert_close(ours(pixels).logits, expected, **CLOSE)
+    assert_close(ours(pixels, return_dict=False)[0], expected, **CLOSE)
     assert ours.cvt(pixels).cls_token_value is None
 
 
 @torch.inference_mode()
-def test_class_tokens_of_earlier_stages_take_part_as_in_transformers() -> None:
+def test_class_tokens_of_earlier_stages_act_as_in_transformers() -> None:
     fields = {"embed_dim": [48, 48, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}
     ours, theirs = twins(**fields, cls_token=[True, False, True])
     pixels = images(2, 3, 64, 64)
@@ -164,10 +169,10 @@ def test_class_tokens_of_earlier_stages_take_part_as_in_transformers() -> None:
 
 
 def naive_attention(module: nn.Module, method: str, hidden: Tensor, height: int, width: int) -> Tensor:
-    """Attention of a projection without weights, from the equations, token by token and head by head.
+    """Computes attention from the equations, head by head, for a projection without weights.
 
-    Average pooling is that of the paper's code: kernel 3, stride 2, padding 1 that counts as zeros,
-    and one more window where the last one would leave tokens over.
+    Average pooling is that of the paper's code: kernel 3, stride 2, zero padding of 1, and one more window if
+    tokens remain after the last one (ceil_mode).
     """
     weights = module.state_dict()
     cls_token, tokens = hidden[:, : -height * width], hidden[:, -height * width :]
@@ -205,23 +210,23 @@ def test_avg_and_linear_projections_equal_a_naive_reference(method: str, height:
     for stage, class_tokens in ((1, 0), (2, 1)):
         module = model.encoder["stages"][stage].layers[0].attention["attention"]
         hidden = images(2, height * width + class_tokens, TINY["embed_dim"][stage])
-        wanted = naive_attention(module, method, hidden, height, width)
-        assert_close(module(hidden, height, width), wanted, **CLOSE)
+        expected = naive_attention(module, method, hidden, height, width)
+        assert_close(module(hidden, height, width), expected, **CLOSE)
 
 
-def test_projections_may_differ_from_stage_to_stage_and_survive_saving(tmp_path: Path) -> None:
+def test_saved_model_keeps_different_projections_per_stage(tmp_path: Path) -> None:
     config = CvtConfig(**TINY, qkv_projection_method=["avg", "linear", "dw_bn"], num_labels=4)
     model = randomize(CvtForImageClassification(config))
     assert [
         key for key in model.state_dict() if "convolution_projection" in key and "stages.2" not in key
     ] == []
     model.save_pretrained(tmp_path)
-    again = CvtForImageClassification.from_pretrained(tmp_path)
+    reloaded = CvtForImageClassification.from_pretrained(tmp_path)
     pixels = images(2, 3, 70, 70)
-    assert_close(again(pixels).logits, model(pixels).logits, rtol=0, atol=0)
+    assert_close(reloaded(pixels).logits, model(pixels).logits, rtol=0, atol=0)
 
 
-def test_a_checkpoint_saved_here_loads_in_plain_transformers(tmp_path: Path) -> None:
+def test_saved_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
     ours = randomize(CvtForImageClassification(CvtConfig(**TINY, id2label={0: "cat", 1: "dog", 2: "eel"})))
     ours.save_pretrained(tmp_path)
     theirs, info = transformers.AutoModelForImageClassification.from_pretrained(
@@ -235,7 +240,7 @@ def test_a_checkpoint_saved_here_loads_in_plain_transformers(tmp_path: Path) -> 
     assert_close(theirs(pixels).logits, ours(pixels).logits, **CLOSE)
 
 
-def test_a_checkpoint_saved_by_transformers_loads_here(tmp_path: Path) -> None:
+def test_checkpoint_saved_by_transformers_loads(tmp_path: Path) -> None:
     theirs = randomize(transformers.CvtForImageClassification(transformers.CvtConfig(**TINY, num_labels=3)))
     theirs.save_pretrained(tmp_path)
     ours, info = CvtForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -246,28 +251,28 @@ def test_a_checkpoint_saved_by_transformers_loads_here(tmp_path: Path) -> None:
     assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
 
 
-def test_a_new_head_on_loaded_features_is_initialised_and_the_features_are_kept(tmp_path: Path) -> None:
+def test_new_head_is_initialized_and_features_are_kept(tmp_path: Path) -> None:
     features = randomize(CvtModel(CvtConfig(**TINY)))
     features.save_pretrained(tmp_path)
     model = CvtForImageClassification.from_pretrained(tmp_path, num_labels=500)
-    for key, wanted in features.state_dict().items():
-        assert_close(model.cvt.state_dict()[key], wanted, rtol=0, atol=0)
+    for key, expected in features.state_dict().items():
+        assert_close(model.cvt.state_dict()[key], expected, rtol=0, atol=0)
     assert float(model.classifier.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert not model.classifier.bias.any()
     assert (model.layernorm.weight == 1).all()
 
 
-def test_weights_are_initialised_as_in_transformers() -> None:
+def test_weights_are_initialized_as_in_transformers() -> None:
     fields = TINY | {"initializer_range": 0.1}
     ours = CvtForImageClassification(CvtConfig(**fields)).state_dict()
     theirs = transformers.CvtForImageClassification(transformers.CvtConfig(**fields)).state_dict()
-    for key, wanted in theirs.items():
-        if wanted.is_floating_point() and wanted.std(correction=0) > 0:
-            n = wanted.numel()
+    for key, expected in theirs.items():
+        if expected.is_floating_point() and expected.std(correction=0) > 0:
+            n = expected.numel()
             assert float(ours[key].std()) == pytest.approx(0.1, abs=5 * 0.1 / (2 * n) ** 0.5), key
             assert abs(float(ours[key].mean())) < 5 * 0.1 / n**0.5, key
         else:
-            assert_close(ours[key], wanted, rtol=0, atol=0, msg=key)
+            assert_close(ours[key], expected, rtol=0, atol=0, msg=key)
 
 
 AUTO = """
@@ -285,10 +290,10 @@ print(json.dumps([[f"{type(model).__module__}.{type(model).__name__}" for model 
 
 
 @pytest.mark.slow
-def test_auto_classes_and_pipelines_load_a_checkpoint_of_this_project_by_either_classes(
+def test_auto_classes_and_pipelines_load_the_bundled_checkpoint(
     tmp_path: Path,
 ) -> None:
-    """In processes of their own: one that doesn't know this package, and one that registered it."""
+    """Runs in two processes: one without this package, and one that calls `register`."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     folder = BUNDLED["fashion-mnist"]
@@ -308,24 +313,24 @@ def test_auto_classes_and_pipelines_load_a_checkpoint_of_this_project_by_either_
     pixels = torch.from_numpy(preprocessor(image)) * preprocessor.rescale_factor
     pixels = (pixels - torch.tensor(preprocessor.mean)) / torch.tensor(preprocessor.std)
     probabilities = checkpoint.model(pixels.float().permute(2, 0, 1)[None]).logits.softmax(dim=1)[0].tolist()
-    wanted = dict(zip(checkpoint.labels, probabilities, strict=True))
-    assert their_scores == pytest.approx(wanted, abs=1e-5)
-    assert our_scores == pytest.approx(wanted, abs=1e-5)
+    expected = dict(zip(checkpoint.labels, probabilities, strict=True))
+    assert their_scores == pytest.approx(expected, abs=1e-5)
+    assert our_scores == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 @torch.inference_mode()
-def test_tuples_hold_what_they_hold_in_transformers(hidden: bool, labelled: bool) -> None:
+def test_output_tuples_equal_transformers(hidden: bool, labeled: bool) -> None:
     ours, theirs = twins(**TINY)
-    pixels, labels = images(2, 3, 64, 64), torch.tensor([1, 2]) if labelled else None
+    pixels, labels = images(2, 3, 64, 64), torch.tensor([1, 2]) if labeled else None
     arguments: dict[str, Any] = {"output_hidden_states": hidden, "return_dict": False}
     assert_close(ours(pixels, labels, **arguments), theirs(pixels, labels, **arguments), **CLOSE)
     assert_close(ours.cvt(pixels, **arguments), theirs.cvt(pixels, **arguments), **CLOSE)
 
 
 @torch.inference_mode()
-def test_the_configuration_says_what_is_returned_where_the_call_does_not() -> None:
+def test_configuration_sets_default_outputs() -> None:
     model = randomize(CvtForImageClassification(CvtConfig(**TINY, output_hidden_states=True)))
     pixels = images(1, 3, 64, 64)
     assert [tuple(state.shape) for state in model(pixels).hidden_states] == [
@@ -346,34 +351,34 @@ def test_the_configuration_says_what_is_returned_where_the_call_does_not() -> No
         (1, torch.tensor([[0.5], [-2.0]])),
         (4, torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])),
     ],
-    ids=["one class an image", "regression", "several classes an image"],
+    ids=["single label", "regression", "multi-label"],
 )
-def test_losses_equal_those_of_transformers(num_labels: int, labels: Tensor) -> None:
+def test_losses_equal_transformers(num_labels: int, labels: Tensor) -> None:
     ours, theirs = twins(**TINY, num_labels=num_labels)
     pixels = images(2, 3, 64, 64)
     assert_close(ours(pixels, labels=labels).loss, theirs(pixels, labels=labels).loss, **CLOSE)
     assert ours.config.problem_type == theirs.config.problem_type
 
 
-def test_the_loss_of_a_part_of_a_batch_is_divided_by_the_size_of_the_whole() -> None:
-    """As transformers' Trainer wants it when it accumulates gradients."""
+def test_loss_is_divided_by_num_items_in_batch() -> None:
+    """transformers' Trainer needs this to accumulate gradients."""
     model = randomize(CvtForImageClassification(CvtConfig(**TINY, num_labels=10)))
     pixels, labels = images(2, 3, 64, 64), torch.tensor([3, 7])
     whole = model(pixels, labels=labels).loss
     assert_close(model(pixels, labels=labels, num_items_in_batch=8).loss, whole * 2 / 8)
 
 
-def test_without_labels_there_is_no_classifier() -> None:
+def test_model_without_labels_has_no_classifier() -> None:
     model = randomize(CvtForImageClassification(CvtConfig(**TINY, num_labels=0)))
     assert model(images(2, 3, 64, 64)).logits.shape == (2, 48)
 
 
-def test_a_call_without_images_is_refused() -> None:
+def test_call_without_images_fails() -> None:
     with pytest.raises(ValueError, match="You have to specify pixel_values"):
         CvtModel(CvtConfig(**TINY))()
 
 
-def test_a_configuration_that_was_spoiled_after_it_was_made_is_refused() -> None:
+def test_configuration_changed_to_invalid_fails() -> None:
     config = CvtConfig(**TINY)
     config.depth = [1, 2]
     with pytest.raises(ValueError, match="depth has 2 entries"):
@@ -382,30 +387,30 @@ def test_a_configuration_that_was_spoiled_after_it_was_made_is_refused() -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.inference_mode()
-def test_half_precision_gives_about_the_same(dtype: torch.dtype) -> None:
+def test_half_precision_is_close_to_float32(dtype: torch.dtype) -> None:
     model = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     pixels = images(2, 3, 32, 32)
-    wanted = model(pixels).logits
-    got = model.to(dtype)(pixels.to(dtype)).logits
-    assert got.dtype == dtype
-    assert_close(got.float(), wanted, rtol=0.1, atol=0.1)
+    expected = model(pixels).logits
+    actual = model.to(dtype)(pixels.to(dtype)).logits
+    assert actual.dtype == dtype
+    assert_close(actual.float(), expected, rtol=0.1, atol=0.1)
 
 
 @torch.inference_mode()
-def test_a_saved_model_in_half_precision_loads_as_it_was(tmp_path: Path) -> None:
+def test_saved_model_in_half_precision_loads_unchanged(tmp_path: Path) -> None:
     model = randomize(CvtForImageClassification(CvtConfig(**TINY))).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    again = CvtForImageClassification.from_pretrained(tmp_path)
-    assert again.dtype == torch.bfloat16
+    reloaded = CvtForImageClassification.from_pretrained(tmp_path)
+    assert reloaded.dtype == torch.bfloat16
     pixels = images(2, 3, 32, 32).to(torch.bfloat16)
-    assert_close(again(pixels).logits, model(pixels).logits, rtol=0, atol=0)
+    assert_close(reloaded(pixels).logits, model(pixels).logits, rtol=0, atol=0)
 
 
-# The names that transformers has for it from 5.0 on.
+# transformers 5.0 renamed the methods.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reentrant: bool) -> None:
-    """It computes layers again in the backward pass, where batch norm must not learn twice."""
+def test_gradient_checkpointing_keeps_gradients_and_statistics(reentrant: bool) -> None:
+    """Checkpointing computes layers twice, but batch norm must update its statistics once."""
     pixels, labels = images(2, 3, 64, 64), torch.tensor([0, 1])
     found, calls = [], []
     for checkpointing in (False, True):
@@ -414,7 +419,7 @@ def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reen
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         layer = model.cvt.encoder["stages"][1].layers[0]
         layer.intermediate.register_forward_hook(lambda *_, at=checkpointing: calls.append(at))
-        torch.manual_seed(0)  # of dropout, which is the same when a layer is computed again
+        torch.manual_seed(0)  # dropout is the same when a layer is computed a second time
         model(pixels, labels=labels).loss.backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         found.append((gradients, dict(model.named_buffers())))
@@ -430,7 +435,7 @@ def test_gradient_checkpointing_leaves_gradients_and_statistics_as_they_are(reen
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:
+def test_exported_model_supports_any_batch_size() -> None:
     model = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     shapes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
     exported = torch.export.export(model, (images(2, 3, 64, 64),), dynamic_shapes=shapes).module()
@@ -439,25 +444,25 @@ def test_an_exported_model_gives_the_same_for_batches_of_any_size() -> None:
         assert_close(exported(pixels).logits, model(pixels).logits, **CLOSE)
 
 
-def test_channels_last_images_give_the_same() -> None:
+def test_channels_last_images_give_the_same_logits() -> None:
     model = randomize(CvtForImageClassification(CvtConfig(**TINY)))
     pixels = images(2, 3, 64, 64)
     other = pixels.contiguous(memory_format=torch.channels_last)
     assert_close(model(other).logits, model(pixels).logits, **CLOSE)
 
 
-def test_a_dropped_path_is_dropped_for_whole_samples_and_keeps_the_expectation() -> None:
+def test_drop_path_drops_whole_samples_and_keeps_expected_value() -> None:
     torch.manual_seed(0)
     path, ones = CvtDropPath(0.25), torch.ones(4000, 3, 2)
     dropped = path.train()(ones)
     values = [sample.unique().tolist() for sample in dropped]
-    assert all(len(of_a_sample) == 1 for of_a_sample in values)
-    assert sorted({of_a_sample[0] for of_a_sample in values}) == pytest.approx([0, 4 / 3])
+    assert all(len(sample_values) == 1 for sample_values in values)
+    assert sorted({sample_values[0] for sample_values in values}) == pytest.approx([0, 4 / 3])
     assert float(dropped.mean()) == pytest.approx(1, abs=0.05)
     assert path.eval()(ones) is ones
 
 
-def test_a_layer_whose_paths_are_dropped_passes_its_input_on() -> None:
+def test_layer_with_dropped_paths_returns_its_input() -> None:
     torch.manual_seed(0)
     model = CvtModel(CvtConfig(**TINY, drop_path_rate=[0.0, 0.0, 0.999999])).train()
     layer = model.encoder["stages"][2].layers[-1]

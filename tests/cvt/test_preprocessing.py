@@ -1,4 +1,4 @@
-"""Preprocessing: held to transformers' own processor, and strict about what the file says."""
+"""Tests of preprocessing against transformers' processor, and of reading preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def published(**changes: Any) -> dict[str, Any]:
-    """The configuration of microsoft/cvt-13, with changes; None takes a field out."""
+    """Returns the configuration of microsoft/cvt-13 with changes. None removes a field."""
     return {name: value for name, value in {**PUBLISHED, **changes}.items() if value is not None}
 
 
@@ -40,7 +40,7 @@ def read(**changes: Any) -> Preprocessor:
 
 
 def transformers_pixels(image: Image.Image, **config: Any) -> np.ndarray:
-    """What transformers' processor makes of an image before it normalises, as uint8 (n, n, 3)."""
+    """Returns the pixels of transformers' processor before normalization, uint8 (n, n, 3)."""
     processor = ConvNextImageProcessorPil(**{**config, "do_normalize": False, "do_rescale": False})
     pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
     assert pixels.dtype == np.uint8
@@ -48,22 +48,22 @@ def transformers_pixels(image: Image.Image, **config: Any) -> np.ndarray:
 
 
 def difference(pixels: np.ndarray, expected: np.ndarray) -> float:
-    """Mean absolute difference in grey levels."""
+    """Returns the mean absolute difference in gray levels."""
     assert pixels.shape == expected.shape
     return float(np.abs(pixels.astype(np.int16) - expected.astype(np.int16)).mean())
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """The image that forgives least: each pixel differs from its neighbours."""
+    """Returns a random image, for which errors of resizing are largest."""
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
-# --- on real photographs ---------------------------------------------------------------------------
+# --- photographs ----------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
-    """Our preprocessing beside transformers', one entry a photograph."""
+    """Results of this preprocessing and of transformers, one entry per photograph."""
 
     differences: list[float]
     top1: list[int]
@@ -71,7 +71,7 @@ class Comparison(NamedTuple):
 
 
 def small_cvt() -> CvtForImageClassification:
-    """A small CvT of transformers with seeded random weights and ten classes."""
+    """Returns a small CvT of transformers with fixed random weights and ten classes."""
     torch.manual_seed(0)
     config = CvtConfig(
         patch_sizes=[16, 3, 3],
@@ -79,7 +79,7 @@ def small_cvt() -> CvtForImageClassification:
         patch_padding=[0, 1, 1],
         embed_dim=[16, 32, 48],
         num_heads=[1, 2, 3],
-        depth=[1, 2, 3],  # transformers needs more layers than there are stages before
+        depth=[1, 2, 3],  # transformers needs more layers than preceding stages
         drop_path_rate=[0.0, 0.0, 0.0],
         initializer_range=0.2,
         num_labels=10,
@@ -108,7 +108,7 @@ def comparison(request: pytest.FixtureRequest, photographs: list[tuple[str, byte
             for outputs, batch in ((logits, values), (transformers_logits, expected)):
                 inputs = torch.from_numpy(batch.transpose(0, 3, 1, 2).astype(np.float32))
                 outputs.append(model(inputs).logits)
-    # Untrained, a model gives nearly every image the same class. Centred, its logits differ by image.
+    # An untrained model gives almost all images the same class. Centering the logits makes classes differ.
     reference = torch.cat(transformers_logits)
     center = reference.mean(0)
     top1 = (torch.cat(logits) - center).argmax(1).tolist()
@@ -116,19 +116,19 @@ def comparison(request: pytest.FixtureRequest, photographs: list[tuple[str, byte
 
 
 @pytest.mark.slow
-def test_every_photograph_is_within_a_tenth_of_a_grey_level_of_transformers(comparison: Comparison) -> None:
+def test_photographs_differ_by_less_than_a_tenth_of_a_gray_level(comparison: Comparison) -> None:
     assert max(comparison.differences) < 0.1
 
 
 @pytest.mark.slow
-def test_every_photograph_has_the_same_top_class_as_with_transformers(comparison: Comparison) -> None:
+def test_photographs_have_the_same_top_class_as_with_transformers(comparison: Comparison) -> None:
     classes, counts = np.unique(comparison.transformers_top1, return_counts=True)
-    assert len(classes) == 10, "the model doesn't tell the photographs apart, so it can't tell pixels"
+    assert len(classes) == 10, "the model does not distinguish the photographs"
     assert counts.max() < len(comparison.top1) / 2
     assert comparison.top1 == comparison.transformers_top1
 
 
-# --- on odd images ---------------------------------------------------------------------------------
+# --- unusual images --------------------------------------------------------------------------------
 
 SHAPES = [(1, 1), (3, 2), (1, 300), (300, 1), (7, 900), (900, 7), (223, 225), (256, 256), (224, 300)]
 SHAPES += [(333, 500), (500, 333), (250, 400), (400, 250), (300, 599), (300, 620), (300, 1500)]
@@ -137,7 +137,7 @@ SHAPES += [(1500, 300), (64, 64), (28, 28), (33, 40), (35, 36), (255, 257), (120
 
 @pytest.mark.parametrize("size", [32, 224, 384, 400])
 @pytest.mark.parametrize(("width", "height"), SHAPES)
-def test_any_shape_gives_what_transformers_gives(width: int, height: int, size: int) -> None:
+def test_any_shape_is_close_to_transformers(width: int, height: int, size: int) -> None:
     image = noise(width, height)
     config = published(size=size)
     pixels = Preprocessor.from_dict(config, "config")(image)
@@ -148,7 +148,7 @@ def test_any_shape_gives_what_transformers_gives(width: int, height: int, size: 
 
 @pytest.mark.parametrize("crop_pct", [0.3, 0.9, 0.95, 1.0])
 @pytest.mark.parametrize(("width", "height"), [(334, 500), (500, 334), (36, 40), (90, 400)])
-def test_any_crop_gives_what_transformers_gives(width: int, height: int, crop_pct: float) -> None:
+def test_any_crop_is_close_to_transformers(width: int, height: int, crop_pct: float) -> None:
     image = noise(width, height)
     config = published(size=32, crop_pct=crop_pct)
     pixels = Preprocessor.from_dict(config, "config")(image)
@@ -157,7 +157,7 @@ def test_any_crop_gives_what_transformers_gives(width: int, height: int, crop_pc
 
 @pytest.mark.parametrize("resample", sorted(SMOOTH_FILTERS))
 @pytest.mark.parametrize(("width", "height"), [(333, 500), (500, 333), (60, 90)])
-def test_any_interpolation_gives_what_transformers_gives(width: int, height: int, resample: int) -> None:
+def test_any_filter_is_close_to_transformers(width: int, height: int, resample: int) -> None:
     image = noise(width, height)
     config = published(resample=int(resample))
     pixels = Preprocessor.from_dict(config, "config")(image)
@@ -165,22 +165,22 @@ def test_any_interpolation_gives_what_transformers_gives(width: int, height: int
 
 
 @pytest.mark.parametrize("length", [1 << 20, (1 << 20) - 1])
-def test_a_line_of_a_million_pixels_is_cropped_to_its_middle(length: int) -> None:
+def test_line_of_a_million_pixels_is_cropped_to_its_center(length: int) -> None:
     line = np.zeros((1, length, 3), np.uint8)
     line[:, length // 2 - 2 : length // 2 + 2] = 255
     for image in (Image.fromarray(line), Image.fromarray(line.transpose(1, 0, 2))):
         assert read()(image).min() == 255
 
 
-def test_an_image_that_is_not_rgb_is_refused() -> None:
-    with pytest.raises(ValueError, match="not one in mode P"):
+def test_image_that_is_not_rgb_fails() -> None:
+    with pytest.raises(ValueError, match="must be in mode RGB, not P"):
         read()(Image.new("P", (8, 8)))
 
 
-# --- what the file says ----------------------------------------------------------------------------
+# --- content of the file ---------------------------------------------------------------------------
 
 
-def test_a_published_file_is_read() -> None:
+def test_published_file_is_read() -> None:
     assert read() == Preprocessor(
         size=224,
         crop_pct=0.875,
@@ -191,7 +191,7 @@ def test_a_published_file_is_read() -> None:
     )
 
 
-def test_missing_fields_take_the_defaults_of_transformers() -> None:
+def test_missing_fields_have_the_defaults_of_transformers() -> None:
     default = ConvNextImageProcessorPil()
     assert Preprocessor.from_dict({}, "config") == Preprocessor(
         size=default.size["shortest_edge"],
@@ -203,7 +203,7 @@ def test_missing_fields_take_the_defaults_of_transformers() -> None:
     )
 
 
-def test_nulls_that_transformers_itself_writes_are_fine() -> None:
+def test_nulls_that_transformers_writes_are_accepted() -> None:
     nulls = ["image_processor_type", "do_center_crop", "crop_size", "default_to_square", "do_pad", "device"]
     assert Preprocessor.from_dict({**PUBLISHED, **dict.fromkeys(nulls)}, "config") == read()
 
@@ -211,7 +211,7 @@ def test_nulls_that_transformers_itself_writes_are_fine() -> None:
 @pytest.mark.parametrize(
     "field", ["do_resize", "size", "crop_pct", "resample", "do_normalize", "image_mean", "do_rescale"]
 )
-def test_a_null_elsewhere_is_refused(field: str) -> None:
+def test_other_nulls_fail(field: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{field}(\[0\])?: .*null"):
         Preprocessor.from_dict({**PUBLISHED, field: None}, "config")
 
@@ -226,20 +226,20 @@ def test_a_null_elsewhere_is_refused(field: str) -> None:
         "ConvNextFeatureExtractor",
     ],
 )
-def test_every_name_of_the_processor_is_known(field: str, name: str) -> None:
+def test_every_name_of_the_processor_is_accepted(field: str, name: str) -> None:
     assert read(feature_extractor_type=None) == read(**{"feature_extractor_type": None, field: name})
 
 
-def test_the_size_may_be_that_of_the_shortest_edge() -> None:
+def test_size_may_be_given_as_shortest_edge() -> None:
     assert read(size={"shortest_edge": 384}) == read(size=384)
 
 
-def test_one_mean_holds_for_all_channels() -> None:
+def test_single_mean_applies_to_all_channels() -> None:
     assert read(image_mean=0.5, image_std=1).mean == (0.5, 0.5, 0.5)
     assert read(image_mean=0.5, image_std=1).std == (1.0, 1.0, 1.0)
 
 
-def test_without_normalisation_and_rescaling_values_stay_as_they_are() -> None:
+def test_disabled_normalization_and_rescaling_keep_values() -> None:
     plain = read(do_normalize=False, do_rescale=False)
     assert (plain.mean, plain.std, plain.rescale_factor) == ((0, 0, 0), (1, 1, 1), 1)
 
@@ -288,35 +288,35 @@ def test_without_normalisation_and_rescaling_values_stay_as_they_are() -> None:
         ("image_std", {"image_std": [0.2, 0.2, 0.2, 0.2]}),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_file_and_field(field: str, changes: dict[str, Any]) -> None:
+def test_unsupported_value_fails_with_file_and_field(field: str, changes: dict[str, Any]) -> None:
     with pytest.raises(
         CheckpointError, match=rf"^folder/preprocessor_config.json: {field}(\[\d\])?: "
-    ) as refusal:
+    ) as caught:
         read(**changes)
-    assert len(str(refusal.value)) < 300
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("changes", [{}, {"size": 384}, {"do_normalize": False, "do_rescale": False}])
-def test_what_is_written_reads_the_same_here_and_in_transformers(changes: dict[str, Any]) -> None:
+def test_written_file_is_equal_here_and_in_transformers(changes: dict[str, Any]) -> None:
     preprocessor = read(**changes)
     written = json.loads(json.dumps(preprocessor.to_dict()))
     assert Preprocessor.from_dict(written, "written") == preprocessor
     image = noise(300, 400)
     expected = ConvNextImageProcessorPil(**published(**changes))(images=image, return_tensors="np")
-    again = ConvNextImageProcessorPil.from_dict(written)(images=image, return_tensors="np")
-    np.testing.assert_allclose(again["pixel_values"], expected["pixel_values"], atol=1e-6)
+    actual = ConvNextImageProcessorPil.from_dict(written)(images=image, return_tensors="np")
+    np.testing.assert_allclose(actual["pixel_values"], expected["pixel_values"], atol=1e-6)
 
 
-def test_a_preprocessor_travels_and_serves_as_a_key() -> None:
+def test_preprocessor_can_be_pickled_and_hashed() -> None:
     preprocessor = read()
     assert {preprocessor: 1}[pickle.loads(pickle.dumps(preprocessor))] == 1
     assert len(pickle.dumps(preprocessor)) < 500
 
 
-# --- where the file is -----------------------------------------------------------------------------
+# --- location of the file --------------------------------------------------------------------------
 
 
-def test_a_folder_is_read(tmp_path: Path) -> None:
+def test_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED))
     assert Preprocessor.from_folder(tmp_path) == read()
 
@@ -332,12 +332,10 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
         (b'{"size": "large"}', "size: "),
     ],
 )
-def test_a_folder_without_a_good_file_is_refused_by_its_name(
-    tmp_path: Path, content: bytes | None, problem: str
-) -> None:
+def test_missing_or_invalid_file_is_named(tmp_path: Path, content: bytes | None, problem: str) -> None:
     file = tmp_path / "preprocessor_config.json"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=problem) as refusal:
+    with pytest.raises(CheckpointError, match=problem) as caught:
         Preprocessor.from_folder(tmp_path)
-    assert str(refusal.value).startswith(f"{file}: ")
+    assert str(caught.value).startswith(f"{file}: ")

@@ -1,4 +1,4 @@
-"""The published variants, against the figures of arXiv 2103.15808 and of Microsoft's model zoo."""
+"""Tests of the presets against arXiv 2103.15808 and Microsoft's model zoo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cvt.preprocessing import Preprocessor
 from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from tests.cvt.random_models import PUBLISHED
 
-#: preprocessor_config.json of microsoft/cvt-13; that of microsoft/cvt-13-384 differs in its size alone.
+#: preprocessor_config.json of microsoft/cvt-13. The file of microsoft/cvt-13-384 differs only in size.
 PUBLISHED_PREPROCESSING = {
     "crop_pct": 0.875,
     "do_normalize": True,
@@ -30,7 +30,7 @@ PUBLISHED_PREPROCESSING = {
 @pytest.mark.parametrize(
     ("name", "published"), [("cvt-13", "20.0"), ("cvt-21", "31.6"), ("cvt-w24", "277.2")]
 )
-def test_parameters_are_as_many_as_published(name: str, published: str) -> None:
+def test_number_of_parameters_equals_published_value(name: str, published: str) -> None:
     with torch.device("meta"):
         model = CvtForImageClassification(preset_config(name, num_labels=1000))
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -38,10 +38,10 @@ def test_parameters_are_as_many_as_published(name: str, published: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_architectures_are_those_of_the_published_configurations(name: str) -> None:
+def test_architectures_equal_published_configurations(name: str) -> None:
     ours, theirs = preset_config(name), transformers.CvtConfig(**PUBLISHED[name])
     for field in CvtConfig.__annotations__:
-        if field != "drop_path_rate":  # matters to training alone
+        if field != "drop_path_rate":  # affects only training
             assert list_or_value(getattr(ours, field)) == list_or_value(getattr(theirs, field)), field
 
 
@@ -49,20 +49,20 @@ def list_or_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def test_fields_come_before_the_presets() -> None:
+def test_fields_override_the_preset() -> None:
     config = preset_config("cvt-21", depth=[1, 1, 1], num_labels=3)
     assert config.depth == [1, 1, 1]
     assert config.num_labels == 3
     assert preset_config("cvt-21").depth == [1, 4, 16]
 
 
-def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no preset 'cvt-14', only cvt-13, cvt-21, cvt-w24"):
+def test_unknown_preset_fails_and_lists_presets() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'cvt-14'; choose one of cvt-13, cvt-21, cvt-w24"):
         preset_config("cvt-14")
 
 
 @pytest.mark.parametrize("size", [224, 384])
-def test_preprocessing_is_that_of_the_published_checkpoints(size: int) -> None:
+def test_preprocessing_equals_published_checkpoints(size: int) -> None:
     published = Preprocessor.from_dict(PUBLISHED_PREPROCESSING | {"size": size}, "published")
     assert preset_preprocessor(size) == published
     assert preset_preprocessor(size)(Image.new("RGB", (300, 500))).shape == (size, size, 3)

@@ -55,7 +55,7 @@ def test_precision_passes_within_its_goals(
     ("arguments", "message"),
     [
         (["--precision", "fp8"], "fp8"),
-        (["--runtime", "openvino", "--precision", "fp16"], "has no precision 'fp16'"),
+        (["--runtime", "openvino", "--precision", "fp16"], "does not support precision 'fp16'"),
     ],
 )
 def test_unavailable_precision_ends_with_2(arguments: list[str], message: str) -> None:

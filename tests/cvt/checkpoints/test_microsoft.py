@@ -1,3 +1,5 @@
+"""Tests of the names and variants of Microsoft's checkpoints."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +19,7 @@ from tests.cvt.random_models import TINY
 PUBLISHED_NAMES = ["CvT-13-224x224-IN-1k.pth", "CvT-13-384x384-IN-22k.pth", "CvT-w24-384x384-IN-22k.pth"]
 
 
-def test_names_are_those_of_microsofts_modules() -> None:
+def test_names_equal_microsofts_modules() -> None:
     names = microsoft_names(TINY["depth"])
     assert {theirs: microsoft_key(theirs) for theirs in names.values()} == {t: o for o, t in names.items()}
     tensors = {key: torch.tensor(i) for i, key in enumerate(names)}
@@ -25,21 +27,21 @@ def test_names_are_those_of_microsofts_modules() -> None:
     assert {key: int(tensor) for key, tensor in back.items()} == {t: i for i, t in enumerate(names.values())}
 
 
-def test_names_of_transformers_stay_as_they_are_and_so_do_unknown_ones() -> None:
+def test_transformers_and_unknown_names_stay_unchanged() -> None:
     keys = list(microsoft_names([1, 1, 1]).values())
     weights = dict.fromkeys(keys, torch.ones(1)) | {"stage0.pos_embed": torch.ones(1)}
     assert rename_weights(weights, keys).keys() == weights.keys()
 
 
 def published(name: str, classes: int = 5, **fields: Any) -> dict[str, Tensor]:
-    """Weights, without data, of a variant, under Microsoft's names."""
+    """Returns weights on the meta device of a variant, with Microsoft's names."""
     config = preset_config(name, num_labels=classes, **fields)
     with torch.device("meta"):
         return as_microsoft(CvtForImageClassification(config).state_dict(), config.depth)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_variant_is_told_by_the_shapes_of_its_weights(name: str) -> None:
+def test_variant_is_inferred_from_weight_shapes(name: str) -> None:
     config = infer_config(published(name, classes=21841))
     assert config.depth == preset_config(name).depth
     assert config.num_labels == 21841
@@ -48,7 +50,7 @@ def test_a_variant_is_told_by_the_shapes_of_its_weights(name: str) -> None:
     assert isinstance(config, CvtConfig)
 
 
-def test_shapes_of_no_variant_are_refused_by_what_does_not_fit() -> None:
+def test_unknown_weight_shapes_fail_with_the_difference() -> None:
     def cause(weights: dict[str, Tensor]) -> str:
         with pytest.raises(CheckpointError) as caught:
             infer_config(weights)
@@ -60,9 +62,9 @@ def test_shapes_of_no_variant_are_refused_by_what_does_not_fit() -> None:
     assert "has embed_dim [64, 192, 768] and depth [1, 2, 10]" in wider
     headless = {key: tensor for key, tensor in published("cvt-13").items() if not key.startswith("head.")}
     assert "no classifier" in cause(headless)
-    assert "no stage0.patch_embed.proj.weight" in cause({"conv1.weight": torch.ones(1)})
+    assert "stage0.patch_embed.proj.weight is missing" in cause({"conv1.weight": torch.ones(1)})
 
 
-def test_the_size_of_images_is_told_by_the_name_of_the_file() -> None:
+def test_image_size_is_inferred_from_file_name() -> None:
     assert [image_size(name) for name in PUBLISHED_NAMES] == [224, 384, 384]
     assert image_size("checkpoint.pth") == 224

@@ -1,3 +1,5 @@
+"""Tests of reading TensorFlow weights of transformers 4."""
+
 from __future__ import annotations
 
 import re
@@ -19,41 +21,43 @@ h5py = pytest.importorskip("h5py", reason="needs the extra `keras`")
 from cvt.checkpoints.tensorflow import read_h5  # noqa: E402
 from cvt.checkpoints.weights import check_weights, read_file  # noqa: E402
 
-#: Saved by transformers' TFCvtForImageClassification; made by data/make_tf_fixture.py.
+#: A checkpoint of transformers' TFCvtForImageClassification, created by data/make_tf_fixture.py.
 TF_TINY = Path(__file__).parents[1] / "data" / "tf-tiny"
 
 
 def check(path: Path) -> None:
-    """Reads a file as the weights of the model of the fixture."""
+    """Reads weights from a file and checks that they fit the model of the fixture."""
     with torch.device("meta"):
         model = CvtForImageClassification(CvtConfig.from_pretrained(TF_TINY))
     check_weights(read_file(path), model.state_dict())
 
 
-def test_weights_of_the_tensorflow_class_give_its_outputs() -> None:
+def test_tensorflow_weights_give_the_tensorflow_outputs() -> None:
     model = CvtForImageClassification(CvtConfig.from_pretrained(TF_TINY)).eval()
     outcome = model.load_state_dict(read_h5(TF_TINY / "tf_model.h5"), strict=False)
     assert not outcome.unexpected_keys
     assert all(key.endswith(".num_batches_tracked") for key in outcome.missing_keys)
-    wanted = np.load(TF_TINY / "outputs.npz")
+    expected = np.load(TF_TINY / "outputs.npz")
     with torch.no_grad():
-        got = model(torch.from_numpy(wanted["pixel_values"]), output_hidden_states=True)
-    assert np.ptp(wanted["logits"], axis=0).max() > 0.5  # the images show in them
-    assert_close(got.logits, torch.from_numpy(wanted["logits"]), rtol=1e-4, atol=1e-5)
-    assert_close(got.hidden_states[-1], torch.from_numpy(wanted["last_hidden_state"]), rtol=1e-4, atol=1e-5)
+        actual = model(torch.from_numpy(expected["pixel_values"]), output_hidden_states=True)
+    assert np.ptp(expected["logits"], axis=0).max() > 0.5  # the logits depend on the image
+    assert_close(actual.logits, torch.from_numpy(expected["logits"]), rtol=1e-4, atol=1e-5)
+    assert_close(
+        actual.hidden_states[-1], torch.from_numpy(expected["last_hidden_state"]), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_features_without_a_classifier_are_those_of_a_tf_cvt_model(tmp_path: Path) -> None:
+def test_weights_of_tf_cvt_model_have_no_classifier(tmp_path: Path) -> None:
     path = tmp_path / "tf_model.h5"
     with h5py.File(TF_TINY / "tf_model.h5") as source, h5py.File(path, "w") as target:
         source.copy("cvt/tf_cvt_for_image_classification", target, "cvt/tf_cvt_model")
         source.copy("cvt/cvt.encoder.stages.2.cls_token:0", target["cvt"])
-    wanted = {key for key in read_h5(TF_TINY / "tf_model.h5") if key.startswith("cvt.")}
-    assert read_h5(path).keys() == wanted
+    expected = {key for key in read_h5(TF_TINY / "tf_model.h5") if key.startswith("cvt.")}
+    assert read_h5(path).keys() == expected
 
 
-def test_a_file_of_the_second_model_of_its_process_is_read_as_well(tmp_path: Path) -> None:
-    """Keras numbered models of the same name, from the second one on."""
+def test_file_of_a_second_keras_model_is_read(tmp_path: Path) -> None:
+    """Keras adds a number to the name of the second model with the same name."""
     path = tmp_path / "tf_model.h5"
     with h5py.File(TF_TINY / "tf_model.h5") as source, h5py.File(path, "w") as target:
         model = "tf_cvt_for_image_classification"
@@ -82,7 +86,7 @@ LAYER = "cvt/tf_cvt_for_image_classification/cvt/encoder/stages.2/layers.1/"
     ],
     ids=["batch norm", "bias of keys", "classifier"],
 )
-def test_a_missing_dataset_is_named(dataset: str, missing: str, tmp_path: Path) -> None:
+def test_missing_dataset_is_named(dataset: str, missing: str, tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         del file[dataset]
@@ -90,7 +94,7 @@ def test_a_missing_dataset_is_named(dataset: str, missing: str, tmp_path: Path) 
         check(path)
 
 
-def test_a_missing_layer_is_named(tmp_path: Path) -> None:
+def test_missing_layer_is_named(tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         del file[LAYER.rstrip("/")]
@@ -108,7 +112,7 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("value", [np.zeros((2, 2), "float32"), np.zeros(3), np.int64(7)], ids=str)
-def test_an_unknown_dataset_is_named(name: str, value: Any, tmp_path: Path) -> None:
+def test_unknown_dataset_is_named(name: str, value: Any, tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         file[name] = value
@@ -118,29 +122,29 @@ def test_an_unknown_dataset_is_named(name: str, value: Any, tmp_path: Path) -> N
         check(path)
 
 
-def test_numbers_that_are_no_weights_are_named(tmp_path: Path) -> None:
+def test_integer_dataset_is_named(tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     name = "classifier/tf_cvt_for_image_classification/classifier/bias:0"
     with h5py.File(path, "a") as file:
         del file[name]
         file[name] = np.arange(4)
-    with pytest.raises(CheckpointError, match=f"{path}: {name} is not the dataset of a weight"):
+    with pytest.raises(CheckpointError, match=f"{path}: {name}: not the dataset of a weight"):
         check(path)
 
 
-def test_a_weight_that_is_there_twice_is_named(tmp_path: Path) -> None:
+def test_duplicate_weight_is_named(tmp_path: Path) -> None:
     path = Path(shutil.copy(TF_TINY / "tf_model.h5", tmp_path))
     with h5py.File(path, "a") as file:
         file["classifier/tf_cvt_for_image_classification_1/classifier/bias:0"] = np.zeros(4, "float32")
-    with pytest.raises(CheckpointError, match=r"classifier/tf_cvt_for_image_classification_1/\S* is not the"):
+    with pytest.raises(CheckpointError, match=r"classifier/tf_cvt_for_image_classification_1/\S*: not the"):
         check(path)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_file_without_weights_fails(tmp_path: Path) -> None:
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "w") as file:
-        file["title"] = "no weights at all"
-    with pytest.raises(CheckpointError, match=r"tf_model\.h5: title is not the dataset of a weight"):
+        file["title"] = "not weights"
+    with pytest.raises(CheckpointError, match=r"tf_model\.h5: title: not the dataset of a weight"):
         read_file(path)
     path.write_bytes((TF_TINY / "tf_model.h5").read_bytes()[:100_000])
     with pytest.raises(CheckpointError, match=r"tf_model\.h5: .*truncated file"):

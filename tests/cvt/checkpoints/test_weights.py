@@ -1,3 +1,5 @@
+"""Tests of reading weights from safetensors and PyTorch files."""
+
 from __future__ import annotations
 
 import json
@@ -25,15 +27,15 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def write_shards(folder: Path, stem: str, suffix: str, save: Callable[[Any, Path], None]) -> Path:
     for part in sorted(set(SHARDS.values())):
-        weights = {key: WEIGHTS[key] for key, place in SHARDS.items() if place == part}
+        weights = {key: WEIGHTS[key] for key, shard in SHARDS.items() if shard == part}
         save(weights, folder / f"{stem}-{part}.{suffix}")
-    places = {key: f"{stem}-{part}.{suffix}" for key, part in SHARDS.items()}
+    weight_map = {key: f"{stem}-{part}.{suffix}" for key, part in SHARDS.items()}
     index = folder / f"{stem}.{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 36}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {"total_size": 36}, "weight_map": weight_map}))
     return index
 
 
-def refusal(read: Callable[[Path], object], path: Path) -> str:
+def read_error(read: Callable[[Path], object], path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         read(path)
     return str(caught.value)
@@ -55,7 +57,7 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
     assert same(read_folder(tmp_path), WEIGHTS)
 
 
-def test_of_several_kinds_the_first_is_read(tmp_path: Path) -> None:
+def test_first_kind_of_weights_is_read(tmp_path: Path) -> None:
     kinds = []
     for kind in ("pytorch_model.bin", "model.safetensors"):
         weights = {"a": torch.full((1,), float(len(kinds)))}
@@ -67,7 +69,7 @@ def test_of_several_kinds_the_first_is_read(tmp_path: Path) -> None:
     assert same(read_folder(tmp_path), kinds[0])
 
 
-def test_of_a_folder_configuration_and_one_kind_of_weights_are_used() -> None:
+def test_files_to_load_are_configuration_and_one_kind_of_weights() -> None:
     config = ["config.json", "preprocessor_config.json"]
     others = [
         "README.md",
@@ -87,48 +89,47 @@ def test_of_a_folder_configuration_and_one_kind_of_weights_are_used() -> None:
     assert files_to_load(others) == []
 
 
-def test_a_folder_without_weights_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
-    message = refusal(read_folder, tmp_path)
+def test_folder_without_weights_fails_and_lists_file_names(tmp_path: Path) -> None:
+    message = read_error(read_folder, tmp_path)
     for name in ("model.safetensors", "pytorch_model.bin", "tf_model.h5"):
         assert name in message
 
 
-def test_a_shard_that_is_missing_or_lacks_a_weight_is_named(tmp_path: Path) -> None:
+def test_missing_shard_or_weight_is_named(tmp_path: Path) -> None:
     write_shards(tmp_path, "model", "safetensors", save_file)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     save_file({"b": WEIGHTS["b"]}, shard)
-    assert f"{shard}: has no c, which model.safetensors.index.json places there" in refusal(
-        read_folder, tmp_path
-    )
+    message = f"{shard}: c is missing, but model.safetensors.index.json lists it here"
+    assert message in read_error(read_folder, tmp_path)
     shard.unlink()
-    assert str(shard) in refusal(read_folder, tmp_path)
+    assert str(shard) in read_error(read_folder, tmp_path)
 
 
 @pytest.mark.parametrize(
     "content",
     ["{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}'],
 )
-def test_an_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+def test_invalid_index_is_named(tmp_path: Path, content: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
-    assert f"{index}: not an index" in refusal(read_folder, tmp_path)
+    assert f"{index}: not an index" in read_error(read_folder, tmp_path)
 
 
-def test_an_index_leads_to_no_other_folder(tmp_path: Path) -> None:
+def test_index_cannot_refer_to_another_folder(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "outside.safetensors")
     folder = tmp_path / "model"
     folder.mkdir()
     index = folder / "model.safetensors.index.json"
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        assert "not the name of a file beside it" in refusal(read_folder, folder)
+        assert "not a file name without a folder" in read_error(read_folder, folder)
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_what_a_training_script_saved_is_unwrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+def test_weights_of_a_training_script_are_unwrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     weights: dict[str, Any] = OrderedDict((f"{prefix}{key}", tensor) for key, tensor in WEIGHTS.items())
-    if wrapper == "state_dict":  # as Microsoft's lib/utils/utils.py saves it
+    if wrapper == "state_dict":  # the format of Microsoft's lib/utils/utils.py
         weights = {
             "epoch": 3,
             "model": "cls_cvt",
@@ -142,13 +143,13 @@ def test_what_a_training_script_saved_is_unwrapped(tmp_path: Path, wrapper: str 
     assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
 
 
-def test_a_file_of_an_old_pytorch_is_read(tmp_path: Path) -> None:
+def test_file_of_pytorch_before_1_6_is_read(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
     assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,36 +160,36 @@ class Touch:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("zipped", [False, True])
-def test_what_would_run_code_is_refused_and_not_run(tmp_path: Path, wrapped: bool, zipped: bool) -> None:
+def test_pickled_code_fails_and_does_not_run(tmp_path: Path, wrapped: bool, zipped: bool) -> None:
     trace, file = tmp_path / "trace", tmp_path / "x.pth"
     content: Any = {"state_dict": WEIGHTS, "more": Touch(trace)} if wrapped else Touch(trace)
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    message = refusal(read_file, file)
+    message = read_error(read_file, file)
     assert str(file) in message
     assert "not unpickled" in message
-    assert "weights_only" not in message  # PyTorch's own message says how to run it
+    assert "weights_only" not in message  # PyTorch's message explains how to run the code
     assert not trace.exists()
-    torch.load(file, weights_only=False)  # lest the test be one of a harmless file
+    torch.load(file, weights_only=False)  # proves that the file would run code
     assert trace.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ([1, 2], "holds a list"),
+        ([1, 2], "the content is a list, not a mapping"),
         ({"a": 1.5}, "'a' is a float, not a tensor"),
         ({"model": {"a": "x"}}, "'a' is a str"),
     ],
 )
-def test_what_are_no_weights_is_refused_by_file(tmp_path: Path, content: object, cause: str) -> None:
+def test_file_without_weights_is_named(tmp_path: Path, content: object, cause: str) -> None:
     torch.save(content, tmp_path / "x.pth")
-    message = refusal(read_file, tmp_path / "x.pth")
+    message = read_error(read_file, tmp_path / "x.pth")
     assert str(tmp_path / "x.pth") in message
     assert cause in message
 
 
 @pytest.mark.parametrize("name", ["x.pth", "model.safetensors"])
-def test_a_file_that_is_cut_off_or_something_else_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_truncated_or_invalid_file_is_named(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     (save_file if name.endswith("safetensors") else torch.save)(WEIGHTS, file)
     whole = file.read_bytes()
@@ -199,4 +200,4 @@ def test_a_file_that_is_cut_off_or_something_else_is_refused_by_name(tmp_path: P
         pickle.dumps("text", protocol=2),
     ):
         file.write_bytes(content)
-        assert str(file) in refusal(read_file, file)
+        assert str(file) in read_error(read_file, file)

@@ -1,12 +1,12 @@
-"""Makes tf-tiny: a checkpoint that transformers' own TFCvtForImageClassification saved, and its outputs.
+"""Creates tf-tiny: a checkpoint of transformers' TFCvtForImageClassification, and its outputs.
 
-Run where that class still is, which is transformers 4 with TensorFlow 2 (made with Python 3.11,
-transformers 4.57.6, TensorFlow 2.19.1, tf_keras 2.19.0), from the repository's root:
+Needs transformers 4 and TensorFlow 2. The fixture was created with Python 3.11, transformers 4.57.6,
+TensorFlow 2.19.1 and tf_keras 2.19.0. Run in the root of the repository:
 
     python tests/cvt/data/make_tf_fixture.py tests/cvt/data/tf-tiny
 
 Writes config.json, tf_model.h5 and outputs.npz: pixel_values (2, 3, 40, 48), labels (2,), logits (2, 4),
-last_hidden_state (2, 24, 3, 3), and losses (2,), one for each image.
+last_hidden_state (2, 24, 3, 3), and losses (2,), one per image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
         qkv_bias=[True, False, True],
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
-        image_size=48,  # without it, the class doesn't know its inputs and raises
+        image_size=48,  # required: the class raises an error without image_size
     )
     model = TFCvtForImageClassification(config)
     pixels = random.normal(size=(2, 3, 40, 48)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A small model, its images and its engine, and what the engine must return."""
+"""A small model, images for it, and its expected outputs."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def make_engine(model: CvtForImageClassification | None = None, **options: Any) 
 
 
 @torch.inference_mode()
-def outputs_of_the_model(
+def model_outputs(
     model: CvtForImageClassification, images: np.ndarray = IMAGES
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and what went into the classifier."""
+    """Returns the logits and the inputs of the classifier."""
     seen = []
     with model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        normalised = (images / 255 - MEAN) / STD
-        logits = model(torch.tensor(normalised, dtype=torch.float32).permute(0, 3, 1, 2)).logits
+        normalized = (images / 255 - MEAN) / STD
+        logits = model(torch.tensor(normalized, dtype=torch.float32).permute(0, 3, 1, 2)).logits
     return logits.numpy(), seen[0].numpy()
 
 
-def same_as_the_model(engine: Engine, model: CvtForImageClassification, tolerance: float = 1e-4) -> None:
-    logits, embeddings = outputs_of_the_model(model)
+def assert_equals_model(engine: Engine, model: CvtForImageClassification, tolerance: float = 1e-4) -> None:
+    logits, embeddings = model_outputs(model)
     output = engine(IMAGES)
     assert output.logits.dtype == output.embeddings.dtype == np.float32
     np.testing.assert_allclose(output.logits, logits, atol=tolerance, rtol=0)
     np.testing.assert_allclose(output.embeddings, embeddings, atol=tolerance, rtol=0)
-    again = engine(IMAGES)
-    np.testing.assert_array_equal(again.logits, output.logits)
-    np.testing.assert_array_equal(again.embeddings, output.embeddings)
+    repeated = engine(IMAGES)
+    np.testing.assert_array_equal(repeated.logits, output.logits)
+    np.testing.assert_array_equal(repeated.embeddings, output.embeddings)

@@ -1,3 +1,5 @@
+"""Tests of inference in PyTorch on a GPU. Without a GPU, mocks replace streams and events."""
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +19,13 @@ from tests.cvt.inference.small import (
     SIZE,
     make_engine,
     make_model,
+    model_outputs,
     network,
-    outputs_of_the_model,
 )
 
 
 class Overwriting:
-    """A network compiled into a CUDA graph: batches of one size, and outputs that the next run overwrites."""
+    """Imitates a CUDA graph: batches have one size, and each run overwrites the previous outputs."""
 
     def __init__(self, network: nn.Module, size: int) -> None:
         self._network = network
@@ -41,8 +43,8 @@ class Overwriting:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
-    """On the CPU, with streams that do all at once: what is copied where, not when."""
+def test_gpu_runtime_does_not_mix_batches(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """Runs on the CPU with mocked streams. Tests the copies, not their order in time."""
     stream = MagicMock()
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "Event", stream)
@@ -58,8 +60,12 @@ def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine_module, "make_runtime", lambda *_: runtime)
     engine = make_engine(model)
     assert engine.batch_size == 3
-    logits, embeddings = outputs_of_the_model(model)
-    for images in (IMAGES, torch.tensor(IMAGES), IMAGES):  # all batches are queued before the first is read
+    logits, embeddings = model_outputs(model)
+    for images in (
+        IMAGES,
+        torch.tensor(IMAGES),
+        IMAGES,
+    ):  # all batches are queued before the first result is read
         output = engine(images)
         np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
         np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
@@ -67,9 +73,9 @@ def test_the_runtime_of_a_gpu_keeps_batches_apart(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.2), ("fp16", 0.05)])
-def test_a_gpu_gives_what_the_model_gives(precision: str, tolerance: float) -> None:
+def test_gpu_engine_equals_the_model(precision: str, tolerance: float) -> None:
     model = make_model()
-    logits, embeddings = outputs_of_the_model(model)
+    logits, embeddings = model_outputs(model)
     engine = make_engine(model, device="auto", precision=precision)
     assert engine.device.type == "cuda"
     output = engine(IMAGES)
@@ -80,10 +86,10 @@ def test_a_gpu_gives_what_the_model_gives(precision: str, tolerance: float) -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("runtime", ["torch", "compile"])
-def test_a_gpu_gives_the_same_in_many_batches_by_many_threads_from_arrays_and_tensors(runtime: str) -> None:
+def test_gpu_engine_equals_the_model_with_many_threads(runtime: str) -> None:
     model = make_model()
     images = np.random.default_rng(1).integers(0, 256, (50, SIZE, SIZE, 3), dtype=np.uint8)
-    logits, embeddings = outputs_of_the_model(model, images)
+    logits, embeddings = model_outputs(model, images)
     engine = make_engine(model, device="cuda", runtime=runtime, batch_size=8)
     engine.warm_up()
     inputs: list[Any] = [images, torch.tensor(images, device="cuda")] * 6

@@ -1,4 +1,4 @@
-"""Preprocessing on a device, here the CPU: held to what Pillow makes of the same images."""
+"""Tests of preprocessing on a torch device against Pillow."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def preprocessor(size: int = 224, crop_pct: float = 0.875, resample: int = 3) ->
 
 
 def scene(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Something like a photograph: coarse and fine structure, hard edges, and a little noise."""
-    chance = np.random.default_rng(seed)
-    image = Image.fromarray(chance.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height), 3)
+    """Returns a synthetic photograph: coarse and fine structure, hard edges, and some noise."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height), 3)
     pixels = np.asarray(image).astype(np.float32)
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     pixels += 40 * np.sin(x / 3 + y / 5)[..., None]
     pixels[(x // 17 + y // 23) % 3 == 0] *= 0.4
-    pixels += chance.normal(0, 4, pixels.shape)
+    pixels += rng.normal(0, 4, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -42,13 +42,13 @@ def tensor(image: Image.Image, device: str = "cpu") -> Tensor:
 
 
 def difference(pixels: Tensor, image: Image.Image, pillow: Preprocessor) -> float:
-    """Mean absolute difference to Pillow, in grey levels."""
+    """Returns the mean absolute difference from Pillow, in gray levels."""
     return float(np.abs(pixels.cpu().numpy().astype(np.int16) - pillow(image)).mean())
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [32, 224, 384])
-def test_images_of_any_shape_come_out_as_by_pillow(size: int, device: str) -> None:
+def test_images_of_any_shape_are_close_to_pillow(size: int, device: str) -> None:
     preprocess = DevicePreprocessor(preprocessor(size))
     for image in (scene(*shape) for shape in SHAPES):
         pixels = preprocess(tensor(image, device))
@@ -60,14 +60,14 @@ def test_images_of_any_shape_come_out_as_by_pillow(size: int, device: str) -> No
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize("crop_pct", [0.3, 0.9, 1.0])
-def test_any_crop_and_interpolation_is_that_of_pillow(crop_pct: float, resample: int) -> None:
+def test_any_crop_and_filter_is_close_to_pillow(crop_pct: float, resample: int) -> None:
     pillow = preprocessor(32, crop_pct, resample)
     for shape in [(334, 500), (500, 334), (36, 41), (20, 30)]:
         image = scene(*shape)
         assert difference(DevicePreprocessor(pillow)(tensor(image)), image, pillow) < 0.4
 
 
-def test_overshooting_is_clipped_and_not_wrapped() -> None:
+def test_overshooting_values_are_clipped() -> None:
     edge = np.zeros((40, 40, 3), np.uint8)
     edge[:, 20:] = 255
     image = Image.fromarray(edge)
@@ -76,15 +76,15 @@ def test_overshooting_is_clipped_and_not_wrapped() -> None:
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.LANCZOS, Image.Resampling.HAMMING])
-def test_an_interpolation_that_pytorch_lacks_is_refused_by_field(resample: int) -> None:
+def test_unsupported_filter_is_named(resample: int) -> None:
     with pytest.raises(
-        ValueError, match=rf"resample: {int(resample)}, but .* 3 \(bicubic\) and 2 \(bilinear\)"
+        ValueError, match=rf"resample: {int(resample)} is not supported .* 3 \(bicubic\) and 2 \(bilinear\)"
     ):
         DevicePreprocessor(preprocessor(resample=resample))
 
 
 @pytest.mark.parametrize("size", [224, 384])
-def test_photographs_come_out_as_by_pillow(photographs: list[tuple[str, bytes, int]], size: int) -> None:
+def test_photographs_are_close_to_pillow(photographs: list[tuple[str, bytes, int]], size: int) -> None:
     pillow = preprocessor(size)
     for _, data, _ in photographs[::10]:
         image = Image.open(io.BytesIO(data)).convert("RGB")

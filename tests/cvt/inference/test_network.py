@@ -1,3 +1,5 @@
+"""Tests of the network for inference."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,7 +14,7 @@ from tests.cvt.inference.small import (
 )
 
 
-def test_a_network_that_is_packed_for_onednn_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_packed_for_onednn_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     packed, plain = network(model), network(model)
     packed.pack()

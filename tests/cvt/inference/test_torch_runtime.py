@@ -1,3 +1,5 @@
+"""Tests of inference in PyTorch on a CPU."""
+
 from __future__ import annotations
 
 import json
@@ -25,25 +27,25 @@ from tests.cvt.inference.small import (
     SIZE,
     make_engine,
     make_model,
+    model_outputs,
     network,
-    outputs_of_the_model,
 )
 from tests.cvt.random_models import TINY
 
 
-def test_batches_are_split_so_that_activations_fit_the_cpu() -> None:
+def test_batches_are_split_to_limit_activations() -> None:
     config = CvtConfig(**TINY)
-    an_image = 12 * 12 * 64 * 4  # the first stage's tokens, inside its MLP, in bytes
-    assert max_images_per_part(config, SIZE, max_bytes=2 * an_image + 1) == 2
+    image_bytes = 12 * 12 * 64 * 4  # the tokens of the first stage in its MLP
+    assert max_images_per_part(config, SIZE, max_bytes=2 * image_bytes + 1) == 2
     assert max_images_per_part(config, SIZE, max_bytes=1) == 1
     model = make_model()
     runtime, sizes = TorchRuntime(network(model), 6, 2, threads=1, compiled=False), []
 
-    def note(module: nn.Module, inputs: Any) -> None:
+    def record_size(module: nn.Module, inputs: Any) -> None:
         if isinstance(module, CvtStage):
             sizes.append(len(inputs[0]))
 
-    with register_module_forward_pre_hook(note):
+    with register_module_forward_pre_hook(record_size):
         found = [runtime(images)() for images in (IMAGES[:6], IMAGES[6:])]
     assert sizes == [size for size in (2, 2, 2, 1) for _ in range(3)]
     for split, whole in zip(zip(*found, strict=True), make_engine(model)(IMAGES), strict=True):
@@ -60,37 +62,37 @@ def test_batches_are_split_so_that_activations_fit_the_cpu() -> None:
         ("compile", 3, [(8, 3)]),
     ],
 )
-def test_threads_take_parts_of_a_batch_or_compute_compiled_code_together(
+def test_eager_threads_compute_separate_parts(
     monkeypatch: pytest.MonkeyPatch, runtime: str, threads: int, parts: list[tuple[int, int]]
 ) -> None:
-    """Parts as images and threads; the caller's own number of threads stays."""
+    """`parts` has the images and the threads of each part. The caller's number of threads does not change."""
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     before, seen = torch.get_num_threads(), []
     model = make_model()
 
-    class Noting(InferenceNetwork):
+    class Recording(InferenceNetwork):
         def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
             seen.append((len(pixels), torch.get_num_threads()))
             return super().forward(pixels)
 
-    monkeypatch.setattr(engine_module, "InferenceNetwork", Noting)
+    monkeypatch.setattr(engine_module, "InferenceNetwork", Recording)
     engine = make_engine(model, runtime=runtime, threads=threads, batch_size=8)
-    logits, _ = outputs_of_the_model(model)
+    logits, _ = model_outputs(model)
     np.testing.assert_allclose(engine(IMAGES).logits, logits, atol=1e-4, rtol=0)
     assert sorted(seen) == parts
     assert torch.get_num_threads() == before
 
 
-def test_threads_that_do_not_divide_evenly_are_all_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_threads_are_used_if_not_divisible_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, together = [], threading.Barrier(8)
 
-    class Noting(InferenceNetwork):
+    class Recording(InferenceNetwork):
         def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-            together.wait(10)  # so that each worker takes one
+            together.wait(10)  # makes each worker take one part
             seen.append(torch.get_num_threads())
             return super().forward(pixels)
 
-    monkeypatch.setattr(engine_module, "InferenceNetwork", Noting)
+    monkeypatch.setattr(engine_module, "InferenceNetwork", Recording)
     make_engine(threads=11, batch_size=8)(np.concatenate([IMAGES, IMAGES[:1]]))
     assert sorted(seen) == [1] * 5 + [2] * 3
 
@@ -99,19 +101,19 @@ COMPILED = """
 import json, sys
 import numpy as np, torch
 from torch._dynamo.utils import counters
-from tests.cvt.inference.small import make_engine, make_model, same_as_the_model
+from tests.cvt.inference.small import make_engine, make_model, assert_equals_model
 torch.set_num_threads(1)
 model = make_model(depth=[1, 1, 1])
-engine = make_engine(model, runtime="compile", batch_size=4)  # 7 images: the second batch is filled up
-same_as_the_model(engine, model)
+engine = make_engine(model, runtime="compile", batch_size=4)  # 7 images: the second batch is padded
+assert_equals_model(engine, model)
 found = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]
 json.dump(dict(zip(["graphs", "hits"], found)), sys.stdout)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which torch.compile needs")
-def test_compiled_it_gives_what_the_model_gives_and_is_compiled_once_a_machine(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_engine_equals_the_model_and_is_cached(tmp_path: Path) -> None:
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
     found = []
     for _ in range(2):
