@@ -1,4 +1,4 @@
-"""What docs/how-to/restrict-access.md allows is all that the jobs ask of S3, and no more, by their own requests."""
+"""The policies of docs/how-to/restrict-access.md allow the requests of the jobs to S3, and no others."""
 
 from __future__ import annotations
 
