@@ -207,6 +207,8 @@ def _parameter_table(heading: str, records: list[tuple[str, str]]) -> str:
     for name, help_text in records:
         found = re.fullmatch(r"(.*?)\s*(?:\[(?:default: )?([^\[\]]*)\])?", help_text, re.S)
         assert found is not None
+        if heading == "Argument":
+            name = name.partition(" <")[0]
         name = re.sub(r"list\[(\w+)\]", r"\1", name).replace(" range>", ">").replace("|", " or ")
         shown = ", ".join(f"`{part}`" for part in re.split(r", | / ", name))
         meaning = _escaped(" ".join(found[1].split()))

@@ -20,7 +20,7 @@ def config(
 
     The schema has the description, type, limits and default of each field.
 
-    Exit status: 0; 2 if the command line is invalid.
+    Exit status: 0 on success; 2 if the command line is not valid.
     """
     typer.echo(json.dumps(json_schema(schema), indent=2))
 

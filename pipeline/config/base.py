@@ -19,7 +19,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A section of a configuration. Unknown fields and values of another type are rejected."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, field_title_generator=lambda name, _: name
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from pipeline.config import (
     TrainConfig,
     load_config,
 )
+from pipeline.config.base import Section
 from pipeline.run import make_job
 
 MINIMAL = """\
@@ -227,8 +228,8 @@ def test_max_actors_below_min_actors_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_example_configuration_is_valid(path: Path) -> None:
-    kind = {"schedule": ScheduleConfig, "fashion_mnist_train": TrainConfig}.get(path.stem, Config)
-    assert load_config(kind, path)
+    kinds: dict[str, type[Section]] = {"schedule": ScheduleConfig, "fashion_mnist_train": TrainConfig}
+    assert load_config(kinds.get(path.stem, Config), path)
 
 
 def test_empty_section_and_numbers_with_exponents_are_valid(tmp_path: Path) -> None:
