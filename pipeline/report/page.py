@@ -18,7 +18,7 @@ from pipeline.report import sections
 from pipeline.report.elements import axis_ticks, max_value, text_width, truncate
 from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
-from pipeline.statistics import ClassStatistics, Comparison
+from pipeline.statistics import ClassStatistics, Comparison, is_long_enough
 from pipeline.storage import normalize_uri
 from pipeline.text import escape_unprintable, format_percent, format_score, pluralize
 
@@ -133,7 +133,10 @@ def _cards(
         read = pluralize(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
         details = f"{read}, {pluralize(counts['errors'], 'error')}"
         cards.append(("Images in this run", f"{counts['images']:,}", details))
-    if (rate := record.get("images_per_s")) is not None:
+    rate = record.get("images_per_s")
+    if rate is not None and is_long_enough(
+        sections.stage_summaries(record)
+    ):  # short runs have no steady state
         cards.append(("Images per second", f"{rate:,.1f}", "in this run, from the first result to the last"))
     if broken := record.get("broken_limits"):
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))
