@@ -1,4 +1,4 @@
-"""A loopback HTTP proxy in front of the S3 server that makes requests fail, by script or by chance."""
+"""A loopback HTTP proxy in front of the S3 server that makes requests fail, scripted or at random."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 from xml.sax.saxutils import escape
 
-_ANSWERS = {
+_ERROR_RESPONSES = {
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "denied": (403, "AccessDenied", "Access Denied"),
 }
 
-#: error, slow_down, denied: an answer of S3's, the request is not passed on.
-#: reset: the connection is reset, the request is not passed on.
-#: lost_answer: the request is carried out, then the connection is reset before any answer.
-#: truncated: half of the answer's body, then the end of the connection.
-#: no_body: the answer's head alone, then the end. Answers that have no body anyway are lost, in both cases.
-#: no_head: the first line alone, then the end; it is all that a client needs to know of a DELETE.
-#: delay: all is well, but later.
-ALL_KINDS = (*_ANSWERS, "reset", "lost_answer", "truncated", "no_body", "no_head", "delay")
+#: error, slow_down, denied: an error response of S3; the request is not forwarded. reset: the connection is
+#: reset; the request is not forwarded. lost_answer: the request is executed, then the connection is reset
+#: before any response. truncated: half of the body of the response, then the connection ends. no_body: only
+#: the headers of the response, then the connection ends. For truncated and no_body, responses without a body
+#: are lost. no_head: only the status line, then the connection ends; a client needs nothing more for a
+#: DELETE. delay: a delayed response.
+ALL_KINDS = (*_ERROR_RESPONSES, "reset", "lost_answer", "truncated", "no_body", "no_head", "delay")
 
-_PIECE = 256 * 1024
-_TIMEOUT = 120.0
-_OF_ONE_CONNECTION = {"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"}
+_CHUNK_BYTES = 256 * 1024
+_TIMEOUT_S = 120.0
+_HOP_BY_HOP_HEADERS = {"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a fault is chosen by."""
+    """The properties of a request that determine its fault."""
 
     method: str
     path: str  # with the query, as sent
@@ -49,18 +48,18 @@ class Request:
 
 
 class FaultProxy:
-    """Passes HTTP on to `upstream_url`, but for faults: `with FaultProxy(s3.endpoint_url) as proxy: ...`.
+    """Forwards HTTP to `upstream_url` with faults: `with FaultProxy(s3.endpoint_url) as proxy: ...`.
 
-    By chance, every request is hit with probability `rate`. Which are hit depends on the seed, the
-    request and how often it came, not on how threads interleave. The same request is never hit more than
-    `most` times in a row.
+    Every request gets a random fault with probability `rate`. The choice depends on the seed, the request and
+    the number of its repetitions, not on the order of threads. The same request gets at most `max_in_a_row`
+    faults in a row.
 
     Attributes:
-        url: for clients, in the place of the server's. They sign for it; the Host is passed on as sent.
-        injected: how many faults of each kind there were.
-        seen: the last requests, faulty or not.
-        missing: those of them that the server answered by 404, in any order.
-        upstream_failures: how often the server itself broke off; the client's connection is then reset.
+        url: endpoint for clients. Clients sign for this endpoint; the Host header is forwarded as sent.
+        injected: number of injected faults, by kind.
+        seen: the last requests.
+        missing: requests that the server answered with 404.
+        upstream_failures: number of failures of the server itself; the client's connection is then reset.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class FaultProxy:
         seed: int = 0,
         rate: float = 0.0,
         kinds: tuple[str, ...] = ALL_KINDS,
-        most: int = 3,
+        max_in_a_row: int = 3,
         delay_seconds: float = 0.3,
     ) -> None:
         parts = urlsplit(upstream_url)
@@ -84,7 +83,7 @@ class FaultProxy:
         self._seed = seed
         self._rate = rate
         self._kinds = _known(kinds)
-        self._most = most
+        self._max_in_a_row = max_in_a_row
         self._lock = threading.Lock()
         self._script: list[tuple[str, Callable[[Request], bool]]] = []
         self._times: Counter[Request] = Counter()
@@ -108,12 +107,12 @@ class FaultProxy:
         self._server.end_connections()
 
     def next(self, *kinds: str, where: Callable[[Request], bool] = lambda _: True) -> None:
-        """Injects exactly these, in this order, on the next requests that match; they come before chance."""
+        """Injects these faults, in order, into the next matching requests; they precede random faults."""
         with self._lock:
             self._script += [(kind, where) for kind in _known(kinds)]
 
     def clear(self) -> None:
-        """Forgets the script and what has been."""
+        """Resets the script and all counters."""
         with self._lock:
             self._script.clear()
             self._times.clear()
@@ -124,16 +123,16 @@ class FaultProxy:
             self.upstream_failures = 0
 
     @property
-    def left(self) -> int:
-        """How many of the scripted faults didn't come yet."""
+    def remaining(self) -> int:
+        """Number of scripted faults that were not injected yet."""
         with self._lock:
             return len(self._script)
 
     def choose(self, request: Request) -> str | None:
-        """The fault that is to befall a request."""
+        """Returns the fault of a request."""
         with self._lock:
             self.seen.append(request)
-            kind = self._scripted(request) or self._by_chance(request)
+            kind = self._scripted(request) or self._random_fault(request)
             if kind is None:
                 self._in_a_row.pop(request, None)
             else:
@@ -148,12 +147,12 @@ class FaultProxy:
                 return kind
         return None
 
-    def _by_chance(self, request: Request) -> str | None:
+    def _random_fault(self, request: Request) -> str | None:
         if not self._rate:
             return None
         self._times[request] += 1
         choice = random.Random(f"{self._seed} {request} {self._times[request]}")
-        if choice.random() >= self._rate or self._in_a_row[request] >= self._most:
+        if choice.random() >= self._rate or self._in_a_row[request] >= self._max_in_a_row:
             return None
         return choice.choice(self._kinds)
 
@@ -190,7 +189,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().close_request(request)
 
     def end_connections(self) -> None:
-        """Ends those that clients keep for their next request."""
+        """Closes the connections that clients keep open."""
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
@@ -206,7 +205,7 @@ class _ClientGoneError(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of a client, kept alive from request to request."""
+    """One keep-alive connection of a client."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -217,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def handle_expect_100(self) -> bool:
-        return True  # told by the server, once it is asked
+        return True  # forwarded from the server
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -227,15 +226,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._request = Request(self.command, self.path, self.headers.get("Range"))
         kind = proxy.choose(self._request)
         self._expects = self.headers.get("Expect", "").lower() == "100-continue"
-        if kind in _ANSWERS:
-            self._refuse(*_ANSWERS[kind])
+        if kind in _ERROR_RESPONSES:
+            self._send_error(*_ERROR_RESPONSES[kind])
         elif kind == "reset":
             self._reset()
         else:
             if kind == "delay":
                 proxy.closing.wait(proxy.delay_seconds)
             try:
-                self._pass_on(kind)
+                self._forward(kind)
             except (OSError, HTTPException):
                 if not proxy.closing.is_set():
                     proxy.upstream_failed()
@@ -243,8 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answers as S3 does, which doesn't ask for the body that a client is about to send."""
+    def _send_error(self, status: int, code: str, message: str) -> None:
+        """Responds as S3 does, which does not request the body that the client would send."""
         if self._expects:
             self.close_connection = True
         else:
@@ -258,21 +257,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(body)
 
     def _reset(self) -> None:
-        """Resets the connection (RST), whatever has been sent."""
+        """Resets the connection (RST)."""
         self.close_connection = True
         with contextlib.suppress(OSError):
-            descriptor = self.connection.detach()  # else it stays open while rfile is
+            descriptor = self.connection.detach()  # otherwise it stays open as long as rfile
             with socket.socket(fileno=descriptor) as connection:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    def _pass_on(self, kind: str | None) -> None:
-        # A connection of its own for each request: one that was kept might fail by itself.
-        upstream = HTTPConnection(*self.server.proxy.upstream, timeout=_TIMEOUT)
+    def _forward(self, kind: str | None) -> None:
+        # A new connection for each request: a kept connection could fail by itself.
+        upstream = HTTPConnection(*self.server.proxy.upstream, timeout=_TIMEOUT_S)
         with contextlib.closing(upstream):
             upstream.connect()
             upstream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._send_upstream(upstream)
-            with contextlib.closing(upstream.getresponse()) as response:  # has taken the connection over
+            with contextlib.closing(upstream.getresponse()) as response:  # owns the connection now
                 if response.status == HTTPStatus.NOT_FOUND:
                     self.server.proxy.missing.add(self._request)
                 if kind == "lost_answer":
@@ -284,7 +283,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_upstream(self, upstream: HTTPConnection) -> None:
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() not in _OF_ONE_CONNECTION:
+            if name.lower() not in _HOP_BY_HOP_HEADERS:
                 upstream.putheader(name, value)
         chunked = self._is_chunked()
         if chunked:
@@ -293,22 +292,22 @@ class _Handler(BaseHTTPRequestHandler):
         upstream.endheaders()
         if self._expects:
             if not upstream.sock.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL).endswith(b" 100"):
-                self.close_connection = True  # it is answered already, and the body isn't wanted
+                self.close_connection = True  # the server has responded, and does not want the body
                 return
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        wanted = True
+        wants_body = True
         for piece in self._body():
-            if wanted:
+            if wants_body:
                 try:
                     upstream.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-                except ConnectionError:  # it may have answered already, and not want the rest
-                    wanted = False
-        if chunked and wanted:
+                except ConnectionError:  # the server may have responded, and not want the rest
+                    wants_body = False
+        if chunked and wants_body:
             upstream.send(b"0\r\n\r\n")
 
     def _send_back(self, response: HTTPResponse, kind: str | None) -> None:
         cut = kind in ("truncated", "no_body", "no_head")
-        headers = [x for x in response.getheaders() if x[0].lower() not in _OF_ONE_CONNECTION]
+        headers = [x for x in response.getheaders() if x[0].lower() not in _HOP_BY_HOP_HEADERS]
         length, body = response.length, b""
         if self.command == "HEAD" or response.status in (204, 304):
             length = 0
@@ -322,13 +321,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         else:
             self._answer(response.status, response.reason, headers)
-        left = length // 2 if kind == "truncated" else 0 if cut else length
-        while left:
-            piece = (body or response.read(_PIECE))[:left]
-            if not piece:  # the server itself broke off
+        remaining = length // 2 if kind == "truncated" else 0 if cut else length
+        while remaining:
+            piece = (body or response.read(_CHUNK_BYTES))[:remaining]
+            if not piece:  # the server itself failed
                 raise ConnectionError
             self._send(piece)
-            left -= len(piece)
+            remaining -= len(piece)
         if cut:
             self.close_connection = True
         return None
@@ -337,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "chunked" in self.headers.get("Transfer-Encoding", "").lower()
 
     def _body(self) -> Iterator[bytes]:
-        """The request's body, without the framing of its chunks."""
+        """Yields the body of the request, without chunk framing."""
         if self._is_chunked():
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 yield from self._received(size)
@@ -350,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _received(self, size: int) -> Iterator[bytes]:
         while size:
             try:
-                piece = self.rfile.read(min(size, _PIECE))
+                piece = self.rfile.read(min(size, _CHUNK_BYTES))
             except OSError as error:
                 raise _ClientGoneError from error
             if not piece:

@@ -1,4 +1,4 @@
-"""Scripts that make a Ray of their own, in a process of their own: the tests' is connected to another."""
+"""Runs scripts that start their own Ray, in separate processes: the test process uses another Ray."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-#: Seconds that a script has to stop its Ray.
-_STOP_SECONDS = 180
+#: Seconds that a script may take to stop its Ray.
+_STOP_TIMEOUT_S = 180
 
 
 def run_script(module: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Runs `python -m MODULE INPUT RESULT`, and returns what it wrote to RESULT as JSON.
+    """Runs `python -m MODULE INPUT RESULT`, and returns the JSON that the script wrote to RESULT.
 
     Args:
-        module: the script.
-        folder: where the folder of its input, which is empty, its result and its output go.
-        seconds: it is interrupted after so many, and has failed.
+        module: module name of the script.
+        folder: contains the input folder, which is empty at first, the result and the output.
+        seconds: time limit; the script is interrupted then, and fails.
     """
     given, result = folder / "in", folder / "result.json"
     given.mkdir()
@@ -39,8 +39,8 @@ def run_script(module: str, folder: Path, seconds: float) -> dict[str, Any]:
         try:
             _, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it stops its Ray
-            _, err = process.communicate(timeout=_STOP_SECONDS)
+            process.send_signal(signal.SIGINT)  # the script stops its Ray
+            _, err = process.communicate(timeout=_STOP_TIMEOUT_S)
     assert process.returncode == 0, err[-4000:]
     found: dict[str, Any] = json.loads(result.read_text())
     return found

@@ -1,4 +1,4 @@
-"""A Ray cluster of one node, as `ray start` makes it, with the Jobs API at an address of its own."""
+"""A Ray cluster of one node, started with `ray start`, with the Jobs API on its own port."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Head:
     """A running cluster.
 
     Attributes:
-        address: of its dashboard.
-        gcs_address: for drivers.
-        folder: where it keeps its logs.
-        hub_token: a secret of its environment, which nothing that the tests run asks for.
+        address: address of the dashboard.
+        gcs_address: address for drivers.
+        folder: folder of the logs.
+        hub_token: a secret in the environment of the cluster, which no test needs.
     """
 
     address: str
@@ -50,11 +50,11 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def ray_head(folder_of_log: Path) -> Iterator[Head]:
-    """A running cluster that has this process's environment, and the code as an image has it."""
+    """Starts a cluster with the environment of this process and the code as in a container image."""
     with contextlib.ExitStack() as stack:
         try:
             head = stack.enter_context(_started(folder_of_log / "ray.log"))
-        except StartError:  # a busy machine: Ray waits 30 seconds only
+        except StartError:  # on a busy machine: Ray waits only 30 seconds
             head = stack.enter_context(_started(folder_of_log / "ray-again.log"))
         yield head
 
@@ -62,11 +62,11 @@ def ray_head(folder_of_log: Path) -> Iterator[Head]:
 @contextlib.contextmanager
 def _started(log: Path) -> Iterator[Head]:
     options = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
-    # Its own, and short: the sockets in it must have short names. It tells its processes from others' too.
+    # Sockets need a short path. The path also identifies the processes of this cluster.
     folder = tempfile.mkdtemp(prefix="ray-")
     hub_token = f"hf_{secrets.token_hex(16)}"
     environment = {
-        # The jobs' `python` is the one with the dependencies, as it is in a cluster's image.
+        # Jobs run the `python` that has the dependencies, as in a container image.
         "PATH": f"{Path(RAY).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "HF_TOKEN": hub_token,
@@ -94,7 +94,7 @@ def _started(log: Path) -> Iterator[Head]:
 
 
 def _processes_of(folder: str) -> list[int]:
-    """The processes that have the cluster's folder in their command line."""
+    """Returns the processes that have the folder of the cluster in their command line."""
     found = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True)
     return [int(line.split()[0]) for line in found.stdout.splitlines() if folder in line]
 

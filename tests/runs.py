@@ -1,4 +1,4 @@
-"""Labeling runs in the test's own process, with the bundled model: a small run takes under a second."""
+"""Labeling runs in the test process, with the bundled model: a small run takes less than a second."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from pipeline.config import Config, load_config
 from pipeline.read import shards
 
-#: The bundled model, without Ray, on one thread, in chunks of few images.
+#: The bundled model, without Ray, on one thread, with small chunks.
 IN_PROCESS = (
     "model.path=fashion-mnist",
     "ray.address=in-process",
@@ -18,15 +18,15 @@ IN_PROCESS = (
 
 
 def run_fields(root: object, *overrides: str) -> list[str]:
-    """Fields of the configuration of a run from `root`/in to `root`/out."""
+    """Returns configuration fields of a run from `root`/in to `root`/out."""
     return [f"input.uri={root}/in", f"output.uri={root}/out", *IN_PROCESS, *overrides]
 
 
 def run_config(root: object, *overrides: str) -> Config:
-    """The configuration of a run from `root`/in to `root`/out."""
+    """Returns the configuration of a run from `root`/in to `root`/out."""
     return load_config(Config, None, run_fields(root, *overrides))
 
 
 def small_groups(patch: pytest.MonkeyPatch) -> None:
-    """Makes groups of about 4 image files."""
+    """Sets the mean size of a group to 4 image files."""
     patch.setattr(shards, "_MEAN_GROUP_SIZE", 4)

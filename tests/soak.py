@@ -1,9 +1,9 @@
-"""Kills, faults and restarts at random, for a number of rounds: `make soak ROUNDS=50 SEED=7`.
+"""Random kills, faults and restarts of labeling jobs, for several rounds: `make soak ROUNDS=50 SEED=7`.
 
-In every round the input changes, and one or two jobs label it from a real S3 server, through a proxy that
-injects faults; most of them are killed or told to stop at a random moment. Every few rounds the job runs on
-a real Ray, whose workers are killed too. After each round, a reader's view is checked; at the end a run
-without disturbance does the rest, and every sample must be there exactly once, as it is in the input.
+In every round the input changes, and one or two jobs label it on a real S3 server, through a proxy that
+injects faults. Most jobs are killed or stopped at a random time. Every few rounds the job runs on a real Ray,
+whose workers are killed too. After each round, the view of a reader is checked. At the end an undisturbed run
+labels the remaining shards. Then every sample of the input must be labeled exactly once.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from tests.pipeline import crashing
 
 ROOT = "s3://soak"
 TARS = 12
-_LONGEST_RUN = 720
-#: With what a run may end that was sent a signal (1: of a KeyboardInterrupt).
+_MAX_RUN_S = 720
+#: Exit statuses that a run may have after a signal; 1 is a KeyboardInterrupt.
 _STATUSES = {
     "none": {0},
     "SIGKILL": {0, -signal.SIGKILL},
-    "SIGTERM": {0, 1, -signal.SIGTERM},  # the signal, as long as Python starts
+    "SIGTERM": {0, 1, -signal.SIGTERM},  # the signal itself, while Python starts
     "SIGSTOP": {0},
 }
 
 
 @dataclass
 class Soak:
-    """The state of a soak: what is in the input, and what has happened.
+    """The state of a soak test.
 
     Attributes:
-        random: where chance comes from.
-        samples: by object of the input, the keys of its samples.
-        events: what was done to the jobs, by kind.
-        problems: what a reader saw that it must never see.
+        random: source of random numbers.
+        samples: keys of the samples, by object of the input.
+        events: number of kills, faults and other events, by kind.
+        problems: violations of the guarantees.
     """
 
     random: random.Random
@@ -58,7 +58,7 @@ class Soak:
     problems: list[str] = field(default_factory=list)
 
     def change_input(self, storage: Storage) -> None:
-        """Adds, changes and removes some shards; keys tell the versions of a tar apart."""
+        """Adds, changes and removes some shards; each version of a tar has other keys."""
         for _ in range(self.random.randint(1, 4)):
             name = f"{self.random.randrange(TARS):02d}.tar"
             if name in self.samples and self.random.random() < 0.3:
@@ -79,10 +79,10 @@ class Soak:
                 storage.write(f"{ROOT}/in/{name}", make_image(self.random.randrange(10**6)))
                 self.samples[name] = [name]
 
-    def found(self, storage: Storage) -> Counter[tuple[str, str]]:
-        """What a reader of the predictions sees: how often each sample is there, by shard and key.
+    def count_labels(self, storage: Storage) -> Counter[tuple[str, str]]:
+        """Returns how often each sample occurs in the predictions, by shard and key.
 
-        Of loose images, whose groups change, the key alone counts.
+        Image files are counted by key only, because their groups change.
         """
         seen: Counter[tuple[str, str]] = Counter()
         try:
@@ -96,9 +96,9 @@ class Soak:
             pass
         return seen
 
-    def lost_and_doubled(self, storage: Storage) -> tuple[int, int]:
-        """Samples of the input that have no label, and samples that have two."""
-        found = self.found(storage)
+    def lost_and_duplicated(self, storage: Storage) -> tuple[int, int]:
+        """Returns the number of samples without a label, and of surplus labels."""
+        found = self.count_labels(storage)
         expected = {
             ("loose" if name.startswith("loose/") else name, key)
             for name, keys in self.samples.items()
@@ -108,7 +108,7 @@ class Soak:
 
 
 def run_soak(rounds: int, seed: int, ray_every: int) -> tuple[Soak, int, int]:
-    """Runs the soak; returns its state, and the samples lost and doubled."""
+    """Runs the soak test; returns its state, and the numbers of lost and duplicated samples."""
     soak = Soak(random.Random(seed))
     with LocalS3() as server:
         os.environ.update(server.environment())
@@ -123,14 +123,14 @@ def run_soak(rounds: int, seed: int, ray_every: int) -> tuple[Soak, int, int]:
                     _round_on_ray(soak, proxy.url)
                 else:
                     _round(soak, storage, proxy.url)
-                doubled = [sample for sample, count in soak.found(storage).items() if count > 1]
-                if doubled:
-                    soak.problems.append(f"round {number}: twice: {doubled[:3]}")
+                duplicated = [sample for sample, count in soak.count_labels(storage).items() if count > 1]
+                if duplicated:
+                    soak.problems.append(f"round {number}: labeled twice: {duplicated[:3]}")
                 print(f"round {number}: {_line(soak, proxy)}", flush=True)
             soak.events.update(proxy.injected)
         fields = [f"storage.endpoint_url={server.endpoint_url}", *_fields()]
         assert crashing.run(fields, LABEL_NEW)
-        return soak, *soak.lost_and_doubled(storage)
+        return soak, *soak.lost_and_duplicated(storage)
 
 
 def _fields() -> list[str]:
@@ -142,7 +142,7 @@ def _line(soak: Soak, proxy: FaultProxy) -> str:
 
 
 def _round(soak: Soak, storage: Storage, url: str) -> None:
-    """One or two jobs without Ray, each with an end of its own; neither respects the other's lease."""
+    """Runs one or two jobs without Ray, each with its own end; leases are ignored."""
     fields = [f"storage.endpoint_url={url}", *_fields(), "run.flush_interval_s=0.2", "run.grace_period_s=0.3"]
     jobs = []
     for _ in range(soak.random.choice([1, 1, 2])):
@@ -153,7 +153,7 @@ def _round(soak: Soak, storage: Storage, url: str) -> None:
     if soak.random.random() < 0.3:
         jobs[0][0].join(soak.random.uniform(0, 2))
         soak.change_input(storage)
-        soak.events["input changed under a run"] += 1
+        soak.events["input changed during a run"] += 1
     suspended = []
     for job, end in jobs:
         if end != "none":
@@ -162,23 +162,23 @@ def _round(soak: Soak, storage: Storage, url: str) -> None:
                 os.kill(job.pid, signal.Signals[end])
                 soak.events[end] += 1
                 suspended += [job] if end == "SIGSTOP" else []
-    for job in suspended:  # while it sleeps, another run begins and ends
+    for job in suspended:  # another run starts and ends while this one is suspended
         other = crashing.start(fields, LABEL_NEW)
-        other.join(_LONGEST_RUN)
+        other.join(_MAX_RUN_S)
         os.kill(job.pid or 0, signal.SIGCONT)
     for job, end in jobs:
-        job.join(_LONGEST_RUN)
+        job.join(_MAX_RUN_S)
         if job.is_alive():
             job.kill()
             soak.problems.append("a run did not end")
         elif job.exitcode == crashing.OVERTAKEN:
-            soak.events["run that was overtaken"] += 1
+            soak.events["overtaken run"] += 1
         elif job.exitcode not in _STATUSES[end]:
             soak.problems.append(f"a run ended with {job.exitcode} ({end})")
 
 
 def _round_on_ray(soak: Soak, url: str) -> None:
-    """A job on a local Ray, whose workers, or which itself, is killed in its midst."""
+    """Runs a job on a local Ray; a worker or the driver is killed during the run."""
     values = [f"storage.endpoint_url={url}", *_fields(), "run.lease_duration_s=3", "read.chunk_images=4"]
     fields = [word for value in values for word in ("--set", value)]
     job = subprocess.Popen(
@@ -189,11 +189,11 @@ def _round_on_ray(soak: Soak, url: str) -> None:
     )
     soak.events["run on Ray"] += 1
     victim = soak.random.choice(["MapWorker", "_decode_block", "driver"])
-    deadline = time.monotonic() + _LONGEST_RUN
-    below: dict[int, str] = {}
+    deadline = time.monotonic() + _MAX_RUN_S
+    started: dict[int, str] = {}
     while job.poll() is None and time.monotonic() < deadline:
         now = descendants(job.pid)
-        below |= now
+        started |= now
         if any("MapWorker" in command and "__init__" not in command for command in now.values()):
             wanted = [pid for pid, command in now.items() if victim in command]
             if victim == "driver" or wanted:
@@ -206,8 +206,8 @@ def _round_on_ray(soak: Soak, url: str) -> None:
     except subprocess.TimeoutExpired:
         job.kill()
         soak.problems.append("a run on Ray did not end")
-    time.sleep(1)  # Ray's workers go when their driver has gone; two of its agents don't
-    for pid, command in below.items():
+    time.sleep(1)  # workers end after their driver; two agents of Ray do not
+    for pid, command in started.items():
         try:
             if command.encode()[:15] in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" "):
                 os.kill(pid, signal.SIGKILL)
@@ -216,33 +216,33 @@ def _round_on_ray(soak: Soak, url: str) -> None:
 
 
 def descendants(ancestor: int) -> dict[int, str]:
-    """The commands of the processes below one, by their ids."""
+    """Returns the commands of the descendants of a process, by process id."""
     listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
     processes = [line.split(maxsplit=2) for line in listed.splitlines()]
-    below = {ancestor: ""}
-    for pid, parent, command in processes:  # parents are older, and come first
-        if int(parent) in below:
-            below[int(pid)] = command
-    return {pid: command for pid, command in below.items() if pid != ancestor}
+    commands = {ancestor: ""}
+    for pid, parent, command in processes:  # parents come first
+        if int(parent) in commands:
+            commands[int(pid)] = command
+    return {pid: command for pid, command in commands.items() if pid != ancestor}
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Kill, fault and restart labelling jobs at random.")
+    parser = argparse.ArgumentParser(description="Kill, disturb and restart labeling jobs at random.")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ray-every", type=int, default=8, help="rounds from one on a real Ray to the next")
+    parser.add_argument("--ray-every", type=int, default=8, help="run every Nth round on a real Ray")
     arguments = parser.parse_args()
-    soak, lost, doubled = run_soak(arguments.rounds, arguments.seed, arguments.ray_every)
+    soak, lost, duplicated = run_soak(arguments.rounds, arguments.seed, arguments.ray_every)
     print(f"rounds: {arguments.rounds}")
     for kind, count in sorted(soak.events.items()):
         print(f"{kind}: {count}")
-    print(f"samples in the end: {sum(map(len, soak.samples.values()))}")
+    print(f"samples at the end: {sum(map(len, soak.samples.values()))}")
     print(f"samples lost: {lost}")
-    print(f"samples doubled: {doubled}")
+    print(f"samples duplicated: {duplicated}")
     for problem in soak.problems:
         print(problem)
-    sys.exit(1 if lost or doubled or soak.problems else 0)
+    sys.exit(1 if lost or duplicated or soak.problems else 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs of the job in child processes that die at a chosen storage write.
 
-They run without Ray, which takes no part in what is written.
+The runs do not use Ray, which has no effect on the written objects.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pipeline.run import labeling, make_job, rebuild
 from pipeline.storage import Storage
 from tests.runs import IN_PROCESS, small_groups
 
-torch.set_num_threads(1)  # a child of a fork can't use the threads of its parent
+torch.set_num_threads(1)  # a forked child can't use the threads of its parent
 
-#: What a run imports when it needs it, which would be most of a child's time: their parent has it once.
+#: Modules that a run imports when needed. The parent process imports them once, which saves most of the time
+#: of a child.
 _PRELOADED = [
     "pandas",
     "cvt.checkpoints",
@@ -38,7 +39,7 @@ _PRELOADED = [
     "pipeline.report.sections",
 ]
 
-#: The status of a run that another has taken over from.
+#: Exit status of a run that lost its lease to another run.
 OVERTAKEN = 5
 
 Moment = Literal["before", "after"]
@@ -46,7 +47,7 @@ Moment = Literal["before", "after"]
 
 @dataclass(frozen=True)
 class Crash:
-    """At which storage write (or removal) a run dies: the first is number 1."""
+    """The storage write (or removal) at which a run dies, counted from 1."""
 
     number: int
     moment: Moment
@@ -76,7 +77,7 @@ def _run(
     small_groups(patch)
     patch.setattr(committing, "MAX_CONCURRENT_WRITES", 1)
     patch.setattr(manifest, "MAX_PENDING", 2)
-    # The last run was killed just now: what is tested is not that its lease expires.
+    # Do not wait for the lease of a killed run to expire.
     patch.setattr(lease.LeaseContent, "is_live", False)
     if crash is not None:
         done = multiprocessing.Value("i", 0)
@@ -100,17 +101,17 @@ def _context() -> ForkServerContext:
 
 
 def start(overrides: list[str], selection: Selection | None, crash: Crash | None = None) -> BaseProcess:
-    """Starts a run of the job in a child process; without a selection, one of `stats --rebuild`."""
+    """Starts a run of the job in a child process; without a selection, `stats --rebuild`."""
     child = _context().Process(target=_run, args=(dict(os.environ), overrides, selection, crash))
     child.start()
     return child
 
 
 def run(overrides: list[str], selection: Selection | None, crash: Crash | None = None) -> bool:
-    """As `start`; waits, and returns whether it came to its end, and didn't die.
+    """Runs the job as `start` does, and waits; returns whether the run ended without dying.
 
     Raises:
-        RuntimeError: it ended in another way.
+        RuntimeError: the run ended in another way.
     """
     child = start(overrides, selection, crash)
     child.join(120)

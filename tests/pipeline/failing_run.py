@@ -1,8 +1,8 @@
-"""A run of the job on two Ray nodes of this machine, in which a classifier, a decoder and a node are killed.
+"""A run on two Ray nodes of this machine, during which a classifier, a decoder and a node are killed.
 
-Run by `test_failures` in a process of its own, for the tests' process is connected to another Ray. Writes
-JSON: the samples in the prediction files, how the run ended, and for each failure the results after it, and
-the longest wait for one in seconds.
+`test_failures` runs this script in a separate process, because the test process is connected to another Ray.
+The script writes JSON: the samples in the prediction files, the outcome of the run, and for each failure the
+number of later results and the longest wait for a result in seconds.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ SHARDS, IMAGES, CHUNK = 40, 32, 8
 
 
 def workers(parents: list[int]) -> dict[int, str]:
-    """What Ray's workers below these processes do now, by process id."""
+    """Process titles of the Ray workers that these processes have started, by process id."""
     found: dict[int, str] = {}
     for parent in parents:
         for entry in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             try:
                 title = Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " ").strip()
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
             if title.startswith("ray::"):
                 found[int(entry)] = title
     return found
 
 
-def kill_one(parents: list[int], doing: str) -> bool:
-    """Kills one worker that does this; false where none does."""
+def kill_one(parents: list[int], name: str) -> bool:
+    """Kills one worker whose title contains the name; returns False if there is none."""
     for pid, title in workers(parents).items():
-        if doing in title and "__init__" not in title:
+        if name in title and "__init__" not in title:
             os.kill(pid, signal.SIGKILL)
             return True
     return False
@@ -74,7 +74,7 @@ def main(folder: Path, result: Path) -> None:
                 f"output.uri={folder.parent}/out",
                 f"read.chunk_images={CHUNK}",
                 "classify.threads=1",
-                "classify.min_actors=4",  # more than one node holds
+                "classify.min_actors=4",  # more than fit on one node
                 f"ray.address={cluster.address}",
             ],
         )
@@ -93,14 +93,14 @@ def main(folder: Path, result: Path) -> None:
             "node": (0.5, lose_node),
         }
         arrivals: list[float] = []
-        came: dict[str, float] = {}
+        failed_at: dict[str, float] = {}
         images = 0
 
         def fail() -> None:
-            for name, (share, failure) in failures.items():
-                while images < share * SHARDS * IMAGES or not failure():
+            for name, (fraction, failure) in failures.items():
+                while images < fraction * SHARDS * IMAGES or not failure():
                     time.sleep(0.02)
-                came[name] = time.monotonic()
+                failed_at[name] = time.monotonic()
 
         def arrived(progress: Progress, prepared: PreparedRun) -> None:
             nonlocal images
@@ -109,19 +109,19 @@ def main(folder: Path, result: Path) -> None:
 
         threading.Thread(target=fail, daemon=True).start()
         done = label(config, on_progress=arrived)
-        at = [*arrivals, time.monotonic()]
+        times = [*arrivals, time.monotonic()]
         files = [pq.read_table(path) for path in (folder.parent / "out").rglob("predictions/**/*.parquet")]
         seen = Counter(f"{row['shard']}/{row['key']}" for file in files for row in file.to_pylist())
-        gaps = [(end - start, end) for start, end in pairwise(at)]
+        gaps = [(end - start, end) for start, end in pairwise(times)]
         found = {
             "samples": len(seen),
-            "twice": sum(count - 1 for count in seen.values()),
+            "duplicates": sum(count - 1 for count in seen.values()),
             "errors": done.totals.errors,
             "shards": done.totals.shards,
             "complete": done.is_complete,
-            "after": {name: sum(t > when for t in arrivals) for name, when in came.items()},
-            "stall": {name: max(gap for gap, end in gaps if end > when) for name, when in came.items()},
-            "until_end": {name: at[-1] - when for name, when in came.items()},
+            "after": {name: sum(t > when for t in arrivals) for name, when in failed_at.items()},
+            "stall": {name: max(gap for gap, end in gaps if end > when) for name, when in failed_at.items()},
+            "until_end": {name: times[-1] - when for name, when in failed_at.items()},
         }
         result.write_text(json.dumps(found))  # Ray writes to standard output
     finally:

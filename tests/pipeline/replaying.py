@@ -1,6 +1,6 @@
-"""Replaying crashes: what a run that is killed at a storage write leaves, without killing it.
+"""Replays crashes: the output of a run that is killed at a storage write, without killing a run.
 
-A run is recorded: the output after each of its writes is what a run that dies there leaves.
+A run is recorded: the output after each of its writes equals the output of a run that dies there.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Snapshot = Path | dict[str, bytes]
 
 
 class Place:
-    """Where a job reads and writes: a folder, or a bucket; it can be put back to an earlier state."""
+    """Input and output of a job, in a folder or a bucket; the output can be restored to an earlier state."""
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.storage = Storage()
 
     def objects(self, folder: str) -> dict[str, bytes]:
-        """All objects below a folder, by their names below it."""
+        """Returns the content of all objects in a folder, by relative name."""
         try:
             found = [info.uri for info in self.storage.list(f"{self.root}/{folder}")]
         except ObjectNotFound:
@@ -45,22 +45,22 @@ class Place:
         return {uri.removeprefix(f"{self.root}/{folder}/"): self.storage.read(uri) for uri in found}
 
     def put(self, folder: str, objects: dict[str, bytes]) -> None:
-        """Makes these the objects of a folder; what is as it should be is not touched."""
-        there = self.objects(folder)
-        for name in there.keys() - objects.keys():
+        """Sets the objects of a folder; does not write objects that are equal already."""
+        current = self.objects(folder)
+        for name in current.keys() - objects.keys():
             self.storage.delete(f"{self.root}/{folder}/{name}")
         for name, data in objects.items():
-            if there.get(name) != data:
+            if current.get(name) != data:
                 self.storage.write(f"{self.root}/{folder}/{name}", data)
 
     def snapshot(self, name: str = "kept") -> Snapshot:
-        """The output as it is now, for `restore`; in a folder with its times, which are versions."""
+        """Returns the current output for `restore`; for a folder with the file times, which are versions."""
         if not self.root.startswith("/"):
             return self.objects("out")
         return Path(shutil.copytree(f"{self.root}/out", f"{self.root}/{name}", dirs_exist_ok=False))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Makes the output what it was."""
+        """Restores the output."""
         if isinstance(snapshot, dict):
             self.put("out", snapshot)
             return
@@ -71,7 +71,7 @@ class Place:
         return run_fields(self.root)
 
     def run(self, selection: Selection | None = LABEL_NEW) -> None:
-        """A run of the job, or of `stats --rebuild` where nothing is selected."""
+        """Runs the job; without a selection, `stats --rebuild`."""
         config = load_config(Config, None, self.fields())
         if selection is None:
             rebuild(make_job(config).partition)
@@ -79,7 +79,7 @@ class Place:
             label(config, selection=selection)
 
     def recorded(self, selection: Selection | None = LABEL_NEW) -> list[Snapshot]:
-        """As `run`; returns the output after each write and each removal."""
+        """Runs the job as `run` does; returns the output after each write and each removal."""
         lock, snapshots = threading.Lock(), list[Snapshot]()
 
         def recording(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,11 +98,11 @@ class Place:
         return snapshots
 
     def dies(self, selection: Selection | None, crash: Crash) -> bool:
-        """As `run`, in a process that is killed; returns whether it was before its end."""
+        """Runs the job in a process that is killed; returns whether the run died before its end."""
         return not crashing.run(self.fields(), selection, crash)
 
     def labels(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows that a reader sees who globs for prediction files, by shard; none twice, or it fails."""
+        """Returns the prediction rows that a reader sees, by shard; asserts that no sample is there twice."""
         rows = [
             row
             for name, data in self.objects("out").items()
@@ -119,19 +119,19 @@ class Place:
         return shards
 
     def last_counts(self) -> dict[str, int]:
-        """What the last run did, by its record."""
+        """Returns the counts in the record of the last run."""
         records = {name: data for name, data in self.objects("out").items() if "/runs/" in name}
         last = max(map(json.loads, records.values()), key=lambda record: record["started_at"])
         return dict(last["counts"])
 
     def end_state(self) -> dict[str, Any]:
-        """What two runs have in common that came to the same end."""
+        """Returns the state that is equal for all runs with the same outcome."""
         state: dict[str, Any] = {}
         for path, data in self.objects("out").items():
             name = path.partition("/")[2]
             if name.startswith("predictions/") or name == "class_stats.parquet":
                 state[name] = data
-            if name == "manifest.parquet":  # local versions are times
+            if name == "manifest.parquet":  # local versions contain times
                 table = pq.read_table(io.BytesIO(data)).drop_columns(["run", "committed_at"])
                 is_local = self.root.startswith("/")
                 state[name] = table.drop_columns(["output_version"] if is_local else []).to_pylist()

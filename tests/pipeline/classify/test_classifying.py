@@ -17,7 +17,7 @@ LABELS = ("zero", "one", "two", "three")
 
 
 class Backend:
-    """Logits that follow from the pixels: the first four values of the first row."""
+    """Returns the first four values of the first row of pixels as logits."""
 
     def __call__(self, images: np.ndarray) -> EngineOutput:
         values = images[:, 0, :4, 0].astype(np.float32)
@@ -43,7 +43,7 @@ def test_predictions_are_the_softmax_of_the_logits() -> None:
     p = np.exp([0, 2, 1, 0]) / np.exp([0, 2, 1, 0]).sum()
     assert (row["label"], row["label_id"]) == ("one", 1)
     assert row["score"] == pytest.approx(p[1])
-    assert row["topk_label_ids"] == [1, 2, 0]  # of equal scores, the lower id first
+    assert row["topk_label_ids"] == [1, 2, 0]  # of equal scores, the lower id is first
     assert row["topk_scores"] == pytest.approx([p[1], p[2], p[0]])
     assert row["entropy"] == pytest.approx(-(p * np.log(p)).sum())
     assert done.pixels is None
@@ -109,16 +109,16 @@ def test_model_failure_is_an_error_of_that_image_only(bad: list[int]) -> None:
     logits = [[200 if i in bad else 1, 0, i, 0] for i in range(7)]
     errors = [None, "corrupt", *[None] * 6]
     rows = classify(chunk(logits, errors), Fragile(), options(embedding="float32")).samples.to_pylist()
-    wanted = classify(
+    expected = classify(
         chunk([[1, 0, i, 0] for i in range(7)], errors), Backend(), options(embedding="float32")
     ).samples.to_pylist()
-    for place, (row, want) in enumerate(zip(rows, wanted, strict=True)):
-        image = place - (place > 1)
-        if place != 1 and image in bad:
+    for index, (row, expected_row) in enumerate(zip(rows, expected, strict=True)):
+        image = index - (index > 1)
+        if index != 1 and image in bad:
             assert row["error"] == "model failed: RuntimeError: shape mismatch"
             assert row["label"] is row["score"] is row["embedding"] is None
         else:
-            assert row == want
+            assert row == expected_row
 
 
 def test_pixels_can_be_a_tensor_on_the_device_of_the_model() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: what is fetched of them, and how failures name it."""
+"""Checkpoints in a bucket: which objects are read, and how errors name them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from tests.cvt.microsoft_names import as_microsoft
 FOLDER = BUNDLED["fashion-mnist"]
 
 
-class Noting(Storage):
-    """Storage that notes which objects are opened."""
+class RecordingStorage(Storage):
+    """Storage that records the opened objects."""
 
     opened: set[str]
 
     def open(self, uri: str, version: str | None = None):  # type: ignore[no-untyped-def]
-        assert version is not None  # bytes of two versions never mix
+        assert version is not None  # never read bytes of two versions
         self.opened.add(uri)
         return super().open(uri, version)
 
 
 @pytest.fixture
-def noting(storage: Storage) -> Noting:
-    made = Noting(storage.endpoint_url)
+def recording(storage: Storage) -> RecordingStorage:
+    made = RecordingStorage(storage.endpoint_url)
     object.__setattr__(made, "opened", set())
     return made
 
@@ -47,14 +47,14 @@ def put(storage: Storage, folder: Path, uri: str) -> None:
         storage.write(f"{uri}/{file.name}", file.read_bytes())
 
 
-def refusal(storage: Storage, path: str, labels: str | None = None) -> str:
+def checkpoint_error(storage: Storage, path: str, labels: str | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(storage, path, labels=labels)
     return str(caught.value)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def temporary_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -63,16 +63,18 @@ def nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_folder_in_a_bucket_loads_and_gives_the_name(bucket: str, noting: Noting, slash: str) -> None:
+def test_folder_in_a_bucket_loads_and_gives_the_name(
+    bucket: str, recording: RecordingStorage, slash: str
+) -> None:
     uri = f"{bucket}/models/my clothes"
-    put(noting, FOLDER, uri)
+    put(recording, FOLDER, uri)
     for name in ("tf_model.h5", "pytorch_model.bin", "optimizer.pt", "logs/model.safetensors"):
-        noting.write(f"{uri}/{name}", b"of no use")
-    checkpoint = open_checkpoint(noting, uri + slash)
+        recording.write(f"{uri}/{name}", b"unused")
+    checkpoint = open_checkpoint(recording, uri + slash)
     assert checkpoint.name == "my-clothes"
     assert checkpoint.digest == load_checkpoint("fashion-mnist").digest
     names = {"config.json", "preprocessor_config.json", "model.safetensors"}
-    assert noting.opened == {f"{uri}/{name}" for name in names}
+    assert recording.opened == {f"{uri}/{name}" for name in names}
 
 
 def test_sharded_weights_in_a_bucket_load(bucket: str, storage: Storage, tmp_path: Path) -> None:
@@ -86,12 +88,12 @@ def test_sharded_weights_in_a_bucket_load(bucket: str, storage: Storage, tmp_pat
     }
     for name, keys in parts.items():
         torch.save({key: weights[key] for key in keys}, folder / name)
-    places = {key: name for name, keys in parts.items() for key in keys}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     put(storage, folder, f"{bucket}/clothes")
     assert open_checkpoint(storage, f"{bucket}/clothes").digest == load_checkpoint("fashion-mnist").digest
     storage.delete(f"{bucket}/clothes/pytorch_model-2-of-2.bin")
-    assert f"{bucket}/clothes/pytorch_model-2-of-2.bin: " in refusal(storage, f"{bucket}/clothes")
+    assert f"{bucket}/clothes/pytorch_model-2-of-2.bin: " in checkpoint_error(storage, f"{bucket}/clothes")
 
 
 def test_microsoft_checkpoint_in_a_bucket_loads(bucket: str, storage: Storage, tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_microsoft_checkpoint_in_a_bucket_loads(bucket: str, storage: Storage, t
 
 
 def test_missing_checkpoint_is_named(bucket: str, storage: Storage) -> None:
-    assert f"model '{bucket}/none': no such folder" in refusal(storage, f"{bucket}/none")
+    assert f"model '{bucket}/none': no such folder" in checkpoint_error(storage, f"{bucket}/none")
     for name in ("none.pth", "none/tf_model.h5"):
         with pytest.raises(ObjectNotFound, match=f"{bucket}/{name}: no such object"):
             open_checkpoint(storage, f"{bucket}/{name}")
@@ -122,22 +124,25 @@ def test_invalid_object_is_reported_by_its_uri(bucket: str, storage: Storage) ->
     uri = f"{bucket}/clothes"
     put(storage, FOLDER, uri)
     storage.write(f"{uri}/model.safetensors", b"no weights")
-    assert f"model '{uri}': {uri}/model.safetensors: " in refusal(storage, uri)
+    assert f"model '{uri}': {uri}/model.safetensors: " in checkpoint_error(storage, uri)
     storage.delete(f"{uri}/preprocessor_config.json")
     storage.write(f"{uri}/model.safetensors", (FOLDER / "model.safetensors").read_bytes())
-    assert f"model '{uri}': {uri}/preprocessor_config.json: cannot be read as JSON: No such file" in refusal(
-        storage, uri
+    assert (
+        f"model '{uri}': {uri}/preprocessor_config.json: cannot be read as JSON: No such"
+        in checkpoint_error(storage, uri)
     )
     storage.delete(f"{uri}/config.json")
-    assert f"model '{uri}': the folder has no config.json" in refusal(storage, uri)
+    assert f"model '{uri}': the folder has no config.json" in checkpoint_error(storage, uri)
 
 
-def test_tensorflow_checkpoint_in_a_bucket_loads_with_its_configuration(bucket: str, noting: Noting) -> None:
-    put(noting, FOLDER, f"{bucket}/clothes")
-    noting.write(f"{bucket}/clothes/tf_model.h5", b"no weights")
-    assert f"{bucket}/clothes/tf_model.h5: " in refusal(noting, f"{bucket}/clothes/tf_model.h5")
+def test_tensorflow_checkpoint_in_a_bucket_loads_with_its_configuration(
+    bucket: str, recording: RecordingStorage
+) -> None:
+    put(recording, FOLDER, f"{bucket}/clothes")
+    recording.write(f"{bucket}/clothes/tf_model.h5", b"no weights")
+    assert f"{bucket}/clothes/tf_model.h5: " in checkpoint_error(recording, f"{bucket}/clothes/tf_model.h5")
     names = {"config.json", "preprocessor_config.json", "tf_model.h5"}
-    assert noting.opened == {f"{bucket}/clothes/{name}" for name in names}
+    assert recording.opened == {f"{bucket}/clothes/{name}" for name in names}
 
 
 def config(output: str, **model: str) -> Config:
@@ -158,7 +163,7 @@ def test_class_names_from_a_bucket_change_the_partition(
     assert remote.fingerprint == local.fingerprint != own.fingerprint
     assert remote.partition.uri != own.partition.uri
     storage.write(f"{bucket}/labels.txt", b"a\nb\n")
-    assert f"labels {bucket}/labels.txt: 2 names, but the model has 10 classes" in refusal(
+    assert f"labels {bucket}/labels.txt: 2 names, but the model has 10 classes" in checkpoint_error(
         storage, "fashion-mnist", f"{bucket}/labels.txt"
     )
 

@@ -28,7 +28,7 @@ def shards(count: int) -> list[Shard]:
 
 
 def result(shard: int, start: int, rows: int, total: int | None = None, error: str | None = None) -> Chunk:
-    """A chunk as it comes from the classifier; every fourth sample is an error."""
+    """A chunk from the classifier; every fourth sample is an error."""
     numbers = np.arange(start, start + rows)
     bad = numbers % 4 == 3
     pixels = np.zeros((rows, 4, 4, 3), np.uint8)
@@ -45,15 +45,18 @@ def result(shard: int, start: int, rows: int, total: int | None = None, error: s
     return classify(Chunk(shard, start, samples, total, error, pixels[~bad]), Backend(), OPTIONS)
 
 
-def cut(shard: int, total: int, size: int) -> list[Chunk]:
+def split(shard: int, total: int, size: int) -> list[Chunk]:
     """All chunks of a shard."""
     starts = range(0, total, size)
-    return [result(shard, at, min(size, total - at), total if at == starts[-1] else None) for at in starts]
+    return [
+        result(shard, start, min(size, total - start), total if start == starts[-1] else None)
+        for start in starts
+    ]
 
 
 @dataclass
 class Committed:
-    """What a committer did: manifest rows by URI, and the rest of it."""
+    """A committer after its run, and its manifest rows by URI."""
 
     rows: dict[str, ManifestRow]
     committer: Committer
@@ -88,7 +91,7 @@ def commit(
 
 
 def test_failed_retry_makes_the_shard_unreadable(tmp_path: Path) -> None:
-    """A chunk has come; the others were lost with a node, and meanwhile the shard has changed."""
+    """One chunk has arrived; a node with the others is lost, and the shard changes before the retry."""
     failed = replace(result(0, 0, 0, 0, error="s3://bucket/000.tar: has changed"), pixels=None)
     committed = commit(tmp_path, shards(1), [result(0, 0, 4), failed])
     assert [row.error for row in committed.rows.values()] == ["s3://bucket/000.tar: has changed"]
@@ -100,7 +103,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_shard_becomes_one_file_with_the_contract_columns_in_order(tmp_path: Path) -> None:
-    commit(tmp_path, shards(1), cut(0, 10, 4))
+    commit(tmp_path, shards(1), split(0, 10, 4))
     table = pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet")
     assert table.schema.remove_metadata().equals(prediction_schema("float16", 3))
     assert table["shard"].unique().to_pylist() == ["s3://bucket/000.tar"]
@@ -118,8 +121,8 @@ def test_shard_becomes_one_file_with_the_contract_columns_in_order(tmp_path: Pat
 @pytest.mark.parametrize("seed", range(4))
 def test_file_bytes_do_not_depend_on_the_chunks_or_their_order(tmp_path: Path, seed: int) -> None:
     plan = shards(3)
-    commit(tmp_path / "whole", plan, [c for i in range(3) for c in cut(i, 23, 100)])
-    chunks = [c for i in range(3) for c in cut(i, 23, 2 + seed)]
+    commit(tmp_path / "whole", plan, [c for i in range(3) for c in split(i, 23, 100)])
+    chunks = [c for i in range(3) for c in split(i, 23, 2 + seed)]
     random.Random(seed).shuffle(chunks)
     commit(tmp_path / "parts", plan, chunks)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
@@ -127,21 +130,21 @@ def test_file_bytes_do_not_depend_on_the_chunks_or_their_order(tmp_path: Path, s
 
 def test_progress_reports_the_fraction_of_bytes_processed(tmp_path: Path) -> None:
     plan = [replace(shard, size=1000 * (number + 1)) for number, shard in enumerate(shards(2))]
-    first, last = cut(0, 8, 4)
+    first, last = split(0, 8, 4)
     other = replace(result(1, 0, 4), encoded_bytes=300)
     first = replace(first, encoded_bytes=400)
-    for chunks, share in (
+    for chunks, fraction in (
         ([], 0),
         ([first], 0.4 / 3),
         ([first, other], 0.7 / 3),
         ([first, other, last], 1.3 / 3),
     ):
         progress = commit(tmp_path, plan, chunks, finish=False).committer.progress()
-        assert progress.fraction == pytest.approx(share)
+        assert progress.fraction == pytest.approx(fraction)
 
 
 def test_log_names_run_shard_and_key_of_error_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    chunks = cut(0, 40, 40)
+    chunks = split(0, 40, 40)
     keys = pa.array([f"k{i}\n\x1b[31m" for i in range(40)])
     samples = chunks[0].samples
     chunks = [replace(chunks[0], samples=samples.set_column(samples.column_names.index("key"), "key", keys))]
@@ -157,7 +160,7 @@ def test_log_names_run_shard_and_key_of_error_rows(tmp_path: Path, caplog: pytes
 
 def test_duplicate_chunk_counts_once(tmp_path: Path) -> None:
     plan = shards(2)
-    chunks = cut(0, 10, 4) + cut(1, 6, 4)
+    chunks = split(0, 10, 4) + split(1, 6, 4)
     commit(tmp_path / "once", plan, chunks)
     again = commit(tmp_path / "twice", plan, [c for chunk in chunks for c in (chunk, chunk)] + chunks)
     assert files(tmp_path / "twice") == files(tmp_path / "once")
@@ -166,18 +169,18 @@ def test_duplicate_chunk_counts_once(tmp_path: Path) -> None:
 
 def test_incomplete_shard_is_not_visible(tmp_path: Path) -> None:
     plan = shards(2)
-    commit(tmp_path, plan, cut(0, 10, 4)[1:] + cut(1, 6, 4), finish=False)
+    commit(tmp_path, plan, split(0, 10, 4)[1:] + split(1, 6, 4), finish=False)
     assert list(files(tmp_path)) == ["predictions/s3/bucket/001.tar.parquet"]
 
 
 def test_incomplete_shard_at_the_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(IncompleteShardError, match=r"s3://bucket/001\.tar: 2 of 6 samples"):
-        commit(tmp_path, shards(2), cut(0, 10, 4) + cut(1, 6, 4)[1:])
+        commit(tmp_path, shards(2), split(0, 10, 4) + split(1, 6, 4)[1:])
 
 
 def test_shard_without_results_at_the_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(IncompleteShardError, match=r"001\.tar: 0 of an unknown number of samples"):
-        commit(tmp_path, shards(2), cut(0, 10, 4))
+        commit(tmp_path, shards(2), split(0, 10, 4))
 
 
 def test_empty_shard_has_a_file_without_rows(tmp_path: Path) -> None:
@@ -200,7 +203,7 @@ def test_unreadable_shard_has_a_manifest_row_and_no_file(tmp_path: Path) -> None
 
 
 def test_footer_has_the_labeled_version_and_statistics(tmp_path: Path) -> None:
-    committer = commit(tmp_path, shards(1), cut(0, 30, 7))
+    committer = commit(tmp_path, shards(1), split(0, 30, 7))
     content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
     footer = read_footer("file", io.BytesIO(content))
     stats = ClassStatistics.empty(len(LABELS))
@@ -231,19 +234,19 @@ def test_duplicate_keys_are_kept_and_counted(tmp_path: Path) -> None:
 
 
 def test_unwritable_output_raises_with_the_name_of_the_file(tmp_path: Path) -> None:
-    (tmp_path / "predictions").write_text("in the way")
+    (tmp_path / "predictions").write_text("a file")
     with pytest.raises(StorageError, match=r"000\.tar\.parquet"):
-        commit(tmp_path, shards(1), cut(0, 4, 4))
+        commit(tmp_path, shards(1), split(0, 4, 4))
 
 
 def overwrite(folder: Path, plan: list[Shard], is_current: bool) -> Committed:
-    """Commits a plan over what is there, of which it knows nothing."""
-    return commit(folder, plan, cut(0, 12, 5), is_current=lambda shard: is_current)
+    """Commits a plan that does not expect the existing files."""
+    return commit(folder, plan, split(0, 12, 5), is_current=lambda shard: is_current)
 
 
 def test_second_write_of_a_shard_keeps_the_first_file(tmp_path: Path) -> None:
     plan = shards(1)
-    first = commit(tmp_path, plan, cut(0, 12, 4))
+    first = commit(tmp_path, plan, split(0, 12, 4))
     content = files(tmp_path)
     second = overwrite(tmp_path, plan, is_current=True)
     assert files(tmp_path) == content
@@ -253,7 +256,7 @@ def test_second_write_of_a_shard_keeps_the_first_file(tmp_path: Path) -> None:
 
 def test_zombie_run_does_not_replace_labels_of_a_newer_version(tmp_path: Path) -> None:
     newer = [replace(shards(1)[0], version="newer")]
-    commit(tmp_path, newer, cut(0, 9, 4))
+    commit(tmp_path, newer, split(0, 9, 4))
     content = files(tmp_path)
     zombie = overwrite(tmp_path, shards(1), is_current=False)
     assert files(tmp_path) == content
@@ -261,25 +264,25 @@ def test_zombie_run_does_not_replace_labels_of_a_newer_version(tmp_path: Path) -
 
 
 def test_current_version_replaces_labels_of_a_zombie_run(tmp_path: Path) -> None:
-    commit(tmp_path, [replace(shards(1)[0], version="older")], cut(0, 9, 4))
+    commit(tmp_path, [replace(shards(1)[0], version="older")], split(0, 9, 4))
     done = overwrite(tmp_path, shards(1), is_current=True)
     assert [(row.version, row.rows) for row in done.rows.values()] == [("v0", 12)]
     assert pq.read_table(tmp_path / "predictions/s3/bucket/000.tar.parquet").num_rows == 12
 
 
 def test_expected_file_that_was_removed_is_written(tmp_path: Path) -> None:
-    done = commit(tmp_path, shards(1), cut(0, 12, 5), expected={"s3://bucket/000.tar": "1-1"})
+    done = commit(tmp_path, shards(1), split(0, 12, 5), expected={"s3://bucket/000.tar": "1-1"})
     assert [row.rows for row in done.rows.values()] == [12]
 
 
 def test_committer_finishes_open_shards_and_rejects_new_ones(tmp_path: Path) -> None:
     rows: dict[str, ManifestRow] = {}
-    files_to = writer(tmp_path, {}, lambda shard: True)
-    with Committer(files_to, shards(2), lambda row: rows.update({row.uri: row})) as committer:
-        first, *rest = cut(0, 10, 4)
+    prediction_writer = writer(tmp_path, {}, lambda shard: True)
+    with Committer(prediction_writer, shards(2), lambda row: rows.update({row.uri: row})) as committer:
+        first, *rest = split(0, 10, 4)
         committer.add(first)
         committer.reject_new_shards()
-        for chunk in cut(1, 6, 4) + rest:
+        for chunk in split(1, 6, 4) + rest:
             committer.add(chunk)
         assert committer.open_shards == 0
         committer.wait_for_writes()

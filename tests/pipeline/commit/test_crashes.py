@@ -1,7 +1,7 @@
-"""Runs that die between any two storage writes, and the runs after them.
+"""Runs that die between any two storage writes, and the following runs.
 
-A run is recorded: the output after each of its writes is what a run that dies there leaves. A few runs are
-really killed.
+A run is recorded: the output after each of its writes equals the output of a run that dies there. A few runs
+are really killed.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ def members() -> Members:
 
 
 def images(members: Members, *numbers: int) -> dict[str, bytes]:
-    """Loose images; in groups of about four, the names decide which."""
+    """Image files; their names determine the groups of about four."""
     return {f"loose/{n:03d}.png": members[2 * n][1] for n in numbers}
 
 
 def first_day(members: Members) -> dict[str, bytes]:
-    """An input."""
     return {
         "same.tar": make_tar(members[:40]),
         "changed.tar": make_tar(members[40:80]),
-        "gone.tar": make_tar(members[80:100]),
+        "deleted.tar": make_tar(members[80:100]),
         "broken.tar": make_tar(members[100:140]),
         "fails.tar": make_tar(members[140:160])[:3000],
         **images(members, *range(40, 70)),
@@ -51,7 +50,7 @@ def first_day(members: Members) -> dict[str, bytes]:
 
 
 def second_day(members: Members) -> dict[str, bytes]:
-    """What it is a day later: shards are new, have changed, and are gone; groups of images are cut anew."""
+    """The input of the next day: new, changed and deleted shards; other groups of image files."""
     return {
         "same.tar": make_tar(members[:40]),
         "changed.tar": make_tar(members[40:60] + members[160:180]),
@@ -70,22 +69,22 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
     monkeypatch.setattr(manifest, "MAX_PENDING", 2)
-    monkeypatch.setattr(lease.LeaseContent, "is_live", False)  # runs die, and their leases are not waited for
+    monkeypatch.setattr(lease.LeaseContent, "is_live", False)  # no wait for the leases of killed runs
 
 
 @pytest.fixture
 def every(place: Place) -> int:
-    """1 to die at every write; in a bucket, where writes take longer, 16 for every sixteenth."""
+    """1 to test every write; for a bucket, whose writes take longer, 16 to test every sixteenth."""
     return 1 if place.root.startswith("/") else 16
 
 
 def test_run_killed_at_any_write_leaves_complete_shards_and_resumes(
     place: Place, members: Members, every: int
 ) -> None:
-    """The first run over an input."""
+    """The first run on an input."""
     place.put("in", first_day(members))
     states = place.recorded()
     end, labels = place.end_state(), place.labels()
@@ -93,13 +92,13 @@ def test_run_killed_at_any_write_leaves_complete_shards_and_resumes(
     assert len(states) > 10
     for state in states[::every]:
         place.restore(state)
-        there = place.labels()
-        for uri, rows in there.items():
+        found = place.labels()
+        for uri, rows in found.items():
             assert rows == labels[uri]
         place.run()
         assert place.end_state() == end
         counts = place.last_counts()
-        assert counts["shards"] - counts["unreadable_shards"] == len(labels) - len(there)  # paid once
+        assert counts["shards"] - counts["unreadable_shards"] == len(labels) - len(found)  # none twice
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_run_killed_at_any_write_leaves_complete_shards_and_resumes(
 def test_incremental_run_killed_at_any_write_resumes(
     place: Place, members: Members, selection: Selection, every: int
 ) -> None:
-    """A second run, over an input that has changed."""
+    """A second run, on a changed input."""
     place.put("in", first_day(members))
     place.run()
     start, old = place.end_state(), place.labels()
@@ -126,7 +125,7 @@ def test_incremental_run_killed_at_any_write_resumes(
 
 
 def test_repeatedly_killed_runs_end_like_a_single_run(tmp_path: Path, members: Members) -> None:
-    """Each of a row of runs is killed at a random write, and so is a rebuilding of the manifest."""
+    """Runs and rebuilds are killed one after another, each at a random write."""
     place, chance = Place(str(tmp_path)), random.Random(5)
     place.put("in", first_day(members))
     place.run()
@@ -162,13 +161,13 @@ def test_input_changed_after_a_crash_is_labeled_in_its_current_state(
         place.run(Selection(prune=True))
         labels = place.labels()
         [broken] = [uri for uri in old if uri.endswith("/broken.tar")]
-        assert labels.pop(broken, old[broken]) == old[broken]  # its old labels stay, if there are any
+        assert labels.pop(broken, old[broken]) == old[broken]  # an unreadable shard keeps its old labels
         assert labels == new
         assert place.last_counts()["unreadable_shards"] >= 1
 
 
 def test_rebuild_killed_at_any_write_is_repaired(place: Place, members: Members) -> None:
-    """By a run, and by another rebuilding."""
+    """The next run, or another rebuild, repairs the manifest."""
     place.put("in", first_day(members))
     place.run()
     place.put("in", second_day(members))

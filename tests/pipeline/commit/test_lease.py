@@ -26,7 +26,7 @@ def make(place: str, run: str, seconds: float = 60, **options: Any) -> Lease:
     return Lease(Storage(), place, run, seconds, **options)
 
 
-def left_by_a_dead_run(place: str, seconds: float) -> None:
+def write_lease_of_dead_run(place: str, seconds: float) -> None:
     until = datetime.now(UTC) + timedelta(seconds=seconds)
     state = LeaseContent(run="dead", holder="host", expires_at=until, state="held")
     Storage().write(f"{place}/lease.json", state.model_dump_json().encode())
@@ -48,14 +48,14 @@ def test_second_run_is_rejected_with_the_holder_and_the_expiry(place: str) -> No
 
 
 def test_waiting_run_acquires_the_lease_when_released(place: str) -> None:
-    first, second, told = make(place, "run-1"), make(place, "run-2", poll_s=0.05), list[str]()
+    first, second, messages = make(place, "run-1"), make(place, "run-2", poll_s=0.05), list[str]()
     first.acquire()
     threading.Timer(0.5, first.release, [True]).start()
     start = time.monotonic()
-    second.acquire(wait=True, on_wait=told.append)
+    second.acquire(wait=True, on_wait=messages.append)
     assert time.monotonic() - start > 0.4
-    assert len(told) == 1
-    assert "run-1" in told[0]
+    assert len(messages) == 1
+    assert "run-1" in messages[0]
     second.release(clean_shutdown=True)
 
 
@@ -70,17 +70,17 @@ def test_lease_is_renewed_while_the_run_is_active(place: str) -> None:
 
 
 def test_lease_expires_after_its_run_died(place: str) -> None:
-    left_by_a_dead_run(place, seconds=0.5)
+    write_lease_of_dead_run(place, seconds=0.5)
     with pytest.raises(LeaseHeldError):
         make(place, "run-2").acquire()
     second = make(place, "run-2", poll_s=0.05)
-    assert not second.acquire(wait=True)  # the dead run left nothing in order
+    assert not second.acquire(wait=True)  # the dead run did not shut down cleanly
     second.release(clean_shutdown=True)
 
 
 @dataclass(frozen=True)
 class Suspended(Storage):
-    """Storage whose writes wait while the process is held up."""
+    """Storage whose writes wait until the process is resumed."""
 
     resumed: threading.Event = field(default_factory=threading.Event, compare=False)
 
@@ -141,15 +141,15 @@ def test_lease_records_whether_the_last_run_shut_down_cleanly(place: str, clean_
 def test_one_of_several_simultaneous_runs_acquires_the_lease(place: str) -> None:
     leases = [make(place, f"run-{i}") for i in range(8)]
 
-    def try_it(lease: Lease) -> str:
+    def try_to_acquire(lease: Lease) -> str:
         try:
             lease.acquire()
         except LeaseHeldError:
-            return "refused"
-        return "holds it"
+            return "rejected"
+        return "acquired"
 
     with ThreadPoolExecutor(8) as pool:
-        assert Counter(pool.map(try_it, leases)) == {"holds it": 1, "refused": 7}
+        assert Counter(pool.map(try_to_acquire, leases)) == {"acquired": 1, "rejected": 7}
     held = state(place)["run"]
     leases[int(held.removeprefix("run-"))].release(clean_shutdown=True)
     assert state(place)["state"] == "released"

@@ -1,4 +1,4 @@
-"""Shards with names as long as a bucket or a disk takes them: labelled once, rebuilt, pruned."""
+"""Shards with the longest names that a bucket or a disk allows: labeled once, rebuilt, pruned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.makers import make_image, make_tar
 from tests.partitions import manifest_rows
 from tests.runs import run_config
 
-#: As long as a disk, and a bucket of the test's server, takes a part of a name; with three bytes a character.
+#: The longest parts of a name that a disk and the test's S3 server allow, also with three bytes per
+#: character.
 PARTS = ("x" * 251 + ".tar", "y" * 251 + ".tar", "日" * 83 + "a.tar", "=" * 200 + ".tar", "short.tar")
 
 
@@ -37,7 +38,7 @@ class Place:
         self.config = run_config(root, *overrides)
 
     def put(self, shards: Mapping[str, bytes], remove: Iterable[str] = ()) -> None:
-        """Adds shards to the input, or changes them."""
+        """Adds, replaces and removes shards of the input."""
         for name in remove:
             self.storage.delete(self.shard_uri(name))
         for name, data in shards.items():
@@ -45,7 +46,6 @@ class Place:
 
     @property
     def partition(self) -> Partition:
-        """The labels."""
         return make_job(self.config).partition
 
     def objects(self, folder: str) -> dict[str, str]:
@@ -61,7 +61,6 @@ class Place:
         return [row for file in files for row in pq.read_table(io.BytesIO(file)).to_pylist()]
 
     def shard_uri(self, name: str) -> str:
-        """A shard's URI."""
         return f"{self.root}/in/{name}"
 
 
@@ -72,7 +71,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
 
 
 def names(root: str) -> list[str]:
-    """Of a key of 1,024 bytes; and on a disk, of a deep one."""
+    """Names of shards; two are in a deep folder, for keys of 1,024 bytes."""
     used = len("in/") if "://" in root else len(f"{root}/in/".encode())
     deep = "/".join(["d" * 100] * 11)[: 1024 - used - len("/1.tar")].rstrip("/")
     return [*PARTS, f"{deep}/1.tar", f"{deep}/2.tar"]
@@ -89,8 +88,8 @@ def put(place: Place) -> list[str]:
 
 
 def outputs(place: Place) -> list[str]:
-    below = f"{place.partition.uri}/predictions/"
-    return sorted(uri.removeprefix(below) for uri in place.objects("out") if uri.startswith(below))
+    prefix = f"{place.partition.uri}/predictions/"
+    return sorted(uri.removeprefix(prefix) for uri in place.objects("out") if uri.startswith(prefix))
 
 
 def shards(place: Place) -> set[str]:
@@ -147,14 +146,14 @@ def test_longest_names_are_pruned(place: Place) -> None:
 def test_longest_names_of_two_models_are_compared(bucket: str) -> None:
     place = Place(bucket)
     found = put(place)
-    sides = []
+    label_sets = []
     for topk in (5, 2):
         partition = label(
             place.config.model_copy(update={"output": place.config.output.model_copy(update={"topk": topk})})
         ).job.partition
-        sides.append(LabelSet.open(partition.storage, partition.uri))
+        label_sets.append(LabelSet.open(partition.storage, partition.uri))
     labels = list(partition.labels)
-    agreement = measure_agreement(ClassMapping.matched(labels, labels), *sides)
+    agreement = measure_agreement(ClassMapping.matched(labels, labels), *label_sets)
     assert (agreement.shards, agreement.compared, agreement.fraction) == (len(found), 3 * len(found), 1.0)
 
 
@@ -162,23 +161,23 @@ def test_output_uri_that_is_too_long_is_rejected_before_labeling(bucket: str) ->
     deep = "/".join(["o" * 100] * 3)
     place = Place(bucket, f"output.uri={bucket}/{deep}")
     found = put(place)
-    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d{3} bytes, .*/in/d.* has 8\d\d"):
+    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d{3} bytes .*/in/d.* has 8\d\d"):
         plan_run(place.config)
     with pytest.raises(ConfigError, match=r"output\.uri: too long"):
         label(place.config)
     assert not any("/predictions/" in uri for uri in place.objects(deep))
     for name in found[-2:]:
         place.storage.delete(place.shard_uri(name))
-    label(place.config)  # all others have room enough
+    label(place.config)  # the other names are short enough
     place = Place(bucket, f"output.uri={bucket}/{'/'.join(['o' * 100] * 10)}")
-    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d bytes, .* a run's record"):
+    with pytest.raises(ConfigError, match=r"output\.uri: too long: .* \d bytes .* a run record"):
         plan_run(place.config)
 
 
 def test_local_output_path_that_is_too_long_is_rejected(tmp_path: Path) -> None:
     Storage().write(f"{tmp_path}/in/a.tar", tar(1))
-    for below in ("o" * 256, "/".join(["o" * 200] * 20)):
-        place = Place(str(tmp_path), f"output.uri={tmp_path}/{below}")
+    for folder in ("o" * 256, "/".join(["o" * 200] * 20)):
+        place = Place(str(tmp_path), f"output.uri={tmp_path}/{folder}")
         with pytest.raises(ConfigError, match=r"output\.uri: too long"):
             label(place.config)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

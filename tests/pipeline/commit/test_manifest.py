@@ -141,7 +141,7 @@ def test_statistics_are_folded_over_all_shards(tmp_path: Path, limit: int, group
 
 
 def test_damaged_manifest_is_named(manifest: Manifest) -> None:
-    Path(manifest.uri).write_bytes(b"PAR1 not at all")
+    Path(manifest.uri).write_bytes(b"PAR1 not Parquet")
     with pytest.raises(StorageError, match=r"manifest\.parquet: not a manifest"):
         manifest.read(["uri"])
     pa.parquet.write_table(pa.table({"uri": ["x"]}), manifest.uri)
@@ -163,7 +163,7 @@ def test_writer_writes_periodically_and_at_the_end(manifest: Manifest) -> None:
 
 
 def test_writer_that_cannot_write_raises(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("in the way")
+    (tmp_path / "out").write_text("a file")
     writer = ManifestWriter(Manifest(Storage(), str(tmp_path / "out"), CLASSES), interval=60)
     writer.add(row(1))
     with pytest.raises(StorageError, match=r"manifest\.parquet"):

@@ -1,4 +1,4 @@
-"""The manifest that is made anew is the one that runs have left, whatever they went through."""
+"""The rebuilt manifest equals the manifest that runs have written, after any history."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SELECTIONS = [
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
     monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
     monkeypatch.setattr(lease.LeaseContent, "is_live", False)  # no wait for the leases of killed runs
 
 
-def untimed(rows: list[ManifestRow]) -> list[ManifestRow]:
+def without_runs(rows: list[ManifestRow]) -> list[ManifestRow]:
     return [replace(row, run=None, committed_at=None) for row in rows]
 
 
 def assert_rebuilds(partition: Partition) -> None:
     rebuilt = rebuilt_rows(partition.storage, partition.uri)
-    assert untimed(rebuilt) == untimed(manifest_rows(partition.manifest))
+    assert without_runs(rebuilt) == without_runs(manifest_rows(partition.manifest))
 
 
 @pytest.mark.slow
@@ -63,10 +63,10 @@ def test_records_determine_failed_recovered_and_reappeared_shards(bucket: str) -
         [row] = [row for row in manifest_rows(partition.manifest) if row.uri == uri]
         return row.error
 
-    assert "damaged" in str(error_after(good[:700]))  # never labelled
+    assert "damaged" in str(error_after(good[:700]))  # not labeled before
     assert error_after(good) is None
-    assert "damaged" in str(error_after(good[:800]))  # labelled in another version
-    assert error_after(good) is None  # there again, and not labelled again
+    assert "damaged" in str(error_after(good[:800]))  # labeled in another version
+    assert error_after(good) is None  # recovered without relabeling
     assert "damaged" in str(error_after(good[:900]))
     storage.delete(uri)
     label(config(bucket))
@@ -85,12 +85,12 @@ def test_records_determine_failed_recovered_and_reappeared_shards(bucket: str) -
 def test_rebuilt_manifest_equals_the_manifest_after_any_history(
     bucket: str, s3_server: LocalS3, seed: int
 ) -> None:
-    """Shards come, change, go, return, and can't be read; runs are killed; files are removed by hand."""
+    """Shards are added, changed, deleted and damaged; runs are killed; files are removed by hand."""
     chance, storage, partition = random.Random(seed), Storage(), make_job(config(bucket)).partition
     tars = [make_tar([(f"{i}-{j}.jpg", make_image(10 * i + j)) for j in range(3)]) for i in range(4)]
-    contents = [*tars[:2], tars[2][:3000], tars[3][:3000]]  # two can't be read
+    contents = [*tars[:2], tars[2][:3000], tars[3][:3000]]  # two are unreadable
     storage.write(f"{bucket}/in/always.tar", tars[0])
-    settled = 0
+    finished = 0
     for _ in range(14):
         for _ in range(chance.randint(0, 3)):
             uri = f"{bucket}/in/{chance.randrange(4)}.tar"
@@ -99,7 +99,7 @@ def test_rebuilt_manifest_equals_the_manifest_after_any_history(
             else:
                 storage.write(uri, chance.choice(contents))
         if chance.random() < 0.2:
-            remove_one_by_hand(chance, storage, partition)
+            remove_random_file(chance, storage, partition)
         selection = chance.choice(SELECTIONS)
         if chance.random() < 0.3:
             crash = Crash(chance.randint(1, 15), chance.choice(["before", "after"]))
@@ -114,11 +114,11 @@ def test_rebuilt_manifest_equals_the_manifest_after_any_history(
                 )
             label(config(bucket, f"storage.endpoint_url={proxy.url}"), selection=selection)
         assert_rebuilds(partition)
-        settled += 1
-    assert settled > 5
+        finished += 1
+    assert finished > 5
 
 
-def remove_one_by_hand(chance: random.Random, storage: Storage, partition: Partition) -> None:
+def remove_random_file(chance: random.Random, storage: Storage, partition: Partition) -> None:
     found = sorted(info.uri for info in storage.list(partition.uri) if info.uri.endswith(".parquet"))
     if found:
         storage.delete(chance.choice(found))
@@ -145,18 +145,18 @@ def test_failures_recorded_by_a_killed_run_are_not_retried(bucket: str) -> None:
 
 
 def history(bucket: str, *contents: bytes | None, die_at_last: bool) -> Partition:
-    """A shard is each of these in turn, None where it is gone, and labelled; the last run may die.
+    """Labels a shard with each of these contents in turn; None deletes the shard.
 
-    It dies between its record and the manifest.
+    With `die_at_last`, the last run dies between writing its record and the manifest.
     """
     storage, partition = Storage(), make_job(config(bucket)).partition
     storage.write(f"{bucket}/in/always.tar", make_tar([("0.jpg", make_image(9))]))
-    for place, content in enumerate(contents):
+    for index, content in enumerate(contents):
         if content is None:
             storage.delete(f"{bucket}/in/a.tar")
         else:
             storage.write(f"{bucket}/in/a.tar", content)
-        if not die_at_last or place < len(contents) - 1:
+        if not die_at_last or index < len(contents) - 1:
             label(config(bucket))
             continue
         place = Place(bucket)
@@ -177,10 +177,12 @@ GOOD = make_tar([("0.jpg", make_image(1)), ("1.jpg", make_image(2))])
 @pytest.mark.parametrize(
     "contents",
     [(GOOD, GOOD[:700], GOOD[:800]), (GOOD[:700], None), (GOOD, GOOD[:700], GOOD), (GOOD, GOOD[:700], None)],
-    ids=["fails otherwise", "fails and goes", "fails and is recovered", "labelled, fails and goes"],
+    ids=["fails differently", "fails, deleted", "fails, recovered", "labeled, fails, deleted"],
 )
 @pytest.mark.parametrize(
-    "then", [GOOD, GOOD[:700], GOOD[:800], None], ids=["good", "cut", "cut more", "gone"]
+    "then",
+    [GOOD, GOOD[:700], GOOD[:800], None],
+    ids=["good", "cut", "cut differently", "deleted"],
 )
 def test_next_run_adds_the_record_of_a_killed_run_to_the_manifest(
     tmp_path: Path, contents: tuple[bytes | None, ...], then: bytes | None
@@ -238,14 +240,14 @@ def test_rebuilt_manifest_has_a_run_that_ends_during_the_rebuild(
     partition = history(bucket, GOOD, die_at_last=False)
     make_rows = stored.rebuilt_rows
 
-    def meanwhile(*args: Any) -> list[ManifestRow]:
+    def run_meanwhile(*args: Any) -> list[ManifestRow]:
         rows = make_rows(*args)
         monkeypatch.setattr(stored, "rebuilt_rows", make_rows)
         Storage().write(f"{bucket}/in/b.tar", GOOD[:700])
         label(config(bucket))
         return rows
 
-    monkeypatch.setattr(stored, "rebuilt_rows", meanwhile)
+    monkeypatch.setattr(stored, "rebuilt_rows", run_meanwhile)
     with pytest.raises(LeaseLostError):
         rebuild(make_job(config(bucket)).partition)
     assert_rebuilds(partition)

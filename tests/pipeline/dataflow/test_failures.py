@@ -1,4 +1,4 @@
-"""What dies in mid-run costs seconds, and neither loses a sample nor yields one twice."""
+"""Workers and nodes that die during a run delay it by seconds; no sample is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STALL_S = 45
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `failing_run` found: one run, in which a decoder, a classifier and a node died in turn."""
+    """The result of `failing_run`: a run in which a decoder, a classifier and a node die in turn."""
     return run_script("tests.pipeline.failing_run", tmp_path_factory.mktemp("failing"), 720)
 
 
@@ -27,5 +27,5 @@ def test_run_continues_after_a_failure(run: dict[str, Any], failure: str) -> Non
 
 
 def test_every_sample_is_labeled_exactly_once(run: dict[str, Any]) -> None:
-    assert (run["samples"], run["twice"], run["errors"]) == (SHARDS * IMAGES, 0, 0)
+    assert (run["samples"], run["duplicates"], run["errors"]) == (SHARDS * IMAGES, 0, 0)
     assert (run["shards"], run["complete"]) == (SHARDS, True)

@@ -19,14 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
 
 def die(chunk: Chunk) -> Chunk:
-    """Kills its process, as a fault in a decoder's native code does."""
+    """Kills the process, as a crash in native decoder code does."""
     os.kill(os.getpid(), signal.SIGKILL)
     return chunk
 
 
 class DeadlyStages(Stages):
-    @property
-    def decoding(self) -> DecodeStep:
+    def make_decode_step(self) -> DecodeStep:
         return die
 
 

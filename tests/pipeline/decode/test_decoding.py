@@ -1,4 +1,4 @@
-"""Decoding: every format and mode becomes RGB as in transformers, and nothing that is bad raises."""
+"""Decoding on the CPU: every format and mode becomes RGB as in transformers, and bad images never raise."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PREPROCESSOR = Preprocessor.from_dict({"size": 32}, "test")
 LIMIT = 1_000_000
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
-# Pillow's warnings about what is odd in these images are expected; the tests look at the results.
+# Pillow's warnings about these unusual images are expected.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (56, 40)) -> Image.Image:
-    """Smooth colours, different in each corner, so that every turn and every channel tells."""
+    """Smooth colors, different in each corner, so that rotations and swapped channels are detected."""
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     image = Image.fromarray(np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8))
     if mode in ("RGBA", "LA"):
@@ -50,10 +50,10 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
-def png(width: int, height: int, depth: int, color: int, rows: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    """A PNG made by hand, for what Pillow can't write; `more` are chunks before the pixels."""
+def png(width: int, height: int, depth: int, color: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG that Pillow can't write; `extra` are chunks before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks
@@ -61,25 +61,25 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes, *more: tup
 
 
 def with_tiff_tags(data: bytes, values: dict[int, int]) -> bytes:
-    """A TIFF whose tags, each of one number, are changed."""
+    """A TIFF with changed tags; each tag has one number."""
     changed = bytearray(data)
     directory = int.from_bytes(data[4:8], "little")
     for entry in range(int.from_bytes(data[directory : directory + 2], "little")):
-        at = directory + 2 + 12 * entry
-        tag, kind, count = struct.unpack_from("<HHI", data, at)
+        offset = directory + 2 + 12 * entry
+        tag, kind, count = struct.unpack_from("<HHI", data, offset)
         if tag in values:
             assert count == 1
-            struct.pack_into("<H" if kind == 3 else "<I", changed, at + 8, values[tag])
+            struct.pack_into("<H" if kind == 3 else "<I", changed, offset + 8, values[tag])
     return bytes(changed)
 
 
-def by_transformers(data: bytes) -> Image.Image:
-    """The image as transformers' image-classification pipeline sees it: upright and RGB."""
+def load_with_transformers(data: bytes) -> Image.Image:
+    """Loads an image as the image-classification pipeline of transformers does: upright and RGB."""
     return load_image(PIL.Image.open(io.BytesIO(data)))
 
 
 def decoded(data: bytes, max_pixels: int = LIMIT) -> Decoded:
-    """Decodes, and checks what holds for every result, good or bad."""
+    """Decodes, and asserts the properties of every result."""
     result = decode(data, PREPROCESSOR, max_pixels)
     if result.error is None:
         assert result.pixels is not None
@@ -109,9 +109,9 @@ def assert_decodes_to(data: bytes, expected: Image.Image) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_is_decoded(format: str) -> None:
     data = encode(picture(), format)
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
     close = np.abs(decoded(data).pixels - PREPROCESSOR(picture()).astype(np.float32)).mean()
-    assert close < (12 if format == "GIF" else 3)  # GIF has but 256 colours
+    assert close < (12 if format == "GIF" else 3)  # GIF has only 256 colors
 
 
 @pytest.mark.parametrize(
@@ -128,27 +128,28 @@ def test_every_format_is_decoded(format: str) -> None:
 )
 def test_every_mode_becomes_rgb_as_in_transformers(format: str, mode: str) -> None:
     data = encode(picture(mode), format)
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "packbits", "jpeg"])
 def test_tiff_compressions_are_decoded(compression: str) -> None:
     data = encode(picture(), "TIFF", compression=compression)
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 1}])
 def test_jpeg_variants_are_decoded(options: dict[str, object]) -> None:
     data = encode(picture(), "JPEG", **options)
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
 
 
 @pytest.mark.parametrize("transform", [0, 2])
 def test_adobe_cmyk_jpegs_are_not_inverted(transform: int) -> None:
-    # Pillow writes CMYK with the marker of Adobe, inverted; its last byte makes the same data YCCK.
+    # Pillow writes inverted CMYK with Adobe's marker. The last byte of the marker can declare the data as
+    # YCCK.
     data = bytearray(encode(Image.new("CMYK", (56, 40), (0, 255, 255, 0)), "JPEG", quality=95))
     data[data.index(b"Adobe") + 11] = transform
-    assert_decodes_to(bytes(data), by_transformers(bytes(data)))
+    assert_decodes_to(bytes(data), load_with_transformers(bytes(data)))
     if transform == 0:
         red, green, blue = decoded(bytes(data)).pixels.reshape(-1, 3).mean(0)
         assert red > 250
@@ -180,7 +181,7 @@ def gif_with_a_transparency_beyond_its_palette() -> bytes:
 )
 def test_transparency_is_dropped_as_in_transformers(make: Callable[[], bytes]) -> None:
     data = make()
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
 
 
 def test_color_under_full_transparency_is_kept() -> None:
@@ -208,9 +209,9 @@ def test_16_bit_gray_is_scaled_not_clipped(data: bytes) -> None:
 
 
 def test_12_bit_gray_is_scaled_to_its_white() -> None:
-    # Two pixels in three bytes; a TIFF of 8 bits, its width and depth rewritten.
-    eight = encode(Image.frombytes("L", (84, 40), b"\xff\xf8\x00" * 28 * 40), "TIFF")
-    packed = with_tiff_tags(eight, {256: 56, 258: 12})
+    # Three bytes hold two pixels. The width and depth of an 8-bit TIFF are rewritten.
+    tiff_8_bit = encode(Image.frombytes("L", (84, 40), b"\xff\xf8\x00" * 28 * 40), "TIFF")
+    packed = with_tiff_tags(tiff_8_bit, {256: 56, 258: 12})
     expected = np.tile(np.uint8([[255, 128]]), (40, 28))
     assert_decodes_to(packed, Image.fromarray(expected).convert("RGB"))
 
@@ -237,7 +238,7 @@ def test_first_frame_or_page_is_decoded(format: str) -> None:
     first, others = picture(), [picture().rotate(angle) for angle in (90, 180)]
     data = encode(first, format, save_all=True, append_images=others)
     assert PIL.Image.open(io.BytesIO(data)).n_frames == 3
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
     alone = decoded(encode(first, format)).pixels.astype(np.float32)
     assert np.abs(decoded(data).pixels - alone).mean() < 2
 
@@ -265,12 +266,12 @@ def test_fast_jpeg_decoding_is_close_and_reports_the_true_size(
 @pytest.mark.parametrize("size", [(163, 117), (150, 190), (201, 201)])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_fast_decoding_keeps_the_position_of_a_rotated_image(orientation: int, size: tuple[int, int]) -> None:
-    """Sizes that aren't multiples of the scale: the last pixels are of the source in part only."""
+    """The sizes are not multiples of the scale, so the source covers the last pixels only in part."""
     data = encode(picture(size=size), "JPEG", quality=98, subsampling=0, exif=exif(orientation))
     exact, fast = (decode(data, PREPROCESSOR, LIMIT, fast=fast).pixels for fast in (False, True))
     assert exact is not None
     assert fast is not None
-    # Without regard to where these come to lie, it is 0.9 and more.
+    # The difference would be at least 0.9 if the position of these pixels were ignored.
     assert np.abs(exact.astype(int) - fast).mean() < 0.5
 
 
@@ -288,7 +289,7 @@ def test_fast_decoding_keeps_the_error_of_a_broken_jpeg() -> None:
 
 def test_first_picture_of_a_multi_picture_file_is_decoded() -> None:
     data = encode(picture(), "MPO", save_all=True, append_images=[picture().rotate(180)])
-    assert_decodes_to(data, by_transformers(data))
+    assert_decodes_to(data, load_with_transformers(data))
 
 
 # --- EXIF ------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def test_orientation_after_the_pixels_of_a_png_is_applied() -> None:
     end = start + 12 + int.from_bytes(data[start : start + 4])
     moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
     assert moved.index(b"eXIf") > moved.index(b"IDAT")
-    assert_decodes_to(moved, by_transformers(moved))
+    assert_decodes_to(moved, load_with_transformers(moved))
     assert decoded(moved).width == 40
 
 
@@ -368,7 +369,7 @@ def test_image_at_the_pixel_limit_is_decoded_and_one_above_is_an_error() -> None
 
 
 def claim(format: str, width: int, height: int) -> bytes:
-    """A file of a few bytes whose header claims a size."""
+    """A small file whose header has this size."""
     if format == "PNG":
         return png(width, height, 8, 2, b"")
     data = bytearray(encode(picture(), format))
@@ -399,9 +400,9 @@ def animated_webp(width: int, height: int) -> bytes:
 
 
 def test_webp_with_a_huge_canvas_is_an_error() -> None:
-    refused = decoded(animated_webp(12000, 12000), 100_000_000)
-    assert refused == (None, 12000, 12000, too_large("12000 x 12000", 100_000_000))
-    # Beyond Pillow's own limit, which it checks before it tells the size.
+    result = decoded(animated_webp(12000, 12000), 100_000_000)
+    assert result == (None, 12000, 12000, too_large("12000 x 12000", 100_000_000))
+    # Above Pillow's own limit, which Pillow checks before it reports the size.
     assert "WebP: DecompressionBombError" in decoded(animated_webp(60000, 60000)).error
 
 
@@ -443,7 +444,7 @@ def test_decompression_bomb_in_metadata_is_an_error(make: Callable[[], bytes]) -
     )
 
 
-# --- what is bad -----------------------------------------------------------------------------------
+# --- bad images -----------------------------------------------------------------------------------
 
 
 def test_empty_image_is_an_error() -> None:
@@ -494,7 +495,7 @@ def test_truncated_image_is_an_error(name: str) -> None:
     data = SAMPLES[name]
     for end in sorted({*range(1, 40), *range(40, len(data) - 1, max(1, len(data) // 200))}):
         result = decoded(data[:end])
-        # Of an animation, the first frame is enough.
+        # An animation needs only its first frame.
         if "animated" not in name and end < 0.9 * len(data):
             assert result.error is not None, f"{end} of {len(data)} bytes"
 
@@ -519,7 +520,7 @@ def test_damaged_bytes_never_raise_and_give_the_same_error(name: str) -> None:
     for _ in range(150):
         data = bytearray(SAMPLES[name])
         for _ in range(chance.choice([1, 2, 8, 40])):
-            # The header, where most goes wrong, as often as all the rest.
+            # The header causes most failures, so it is changed often.
             data[chance.randrange(min(len(data), chance.choice([64, 400, len(data)])))] = chance.randrange(
                 256
             )

@@ -1,4 +1,4 @@
-"""Decoding on a device, here with Pillow in nvJPEG's place: what goes where, and that nothing is lost."""
+"""Decoding on a device, with Pillow instead of nvJPEG: which decoder gets an image, and equal results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class PillowJpegs:
-    """A decoder of JPEGs as nvJPEG: neither turns them, nor gives a part of a batch if one is bad."""
+    """Decodes JPEGs as nvJPEG does: ignores EXIF orientation, and fails for the whole batch if one is bad."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -45,8 +45,8 @@ class PillowJpegs:
         return [torch.from_numpy(image).permute(2, 0, 1) for image in images]
 
 
-class Counting(GpuDecoder):
-    """Adds up how many images were decoded on the device, and how many were left to the CPU."""
+class CountingDecoder(GpuDecoder):
+    """Counts the images that were decoded on the device and on the CPU."""
 
     on_device = on_cpu = 0
 
@@ -58,8 +58,8 @@ class Counting(GpuDecoder):
         return done
 
 
-def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT, **options: int) -> Counting:
-    return Counting(PREPROCESSOR, max_pixels, "cpu", decode_jpegs or PillowJpegs(), **options)
+def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT, **options: int) -> CountingDecoder:
+    return CountingDecoder(PREPROCESSOR, max_pixels, "cpu", decode_jpegs or PillowJpegs(), **options)
 
 
 def chunk_of(images: Sequence[bytes | None]) -> Chunk:
@@ -82,8 +82,8 @@ def assert_as_on_the_cpu(done: Chunk, images: Sequence[bytes | None], max_pixels
     assert isinstance(expected.pixels, np.ndarray)
     assert done.pixels.dtype == torch.uint8
     assert done.pixels.shape == expected.pixels.shape
-    for got, wanted in zip(done.pixels.cpu().numpy(), expected.pixels, strict=True):
-        assert np.abs(got.astype(np.int16) - wanted).mean() < 0.5
+    for actual, wanted in zip(done.pixels.cpu().numpy(), expected.pixels, strict=True):
+        assert np.abs(actual.astype(np.int16) - wanted).mean() < 0.5
 
 
 def jpeg(size: tuple[int, int] = (56, 40), mode: str = "RGB", **options: Any) -> bytes:
@@ -91,12 +91,12 @@ def jpeg(size: tuple[int, int] = (56, 40), mode: str = "RGB", **options: Any) ->
 
 
 def without_tables() -> bytes:
-    """A JPEG whose headers are fine, but whose quantisation tables are comments."""
+    """A JPEG with valid headers, whose quantization tables are replaced by comments."""
     return jpeg().replace(b"\xff\xdb", b"\xff\xfe")
 
 
 def as_rgb() -> bytes:
-    """A JPEG whose colours are not transformed, and which says so in Adobe's marker."""
+    """A JPEG whose colors are stored as RGB, as Adobe's marker declares."""
     return jpeg(keep_rgb=True)
 
 
@@ -115,7 +115,7 @@ PLAIN = {
     "comment": jpeg(comment=b"hello"),
     "tiny": jpeg((1, 1)),
     "second picture": encode(picture(), "MPO", save_all=True, append_images=[picture().rotate(180)]),
-    **{f"turned {turn}": jpeg(exif=exif(turn)) for turn in range(1, 9)},
+    **{f"orientation {value}": jpeg(exif=exif(value)) for value in range(1, 9)},
     "damaged EXIF": jpeg(exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
 }
 UNUSUAL = {
@@ -124,12 +124,12 @@ UNUSUAL = {
     "RGB": as_rgb(),
     "arithmetic coding": arithmetic(),
     "truncated": jpeg((400, 300))[:-500],
-    "more behind its end": jpeg() + b"\0",
+    "data after its end": jpeg() + b"\0",
     "too large": claim("JPEG", 60000, 60000),
     "too long": jpeg((2000, 10)),
-    "nothing": b"",
+    "empty": b"",
     "no image": b"<!DOCTYPE html>",
-    "a start alone": b"\xff\xd8\xff\xd9",
+    "only a start": b"\xff\xd8\xff\xd9",
 }
 
 
@@ -181,10 +181,10 @@ def test_corrupt_image_does_not_affect_its_batch(bad: list[int]) -> None:
 
 
 def test_image_that_fails_on_the_device_is_decoded_on_the_cpu() -> None:
-    def refuse(files: list[bytes]) -> list[Tensor]:
+    def fail(files: list[bytes]) -> list[Tensor]:
         raise RuntimeError("Failed to decode jpeg stream: 5")
 
-    decoder = make_decoder(refuse)
+    decoder = make_decoder(fail)
     assert_as_on_the_cpu(decoder(chunk_of([*PLAIN.values()])), [*PLAIN.values()])
     assert (decoder.on_device, decoder.on_cpu) == (0, len(PLAIN))
 
@@ -214,7 +214,7 @@ def test_failed_resize_affects_one_image(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_pytorch_frees_cached_memory_when_the_driver_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvJPEG asks the driver, and its errors don't say what was missing."""
+    """nvJPEG allocates from the driver, and its errors do not mention memory."""
     free: list[bool] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(True))
 
@@ -287,10 +287,10 @@ def test_the_cpu_decodes_while_the_device_does() -> None:
             return super().__call__(files)
 
     decoder, images = make_decoder(Waiting()), [encode(picture(), "PNG"), jpeg()]
-    leave_to_cpu = decoder._cpu.submit
+    submit_to_cpu = decoder._cpu.submit
 
     def submit(*arguments: Any) -> Any:
-        future = leave_to_cpu(*arguments)
+        future = submit_to_cpu(*arguments)
         future.add_done_callback(lambda _: started.set())
         return future
 
@@ -328,8 +328,8 @@ def test_missing_torchvision_error_names_the_package(monkeypatch: pytest.MonkeyP
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 
-def stand_in_for_torchvision(monkeypatch: pytest.MonkeyPatch, decode: Any) -> None:
-    """Puts `decode`, called as torchvision 0.26 documents, in the place of nvJPEG."""
+def replace_torchvision(monkeypatch: pytest.MonkeyPatch, decode: Any) -> None:
+    """Replaces nvJPEG by `decode`, which is called as torchvision 0.26 documents."""
 
     def decode_jpeg(input: list[Tensor], mode: str, device: torch.device) -> list[Tensor]:
         assert all(file.dtype == torch.uint8 and file.dim() == 1 for file in input)
@@ -346,8 +346,8 @@ def stand_in_for_torchvision(monkeypatch: pytest.MonkeyPatch, decode: Any) -> No
 
 
 def test_torchvision_is_called_with_valid_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_for_torchvision(monkeypatch, PillowJpegs())
-    decoder, images = Counting(PREPROCESSOR, LIMIT, "cpu"), [*PLAIN.values(), without_tables()]
+    replace_torchvision(monkeypatch, PillowJpegs())
+    decoder, images = CountingDecoder(PREPROCESSOR, LIMIT, "cpu"), [*PLAIN.values(), without_tables()]
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
     assert decoder.on_device == len(PLAIN)
 
@@ -356,21 +356,21 @@ def test_torchvision_without_nvjpeg_is_rejected_at_once(monkeypatch: pytest.Monk
     def fail(files: list[bytes]) -> list[Tensor]:
         raise RuntimeError("torchvision not compiled with nvJPEG support")
 
-    stand_in_for_torchvision(monkeypatch, fail)
+    replace_torchvision(monkeypatch, fail)
     with pytest.raises(ValueError, match=r"not compiled with nvJPEG support\): .* or set decode.device: cpu"):
         GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
 
 
-@pytest.mark.parametrize(("place", "left"), [(0, 0), (7, 0), (11, 255)])
+@pytest.mark.parametrize(("index", "fill"), [(0, 0), (7, 0), (11, 255)])
 def test_decoder_that_skips_an_image_is_rejected(
-    monkeypatch: pytest.MonkeyPatch, place: int, left: int
+    monkeypatch: pytest.MonkeyPatch, index: int, fill: int
 ) -> None:
     def decode(files: list[bytes]) -> list[Tensor]:
         images = PillowJpegs()(files)
-        images[place] = torch.full_like(images[place], left)
+        images[index] = torch.full_like(images[index], fill)
         return images
 
-    stand_in_for_torchvision(monkeypatch, decode)
+    replace_torchvision(monkeypatch, decode)
     with pytest.raises(
         ValueError, match=r"can't decode JPEGs on 'cpu' \(a decoded image differs by \d+ gray levels"
     ):
@@ -380,7 +380,7 @@ def test_decoder_that_skips_an_image_is_rejected(
 def test_photographs_are_plain_and_decoded_alike(photographs: list[tuple[str, bytes, int]]) -> None:
     preprocessor = Preprocessor.from_dict({"size": 224}, "test")
     images = [data for _, data, _ in photographs[:60]]
-    decoder = Counting(preprocessor, 10**8, "cpu", PillowJpegs())
+    decoder = CountingDecoder(preprocessor, 10**8, "cpu", PillowJpegs())
     done, expected = decoder(chunk_of(images)), decode_chunk(chunk_of(images), preprocessor, 10**8)
     assert done.samples.equals(expected.samples)
     assert decoder.on_device > 0.9 * len(images)
@@ -392,7 +392,7 @@ def test_photographs_are_plain_and_decoded_alike(photographs: list[tuple[str, by
 def test_nvjpeg_decodes_as_pillow_does() -> None:
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     images: list[bytes | None] = [*PLAIN.values(), None, *UNUSUAL.values(), without_tables()]
-    decoder = Counting(PREPROCESSOR, LIMIT, "cuda")
+    decoder = CountingDecoder(PREPROCESSOR, LIMIT, "cuda")
     done, *others = [decoder(chunk_of(images)) for _ in range(3)]
     expected = decode_chunk(chunk_of(images), PREPROCESSOR, LIMIT)
     assert done.samples.equals(expected.samples)
@@ -400,4 +400,4 @@ def test_nvjpeg_decodes_as_pillow_does() -> None:
     assert done.pixels.device.type == "cuda"
     assert all(torch.equal(done.pixels, other.pixels) for other in others)  # type: ignore[arg-type]
     assert np.abs(done.pixels.cpu().numpy().astype(np.int16) - expected.pixels).mean() < 3
-    assert decoder.on_device >= 3 * (len(PLAIN) - 1)  # of the tiny one, who knows
+    assert decoder.on_device >= 3 * (len(PLAIN) - 1)  # nvJPEG may reject the tiny image

@@ -1,4 +1,4 @@
-"""The policies of docs/how-to/restrict-access.md allow the requests of the jobs to S3, and no others."""
+"""The policies in docs/how-to/restrict-access.md allow exactly the S3 requests of the jobs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ POLICIES: dict[str, dict[str, Any]] = {
         r"<!-- policy: (\w+) -->\n```json\n(.*?)```", DOCUMENT.read_text(), re.DOTALL
     )
 }
-#: Operations that AWS has an action for; all others, such as uploads in parts, have none here.
+#: Operations and their IAM actions. The jobs do not use other operations, such as multipart uploads.
 ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
 LISTING = {
     "list-type",
@@ -61,7 +61,7 @@ LISTING = {
 
 @dataclass(frozen=True)
 class Access:
-    """What a request needs to be allowed, in IAM's words."""
+    """The IAM permission that a request needs."""
 
     action: str
     resource: str
@@ -81,10 +81,10 @@ def access(request: Request) -> Access:
 
 
 def accesses(proxy: FaultProxy) -> set[Access]:
-    """What all requests need; that an object is missing is told to those alone who may list its bucket."""
-    asked = {access(request) for request in proxy.seen}
+    """The permissions of all requests; S3 reports a missing object only if its bucket may be listed."""
+    needed = {access(request) for request in proxy.seen}
     missing = {access(request).resource.partition("/")[0] for request in proxy.missing}
-    return asked | {Access("s3:ListBucket", bucket) for bucket in missing}
+    return needed | {Access("s3:ListBucket", bucket) for bucket in missing}
 
 
 def listed(value: str | list[str]) -> list[str]:
@@ -92,7 +92,7 @@ def listed(value: str | list[str]) -> list[str]:
 
 
 def grants(policy: dict[str, Any]) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Of each statement its name, each action on each resource, and what listings may ask for."""
+    """Yields statement name, action, resource and the allowed prefixes of listings."""
     for statement in policy["Statement"]:
         prefixes = statement.get("Condition", {}).get("StringLike", {}).get("s3:prefix", "*")
         for action in listed(statement["Action"]):
@@ -101,7 +101,7 @@ def grants(policy: dict[str, Any]) -> Iterator[tuple[str, str, str, list[str]]]:
 
 
 def check(policy: dict[str, Any], seen: set[Access]) -> None:
-    """Everything is allowed, and everything that is allowed was needed by something."""
+    """Asserts that the policy allows all accesses, and nothing that no access needs."""
     used: set[tuple[str, str, str]] = set()
     for needed in seen:
         allowed = {
@@ -119,7 +119,7 @@ def check(policy: dict[str, Any], seen: set[Access]) -> None:
 
 @pytest.fixture(scope="module")
 def root(s3_server: LocalS3) -> str:
-    """What the buckets' names in this test begin with."""
+    """The prefix of the names of the buckets."""
     name = f"access-{secrets.token_hex(4)}-"
     for kind in ("images", "labels", "models", "tables"):
         s3_server.create_bucket(name + kind)
@@ -137,7 +137,7 @@ def write_shards(storage: Storage, root: str, seed: int) -> None:
 
 
 def policy(name: str, root: str) -> dict[str, Any]:
-    """A policy of the page, for this test's buckets."""
+    """A policy of the page, for the buckets of this test."""
     text = json.dumps(POLICIES[name])
     assert "my-" in text
     return dict(json.loads(text.replace(":::my-", f":::{root}")))
@@ -149,8 +149,8 @@ def config(root: str, endpoint: str, *overrides: str) -> Config:
     return load_config(Config, None, [*fields, *overrides])
 
 
-def asked(s3_server: LocalS3, action: Callable[[str], object]) -> set[Access]:
-    """The accesses that an action asks for, through the endpoint that it is given, and the environment's."""
+def requested(s3_server: LocalS3, action: Callable[[str], object]) -> set[Access]:
+    """The accesses that an action requests; it gets the endpoint as an argument and in the environment."""
     with FaultProxy(s3_server.endpoint_url) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         action(proxy.url)
@@ -158,11 +158,11 @@ def asked(s3_server: LocalS3, action: Callable[[str], object]) -> set[Access]:
 
 
 @pytest.fixture(scope="module")
-def labelled(root: str, s3_server: LocalS3) -> set[Access]:
-    """What the life of a partition asks for: a run, increments, removals and a rebuild."""
+def labeled(root: str, s3_server: LocalS3) -> set[Access]:
+    """The accesses of a first run, incremental runs, pruning and a rebuild."""
     storage = Storage(endpoint_url=s3_server.endpoint_url)
 
-    def live(endpoint: str) -> None:
+    def use(endpoint: str) -> None:
         label(config(root, endpoint))
         write_shards(storage, root, 7)
         storage.write(f"s3://{root}images/shards/cut.tar", b"no tar")
@@ -172,47 +172,47 @@ def labelled(root: str, s3_server: LocalS3) -> set[Access]:
         label(config(root, endpoint))
         rebuild(make_job(config(root, endpoint)).partition)
 
-    return asked(s3_server, live)
+    return requested(s3_server, use)
 
 
 @pytest.fixture(scope="module")
-def other(labelled: set[Access], root: str, s3_server: LocalS3) -> str:
-    """The URI of other labels of the same images, which have no gallery."""
+def other(labeled: set[Access], root: str, s3_server: LocalS3) -> str:
+    """URI of another partition of the same images, without a gallery."""
     return label(config(root, s3_server.endpoint_url, "output.topk=2", "report.gallery=0")).job.partition.uri
 
 
-def test_labeling_requests_exactly_what_its_policy_allows(labelled: set[Access], root: str) -> None:
-    check(policy("label", root), labelled)
+def test_labeling_requests_exactly_what_its_policy_allows(labeled: set[Access], root: str) -> None:
+    check(policy("label", root), labeled)
     assert {
-        needed.action for needed in labelled if needed.resource.startswith(f"arn:aws:s3:::{root}images/")
+        needed.action for needed in labeled if needed.resource.startswith(f"arn:aws:s3:::{root}images/")
     } == {"s3:GetObject"}
 
 
 @pytest.mark.parametrize("action", ["s3:DeleteObject", "s3:PutObject", "s3:ListBucket"])
 def test_missing_or_extra_action_in_a_policy_is_detected(
-    labelled: set[Access], root: str, action: str
+    labeled: set[Access], root: str, action: str
 ) -> None:
     lacking = copy.deepcopy(policy("label", root))
     for statement in lacking["Statement"]:
         actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
         statement["Action"] = [each for each in actions if each != action]
     with pytest.raises(AssertionError, match="not allowed"):
-        check(lacking, labelled)
+        check(lacking, labeled)
     generous = copy.deepcopy(policy("label", root))
     generous["Statement"][1]["Action"] = ["s3:GetObject", "s3:PutObject"]
     with pytest.raises(AssertionError, match="not needed: ReadShards s3:PutObject"):
-        check(generous, labelled)
+        check(generous, labeled)
 
 
-def test_missing_object_is_reported_if_the_bucket_may_be_listed(labelled: set[Access], root: str) -> None:
+def test_missing_object_is_reported_if_the_bucket_may_be_listed(labeled: set[Access], root: str) -> None:
     missing = Access("s3:ListBucket", f"arn:aws:s3:::{root}labels")
-    assert missing in labelled
+    assert missing in labeled
     with pytest.raises(AssertionError, match=r"not allowed: .*images"):
         check(policy("label", root), {Access("s3:ListBucket", f"arn:aws:s3:::{root}images")})
 
 
 def run(command: Callable[..., None], *arguments: object) -> int:
-    """A command's exit status."""
+    """Runs a command; returns its exit status."""
     app = make_app()
     app.command()(command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code
@@ -220,26 +220,26 @@ def run(command: Callable[..., None], *arguments: object) -> int:
 
 @pytest.fixture
 def job(root: str, tmp_path: Path) -> Path:
-    """The configuration of `labelled`, for commands; where S3 is, the environment says."""
+    """The configuration of `labeled` for commands; the environment has the endpoint of S3."""
     path = tmp_path / "job.yaml"
     values = config(root, "http://127.0.0.1:1").model_dump(include={"input", "model", "output"})
-    path.write_text(json.dumps(values))  # which is YAML, too
+    path.write_text(json.dumps(values))  # JSON is YAML
     return path
 
 
 def test_planning_and_statistics_request_what_their_policy_allows(
-    labelled: set[Access], root: str, s3_server: LocalS3, job: Path
+    labeled: set[Access], root: str, s3_server: LocalS3, job: Path
 ) -> None:
-    def look(endpoint: str) -> None:
+    def use(endpoint: str) -> None:
         assert run(plan, "--config", job, "--retry-errors", "--prune") == 0
         assert run(stats, "--config", job) == 0
-        assert run(stats, "--config", job, "--set", "output.topk=1") == 4  # of which nothing is labelled
+        assert run(stats, "--config", job, "--set", "output.topk=1") == 4  # no labels with this option
 
-    check(policy("plan", root), asked(s3_server, look))
+    check(policy("plan", root), requested(s3_server, use))
 
 
 def test_reader_of_labels_requests_what_its_policy_allows(
-    labelled: set[Access], root: str, s3_server: LocalS3
+    labeled: set[Access], root: str, s3_server: LocalS3
 ) -> None:
     partition = make_job(config(root, s3_server.endpoint_url)).partition.uri.removeprefix("s3://")
 
@@ -247,61 +247,61 @@ def test_reader_of_labels_requests_what_its_policy_allows(
         files = S3FileSystem(endpoint_override=endpoint.removeprefix("http://"), scheme="http")
         assert ds.dataset(f"{partition}/predictions", filesystem=files).to_table().num_rows == 10
 
-    check(policy("read", root), asked(s3_server, read))
+    check(policy("read", root), requested(s3_server, read))
 
 
 def test_model_in_a_bucket_requests_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
     def load(endpoint: str) -> None:
         make_job(config(root, endpoint, f"model.path=s3://{root}models/cvt-13"))
 
-    check(policy("model", root), asked(s3_server, load))
+    check(policy("model", root), requested(s3_server, load))
 
 
 def test_publishing_requests_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
-    """Three increments, and then nothing new."""
+    """Three updates of the table, and one without changes."""
     deltalake = pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
     dataset = Dataset(f"s3://{root}images", table=f"s3://{root}tables/table")
     dataset.uri = f"s3://{root}labels/labels/model=cvt-00000001"
 
-    def published(endpoint: str) -> None:
+    def publish_labels(endpoint: str) -> None:
         assert run(publish, dataset.uri, "--to", dataset.table) == 0
 
     found: set[Access] = set()
     for number in range(3):
         dataset.label(**{f"{number}.tar": 3})
-        found |= asked(s3_server, published)
-        if number == 0:  # from here on, every version has a checkpoint, as by default every hundredth has
+        found |= requested(s3_server, publish_labels)
+        if number == 0:  # write a checkpoint with every version instead of every hundredth
             options = {"endpoint_url": s3_server.endpoint_url, "allow_http": "true"}
             table = deltalake.DeltaTable(dataset.table, storage_options=options)
             table.alter.set_table_properties({"delta.checkpointInterval": "1"})
-    found |= asked(s3_server, published)
+    found |= requested(s3_server, publish_labels)
     assert any(needed.resource.endswith(".checkpoint.parquet") for needed in found)
     check(policy("publish", root), found)
 
 
 def test_comparison_requests_what_its_policy_allows(
-    labelled: set[Access], other: str, root: str, s3_server: LocalS3
+    labeled: set[Access], other: str, root: str, s3_server: LocalS3
 ) -> None:
     storage, job = Storage(endpoint_url=s3_server.endpoint_url), config(root, s3_server.endpoint_url)
-    label(job, selection=Selection(relabel=True))  # after a rebuild, no run is known
+    label(job, selection=Selection(relabel=True))  # the manifest has no runs after a rebuild
     storage.write(f"s3://{root}images/shards/more.tar", make_tar(make_samples(3)))
     uri = label(job).partition.uri
 
-    def look(endpoint: str) -> None:
+    def use(endpoint: str) -> None:
         assert run(compare, uri, other) == 0
         assert run(compare, f"{uri}@previous", f"{uri}@latest", "--drift-only") == 0
         assert run(compare, f"{uri}@20260101T000000.000000Z-000000", uri) == 4  # no such run
         assert run(compare, f"s3://{root}labels/labels/model=x-00000000", uri) == 4  # not a partition
 
-    check(policy("compare", root), asked(s3_server, look))
+    check(policy("compare", root), requested(s3_server, use))
     written = f"s3://{root}tables/comparison.parquet"
-    more = asked(s3_server, lambda endpoint: run(compare, uri, other, "--output", written))
-    extra = {needed for needed in more if not needed.resource.startswith(f"arn:aws:s3:::{root}labels")}
+    with_output = requested(s3_server, lambda endpoint: run(compare, uri, other, "--output", written))
+    extra = {needed for needed in with_output if not needed.resource.startswith(f"arn:aws:s3:::{root}labels")}
     assert extra == {Access("s3:PutObject", f"arn:aws:s3:::{written.removeprefix('s3://')}")}
 
 
 def test_report_requests_what_its_policy_allows(
-    labelled: set[Access], other: str, root: str, s3_server: LocalS3
+    labeled: set[Access], other: str, root: str, s3_server: LocalS3
 ) -> None:
     uri = make_job(config(root, s3_server.endpoint_url)).partition.uri
 
@@ -309,7 +309,7 @@ def test_report_requests_what_its_policy_allows(
         assert run(report, uri, "--against", other) == 0
         assert run(report, other) == 0
 
-    check(policy("report", root), asked(s3_server, make))
+    check(policy("report", root), requested(s3_server, make))
 
 
 def test_schedule_requests_what_its_policy_allows(root: str, s3_server: LocalS3, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_schedule_requests_what_its_policy_allows(root: str, s3_server: LocalS3,
     path.write_text(json.dumps({"submit": submit, "datasets": {"photos": values | {"cron": "* * * * *"}}}))
     dataset = load_config(ScheduleConfig, path).datasets["photos"]
 
-    def live(endpoint: str) -> None:
+    def use(endpoint: str) -> None:
         assert run(schedule, "--config", path, "--once") == 0
         earlier = DatasetState(dataset="photos", handled_until=datetime.now(UTC) - timedelta(hours=1))
         uri = StateFile("photos", dataset).uri
@@ -328,7 +328,7 @@ def test_schedule_requests_what_its_policy_allows(root: str, s3_server: LocalS3,
         assert run(schedule, "--config", path, "--once") == 4
         assert run(schedule, "--config", path, "--status") == 0
 
-    check(policy("schedule", root), asked(s3_server, live))
+    check(policy("schedule", root), requested(s3_server, use))
 
 
 def test_every_policy_of_the_page_is_tested() -> None:

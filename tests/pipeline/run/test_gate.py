@@ -1,4 +1,4 @@
-"""The gate: a run whose labels have drifted from those of the run before says so with its exit status."""
+"""The gate: the exit status of a run reports drift from the previous run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TROUSER, BAG = 1, 8
 
 
 def write(root: Path, name: str, *classes: int, count: int = 20, skip: int = 0, folder: str = "in") -> None:
-    """A shard of so many real images of each class."""
+    """Writes a shard with `count` real images per class."""
     members = []
     with tarfile.open(SAMPLE) as tar:
         content = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
-    for wanted in classes:
-        keys = [key[:-4] for key, data in content.items() if key.endswith(".cls") and int(data) == wanted]
+    for class_id in classes:
+        keys = [key[:-4] for key, data in content.items() if key.endswith(".cls") and int(data) == class_id]
         members += [(f"{key}.png", content[f"{key}.png"]) for key in keys[skip : skip + count]]
     Storage().write(f"{root}/{folder}/{name}", make_tar(members))
 
@@ -39,7 +39,7 @@ def config(root: Path, *overrides: str) -> Config:
     return run_config(root, "gate.max_psi=1", *overrides)
 
 
-def judged(root: Path, *overrides: str, relabel: bool = False) -> RunResult:
+def run_with_gate(root: Path, *overrides: str, relabel: bool = False) -> RunResult:
     return label(config(root, *overrides), selection=Selection(relabel=relabel))
 
 
@@ -50,13 +50,13 @@ def record(result: RunResult) -> dict[str, object]:
 
 def test_similar_run_passes_the_gate_and_a_drifted_run_breaks_it(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER, BAG)
-    first = judged(tmp_path)
+    first = run_with_gate(tmp_path)
     assert first.broken_limits == record(first)["broken_limits"] == []
     write(tmp_path, "1.tar", TROUSER, BAG, skip=20)
-    second = judged(tmp_path)
+    second = run_with_gate(tmp_path)
     assert second.broken_limits == []
     write(tmp_path, "2.tar", BAG, count=30)
-    third = judged(tmp_path)
+    third = run_with_gate(tmp_path)
     assert third.is_complete
     assert [text.split(" ")[0] for text in third.broken_limits] == ["PSI"]
     assert third.broken_limits[0].endswith("is more than 1")
@@ -71,24 +71,24 @@ def test_similar_run_passes_the_gate_and_a_drifted_run_breaks_it(tmp_path: Path)
 
 def test_gate_result_stays_until_labels_or_limits_change(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
-    judged(tmp_path)
+    run_with_gate(tmp_path)
     write(tmp_path, "1.tar", BAG)
-    broken = judged(tmp_path).broken_limits
+    broken = run_with_gate(tmp_path).broken_limits
     assert len(broken) == 1
-    assert judged(tmp_path).broken_limits == broken
-    assert judged(tmp_path, "gate.max_psi=100").broken_limits == []
-    assert judged(tmp_path, "gate.max_psi=100", "gate.max_js=0.5").broken_limits != []
+    assert run_with_gate(tmp_path).broken_limits == broken
+    assert run_with_gate(tmp_path, "gate.max_psi=100").broken_limits == []
+    assert run_with_gate(tmp_path, "gate.max_psi=100", "gate.max_js=0.5").broken_limits != []
     write(tmp_path, "2.tar", BAG, skip=20)
-    assert judged(tmp_path).broken_limits == []
+    assert run_with_gate(tmp_path).broken_limits == []
 
 
 def test_first_run_and_small_run_are_not_gated(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
-    judged(tmp_path)
+    run_with_gate(tmp_path)
     write(tmp_path, "1.tar", BAG)
-    assert judged(tmp_path, "gate.min_images=21").broken_limits == []
-    assert judged(tmp_path, "gate.min_images=20").broken_limits != []
-    assert judged(tmp_path, relabel=True).broken_limits == []  # no label of an earlier run stands
+    assert run_with_gate(tmp_path, "gate.min_images=21").broken_limits == []
+    assert run_with_gate(tmp_path, "gate.min_images=20").broken_limits != []
+    assert run_with_gate(tmp_path, relabel=True).broken_limits == []  # no label of an earlier run remains
 
 
 def test_command_ends_with_7_even_with_unreadable_shards(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_command_ends_with_7_even_with_unreadable_shards(tmp_path: Path) -> None
 
 def test_compare_passes_with_a_single_run(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
-    uri = judged(tmp_path).job.partition.uri
+    uri = run_with_gate(tmp_path).job.partition.uri
     app = make_app()
     app.command()(compare)
     done = CliRunner().invoke(app, [f"{uri}@previous", f"{uri}@latest", "--max-psi", "0.1"])
@@ -139,41 +139,41 @@ def test_limits_apply_to_the_totals_of_a_comparison() -> None:
 
 
 def test_datasets_in_one_output_are_gated_separately(tmp_path: Path) -> None:
-    def labelled(name: str) -> RunResult:
+    def label_dataset(name: str) -> RunResult:
         settings = [f"input.uri={tmp_path}/{name}", f"output.uri={tmp_path}/out", *IN_PROCESS]
         return label(load_config(Config, None, [*settings, "gate.max_psi=1"]))
 
     for night in range(2):
         for name, kind in (("shoes", TROUSER), ("bags", BAG)):
             write(tmp_path, f"{night}.tar", kind, skip=20 * night, folder=name)
-            assert labelled(name).broken_limits == []
+            assert label_dataset(name).broken_limits == []
     write(tmp_path, "2.tar", BAG, folder="shoes")
-    broken = labelled("shoes").broken_limits
+    broken = label_dataset("shoes").broken_limits
     assert len(broken) == 1
-    assert labelled("bags").broken_limits == []
-    assert labelled("shoes").broken_limits == broken
+    assert label_dataset("bags").broken_limits == []
+    assert label_dataset("shoes").broken_limits == broken
     [page] = tmp_path.glob("out/model=*/report.html")
     assert page.read_text().count(broken[0]) == 1
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_interrupted_run_is_gated_together_with_its_resumption(tmp_path: Path, status: str) -> None:
-    """So a night that has drifted doesn't pass for being like its own first half."""
+    """Otherwise the second half of a drifted run would pass, because it resembles the first half."""
     write(tmp_path, "0.tar", TROUSER)
-    judged(tmp_path)
+    run_with_gate(tmp_path)
     write(tmp_path, "1.tar", BAG)
-    unended = judged(tmp_path)
-    uri = f"{unended.job.partition.uri}/runs/{unended.run}.json"
+    unfinished = run_with_gate(tmp_path)
+    uri = f"{unfinished.job.partition.uri}/runs/{unfinished.run}.json"
     values = {
-        name: value for name, value in record(unended).items() if name not in ("drift", "broken_limits")
+        name: value for name, value in record(unfinished).items() if name not in ("drift", "broken_limits")
     }
     Storage().write(uri, json.dumps(values | {"status": status}).encode())
-    assert judged(tmp_path).broken_limits == unended.broken_limits  # it finds nothing left to do
+    assert run_with_gate(tmp_path).broken_limits == unfinished.broken_limits  # there is nothing to label
     write(tmp_path, "2.tar", BAG, skip=20)
-    result = judged(tmp_path)
+    result = run_with_gate(tmp_path)
     assert len(result.broken_limits) == 1
     drift = record(result)["drift"]
     assert isinstance(drift, dict)
     assert (drift["images_a"], drift["images_b"]) == (20, 40)
     write(tmp_path, "3.tar", BAG)
-    assert judged(tmp_path).broken_limits == []
+    assert run_with_gate(tmp_path).broken_limits == []

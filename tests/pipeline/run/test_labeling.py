@@ -1,4 +1,4 @@
-"""Whole runs: real shards in a real S3 server, a real Ray, the bundled checkpoint."""
+"""Complete runs: real shards in a real S3 server, a real Ray, the bundled checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.commit import Progress
 from pipeline.config import Config, ConfigError, Selection, load_config
 from pipeline.predictions import prediction_schema
+from pipeline.read import IgnoreReason
 from pipeline.report import read_gallery
 from pipeline.run import PreparedRun, RunResult, label, plan_run
 from pipeline.statistics import ClassStatistics, class_table
@@ -33,13 +34,13 @@ SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
 Sample = tuple[str, bytes, int]
 
 
-#: What does not depend on Ray runs without it.
+#: For tests that do not depend on Ray.
 IN_PROCESS = "ray.address=in-process"
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    """The bundled sample's first 120: (key, PNG, class id)."""
+    """The first 120 bundled samples: (key, PNG, class id)."""
     found: list[Sample] = []
     with tarfile.open(SAMPLE / "test-0000.tar") as tar:
         content = {m.name: tar.extractfile(m).read() for m in tar.getmembers()[:240]}  # type: ignore[union-attr]
@@ -64,7 +65,7 @@ def config(bucket: str, *overrides: str) -> Config:
 
 
 def rows_of(result: RunResult) -> list[dict[str, object]]:
-    """All prediction rows, read as a consumer would: by a glob over what lies in the bucket."""
+    """All prediction rows, read with a glob as a consumer does."""
     storage = result.job.partition.storage
     uris = [o.uri for o in storage.list(result.job.partition.uri) if "/predictions/" in o.uri]
     tables = [pq.read_table(io.BytesIO(storage.read(uri))) for uri in uris]
@@ -75,7 +76,7 @@ def rows_of(result: RunResult) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def formats(ray_local: None, s3_server: LocalS3, samples: list[Sample]) -> tuple[RunResult, list[Progress]]:
-    """One run over a tar, a compressed tar, two Parquet files and loose images, 20 images each."""
+    """One run on a tar, a compressed tar, two Parquet files and image files, 20 images each."""
     name = f"formats-{secrets.token_hex(4)}"
     s3_server.create_bucket(name)
     storage, bucket = Storage(), f"s3://{name}"
@@ -106,7 +107,8 @@ def test_every_format_is_labeled_completely(formats: tuple[RunResult, list[Progr
     shards = {str(row["shard"]).partition("/in/")[2] for row in rows}
     files = {name for name in shards if not name.startswith("images-")}
     assert files == {"a.tar", "deep/er/b.tar.gz", "c.parquet", "d.parquet"}
-    assert result.plan.ignored.total() == 2
+    assert result.plan.ignored == {IgnoreReason.HIDDEN: 1, IgnoreReason.FORMAT: 1}
+    assert result.plan.counts.unit == "shard"
 
 
 def test_labels_equal_those_of_transformers(
@@ -117,7 +119,7 @@ def test_labels_equal_those_of_transformers(
 
     model = Reference.from_pretrained(BUNDLED["fashion-mnist"]).eval()
     processor = ConvNextImageProcessorPil.from_pretrained(BUNDLED["fashion-mnist"])
-    # Parquet without paths has row numbers for keys; the others have the samples' names.
+    # Keys are row numbers in Parquet without paths, and names of the samples in the other formats.
     rows = rows_of(formats[0])
     by_key = {Path(str(row["key"])).stem: row for row in rows}
     by_key |= {samples[40 + int(str(r["key"]))][0]: r for r in rows if str(r["shard"]).endswith("c.parquet")}
@@ -147,7 +149,7 @@ def test_statistics_cover_all_rows(formats: tuple[RunResult, list[Progress]]) ->
     hits = np.mean([row["target_id"] == row["label_id"] for row in with_target])
     assert result.statistics is not None
     assert result.statistics.top1_accuracy() == pytest.approx(hits)
-    assert hits > 0.8  # the checkpoint is a real one
+    assert hits > 0.8  # a trained checkpoint
 
 
 def test_manifest_record_and_report_describe_the_run(formats: tuple[RunResult, list[Progress]]) -> None:
@@ -176,6 +178,10 @@ def test_manifest_record_and_report_describe_the_run(formats: tuple[RunResult, l
     assert record["decoder"] == "the CPU, exact"
     assert record["gpu_utilization"] is None
     assert record["timings"]["first_result"] <= record["timings"]["first_commit"]
+    assert record["timings"]["ended"] == result.total_seconds >= record["timings"]["last_result"]
+    assert record["images_per_s"] == result.images_per_s
+    assert result.images_per_s is not None
+    assert result.images_per_s > 0
     report = storage.read(f"{partition.uri}/report.html").decode()
     gallery = read_gallery(storage, partition.uri)
     assert {item.sample for item in gallery} <= {(row["shard"], row["index"]) for row in rows_of(result)}
@@ -297,7 +303,7 @@ def test_output_inside_the_input_is_rejected(tmp_path: Path) -> None:
 
 
 def _png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size that its few bytes don't have."""
+    """A PNG whose header has this size, without pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -313,7 +319,7 @@ def _gray16() -> bytes:
 
 
 def test_progress_counts_only_written_shards(bucket: str, storage: Storage, samples: list[Sample]) -> None:
-    """At every step that a run shows, the shards it calls done lie whole in the output."""
+    """At each progress report, the finished shards are complete in the output."""
     for i in range(4):
         storage.write(f"{bucket}/in/{i}.tar", make_tar(wds(samples[i * 20 : i * 20 + 20])))
 

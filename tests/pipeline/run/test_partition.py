@@ -1,4 +1,4 @@
-"""Which settings make another partition of the output, and which don't."""
+"""Settings that change the partition, and settings that do not."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.run import label, make_job
 
-USUAL = "classify.device=cuda"  # known before there is a cluster, so none is needed here
+DEVICE = "classify.device=cuda"  # a fixed device, so that no cluster is needed
 
 
 def config(*overrides: str) -> Config:
-    base = ["input.uri=in", "model.path=fashion-mnist", "output.uri=out", USUAL]
+    base = ["input.uri=in", "model.path=fashion-mnist", "output.uri=out", DEVICE]
     return load_config(Config, None, [*base, *overrides])
 
 

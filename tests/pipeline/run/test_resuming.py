@@ -1,4 +1,4 @@
-"""Runs after runs: what is labelled again and what isn't, and what two runs at once do to each other."""
+"""Repeated and concurrent runs: what is labeled again, and what overlapping runs do to each other."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def write(root: str, name: str, seed: int, count: int = 12, bad: bool = False) -
     Storage().write(f"{root}/in/{name}", make_tar(members))
 
 
-def files(root: str, below: str = "/predictions/") -> dict[str, bytes]:
+def files(root: str, part: str = "/predictions/") -> dict[str, bytes]:
     storage = Storage()
-    return {o.uri: storage.read(o.uri) for o in storage.list(f"{root}/out") if below in o.uri}
+    return {o.uri: storage.read(o.uri) for o in storage.list(f"{root}/out") if part in o.uri}
 
 
 def keys(root: str) -> list[tuple[str, str]]:
@@ -77,10 +77,10 @@ def test_rerun_without_changes_starts_no_executor_and_writes_no_file(
     label(config(root))
     kept = {path: path.stat() for path in (tmp_path / "out").rglob("*.parquet")}
 
-    def none(settings: object) -> None:
+    def fail(settings: object) -> None:
         raise AssertionError("an executor was opened")
 
-    monkeypatch.setattr(streaming, "open_executor", none)
+    monkeypatch.setattr(streaming, "open_executor", fail)
     again = label(config(root))
     assert again.is_complete
     assert again.plan.states == {ShardState.DONE: 1, ShardState.DELETED: 0}
@@ -144,13 +144,13 @@ def test_labels_of_a_run_during_model_loading_are_kept(
     label(config(root))
     make = labeling.make_job
 
-    def meanwhile(job: Config) -> Job:
+    def make_after_other_run(job: Config) -> Job:
         monkeypatch.setattr(labeling, "make_job", make)
         write(root, "b.tar", 1)
         label(config(root))
         return make(job)
 
-    monkeypatch.setattr(labeling, "make_job", meanwhile)
+    monkeypatch.setattr(labeling, "make_job", make_after_other_run)
     late = label(config(root), Selection(prune=True))
     assert late.plan.states == {ShardState.DONE: 2, ShardState.DELETED: 0}
     assert len(files(root)) == 2
@@ -160,7 +160,7 @@ def test_failed_report_does_not_fail_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*arguments: Any) -> str:
-        raise RuntimeError("no fonts")
+        raise RuntimeError("template error")
 
     root = str(tmp_path)
     write(root, "0.tar", 0)
@@ -175,15 +175,13 @@ def test_labels_of_a_deleted_shard_stay_until_pruned(tmp_path: Path) -> None:
     for i in range(2):
         write(root, f"{i}.tar", i)
     label(config(root))
-    gone = tmp_path / "in" / "0.tar"
-    content = gone.read_bytes()
-    gone.unlink()
+    shard = tmp_path / "in" / "0.tar"
+    content = shard.read_bytes()
+    shard.unlink()
     label(config(root))
     assert len(files(root)) == 2
-    assert [row.deleted for row in manifest_rows(plan_run(config(root)).job.partition.manifest)] == [
-        True,
-        False,
-    ]
+    manifest = plan_run(config(root)).job.partition.manifest
+    assert [row.deleted for row in manifest_rows(manifest)] == [True, False]
     gallery = Storage(), plan_run(config(root)).job.partition.uri
     assert {item.shard for item in read_gallery(*gallery)} == {f"{root}/in/{i}.tar" for i in range(2)}
     pruned = label(config(root), selection=Selection(prune=True))
@@ -192,9 +190,9 @@ def test_labels_of_a_deleted_shard_stay_until_pruned(tmp_path: Path) -> None:
     assert pruned.statistics is not None
     assert int(pruned.statistics.count.sum()) == 12
     assert {item.shard for item in read_gallery(*gallery)} == {f"{root}/in/1.tar"}
-    gone.write_bytes(content)
-    back = label(config(root))
-    assert back.totals.shards == 1
+    shard.write_bytes(content)
+    restored = label(config(root))
+    assert restored.totals.shards == 1
     assert len(files(root)) == 2
 
 
@@ -242,7 +240,7 @@ def test_manifest_and_statistics_are_rebuilt_from_prediction_files(
     storage = Storage()
     label(config(root))
     cut = storage.read(f"{root}/in/0.tar")[:2000]
-    storage.write(f"{root}/in/0.tar", cut)  # labelled, and then a version that can't be read
+    storage.write(f"{root}/in/0.tar", cut)  # labeled, then replaced by an unreadable version
     storage.write(f"{root}/in/cut.tar", cut)
     storage.delete(f"{root}/in/2.tar")
     partition = label(config(root)).job.partition
@@ -278,17 +276,17 @@ def test_run_without_a_manifest_finds_the_labeled_shards(tmp_path: Path) -> None
 def test_second_run_is_rejected_while_another_is_active(tmp_path: Path) -> None:
     root = str(tmp_path)
     write(root, "a.tar", 1)
-    refused = []
+    errors = []
 
     def another(progress: Progress, prepared: PreparedRun) -> None:
         try:
             label(config(root))
         except LeaseHeldError as error:
-            refused.append(str(error))
+            errors.append(str(error))
 
     label(config(root), on_progress=another)
-    assert refused
-    assert "labels this partition" in refused[0]
+    assert errors
+    assert "labels this partition" in errors[0]
     assert plan_run(config(root)).plan.shards == []
 
 
@@ -297,18 +295,18 @@ def test_second_run_is_rejected_while_another_is_active(tmp_path: Path) -> None:
 def test_two_concurrent_runs_label_every_sample_exactly_once(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither knows of the other; and the input changes under the first, which is a zombie in the end."""
+    """Neither run sees the other. The input changes during the first run, which ends as a zombie."""
     root = str(request.getfixturevalue("tmp_path" if kind == "folder" else "bucket"))
     for i in range(8):
         write(root, f"{i}.tar", i)
     monkeypatch.setattr(labeling.Lease, "acquire", lambda self, wait, on_wait: False)
     monkeypatch.setattr(labeling.Lease, "release", lambda self, clean_shutdown: None)
-    half_way, changed = threading.Event(), threading.Event()
+    halfway, changed = threading.Event(), threading.Event()
     failures = []
 
-    def zombie_goes_on_late(progress: Progress, prepared: PreparedRun) -> None:
-        if progress.images >= 50 and not half_way.is_set():
-            half_way.set()
+    def pause_zombie(progress: Progress, prepared: PreparedRun) -> None:
+        if progress.images >= 50 and not halfway.is_set():
+            halfway.set()
             changed.wait(300)
 
     def job(on_progress: Callable[[Progress, PreparedRun], None]) -> None:
@@ -317,9 +315,9 @@ def test_two_concurrent_runs_label_every_sample_exactly_once(
         except Exception as error:
             failures.append(error)
 
-    zombie = threading.Thread(target=job, args=(zombie_goes_on_late,))
+    zombie = threading.Thread(target=job, args=(pause_zombie,))
     zombie.start()
-    assert half_way.wait(300)
+    assert halfway.wait(300)
     for i in (1, 5, 7):
         write(root, f"{i}.tar", 50 + i, count=9)
     other = threading.Thread(target=job, args=(lambda progress, plan: changed.set(),))
@@ -360,16 +358,16 @@ def test_stopped_run_finishes_open_shards(tmp_path: Path, number: int) -> None:
     for i in range(6):
         write(root, f"{i}.tar", i)
 
-    told = []
+    seen = []
 
     def stop(progress: Progress, prepared: PreparedRun) -> None:
-        if not told:
-            told.append(progress)
+        if not seen:
+            seen.append(progress)
             signal.raise_signal(number)
 
     with pytest.raises(Stopped):
         label(config(root), on_progress=stop)
-    assert (told[0].shards, told[0].images < 12) == (0, True)
+    assert (seen[0].shards, seen[0].images < 12) == (0, True)
     prepared = plan_run(config(root))
     assert prepared.clean_shutdown
     assert prepared.plan.states == {ShardState.DONE: 1, ShardState.NEW: 5, ShardState.DELETED: 0}
@@ -409,12 +407,12 @@ def test_occasional_storage_failures_are_retried(
     assert (result.totals.images, result.is_complete) == (72, True)
     assert sum(injected.values()) > 10
     counted = record(result)["storage_retries"]
-    assert sum(counted.values()) >= sum(injected.values()) / 2  # not those of the record's own writing
+    assert sum(counted.values()) >= sum(injected.values()) / 2  # the record's own write is not counted
     assert {"SlowDown", "InternalError", "AccessDenied"} & counted.keys()
-    disturbed = files(bucket)
+    with_failures = files(bucket)
     again = label(config(bucket), selection=Selection(relabel=True))
     assert again.totals.shards == 6
-    assert files(bucket) == disturbed
+    assert files(bucket) == with_failures
 
 
 def test_grown_input_keeps_the_manifest_of_each_partition_complete(
@@ -467,11 +465,11 @@ def test_manifest_has_the_commits_of_a_failed_run(
         label(job, on_progress=interrupt)
     partition = plan_run(job).job.partition
     manifest = pq.read_table(partition.manifest.uri).to_pylist()
-    labelled = list(Path(partition.uri, "predictions").rglob("*.parquet"))
-    assert len(manifest) == len(labelled) >= 1
+    labeled = list(Path(partition.uri, "predictions").rglob("*.parquet"))
+    assert len(manifest) == len(labeled) >= 1
     [record] = [json.loads(path.read_text()) for path in Path(partition.uri, "runs").iterdir()]
     assert record["status"] == "interrupted"
-    assert record["counts"]["shards"] == len(labelled)
+    assert record["counts"]["shards"] == len(labeled)
 
 
 def write_images(root: str, *numbers: int) -> None:
@@ -480,7 +478,7 @@ def write_images(root: str, *numbers: int) -> None:
 
 
 def image_uris(root: str) -> list[str]:
-    """The images that a reader finds labels of, by their URIs."""
+    """URIs of the images that have labels."""
     return sorted(f"{shard.rpartition('/')[0]}/{key}" for shard, key in keys(root))
 
 
@@ -492,7 +490,7 @@ def test_labels_of_an_old_group_from_a_zombie_run_are_removed(tmp_path: Path) ->
     groups = [shard.members for shard in first.plan.shards]
     first_image, *others = next(members for members in groups[1:] if len(members) > 2)
     assert others
-    Storage().delete(first_image.uri)  # whose name begins the group: the others join the one before
+    Storage().delete(first_image.uri)  # its name starts the group: the other images join the preceding group
     label(config(root))
     [removed] = kept.keys() - files(root).keys()
     Storage().write(removed, kept[removed])
@@ -526,7 +524,7 @@ def test_removed_prediction_files_are_rewritten(tmp_path: Path) -> None:
 
 
 def test_run_that_lost_its_lease_does_not_restore_manifest_rows(tmp_path: Path) -> None:
-    """It has labelled a shard; before it lists it, the shard goes, and another run prunes its labels."""
+    """The shard is deleted, and another run prunes its labels, before the first run writes the manifest."""
     root = str(tmp_path)
     for i in range(4):
         write(root, f"{i}.tar", i)
@@ -577,7 +575,7 @@ def test_pruning_keeps_files_that_another_run_has_rewritten(
 def test_run_suspended_before_a_group_write_rolls_the_labels_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has asked for its lease, and sleeps; the images are grouped anew, and another run labels them."""
+    """The run sleeps after verifying its lease; meanwhile another run labels the regrouped images."""
     root = str(tmp_path)
     write_images(root, *range(30))
     groups = [shard for shard in plan_run(config(root)).plan.shards if len(shard.members) > 2]
@@ -590,7 +588,7 @@ def test_run_suspended_before_a_group_write_rolls_the_labels_back(
         if not uri.endswith(name):
             return write_object(self, uri, *args)
         monkeypatch.setattr(Storage, "write", write_object)
-        Storage().delete(victim.members[0].uri)  # which gave the group its name
+        Storage().delete(victim.members[0].uri)  # the group has the name of this image
         lease = next(info.uri for info in Storage().list(f"{root}/out") if info.uri.endswith("lease.json"))
         Storage().delete(lease)
         monkeypatch.setattr(Lease, "release", lambda self, clean_shutdown: None)
@@ -598,13 +596,13 @@ def test_run_suspended_before_a_group_write_rolls_the_labels_back(
         return write_object(self, uri, *args)
 
     monkeypatch.setattr(Storage, "write", suspended)
-    with suppress(LeaseLostError):  # unless it ends before it would renew it
+    with suppress(LeaseLostError):  # raised only if the run lasts until the next renewal
         label(config(root))
     assert len(image_uris(root)) == len(set(image_uris(root))) == 29
 
 
 def test_two_unaware_runs_label_image_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images are grouped anew under the first, which goes on with the groups that it has found."""
+    """The images are regrouped during the first run, which continues with the groups that it has listed."""
     root = str(tmp_path)
     write_images(root, *range(30))
     monkeypatch.setattr(Lease, "acquire", lambda self, wait, on_wait: True)
@@ -625,7 +623,7 @@ def test_two_unaware_runs_label_image_files_once(tmp_path: Path, monkeypatch: py
 
 
 def test_overtaken_run_writes_no_labels_of_image_files(tmp_path: Path) -> None:
-    """For the other run may have grouped them otherwise."""
+    """The other run may have grouped the images differently."""
     root = str(tmp_path)
     write_images(root, *range(30))
     overtaken = []
@@ -638,4 +636,4 @@ def test_overtaken_run_writes_no_labels_of_image_files(tmp_path: Path) -> None:
 
     with pytest.raises(LeaseLostError):
         label(config(root), on_progress=overtake)
-    assert len(files(root)) <= 1  # the group that was being written just then
+    assert len(files(root)) <= 1  # the group whose write had started

@@ -79,7 +79,7 @@ def test_read_ahead_fetches_ranges_concurrently_and_correctly(
         assert file.read(2 * CHUNK) == data[5 : 5 + 2 * CHUNK]
         file.seek(-3, os.SEEK_END)
         assert file.read() == data[-3:]
-    assert proxy.left == 0
+    assert proxy.remaining == 0
 
 
 def test_read_ahead_is_pinned_to_the_version(storage: Storage, folder: str) -> None:

@@ -100,7 +100,7 @@ def test_listing_is_complete_after_truncated_pages(
     proxy.next(*kinds, where=lambda request: "continuation-token" in request.path)
     proxy.next(*kinds, where=lambda request: "max-keys=1&" not in request.path)
     assert names(faulty, f"{shared_bucket}/many") == many
-    assert proxy.left == 0
+    assert proxy.remaining == 0
 
 
 @pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
