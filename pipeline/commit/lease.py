@@ -67,10 +67,10 @@ def was_clean_shutdown(storage: Storage, partition: str) -> bool:
 
 
 def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
-    return storage.read_latest(uri, lambda file: _parsed(uri, file.read()))
+    return storage.read_latest(uri, lambda file: _parse(uri, file.read()))
 
 
-def _parsed(uri: str, content: bytes) -> LeaseContent:
+def _parse(uri: str, content: bytes) -> LeaseContent:
     try:
         return LeaseContent.model_validate_json(content)
     except ValidationError as error:
@@ -172,10 +172,10 @@ class Lease:
             )
 
     def verify(self) -> None:
-        """As `check`, but reads the lease instead of relying on the last renewal."""
+        """Reads the lease; raises `LeaseLostError` if another run has taken over."""
         try:
             found = _latest(self._storage, self.uri)
-        except StorageError:  # the next renewal or write reports it
+        except StorageError:  # the next renewal or write reports the failure
             found = None
         self._lost = self._lost or (found is not None and found.content.run != self.run)
         self.check()
@@ -212,7 +212,7 @@ class Lease:
         return written is not None
 
     def _read(self, version: str) -> LeaseContent:
-        return _parsed(self.uri, self._storage.read(self.uri, version))
+        return _parse(self.uri, self._storage.read(self.uri, version))
 
     def _content(self, state: LeaseState) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)

@@ -183,16 +183,15 @@ class Manifest:
             remaining = added
             for table in self._tables(version=version):
                 count = bisect.bisect_right(remaining, table["uri"][-1].as_py())
-                now, remaining = remaining[:count], remaining[count:]
+                inserted, remaining = remaining[:count], remaining[count:]
                 is_changed = pc.is_in(table["uri"], value_set=touched)
-                if now or pc.any(is_changed).as_py():
+                if inserted or pc.any(is_changed).as_py():
                     before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
                     after = {uri: row for uri, row in before.items() if uri not in removed}
-                    after |= {uri: rows[uri].merged_with(before.get(uri)) for uri in now}
-                    table = table.filter(pc.invert(is_changed))
-                    table = pa.concat_tables([table, _to_table(map(with_flags, after.values()))]).sort_by(
-                        "uri"
-                    )
+                    after |= {uri: rows[uri].merged_with(before.get(uri)) for uri in inserted}
+                    kept = table.filter(pc.invert(is_changed))
+                    changed = _to_table(map(with_flags, after.values()))
+                    table = pa.concat_tables([kept, changed]).sort_by("uri")
                 yield table
             yield _to_table(with_flags(rows[uri]) for uri in remaining)
 
@@ -235,11 +234,11 @@ class Manifest:
                     outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
                     partials = pool.map(self._partial, outputs, packed)
                     rows = [
-                        (partial, by if root is None or is_under(uri, root) else None)
-                        for uri, by, partial in zip(uris, runs, partials, strict=True)
+                        (partial, run_id if root is None or is_under(uri, root) else None)
+                        for uri, run_id, partial in zip(uris, runs, partials, strict=True)
                     ]
                     parts = [[partial for partial, _ in rows]]
-                    parts += [[partial for partial, by in rows if by in group] for group in groups]
+                    parts += [[partial for partial, run_id in rows if run_id in group] for group in groups]
                     for total, part in zip(totals, parts, strict=True):
                         if part:
                             total.add_partial(pa.concat_tables(part))
@@ -290,6 +289,9 @@ class Manifest:
         limit = self.max_statistics // (self.num_classes + 100)
         with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
 
+            def group_size() -> int:
+                return self.group_rows if written < limit else self.bare_group_rows
+
             def write(group: pa.Table) -> None:
                 if written >= limit:
                     nothing = pa.nulls(group.num_rows, pa.binary())
@@ -298,9 +300,8 @@ class Manifest:
 
             for table in tables:
                 pending = pa.concat_tables([pending, table.cast(_SCHEMA)])
-                while pending.num_rows >= (
-                    size := self.group_rows if written < limit else self.bare_group_rows
-                ):
+                while pending.num_rows >= group_size():
+                    size = group_size()
                     write(pending.slice(0, size))
                     pending, written = pending.slice(size), written + size
             if pending.num_rows:

@@ -20,7 +20,7 @@ _COUNTERS = {
     "images": ("Committed images, by outcome.", ("outcome",)),
     "shards": ("Finished shards, by outcome.", ("outcome",)),
     # A counter, because Ray drops a gauge of remaining shards when its process ends.
-    "shards_planned": ("Shards that are to be labelled.", ()),
+    "shards_planned": ("Shards that the run will label.", ()),
     "stage_bytes": ("Bytes of the output of a stage.", ("stage",)),
     "stage_images": ("Images that a stage processed.", ("stage",)),
     "stage_seconds": ("Seconds that the workers of a stage were busy, or waited.", ("stage", "state")),

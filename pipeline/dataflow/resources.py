@@ -178,8 +178,7 @@ def _share_of_node(node_cpus: float, spare: float) -> float:
     lost, their actors move to this machine and stay, and the reader and the decoder must still fit.
     """
     actors = max(1, int(node_cpus // min(8.0, max(0.5, node_cpus // 2))))
-    while (
-        actors > 1 and (node_cpus - spare) / actors <= spare
-    ):  # otherwise another actor would fit into the spare CPUs
+    # Otherwise another actor would fit into the spare CPUs.
+    while actors > 1 and (node_cpus - spare) / actors <= spare:
         actors -= 1
     return max(0.25, math.floor((node_cpus - spare) / actors * 100) / 100)

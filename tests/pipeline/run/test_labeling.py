@@ -24,9 +24,9 @@ from pipeline.config import Config, ConfigError, Selection, load_config
 from pipeline.predictions import prediction_schema
 from pipeline.read import IgnoreReason
 from pipeline.report import read_gallery
-from pipeline.run import PreparedRun, RunResult, label, plan_run
+from pipeline.run import Phase, PreparedRun, RunResult, label, plan_run
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 from tests.makers import category_of, make_image, make_parquet, make_tar, make_tar_gz
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
@@ -300,6 +300,27 @@ def test_relabeling_writes_the_same_bytes(bucket: str, storage: Storage, samples
 def test_output_inside_the_input_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output\.uri: .* is inside the input"):
         plan_run(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
+
+
+def test_phases_are_reported_in_order(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/in/a.tar", make_tar([("0.jpg", make_image(0))]))
+    phases: list[Phase] = []
+    job = config(str(tmp_path), IN_PROCESS)
+    label(job, on_phase=phases.append)
+    before = [Phase.LISTING, Phase.LOADING_MODEL, Phase.PLANNING]
+    assert phases == [*before, Phase.STARTING_STAGES, Phase.SUMMARIZING]
+    phases.clear()
+    label(job, on_phase=phases.append)
+    assert phases == before
+
+
+def test_unwritable_output_is_reported_as_output_uri(tmp_path: Path, s3_server: LocalS3) -> None:
+    Storage().write(f"{tmp_path}/in/a.tar", make_tar([("0.jpg", make_image(0))]))
+    (tmp_path / "out").write_text("a file")
+    for output, cause in ((f"{tmp_path}/out", ""), ("s3://no-such-bucket/out", "bucket 'no-such-bucket'")):
+        with pytest.raises(StorageError) as caught:
+            label(config(str(tmp_path), IN_PROCESS, f"output.uri={output}"))
+        assert str(caught.value).startswith(f"{output}: output.uri cannot be written: {cause}")
 
 
 def _png_of_size(width: int, height: int) -> bytes:
