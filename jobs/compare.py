@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from jobs import console
-from jobs.console import ExitStatus, make_table, print_notice, stdout
+from jobs.console import ExitStatus, make_table, print_notice, print_table
 from pipeline import compare_labels
 from pipeline.commit import Partition
 from pipeline.compare import NoPreviousRunError, write_comparison
@@ -101,13 +101,13 @@ def _full_name(name: str | None, configured: Partition | None) -> str:
 def print_comparison(found: Comparison, top: int) -> None:
     """Prints the classes that changed most, the most frequent disagreements, and a summary."""
     agreement, labels = found.agreement, found.drift.classes.labels
-    stdout.print(_class_table(found, top))
+    print_table(_class_table(found, top))
     if agreement is not None and (pairs := agreement.disagreements.most_common(top)):
         table = make_table("Most frequent disagreements", ["A", "B"], ["images", "share"])
         for i, j, count in pairs:
             share = format_percent(count / agreement.compared)
             table.add_row(escape_unprintable(labels[i]), escape_unprintable(labels[j]), f"{count:,}", share)
-        stdout.print(table)
+        print_table(table)
     console.print_fields({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
 
 

@@ -197,6 +197,11 @@ def make_table(title: str, text_columns: Iterable[str], number_columns: Iterable
     return table
 
 
+def print_table(table: Table) -> None:
+    """Prints a table and an empty line to standard output."""
+    stdout.print(table, end="\n\n")
+
+
 def log_to_stderr() -> None:
     """Sends the log to standard error, one line per message. On a terminal, above the progress bar."""
     handler: logging.Handler = logging.StreamHandler()

@@ -60,7 +60,7 @@ def _copy_and_print(partition: Partition, output: Path) -> None:
     table = console.make_table("First labels, read from S3", labels.column_names, [])
     for row in labels.slice(0, 5).to_pylist():
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-    console.stdout.print(table)
+    console.print_table(table)
     files = pluralize(len(tables), "Parquet file")
     console.print_line(f"{pluralize(labels.num_rows, 'label')} in {files}, copied to {output}/")
 

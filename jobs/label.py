@@ -227,7 +227,7 @@ def print_result(result: RunResult) -> None:
     topk = result.job.config.output.topk
     if stats is not None and stats.count.any():
         classes = class_table(stats, result.partition.labels, topk)
-        console.stdout.print(console.make_class_table(classes, top=20))
+        console.print_table(console.make_class_table(classes, top=20))
     fields = {"plan": console.describe_plan(plan)}
     if plan.ignored.total():
         fields["ignored"] = console.describe_ignored(plan)
