@@ -11,7 +11,6 @@ from pipeline.run import make_job
 from pipeline.run import rebuild as rebuild_partition
 from pipeline.statistics import class_table
 from pipeline.storage import StorageError
-from pipeline.text import pluralize
 
 
 @console.exit_on_error()
@@ -47,12 +46,14 @@ def stats(
     console.print_table(console.make_class_table(class_table(total, partition.labels, topk), top))
     labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
     deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))
-    console.print_line(
-        f"{pluralize(labeled, 'labeled shard')}, {deleted:,} deleted from the input; "
-        f"{pluralize(failed, 'unreadable shard')}; {pluralize(images, 'image')}, {pluralize(errors, 'error')}"
-    )
+    fields = {
+        "shards": f"{labeled:,} labeled, {failed:,} unreadable, {deleted:,} deleted from the input",
+        "images": f"{images:,}",
+        "errors": f"{errors:,}",
+    }
     if total.has_targets:
-        console.print_line(console.format_accuracy(total, topk))
+        fields["accuracy"] = console.format_accuracy(total, topk)
+    console.print_fields(fields)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
             names, count = read_labels(Path(labels).expanduser()), parts.config.num_labels
             if len(names) != count:
                 raise CheckpointError(
-                    f"labels {labels}: {len(names)} names, but the model has {count} classes"
+                    f"labels {labels}: number of names: {len(names)}, number of classes of the model: {count}"
                 )
             parts.config.id2label = dict(enumerate(names))
             parts.config.label2id = {name: i for i, name in enumerate(names)}

@@ -76,7 +76,7 @@ class Engine:
         channels = len(preprocessor.mean)
         if model.config.num_channels != channels:
             raise ValueError(
-                f"the model has {model.config.num_channels} channels, but its preprocessing has {channels}"
+                f"num_channels is {model.config.num_channels}, but the preprocessing has {channels}"
             )
         self._image_shape = (preprocessor.size, preprocessor.size, channels)
         self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
@@ -140,7 +140,7 @@ class Engine:
             # batch size too, because other programs may use the GPU.
             self._runtime.batch_size //= 2
             torch.cuda.empty_cache()
-            logger.warning("the GPU is out of memory: continuing with batches of %d images", self.batch_size)
+            logger.warning("the GPU is out of memory: the batch size is now %d", self.batch_size)
         return results
 
     def warm_up(self) -> None:

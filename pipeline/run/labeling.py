@@ -21,6 +21,7 @@ from pipeline.run.recording import Clock, Phase, RunContext, RunResult, run_reco
 from pipeline.run.streaming import label_shards
 from pipeline.run.summaries import check_gate_again, has_unwanted_gallery, summarize
 from pipeline.storage import StorageError, retry_counts
+from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
 
@@ -72,7 +73,8 @@ def label(
                 plan = prepared.plan
                 clock.record("planned")
                 on_plan(prepared)
-                logger.info("run %s labels %d shards to %s", run, len(plan.shards), job.partition.uri)
+                shards = pluralize(len(plan.shards), "shard")
+                logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.set(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, job, plan, timings=clock.timings)

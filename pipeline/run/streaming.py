@@ -30,6 +30,7 @@ from pipeline.statistics import (
     summarize_stages,
 )
 from pipeline.storage import Storage, retry_counts
+from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
 
@@ -93,7 +94,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     run.record.set(resources=asdict(resources))
     run.clock.record("executor_ready")
     run.on_phase(Phase.STARTING_STAGES)
-    logger.info("the model gets batches of %d images", resources.batch_size)
+    logger.info("the batch size of the model is %d", resources.batch_size)
     metrics = executor.metrics(
         job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
     )
@@ -145,7 +146,7 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
     else:
         decoded = metrics.get(DECODE, StageMetrics())
         on_gpu, on_cpu = decoded.decoded_on_gpu, decoded.images - decoded.decoded_on_gpu
-        result.decoder = f"the GPU, {on_gpu:,} images, and the CPU, {on_cpu:,}"
+        result.decoder = f"the GPU, {pluralize(on_gpu, 'image')}, and the CPU, {on_cpu:,}"
     result.stages = summarize_stages(metrics, workers, seconds)
     run.record.set(
         stages={stage: asdict(summary) for stage, summary in result.stages.items()},

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import DRIFT_BINS, ClassMapping, Drift
-from pipeline.text import format_percent, format_score
+from pipeline.text import format_percent, format_score, pluralize
 
 #: Metadata key of the comparison table. The value is the JSON of the totals.
 TOTALS = "cvt_label.comparison"
@@ -151,13 +151,15 @@ class Comparison:
                 f"{classes.only_b:,} only {in_b}"
             )
         if agreement is not None:
+            compared = pluralize(agreement.compared, "image")
             facts["Same class"] = (
-                f"{format_percent(agreement.fraction)} of {agreement.compared:,} images labeled in both, "
+                f"{format_percent(agreement.fraction)} of {compared} labeled in both, "
                 f"Cohen's kappa {format_score(agreement.kappa)}"
             )
+            only_a = pluralize(agreement.only_a, "image")
             facts["Not compared"] = (
-                f"{agreement.only_a:,} images labeled only {in_a}, {agreement.only_b:,} only {in_b}; "
-                f"{agreement.changed_shards:,} shards labeled in different versions"
+                f"{only_a} labeled only {in_a}, {agreement.only_b:,} only {in_b}; "
+                f"{pluralize(agreement.changed_shards, 'shard')} labeled in different versions"
             )
             if note := agreement.disagreements.limit_note:
                 facts["Disagreements"] = note

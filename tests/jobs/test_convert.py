@@ -128,7 +128,7 @@ def test_unloadable_source_ends_with_4_and_leaves_no_files(tmp_path: Path) -> No
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\n")
     output = convert("fashion-mnist", tmp_path / "out", "--labels", labels, status=4)
-    assert "1 names, but the model has 10 classes" in output
+    assert "number of names: 1, number of classes of the model: 10" in output
     assert list(tmp_path.iterdir()) == [labels]
 
 
@@ -144,4 +144,4 @@ def test_weights_without_classifier_end_with_4(tmp_path: Path) -> None:
     source = tmp_path / "features"
     load_checkpoint("fashion-mnist").model.cvt.save_pretrained(source)
     shutil.copy(FOLDER / "preprocessor_config.json", source)
-    assert "it has no classifier" in convert(source, tmp_path / "converted", status=4)
+    assert "the checkpoint has no classifier" in convert(source, tmp_path / "converted", status=4)

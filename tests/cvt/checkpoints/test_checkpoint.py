@@ -253,7 +253,9 @@ def test_labels_file_replaces_labels_and_changes_the_digest(folder: Path, name: 
 def test_wrong_number_of_labels_fails_with_both_numbers(folder: Path) -> None:
     labels = folder / "labels.txt"
     labels.write_text("a\nb\n")
-    assert f"labels {labels}: 2 names, but the model has 10 classes" in load_error(folder, labels)
+    assert f"labels {labels}: number of names: 2, number of classes of the model: 10" in load_error(
+        folder, labels
+    )
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,10 @@ def test_invalid_arrays_fail(images: np.ndarray, message: str) -> None:
         ({"precision": "int8"}, "precision must be one of auto, fp32, bf16, fp16, not 'int8'"),
         ({"runtime": "tensorrt"}, "runtime must be one of torch, compile, openvino, not 'tensorrt'"),
         ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
-        ({"model": make_model(num_channels=1)}, "the model has 1 channels, but its preprocessing has 3"),
+        (
+            {"model": make_model(num_channels=1)},
+            "num_channels is 1, but the preprocessing has 3",
+        ),
     ],
 )
 def test_invalid_options_fail(options: dict[str, Any], message: str) -> None:

@@ -163,7 +163,7 @@ def test_class_names_from_a_bucket_change_the_partition(
     assert remote.fingerprint == local.fingerprint != own.fingerprint
     assert remote.partition.uri != own.partition.uri
     storage.write(f"{bucket}/labels.txt", b"a\nb\n")
-    assert f"labels {bucket}/labels.txt: 2 names, but the model has 10 classes" in checkpoint_error(
+    assert f"labels {bucket}/labels.txt: number of names: 2, number of classes of the model: 10" in checkpoint_error(
         storage, "fashion-mnist", f"{bucket}/labels.txt"
     )
 
