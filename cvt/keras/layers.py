@@ -18,7 +18,7 @@ EPSILON = 1e-5
 
 
 def _build(layer: keras.layers.Layer, *shape: int | None) -> keras.layers.Layer:
-    """Creates the variables of a layer at once, because the configuration has all widths."""
+    """Creates the variables of a layer immediately, because the configuration has all widths."""
     layer.build((None, *shape))
     return layer
 

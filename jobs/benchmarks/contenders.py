@@ -92,7 +92,7 @@ def task_config(task: Task) -> Config:
     return load_job_config(None, [f"{n}={v}" for n, v in settings.items()] + list(task.overrides))
 
 
-def this_pipeline(task: Task) -> None:
+def whole_pipeline(task: Task) -> None:
     """Runs the whole job, like `cvt-label label`."""
     from pipeline.run import label
 
@@ -312,11 +312,11 @@ def daft(task: Task) -> None:
 
 
 #: The contender that all others are compared with, and the contender that writes no labels.
-OURS, ENGINE = "pipeline", "engine alone"
+PIPELINE, ENGINE = "pipeline", "engine alone"
 PEERS = {"ray": ray_data, "dataloader": dataloader, "daft": daft}
 
 
 if __name__ == "__main__":
     name, task_file = sys.argv[1:]
-    run = {OURS: this_pipeline, ENGINE: engine_alone, **PEERS}[name]
+    run = {PIPELINE: whole_pipeline, ENGINE: engine_alone, **PEERS}[name]
     run(Task(**json.loads(Path(task_file).read_text())))

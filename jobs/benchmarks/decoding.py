@@ -33,7 +33,7 @@ Decoder = Callable[[Iterable[bytes]], Iterator[Any]]
 
 
 @dataclass
-class Decoding:
+class DecoderResult:
     """The results of one decoder on one thread. Lists have one value per round.
 
     Attributes:
@@ -77,7 +77,7 @@ def decoding(
 
 def compare_decoders(
     images: list[bytes], decoders: Mapping[str, Decoder], checkpoint: Checkpoint, device: str, rounds: int
-) -> list[Decoding]:
+) -> list[DecoderResult]:
     """Measures the decoders, which include `EXACT` and `TRANSFORMERS`, after a warm-up round.
 
     Raises:
@@ -85,7 +85,7 @@ def compare_decoders(
     """
     preprocessor = checkpoint.preprocessor
     engine = Engine(checkpoint.model, preprocessor, device=device)
-    results = {name: Decoding(name) for name in decoders}
+    results = {name: DecoderResult(name) for name in decoders}
     for turn, (name, decoder) in itertools.product(range(rounds + 1), decoders.items()):
         print_notice(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
         start = time.perf_counter()

@@ -22,8 +22,8 @@ from cvt.checkpoints import save_checkpoint
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import Precision
 from jobs.benchmarks import figures
-from jobs.benchmarks.contenders import ENGINE, EXTENSION, OURS, PEERS, Task, task_config
-from jobs.benchmarks.runs import WholeJob, run_contender
+from jobs.benchmarks.contenders import ENGINE, EXTENSION, PEERS, PIPELINE, Task, task_config
+from jobs.benchmarks.runs import ContenderResult, run_contender
 from jobs.console import SetOption, exit_on_error, print_notice
 from jobs.reference import load_model, read_images
 from pipeline.dataflow import sigterm_interrupts
@@ -90,27 +90,27 @@ def run(
         if "daft" in names:
             for tar in Path(task.tars).iterdir():
                 shutil.unpack_archive(tar, task.files, filter="data")
-        results = [WholeJob(name) for name in (OURS, ENGINE, *names)]
+        results = [ContenderResult(name) for name in (PIPELINE, ENGINE, *names)]
         for turn in range(1, rounds + 1):
-            for job in results:
-                if job.failure:
+            for result in results:
+                if result.failure:
                     continue  # the contender would fail again
-                print_notice(f"round {turn} of {rounds}: {job.contender}")
-                attempt = replace(task, output=f"{task.output}-{job.contender.replace(' ', '-')}-{turn}")
-                run_contender(job, attempt, count, timeout)
-                if job.failure and job.contender == OURS:
-                    raise figures.BenchmarkError(f"the pipeline failed: {job.failure}")
-        [record] = Path(f"{task.output}-{OURS}-{rounds}").glob("model=*/runs/*.json")
+                print_notice(f"round {turn} of {rounds}: {result.contender}")
+                attempt = replace(task, output=f"{task.output}-{result.contender.replace(' ', '-')}-{turn}")
+                run_contender(result, attempt, count, timeout)
+                if result.failure and result.contender == PIPELINE:
+                    raise figures.BenchmarkError(f"the pipeline failed: {result.failure}")
+        [record] = Path(f"{task.output}-{PIPELINE}-{rounds}").glob("model=*/runs/*.json")
         last_run = json.loads(record.read_text())
-    for job in results:
-        job.pipeline_speedup = figures.ratios(results[0].images_per_s, job.images_per_s)
-        if price_per_hour is not None and job.images_per_s:
-            job.cost_per_million = price_per_hour / 3600 / statistics.median(job.images_per_s) * 1e6
+    for result in results:
+        result.pipeline_speedup = figures.ratios(results[0].images_per_s, result.images_per_s)
+        if price_per_hour is not None and result.images_per_s:
+            result.cost_per_million = price_per_hour / 3600 / statistics.median(result.images_per_s) * 1e6
     figures.report(
         context,
         output,
         data=[dataset],
-        whole_jobs=results,
+        contenders=results,
         stages_of_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
         last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
         seconds_of_last_run=[last_run["timings"]],

@@ -26,7 +26,7 @@ EAGER = "transformers, eager"
 
 
 @dataclass
-class Variant:
+class VariantResult:
     """The results of one implementation of the model. Lists have one value per round.
 
     Attributes:
@@ -108,7 +108,7 @@ def measure(
     variants: Mapping[str, Callable[[], Classify]],
     rounds: int,
     limit: Callable[[], float],
-) -> list[Variant]:
+) -> list[VariantResult]:
     """Prepares the variants, which include `EAGER`, and measures all of them in each round.
 
     Args:
@@ -120,7 +120,7 @@ def measure(
     Raises:
         BenchmarkError: a variant lost an image.
     """
-    prepared: list[tuple[Variant, Classify]] = []
+    prepared: list[tuple[VariantResult, Classify]] = []
     for name, prepare in variants.items():
         print_notice(f"{name}: preparing")
         start = time.perf_counter()
@@ -131,7 +131,7 @@ def measure(
             continue
         if (done := len(classify(images))) != len(images):
             raise figures.BenchmarkError(f"{name}: {done} of {len(images)} images were classified")
-        prepared.append((Variant(name, time.perf_counter() - start), classify))
+        prepared.append((VariantResult(name, time.perf_counter() - start), classify))
     for turn in range(1, rounds + 1):
         print_notice(f"round {turn} of {rounds}")
         max_rate = limit()

@@ -37,7 +37,7 @@ _ROOT, _SIZE = "bucket/dataset/train", 10**9
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """The result of one measurement. Memory is the resident set of the process, in MiB."""
 
     measured: str
@@ -92,7 +92,7 @@ def _row(number: int) -> ManifestRow:
     )
 
 
-def measure_plan(folder: str, count: int) -> Figure:
+def measure_plan(folder: str, count: int) -> Measurement:
     """Plans an input of `count` labeled shards (1 % changed) and 10 % new shards."""
     listed = range(count + count // 10)
     manifest = Manifest(Storage(), folder, _CLASSES)
@@ -114,10 +114,10 @@ def measure_plan(folder: str, count: int) -> Figure:
     }
     if unlisted or lost or found.states != expected or len(found.shards) != count // 10 + changed:
         raise RuntimeError(f"the plan is wrong: {found.states}")
-    return Figure("planning: shards listed", len(listed), seconds, len(listed) / seconds, _peak_mib())
+    return Measurement("planning: shards listed", len(listed), seconds, len(listed) / seconds, _peak_mib())
 
 
-def measure_commit(folder: str, rows: int) -> Figure:
+def measure_commit(folder: str, rows: int) -> Measurement:
     """Commits `rows` rows of classified chunks on one core."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     pa.set_cpu_count(1)
@@ -150,7 +150,7 @@ def measure_commit(folder: str, rows: int) -> Figure:
         raise RuntimeError(
             f"expected {count} rows, committed {committer.totals.images}, in the manifest {written}"
         )
-    return Figure("commit: rows", count, seconds, count / seconds, _peak_mib(), early)
+    return Measurement("commit: rows", count, seconds, count / seconds, _peak_mib(), early)
 
 
 def _classified(seed: int, options: PredictionOptions) -> pa.Table:

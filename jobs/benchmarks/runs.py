@@ -16,12 +16,12 @@ from pathlib import Path
 import pyarrow.dataset as ds
 
 import jobs
-from jobs.benchmarks.contenders import ENGINE, OURS, Task
+from jobs.benchmarks.contenders import ENGINE, PIPELINE, Task
 from jobs.benchmarks.figures import BenchmarkError
 
 
 @dataclass
-class WholeJob:
+class ContenderResult:
     """The results of one contender. Lists have one value per round.
 
     Attributes:
@@ -42,23 +42,23 @@ class WholeJob:
     failure: str | None = None
 
 
-def run_contender(job: WholeJob, task: Task, images: int, timeout: float) -> None:
-    """Runs a contender, counts its labels, and adds its results to `job`.
+def run_contender(result: ContenderResult, task: Task, images: int, timeout: float) -> None:
+    """Runs a contender, counts its labels, and adds its results to `result`.
 
     Raises:
         BenchmarkError: the contender did not label each of `images` images once.
     """
     start = time.monotonic()
-    job.failure = run_process(job.contender, task, timeout)
+    result.failure = run_process(result.contender, task, timeout)
     seconds = time.monotonic() - start
-    if job.failure is not None:
+    if result.failure is not None:
         return
-    if job.contender != ENGINE:
-        check_labels(job.contender, task.output, images)
+    if result.contender != ENGINE:
+        check_labels(result.contender, task.output, images)
     events = read_events(task)
-    job.seconds.append(seconds)
-    job.first_labels_s.append(events[0][0] - start)
-    job.images_per_s.append(steady_rate(job.contender, events))
+    result.seconds.append(seconds)
+    result.first_labels_s.append(events[0][0] - start)
+    result.images_per_s.append(steady_rate(result.contender, events))
 
 
 def run_process(contender: str, task: Task, timeout: float) -> str | None:
@@ -96,7 +96,7 @@ def check_labels(contender: str, output: str, images: int) -> None:
     Raises:
         BenchmarkError: an image has no label, or not exactly one row.
     """
-    pattern = "model=*/predictions/**/*.parquet" if contender == OURS else "*.parquet"
+    pattern = "model=*/predictions/**/*.parquet" if contender == PIPELINE else "*.parquet"
     table = ds.dataset(sorted(Path(output).glob(pattern))).to_table(columns=["key", "label", "score"])
     if table["label"].null_count or table["score"].null_count:
         raise BenchmarkError(f"{contender}: some images have no label")

@@ -56,7 +56,7 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
     assert dataset["bytes"] == 12 * sum(len(make_image(i, format="PNG")) for i in range(5))
     assert found["settings"]["batch_size"] == 4
     assert {"machine", "versions", "stages_of_last_run"} < set(found)
-    pipeline, engine, peer, _ = found["whole_jobs"]
+    pipeline, engine, peer, _ = found["contenders"]
     assert [one["contender"] for one in (pipeline, engine, peer)] == [
         "pipeline",
         "engine alone",
