@@ -103,8 +103,8 @@ def publish_labels(
             if not is_under(error.uri, partition.uri):
                 raise
             cause = error  # a run replaced labels
-    message = f"not published: {_MAX_ATTEMPTS} attempts met concurrent changes; the last: {cause}"
-    raise TableBusyError(f"{table.uri}: {message}")
+    changed = f"the table or the labels changed during all {_MAX_ATTEMPTS} attempts ({cause})"
+    raise TableBusyError(f"{table.uri}: not published: {changed}; publish again later")
 
 
 def _check_location(table: str, partition: Partition) -> None:
@@ -195,7 +195,7 @@ class _Publisher:
         return replace(snapshot, files=(*files, *written), shards=shards)
 
     def _can_keep(self, file: DataFile, dropped: pa.ChunkedArray) -> bool:
-        """Whether a file is large and has no rows of dropped shards. Reads the file if ranges overlap."""
+        """Whether a file is large and has no rows of dropped shards. Reads the file if its range overlaps."""
         if file.bytes < self.file_bytes * _SMALL_FILE_FRACTION:
             return False
         is_within = pc.and_(

@@ -280,7 +280,7 @@ def test_publisher_gives_up_after_repeated_concurrent_commits(local: Dataset) ->
         assert local.publish().is_new
         local.label(new=next(numbers))
 
-    with pytest.raises(TableBusyError, match=r"5 attempts met concurrent changes; .*another publisher"):
+    with pytest.raises(TableBusyError, match=r"changed during all 5 attempts \(.*another publisher"):
         local.publish(run_before_commit(other, 5))
 
 
