@@ -187,22 +187,28 @@ def _describe(
     # The value of a dataset's field may come from the defaults of all datasets.
     origins = [field, ("defaults", *field[2:])] if field[:1] == ("datasets",) else [field]
     line = next((lines[origin] for origin in origins if origin in lines), None)
-    for option, override in reversed(overridden.items()):
-        sets_field = any(origin[: len(option)] == option for origin in origins)
-        makes_section = line is None and any(option[: len(origin)] == origin for origin in origins)
-        if field and (sets_field or makes_section):
-            name, _, value = override.partition("=")
-            shown = name if is_hidden else f"{name}={_without_secrets(value)}"
-            return True, f"--set {shown}: {'' if option == field else '.'.join(field) + ': '}{message}"
-    # The error of a section that an override has changed is in no line.
-    if line is not None and not any(option[: len(field)] == field for option in overridden):
-        place = f"line {line}: {'.'.join(field)}: "
-    else:
-        place = f"{'.'.join(field)}: " if field else ""
+    option = _find_override(origins, line is not None, overridden) if field else None
+    if option is not None:
+        name, _, value = overridden[option].partition("=")
+        shown = name if is_hidden else f"{name}={_without_secrets(value)}"
+        return True, f"--set {shown}: {'' if option == field else '.'.join(field) + ': '}{message}"
+    place = f"{'.'.join(field)}: " if field else ""
+    # An error of a section that an override has changed belongs to no line.
+    if line is not None and not any(each[: len(field)] == field for each in overridden):
+        place = f"line {line}: {place}"
     has_value = error["type"] not in ("extra_forbidden", "missing") and not is_hidden
     if has_value and not isinstance(error["input"], Mapping):
         message += f", not {_without_secrets(repr(error['input']))}"
     return False, f"  {place}{message}"
+
+
+def _find_override(origins: Iterable[Field], is_in_file: bool, overridden: dict[Field, str]) -> Field | None:
+    """Returns the last override that set a field or its section, or that created the section; else None."""
+    for option in reversed(overridden):
+        for origin in origins:
+            if origin[: len(option)] == option or (not is_in_file and option[: len(origin)] == origin):
+                return option
+    return None
 
 
 def _without_secrets(text: str) -> str:
