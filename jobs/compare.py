@@ -39,22 +39,30 @@ def compare(
         typer.Option(metavar="FILE", help="Path or URI of a Parquet file for the result, one row per class."),
     ] = None,
     max_psi: Annotated[
-        float | None, typer.Option(min=0, help="Maximum population stability index (PSI) of the classes.")
+        float | None,
+        typer.Option(metavar="N", min=0, help="Maximum population stability index (PSI) of the classes."),
     ] = None,
     max_js: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Maximum Jensen-Shannon distance of the classes.")
+        float | None,
+        typer.Option(metavar="N", min=0, max=1, help="Maximum Jensen-Shannon distance of the classes."),
     ] = None,
-    max_score_psi: Annotated[float | None, typer.Option(min=0, help="Maximum PSI of the scores.")] = None,
+    max_score_psi: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="Maximum PSI of the scores.")
+    ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Minimum fraction of samples with the same label.")
+        float | None,
+        typer.Option(metavar="N", min=0, max=1, help="Minimum fraction of samples with the same label."),
     ] = None,
     drift_only: Annotated[
         bool, typer.Option("--drift-only", help="Compare statistics only, without reading every label.")
     ] = False,
     min_images: Annotated[
-        int, typer.Option(min=1, help="Minimum number of images in A and in B for the drift limits to apply.")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Minimum number of images in A and in B for the drift limits to apply."
+        ),
     ] = 1,
-    top: Annotated[int, typer.Option(min=1, help="Maximum number of rows in each table.")] = 15,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of rows in each table.")] = 15,
 ) -> None:
     """Compare the labels of two models or two runs.
 

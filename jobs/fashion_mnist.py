@@ -32,7 +32,7 @@ def read_idx(path: Path) -> np.ndarray:
 def fashion_mnist(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with the four *-ubyte.gz files.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for train/ and test/.")],
-    per_shard: Annotated[int, typer.Option(min=1, help="Number of images in a shard.")] = 5000,
+    per_shard: Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a shard.")] = 5000,
 ) -> None:
     """Convert the 60,000 training and 10,000 test images to WebDataset shards.
 

@@ -35,7 +35,8 @@ def publish(
         ),
     ] = True,
     file_mb: Annotated[
-        int, typer.Option("--file-mb", min=1, help="Size of the rows of one file in memory, in MiB.")
+        int,
+        typer.Option("--file-mb", metavar="N", min=1, help="Size of the rows of one file in memory, in MiB."),
     ] = FILE_BYTES // 1024**2,
 ) -> None:
     """Publish the labels of a partition as a Delta table.

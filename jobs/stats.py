@@ -18,7 +18,7 @@ def stats(
     uri: console.PartitionArgument = None,
     config: console.PartitionConfigOption = None,
     set: console.SetOption = None,
-    top: Annotated[int, typer.Option(min=1, help="Maximum number of classes to print.")] = 1000,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of classes to print.")] = 1000,
     rebuild: Annotated[
         bool,
         typer.Option(

@@ -25,18 +25,21 @@ def verify(
     images: Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")],
     model: Annotated[
         str,
-        typer.Option(help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."),
+        typer.Option(
+            metavar="MODEL", help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."
+        ),
     ] = "fashion-mnist",
     size: Annotated[
-        int | None, typer.Option(min=32, help="Image size in pixels for random weights. Default: 224.")
+        int | None,
+        typer.Option(metavar="N", min=32, help="Image size in pixels for random weights. Default: 224."),
     ] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Default: every precision of the runtime.")
     ] = None,
     runtime: Annotated[Runtime, typer.Option(help="Runtime of the engine.")] = "torch",
     device: Annotated[Device, typer.Option(help="Device of the engine.")] = "auto",
-    count: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 32,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of images.")] = 1000,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a batch.")] = 32,
 ) -> None:
     """Compare the engine's results with those of transformers.
 

@@ -57,7 +57,7 @@ def decoding(
     images: figures.Images,
     model: figures.Model = "cvt-13",
     size: figures.Size = None,
-    count: Annotated[int, typer.Option(min=1, help="Maximum number of images.")] = 200,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of images.")] = 200,
     rounds: figures.Rounds = 3,
     device: figures.DeviceOption = "auto",
     output: figures.Output = None,

@@ -39,7 +39,7 @@ def run(
     model: figures.Model = "cvt-13",
     size: figures.Size = None,
     count: Annotated[
-        int, typer.Option(min=1, help="Number of images; images repeat if there are fewer.")
+        int, typer.Option(metavar="N", min=1, help="Number of images; images repeat if there are fewer.")
     ] = 2000,
     rounds: figures.Rounds = 3,
     batch_size: figures.BatchSize = 32,
@@ -50,9 +50,11 @@ def run(
     ] = "ray,dataloader,daft",
     set: SetOption = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price of this machine, in any currency.")
+        float | None, typer.Option(metavar="N", min=0, help="Price of this machine, in any currency.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Maximum duration of one run, in seconds.")] = 3600,
+    timeout: Annotated[
+        float, typer.Option(metavar="N", min=1, help="Maximum duration of one run, in seconds.")
+    ] = 3600,
     output: figures.Output = None,
 ) -> None:
     """Compare the speed of the whole job with that of other tools.

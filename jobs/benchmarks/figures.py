@@ -36,14 +36,18 @@ def _check_folder(file: Path | None) -> Path | None:
 
 Images = Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")]
 Model = Annotated[
-    str, typer.Option(help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path.")
+    str,
+    typer.Option(
+        metavar="MODEL", help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."
+    ),
 ]
 Size = Annotated[
-    int | None, typer.Option(min=32, help="Image size in pixels for random weights. Default: 224.")
+    int | None,
+    typer.Option(metavar="N", min=32, help="Image size in pixels for random weights. Default: 224."),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", callback=_resolve, help="Device of the model.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Number of measurements of each variant.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
+Rounds = Annotated[int, typer.Option(metavar="N", min=1, help="Number of measurements of each variant.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a batch.")]
 Output = Annotated[
     Path | None, typer.Option(callback=_check_folder, metavar="FILE", help="JSON file for the results.")
 ]

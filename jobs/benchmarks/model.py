@@ -51,7 +51,8 @@ def model(
     device: figures.DeviceOption = "auto",
     rounds: figures.Rounds = 3,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Images per round. Default: 64 on a CPU, 2,048 on a GPU.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Images per round. Default: 64 on a CPU, 2,048 on a GPU."),
     ] = None,
     batch_size: figures.BatchSize = 32,
     output: figures.Output = None,

@@ -50,8 +50,9 @@ class Measurement:
 
 def planning(
     context: typer.Context,
-    shards: Annotated[int, typer.Option(min=100, help="Number of shards in the manifest.")] = 10**6,
-    rows: Annotated[int, typer.Option(min=10**4, help="Number of rows to commit.")] = 4 * 10**6,
+    shards: Annotated[int, typer.Option(metavar="N", min=100, help="Number of shards in the manifest.")] = 10
+    ** 6,
+    rows: Annotated[int, typer.Option(metavar="N", min=10**4, help="Number of rows to commit.")] = 4 * 10**6,
     output: figures.Output = None,
 ) -> None:
     """Measure the speed of planning and of commits.
