@@ -73,7 +73,7 @@ def test_a_configuration_of_other_labels_finds_none(
     labeled: tuple[Path, pipeline.RunResult], override: str
 ) -> None:
     root, _ = labeled
-    with pytest.raises(StorageError, match="nothing is labeled yet with this model and these options"):
+    with pytest.raises(StorageError, match="no run has labeled with this model and these options"):
         pipeline.find_partition(job(root, override))
 
 
@@ -125,7 +125,7 @@ def test_a_model_of_the_hub_is_found_however_its_revision_is_given(
     record["config"]["model"] |= recorded
     path.write_text(json.dumps(record | {"model_commit": "abc123"}))
     assert pipeline.find_partition(job(tmp_path, *asked)).uri == str(copy)
-    with pytest.raises(StorageError, match="nothing is labeled yet"):
+    with pytest.raises(StorageError, match="no run has labeled"):
         pipeline.find_partition(job(tmp_path, "model.path=me/model", "model.revision=other"))
 
 
