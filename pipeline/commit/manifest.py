@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from typing import BinaryIO, TypeVar
 
@@ -231,26 +232,19 @@ class Manifest:
             columns = ["output", "statistics", "uri", "run"]
             for table in self._labeled(columns, run):
                 for batch in table.select(columns).to_batches(self.group_rows):
-                    outputs, packed, uris, runs = (column.to_pylist() for column in batch.columns)
-                    partials = pool.map(self._partial, outputs, packed)
+                    outputs, serialized, uris, runs = (column.to_pylist() for column in batch.columns)
+                    files = [f"{self.partition}/{output}" for output in outputs]
+                    partials = pool.map(partial(_read_partial, self.storage), files, serialized)
                     rows = [
-                        (partial, run_id if root is None or is_under(uri, root) else None)
-                        for uri, run_id, partial in zip(uris, runs, partials, strict=True)
+                        (part, run_id if root is None or is_under(uri, root) else None)
+                        for uri, run_id, part in zip(uris, runs, partials, strict=True)
                     ]
-                    parts = [[partial for partial, _ in rows]]
-                    parts += [[partial for partial, run_id in rows if run_id in group] for group in groups]
-                    for total, part in zip(totals, parts, strict=True):
-                        if part:
-                            total.add_partial(pa.concat_tables(part))
+                    parts = [[part for part, _ in rows]]
+                    parts += [[part for part, run_id in rows if run_id in group] for group in groups]
+                    for total, selected in zip(totals, parts, strict=True):
+                        if selected:
+                            total.add_partial(pa.concat_tables(selected))
         return totals
-
-    def _partial(self, output: str, packed: bytes | None) -> pa.Table:
-        """Returns the partial statistics of a labeled shard, from its row or from its prediction file."""
-        if packed is None:
-            uri = f"{self.partition}/{output}"
-            with self.storage.open(uri) as file:
-                packed = read_footer(uri, file).statistics
-        return deserialize_statistics(packed)
 
     def _tables(
         self, columns: Collection[str] | None = None, version: str | None = None
@@ -300,8 +294,7 @@ class Manifest:
 
             for table in tables:
                 pending = pa.concat_tables([pending, table.cast(_SCHEMA)])
-                while pending.num_rows >= group_size():
-                    size = group_size()
+                while pending.num_rows >= (size := group_size()):
                     write(pending.slice(0, size))
                     pending, written = pending.slice(size), written + size
             if pending.num_rows:
@@ -367,6 +360,14 @@ class ManifestWriter:
                     del self._pending[uri]
         end = time.monotonic()
         self._next = end + max(self._interval, 20 * (end - start))
+
+
+def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> pa.Table:
+    """Returns the partial statistics of a shard, from its manifest row or from its prediction file."""
+    if serialized is None:
+        with storage.open(file_uri) as file:
+            serialized = read_footer(file_uri, file).statistics
+    return deserialize_statistics(serialized)
 
 
 def _joined(columns: Collection[str], tables: Iterable[pa.Table]) -> pa.Table:

@@ -118,7 +118,7 @@ def test_compare_passes_with_a_single_run(tmp_path: Path) -> None:
     app.command()(compare)
     done = CliRunner().invoke(app, [f"{uri}@previous", f"{uri}@latest", "--max-psi", "0.1"])
     assert done.exit_code == 0
-    assert "nothing is compared" in done.stderr
+    assert "nothing to compare" in done.stderr
 
 
 def test_limits_apply_to_the_totals_of_a_comparison() -> None:

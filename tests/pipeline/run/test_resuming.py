@@ -122,17 +122,17 @@ def test_gallery_is_removed_when_disabled(tmp_path: Path) -> None:
     label_with_thumbnails(root)
     write(root, "1.tar", 1)
     label(config(root, "report.gallery=0"))
-    assert files(root, "gallery") == {}
+    assert files(root, "/gallery.parquet") == {}
 
 
 def test_gallery_is_removed_when_disabled_without_shards_to_label(tmp_path: Path) -> None:
     root = str(tmp_path)
     label_with_thumbnails(root)
-    [page] = files(root, "report.html").values()
+    [page] = files(root, "/report.html").values()
     assert b"data:image/jpeg" in page
     label(config(root, "report.gallery=0"))
-    assert files(root, "gallery") == {}
-    [page] = files(root, "report.html").values()
+    assert files(root, "/gallery.parquet") == {}
+    [page] = files(root, "/report.html").values()
     assert b"data:image/jpeg" not in page
 
 
@@ -371,7 +371,7 @@ def test_stopped_run_finishes_open_shards(tmp_path: Path, number: int) -> None:
     prepared = plan_run(config(root))
     assert prepared.clean_shutdown
     assert prepared.plan.states == {ShardState.DONE: 1, ShardState.NEW: 5, ShardState.DELETED: 0}
-    assert files(root, "class_stats.parquet")
+    assert files(root, "/class_stats.parquet")
     [path] = files(root, "/runs/")
     status = json.loads(Path(path).read_text())
     assert (status["status"], status["counts"]["shards"]) == ("interrupted", 1)
