@@ -235,8 +235,9 @@ def print_result(result: RunResult) -> None:
         labeled = totals.shards - len(totals.unreadable)
         fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}"
         fields["errors"] = f"{totals.errors:,}"
-        if result.images_per_s is not None:
-            fields["images/s"] = f"{result.images_per_s:,.1f} from the first result to the last"
+        rate = result.images_per_s
+        too_short = "unknown: the run was too short"
+        fields["images/s"] = too_short if rate is None else f"{rate:,.1f} from the first result to the last"
         fields["total time"] = f"{result.total_seconds:,.1f} s"
     fields["output"] = result.partition.uri
     fields["report"] = f"{result.partition.uri}/report.html"

@@ -18,7 +18,7 @@ from pipeline.report import sections
 from pipeline.report.elements import axis_ticks, max_value, text_width, truncate
 from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
-from pipeline.statistics import ClassStatistics, Comparison, is_long_enough
+from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import normalize_uri
 from pipeline.text import escape_unprintable, format_percent, format_score, pluralize
 
@@ -134,9 +134,7 @@ def _cards(
         details = f"{read}, {pluralize(counts['errors'], 'error')}"
         cards.append(("Images in this run", f"{counts['images']:,}", details))
     rate = record.get("images_per_s")
-    if rate is not None and is_long_enough(
-        sections.stage_summaries(record)
-    ):  # short runs have no steady state
+    if rate is not None:
         cards.append(("Images per second", f"{rate:,.1f}", "in this run, from the first result to the last"))
     if broken := record.get("broken_limits"):
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))

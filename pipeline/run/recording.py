@@ -69,7 +69,7 @@ class RunResult:
         timings: seconds from the start of the run to each event, by name: `planned`, `executor_ready`,
             `first_result`, `first_commit`, `last_result`, `summarized`, `ended`.
         images_per_s: steady-state throughput: the number of images that arrived after the first result,
-            divided by the seconds from the first result to the last. None with fewer than two results.
+            divided by the seconds from the first result to the last. None if these are less than 10 seconds.
         stages: metrics of each stage; empty if there was nothing to label.
         decoder: the device that decoded the images, and how many it decoded.
         broken_limits: messages about limits of the configured gate that the labels break.

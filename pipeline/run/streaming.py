@@ -27,6 +27,7 @@ from pipeline.statistics import (
     STORAGE,
     StageMetrics,
     describe_bottleneck,
+    steady_rate,
     summarize_stages,
 )
 from pipeline.storage import Storage, retry_counts
@@ -129,9 +130,8 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         committer.wait_for_writes()
     else:
         committer.finish()
-    if last_result > first_result:
-        later_images = committer.progress().images - first_images
-        run.result.images_per_s = later_images / (last_result - first_result)
+    later_images = committer.progress().images - first_images
+    run.result.images_per_s = steady_rate(later_images, last_result - first_result)
     _record_stages(run, resources, seconds)
     report_progress()
 

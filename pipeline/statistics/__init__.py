@@ -20,6 +20,7 @@ from pipeline.statistics.stages import (
     add_metrics,
     describe_bottleneck,
     is_long_enough,
+    steady_rate,
     summarize_stages,
 )
 from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_table, format_class_row, predicted_classes

@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass
 
 STORAGE, DECODE, CLASSIFY, COMMIT = STAGES = ("storage", "decode", "classify", "commit")
 
-#: Minimum duration of a run with a known bottleneck. In a shorter run, the first chunks, which are read and
-#: decoded before the measurement starts, distort the busy fractions.
+#: Minimum seconds from the first result to the last of a run with a steady state. In a shorter run, the first
+#: chunks, which are read and decoded before the measurement starts, distort rate and busy fractions.
 _MIN_SECONDS = 10.0
 #: Minimum busy fraction of a stage that limits the throughput.
 _MIN_BUSY = 0.5
@@ -139,6 +139,16 @@ def summarize_stages(
         times = round(busy, 3), round(wait, 3)
         summaries[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), share)
     return summaries
+
+
+def steady_rate(images: int, seconds: float) -> float | None:
+    """Returns the images per second of a steady state; None if the time is too short for one.
+
+    Args:
+        images: Number of images that arrived after the first result.
+        seconds: Seconds from the first result to the last.
+    """
+    return images / seconds if seconds >= _MIN_SECONDS else None
 
 
 def is_long_enough(summaries: Mapping[str, StageSummary]) -> bool:

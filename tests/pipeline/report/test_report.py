@@ -286,13 +286,12 @@ def test_heading_of_a_comparison_names_the_reference(tmp_path: Path) -> None:
         assert re.search(pattern, text)
 
 
-@pytest.mark.parametrize("seconds", [5, 50])
-def test_throughput_is_shown_for_runs_with_a_steady_state_only(tmp_path: Path, seconds: int) -> None:
+@pytest.mark.parametrize("rate", [None, 1234.5])
+def test_throughput_is_shown_for_runs_with_a_steady_state_only(tmp_path: Path, rate: float | None) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
-    stage = {"images": 400, "busy_s": seconds, "wait_s": 1, "bytes": 1, "workers": 1, "share_busy": 0.9}
-    record = RECORD | {"images_per_s": 1234.5, "stages": {"classify": stage}}
+    record = RECORD | {"images_per_s": rate}
     text = text_of(Path(write_page(partition, record, partition.manifest.fold_statistics())).read_text())
-    assert ("Images per second1,234.5" in text) == (seconds > 10)
+    assert ("Images per second1,234.5" in text) == (rate is not None)
 
 
 def test_missing_record_is_named(tmp_path: Path) -> None:

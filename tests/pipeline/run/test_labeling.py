@@ -179,9 +179,7 @@ def test_manifest_record_and_report_describe_the_run(formats: tuple[RunResult, l
     assert record["gpu_utilization"] is None
     assert record["timings"]["first_result"] <= record["timings"]["first_commit"]
     assert record["timings"]["ended"] == result.total_seconds >= record["timings"]["last_result"]
-    assert record["images_per_s"] == result.images_per_s
-    assert result.images_per_s is not None
-    assert result.images_per_s > 0
+    assert record["images_per_s"] is result.images_per_s is None  # too short for a steady state
     report = storage.read(f"{partition.uri}/report.html").decode()
     gallery = read_gallery(storage, partition.uri)
     assert {item.sample for item in gallery} <= {(row["shard"], row["index"]) for row in rows_of(result)}

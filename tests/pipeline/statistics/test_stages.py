@@ -17,6 +17,7 @@ from pipeline.statistics import (
     StageSummary,
     StageTimer,
     describe_bottleneck,
+    steady_rate,
     summarize_stages,
 )
 
@@ -133,3 +134,8 @@ def test_bottleneck_of_a_short_run_is_unknown() -> None:
     figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
     assert figures[STORAGE].share_busy == 1
     assert describe_bottleneck(figures) == "unknown: the run was too short"
+
+
+def test_steady_rate_needs_ten_seconds() -> None:
+    assert steady_rate(1000, 9.9) is None
+    assert steady_rate(1000, 10.0) == 100.0
