@@ -50,8 +50,8 @@ class Engine:
         threads: number of CPU threads. Default: PyTorch's default.
 
     Raises:
-        ValueError: an argument is not valid, there is no GPU, the model and the preprocessor differ in the
-            number of channels, or the runtime does not support the model or the device.
+        ValueError: an argument is not valid, or there is no GPU. Also if model and preprocessor have
+            different numbers of channels, or if the runtime does not support the model or the device.
         ImportError: the runtime is not installed.
     """
 
