@@ -133,7 +133,7 @@ def test_new_model_can_use_a_preset(shards: Path, tmp_path: Path) -> None:
     assert made.model.config.depth == [1, 1, 2]
     assert made.model.config.num_labels == 10
     assert made.preprocessor == preset_preprocessor(224)
-    with pytest.raises(ConfigError, match=r"model\.new: there is no preset 'cvt-14', only cvt-13"):
+    with pytest.raises(ConfigError, match=r"model\.new: unknown preset 'cvt-14'; choose one of cvt-13"):
         make_training_model(config(shards, tmp_path, "model.new.preset=cvt-14"))
 
 
