@@ -224,7 +224,7 @@ def describe_progress(progress: commit.Progress, plan: Plan, estimate: Estimate 
 def print_result(result: RunResult) -> None:
     """Prints the classes and a summary of the run."""
     totals, stats, plan = result.totals, result.statistics, result.plan
-    topk = result.job.config.output.topk
+    topk = result.job.topk
     if stats is not None and stats.count.any():
         classes = class_table(stats, result.partition.labels, topk)
         console.print_table(console.make_class_table(classes, top=20))

@@ -53,7 +53,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     if chunk.pixels is not None and len(chunk.pixels):
         failures: dict[int, Exception] = {}
         outputs = list(_predict_bisecting(backend, chunk.pixels, failures))
-        if failures:  # raises if the device is broken, and not the images
+        if failures:  # also after the last failure: the device may have broken in between
             backend(chunk.pixels[:1] * 0)
         messages: list[SampleError | None] = [None] * len(chunk.pixels)
         for index, failure in failures.items():
@@ -96,6 +96,7 @@ def _predict_bisecting(
         if len(pixels) == 1:
             failures[start] = error
             return
+        backend(pixels[:1] * 0)  # raises if the device is broken, and not the images
         half = len(pixels) // 2
         logger.warning("the model failed for %d images; trying each half: %s", len(pixels), error)
         yield from _predict_bisecting(backend, pixels[:half], failures, start)

@@ -108,8 +108,8 @@ class OutputConfig(Section):
     )
     topk: PositiveInt = Field(
         default=5,
-        description="Number of classes with the highest scores that each row keeps. At most the model's "
-        "number of classes.",
+        description="Number of classes with the highest scores that each row keeps. A model with fewer "
+        "classes keeps all of them.",
         examples=[10],
     )
     embedding: Literal["none", "float16", "float32"] = Field(

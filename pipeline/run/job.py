@@ -40,6 +40,11 @@ class Job:
     partition: Partition
 
     @property
+    def topk(self) -> int:
+        """Number of classes that each row keeps: `output.topk`, or all classes of a smaller model."""
+        return min(self.config.output.topk, len(self.checkpoint.labels))
+
+    @property
     def resource_request(self) -> ResourceRequest:
         """The resources that the job requests from an executor."""
         from cvt.counting import count_macs
@@ -57,7 +62,7 @@ class Job:
             read_options=ReadOptions.from_config(config.input, labels, config.read.concurrent_fetches),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
-                labels, config.output.topk, config.output.embedding, self.checkpoint.embedding_width
+                labels, self.topk, config.output.embedding, self.checkpoint.embedding_width
             ),
             max_image_pixels=config.input.max_image_pixels,
             fast_decoding=config.decode.quality == "fast",
@@ -78,9 +83,6 @@ def make_job(config: Config) -> Job:
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
-    topk, classes = config.output.topk, len(checkpoint.labels)
-    if topk > classes:
-        raise ConfigError(f"output.topk: {topk} is more than the {classes} classes of the model")
     if config.decode.device == "gpu":  # a GPU does not support every preprocessing
         from cvt.inference.device_preprocessing import DevicePreprocessor
 

@@ -21,7 +21,7 @@ def summarize(run: RunContext) -> None:
     runs, partition = _run_pair(run), run.result.partition
     statistics, previous = runs.fold_statistics()
     run.result.statistics = statistics
-    write_class_table(partition, statistics, run.result.job.config.output.topk)
+    write_class_table(partition, statistics, run.result.job.topk)
     run.record_counts()
     _check_gate(run, runs, previous)
     _update_gallery(run, statistics)

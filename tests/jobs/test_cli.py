@@ -88,13 +88,6 @@ def test_unknown_field_ends_with_2_and_is_named(job: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_topk_above_the_number_of_classes_ends_with_2(job: Path, bucket: str, storage: Storage) -> None:
-    storage.write(f"{bucket}/in/a.tar", make_tar({"a.jpg": make_image()}))
-    done = cvt_label("plan", "--config", job, "--set", "output.topk=11")
-    assert done.returncode == 2
-    assert "output.topk: 11 is more than the 10 classes of the model" in done.stderr
-
-
 def test_empty_prefix_ends_with_4_and_lists_formats(job: Path, bucket: str) -> None:
     done = cvt_label("label", "--config", job)
     assert done.returncode == 4

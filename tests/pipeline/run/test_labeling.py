@@ -295,6 +295,12 @@ def test_relabeling_writes_the_same_bytes(bucket: str, storage: Storage, samples
     assert predictions(again) == first
 
 
+def test_model_with_fewer_classes_than_topk_keeps_all_classes(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/in/a.tar", make_tar([("0.jpg", make_image(0))]))
+    [row] = rows_of(label(config(str(tmp_path), IN_PROCESS, "output.topk=11")))
+    assert sorted(row["topk_label_ids"]) == list(range(10))
+
+
 def test_output_inside_the_input_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"output\.uri: .* is inside the input"):
         plan_run(config(str(tmp_path), f"output.uri=file://{tmp_path}/in/labels"))
