@@ -11,7 +11,8 @@ from pipeline.commit.lease import (
     LeaseLostError,
     was_clean_shutdown,
 )
-from pipeline.commit.manifest import Manifest, ManifestRow, ManifestWriter
+from pipeline.commit.manifest import Manifest, ManifestRow
+from pipeline.commit.manifest_writer import ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
 from pipeline.commit.record import RunRecord, new_run_id

@@ -7,11 +7,10 @@ one conditional PUT: concurrent writers lose nothing, and a large manifest needs
 from __future__ import annotations
 
 import bisect
+import io
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -29,9 +28,6 @@ from pipeline.storage import ABSENT, Storage, StorageError, is_under
 
 T = TypeVar("T")
 _READERS = 32
-
-#: Number of rows that wait for an update of the manifest before an update is due at once.
-MAX_PENDING = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +127,33 @@ class Manifest:
 
     def read(self, columns: Collection[str]) -> pa.Table:
         """Returns columns of all rows, sorted by URI; empty without a manifest. Raises `StorageError`."""
-        return _joined(columns, self._tables(columns))
+        return self._read(columns, partial(_joined, columns))
 
     def labeled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
         """Returns columns of the shards that have labels; with `run`, only of shards that the run labeled."""
-        return _joined(columns, self._labeled(columns, run))
+        return self._read_labeled(columns, run, partial(_joined, columns))
 
-    def _labeled(self, columns: Collection[str], run: str | None = None) -> Iterator[pa.Table]:
-        for table in self._tables({*columns, "output", "run"}):
-            table = table.filter(pc.is_valid(table["output"]))
-            yield table if run is None else table.filter(pc.equal(table["run"], run))
+    def _read(self, columns: Collection[str], consume: Callable[[Iterable[pa.Table]], T]) -> T:
+        """Returns the result of `consume` on the current rows, one row group at a time.
+
+        Calls `consume` again if another writer replaces the manifest during the read.
+        """
+
+        def read(file: BinaryIO) -> T:
+            return consume(self._row_groups(file, columns))
+
+        found = self.storage.read_latest(self.uri, read, buffered=False)
+        return consume(()) if found is None else found.content
+
+    def _read_labeled(
+        self, columns: Collection[str], run: str | None, consume: Callable[[Iterable[pa.Table]], T]
+    ) -> T:
+        def labeled(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+            for table in tables:
+                table = table.filter(pc.is_valid(table["output"]))
+                yield table if run is None else table.filter(pc.equal(table["run"], run))
+
+        return self._read({*columns, "output", "run"}, lambda tables: consume(labeled(tables)))
 
     def entries(self) -> dict[str, ManifestRow]:
         """Returns all rows by URI, with the fields that planning needs; other fields are None."""
@@ -182,7 +195,7 @@ class Manifest:
         def merged(version: str) -> Iterator[pa.Table]:
             """Merges the sorted stream of rows with the changes."""
             remaining = added
-            for table in self._tables(version=version):
+            for table in self._tables(version):
                 count = bisect.bisect_right(remaining, table["uri"][-1].as_py())
                 inserted, remaining = remaining[:count], remaining[count:]
                 is_changed = pc.is_in(table["uri"], value_set=touched)
@@ -227,11 +240,13 @@ class Manifest:
         Returns:
             The statistics of all labeled shards, then of each group.
         """
-        totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-            columns = ["output", "statistics", "uri", "run"]
-            for table in self._labeled(columns, run):
-                for batch in table.select(columns).to_batches(self.group_rows):
+        columns = ["output", "statistics", "uri", "run"]
+
+        def fold(tables: Iterable[pa.Table]) -> list[ClassStatistics]:
+            totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
+                batches = (b for table in tables for b in table.select(columns).to_batches(self.group_rows))
+                for batch in batches:
                     outputs, serialized, uris, runs = (column.to_pylist() for column in batch.columns)
                     files = [f"{self.partition}/{output}" for output in outputs]
                     partials = pool.map(partial(_read_partial, self.storage), files, serialized)
@@ -244,24 +259,25 @@ class Manifest:
                     for total, selected in zip(totals, parts, strict=True):
                         if selected:
                             total.add_partial(pa.concat_tables(selected))
-        return totals
+            return totals
 
-    def _tables(
-        self, columns: Collection[str] | None = None, version: str | None = None
-    ) -> Iterator[pa.Table]:
-        """Yields the rows of a version, or of the current version, one row group at a time."""
-        version = self.storage.version(self.uri) if version is None else version
-        if version == ABSENT:
-            return
+        return self._read_labeled(columns, run, fold)
+
+    def _tables(self, version: str) -> Iterator[pa.Table]:
+        """Yields the rows of a version, one row group at a time."""
+        if version != ABSENT:
+            with self.storage.open_unbuffered(self.uri, version) as file:
+                yield from self._row_groups(file, _SCHEMA.names)
+
+    def _row_groups(self, file: BinaryIO | io.RawIOBase, columns: Collection[str]) -> Iterator[pa.Table]:
         try:
-            with self.storage.open_unbuffered(self.uri, version) as stream:
-                file = pq.ParquetFile(stream, pre_buffer=True)
-                missing = sorted(set(_SCHEMA.names) - set(file.schema_arrow.names))
-                if missing:
-                    cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
-                    raise StorageError(self.uri, cause)
-                for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, columns=list(columns or _SCHEMA.names))
+            manifest = pq.ParquetFile(file, pre_buffer=True)
+            missing = sorted(set(_SCHEMA.names) - set(manifest.schema_arrow.names))
+            if missing:
+                cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
+                raise StorageError(self.uri, cause)
+            for group in range(manifest.num_row_groups):
+                yield manifest.read_row_group(group, columns=list(columns))
         except (pa.ArrowInvalid, ValueError, KeyError) as error:
             raise StorageError(self.uri, f"not a manifest: {error}") from None
 
@@ -299,67 +315,6 @@ class Manifest:
                     pending, written = pending.slice(size), written + size
             if pending.num_rows:
                 write(pending)
-
-
-class ManifestWriter:
-    """Collects the rows of a run and writes them periodically, in a background thread.
-
-    If a run dies, rows that were not written are recovered from the prediction files.
-    """
-
-    def __init__(
-        self, manifest: Manifest, interval: float, before_write: Callable[[], None] = lambda: None
-    ) -> None:
-        """Creates a writer.
-
-        Args:
-            manifest: the manifest to update.
-            interval: seconds between updates; longer if updates would take more than 5 % of the time.
-            before_write: called before each update, in any thread.
-        """
-        self._manifest, self._interval, self._before_write = manifest, interval, before_write
-        self._pending: dict[str, ManifestRow] = {}
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="manifest")
-        self._writing: Future[None] | None = None
-        self._next = time.monotonic() + interval
-
-    def add(self, row: ManifestRow) -> None:
-        """Adds a row; starts an update if one is due. Raises the `StorageError` of an earlier update."""
-        with self._lock:
-            self._pending[row.uri] = row
-            count = len(self._pending)
-        if self._writing is not None and self._writing.done():
-            self._writing.result()
-            self._writing = None
-        due = time.monotonic() >= self._next or count >= MAX_PENDING
-        if due and self._writing is None:
-            self._writing = self._pool.submit(self._write)
-        elif count >= 2 * MAX_PENDING and self._writing is not None:
-            self._writing.result()
-
-    def flush(self) -> None:
-        """Writes the pending rows; raises `StorageError`."""
-        self._pool.submit(self._write).result()
-
-    def close(self) -> None:
-        """Stops the thread without writing pending rows."""
-        self._pool.shutdown()
-
-    def _write(self) -> None:
-        with self._lock:
-            rows = dict(self._pending)
-        if not rows:
-            return
-        start = time.monotonic()
-        self._before_write()
-        self._manifest.update(rows)
-        with self._lock:
-            for uri, row in rows.items():
-                if self._pending.get(uri) is row:
-                    del self._pending[uri]
-        end = time.monotonic()
-        self._next = end + max(self._interval, 20 * (end - start))
 
 
 def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> pa.Table:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from pipeline.commit import committer as committing
-from pipeline.commit import lease, manifest
+from pipeline.commit import lease, manifest_writer
 from pipeline.config import Config, Selection, load_config
 from pipeline.run import labeling, make_job, rebuild
 from pipeline.storage import Storage
@@ -76,7 +76,7 @@ def _run(
     patch = pytest.MonkeyPatch()
     small_groups(patch)
     patch.setattr(committing, "MAX_CONCURRENT_WRITES", 1)
-    patch.setattr(manifest, "MAX_PENDING", 2)
+    patch.setattr(manifest_writer, "MAX_PENDING", 2)
     # Do not wait for the lease of a killed run to expire.
     patch.setattr(lease.LeaseContent, "is_live", False)
     if crash is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commit import lease, manifest
+from pipeline.commit import lease, manifest_writer
 from pipeline.config import LABEL_NEW, Selection
 from tests.makers import make_tar
 from tests.pipeline.crashing import Crash
@@ -71,7 +71,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     small_groups(monkeypatch)
-    monkeypatch.setattr(manifest, "MAX_PENDING", 2)
+    monkeypatch.setattr(manifest_writer, "MAX_PENDING", 2)
     monkeypatch.setattr(lease.LeaseContent, "is_live", False)  # no wait for the leases of killed runs
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -118,6 +119,22 @@ def test_two_concurrent_writers_lose_no_rows(manifest: Manifest) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: manifest.update(by_uri(row(i))), range(24)))
     assert manifest_rows(manifest) == [row(i) for i in range(24)]
+
+
+def test_read_restarts_after_a_concurrent_write(bucket: str, storage: Storage) -> None:
+    manifest = Manifest(storage, bucket, CLASSES, group_rows=3)
+    manifest.update(by_uri(*(row(i) for i in range(9))))
+    attempts: list[list[int]] = []
+
+    def read_while_another_run_writes(tables: Iterable[pa.Table]) -> None:
+        attempts.append([])
+        for table in tables:
+            attempts[-1].append(table.num_rows)
+            if len(attempts) == 1:
+                manifest.update(by_uri(row(9)))
+
+    manifest._read(["uri"], read_while_another_run_writes)
+    assert attempts == [[3], [3, 3, 3, 1]]
 
 
 @pytest.mark.parametrize("limit", [10**9, 0], ids=["in the manifest", "in the footers"])
