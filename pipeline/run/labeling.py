@@ -49,7 +49,9 @@ def label(
 
     Raises:
         StorageError: the input can't be listed, or the output can't be written.
-        NoShardsError, CheckpointError, ConfigError: as `plan_run`.
+        NoShardsError: the input has no shard.
+        CheckpointError: the model can't be loaded.
+        ConfigError: an option does not fit the model, the installed packages or the stored labels.
         ConnectionError: no Ray cluster answers.
         LeaseHeldError: another run labels the same partition.
         LeaseLostError: another run has taken over.

@@ -201,7 +201,9 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
 
     Raises:
         CheckpointError: the model can't be loaded.
-        StorageError, NoShardsError, ConfigError: as `open_listing` and `prepare`.
+        StorageError: the input can't be listed, or the output can't be read.
+        NoShardsError: the input has no shard.
+        ConfigError: an option does not fit the model or the stored labels.
     """
     listing = open_listing(config)
     job = make_job(config)
