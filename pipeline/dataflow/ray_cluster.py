@@ -121,14 +121,15 @@ def _log_level_line_removed() -> Iterator[None]:
     Ray has no option for this. Ray's core writes to the file descriptor, so the output is captured there; all
     other lines are written at the end of the block. Python's `sys.stderr` still writes to the terminal.
     """
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as captured, open(terminal, "w", buffering=1) as stream:  # noqa: PTH123
+    # Not closed here: the thread of a progress bar may still hold the stream. Its last reference closes it.
+    stream = os.fdopen(os.dup(2), "w", buffering=1)
+    with tempfile.TemporaryFile() as captured:
         os.dup2(captured.fileno(), 2)
         try:
             with redirect_stderr(stream):
                 yield
         finally:
-            os.dup2(terminal, 2)
+            os.dup2(stream.fileno(), 2)
             captured.seek(0)
             for line in captured:
                 if _LOG_LEVEL_LINE not in line:
