@@ -34,9 +34,11 @@ def publish(
             help="Include the embedding column if the labels have one.",
         ),
     ] = True,
-    file_mb: Annotated[
+    file_mib: Annotated[
         int,
-        typer.Option("--file-mb", metavar="N", min=1, help="Size of the rows of one file in memory, in MiB."),
+        typer.Option(
+            "--file-mib", metavar="N", min=1, help="Size of the rows of one file in memory, in MiB."
+        ),
     ] = FILE_BYTES // 1024**2,
 ) -> None:
     """Publish the labels of a partition as a Delta table.
@@ -48,7 +50,7 @@ def publish(
     cannot be accessed, or the table was edited; 5 if other writers kept changing the table or the labels.
     """
     partition = console.resolve_partition(uri, config, set)
-    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mb * 1024**2)
+    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mib * 1024**2)
     snapshot = done.snapshot
     changes = ", already up to date"
     if done.is_new:

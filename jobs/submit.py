@@ -38,7 +38,7 @@ def submit(
             help="Local folder with the code to upload. Default: the code in the image of the cluster.",
         ),
     ] = None,
-    pip: Annotated[
+    requirements: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Requirements file. Ray installs the packages on every node."),
     ] = None,
@@ -62,7 +62,7 @@ def submit(
     loaded, selection = console.load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
     try:
         key = minute_key(datetime.now(UTC)) if idempotency_key is None else idempotency_key
-        to = SubmitConfig(working_dir=working_dir, requirements=pip, python=python)
+        to = SubmitConfig(working_dir=working_dir, requirements=requirements, python=python)
         submission = Submission(loaded, key, selection, to)
     except ValueError as error:
         raise ConfigError(f"--idempotency-key: {error}") from None

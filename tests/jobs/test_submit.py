@@ -202,7 +202,7 @@ def test_missing_or_wrong_token_ends_with_4(cluster: str, tmp_path: Path) -> Non
 
 
 def test_missing_file_of_an_option_is_named(cluster: str, job: Path) -> None:
-    for option in ("--pip", "--working-dir"):
+    for option in ("--requirements", "--working-dir"):
         done = command("submit", "--config", job, "--address", cluster, option, "/no/such")
         assert done.exit_code == 4, done.stderr
         assert "/no/such" in done.stderr
