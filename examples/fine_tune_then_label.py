@@ -3,7 +3,7 @@
     python examples/fine_tune_then_label.py TRAIN VALIDATION INPUT OUTPUT --classes cat dog
 
 TRAIN and VALIDATION contain WebDataset tars with `.cls` files, or Parquet files with a label column. Training
-runs on a local Ray and needs `pip install 'cvt-label[train]'`. Run the command again to resume the training.
+runs on a local Ray and needs `pip install -c constraints.txt '.[train]'`. Run the command again to resume.
 """
 
 import argparse

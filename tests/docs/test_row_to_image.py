@@ -15,6 +15,8 @@ from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
 from tests.runs import run_config
 
 PAGE = "docs/how-to/row-to-image.md"
+#: The file `read_image.py`, which the examples of the page import.
+[MODULE] = [block for block in blocks_of("python", page=PAGE) if block.text.startswith("# read_image.py\n")]
 
 #: Repeated keys, hidden members, a sample without an image, members before the image.
 TAR = [
@@ -28,12 +30,12 @@ TAR = [
     ("sub/c.seg.png", b"another extension"),
     ("sub/c.png", make_image(5, format="PNG")),
 ]
-ROWS = [make_image(n) for n in range(10, 15)]
+ROWS = [make_image(n, format="PNG") for n in range(10, 15)]
 INPUTS = {
     "x.tar": make_tar(TAR),
     "y.tar.gz": make_tar_gz(TAR),
     "binary.parquet": make_parquet({"image": ROWS, "n": range(5)}, row_group_size=2),
-    "struct.parquet": make_parquet({"image": [{"bytes": b, "path": f"{n}.jpg"} for n, b in enumerate(ROWS)]}),
+    "struct.parquet": make_parquet({"image": [{"bytes": b, "path": f"{n}.png"} for n, b in enumerate(ROWS)]}),
     "one.jpg": make_image(20),
     "sub/two.jpg": make_image(21),
 }
@@ -62,9 +64,9 @@ def label_all(root: str, storage: Storage) -> list[dict[str, Any]]:
 
 
 def functions() -> dict[str, Any]:
-    """Returns the names that the first block of the page defines."""
+    """Returns the names that the file `read_image.py` of the page defines."""
     names: dict[str, Any] = {}
-    exec(compile(blocks_of("python", page=PAGE)[0].text, PAGE, "exec"), names)
+    exec(compile(MODULE.text, PAGE, "exec"), names)
     return names
 
 
@@ -90,12 +92,21 @@ def test_examples_of_the_page_run(
     rows = label_all(str(tmp_path), storage)
     [partition] = (tmp_path / "out").iterdir()
     (tmp_path / "out").rename(tmp_path / "labels")
+    (tmp_path / "read_image.py").write_text(MODULE.text)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks_of("python", page=PAGE):
         code = block.text.replace("model=cvt-13-1a2b3c4d", partition.name)
         exec(compile(code, block.name, "exec"), names)
         assert names
-    assert len(list((tmp_path / "review").iterdir())) == 10 <= len(rows)
+    output = capsys.readouterr().out
+    saved = [path.relative_to(tmp_path) for path in (tmp_path / "review").iterdir()]
+    assert len(saved) == 10 <= len(rows)
+    for path in saved:
+        content = (tmp_path / path).read_bytes()
+        assert f"{path} {len(content)} bytes\n" in output
+        assert path.suffix == (".png" if content.startswith(b"\x89PNG") else ".jpeg")
+    assert {path.suffix for path in saved} == {".png", ".jpeg"}
     assert pq.read_table(f"labels/{partition.name}/manifest.parquet").num_rows == names["shards"].num_rows
-    assert "(32, 24)" in capsys.readouterr().out
+    assert "(32, 24)" in output

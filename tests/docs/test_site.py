@@ -87,6 +87,17 @@ def test_site_builds_without_warnings_and_loads_nothing_from_the_network(tmp_pat
         assert f'id="{name}"' in api
 
 
+def test_index_names_every_page_by_its_title() -> None:
+    docs = ROOT / "docs"
+    linked = set()
+    for title, path in re.findall(r"\[([^\]]+)\]\(([\w/-]+\.md)\)", (docs / "index.md").read_text()):
+        found = re.search(r"^# (.*)$", (docs / path).read_text(), re.M)
+        assert found is not None
+        assert found[1] == title, path
+        linked.add(docs / path)
+    assert linked == {*docs.rglob("*.md")} - {docs / "index.md"}
+
+
 def test_python_api_page_lists_every_public_name() -> None:
     import cvt
     import pipeline
