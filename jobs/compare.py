@@ -111,16 +111,16 @@ def print_comparison(found: Comparison, top: int) -> None:
     agreement, labels = found.agreement, found.drift.classes.labels
     print_table(_class_table(found, top))
     if agreement is not None and (pairs := agreement.disagreements.most_common(top)):
-        table = make_table("Most frequent disagreements", ["A", "B"], ["images", "share"])
+        table = make_table("Most frequent disagreements", ["A", "B"], ["images", "%"])
         for i, j, count in pairs:
-            share = format_percent(count / agreement.compared)
-            table.add_row(escape_unprintable(labels[i]), escape_unprintable(labels[j]), f"{count:,}", share)
+            percent = format_percent(count / agreement.compared)
+            table.add_row(escape_unprintable(labels[i]), escape_unprintable(labels[j]), f"{count:,}", percent)
         print_table(table)
     console.print_fields({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
 
 
 def _class_table(found: Comparison, top: int) -> Table:
-    headings = ["A", "B", "share A", "share B", "PSI", "PSI of scores"]
+    headings = ["A", "B", "% of A", "% of B", "PSI", "PSI of scores"]
     if found.agreement is not None:
         headings.append("B agrees")
     table = make_table("Classes that changed most", ["label"], headings)

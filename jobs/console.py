@@ -271,7 +271,7 @@ def make_class_table(classes: pa.Table, top: int) -> Table:
     title = f"Classes of all {pluralize(sum(row['count'] for row in rows), 'labeled image')}"
     if top < len(rows):
         title += f" (the {top} most frequent of {len(rows)})"
-    headings = ["images", "share", "score", "p05", "p50", "p95"]
+    headings = ["images", "%", "score", "p05", "p50", "p95"]
     if any(row["support"] is not None for row in rows):
         headings += ["precision", "recall", "F1"]
     table = make_table(title, ["label"], headings)

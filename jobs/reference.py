@@ -52,7 +52,7 @@ def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, n
         StorageError, NoShardsError: the images cannot be read, or no image can be decoded.
     """
     section, storage, found = InputConfig(uri=uri, labels=False), Storage(), False
-    for shard in list_input_shards(storage, section):
+    for shard in list_input_shards(storage, section, "--images"):
         for sample in read_samples(storage, shard, ReadOptions.from_config(section, [])):
             if sample.image and (pixels := decode(sample.image, preprocessor, MAX_PIXELS).pixels) is not None:
                 found = True

@@ -52,10 +52,10 @@ class TorchRuntime:
             network.pack()
         self._split = -(-batch_size // self._parts(batch_size))
         # The numbers of threads of two workers differ by at most one.
-        shares = queue.SimpleQueue[int]()
+        thread_counts = queue.SimpleQueue[int]()
         for worker in range(self._workers):
-            shares.put(threads // self._workers + (worker < threads % self._workers))
-        self._pool = ThreadPoolExecutor(self._workers, "network", _set_threads, (shares,))
+            thread_counts.put(threads // self._workers + (worker < threads % self._workers))
+        self._pool = ThreadPoolExecutor(self._workers, "network", _set_threads, (thread_counts,))
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
         images = np.asarray(images)
@@ -92,10 +92,10 @@ def max_images_per_part(config: CvtConfig, size: int, max_bytes: int = MAX_ACTIV
     return max(1, (max_bytes - 1) // (4 * largest))
 
 
-def _set_threads(shares: queue.SimpleQueue[int]) -> None:
-    """Sets the number of PyTorch threads of the calling worker to the next share."""
+def _set_threads(thread_counts: queue.SimpleQueue[int]) -> None:
+    """Sets the number of PyTorch threads of the calling worker to the next count."""
     torch.get_num_threads()  # the first call in a thread copies the setting of other threads
-    torch.set_num_threads(shares.get())
+    torch.set_num_threads(thread_counts.get())
 
 
 def _concatenate(outputs: list[Future[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:

@@ -50,8 +50,8 @@ def to_tokens(image: Any) -> Any:
 class CvtDepthwiseProjection(keras.layers.Layer):
     """Depthwise convolution with batch norm.
 
-    The moving variance differs from PyTorch in training: Keras uses the variance of the batch, PyTorch uses
-    the unbiased estimate, which is n/(n-1) times as large for the n tokens of a batch.
+    The moving variance differs from PyTorch in training. Keras uses the variance of the batch, and PyTorch
+    uses the unbiased estimate. The estimate is n/(n-1) times as large for the n tokens of a batch.
     """
 
     def __init__(self, config: PreTrainedConfig, stage: int, stride: int, padding: int, name: str) -> None:

@@ -142,7 +142,7 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
         list(pool.map(call_repeatedly, range(config.classify.concurrent_chunks)))
 
 
-class Classifier:
+class TransformersClassifier:
     """Transformers' eager model as a function from pixels to labels and scores."""
 
     def __init__(self, task: Task, threads: int | None = None) -> None:
@@ -184,7 +184,7 @@ def dataloader(task: Task) -> None:
     from transformers import AutoImageProcessor
 
     class Images(IterableDataset[tuple[str, torch.Tensor]]):
-        """Yields keys and pixels. Each worker reads its share of the tars."""
+        """Yields keys and pixels. Each worker reads its part of the tars."""
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             processor = AutoImageProcessor.from_pretrained(task.model)
@@ -199,7 +199,7 @@ def dataloader(task: Task) -> None:
                         pixels = processor(image, return_tensors="pt").pixel_values[0]
                         yield member.name.partition(".")[0], pixels
 
-    classifier = Classifier(task)
+    classifier = TransformersClassifier(task)
     loader = DataLoader(
         Images(),
         batch_size=task.batch_size,
@@ -243,7 +243,7 @@ def ray_data(task: Task) -> None:
         def __init__(self) -> None:
             # Ray limits the threads of an actor to its CPUs. The actor reserves few CPUs to leave room for
             # the readers, but a model on a CPU is faster with all threads.
-            self._classifier = Classifier(task, None if on_gpu else task.cores)
+            self._classifier = TransformersClassifier(task, None if on_gpu else task.cores)
 
         def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
             labels, scores = self._classifier(torch.from_numpy(batch["pixels"].copy()))
@@ -291,7 +291,7 @@ def daft(task: Task) -> None:
         """The model."""
 
         def __init__(self) -> None:
-            self._classifier = Classifier(task)
+            self._classifier = TransformersClassifier(task)
 
         def classify(self, pixels: Any) -> Any:
             if len(pixels) == 0:

@@ -72,7 +72,9 @@ def decoding(
     checkpoint = load_model(model, size)
     encoded = [data for data, _ in itertools.islice(read_images(images, checkpoint.preprocessor), count)]
     decoders = available_decoders(checkpoint.preprocessor)
-    figures.report(context, output, decoding=compare_decoders(encoded, decoders, checkpoint, device, rounds))
+    figures.print_results(
+        context, output, decoding=compare_decoders(encoded, decoders, checkpoint, device, rounds)
+    )
 
 
 def compare_decoders(

@@ -108,7 +108,7 @@ def run(
         result.pipeline_speedup = figures.ratios(results[0].images_per_s, result.images_per_s)
         if price_per_hour is not None and result.images_per_s:
             result.cost_per_million = price_per_hour / 3600 / statistics.median(result.images_per_s) * 1e6
-    figures.report(
+    figures.print_results(
         context,
         output,
         data=[dataset],

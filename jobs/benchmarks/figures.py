@@ -62,7 +62,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ours, theirs, strict=False)]
 
 
-def report(context: typer.Context, output: Path | None, **tables: Sequence[Any]) -> None:
+def print_results(context: typer.Context, output: Path | None, **tables: Sequence[Any]) -> None:
     """Prints tables, and writes them to a JSON file with machine, versions and settings.
 
     Args:

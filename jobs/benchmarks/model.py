@@ -73,7 +73,7 @@ def model(
     macs = count_macs(checkpoint.model.config, pixels, pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
     results = measure(images, variants, rounds, lambda: matrix_rate(device, precision) / macs)
-    figures.report(context, output, variants=results)
+    figures.print_results(context, output, variants=results)
 
 
 def available_variants(

@@ -67,7 +67,7 @@ def planning(
     for measure, count in ((measure_plan, shards), (measure_commit, rows)):
         with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
             found.append(pool.apply(measure, (folder, count)))
-    figures.report(context, output, planning_and_commit=found)
+    figures.print_results(context, output, planning_and_commit=found)
 
 
 def _name(number: int) -> str:

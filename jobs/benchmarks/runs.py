@@ -58,7 +58,7 @@ def run_contender(result: ContenderResult, task: Task, images: int, timeout: flo
     events = read_events(task)
     result.seconds.append(seconds)
     result.first_labels_s.append(events[0][0] - start)
-    result.images_per_s.append(steady_rate(result.contender, events))
+    result.images_per_s.append(contender_rate(result.contender, events))
 
 
 def run_process(contender: str, task: Task, timeout: float) -> str | None:
@@ -113,7 +113,7 @@ def read_events(task: Task) -> list[tuple[float, int]]:
     return sorted((float(at), int(images)) for images, at in lines)
 
 
-def steady_rate(contender: str, events: Sequence[tuple[float, int]]) -> float:
+def contender_rate(contender: str, events: Sequence[tuple[float, int]]) -> float:
     """Returns the images/s from the first labeled batch or chunk to the last.
 
     Raises:

@@ -103,7 +103,7 @@ class Committer:
                 self._finish_write(write)
 
     def add(self, chunk: Chunk) -> None:
-        """Adds a chunk, and commits the shard if it is complete; raises as `wait_for_writes`."""
+        """Adds a chunk, and commits the shard if it is complete; raises `StorageError` if a write failed."""
         if chunk.shard not in self._unfinished or not (self._accepts_new_shards or chunk.shard in self._open):
             return
         arrived = self._open.setdefault(chunk.shard, OpenShard())
@@ -144,9 +144,11 @@ class Committer:
             self._finish_write(self._writes.popleft())
 
     def finish(self) -> None:
-        """Waits for the last files after the stream of results has ended; raises as `wait_for_writes`.
+        """Waits for the last files after the stream of results has ended.
 
-        Also raises `IncompleteShardError` if a shard of the plan lacks results.
+        Raises:
+            StorageError: a file can't be written.
+            IncompleteShardError: a shard of the plan lacks results.
         """
         self.wait_for_writes()
         for number in self._unfinished:

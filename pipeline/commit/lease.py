@@ -61,7 +61,7 @@ class LeaseContent(BaseModel, frozen=True):
 
 
 def was_clean_shutdown(storage: Storage, partition: str) -> bool:
-    """Whether the last run left manifest and statistics up to date; True if there was no run."""
+    """Returns whether the last run left manifest and statistics up to date; True if there was no run."""
     found = _latest(storage, f"{partition}/{_NAME}")
     return found is None or found.content.state == "released"
 

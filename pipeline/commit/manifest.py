@@ -122,7 +122,7 @@ class Manifest:
         return f"{self.partition}/manifest.parquet"
 
     def exists(self) -> bool:
-        """Whether the manifest exists."""
+        """Returns whether the manifest exists."""
         return self.storage.version(self.uri) != ABSENT
 
     def read(self, columns: Collection[str]) -> pa.Table:

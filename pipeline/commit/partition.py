@@ -69,7 +69,7 @@ class Partition:
 
     @property
     def manifest(self) -> Manifest:
-        """One row per labeled shard."""
+        """The manifest: one row per shard."""
         return Manifest(self.storage, self.uri, len(self.labels))
 
     @cached_property
@@ -88,7 +88,8 @@ class Partition:
 
     def topk(self) -> int:
         """Returns the number of classes in `topk_label_ids`, from the record of the last run."""
-        return int(self.config().get("output", {}).get("topk", 5))
+        topk: int = self.config().get("output", {}).get("topk", 5)
+        return min(topk, len(self.labels))
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration of the last run; empty if there is no run record."""

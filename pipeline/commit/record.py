@@ -19,8 +19,12 @@ class RunRecord:
     """`runs/<run id>.json`, which grows during the run. Thread-safe.
 
     The record is saved before the manifest is updated. Recovery replays the lists of a record in this order:
-    shards `removed` from the manifest, `deleted` from the input, `reappeared` in the input, `recovered` from
-    a failure of an earlier run, and `unreadable` shards.
+
+    1. `removed`: shards that were removed from the manifest.
+    2. `deleted`: shards that were deleted from the input.
+    3. `reappeared`: deleted shards that the input has again.
+    4. `recovered`: shards that an earlier run could not read.
+    5. `unreadable`: shards that this run could not read.
     """
 
     def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:

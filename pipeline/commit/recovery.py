@@ -188,7 +188,7 @@ def find_repairs(
 
 
 def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
-    """Regenerates all manifest rows, sorted by URI; raises as `find_repairs`."""
+    """Regenerates all manifest rows, sorted by URI. Raises the same errors as `find_repairs`."""
     files = prediction_files(storage, partition)
     labeled = {row.uri: row for row in recovered_rows(storage, partition, files)}
     rows = read_history(storage, partition).apply_to(labeled)

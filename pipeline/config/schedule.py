@@ -11,6 +11,9 @@ from pydantic_core import PydanticCustomError
 from pipeline.config.base import VALUE_HIDDEN, PositiveFloat, Section, ServiceUrl
 from pipeline.config.job import Config
 
+#: Fields of a cron expression, and their numbers of values.
+_CRON_FIELDS = {"minute": 60, "hour": 24, "day of month": 31, "month": 12, "day of week": 7}
+
 
 class SubmitConfig(Section):
     """The Ray cluster that a schedule submits to, and how its jobs run there."""
@@ -68,6 +71,13 @@ class DatasetConfig(Config):
         except ImportError:
             message = "schedules need croniter: pip install 'cvt-label[schedule]'"
             raise PydanticCustomError(VALUE_HIDDEN, message) from None
+        for (field, values), expression in zip(_CRON_FIELDS.items(), cron.split(), strict=False):
+            for step in re.findall(r"/(\d+)", expression):
+                # croniter accepts a larger step, which selects one value.
+                if int(step) > values:
+                    raise ValueError(
+                        f"the step {step} of the {field} is larger than the range of {values} values"
+                    )
         # With R and H, croniter gives other times to each caller.
         if re.fullmatch(r"@\w+|[^rRhH\s]\S*(\s+[^rRhH\s]\S*){4}", cron.strip()):
             with suppress(ValueError):

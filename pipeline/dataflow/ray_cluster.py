@@ -137,10 +137,10 @@ def _log_level_line_removed() -> Iterator[None]:
 
 
 def _is_shadowed() -> bool:
-    """Whether a directory that Ray puts first on `sys.path` of workers has other packages of the same names.
+    """Returns whether workers would import other packages of the same names.
 
-    Ray puts the working directory of the driver there, and the script's directory if it is on the driver's
-    `sys.path`.
+    Ray puts the working directory of the driver first on `sys.path` of workers, and the script's directory if
+    it is on the driver's `sys.path`.
     """
     script = str(Path(sys.argv[0]).resolve().parent)
     directories = {str(Path.cwd()), *({script} & set(sys.path))}

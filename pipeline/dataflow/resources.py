@@ -22,8 +22,8 @@ _MIN_BATCH, _MAX_BATCH = 64, 256
 class Resources:
     """The resources of each stage; chosen once per run, and written to the run record. Memory is in bytes.
 
-    The fractions of CPUs leave some CPUs free, and the number of readers is limited: a reader that waits for
-    a later stage keeps its CPU, and must not take the CPUs that the later stage needs.
+    The fractions of CPUs leave some CPUs free, and the number of readers is limited. A reader that waits for
+    a later stage keeps its CPU. The later stage must still have the CPUs that it needs.
 
     Attributes:
         chunk_images: maximum number of images in a chunk.
@@ -107,7 +107,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         fitting_actors = math.floor(min(cluster.gpus / actor_gpus, cpus_left / actor_cpus))
     else:
         actor_gpus = 0.0
-        actor_cpus = classify.num_cpus or _share_of_node(cluster.node_cpus, decode_cpus + read.num_cpus)
+        actor_cpus = classify.num_cpus or _classifier_cpus(cluster.node_cpus, decode_cpus + read.num_cpus)
         fitting_actors = math.floor(cpus_left / actor_cpus)
     if classify.max_actors is None and fitting_actors < classify.min_actors:
         raise ConfigError(
@@ -157,9 +157,10 @@ def _decode_cpus(node_cpus: float) -> float:
 def _chunk_images(macs: int, size: int, on_gpu: bool) -> int:
     """Returns the number of images in a chunk.
 
-    A chunk is large enough that Ray's overhead of about 20 ms per chunk is small compared to classification:
-    128 images for CvT-13 at 224 pixels on a CPU, which takes seconds, and 1024 on a GPU. A chunk is small
-    enough that the largest models classify it within a minute, and that pixels do not fill the object store.
+    Ray's overhead is about 20 ms per chunk. A chunk is so large that classification takes much longer. For
+    CvT-13 at 224 pixels, a chunk has 128 images on a CPU, which takes seconds, and 1024 on a GPU. A chunk is
+    so small that the largest models classify it within a minute, and that pixels do not fill the object
+    store.
     """
     target = _CHUNK_MACS["cuda" if on_gpu else "cpu"]
     images = min(target // macs, _CHUNK_PIXEL_BYTES // (size**2 * 3))
@@ -171,7 +172,7 @@ def _power_of_two(number: int, minimum: int, maximum: int) -> int:
     return max(minimum, min(maximum, 1 << number.bit_length() >> 1))
 
 
-def _share_of_node(node_cpus: float, spare: float) -> float:
+def _classifier_cpus(node_cpus: float, spare: float) -> float:
     """Returns the CPUs of a classifier on a CPU: about half of a machine, at most eight.
 
     On each machine, the classifiers leave `spare` CPUs for a reader and a decoder. If the other machines are

@@ -141,7 +141,7 @@ def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool 
     """
     matched = next((entry for entry in FORMATS if entry[1].match(data)), None)
     if matched is None:
-        return Decoded(None, None, None, _format_error(data))
+        return Decoded(None, None, None, _unsupported_format(data))
     name, _, reader = matched
     width, height = None, None
     try:
@@ -188,7 +188,7 @@ def displayed_size(size: tuple[_N, _N], orientation: Orientation | None) -> tupl
     return (size[1], size[0]) if orientation is not None and orientation.swaps_sides else size
 
 
-def _format_error(data: bytes) -> SampleError:
+def _unsupported_format(data: bytes) -> SampleError:
     if not data:
         return sample_error(ErrorCategory.EMPTY_IMAGE, "the file has no bytes")
     names = ", ".join(name for name, _, _ in FORMATS)

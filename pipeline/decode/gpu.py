@@ -197,7 +197,7 @@ def _batches(jpegs: Sequence[PlainJpeg], max_pixels: int) -> Iterator[Sequence[P
 
 
 def nvjpeg(device: torch.device) -> DecodeJpegs:
-    """Returns the decoder nvJPEG of torchvision; raises as `GpuDecoder`."""
+    """Returns the decoder nvJPEG of torchvision. Raises the same errors as `GpuDecoder`."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (

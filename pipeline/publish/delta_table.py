@@ -222,7 +222,7 @@ class DeltaTable:
             if current.transaction == transaction:
                 return  # the commit succeeded, and only the response was lost
             if current.delta_version == version:
-                cause = f"the transaction was not committed: {_format_error(error)}"
+                cause = f"the transaction was not committed: {_delta_error_text(error)}"
                 raise StorageError(self.uri, cause) from error
             if (current.transaction, {*current.files}) != (base.transaction, {*base.files}):
                 raise TableChangedError(f"{self.uri}: another publisher committed first") from error
@@ -279,10 +279,12 @@ class DeltaTable:
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
-            raise StorageError(self.uri, f"cannot be read as a Delta table: {_format_error(error)}") from None
+            raise StorageError(
+                self.uri, f"cannot be read as a Delta table: {_delta_error_text(error)}"
+            ) from None
 
 
-def _format_error(error: Exception) -> str:
+def _delta_error_text(error: Exception) -> str:
     """Returns deltalake's message in one line, without colors, stack traces and XML tags."""
     text = re.split(r"\n\s*0: ", str(error))[0]
     text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)

@@ -195,7 +195,10 @@ class _Publisher:
         return replace(snapshot, files=(*files, *written), shards=shards)
 
     def _can_keep(self, file: DataFile, dropped: pa.ChunkedArray) -> bool:
-        """Whether a file is large and has no rows of dropped shards. Reads the file if its range overlaps."""
+        """Returns whether a file is large and has no rows of dropped shards.
+
+        Reads the file if the range of its shards contains a dropped shard.
+        """
         if file.bytes < self.file_bytes * _SMALL_FILE_FRACTION:
             return False
         is_within = pc.and_(

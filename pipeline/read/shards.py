@@ -67,13 +67,22 @@ class ShardListing(Iterator[Shard]):
     def __next__(self) -> Shard:
         return next(self._shards)
 
-    def require_shards(self) -> Self:
-        """Returns this listing if it has a shard; raises `NoShardsError` or `StorageError` otherwise."""
+    def require_shards(self, field: str) -> Self:
+        """Returns this listing if it has a shard.
+
+        Args:
+            field: the configuration field with the URI, for the error message.
+
+        Raises:
+            NoShardsError: the listing has no shard.
+            StorageError: the input can't be listed.
+        """
         first = next(self._shards, None)
         if first is None:
             ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored)" if self.ignored else ""
             raise NoShardsError(
-                f"{self.uri}: no shards found{ignored}; expected .tar, .tar.gz or .parquet objects, or images"
+                f"{field}: no shards found in {self.uri}{ignored}; "
+                "expected .tar, .tar.gz or .parquet objects, or images"
             )
         self._shards = chain([first], self._shards)
         return self
@@ -158,6 +167,6 @@ class NoShardsError(ValueError):
     """The input has no shards."""
 
 
-def list_input_shards(storage: Storage, section: InputConfig) -> list[Shard]:
-    """Returns all shards of an input; raises `NoShardsError` or `StorageError`."""
-    return list(list_shards(storage, section.uri, section.format).require_shards())
+def list_input_shards(storage: Storage, section: InputConfig, field: str) -> list[Shard]:
+    """Returns all shards of an input. Raises the same errors as `ShardListing.require_shards`."""
+    return list(list_shards(storage, section.uri, section.format).require_shards(field))

@@ -97,7 +97,7 @@ class Chart:
 
 
 @dataclass
-class Section:
+class ReportSection:
     """A section of the page. Each part may be empty.
 
     Attributes:

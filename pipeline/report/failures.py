@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.predictions import read_predictions
-from pipeline.report.elements import Section
+from pipeline.report.elements import ReportSection
 from pipeline.statistics import ErrorCauses
 from pipeline.storage import StorageError
 from pipeline.text import pluralize
@@ -19,7 +19,7 @@ MAX_UNREADABLE_SHARDS = 20
 _READER_THREADS = 16
 
 
-def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Section:
+def failures(partition: Partition, manifest: pa.Table, max_files: int) -> ReportSection:
     """Returns the section about samples with errors and unreadable shards, of all runs.
 
     Args:
@@ -29,7 +29,7 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
     """
     unreadable = manifest["error"].drop_null()
     errors = pc.sum(manifest["errors"]).as_py() or 0
-    section = Section("failures", "Failures")
+    section = ReportSection("failures", "Failures")
     if not errors and not len(unreadable):
         section.notes.append("No failures: every sample of every shard is labeled.")
     if errors:
@@ -50,7 +50,7 @@ def failures(partition: Partition, manifest: pa.Table, max_files: int) -> Sectio
 
 
 def _add_causes(
-    section: Section, partition: Partition, errors: int, shards_with_errors: int, max_files: int
+    section: ReportSection, partition: Partition, errors: int, shards_with_errors: int, max_files: int
 ) -> str:
     """Adds the causes to the section; returns the rest of the sentence that introduces them."""
     try:

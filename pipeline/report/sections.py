@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.classify import HIGHEST_CONFIDENCE
-from pipeline.report.elements import BarChart, Chart, Histogram, MatrixChart, ReliabilityDiagram, Section
+from pipeline.report.elements import (
+    BarChart,
+    Chart,
+    Histogram,
+    MatrixChart,
+    ReliabilityDiagram,
+    ReportSection,
+)
 from pipeline.report.gallery import GalleryItem
 from pipeline.statistics import (
     Calibration,
@@ -35,16 +42,16 @@ MAX_GALLERY_CLASSES = 20
 _SHOWN_BINS = 20
 
 
-def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section:
+def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> ReportSection:
     """Returns the section about the predicted classes and their scores."""
     rows = predicted_classes(class_table(stats, labels, topk))
     note = f"Predicted classes: {len(rows):,} of {len(labels):,}."
-    section = Section("classes", "Classes and confidence", [note])
+    section = ReportSection("classes", "Classes and confidence", [note])
     if not rows:
         return section
     shown = rows[:MAX_BARS]
     names, counts = [row["label"] for row in shown], [row["count"] for row in shown]
-    columns = ["Class", "Images", "Share", "Mean score", "p05", "p50", "p95"]
+    columns = ["Class", "Images", "Fraction", "Mean score", "p05", "p50", "p95"]
     if stats.has_targets:
         columns += ["Precision", "Recall", "F1"]
     limit_note = f"The table has the first {MAX_TABLE_CLASSES}. The file class_stats.parquet has all classes."
@@ -86,7 +93,7 @@ def bin_rows(*columns: Sequence[str], digits: int = 1) -> list[list[str]]:
     return [list(row) for row in zip(bins, *columns, strict=True)]
 
 
-def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> Section | None:
+def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> ReportSection | None:
     """Returns the section with images of the most frequent classes; None without a gallery."""
     by_class: dict[int, list[GalleryItem]] = {}
     for item in items:
@@ -95,7 +102,7 @@ def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> Section | N
         return None
     by_count = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))
     shown = [by_class[label_id] for label_id in by_count[:MAX_GALLERY_CLASSES]]
-    section = Section("gallery", "Example images")
+    section = ReportSection("gallery", "Example images")
     section.gallery = [
         (
             class_items[0].label,
@@ -111,11 +118,11 @@ def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> Section | N
     return section
 
 
-def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Section | None:
+def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> ReportSection | None:
     """Returns the section about accuracy, calibration and confusion; None without targets."""
     if not stats.has_targets:
         return None
-    section = Section("accuracy", "Accuracy against targets")
+    section = ReportSection("accuracy", "Accuracy against targets")
     targets = pluralize(int(stats.support.sum()), "image")
     section.facts["Top-1 accuracy"] = f"{format_percent(stats.top1_accuracy())} of {targets} with a target"
     if (top5 := stats.top5_accuracy(topk)) is not None:
@@ -156,7 +163,7 @@ def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Sectio
         ]
         for predicted, target, count in pairs
     ]
-    columns = ["Target", "Label", "Images", "Share of target"]
+    columns = ["Target", "Label", "Images", "Fraction of target"]
     section.charts.append(Chart("Most confused pairs", columns, rows, text_columns=2))
     if note := stats.confusion.limit_note:
         section.notes.append(note)
@@ -183,7 +190,7 @@ def _confusion_matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
         MatrixChart(names, (cells / np.maximum(1, stats.support[chosen])[:, None]).tolist()),
         "Targets are in rows, labels are in columns. The most confused pair is the target "
         f"{labels[target_id]} with the label {labels[predicted_id]}, {times}.",
-        "A darker cell is a larger share of the row's target. The scale is the square root of the share.",
+        "A darker cell is a larger fraction of the row's target. The scale is the fraction's square root.",
     )
 
 
@@ -199,13 +206,13 @@ def _most_confused_classes(stats: ClassStatistics) -> list[int]:
     return sorted(chosen)
 
 
-def comparison(compared: Comparison, number_in_page: int) -> Section:
+def comparison(compared: Comparison, number_in_page: int) -> ReportSection:
     """Returns the section about drift from, and agreement with, another label set.
 
     The reference is label set a of the comparison. The current labels, those of the page, are label set b.
     """
     agreement, labels = compared.agreement, compared.drift.classes.labels
-    section = Section(f"comparison-{number_in_page}", f"Comparison with {_reference_name(compared)}")
+    section = ReportSection(f"comparison-{number_in_page}", f"Comparison with {_reference_name(compared)}")
     all_labels, of_run = "all labels", "labels of that run that no later run replaced"
     section.facts["Reference labels"] = f"{compared.a.name} ({of_run if compared.a.run else all_labels})"
     section.facts["Current labels"] = all_labels if compared.b.run is None else "labels of this run"
@@ -214,26 +221,33 @@ def comparison(compared: Comparison, number_in_page: int) -> Section:
     names, psi = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_by_class[chosen])
     current, reference = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
     counts = (map(format_number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
-    shares = map(format_percent, current), map(format_percent, reference)
+    fractions = map(format_percent, current), map(format_percent, reference)
     current_scores, reference_scores = (
         (histograms.sum(axis=0) / histograms.sum()).tolist()
         for histograms in (drift.scores_b, drift.scores_a)
     )
     section.charts = [
         Chart(
-            "Classes whose share changed most",
-            ["Class", "Images, current", "Images, reference", "Share, current", "Share, reference", "PSI"],
-            [*zip(names, *counts, *shares, psi, strict=True)],
+            "Classes whose fraction changed most",
+            [
+                "Class",
+                "Images, current",
+                "Images, reference",
+                "Fraction, current",
+                "Fraction, reference",
+                "PSI",
+            ],
+            [*zip(names, *counts, *fractions, psi, strict=True)],
             BarChart(
                 names,
                 [("current", current), ("reference", reference)],
-                "share of the images",
+                "fraction of the images",
                 "{:.1%}".format,
             ),
         ),
         Chart(
             "Score distribution",
-            ["Score", "Share, current", "Share, reference"],
+            ["Score", "Fraction, current", "Fraction, reference"],
             bin_rows([*map(format_percent, current_scores)], [*map(format_percent, reference_scores)]),
             Histogram([("current", current_scores), ("reference", reference_scores)], "{:.0%}".format),
             f"The population stability index is {drift.score_psi:.4f}.",
@@ -244,7 +258,7 @@ def comparison(compared: Comparison, number_in_page: int) -> Section:
             [labels[b], labels[a], format_number(count), format_percent(count / agreement.compared)]
             for a, b, count in pairs
         ]
-        columns = ["Current label", "Reference label", "Images", "Share of compared"]
+        columns = ["Current label", "Reference label", "Images", "Fraction of compared"]
         section.charts.append(Chart("Most frequent disagreements", columns, rows, text_columns=2))
     return section
 
@@ -264,7 +278,7 @@ def stage_summaries(record: Mapping[str, Any]) -> dict[str, StageSummary]:
     return {name: StageSummary(**values) for name, values in (record.get("stages") or {}).items()}
 
 
-def throughput(record: Mapping[str, Any]) -> Section | None:
+def throughput(record: Mapping[str, Any]) -> ReportSection | None:
     """Returns the section about a run's speed and bottleneck; None if the run processed nothing."""
     stages = stage_summaries(record)
     if not stages:
@@ -272,10 +286,10 @@ def throughput(record: Mapping[str, Any]) -> Section | None:
     facts = {"Bottleneck": record.get("bound_by"), "Decoder": record.get("decoder")}
     if record.get("gpu_utilization") is not None:
         facts["GPU utilization"] = format_percent(record["gpu_utilization"])
-    section = Section(
+    section = ReportSection(
         "throughput", "Throughput", facts={name: str(value) for name, value in facts.items() if value}
     )
-    shares_busy = [stage.share_busy for stage in stages.values()]
+    fractions_busy = [stage.fraction_busy for stage in stages.values()]
     timings = sorted(record.get("timings", {}).items(), key=lambda item: item[1])
     events = [[name.replace("_", " "), f"{seconds:,.1f}"] for name, seconds in timings]
     section.charts = [
@@ -285,11 +299,11 @@ def throughput(record: Mapping[str, Any]) -> Section | None:
             [
                 [
                     *(name, format_number(stage.images), f"{stage.busy_s:,.1f}", f"{stage.wait_s:,.1f}"),
-                    *(f"{stage.workers:g}", f"{stage.bytes / 1e6:,.1f}", format_percent(stage.share_busy)),
+                    *(f"{stage.workers:g}", f"{stage.bytes / 1e6:,.1f}", format_percent(stage.fraction_busy)),
                 ]
                 for name, stage in stages.items()
             ],
-            BarChart(list(stages), [("busy", shares_busy)], "share of time busy", "{:.0%}".format),
+            BarChart(list(stages), [("busy", fractions_busy)], "fraction of time busy", "{:.0%}".format),
             note="The other stages wait for the busiest stage."
             if is_long_enough(stages)
             else "The run was too short to find the bottleneck: most of its input was read before the first "
@@ -300,12 +314,12 @@ def throughput(record: Mapping[str, Any]) -> Section | None:
     return section
 
 
-def run(record: Mapping[str, Any]) -> Section:
+def run(record: Mapping[str, Any]) -> ReportSection:
     """Returns the section about the run's counts and software versions."""
     counts = [[name.replace("_", " "), f"{value:,}"] for name, value in record.get("counts", {}).items()]
     versions = [[name, str(value)] for name, value in record.get("versions", {}).items()]
     note = f"The file runs/{record.get('run')}.json has the complete configuration."
-    section = Section("run", "Run details", [note])
+    section = ReportSection("run", "Run details", [note])
     section.charts.append(Chart("Counts of this run", ["Name", "Count"], counts))
     section.charts.append(Chart("Software versions", ["Package", "Version"], versions))
     return section

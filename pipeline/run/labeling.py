@@ -1,4 +1,4 @@
-"""One labeling run, from configuration to run record. Each step is handed what it needs."""
+"""One labeling run, from configuration to run record. Each step receives its inputs as arguments."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -110,7 +110,7 @@ def _held(lease: Lease, output: str, wait: bool, on_wait: Callable[[str], None])
 
 
 def _execute(run: RunContext) -> None:
-    """Executes the plan, and updates manifest, statistics and report; raises as `label`."""
+    """Executes the plan, and updates manifest, statistics and report. Raises the same errors as `label`."""
     plan, partition = run.result.plan, run.result.partition
     stop: StopController | None = None
     try:

@@ -1,4 +1,4 @@
-"""What a run has to do: `plan` is a pure function of the input's listing and the manifest."""
+"""The plan of a run: `plan` is a pure function of the input's listing and the manifest."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -48,7 +48,7 @@ class PlanCounts:
 
 @dataclass
 class Plan:
-    """What a run has to do.
+    """The plan of a run.
 
     Attributes:
         shards: the shards to label, in listing order.
@@ -224,7 +224,7 @@ def open_listing(config: Config) -> ShardListing:
             f"output.uri: {target} is inside the input, {source}; later runs would read the labels as "
             "shards. Choose an output.uri outside of input.uri"
         )
-    return list_shards(make_storage(config.storage), source, config.input.format).require_shards()
+    return list_shards(make_storage(config.storage), source, config.input.format).require_shards("input.uri")
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdown: bool) -> PreparedRun:

@@ -1,4 +1,4 @@
-"""What the steps of a run share: phases, clock, result, and run record.
+"""The common state of the steps of a run: phases, clock, result, and run record.
 
 The run record holds configuration, selection, versions, counts, timings and outcome, so that the run can be
 repeated from it. It also lists what prediction files do not hold, such as unreadable shards.
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 class Phase(StrEnum):
-    """What a run does before the first result and after the last one."""
+    """The activity of a run before the first result and after the last one."""
 
     LISTING = "listing the input"
     LOADING_MODEL = "loading the model"

@@ -48,7 +48,7 @@ def find_partition(config: Config) -> Partition:
 
 
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:
-    """Whether a recorded configuration determines the same labels; compares the model by its name."""
+    """Returns whether a recorded configuration determines the same labels; compares the model by its name."""
     try:
         recorded = Config.model_validate(record.get("config"))
     except ValidationError:

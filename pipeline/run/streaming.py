@@ -168,7 +168,7 @@ def _unfinished_shards_named(committer: Committer) -> Iterator[None]:
 
 
 def _is_current(storage: Storage, input_format: InputFormat, shard: Shard) -> bool:
-    """Whether the input still has this version of a shard."""
+    """Returns whether the input still has this version of a shard."""
     if shard.members:
         listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
         return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)

@@ -43,7 +43,7 @@ def check_gate_again(run: RunContext) -> None:
 
 
 def has_unwanted_gallery(run: RunContext) -> bool:
-    """Whether the partition has a gallery that the configuration no longer wants."""
+    """Returns whether the partition has a gallery although `report.gallery` is 0."""
     uri = f"{run.result.partition.uri}/{GALLERY_FILE}"
     return not run.result.job.config.report.gallery and run.result.job.storage.version(uri) != ABSENT
 

@@ -153,7 +153,7 @@ class Submission:
         return {"program": PROGRAM, **self._identity, "idempotency_key": self.idempotency_key}
 
     def has_same_labels(self, metadata: Mapping[str, str]) -> bool:
-        """Whether a job with this metadata labels the same dataset with the same model and settings."""
+        """Returns whether a job with this metadata has the same dataset, model and settings."""
         return self._identity.items() <= metadata.items()
 
     @property

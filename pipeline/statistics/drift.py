@@ -1,13 +1,16 @@
 """Drift between two distributions over classes: PSI and Jensen-Shannon distance, in total and per class.
 
-- PSI (population stability index): the sum of (b - a) ln(b / a) over the fractions of each class (Siddiqi,
-  "Credit Risk Scorecards", 2006). An empty class would make the PSI infinite, so half an image is added to
-  each class that occurs in a or b (Jeffreys' prior). The expected PSI without drift is not 0, but about
-  (K - 1)(1/n + 1/m) for K classes and n and m images (Yurdakul and Naranjo, "Statistical properties of the
-  population stability index", Journal of Risk Model Validation 14(4), 2020): see `psi_by_chance`.
-- Jensen-Shannon distance: the square root of the divergence in bits, from 0 to 1 (Endres and Schindelin, "A
-  new metric for probability distributions", IEEE Trans. Inf. Theory 49(7), 2003). The distance equals
+- PSI (population stability index) [1]: the sum of (b - a) ln(b / a) over the fractions of each class. An
+  empty class would make the PSI infinite, so half an image is added to each class that occurs in a or b
+  (Jeffreys' prior). The expected PSI without drift is not 0, but about (K - 1)(1/n + 1/m) for K classes and
+  n and m images [2]: see `psi_by_chance`.
+- Jensen-Shannon distance [3]: the square root of the divergence in bits, from 0 to 1. The distance equals
   `scipy.spatial.distance.jensenshannon(a, b, base=2)`. Nothing is added to empty classes.
+
+[1] Siddiqi, "Credit Risk Scorecards", 2006.
+[2] Yurdakul and Naranjo, "Statistical properties of the population stability index", Journal of Risk Model
+    Validation 14(4), 2020.
+[3] Endres and Schindelin, "A new metric for probability distributions", IEEE Trans. Inf. Theory 49(7), 2003.
 """
 
 from collections import Counter

@@ -100,7 +100,7 @@ class StageSummary:
         images, bytes: As in `StageMetrics`.
         busy_s, wait_s: Seconds that the workers were busy, and idle, summed over the workers.
         workers: Number of concurrent workers.
-        share_busy: Busy fraction of the workers' time.
+        fraction_busy: Busy fraction of the workers' time.
     """
 
     images: int
@@ -108,7 +108,7 @@ class StageSummary:
     wait_s: float
     bytes: int
     workers: float
-    share_busy: float
+    fraction_busy: float
 
     @property
     def seconds(self) -> float:
@@ -135,9 +135,9 @@ def summarize_stages(
             wait = max(0.0, count * seconds - busy)
         else:
             count = (busy + wait) / seconds if seconds else 0.0
-        share = round(busy / (busy + wait), 4) if busy + wait else 0.0
+        fraction = round(busy / (busy + wait), 4) if busy + wait else 0.0
         times = round(busy, 3), round(wait, 3)
-        summaries[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), share)
+        summaries[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), fraction)
     return summaries
 
 
@@ -160,9 +160,9 @@ def describe_bottleneck(summaries: Mapping[str, StageSummary]) -> str:
     """Returns one line that names the stage that limited the throughput, if known."""
     if not is_long_enough(summaries):
         return "unknown: the run was too short"
-    by_fraction = sorted(summaries, key=lambda stage: summaries[stage].share_busy, reverse=True)
-    fractions = [f"{stage} {summaries[stage].share_busy:.0%}" for stage in by_fraction]
+    by_fraction = sorted(summaries, key=lambda stage: summaries[stage].fraction_busy, reverse=True)
+    fractions = [f"{stage} {summaries[stage].fraction_busy:.0%}" for stage in by_fraction]
     busiest = by_fraction[0]
-    if summaries[busiest].share_busy < _MIN_BUSY:
+    if summaries[busiest].fraction_busy < _MIN_BUSY:
         return f"no stage (busy: {', '.join(fractions)}): startup and scheduling took the remaining time"
-    return f"{busiest}, busy {summaries[busiest].share_busy:.0%} of the time ({', '.join(fractions[1:])})"
+    return f"{busiest}, busy {summaries[busiest].fraction_busy:.0%} of the time ({', '.join(fractions[1:])})"

@@ -116,7 +116,7 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     """
     model, storage = make_training_model(config), make_storage(config.storage)
     sections = {"train": config.train, "validation": config.validation}
-    data = {name: _dataset(storage, section, model) for name, section in sections.items()}
+    data = {name: _dataset(storage, section, name, model) for name, section in sections.items()}
     if config.cache:
         data = {name: dataset.materialize() for name, dataset in data.items()}
     workers, epoch_metrics = config.workers, Queue()
@@ -157,10 +157,10 @@ def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) 
     return _save_best(result, storage, f"{config.output.uri}/{config.output.name}/model")
 
 
-def _dataset(storage: Storage, section: InputConfig, model: TrainingModel) -> ray.data.Dataset:
+def _dataset(storage: Storage, section: InputConfig, name: str, model: TrainingModel) -> ray.data.Dataset:
     names = model.model.config.id2label
     options = ReadOptions.from_config(section, [names[i] for i in range(len(names))])
-    shards = list_input_shards(storage, section)
+    shards = list_input_shards(storage, section, f"{name}.uri")
     return labeled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
 
 

@@ -27,7 +27,7 @@ def kuberay_validator(kind: str) -> Any:
     return validator(versions["v1"]["schema"]["openAPIV3Schema"])
 
 
-def faults(schema: Json, document: Json) -> list[str]:
+def schema_errors(schema: Json, document: Json) -> list[str]:
     """Returns the errors of a document by a CRD's schema. Kubernetes itself defines `metadata`."""
     return [f"{error.json_path}: {error.message}" for error in validator(schema).iter_errors(document)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.configs.crds import Json, faults
+from tests.configs.crds import Json, schema_errors
 
 pytest.importorskip("jsonschema", reason="jsonschema is not installed")
 
@@ -67,6 +67,6 @@ def test_kubernetes_extensions_of_schemas_are_applied(
 ) -> None:
     resource = {"type": "object", "properties": {"spec": schema}}
     for value in right:
-        assert faults(resource, {"kind": "X", "spec": value}) == [], value
+        assert schema_errors(resource, {"kind": "X", "spec": value}) == [], value
     for value in wrong:
-        assert faults(resource, {"kind": "X", "spec": value}), value
+        assert schema_errors(resource, {"kind": "X", "spec": value}), value

@@ -61,7 +61,7 @@ def monitor_validator() -> Any:
     return Draft202012Validator(yaml.safe_load((Path(__file__).parent / "podmonitor.yaml").read_text()))
 
 
-def faults(document: Json) -> list[str]:
+def schema_errors(document: Json) -> list[str]:
     """Returns the errors of a document by the schema of its kind."""
     if document["apiVersion"] == "monitoring.coreos.com/v1":
         return [error.message for error in monitor_validator().iter_errors(document)]
@@ -101,7 +101,7 @@ def _schemas() -> None:
     "document", [d for _, d in DOCUMENTS], ids=[f"{n} {d['kind']}" for n, d in DOCUMENTS]
 )
 def test_every_manifest_is_valid(document: Json) -> None:
-    assert faults(document) == []
+    assert schema_errors(document) == []
 
 
 @pytest.mark.slow
@@ -117,10 +117,10 @@ def test_misspelled_field_is_rejected_at_every_level(name: str) -> None:
             if field in ("kind", "apiVersion") and mapping is document:
                 continue  # they select the schema
             mapping[f"{field}s"] = mapping.pop(field)
-            assert faults(document), f"{field}s"
+            assert schema_errors(document), f"{field}s"
             mapping[field] = mapping.pop(f"{field}s")
             checked += 1
-    assert faults(document) == []
+    assert schema_errors(document) == []
     assert checked > {"access.yaml": 2, "config.yaml": 2, "podmonitor.yaml": 8}.get(name, 50)
 
 
@@ -143,7 +143,7 @@ def test_value_of_wrong_type_is_rejected(path: str, value: object) -> None:
     for part in before:
         place = place[int(part) if part.isdecimal() else part]
     place[last] = value
-    assert len(faults(document)) == 1
+    assert len(schema_errors(document)) == 1
 
 
 # Against this project's commands and configuration ----------------------------------------------

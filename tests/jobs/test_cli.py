@@ -91,7 +91,7 @@ def test_unknown_field_ends_with_2_and_is_named(job: Path) -> None:
 def test_empty_prefix_ends_with_4_and_lists_formats(job: Path, bucket: str) -> None:
     done = cvt_label("label", "--config", job)
     assert done.returncode == 4
-    assert f"{bucket}/in: no shards found" in done.stderr
+    assert f"input.uri: no shards found in {bucket}/in;" in done.stderr
     assert ".tar" in done.stderr
 
 

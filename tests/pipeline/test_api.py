@@ -12,8 +12,9 @@ import pytest
 
 import pipeline
 from pipeline.config import ConfigError
-from pipeline.storage import StorageError
+from pipeline.storage import Storage, StorageError
 from tests.makers import make_samples, make_tar
+from tests.partitions import make_predictions, write_partition
 
 
 def job(root: Path, *overrides: str) -> pipeline.Config:
@@ -37,12 +38,12 @@ def test_every_public_name_exists() -> None:
         _ = pipeline.nonsense
 
 
-def test_label_returns_what_it_did(labeled: tuple[Path, pipeline.RunResult]) -> None:
+def test_label_returns_the_result_of_the_run(labeled: tuple[Path, pipeline.RunResult]) -> None:
     _, result = labeled
     assert (result.totals.images, result.totals.shards, result.is_complete) == (8, 2, True)
 
 
-def test_plan_finds_what_is_new(labeled: tuple[Path, pipeline.RunResult]) -> None:
+def test_plan_lists_new_shards(labeled: tuple[Path, pipeline.RunResult]) -> None:
     root, _ = labeled
     assert pipeline.plan(job(root)).plan.shards == []
     again = pipeline.plan(job(root), pipeline.Selection(relabel=True)).plan
@@ -58,6 +59,13 @@ def test_labels_are_read_without_their_model(labeled: tuple[Path, pipeline.RunRe
     assert "score" in next(iter(partition.read_labels())).column_names
     assert partition.labels[0] == "T-shirt/top"
     assert partition.topk() == 5
+
+
+def test_topk_is_at_most_the_number_of_classes(tmp_path: Path) -> None:
+    uri, labels = f"{tmp_path}/model=a-00000000", ["a", "b", "c"]
+    shards = {"/in/0.tar": make_predictions("/in/0.tar", labels, [0])}
+    write_partition(Storage(), uri, labels, [shards], {"config": {"output": {"topk": 11}}})
+    assert pipeline.open_partition(uri).topk() == 3
 
 
 def test_a_configuration_finds_its_partition(labeled: tuple[Path, pipeline.RunResult]) -> None:

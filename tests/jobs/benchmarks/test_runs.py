@@ -14,7 +14,7 @@ import pytest
 
 from jobs.benchmarks.contenders import Task, engine_alone, task_config
 from jobs.benchmarks.figures import BenchmarkError
-from jobs.benchmarks.runs import check_labels, read_events, run_process, steady_rate
+from jobs.benchmarks.runs import check_labels, contender_rate, read_events, run_process
 
 pytestmark = pytest.mark.slow
 
@@ -47,13 +47,13 @@ def test_lost_or_repeated_images_fail(
         check_labels("dataloader", str(tmp_path / "out"), 3)
 
 
-def test_steady_rate_is_from_the_first_batch_to_the_last(task: Task) -> None:
+def test_contender_rate_is_from_the_first_batch_to_the_last(task: Task) -> None:
     events = task.events
     events.write_text("32 10.0\n32 14.0\n8 15.0\n32 12.0\n")  # processes may write out of order
-    assert steady_rate("ray", read_events(task)) == 72 / 5
+    assert contender_rate("ray", read_events(task)) == 72 / 5
     events.write_text("32 10.0\n")
     with pytest.raises(BenchmarkError, match="too few images"):
-        steady_rate("ray", read_events(task))
+        contender_rate("ray", read_events(task))
 
 
 def test_contenders_start_without_heavy_imports() -> None:

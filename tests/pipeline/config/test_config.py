@@ -387,6 +387,25 @@ def test_schedule_without_croniter_names_the_extra(tmp_path: Path, monkeypatch: 
         load_config(ScheduleConfig, CONFIGS[0].parent / "schedule.yaml")
 
 
+@pytest.mark.parametrize(
+    ("cron", "expected"),
+    [
+        ("*/61 * * * *", "the step 61 of the minute is larger than the range of 60 values"),
+        ("0 0-5,8-12/25 * * *", "the step 25 of the hour is larger than the range of 24 values"),
+        ("0 0 */32 * *", "the step 32 of the day of month is larger than the range of 31 values"),
+        ("0 0 1 */13 *", "the step 13 of the month is larger than the range of 12 values"),
+        ("0 0 * * */8", "the step 8 of the day of week is larger than the range of 7 values"),
+    ],
+)
+def test_cron_step_larger_than_its_field_is_rejected(tmp_path: Path, cron: str, expected: str) -> None:
+    pytest.importorskip("croniter")
+    path = CONFIGS[0].parent / "schedule.yaml"
+    name = next(iter(load_config(ScheduleConfig, path).datasets))
+    with pytest.raises(ConfigError, match=expected):
+        load_config(ScheduleConfig, path, [f"datasets.{name}.cron={cron}"])
+    load_config(ScheduleConfig, path, [f"datasets.{name}.cron=*/60 */24 */31 */12 */7"])
+
+
 def test_gpu_cluster_file_has_every_field() -> None:
     shown = yaml.safe_load((CONFIGS[0].parent / "gpu_cluster.yaml").read_text())
     whole = load_config(Config, CONFIGS[0].parent / "gpu_cluster.yaml").model_dump()

@@ -39,7 +39,14 @@ RECORD: dict[str, Any] = {
     "counts": {"shards": 2, "unreadable_shards": 0, "images": 400, "errors": 4, "duplicate_keys": 0},
     "timings": {"planned": 1.0, "executor_ready": 2.0, "first_result": 3.0, "last_result": 12.0},
     "stages": {
-        stage: {"images": 400, "busy_s": busy, "wait_s": 5.0, "bytes": 10**6, "workers": 1, "share_busy": 0.5}
+        stage: {
+            "images": 400,
+            "busy_s": busy,
+            "wait_s": 5.0,
+            "bytes": 10**6,
+            "workers": 1,
+            "fraction_busy": 0.5,
+        }
         for stage, busy in (("storage", 1.0), ("decode", 2.0), ("classify", 9.0), ("commit", 0.5))
     },
     "bound_by": "classify, busy 90% of the time",

@@ -172,7 +172,7 @@ def test_manifest_record_and_report_describe_the_run(formats: tuple[RunResult, l
     for stage in stages.values():
         assert stage["busy_s"] > 0
         assert stage["bytes"] > 0
-        assert 0 < stage["share_busy"] <= 1
+        assert 0 < stage["fraction_busy"] <= 1
     assert stages["decode"]["bytes"] == 100 * 28 * 28 * 3
     assert "too short" in record["bound_by"]
     assert record["decoder"] == "the CPU, exact"

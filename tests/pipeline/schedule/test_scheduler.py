@@ -93,7 +93,7 @@ class Bench:
 
 
 def is_submitted(state: DatasetState) -> bool:
-    """Whether the dataset's job is submitted and not known to be finished."""
+    """Returns whether the dataset's job is submitted and not known to be finished."""
     return state.current_job is not None and state.current_job.submitted and state.current_job.error is None
 
 

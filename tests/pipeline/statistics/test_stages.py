@@ -121,7 +121,7 @@ def test_gpu_utilization_is_none_without_a_gpu() -> None:
 
 def test_run_without_results_has_stage_summaries() -> None:
     figures = summarize_stages({}, {STORAGE: 1, DECODE: 1, COMMIT: 1}, seconds=0.0)
-    assert {f.share_busy for f in figures.values()} == {0.0}
+    assert {f.fraction_busy for f in figures.values()} == {0.0}
     assert describe_bottleneck(figures) == "unknown: the run was too short"
 
 
@@ -132,7 +132,7 @@ def test_bottleneck_of_a_short_run_is_unknown() -> None:
         CLASSIFY: StageMetrics(busy_s=0.4, wait_s=0.1),
     }
     figures = summarize_stages(metrics, {STORAGE: 1, DECODE: 2, COMMIT: 4}, seconds=0.5)
-    assert figures[STORAGE].share_busy == 1
+    assert figures[STORAGE].fraction_busy == 1
     assert describe_bottleneck(figures) == "unknown: the run was too short"
 
 
