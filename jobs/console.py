@@ -24,7 +24,7 @@ from pipeline.read import NoShardsError
 from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
 from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
-from pipeline.storage import StorageError
+from pipeline.storage import StorageError, is_under, normalize_uri
 from pipeline.text import escape_unprintable, pluralize
 
 
@@ -75,7 +75,8 @@ PartitionConfigOption = Annotated[
         "--config",
         "-c",
         metavar="FILE",
-        help="Configuration of a labeling job, in place of the URI. The model is not loaded.",
+        help="Configuration of a labeling job, in place of the URI. The model is not loaded, except by "
+        "`stats --rebuild`.",
     ),
 ]
 AddressOption = Annotated[
@@ -148,6 +149,25 @@ def exit_on_error() -> Iterator[None]:
         _exit(ExitStatus.INTERRUPTED, "stopped; run the same command again to label the remaining shards")
     except KeyboardInterrupt:
         _exit(ExitStatus.INTERRUPTED, "interrupted")
+
+
+@contextmanager
+def naming_option(option: str, uri: str | None, problem: str = "") -> Iterator[None]:
+    """Names the option in a storage error at or under the option's URI.
+
+    Args:
+        option: name of the option.
+        uri: value of the option; None changes no error.
+        problem: text before the cause of an error at the URI itself.
+    """
+    try:
+        yield
+    except StorageError as error:
+        if uri is None or not is_under(error.uri, target := normalize_uri(uri)):
+            raise
+        name = error.uri[len(target) :].strip("/")
+        place = f"{name}: " if name else problem
+        raise StorageError(f"{option} {uri}", f"{place}{error.cause}") from error
 
 
 def _exit(status: ExitStatus, message: str, *more_lines: str) -> None:
@@ -268,9 +288,10 @@ def resolve_partition(uri: str | None, config: Path | None, overrides: list[str]
 def make_class_table(classes: pa.Table, top: int) -> Table:
     """Returns a table of the `top` most frequent predicted classes."""
     rows = predicted_classes(classes)
-    title = f"Classes of all {pluralize(sum(row['count'] for row in rows), 'labeled image')}"
+    images = sum(row["count"] for row in rows)
+    title = f"Classes of {'all ' if images > 1 else ''}{pluralize(images, 'labeled image')}"
     if top < len(rows):
-        title += f" (the {top} most frequent of {len(rows)})"
+        title += f" (the {f'{top} ' if top > 1 else ''}most frequent of {len(rows)})"
     headings = ["images", "%", "score", "p05", "p50", "p95"]
     if any(row["support"] is not None for row in rows):
         headings += ["precision", "recall", "F1"]
@@ -292,7 +313,7 @@ def describe_plan(plan: Plan) -> str:
 
 def describe_ignored(plan: Plan) -> str:
     """Describes the ignored objects of the input: the number in total and by reason."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(plan.ignored.items()))
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(plan.ignored.items()))
     return pluralize(plan.ignored.total(), "object") + (f" ({reasons})" if reasons else "")
 
 

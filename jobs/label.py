@@ -149,6 +149,8 @@ class ProgressLog:
         self._estimator = Estimator()
         self._finished = threading.Event()
         self._message = ""
+        self._phase = Phase.PLANNING
+        self._phase_started = time.monotonic()
         self._thread = threading.Thread(target=self._log, name="progress", daemon=True)
 
     def close(self) -> None:
@@ -164,6 +166,7 @@ class ProgressLog:
 
     def show_phase(self, phase: Phase) -> None:
         """Logs the name of a phase."""
+        self._phase, self._phase_started = phase, time.monotonic()
         logger.info("%s", phase)
 
     def show_progress(self, progress: commit.Progress, prepared: PreparedRun) -> None:
@@ -177,9 +180,9 @@ class ProgressLog:
             logger.info("%s", self._message)
 
     def _log(self) -> None:
-        started = time.monotonic()
         while not self._finished.wait(self._interval):
-            logger.info("%s", self._message or f"no results after {time.monotonic() - started:.0f} s")
+            seconds = time.monotonic() - self._phase_started
+            logger.info("%s", self._message or f"{self._phase}, {seconds:.0f} s")
 
 
 class Estimate(NamedTuple):
@@ -234,7 +237,7 @@ def print_result(result: RunResult) -> None:
     if plan.shards:
         labeled = totals.shards - len(totals.unreadable)
         fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}"
-        fields["errors"] = f"{totals.errors:,}"
+        fields["errors"] = f"{totals.errors:,}" + (" (listed in the report)" if totals.errors else "")
         rate = result.images_per_s
         too_short = "unknown: the run was too short"
         fields["images/s"] = too_short if rate is None else f"{rate:,.1f} from the first result to the last"

@@ -8,6 +8,7 @@ from rich.filesize import decimal
 
 from jobs import console
 from pipeline import plan as plan_run
+from pipeline.read import MAX_IGNORED_EXAMPLES
 from pipeline.run import Plan
 from pipeline.text import escape_unprintable, pluralize
 
@@ -26,7 +27,11 @@ def plan(
         bool, typer.Option("--shards", help="Print each shard to label, one per line.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print the ignored objects of the input, by reason.")
+        bool,
+        typer.Option(
+            "--verbose",
+            help=f"Print the ignored objects of the input by reason, at most {MAX_IGNORED_EXAMPLES} each.",
+        ),
     ] = False,
 ) -> None:
     """Print what `label` would do, without writing anything.
@@ -46,7 +51,7 @@ def plan(
             for uri in uris:
                 console.print_line(f"ignored ({reason}): {uri}")
             if others := planned.ignored[reason] - len(uris):
-                console.print_line(f"ignored ({reason}): {pluralize(others, 'other object')}")
+                console.print_line(f"ignored ({reason}): ... and {others:,} more")
     console.print_fields(
         {
             "input": job.config.input.uri,

@@ -35,7 +35,9 @@ def report(
     Exit status: 0 on success; 2 if the configuration is not valid; 4 if labels cannot be read or the report
     cannot be written.
     """
-    written = write_report(console.resolve_partition(uri, config, set), run, against or (), output)
+    partition = console.resolve_partition(uri, config, set)
+    with console.naming_option("--output", output, "cannot be written: "):
+        written = write_report(partition, run, against or (), output)
     console.print_line(f"report written to {written}")
 
 

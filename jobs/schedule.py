@@ -49,14 +49,14 @@ def schedule(
     loaded = load_config(ScheduleConfig, config, set or (), keep_relative_paths=True)
     if not (dry_run or status):
         sys.exit(_run(loaded, once))
-    result = ExitStatus.OK
+    result, width = ExitStatus.OK, max(map(len, loaded.datasets))
     for name, dataset in loaded.datasets.items():
         try:
             lines = list(_scheduled_times(dataset) if dry_run else _state(name, dataset))
         except Exception as error:  # does not affect the other datasets
             lines, result = [f"cannot be read: {error}"], ExitStatus.UNAVAILABLE
         for line in lines:
-            console.print_line(f"{name}  {line}")
+            console.print_line(f"{name:<{width}}  {line}")
     sys.exit(result)
 
 
@@ -83,17 +83,22 @@ def _scheduled_times(dataset: DatasetConfig) -> Iterator[str]:
 
 def _state(name: str, dataset: DatasetConfig) -> Iterator[str]:
     state = StateFile(name, dataset).read()
-    yield f"next: {_format_time(next_scheduled_times(dataset, datetime.now(UTC), 1)[0])}"
+    yield _field("next", _format_time(next_scheduled_times(dataset, datetime.now(UTC), 1)[0]))
     if state is None:
         yield "not polled by a scheduler yet"
         return
     if (current := state.current_job) is not None:
         error = f"; {current.error}" if current.error else ""
-        yield f"{'submitted' if current.submitted else 'claimed'}: {current.id}{error}"
+        yield _field("submitted" if current.submitted else "claimed", f"{current.id}{error}")
     if (last := state.last_job) is not None:
-        yield f"last: {last.id} {last.state.lower()}, exit status {last.exit_status}; {last.message}"
-    if state.last_skipped is not None:
-        yield f"skipped: {_format_time(state.last_skipped.scheduled_time)}; {state.last_skipped.reason}"
+        outcome = f"{last.state.lower()}, exit status {last.exit_status}; {last.message}"
+        yield _field("last", f"{last.id} {outcome}")
+    if (skipped := state.last_skipped) is not None:
+        yield _field("skipped", f"{_format_time(skipped.scheduled_time)}; {skipped.reason}")
+
+
+def _field(name: str, value: str) -> str:
+    return f"{name:<{len('submitted')}}  {value}"
 
 
 def _format_time(time: datetime) -> str:

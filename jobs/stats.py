@@ -43,7 +43,8 @@ def stats(
     if not manifest.num_rows:
         raise StorageError(partition.uri, "nothing is labeled yet")
     total, topk = partition.manifest.fold_statistics(), partition.topk()
-    console.print_table(console.make_class_table(class_table(total, partition.labels, topk), top))
+    if total.count.any():
+        console.print_table(console.make_class_table(class_table(total, partition.labels, topk), top))
     labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
     deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))
     fields = {

@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from cvt.runtimes import Device, Precision, Runtime, supported_precisions
 from jobs import console
@@ -65,7 +64,8 @@ def verify(
         raise ConfigError(str(error)) from None
     console.print_notice(f"transformers' model: {pluralize(len(pixels), 'image')}")
     reference = transformers_classifier(checkpoint)(pixels)
-    table = Table("runtime", "precision", "images", "same top class", "max logit difference", "passed")
+    numbers = ["images", "same top class", "max logit difference", "passed"]
+    table = console.make_table("Agreement with transformers", ["runtime", "precision"], numbers)
     status = console.ExitStatus.OK
     for engine in engines:
         console.print_notice(f"engine: {runtime}, {engine.precision}")
@@ -74,7 +74,7 @@ def verify(
         figures = f"{len(pixels):,}", f"{top1:.2%}", f"{difference:.2g}"
         table.add_row(runtime, engine.precision, *figures, "yes" if passed else "no")
         status = status if passed else console.ExitStatus.FAILED
-    console.stdout.print(table)
+    console.print_table(table)
     sys.exit(status)
 
 

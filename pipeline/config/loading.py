@@ -1,5 +1,6 @@
 """Loads a configuration from YAML 1.2 or from a run record, and applies overrides."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from pipeline.config.base import VALUE_HIDDEN, ConfigError
-from pipeline.config.fields import describe_unknown_field
+from pipeline.config.fields import describe_error
 from pipeline.config.job import Config
 from pipeline.config.train import TrainConfig
 from pipeline.text import remove_credentials
@@ -176,14 +177,12 @@ def _describe(
 ) -> tuple[bool, str]:
     """Returns whether a validation error comes from an override, and its message."""
     field = tuple(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
+    message = describe_error(kind, error)
+    if field[-1:] == ("[key]",):  # of a mapping, such as the name of a dataset
+        field, message = field[:-1], f"the name {message}"
     if named := re.match(r"([a-z]+\.[a-z_]+): ", message):  # a condition on several fields names one of them
         field, message = (*field, *named[1].split(".")), message.removeprefix(named[0])
     is_hidden = error["type"] == VALUE_HIDDEN
-    if error["type"] == "extra_forbidden":
-        message = describe_unknown_field(kind, field)
-    elif error["type"] == "missing":
-        message = "required, but missing"
     # The value of a dataset's field may come from the defaults of all datasets.
     origins = [field, ("defaults", *field[2:])] if field[:1] == ("datasets",) else [field]
     line = next((lines[origin] for origin in origins if origin in lines), None)
@@ -197,8 +196,8 @@ def _describe(
     if line is not None and not any(each[: len(field)] == field for each in overridden):
         place = f"line {line}: {place}"
     has_value = error["type"] not in ("extra_forbidden", "missing") and not is_hidden
-    if has_value and not isinstance(error["input"], Mapping):
-        message += f", not {_without_secrets(repr(error['input']))}"
+    if has_value and not isinstance(error["input"], Mapping) and error["input"] not in ("", []):
+        message += f", not {_without_secrets(_as_yaml(error['input']))}"
     return False, f"  {place}{message}"
 
 
@@ -209,6 +208,11 @@ def _find_override(origins: Iterable[Field], is_in_file: bool, overridden: dict[
             if origin[: len(option)] == option or (not is_in_file and option[: len(origin)] == origin):
                 return option
     return None
+
+
+def _as_yaml(value: Any) -> str:
+    """Returns a value as the user writes the value in YAML, as far as YAML and Python differ."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _without_secrets(text: str) -> str:

@@ -183,7 +183,10 @@ class _Publisher:
             tables = self._rows(merged, kept["shard"], added, snapshot.version)
             for number, rows in enumerate(pack_rows(tables, self.file_bytes)):
                 path = f"{folder}/{snapshot.name}-{number:04d}.parquet"
-                written.append(write_data_file(storage, self.table.uri, path, rows))
+                try:
+                    written.append(write_data_file(storage, self.table.uri, path, rows))
+                except StorageError as error:
+                    raise StorageError(self.table.uri, f"cannot be written: {error.cause}") from error
         except BaseException:
             for file in written:
                 with suppress(StorageError):  # would hide the first error

@@ -7,6 +7,7 @@ from pipeline.read.chunks import Chunk, split_into_chunks
 from pipeline.read.reader import read_samples
 from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import (
+    MAX_IGNORED_EXAMPLES,
     IgnoreReason,
     NoShardsError,
     Shard,

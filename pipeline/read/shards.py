@@ -19,7 +19,8 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp",
 _IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
-_MAX_EXAMPLES = 100
+#: Number of ignored objects whose URIs a listing keeps, by reason.
+MAX_IGNORED_EXAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class ShardListing(Iterator[Shard]):
     Attributes:
         format: The only format that is listed; None for all formats.
         ignored: Number of ignored objects so far, by reason.
-        ignored_examples: URIs of the first ignored objects, by reason.
+        ignored_examples: URIs of the first `MAX_IGNORED_EXAMPLES` ignored objects, by reason.
     """
 
     def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
@@ -104,7 +105,7 @@ class ShardListing(Iterator[Shard]):
             if format is None:
                 reason = IgnoreReason.HIDDEN if is_hidden else IgnoreReason.FORMAT
                 self.ignored[reason] += 1
-                if self.ignored[reason] <= _MAX_EXAMPLES:
+                if self.ignored[reason] <= MAX_IGNORED_EXAMPLES:
                     self.ignored_examples[reason].append(info.uri)
             elif format != "images":
                 yield Shard(info.uri, info.version, format, info.size)

@@ -75,8 +75,9 @@ def label(
                 plan = prepared.plan
                 clock.record("planned")
                 on_plan(prepared)
-                shards = pluralize(len(plan.shards), "shard")
-                logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
+                if plan.shards:
+                    shards = pluralize(len(plan.shards), "shard")
+                    logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.set(plan=counts | {"to_label": len(plan.shards)})
                 result = RunResult(run, job, plan, timings=clock.timings)

@@ -186,5 +186,7 @@ def _storage_errors(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ObjectNotFound(path, "no such file or folder") from error
+    except FileExistsError as error:  # from creating the parent folders
+        raise StorageError(path, "a parent folder of this path is a file") from error
     except OSError as error:
         raise StorageError(path, error.strerror or str(error)) from error

@@ -72,7 +72,20 @@ def test_plan_counts_image_files(tmp_path: Path) -> None:
     done = cvt_label("plan", "--config", job)
     assert "3 images: 3 new; 3 to label" in done.stdout
     assert "1 image group; " in done.stdout
-    assert "1 object (1 hidden name)" in done.stdout
+    assert "1 object (hidden name: 1)" in done.stdout
+
+
+def test_plan_names_at_most_100_ignored_objects_per_reason(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(make_image())
+    for i in range(102):
+        (tmp_path / "in" / f"{i:03d}.txt").touch()
+    job = tmp_path / "job.yaml"
+    job.write_text(JOB.format(input=tmp_path / "in", output=tmp_path / "out"))
+    lines = cvt_label("plan", "--config", job, "--verbose").stdout.splitlines()
+    ignored = [line for line in lines if line.startswith("ignored (other format): ")]
+    assert len(ignored) == 101
+    assert ignored[-1] == "ignored (other format): ... and 2 more"
 
 
 def test_help_of_label_lists_exit_statuses() -> None:
@@ -133,7 +146,7 @@ def test_plan_lists_shards_and_writes_nothing(job: Path, bucket: str, storage: S
     assert "2 shards: 2 new; 2 to label" in done.stdout
     assert "1 image group, 1 tar shard; " in done.stdout
     assert f"ignored (other format): {bucket}/in/notes.txt" in done.stdout
-    assert "1 object (1 other format)" in done.stdout
+    assert "1 object (other format: 1)" in done.stdout
     assert f"{bucket}/in/a.tar" in done.stdout
     assert f"{bucket}/out/model=fashion-mnist-" in done.stdout
     assert [o.uri for o in storage.list(f"{bucket}/out")] == []

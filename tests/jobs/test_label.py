@@ -62,7 +62,7 @@ def test_progress_is_logged_before_and_between_results(
         progress_log.show_phase(Phase.STARTING_RAY)
         assert caplog.messages == ["starting Ray"]
         progress_log.show_plan(plan)
-        wait_for(r"no results after \d+ s", 2)
+        wait_for(r"starting Ray, \d+ s", 2)
         progress_log.show_progress(Progress(7, 1, 1, 0.5), prepared)
         wait_for("1 of 2 shards, 7 images, 1 error", 3)
         progress_log.show_progress(Progress(9, 1, 2, 1.0), prepared)

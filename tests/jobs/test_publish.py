@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -15,7 +16,8 @@ from jobs.console import make_app
 from jobs.local_s3 import LocalS3
 from jobs.publish import publish
 from pipeline.config import Config, load_config
-from pipeline.storage import Storage
+from pipeline.publish.data_files import DataFile
+from pipeline.storage import Storage, StorageError
 from tests.pipeline.publish.tables import Dataset, needs_delta
 
 needs_delta()
@@ -225,3 +227,20 @@ def test_no_secret_is_written_or_logged(
         assert s3_server.secret_key.encode() not in content
         assert s3_server.access_key.encode() not in content
     assert s3_server.secret_key not in done.stdout + done.stderr
+
+
+def test_unwritable_table_ends_with_4_and_names_the_option(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    table = f"{tmp_path}/file/table"
+    done = command(dataset.uri, "--to", table)
+    assert (done.status, done.output) == (4, f"cvt-label: --to {table}: _delta_log: Not a directory\n")
+
+    def write(storage: Storage, table: str, path: str, rows: pa.Table) -> DataFile:
+        raise StorageError(f"{table}/{path}", "access denied")
+
+    monkeypatch.setattr("pipeline.publish.publishing.write_data_file", write)
+    done = command(dataset.uri, "--to", dataset.table)
+    assert done.status == 4
+    assert done.output == f"cvt-label: --to {dataset.table}: cannot be written: access denied\n"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.command import cvt_label
 from tests.pipeline.report.test_report import make_partition
 
@@ -18,6 +20,16 @@ def test_report_is_written_to_the_partition_or_to_output(tmp_path: Path) -> None
     page = tmp_path / "page.html"
     assert cvt_label("report", uri, "--output", page).returncode == 0
     assert page.read_bytes() == Path(uri, "report.html").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_unwritable_output_ends_with_4_and_names_the_option(tmp_path: Path, command: str) -> None:
+    uri = make_partition(tmp_path, ["a", "b"]).uri
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "page.html"
+    done = cvt_label(command, *[uri] * (2 if command == "compare" else 1), "--output", output)
+    assert done.returncode == 4
+    assert f"--output {output}: cannot be written: a parent folder of this path is a file" in done.stderr
 
 
 def test_missing_run_record_ends_with_4(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ def test_run_from_record_keeps_and_prints_its_selection(job: Path) -> None:
     assert repeated["counts"] == values["counts"] | {
         "shards": 1, "images": 1 + 1, "errors": 1, "pruned_shards": 1,
     }  # fmt: skip
+
+
+def test_errors_are_reported_and_second_run_labels_nothing(
+    job: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert re.search(r"^errors +2 \(listed in the report\)$", run("label", job).output, re.M)
+    assert "labels 2 shards to" in caplog.text
+    caplog.clear()
+    assert "0 to label" in run("label", job).output
+    assert " shards to" not in caplog.text
 
 
 def test_options_override_the_recorded_selection(job: Path) -> None:

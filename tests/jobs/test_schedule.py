@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_dry_run_prints_next_scheduled_times() -> None:
     lines = shown.output.splitlines()
     assert len(lines) == 6
     assert "02:00 Europe/Berlin" in lines[0]
+    assert all(re.match(r"products  20|reviews   20", line) for line in lines)
 
 
 def test_invalid_list_ends_with_2_and_names_the_field(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.config.base import Section
+from pipeline.config.fields import describe_error
 from pipeline.run import make_job
 
 MINIMAL = """\
@@ -144,10 +146,10 @@ def test_unknown_field_gets_a_suggestion_from_its_section(tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("output.topk=x", "Input should be a valid integer"),
+        ("output.topk=x", "must be an integer"),
         ("output.topkk=3", "unknown field; did you mean `topk`?"),
         ("outputs.topk=3", "outputs: unknown field; did you mean `output`?"),
-        ("model={path: 3}", "model.path: Input should be a valid string"),
+        ("model={path: 3}", "model.path: must be text"),
         ("model={}", "model.path: required, but missing"),
         ("decode.device=gpu", "'gpu' needs classify.device 'cuda', not 'auto'"),
     ],
@@ -156,11 +158,41 @@ def test_error_of_an_override_is_reported_as_the_options(tmp_path: Path, overrid
     assert error_of(tmp_path, MINIMAL, override) == f"--set {override}: {message}"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("read: 3", "read: expected a section with the fields concurrency, num_cpus, "),
+        ("storage: s3", "storage: expected a section with the fields endpoint_url, region, not 's3'"),
+        ("read: {concurrency: 2.5}", "read.concurrency: must be an integer, not 2.5"),
+        ("read: {concurrency: true}", "read.concurrency: must be an integer, not true"),
+        ("read: {num_cpus: x}", "read.num_cpus: must be a number, not 'x'"),
+        ("read: {num_cpus: .inf}", "read.num_cpus: must be a finite number, not inf"),
+        ("input: {uri: /in, labels: 1}", "input.labels: must be true or false, not 1"),
+        ("model: {path: null}", "model.path: must be text, not null"),
+        ("output: {uri: ''}", "output.uri: must not be empty"),
+        ("decode: {quality: best}", "decode.quality: must be one of 'exact' or 'fast', not 'best'"),
+        ("report: {gallery: 21}", "report.gallery: must be at most 20, not 21"),
+        ("gate: {max_js: 0}", "gate.max_js: must be greater than 0, not 0"),
+    ],
+)
+def test_invalid_value_is_described_in_plain_words(tmp_path: Path, text: str, message: str) -> None:
+    sections = {"input": "{uri: /in}", "model": "{path: fashion-mnist}", "output": "{uri: /out}"}
+    name, _, section = text.partition(": ")
+    lines = [f"{each}: {value}" for each, value in (sections | {name: section}).items()]
+    found = error_of(tmp_path, "\n".join(lines)).splitlines()[1]
+    assert re.sub(r"^  line \d: ", "", found).startswith(message)
+
+
+def test_unknown_type_of_error_keeps_the_text_of_pydantic() -> None:
+    error = {"type": "url_type", "loc": ("model", "path"), "msg": "URL input should be a string"}
+    assert describe_error(Config, error) == error["msg"]
+
+
 def test_errors_of_file_and_overrides_are_reported_separately(tmp_path: Path) -> None:
     assert error_of(tmp_path, MINIMAL + "  topk: 0\n", "run.grace_period_s=x") == (
         f"{tmp_path}/job.yaml:\n"
-        "  line 7: output.topk: Input should be greater than or equal to 1, not 0\n"
-        "--set run.grace_period_s=x: Input should be a valid number"
+        "  line 7: output.topk: must be at least 1, not 0\n"
+        "--set run.grace_period_s=x: must be a number"
     )
 
 

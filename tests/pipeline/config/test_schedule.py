@@ -37,8 +37,11 @@ def test_fields_of_a_dataset_override_the_defaults() -> None:
         (("0 * * * *", "0 * * *"), "line 3: datasets.a.cron: "),
         (("0 * * * *", "R * * * *"), "line 3: datasets.a.cron: "),
         (("0 * * * *", "0 0 31 2 *"), "line 3: datasets.a.cron: "),
-        (("defaults:", "defaults:\n  timezone: Mars/Olympus"), "datasets.a.timezone: invalid timezone"),
-        (("  a:", "  ../a:"), "datasets.../a"),
+        (
+            ("defaults:", "defaults:\n  timezone: Mars/Olympus"),
+            "datasets.a.timezone: must be an IANA time zone",
+        ),
+        (("  a:", "  ../a:"), "datasets.../a: the name must match the pattern ^[A-Za-z0-9]"),
     ],
 )
 def test_invalid_schedule_is_reported_with_file_line_and_field(
@@ -61,10 +64,10 @@ def test_invalid_schedule_is_reported_with_file_line_and_field(
     ("override", "message"),
     [
         ("datasets.a.cron=never", "expected a cron expression of five fields"),
-        ("datasets.a.output.topk=x", "Input should be a valid integer"),
+        ("datasets.a.output.topk=x", "must be an integer"),
         ("datasets.a.model.pathh=x", "unknown field; did you mean `path`?"),
-        ("defaults.output.topk=x", "datasets.a.output.topk: Input should be a valid integer"),
-        ("submit.poll_interval_s=0", "Input should be greater than 0"),
+        ("defaults.output.topk=x", "datasets.a.output.topk: must be an integer"),
+        ("submit.poll_interval_s=0", "must be greater than 0"),
     ],
 )
 def test_error_of_an_override_is_reported_as_the_options(tmp_path: Path, override: str, message: str) -> None:

@@ -140,8 +140,8 @@ def test_scheduled_time_is_submitted_once_or_skipped_while_a_job_runs(bench: Ben
     assert [job.metadata["idempotency_key"] for job in bench.jobs()] == ["20260305T1500Z", "20260301T1300Z"]
     assert bench.end_jobs() == 2
     shown = invoke(schedule, "--config", bench.file, "--status")
-    assert f"last: {job.id} failed, exit status 3" in shown.output
-    assert "skipped: 2026-03-01 14:00 UTC" in shown.output
+    assert f"last       {job.id} failed, exit status 3" in shown.output
+    assert "skipped    2026-03-01 14:00 UTC" in shown.output
 
 
 class Killed(BaseException):
