@@ -136,7 +136,7 @@ def test_cluster_commands_leave_no_secret_in_storage_terminal_or_logs(
     planted = {"HF_TOKEN": f"hf_{PLANTED}", "MY_TOKEN": PLANTED}
     done = cvt_label_process("schedule", "--config", path, "--once", **planted)
     output["schedule"] = done.stdout + done.stderr
-    assert "submitted  label-" in output["schedule"]
+    assert "submitted: label-" in output["schedule"]
     state = file.read()
     assert state is not None
     assert state.current_job is not None
