@@ -17,7 +17,7 @@ from typing import Any, NewType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage, StorageError, read_table
 
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
 _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
@@ -224,7 +224,7 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
     def read(file: io.BufferedReader) -> tuple[Footer, pa.Table]:
         footer = read_footer(uri, file)
         try:
-            return footer, pq.read_table(file, columns=list(columns)).select(columns)
+            return footer, read_table(file, columns).select(columns)
         except (pa.ArrowInvalid, KeyError) as error:
             raise StorageError(uri, f"not a prediction file: {error}") from None
 

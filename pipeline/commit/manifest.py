@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.predictions import Footer, deserialize_statistics, read_footer
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ABSENT, Storage, StorageError, is_under
+from pipeline.storage import ABSENT, Storage, StorageError, is_under, read_row_groups
 
 T = TypeVar("T")
 _READERS = 32
@@ -138,22 +138,14 @@ class Manifest:
 
         Calls `consume` again if another writer replaces the manifest during the read.
         """
-
-        def read(file: BinaryIO) -> T:
-            return consume(self._row_groups(file, columns))
-
-        found = self.storage.read_latest(self.uri, read, buffered=False)
+        rows = partial(_row_groups, self.uri, columns=columns)
+        found = self.storage.read_latest(self.uri, lambda file: consume(rows(file)))
         return consume(()) if found is None else found.content
 
     def _read_labeled(
         self, columns: Collection[str], run: str | None, consume: Callable[[Iterable[pa.Table]], T]
     ) -> T:
-        def labeled(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-            for table in tables:
-                table = table.filter(pc.is_valid(table["output"]))
-                yield table if run is None else table.filter(pc.equal(table["run"], run))
-
-        return self._read({*columns, "output", "run"}, lambda tables: consume(labeled(tables)))
+        return self._read({*columns, "output", "run"}, lambda tables: consume(_only_labeled(tables, run)))
 
     def entries(self) -> dict[str, ManifestRow]:
         """Returns all rows by URI, with the fields that planning needs; other fields are None."""
@@ -266,20 +258,8 @@ class Manifest:
     def _tables(self, version: str) -> Iterator[pa.Table]:
         """Yields the rows of a version, one row group at a time."""
         if version != ABSENT:
-            with self.storage.open_unbuffered(self.uri, version) as file:
-                yield from self._row_groups(file, _SCHEMA.names)
-
-    def _row_groups(self, file: BinaryIO | io.RawIOBase, columns: Collection[str]) -> Iterator[pa.Table]:
-        try:
-            manifest = pq.ParquetFile(file, pre_buffer=True)
-            missing = sorted(set(_SCHEMA.names) - set(manifest.schema_arrow.names))
-            if missing:
-                cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
-                raise StorageError(self.uri, cause)
-            for group in range(manifest.num_row_groups):
-                yield manifest.read_row_group(group, columns=list(columns))
-        except (pa.ArrowInvalid, ValueError, KeyError) as error:
-            raise StorageError(self.uri, f"not a manifest: {error}") from None
+            with self.storage.open(self.uri, version) as file:
+                yield from _row_groups(self.uri, file, _SCHEMA.names)
 
     def _rewrite(self, make_tables: Callable[[str], Iterable[pa.Table]]) -> None:
         """Replaces the manifest; `make_tables` gets the current version and returns all rows."""
@@ -323,6 +303,24 @@ def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> 
         with storage.open(file_uri) as file:
             serialized = read_footer(file_uri, file).statistics
     return deserialize_statistics(serialized)
+
+
+def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> Iterator[pa.Table]:
+    """Yields columns of a manifest, one row group at a time; raises `StorageError` if it isn't one."""
+    try:
+        missing = sorted(set(_SCHEMA.names) - set(pq.read_schema(file).names))
+        if missing:
+            cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
+            raise StorageError(uri, cause)
+        yield from read_row_groups(file, columns)
+    except (pa.ArrowInvalid, ValueError, KeyError) as error:
+        raise StorageError(uri, f"not a manifest: {error}") from None
+
+
+def _only_labeled(tables: Iterable[pa.Table], run: str | None) -> Iterator[pa.Table]:
+    for table in tables:
+        table = table.filter(pc.is_valid(table["output"]))
+        yield table if run is None else table.filter(pc.equal(table["run"], run))
 
 
 def _joined(columns: Collection[str], tables: Iterable[pa.Table]) -> pa.Table:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.commit.manifest import Manifest
 from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
-from pipeline.storage import ObjectNotFound, Storage, StorageError, normalize_uri
+from pipeline.storage import ObjectNotFound, Storage, StorageError, normalize_uri, read_table
 
 CLASS_STATS = "class_stats.parquet"
 
@@ -51,11 +51,10 @@ class Partition:
         """
         for info in prediction_files(self.storage, self.uri):
             with self.storage.open(info.uri, info.version) as file:
-                parquet = pq.ParquetFile(file)
-                unknown = {*(columns or ())} - {*parquet.schema_arrow.names}
+                unknown = {*(columns or ())} - {*pq.read_schema(file).names}
                 if unknown:
                     raise StorageError(info.uri, f"has no column {', '.join(sorted(unknown))}")
-                yield parquet.read(None if columns is None else list(columns))
+                yield read_table(file, columns)
 
     @property
     def name(self) -> str:
@@ -77,7 +76,7 @@ class Partition:
         """`class_stats.parquet`: one row per class; raises `StorageError` if there is no such file."""
         uri = f"{self.uri}/{CLASS_STATS}"
         try:
-            return pq.read_table(io.BytesIO(self.storage.read(uri))).select(CLASS_STATS_SCHEMA.names)
+            return read_table(io.BytesIO(self.storage.read(uri))).select(CLASS_STATS_SCHEMA.names)
         except ObjectNotFound:
             raise StorageError(
                 self.uri,

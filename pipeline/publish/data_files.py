@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.predictions import ROW_GROUP_ROWS, prediction_schema
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage, StorageError, read_table
 
 #: Sort order of a file: by class, then the lowest score first. A filter on label, or on label and score,
 #: reads only a few row groups of each file. Shard and index make the order unique.
@@ -66,11 +66,10 @@ def read_rows(
     """
     try:
         with storage.open(uri, version) as file:
-            parquet = pq.ParquetFile(file)
             values = {**constants}
-            if "embedding" not in parquet.schema_arrow.names:
+            if "embedding" not in pq.read_schema(file).names:
                 values["embedding"] = None
-            rows = parquet.read(columns=[name for name in columns if name not in values])
+            rows = read_table(file, [name for name in columns if name not in values])
         schema = pa.schema([SCHEMA.field(name) for name in columns])
         arrays = [
             pa.repeat(pa.scalar(values[field.name], field.type), len(rows))

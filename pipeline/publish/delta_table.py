@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.publish.data_files import SCHEMA, DataFile
-from pipeline.storage import ObjectNotFound, Storage, StorageError
+from pipeline.storage import ObjectNotFound, Storage, StorageError, read_table
 
 #: Operations that are allowed between publications, because they do not change rows.
 _MAINTENANCE_OPERATIONS = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -166,7 +166,7 @@ class DeltaTable:
             return logged, "the table's log contains no publication of this model" if logged.files else None
         uri = self._shards_uri(logged)
         try:
-            table = pq.read_table(io.BytesIO(self.storage.read(uri)))
+            table = read_table(io.BytesIO(self.storage.read(uri)))
         except ObjectNotFound:
             return logged, f"the list of shards is missing: {uri}"
         published_files = json.loads(table.schema.metadata[_METADATA_KEY])["files"]

@@ -19,7 +19,7 @@ from pipeline.classify import (
     rank_scores,
 )
 from pipeline.read import Chunk, Shard
-from pipeline.storage import Storage
+from pipeline.storage import Storage, read_table
 
 GALLERY_FILE = "gallery.parquet"
 
@@ -146,7 +146,7 @@ def select_best(items: Iterable[GalleryItem], count: int) -> list[GalleryItem]:
 def read_gallery(storage: Storage, partition: str) -> list[GalleryItem]:
     """Reads the gallery of a partition; returns an empty list if the partition has none."""
     stored = storage.read_latest(
-        f"{partition}/{GALLERY_FILE}", lambda file: pq.read_table(file, schema=_SCHEMA)
+        f"{partition}/{GALLERY_FILE}", lambda file: read_table(file).select(_SCHEMA.names).cast(_SCHEMA)
     )
     return [] if stored is None else [GalleryItem(**row) for row in stored.content.to_pylist()]
 

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-import pyarrow.parquet as pq
-
 from pipeline.commit import ManifestRow, Partition, prediction_files
 from pipeline.predictions import prediction_path
 from pipeline.read import Shard
 from pipeline.run.planning import find_regrouped
 from pipeline.run.recording import RunContext
-from pipeline.storage import ObjectChanged, ObjectNotFound
+from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
 
 _THREADS = 16
 
@@ -113,7 +111,7 @@ def _regrouped_since(run: RunContext) -> set[str]:
         uri, row = group
         try:
             with partition.storage.open(f"{partition.uri}/{row.output}") as file:
-                keys = pq.read_table(file, columns=["key"])["key"].to_pylist()
+                keys = read_table(file, ["key"])["key"].to_pylist()
         except ObjectNotFound:
             return []
         return [(f"{uri.rpartition('/')[0]}/{key}", uri) for key in keys]

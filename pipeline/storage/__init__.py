@@ -17,4 +17,5 @@ from pipeline.storage.objects import (
     normalize_uri,
     relative_name,
 )
+from pipeline.storage.parquet import read_row_groups, read_table
 from pipeline.storage.retrying import retry_counts

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
 from pipeline.storage.local import LocalFiles
 from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
@@ -114,15 +114,9 @@ class Storage:
             return stream.read() or b""
 
     def read_latest(
-        self, uri: str, read: Callable[[Any], T], attempts: int = 100, *, buffered: bool = True
+        self, uri: str, read: Callable[[io.BufferedReader], T], attempts: int = 100
     ) -> Versioned[T] | None:
         """Reads the current version of an object; restarts if the object is replaced during the read.
-
-        Args:
-            uri: URI of the object.
-            read: Called with the open object in each attempt.
-            attempts: Maximum number of attempts.
-            buffered: Open the object as `open` does, else as `open_unbuffered` does.
 
         Returns:
             The result of `read` on the open object, and the version; None if the object does not exist.
@@ -134,7 +128,7 @@ class Storage:
             attempts -= 1
             try:
                 version = self.stat(uri).version
-                with self.open(uri, version) if buffered else self.open_unbuffered(uri, version) as file:
+                with self.open(uri, version) as file:
                     return Versioned(read(file), version)
             except ObjectNotFound:
                 return None

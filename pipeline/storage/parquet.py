@@ -1,0 +1,24 @@
+"""Reads Parquet from open objects, on the calling thread only.
+
+Threads of Arrow must not read from a Python file. If Python exits while such a thread waits for the
+interpreter lock, the process aborts ("terminate called without an active exception").
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def read_table(file: Any, columns: Iterable[str] | None = None) -> pa.Table:
+    """Returns columns of a Parquet file, or all columns; ignores names that the file lacks."""
+    names = None if columns is None else list(columns)
+    return pq.ParquetFile(file, pre_buffer=False).read(names, use_threads=False)
+
+
+def read_row_groups(file: Any, columns: Iterable[str]) -> Iterator[pa.Table]:
+    """Yields columns of a Parquet file, one row group at a time; ignores names that the file lacks."""
+    parquet, names = pq.ParquetFile(file, pre_buffer=False), list(columns)
+    for group in range(parquet.num_row_groups):
+        yield parquet.read_row_group(group, columns=names, use_threads=False)
