@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.commit.manifest import Manifest
 from pipeline.commit.recovery import prediction_files
@@ -51,10 +50,10 @@ class Partition:
         """
         for info in prediction_files(self.storage, self.uri):
             with self.storage.open(info.uri, info.version) as file:
-                unknown = {*(columns or ())} - {*pq.read_schema(file).names}
-                if unknown:
-                    raise StorageError(info.uri, f"has no column {', '.join(sorted(unknown))}")
-                yield read_table(file, columns)
+                rows = read_table(file, columns)
+            if unknown := {*(columns or ())} - {*rows.column_names}:
+                raise StorageError(info.uri, f"has no column {', '.join(sorted(unknown))}")
+            yield rows
 
     @property
     def name(self) -> str:

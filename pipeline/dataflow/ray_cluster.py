@@ -103,14 +103,13 @@ def init_ray(address: str, **options: Any) -> None:
     if not address.startswith("ray://") and _is_shadowed():
         # A runtime environment delays the start of workers, so it is set only where needed.
         options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
-    try:
-        with _log_level_line_removed():
+    with _log_level_line_removed():
+        try:
             ray.init(address=address, **options)
-    except Exception as error:  # Ray has no narrower type for this error
-        if address != LOCAL or "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        with _log_level_line_removed():
+        except Exception as error:  # Ray has no narrower type for this error
+            if address != LOCAL or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
             ray.init(address=address, **options)
 
 

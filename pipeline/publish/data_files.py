@@ -66,10 +66,10 @@ def read_rows(
     """
     try:
         with storage.open(uri, version) as file:
-            values = {**constants}
-            if "embedding" not in pq.read_schema(file).names:
-                values["embedding"] = None
-            rows = read_table(file, [name for name in columns if name not in values])
+            rows = read_table(file, [name for name in columns if name not in constants])
+        values = {**constants}
+        if "embedding" not in rows.column_names:
+            values["embedding"] = None
         schema = pa.schema([SCHEMA.field(name) for name in columns])
         arrays = [
             pa.repeat(pa.scalar(values[field.name], field.type), len(rows))

@@ -273,14 +273,9 @@ def _reference_name(compared: Comparison) -> str:
     return f"run {a.run}" if b.run is None else "the previous run"
 
 
-def stage_summaries(record: Mapping[str, Any]) -> dict[str, StageSummary]:
-    """Returns the stage summaries of a record; an empty mapping if the run processed nothing."""
-    return {name: StageSummary(**values) for name, values in (record.get("stages") or {}).items()}
-
-
 def throughput(record: Mapping[str, Any]) -> ReportSection | None:
     """Returns the section about a run's speed and bottleneck; None if the run processed nothing."""
-    stages = stage_summaries(record)
+    stages = {name: StageSummary(**values) for name, values in (record.get("stages") or {}).items()}
     if not stages:
         return None
     facts = {"Bottleneck": record.get("bound_by"), "Decoder": record.get("decoder")}

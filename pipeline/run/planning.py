@@ -34,7 +34,6 @@ class PlanCounts:
         unit: what is counted.
         to_label: number of shards or images to label, the reprocessed ones included.
         reprocessed: those to label that are neither new nor changed.
-        skipped_failures: those that an earlier run could not read and that are not retried.
         to_prune: deleted ones whose labels the run removes.
     """
 
@@ -42,7 +41,6 @@ class PlanCounts:
     states: Counter[ShardState] = field(default_factory=Counter)
     to_label: int = 0
     reprocessed: int = 0
-    skipped_failures: int = 0
     to_prune: int = 0
 
 
@@ -102,10 +100,7 @@ class Plan:
         """The plan in images if the input has image files only, else in shards."""
         if self.image_counts is not None:
             return self.image_counts
-        pruned = len(self.to_prune)
-        return PlanCounts(
-            "shard", self.states, len(self.shards), self.reprocessed, self.skipped_failures, pruned
-        )
+        return PlanCounts("shard", self.states, len(self.shards), self.reprocessed, len(self.to_prune))
 
 
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
@@ -131,13 +126,11 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
             planned.shards.append(shard)
             planned.reprocessed += not is_due
-            images.to_label += len(shard.members)
             images.reprocessed += 0 if is_due else len(shard.members)
             if row.output_version is not None:
                 planned.expected[shard.uri] = row.output_version
         elif state is ShardState.FAILED:
             planned.skipped_failures += 1
-            images.skipped_failures += len(shard.members)
         if shard.format != "images":
             has_only_groups = False
             continue
@@ -155,6 +148,7 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
     planned.ignored, planned.ignored_examples = listing.ignored, listing.ignored_examples
     if has_only_groups and all(row.format == "images" for row in planned.deleted.values()):
         images.states[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
+        images.to_label = planned.images or 0
         images.to_prune = sum(planned.deleted[uri].rows or 0 for uri in planned.to_prune)
         planned.image_counts = images
     return planned

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.config import Config, ScheduleConfig, TrainConfig, load_config
+from pipeline.config.fields import model_in
 from tests.docs.pages import PAGES, Block, blocks_of, inline_code, name_of
 
 #: What a configuration needs; blocks that show one section are completed with these sections.
@@ -55,9 +56,8 @@ def fields(kind: type[BaseModel], prefix: str = "") -> set[str]:
     found = set[str]()
     for name, field in kind.model_fields.items():
         found.add(prefix + name)
-        for each in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(each, type) and issubclass(each, BaseModel):
-                found |= fields(each, f"{prefix}{name}.")
+        if (section := model_in(field.annotation)) is not None:
+            found |= fields(section, f"{prefix}{name}.")
     return found
 
 
