@@ -63,6 +63,8 @@ def _copy_and_print(partition: Partition, output: Path) -> None:
     console.print_table(table)
     files = pluralize(len(tables), "Parquet file")
     console.print_line(f"{pluralize(labels.num_rows, 'label')} in {files}, copied to {output}/")
+    # The S3 server ends with the demo, so the path in the summary above can't be opened.
+    console.print_line(f"report: {output}/{partition.name}/report.html")
 
 
 if __name__ == "__main__":

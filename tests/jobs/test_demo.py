@@ -34,6 +34,7 @@ def test_demo_labels_its_images_and_keeps_a_copy(tmp_path: Path) -> None:
     assert sum(stats["true_positives"].to_pylist()) == hits
     assert hits >= 920
     assert (partition / "report.html").is_file()
+    assert f"report: {partition}/report.html" in done.stdout
 
 
 @pytest.mark.parametrize(
