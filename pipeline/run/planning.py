@@ -58,8 +58,7 @@ class Plan:
         skipped_failures: number of unreadable shards that are not retried.
         deleted: manifest rows of shards that were deleted from the input, by URI.
         reappeared: shards that the manifest marks as deleted and that the input has again.
-        recovered: labeled shards of which a later version was unreadable; the input has the labeled version
-            again.
+        recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
         split_groups: changed groups of image files that lost images to a new group directly after them.
         image_counts: the plan in images; None unless the input has image files only.
     """
