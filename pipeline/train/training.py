@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,67 +26,18 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from cvt.checkpoints import save_checkpoint
-from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
-from cvt.preprocessing import Preprocessor
-from cvt.presets import preset_config, preset_preprocessor
-from pipeline.classify.checkpoint import open_checkpoint
-from pipeline.config import ConfigError, InputConfig, OptimizationConfig, TrainConfig, make_storage
+from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
 from pipeline.dataflow.training_images import labeled_images
 from pipeline.read import ReadOptions, list_input_shards
 from pipeline.storage import Storage
+from pipeline.train.preparation import TrainingModel, make_training_model
 
 _STATE_FILE = "training_state.pt"
 
 #: Maximum size of a worker's shuffle buffer, in samples and in bytes of pixels.
 _MAX_SHUFFLE_SAMPLES = 20_000
 _MAX_SHUFFLE_BYTES = 1 << 30
-
-
-class TrainingModel(NamedTuple):
-    """A model and its preprocessor."""
-
-    model: CvtForImageClassification
-    preprocessor: Preprocessor
-
-
-def make_training_model(config: TrainConfig) -> TrainingModel:
-    """Creates the configured new model, or loads the configured checkpoint.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be loaded.
-        ConfigError: the architecture or the preprocessing is not valid.
-    """
-    torch.manual_seed(config.optimization.seed)
-    if (new := config.model.new) is not None:
-        unknown = sorted(new.cvt.keys() - CvtConfig.__annotations__.keys())
-        if unknown:
-            raise ConfigError(f"model.new.cvt: unknown field {', '.join(unknown)}")
-        try:
-            fields, preprocessing = {**new.cvt, **_label_fields(new.labels)}, new.preprocessor
-            if new.preset is None:
-                architecture = CvtConfig(**fields)
-            else:
-                architecture = preset_config(new.preset, **fields)
-                preprocessing = {**preset_preprocessor().to_dict(), **preprocessing}
-            preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
-        except ValueError as error:
-            raise ConfigError(f"model.new: {error}") from None
-        return TrainingModel(CvtForImageClassification(architecture), preprocessor)
-    assert config.model.pretrained is not None  # the configuration has either `new` or `pretrained`
-    checkpoint = open_checkpoint(make_storage(config.storage), config.model.pretrained, config.model.revision)
-    model, labels = checkpoint.model, config.model.labels
-    if labels is not None and tuple(labels) != checkpoint.labels:
-        model.config.update(_label_fields(labels))
-        model.num_labels = len(labels)
-        model.classifier = nn.Linear(checkpoint.embedding_width, len(labels))
-        nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
-        nn.init.zeros_(model.classifier.bias)
-    return TrainingModel(model, checkpoint.preprocessor)
-
-
-def _label_fields(labels: list[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from cvt.errors import CheckpointError
 from cvt.presets import preset_preprocessor
 from jobs.train import train as train_command
 from pipeline.config import ConfigError, TrainConfig, load_config
-from pipeline.train.training import _Trainer, augment, make_training_model, train
+from pipeline.train.preparation import make_training_model
+from pipeline.train.training import _Trainer, augment, train
 from tests.makers import make_tar
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
