@@ -14,6 +14,10 @@ from transformers import PreTrainedConfig
 
 from cvt.errors import describe_validation_error
 
+#: Values of the optional field `hidden_act`, which transformers' CvtConfig lacks: its CvT always uses GELU.
+#: Microsoft's code uses QuickGELU.
+ACTIVATIONS = ("gelu", "quick_gelu")
+
 Counts = Sequence[PositiveInt]
 Paddings = Sequence[NonNegativeInt]
 Rates = Sequence[Annotated[float, Field(ge=0, lt=1)]]
@@ -109,6 +113,8 @@ def check_architecture(config: PreTrainedConfig) -> None:
                 f"CvtConfig: {name} has {len(entries)} entries and embed_dim has {stages};"
                 " both need one entry per stage"
             )
+    if (activation := getattr(config, "hidden_act", "gelu")) not in ACTIVATIONS:
+        raise ValueError(f"CvtConfig: hidden_act is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
     for stage in range(stages):
         _check_stage(config, stage)
 

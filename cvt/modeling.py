@@ -140,6 +140,14 @@ class CvtDropPath(nn.Module):
         return branch * (kept / (1 - self.rate))
 
 
+class QuickGELU(nn.Module):
+    """The activation of Microsoft's code, an approximation of GELU: x * sigmoid(1.702 x)."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """Maps a tensor to a tensor of the same shape."""
+        return hidden_state * torch.sigmoid(1.702 * hidden_state)
+
+
 class CvtLayer(GradientCheckpointingLayer):
     """Transformer block with pre-norm: layer norm before attention and before the MLP."""
 
@@ -153,7 +161,8 @@ class CvtLayer(GradientCheckpointingLayer):
                 "output": _named(dense=nn.Linear(width, width), dropout=nn.Dropout(drop_rate)),
             }
         )
-        self.intermediate = _named(dense=nn.Linear(width, hidden), activation=nn.GELU())
+        activation = QuickGELU() if getattr(config, "hidden_act", "gelu") == "quick_gelu" else nn.GELU()
+        self.intermediate = _named(dense=nn.Linear(width, hidden), activation=activation)
         self.output = _named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(drop_rate))
         self.drop_path = CvtDropPath(drop_path_rate)
         self.layernorm_before = nn.LayerNorm(width)

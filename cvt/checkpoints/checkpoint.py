@@ -261,6 +261,8 @@ def _digest(model: CvtForImageClassification, preprocessor: Preprocessor) -> str
         "labels": model.config.id2label,
         "preprocessing": preprocessor.to_dict(),
     }
+    if (activation := getattr(model.config, "hidden_act", "gelu")) != "gelu":
+        content["activation"] = activation
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_floating_point():

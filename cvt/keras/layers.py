@@ -6,6 +6,7 @@ and saves models.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
@@ -39,6 +40,11 @@ def dense(
 def layer_norm(name: str, width: int) -> keras.layers.Layer:
     """Creates a layer norm with PyTorch's epsilon."""
     return _build(keras.layers.LayerNormalization(epsilon=EPSILON, name=name), None, width)
+
+
+def quick_gelu(hidden_state: Any) -> Any:
+    """Computes the activation of Microsoft's code."""
+    return hidden_state * ops.sigmoid(1.702 * hidden_state)
 
 
 def to_tokens(image: Any) -> Any:
@@ -141,6 +147,8 @@ class CvtLayer(keras.layers.Layer):
         self.attention_dropout = keras.layers.Dropout(drop_rate)
         self.layernorm_after = layer_norm(f"{name}-layernorm_after", width)
         self.intermediate = dense(config, f"{name}-intermediate-dense", width, hidden)
+        is_quick = getattr(config, "hidden_act", "gelu") == "quick_gelu"
+        self.activation = quick_gelu if is_quick else partial(ops.gelu, approximate=False)
         self.mlp_output = dense(config, f"{name}-output-dense", hidden, width)
         self.mlp_dropout = keras.layers.Dropout(drop_rate)
         # Stochastic depth (arXiv 1603.09382): drops the whole branch of random samples.
@@ -152,7 +160,7 @@ class CvtLayer(keras.layers.Layer):
         context = self.attention(self.layernorm_before(hidden_state), height=height, width=width)
         branch = self.attention_dropout(self.attention_output(context))
         hidden_state = hidden_state + self.drop_path(branch)
-        transformed = ops.gelu(self.intermediate(self.layernorm_after(hidden_state)), approximate=False)
+        transformed = self.activation(self.intermediate(self.layernorm_after(hidden_state)))
         branch = self.mlp_dropout(self.mlp_output(transformed))
         # Drops only the branch, as in the paper's code. transformers drops the whole sum.
         return hidden_state + self.drop_path(branch)

@@ -74,6 +74,15 @@ def test_logits_and_hidden_states_equal_pytorch(name: str) -> None:
     assert_close(actual.hidden_states, expected.hidden_states, **CLOSE)
 
 
+@torch.inference_mode()
+def test_quick_gelu_equals_pytorch() -> None:
+    ours, theirs = twins(**TINY, hidden_act="quick_gelu")
+    pixels = images(1, 3, 48, 48)
+    assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
+    again = TFCvtForImageClassification.from_config(ours.get_config())
+    assert again.config.hidden_act == "quick_gelu"
+
+
 FOUR_STAGES = {
     name: [value[1]] * 4 for name, value in vars(CvtConfig).items() if isinstance(value, tuple)
 } | {
