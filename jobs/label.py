@@ -29,6 +29,9 @@ logger = logging.getLogger("cvt_label")
 #: Seconds between two progress messages in the log.
 LOG_INTERVAL = 10.0
 
+#: Maximum number of examples in a line of the summary.
+_EXAMPLES = 5
+
 #: Seconds of results that an estimate of the rate needs.
 MIN_RATE_SECONDS = 5.0
 
@@ -251,6 +254,10 @@ def print_result(result: RunResult) -> None:
     if stats is not None and stats.has_targets:
         fields["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
     console.print_fields(fields)
+    if totals.unmatched.count:
+        targets = pluralize(totals.unmatched.count, "target")
+        examples = "; ".join(totals.unmatched.examples(_EXAMPLES))
+        print_notice(f"unmatched: {targets} ({examples}); set input.labels: false to ignore labels")
     if totals.duplicate_keys:
         print_notice(f"duplicate keys within a shard: {pluralize(totals.duplicate_keys, 'sample')}")
     for row in totals.unreadable:

@@ -130,8 +130,6 @@ class ErrorCategory(StrEnum):
     DIMENSIONS_TOO_LARGE = "dimensions too large"  # more pixels than `input.max_image_pixels`
     UNSUPPORTED_FORMAT = "unsupported format"  # the first bytes are not of a supported image format
     CANNOT_DECODE = "cannot decode"  # a corrupt or truncated image
-    UNREADABLE_LABEL = "unreadable label"  # a label file that is not text or not valid JSON
-    INVALID_LABEL = "invalid label"  # the label is not a class of the model
     MODEL_FAILED = "model failed"  # the model raised an error for the image
     NON_FINITE_OUTPUT = "non-finite output"  # the model returned NaN or infinity
 
@@ -156,6 +154,7 @@ class Footer:
         rows: Number of samples.
         errors: Number of samples that could not be classified.
         duplicate_keys: Number of samples whose key occurs earlier in the shard.
+        unmatched_targets: Number of samples whose own label is not a class of the model.
         statistics: Partial class statistics of the shard, from `serialize_statistics`.
     """
 
@@ -167,11 +166,14 @@ class Footer:
     rows: int
     errors: int
     duplicate_keys: int
+    unmatched_targets: int
     statistics: bytes
 
 
 #: Fields of type str or int, in the order of the footer.
 _FOOTER_FIELDS: list[Any] = [field for field in fields(Footer) if field.type in (str, int)]
+#: Values of fields that files of earlier versions lack.
+_LATER_FIELDS = {f"{_FOOTER}unmatched_targets": "0"}
 
 
 def encode_predictions(predictions: pa.Table, footer: Footer) -> bytes:
@@ -199,7 +201,8 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
     """Reads the footer of a prediction file; raises `StorageError` if the file is not a prediction file."""
     try:
         found = pq.read_metadata(file).metadata or {}
-        metadata = {name.decode(): text.decode() for name, text in found.items()}
+        metadata = dict(_LATER_FIELDS)
+        metadata |= {name.decode(): text.decode() for name, text in found.items()}
         values = {field.name: field.type(metadata[_FOOTER + field.name]) for field in _FOOTER_FIELDS}
         statistics = base64.b64decode(metadata[f"{_FOOTER}statistics"])
         return Footer(**values, statistics=statistics)

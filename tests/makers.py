@@ -59,8 +59,10 @@ def category_of(error: str | None) -> ErrorCategory:
     return ErrorCategory(category)
 
 
-def make_parquet(columns: Mapping[str, Any], **options: Any) -> bytes:
+def make_parquet(
+    columns: Mapping[str, Any], metadata: Mapping[str, str] | None = None, **options: Any
+) -> bytes:
     """Returns a Parquet file of these columns (lists or Arrow arrays); `options` are for `pq.write_table`."""
     stream = io.BytesIO()
-    pq.write_table(pa.table(dict(columns)), stream, **options)
+    pq.write_table(pa.table(dict(columns), metadata=metadata), stream, **options)
     return stream.getvalue()

@@ -96,6 +96,7 @@ def write_partition(
                 rows=table.num_rows,
                 errors=table.num_rows - table["error"].null_count,
                 duplicate_keys=0,
+                unmatched_targets=0,
                 statistics=serialize_statistics(
                     ClassStatistics.from_predictions(table, len(labels)).to_partial()
                 ),

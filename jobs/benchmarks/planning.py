@@ -161,8 +161,8 @@ def _classified(seed: int, options: PredictionOptions) -> pa.Table:
     columns = {
         name: pa.array(generator.integers(*ends, _CHUNK), pa.int32()) for name, ends in integers.items()
     }
-    keys, errors = [f"n{seed:08d}_{i:08d}" for i in range(_CHUNK)], pa.nulls(_CHUNK, pa.string())
-    samples = pa.table({"key": keys, **columns, "error": errors})
+    keys, none = [f"n{seed:08d}_{i:08d}" for i in range(_CHUNK)], pa.nulls(_CHUNK, pa.string())
+    samples = pa.table({"key": keys, **columns, "unmatched": none, "error": none})
     logits = generator.normal(0, 3, (_CHUNK, _CLASSES)).astype(np.float32)
     chunk = Chunk(0, 0, samples, pixels=np.zeros((_CHUNK, 1, 1, 3), np.uint8))
     return classify(chunk, lambda images: EngineOutput(logits, logits[:, :1]), options).samples

@@ -57,6 +57,7 @@ class Totals:
         shards: number of shards that are done, unreadable ones included.
         images: number of samples, error rows included.
         retries: storage operations that workers retried, by kind of failure.
+        unmatched: labels of the dataset that are not classes of the model.
         metrics: metrics by stage, chunks of open shards included.
     """
 
@@ -66,6 +67,7 @@ class Totals:
     duplicate_keys: int = 0
     unreadable: list[ManifestRow] = field(default_factory=list)
     causes: ErrorCauses = field(default_factory=ErrorCauses)
+    unmatched: ErrorCauses = field(default_factory=ErrorCauses)
     retries: Counter[str] = field(default_factory=Counter)
     metrics: dict[str, StageMetrics] = field(default_factory=dict)
 
@@ -166,9 +168,10 @@ class Committer:
         return Progress(self._images, self._errors, self.totals.shards, min(1.0, fraction))
 
     def _finish_write(self, write: Future[CommittedShard]) -> None:
-        (row, metrics, causes), totals = write.result(), self.totals
+        (row, metrics, causes, unmatched), totals = write.result(), self.totals
         add_metrics(totals.metrics, {COMMIT: metrics})
         totals.causes.merge(causes)
+        totals.unmatched.merge(unmatched)
         totals.shards += 1
         totals.images += row.rows or 0
         totals.errors += row.errors or 0

@@ -42,6 +42,7 @@ class ManifestRow:
         rows: number of samples; None if no version is labeled.
         errors: number of samples that are error rows.
         duplicate_keys: number of samples whose key occurs earlier in the shard.
+        unmatched_targets: number of samples whose own label is not a class of the model.
         output: prediction file, relative to the partition; None if there is no file.
         output_version: version of the prediction file.
         error: why the last attempt to read the shard failed; None if it succeeded.
@@ -60,6 +61,7 @@ class ManifestRow:
     rows: int | None = None
     errors: int | None = None
     duplicate_keys: int | None = None
+    unmatched_targets: int | None = None
     output: str | None = None
     output_version: str | None = None
     error: str | None = None
@@ -72,8 +74,8 @@ class ManifestRow:
     @classmethod
     def of_file(cls, footer: Footer, output: str, output_version: str) -> ManifestRow:
         """Returns the row of a prediction file; `run` and `committed_at` are None."""
-        same = ("version", "format", "size", "rows", "errors", "duplicate_keys", "statistics")
-        values = {name: getattr(footer, name) for name in same}
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(footer)}
+        values = {name: getattr(footer, name) for name in names}
         return cls(footer.shard, output=output, output_version=output_version, **values)
 
     def merged_with(self, before: ManifestRow | None) -> ManifestRow:
@@ -91,6 +93,8 @@ _SCHEMA = pa.schema(
         for each in fields(ManifestRow)
     ]
 )
+#: Columns that manifests of earlier versions lack; null in their rows.
+_LATER_COLUMNS = ("unmatched_targets",)
 _ENTRY_FIELDS = (
     "uri", "version", "rows", "errors", "output", "output_version", "error", "failed_version", "deleted",
     "format",
@@ -309,10 +313,13 @@ def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> 
     """Yields columns of a manifest, one row group at a time; raises `StorageError` if it isn't one."""
     try:
         missing = sorted(set(_SCHEMA.names) - set(pq.read_schema(file).names))
-        if missing:
+        if set(missing) - set(_LATER_COLUMNS):
             cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
             raise StorageError(uri, cause)
-        yield from read_row_groups(file, columns)
+        for table in read_row_groups(file, columns):
+            for name in missing:
+                table = table.append_column(name, pa.nulls(table.num_rows, _SCHEMA.field(name).type))
+            yield table.select(list(columns))
     except (pa.ArrowInvalid, ValueError, KeyError) as error:
         raise StorageError(uri, f"not a manifest: {error}") from None
 

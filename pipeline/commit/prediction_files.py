@@ -81,18 +81,24 @@ class OpenShard:
         """Number of error rows."""
         return sum(map(count_errors, self.chunks.values()))
 
-    def rows(self, shard: Shard, options: PredictionOptions) -> pa.Table:
-        """Returns the prediction rows of the complete shard; raises `IncompleteShardError`."""
+    def rows(self, shard: Shard, options: PredictionOptions) -> tuple[pa.Table, ErrorCauses]:
+        """Returns the prediction rows of the complete shard, and its unmatched targets.
+
+        Raises:
+            IncompleteShardError: chunks are missing.
+        """
         chunks = [self.chunks[start] for start in sorted(self.chunks)]
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
             raise IncompleteShardError(f"{shard.uri}: the chunks have gaps or overlap")
         samples = pa.concat_tables([chunk.samples for chunk in chunks])
+        unmatched = ErrorCauses()
+        unmatched.add_unmatched(shard.uri, samples)
         samples = samples.rename_columns({"target": "target_id"})
         samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
         samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
         schema = prediction_schema(options.embedding, options.embedding_width)
-        return samples.select(schema.names).cast(schema).combine_chunks()
+        return samples.select(schema.names).cast(schema).combine_chunks(), unmatched
 
 
 def count_errors(chunk: Chunk) -> int:
@@ -102,11 +108,12 @@ def count_errors(chunk: Chunk) -> int:
 
 
 class CommittedShard(NamedTuple):
-    """The outcome of a shard: manifest row, metrics of the commit, and causes of the error rows."""
+    """The outcome of a shard: manifest row, metrics of the commit, error rows and unmatched targets."""
 
     row: ManifestRow
     metrics: StageMetrics
     causes: ErrorCauses
+    unmatched: ErrorCauses
 
 
 @dataclass(frozen=True)
@@ -132,22 +139,25 @@ class PredictionWriter:
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
         """Writes the file of a complete shard, unless the shard can't be read; raises `StorageError`."""
-        timer, causes = StageTimer(), ErrorCauses()
+        timer, causes, unmatched = StageTimer(), ErrorCauses(), ErrorCauses()
         row, size = ManifestRow(shard.uri, format=shard.format, size=shard.size), 0
         with timer:
             if arrived.error is not None:
                 failed_version = None if arrived.transient else shard.version
                 row = replace(row, error=arrived.error, failed_version=failed_version)
-            elif written := self._write(shard, predictions := arrived.rows(shard, self.options)):
-                row, size = written
-                causes.add(shard.uri, predictions)
             else:
-                error = f"{shard.uri}: changed after it was listed"
-                row = replace(row, error=error, failed_version=shard.version)
+                predictions, found = arrived.rows(shard, self.options)
+                if written := self._write(shard, predictions, found.count):
+                    row, size = written
+                    causes.add(shard.uri, predictions)
+                    unmatched = found
+                else:
+                    error = f"{shard.uri}: changed after it was listed"
+                    row = replace(row, error=error, failed_version=shard.version)
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))
-        return CommittedShard(row, timer.collect(row.rows or 0, size), causes)
+        return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
 
-    def _write(self, shard: Shard, predictions: pa.Table) -> tuple[ManifestRow, int] | None:
+    def _write(self, shard: Shard, predictions: pa.Table, unmatched: int) -> tuple[ManifestRow, int] | None:
         """Writes the rows of a shard.
 
         Returns:
@@ -163,6 +173,7 @@ class PredictionWriter:
             rows=predictions.num_rows,
             errors=predictions.num_rows - predictions["error"].null_count,
             duplicate_keys=predictions.num_rows - pc.count_distinct(predictions["key"]).as_py(),
+            unmatched_targets=unmatched,
             statistics=serialize_statistics(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 #: Columns of samples that a reader returns.
 SAMPLE_FIELDS = pa.struct(
-    [("key", pa.string()), ("target", pa.int32()), ("error", pa.string()), ("image", pa.large_binary())]
+    [
+        ("key", pa.string()),
+        ("target", pa.int32()),
+        ("unmatched", pa.string()),
+        ("error", pa.string()),
+        ("image", pa.large_binary()),
+    ]
 )
 
 

@@ -1,5 +1,6 @@
 """Reader of Parquet files with image bytes."""
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import cast
@@ -31,6 +32,7 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         image_column = _image_column(file.schema_arrow, options)
         label_column = options.label_column if options.labels else None
         others = [name for name in (label_column, options.key_column) if name is not None]
+        class_names = _class_names(file.schema_arrow, label_column)
         for name in others:
             _require_column(file.schema_arrow, name)
         row = 0
@@ -43,12 +45,14 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             keys = batch.column(options.key_column) if options.key_column is not None else paths
             sizes = pc.binary_length(images)
             for i in range(batch.num_rows):
-                size, target = sizes[i].as_py(), None
+                size = sizes[i].as_py()
+                key = _key(keys[i].as_py(), row)
                 error = _NO_IMAGE if size is None else options.size_error(size)
                 if error is None:
-                    target, error = options.parse_target(labels[i].as_py())
-                image = images[i].as_py() if error is None else None
-                yield Sample(_key(keys[i].as_py(), row), image, target, error)
+                    target, unmatched = options.parse_target(labels[i].as_py(), class_names)
+                    yield Sample(key, images[i].as_py(), target, unmatched=unmatched)
+                else:
+                    yield Sample(key, None, error=error)
                 row += 1
 
 
@@ -69,6 +73,15 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
         hint = f"{count} has an image type; set `input.image_column`"
         raise UnreadableShardError(f"{hint}; {_columns(schema)}")
     return cast(str, candidates[0])
+
+
+def _class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
+    """Returns the class names of a column that is a ClassLabel in the metadata of Hugging Face `datasets`."""
+    try:
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def _require_column(schema: pa.Schema, name: str) -> None:

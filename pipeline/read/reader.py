@@ -37,8 +37,8 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 
     **Image files.** The key is the name under the listed folder. Image files have no labels.
 
-    A sample whose label is null or -1 has no target. A label that is not a class of the model is an error of
-    the sample.
+    A sample whose label is null or -1 has no target. A label that is not a class of the model, or that cannot
+    be read, is an unmatched target: the sample keeps its image.
 
     Raises:
         ShardError: The object is missing, changed, truncated, corrupt or of another format, or a configured

@@ -10,7 +10,6 @@ from pipeline.config import InputConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 
 _MAX_LABEL_ID = 2**31  # limit of the int32 column `target_id`
-IGNORE_HINT = "set `input.labels: false` to ignore labels"
 
 
 class UnreadableShardError(Exception):
@@ -41,12 +40,14 @@ class Sample:
         key: Name in the shard. A key may occur several times: only shard and index identify a sample.
         image: The encoded image; None if `error` is set.
         target: Class index of the dataset's own label.
+        unmatched: Why the dataset's own label is not a target; None if it is one, and without a label.
     """
 
     key: str
     image: bytes | None
     target: int | None = None
     error: SampleError | None = None
+    unmatched: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ReadOptions:
     """Options of readers: fields of `InputConfig` and `ReadConfig`, and the classes of the model.
 
     Attributes:
+        class_names: Names of the model's classes, by class index.
         class_ids: Class indices by class name, for labels that are names.
         num_labels: Class indices must be less than this number. Default: the limit of int32.
         concurrent_fetches: Number of ranges of a tar that are fetched concurrently.
@@ -64,6 +66,7 @@ class ReadOptions:
     image_column: str | None = None
     label_column: str | None = None
     key_column: str | None = None
+    class_names: Sequence[str] = ()
     class_ids: Mapping[str, int] = field(default_factory=dict)
     num_labels: int = _MAX_LABEL_ID
     max_image_bytes: int = 256 * 1024**2
@@ -77,6 +80,7 @@ class ReadOptions:
         """
         times = Counter(labels)
         return cls(
+            class_names=labels,
             class_ids={name: i for i, name in enumerate(labels) if times[name] == 1},
             num_labels=len(labels),
             concurrent_fetches=concurrent_fetches,
@@ -90,10 +94,17 @@ class ReadOptions:
         detail = f"the image {describe_excess(size, self.max_image_bytes)} (input.max_image_bytes)"
         return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
 
-    def parse_target(self, label: object) -> tuple[int | None, SampleError | None]:
-        """Returns the class index of a label, and the error of an invalid label.
+    def parse_target(
+        self, label: object, names: Sequence[str] | None = None
+    ) -> tuple[int | None, str | None]:
+        """Returns the class index of a label, and why a label has none: it is not a class of the model.
 
         Text is a class name or a class index. Both results are None if the label is null, NaN or -1.
+
+        Args:
+            label: The dataset's own label.
+            names: The dataset's own class names. An index is then an index into these names, not a class
+                index of the model.
         """
         class_id = label
         if isinstance(label, str):
@@ -106,14 +117,20 @@ class ReadOptions:
         shown = repr(label)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         if not isinstance(class_id, int) or isinstance(class_id, bool):
-            return None, _invalid_label(f"{shown} is not a class of the model")
-        if not 0 <= class_id < self.num_labels:
-            return None, _invalid_label(f"{shown} is not in 0..{self.num_labels - 1}")
+            return None, f"{shown} is not a class of the model"
+        limit = self.num_labels if names is None else len(names)
+        if not 0 <= class_id < limit:
+            return None, f"{shown} is not in 0..{limit - 1}"
+        if names is not None and not isinstance(label, str):
+            return self._class_named(names[class_id], class_id)
         return class_id, None
 
-
-def _invalid_label(detail: str) -> SampleError:
-    return sample_error(ErrorCategory.INVALID_LABEL, f"{detail}; {IGNORE_HINT}")
+    def _class_named(self, name: str, index: int) -> tuple[int | None, str | None]:
+        """Returns the class of this name; of several, the class with the same index in the dataset."""
+        if name in self.class_names[index : index + 1]:
+            return index, None
+        class_id = self.class_ids.get(name)
+        return class_id, None if class_id is not None else f"{name!r} is not a class of the model"
 
 
 def parse_integer(text: str) -> int | None:

@@ -10,7 +10,6 @@ from typing import BinaryIO, Self, cast
 
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read.samples import (
-    IGNORE_HINT,
     ReadOptions,
     Sample,
     UnreadableShardError,
@@ -22,14 +21,6 @@ from pipeline.storage import Storage
 
 _MAX_MEMBERS = 1000  # per sample; all names like `frame.000001.jpg` have the key `frame`
 _MAX_LABEL_BYTES = 16 * 1024**2  # per .cls or .json member
-
-
-class _DamagedSampleError(Exception):
-    """The image or the label of a sample cannot be read."""
-
-    def __init__(self, error: SampleError) -> None:
-        super().__init__(error)
-        self.error = error
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -118,6 +109,7 @@ class _TarSample:
     image: bytes | None = None
     error: SampleError | None = None
     label: object = None
+    label_problem: str | None = None
     has_image: bool = False
 
     def is_full_for(self, extension: str) -> bool:
@@ -126,16 +118,24 @@ class _TarSample:
 
     def add(self, extension: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
         self.extensions[extension] = None
-        try:
-            if extension in IMAGE_EXTENSIONS and not self.has_image:
-                self.has_image = True
-                size_error = options.size_error(info.size)
-                self.image = _content(info, stream, ErrorCategory.UNREADABLE_IMAGE, size_error)
-            elif options.labels and extension == ("json" if options.label_field else "cls"):
-                content = _content(info, stream, ErrorCategory.UNREADABLE_LABEL, _label_size_error(info.size))
-                self.label = _label(content, options.label_field)
-        except _DamagedSampleError as error:
-            self.error = self.error or error.error
+        problem = None
+        if not info.isreg() or info.issparse():
+            kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
+            problem = f"{info.name!r} is {kind}, not a regular file"
+        if extension in IMAGE_EXTENSIONS and not self.has_image:
+            self.has_image = True
+            if problem is not None:
+                self.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
+            else:
+                self.error = options.size_error(info.size)
+            if self.error is None:
+                self.image = _content(info, stream)
+        elif options.labels and extension == ("json" if options.label_field else "cls"):
+            if problem is None and info.size > _MAX_LABEL_BYTES:
+                problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
+            if problem is None:
+                self.label, problem = _label(_content(info, stream), options.label_field)
+            self.label_problem = problem
 
     def to_sample(self, options: ReadOptions) -> Sample:
         if not self.has_image:
@@ -145,29 +145,14 @@ class _TarSample:
                 f"no member has a supported image extension (members: {members}); the members of a sample "
                 "must be adjacent in the tar, and the extension starts at the first dot",
             )
-        target = None
-        if self.error is None:
-            target, self.error = options.parse_target(self.label)
-        return Sample(self.key, self.image if self.error is None else None, target, self.error)
+        if self.error is not None:
+            return Sample(self.key, None, error=self.error)
+        target, unmatched = options.parse_target(self.label)
+        return Sample(self.key, self.image, target, unmatched=self.label_problem or unmatched)
 
 
-def _label_size_error(size: int) -> SampleError | None:
-    if size <= _MAX_LABEL_BYTES:
-        return None
-    return sample_error(
-        ErrorCategory.UNREADABLE_LABEL, f"the label {describe_excess(size, _MAX_LABEL_BYTES)}"
-    )
-
-
-def _content(
-    info: tarfile.TarInfo, stream: BinaryIO, category: ErrorCategory, size_error: SampleError | None
-) -> bytes:
-    """Reads a member's bytes; raises `_DamagedSampleError` of the category if it isn't a regular file."""
-    if not info.isreg() or info.issparse():
-        kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
-        raise _DamagedSampleError(sample_error(category, f"{info.name!r} is {kind}, not a regular file"))
-    if size_error is not None:
-        raise _DamagedSampleError(size_error)
+def _content(info: tarfile.TarInfo, stream: BinaryIO) -> bytes:
+    """Reads the bytes of a regular member."""
     stream.seek(info.offset_data)
     content = stream.read(info.size)
     if len(content) < info.size:
@@ -175,21 +160,21 @@ def _content(
     return content
 
 
-def _label(content: bytes, label_field: str | None) -> object:
+def _label(content: bytes, label_field: str | None) -> tuple[object, str | None]:
     """Returns the integer or text of a .cls member, or a field of a .json member; None if missing.
 
-    `label_field` is the path of the field, such as `meta.label`.
+    `label_field` is the path of the field, such as `meta.label`. The second result is why the member cannot
+    be read.
     """
     try:
         if label_field is None:
             text = content.decode().strip()
             integer = parse_integer(text)
-            return text if integer is None else integer
+            return (text if integer is None else integer), None
         value: object = json.loads(content)
     except (ValueError, RecursionError) as error:
         problem = ".cls member is not UTF-8 text" if label_field is None else ".json member is not valid JSON"
-        detail = f"the {problem} ({error}); {IGNORE_HINT}"
-        raise _DamagedSampleError(sample_error(ErrorCategory.UNREADABLE_LABEL, detail)) from None
+        return None, f"the {problem} ({error})"
     for name in label_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    return value
+    return value, None

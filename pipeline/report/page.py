@@ -49,7 +49,7 @@ def write_report(
     Raises:
         StorageError: the partition cannot be read, or the page cannot be written.
     """
-    manifest = partition.manifest.read(("rows", "errors", "error", "deleted"))
+    manifest = partition.manifest.read(("rows", "errors", "error", "deleted", "unmatched_targets"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     page_sections = [
         sections.classes(partition.labels, statistics, topk),
@@ -118,7 +118,9 @@ def _cards(
 ) -> list[tuple[str, str, str]]:
     """Returns the most important figures: name, value, and an explanation."""
     labeled = int(stats.count.sum())
-    errors, deleted = (pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "deleted"))
+    errors, deleted, unmatched = (
+        pc.sum(manifest[name]).as_py() or 0 for name in ("errors", "deleted", "unmatched_targets")
+    )
     error_rate = format_percent(errors / max(1, labeled + errors))
     shards = pluralize(manifest.num_rows - manifest["rows"].null_count, "shard")
     deleted_note = f"; {deleted:,} deleted from the input" if deleted else ""
@@ -129,6 +131,9 @@ def _cards(
     if stats.has_targets:
         targets = f"of {pluralize(int(stats.support.sum()), 'image')} with a target"
         cards.append(("Top-1 accuracy", format_percent(stats.top1_accuracy()), targets))
+    if unmatched:
+        note = "all runs, not classes of the model; input.labels: false ignores labels"
+        cards.append(("Unmatched targets", f"{unmatched:,}", note))
     if counts := record.get("counts"):
         read = pluralize(counts["shards"] - counts.get("unreadable_shards", 0), "shard")
         details = f"{read}, {pluralize(counts['errors'], 'error')}"

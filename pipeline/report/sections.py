@@ -316,5 +316,8 @@ def run(record: Mapping[str, Any]) -> ReportSection:
     note = f"The file runs/{record.get('run')}.json has the complete configuration."
     section = ReportSection("run", "Run details", [note])
     section.charts.append(Chart("Counts of this run", ["Name", "Count"], counts))
+    if unmatched := record.get("unmatched_targets"):
+        rows = [[each["cause"], f"{each['count']:,}"] for each in unmatched[:MAX_PAIRS]]
+        section.charts.append(Chart("Unmatched targets of this run", ["Label", "Images"], rows))
     section.charts.append(Chart("Software versions", ["Package", "Version"], versions))
     return section

@@ -147,9 +147,12 @@ class RunContext:
             "images": totals.images,
             "errors": totals.errors,
             "duplicate_keys": totals.duplicate_keys,
+            "unmatched_targets": totals.unmatched.count,
             "pruned_shards": self.result.pruned,
         }
-        self.record.set(counts=counts, causes=totals.causes.to_record())
+        self.record.set(
+            counts=counts, causes=totals.causes.to_record(), unmatched_targets=totals.unmatched.to_record()
+        )
 
 
 @contextmanager

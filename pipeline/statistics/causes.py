@@ -6,6 +6,7 @@ A cause is the text of an error, in which numbers and quoted text are replaced b
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Self
 
 import pyarrow as pa
@@ -48,6 +49,12 @@ class ErrorCauses:
         for text, row in zip(normalize_errors(bad["error"]).to_pylist(), bad.to_pylist(), strict=True):
             self._count(text, 1, [{"shard": shard, **row}])
 
+    def add_unmatched(self, shard: str, samples: pa.Table) -> None:
+        """Counts the labels that are not targets, by text, from the columns `key` and `unmatched`."""
+        bad = samples.select(["key", "unmatched"]).filter(pc.is_valid(samples["unmatched"]))
+        for row in bad.to_pylist():
+            self._count(row["unmatched"], 1, [{"shard": shard, "key": row["key"]}])
+
     def merge(self, other: Self) -> None:
         """Adds the counts and samples of `other`."""
         for text, count in other._counts.items():
@@ -59,6 +66,11 @@ class ErrorCauses:
             {"cause": text, "count": count, "samples": self._samples[text]}
             for text, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         ]
+
+    def examples(self, count: int) -> list[str]:
+        """Returns the most frequent causes."""
+        found = (each["cause"] for each in self.to_record() if each["cause"] != OTHER_CAUSES)
+        return list(islice(found, count))
 
     def _count(self, text: str, count: int, samples: Sequence[dict[str, str]]) -> None:
         if text not in self._counts and len(self._counts) >= MAX_CAUSES:

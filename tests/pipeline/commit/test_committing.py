@@ -37,6 +37,9 @@ def result(shard: int, start: int, rows: int, total: int | None = None, error: s
         {
             "key": [f"k{i}" for i in numbers],
             "target": pa.array(numbers % 4, pa.int32(), mask=numbers % 5 == 0),
+            "unmatched": pa.array(
+                [f"'{n}' is no class" if n % 5 == 0 else None for n in numbers], pa.string()
+            ),
             "width": pa.array(numbers + 10, pa.int32()),
             "height": pa.array(numbers + 20, pa.int32()),
             "error": pa.array(["bad" if b else None for b in bad], pa.string()),

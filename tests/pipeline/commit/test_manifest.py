@@ -39,6 +39,7 @@ def row(number: int, **fields: object) -> ManifestRow:
         "rows": number,
         "errors": 0,
         "duplicate_keys": 0,
+        "unmatched_targets": 0,
         "output": f"predictions/s3/b/{number:05d}.tar.parquet",
         "output_version": f"etag{number}",
         "run": "run-1",
@@ -148,7 +149,7 @@ def test_statistics_are_folded_over_all_shards(tmp_path: Path, limit: int, group
     for i in range(8):
         partial = statistics(i).to_partial()
         footer = Footer(
-            row(i).uri, f"v{i}", "webdataset", 10, "f" * 64, i, 0, 0, serialize_statistics(partial)
+            row(i).uri, f"v{i}", "webdataset", 10, "f" * 64, i, 0, 0, 0, serialize_statistics(partial)
         )
         content = encode_predictions(prediction_schema().empty_table(), footer)
         Storage().write(f"{tmp_path}/{row(i).output}", content)

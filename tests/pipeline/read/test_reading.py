@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.read import ReadOptions, Sample, Shard, list_shards, read_samples
+from pipeline.read import ReadOptions, Sample, Shard, list_shards, read_samples, webdataset
 from pipeline.read.samples import ShardError
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
@@ -313,19 +313,35 @@ def test_cls_is_a_class_index_or_a_class_name(files: Path, text: str, target: in
 
 
 @pytest.mark.parametrize("text", ["10", "-2", "bird", "", "1.5", "²", "\x00", "9" * 400])
-def test_error_of_an_invalid_label_names_the_option(files: Path, text: str) -> None:
+def test_label_that_is_no_class_is_unmatched_and_keeps_the_image(files: Path, text: str) -> None:
     data = make_tar({"a.cls": text.encode(), "a.jpg": b"image"})
     sample = one(files, data, NAMED)
-    assert (sample.image, sample.target) == (None, None)
-    assert sample.error is not None
-    assert repr(text)[:20] in sample.error or text in sample.error
-    assert "input.labels: false" in sample.error
+    assert sample == Sample("a", b"image", None, None, sample.unmatched)
+    assert sample.unmatched is not None
+    assert repr(text)[:20] in sample.unmatched or text in sample.unmatched
     assert one(files, data, ReadOptions(labels=False)) == Sample("a", b"image")
 
 
-def test_label_that_is_not_text_is_an_error(files: Path) -> None:
+def test_label_that_is_not_text_is_unmatched(files: Path) -> None:
     sample = one(files, make_tar({"a.jpg": b"image", "a.cls": b"\xff\xfe"}))
-    assert (sample.error or "").startswith("unreadable label: the .cls member is not UTF-8 text")
+    assert sample == Sample("a", b"image", unmatched=sample.unmatched)
+    assert (sample.unmatched or "").startswith("the .cls member is not UTF-8 text")
+
+
+def test_label_that_is_too_large_or_a_link_is_unmatched(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "_MAX_LABEL_BYTES", 100)
+    sample = one(files, make_tar({"a.jpg": b"image", "a.cls": bytes(101)}))
+    assert sample == Sample("a", b"image", unmatched="the label has 101 bytes, more than the limit of 100")
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        link = tarfile.TarInfo("a.cls")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        image = tarfile.TarInfo("a.jpg")
+        image.size = 5
+        tar.addfile(image, io.BytesIO(b"image"))
+    problem = "'a.cls' is a link to '/etc/passwd', not a regular file"
+    assert one(files, stream.getvalue()) == Sample("a", b"image", unmatched=problem)
 
 
 @pytest.mark.parametrize(
@@ -349,20 +365,21 @@ def test_json_without_the_field_has_no_label(files: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["true", "[1]", '"bird"', "1.5", "10", "1e300", '"\\ud800"'])
-def test_invalid_label_in_json_is_an_error(files: Path, value: str) -> None:
+def test_label_in_json_that_is_no_class_is_unmatched(files: Path, value: str) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": f'{{"y": {value}}}'.encode()})
     options = ReadOptions(label_field="y", class_ids=NAMED.class_ids, num_labels=10)
-    error = one(files, data, options).error
-    assert error is not None
-    assert "input.labels: false" in error
-    error.encode()  # can be written to Parquet
+    sample = one(files, data, options)
+    assert (sample.image, sample.target, sample.error) == (b"image", None, None)
+    assert sample.unmatched is not None
+    sample.unmatched.encode()  # can be stored in Arrow
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"\xff", b"[" * 100_000])
-def test_malformed_json_is_an_error(files: Path, text: bytes) -> None:
+def test_label_in_malformed_json_is_unmatched(files: Path, text: bytes) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": text})
     sample = one(files, data, ReadOptions(label_field="y"))
-    assert (sample.error or "").startswith("unreadable label: the .json member is not valid JSON")
+    assert (sample.image, sample.error) == (b"image", None)
+    assert (sample.unmatched or "").startswith("the .json member is not valid JSON")
     assert one(files, data) == Sample("a", b"image")  # not read unless configured
 
 
@@ -437,8 +454,9 @@ def test_labels_can_be_integers_names_or_null(files: Path) -> None:
         options = ReadOptions(label_column="y", class_ids=NAMED.class_ids, num_labels=10)
         *good, bad = read(files, data, options, "x.parquet")
         assert [sample.target is None for sample in good] == [False, True, True]
-        assert [sample.error for sample in good] == [None] * 3
-        assert bad.image is None
+        assert [sample.unmatched for sample in good] == [None] * 3
+        assert (bad.image, bad.target, bad.error) == (b"i", None, None)
+        assert bad.unmatched is not None
         assert "input.labels: false" in (bad.error or "")
 
 

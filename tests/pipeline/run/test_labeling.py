@@ -226,7 +226,7 @@ def test_bad_samples_are_error_rows_and_all_others_are_labeled(
     rows = rows_of(result)
     errors = {str(row["key"]): str(row["error"]) for row in rows if row["error"] is not None}
     good = {str(row["key"]) for row in rows if row["error"] is None}
-    assert good == {key for key, _, _ in samples[:10]} | {"gray16"}
+    assert good == {key for key, _, _ in samples[:10]} | {"gray16", "badlabel"}
     assert {key: category_of(error).value for key, error in errors.items()} == {
         "corrupt": "cannot decode",
         "truncated": "cannot decode",
@@ -234,23 +234,29 @@ def test_bad_samples_are_error_rows_and_all_others_are_labeled(
         "bomb": "dimensions too large",
         "text": "unsupported format",
         "alone": "no image",
-        "badlabel": "invalid label",
         "photo": "no image",
     }
     assert "60000" in errors["bomb"]
     assert "starts with b'<html>" in errors["text"]
-    assert "boot-ish" in errors["badlabel"]
     for row in rows:
+        if row["key"] == "badlabel":
+            assert (row["label_id"] is None, row["target_id"]) == (False, None)
         if row["error"] is not None:
             assert row["label"] is row["score"] is row["topk_label_ids"] is row["entropy"] is None
     totals = result.totals
-    assert (totals.images, totals.errors, totals.unreadable) == (19, 8, [])
+    assert (totals.images, totals.errors, totals.unreadable) == (19, 7, [])
     partition = result.job.partition
-    causes = json.loads(storage.read(f"{partition.uri}/runs/{result.run}.json"))["causes"]
-    assert sum(cause["count"] for cause in causes) == 8
+    record = json.loads(storage.read(f"{partition.uri}/runs/{result.run}.json"))
+    assert record["counts"]["unmatched_targets"] == 1
+    [unmatched] = record["unmatched_targets"]
+    assert (unmatched["cause"], unmatched["count"]) == ("'boot-ish' is not a class of the model", 1)
+    assert unmatched["samples"] == [{"shard": f"{bucket}/in/mixed.tar", "key": "badlabel"}]
+    assert partition.manifest.read(["unmatched_targets"]).to_pylist() == [{"unmatched_targets": 1}]
+    causes = record["causes"]
+    assert sum(cause["count"] for cause in causes) == 7
     assert {sample["key"] for cause in causes for sample in cause["samples"]} == set(errors)
     report = storage.read(f"{partition.uri}/report.html").decode()
-    assert "8 samples in 1 shard could not be labeled" in report
+    assert "7 samples in 1 shard could not be labeled" in report
     assert "dimensions too large: N x N pixels, more than the limit of N" in report
 
 

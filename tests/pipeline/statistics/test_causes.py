@@ -19,7 +19,7 @@ def samples(*errors: str | None) -> pa.Table:
             "dimensions too large: N x N pixels, more than N",
         ),
         (r"unsupported format: starts with b'<ht\'ml 4'", "unsupported format: starts with '...'"),
-        ("invalid label: 'boot-ish' is not a class", "invalid label: '...' is not a class"),
+        ("'boot-ish' is not a class", "'...' is not a class"),
         ("empty image: the file has no bytes", "empty image: the file has no bytes"),
     ],
 )

@@ -1,0 +1,96 @@
+"""Labels of the dataset that are no classes of the model cost no prediction, and are reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.label import print_result
+from pipeline import RunResult, label
+from pipeline.config import Config, load_config
+from pipeline.storage import Storage
+from tests.cases import case_input
+from tests.makers import make_image, make_parquet, make_tar
+from tests.runs import IN_PROCESS, run_config
+
+#: Hugging Face's names of the classes, in alphabetical order, as class ids of the bundled model.
+ALPHABETICAL = [9, 8, 4, 3, 2, 5, 6, 7, 0, 1]
+
+
+def rows_of(result: RunResult) -> list[dict[str, object]]:
+    return [row for table in result.partition.read_labels() for row in table.to_pylist()]
+
+
+def record_of(result: RunResult) -> dict[str, Any]:
+    found = result.partition.record(result.run)
+    assert found is not None
+    return found
+
+
+def test_targets_of_another_dataset_cost_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's labels with a model of ten classes: 495 of 500 targets are no classes of the model."""
+    images = [make_image(i) for i in range(10)]
+    for shard in range(2):
+        members = []
+        for i in range(shard * 250, shard * 250 + 250):
+            class_id = i if i < 5 else 10 + i
+            members += [(f"{i:03d}.jpg", images[i % 10]), (f"{i:03d}.cls", str(class_id).encode())]
+        Storage().write(f"{tmp_path}/in/{shard}.tar", make_tar(members))
+    result = label(run_config(tmp_path, "read.chunk_images=250"))
+    rows = rows_of(result)
+    assert (len(rows), result.totals.errors, result.totals.unmatched.count) == (500, 0, 495)
+    assert all(row["error"] is None and row["label"] is not None for row in rows)
+    assert [row["target_id"] for row in rows] == [0, 1, 2, 3, 4, *[None] * 495]
+    record = record_of(result)
+    assert record["counts"] | {"errors": 0, "unmatched_targets": 495} == record["counts"]
+    assert record["unmatched_targets"][0]["count"] == 445
+    manifest = result.partition.manifest.read(["errors", "unmatched_targets"]).to_pylist()
+    assert manifest == [{"errors": 0, "unmatched_targets": n} for n in (245, 250)]
+    print_result(result)
+    assert "495 targets" in (notice := capsys.readouterr().err)
+    assert "'15' is not in 0..9" in notice or "15 is not in 0..9" in notice
+    assert "input.labels: false" in notice
+    page = Storage().read(f"{result.partition.uri}/report.html").decode()
+    assert "Unmatched targets" in page
+    assert "is not in 0..9" in page
+
+
+def test_ids_of_hugging_face_class_labels_stand_for_their_names(tmp_path: Path) -> None:
+    settings = [f"input.uri={case_input('hf-classlabel')}", f"output.uri={tmp_path}", *IN_PROCESS]
+    result = label(load_config(Config, None, [*settings, "input.label_column=label"]))
+    rows = rows_of(result)
+    assert [row["target_id"] for row in rows] == ALPHABETICAL
+    assert [row["error"] for row in rows] == [None] * 10
+    assert result.totals.unmatched.count == 0
+
+
+def test_name_of_a_class_label_that_the_model_lacks_is_unmatched(tmp_path: Path) -> None:
+    names = ["Bag", "3", "Ankle Boot", "T-shirt/top"]
+    feature = {"info": {"features": {"y": {"names": names, "_type": "ClassLabel"}}}}
+    table = make_parquet(
+        {"image": [make_image(i) for i in range(6)], "y": [0, 1, 2, 3, -1, 4]},
+        metadata={"huggingface": json.dumps(feature)},
+    )
+    Storage().write(f"{tmp_path}/in/x.parquet", table)
+    result = label(run_config(tmp_path, "input.label_column=y"))
+    assert [row["target_id"] for row in rows_of(result)] == [8, None, None, 0, None, None]
+    causes = [each["cause"] for each in result.totals.unmatched.to_record()]
+    model = "is not a class of the model"
+    assert causes == [f"'3' {model}", f"'Ankle Boot' {model}", "4 is not in 0..3"]
+
+
+def test_partitions_without_counts_of_unmatched_targets_stay_readable(tmp_path: Path) -> None:
+    """Manifests of earlier versions lack the column."""
+    Storage().write(f"{tmp_path}/in/a.tar", make_tar({"a.jpg": make_image(0)}))
+    manifest = label(run_config(tmp_path)).partition.manifest
+    with manifest.storage.open(manifest.uri) as file:
+        table = pq.read_table(file)
+    pq.write_table(table.drop_columns("unmatched_targets"), manifest.uri)
+    Storage().write(f"{tmp_path}/in/b.tar", make_tar({"b.jpg": make_image(0)}))
+    assert label(run_config(tmp_path)).plan.states["done"] == 1
+    rows = manifest.read(["uri", "unmatched_targets"]).to_pylist()
+    assert [row["unmatched_targets"] for row in rows] == [None, 0]
