@@ -1,56 +1,24 @@
-"""CvtConfig: the architecture of a CvT, with the fields of transformers' CvtConfig, and its validation.
+"""CvtConfig: the configuration of a CvT for transformers.
 
-The base class PreTrainedConfig of transformers handles files, the hub and labels.
+The base class PreTrainedConfig of transformers handles files, the hub and labels. `cvt.architecture` has the
+fields and their validation.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+import dataclasses
+from typing import Any
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
 from transformers import PreTrainedConfig
 
-from cvt.errors import describe_validation_error
-
-#: Values of the optional field `hidden_act`, which transformers' CvtConfig lacks: its CvT always uses GELU.
-#: Microsoft's code uses QuickGELU.
-ACTIVATIONS = ("gelu", "quick_gelu")
-
-Counts = Sequence[PositiveInt]
-Paddings = Sequence[NonNegativeInt]
-Rates = Sequence[Annotated[float, Field(ge=0, lt=1)]]
-Ratios = Sequence[Annotated[float, Field(gt=0)]]
-Methods = Sequence[Literal["dw_bn", "avg", "linear"]]
+from cvt.architecture import Architecture, check_architecture
 
 
-class CvtConfig(PreTrainedConfig):
+class CvtConfig(PreTrainedConfig, Architecture):
     """Configuration of a CvT, a drop-in replacement for `transformers.CvtConfig`.
 
-    The constructor takes these fields and the fields of PreTrainedConfig (`num_labels`, `id2label`, ...) as
-    keyword arguments. A sequence has one entry per stage. The defaults are those of CvT-13.
-
-    Attributes:
-        patch_sizes, patch_stride, patch_padding: kernel, stride and padding of the patch embedding.
-        embed_dim: width of the tokens.
-        num_heads: number of attention heads; must divide the width.
-        depth: number of layers.
-        mlp_ratio: hidden width of the MLP, as a multiple of `embed_dim`.
-        attention_drop_rate: dropout rate of the attention probabilities.
-        drop_rate: dropout rate of the embeddings, and of the outputs of attention and MLP.
-        drop_path_rate: stochastic depth rate of the last layer. The rate rises linearly from 0 in the first
-            layer.
-        qkv_bias: whether the linear layers of query, key and value have a bias.
-        cls_token: whether the stage has a class token. Its width is that of the last stage.
-        qkv_projection_method: projection before the linear layers of query, key and value. "dw_bn":
-            depthwise convolution with batch norm. "avg": average pooling of key and value. "linear": none.
-        kernel_qkv: kernel of the projection.
-        padding_kv, stride_kv: padding and stride of the projection for key and value.
-        padding_q, stride_q: padding and stride of the projection for the query.
-        initializer_range: standard deviation of initial weights.
-        layer_norm_eps: unused, as in transformers, which uses PyTorch's default of 1e-5 for CvT. The field
-            exists so that configuration files stay unchanged.
+    The constructor takes the fields of `cvt.architecture.Architecture` and of PreTrainedConfig (`num_labels`,
+    `id2label`, ...) as keyword arguments.
 
     Raises:
         ValueError: the fields do not describe a valid model. The message names the field and the reason.
@@ -58,92 +26,8 @@ class CvtConfig(PreTrainedConfig):
 
     model_type = "cvt"
 
-    num_channels: PositiveInt = 3
-    patch_sizes: Counts = (7, 3, 3)
-    patch_stride: Counts = (4, 2, 2)
-    patch_padding: Paddings = (2, 1, 1)
-    embed_dim: Annotated[Counts, Field(min_length=1)] = (64, 192, 384)
-    num_heads: Counts = (1, 3, 6)
-    depth: Counts = (1, 2, 10)
-    mlp_ratio: Ratios = (4.0, 4.0, 4.0)
-    attention_drop_rate: Rates = (0.0, 0.0, 0.0)
-    drop_rate: Rates = (0.0, 0.0, 0.0)
-    drop_path_rate: Rates = (0.0, 0.0, 0.1)
-    qkv_bias: Sequence[bool] = (True, True, True)
-    cls_token: Sequence[bool] = (False, False, True)
-    qkv_projection_method: Methods = ("dw_bn", "dw_bn", "dw_bn")
-    kernel_qkv: Counts = (3, 3, 3)
-    padding_kv: Paddings = (1, 1, 1)
-    stride_kv: Counts = (2, 2, 2)
-    padding_q: Paddings = (1, 1, 1)
-    stride_q: Counts = (1, 1, 1)
-    initializer_range: Annotated[float, Field(ge=0)] = 0.02
-    layer_norm_eps: float = 1e-12
-
     def __init__(self, **kwargs: Any) -> None:
-        # Explicit, because PreTrainedConfig makes subclasses dataclasses only from transformers 5.4.
-        for name in CvtConfig.__annotations__:
-            setattr(self, name, kwargs.pop(name, getattr(CvtConfig, name)))
+        for field in dataclasses.fields(Architecture):
+            setattr(self, field.name, kwargs.pop(field.name, field.default))
         super().__init__(**kwargs)
         check_architecture(self)
-
-
-_Fields = create_model(
-    "_Fields",
-    __config__=ConfigDict(strict=True, allow_inf_nan=False),
-    **inspect.get_annotations(CvtConfig, eval_str=True),
-)
-
-
-def check_architecture(config: PreTrainedConfig) -> None:
-    """Validates a CvtConfig of this package or of transformers.
-
-    Raises:
-        ValueError: the fields do not describe a valid model. The message names the field and the reason.
-    """
-    fields = {name: getattr(config, name) for name in CvtConfig.__annotations__}
-    try:
-        _Fields.model_validate(fields)
-    except ValidationError as error:
-        raise ValueError(f"CvtConfig: {describe_validation_error(error)}") from None
-    stages = len(config.embed_dim)
-    for name, entries in fields.items():
-        if isinstance(entries, list | tuple) and len(entries) != stages:
-            raise ValueError(
-                f"CvtConfig: {name} has {len(entries)} entries and embed_dim has {stages};"
-                " both need one entry per stage"
-            )
-    if (activation := getattr(config, "hidden_act", "gelu")) not in ACTIVATIONS:
-        raise ValueError(f"CvtConfig: hidden_act is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
-    for stage in range(stages):
-        _check_stage(config, stage)
-
-
-def _check_stage(config: PreTrainedConfig, i: int) -> None:
-    """Checks the fields of one stage against each other."""
-    width, heads, kernel = config.embed_dim[i], config.num_heads[i], config.kernel_qkv[i]
-    if width % heads:
-        raise ValueError(f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})")
-    if int(width * config.mlp_ratio[i]) < 1:
-        raise ValueError(
-            f"CvtConfig: mlp_ratio[{i}] ({config.mlp_ratio[i]}) times embed_dim[{i}] ({width})"
-            " gives a hidden width of 0"
-        )
-    if config.cls_token[i] and width != config.embed_dim[-1]:
-        raise ValueError(
-            f"CvtConfig: cls_token[{i}] needs embed_dim[{i}] ({width}) to equal the width of the last stage"
-            f" ({config.embed_dim[-1]}), which is the width of a class token"
-        )
-    # The output of attention is added to its input, so each token needs one query.
-    method = config.qkv_projection_method[i]
-    if method == "dw_bn" and (config.stride_q[i] != 1 or 2 * config.padding_q[i] != kernel - 1):
-        raise ValueError(
-            f"CvtConfig: stride_q[{i}] ({config.stride_q[i]}) and padding_q[{i}]"
-            f" ({config.padding_q[i]}) change the number of tokens: with kernel_qkv[{i}]"
-            f" ({kernel}) the stride must be 1 and the padding (kernel - 1) / 2"
-        )
-    if method == "avg" and 2 * config.padding_kv[i] > kernel:
-        raise ValueError(
-            f"CvtConfig: padding_kv[{i}] ({config.padding_kv[i]}) must be at most half of"
-            f" kernel_qkv[{i}] ({kernel}) for average pooling"
-        )

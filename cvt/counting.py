@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from cvt.configuration import CvtConfig
-from cvt.modeling import CvtForImageClassification
+from cvt.architecture import Architecture
 
 
-def count_macs(config: CvtConfig, height: int, width: int) -> int:
+def count_macs(config: Architecture, num_labels: int, height: int, width: int) -> int:
     """Counts the multiply-accumulate operations (MACs) to classify one image.
 
     The count includes convolutions, linear layers and both matrix products of attention. The count excludes
-    biases, norms, softmax and activations. The model runs without data, so memory and time do not depend on
-    its size. The values of arXiv 2103.15808 are up to 1.5 % lower: 4.5, 7.1 and 193.2 billion for CvT-13 and
-    CvT-21 at 224 pixels and for CvT-W24 at 384 pixels.
+    biases, norms, softmax, pooling and activations. The values of arXiv 2103.15808 are up to 1.5 % lower:
+    4.5, 7.1 and 193.2 billion for CvT-13 and CvT-21 at 224 pixels and for CvT-W24 at 384 pixels.
 
     Args:
-        config: configuration of the model.
+        config: architecture of the model.
+        num_labels: number of classes.
         height: height of the image in pixels.
         width: width of the image in pixels.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = CvtForImageClassification(config).eval()
-        image = torch.empty(1, config.num_channels, height, width)
-        with FlopCounterMode(display=False) as counter:
-            model(image)
-    return int(counter.get_total_flops()) // 2  # FLOPs count multiplication and addition separately
+    total, channels, sides = num_labels * config.embed_dim[-1], config.num_channels, (height, width)
+    for i, dim in enumerate(config.embed_dim):
+        kernel, stride, padding = config.patch_sizes[i], config.patch_stride[i], config.patch_padding[i]
+        sides = (
+            _output_side(sides[0], kernel, stride, padding),
+            _output_side(sides[1], kernel, stride, padding),
+        )
+        queries = sides[0] * sides[1]
+        total += kernel**2 * channels * dim * queries
+        total += config.depth[i] * _layer_macs(config, i, sides)
+        channels = dim
+    return total
+
+
+def _layer_macs(config: Architecture, stage: int, sides: tuple[int, int]) -> int:
+    """Counts the MACs of a transformer layer for tokens of an image with these sides."""
+    dim, method, kernel = (
+        config.embed_dim[stage],
+        config.qkv_projection_method[stage],
+        config.kernel_qkv[stage],
+    )
+    queries = keys = sides[0] * sides[1]
+    convolutions = 0
+    if method != "linear":
+        stride, padding = config.stride_kv[stage], config.padding_kv[stage]
+        height, width = (_output_side(side, kernel, stride, padding, ceil=method == "avg") for side in sides)
+        keys = height * width
+    if method == "dw_bn":
+        convolutions = kernel**2 * dim * (queries + 2 * keys)
+    queries, keys = queries + config.cls_token[stage], keys + config.cls_token[stage]
+    projections = dim**2 * (2 * queries + 2 * keys)
+    products = 2 * queries * keys * dim
+    mlp = 2 * dim * int(dim * config.mlp_ratio[stage]) * queries
+    return convolutions + projections + products + mlp
+
+
+def _output_side(side: int, kernel: int, stride: int, padding: int, ceil: bool = False) -> int:
+    """Returns the side of the output of a convolution, or of a pooling that rounds up (`ceil`)."""
+    span = side + 2 * padding - kernel
+    if not ceil:
+        return span // stride + 1
+    rounded = -(-span // stride) + 1
+    # The last window must start within the image or its left padding.
+    return rounded - ((rounded - 1) * stride >= side + padding)

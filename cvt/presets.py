@@ -7,14 +7,16 @@ The values are from table 2 of arXiv 2103.15808 and from the configurations of h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from cvt.configuration import CvtConfig
 from cvt.preprocessing import Preprocessor
 
-#: Fields of `CvtConfig` by the name of the variant. All other fields have their defaults.
+if TYPE_CHECKING:
+    from cvt.configuration import CvtConfig
+
+#: Fields of `Architecture` by the name of the variant. All other fields have their defaults.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cvt-13": {"embed_dim": [64, 192, 384], "num_heads": [1, 3, 6], "depth": [1, 2, 10]},
     "cvt-21": {"embed_dim": [64, 192, 384], "num_heads": [1, 3, 6], "depth": [1, 4, 16]},
@@ -37,6 +39,8 @@ def preset_config(name: str, **fields: Any) -> CvtConfig:
     Raises:
         ValueError: the name is unknown, or the fields do not describe a valid model.
     """
+    from cvt.configuration import CvtConfig  # imports transformers, which takes seconds
+
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return CvtConfig(**{**PRESETS[name], **fields})

@@ -60,7 +60,7 @@ def convert(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
         written = Path(unfinished) / target.name
         if to == "hugging-face":
-            save_checkpoint(checkpoint.model, preprocessor, written)
+            save_checkpoint(checkpoint.to_transformers(), preprocessor, written)
         else:
             torch.save(microsoft_weights(checkpoint.model), written)
         written.rename(target)

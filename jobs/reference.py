@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import transformers
 from cvt.checkpoints import Checkpoint
 from cvt.inference.engine import PRECISIONS
 from cvt.modeling import CvtForImageClassification
+from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
@@ -37,9 +39,9 @@ def load_model(model: str, size: int | None) -> Checkpoint:
     """
     if model in PRESETS:
         torch.manual_seed(0)
-        labels = {i: f"class {i}" for i in range(1000)}
-        network = CvtForImageClassification(preset_config(model, id2label=labels)).eval()
-        return Checkpoint(model, network, preset_preprocessor(size or 224), digest="")
+        labels = tuple(f"class {i}" for i in range(1000))
+        network = CvtClassifier.copy_of(CvtForImageClassification(preset_config(model, num_labels=1000)))
+        return Checkpoint(model, network, labels, preset_preprocessor(size or 224), digest="")
     if size is not None:
         raise ConfigError(f"--size: applies only to {', '.join(PRESETS)}; {model} has its own size")
     return open_checkpoint(Storage(), model)
@@ -82,8 +84,9 @@ def transformers_classifier(
     The function takes uint8 images (n, size, size, 3) and returns float32 logits (n, classes).
     """
     dtype, preprocessor = PRECISIONS[precision], checkpoint.preprocessor
+    fields = asdict(checkpoint.model.config)
     model = transformers.CvtForImageClassification(
-        transformers.CvtConfig(**checkpoint.model.config.to_dict())
+        transformers.CvtConfig(**fields, num_labels=len(checkpoint.labels))
     )
     model.load_state_dict(checkpoint.model.state_dict())
     model = model.to(device, dtype).eval()

@@ -8,18 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
+from cvt.architecture import Architecture
 from cvt.checkpoints import microsoft
 from cvt.checkpoints.weights import (
     CONFIG_FILE,
@@ -31,11 +29,13 @@ from cvt.checkpoints.weights import (
     read_file,
     read_folder,
 )
-from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError, checkpoint_errors
-from cvt.modeling import CvtForImageClassification
+from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_preprocessor
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 #: Folders of the checkpoints in this package, by name.
 BUNDLED = {"fashion-mnist": Path(__file__).parents[1] / "bundled" / "fashion-mnist"}
@@ -50,6 +50,7 @@ class Checkpoint:
     Attributes:
         name: short name, valid in a path.
         model: the model.
+        labels: names of the classes, in the order of class ids.
         preprocessor: the preprocessing of the model.
         digest: hexadecimal SHA-256 of weights, architecture, labels and preprocessing. The digest does not
             depend on the layout of the files.
@@ -57,21 +58,29 @@ class Checkpoint:
     """
 
     name: str
-    model: CvtForImageClassification
+    model: CvtClassifier
+    labels: tuple[str, ...]
     preprocessor: Preprocessor
     digest: str
     commit: str | None = None
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of class ids."""
-        names = self.model.config.id2label
-        return tuple(names[i] for i in range(self.model.config.num_labels))
-
-    @property
     def embedding_width(self) -> int:
         """Number of values in an embedding."""
-        return int(self.model.config.embed_dim[-1])
+        return self.model.config.embed_dim[-1]
+
+    def to_transformers(self) -> CvtForImageClassification:
+        """Returns a copy of the model as a class of transformers, for training and saving."""
+        from cvt.configuration import CvtConfig  # imports transformers, which takes seconds
+        from cvt.modeling import CvtForImageClassification
+
+        with torch.device("meta"):  # skips random initialization, which takes longer than loading
+            model = CvtForImageClassification(
+                CvtConfig(**asdict(self.model.config), **label_fields(self.labels))
+            )
+        model.to_empty(device="cpu").load_state_dict(self.model.state_dict())
+        model.eval()
+        return model
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,8 @@ class _Parts:
     """The content of the files of a checkpoint. Weights may have the names of transformers or Microsoft."""
 
     name: str
-    config: CvtConfig
+    architecture: Architecture
+    labels: tuple[str, ...]
     weights: Mapping[str, Tensor]
     preprocessor: Preprocessor
     commit: str | None = None
@@ -107,24 +117,29 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
     with checkpoint_errors(f"model {path!r}"):
         parts = _read(path, revision)
         if labels is not None:
-            names, count = read_labels(Path(labels).expanduser()), parts.config.num_labels
+            names, count = read_labels(Path(labels).expanduser()), len(parts.labels)
             if len(names) != count:
                 raise CheckpointError(
                     f"labels {labels}: number of names: {len(names)}, number of classes of the model: {count}"
                 )
-            parts.config.id2label = dict(enumerate(names))
-            parts.config.label2id = {name: i for i, name in enumerate(names)}
+            parts = replace(parts, labels=tuple(names))
         model = _make_model(parts)
     name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
-    return Checkpoint(
-        name, model, parts.preprocessor, _digest(model, parts.preprocessor), commit=parts.commit
-    )
+    digest = _digest(model, parts.labels, parts.preprocessor)
+    return Checkpoint(name, model, parts.labels, parts.preprocessor, digest, parts.commit)
 
 
 def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
     """Saves a checkpoint as a folder that `load_checkpoint` and transformers can load."""
-    with _no_progress_bars():
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
         model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     (folder / PREPROCESSOR_FILE).write_text(json.dumps(preprocessor.to_dict(), indent=2) + "\n")
 
 
@@ -181,6 +196,10 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     Returns:
         The folder of the files, `models--<id>/snapshots/<commit>`. The hub's client chooses this name.
     """
+    # Imported here, because a local checkpoint does not need the client.
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     bundled = f"(bundled: {', '.join(BUNDLED)})"
     with checkpoint_errors(f"no such local folder {bundled}, and not available from the Hugging Face hub"):
         try:
@@ -201,14 +220,16 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Disables progress bars of transformers and the hub's client, which would overwrite other output."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    """Disables progress bars of the hub's client, which would overwrite other output."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
+        if shown:
+            enable_progress_bars()
 
 
 def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _Parts:
@@ -216,53 +237,70 @@ def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError("the folder has no config.json")
     with checkpoint_errors(CONFIG_FILE):
-        kind = CvtConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != CvtConfig.model_type:
+        fields = json.loads((folder / CONFIG_FILE).read_bytes())
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        if kind != "cvt":
             raise CheckpointError(f"model_type is {kind!r}, not 'cvt'")
-        config = CvtConfig.from_pretrained(folder)
+        architecture, labels = Architecture.from_dict(fields), _class_names(fields)
     weights = read_folder(folder) if weights_file is None else read_file(weights_file)
     preprocessor = Preprocessor.from_folder(folder)
-    return _Parts(name, config, weights, preprocessor)
+    return _Parts(name, architecture, labels, weights, preprocessor)
+
+
+def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the class names in config.json; without names, those that transformers generates."""
+    names = fields.get("id2label")
+    if names is None:
+        return default_labels(fields.get("num_labels", 2))
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
+        raise CheckpointError("id2label must have the class ids 0, 1, ... without gaps")
+    if not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError("id2label must have a name for each class id")
+    return tuple(names[str(i)] for i in range(len(names)))
+
+
+def default_labels(count: int) -> tuple[str, ...]:
+    """Returns the names that transformers gives to classes without names."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def label_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of CvtConfig for class names."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
 def _read_microsoft(file: Path) -> _Parts:
     weights = read_file(file)
     with checkpoint_errors(file.name):
-        config = microsoft.infer_config(weights)
-    return _Parts(file.stem, config, weights, preset_preprocessor(microsoft.image_size(file.name)))
+        architecture = microsoft.infer_architecture(weights)
+    preprocessor = preset_preprocessor(microsoft.image_size(file.name))
+    return _Parts(file.stem, architecture, default_labels(len(weights["head.weight"])), weights, preprocessor)
 
 
-def _make_model(parts: _Parts) -> CvtForImageClassification:
-    """Creates the model of a configuration, with a copy of the weights."""
-    config = parts.config
-    if sorted(config.id2label) != list(range(config.num_labels)):
-        raise CheckpointError("id2label in config.json must have the class ids 0, 1, ... without gaps")
-    if config.num_channels != 3:
-        raise CheckpointError(f"num_channels is {config.num_channels}, not 3")
+def _make_model(parts: _Parts) -> CvtClassifier:
+    """Creates the model of an architecture, with a copy of the weights."""
+    if parts.architecture.num_channels != 3:
+        raise CheckpointError(f"num_channels is {parts.architecture.num_channels}, not 3")
     with torch.device("meta"):  # skips random initialization, which takes longer than loading
-        model = CvtForImageClassification(config)
+        model = CvtClassifier(parts.architecture, len(parts.labels))
     expected = model.state_dict()
     weights = microsoft.rename_weights(parts.weights, expected)
     if not any(key.startswith("classifier.") for key in weights) and any("stages." in key for key in weights):
         raise CheckpointError("the checkpoint has no classifier: its weights are those of a CvtModel")
     check_weights(weights, expected)
-    model.to_empty(device="cpu")
     counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - weights.keys()}
-    model.load_state_dict(weights | counters)
-    model.eval()
-    return model
+    return CvtClassifier.of_weights(parts.architecture, len(parts.labels), weights | counters)
 
 
-def _digest(model: CvtForImageClassification, preprocessor: Preprocessor) -> str:
-    # Only the fields of the architecture, because other fields depend on the version of transformers.
-    architecture = {name: getattr(model.config, name) for name in CvtConfig.__annotations__}
+def _digest(model: CvtClassifier, labels: Sequence[str], preprocessor: Preprocessor) -> str:
+    architecture = asdict(model.config)
+    if architecture["hidden_act"] == "gelu":  # transformers has no other, and its files lack the field
+        del architecture["hidden_act"]
     content: dict[str, Any] = {
         "architecture": architecture,
-        "labels": model.config.id2label,
+        "labels": dict(enumerate(labels)),
         "preprocessing": preprocessor.to_dict(),
     }
-    if (activation := getattr(model.config, "hidden_act", "gelu")) != "gelu":
-        content["activation"] = activation
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_floating_point():

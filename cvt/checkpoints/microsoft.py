@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification
-from cvt.presets import PRESETS, preset_config
+from cvt.presets import PRESETS
 
 #: Patterns in transformers' names, and their replacements in Microsoft's names.
 _PARTS = {
@@ -43,7 +42,7 @@ def microsoft_key(key: str) -> str:
     return key
 
 
-def microsoft_weights(model: CvtForImageClassification) -> dict[str, Tensor]:
+def microsoft_weights(model: nn.Module) -> dict[str, Tensor]:
     """Returns the weights of a model by Microsoft's names."""
     return {microsoft_key(key): tensor for key, tensor in model.state_dict().items()}
 
@@ -68,11 +67,8 @@ def unwrap_weights(content: Mapping[str, object]) -> Mapping[str, object]:
     return weights
 
 
-def infer_config(weights: Mapping[str, Tensor]) -> CvtConfig:
+def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture:
     """Finds the published variant with the depths and widths of weights with Microsoft's names.
-
-    Returns:
-        The configuration of the variant, with the number of classes of the weights.
 
     Raises:
         CheckpointError: no variant has these depths and widths.
@@ -86,9 +82,9 @@ def infer_config(weights: Mapping[str, Tensor]) -> CvtConfig:
         raise CheckpointError("the checkpoint has no classifier: head.weight is missing")
     blocks = {match[0] for key in weights if (match := re.match(r"stage\d+\.blocks\.\d+\.", key))}
     depth = [sum(block.startswith(f"stage{i}.") for block in blocks) for i in range(len(embed_dim))]
-    for name, fields in PRESETS.items():
+    for fields in PRESETS.values():
         if (fields["embed_dim"], fields["depth"]) == (embed_dim, depth):
-            return preset_config(name, num_labels=len(weights["head.weight"]))
+            return Architecture(**fields)
     raise CheckpointError(f"no published variant of CvT has embed_dim {embed_dim} and depth {depth}")
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from cvt.inference.network import EngineOutput, InferenceNetwork, Result, Runtime
 from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
-from cvt.modeling import CvtForImageClassification
+from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import DEVICES, DTYPES, RUNTIMES, resolve_precision
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 logger = logging.getLogger("cvt_label")
 
@@ -57,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CvtForImageClassification,
+        model: CvtClassifier | CvtForImageClassification,
         preprocessor: Preprocessor,
         *,
         device: str = "auto",
@@ -79,7 +83,7 @@ class Engine:
                 f"num_channels is {model.config.num_channels}, but the preprocessing has {channels}"
             )
         self._image_shape = (preprocessor.size, preprocessor.size, channels)
-        self._widths = (model.config.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
+        self._widths = (model.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
         threads = threads or torch.get_num_threads()
         self._runtime = make_runtime(
             model, preprocessor, self.device, self.precision, runtime, batch_size, threads
@@ -151,7 +155,7 @@ class Engine:
 
 
 def make_runtime(
-    model: CvtForImageClassification,
+    model: CvtClassifier | CvtForImageClassification,
     preprocessor: Preprocessor,
     device: torch.device,
     precision: str,

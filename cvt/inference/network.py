@@ -1,12 +1,11 @@
 """The network for inference: a simplified copy of the model, from uint8 pixels to logits.
 
-This module also defines the interface of runtimes. `engine` chooses the runtime. `cvt.modeling` has the model
-for training.
+This module also defines the interface of runtimes. `engine` chooses the runtime. `cvt.network` has the
+layers.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cvt.modeling import CvtForImageClassification, CvtLayer
+from cvt.network import CvtClassifier, CvtLayer
 from cvt.preprocessing import Preprocessor
 
 
@@ -58,15 +57,13 @@ class InferenceNetwork(nn.Module):
     times slower on a CPU, because libraries have no kernel for it.
 
     Args:
-        model: the model. The network makes a copy.
+        model: the model, see `CvtClassifier.copy_of`. The network makes a copy.
         preprocessor: supplies mean, std and rescale factor.
         dtype: data type of the features. Normalization and head use float32, which costs almost no time,
             because logits in half precision have ties.
     """
 
-    def __init__(
-        self, model: CvtForImageClassification, preprocessor: Preprocessor, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: nn.Module, preprocessor: Preprocessor, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = _simplify(model)
         self.model.cvt.to(dtype)
@@ -79,8 +76,7 @@ class InferenceNetwork(nn.Module):
         """Computes the input of the classifier, float32 (n, C), from pixels, uint8 (n, H, W, channels)."""
         # Not fused into the first convolution: its zero padding equals the mean only after normalization.
         normalized = torch.addcmul(self.shift, pixels.float(), self.scale).to(self.dtype)
-        features = self.model.cvt(normalized.permute(0, 3, 1, 2), return_dict=True)
-        return self.model.pool(features.last_hidden_state, features.cls_token_value)
+        return self.model.embed(normalized.permute(0, 3, 1, 2))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Computes logits and embeddings from pixels, uint8 (n, H, W, channels)."""
@@ -98,18 +94,21 @@ class InferenceNetwork(nn.Module):
             _pack(self.model.cvt)
 
 
-def _simplify(model: CvtForImageClassification) -> CvtForImageClassification:
-    model = copy.deepcopy(model).float().eval().requires_grad_(False)
-    for module in model.modules():
+def _simplify(model: nn.Module) -> CvtClassifier:
+    network = CvtClassifier.copy_of(model).requires_grad_(False)
+    module: Any
+    for module in network.modules():
         if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
             module.convolution = fuse_conv_bn_eval(module.convolution, module.normalization)
             module.normalization = nn.Identity()
         if isinstance(getattr(module, "activation", None), nn.GELU):
             module.activation = _InPlaceGELU()
-    if model.config.cls_token[-1]:
-        last_stage: Any = [*model.cvt.encoder["stages"].children()][-1]
+    if network.config.cls_token[-1]:
+        encoder: Any = network.cvt["encoder"]
+        last_stage = encoder.stages[-1]
         last_stage.layers[-1] = _ClassTokenLayer(last_stage.layers[-1])
-    return model.to(memory_format=torch.channels_last)
+    channels_last: Any = {"memory_format": torch.channels_last}  # a keyword that PyTorch's types lack
+    return network.to(**channels_last)
 
 
 def _pack(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.inference.network import InferenceNetwork, Result
 
 # glibc maps and unmaps every allocation above 32 MiB separately, and the kernel clears its pages each time.
@@ -82,7 +82,7 @@ class TorchRuntime:
         return logits[:count].numpy(), embeddings[:count].numpy()
 
 
-def max_images_per_part(config: CvtConfig, size: int, max_bytes: int = MAX_ACTIVATION_BYTES) -> int:
+def max_images_per_part(config: Architecture, size: int, max_bytes: int = MAX_ACTIVATION_BYTES) -> int:
     """Returns the number of images whose largest activation, in an MLP, is smaller than `max_bytes`."""
     largest = 0
     for i, width in enumerate(config.embed_dim):

@@ -147,7 +147,7 @@ class CvtLayer(keras.layers.Layer):
         self.attention_dropout = keras.layers.Dropout(drop_rate)
         self.layernorm_after = layer_norm(f"{name}-layernorm_after", width)
         self.intermediate = dense(config, f"{name}-intermediate-dense", width, hidden)
-        is_quick = getattr(config, "hidden_act", "gelu") == "quick_gelu"
+        is_quick = getattr(config, "hidden_act", "gelu") == "quick_gelu"  # transformers' class lacks it
         self.activation = quick_gelu if is_quick else partial(ops.gelu, approximate=False)
         self.mlp_output = dense(config, f"{name}-output-dense", hidden, width)
         self.mlp_dropout = keras.layers.Dropout(drop_rate)

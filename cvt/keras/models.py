@@ -20,9 +20,10 @@ from keras import ops
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from cvt.architecture import check_architecture
 from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
 from cvt.checkpoints.weights import check_weights, files_to_load, read_file
-from cvt.configuration import CvtConfig, check_architecture
+from cvt.configuration import CvtConfig
 from cvt.errors import checkpoint_errors
 from cvt.keras.layers import CvtStage, dense, layer_norm, to_tokens
 from cvt.modeling import CvtForImageClassification, CvtModel

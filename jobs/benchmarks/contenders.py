@@ -122,7 +122,8 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
     from pipeline.dataflow.stages import warm_engine
 
     config, checkpoint = task_config(task), load_checkpoint(task.model)
-    count = partial(count_macs, checkpoint.model.config, task.size, task.size)
+    classes = len(checkpoint.labels)
+    count = partial(count_macs, checkpoint.model.config, classes, task.size, task.size)
     cluster = ClusterCapacity(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
     request = ResourceRequest(config.read, config.decode, config.classify, task.size, count)
     resources = choose_resources(request, cluster)

@@ -86,7 +86,7 @@ def run(
             overrides=set or (),
         )
         task_config(task)  # checks the overrides before the first measurement
-        save_checkpoint(checkpoint.model, checkpoint.preprocessor, Path(task.model))
+        save_checkpoint(checkpoint.to_transformers(), checkpoint.preprocessor, Path(task.model))
         print_notice("packing the images")
         dataset = make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
         if "daft" in names:

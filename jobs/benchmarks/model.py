@@ -70,7 +70,7 @@ def model(
     pixels = checkpoint.preprocessor.size
     shape = count or (2048 if device == "cuda" else 64), pixels, pixels, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    macs = count_macs(checkpoint.model.config, pixels, pixels)
+    macs = count_macs(checkpoint.model.config, len(checkpoint.labels), pixels, pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
     results = measure(images, variants, rounds, lambda: matrix_rate(device, precision) / macs)
     figures.print_results(context, output, variants=results)

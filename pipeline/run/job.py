@@ -49,8 +49,9 @@ class Job:
         """The resources that the job requests from an executor."""
         from cvt.counting import count_macs
 
-        config, size = self.config, self.checkpoint.preprocessor.size
-        count = functools.cache(functools.partial(count_macs, self.checkpoint.model.config, size, size))
+        config, checkpoint, size = self.config, self.checkpoint, self.checkpoint.preprocessor.size
+        classes = len(checkpoint.labels)
+        count = functools.cache(functools.partial(count_macs, checkpoint.model.config, classes, size, size))
         return ResourceRequest(config.read, config.decode, config.classify, size, count)
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from cvt.architecture import FIELDS
+from cvt.checkpoints.checkpoint import label_fields
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
@@ -31,11 +33,11 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
     """
     torch.manual_seed(config.optimization.seed)
     if (new := config.model.new) is not None:
-        unknown = sorted(new.cvt.keys() - CvtConfig.__annotations__.keys())
+        unknown = sorted(new.cvt.keys() - set(FIELDS))
         if unknown:
             raise ConfigError(f"model.new.cvt: unknown field {', '.join(unknown)}")
         try:
-            fields, preprocessing = {**new.cvt, **_label_fields(new.labels)}, new.preprocessor
+            fields, preprocessing = {**new.cvt, **label_fields(new.labels)}, new.preprocessor
             if new.preset is None:
                 architecture = CvtConfig(**fields)
             else:
@@ -47,15 +49,11 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         return TrainingModel(CvtForImageClassification(architecture), preprocessor)
     assert config.model.pretrained is not None  # the configuration has either `new` or `pretrained`
     checkpoint = open_checkpoint(make_storage(config.storage), config.model.pretrained, config.model.revision)
-    model, labels = checkpoint.model, config.model.labels
+    model, labels = checkpoint.to_transformers(), config.model.labels
     if labels is not None and tuple(labels) != checkpoint.labels:
-        model.config.update(_label_fields(labels))
+        model.config.update(label_fields(labels))
         model.num_labels = len(labels)
         model.classifier = nn.Linear(checkpoint.embedding_width, len(labels))
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
     return TrainingModel(model, checkpoint.preprocessor)
-
-
-def _label_fields(labels: list[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

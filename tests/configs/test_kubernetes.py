@@ -381,7 +381,7 @@ def cluster_of(bound: str) -> ClusterCapacity:
 
 
 def chosen(job: Config, cluster: ClusterCapacity) -> Resources:
-    count = partial(count_macs, preset_config("cvt-13"), 224, 224)
+    count = partial(count_macs, preset_config("cvt-13"), 1000, 224, 224)
     return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, count), cluster)
 
 

@@ -134,7 +134,7 @@ def test_configurations_with_different_fields_are_not_equal() -> None:
             "cls_token[0] needs embed_dim[0] (64) to equal the width of the last stage (384), which is the"
             " width of a class token",
         ),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu', not one of gelu, quick_gelu"),
+        ({"hidden_act": "relu"}, "hidden_act: Input should be 'gelu' or 'quick_gelu', not \"relu\""),
         ({"stride_q": [1, 2, 1]}, "stride_q[1] (2) and padding_q[1] (1) change the number of tokens"),
         ({"padding_q": [1, 1, 0]}, "stride_q[2] (1) and padding_q[2] (0) change the number of tokens"),
         ({"kernel_qkv": [2, 3, 3]}, "with kernel_qkv[0] (2) the stride must be 1"),

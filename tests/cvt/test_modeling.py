@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from cvt.architecture import Architecture
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.configuration import CvtConfig
-from cvt.modeling import CvtDropPath, CvtForImageClassification, CvtModel
+from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.network import CvtDropPath
 from tests.cvt.random_models import PUBLISHED, TINY, randomize
 
 #: cvt-w24 has 277 million parameters. The tests use its widths and heads with the smallest depth that works.
@@ -93,7 +96,8 @@ def test_each_configuration_field_acts_as_in_transformers(fields: dict[str, Any]
 
 @torch.inference_mode()
 def test_model_with_four_stages_equals_transformers() -> None:
-    fields = {name: [value[1]] * 4 for name, value in vars(CvtConfig).items() if isinstance(value, tuple)}
+    defaults = asdict(Architecture())
+    fields = {name: [value[1]] * 4 for name, value in defaults.items() if isinstance(value, tuple)}
     fields |= {"embed_dim": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4], "depth": [1, 2, 3, 4]}
     ours, theirs = twins(**fields | {"cls_token": [False, False, False, True]})
     pixels = images(2, 3, 64, 64)
@@ -208,7 +212,7 @@ def naive_attention(module: nn.Module, method: str, hidden: Tensor, height: int,
 def test_avg_and_linear_projections_equal_a_naive_reference(method: str, height: int, width: int) -> None:
     model = randomize(CvtModel(CvtConfig(**TINY, qkv_projection_method=[method] * 3)))
     for stage, class_tokens in ((1, 0), (2, 1)):
-        module = model.encoder["stages"][stage].layers[0].attention["attention"]
+        module = model.encoder.stages[stage].layers[0].attention["attention"]
         hidden = images(2, height * width + class_tokens, TINY["embed_dim"][stage])
         expected = naive_attention(module, method, hidden, height, width)
         assert_close(module(hidden, height, width), expected, **CLOSE)
@@ -312,7 +316,7 @@ def test_auto_classes_and_pipelines_load_the_bundled_checkpoint(
     preprocessor = checkpoint.preprocessor
     pixels = torch.from_numpy(preprocessor(image)) * preprocessor.rescale_factor
     pixels = (pixels - torch.tensor(preprocessor.mean)) / torch.tensor(preprocessor.std)
-    probabilities = checkpoint.model(pixels.float().permute(2, 0, 1)[None]).logits.softmax(dim=1)[0].tolist()
+    probabilities = checkpoint.model(pixels.float().permute(2, 0, 1)[None]).softmax(dim=1)[0].tolist()
     expected = dict(zip(checkpoint.labels, probabilities, strict=True))
     assert their_scores == pytest.approx(expected, abs=1e-5)
     assert our_scores == pytest.approx(expected, abs=1e-5)
@@ -417,7 +421,7 @@ def test_gradient_checkpointing_keeps_gradients_and_statistics(reentrant: bool) 
         model = randomize(CvtForImageClassification(CvtConfig(**TINY, drop_rate=[0.5] * 3))).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        layer = model.cvt.encoder["stages"][1].layers[0]
+        layer = model.cvt.encoder.stages[1].layers[0]
         layer.intermediate.register_forward_hook(lambda *_, at=checkpointing: calls.append(at))
         torch.manual_seed(0)  # dropout is the same when a layer is computed a second time
         model(pixels, labels=labels).loss.backward()
@@ -465,7 +469,7 @@ def test_drop_path_drops_whole_samples_and_keeps_expected_value() -> None:
 def test_layer_with_dropped_paths_returns_its_input() -> None:
     torch.manual_seed(0)
     model = CvtModel(CvtConfig(**TINY, drop_path_rate=[0.0, 0.0, 0.999999])).train()
-    layer = model.encoder["stages"][2].layers[-1]
+    layer = model.encoder.stages[2].layers[-1]
     hidden = images(2, 17, 48)
     assert_close(layer(hidden, 4, 4), hidden, rtol=0, atol=0)
 
@@ -474,5 +478,5 @@ def test_drop_path_rates_rise_over_the_layers_of_a_stage() -> None:
     model = CvtModel(
         CvtConfig(depth=[1, 2, 5], embed_dim=[8, 8, 8], num_heads=[1] * 3, drop_path_rate=[0.3, 0.2, 0.1])
     )
-    rates = [[layer.drop_path.rate for layer in stage.layers] for stage in model.encoder["stages"]]
+    rates = [[layer.drop_path.rate for layer in stage.layers] for stage in model.encoder.stages]
     assert rates == [[0], [0, 0.2], pytest.approx([0, 0.025, 0.05, 0.075, 0.1])]

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import jobs.convert
+from cvt.architecture import FIELDS
 from cvt.checkpoints import BUNDLED, load_checkpoint
-from cvt.configuration import CvtConfig
 from tests.command import invoke
 from tests.cvt.microsoft_names import as_microsoft
 from tests.cvt.random_models import randomize
@@ -63,7 +63,7 @@ def test_microsofts_file_becomes_a_folder_that_transformers_loads(
     assert not any(info.values())
     assert converted.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
     written = json.loads((target / "config.json").read_text())
-    assert written.keys() >= CvtConfig.__annotations__.keys() | {"id2label", "label2id", "model_type"}
+    assert written.keys() >= {*FIELDS} | {"id2label", "label2id", "model_type"}
 
     processor = transformers.AutoImageProcessor.from_pretrained(target)
     noise = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
@@ -142,6 +142,6 @@ def test_invalid_target_ends_with_2(tmp_path: Path, target: str) -> None:
 
 def test_weights_without_classifier_end_with_4(tmp_path: Path) -> None:
     source = tmp_path / "features"
-    load_checkpoint("fashion-mnist").model.cvt.save_pretrained(source)
+    load_checkpoint("fashion-mnist").to_transformers().cvt.save_pretrained(source)
     shutil.copy(FOLDER / "preprocessor_config.json", source)
     assert "the checkpoint has no classifier" in convert(source, tmp_path / "converted", status=4)

@@ -21,7 +21,7 @@ from cvt.configuration import CvtConfig
 from cvt.inference import engine as engine_module
 from cvt.inference.network import InferenceNetwork
 from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
-from cvt.modeling import CvtStage
+from cvt.network import CvtStage
 from tests.cvt.inference.small import (
     IMAGES,
     SIZE,

@@ -307,7 +307,7 @@ def test_initial_weights_have_the_configured_deviation() -> None:
         assert float(state[key].std()) == pytest.approx(
             0.088, abs=5 * 0.088 / (2 * state[key].numel()) ** 0.5
         )
-    attention = model.cvt.encoder["stages"][0].layers[0].attention["attention"]
+    attention = model.cvt.encoder.stages[0].layers[0].attention["attention"]
     assert not torch.equal(attention.projection_query.weight, attention.projection_key.weight)
     others = {key: value for key, value in state.items() if key not in drawn}
     for key, value in others.items():
