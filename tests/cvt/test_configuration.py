@@ -46,8 +46,9 @@ PUBLISHED_FILE = """{
 
 
 def to_json(config: transformers.PreTrainedConfig) -> dict[str, Any]:
-    """Returns a configuration as JSON, without the fields about its origin."""
+    """Returns a configuration as JSON, without its origin and the default of the field that is ours alone."""
     fields = json.loads(config.to_json_string(use_diff=False))
+    assert fields.pop("hidden_act", "gelu") == "gelu"
     return {
         key: value for key, value in fields.items() if key not in ("transformers_version", "_name_or_path")
     }

@@ -41,7 +41,7 @@ def test_number_of_parameters_equals_published_value(name: str, published: str) 
 def test_architectures_equal_published_configurations(name: str) -> None:
     ours, theirs = preset_config(name), transformers.CvtConfig(**PUBLISHED[name])
     for field in FIELDS:
-        if field != "drop_path_rate":  # affects only training
+        if field not in ("drop_path_rate", "hidden_act"):  # affects only training; not in transformers
             assert list_or_value(getattr(ours, field)) == list_or_value(getattr(theirs, field)), field
 
 
