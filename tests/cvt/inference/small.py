@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from cvt.architecture import Architecture
 from cvt.configuration import CvtConfig
 from cvt.inference.engine import Engine
 from cvt.inference.network import InferenceNetwork
@@ -22,6 +24,16 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.
 
 def make_model(**fields: Any) -> CvtForImageClassification:
     return randomize(CvtForImageClassification(CvtConfig(**TINY | {"num_labels": 5} | fields)))
+
+
+def make_one_stage_model() -> CvtForImageClassification:
+    """Returns a model with one layer, because each kernel takes a second to compile."""
+    last = {
+        name: value[-1:]
+        for name, value in asdict(Architecture(**TINY)).items()
+        if isinstance(value, list | tuple)
+    }
+    return make_model(**last | {"depth": [1]})
 
 
 def network(model: CvtForImageClassification) -> InferenceNetwork:

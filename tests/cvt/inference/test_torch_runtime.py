@@ -101,9 +101,9 @@ COMPILED = """
 import json, sys
 import numpy as np, torch
 from torch._dynamo.utils import counters
-from tests.cvt.inference.small import make_engine, make_model, assert_equals_model
+from tests.cvt.inference.small import make_engine, make_one_stage_model, assert_equals_model
 torch.set_num_threads(1)
-model = make_model(depth=[1, 1, 1])
+model = make_one_stage_model()
 engine = make_engine(model, runtime="compile", batch_size=4)  # 7 images: the second batch is padded
 assert_equals_model(engine, model)
 found = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]
@@ -114,7 +114,11 @@ json.dump(dict(zip(["graphs", "hits"], found)), sys.stdout)
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_engine_equals_the_model_and_is_cached(tmp_path: Path) -> None:
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of processes
+        "PYTHONPATH": str(Path.cwd()),
+    }
     found = []
     for _ in range(2):
         done = subprocess.run(
