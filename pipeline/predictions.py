@@ -121,6 +121,7 @@ class ErrorCategory(StrEnum):
     changes, so that `split_part(error, ':', 1)` groups errors in SQL.
     """
 
+    INVALID_KEY = "invalid key"  # a key of more than 4 KiB, or a value that has no text
     NO_IMAGE = "no image"  # no member with an image extension, or null in the image column
     IMAGE_NOT_FOUND = "image not found"  # an image file was deleted after the listing
     IMAGE_CHANGED = "image changed"  # an image file was replaced after the listing
@@ -134,13 +135,16 @@ class ErrorCategory(StrEnum):
     NON_FINITE_OUTPUT = "non-finite output"  # the model returned NaN or infinity
 
 
+_MAX_DETAIL = 2000  # characters
+
 #: A text `<category>: <detail>` for the column `error`. Only `sample_error` creates one.
 SampleError = NewType("SampleError", str)
 
 
 def sample_error(category: ErrorCategory, detail: str) -> SampleError:
-    """Returns the text of a sample's error: `<category>: <detail>`."""
-    return SampleError(f"{category}: {detail}")
+    """Returns the text of a sample's error: `<category>: <detail>`; a long detail is cut."""
+    shown = detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}..."
+    return SampleError(f"{category}: {shown.encode(errors='backslashreplace').decode()}")
 
 
 @dataclass(frozen=True)

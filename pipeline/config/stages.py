@@ -39,7 +39,18 @@ class ReadConfig(Section):
         examples=[512],
     )
     chunk_bytes: PositiveInt = Field(
-        default=128 * 1024**2, description="Maximum size of a chunk's encoded images, in bytes."
+        default=128 * 1024**2,
+        description="Maximum size of a chunk's encoded images, keys and messages, in bytes.",
+    )
+    max_page_bytes: PositiveInt = Field(
+        default=512 * 1024**2,
+        description="Parquet: maximum memory for one page of a column, in bytes. A shard with a larger page "
+        "cannot be read. Many writers put up to 1,024 images into a page.",
+    )
+    timeout_s: PositiveFloat = Field(
+        default=600,
+        description="Maximum seconds for reading one sample. A shard with a sample that takes longer cannot "
+        "be read.",
     )
     memory: PositiveInt | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,35 +103,43 @@ def split_into_chunks(
     """Splits the samples of a shard into chunks. The last chunk has the total number of samples.
 
     The split depends only on the samples, so that every attempt yields the same chunks. Each shard yields at
-    least one chunk. The last chunk of a shard that cannot be read to its end carries the error, because an
-    exception would end the job with the work on all other shards.
+    least one chunk. The last chunk of a shard that cannot be read to its end has the error and no samples,
+    because an exception would end the job with the work on all other shards.
 
     Args:
         samples: The samples of the shard, which may raise `ShardError`.
         shard: Index of the shard in the plan.
         max_images: Maximum number of samples of a chunk.
-        max_bytes: Maximum size of the encoded images of a chunk; a single image may be larger.
+        max_bytes: Maximum size of the images, keys and messages of a chunk; a single sample may be larger.
     """
     start, size = 0, 0
     pending: list[Sample] = []
     error, transient = None, False
     try:
         for sample in samples:
-            more = len(sample.image or b"")
+            more = _size(sample)
             if pending and (len(pending) == max_images or size + more > max_bytes):
-                yield Chunk(shard, start, _table(pending), encoded_bytes=size)
+                yield _chunk(shard, start, pending)
                 start, pending, size = start + len(pending), [], 0
             pending.append(sample)
             size += more
-    except ShardError as failure:
-        error, transient = str(failure), failure.transient
-    total = start + len(pending)
-    table = _table(pending)
-    yield Chunk(shard, start, table, total, error, transient=transient, encoded_bytes=size)
+        last = _chunk(shard, start, pending)
+    except Exception as failure:  # Arrow raises other errors, for example for too many bytes
+        error = str(failure) if isinstance(failure, ShardError) else f"cannot store samples: {failure!r}"
+        transient = isinstance(failure, ShardError) and failure.transient
+        last = _chunk(shard, start, [])
+    yield replace(last, total=start + last.samples.num_rows, error=error, transient=transient)
 
 
-def _table(samples: list[Sample]) -> pa.Table:
+def _size(sample: Sample) -> int:
+    """Returns the size of a sample in a chunk in bytes."""
+    texts = (sample.key, sample.error, sample.unmatched)
+    return len(sample.image or b"") + sum(len(text.encode()) for text in texts if text)
+
+
+def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:
     columns = [
         pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in SAMPLE_FIELDS
     ]
-    return pa.table(columns, schema=pa.schema(list(SAMPLE_FIELDS)))
+    table = pa.table(columns, schema=pa.schema(list(SAMPLE_FIELDS)))
+    return Chunk(shard, start, table, encoded_bytes=sum(len(sample.image or b"") for sample in samples))

@@ -1,32 +1,40 @@
 """Reader of Parquet files with image bytes."""
 
+import hashlib
 import json
 from collections.abc import Iterator
-from itertools import islice
+from decimal import Decimal
+from itertools import count, islice
 from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import ErrorCategory, sample_error
+from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.read.limits import MAX_KEY_BYTES, Deadline
+from pipeline.read.parquet_pages import PageCheckedFile
 from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
-_PARQUET_BATCH_ROWS = 16
 _PARQUET_BUFFER_BYTES = 8 * 1024**2  # per column
 _NO_IMAGE = sample_error(ErrorCategory.NO_IMAGE, "the row has no image bytes")
 
 
-def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+def read_parquet(
+    storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
+) -> Iterator[Sample]:
     """Yields the samples of a Parquet file, one per row."""
     # Each column chunk has its own buffer over the unbuffered object: a common buffer would be discarded at
     # each change of column. `pre_buffer` would hold whole row groups.
     with (
         storage.open_unbuffered(shard.uri, shard.version) as stream,
         pq.ParquetFile(
-            stream, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+            checked := PageCheckedFile(stream, deadline, options.max_page_bytes),
+            buffer_size=_PARQUET_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
         ) as file,
     ):
         image_column = _image_column(file.schema_arrow, options)
@@ -35,31 +43,34 @@ def read_parquet(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         class_names = _class_names(file.schema_arrow, label_column)
         for name in others:
             _require_column(file.schema_arrow, name)
-        row = 0
-        for batch in file.iter_batches(
-            _PARQUET_BATCH_ROWS, columns=[image_column, *others], use_threads=False
-        ):
-            nulls = pa.nulls(batch.num_rows)
-            images, paths = _image_values(batch.column(image_column), nulls)
-            labels = batch.column(label_column) if label_column is not None else nulls
-            keys = batch.column(options.key_column) if options.key_column is not None else paths
-            sizes = pc.binary_length(images)
-            for i in range(batch.num_rows):
-                size = sizes[i].as_py()
-                key = _key(keys[i].as_py(), row)
-                error = _NO_IMAGE if size is None else options.size_error(size)
-                if error is None:
-                    target, unmatched = options.parse_target(labels[i].as_py(), class_names)
-                    yield Sample(key, images[i].as_py(), target, unmatched=unmatched)
-                else:
-                    yield Sample(key, None, error=error)
-                row += 1
+        columns = [image_column, *others]
+        checked.expect_columns(file.metadata, columns)
+
+        def to_sample(row: int, batch: pa.RecordBatch) -> Sample:
+            image, key_column = _image_and_path(batch.column(image_column))
+            if options.key_column is not None:
+                key_column = batch.column(options.key_column)
+            key, key_error = _key(key_column, row)
+            error = _NO_IMAGE if image is None else options.size_error(image.size) or key_error
+            if image is None or error is not None:
+                return Sample(key, None, error=error)
+            label, problem = (None, None) if label_column is None else _label(batch.column(label_column))
+            target, unmatched = options.parse_target(label, class_names)
+            return Sample(key, image.to_pybytes(), target, unmatched=problem or unmatched)
+
+        # One row at a time, because many rows may refer to one large value in a page.
+        yield from map(to_sample, count(), file.iter_batches(1, columns=columns, use_threads=False))
 
 
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     """Returns the name of the image column: the configured column, or the only candidate."""
-    candidates = [column.name for column in schema if _is_image_type(column.type)]
     name = options.image_column
+    candidates = [
+        column.name
+        for column in schema
+        # Without any image, the type of a column may be null.
+        if _is_image_type(column.type, may_be_null=column.name in (name, "image"))
+    ]
     if name is not None:
         _require_column(schema, name)
         if name not in candidates:
@@ -94,23 +105,54 @@ def _columns(schema: pa.Schema) -> str:
     return "columns: " + ", ".join(shown) + (", ..." if len(schema) > 20 else "")
 
 
-def _is_image_type(kind: pa.DataType) -> bool:
+def _is_image_type(kind: pa.DataType, may_be_null: bool) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         kind = kind.field(index).type if index >= 0 else kind
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    is_null = may_be_null and pa.types.is_null(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_null)
 
 
-def _image_values(column: pa.Array, nulls: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Returns the bytes and the paths of the images; the paths are `nulls` if the column has no paths."""
-    if not pa.types.is_struct(column.type):
-        return column, nulls
-    has_path = column.type.get_field_index("path") >= 0
-    return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if has_path else nulls
+def _image_and_path(column: pa.Array) -> tuple[pa.Buffer | None, pa.Array | None]:
+    """Returns the bytes of the only image, without a copy, and the column with its path."""
+    path = None
+    if pa.types.is_struct(column.type):
+        path = pc.struct_field(column, "path") if column.type.get_field_index("path") >= 0 else None
+        column = pc.struct_field(column, "bytes")
+    return column[0].as_buffer() if column[0].is_valid else None, path
 
 
-def _key(value: object, row: int) -> str:
-    """Returns a sample's key: the value of the key column or the path, or else the row number."""
+def _label(column: pa.Array) -> tuple[object, str | None]:
+    """Returns the label of the only row, and why it cannot be read."""
+    try:
+        label = _value(column)
+        if isinstance(label, bytes):
+            label = label.decode()
+        return int(label) if isinstance(label, Decimal) and label == int(label) else label, None
+    except Exception as error:  # whatever the value is, only its row has no target
+        return None, f"the label cannot be read ({error})"
+
+
+def _key(column: pa.Array | None, row: int) -> tuple[str, SampleError | None]:
+    """Returns the key of the only row, which is the row number without a value, and an error."""
+    value, error = None, None
+    try:
+        value = None if column is None else _value(column)
+    except Exception as failure:  # whatever the value is, only its row is an error
+        error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be converted to text ({failure})")
     if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return f"{row:09d}" if value is None else str(value)
+        return value.decode(errors="backslashreplace"), None
+    return f"{row:09d}" if value is None else str(value), error
+
+
+def _value(column: pa.Array) -> object:
+    """Returns the only value of a column; of text over the limit for keys, the start and a hash."""
+    scalar = column[0].value if pa.types.is_dictionary(column.type) else column[0]
+    if pa.types.is_nested(scalar.type):
+        raise ValueError(f"the type is {scalar.type}")
+    if not scalar.is_valid or not isinstance(scalar, pa.BinaryScalar):
+        return scalar.as_py()
+    buffer = scalar.as_buffer()
+    if buffer.size <= MAX_KEY_BYTES:
+        return buffer.to_pybytes()
+    return buffer[:MAX_KEY_BYTES].to_pybytes() + hashlib.blake2b(buffer, digest_size=16).hexdigest().encode()

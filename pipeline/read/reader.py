@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.predictions import ErrorCategory, sample_error
+from pipeline.read.limits import Deadline, limit_texts
 from pipeline.read.parquet import read_parquet
 from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
@@ -17,13 +18,15 @@ from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage,
 from pipeline.text import pluralize
 
 _CONCURRENT_IMAGES = 8  # image files that are fetched concurrently
+_MAX_PENDING_BYTES = 128 * 1024**2  # of image files; one may be larger
 
 
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the samples of a shard in shard order; every call yields the same samples.
 
-    Memory holds one sample of a tar, 16 rows of a Parquet file with their pages, or 16 image files. Memory
-    also holds read buffers of 8 MiB: one, or `concurrent_fetches` + 1 for a tar in object storage.
+    Memory holds one sample of a tar, one row of a Parquet file with its pages, or image files of 128 MiB.
+    Memory also holds read buffers of 8 MiB: one, or `concurrent_fetches` + 1 for a tar in object storage.
+    Headers of a tar, footer and pages of a Parquet file, keys and messages have limits of their own.
 
     **WebDataset.** Adjacent members with the same key form a sample. The key is the member's name up to the
     first dot of the last part, and the rest is the extension. The first member with an image extension is
@@ -41,18 +44,23 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     be read, is an unmatched target: the sample keeps its image.
 
     Raises:
-        ShardError: The object is missing, changed, truncated, corrupt or of another format, or a configured
-            column is missing. The shard is then not labeled, and samples that were yielded are discarded.
+        ShardError: The object is missing, changed, truncated, corrupt or of another format, exceeds a limit,
+            or a configured column is missing. The shard is then not labeled, and samples that were yielded
+            are discarded.
     """
     key = None
     count = 0
     try:
-        for sample in _READERS[shard.format](storage, shard, options):
+        deadline = Deadline(options.timeout_s)
+        for sample in map(limit_texts, _READERS[shard.format](storage, shard, options, deadline)):
             key, count = sample.key, count + 1
             yield sample
+            deadline.restart()
     except Exception as error:
         # Every exception is caught, because the content of one shard must not end the job.
-        position = f"after {pluralize(count, 'sample')} (the last key was {key!r}): " if count else ""
+        position = (
+            f"after {pluralize(count, 'sample')} (the last key was {(key or '')[:200]!r}): " if count else ""
+        )
         is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
         raise ShardError(shard.uri, position + _cause(shard, error), transient=is_storage) from error
 
@@ -65,7 +73,9 @@ def _cause(shard: Shard, error: Exception) -> str:
     return f"damaged, or not in the format {shard.format} ({type(error).__name__}: {error})"
 
 
-def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+def _read_images(
+    storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
+) -> Iterator[Sample]:
     """Yields the samples of a group of image files in the order of the members."""
     folder = shard.uri.rpartition("/")[0]
 
@@ -80,12 +90,15 @@ def _read_images(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         except ObjectChanged as failure:
             return Sample(key, None, error=sample_error(ErrorCategory.IMAGE_CHANGED, str(failure)))
 
+    largest = max((min(info.size, options.max_image_bytes) for info in shard.members), default=1)
+    window = max(1, min(2 * _CONCURRENT_IMAGES, _MAX_PENDING_BYTES // max(1, largest)))
     pending: deque[Future[Sample]] = deque()
     with ThreadPoolExecutor(_CONCURRENT_IMAGES) as pool:
         try:
             for info in shard.members:
+                deadline.check()
                 pending.append(pool.submit(fetch, info))
-                if len(pending) == 2 * _CONCURRENT_IMAGES:
+                if len(pending) == window:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from pipeline.config import InputConfig
+from pipeline.config import InputConfig, ReadConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 
 _MAX_LABEL_ID = 2**31  # limit of the int32 column `target_id`
+_MAX_CAUSE = 2000  # characters of a cause that is kept
 
 
 class UnreadableShardError(Exception):
@@ -24,7 +25,7 @@ class ShardError(Exception):
     """
 
     def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
-        super().__init__(uri, cause, transient)
+        super().__init__(uri, cause[:_MAX_CAUSE], transient)
         self.uri = uri
         self.transient = transient
 
@@ -59,6 +60,8 @@ class ReadOptions:
         class_ids: Class indices by class name, for labels that are names.
         num_labels: Class indices must be less than this number. Default: the limit of int32.
         concurrent_fetches: Number of ranges of a tar that are fetched concurrently.
+        max_page_bytes: Maximum memory for one page of a Parquet column.
+        timeout_s: Maximum seconds for reading one sample.
     """
 
     labels: bool = True
@@ -71,9 +74,11 @@ class ReadOptions:
     num_labels: int = _MAX_LABEL_ID
     max_image_bytes: int = 256 * 1024**2
     concurrent_fetches: int = 4
+    max_page_bytes: int = 512 * 1024**2
+    timeout_s: float = 600
 
     @classmethod
-    def from_config(cls, section: InputConfig, labels: Sequence[str], concurrent_fetches: int = 4) -> Self:
+    def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
         """Creates options from an input configuration and the class names of a model.
 
         A name that several classes share, such as "crane" in ImageNet, is not a valid label.
@@ -83,7 +88,9 @@ class ReadOptions:
             class_names=labels,
             class_ids={name: i for i, name in enumerate(labels) if times[name] == 1},
             num_labels=len(labels),
-            concurrent_fetches=concurrent_fetches,
+            **(read or ReadConfig()).model_dump(
+                include={"concurrent_fetches", "max_page_bytes", "timeout_s"}
+            ),
             **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
         )
 
@@ -109,7 +116,7 @@ class ReadOptions:
         class_id = label
         if isinstance(label, str):
             text = label.strip()
-            class_id = self.class_ids.get(text, parse_integer(text))
+            class_id = self.class_ids.get(text, parse_integer(text.removesuffix(".0")))
         elif isinstance(label, float) and label.is_integer():  # pandas stores integers with nulls as floats
             class_id = int(label)
         if label is None or class_id == -1 or (isinstance(label, float) and math.isnan(label)):

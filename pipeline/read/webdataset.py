@@ -6,9 +6,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, cast
 
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.read.limits import Deadline, TimedFile, shorten
 from pipeline.read.samples import (
     ReadOptions,
     Sample,
@@ -17,48 +18,26 @@ from pipeline.read.samples import (
     parse_integer,
 )
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
+from pipeline.read.tar import read_members
 from pipeline.storage import Storage
 
 _MAX_MEMBERS = 1000  # per sample; all names like `frame.000001.jpg` have the key `frame`
-_MAX_LABEL_BYTES = 16 * 1024**2  # per .cls or .json member
+_MAX_EXTENSION = 255
+_MAX_LABEL_BYTES = 4 * 1024**2  # per .cls or .json member; parsed JSON needs up to 25 times as much
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """Reads headers, and raises an error where `tarfile` silently ends the archive.
-
-    After the first member, tarfile ends its iteration without an error at a corrupt header, at a truncated
-    header, and at the end of the file. This class accepts only the zero block that ends every tar.
-    """
-
-    @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        start = tarfile.fileobj.tell() if tarfile.fileobj else 0
-        try:
-            info = super().fromtarfile(tarfile)
-        except _HEADER_ERRORS as error:
-            if type(error) is _END_OF_ARCHIVE:
-                raise
-            if start == 0:
-                raise UnreadableShardError("not a tar or gzipped tar: the first header is invalid") from error
-            raise UnreadableShardError(f"the tar is damaged or truncated at byte {start}: {error}") from error
-        if info.size < 0 or tarfile.offset <= start:  # would cause an endless loop
-            raise UnreadableShardError(f"the tar is damaged: the member at byte {start} has a negative size")
-        return info
-
-
-_HEADER_ERRORS: type[Exception] = tarfile.HeaderError
-_END_OF_ARCHIVE: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
-
-
-def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
+def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline) -> Iterator[Sample]:
     """Yields the samples of a tar. Adjacent members with the same key form a sample."""
     with storage.open_sequential(shard.uri, shard.version, options.concurrent_fetches) as file:
         # The content determines the compression, because gzipped tars are often named .tar. GzipFile is used
         # instead of tarfile, which checks neither the end nor the checksum of gzip.
         is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb") if is_gzip else file)
+        timed = cast(BinaryIO, TimedFile(file, deadline))
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=timed, mode="rb")) if is_gzip else timed
         current: _TarSample | None = None
-        for info in _members(stream):
+        for info in read_members(stream, deadline):
+            if info.isdir() or _is_hidden_member(info.name):
+                continue
             key, extension = _split_name(info.name)
             if current is None or key != current.key or current.is_full_for(extension):
                 if current is not None:
@@ -67,25 +46,6 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[S
             current.add(extension, info, stream, options)
         if current is not None:
             yield current.to_sample(options)
-
-
-def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yields the members that may belong to a sample; raises an error if data follows the end of the tar."""
-    with tarfile.open(
-        fileobj=stream,
-        mode="r:",
-        tarinfo=_StrictTarInfo,
-        encoding="utf-8",
-        errors="backslashreplace",  # keys stay distinct and can be encoded as UTF-8
-    ) as tar:
-        while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep all members
-            if not info.isdir() and not _is_hidden_member(info.name):
-                yield info
-        while block := stream.read(1024**2):
-            if block.count(b"\0") != len(block):
-                cause = "a block was overwritten with zeros, or several tars were concatenated"
-                raise UnreadableShardError(f"the tar is damaged: data follows the end of the tar ({cause})")
 
 
 def _is_hidden_member(name: str) -> bool:
@@ -97,6 +57,8 @@ def _split_name(name: str) -> tuple[str, str]:
     """Returns WebDataset's key and extension of a member: `a/b` and `c.jpg` for `a/b.c.JPG`."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
+    if len(extension) > _MAX_EXTENSION:  # a sample keeps up to `_MAX_MEMBERS` of them
+        extension = shorten(extension.encode())
     return folder + slash + stem, extension.lower()
 
 
@@ -119,7 +81,7 @@ class _TarSample:
     def add(self, extension: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
         self.extensions[extension] = None
         problem = None
-        if not info.isreg() or info.issparse():
+        if not info.isreg() or info.type == tarfile.GNUTYPE_SPARSE:
             kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
             problem = f"{info.name!r} is {kind}, not a regular file"
         if extension in IMAGE_EXTENSIONS and not self.has_image:
@@ -168,7 +130,7 @@ def _label(content: bytes, label_field: str | None) -> tuple[object, str | None]
     """
     try:
         if label_field is None:
-            text = content.decode().strip()
+            text = content.decode("utf-8-sig").strip()
             integer = parse_integer(text)
             return (text if integer is None else integer), None
         value: object = json.loads(content)
@@ -177,4 +139,6 @@ def _label(content: bytes, label_field: str | None) -> tuple[object, str | None]
         return None, f"the {problem} ({error})"
     for name in label_field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, list | dict):  # may be large, or nested too deeply for a message
+        return None, f"a {type(value).__name__} is not a class of the model"
     return value, None

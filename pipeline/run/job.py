@@ -60,7 +60,7 @@ class Job:
         config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions.from_config(config.input, labels, config.read.concurrent_fetches),
+            read_options=ReadOptions.from_config(config.input, labels, config.read),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
                 labels, self.topk, config.output.embedding, self.checkpoint.embedding_width

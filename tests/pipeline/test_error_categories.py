@@ -84,6 +84,11 @@ def classified(value: float | Exception) -> Producer:
 
 C = ErrorCategory
 PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
+    (C.INVALID_KEY, tar(("k" * 5000 + ".jpg", JPEG))),
+    (
+        C.INVALID_KEY,
+        read("x.parquet", make_parquet({"image": [JPEG], "k": [[1]]}), ReadOptions(key_column="k")),
+    ),
     (C.NO_IMAGE, tar(("a.heic", b"?"))),
     (C.NO_IMAGE, read("x.parquet", make_parquet({"image": pa.array([None], pa.binary())}))),
     (C.IMAGE_NOT_FOUND, read("a.jpg", JPEG, change="delete")),

@@ -47,9 +47,24 @@ def test_last_chunk_of_an_unreadable_shard_has_the_error() -> None:
         raise ShardError("s3://b/x.tar", "truncated")
 
     chunks = split(broken())
-    assert [chunk.samples.num_rows for chunk in chunks] == [4, 1]
-    assert chunks[-1].total == 5
+    assert [chunk.samples.num_rows for chunk in chunks] == [4, 0]
+    assert chunks[-1].total == 4
     assert chunks[-1].error == "s3://b/x.tar: truncated"
+
+
+def test_keys_and_messages_count_toward_the_limit_of_bytes() -> None:
+    error = sample_error(ErrorCategory.NO_IMAGE, "x" * 80)
+    key = "k" * 100
+    items = [Sample(key, b""), Sample(key, b"", unmatched="u" * 100), Sample("k", None, error=error)]
+    assert [chunk.samples.num_rows for chunk in split(items * 2, 100, 250)] == [1, 1, 2, 1, 1]
+    assert {chunk.encoded_bytes for chunk in split(items)} == {0}
+
+
+def test_samples_that_arrow_refuses_are_the_error_of_the_shard() -> None:
+    first, last = split([Sample("a", b"1"), Sample("b", b"2", target=2**40)], images=1)
+    assert (first.samples["key"].to_pylist(), first.error) == (["a"], None)
+    assert (last.samples.num_rows, last.total, last.transient) == (0, 1, False)
+    assert "cannot store samples: " in (last.error or "")
 
 
 def test_chunk_is_restored_from_a_block() -> None:

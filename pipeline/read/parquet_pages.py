@@ -1,0 +1,125 @@
+"""Checks the headers of Parquet pages before Arrow decodes the pages.
+
+Arrow allocates what a page header claims: a page of some kilobytes may become gigabytes. The headers pass
+through the file that Arrow reads from, so that the check needs no further request.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.read.limits import Deadline, TimedFile
+from pipeline.read.samples import UnreadableShardError, describe_excess
+
+_MAX_FOOTER_BYTES = 4 * 1024**2  # Arrow needs up to 250 times as much memory
+_MAX_HEADER_BYTES = 1024**2
+_BYTES_PER_VALUE = 20  # of Arrow's decoders, in addition to the value
+
+
+class PageCheckedFile(TimedFile):
+    """A Parquet file whose reads fail if the footer or a page is too large."""
+
+    def __init__(self, file: Any, deadline: Deadline, max_page_bytes: int) -> None:
+        super().__init__(file, deadline)
+        self._max_page_bytes = max_page_bytes
+        self._chunks: list[tuple[int, int]] = []  # start and end of each column chunk
+        # By the start of a column chunk: the position of the next page header, and its first bytes.
+        self._pages: dict[int, tuple[int, bytes]] = {}
+
+    def expect_columns(self, metadata: pq.FileMetaData, columns: Sequence[str]) -> None:
+        """Checks the pages of columns from now on. Until then, only the footer is read."""
+        roots = tuple(f"{column}." for column in columns)
+        paths = [f"{metadata.schema.column(i).path}." for i in range(metadata.num_columns)]
+        leaves = [i for i, path in enumerate(paths) if path.startswith(roots)]
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for chunk in map(group.column, leaves):
+                start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+                self._chunks.append((start, start + chunk.total_compressed_size))
+        self._chunks.sort()
+        if any(end > start for (_, end), (start, _) in pairwise(self._chunks)):
+            raise ValueError("column chunks overlap")
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads a range, and checks the page headers in the range."""
+        if not self._chunks and not 0 <= size <= _MAX_FOOTER_BYTES:
+            raise UnreadableShardError(f"the footer {describe_excess(size, _MAX_FOOTER_BYTES)}")
+        position = self._file.tell()
+        content = super().read(size)
+        if self._chunks:
+            self._check_pages(position, content)
+        return content
+
+    def _check_pages(self, position: int, content: bytes) -> None:
+        # Arrow reads each column chunk from its start and without gaps.
+        start, end = self._chunks[bisect_right(self._chunks, (position, math.inf)) - 1]
+        page, head = self._pages.get(start, (start, b""))
+        origin = page if head else position  # of the bytes in `content` from here on
+        content = head + content
+        if page < origin or origin + len(head) != position:
+            raise ValueError(f"unexpected read at byte {position}")
+        while page < min(end, origin + len(content)):
+            self._deadline.check()
+            try:
+                page += self._check_page(content, page - origin, page)
+            except IndexError:  # the next read has the rest of the header
+                break
+        head = content[page - origin :] if page < end else b""
+        if len(head) > _MAX_HEADER_BYTES:
+            raise ValueError(f"the header of the page at byte {page} is too large")
+        self._pages[start] = page, head
+
+    def _check_page(self, data: bytes, at: int, position: int) -> int:
+        """Checks the page whose header is at `at`; returns the size of the page with its header."""
+        # The header is a struct in Thrift's compact protocol. Its first fields are integers (0x15): type,
+        # sizes and a checksum. A struct (0x.c) by the type of the page follows, whose first is an integer.
+        begin, numbers, values = at, list[int](), 0
+        while data[at] == 0x15:
+            number, at = _read_varint(data, at + 1)
+            numbers.append(number // 2)
+        while head := data[at]:
+            if len(numbers) < 3 or head < 16 or head & 15 != 12:
+                raise ValueError(f"the header of the page at byte {position} is invalid")
+            if data[at + 1] == 0x15:
+                values = _read_varint(data, at + 2)[0] // 2
+            at = _skip(data, at + 1, 12)
+        size = max(numbers[1:3]) + _BYTES_PER_VALUE * values
+        if size > self._max_page_bytes:
+            excess = describe_excess(size, self._max_page_bytes)
+            hint = "write the file with smaller pages, or raise the limit"
+            raise UnreadableShardError(f"the page at byte {position} {excess} (read.max_page_bytes); {hint}")
+        return at + 1 - begin + numbers[2]
+
+
+def _skip(data: bytes, at: int, kind: int) -> int:
+    """Returns the position after a value of Thrift; raises `IndexError` if the value is incomplete."""
+    if kind == 12:  # a struct: each field has its type and the difference of its number, or its number
+        while head := data[at]:
+            at = _skip(data, at + 1 if head > 15 else _read_varint(data, at + 1)[1], head & 15)
+        return at + 1
+    if kind in (9, 10):  # a list or set; a boolean in a list is a byte
+        count, element = data[at] >> 4, max(3, data[at] & 15)
+        count, at = _read_varint(data, at + 1) if count == 15 else (count, at + 1)
+        for _ in range(count):
+            at = _skip(data, at, element)
+    elif kind in (4, 5, 6):  # an integer
+        at = _read_varint(data, at)[1]
+    elif kind == 8:  # a string
+        length, at = _read_varint(data, at)
+        at += length
+    else:  # a boolean, a byte, a floating-point number
+        at += {1: 0, 2: 0, 3: 1, 7: 8}[kind]
+    if at > len(data):
+        raise IndexError
+    return at
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while data[at] & 128 and shift < 63:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return value | data[at] << shift, at + 1

@@ -1,0 +1,111 @@
+"""Members of a tar, from headers of limited size.
+
+Of `tarfile`, only the parser of one block is used. `tarfile` reads extended headers of any size, keeps global
+headers, needs quadratic time and memory for some PAX records, and silently ends a tar at a damaged header.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from pipeline.read.limits import Deadline
+from pipeline.read.samples import UnreadableShardError
+
+_BLOCK = tarfile.BLOCKSIZE
+_MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse maps
+_PAX = b""
+#: The field that an extended header replaces, by type. Global headers name no member.
+_EXTENDED = {
+    tarfile.GNUTYPE_LONGNAME: b"path",
+    tarfile.GNUTYPE_LONGLINK: b"linkpath",
+    tarfile.XGLTYPE: b"global",
+    tarfile.XHDTYPE: _PAX,
+    tarfile.SOLARIS_XHDTYPE: _PAX,
+}
+
+
+def read_members(stream: BinaryIO, deadline: Deadline) -> Iterator[tarfile.TarInfo]:
+    """Yields the members of a tar; the caller may move the stream to the content of a member.
+
+    Raises:
+        UnreadableShardError: A header is damaged or too large, the tar does not end with a block of zeros, or
+            data follows the end.
+    """
+    position = 0
+    while (info := _read_member(stream, position)) is not None:
+        deadline.check()
+        has_content = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
+        position = info.offset_data + (_padded(info.size) if has_content else 0)
+        yield info
+    while block := stream.read(1024**2):
+        deadline.check()
+        if block.count(b"\0") != len(block):
+            cause = "a block was overwritten with zeros, or several tars were concatenated"
+            raise UnreadableShardError(f"the tar is damaged: data follows the end of the tar ({cause})")
+
+
+def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
+    """Returns the member whose headers start at a position; None at the end of the tar."""
+    stream.seek(start)
+    block = stream.read(_BLOCK)
+    if block == bytes(_BLOCK):
+        return None
+    info, records = _parse_block(block, start), dict[bytes, bytes]()
+    while (field := _EXTENDED.get(info.type)) is not None:
+        content = _read_header(stream, start, info.size)
+        records |= _pax_records(content) if field == _PAX else {field: content.partition(b"\0")[0]}
+        position = stream.tell()
+        block = _read_header(stream, start, _BLOCK)
+        info = _parse_block(block, position)
+    has_more = info.type == tarfile.GNUTYPE_SPARSE and block[482]
+    while has_more:
+        has_more = _read_header(stream, start, _BLOCK)[504]
+    name = records.get(b"GNU.sparse.name", records.get(b"path"))
+    if name is not None:
+        info.name = name.decode(errors="backslashreplace").rstrip("/")  # names stay distinct
+    info.linkname = records.get(b"linkpath", info.linkname.encode()).decode(errors="backslashreplace")
+    info.size = int(records.get(b"size", info.size))
+    if info.size < 0:
+        raise UnreadableShardError(f"the tar is damaged: the member at byte {start} has a negative size")
+    if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
+        info.type = tarfile.GNUTYPE_SPARSE
+    info.offset_data = stream.tell()
+    return info
+
+
+def _parse_block(block: bytes, position: int) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+    except tarfile.HeaderError as error:
+        if position == 0:
+            raise UnreadableShardError("not a tar or gzipped tar: the first header is invalid") from error
+        raise UnreadableShardError(f"the tar is damaged or truncated at byte {position}: {error}") from error
+
+
+def _read_header(stream: BinaryIO, start: int, size: int) -> bytes:
+    """Reads a header of the member at `start`, with all its headers within the limit."""
+    if not 0 <= size <= _MAX_HEADER_BYTES - (stream.tell() - start):
+        limit = f"more than {_MAX_HEADER_BYTES} bytes"
+        raise UnreadableShardError(f"the tar is damaged: the member at byte {start} has headers of {limit}")
+    content = stream.read(_padded(size))[:size]
+    if len(content) < size:
+        raise UnreadableShardError(f"the tar is damaged or truncated: the header at byte {start} is cut off")
+    return content
+
+
+def _pax_records(content: bytes) -> dict[bytes, bytes]:
+    """Parses PAX records: `<length> <keyword>=<value>` and a line break."""
+    records, position = dict[bytes, bytes](), 0
+    while position < len(content):
+        digits, _, _ = content[position : position + 8].partition(b" ")
+        end = position + int(digits)
+        keyword, separator, value = content[position + len(digits) + 1 : end - 1].partition(b"=")
+        if not separator or content[end - 1 : end] != b"\n":
+            raise UnreadableShardError("the tar is damaged: a PAX record is invalid")
+        records[keyword] = value
+        position = end
+    return records
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
