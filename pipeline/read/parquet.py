@@ -44,7 +44,7 @@ def read_parquet(
         for name in others:
             _require_column(file.schema_arrow, name)
         columns = [image_column, *others]
-        checked.expect_columns(file.metadata, columns)
+        checked.has_footer = True
 
         def to_sample(row: int, batch: pa.RecordBatch) -> Sample:
             image, key_column = _image_and_path(batch.column(image_column))
@@ -148,9 +148,11 @@ def _key(column: pa.Array | None, row: int) -> tuple[str, SampleError | None]:
 def _value(column: pa.Array) -> object:
     """Returns the only value of a column; of text over the limit for keys, the start and a hash."""
     scalar = column[0].value if pa.types.is_dictionary(column.type) else column[0]
+    if not scalar.is_valid:
+        return None
     if pa.types.is_nested(scalar.type):
         raise ValueError(f"the type is {scalar.type}")
-    if not scalar.is_valid or not isinstance(scalar, pa.BinaryScalar):
+    if not isinstance(scalar, pa.BinaryScalar):
         return scalar.as_py()
     buffer = scalar.as_buffer()
     if buffer.size <= MAX_KEY_BYTES:

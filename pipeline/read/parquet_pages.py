@@ -4,13 +4,7 @@ Arrow allocates what a page header claims: a page of some kilobytes may become g
 through the file that Arrow reads from, so that the check needs no further request.
 """
 
-import math
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from pipeline.read.limits import Deadline, TimedFile
 from pipeline.read.samples import UnreadableShardError, describe_excess
@@ -21,56 +15,53 @@ _BYTES_PER_VALUE = 20  # of Arrow's decoders, in addition to the value
 
 
 class PageCheckedFile(TimedFile):
-    """A Parquet file whose reads fail if the footer or a page is too large."""
+    """A Parquet file whose reads fail if the footer or a page is too large.
+
+    Arrow reads a column chunk from its start and without gaps. The positions of the chunks are not taken from
+    the footer: for some damaged footers, pyarrow's methods for column chunks abort the process.
+
+    Attributes:
+        has_footer: Whether the footer has been read, so that further reads are pages.
+    """
 
     def __init__(self, file: Any, deadline: Deadline, max_page_bytes: int) -> None:
         super().__init__(file, deadline)
         self._max_page_bytes = max_page_bytes
-        self._chunks: list[tuple[int, int]] = []  # start and end of each column chunk
-        # By the start of a column chunk: the position of the next page header, and its first bytes.
-        self._pages: dict[int, tuple[int, bytes]] = {}
-
-    def expect_columns(self, metadata: pq.FileMetaData, columns: Sequence[str]) -> None:
-        """Checks the pages of columns from now on. Until then, only the footer is read."""
-        roots = tuple(f"{column}." for column in columns)
-        paths = [f"{metadata.schema.column(i).path}." for i in range(metadata.num_columns)]
-        leaves = [i for i, path in enumerate(paths) if path.startswith(roots)]
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for chunk in map(group.column, leaves):
-                start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
-                self._chunks.append((start, start + chunk.total_compressed_size))
-        self._chunks.sort()
-        if any(end > start for (_, end), (start, _) in pairwise(self._chunks)):
-            raise ValueError("column chunks overlap")
+        self.has_footer = False
+        # By the position of the next read: possible positions of the next page header, with its first bytes.
+        self._pages: dict[int, set[tuple[int, bytes]]] = {}
 
     def read(self, size: int = -1) -> bytes:
         """Reads a range, and checks the page headers in the range."""
-        if not self._chunks and not 0 <= size <= _MAX_FOOTER_BYTES:
+        if not self.has_footer and not 0 <= size <= _MAX_FOOTER_BYTES:
             raise UnreadableShardError(f"the footer {describe_excess(size, _MAX_FOOTER_BYTES)}")
         position = self._file.tell()
         content = super().read(size)
-        if self._chunks:
-            self._check_pages(position, content)
+        if self.has_footer:
+            checked = set()
+            continued = self._pages.pop(position, set())
+            for page, head in continued | {(position, b"")}:  # the read may also start another column chunk
+                try:
+                    checked.add(self._check_pages(page, head, position, content))
+                except (ValueError, KeyError):
+                    if (page, head) in continued or not continued:
+                        raise
+            self._pages[position + len(content)] = checked
         return content
 
-    def _check_pages(self, position: int, content: bytes) -> None:
-        # Arrow reads each column chunk from its start and without gaps.
-        start, end = self._chunks[bisect_right(self._chunks, (position, math.inf)) - 1]
-        page, head = self._pages.get(start, (start, b""))
-        origin = page if head else position  # of the bytes in `content` from here on
-        content = head + content
-        if page < origin or origin + len(head) != position:
-            raise ValueError(f"unexpected read at byte {position}")
-        while page < min(end, origin + len(content)):
+    def _check_pages(self, page: int, head: bytes, position: int, content: bytes) -> tuple[int, bytes]:
+        """Checks the pages in a range, given the position of the first header; returns that of the next."""
+        content, position = head + content, position - len(head)
+        while page < position + len(content):
             self._deadline.check()
             try:
-                page += self._check_page(content, page - origin, page)
+                page += self._check_page(content, page - position, page)
             except IndexError:  # the next read has the rest of the header
                 break
-        head = content[page - origin :] if page < end else b""
+        head = content[page - position :]
         if len(head) > _MAX_HEADER_BYTES:
             raise ValueError(f"the header of the page at byte {page} is too large")
-        self._pages[start] = page, head
+        return page, head
 
     def _check_page(self, data: bytes, at: int, position: int) -> int:
         """Checks the page whose header is at `at`; returns the size of the page with its header."""
@@ -80,7 +71,7 @@ class PageCheckedFile(TimedFile):
         while data[at] == 0x15:
             number, at = _read_varint(data, at + 1)
             numbers.append(number // 2)
-        while head := data[at]:
+        while (head := data[at]) or len(numbers) < 3:
             if len(numbers) < 3 or head < 16 or head & 15 != 12:
                 raise ValueError(f"the header of the page at byte {position} is invalid")
             if data[at + 1] == 0x15:

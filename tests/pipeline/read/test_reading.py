@@ -11,15 +11,18 @@ import random
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.read import ReadOptions, Sample, Shard, list_shards, read_samples, webdataset
+from pipeline.read import ReadOptions, Sample, Shard, list_shards, parquet, read_samples, webdataset
 from pipeline.read.samples import ShardError
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
@@ -261,6 +264,60 @@ def test_member_of_negative_size_does_not_loop_forever(files: Path) -> None:
         read(files, make_tar([("0.jpg", b"x")])[:1024] + bytes(header) + bytes(2048))
 
 
+def extended(content: bytes, kind: bytes) -> bytes:
+    """An extended header of a tar."""
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, len(content)
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE])
+def test_headers_of_a_member_have_a_limit_together(files: Path, kind: bytes) -> None:
+    member = make_tar([("a.jpg", b"1")])
+    [sample] = read(files, extended(b"n" * 1_000_000, kind) + member)
+    assert (sample.error is None) == (kind != tarfile.GNUTYPE_LONGNAME)  # a long key
+    for headers in ([extended(b"n" * 1_100_000, kind)], [extended(b"n" * 500_000, kind)] * 3):
+        with pytest.raises(ShardError, match="the member at byte 0 has headers of more than 1048576 bytes"):
+            read(files, b"".join(headers) + member)
+
+
+def test_global_headers_are_not_kept(files: Path) -> None:
+    member = make_tar([("a.jpg", b"1")])[:1024]
+    data = (extended(b"n" * 900_000, tarfile.XGLTYPE) + member) * 5 + bytes(1024)
+    assert read(files, data) == [Sample("a", b"1")] * 5
+
+
+@pytest.mark.parametrize(
+    "records", [b"2 " * 500_000 + b"=", b"1" * 1_000_000, b"5 a=b", b"0 a=b\n", b"99 a=b\n", b"6 ab=\n6 ab\n"]
+)
+def test_invalid_pax_record_is_refused_at_once(files: Path, records: bytes) -> None:
+    started = time.monotonic()
+    with pytest.raises(ShardError, match=r"damaged"):
+        read(files, extended(records, tarfile.XHDTYPE) + make_tar([("a.jpg", b"1")]))
+    assert time.monotonic() - started < 1
+
+
+def test_pax_size_and_names_replace_those_of_the_header(files: Path) -> None:
+    records = b"12 size=700\n20 path=long/\xc3\xbc.jpg\n18 comment=a\nb=cd\n"
+    member = tarfile.TarInfo("short.jpg").tobuf(tarfile.GNU_FORMAT) + b"x" * 700 + bytes(324)
+    assert read(files, extended(records, tarfile.XHDTYPE) + member + bytes(1024)) == [
+        Sample("long/ü", b"x" * 700)
+    ]
+
+
+def test_sparse_member_is_an_error_row(files: Path) -> None:
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.name=a.jpg\n"
+    pax = extended(records, tarfile.XHDTYPE) + make_tar([("GNUSparse/a.jpg", b"1")])[:1024]
+    header = bytearray(tarfile.TarInfo("b.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[482] = tarfile.GNUTYPE_SPARSE, 1  # a block with more of the map follows
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    old = bytes(header) + bytes(512)
+    samples = read(files, pax + old + make_tar([("c.jpg", b"3")]))
+    assert [sample.key for sample in samples] == ["a", "b", "c"]
+    assert [(sample.error or "")[:16] for sample in samples] == ["unreadable image"] * 2 + [""]
+
+
 def test_truncated_gzip_is_refused(files: Path) -> None:
     data = make_tar_gz(make_samples(3))
     for cut in [*range(0, len(data), 41), *range(len(data) - 9, len(data))]:
@@ -475,6 +532,113 @@ def test_rows_without_bytes_or_with_too_many_bytes_are_errors(files: Path) -> No
     assert "5 bytes, more than the limit of 4" in (samples[2].error or "")
 
 
+def invalid_text(values: list[bytes]) -> pa.Array:
+    """A column of strings whose bytes are not checked."""
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+def test_label_that_cannot_be_converted_costs_only_its_target(files: Path) -> None:
+    columns = {
+        "text": invalid_text([b"dog", b"\xff\xfe", b"cat"]),
+        "date": pa.array([None, 2**31 - 1, None], pa.date32()),
+        "long": pa.array(["dog", "dog" * 10**6, "cat"]),
+        "list": pa.array([None, [1] * 10**5, None]),
+        "decimal": pa.array([Decimal("1.0"), Decimal("0.5"), Decimal("0.0")]),
+    }
+    for name, column in columns.items():
+        data = make_parquet({"image": [b"i"] * 3, "y": column})
+        options = ReadOptions(label_column="y", class_ids=NAMED.class_ids, num_labels=10)
+        first, bad, last = read(files, data, options, "x.parquet")
+        assert (bad.image, bad.target, bad.error) == (b"i", None, None), name
+        assert bad.unmatched, name
+        assert len(bad.unmatched) <= 200
+        assert first.unmatched is last.unmatched is None
+        assert (first.target, last.target) == ((None, None) if name in ("date", "list") else (1, 0))
+
+
+def test_key_that_cannot_be_converted_costs_only_its_row(files: Path) -> None:
+    columns = {
+        "date": pa.array([1, 2**31 - 1, None], pa.date32()),
+        "struct": pa.array([None, {"a": 1}, None]),
+    }
+    for column in columns.values():
+        data = make_parquet({"image": [b"i"] * 3, "k": column})
+        _, bad, last = read(files, data, ReadOptions(key_column="k"), "x.parquet")
+        assert (bad.key, bad.image) == ("000000001", None)
+        assert (bad.error or "").startswith("invalid key: the value cannot be converted to text")
+        assert last == Sample("000000002", b"i")
+
+
+def test_text_that_is_not_utf8_is_a_distinct_key(files: Path) -> None:
+    paths = invalid_text([b"\xe4.jpg", b"\xf6.jpg"])
+    image = pa.StructArray.from_arrays([pa.array([b"i", b"j"]), paths], ["bytes", "path"])
+    for data, options in (
+        (make_parquet({"image": image}), PLAIN),
+        (make_parquet({"image": [b"i", b"j"], "k": paths}), ReadOptions(key_column="k")),
+    ):
+        samples = read(files, data, options, "x.parquet")
+        assert samples == [Sample("\\xe4.jpg", b"i"), Sample("\\xf6.jpg", b"j")]
+
+
+def test_long_key_is_shortened_and_stays_distinct(files: Path) -> None:
+    keys = ["a/" + "k" * 4094, "a/" + "k" * 4095, "a/" + "k" * 4096, "ü" * 3000, "ü" * 3001]
+    data = make_parquet({"image": [b"i"] * 5, "k": keys})
+    for samples in (
+        read(files, make_tar([(f"{key}.jpg", b"i") for key in keys])),
+        read(files, data, ReadOptions(key_column="k"), "x.parquet"),
+    ):
+        assert samples[0] == Sample(keys[0], b"i")
+        for sample, key in zip(samples[1:], keys[1:], strict=True):
+            assert sample.error == "invalid key: the key has more than 4096 bytes"
+            assert sample.image is None
+            assert sample.key.startswith(key[:400] + key[400:500])
+            assert len(sample.key.encode()) < 1100
+        assert len({sample.key for sample in samples}) == 5
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_every_layout_of_pages_is_read(
+    version: str, compression: str, use_dictionary: bool, monkeypatch: pytest.MonkeyPatch, files: Path
+) -> None:
+    """Small buffers cut the headers of pages; long statistics make headers longer than a buffer."""
+    monkeypatch.setattr(parquet, "_PARQUET_BUFFER_BYTES", 64)
+    rows = [{"bytes": image, "path": f"{i}" * (1 if i % 9 else 500)} for i, image in enumerate(IMAGES)]
+    options: dict[str, Any] = {"compression": compression, "use_dictionary": use_dictionary}
+    options |= {"data_page_version": version, "write_page_checksum": True, "write_batch_size": 4}
+    data = make_parquet(
+        {"image": rows, "y": list(range(40))}, row_group_size=17, data_page_size=2000, **options
+    )
+    samples = read(files, data, ReadOptions(label_column="y"), "x.parquet")
+    assert samples == [Sample(row["path"], row["bytes"], i) for i, row in enumerate(rows)]
+
+
+def test_page_over_the_limit_is_refused(files: Path) -> None:
+    small, large = {"image": [b"i"] * 3}, {"image": [b"i", bytes(10**6), b"i"]}
+    options = ReadOptions(max_page_bytes=10**6)
+    assert len(read(files, make_parquet(small), options, "x.parquet")) == 3
+    for use_dictionary in (True, False):
+        data = make_parquet(large, use_dictionary=use_dictionary, compression="zstd")
+        with pytest.raises(
+            ShardError, match=r"the page at byte 4 has 10000\d\d bytes, more than the limit of"
+        ):
+            read(files, data, options, "x.parquet")
+    keys = make_parquet({"image": [b"i"], "k": ["k" * 10**6], "other": ["o" * 10**6]})
+    with pytest.raises(ShardError, match=r"\(read\.max_page_bytes\)"):
+        read(files, keys, ReadOptions(max_page_bytes=10**6, key_column="k"), "x.parquet")
+    assert read(files, keys, options, "x.parquet") == [Sample("000000000", b"i")]  # not read
+
+
+def test_footer_over_the_limit_is_refused(files: Path) -> None:
+    table, stream = pa.table({"image": [b"i"]}), io.BytesIO()
+    with pq.ParquetWriter(stream, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"large": "x" * 4 * 1024**2})
+    with pytest.raises(ShardError, match=r"the footer has \d+ bytes, more than the limit of 4194304"):
+        read(files, stream.getvalue(), name="x.parquet")
+
+
 def test_damaged_parquet_is_refused(files: Path) -> None:
     data = make_parquet({"image": IMAGES}, write_page_checksum=True, compression="none")
     for bad in (b"", b"PAR1", b"no parquet at all", data[:-1], data[: len(data) // 2], data[100:]):
@@ -515,6 +679,37 @@ def test_image_file_deleted_or_changed_after_listing_is_an_error(
     assert deleted.error == f"image not found: {bucket}/b.jpg: no such object"
     assert good == Sample("c.jpg", b"ccc")
     assert "99 bytes" in (large.error or "")
+
+
+# Deadline ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_members_without_a_sample_count_toward_the_deadline(files: Path, compress: Any) -> None:
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    data = compress(folder.tobuf() * 100_000 + make_tar([("a.jpg", b"1")]))
+    with pytest.raises(ShardError, match=r"reading one sample took more than 0\.05 s \(read\.timeout_s\)"):
+        read(files, data, ReadOptions(timeout_s=0.05))
+
+
+def test_zeros_in_a_gzipped_tar_count_toward_the_deadline(files: Path) -> None:
+    image, zeros = make_tar([("a.jpg", b"1")])[:1024], bytes(200 * 1024**2)
+    after = gzip.compress(image + zeros, 1)  # the end of the tar
+    skipped = tarfile.TarInfo("a.mp4")
+    skipped.size = len(zeros)
+    within = gzip.compress(skipped.tobuf() + zeros + image + bytes(1024), 1)
+    for data in (after, within):
+        with pytest.raises(ShardError, match=r"took more than 0\.05 s"):
+            read(files, data, ReadOptions(timeout_s=0.05))
+
+
+def test_time_of_the_consumer_does_not_count_toward_the_deadline(files: Path) -> None:
+    shard = shard_of(Storage(), f"{files}/x.tar", make_tar(make_samples(3)))
+    reader = read_samples(Storage(), shard, ReadOptions(timeout_s=0.5))
+    next(reader)
+    time.sleep(0.6)
+    assert len(list(reader)) == 2
 
 
 # Storage -----------------------------------------------------------------------------------------
