@@ -46,6 +46,8 @@ class ExitStatus(IntEnum):
     REFUSED = 6
     #: A run or a comparison exceeds a drift limit.
     DRIFTED = 7
+    #: Too many images have an error, too many shards cannot be read, or the gate stopped the run.
+    FAILURES = 8
     INTERRUPTED = 130
 
 
@@ -309,12 +311,6 @@ def describe_plan(plan: Plan) -> str:
     prune = f", {counts.to_prune:,} to prune" if plan.selection.prune else ""
     total = pluralize(counts.states.total(), counts.unit)
     return f"{total}: {', '.join(states)}; {counts.to_label:,} to label{reprocessed}{prune}"
-
-
-def describe_ignored(plan: Plan) -> str:
-    """Describes the ignored objects of the input: the number in total and by reason."""
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(plan.ignored.items()))
-    return pluralize(plan.ignored.total(), "object") + (f" ({reasons})" if reasons else "")
 
 
 def format_accuracy(stats: ClassStatistics, topk: int) -> str:

@@ -57,11 +57,14 @@ def label(
 
     Exit status: 0 if all shards are labeled; 2 if the configuration is not valid; 3 if shards could not be
     read (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5 if another
-    run labels the same partition; 7 if a limit of the configured gate is exceeded (shards may be unreadable
-    too); 130 if stopped by Ctrl-C or SIGTERM; 1 otherwise.
+    run labels the same partition; 7 if a limit of the gate on drift is exceeded (shards may be unreadable
+    too); 8 if too many images or shards failed, or the gate stopped the run; 130 if stopped by Ctrl-C or
+    SIGTERM; 1 otherwise.
     """
     overrides = [*(set or ()), *[f"ray.address={IN_PROCESS}"] * no_ray]
     result = run(*console.load_job(config, overrides, retry_errors, relabel, prune), wait)
+    if result.broken_failure_limits or result.aborted:
+        sys.exit(ExitStatus.FAILURES)
     if result.broken_limits:
         sys.exit(ExitStatus.DRIFTED)
     sys.exit(ExitStatus.OK if result.is_complete else ExitStatus.INCOMPLETE)
@@ -73,10 +76,8 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     with closing(ProgressBar() if console.stderr.is_terminal else ProgressLog()) as progress:
 
         def show_plan(prepared: PreparedRun) -> None:
-            plan = prepared.plan
-            ignored = f"; ignored: {console.describe_ignored(plan)}" if plan.ignored.total() else ""
-            print_notice(console.describe_plan(plan) + ignored)
-            progress.show_plan(plan)
+            print_notice(console.describe_plan(prepared.plan))
+            progress.show_plan(prepared.plan)
 
         result = label_dataset(
             config,
@@ -236,7 +237,7 @@ def print_result(result: RunResult) -> None:
         console.print_table(console.make_class_table(classes, top=20))
     fields = {"plan": console.describe_plan(plan)}
     if plan.ignored.total():
-        fields["ignored"] = console.describe_ignored(plan)
+        fields["ignored"] = plan.describe_ignored()
     if plan.shards:
         labeled = totals.shards - len(totals.unreadable)
         fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}"
@@ -267,6 +268,11 @@ def print_result(result: RunResult) -> None:
         print_notice(f"not labeled: {shards} that could not be read before (to retry: --retry-errors)")
     for message in result.broken_limits:
         print_notice(f"drift from the previous run: {message}")
+    for message in result.broken_failure_limits:
+        print_notice(f"too many failures: {message}")
+    if result.aborted:
+        shards = pluralize(len(plan.shards) - totals.shards, "shard")
+        print_notice(f"the gate stopped the run: {shards} not labeled; run the command again to label them")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def plan(
             "input": job.config.input.uri,
             "plan": console.describe_plan(planned),
             "to label": _describe_size(planned),
-            "ignored": console.describe_ignored(planned),
+            "ignored": planned.describe_ignored(),
             "model": f"{checkpoint.name}, {pluralize(len(checkpoint.labels), 'class')}, "
             f"{checkpoint.preprocessor.size} pixels",
             "output": job.partition.uri,

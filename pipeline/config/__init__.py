@@ -7,6 +7,7 @@ from pipeline.config.base import ConfigError
 from pipeline.config.job import (
     LABEL_NEW,
     Config,
+    GateConfig,
     InputConfig,
     InputFormat,
     Selection,

@@ -133,8 +133,40 @@ class ReportConfig(Section):
     )
 
 
+#: A fraction from 0 to 1.
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
 class GateConfig(Section):
-    """Limits on drift from the previous run. Exceeding a limit ends the run with exit status 7."""
+    """Limits on failures and on drift. No label depends on this section.
+
+    A limit on failures ends a run with exit status 8, and a limit on drift from the previous run with 7.
+    """
+
+    max_error_fraction: Fraction | None = Field(
+        default=0.5,
+        description="Maximum fraction of the images that are error rows, of the images of the shards that "
+        "the run labels. Null: no limit.",
+        examples=[0.05],
+    )
+    max_unreadable_fraction: Fraction | None = Field(
+        default=0.5,
+        description="Maximum fraction of the shards that cannot be read, of the shards that the run reads. "
+        "Null: no limit.",
+        examples=[0.01],
+    )
+    abort: bool = Field(
+        default=True,
+        description="Stop the run as soon as it is certain to exceed `max_error_fraction` or "
+        "`max_unreadable_fraction`. Complete shards keep their labels.",
+        examples=[False],
+    )
+    canary: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Number of randomly chosen new shards that are labeled first. If they exceed a limit of "
+        "the gate, the other shards are not labeled. 0: no canary.",
+        examples=[20],
+    )
 
     max_psi: PositiveFloat | None = Field(
         default=None,

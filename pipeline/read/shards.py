@@ -1,11 +1,12 @@
 """Listing of shards, from the names, sizes and versions of objects. This module reads no object."""
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Literal, Self
 
 from pipeline.config import InputConfig, InputFormat
@@ -21,6 +22,8 @@ _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
 #: Number of ignored objects whose URIs a listing keeps, by reason.
 MAX_IGNORED_EXAMPLES = 100
+_MAX_EXTENSIONS = 50
+_EXTENSION = re.compile(r"[^./](\.tar)?(\.[a-z0-9]{1,16})?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class IgnoreReason(StrEnum):
 
     HIDDEN = "hidden name"  # a part of the name starts with `.` or `_`
     FORMAT = "other format"  # by the extension, or not of the configured format
+    METADATA = "metadata of a tar"  # `x.parquet` and `x_stats.json` of `x.tar`, as img2dataset writes them
 
 
 class ShardListing(Iterator[Shard]):
@@ -55,6 +59,8 @@ class ShardListing(Iterator[Shard]):
     Attributes:
         format: The only format that is listed; None for all formats.
         ignored: Number of ignored objects so far, by reason.
+        ignored_extensions: Number of ignored objects so far, by reason and extension. At most
+            `_MAX_EXTENSIONS` extensions are counted separately.
         ignored_examples: URIs of the first `MAX_IGNORED_EXAMPLES` ignored objects, by reason.
     """
 
@@ -62,6 +68,7 @@ class ShardListing(Iterator[Shard]):
         self.uri = uri
         self.format = format
         self.ignored = Counter[IgnoreReason]()
+        self.ignored_extensions = Counter[tuple[IgnoreReason, str]]()
         self.ignored_examples = defaultdict[IgnoreReason, list[str]](list)
         self._shards = self._find(objects)
 
@@ -98,13 +105,22 @@ class ShardListing(Iterator[Shard]):
         are geometrically distributed: one group in 150 has 5,000 images, one in 20,000 has 10,000.
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
-        for info in objects:
+        last_tar = ""
+        for info, following in pairwise(chain(objects, [None])):
+            assert info is not None
             name = relative_name(self.uri, info.uri)
-            is_hidden = _has_hidden_part(name) and info.uri != self.uri
-            format = None if is_hidden else _format(name, self.format)
+            last_tar = info.uri if name.endswith(".tar") else last_tar
+            stem = info.uri.removesuffix(".parquet").removesuffix("_stats.json")
+            neighbors = last_tar, following.uri if following is not None else ""
+            format, reason = _format(name, self.format), IgnoreReason.FORMAT
+            if _has_hidden_part(name) and info.uri != self.uri:
+                format, reason = None, IgnoreReason.HIDDEN
+            elif stem != info.uri and f"{stem}.tar" in neighbors:
+                format, reason = None, IgnoreReason.METADATA
             if format is None:
-                reason = IgnoreReason.HIDDEN if is_hidden else IgnoreReason.FORMAT
                 self.ignored[reason] += 1
+                found, key = self.ignored_extensions, (reason, file_extension(name))
+                found[key if key in found or len(found) < _MAX_EXTENSIONS else (reason, "others")] += 1
                 if self.ignored[reason] <= MAX_IGNORED_EXAMPLES:
                     self.ignored_examples[reason].append(info.uri)
             elif format != "images":
@@ -134,9 +150,16 @@ def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> Sha
         format: With `auto`, the case-insensitive extension determines the format: `.tar`, `.tar.gz` and
             `.tgz` are WebDataset, `.parquet` is Parquet, image files are grouped, and other objects are
             ignored. With `images`, only objects with an image extension are listed. With another format,
-            every object is a shard of this format.
+            every object is a shard of this format. In each format, `x.parquet` and `x_stats.json` next to
+            `x.tar` are metadata, and ignored.
     """
     return ShardListing(storage.list(uri, missing_ok=False), uri, None if format == "auto" else format)
+
+
+def file_extension(name: str) -> str:
+    """Returns the extension of a name in lower case, such as `.jfif` or `.tar.zst`; `none` without one."""
+    found = _EXTENSION.search(name.lower())
+    return "".join(part or "" for part in found.groups()) if found and any(found.groups()) else "none"
 
 
 def _has_hidden_part(name: str) -> bool:

@@ -141,6 +141,8 @@ def _cards(
     rate = record.get("images_per_s")
     if rate is not None:
         cards.append(("Images per second", f"{rate:,.1f}", "in this run, from the first result to the last"))
+    if broken := record.get("broken_failure_limits"):
+        cards.append(("Failures of this run", "over the limit", "; ".join(broken)))
     if broken := record.get("broken_limits"):
         cards.append(("Drift from the previous run", "over the limit", "; ".join(broken)))
     return cards

@@ -316,6 +316,10 @@ def run(record: Mapping[str, Any]) -> ReportSection:
     note = f"The file runs/{record.get('run')}.json has the complete configuration."
     section = ReportSection("run", "Run details", [note])
     section.charts.append(Chart("Counts of this run", ["Name", "Count"], counts))
+    if ignored := record.get("ignored"):
+        rows = [[reason, extension, f"{count:,}"] for reason, extension, count in ignored[:MAX_PAIRS]]
+        columns = ["Reason", "Extension", "Objects"]
+        section.charts.append(Chart("Ignored objects of the input", columns, rows, text_columns=2))
     if unmatched := record.get("unmatched_targets"):
         rows = [[each["cause"], f"{each['count']:,}"] for each in unmatched[:MAX_PAIRS]]
         section.charts.append(Chart("Unmatched targets of this run", ["Label", "Images"], rows))

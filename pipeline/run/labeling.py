@@ -14,16 +14,21 @@ from pipeline.commit import (
 )
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import StopController, Stopped, sigterm_interrupts
+from pipeline.read import IgnoreReason
 from pipeline.run.cleanup import clean_up, roll_back_regrouped
+from pipeline.run.gate import check_gate_again, read_earlier_failures
 from pipeline.run.job import check_installed, make_job
 from pipeline.run.planning import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, Phase, RunContext, RunResult, run_record
 from pipeline.run.streaming import label_shards
-from pipeline.run.summaries import check_gate_again, has_unwanted_gallery, summarize
+from pipeline.run.summaries import has_unwanted_gallery, summarize
 from pipeline.storage import StorageError, retry_counts
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
+
+#: Number of ignored objects that a log message names.
+_NAMED_OBJECTS = 5
 
 
 def label(
@@ -78,8 +83,12 @@ def label(
                 if plan.shards:
                     shards = pluralize(len(plan.shards), "shard")
                     logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
+                if names := plan.ignored_examples.get(IgnoreReason.FORMAT):
+                    such_as = ", ".join(names[:_NAMED_OBJECTS])
+                    logger.warning("ignored: %s; such as %s", plan.describe_ignored(), such_as)
+                ignored = [(*each, count) for each, count in plan.ignored_extensions.most_common()]
                 counts = {str(state): count for state, count in plan.states.items()}
-                record.set(plan=counts | {"to_label": len(plan.shards)})
+                record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)
                 result = RunResult(run, job, plan, timings=clock.timings)
                 writer = ManifestWriter(
                     job.partition.manifest, config.run.flush_interval_s, before_write=record.save
@@ -117,6 +126,7 @@ def _execute(run: RunContext) -> None:
     try:
         if not run.prepared.clean_shutdown:  # a run that died may have left temporary files
             partition.storage.remove_unfinished_writes(partition.uri)
+        read_earlier_failures(run)
         removed, changed = clean_up(run)
         if plan.shards:
             try:

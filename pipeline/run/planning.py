@@ -11,7 +11,10 @@ from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_stor
 from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
 from pipeline.run.job import Job, check_name_lengths, make_job
 from pipeline.storage import is_under
+from pipeline.text import pluralize
 
+#: Maximum number of extensions in a description.
+_EXTENSIONS = 8
 #: The row of a shard that the manifest does not have.
 _NO_ROW = ManifestRow("")
 
@@ -52,6 +55,7 @@ class Plan:
         shards: the shards to label, in listing order.
         states: number of shards by state.
         ignored: number of objects under the input URI that are not shards, by reason.
+        ignored_extensions: the same by reason and extension.
         ignored_examples: URIs of the first ignored objects, by reason.
         expected: version of the current prediction file, by URI of a shard to label.
         reprocessed: number of shards to label that are neither new nor changed.
@@ -67,6 +71,7 @@ class Plan:
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
     ignored: Counter[IgnoreReason] = field(default_factory=Counter)
+    ignored_extensions: Counter[tuple[IgnoreReason, str]] = field(default_factory=Counter)
     ignored_examples: Mapping[IgnoreReason, list[str]] = field(default_factory=dict)
     expected: dict[str, str] = field(default_factory=dict)
     reprocessed: int = 0
@@ -93,6 +98,15 @@ class Plan:
         if not all(shard.members for shard in self.shards):
             return None
         return sum(len(shard.members) for shard in self.shards)
+
+    def describe_ignored(self) -> str:
+        """Describes the ignored objects of the input: the number in total, by reason and by extension."""
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.ignored.items()))
+        total = pluralize(self.ignored.total(), "object") + (f" ({reasons})" if reasons else "")
+        others = self.ignored_extensions.most_common()
+        found = [f"{extension} {n:,}" for (why, extension), n in others if why is IgnoreReason.FORMAT]
+        more = [f"{len(found) - _EXTENSIONS} more"] * (len(found) > _EXTENSIONS)
+        return total + (f", extensions: {', '.join(found[:_EXTENSIONS] + more)}" if found else "")
 
     @property
     def counts(self) -> PlanCounts:
@@ -145,6 +159,7 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
     }
     planned.states[ShardState.DELETED] = len(planned.deleted)
     planned.ignored, planned.ignored_examples = listing.ignored, listing.ignored_examples
+    planned.ignored_extensions = listing.ignored_extensions
     if has_only_groups and all(row.format == "images" for row in planned.deleted.values()):
         images.states[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
         images.to_label = planned.images or 0

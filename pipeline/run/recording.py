@@ -17,6 +17,7 @@ from pipeline.commit import Lease, ManifestRow, ManifestWriter, Partition, Progr
 from pipeline.config import Selection
 from pipeline.read import Shard, list_shards
 from pipeline.report import Gallery
+from pipeline.run.failures import FailureMonitor
 from pipeline.run.job import Job
 from pipeline.run.planning import Plan, PreparedRun
 from pipeline.statistics import ClassStatistics, StageSummary
@@ -72,7 +73,9 @@ class RunResult:
             divided by the seconds from the first result to the last. None if these are less than 10 seconds.
         stages: metrics of each stage; empty if there was nothing to label.
         decoder: the device that decoded the images, and how many it decoded.
-        broken_limits: messages about limits of the configured gate that the labels break.
+        broken_limits: messages about limits on drift of the configured gate that the labels break.
+        broken_failure_limits: messages about limits on errors and unreadable shards that the run breaks.
+        aborted: whether the gate stopped the run before all shards were labeled.
     """
 
     run: str
@@ -86,6 +89,8 @@ class RunResult:
     stages: dict[str, StageSummary] = field(default_factory=dict)
     decoder: str = ""
     broken_limits: list[str] = field(default_factory=list)
+    broken_failure_limits: list[str] = field(default_factory=list)
+    aborted: bool = False
 
     @property
     def partition(self) -> Partition:
@@ -105,7 +110,7 @@ class RunResult:
     @property
     def is_complete(self) -> bool:
         """Whether every shard of the input is labeled in its current version."""
-        return not self.totals.unreadable and not self.plan.skipped_failures
+        return not (self.aborted or self.totals.unreadable or self.plan.skipped_failures)
 
 
 @dataclass
@@ -116,6 +121,7 @@ class RunContext:
         on_progress: called when results have arrived.
         on_phase: called when a phase starts.
         gallery: thumbnails of labeled shards.
+        failures: counts of errors and unreadable shards.
         groups: manifest rows of the groups of image files that this run labeled, by URI.
     """
 
@@ -128,10 +134,13 @@ class RunContext:
     on_progress: Callable[[Progress, PreparedRun], None]
     on_phase: Callable[[Phase], None]
     gallery: Gallery = field(init=False)
+    failures: FailureMonitor = field(init=False)
     groups: dict[str, ManifestRow] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.gallery = Gallery(self.result.job.config.report.gallery, self.result.plan.shards)
+        config, shards = self.result.job.config, self.result.plan.shards
+        self.gallery = Gallery(config.report.gallery, shards)
+        self.failures = FailureMonitor(config.gate, shards, self.prepared.repairs.entries)
 
     def relist(self) -> Iterator[Shard]:
         """Lists the input again; needed only if runs overlap."""
@@ -151,7 +160,11 @@ class RunContext:
             "pruned_shards": self.result.pruned,
         }
         self.record.set(
-            counts=counts, causes=totals.causes.to_record(), unmatched_targets=totals.unmatched.to_record()
+            counts=counts,
+            causes=totals.causes.to_record(),
+            unmatched_targets=totals.unmatched.to_record(),
+            failures=self.failures.to_record(),
+            aborted=self.result.aborted,
         )
 
 
@@ -181,7 +194,8 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
             record.end(status=status, timings=clock.timings, error=f"{type(error).__name__}: {error}")
         raise
     clock.record("ended")
-    record.end(status="incomplete" if record.values["unreadable"] else "complete", timings=clock.timings)
+    status = "incomplete" if record.values["unreadable"] else "complete"
+    record.end(status="aborted" if record.values.get("aborted") else status, timings=clock.timings)
 
 
 def installed_version(package: str) -> str | None:

@@ -1,10 +1,11 @@
 """Labels the shards of a plan: runs the dataflow, commits its results, and stops when requested."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from pipeline.commit import MAX_CONCURRENT_WRITES, Committer, ManifestRow, PredictionWriter
@@ -19,6 +20,7 @@ from pipeline.dataflow import (
     ray_address,
 )
 from pipeline.read import Chunk, Shard, list_shards
+from pipeline.run.gate import check_canary
 from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
     CLASSIFY,
@@ -61,7 +63,7 @@ def label_shards(run: RunContext, removed: set[str]) -> StopController:
         is_current=partial(_is_current, job.storage, job.config.input.format),
         before_group=run.lease.verify,
     )
-    committer = Committer(writer, plan.shards, partial(_record_commit, run))
+    committer = Committer(writer, plan.shards, partial(_record_commit, run), run.failures.add)
     run.result.totals = committer.totals
     address = job.config.ray.address
     if address != IN_PROCESS:
@@ -84,6 +86,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
         run.record.add_shards("recovered", [row.uri])
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
+    run.failures.finish(row)
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
     run.clock.record("first_commit")
@@ -107,7 +110,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             )
         run.on_progress(committer.progress(), run.prepared)
 
-    chunks = executor.label(plan.shards, job.stages, resources)
+    chunks = _label_in_order(run, executor, committer, resources, stop)
     started = first_result = last_result = 0.0
     first_images = 0
     with closing(chunks), stop.until_aborted(), _unfinished_shards_named(committer):
@@ -124,9 +127,12 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             run.lease.check()
             if stop.requested and not committer.open_shards:
                 break
+            if job.config.gate.abort and (broken := run.failures.certain_violations()):
+                _abort(run, broken)
+                break
     seconds = time.perf_counter() - started if started else 0.0
     run.clock.record("last_result")
-    if stop.requested:
+    if stop.requested or run.result.aborted:
         committer.wait_for_writes()
     else:
         committer.finish()
@@ -134,6 +140,39 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     run.result.images_per_s = steady_rate(later_images, last_result - first_result)
     _record_stages(run, resources, seconds)
     report_progress()
+
+
+def _label_in_order(
+    run: RunContext, executor: Executor, committer: Committer, resources: Resources, stop: StopController
+) -> Generator[Chunk, None, None]:
+    """Yields the labeled chunks of the plan: first those of the canary, then, if it passes, of the rest.
+
+    The order of the shards is random, so that the first results are a sample of all. It is the order of a
+    hash of the URIs, so that every run has the same order.
+    """
+    job, shards = run.result.job, run.result.plan.shards
+    order = sorted(range(len(shards)), key=lambda i: hashlib.blake2b(shards[i].uri.encode()).digest())
+    canary = [i for i in order if run.failures.is_new(shards[i])][: job.config.gate.canary]
+    chosen = set(canary)
+    for batch in (canary, [i for i in order if i not in chosen]):
+        if not batch or stop.requested:
+            continue
+        if batch is not canary and canary:
+            committer.wait_for_writes()
+            run.writer.flush()
+            if not check_canary(run):
+                _abort(run, run.result.broken_failure_limits + run.result.broken_limits)
+                return
+        with closing(executor.label([shards[i] for i in batch], job.stages, resources)) as chunks:
+            for chunk in chunks:
+                yield replace(chunk, shard=batch[chunk.shard])
+
+
+def _abort(run: RunContext, broken: Sequence[str]) -> None:
+    run.result.aborted = True
+    remaining = len(run.result.plan.shards) - run.result.totals.shards
+    shards = pluralize(remaining, "shard")
+    logger.error("the gate stops the run, %s remain: %s", shards, "; ".join(broken))
 
 
 def _record_stages(run: RunContext, resources: Resources, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The end of a run: class statistics, gallery, report, and the check of the gate."""
+"""The end of a run: class statistics, gallery and report."""
 
 import logging
 from datetime import UTC, datetime
@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 import numpy as np
 
 from pipeline.classify import GALLERY_CLASSES
-from pipeline.compare import RunPair
 from pipeline.report import GALLERY_FILE, read_gallery, write_gallery, write_report
+from pipeline.run.gate import check_gate, find_run_pair
 from pipeline.run.recording import RunContext
 from pipeline.run.stored import write_class_table
-from pipeline.statistics import ClassStatistics, Comparison, ComparisonLimits
+from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, StorageError
 
 logger = logging.getLogger("cvt_label")
@@ -18,12 +18,12 @@ logger = logging.getLogger("cvt_label")
 
 def summarize(run: RunContext) -> None:
     """Writes class statistics, gallery and report, and checks the limits of the gate."""
-    runs, partition = _run_pair(run), run.result.partition
+    runs, partition = find_run_pair(run), run.result.partition
     statistics, previous = runs.fold_statistics()
     run.result.statistics = statistics
     write_class_table(partition, statistics, run.result.job.topk)
+    check_gate(run, runs, previous)
     run.record_counts()
-    _check_gate(run, runs, previous)
     _update_gallery(run, statistics)
     so_far = {"timings": run.clock.timings, "ended_at": datetime.now(UTC).isoformat()}
     values = run.record.values | so_far
@@ -33,13 +33,6 @@ def summarize(run: RunContext) -> None:
         raise
     except Exception:  # must not fail a run whose labels are written
         logger.exception("the report could not be written; the labels are complete")
-
-
-def check_gate_again(run: RunContext) -> None:
-    """Checks the limits of the gate for the labels of earlier runs; for a run that changed nothing."""
-    if _limits(run).any_set:
-        runs = _run_pair(run)
-        _check_gate(run, runs, runs.fold_statistics()[1] if runs.current else None)
 
 
 def has_unwanted_gallery(run: RunContext) -> bool:
@@ -57,24 +50,3 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
     removed = {*run.record.values["removed"], *run.result.rolled_back}
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
     write_gallery(storage, uri, run.gallery.merge(read_gallery(storage, uri), removed, set(frequent)))
-
-
-def _limits(run: RunContext) -> ComparisonLimits:
-    return ComparisonLimits(**run.result.job.config.gate.model_dump())
-
-
-def _check_gate(run: RunContext, runs: RunPair, previous: Comparison | None) -> None:
-    """Compares the drift from the previous run, if there is one, with the limits of the gate.
-
-    If this run labeled nothing, the drift of the last run that labeled something still applies.
-    """
-    drift = None if previous is None else previous.totals
-    if not runs.current and runs.previous is not None:
-        drift = (runs.partition.record(runs.previous) or {}).get("drift")
-    broken = _limits(run).violations(drift) if drift else []
-    run.result.broken_limits = broken
-    run.record.set(drift=drift, broken_limits=broken)
-
-
-def _run_pair(run: RunContext) -> RunPair:
-    return RunPair.find(run.result.partition, run.result.job.config.input.uri, run.result.run)

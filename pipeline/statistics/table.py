@@ -58,6 +58,8 @@ def _class_row(stats: ClassStatistics, i: int, total: int, has_top5: bool) -> di
     if count:
         score_sum, squares = int(stats.score_sum[i]), int(stats.score_square_sum[i])
         variance = max(0, count * squares * SCALE - score_sum**2) / (count * SCALE) ** 2
+        if stats.score_min[i] == stats.score_max[i]:  # the sums are rounded
+            variance = 0.0
         row |= {
             "score_mean": score_sum / (count * SCALE),
             "score_std": variance**0.5,

@@ -12,7 +12,8 @@ from urllib.parse import unquote
 import pytest
 
 from pipeline.predictions import is_allowed_path, prediction_path
-from pipeline.read import IgnoreReason, Shard, list_shards
+from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
+from pipeline.read.shards import file_extension
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
 
@@ -268,3 +269,28 @@ def test_truncated_path_is_stable() -> None:
     """A different path would orphan the existing prediction file, and relabel the shard."""
     path = prediction_path(f"s3://b/{'x' * 300}.tar")
     assert path == f"s3/b/{'x' * 204}%7E0cb7e3aef221994fc33d29b1444ccad5f1a13089.parquet"
+
+
+def test_ignored_objects_are_counted_by_extension() -> None:
+    names = ["a.jfif", "b.JFIF", "c.tar.zst", "README", "_x.txt", *(f"d.{i}z" for i in range(60)), "e.tar"]
+    listing = ShardListing((ObjectInfo(f"s3://b/in/{name}", 1, "v") for name in sorted(names)), "s3://b/in")
+    assert [shard.uri for shard in listing] == ["s3://b/in/e.tar"]
+    counts = listing.ignored_extensions
+    assert counts[IgnoreReason.FORMAT, ".jfif"] == 2
+    assert counts[IgnoreReason.HIDDEN, ".txt"] == 1
+    assert counts.total() == listing.ignored.total() == 65
+    assert len(counts) <= 52  # names come from the input, so their number is bounded
+
+
+@pytest.mark.parametrize(
+    ("name", "extension"),
+    [
+        ("x.tar.ZST", ".tar.zst"),
+        ("a.b/c", "none"),
+        (".x", "none"),
+        ("2024 at 10.11", ".11"),
+        ("a.tbz2", ".tbz2"),
+    ],
+)
+def test_extension_of_a_compressed_tar_names_both(name: str, extension: str) -> None:
+    assert file_extension(name) == extension

@@ -175,3 +175,17 @@ def test_score_of_one_is_in_the_last_bin() -> None:
 def test_table_metadata_has_the_quantile_resolution() -> None:
     metadata = class_table(ClassStatistics.empty(1), ["a"], topk=1).schema.metadata
     assert metadata[b"score_quantile_resolution"] == b"0.01"
+
+
+@pytest.mark.parametrize("scores", [[0.1], [0.7] * 3, [0.123456] * 1000])
+def test_standard_deviation_of_equal_scores_is_zero(scores: list[float]) -> None:
+    table = predictions(len(scores)).slice(0, 0)
+    columns = {
+        "label_id": pa.array([2] * len(scores), pa.int32()),
+        "score": pa.array(scores, pa.float32()),
+        "entropy": pa.array(scores, pa.float32()),
+        "target_id": pa.nulls(len(scores), pa.int32()),
+        "topk_label_ids": pa.array([[2]] * len(scores), pa.list_(pa.int32())),
+    }
+    stats = ClassStatistics.from_predictions(pa.table(columns, schema=table.schema), CLASSES)
+    assert class_table(stats, "abcdefg", 1)["score_std"][2].as_py() == 0

@@ -1,0 +1,69 @@
+"""The gate: limits on failures and on drift, for a run, for its canary, and for a run without new labels."""
+
+from collections import Counter
+
+from pipeline.compare import RunPair
+from pipeline.run.recording import RunContext
+from pipeline.statistics import Comparison, ComparisonLimits
+
+_DRIFT_LIMITS = {"max_psi", "max_js", "max_score_psi", "min_images"}
+
+
+def read_earlier_failures(run: RunContext) -> None:
+    """Reads the failures of earlier runs of the dataset: of the last run, and of runs that were stopped."""
+    partition, dataset = run.result.partition, run.result.job.config.input.uri
+    for earlier in reversed([each for each in partition.records() if each < run.result.run]):
+        record = partition.record(earlier) or {}
+        if "failures" not in record or record["config"]["input"]["uri"] != dataset:
+            continue
+        if record["status"] not in ("running", "interrupted", "failed"):
+            run.failures.last = Counter(record["failures"])
+            break
+        run.failures.stopped.update(record["failures"])
+
+
+def find_run_pair(run: RunContext) -> RunPair:
+    """Finds the run of the dataset before this run."""
+    return RunPair.find(run.result.partition, run.result.job.config.input.uri, run.result.run)
+
+
+def check_canary(run: RunContext) -> bool:
+    """Checks all limits for the shards that were labeled first; returns whether they pass."""
+    runs = find_run_pair(run)
+    if runs.current:
+        check_gate(run, runs, runs.fold_statistics()[1])
+    else:
+        _check_failures(run)
+    return not (run.result.broken_limits or run.result.broken_failure_limits)
+
+
+def check_gate_again(run: RunContext) -> None:
+    """Checks the limits of the gate for the labels of earlier runs; for a run that changed nothing."""
+    if _drift_limits(run).any_set:
+        runs = find_run_pair(run)
+        check_gate(run, runs, runs.fold_statistics()[1] if runs.current else None)
+    else:
+        _check_failures(run)
+
+
+def check_gate(run: RunContext, runs: RunPair, previous: Comparison | None) -> None:
+    """Compares the failures, and the drift from the previous run, if there is one, with the limits.
+
+    If this run labeled nothing, the failures and the drift of the last run that labeled something still
+    apply.
+    """
+    _check_failures(run)
+    drift = None if previous is None else previous.totals
+    if not runs.current and runs.previous is not None:
+        drift = (runs.partition.record(runs.previous) or {}).get("drift")
+    run.result.broken_limits = broken = _drift_limits(run).violations(drift) if drift else []
+    run.record.set(drift=drift, broken_limits=broken)
+
+
+def _check_failures(run: RunContext) -> None:
+    run.result.broken_failure_limits = broken = run.failures.judge()
+    run.record.set(broken_failure_limits=broken)
+
+
+def _drift_limits(run: RunContext) -> ComparisonLimits:
+    return ComparisonLimits(**run.result.job.config.gate.model_dump(include=_DRIFT_LIMITS))
