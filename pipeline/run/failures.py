@@ -32,7 +32,7 @@ class FailureMonitor:
         shards: the shards to label; a chunk refers to its shard by the index in this sequence.
         entries: manifest rows before the run, by URI.
         last: counts of the last run of the dataset that ended by itself.
-        stopped: counts of the runs after `last`, which were stopped or died. This run continues them.
+        stopped: counts of the runs after `last`, which were stopped or failed. This run continues them.
     """
 
     gate: GateConfig
