@@ -5,13 +5,23 @@ Each test is a row of docs/reference/hostile-inputs.md. Keep each test under two
 
 from __future__ import annotations
 
+import gzip
 import io
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode
+from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
+from pipeline.storage import Storage
+from tests.makers import make_parquet
 from tests.measuring import measure
 
 MIB = 1024**2
@@ -39,3 +49,126 @@ def test_image_over_the_pixel_limit_is_not_decoded() -> None:
     assert "dimensions too large: 40000 x 20000 pixels" in measured.outcome
     assert measured.peak < 4 * MIB
     assert measured.seconds < 0.5
+
+
+# --- shards ----------------------------------------------------------------------------------------
+
+
+def read_shard(uri: str, **options: Any) -> tuple[set[str | None], str | None]:
+    """Reads a shard in chunks; returns the errors of its samples, and that of the shard."""
+    [shard] = list_shards(Storage(), uri)
+    errors, error = set[str | None](), None
+    for chunk in split_into_chunks(
+        read_samples(Storage(), shard, ReadOptions(**options)), 0, 1024, 128 * MIB
+    ):
+        assert chunk.samples.nbytes < 2 * 128 * MIB
+        error = chunk.error
+        errors |= set(chunk.samples["error"].to_pylist())
+    return errors, error
+
+
+def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def extended(content: bytes, kind: bytes) -> bytes:
+    return header("x", len(content), kind) + content + bytes(-len(content) % 512)
+
+
+def gzipped(*parts: bytes | tuple[bytes, int]) -> bytes:
+    """Compresses each part, and repeats it: files of gzip can be concatenated."""
+    pairs = (part if isinstance(part, tuple) else (part, 1) for part in parts)
+    return b"".join(gzip.compress(part, 6, mtime=0) * times for part, times in pairs)
+
+
+def long_names(count: int, size: int) -> bytes:
+    member = extended(b"n" * size + b".jpg", tarfile.GNUTYPE_LONGNAME) + header("x.jpg")
+    return gzipped((member, count), bytes(1024))
+
+
+def sparse_map() -> bytes:
+    first = bytearray(header("a.jpg", 0, tarfile.GNUTYPE_SPARSE))
+    first[482] = 1
+    first[148:156] = b" " * 8
+    first[148:156] = b"%06o\0 " % sum(first)
+    return gzipped(bytes(first), ((bytes(504) + b"\1" + bytes(7)) * 2048, 500))
+
+
+def large_footer() -> bytes:
+    """A footer of 1 MiB with a row group of empty column chunks, in Thrift's compact protocol."""
+
+    def items(content: bytes, count: int) -> bytes:
+        size = bytes([count >> shift & 127 | 128 for shift in (0, 7)]) + bytes([count >> 14])
+        return b"\xfc" + size + content * count
+
+    group = b"\x19" + items(b"\x26\0\0", 340_000) + b"\x16\0\x16\0\0"
+    schema = b"\x48\1r\x15\2\0" + b"\x15\x0c\x25\0\x18\5image\0"
+    footer = b"\x15\2\x19\x2c" + schema + b"\x16\0\x19\x1c" + group + b"\0"
+    return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
+
+
+def same_value(size: int, column: str = "image") -> bytes:
+    """A file of some kilobytes whose 16 rows refer to one large value of a dictionary."""
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 16), pa.array([bytes(size)]))
+    return make_parquet({"image": [b"i"] * 16} | {column: values}, compression="zstd", store_schema=False)
+
+
+def json_label() -> bytes:
+    content = b'{"y": 1, "x": [' + b"{}," * 1_390_000 + b"0]}"
+    label = header("a.json", len(content)) + content + bytes(-len(content) % 512)
+    return gzipped(header("a.jpg"), label, bytes(1024))
+
+
+ZEROS = bytes(16 * MIB)
+SMALL = 64  # MiB, of which a process needs 50 to read any file
+#: Maker of the file, options, part of the error, MiB.
+HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str, int]] = {
+    "names.tar.gz": (lambda: long_names(20, 10 * MIB), {}, "headers of more than 1048576 bytes", SMALL),
+    "keys.tar.gz": (lambda: long_names(100, 1_000_000), {}, "invalid key: the key has more than", SMALL),
+    "pax.tar.gz": (lambda: gzipped(header("x", 2**30, b"x"), (ZEROS, 64)), {}, "headers of more than", SMALL),
+    "sparse.tar.gz": (sparse_map, {}, "headers of more than 1048576 bytes", SMALL),
+    "records.tar.gz": (lambda: gzipped(extended(b"2 " * 500_000 + b"=", b"x")), {}, "PAX record", SMALL),
+    "json.tar.gz": (json_label, {"label_field": "y"}, "", SMALL + 100),
+    "folders.tar.gz": (
+        lambda: gzipped((header("folder", 0, tarfile.DIRTYPE) * 10_000, 500), bytes(1024)),
+        {"timeout_s": 0.5},
+        "reading one sample took more than 0.5 s",
+        SMALL,
+    ),
+    "zeros.tar.gz": (
+        lambda: gzipped(bytes(1024), (ZEROS, 500)),
+        {"timeout_s": 0.5},
+        "reading one sample took more than 0.5 s",
+        SMALL,
+    ),
+    "value.parquet": (
+        lambda: same_value(20 * MIB),
+        {"max_image_bytes": MIB},
+        "file too large",
+        SMALL + 5 * 20,
+    ),
+    "key.parquet": (lambda: same_value(20 * MIB, "k"), {"key_column": "k"}, "invalid key", SMALL + 5 * 20),
+    "page.parquet": (
+        lambda: same_value(9 * MIB),
+        {"max_page_bytes": 8 * MIB},
+        "(read.max_page_bytes)",
+        SMALL,
+    ),
+    "chunks.parquet": (large_footer, {}, "", SMALL + 250),
+    "footer.parquet": (lambda: bytes(5 * MIB) + b"\0\0\x50\0PAR1", {}, "the footer has", SMALL),
+}
+
+
+@pytest.mark.skipif("sys.platform != 'linux'")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_shard_costs_its_bound_at_most(name: str, tmp_path: Path) -> None:
+    make, options, error, mib = HOSTILE[name]
+    (tmp_path / name).write_bytes(make())
+    measured = measure(read_shard, str(tmp_path / name), **options)
+    errors, shard_error = measured.outcome
+    found = shard_error or "".join(map(str, errors - {None}))
+    assert error in found if error else not found, measured
+    assert measured.peak < mib * MIB
+    assert measured.seconds < 5  # a loaded machine takes several times as long
