@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from decimal import Decimal
 from itertools import count, islice
 from typing import cast
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.limits import MAX_KEY_BYTES, Deadline
 from pipeline.read.parquet_pages import PageCheckedFile
 from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError
@@ -50,13 +49,17 @@ def read_parquet(
             image, key_column = _image_and_path(batch.column(image_column))
             if options.key_column is not None:
                 key_column = batch.column(options.key_column)
-            key, key_error = _key(key_column, row)
-            error = _NO_IMAGE if image is None else options.size_error(image.size) or key_error
+            value, problem = _value(key_column)
+            key = f"{row:09d}" if value is None else str(value)
+            error = _NO_IMAGE if image is None else options.size_error(image.size)
+            if error is None and problem is not None:
+                error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
             if image is None or error is not None:
                 return Sample(key, None, error=error)
-            label, problem = (None, None) if label_column is None else _label(batch.column(label_column))
+            label, problem = _value(None if label_column is None else batch.column(label_column))
             target, unmatched = options.parse_target(label, class_names)
-            return Sample(key, image.to_pybytes(), target, unmatched=problem or unmatched)
+            unmatched = unmatched if problem is None else f"the label cannot be read: {problem}"
+            return Sample(key, image.to_pybytes(), target, unmatched=unmatched)
 
         # One row at a time, because many rows may refer to one large value in a page.
         yield from map(to_sample, count(), file.iter_batches(1, columns=columns, use_threads=False))
@@ -122,39 +125,25 @@ def _image_and_path(column: pa.Array) -> tuple[pa.Buffer | None, pa.Array | None
     return column[0].as_buffer() if column[0].is_valid else None, path
 
 
-def _label(column: pa.Array) -> tuple[object, str | None]:
-    """Returns the label of the only row, and why it cannot be read."""
+def _value(column: pa.Array | None) -> tuple[object, str | None]:
+    """Returns the only value of a column, with bytes as text, and why it cannot be read.
+
+    Of text that is too long for a key, which no label is either, the value is the start and a hash.
+    """
     try:
-        label = _value(column)
-        if isinstance(label, bytes):
-            label = label.decode()
-        return int(label) if isinstance(label, Decimal) and label == int(label) else label, None
-    except Exception as error:  # whatever the value is, only its row has no target
-        return None, f"the label cannot be read ({error})"
-
-
-def _key(column: pa.Array | None, row: int) -> tuple[str, SampleError | None]:
-    """Returns the key of the only row, which is the row number without a value, and an error."""
-    value, error = None, None
-    try:
-        value = None if column is None else _value(column)
-    except Exception as failure:  # whatever the value is, only its row is an error
-        error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be converted to text ({failure})")
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace"), None
-    return f"{row:09d}" if value is None else str(value), error
-
-
-def _value(column: pa.Array) -> object:
-    """Returns the only value of a column; of text over the limit for keys, the start and a hash."""
-    scalar = column[0].value if pa.types.is_dictionary(column.type) else column[0]
-    if not scalar.is_valid:
-        return None
-    if pa.types.is_nested(scalar.type):
-        raise ValueError(f"the type is {scalar.type}")
-    if not isinstance(scalar, pa.BinaryScalar):
-        return scalar.as_py()
-    buffer = scalar.as_buffer()
-    if buffer.size <= MAX_KEY_BYTES:
-        return buffer.to_pybytes()
-    return buffer[:MAX_KEY_BYTES].to_pybytes() + hashlib.blake2b(buffer, digest_size=16).hexdigest().encode()
+        scalar = None if column is None else column[0]
+        if isinstance(scalar, pa.DictionaryScalar):
+            scalar = scalar.value
+        if scalar is None or not scalar.is_valid:
+            return None, None
+        if pa.types.is_nested(scalar.type):
+            return None, f"the type is {scalar.type}"
+        if not isinstance(scalar, pa.BinaryScalar):
+            return scalar.as_py(), None
+        buffer = scalar.as_buffer()
+        text = buffer[:MAX_KEY_BYTES].to_pybytes().decode(errors="backslashreplace")
+        if buffer.size > MAX_KEY_BYTES:
+            text += hashlib.blake2b(buffer, digest_size=16).hexdigest()
+        return text, None
+    except Exception as error:  # whatever the value is, it affects only its row
+        return None, str(error)

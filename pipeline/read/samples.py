@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Self
 
 from pipeline.config import InputConfig, ReadConfig
@@ -117,7 +118,7 @@ class ReadOptions:
         if isinstance(label, str):
             text = label.strip()
             class_id = self.class_ids.get(text, parse_integer(text.removesuffix(".0")))
-        elif isinstance(label, float) and label.is_integer():  # pandas stores integers with nulls as floats
+        elif isinstance(label, float | Decimal) and label % 1 == 0:  # pandas: integers with nulls are floats
             class_id = int(label)
         if label is None or class_id == -1 or (isinstance(label, float) and math.isnan(label)):
             return None, None
