@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.read import ReadOptions, Sample, Shard, list_shards, parquet, read_samples, webdataset
+from pipeline.read import ReadOptions, Sample, Shard, list_shards, parquet, read_samples, reader, webdataset
 from pipeline.read.samples import ShardError
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
@@ -362,7 +362,17 @@ NAMED = ReadOptions(class_ids={"cat": 0, "dog": 1, "7": 2}, num_labels=10)
 
 @pytest.mark.parametrize(
     ("text", "target"),
-    [("0", 0), (" 9\n", 9), ("dog", 1), ("dog\n", 1), ("-1", None), ("7", 7), ("007", 7)],
+    [
+        ("0", 0),
+        (" 9\n", 9),
+        ("dog", 1),
+        ("dog\n", 1),
+        ("-1", None),
+        ("7", 7),
+        ("007", 7),
+        ("3.0", 3),
+        ("\ufeff3\r\n", 3),
+    ],
 )
 def test_cls_is_a_class_index_or_a_class_name(files: Path, text: str, target: int | None) -> None:
     sample = one(files, make_tar({"a.jpg": b"image", "a.cls": text.encode()}), NAMED)
@@ -662,6 +672,28 @@ def test_image_files_are_read_in_order_with_names_as_keys(storage: Storage, buck
     assert [sample.key for sample in samples] == sorted(names)
     assert [s.image for s in samples] == [make_image(names.index(s.key)) for s in samples]
     assert list(read_samples(storage, shard, PLAIN)) == samples
+
+
+def test_large_image_files_are_fetched_one_at_a_time(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pending, most = set[str](), 0
+
+    class Counting(Storage):
+        def read(self, uri: str, version: str | None = None) -> bytes:
+            nonlocal most
+            pending.add(uri)
+            most = max(most, len(pending))
+            return super().read(uri, version)
+
+    for i in range(20):
+        Storage().write(f"{files}/{i:02d}.jpg", bytes(100))
+    (shard,) = list_shards(Storage(), str(files))
+    for limit, expected in ((100, 1), (350, 3), (10**6, 16)):
+        monkeypatch.setattr(reader, "_MAX_PENDING_BYTES", limit)
+        most = 0
+        for sample in read_samples(Counting(), shard, PLAIN):
+            pending.discard(f"{files}/{sample.key}")
+        assert most <= expected
+        assert sample.key == "19.jpg"
 
 
 def test_image_file_deleted_or_changed_after_listing_is_an_error(
