@@ -1,9 +1,15 @@
-"""A loopback HTTP proxy in front of the S3 server that makes requests fail, scripted or at random."""
+"""A loopback HTTP proxy in front of the S3 server that makes requests fail, scripted or at random.
+
+It also drips, floods, and lies, as broken or hostile stores and proxies do.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import re
+import select
 import socket
 import socketserver
 import struct
@@ -19,10 +25,15 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 from xml.sax.saxutils import escape
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
 _ERROR_RESPONSES = {
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "denied": (403, "AccessDenied", "Access Denied"),
+    "refused": (412, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
 }
 
 #: error, slow_down, denied: an error response of S3; the request is not forwarded. reset: the connection is
@@ -31,8 +42,92 @@ _ERROR_RESPONSES = {
 #: the headers of the response, then the connection ends. For truncated and no_body, responses without a body
 #: are lost. no_head: only the status line, then the connection ends; a client needs nothing more for a
 #: DELETE. delay: a delayed response.
-ALL_KINDS = (*_ERROR_RESPONSES, "reset", "lost_answer", "truncated", "no_body", "no_head", "delay")
+ALL_KINDS = (
+    *("error", "slow_down", "denied"),
+    *("reset", "lost_answer", "truncated", "no_body", "no_head", "delay"),
+)
 
+#: drip: the response comes byte by byte. drip_body: the headers come at once, and the body byte by byte.
+#: stall: no response. slow_upload: the request is read byte by byte. flood: a body without end.
+#: continue_cut: the connection ends within the header "100 Continue".
+SLOW_KINDS = ("drip", "drip_body", "stall", "slow_upload", "flood", "continue_cut")
+
+Headers = dict[str, str]
+_TOKEN = rb"<NextContinuationToken>.*?</NextContinuationToken>"
+
+
+def _with_header(name: str, value: str | None) -> Callable[[Headers, bytes], tuple[Headers, bytes]]:
+    """Returns a lie about one header; `{}` in the value is the true value."""
+
+    def lie(headers: Headers, body: bytes) -> tuple[Headers, bytes]:
+        if name in headers and value is None:
+            del headers[name]
+        elif name in headers:
+            headers[name] = str(value).format(headers[name])
+        return headers, body
+
+    return lie
+
+
+def _with_body(change: Callable[[bytes], bytes]) -> Callable[[Headers, bytes], tuple[Headers, bytes]]:
+    """Returns a lie about the body, with a matching length."""
+
+    def lie(headers: Headers, body: bytes) -> tuple[Headers, bytes]:
+        changed = change(body)
+        return headers | ({"Content-Length": str(len(changed))} if body else {}), changed if body else body
+
+    return lie
+
+
+def _truncated_listing(token: bytes) -> Callable[[bytes], bytes]:
+    def change(body: bytes) -> bytes:
+        body = re.sub(_TOKEN, b"", body).replace(b"<IsTruncated>false", b"<IsTruncated>true")
+        return body.replace(b"</ListBucketResult>", token + b"</ListBucketResult>")
+
+    return change
+
+
+_ENTITIES = b"".join(b'<!ENTITY e%d "%b">' % (i, b"&e%d;" % (i - 1) * 10) for i in range(1, 10))
+_ENTITY_BOMB = b'<!DOCTYPE x [<!ENTITY e0 "0123456789">%b]><Error><Code>&e9;</Code></Error>' % _ENTITIES
+
+#: Changes of headers (in title case) and body of a response. The request is executed.
+LIES: dict[str, Callable[[Headers, bytes], tuple[Headers, bytes]]] = {
+    "weak_etag": _with_header("Etag", "W/{}"),
+    "other_etag": _with_header("Etag", '"0123456789abcdef0123456789abcdef"'),
+    "empty_etag": _with_header("Etag", '""'),
+    "no_etag": _with_header("Etag", None),
+    "longer": _with_header("Content-Length", "1{}"),
+    "zero_length": lambda headers, body: (headers if body else headers | {"Content-Length": "0"}, body),
+    "no_length": _with_header("Content-Length", "x"),
+    "other_range": _with_header("Content-Range", "bytes 1-3/10"),
+    "other_size": _with_header("Content-Range", "bytes 0-9/11"),
+    "shorter": _with_body(lambda body: body[:-3]),
+    "sign_in_page": _with_body(lambda body: b"<html>Sign in to this network</html>"),
+    "entity_bomb": _with_body(lambda body: _ENTITY_BOMB),
+    "wrong_number": _with_body(lambda body: re.sub(b"<Size>.*?</Size>", b"<Size>many</Size>", body)),
+    "other_keys": _with_body(lambda body: body.replace(b"<Key>", b"<Key>elsewhere/")),
+    "no_token": _with_body(_truncated_listing(b"")),
+    "same_token": _with_body(
+        _truncated_listing(b"<NextContinuationToken>again</NextContinuationToken>")
+    ),
+    "empty_pages": _with_body(
+        lambda body: re.sub(
+            rb"<(Contents|CommonPrefixes)>.*</\1>",
+            b"",
+            _truncated_listing(
+                b"<NextContinuationToken>%016x</NextContinuationToken>" % random.getrandbits(64)
+            )(body),
+        )
+    ),
+}  # fmt: skip
+
+#: Request headers that a request loses on its way.
+DROPPED_HEADERS = {
+    "ignored_conditions": ("If-Match", "If-None-Match"),
+    "ignored_range": ("Range",),
+}
+
+_KNOWN_KINDS = {*ALL_KINDS, *_ERROR_RESPONSES, *SLOW_KINDS, *LIES, *DROPPED_HEADERS}
 _CHUNK_BYTES = 256 * 1024
 _TIMEOUT_S = 120.0
 _HOP_BY_HOP_HEADERS = {"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"}
@@ -70,11 +165,13 @@ class FaultProxy:
         kinds: tuple[str, ...] = ALL_KINDS,
         max_in_a_row: int = 3,
         delay_seconds: float = 0.3,
+        drip_seconds: float = 0.02,
     ) -> None:
         parts = urlsplit(upstream_url)
         assert parts.scheme == "http", upstream_url
         self.upstream = (parts.hostname or "", parts.port or 80)
         self.delay_seconds = delay_seconds
+        self.drip_seconds = drip_seconds
         self.injected: Counter[str] = Counter()
         self.seen: deque[Request] = deque(maxlen=100_000)
         self.missing: set[Request] = set()
@@ -86,6 +183,7 @@ class FaultProxy:
         self._max_in_a_row = max_in_a_row
         self._lock = threading.Lock()
         self._script: list[tuple[str, Callable[[Request], bool]]] = []
+        self._always: list[tuple[str, Callable[[Request], bool]]] = []
         self._times: Counter[Request] = Counter()
         self._in_a_row: Counter[Request] = Counter()
         self._server = _Server(self)
@@ -111,10 +209,16 @@ class FaultProxy:
         with self._lock:
             self._script += [(kind, where) for kind in _known(kinds)]
 
+    def always(self, kind: str, where: Callable[[Request], bool] = lambda _: True) -> None:
+        """Injects this fault into all matching requests that have no scripted fault."""
+        with self._lock:
+            self._always += [(kind, where) for kind in _known((kind,))]
+
     def clear(self) -> None:
         """Resets the script and all counters."""
         with self._lock:
             self._script.clear()
+            self._always.clear()
             self._times.clear()
             self._in_a_row.clear()
             self.injected.clear()
@@ -145,7 +249,7 @@ class FaultProxy:
             if where(request):
                 del self._script[i]
                 return kind
-        return None
+        return next((kind for kind, where in self._always if where(request)), None)
 
     def _random_fault(self, request: Request) -> str | None:
         if not self._rate:
@@ -162,7 +266,7 @@ class FaultProxy:
 
 
 def _known(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    assert set(kinds) <= set(ALL_KINDS), kinds
+    assert set(kinds) <= _KNOWN_KINDS, kinds
     return kinds
 
 
@@ -224,12 +328,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         proxy = self.server.proxy
         self._request = Request(self.command, self.path, self.headers.get("Range"))
-        kind = proxy.choose(self._request)
+        kind = self._kind = proxy.choose(self._request)
         self._expects = self.headers.get("Expect", "").lower() == "100-continue"
         if kind in _ERROR_RESPONSES:
             self._send_error(*_ERROR_RESPONSES[kind])
         elif kind == "reset":
             self._reset()
+        elif kind == "stall":
+            self._stall()
+        elif kind == "continue_cut" and self._expects:
+            self._send(b"HTTP/1.1 100 Continue\r\n")
+            self.close_connection = True
         else:
             if kind == "delay":
                 proxy.closing.wait(proxy.delay_seconds)
@@ -270,7 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.closing(upstream):
             upstream.connect()
             upstream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._send_upstream(upstream)
+            self._send_upstream(upstream, DROPPED_HEADERS.get(kind or "", ()))
             with contextlib.closing(upstream.getresponse()) as response:  # owns the connection now
                 if response.status == HTTPStatus.NOT_FOUND:
                     self.server.proxy.missing.add(self._request)
@@ -280,11 +389,13 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     self._send_back(response, kind)
 
-    def _send_upstream(self, upstream: HTTPConnection) -> None:
+    def _send_upstream(self, upstream: HTTPConnection, dropped: tuple[str, ...]) -> None:
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            if name.lower() not in _HOP_BY_HOP_HEADERS:
-                upstream.putheader(name, value)
+        headers = [x for x in self.headers.items() if x[0].lower() not in _HOP_BY_HOP_HEADERS]
+        if any(name.title() in dropped for name, _ in headers):
+            headers = self._signed_without(dropped, headers)
+        for name, value in headers:
+            upstream.putheader(name, value)
         chunked = self._is_chunked()
         if chunked:
             upstream.putheader("Transfer-Encoding", "chunked")
@@ -305,9 +416,30 @@ class _Handler(BaseHTTPRequestHandler):
         if chunked and wants_body:
             upstream.send(b"0\r\n\r\n")
 
+    def _signed_without(
+        self, dropped: tuple[str, ...], headers: list[tuple[str, str]]
+    ) -> list[tuple[str, str]]:
+        """Returns the headers of the request without some, signed again: S3's signature covers them."""
+        hashed = self.headers["X-Amz-Content-SHA256"]
+
+        class Signer(S3SigV4Auth):  # type: ignore[misc]
+            def payload(self, request: object) -> str:
+                return hashed
+
+        kept = {name: value for name, value in headers if name.title() not in (*dropped, "Authorization")}
+        request = AWSRequest(self.command, f"http://{self.headers['Host']}{self.path}", kept)
+        key = Credentials(os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+        region = self.headers["Authorization"].split("/")[2]
+        Signer(key, "s3", region).add_auth(request)
+        return [(name, value) for name, value in request.headers.items() if name != "Host"] + [
+            ("Host", self.headers["Host"])
+        ]
+
     def _send_back(self, response: HTTPResponse, kind: str | None) -> None:
         cut = kind in ("truncated", "no_body", "no_head")
         headers = [x for x in response.getheaders() if x[0].lower() not in _HOP_BY_HOP_HEADERS]
+        if kind in LIES or kind in SLOW_KINDS:
+            return self._send_changed(response, headers, kind)
         length, body = response.length, b""
         if self.command == "HEAD" or response.status in (204, 304):
             length = 0
@@ -332,6 +464,47 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         return None
 
+    def _send_changed(self, response: HTTPResponse, sent: list[tuple[str, str]], kind: str) -> None:
+        """Sends a response that lies, drips, or has no end."""
+        body = response.read()
+        headers = {name.title(): value for name, value in sent}
+        if self.command != "HEAD":
+            headers["Content-Length"] = str(len(body))
+        if kind in LIES:
+            headers, body = LIES[kind](headers, body)
+        if kind == "flood":
+            headers["Content-Length"] = str(10**12)
+        self.close_connection = True
+        status = f"HTTP/1.1 {response.status} {response.reason}\r\n"
+        head = status + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+        if kind == "drip":
+            return self._drip(head.encode() + body)
+        self._send(head.encode())
+        if kind == "drip_body":
+            return self._drip(body)
+        self._send(body)
+        while kind == "flood" and self.command != "HEAD":
+            self._send(b"<x/>" * 16_384)
+        return None
+
+    def _drip(self, data: bytes) -> None:
+        for byte in data:
+            if not self._pause():
+                break
+            self._send(bytes([byte]))
+
+    def _stall(self) -> None:
+        """Sends nothing until the client or the proxy closes the connection."""
+        hang_up = select.poll()
+        hang_up.register(self.connection, select.POLLRDHUP)
+        while self._pause() and not hang_up.poll(0):
+            pass
+        self.close_connection = True
+
+    def _pause(self) -> bool:
+        """Waits for the time of one byte; returns whether the proxy is still open."""
+        return not self.server.proxy.closing.wait(self.server.proxy.drip_seconds)
+
     def _is_chunked(self) -> bool:
         return "chunked" in self.headers.get("Transfer-Encoding", "").lower()
 
@@ -348,8 +521,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _received(self, size: int) -> Iterator[bytes]:
         while size:
+            if self._kind == "slow_upload":
+                self._pause()
             try:
-                piece = self.rfile.read(min(size, _CHUNK_BYTES))
+                piece = self.rfile.read(1 if self._kind == "slow_upload" else min(size, _CHUNK_BYTES))
             except OSError as error:
                 raise _ClientGoneError from error
             if not piece:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cvt.errors import CheckpointError
-from pipeline.storage import ObjectInfo, Storage, normalize_uri
+from pipeline.storage import ObjectInfo, Storage, is_relative, normalize_uri
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -63,10 +63,10 @@ class _LocalCopies:
 
     def local(self, path: str) -> str:
         """Returns the local path of a checkpoint; copies the files that loading uses."""
-        if "://" not in path:
+        if is_relative(path):  # or the name of a model
             return path
         uri = normalize_uri(path)
-        if "://" not in uri:  # a file:// URI
+        if "://" not in uri:
             return uri
         from cvt.checkpoints import weights
 

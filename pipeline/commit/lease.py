@@ -25,6 +25,7 @@ from pipeline.storage import ABSENT, Storage, StorageError, Versioned
 _logger = logging.getLogger("cvt_label")
 
 _NAME = "lease.json"
+_MAX_BYTES = 64 * 1024
 LeaseState = Literal["held", "released", "unfinished"]
 
 
@@ -67,7 +68,7 @@ def was_clean_shutdown(storage: Storage, partition: str) -> bool:
 
 
 def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
-    return storage.read_latest(uri, lambda file: _parse(uri, file.read()))
+    return storage.read_latest(uri, lambda file: _parse(uri, file.read()), _MAX_BYTES)
 
 
 def _parse(uri: str, content: bytes) -> LeaseContent:
@@ -212,7 +213,7 @@ class Lease:
         return written is not None
 
     def _read(self, version: str) -> LeaseContent:
-        return _parse(self.uri, self._storage.read(self.uri, version))
+        return _parse(self.uri, self._storage.read(self.uri, version, _MAX_BYTES))
 
     def _content(self, state: LeaseState) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)

@@ -12,11 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.commit.manifest import Manifest
+from pipeline.commit.record import MAX_RECORD_BYTES
 from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
 from pipeline.storage import ObjectNotFound, Storage, StorageError, normalize_uri, read_table
 
 CLASS_STATS = "class_stats.parquet"
+_MAX_CLASS_STATS_BYTES = 1024**3
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Partition:
         """`class_stats.parquet`: one row per class; raises `StorageError` if there is no such file."""
         uri = f"{self.uri}/{CLASS_STATS}"
         try:
-            return read_table(io.BytesIO(self.storage.read(uri))).select(CLASS_STATS_SCHEMA.names)
+            return read_table(io.BytesIO(self.storage.read(uri, max_bytes=_MAX_CLASS_STATS_BYTES))).select(
+                CLASS_STATS_SCHEMA.names
+            )
         except ObjectNotFound:
             raise StorageError(
                 self.uri,
@@ -99,7 +103,7 @@ class Partition:
         """Returns the record of a run, or None if it does not exist; raises `StorageError`."""
         uri = f"{self.uri}/runs/{run}.json"
         try:
-            found = self.storage.read_latest(uri, json.load)
+            found = self.storage.read_latest(uri, json.load, MAX_RECORD_BYTES)
             return None if found is None else dict(found.content)
         except (ValueError, TypeError) as error:
             raise StorageError(uri, f"not a run record: {error}") from None

@@ -10,6 +10,8 @@ from typing import Any
 from pipeline.commit.manifest import ManifestRow
 from pipeline.storage import Storage
 
+#: Maximum size of a record; a million URIs of shards have 100 MB.
+MAX_RECORD_BYTES = 256 * 1024**2
 #: Lists of shards in the record, and the fields of a shard that could not be read.
 _LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable")
 _FAILURE_FIELDS = ("uri", "format", "size", "error", "failed_version")

@@ -9,9 +9,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pipeline.commit.manifest import ManifestRow, batched
+from pipeline.commit.record import MAX_RECORD_BYTES
 from pipeline.predictions import Footer, read_footer
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
 
@@ -106,7 +108,8 @@ def read_history(storage: Storage, partition: str) -> History:
     history = History()
     uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
-        for uri, content in zip(uris, pool.map(storage.read, uris), strict=True):
+        contents = pool.map(partial(storage.read, max_bytes=MAX_RECORD_BYTES), uris)
+        for uri, content in zip(uris, contents, strict=True):
             try:
                 history.replay(json.loads(content))
             except (ValueError, TypeError, KeyError) as error:

@@ -205,6 +205,22 @@ class StorageConfig(Section):
         description="Region of the S3 buckets. Null: from the AWS configuration.",
         examples=["eu-west-1"],
     )
+    request_timeout_s: PositiveFloat = Field(
+        default=60,
+        description="Maximum seconds without any byte of a request. A request may take this time, and one "
+        "second more for each `min_bytes_per_s` bytes.",
+    )
+    min_bytes_per_s: PositiveFloat = Field(
+        default=64 * 1024,
+        description="Minimum throughput of a request, in bytes per second. A slower request is canceled, and "
+        "retried three times.",
+    )
+    conditional_writes: bool = Field(
+        default=True,
+        description="Whether the buckets support conditional writes. False: a store without them is "
+        "accepted, and only one run at a time may write to an output. No label depends on this field.",
+        examples=[False],
+    )
 
 
 class RunConfig(Section):
@@ -289,7 +305,7 @@ class Config(Section):
 
 def make_storage(section: StorageConfig) -> Storage:
     """Returns access to the configured storage."""
-    return Storage(endpoint_url=section.endpoint_url, region=section.region)
+    return Storage(**section.model_dump())
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.publish.data_files import SCHEMA, DataFile
-from pipeline.storage import ObjectNotFound, Storage, StorageError, read_table
+from pipeline.storage import ABSENT, ObjectNotFound, Storage, StorageError, pause_after, read_table
 
 #: Operations that are allowed between publications, because they do not change rows.
 _MAINTENANCE_OPERATIONS = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -49,6 +49,7 @@ SHARDS_SCHEMA = pa.schema(
 _METADATA_KEY = b"cvt_label.table"
 
 _TOKENS_PER_VERSION = 2**32
+_COMMIT_ATTEMPTS = 20
 
 #: The highest Unicode character, an upper bound if the log has none.
 _MAX_CHARACTER = "\U0010ffff"
@@ -187,7 +188,7 @@ class DeltaTable:
                 base_version = publication["read"]
         return None if base_version is not None else "the log no longer reaches back to the publication"
 
-    def commit(self, base: Snapshot, snapshot: Snapshot, attempts: int = 20) -> None:
+    def commit(self, base: Snapshot, snapshot: Snapshot, attempts: int = _COMMIT_ATTEMPTS) -> None:
         """Replaces the current version `base` by `snapshot` in one transaction.
 
         Raises:
@@ -202,7 +203,8 @@ class DeltaTable:
         shards = snapshot.shards.replace_schema_metadata({_METADATA_KEY: metadata})
         out = io.BytesIO()
         pq.write_table(shards, out, compression="zstd")
-        self.storage.write(self._shards_uri(snapshot), out.getvalue())
+        # Conditional, so that a store that ignores conditions is refused: Delta's log needs them.
+        self.storage.update(self._shards_uri(snapshot), lambda _: out.getvalue(), ABSENT)
 
         transaction, version = snapshot.transaction, base.delta_version
         options = self.storage.object_store_options(self.uri)
@@ -229,6 +231,7 @@ class DeltaTable:
             if attempts <= 1:
                 raise TableChangedError(f"{self.uri}: concurrent commits of other models") from error
             # Another writer committed, but changed nothing of this model.
+            time.sleep(pause_after(_COMMIT_ATTEMPTS - attempts + 1))
             self.commit(replace(base, delta_version=current.delta_version), snapshot, attempts - 1)
 
     def clean_up(self, snapshot: Snapshot) -> None:

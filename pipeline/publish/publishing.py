@@ -11,6 +11,7 @@ faster on few large files. A publication has these steps:
 """
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,14 @@ from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
 from pipeline.publish.data_files import SCHEMA, DataFile, pack_rows, read_rows, write_data_file
 from pipeline.publish.delta_table import SHARDS_SCHEMA, DeltaTable, Snapshot, TableChangedError
-from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, is_under, normalize_uri
+from pipeline.storage import (
+    ObjectChanged,
+    ObjectNotFound,
+    StorageError,
+    is_under,
+    normalize_uri,
+    pause_after,
+)
 
 #: Size of the rows of one file in memory, in bytes. The Parquet file has about a third of this size. With
 #: embeddings, its size is nearly the same.
@@ -94,7 +102,9 @@ def publish_labels(
         raise StorageError(partition.uri, "nothing is labeled yet; run cvt-label label first")
     publisher = _Publisher(partition, table, rebuild, embedding, file_bytes)
     cause: Exception | None = None
-    for _ in range(_MAX_ATTEMPTS):
+    for attempt in range(_MAX_ATTEMPTS):
+        if attempt:
+            time.sleep(pause_after(attempt))
         try:
             return publisher.publish()
         except TableChangedError as error:

@@ -27,6 +27,9 @@ from pipeline.storage import ABSENT, ObjectChanged, StorageError
 
 _logger = logging.getLogger("cvt_label")
 
+_MAX_STATE_BYTES = 1024**2
+_STATE_ATTEMPTS = 5
+
 
 class CurrentJob(BaseModel):
     """The job of a claimed scheduled time, until the job is finished.
@@ -74,7 +77,7 @@ class StateFile:
 
     def read(self) -> DatasetState | None:
         """Returns the state, or None before the first poll of the dataset. Raises `StorageError`."""
-        found = self._storage.read_latest(self.uri, self._parse)
+        found = self._storage.read_latest(self.uri, self._parse, _MAX_STATE_BYTES)
         self._version = ABSENT if found is None else found.version
         return None if found is None else found.content
 
@@ -91,7 +94,13 @@ class StateFile:
         """Writes and returns the changed state; raises `ObjectChanged` if another scheduler wrote first."""
         state = state.model_copy(update=changes)
         data = state.model_dump_json(indent=2).encode()
-        self._version = self._storage.write(self.uri, data, self._version).version
+        known = self._version
+        written = self._storage.update(
+            self.uri, lambda version: data if version == known else None, known, _STATE_ATTEMPTS
+        )
+        if written is None:
+            raise ObjectChanged(self.uri, "another scheduler has written the state")
+        self._version = written.version
         return state
 
 

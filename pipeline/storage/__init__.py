@@ -18,4 +18,4 @@ from pipeline.storage.objects import (
     relative_name,
 )
 from pipeline.storage.parquet import read_row_groups, read_table
-from pipeline.storage.retrying import retry_counts
+from pipeline.storage.retrying import pause_after, retry_counts

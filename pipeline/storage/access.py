@@ -9,8 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
+from pipeline.storage.conditional import (
+    ATTEMPTS,
+    compare_version,
+    until_unchanged,
+    version_of,
+    write_conditionally,
+)
+from pipeline.storage.limits import RequestLimits
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
+from pipeline.storage.objects import ABSENT, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.ranges import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.storage.s3 import S3
 
 _AHEAD_BUFFER_BYTES = 1024**2
+_MAX_READ_BYTES = 8 * 1024**3
 _clients_lock = threading.Lock()  # boto3 clients are thread-safe, but their creation is not
 _Service: TypeAlias = "LocalFiles | S3 | GoogleCloudStorage"
 T = TypeVar("T")
@@ -42,14 +51,24 @@ class Storage:
     Attributes:
         endpoint_url: URL of an S3-compatible service; default: AWS_ENDPOINT_URL_S3, or AWS.
         region: Region of the buckets; default: from the AWS configuration.
+        request_timeout_s: Maximum seconds of a request, plus the time that its bytes need.
+        min_bytes_per_s: Minimum throughput, which gives a request with many bytes more time.
+        conditional_writes: Whether buckets support conditional writes. If false, the version of an object is
+            only compared before a write: there must be one writer.
     """
 
     endpoint_url: str | None = None
     region: str | None = None
+    request_timeout_s: float = 60.0
+    min_bytes_per_s: float = 64 * 1024
+    conditional_writes: bool = True
 
     def object_store_options(self, uri: str) -> dict[str, str]:
         """Returns options of Rust's object_store for a URI. The options contain secrets."""
-        return self._s3().object_store_options() if uri.startswith("s3://") else {}
+        if "://" not in uri:
+            return {}
+        options = {"timeout": f"{self.request_timeout_s * 1000:.0f}ms"}
+        return options | (_s3(self).object_store_options() if uri.startswith("s3://") else {})
 
     def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or all objects under the folder `uri`.
@@ -82,10 +101,7 @@ class Storage:
 
     def version(self, uri: str) -> str:
         """Returns an object's version, or `ABSENT` if the object does not exist."""
-        try:
-            return self.stat(uri).version
-        except ObjectNotFound:
-            return ABSENT
+        return version_of(self._service(uri), uri)
 
     def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
         """Opens an object as a seekable stream over retried ranged reads of 8 MiB.
@@ -108,13 +124,19 @@ class Storage:
         service = self._service(uri)
         return service.open(service.stat(uri) if version is None else _pinned(uri, version))
 
-    def read(self, uri: str, version: str | None = None) -> bytes:
-        """Reads a whole object at one version."""
+    def read(self, uri: str, version: str | None = None, max_bytes: int = _MAX_READ_BYTES) -> bytes:
+        """Reads a whole object at one version; raises `StorageError` if it has more than `max_bytes`."""
+        version = version or self.stat(uri).version
+        _check_size(uri, version, max_bytes)
         with self.open_unbuffered(uri, version) as stream:
             return stream.read() or b""
 
     def read_latest(
-        self, uri: str, read: Callable[[io.BufferedReader], T], attempts: int = 100
+        self,
+        uri: str,
+        read: Callable[[io.BufferedReader], T],
+        max_bytes: int = _MAX_READ_BYTES,
+        attempts: int = ATTEMPTS,
     ) -> Versioned[T] | None:
         """Reads the current version of an object; restarts if the object is replaced during the read.
 
@@ -122,19 +144,18 @@ class Storage:
             The result of `read` on the open object, and the version; None if the object does not exist.
 
         Raises:
-            ObjectChanged: The object was replaced during every attempt.
+            StorageError: The object has more than `max_bytes`, or every attempt failed (`ObjectChanged` if
+                other writers replaced the object each time).
         """
-        while True:
-            attempts -= 1
-            try:
-                version = self.stat(uri).version
-                with self.open(uri, version) as file:
-                    return Versioned(read(file), version)
-            except ObjectNotFound:
+
+        def attempt(version: str) -> Versioned[T] | None:
+            if version == ABSENT:
                 return None
-            except ObjectChanged:
-                if not attempts:
-                    raise
+            _check_size(uri, version, max_bytes)
+            with self.open(uri, version) as file:
+                return Versioned(read(file), version)
+
+        return until_unchanged(self._service(uri), uri, attempt, None, attempts)
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old object or the new one.
@@ -151,14 +172,18 @@ class Storage:
                 lost and the write was retried, the write itself may have changed the object. Read the
                 object to find out.
         """
-        return self._service(uri).write(uri, io.BytesIO(data) if isinstance(data, bytes) else data, expected)
+        service, file = self._service(uri), io.BytesIO(data) if isinstance(data, bytes) else data
+        if expected is not None and not self._has_conditions(service):
+            compare_version(service, uri, expected)
+            expected = None
+        return write_conditionally(service, (self, *uri.split("/")[:3]), uri, file, expected)
 
     def update(
         self,
         uri: str,
         change: Callable[[str], bytes | BinaryIO | None],
         expected: str | None = None,
-        attempts: int = 100,
+        attempts: int = ATTEMPTS,
     ) -> ObjectInfo | None:
         """Replaces an object by compare-and-swap; restarts if another writer replaces the object meanwhile.
 
@@ -173,18 +198,14 @@ class Storage:
             The new object's metadata; None if `change` returned None.
 
         Raises:
-            ObjectChanged: The object was replaced during every attempt.
+            StorageError: Every attempt failed (`ObjectChanged`: other writers replaced the object each time).
         """
-        while True:
-            try:
-                version = self.version(uri) if expected is None else expected
-                content = change(version)
-                return None if content is None else self.write(uri, content, version)
-            except (ObjectChanged, ObjectNotFound) as error:
-                attempts -= 1
-                if attempts < 1 or error.uri != uri:
-                    raise
-                expected = None
+
+        def attempt(version: str) -> ObjectInfo | None:
+            content = change(version)
+            return None if content is None else self.write(uri, content, version)
+
+        return until_unchanged(self._service(uri), uri, attempt, expected, attempts)
 
     def delete(self, uri: str, expected: str | None = None) -> None:
         """Deletes an object, if the object exists: the `expected` version, or any version.
@@ -192,13 +213,20 @@ class Storage:
         Raises:
             ObjectChanged: The object exists, but does not have the expected version.
         """
-        self._service(uri).delete(uri, expected)
+        service = self._service(uri)
+        if expected is not None and not self._has_conditions(service):
+            compare_version(service, uri, expected, ABSENT)
+            expected = None
+        service.delete(uri, expected)
 
     def remove_unfinished_writes(self, uri: str) -> None:
         """Deletes the temporary files of crashed writers under the folder `uri`; buckets have none."""
         service = self._service(uri)
         if isinstance(service, LocalFiles):
             service.remove_unfinished_writes(uri)
+
+    def _has_conditions(self, service: _Service) -> bool:
+        return self.conditional_writes or isinstance(service, LocalFiles)
 
     def _service(self, uri: str) -> _Service:
         """Returns the service of a URI's scheme."""
@@ -209,27 +237,39 @@ class Storage:
             shown = uri.partition("?")[0]  # the query of a signed URL holds the signature
             raise StorageError(shown, f"{scheme}:// is not supported; use s3://, gs:// or a local path")
         try:
-            return self._s3() if scheme == "s3" else self._gcs()
+            return _s3(self) if scheme == "s3" else _gcs(self)
         except StorageError as error:  # has no URI, because one client serves all URIs
             raise type(error)(uri, error.cause) from error
 
-    # The library of a service is imported on first use.
 
-    def _s3(self) -> S3:
-        from pipeline.storage.s3 import S3, make_client
+# The library of a service is imported on first use.
 
-        environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
-        with _clients_lock:
-            return S3(make_client(self.endpoint_url, self.region, environment, os.getpid()))
 
-    def _gcs(self) -> GoogleCloudStorage:
-        try:
-            from pipeline.storage.gcs import GoogleCloudStorage, make_client
-        except ImportError as error:
-            cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
-            raise StorageError("gs://", cause) from error
-        with _clients_lock:
-            return GoogleCloudStorage(make_client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid()))
+def _s3(storage: Storage) -> S3:
+    from pipeline.storage.s3 import S3, make_client
+
+    environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
+    with _clients_lock:
+        limits = RequestLimits(storage.request_timeout_s, storage.min_bytes_per_s)
+        return S3(make_client(storage.endpoint_url, storage.region, limits, environment, os.getpid()))
+
+
+def _gcs(storage: Storage) -> GoogleCloudStorage:
+    try:
+        from pipeline.storage.gcs import GoogleCloudStorage, make_client
+    except ImportError as error:
+        cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
+        raise StorageError("gs://", cause) from error
+    with _clients_lock:
+        limits = RequestLimits(storage.request_timeout_s, storage.min_bytes_per_s)
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+        return GoogleCloudStorage(make_client(limits, emulator, os.getpid()))
+
+
+def _check_size(uri: str, version: str, max_bytes: int) -> None:
+    size = _pinned(uri, version).size
+    if size > max_bytes:
+        raise StorageError(uri, f"has {size:,} bytes; such an object has at most {max_bytes:,} bytes")
 
 
 def _pinned(uri: str, version: str) -> ObjectInfo:

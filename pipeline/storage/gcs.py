@@ -4,13 +4,14 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
+from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
     VERSION_CHANGED,
@@ -18,8 +19,10 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
+    Page,
     StorageError,
     bucket_not_found,
+    check_pages,
     object_not_found,
     split_uri,
 )
@@ -30,13 +33,17 @@ T = TypeVar("T")
 
 
 @functools.lru_cache(maxsize=8)
-def make_client(emulator: str | None, pid: int) -> Any:
+def make_client(limits: RequestLimits, emulator: str | None, pid: int) -> Any:
     """Returns a client, one per process and emulator; the client itself reads STORAGE_EMULATOR_HOST."""
     del emulator, pid
     try:
-        return storage.Client()
+        client = storage.Client()
     except (GoogleAuthError, OSError) as error:  # OSError: the project is unknown
         raise StorageError("gs://", f"no usable Google Cloud credentials: {error}") from error
+    for adapter in client._http.adapters.values():
+        pools = adapter.poolmanager.pool_classes_by_scheme
+        adapter.poolmanager.pool_classes_by_scheme = limited_pools(pools, limits)
+    return client
 
 
 class GoogleCloudStorage:
@@ -47,15 +54,12 @@ class GoogleCloudStorage:
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         found = self._find(uri) if split_uri(uri)[1] else None
-        for page in self._pages(uri) if found is None else [[found]]:
-            for blob in page:
-                if not blob.name.endswith("/"):
-                    yield _info(blob)
+        for page in self._pages(uri) if found is None else [Page([_info(found)], [], None)]:
+            yield from (info for info in page.objects if not info.uri.endswith("/"))
 
     def list_folders(self, uri: str) -> Iterator[str]:
         for page in self._pages(uri, delimiter="/"):
-            for prefix in sorted(page.prefixes):
-                yield f"gs://{split_uri(uri)[0]}/{prefix.rstrip('/')}"
+            yield from page.folders
 
     def stat(self, uri: str) -> ObjectInfo:
         found = self._find(uri)
@@ -104,21 +108,22 @@ class GoogleCloudStorage:
         with contextlib.suppress(ObjectNotFound):
             self._request(uri, attempt, changed=VERSION_MISMATCH)
 
-    def _pages(self, uri: str, **options: str) -> Iterator[Any]:
+    def _pages(self, uri: str, **options: str) -> Iterator[Page]:
         bucket, name = split_uri(uri)
-        prefix = f"{name}/" if name else None
-        token: str | None = None
+        options |= {"fields": "items(name,size,generation),prefixes,nextPageToken"}
 
-        def next_page() -> tuple[Any, str | None]:
-            blobs = self._client.list_blobs(bucket, prefix=prefix, page_token=token, retry=None, **options)
-            return next(blobs.pages, None), blobs.next_page_token
+        def request(token: str | None) -> Page:
+            blobs = self._client.list_blobs(
+                bucket, prefix=f"{name}/" if name else None, page_token=token, retry=None, **options
+            )
+            page: Iterable[Any] = next(blobs.pages, [])
+            folders = [f"gs://{bucket}/{prefix.rstrip('/')}" for prefix in sorted(blobs.prefixes)]
+            return Page([_info(blob) for blob in page], folders, blobs.next_page_token)
 
-        while True:
-            page, token = self._request(uri, next_page, missing=bucket_not_found)
-            if page is not None:
-                yield page
-            if not token:
-                return
+        def fetch(token: str | None) -> Page:
+            return self._request(uri, functools.partial(request, token), missing=bucket_not_found)
+
+        return check_pages(uri, fetch)
 
     def _blob(self, uri: str) -> Any:
         bucket, name = split_uri(uri)

@@ -1,13 +1,20 @@
 """Object metadata, normalization of URIs, and storage errors."""
 
 import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 _MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
 _MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX without the final NUL
 _TEMPORARY_NAME_BYTES = 37  # length of the temporary name that a local file has during a write
 _MAX_LOCAL_NAME_BYTES = 255
+_MAX_EMPTY_PAGES = 100
+#: `s3:bucket`, `s3:/bucket` and `s3//bucket`, but not `s3://bucket`.
+_MISTYPED = re.compile(r"((?:s3[an]?|gs|gcs|https?):|[a-z][a-z0-9+.-]*:(?=/))(?!//)|(?:s3|gs|https?)//", re.I)
+_SIGNATURE = re.compile(r"[?&]X-(Amz|Goog)-(Signature|Credential|Security-Token)=", re.I)
 
 #: The version of an object that does not exist.
 ABSENT = "absent"
@@ -57,15 +64,69 @@ class ObjectInfo:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a listing.
+
+    Attributes:
+        objects: Objects in order, folder markers included.
+        folders: URIs of folders in order, if the listing does not descend into folders.
+        token: Token of the next page; None for the last page.
+    """
+
+    objects: list[ObjectInfo]
+    folders: list[str]
+    token: str | None
+
+
+def check_pages(uri: str, fetch: Callable[[str | None], Page]) -> Iterator[Page]:
+    """Yields the pages of a folder in a bucket, checked for an order that lets the listing end.
+
+    Args:
+        uri: URI of the folder.
+        fetch: Returns the page with a token; None for the first page.
+
+    Raises:
+        StorageError: A name is out of order or outside of the folder, or the token is missing or repeated.
+    """
+    orders: list[Callable[[str], Any]] = [str, lambda name: name.split("/")]  # of S3; of SeaweedFS
+    last, token, empty_pages, problem = ["", ""], None, 0, ""
+    while True:
+        page = fetch(token)
+        for i, names in enumerate(([info.uri for info in page.objects], page.folders)):
+            for name in names:
+                orders = [order for order in orders if order(last[i]) < order(name)]
+                if not orders or not name.startswith(f"{uri}/"):
+                    problem = f"{name!r} is out of order, repeated, or outside of the folder"
+                last[i] = name
+        empty_pages = 0 if page.objects or page.folders else empty_pages + 1
+        if page.token in ("", token) and page.token is not None:
+            problem = problem or "a page is not the last, but has no new token"
+        if problem or empty_pages > _MAX_EMPTY_PAGES:
+            cause = f"the store's listing of bucket {split_uri(uri)[0]!r} is invalid"
+            raise StorageError(uri, f"{cause}: {problem or f'{empty_pages} pages in a row are empty'}")
+        yield page
+        if page.token is None:
+            return
+        token = page.token
+
+
 def normalize_uri(uri: str) -> str:
     """Returns the canonical form of a URI, without a trailing slash.
 
     A local path becomes absolute, without `file://`.
 
     Raises:
-        StorageError: The URI has no bucket or no path, or contains credentials.
+        StorageError: The URI has no bucket, no path or no valid scheme, or contains credentials.
     """
+    if mistyped := _MISTYPED.match(uri):  # would be a local folder
+        raise StorageError(f"{mistyped[0]}...", "mistyped scheme; write s3://, gs:// or a local path")
     scheme, separator, rest = uri.partition("://")
+    if _SIGNATURE.search(rest):
+        raise StorageError(f"{scheme}://...", "a signed URL; give the plain address, and set credentials")
+    if separator and scheme not in ("s3", "gs", "file"):
+        cause = f"{scheme}:// is not supported; use s3://, gs:// or a local path"
+        raise StorageError(f"{scheme}://...", cause)
     if not separator or scheme == "file":
         path = unquote(rest) if separator else uri
         if not path or (separator and not path.startswith("/")):
@@ -81,7 +142,7 @@ def normalize_uri(uri: str) -> str:
 
 def is_relative(uri: str) -> bool:
     """Returns whether a path or URI depends on the working directory."""
-    return "://" not in uri and not uri.startswith("/")
+    return not ("://" in uri or uri.startswith("/") or _MISTYPED.match(uri))
 
 
 def max_name_bytes(uri: str) -> int:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import urllib3.exceptions
 
+from pipeline.storage.limits import exceeded_limit
 from pipeline.text import remove_credentials
 
 T = TypeVar("T")
@@ -19,6 +20,7 @@ T = TypeVar("T")
 CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 
 MAX_PAUSE_S = 10.0
+_LIMIT_ATTEMPTS = 4  # each attempt may take minutes
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
 
@@ -50,7 +52,7 @@ def retry(
     transient: Callable[[Exception], TransientFailure | None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Runs `action` until it succeeds or fails permanently.
+    """Runs `action` until it succeeds or fails permanently; a request that exceeds its limits is transient.
 
     Args:
         action: The function to run; must be idempotent.
@@ -62,7 +64,8 @@ def retry(
         try:
             return action()
         except Exception as error:
-            failure = transient(error)
+            limit = exceeded_limit(error)
+            failure = TransientFailure(type(limit).__name__, _LIMIT_ATTEMPTS) if limit else transient(error)
             if failure is None or attempt >= failure.attempts:
                 raise
             with _lock:
@@ -86,5 +89,6 @@ def check_length(data: bytes, count: int) -> bytes:
 
 def describe_error(error: BaseException) -> str:
     """Returns an exception's class and message on one line, without credentials."""
+    error = exceeded_limit(error) or error
     message = " ".join(remove_credentials(str(error)).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

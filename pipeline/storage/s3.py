@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, TypeVar
 import boto3
 import botocore.exceptions
 from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
+from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
     VERSION_CHANGED,
@@ -21,8 +23,10 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
+    Page,
     StorageError,
     bucket_not_found,
+    check_pages,
     object_not_found,
     split_uri,
 )
@@ -50,17 +54,26 @@ _REJECTED = {
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 _BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
+_ENTRY = {"Key", "ETag", "Size"}
 # botocore accepts a response that is cut off in its head or directly after the head.
-_IS_COMPLETE: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "head_object": lambda response: "ETag" in response and "ContentLength" in response,
-    "list_objects_v2": lambda response: len(response) > 1,  # more than the ResponseMetadata
-    "put_object": lambda response: "ETag" in response,
+_IS_COMPLETE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "get_object": lambda response: _opaque_tag(response.get("ETag", "")),
+    "head_object": lambda response: _opaque_tag(response.get("ETag", "")) and "ContentLength" in response,
+    "list_objects_v2": lambda response: (
+        len(response) > 1  # more than the ResponseMetadata
+        and all(entry.keys() >= _ENTRY for entry in response.get("Contents", []))
+    ),
+    "put_object": lambda response: _opaque_tag(response.get("ETag", "")),
 }
 
 
 @functools.lru_cache(maxsize=8)
 def make_client(
-    endpoint_url: str | None, region: str | None, environment: tuple[tuple[str, str], ...], pid: int
+    endpoint_url: str | None,
+    region: str | None,
+    limits: RequestLimits,
+    environment: tuple[tuple[str, str], ...],
+    pid: int,
 ) -> Any:
     """Returns a client, one per process and set of AWS environment variables."""
     del pid
@@ -69,8 +82,8 @@ def make_client(
     # Some S3-compatible services support neither virtual hosts nor AWS's newer checksums.
     checksums = "when_required" if endpoint else None
     config = Config(
-        connect_timeout=10,
-        read_timeout=60,
+        connect_timeout=min(10, limits.timeout_s),
+        read_timeout=limits.timeout_s,
         max_pool_connections=32,
         tcp_keepalive=True,
         retries={"total_max_attempts": 1},
@@ -80,9 +93,12 @@ def make_client(
     )
     session = boto3.session.Session()
     try:
-        return session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
+        client = session.client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
     except (botocore.exceptions.BotoCoreError, ValueError) as error:
         raise StorageError("s3://", f"cannot create the S3 client: {describe_error(error)}") from error
+    pools = client._endpoint.http_session._pool_classes_by_scheme  # botocore has no public way
+    pools.update(limited_pools(pools, limits))
+    return client
 
 
 class S3:
@@ -103,6 +119,7 @@ class S3:
         is_default = re.fullmatch(r"https://s3(\.[a-z0-9-]+)?\.amazonaws\.com(\.cn)?", endpoint)
         options = {
             "endpoint_url": None if is_default else endpoint,
+            "aws_endpoint_url_s3": None if is_default else endpoint,  # or the variable has precedence
             "allow_http": "true" if endpoint.startswith("http://") else None,
             "region": self._client.meta.region_name,
             "aws_access_key_id": key.access_key,
@@ -112,30 +129,36 @@ class S3:
         return {name: value for name, value in options.items() if value}
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
-        bucket, key = split_uri(uri)
+        key = split_uri(uri)[1]
         # Among the objects whose key starts with `key`, the object `key` itself comes first.
-        first = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1) if key else {}
-        is_object = [entry["Key"] for entry in first.get("Contents", [])] == [key]
-        for page in [first] if is_object else self._pages(uri):
-            for entry in page.get("Contents", []):
-                if not entry["Key"].endswith("/"):
-                    yield _info(f"s3://{bucket}/{entry['Key']}", entry["ETag"], entry["Size"])
+        first = self._page(uri, key, MaxKeys=1).objects[:1] if key else []
+        if [info.uri for info in first] == [uri]:
+            yield from first
+            return
+        for page in self._pages(uri):
+            yield from (info for info in page.objects if not info.uri.endswith("/"))
 
     def list_folders(self, uri: str) -> Iterator[str]:
-        bucket = split_uri(uri)[0]
         for page in self._pages(uri, Delimiter="/"):
-            for entry in page.get("CommonPrefixes", []):
-                yield f"s3://{bucket}/{entry['Prefix'].rstrip('/')}"
+            yield from page.folders
 
-    def _pages(self, uri: str, **request: str) -> Iterator[dict[str, Any]]:
-        bucket, key = split_uri(uri)
-        request |= {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-        while True:
-            page = self._call(uri, "list_objects_v2", **request)
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            request["ContinuationToken"] = page["NextContinuationToken"]
+    def _pages(self, uri: str, **request: str) -> Iterator[Page]:
+        key = split_uri(uri)[1]
+
+        def fetch(token: str | None) -> Page:
+            after = {"ContinuationToken": token} if token else {}
+            return self._page(uri, f"{key}/" if key else "", **request, **after)
+
+        return check_pages(uri, fetch)
+
+    def _page(self, uri: str, prefix: str, **request: Any) -> Page:
+        bucket = split_uri(uri)[0]
+        found = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=prefix, **request)
+        return Page(
+            [_info(f"s3://{bucket}/{x['Key']}", x["ETag"], x["Size"]) for x in found.get("Contents", [])],
+            [f"s3://{bucket}/{x['Prefix'].rstrip('/')}" for x in found.get("CommonPrefixes", [])],
+            found.get("NextContinuationToken", "") if found.get("IsTruncated") else None,
+        )
 
     def stat(self, uri: str) -> ObjectInfo:
         bucket, key = split_uri(uri)
@@ -151,14 +174,25 @@ class S3:
         bucket, key = split_uri(info.uri)
 
         def fetch(start: int, stop: int) -> bytes:
-            part = {"Range": f"bytes={start}-{stop - 1}", **_if_match(info.version)}
+            part = {"Range": f"bytes={start}-{stop - 1}"} if stop > start else {}
 
             def attempt() -> bytes:
-                with self._client.get_object(Bucket=bucket, Key=key, **part)["Body"] as body:
-                    return check_length(body.read(), stop - start)
+                response = self._complete("get_object", Bucket=bucket, Key=key, **part)
+                with response["Body"] as body:
+                    served, size = response.get("ContentRange"), response.get("ContentLength", 0)
+                    if served is not None:
+                        served, _, size = served.rpartition("/")
+                    # Not If-Match, which never matches a weak ETag.
+                    if _info(info.uri, response["ETag"], size).version != info.version:
+                        raise ObjectChanged(info.uri, VERSION_CHANGED)
+                    if served not in (None, f"bytes {start}-{stop - 1}"):
+                        raise http.client.HTTPException(f"asked for bytes {start}-{stop - 1}, got {served}")
+                    return check_length(body.read(stop - start + 1), stop - start)
 
             return self._request(info.uri, attempt)
 
+        if not info.size:
+            fetch(0, 0)  # the only check that the object is empty
         return RangeReader(info, fetch)
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
@@ -185,13 +219,20 @@ class S3:
         def attempt() -> Any:
             if "Body" in request:
                 request["Body"].seek(0)
-            response = getattr(self._client, operation)(**request)
-            if operation in _IS_COMPLETE and not _IS_COMPLETE[operation](response):
-                raise http.client.IncompleteRead(b"")
-            return response
+            return self._complete(operation, **request)
 
         # A listing is the first request of a job, and should fail soon if the endpoint is wrong.
         return self._request(uri, attempt, fail_soon="list" in operation)
+
+    def _complete(self, operation: str, **request: Any) -> Any:
+        """Returns the response of an operation; raises `HTTPException` if the response is malformed."""
+        try:
+            response = getattr(self._client, operation)(**request)
+            if operation in _IS_COMPLETE and not _IS_COMPLETE[operation](response):
+                raise http.client.IncompleteRead(b"")
+        except (KeyError, TypeError, ValueError, ResponseParserError) as error:
+            raise http.client.HTTPException(f"malformed response: {error}") from error
+        return response
 
     def _request(self, uri: str, action: Callable[[], T], fail_soon: bool = False) -> T:
         """Makes one request, with retries; raises a permanent failure as `StorageError`."""
@@ -247,9 +288,13 @@ def _code(error: botocore.exceptions.ClientError) -> tuple[str, int | None]:
     return code, error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
 
 
+def _opaque_tag(etag: str) -> str:
+    """Returns an ETag without quotes and the prefix of weak ETags, which compressing proxies make."""
+    return etag.removeprefix("W/").strip('"')
+
+
 def _info(uri: str, etag: str, size: int) -> ObjectInfo:
-    etag = etag.strip('"')
-    return ObjectInfo(uri, size, f"{etag}-{size}")
+    return ObjectInfo(uri, size, f"{_opaque_tag(etag)}-{size}")
 
 
 def _if_match(version: str | None) -> dict[str, str]:
@@ -264,7 +309,7 @@ def _service_error(uri: str, error: botocore.exceptions.ClientError) -> StorageE
         return bucket_not_found(uri)
     if code in {"404", "NoSuchKey", "NotFound"}:
         return object_not_found(uri)
-    if code in {"412", "PreconditionFailed"}:
+    if code in {"412", "PreconditionFailed", "416", "InvalidRange"}:
         return ObjectChanged(uri, VERSION_CHANGED)
     if code in _REJECTED:
         message = f"the credentials were rejected: {message}"

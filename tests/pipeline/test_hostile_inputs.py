@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import re
 import struct
 import tarfile
 from collections.abc import Callable
@@ -18,11 +20,13 @@ import pytest
 from PIL import Image
 
 from cvt.preprocessing import Preprocessor
+from jobs.local_s3 import LocalS3
 from pipeline.decode import decode
 from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError, retrying
+from tests.fault_proxy import FaultProxy
 from tests.makers import make_parquet
-from tests.measuring import measure
+from tests.measuring import Measured, measure
 
 MIB = 1024**2
 
@@ -172,3 +176,53 @@ def test_hostile_shard_costs_its_bound_at_most(name: str, tmp_path: Path) -> Non
     assert error in found if error else not found, measured
     assert measured.peak < mib * MIB
     assert measured.seconds < 5  # a loaded machine takes several times as long
+
+
+# --- storage ---------------------------------------------------------------------------------------
+
+
+def use_store(environment: dict[str, str], endpoint: str, operation: str, uri: str, timeout_s: float) -> str:
+    """Reads, lists or describes an object of a store without pauses between attempts; returns the error."""
+    os.environ |= environment
+    retrying.MAX_PAUSE_S = 0
+    storage = Storage(endpoint_url=endpoint, request_timeout_s=timeout_s)
+    actions = {
+        "read": lambda: storage.read(uri, "0123456789abcdef-1000"),
+        "list": lambda: list(storage.list_folders(uri)),
+        "lease": lambda: storage.read_latest(uri, io.BufferedReader.read, 64 * 1024),
+    }
+    try:
+        return repr(actions[operation]())
+    except StorageError as error:
+        return str(error)
+
+
+#: The S3 client library itself takes 60 MB.
+STORE_BYTES = 96 * MIB
+
+
+@pytest.mark.parametrize(
+    ("kind", "operation", "outcome"),
+    [
+        ("drip", "read", "too slow"),
+        ("drip", "list", "too slow"),
+        ("drip_body", "list", "too slow"),
+        ("flood", "list", "the response has more than 4,194,304 bytes"),
+        ("flood", "read", "failed after retries|no longer the version"),
+        ("flood", "lease", "has 1,000,000,000,000 bytes; such an object has at most 65,536 bytes"),
+        pytest.param("entity_bomb", "list", "500|failed after retries", marks=pytest.mark.slow),
+        ("same_token", "list", "the store's listing of bucket '.*' is invalid"),
+    ],
+)
+def test_hostile_store_costs_no_more_than_its_limits(
+    s3_server: LocalS3, bucket: str, kind: str, operation: str, outcome: str
+) -> None:
+    Storage(endpoint_url=s3_server.endpoint_url).write(f"{bucket}/x/y", bytes(1000))
+    uri = bucket if operation == "list" else f"{bucket}/x/y"
+    timeout_s = 0.1 if kind.startswith("drip") else 10
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        proxy.always(kind)
+        measured: Measured = measure(use_store, s3_server.environment(), proxy.url, operation, uri, timeout_s)
+    assert re.search(outcome, measured.outcome)
+    assert measured.peak < STORE_BYTES
+    assert measured.seconds < 15  # on a busy machine

@@ -136,7 +136,11 @@ def test_malformed_override_is_rejected(tmp_path: Path, override: str) -> None:
             "classify:\n  max_actor: 2\n",
             "line 8: classify.max_actor: unknown field; did you mean `max_actors`?",
         ),
-        ("storage:\n  xyz: 2\n", "line 8: storage.xyz: unknown field; known fields: endpoint_url, region"),
+        (
+            "storage:\n  xyz: 2\n",
+            "line 8: storage.xyz: unknown field; known fields: endpoint_url, region, "
+            "request_timeout_s, min_bytes_per_s, conditional_writes",
+        ),
     ],
 )
 def test_unknown_field_gets_a_suggestion_from_its_section(tmp_path: Path, text: str, message: str) -> None:
@@ -162,7 +166,11 @@ def test_error_of_an_override_is_reported_as_the_options(tmp_path: Path, overrid
     ("text", "message"),
     [
         ("read: 3", "read: expected a section with the fields concurrency, num_cpus, "),
-        ("storage: s3", "storage: expected a section with the fields endpoint_url, region, not 's3'"),
+        (
+            "storage: s3",
+            "storage: expected a section with the fields endpoint_url, region, "
+            "request_timeout_s, min_bytes_per_s, ..., not 's3'",
+        ),
         ("read: {concurrency: 2.5}", "read.concurrency: must be an integer, not 2.5"),
         ("read: {concurrency: true}", "read.concurrency: must be an integer, not true"),
         ("read: {num_cpus: x}", "read.num_cpus: must be a number, not 'x'"),

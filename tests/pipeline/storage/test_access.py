@@ -20,6 +20,7 @@ from pipeline.storage import (
     ObjectNotFound,
     Storage,
     StorageError,
+    is_relative,
     normalize_uri,
 )
 from tests.pipeline.storage.operations import names
@@ -117,6 +118,11 @@ def test_deletion_is_idempotent_and_affects_only_the_object(storage: Storage, ro
     assert storage.read(f"{root}/xy") == b"y"
 
 
+# The emulator of gs:// ignores preconditions.
+conditional = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)
+
+
+@conditional
 def test_expected_version_is_replaced(storage: Storage, root: str) -> None:
     first = storage.write(f"{root}/x", b"first", ABSENT)
     second = storage.write(f"{root}/x", b"second", first.version)
@@ -125,10 +131,6 @@ def test_expected_version_is_replaced(storage: Storage, root: str) -> None:
     storage.delete(f"{root}/x")
     storage.write(f"{root}/x", b"third", ABSENT)
     assert storage.read(f"{root}/x") == b"third"
-
-
-# The emulator of gs:// ignores preconditions.
-conditional = pytest.mark.parametrize("root", ["s3", "local"], indirect=True)
 
 
 @conditional
@@ -248,6 +250,34 @@ def test_storage_and_errors_can_be_pickled(storage: Storage, root: str) -> None:
 def test_unsupported_scheme_is_refused(storage: Storage) -> None:
     with pytest.raises(StorageError, match="ftp:// is not supported"):
         storage.stat("ftp://host/x")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "s3:/key:planted@bucket",
+            "s3:planted",
+            "S3//planted",
+            "gs:/planted",
+            "S3://b/x?planted",
+            "file:/planted",
+        ),
+        *("https://b.s3.amazonaws.com/x?X-Amz-Signature=planted", "https:/h?token=planted", "hdfs:/planted"),
+        *("s3://b/x?X-Amz-Credential=planted", "gs://b/x?a=b&X-Goog-Signature=planted", "s3a://planted"),
+    ],
+)
+def test_mistyped_or_signed_uri_is_refused_without_being_shown(uri: str) -> None:
+    assert not is_relative(uri)
+    with pytest.raises(StorageError, match=r"local path|set credentials") as caught:
+        normalize_uri(uri)
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["a=b&c?d#e.tar", "./s3:x", "folder/s3:/x", "my:folder", "s3/x"])
+def test_path_that_looks_like_a_uri_is_a_path(path: str) -> None:
+    assert is_relative(path)
+    assert normalize_uri(path) == str(Path.cwd() / path)
 
 
 @pytest.mark.parametrize("uri", ["s3://", "gs:///", "file://relative/x", ""])

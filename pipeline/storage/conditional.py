@@ -1,0 +1,98 @@
+"""Conditional writes, also to stores that lack them, and the loops around conditional requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, BinaryIO, TypeVar
+
+from pipeline.storage.local import LocalFiles
+from pipeline.storage.objects import (
+    ABSENT,
+    VERSION_MISMATCH,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    StorageError,
+)
+from pipeline.storage.retrying import pause_after
+
+T = TypeVar("T")
+
+ATTEMPTS = 20  # of a loop; they take about two minutes
+_proven: set[Hashable] = set()  # stores whose conditional writes were seen to work
+
+
+def version_of(service: Any, uri: str) -> str:
+    """Returns an object's version, or `ABSENT`."""
+    try:
+        return str(service.stat(uri).version)
+    except ObjectNotFound:
+        return ABSENT
+
+
+def compare_version(service: Any, uri: str, expected: str, *accepted: str) -> None:
+    """Raises `ObjectChanged` for another version: the condition of stores without conditional writes."""
+    if version_of(service, uri) not in (expected, *accepted):
+        raise ObjectChanged(uri, VERSION_MISMATCH)
+
+
+def write_conditionally(
+    service: Any, store: Hashable, uri: str, file: BinaryIO, expected: str | None
+) -> ObjectInfo:
+    """Writes an object in the expected version; raises `StorageError` if the store ignores conditions.
+
+    After the first conditional write to a store, conditions that are false show whether the store heeds them.
+    """
+    written: ObjectInfo = service.write(uri, file, expected)
+    if expected is None or store in _proven or isinstance(service, LocalFiles):
+        return written
+
+    def is_refused(wrong: str) -> bool:
+        try:
+            service.write(uri, file, wrong)
+        except ObjectChanged:
+            return True
+        return False
+
+    # The second time, the object exists, even if another process had deleted it.
+    if not is_refused("1-0") or not (is_refused(ABSENT) or is_refused(ABSENT)):
+        if expected == ABSENT:
+            service.delete(uri, None)
+        cause = "the store ignores the conditions of writes: two runs could overwrite each other"
+        remedy = "if only one run at a time writes here, set storage.conditional_writes to false"
+        raise StorageError(uri, f"{cause}; {remedy}")
+    _proven.add(store)
+    return written
+
+
+def until_unchanged(
+    service: Any, uri: str, action: Callable[[str], T], version: str | None, attempts: int
+) -> T:
+    """Calls `action` with the object's version until no other writer replaces the object meanwhile.
+
+    Args:
+        service: The service of the URI.
+        uri: URI of the object.
+        action: Raises `ObjectChanged` or `ObjectNotFound` if the object no longer has the given version.
+        version: The version of the first attempt; None for the current one.
+        attempts: Maximum number of attempts.
+    """
+    number, versions = 0, set[str]()
+    while True:
+        try:
+            number += 1
+            current = version if number == 1 and version is not None else version_of(service, uri)
+            if number > 1:  # the first version may be an old one
+                versions.add(current)
+            return action(current)
+        except (ObjectChanged, ObjectNotFound) as error:
+            if error.uri != uri:
+                raise
+            if number >= attempts and len(versions) == 1:
+                cause = f"the store refused {number} requests for the version that it reports itself"
+                raise StorageError(uri, f"{cause}; the last one: {error.cause}") from error
+            if number >= attempts:
+                raise ObjectChanged(uri, f"failed in {number} attempts, last: {error.cause}") from error
+        if number > 1:
+            time.sleep(pause_after(number - 1))
