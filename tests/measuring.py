@@ -42,8 +42,9 @@ def measure(function: Callable[..., Any], *arguments: Any, limit_s: float = 20, 
         limit_s: seconds after which the process is killed.
         options: keyword arguments.
     """
-    receiver, sender = _context().Pipe(duplex=False)
-    child = _context().Process(target=_call, args=(sender, function, arguments, options))
+    context = _context(function.__module__)
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_call, args=(sender, function, arguments, options))
     child.start()
     sender.close()
     started, peak, before = time.monotonic(), 0, 0
@@ -61,7 +62,9 @@ def measure(function: Callable[..., Any], *arguments: Any, limit_s: float = 20, 
     if child.is_alive():
         child.kill()
         child.join()
-    return Measured(outcome, max(0, peak - before), seconds, child.exitcode)
+    measured = Measured(outcome, max(0, peak - before), seconds, child.exitcode)
+    print(f"{measured.peak / 1024**2:.1f} MiB, {seconds:.2f} s: {outcome!r}")  # pytest -rP shows it
+    return measured
 
 
 def _call(
@@ -86,7 +89,7 @@ def _memory(pid: int | None, field: str) -> int:
 
 
 @functools.cache
-def _context() -> ForkServerContext:
+def _context(module: str) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *_PRELOADED])
+    context.set_forkserver_preload([__name__, module, *_PRELOADED])
     return context

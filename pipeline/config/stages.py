@@ -88,6 +88,11 @@ class DecodeConfig(Section):
         "the model's image size.",
         examples=[1073741824],
     )
+    timeout_s: PositiveFloat = Field(
+        default=60,
+        description="Maximum CPU time for decoding an image, in seconds. An image that takes longer is an "
+        "error row, and shortens the timeout of the later images of its chunk by a fifth, to 1 at least.",
+    )
 
 
 class ClassifyConfig(Section):
@@ -137,6 +142,11 @@ class ClassifyConfig(Section):
         "node if there is one actor.",
         examples=[8],
     )
+    timeout_s: PositiveFloat = Field(
+        default=600,
+        description="Maximum time for classifying a chunk, in seconds. An actor that takes longer ends, and "
+        "its chunk is retried, up to `ray.task_retries` times. Without Ray, the run ends with an error.",
+    )
 
     @model_validator(mode="after")
     def _check_actor_limits(self) -> Self:
@@ -157,8 +167,8 @@ class RayConfig(Section):
     )
     no_progress_timeout_s: PositiveFloat = Field(
         default=900,
-        description="Seconds without any finished task after which the run ends with an error. One chunk "
-        "must take less.",
+        description="Seconds without any finished task after which the run ends with an error. A longer time "
+        "that `decode.timeout_s` and `classify.timeout_s` allow for one chunk has precedence.",
     )
     object_store_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="Fraction of Ray's object store that chunks between the stages may fill."
@@ -175,7 +185,8 @@ class RayConfig(Section):
     )
     task_retries: Annotated[int, Field(ge=0)] = Field(
         default=3,
-        description="Number of retries of the work on one chunk or shard after its worker or node has died.",
+        description="Number of retries of the work on one chunk or shard after its worker or node has died. "
+        "The shard is then an error, and the run goes on.",
     )
     actor_start_retries: Annotated[int, Field(ge=0)] = Field(
         default=3, description="Number of consecutive actors that may die while they start."

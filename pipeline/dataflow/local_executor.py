@@ -1,7 +1,7 @@
 """The executor without Ray: threads of this process run the stages.
 
 Each thread reads, decodes and classifies one chunk at a time. Memory holds one chunk per thread and a few
-results. An image that crashes the process ends the run.
+results. An image that crashes or hangs its decoder ends or hangs the run: with Ray, it becomes an error.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, Stages
+from pipeline.dataflow.stages import Classifier, Stages, call_after
 from pipeline.read import Chunk, Shard
 
 #: Maximum number of results that wait for the consumer.
@@ -64,6 +64,7 @@ class _Run:
         count = readers + resources.decoders + resources.concurrent_chunks
         self._decode = stages.make_decode_step() if resources.decoders else None
         self._classify = Classifier(stages, resources)
+        self._timeout_s = stages.classify_timeout_s
         self._classifying = threading.Semaphore(resources.concurrent_chunks)
         # Readers share the shards. One thread at a time uses a reader.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
@@ -115,13 +116,17 @@ class _Run:
                     break
                 if self._decode is not None:
                     chunk = self._decode(chunk)
-                with self._classifying:
+                with self._classifying, call_after(self._timeout_s, self._report_timeout):
                     classified = self._classify(chunk)
                 self._results.put(classified)
         except BaseException as error:
             self._results.put(error)
             self._readers.put(None)  # this thread may not have returned its reader
         self._results.put(None)
+
+    def _report_timeout(self) -> None:
+        message = f"classifying a chunk took more than {self._timeout_s:g} s (classify.timeout_s)"
+        self._results.put(TimeoutError(message))
 
     def _read(self) -> Chunk | None:
         """Returns the next chunk of the first free reader; None if no chunks remain."""

@@ -5,12 +5,14 @@
 All settings of Ray Data are in this module.
 """
 
-import functools
+import logging
 import math
-from collections import Counter
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -20,54 +22,80 @@ from ray.data.block import BlockMetadata
 from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages
-from pipeline.read import Chunk, Shard
+from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages, call_after
+from pipeline.decode.isolated import ChildDecoder, decode_or_die
+from pipeline.read import NO_SAMPLES, Chunk, Shard, failed_chunk
+from pipeline.text import pluralize
+
+logger = logging.getLogger("cvt_label")
 
 #: Maximum number of read tasks. With more shards, a task reads several, which keeps Ray's planning fast.
 MAX_READ_TASKS = 10_000
 
 
-class ChunkError(RuntimeError):
-    """Too many workers died while they processed the same chunk or shard."""
+class Attempt(NamedTuple):
+    """An attempt at a piece of work.
+
+    Attributes:
+        number: number of the attempt, from 1.
+        results: number of results that earlier attempts may have delivered.
+        error: why the work must not be tried again; None if it must.
+    """
+
+    number: int
+    results: int
+    error: str | None
 
 
-class _Attempts:
+class Attempts:
     """Counts the attempts per piece of work, because Ray Data retries the work of dead workers forever."""
 
-    def __init__(self) -> None:
-        self._started: Counter[str] = Counter()
+    def __init__(self, max_attempts: int) -> None:
+        self._max_attempts = max_attempts
+        self._works: dict[str, tuple[int, int, str]] = {}
 
-    def start(self, work: str) -> int:
-        """Counts an attempt; returns the number of attempts."""
-        self._started[work] += 1
-        return self._started[work]
+    def start(self, work: str, worker: str) -> Attempt:
+        """Counts an attempt by a worker."""
+        started, results, last = self._works.get(work, (0, 0, ""))
+        if started < self._max_attempts:
+            self._works[work] = (started + 1, results, worker)
+            return Attempt(started + 1, results, None)
+        error = f"{pluralize(started, 'worker')} died while {work}, the last one in {last}"
+        return Attempt(started, results, f"{error}; ray.task_retries limits the attempts")
+
+    def add_result(self, work: str, number: int) -> None:
+        """Records that a result is about to be delivered."""
+        started, results, worker = self._works.get(work, (1, 0, ""))  # empty if this actor was restarted
+        self._works[work] = (started, max(results, number), worker)
 
     def finish(self, work: str) -> None:
         """Removes finished work."""
-        del self._started[work]
+        self._works.pop(work, None)
 
 
 class AttemptLimit:
-    """Ends the run if a piece of work has killed too many workers; needs a connection to Ray."""
+    """Limits the attempts at a piece of work that kills its workers; needs a connection to Ray."""
 
     def __init__(self, max_attempts: int) -> None:
         remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        self._attempts: Any = remote(_Attempts).remote()
-        self._max_attempts = max_attempts
+        self._attempts: Any = remote(Attempts).remote(max_attempts)
 
     def close(self) -> None:
         """Stops the process of the counter."""
         ray.kill(self._attempts)
 
     @contextmanager
-    def attempt(self, work: str) -> Iterator[None]:
-        """Counts an attempt at a piece of work; raises `ChunkError` after too many attempts."""
-        if ray.get(self._attempts.start.remote(work)) > self._max_attempts:
-            raise ChunkError(
-                f"{work}: {self._max_attempts} workers died; ray.task_retries limits the attempts"
-            )
-        yield
-        self._attempts.finish.remote(work)
+    def attempt(self, work: str) -> Iterator[Attempt]:
+        """Counts an attempt at a piece of work. Work with an error is never finished: it keeps its error."""
+        worker = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+        attempt: Attempt = ray.get(self._attempts.start.remote(work, worker))
+        yield attempt
+        if attempt.error is None:
+            self._attempts.finish.remote(work)
+
+    def add_result(self, work: str, number: int) -> None:
+        """Records that the result with this number, from 1, is about to be delivered."""
+        ray.get(self._attempts.add_result.remote(work, number))
 
 
 class ShardSource(Datasource):
@@ -80,7 +108,7 @@ class ShardSource(Datasource):
         """Creates the source; `step` is a reference, as 22,000 class names are too large for each task."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
-        self._read = functools.partial(_read_shards, step=step, limit=limit)
+        self._read = partial(_read_shards, step=step, limit=limit)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Returns None: the size is unknown before reading."""
@@ -97,7 +125,7 @@ class ShardSource(Datasource):
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         size = math.ceil(len(numbered) / MAX_READ_TASKS)
         return [
-            ReadTask(functools.partial(self._read, numbered[start : start + size]), metadata)
+            ReadTask(partial(self._read, numbered[start : start + size]), metadata)
             for start in range(0, len(numbered), size)
         ]
 
@@ -110,34 +138,73 @@ class ShardSource(Datasource):
 def _read_shards(
     shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
 ) -> Iterator[pa.Table]:
-    with limit.attempt(f"reading {shards[0][1].uri}"):
-        for chunk in ray.get(step)(shards):
-            yield chunk.to_block()
+    """Reads shards. A shard that kills its workers becomes an error.
+
+    Ray ignores as many results of a retry as earlier attempts have delivered, so the error is repeated.
+    """
+    read = ray.get(step)
+    for number, shard in shards:
+        work = f"reading shard {number} of the plan"
+        with limit.attempt(work) as attempt:
+            if attempt.error is not None:
+                chunk = failed_chunk(Chunk(number, 0, NO_SAMPLES), attempt.error)
+                yield from [chunk.to_block()] * (attempt.results + 1)
+                continue
+            for count, chunk in enumerate(read([(number, shard)]), start=1):
+                limit.add_result(work, count)
+                yield chunk.to_block()
 
 
 def _process(
-    block: pa.Table, step: Callable[[Chunk], Chunk], limit: AttemptLimit, action: str
+    block: pa.Table, step: Callable[[Chunk, Attempt], Chunk], limit: AttemptLimit, action: str
 ) -> Iterator[pa.Table]:
+    """Processes a chunk. A chunk that kills its workers becomes the error of its shard."""
     for chunk in Chunk.from_block(block):
-        with limit.attempt(f"{action} shard {chunk.shard} of the plan, from sample {chunk.start}"):
-            result = step(chunk).to_block()
+        with limit.attempt(f"{action} shard {chunk.shard} of the plan, from sample {chunk.start}") as attempt:
+            if attempt.error is not None:
+                chunk = failed_chunk(chunk, attempt.error)
+            result = step(chunk, attempt).to_block()
         yield result
 
 
 def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
     """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
-    return _process(block, step, limit, "decoding")
+
+    def decode(chunk: Chunk, attempt: Attempt) -> Chunk:
+        if attempt.number == 1:
+            return step(chunk, decode_image=decode_or_die)
+        with ChildDecoder() as child:  # an image may have killed the worker
+            return step(chunk, decode_image=child)
+
+    return _process(block, decode, limit, "decoding")
 
 
 class _ClassifierActor:
     """Holds a classifier during the run."""
 
     def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
-        self._classify = Classifier(ray.get(stages), resources)
+        local_stages = ray.get(stages)
+        self._classify = Classifier(local_stages, resources)
+        self._timeout_s = local_stages.classify_timeout_s
         self._limit = limit
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        return _process(block, self._classify, self._limit, "classifying")
+        def classify(chunk: Chunk, attempt: Attempt) -> Chunk:
+            return classify_or_die(chunk, self._classify, self._timeout_s)
+
+        return _process(block, classify, self._limit, "classifying")
+
+
+def classify_or_die(chunk: Chunk, classify: Callable[[Chunk], Chunk], timeout_s: float) -> Chunk:
+    """Classifies a chunk; after the timeout, logs the cause and ends this process: a model can hang."""
+
+    def die() -> None:
+        limit = f"more than {timeout_s:g} s (classify.timeout_s)"
+        logger.error("classifying a chunk of shard %d took %s; this worker ends", chunk.shard, limit)
+        os._exit(1)
+
+    with call_after(timeout_s, die):
+        return classify(chunk)
 
 
 class RayExecutor:
@@ -166,7 +233,7 @@ class RayExecutor:
     ) -> Generator[Chunk, None, None]:
         """Yields the labeled chunks of all shards, in any order."""
         settings = self._settings
-        _set_context(settings)
+        _set_context(settings, stages.max_chunk_seconds(resources.chunk_images))
         limit = AttemptLimit(settings.task_retries + 1)
         source = ShardSource(shards, ray.put(stages.make_read_step(resources)), limit)
         chunks = ray.data.read_datasource(
@@ -204,18 +271,22 @@ class RayExecutor:
         # Prefetching would delay each result until the next one has arrived.
         try:
             for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield from Chunk.from_block(block)
+                for chunk in Chunk.from_block(block):
+                    uri = shards[chunk.shard].uri
+                    if chunk.error is not None and not chunk.error.startswith(uri):  # the workers died
+                        chunk = replace(chunk, error=f"{uri}: {chunk.error}")
+                    yield chunk
         finally:
             limit.close()
 
 
-def _set_context(settings: RayConfig) -> None:
+def _set_context(settings: RayConfig, max_chunk_seconds: float) -> None:
     context = DataContext.get_current()
     # Ray Data must not merge or split blocks: each block is one chunk.
     context.target_max_block_size = 1
     # Without dropped blocks, no label is lost in a run that succeeds.
     context.max_errored_blocks = 0
-    context.execution_no_progress_timeout_s = settings.no_progress_timeout_s
+    context.execution_no_progress_timeout_s = max(settings.no_progress_timeout_s, max_chunk_seconds)
     context.override_object_store_memory_limit_fraction = settings.object_store_fraction
     context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio
     # A machine that is removed while an actor starts there must not end the job.

@@ -7,7 +7,9 @@ The stages do not depend on the executor.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
-from pipeline.decode import decode_chunk
+from pipeline.decode import ImageDecoder, decode, decode_chunk, max_chunk_seconds
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, read_samples, split_into_chunks
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE, StageMetrics, StageTimer
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 #: Yields the chunks of numbered shards, one shard after another.
 ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
-DecodeStep = Callable[[Chunk], Chunk]
+#: Decodes a chunk; the keyword `decode_image` replaces `decode`.
+DecodeStep = Callable[..., Chunk]
 
 
 def read_step(
@@ -65,11 +68,19 @@ def read_step(
             before = now
 
 
-def decode_step(chunk: Chunk, *, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
+def decode_step(
+    chunk: Chunk,
+    *,
+    preprocessor: Preprocessor,
+    max_pixels: int,
+    fast: bool,
+    timeout_s: float,
+    decode_image: ImageDecoder = decode,
+) -> Chunk:
     """Decodes a chunk on the CPU; see `decode_chunk`."""
     timer = StageTimer()
     with timer:
-        decoded = decode_chunk(chunk, preprocessor, max_pixels, fast)
+        decoded = decode_chunk(chunk, preprocessor, max_pixels, fast, timeout_s, decode_image)
     return _with_metrics(timer, chunk, decoded)
 
 
@@ -90,6 +101,8 @@ class Stages:
         fast_decoding: whether large JPEGs are decoded at a fraction of their size.
         gallery: number of images per class and selection that get thumbnails; 0 for no thumbnails.
         thumbnail_side: longest side of a thumbnail in pixels.
+        decode_timeout_s: maximum seconds for decoding one image.
+        classify_timeout_s: maximum seconds for classifying one chunk.
     """
 
     storage: Storage
@@ -102,6 +115,8 @@ class Stages:
     runtime: str
     gallery: int
     thumbnail_side: int
+    decode_timeout_s: float
+    classify_timeout_s: float
 
     def make_read_step(self, resources: Resources) -> ReadStep:
         """Returns the first stage."""
@@ -120,7 +135,12 @@ class Stages:
             preprocessor=self.checkpoint.preprocessor,
             max_pixels=self.max_image_pixels,
             fast=self.fast_decoding,
+            timeout_s=self.decode_timeout_s,
         )
+
+    def max_chunk_seconds(self, images: int) -> float:
+        """Returns the maximum seconds for a chunk that is decoded, decoded in isolation, and classified."""
+        return 2 * max_chunk_seconds(images, self.decode_timeout_s) + self.classify_timeout_s
 
 
 class Classifier:
@@ -135,7 +155,11 @@ class Classifier:
 
             threads = max(2, int(resources.classify_cpus))
             self._decoder = GpuDecoder(
-                checkpoint.preprocessor, stages.max_image_pixels, resources.device, threads=threads
+                checkpoint.preprocessor,
+                stages.max_image_pixels,
+                resources.device,
+                threads=threads,
+                timeout_s=stages.decode_timeout_s,
             )
             self._decode_timer = StageTimer()
         self._engine = warm_engine(checkpoint, stages.precision, stages.runtime, resources)
@@ -160,6 +184,18 @@ class Classifier:
         if self._gpu_meter is not None:
             metrics += self._gpu_meter.collect()
         return replace(classified, metrics={**decoded.metrics, CLASSIFY: metrics})
+
+
+@contextmanager
+def call_after(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Calls a function in another thread if the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def warm_engine(checkpoint: Checkpoint, precision: str, runtime: str, resources: Resources) -> Engine:

@@ -4,12 +4,12 @@ Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 """
 
 import contextlib
-import io
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,6 +24,15 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
+from pipeline.decode.bounds import (
+    MAX_EXIF_BYTES,
+    TIMEOUT_HINT,
+    TIMEOUT_S,
+    DecodeDeadline,
+    open_image,
+    tiled_size,
+)
+from pipeline.decode.repair import add_end, has_many_chunks, remove_metadata
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
 from pipeline.text import single_line
@@ -38,6 +47,9 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("BMP", re.compile(rb"BM"), BmpImageFile),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
+
+#: Minimum timeout of an image in seconds, after other images of the chunk have taken too long.
+MIN_TIMEOUT_S = 1.0
 
 #: Maximum length of a side in pixels. Resizing to a square needs memory and time in proportion to the longest
 #: side, however few pixels the image has: about 30 MB at this limit, gigabytes for the longest row that a PNG
@@ -122,32 +134,66 @@ class Decoded(NamedTuple):
     error: SampleError | None
 
 
+#: The signature of `decode`.
+ImageDecoder = Callable[[bytes, Preprocessor, int, bool, float], Decoded]
+
+
 @pillow_warnings_ignored
-def decode(data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Decoded:
+def decode(
+    data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False, timeout_s: float = TIMEOUT_S
+) -> Decoded:
     """Decodes an image, turns it upright, converts it to RGB, and resizes and crops it.
 
     Decodes the first frame of an animation and the first page of a document. Transparency is dropped, as in
     the pipelines of transformers: the stored color is used. Gray images with 12 or 16 bits are scaled to 8
     bits. 32-bit integers and floats have no defined white, and are clipped to 0..255. Damaged metadata is not
-    an error; an incomplete image is an error.
+    an error, and neither is a JPEG without its last two bytes. Other incomplete images are errors.
 
     Args:
         data: the encoded image.
         preprocessor: resizes and crops.
         max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP and
-            TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
+            TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million. A pixel needs up
+            to `BYTES_PER_PIXEL` bytes of memory.
         fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size. libjpeg scales
             in the inverse cosine transform.
+        timeout_s: maximum CPU time in seconds; an image that takes longer is an error.
     """
     matched = next((entry for entry in FORMATS if entry[1].match(data)), None)
     if matched is None:
         return Decoded(None, None, None, _unsupported_format(data))
     name, _, reader = matched
+    deadline = DecodeDeadline(timeout_s)
+    read = partial(open_image, name, reader, deadline=deadline)
+    if name == "PNG" and has_many_chunks(data):
+        data = remove_metadata(data)
+    decoded = _decode(name, data, read, preprocessor, max_pixels, fast)
+    if decoded.error is not None and decoded.error.startswith(ErrorCategory.CANNOT_DECODE):
+        repaired = remove_metadata(data) if name == "PNG" else add_end(data, read) if name == "JPEG" else data
+        if repaired != data:
+            again = _decode(name, repaired, read, preprocessor, max_pixels, fast)
+            decoded = again if again.error is None else decoded
+    if deadline.is_over:  # the decoder may have changed or ignored the exception, or not read since
+        detail = single_line(f"{name}: {deadline.message}")
+        return decoded._replace(pixels=None, error=sample_error(ErrorCategory.CANNOT_DECODE, detail))
+    return decoded
+
+
+def _decode(
+    name: str,
+    data: bytes,
+    read: Callable[[bytes], ImageFile],
+    preprocessor: Preprocessor,
+    max_pixels: int,
+    fast: bool,
+) -> Decoded:
+    """Decodes an image that `read` opens; see `decode`."""
     width, height = None, None
     try:
-        file = reader(io.BytesIO(data))
+        file = read(data)
         width, height = file.size
-        if error := size_error(width, height, max_pixels):
+        padded = tiled_size(data) if name == "TIFF" else file.size  # libtiff decodes whole tiles
+        if error := size_error(width, height, max_pixels) or size_error(*padded, max_pixels):
             return Decoded(None, width, height, error)
         if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
             return scaled
@@ -226,6 +272,8 @@ def _to_rgb(file: ImageFile) -> Image.Image:
 def read_orientation(file: ImageFile) -> Orientation | None:
     """Returns the orientation as PIL.ImageOps.exif_transpose does; None if upright or if EXIF is damaged."""
     try:
+        if any(len(file.info.get(name, b"")) > MAX_EXIF_BYTES for name in ("exif", "Raw profile type exif")):
+            return None
         return _ORIENTATIONS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return None
@@ -239,21 +287,39 @@ def _describe(error: Exception) -> str:
     return text if isinstance(error, OSError | SyntaxError | ValueError) else f"{kind}: {text}"
 
 
-def decode_chunk(chunk: Chunk, preprocessor: Preprocessor, max_pixels: int, fast: bool = False) -> Chunk:
-    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`."""
+def decode_chunk(
+    chunk: Chunk,
+    preprocessor: Preprocessor,
+    max_pixels: int,
+    fast: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    decode_image: ImageDecoder = decode,
+) -> Chunk:
+    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`.
+
+    Each image that takes too long shortens the timeout of the following images by a fifth, to 1 second at
+    least. So the time of a chunk is limited: see `max_chunk_seconds`.
+    """
     samples = chunk.samples
     size = preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
-    outcomes, decoded_count = [], 0
+    outcomes, decoded_count, min_timeout_s = [], 0, min(timeout_s, MIN_TIMEOUT_S)
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
-            decoded = decode(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast)
+            decoded = decode_image(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast, timeout_s)
+            if decoded.error is not None and decoded.error.endswith(TIMEOUT_HINT):
+                timeout_s = max(min_timeout_s, 0.8 * timeout_s)
         if decoded.pixels is not None:
             pixels[decoded_count] = decoded.pixels
             decoded_count += 1
         outcomes.append(decoded._replace(pixels=None))
     return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:decoded_count])
+
+
+def max_chunk_seconds(images: int, timeout_s: float) -> float:
+    """Returns the maximum CPU time of `decode_chunk`: all images of the chunk take too long."""
+    return 5 * timeout_s + images * min(timeout_s, MIN_TIMEOUT_S)
 
 
 def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:

@@ -24,6 +24,7 @@ from cvt.inference.device_preprocessing import DevicePreprocessor
 from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
 from pipeline.decode import decode, decode_chunk
+from pipeline.decode.bounds import TIMEOUT_S
 from pipeline.decode.cpu import Decoded, Orientation, displayed_size, with_outcomes
 from pipeline.decode.plain_jpeg import PlainJpeg, parse_plain_jpeg
 from pipeline.read import Chunk
@@ -55,6 +56,7 @@ class GpuDecoder:
         decode_jpegs: decodes plain JPEGs; None for nvJPEG through torchvision.
         threads: number of threads that decode on the CPU.
         max_batch_pixels: maximum number of pixels in a batch; the CPU decodes larger images.
+        timeout_s: maximum CPU time for an image in seconds, on the CPU.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -69,11 +71,13 @@ class GpuDecoder:
         decode_jpegs: DecodeJpegs | None = None,
         threads: int = 2,
         max_batch_pixels: int = MAX_BATCH_PIXELS,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._preprocessor = preprocessor
         self._resize = DevicePreprocessor(preprocessor)
         self._max_pixels = max_pixels
         self._max_batch_pixels = max_batch_pixels
+        self._timeout_s = timeout_s
         self._device = torch.device(device)
         # On a separate stream, decoding does not wait for the model.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -90,7 +94,7 @@ class GpuDecoder:
             count = len(chunk.samples)
             logger.warning("the GPU is out of memory; the CPU decodes %d images: %s", count, error)
         torch.cuda.empty_cache()  # the engine on the same GPU may need the memory
-        decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels)
+        decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels, timeout_s=self._timeout_s)
         return replace(decoded, metrics={**decoded.metrics, DECODE: StageMetrics()})
 
     def _decode_chunk(self, chunk: Chunk) -> Chunk:
@@ -131,7 +135,7 @@ class GpuDecoder:
         return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels, metrics=metrics)
 
     def _decode_on_cpu(self, data: bytes) -> Future[Decoded]:
-        return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels)
+        return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels, False, self._timeout_s)
 
     def _on_device(self, jpegs: Sequence[PlainJpeg], pixels: Tensor, is_half: bool = False) -> set[int]:
         """Decodes JPEGs into their rows of `pixels`; after a failure, tries each half.

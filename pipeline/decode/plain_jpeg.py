@@ -1,23 +1,19 @@
 """Finds plain JPEGs: JPEGs that every decoder reads alike, as far as their headers show."""
 
-import io
 from dataclasses import dataclass
 
 from PIL.JpegImagePlugin import JpegImageFile
 
+from pipeline.decode.bounds import HUFFMAN_FRAMES, TIMEOUT_S, DecodeDeadline, jpeg_frame, open_image
 from pipeline.decode.cpu import Orientation, pillow_warnings_ignored, read_orientation, size_error
+from pipeline.decode.repair import END_OF_IMAGE
 
 #: The CPU decodes longer images: the GPU resizes the whole image, although cropping keeps little of it.
 MAX_ASPECT_RATIO = 16
 
-#: Markers of frames with Huffman codes: baseline, extended and progressive. Other frame markers up to 0xCF
-#: are for lossless or hierarchical JPEGs, or for arithmetic coding.
-HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
-#: Markers in the same range that do not start a frame: Huffman tables, extension, tables of arithmetic
-#: coding.
-_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
-START_OF_SCAN = 0xDA
-END_OF_IMAGE = b"\xff\xd9"
+#: Maximum number of scans: a GPU has no timeout. Encoders write up to about ten.
+MAX_SCANS = 64
+START_OF_SCAN = b"\xff\xda"
 
 #: Horizontal and vertical sampling factors of luminance, with color factors of 1 x 1: from 4:4:4 to 4:1:1.
 SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
@@ -46,17 +42,20 @@ def parse_plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None
     """Returns the JPEG if it is complete and its headers are usual, else None.
 
     Decoders differ or fail on unusual headers: colors other than gray and YCbCr, codes other than Huffman
-    codes, rare sampling factors, very large or long images.
+    codes, rare sampling factors, many scans, very large or long images.
 
     Args:
         row: row of the sample in the chunk.
         data: the encoded image.
         max_pixels: maximum number of pixels.
     """
-    if not data.endswith(END_OF_IMAGE) or _frame_marker(data) not in HUFFMAN_FRAMES:
+    frame = jpeg_frame(data)
+    if not data.endswith(END_OF_IMAGE) or frame is None or frame[0] not in HUFFMAN_FRAMES:
+        return None
+    if data.count(START_OF_SCAN) > MAX_SCANS:
         return None
     try:
-        file = JpegImageFile(io.BytesIO(data))
+        file = open_image("JPEG", JpegImageFile, data, DecodeDeadline(TIMEOUT_S))
         width, height = file.size
         components = [layer[0] for layer in file.layer]
         samplings = [layer[1:3] for layer in file.layer]
@@ -71,18 +70,3 @@ def parse_plain_jpeg(row: int, data: bytes, max_pixels: int) -> PlainJpeg | None
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         return None
     return PlainJpeg(row, data, width, height, read_orientation(file))
-
-
-def _frame_marker(data: bytes) -> int | None:
-    """Returns the marker of the frame; None unless one frame and no gaps precede the first scan."""
-    frame, position = None, 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == START_OF_SCAN:
-            return frame
-        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
-            if frame is not None:
-                return None
-            frame = marker
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None

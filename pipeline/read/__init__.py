@@ -3,7 +3,7 @@
 Images are not decoded in this package.
 """
 
-from pipeline.read.chunks import Chunk, split_into_chunks
+from pipeline.read.chunks import NO_SAMPLES, Chunk, failed_chunk, split_into_chunks
 from pipeline.read.reader import read_samples
 from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import (

@@ -33,6 +33,10 @@ SAMPLE_FIELDS = pa.struct(
 )
 
 
+#: The samples of a chunk without samples.
+NO_SAMPLES = pa.schema(list(SAMPLE_FIELDS)).empty_table()
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive samples of one shard.
@@ -88,6 +92,19 @@ class Chunk:
                 pixels = content.reshape(record["shape"][0].as_py())
             others = pickle.loads(record["others"][0].as_py())
             yield Chunk(samples=pa.Table.from_struct_array(samples), pixels=pixels, **others)
+
+
+def failed_chunk(chunk: Chunk, error: str) -> Chunk:
+    """Returns a chunk without samples that makes its shard an error; a later run tries the shard again."""
+    return replace(
+        chunk,
+        samples=chunk.samples.slice(0, 0),
+        total=chunk.start,
+        error=error,
+        pixels=None if chunk.pixels is None else chunk.pixels[:0],
+        transient=True,
+        encoded_bytes=0,
+    )
 
 
 def _one_binary(content: np.ndarray) -> pa.Array:

@@ -71,6 +71,8 @@ class Job:
             runtime=config.classify.runtime,
             gallery=config.report.gallery,
             thumbnail_side=config.report.thumbnail_side,
+            decode_timeout_s=config.decode.timeout_s,
+            classify_timeout_s=config.classify.timeout_s,
         )
 
 

@@ -11,17 +11,20 @@ import os
 import re
 import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cvt.preprocessing import Preprocessor
 from jobs.local_s3 import LocalS3
 from pipeline.decode import decode
+from pipeline.decode.bounds import BYTES_PER_PIXEL
 from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
 from pipeline.storage import Storage, StorageError, retrying
 from tests.fault_proxy import FaultProxy
@@ -35,24 +38,168 @@ PREPROCESSOR = Preprocessor.from_dict({"size": 32}, "test")
 
 # --- images ----------------------------------------------------------------------------------------
 
+#: Width and height of the images whose memory is measured, and the image of this size.
+SIDE = 1500
+NOISE = Image.effect_noise((SIDE, SIDE), 100)
+SIDEWAYS = Image.Exif()
+SIDEWAYS[ExifTags.Base.Orientation] = 6
 
-def decode_image(data: bytes, max_pixels: int = 178_956_970) -> str | None:
+
+def decode_image(data: bytes, max_pixels: int = 178_956_970, timeout_s: float = 60) -> str | None:
     """Decodes an image as the stage does; returns its error."""
-    return decode(data, PREPROCESSOR, max_pixels).error
+    return decode(data, PREPROCESSOR, max_pixels, timeout_s=timeout_s).error
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
 
 
-@pytest.mark.skipif("sys.platform != 'linux'")
+def color(mode: str) -> Image.Image:
+    return Image.merge("RGB", [NOISE] * 3).convert(mode)
+
+
+def gray_16_bit() -> Image.Image:
+    return Image.fromarray(np.asarray(NOISE).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize(
+    ("make", "bytes_per_pixel"),
+    [
+        (lambda: encode(color("CMYK"), "JPEG", progressive=True, subsampling=0, exif=SIDEWAYS), 13),
+        (lambda: encode(color("RGB"), "JPEG", subsampling=0)[:-2], 13),
+        (lambda: encode(color("RGBA"), "PNG", compress_level=1, exif=SIDEWAYS), 13),
+        (lambda: encode(gray_16_bit(), "PNG", compress_level=1, exif=SIDEWAYS), 13),
+        (lambda: encode(color("RGB"), "PNG", compress_level=1, save_all=True, append_images=[NOISE]), 13),
+        (lambda: encode(color("RGBA"), "WEBP", lossless=True, quality=0, method=0, exif=SIDEWAYS), 18),
+        (lambda: encode(color("RGB"), "WEBP", save_all=True, append_images=[NOISE], method=0), 18),
+        (lambda: encode(color("P"), "GIF", save_all=True, append_images=[color("P").rotate(90)]), 13),
+        (lambda: encode(color("RGBA"), "BMP"), 13),
+        (lambda: encode(NOISE.convert("F"), "TIFF", compression="zstd", tiffinfo={278: SIDE}), 13),
+        (lambda: encode(color("RGBA"), "TIFF", compression="zstd", tiffinfo={278: SIDE}), 13),
+    ],
+    ids=[
+        "JPEG",
+        "JPEG-without-end",
+        "PNG",
+        "PNG-16",
+        "APNG",
+        "WebP",
+        "WebP-frames",
+        "GIF",
+        "BMP",
+        "TIFF-float",
+        "TIFF",
+    ],
+)
+def test_memory_of_an_image_follows_from_its_pixels(make: Callable[[], bytes], bytes_per_pixel: int) -> None:
+    data = make()
+    measured = measure(decode_image, data)
+    assert measured.outcome is None
+    pixels = SIDE * SIDE
+    assert pixels < measured.peak < bytes_per_pixel * pixels + 3 * len(data) + 8 * MIB
+    assert bytes_per_pixel <= BYTES_PER_PIXEL
+
+
 def test_image_over_the_pixel_limit_is_not_decoded() -> None:
-    measured = measure(decode_image, encoded(Image.new("1", (40_000, 20_000)), "PNG"))
+    measured = measure(decode_image, encode(Image.new("1", (40_000, 20_000)), "PNG"))
     assert "dimensions too large: 40000 x 20000 pixels" in measured.outcome
     assert measured.peak < 4 * MIB
     assert measured.seconds < 0.5
+
+
+def test_webp_canvas_over_the_limit_costs_no_memory() -> None:
+    small = color("RGB").resize((64, 64))
+    data = bytearray(encode(small, "WEBP", save_all=True, append_images=[small.rotate(90)]))
+    data[24:30] = (12_999).to_bytes(3, "little") * 2
+    measured = measure(decode_image, bytes(data), max_pixels=10**8)
+    assert "dimensions too large: 13000 x 13000 pixels" in measured.outcome
+    assert measured.peak < 4 * len(data) + 8 * MIB
+
+
+def tiff(fields: list[tuple[int, int, int, int]], extra: bytes = b"") -> bytes:
+    """A TIFF of one directory: fields of tag, type, count and value; `extra` starts at the offset 4096."""
+    entries = b"".join(struct.pack("<HHII", *field) for field in sorted(fields))
+    return (struct.pack("<2sHIH", b"II", 42, 8, len(fields)) + entries).ljust(4096, b"\0") + extra
+
+
+def test_tile_larger_than_its_tiff_is_not_decoded() -> None:
+    size, tile = ((256, 4, 1, 64), (257, 4, 1, 64)), ((322, 4, 1, 30_000), (323, 4, 1, 24_000))
+    data = tiff(
+        [*size, *tile, (258, 3, 1, 8), (259, 3, 1, 5), (262, 3, 1, 1), (324, 4, 1, 8), (325, 4, 1, 90)]
+    )
+    measured = measure(decode_image, data)
+    assert "dimensions too large: 30000 x 24000 pixels" in measured.outcome
+    assert measured.peak < 4 * MIB
+
+
+def test_tiff_with_millions_of_strips_is_not_decoded() -> None:
+    strips = 3_000_000
+    fields = [(256, 4, 1, 64), (257, 4, 1, 64), (258, 3, 1, 8), (262, 3, 1, 1), (278, 4, 1, 1)]
+    data = tiff([*fields, (273, 4, strips, 4096)], bytes(4 * strips))
+    measured = measure(decode_image, data)
+    assert measured.outcome == "cannot decode: TIFF: more than 262144 segments, strips, tiles or other values"
+    assert measured.peak < 4 * MIB
+
+
+def jpeg_of_many_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose scans contain almost nothing; a decoder processes all pixels for each."""
+    data = encode(Image.new("L", (16, 16)), "JPEG", progressive=True)
+    frame, scan = data.index(b"\xff\xc2"), data.index(b"\xff\xda")
+    header = data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 : scan]
+    baseline = encode(Image.new("L", (16, 16)), "JPEG")
+    tables = baseline[baseline.index(b"\xff\xc4") : baseline.index(b"\xff\xda")]
+    first, other = (b"\xff\xda\0\x08\x01\x01\0" + bytes(band) + b"\0\0" for band in ((0, 0), (1, 63)))
+    return header + tables + first + other * scans + b"\xff\xd9"
+
+
+def test_image_that_takes_long_ends_soon_after_its_timeout() -> None:
+    data = jpeg_of_many_scans(4000, 150_000)
+    measured = measure(decode_image, data, timeout_s=0.3)
+    assert measured.outcome == "cannot decode: JPEG: decoding took more than 0.3 s (decode.timeout_s)"
+    assert measured.peak < 4000 * 4000 * BYTES_PER_PIXEL
+    assert measured.seconds < 10  # on a loaded machine
+
+
+@pytest.mark.parametrize("case", ["jpeg-segments", "jpeg-exif"])
+def test_parts_of_a_jpeg_have_limited_memory(case: str) -> None:
+    data = encode(Image.new("L", (16, 16)), "JPEG")
+    if case == "jpeg-segments":
+        data = data[:2] + b"\xff\xe5\0\x02" * 300_000 + data[2:]
+    else:  # the orientation is a list of millions of numbers
+        count = 6 * 65_000
+        exif = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 274, 3, count * 8, 26) + bytes(4 + 16 * count)
+        parts = [exif[start : start + 65_000] for start in range(0, len(exif), 65_000)]
+        segments = [b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts]
+        data = data[:2] + b"".join(segments) + data[2:]
+    measured = measure(decode_image, data)
+    limit = "cannot decode: JPEG: more than 262144 segments, strips, tiles or other values"
+    assert measured.outcome == (limit if case == "jpeg-segments" else None)
+    assert measured.peak < 6 * len(data) + 8 * MIB
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000))),
+        png_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(50_000_000))),
+        b"".join(png_chunk(b"zTXt", b"%d\0\0" % i + zlib.compress(bytes(900_000))) for i in range(99)),
+        png_chunk(b"abCd", b"") * 1_000_000,
+    ],
+    ids=["profile", "text", "texts", "chunks"],
+)
+def test_png_with_much_metadata_is_labeled(chunks: bytes) -> None:
+    data = encode(Image.new("L", (16, 16)), "PNG")
+    data = data[:33] + chunks + data[33:]
+    measured = measure(decode_image, data)
+    assert measured.outcome is None
+    assert measured.peak < 80 * MIB + 3 * len(data)
+    assert measured.seconds < 5  # on a loaded machine
 
 
 # --- shards ----------------------------------------------------------------------------------------

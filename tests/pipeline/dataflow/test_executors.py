@@ -145,6 +145,23 @@ def test_failure_names_the_unfinished_shards(
     assert str(folder / "in" / "0.tar") in caught.value.__notes__[0]
 
 
+def test_hung_model_ends_the_run(job: Job, shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    def wait(self: Classifier, chunk: Chunk) -> Chunk:
+        released.wait(60)
+        return chunk
+
+    monkeypatch.setattr(Classifier, "__call__", wait)
+    stages = replace(job.stages, classify_timeout_s=0.1)
+    with open_executor(job.config.ray) as executor:
+        chunks = executor.label(shards, stages, executor.resources(job.resource_request))
+        with pytest.raises(TimeoutError, match=r"took more than 0\.1 s \(classify\.timeout_s\)"):
+            next(chunks)
+        released.set()
+        chunks.close()
+
+
 def test_missing_gpu_is_rejected(folder: Path) -> None:
     job = make_job(run_config(folder, "classify.device=cuda", "model.precision=fp32"))
     with open_executor(job.config.ray) as executor, pytest.raises(ConfigError, match="finds no GPU"):

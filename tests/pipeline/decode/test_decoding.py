@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -21,8 +23,10 @@ from PIL import ExifTags, Image, PngImagePlugin
 from transformers.image_utils import load_image
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode import decode, decode_chunk
+from pipeline.decode import decode, decode_chunk, max_chunk_seconds
+from pipeline.decode.bounds import DecodeDeadline
 from pipeline.decode.cpu import MAX_SIDE, Decoded
+from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read import Chunk
 from pipeline.text import MAX_LINE_LENGTH, single_line
 from tests.makers import category_of
@@ -438,10 +442,23 @@ def profile_bomb() -> bytes:
 
 
 @pytest.mark.parametrize("make", [text_bomb, profile_bomb])
-def test_decompression_bomb_in_metadata_is_an_error(make: Callable[[], bytes]) -> None:
-    assert decoded(make()).error == (
-        "cannot decode: PNG: Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"
-    )
+def test_image_with_large_metadata_is_decoded(make: Callable[[], bytes]) -> None:
+    assert_decodes_to(make(), picture())
+
+
+@pytest.mark.parametrize("metadata", ["exif", "xmp"])
+def test_orientation_is_read_next_to_large_metadata(metadata: str) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * 2_000_000, zip=True)
+    if metadata == "xmp":
+        text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    options = {"exif": exif(6)} if metadata == "exif" else {}
+    result = decoded(encode(picture(), "PNG", pnginfo=text, **options))
+    assert (result.width, result.height, result.error) == (40, 56, None)
+
+
+def test_large_metadata_of_a_broken_image_keeps_the_first_error() -> None:
+    assert "MAX_TEXT_CHUNK" in (decoded(text_bomb()[:-60]).error or "")
 
 
 # --- bad images -----------------------------------------------------------------------------------
@@ -498,6 +515,34 @@ def test_truncated_image_is_an_error(name: str) -> None:
         # An animation needs only its first frame.
         if "animated" not in name and end < 0.9 * len(data):
             assert result.error is not None, f"{end} of {len(data)} bytes"
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg_that_lacks_only_its_end_is_decoded(mode: str, restarts: int) -> None:
+    data = encode(picture(mode), "JPEG", restart_marker_blocks=restarts)
+    expected = decoded(data)
+    for missing in (1, 2):
+        np.testing.assert_array_equal(decoded(data[:-missing]).pixels, expected.pixels)
+    for missing in range(3, 120):
+        result = decoded(data[:-missing])
+        # The last byte of the data may be padding.
+        assert result.error is not None or (missing == 3 and np.array_equal(result.pixels, expected.pixels))
+
+
+def test_progressive_jpeg_without_its_end_is_an_error() -> None:
+    data = encode(picture(), "JPEG", progressive=True)
+    assert "truncated" in (decoded(data[: data.rindex(b"\xff\xda")]).error or "")
+    assert "truncated" in (decoded(data[:-2]).error or "")
+
+
+@pytest.mark.skipif("not os.environ.get('CASES_DIR')")
+@pytest.mark.parametrize("path", ["png-metadata/in/*.png", "jpeg-without-eoi/in/*.jpg"])
+def test_cases_from_bug_reports_have_their_outcome(path: str) -> None:
+    files = sorted(Path(os.environ["CASES_DIR"]).glob(path))
+    assert files
+    errors = {file.name: decoded(file.read_bytes()).error for file in files}
+    assert [name for name, error in errors.items() if error] == ["cut_tail.jpg"] * ("jpeg" in path)
 
 
 def test_error_keeps_the_size_from_the_header() -> None:
@@ -595,6 +640,31 @@ def test_chunk_without_valid_images_has_no_pixels() -> None:
     chunk = decode_chunk(Chunk(shard=0, start=0, samples=samples), PREPROCESSOR, LIMIT)
     assert chunk.pixels is not None
     assert chunk.pixels.shape == (0, 32, 32, 3)
+
+
+def test_images_that_take_long_shorten_the_timeout_of_their_chunk() -> None:
+    timeouts: list[float] = []
+
+    def decode_image(
+        data: bytes, preprocessor: object, max_pixels: int, fast: bool, timeout_s: float
+    ) -> Decoded:
+        timeouts.append(timeout_s)
+        detail = DecodeDeadline(timeout_s).message if data == b"slow" else "broken"
+        return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, detail))
+
+    images = [b"slow", b"other", *[b"slow"] * 198]
+    samples = pa.table(
+        {
+            "key": [str(number) for number in range(200)],
+            "target": pa.nulls(200, pa.int32()),
+            "error": pa.nulls(200, pa.string()),
+            "image": pa.array(images, pa.large_binary()),
+        }
+    )
+    decode_chunk(Chunk(0, 0, samples), PREPROCESSOR, LIMIT, timeout_s=60, decode_image=decode_image)
+    assert timeouts[:4] == pytest.approx([60, 48, 48, 38.4])
+    assert timeouts[-1] == 1
+    assert sum(timeouts) - timeouts[1] < max_chunk_seconds(200, 60)
 
 
 def test_pillow_warnings_are_hidden_only_while_decoding() -> None:

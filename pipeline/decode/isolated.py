@@ -1,0 +1,102 @@
+"""Decodes images in a child process: an image that kills or hangs its decoder costs only itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Self
+
+from cvt.preprocessing import Preprocessor
+from pipeline.decode.bounds import DecodeDeadline
+from pipeline.decode.cpu import Decoded, decode
+from pipeline.predictions import ErrorCategory, sample_error
+
+#: Seconds after the timeout at which the kernel ends a decoder that does not read and so does not end.
+_GRACE_S = 1.0
+
+#: Runs in the child: the import path of the parent, and the number of the connection's file.
+_PROGRAM = """\
+import sys
+file, *sys.path = sys.argv[1:]
+from pipeline.decode.isolated import serve
+serve(int(file))
+"""
+
+
+def decode_or_die(
+    data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
+) -> Decoded:
+    """Decodes as `decode` does. SIGPROF ends this process if the decoder hangs. Needs a POSIX system."""
+    signal.setitimer(signal.ITIMER_PROF, timeout_s + _GRACE_S)
+    try:
+        return decode(data, preprocessor, max_pixels, fast, timeout_s)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+class ChildDecoder:
+    """Decodes in a child process, which starts when it is needed; use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._child is not None:
+            process, connection = self._child
+            connection.close()
+            process.kill()
+            process.wait()
+
+    def __call__(
+        self, data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
+    ) -> Decoded:
+        """Decodes as `decode` does; the death of the child is an error of the image."""
+        process, connection = self._child = self._child or _start_child()
+        try:
+            connection.send((data, preprocessor, max_pixels, fast, timeout_s))
+            decoded: Decoded = connection.recv()
+        except (EOFError, OSError):  # the child has died
+            self._child = None
+            connection.close()
+            cause = _describe_end(process.wait(), timeout_s)
+            return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
+        return decoded
+
+
+def _start_child() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path]
+        process, connection = subprocess.Popen(command, pass_fds=[theirs.fileno()]), Connection(ours.detach())
+    try:
+        connection.recv()
+    except EOFError:
+        raise RuntimeError(f"a process for decoding did not start: status {process.wait()}") from None
+    return process, connection
+
+
+def _describe_end(status: int, timeout_s: float) -> str:
+    if status == -signal.SIGPROF:
+        return DecodeDeadline(timeout_s).message
+    if status >= 0:
+        return f"the decoder ended with status {status}"
+    hint = ", possibly for lack of memory" if status == -signal.SIGKILL else ""
+    return f"the decoder was killed by signal {-status} ({signal.Signals(-status).name}){hint}"
+
+
+def serve(file: int) -> None:
+    """Decodes images that arrive through a connection, until the connection ends."""
+    with suppress(OSError):  # if memory is short, the kernel kills this process, not its parent
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    connection = Connection(file)
+    connection.send(os.getpid())
+    with suppress(EOFError, OSError):
+        while True:
+            connection.send(decode_or_die(*connection.recv()))
