@@ -6,7 +6,6 @@ A cause is the text of an error, in which numbers and quoted text are replaced b
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, Self
 
 import pyarrow as pa
@@ -69,8 +68,7 @@ class ErrorCauses:
 
     def examples(self, count: int) -> list[str]:
         """Returns the most frequent causes."""
-        found = (each["cause"] for each in self.to_record() if each["cause"] != OTHER_CAUSES)
-        return list(islice(found, count))
+        return [each["cause"] for each in self.to_record() if each["cause"] != OTHER_CAUSES][:count]
 
     def _count(self, text: str, count: int, samples: Sequence[dict[str, str]]) -> None:
         if text not in self._counts and len(self._counts) >= MAX_CAUSES:
