@@ -96,15 +96,8 @@ class Chunk:
 
 def failed_chunk(chunk: Chunk, error: str) -> Chunk:
     """Returns a chunk without samples that makes its shard an error; a later run tries the shard again."""
-    return replace(
-        chunk,
-        samples=chunk.samples.slice(0, 0),
-        total=chunk.start,
-        error=error,
-        pixels=None if chunk.pixels is None else chunk.pixels[:0],
-        transient=True,
-        encoded_bytes=0,
-    )
+    samples, pixels = chunk.samples.slice(0, 0), None if chunk.pixels is None else chunk.pixels[:0]
+    return replace(chunk, samples=samples, pixels=pixels, total=chunk.start, error=error, transient=True)
 
 
 def _one_binary(content: np.ndarray) -> pa.Array:

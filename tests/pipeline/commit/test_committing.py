@@ -15,7 +15,7 @@ from pipeline.classify import classify
 from pipeline.commit import Committer, Manifest, ManifestRow, Partition, PredictionWriter, Progress
 from pipeline.commit.prediction_files import IncompleteShardError
 from pipeline.predictions import PredictionOptions, deserialize_statistics, prediction_schema, read_footer
-from pipeline.read import Chunk, Shard
+from pipeline.read import Chunk, Shard, failed_chunk
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage, StorageError
 from tests.pipeline.classify.test_classifying import LABELS, Backend
@@ -99,6 +99,16 @@ def test_failed_retry_makes_the_shard_unreadable(tmp_path: Path) -> None:
     committed = commit(tmp_path, shards(1), [result(0, 0, 4), failed])
     assert [row.error for row in committed.rows.values()] == ["s3://bucket/000.tar: has changed"]
     assert (committed.committer.progress().images, files(tmp_path)) == (0, {})
+
+
+def test_chunk_that_killed_its_workers_makes_the_shard_unreadable(tmp_path: Path) -> None:
+    chunks = split(0, 12, 4)
+    chunks[1] = failed_chunk(chunks[1], "s3://bucket/000.tar: 4 workers died")
+    committed = commit(tmp_path, shards(2), [*chunks, chunks[1], *split(1, 4, 4)])
+    row = committed.rows["s3://bucket/000.tar"]
+    assert (row.error, row.failed_version) == ("s3://bucket/000.tar: 4 workers died", None)
+    assert [*files(tmp_path)] == ["predictions/s3/bucket/001.tar.parquet"]
+    assert committed.committer.progress().images == 4
 
 
 def files(folder: Path) -> dict[str, bytes]:
