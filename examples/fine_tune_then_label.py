@@ -40,6 +40,7 @@ def main() -> None:
         f"optimization.epochs={arguments.epochs}",
         f"optimization.batch_size={arguments.batch_size}",
         "optimization.learning_rate=1e-4",
+        "workers.count=0",  # in this process
     ]
     trained = train_model(load_train_config(None, training), on_epoch=show_epoch)
     print(f"model: {trained.path}, accuracy {trained.best['accuracy']:.1%}")

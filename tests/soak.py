@@ -188,7 +188,7 @@ def _round_on_ray(soak: Soak, url: str) -> None:
         stderr=subprocess.DEVNULL,
     )
     soak.events["run on Ray"] += 1
-    victim = soak.random.choice(["MapWorker", "_decode_block", "driver"])
+    victim = soak.random.choice(["MapWorker", "decode_block", "driver"])
     deadline = time.monotonic() + _MAX_RUN_S
     started: dict[int, str] = {}
     while job.poll() is None and time.monotonic() < deadline:

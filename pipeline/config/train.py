@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, Uri
-from pipeline.config.job import InputConfig, StorageConfig
+from pipeline.config.job import Fraction, InputConfig, StorageConfig
 from pipeline.config.stages import RayConfig
 
 
@@ -88,13 +88,21 @@ class OptimizationConfig(Section):
     max_shift: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Maximum random shift of an image, in pixels, horizontally and vertically."
     )
+    shuffle_buffer: PositiveInt = Field(
+        default=20_000,
+        description="Number of images of a worker's shuffle buffer, which holds at most 1 GiB of pixels. "
+        "The shards, and blocks of cached images, are shuffled before.",
+    )
     seed: int = Field(default=0, description="Seed of weights, order and augmentation.")
 
 
 class WorkersConfig(Section):
     """Training workers."""
 
-    count: PositiveInt = Field(default=1, description="Number of workers.")
+    count: Annotated[int, Field(ge=0)] = Field(
+        default=1,
+        description="Number of workers. 0: train in the process of the command, which starts faster.",
+    )
     use_gpu: bool = Field(default=False, description="Give each worker one GPU.")
     threads: PositiveInt | None = Field(
         default=None,
@@ -107,13 +115,17 @@ class TrainOutputConfig(Section):
     """The location of the training state and of the trained model."""
 
     uri: Uri = Field(
-        description="Folder that every worker can access (Ray Train's storage path). A rerun resumes from "
-        "it.",
+        description="Folder that every worker can access. A rerun resumes from it.",
         examples=["s3://my-bucket/training"],
     )
     name: str = Field(
         default="train",
         description="Name of the training. Its state and its model are in the folder `<uri>/<name>`.",
+    )
+    checkpoint_interval_s: PositiveFloat = Field(
+        default=300,
+        description="Seconds between writes of the training state within an epoch. An interrupted training "
+        "repeats at most the steps of this time. The state is also written after each epoch.",
     )
 
 
@@ -131,5 +143,30 @@ class TrainConfig(Section):
         description="Keep decoded images in Ray's object store, and on its disk, for all epochs. False: "
         "decode them in every epoch.",
     )
+    max_skipped_fraction: Fraction = Field(
+        default=0.5,
+        description="Maximum fraction of the images of a section that cannot be used: without a target, "
+        "with a target that is no class of the model, or not decodable. More end the training at its start.",
+    )
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def folder(self) -> str:
+        """URI of the folder of the training."""
+        return f"{self.output.uri}/{self.output.name}"
+
+    @property
+    def model_uri(self) -> str:
+        """URI of the folder of the best model."""
+        return f"{self.folder}/model"
+
+    @property
+    def state_uri(self) -> str:
+        """URI of the state that a rerun resumes from."""
+        return f"{self.folder}/state.pt"
+
+    @property
+    def images_per_step(self) -> int:
+        """Number of images per step of all workers."""
+        return self.optimization.batch_size * max(1, self.workers.count)

@@ -104,11 +104,22 @@ class ShardSource(Datasource):
     A retried read yields the same chunks: the plan is passed by value, and versions are pinned.
     """
 
-    def __init__(self, plan: Sequence[Shard], step: ray.ObjectRef[ReadStep], limit: AttemptLimit) -> None:
-        """Creates the source; `step` is a reference, as 22,000 class names are too large for each task."""
+    def __init__(
+        self,
+        plan: Sequence[Shard],
+        step: ray.ObjectRef[ReadStep],
+        limit: AttemptLimit,
+        shards_per_task: int = 1,
+    ) -> None:
+        """Creates the source; `step` is a reference, as 22,000 class names are too large for each task.
+
+        A task with several shards by `shards_per_task` reads a chunk of each in turn.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
-        self._read = partial(_read_shards, step=step, limit=limit)
+        self._shards_per_task = max(shards_per_task, math.ceil(len(plan) / MAX_READ_TASKS))
+        read = _read_shards if shards_per_task == 1 else _read_shards_in_turn
+        self._read = partial(read, step=step, limit=limit)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Returns None: the size is unknown before reading."""
@@ -120,10 +131,10 @@ class ShardSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """Returns one task per shard, or per group of shards if there are more than `MAX_READ_TASKS`."""
+        """Returns one task per `shards_per_task` shards, but at most `MAX_READ_TASKS` tasks."""
         numbered = list(enumerate(self._plan))
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        size = math.ceil(len(numbered) / MAX_READ_TASKS)
+        size = self._shards_per_task
         return [
             ReadTask(partial(self._read, numbered[start : start + size]), metadata)
             for start in range(0, len(numbered), size)
@@ -132,7 +143,7 @@ class ShardSource(Datasource):
     @property
     def tasks(self) -> int:
         """Number of read tasks."""
-        return math.ceil(len(self._plan) / math.ceil(len(self._plan) / MAX_READ_TASKS))
+        return math.ceil(len(self._plan) / self._shards_per_task)
 
 
 def _read_shards(
@@ -155,6 +166,17 @@ def _read_shards(
                 yield chunk.to_block()
 
 
+def _read_shards_in_turn(
+    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
+) -> Iterator[pa.Table]:
+    """Yields a chunk of each shard in turn."""
+    streams = [_read_shards([shard], step, limit) for shard in shards]
+    while streams:
+        chunks = [(stream, chunk) for stream in streams if (chunk := next(stream, None)) is not None]
+        streams = [stream for stream, _ in chunks]
+        yield from (chunk for _, chunk in chunks)
+
+
 def _process(
     block: pa.Table, step: Callable[[Chunk, Attempt], Chunk], limit: AttemptLimit, action: str
 ) -> Iterator[pa.Table]:
@@ -167,7 +189,7 @@ def _process(
         yield result
 
 
-def _decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
+def decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
     """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
 
     def decode(chunk: Chunk, attempt: Attempt) -> Chunk:
@@ -245,7 +267,7 @@ class RayExecutor:
         )
         if resources.decoders:
             chunks = chunks.map_batches(
-                _decode_block,
+                decode_block,
                 batch_size=None,
                 batch_format="pyarrow",
                 fn_args=(stages.make_decode_step(), limit),

@@ -1,8 +1,14 @@
-"""The model of a training: a new model, or a checkpoint to fine-tune. Needs no Ray."""
+"""Prepares a training without Ray: the model, the shards, and the state of an interrupted training."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,18 +16,116 @@ from torch import nn
 from cvt.architecture import FIELDS
 from cvt.checkpoints.checkpoint import label_fields
 from cvt.configuration import CvtConfig
+from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, make_storage
+from pipeline.read import Shard, list_input_shards
+from pipeline.storage import Storage
+
+#: Fields of `optimization` on which the training state or the order of the images depends.
+_FIXED_FIELDS = {"learning_rate", "weight_decay", "warmup_epochs", "shuffle_buffer", "seed"}
 
 
 class TrainingModel(NamedTuple):
-    """A model and its preprocessor."""
+    """A model, its preprocessor, and the digest of the checkpoint that the weights are from."""
 
     model: CvtForImageClassification
     preprocessor: Preprocessor
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class PreparedTraining:
+    """All of a training that needs no Ray.
+
+    Attributes:
+        shards: the shards of the sections `train` and `validation`.
+        settings: what a resumed training must keep: values as JSON, by field.
+        state: the state of the interrupted training; None for a new one.
+    """
+
+    config: TrainConfig
+    storage: Storage
+    model: TrainingModel
+    shards: Mapping[str, Sequence[Shard]]
+    settings: Mapping[str, str]
+    state: Mapping[str, Any] | None
+
+
+def prepare_training(config: TrainConfig) -> PreparedTraining:
+    """Loads the model, lists the shards, and reads the state of an interrupted training.
+
+    Raises:
+        CheckpointError: the checkpoint or the state cannot be loaded.
+        ConfigError: the model is not valid, or the output belongs to another training.
+        StorageError, NoShardsError: the images cannot be listed.
+    """
+    storage, model = make_storage(config.storage), make_training_model(config)
+    inputs = {"train": config.train, "validation": config.validation}
+    shards = {name: list_input_shards(storage, section, f"{name}.uri") for name, section in inputs.items()}
+    settings = _settings(config, model, shards)
+    return PreparedTraining(config, storage, model, shards, settings, _read_state(storage, config, settings))
+
+
+def _settings(
+    config: TrainConfig, model: TrainingModel, shards: Mapping[str, Sequence[Shard]]
+) -> dict[str, str]:
+    """Returns what determines architecture, dataset and order of a training: values as JSON, by field."""
+    architecture = {name: getattr(model.model.config, name) for name in FIELDS}
+    labels = list(model.model.config.id2label.values())
+    sections: dict[str, dict[str, Any]] = {
+        "model": {**architecture, "labels": labels, "pretrained": model.pretrained},
+        "preprocessor": model.preprocessor.to_dict(),
+        "optimization": config.optimization.model_dump(include=_FIXED_FIELDS),
+        "workers": {"count * optimization.batch_size": config.images_per_step},
+    }
+    for name, listed in shards.items():
+        versions = json.dumps([(shard.uri, shard.version) for shard in listed]).encode()
+        digest = f"{len(listed)} with digest {hashlib.sha256(versions).hexdigest()[:8]}"
+        sections[name] = {**getattr(config, name).model_dump(), "shards": digest}
+    return {f"{a}.{b}": json.dumps(value) for a, fields in sections.items() for b, value in fields.items()}
+
+
+def _read_state(
+    storage: Storage, config: TrainConfig, settings: Mapping[str, str]
+) -> Mapping[str, Any] | None:
+    differences = ["the state is missing"]
+    found = storage.read_latest(config.state_uri, lambda file: file.read())
+    if found is None and next(storage.list(config.model_uri), None) is None:
+        return None
+    if found is not None:
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(found.content), "cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{config.state_uri}: not the state of a training: {error}") from error
+        kept = state["settings"]
+        differences = [
+            f"{name} was {kept[name]:.60}, and is now {settings[name]:.60}"
+            for name in sorted(kept.keys() & settings.keys())
+            if kept[name] != settings[name]
+        ]
+        if not differences:
+            return state
+    raise ConfigError(
+        f"output: cannot resume the training in {config.folder}: {'; '.join(differences)}. Restore the "
+        "settings, set another output.name, or delete the folder"
+    )
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a training.
+
+    Attributes:
+        path: path or URI of the folder with the best model, in the format that labeling loads.
+        best: metrics of the best model's epoch.
+    """
+
+    path: str
+    best: Mapping[str, float]
 
 
 def make_training_model(config: TrainConfig) -> TrainingModel:
@@ -56,4 +160,4 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         model.classifier = nn.Linear(checkpoint.embedding_width, len(labels))
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
-    return TrainingModel(model, checkpoint.preprocessor)
+    return TrainingModel(model, checkpoint.preprocessor, checkpoint.digest)

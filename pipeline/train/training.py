@@ -1,14 +1,21 @@
-"""Trains CvT on shards with targets, with Ray Train: model, data, training loop and checkpoints.
+"""Trains CvT on shards with targets, with Ray Train: data, training loop, progress and state.
 
 Shards are read and preprocessed as for labeling. The saved model has the format that labeling loads.
 """
 
+from __future__ import annotations
+
+import io
+import logging
 import os
+import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -19,133 +26,236 @@ import ray
 import ray.train
 import torch
 import torch.nn.functional as F  # noqa: N812
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, RunConfig, ScalingConfig
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from cvt.checkpoints import save_checkpoint
-from cvt.modeling import CvtForImageClassification
-from pipeline.config import InputConfig, OptimizationConfig, TrainConfig, make_storage
-from pipeline.dataflow.training_images import labeled_images
-from pipeline.read import ReadOptions, list_input_shards
-from pipeline.storage import Storage
-from pipeline.train.preparation import TrainingModel, make_training_model
+from pipeline.config import ConfigError, OptimizationConfig, ReadConfig
+from pipeline.dataflow.ray_executor import AttemptLimit
+from pipeline.dataflow.training_images import TrainingImages
+from pipeline.read import ReadOptions
+from pipeline.storage import StorageError
+from pipeline.text import pluralize
+from pipeline.train.preparation import PreparedTraining, TrainingModel, TrainResult
 
-_STATE_FILE = "training_state.pt"
+logger = logging.getLogger("cvt_label")
 
-#: Maximum size of a worker's shuffle buffer, in samples and in bytes of pixels.
-_MAX_SHUFFLE_SAMPLES = 20_000
+#: Maximum size of a worker's shuffle buffer, in bytes of pixels.
 _MAX_SHUFFLE_BYTES = 1 << 30
 
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a training.
-
-    Attributes:
-        path: path or URI of the folder with the best model, in the format that labeling loads.
-        best: metrics of the best model's epoch.
-    """
-
-    path: str
-    best: Mapping[str, float]
+Metrics = Mapping[str, float]
 
 
-def train(config: TrainConfig, on_epoch: Callable[[Mapping[str, float]], None]) -> TrainResult:
-    """Trains a model, or resumes an interrupted training. Ray must be connected.
-
-    Args:
-        config: the configuration of the training.
-        on_epoch: called from another thread with the metrics of each epoch.
+def train(
+    prepared: PreparedTraining,
+    on_epoch: Callable[[Metrics], None] = lambda metrics: None,
+    on_progress: Callable[[Metrics], None] = lambda progress: None,
+    progress_interval_s: float = 1.0,
+) -> TrainResult:
+    """Trains a model, or resumes an interrupted training, as `train_model` does. Ray must be connected.
 
     Raises:
-        StorageError, NoShardsError: the images cannot be listed.
-        CheckpointError, ConfigError: the model cannot be loaded or created.
+        ConfigError: too few images have a target.
+        StorageError: images cannot be read, or the state cannot be written.
         ray.train.TrainingFailedError: a worker failed.
     """
-    model, storage = make_training_model(config), make_storage(config.storage)
-    sections = {"train": config.train, "validation": config.validation}
-    data = {name: _dataset(storage, section, name, model) for name, section in sections.items()}
-    if config.cache:
-        data = {name: dataset.materialize() for name, dataset in data.items()}
-    workers, epoch_metrics = config.workers, Queue()
-
-    def report_epochs() -> None:
-        for metrics in iter(epoch_metrics.get, None):
-            on_epoch(metrics)
-
+    config, workers = prepared.config, prepared.config.workers
+    events, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(max_attempts=4)
+    images = {name: _load_images(prepared, name, limit, events) for name in prepared.shards}
+    if not (steps := images["train"].usable // config.images_per_step):
+        raise ConfigError(
+            f"train.uri: too few images with a target for a step, which needs {config.images_per_step}: add "
+            "images, or reduce optimization.batch_size or workers.count"
+        )
     trainer = TorchTrainer(
-        _train_worker,
+        cast(Any, _train_worker),  # Ray's type does not allow a result
         train_loop_config={
-            "config": config,
-            "model": ray.put(model),
-            "epoch_metrics": epoch_metrics,
-            "steps_per_epoch": data["train"].count() // (workers.count * config.optimization.batch_size),
+            "prepared": ray.put(prepared),
+            "images": images,
+            "steps": steps,
+            "events": events,
+            "progress_interval_s": progress_interval_s,
         },
-        datasets=cast(dict[str, Any], data),
-        # The first worker evaluates the whole validation set.
-        dataset_config=DataConfig(datasets_to_split=["train"]),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": 0.5} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
+        # In memory: Ray Train has nothing to store, because the first worker writes the state.
         run_config=RunConfig(
             name=config.output.name,
-            storage_path=config.output.uri,
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="accuracy"),
+            storage_path="/",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
         ),
     )
-    listener = Thread(target=report_epochs, daemon=True)
-    listener.start()
+    outcome: Future[Metrics] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(cast(Any, trainer.fit()).return_value)
+        except BaseException as error:
+            outcome.set_exception(error)
+        with suppress(Exception):  # after an interrupt, nobody listens
+            events.put(None)
+
+    # Not in the main thread, where Ray Train would replace the handler of Ctrl-C.
+    thread = Thread(target=fit, daemon=True)
+    thread.start()
     try:
-        result = trainer.fit()
+        for event in iter(events.get, None):
+            if isinstance(event, StorageError):
+                raise event
+            (on_progress if "step" in event else on_epoch)(event)
+        return TrainResult(config.model_uri, outcome.result())
     finally:
-        epoch_metrics.put(None)
-        listener.join()
-    return _save_best(result, storage, f"{config.output.uri}/{config.output.name}/model")
+        events.shutdown(force=True)  # a worker that is still running fails when it reports next
+        thread.join(5)
+        limit.close()
 
 
-def _dataset(storage: Storage, section: InputConfig, name: str, model: TrainingModel) -> ray.data.Dataset:
-    names = model.model.config.id2label
-    options = ReadOptions.from_config(section, [names[i] for i in range(len(names))])
-    shards = list_input_shards(storage, section, f"{name}.uri")
-    return labeled_images(shards, storage, options, model.preprocessor, section.max_image_pixels)
+def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, queue: Queue) -> TrainingImages:
+    """Decodes the images of a section once, and reports which of them cannot be used.
 
-
-def _train_worker(arguments: dict[str, Any]) -> None:
-    """Runs the training loop of one worker; reports metrics and a checkpoint after each epoch."""
-    config: TrainConfig = arguments["config"]
-    context = ray.train.get_context()
-    threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
-    torch.set_num_threads(max(1, threads))
-    optimization, finished_epochs = config.optimization, 0
-    trainer = _Trainer(
-        ray.get(arguments["model"]), optimization, arguments["steps_per_epoch"], get_device(), prepare_model
+    Raises:
+        ConfigError: too many images cannot be used.
+        StorageError: a shard cannot be read.
+    """
+    config, section = prepared.config, getattr(prepared.config, name)
+    model, preprocessor, _ = prepared.model
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    images = TrainingImages(
+        prepared.shards[name],
+        prepared.storage,
+        ReadOptions.from_config(section, labels, ReadConfig(concurrent_fetches=1)),
+        preprocessor,
+        section.max_image_pixels,
+        limit,
+        queue,
     )
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
-            finished_epochs = trainer.load(Path(folder))
-    images = ray.train.get_dataset_shard("train")
-    for epoch in range(finished_epochs, optimization.epochs):
-        started = time.monotonic()
-        torch.manual_seed(optimization.seed + epoch)
-        metrics = {"epoch": epoch + 1, "train_loss": trainer.train_epoch(images, epoch)}
-        if context.get_world_rank() == 0:
-            metrics |= trainer.evaluate(ray.train.get_dataset_shard("validation"))
-            metrics |= {"learning_rate": trainer.learning_rate, "seconds": time.monotonic() - started}
-            arguments["epoch_metrics"].put(metrics)
-            with tempfile.TemporaryDirectory() as folder:
-                trainer.save(Path(folder), epoch + 1)
-                ray.train.report(metrics, Checkpoint.from_directory(folder))
-        else:
-            ray.train.report(metrics)
+    logger.info("%s: decoding the images of %s", name, pluralize(len(images.shards), "shard"))
+    if unreadable := images.load(config.cache):
+        count = pluralize(len(unreadable), "shard")
+        raise StorageError(section.uri, f"{count} cannot be read to the end: {'; '.join(unreadable[:3])}")
+    skipped = images.skipped.total()
+    total = images.usable + skipped
+    reasons = "".join(f", {reason}: {count:,}" for reason, count in images.skipped.most_common())
+    summary = f"{name}: {pluralize(total, 'image')}, {skipped:,} without use{reasons}"
+    if skipped > config.max_skipped_fraction * total or not images.usable:
+        raise ConfigError(
+            f"{summary}; the limit is {config.max_skipped_fraction:.0%} (max_skipped_fraction). Check the "
+            f"labels in the shards, {name}.label_field, {name}.label_column and the model's labels"
+        )
+    logger.log(logging.WARNING if skipped else logging.INFO, "%s", summary)
+    return images
+
+
+def _train_worker(job: dict[str, Any]) -> Metrics | None:
+    """Runs the training loop of one worker; returns the metrics of the best epoch."""
+    prepared: PreparedTraining = ray.get(job["prepared"])
+    config, optimization = prepared.config, prepared.config.optimization
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    if config.workers.count or config.workers.threads:
+        threads = config.workers.threads or (os.cpu_count() or 1) // context.get_local_world_size()
+        torch.set_num_threads(max(1, threads))
+    trainer = _Trainer(prepared.model, optimization, job["steps"], get_device(), prepare_model, rank)
+    if prepared.state is not None:
+        trainer.load(prepared.state)
+    reporter = _Reporter(prepared, trainer, job) if rank == 0 else None
+    while trainer.epoch < optimization.epochs:
+        images: Any = None
+        if rank == 0:
+            images = job["images"]["train"].dataset(f"{optimization.seed}:{trainer.epoch}")
+        if workers > 1:
+            splits = images and images.streaming_split(workers, equal=True)
+            images = broadcast_from_rank_zero(splits)[rank]
+        for pixels, targets in trainer.batches(images):
+            trainer.train_step(pixels, targets)
+            if reporter is not None:
+                reporter.after_step()
+        train_loss = trainer.finish_epoch()
+        if reporter is not None:
+            reporter.after_epoch(train_loss)
+    return trainer.best
+
+
+class _Reporter:
+    """Reports to the driver, and writes state and model; only in the first worker."""
+
+    def __init__(self, prepared: PreparedTraining, trainer: _Trainer, job: dict[str, Any]) -> None:
+        self._prepared, self._trainer, self._job = prepared, trainer, job
+        self._started = self._epoch_started = self._reported = time.monotonic()
+        self._start = trainer.total_steps
+        self._write_state()  # fails now if the output cannot be written
+
+    def after_step(self) -> None:
+        """Writes the state and reports the progress, each after its interval."""
+        now, trainer, config = time.monotonic(), self._trainer, self._prepared.config
+        if now - self._written >= config.output.checkpoint_interval_s:
+            self._write_state()
+        if now - self._reported >= self._job["progress_interval_s"]:
+            self._reported = now
+            pace, steps = (now - self._started) / (trainer.total_steps - self._start), self._job["steps"]
+            progress = {
+                "epoch": trainer.epoch + 1,
+                "step": trainer.step,
+                "steps": steps,
+                "train_loss": trainer.loss,
+                "images_per_s": config.images_per_step / pace,
+                "remaining_s": (config.optimization.epochs * steps - trainer.total_steps) * pace,
+            }
+            self._job["events"].put(progress)
+
+    def after_epoch(self, train_loss: float) -> None:
+        """Evaluates the model, writes the model if it is the best, and writes the state."""
+        trainer, started = self._trainer, self._epoch_started
+        metrics = {"epoch": trainer.epoch, "train_loss": train_loss}
+        metrics |= trainer.evaluate(self._job["images"]["validation"].dataset())
+        self._epoch_started = time.monotonic()
+        metrics |= {"learning_rate": trainer.learning_rate, "seconds": self._epoch_started - started}
+        if trainer.best is None or metrics["accuracy"] > trainer.best["accuracy"]:
+            trainer.best = metrics
+            self._write_model()
+        self._write_state()
+        self._job["events"].put(metrics)
+
+    def _write_model(self) -> None:
+        """Replaces the best model, so that its folder can be loaded at any moment.
+
+        The models of a training differ in their weights only, which are written last, in one atomic step.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self._trainer.save(Path(folder))
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                self._write(f"{self._prepared.config.model_uri}/{file.name}", file.read_bytes())
+
+    def _write_state(self) -> None:
+        content = io.BytesIO()
+        torch.save({"settings": dict(self._prepared.settings), **self._trainer.state()}, content)
+        self._write(self._prepared.config.state_uri, content.getvalue())
+        self._written = time.monotonic()
+
+    def _write(self, uri: str, content: bytes) -> None:
+        try:
+            self._prepared.storage.write(uri, content)
+        except StorageError as error:
+            self._job["events"].put(error)
+            raise
 
 
 class _Trainer:
-    """The model, optimizer and learning rate schedule of one worker."""
+    """The model, optimizer, learning rate schedule and position of one worker.
+
+    Attributes:
+        epoch, step: number of finished epochs, and of finished steps of the current epoch.
+        best: metrics of the epoch with the highest accuracy.
+    """
 
     def __init__(
         self,
@@ -154,19 +264,12 @@ class _Trainer:
         steps_per_epoch: int,
         device: torch.device,
         prepare: Callable[[nn.Module], nn.Module] = lambda model: model,
+        rank: int = 0,
     ) -> None:
-        if steps_per_epoch < 1:
-            raise ValueError(
-                "the section train has fewer images with targets per worker than optimization.batch_size: "
-                "add images, or reduce optimization.batch_size or workers.count"
-            )
-        self._optimization = optimization
-        # The optimizer state depends on these settings. A training can resume only with the same values.
-        self._settings = optimization.model_dump(
-            include={"batch_size", "learning_rate", "weight_decay", "warmup_epochs"}
-        )
-        self._model, self._preprocessor = model
-        self._device = device
+        self.epoch, self.step, self.best = 0, 0, cast(Metrics | None, None)
+        self._optimization, self._steps_per_epoch, self._rank = optimization, steps_per_epoch, rank
+        self._model, self._preprocessor, _ = model
+        self._device, self._loss_sum = device, torch.zeros((), device=device)
         self._parallel = prepare(self._model)
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         # Weight decay applies to matrices and filters, not to biases and normalization layers.
@@ -184,90 +287,105 @@ class _Trainer:
     def learning_rate(self) -> float:
         return float(self._scheduler.get_last_lr()[0])
 
-    def train_epoch(self, images: ray.data.DataIterator, epoch: int) -> float:
-        """Trains for one epoch; returns the mean loss."""
-        optimization = self._optimization
-        self._parallel.train()
-        losses = []
-        max_samples = _MAX_SHUFFLE_BYTES // (self._preprocessor.size**2 * 3)
-        buffer = max(optimization.batch_size, min(_MAX_SHUFFLE_SAMPLES, max_samples))
-        for pixels, targets in self._batches(
-            images,
-            optimization.batch_size,
-            partial(augment, flip=optimization.horizontal_flip, shift=optimization.max_shift),
+    @property
+    def total_steps(self) -> int:
+        """Number of finished steps of all epochs."""
+        return self.epoch * self._steps_per_epoch + self.step
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the current epoch so far."""
+        return self._loss_sum.item() / max(1, self.step)
+
+    def batches(self, images: ray.data.Dataset | ray.data.DataIterator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the augmented batches of the current epoch, after those of finished steps.
+
+        Batches and augmentation depend on seed, epoch, step and worker only: a resumed epoch continues with
+        the same batches as an uninterrupted one.
+        """
+        settings, size = self._optimization, self._preprocessor.size
+        shuffled = images.iter_batches(
+            batch_size=settings.batch_size,
+            batch_format="pyarrow",
             drop_last=True,  # all workers take the same number of steps
-            local_shuffle_buffer_size=buffer,
-            local_shuffle_seed=optimization.seed + epoch,
-        ):
-            logits = self._parallel(pixels).logits
-            loss = F.cross_entropy(logits, targets, label_smoothing=optimization.label_smoothing)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self._model.parameters(), optimization.max_grad_norm)
-            self._optimizer.step()
-            self._scheduler.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean().item()
+            local_shuffle_buffer_size=min(settings.shuffle_buffer, _MAX_SHUFFLE_BYTES // (size * size * 3)),
+            local_shuffle_seed=settings.seed + self.epoch,
+        )
+        augmentation = partial(augment, flip=settings.horizontal_flip, shift=settings.max_shift)
+        for step, batch in enumerate(islice(shuffled, self.step, self._steps_per_epoch), self.step):
+            seed = random.Random(f"{settings.seed}:{self.epoch}:{step}:{self._rank}").getrandbits(63)
+            torch.manual_seed(seed)
+            yield self._tensors(batch, augmentation)
+
+    def train_step(self, pixels: Tensor, targets: Tensor) -> None:
+        """Updates the model with normalized pixels (n, 3, size, size) and targets (n,)."""
+        self._model.train()
+        logits = self._parallel(pixels).logits
+        loss = F.cross_entropy(logits, targets, label_smoothing=self._optimization.label_smoothing)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), self._optimization.max_grad_norm)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._loss_sum += loss.detach()
+        self.step += 1
+
+    def finish_epoch(self) -> float:
+        """Starts the next epoch; returns the mean training loss of the finished one."""
+        loss = self.loss
+        self._loss_sum.zero_()
+        self.epoch, self.step = self.epoch + 1, 0
+        return loss
 
     @torch.inference_mode()
-    def evaluate(self, images: ray.data.DataIterator) -> dict[str, float]:
+    def evaluate(self, images: ray.data.Dataset) -> dict[str, float]:
         """Returns loss and top-1 accuracy over all images."""
         self._model.eval()
         loss = correct = count = 0.0
-        for pixels, targets in self._batches(images, 256):
+        for batch in images.iter_batches(batch_size=256, batch_format="pyarrow"):
+            pixels, targets = self._tensors(batch)
             logits = self._model(pixels).logits
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(dim=1) == targets).sum().item()
             count += len(targets)
-        if not count:
-            raise ValueError(
-                "the section validation has no image with a target: check validation.uri and its label field"
-            )
         return {"loss": loss / count, "accuracy": correct / count}
 
-    def save(self, folder: Path, finished_epochs: int) -> None:
-        """Writes the model and the training state after `finished_epochs` epochs."""
+    def save(self, folder: Path) -> None:
+        """Writes the model to a local folder."""
         save_checkpoint(self._model, self._preprocessor, folder)
-        state = {
+
+    def state(self) -> dict[str, Any]:
+        """Returns all that a training needs to continue from the current step."""
+        return {
+            "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
-            "settings": self._settings,
-            "epoch": finished_epochs,
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self._loss_sum.item(),
+            "best": self.best,
         }
-        torch.save(state, folder / _STATE_FILE)
 
-    def load(self, folder: Path) -> int:
-        """Loads the files that `save` wrote; returns the number of finished epochs."""
-        saved = CvtForImageClassification.from_pretrained(folder, dtype=torch.float32)
-        self._model.load_state_dict(saved.state_dict())
-        state = torch.load(folder / _STATE_FILE, weights_only=True, map_location=self._device)
-        if state["settings"] != self._settings:
-            raise ValueError(
-                f"the training of this name was started with {state['settings']}, not {self._settings}: "
-                "use the same settings, or another output.name"
-            )
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continues from a result of `state`."""
+        self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
-        return int(state["epoch"])
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self._loss_sum.fill_(state["loss_sum"])
 
-    def _batches(
-        self,
-        images: ray.data.DataIterator,
-        batch_size: int,
-        augment: Callable[[Tensor], Tensor] = lambda pixels: pixels,
-        **options: Any,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields normalized pixels (n, 3, size, size) in channels-last memory, and targets (n,)."""
+    def _tensors(
+        self, batch: pa.Table, augment: Callable[[Tensor], Tensor] = lambda pixels: pixels
+    ) -> tuple[Tensor, Tensor]:
+        """Returns normalized pixels (n, 3, size, size) in channels-last memory, and targets (n,)."""
         size, device = self._preprocessor.size, self._device
         mean = torch.tensor(self._preprocessor.mean, device=device).view(-1, 1, 1)
         std = torch.tensor(self._preprocessor.std, device=device).view(-1, 1, 1)
-        batches = images.iter_batches(batch_size=batch_size, batch_format="pyarrow", **options)
-        for batch in cast(Iterable[pa.Table], batches):
-            flat = batch["image"].combine_chunks().flatten().to_numpy()
-            pixels = torch.from_numpy(flat.reshape(-1, size, size, 3).copy()).to(device)
-            targets = torch.from_numpy(batch["target"].to_numpy().astype(np.int64)).to(device)
-            augmented = augment(pixels.permute(0, 3, 1, 2))
-            yield (augmented * self._preprocessor.rescale_factor - mean) / std, targets
+        flat = batch["image"].combine_chunks().flatten().to_numpy()
+        pixels = torch.from_numpy(flat.reshape(-1, size, size, 3).copy()).to(device)
+        targets = torch.from_numpy(batch["target"].to_numpy().astype(np.int64)).to(device)
+        augmented = augment(pixels.permute(0, 3, 1, 2))
+        return (augmented * self._preprocessor.rescale_factor - mean) / std, targets
 
 
 def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
@@ -286,14 +404,3 @@ def augment(images: Tensor, *, flip: bool, shift: int) -> Tensor:
     sample = torch.arange(n, device=device).view(-1, 1, 1)
     moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2)
-
-
-def _save_best(result: ray.train.Result, storage: Storage, uri: str) -> TrainResult:
-    """Copies the best checkpoint, without the training state, to the folder `uri`."""
-    assert result.best_checkpoints  # every epoch reports one
-    best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["accuracy"])
-    with best.as_directory() as folder:
-        for file in sorted(Path(folder).iterdir()):
-            if file.name != _STATE_FILE:
-                storage.write(f"{uri}/{file.name}", file.read_bytes())
-    return TrainResult(uri, metrics)

@@ -88,7 +88,7 @@ def main(folder: Path, result: Path) -> None:
             return True
 
         failures = {
-            "decoder": (0.1, lambda: kill_one(raylets, "_decode_block")),
+            "decoder": (0.1, lambda: kill_one(raylets, "decode_block")),
             "classifier": (0.2, lambda: kill_one(raylets, "MapWorker")),
             "node": (0.5, lose_node),
         }

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import re
+import runpy
+import shutil
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
+from PIL import Image
+from ray.util.queue import Queue
+from rich.console import Console
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.errors import CheckpointError
 from cvt.presets import preset_preprocessor
+from jobs.train import ProgressView
 from jobs.train import train as train_command
+from pipeline import open_partition
+from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, load_config
-from pipeline.train.preparation import make_training_model
+from pipeline.dataflow.ray_executor import AttemptLimit
+from pipeline.dataflow.training_images import TrainingImages
+from pipeline.read import ReadOptions, list_input_shards
+from pipeline.storage import Storage, StorageError
+from pipeline.train import train_model
+from pipeline.train.preparation import TrainResult, make_training_model, prepare_training
 from pipeline.train.training import _Trainer, augment, train
-from tests.makers import make_tar
+from tests.command import invoke
+from tests.makers import make_parquet, make_tar
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "fine_tune_then_label.py"
 FASHION_MNIST = Path(__file__).parents[3] / "configs" / "fashion_mnist_train.yaml"
 
 
@@ -39,7 +58,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(shards: Path, output: Path, *overrides: str) -> TrainConfig:
+def config(shards: Path, output: Path | str, *overrides: str) -> TrainConfig:
     return load_config(
         TrainConfig,
         FASHION_MNIST,
@@ -52,52 +71,291 @@ def config(shards: Path, output: Path, *overrides: str) -> TrainConfig:
             "model.new.cvt.depth=[1, 1, 1]",
             "optimization.batch_size=32",
             "optimization.epochs=2",
-            "workers.threads=1",
+            "workers.count=0",
             *overrides,
         ],
     )
 
 
-def test_interrupted_training_resumes_after_the_last_epoch(
-    ray_local: None, shards: Path, tmp_path: Path
-) -> None:
-    seen: list[Mapping[str, float]] = []
-    train(config(shards, tmp_path, "optimization.epochs=1"), seen.append)
-    assert [row["epoch"] for row in seen] == [1]
-    resumed = train(config(shards, tmp_path), seen.append)
-    assert [row["epoch"] for row in seen] == [1, 2]
-    assert resumed.best["accuracy"] == max(row["accuracy"] for row in seen)
-    assert all(0 <= row["accuracy"] <= 1 for row in seen)
+def run(config: TrainConfig, **options: Any) -> TrainResult:
+    return train(prepare_training(config), progress_interval_s=0, **options)
 
-    checkpoint = load_checkpoint(resumed.path)
+
+def solid_png(color: tuple[int, int, int]) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models are faster with one thread, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray cannot start."""
+
+    def refuse(address: str | None) -> NoReturn:
+        raise AssertionError("Ray starts")
+
+    monkeypatch.setattr("pipeline.train.ray_cluster", refuse)
+
+
+class Trained(NamedTuple):
+    result: TrainResult
+    epochs: list[Mapping[str, float]]
+    progress: list[Mapping[str, float]]
+    log: list[str]
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def trained(ray_local: None, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A training of two epochs with six steps each, which was not interrupted."""
+    output, log = tmp_path_factory.mktemp("trained"), logging.getLogger("cvt_label")
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    epochs: list[Mapping[str, float]] = []
+    progress: list[Mapping[str, float]] = []
+    result = run(config(shards, output), on_epoch=epochs.append, on_progress=progress.append)
+    log.removeHandler(handler)
+    return Trained(result, epochs, progress, messages, output)
+
+
+def test_best_model_is_saved_in_the_format_that_labeling_loads(trained: Trained) -> None:
+    checkpoint = load_checkpoint(trained.result.path)
     assert checkpoint.labels == load_checkpoint("fashion-mnist").labels
     assert checkpoint.preprocessor == load_checkpoint("fashion-mnist").preprocessor
-    assert sorted(p.name for p in Path(resumed.path).iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
+    assert trained.result.best["accuracy"] == max(row["accuracy"] for row in trained.epochs)
+    assert all(0 <= row["accuracy"] <= 1 for row in trained.epochs)
+    # The weights last: they alone differ between epochs.
+    files = sorted(Path(trained.result.path).iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    assert {file.name for file in files[:2]} == {"config.json", "preprocessor_config.json"}
+    assert [file.name for file in files[2:]] == ["model.safetensors"]
+    assert not list(trained.output.glob("**/*checkpoint*"))  # nothing of Ray Train
+
+
+def test_progress_has_step_and_remaining_time(trained: Trained) -> None:
+    assert [(row["epoch"], row["step"]) for row in trained.progress] == [
+        (epoch, step) for epoch in (1, 2) for step in range(1, 7)
     ]
+    assert {row["steps"] for row in trained.progress} == {6}
+    assert trained.progress[-1]["remaining_s"] == 0
+    assert all(row["remaining_s"] > 0 and row["images_per_s"] > 0 for row in trained.progress[:-1])
+    assert trained.progress[5]["train_loss"] == pytest.approx(trained.epochs[0]["train_loss"])
 
 
-def test_training_resumes_with_the_same_optimizer_settings_only(shards: Path, tmp_path: Path) -> None:
-    def trainer(*overrides: str) -> _Trainer:
-        settings = config(shards, tmp_path, *overrides)
-        return _Trainer(make_training_model(settings), settings.optimization, 4, torch.device("cpu"))
-
-    trainer().save(tmp_path, finished_epochs=1)
-    assert trainer("optimization.epochs=7").load(tmp_path) == 1
-    with pytest.raises(ValueError, match=r"started with .*'batch_size': 32"):
-        trainer("optimization.batch_size=16").load(tmp_path)
+def test_images_without_use_are_counted_by_reason(trained: Trained) -> None:
+    assert "train: 196 images, 4 without use, unsupported format: 2, no target: 2" in trained.log
+    assert "validation: 98 images, 2 without use, unsupported format: 1, no target: 1" in trained.log
 
 
-def test_unreadable_shard_fails_the_training_and_is_named(
+def test_training_interrupted_within_an_epoch_continues_exactly(
+    trained: Trained, shards: Path, bucket: str
+) -> None:
+    settings = config(shards, bucket, "output.checkpoint_interval_s=1e-6")
+
+    def interrupt(epoch: int, step: int) -> Callable[[Mapping[str, float]], None]:
+        def on_progress(progress: Mapping[str, float]) -> None:
+            steps.append((progress["epoch"], progress["step"]))
+            if steps[-1] == (epoch, step):
+                raise KeyboardInterrupt
+
+        return on_progress
+
+    steps: list[tuple[float, float]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, on_progress=interrupt(2, 2))
+    # The model of the first epoch is complete, although the training is not.
+    assert open_checkpoint(Storage(), settings.model_uri).labels
+    finished, steps = steps[-1], []
+    result = run(settings, on_progress=interrupt(0, 0))
+    assert finished < steps[0] <= (2, 4)  # the state of step 2 or, if its worker was faster, of step 3
+    uninterrupted, resumed = (
+        prepare_training(each).state for each in (config(shards, trained.output), settings)
+    )
+    assert uninterrupted is not None
+    assert resumed is not None
+    torch.testing.assert_close(resumed["model"], uninterrupted["model"], rtol=0, atol=0)
+    expected = {name: trained.result.best[name] for name in ("epoch", "accuracy", "loss")}
+    assert {name: result.best[name] for name in expected} == expected
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_finished_training_ends_at_once(trained: Trained, shards: Path) -> None:
+    assert train_model(config(shards, trained.output)) == trained.result
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("model.new.cvt.depth=[1, 2, 1]", "model.depth was [1, 1, 1], and is now [1, 2, 1]"),
+        ("model.new.preprocessor.crop_pct=0.5", "preprocessor.crop_pct was 1.0, and is now 0.5"),
+        ("optimization.batch_size=16", "count * optimization.batch_size was 32, and is now 16"),
+        ("optimization.seed=1", "optimization.seed was 0, and is now 1"),
+        ("train.uri={shards}/validation", 'train.shards was "2 with digest'),
+    ],
+)
+def test_other_training_in_the_same_output_is_refused(
+    trained: Trained, shards: Path, override: str, difference: str
+) -> None:
+    other = config(shards, trained.output, "optimization.epochs=3", override.format(shards=shards))
+    with pytest.raises(ConfigError, match=re.escape(difference)) as refused:
+        train_model(other)
+    assert f"cannot resume the training in {trained.output}/fashion-mnist" in str(refused.value)
+    assert "set another output.name" in str(refused.value)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_changed_shard_is_another_dataset(trained: Trained, shards: Path, tmp_path: Path) -> None:
+    content = (shards / "train" / "1.tar").read_bytes()
+    original = (shards / "train" / "1.tar").stat()
+    (shards / "train" / "1.tar").write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r'train\.shards was "2 with digest \w+", and is now "2 with digest \w+"'
+    ):
+        train_model(config(shards, trained.output))
+    os.utime(shards / "train" / "1.tar", ns=(original.st_atime_ns, original.st_mtime_ns))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_output_with_a_model_but_no_state_is_refused(trained: Trained, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained.result.path, tmp_path / "fashion-mnist" / "model")
+    with pytest.raises(ConfigError, match="the state is missing"):
+        train_model(config(shards, tmp_path))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_damaged_state_is_named(trained: Trained, shards: Path, tmp_path: Path) -> None:
+    settings = config(shards, tmp_path)
+    (tmp_path / "fashion-mnist").mkdir()
+    state = Path(config(shards, trained.output).state_uri).read_bytes()
+    for content in (b"", b"no state", state[: len(state) // 2]):
+        Path(settings.state_uri).write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"state\.pt: not the state of a training"):
+            train_model(settings)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_command_refuses_another_training_with_status_2(trained: Trained, shards: Path) -> None:
+    settings = config(shards, trained.output, "optimization.seed=1")
+    file = trained.output / "train.yaml"
+    file.write_text(settings.model_dump_json())
+    output = invoke(train_command, "--config", file, status=2).output
+    assert "optimization.seed was 0, and is now 1" in output
+    finished = invoke(train_command, "--config", file, "--set", "optimization.seed=0").output
+    assert finished.startswith(f"best: epoch {trained.result.best['epoch']}, accuracy ")
+
+
+@pytest.mark.parametrize(("cache", "block_images"), [(True, 10), (False, 100)])
+def test_seed_and_epoch_determine_a_mixed_order_of_all_images(
+    ray_local: None, tmp_path: Path, cache: bool, block_images: int
+) -> None:
+    """Each of ten shards has 50 images of one class; the color of an image is its number."""
+    for shard in range(10):
+        colors = [(number % 256, number // 256, 0) for number in range(shard * 50, shard * 50 + 50)]
+        columns = {"image": [solid_png(color) for color in colors], "label": [shard] * 50}
+        (tmp_path / f"{shard}.parquet").write_bytes(make_parquet(columns))
+    settings = config(
+        tmp_path,
+        tmp_path,
+        f"train.uri={tmp_path}",
+        "train.label_column=label",
+        "model.new.preprocessor.image_mean=[0, 0, 0]",
+        "model.new.preprocessor.image_std=[1, 1, 1]",
+        "model.new.preprocessor.size.shortest_edge=16",
+        "optimization.batch_size=25",
+        "optimization.shuffle_buffer=100",
+    )
+    model = make_training_model(settings)
+    shards = list_input_shards(Storage(), settings.train, "train.uri")
+    options = ReadOptions.from_config(settings.train, model.model.config.id2label.values())
+    queue, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(1)
+    images = TrainingImages(shards, Storage(), options, model.preprocessor, 1000, limit, queue, block_images)
+    assert images.load(cache) == []
+    assert (images.usable, images.skipped.total()) == (500, 0)
+
+    def numbers(epoch: int, step: int = 0) -> np.ndarray:
+        trainer = _Trainer(model, settings.optimization, 20, torch.device("cpu"))
+        trainer.epoch, trainer.step = epoch, step
+        batches = trainer.batches(images.dataset(f"0:{epoch}"))
+        colors = torch.cat([(pixels[:, :, 8, 8] * 255).round().long() for pixels, _ in batches])
+        return (colors @ torch.tensor([1, 256, 0])).numpy()
+
+    first, second = numbers(0), numbers(1)
+    assert sorted(first) == sorted(second) == list(range(500))
+    assert (first != second).mean() > 0.9
+    assert np.array_equal(numbers(0, step=7), first[7 * 25 :])  # as a resumed training reads them
+    classes = [np.bincount(batch // 50, minlength=10) for batch in first.reshape(20, 25)]
+    assert np.mean([np.count_nonzero(counts) for counts in classes]) > 5
+    assert max(counts.max() for counts in classes) < 18
+
+
+def test_two_workers_train_on_equal_parts(ray_local: None, shards: Path, tmp_path: Path) -> None:
+    epochs: list[Mapping[str, float]] = []
+    progress: list[Mapping[str, float]] = []
+    settings = config(shards, tmp_path, "workers.count=2", "optimization.epochs=1")
+    result = run(settings, on_epoch=epochs.append, on_progress=progress.append)
+    assert [row["epoch"] for row in epochs] == [1]
+    assert {row["steps"] for row in progress} == {3}
+    assert result.best == epochs[0]
+    assert load_checkpoint(result.path).labels
+
+
+def test_training_without_usable_targets_ends_with_the_reasons(
+    ray_local: None, shards: Path, tmp_path: Path
+) -> None:
+    reasons = "196 images, 176 without use, target is no class: 172, unsupported format: 2, no target: 2"
+    with pytest.raises(ConfigError, match=f"{reasons}; the limit is 50%"):
+        run(config(shards, tmp_path, "model.new.labels=[cat]"))
+
+
+def test_unreadable_shards_fail_the_training_and_are_named(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "train").mkdir()
     complete = (shards / "train" / "0.tar").read_bytes()
-    (tmp_path / "train" / "truncated.tar").write_bytes(complete[: len(complete) // 2])
-    with pytest.raises(Exception, match=r"truncated\.tar"):
-        train(config(shards, tmp_path / "runs", f"train.uri={tmp_path}/train"), lambda _: None)
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / "train" / name).write_bytes(complete[: len(complete) // 2])
+    with pytest.raises(StorageError, match=r"2 shards cannot be read to the end: .*a\.tar.*b\.tar"):
+        run(config(shards, tmp_path / "runs", f"train.uri={tmp_path}/train"))
+
+
+def test_output_that_cannot_be_written_ends_the_training(
+    ray_local: None, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(StorageError, match="runs"):
+        run(config(shards, tmp_path / "runs"))
+
+
+def test_progress_is_logged_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cvt_label")
+    progress = {"epoch": 2, "step": 30, "steps": 120, "train_loss": 0.5}
+    with ProgressView(3, interval=0) as view:
+        view.show({**progress, "images_per_s": 1234.5, "remaining_s": 192.4})
+    assert caplog.messages == [
+        "epoch 2/3, step 30/120, train loss 0.5000, 1,234.5 images/s, remaining 0:03:12"
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr("jobs.console.stderr", Console(file=file, force_terminal=True, width=160))
+    progress = {"epoch": 2, "step": 30, "steps": 120, "train_loss": 0.5}
+    with ProgressView(3) as view:
+        view.show({**progress, "images_per_s": 9, "remaining_s": 5})
+    assert "epoch 2/3, step 30/120, train loss 0.5000, 9.0 images/s, remaining 0:00:05" in file.getvalue()
+    assert view.tasks[0].percentage == pytest.approx(100 * (120 + 30) / 360)
 
 
 def test_fine_tuning_replaces_the_classifier_for_other_labels(shards: Path, tmp_path: Path) -> None:
@@ -154,10 +412,9 @@ def test_training_without_ray_train_names_the_extra(
     monkeypatch.delattr("pipeline.train.training")
     monkeypatch.delitem(sys.modules, "pipeline.train.training")
     monkeypatch.setattr("pipeline.train.ray_cluster", lambda address: nullcontext())
-    app = typer.Typer()
-    app.command()(train_command)
-    done = CliRunner().invoke(app, ["--config", str(FASHION_MNIST)])
-    assert done.exit_code == 2
+    file = tmp_path / "train.yaml"
+    file.write_text(config(shards, tmp_path).model_dump_json())
+    done = invoke(train_command, "--config", file, status=2)
     assert "pip install 'cvt-label[train]'" in done.output
 
 
@@ -178,3 +435,18 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
 def test_images_do_not_change_without_augmentation() -> None:
     image = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
     assert torch.equal(augment(image, flip=False, shift=0), image)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_example_labels_with_the_classes_that_it_trained(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = [f"class {i}" for i in range(10)]
+    folders = [str(shards / name) for name in ("train", "validation", "validation")]
+    options = ["--classes", *classes, "--epochs", "2", "--batch-size", "8"]
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *folders, str(tmp_path), *options])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == ["epoch 1", "epoch 2", "model"]
+    assert lines[-1].startswith("labels of 98 images: ")
+    assert open_partition(lines[-1].partition(": ")[2]).labels == classes
