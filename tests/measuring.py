@@ -33,7 +33,7 @@ class Measured(NamedTuple):
     exit_code: int | None
 
 
-def measure(function: Callable[..., Any], *arguments: Any, limit_s: float = 20, **options: Any) -> Measured:
+def measure(function: Callable[..., Any], *arguments: Any, limit_s: float = 60, **options: Any) -> Measured:
     """Calls a function in a child process that has imported everything, and measures the call.
 
     Args:

@@ -397,7 +397,14 @@ def test_fingerprint_depends_on_settings_and_checkpoint_only(tmp_path: Path) -> 
 
 def test_label_settings_exclude_locations_and_resources(tmp_path: Path) -> None:
     settings = load_config(Config, write(tmp_path, MINIMAL)).label_settings
-    for unrelated in ("input.uri=/in", "output.uri=/out", "classify.batch_size=3", "classify.device=cpu"):
+    limits = ("decode.timeout_s=3", "classify.timeout_s=3")
+    for unrelated in (
+        "input.uri=/in",
+        "output.uri=/out",
+        "classify.batch_size=3",
+        "classify.device=cpu",
+        *limits,
+    ):
         assert load_config(Config, write(tmp_path, MINIMAL), [unrelated]).label_settings == settings
     for related in ("output.topk=3", "model.precision=bf16", "decode.quality=fast", "input.labels=false"):
         assert load_config(Config, write(tmp_path, MINIMAL), [related]).label_settings != settings
