@@ -10,14 +10,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, create_model
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from cvt.errors import describe_validation_error
 
-Counts = Sequence[PositiveInt]
-Paddings = Sequence[NonNegativeInt]
+#: Limits far above the published models: CvT-W24 has 24 layers, with a width of up to 1,024.
+_MAX_LAYERS = 256
+Width = Annotated[int, Field(gt=0, le=16_384)]
+Counts = Sequence[Annotated[int, Field(gt=0, le=256)]]
+Paddings = Sequence[Annotated[int, Field(ge=0, le=256)]]
 Rates = Sequence[Annotated[float, Field(ge=0, lt=1)]]
-Ratios = Sequence[Annotated[float, Field(gt=0)]]
+Ratios = Sequence[Annotated[float, Field(gt=0, le=64)]]
 Methods = Sequence[Literal["dw_bn", "avg", "linear"]]
 
 
@@ -52,11 +55,11 @@ class Architecture:
         ValueError: the fields do not describe a valid model. The message names the field and the reason.
     """
 
-    num_channels: PositiveInt = 3
+    num_channels: Width = 3
     patch_sizes: Counts = (7, 3, 3)
     patch_stride: Counts = (4, 2, 2)
     patch_padding: Paddings = (2, 1, 1)
-    embed_dim: Annotated[Counts, Field(min_length=1)] = (64, 192, 384)
+    embed_dim: Annotated[Sequence[Width], Field(min_length=1)] = (64, 192, 384)
     num_heads: Counts = (1, 3, 6)
     depth: Counts = (1, 2, 10)
     mlp_ratio: Ratios = (4.0, 4.0, 4.0)
@@ -122,6 +125,8 @@ def check_architecture(config: Any) -> None:
                 f"CvtConfig: {name} has {len(entries)} entries and embed_dim has {stages};"
                 " both need one entry per stage"
             )
+    if sum(config.depth) > _MAX_LAYERS:
+        raise ValueError(f"CvtConfig: depth has {sum(config.depth)} layers in all, more than {_MAX_LAYERS}")
     for stage in range(stages):
         _check_stage(config, stage)
 
@@ -154,3 +159,13 @@ def _check_stage(config: Any, i: int) -> None:
             f"CvtConfig: padding_kv[{i}] ({config.padding_kv[i]}) must be at most half of"
             f" kernel_qkv[{i}] ({kernel}) for average pooling"
         )
+
+
+def transformers_problem(config: Any) -> str | None:
+    """Returns why transformers cannot load a model, or computes other logits. None: it does neither."""
+    for i, layers in enumerate(config.depth):
+        if layers <= i:
+            return f"transformers cannot load this model: its CvT needs depth[{i}] > {i}, not {layers}"
+    if config.hidden_act != "gelu":
+        return "transformers computes other logits for this model: its CvT ignores hidden_act, and uses GELU"
+    return None

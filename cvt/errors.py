@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pydantic import ValidationError
+
+#: Maximum size of a JSON file and of class names. The config.json of a model for ImageNet-22k has 2 MB.
+MAX_TEXT_BYTES = 8 * 1024**2
 
 
 class CheckpointError(ValueError):
@@ -17,8 +21,8 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def checkpoint_errors(where: object) -> Iterator[None]:
-    """Converts any exception in the block to a CheckpointError whose message starts with `where`.
+def checkpoint_errors(where: object, remedy: str = "") -> Iterator[None]:
+    """Converts any exception in the block to a CheckpointError: `where`, the cause, and `remedy`.
 
     Checkpoint files may be damaged in any way, and the libraries that read them have no common exception
     class.
@@ -30,7 +34,17 @@ def checkpoint_errors(where: object) -> Iterator[None]:
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) else None  # `where` has the file name
         cause = " ".join((reason or str(error)).split())[:500] or type(error).__name__
-        raise CheckpointError(f"{where}: {cause}") from error
+        is_damage = not (isinstance(error, OSError) and error.filename)  # a missing file has a name
+        raise CheckpointError(f"{where}: {cause}{remedy if is_damage else ''}") from error
+
+
+def read_text_bytes(file: Path) -> bytes:
+    """Reads a JSON file or class names. Raises `CheckpointError` over `MAX_TEXT_BYTES`."""
+    with file.open("rb") as stream:
+        content = stream.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise CheckpointError(f"the file has more than {MAX_TEXT_BYTES:,} bytes")
+    return content
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from cvt.errors import CheckpointError, checkpoint_errors, describe_validation_error
+from cvt.errors import CheckpointError, checkpoint_errors, describe_validation_error, read_text_bytes
 
 FILE_NAME = "preprocessor_config.json"
 
@@ -53,6 +53,9 @@ def _per_channel(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else [value] * 3
 
 
+#: Limits on the memory for one image: 12 MiB after the crop, and on a GPU 100 times as much before the crop.
+_MAX_SIZE, _MIN_CROP_PCT = 2048, 0.1
+
 _Positive = Annotated[float, Field(gt=0)]
 _CHANNELS = (Field(min_length=3, max_length=3), BeforeValidator(_per_channel))
 
@@ -65,10 +68,10 @@ class _File(BaseModel):
     image_processor_type: _Type | None = None
     feature_extractor_type: _Type | None = None
     do_resize: Literal[True] = True
-    size: Annotated[int, Field(gt=0), BeforeValidator(_shortest_edge)] = 384
+    size: Annotated[int, Field(gt=0, le=_MAX_SIZE), BeforeValidator(_shortest_edge)] = 384
     default_to_square: Literal[False] | None = None
     do_center_crop: Literal[False] | None = None
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 224 / 256
+    crop_pct: Annotated[float, Field(ge=_MIN_CROP_PCT, le=1)] = 224 / 256
     resample: int = Image.Resampling.BICUBIC.value
     do_rescale: bool = True
     rescale_factor: _Positive = 1 / 255
@@ -140,7 +143,7 @@ class Preprocessor:
         """
         file = folder / FILE_NAME
         with checkpoint_errors(f"{file}: cannot be read as JSON"):
-            config = json.loads(file.read_bytes())
+            config = json.loads(read_text_bytes(file))
         if not isinstance(config, dict):
             raise CheckpointError(f"{file}: not a JSON object")
         return cls.from_dict(config, str(file))

@@ -33,6 +33,14 @@ def convert(
         Literal["224", "384"] | None,
         typer.Option("--size", help="Image size in pixels. Default: the size of the checkpoint."),
     ] = None,
+    activation: Annotated[
+        Literal["gelu", "quick_gelu"] | None,
+        typer.Option(
+            "--activation",
+            help="Activation. Microsoft's code has quick_gelu. Default: the checkpoint's, and gelu "
+            "for a Microsoft file.",
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint to the Hugging Face or Microsoft layout.
 
@@ -45,13 +53,19 @@ def convert(
     # Importing PyTorch takes seconds. --help and usage errors do not need PyTorch.
     import torch
 
+    from cvt.architecture import transformers_problem
     from cvt.checkpoints import save_checkpoint
     from cvt.checkpoints.microsoft import image_size, microsoft_weights
     from pipeline.classify.checkpoint import open_checkpoint
     from pipeline.storage import Storage
 
     _check_target(target, to)
+    if activation is not None and to == "microsoft":
+        raise typer.BadParameter("a Microsoft file does not store it", param_hint="--activation")
     checkpoint = open_checkpoint(Storage(), source, labels=labels)
+    config = checkpoint.model.config
+    if activation is not None:
+        config.hidden_act = activation
     preprocessor = checkpoint.preprocessor
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
@@ -66,11 +80,17 @@ def convert(
         written.rename(target)
     classes = pluralize(len(checkpoint.labels), "class")
     console.print_line(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
+    if (problem := transformers_problem(config)) and to == "hugging-face":
+        console.print_notice(f"cvt-label: {problem}")
     # A .pth file has no preprocessing: `load_checkpoint` infers the image size from the file name.
-    if to == "microsoft" and image_size(target.name) != preprocessor.size:
-        pixels = image_size(target.name)
+    pixels, _ = image_size(target.name, config)
+    if to == "microsoft" and pixels != preprocessor.size:
         console.print_notice(
             f"cvt-label: {target.name} will load with an image size of {pixels} pixels, because of its name"
+        )
+    if to == "microsoft" and config.hidden_act != "gelu":
+        console.print_notice(
+            f"cvt-label: {target.name} will load with GELU: it does not store the activation"
         )
 
 

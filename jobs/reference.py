@@ -9,8 +9,11 @@ from dataclasses import asdict
 import numpy as np
 import torch
 import transformers
+from transformers.activations import QuickGELUActivation
 
+from cvt.architecture import transformers_problem
 from cvt.checkpoints import Checkpoint
+from cvt.errors import CheckpointError
 from cvt.inference.engine import PRECISIONS
 from cvt.modeling import CvtForImageClassification
 from cvt.network import CvtClassifier
@@ -82,12 +85,23 @@ def transformers_classifier(
     """Returns a function that classifies images with transformers' model.
 
     The function takes uint8 images (n, size, size, 3) and returns float32 logits (n, classes).
+
+    Raises:
+        CheckpointError: transformers cannot load the model.
     """
     dtype, preprocessor = PRECISIONS[precision], checkpoint.preprocessor
     fields = asdict(checkpoint.model.config)
-    model = transformers.CvtForImageClassification(
-        transformers.CvtConfig(**fields, num_labels=len(checkpoint.labels))
-    )
+    try:
+        model = transformers.CvtForImageClassification(
+            transformers.CvtConfig(**fields, num_labels=len(checkpoint.labels))
+        )
+    except IndexError:
+        problem = transformers_problem(checkpoint.model.config)
+        raise CheckpointError(f"model {checkpoint.name!r}: nothing to compare with: {problem}") from None
+    if checkpoint.model.config.hidden_act == "quick_gelu":  # which transformers' CvT ignores
+        for module in model.modules():
+            if hasattr(module, "activation"):
+                module.activation = QuickGELUActivation()
     model.load_state_dict(checkpoint.model.state_dict())
     model = model.to(device, dtype).eval()
     forward = torch.compile(model, dynamic=False) if compiled else model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from cvt.checkpoints.weights import (
     read_file,
     read_folder,
 )
-from cvt.errors import CheckpointError, checkpoint_errors
+from cvt.errors import CheckpointError, checkpoint_errors, read_text_bytes
 from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_preprocessor
@@ -39,6 +40,16 @@ if TYPE_CHECKING:
 
 #: Folders of the checkpoints in this package, by name.
 BUNDLED = {"fashion-mnist": Path(__file__).parents[1] / "bundled" / "fashion-mnist"}
+
+logger = logging.getLogger("cvt_label")
+
+#: Limits on the classes, and on the length of a name in UTF-8, since every row has one.
+_MAX_CLASSES, _MAX_NAME_BYTES = 100_000, 1024
+
+#: Maximum number of values in a layer for one image. CvT-W24 has 7 million.
+_MAX_VALUES = 2**28
+
+_PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 
@@ -55,6 +66,7 @@ class Checkpoint:
         digest: hexadecimal SHA-256 of weights, architecture, labels and preprocessing. The digest does not
             depend on the layout of the files.
         commit: commit of a model from the Hugging Face hub, or None.
+        problem_type: the field of config.json, None for a model that chooses one of several classes.
     """
 
     name: str
@@ -63,11 +75,24 @@ class Checkpoint:
     preprocessor: Preprocessor
     digest: str
     commit: str | None = None
+    problem_type: str | None = None
 
     @property
     def embedding_width(self) -> int:
         """Number of values in an embedding."""
         return self.model.config.embed_dim[-1]
+
+    def check_single_label(self) -> None:
+        """Checks that softmax gives the scores of the classes.
+
+        Raises:
+            CheckpointError: transformers scores the model by a sigmoid for each class, or not at all.
+        """
+        if self.problem_type is not None or len(self.labels) < 2:
+            problem = "it has one class" if len(self.labels) < 2 else f"problem_type is {self.problem_type!r}"
+            raise CheckpointError(
+                f"model {self.name!r}: {problem}. Labeling needs a model that chooses one of several classes"
+            )
 
     def to_transformers(self) -> CvtForImageClassification:
         """Returns a copy of the model as a class of transformers, for training and saving."""
@@ -76,7 +101,9 @@ class Checkpoint:
 
         with torch.device("meta"):  # skips random initialization, which takes longer than loading
             model = CvtForImageClassification(
-                CvtConfig(**asdict(self.model.config), **label_fields(self.labels))
+                CvtConfig(
+                    **asdict(self.model.config), **label_fields(self.labels), problem_type=self.problem_type
+                )
             )
         model.to_empty(device="cpu").load_state_dict(self.model.state_dict())
         model.eval()
@@ -93,6 +120,7 @@ class _Parts:
     weights: Mapping[str, Tensor]
     preprocessor: Preprocessor
     commit: str | None = None
+    problem_type: str | None = None
 
 
 def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
@@ -105,8 +133,7 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
             - a local folder with config.json, preprocessor_config.json and weights (safetensors, else
               PyTorch, else TensorFlow)
             - a local TensorFlow file (.h5) with both JSON files next to it
-            - a local Microsoft file (.pth or .pt), with an image size of 384 pixels if its name contains
-              `-384x384-`, else 224
+            - a local Microsoft file (.pth or .pt); see `microsoft.image_size` for its image size
             - a Hugging Face hub id, or `id@revision`
         revision: branch, tag or commit of a hub id.
         labels: local file of class names, which replace the names in the checkpoint; see `read_labels`.
@@ -123,10 +150,11 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
                     f"labels {labels}: number of names: {len(names)}, number of classes of the model: {count}"
                 )
             parts = replace(parts, labels=tuple(names))
+        _check_image_size(parts.architecture, parts.preprocessor.size)
         model = _make_model(parts)
     name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
-    digest = _digest(model, parts.labels, parts.preprocessor)
-    return Checkpoint(name, model, parts.labels, parts.preprocessor, digest, parts.commit)
+    digest = _digest(model, parts)
+    return Checkpoint(name, model, parts.labels, parts.preprocessor, digest, parts.commit, parts.problem_type)
 
 
 def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
@@ -154,17 +182,31 @@ def read_labels(file: Path) -> list[str]:
         CheckpointError: the file cannot be read or has other content. The message names the file.
     """
     with checkpoint_errors(f"labels {file}"):
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text_bytes(file).decode("utf-8-sig")
         is_json = file.suffix.lower() == ".json"
-        names = json.loads(text) if is_json else text.removesuffix("\n").split("\n")
-        if isinstance(names, dict):
-            names = [names.get(str(i)) for i in range(len(names))]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise CheckpointError("expected a list of names, or an object from class id (0, 1, ...) to name")
+        names = _check_names(json.loads(text) if is_json else text.removesuffix("\n").split("\n"))
         for i, name in enumerate(names):
             if not name.strip():
                 raise CheckpointError(f"the name of class {i} is empty")
     return names
+
+
+def _check_names(names: Any) -> list[str]:
+    """Checks class names in a list, or in an object from class id to name."""
+    if isinstance(names, dict):
+        names = [names.get(str(i)) for i in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("expected a list of names, or an object from class id (0, 1, ...) to name")
+    _check_count(len(names))
+    for i, name in enumerate(names):
+        if len(name.encode()) > _MAX_NAME_BYTES:
+            raise CheckpointError(f"the name of class {i} has more than {_MAX_NAME_BYTES:,} bytes")
+    return names
+
+
+def _check_count(classes: Any) -> None:
+    if not isinstance(classes, int) or not 0 < classes <= _MAX_CLASSES:
+        raise CheckpointError(f"the number of classes is {classes!r}, not 1 to {_MAX_CLASSES:,}")
 
 
 def _read(path: str, revision: str | None) -> _Parts:
@@ -237,14 +279,18 @@ def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError("the folder has no config.json")
     with checkpoint_errors(CONFIG_FILE):
-        fields = json.loads((folder / CONFIG_FILE).read_bytes())
+        fields = json.loads(read_text_bytes(folder / CONFIG_FILE))
         kind = fields.get("model_type") if isinstance(fields, dict) else None
         if kind != "cvt":
             raise CheckpointError(f"model_type is {kind!r}, not 'cvt'")
         architecture, labels = Architecture.from_dict(fields), _class_names(fields)
+        if (problem_type := fields.get("problem_type")) not in _PROBLEM_TYPES:
+            raise CheckpointError(f"problem_type is {problem_type!r}, not one of {_PROBLEM_TYPES[1:]}")
     weights = read_folder(folder) if weights_file is None else read_file(weights_file)
     preprocessor = Preprocessor.from_folder(folder)
-    return _Parts(name, architecture, labels, weights, preprocessor)
+    if problem_type == "single_label_classification":
+        problem_type = None
+    return _Parts(name, architecture, labels, weights, preprocessor, problem_type=problem_type)
 
 
 def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -252,15 +298,13 @@ def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
     names = fields.get("id2label")
     if names is None:
         return default_labels(fields.get("num_labels", 2))
-    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
-        raise CheckpointError("id2label must have the class ids 0, 1, ... without gaps")
-    if not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError("id2label must have a name for each class id")
-    return tuple(names[str(i)] for i in range(len(names)))
+    with checkpoint_errors("id2label"):
+        return tuple(_check_names(names))
 
 
 def default_labels(count: int) -> tuple[str, ...]:
     """Returns the names that transformers gives to classes without names."""
+    _check_count(count)
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
@@ -273,8 +317,25 @@ def _read_microsoft(file: Path) -> _Parts:
     weights = read_file(file)
     with checkpoint_errors(file.name):
         architecture = microsoft.infer_architecture(weights)
-    preprocessor = preset_preprocessor(microsoft.image_size(file.name))
-    return _Parts(file.stem, architecture, default_labels(len(weights["head.weight"])), weights, preprocessor)
+        labels = default_labels(len(weights["head.weight"]))
+    size, is_certain = microsoft.image_size(file.name, architecture)
+    if not is_certain:
+        cause = "the file name does not state one (224x224 or 384x384); to set it: cvt-label convert --size"
+        logger.warning("%s: assuming an image size of %d pixels, because %s", file.name, size, cause)
+    return _Parts(file.stem, architecture, labels, weights, preset_preprocessor(size))
+
+
+def _check_image_size(architecture: Architecture, size: int) -> None:
+    """Checks that an image has tokens in each stage, and that their values fit into memory."""
+    side = size
+    for i, width in enumerate(architecture.embed_dim):
+        last = side + 2 * architecture.patch_padding[i] - architecture.patch_sizes[i]
+        side = max(0, last // architecture.patch_stride[i] + 1)
+        if not 0 < side**2 * width * max(1, architecture.mlp_ratio[i]) <= _MAX_VALUES:
+            raise CheckpointError(
+                f"size in preprocessor_config.json ({size}) does not fit the architecture in config.json:"
+                f" stage {i} has {side} x {side} tokens of width {width}"
+            )
 
 
 def _make_model(parts: _Parts) -> CvtClassifier:
@@ -292,15 +353,17 @@ def _make_model(parts: _Parts) -> CvtClassifier:
     return CvtClassifier.of_weights(parts.architecture, len(parts.labels), weights | counters)
 
 
-def _digest(model: CvtClassifier, labels: Sequence[str], preprocessor: Preprocessor) -> str:
+def _digest(model: CvtClassifier, parts: _Parts) -> str:
     architecture = asdict(model.config)
     if architecture["hidden_act"] == "gelu":  # transformers has no other, and its files lack the field
         del architecture["hidden_act"]
     content: dict[str, Any] = {
         "architecture": architecture,
-        "labels": dict(enumerate(labels)),
-        "preprocessing": preprocessor.to_dict(),
+        "labels": dict(enumerate(parts.labels)),
+        "preprocessing": parts.preprocessor.to_dict(),
     }
+    if parts.problem_type is not None:
+        content["problem_type"] = parts.problem_type
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_floating_point():

@@ -1,19 +1,31 @@
 """Converts weight names of Microsoft's checkpoints (https://github.com/microsoft/CvT).
 
 `cvt.checkpoints.weights` reads the files. Microsoft's code uses QuickGELU. transformers and this package use
-the exact GELU. The logits of the same weights therefore differ slightly.
+the exact GELU, unless `hidden_act` in config.json is "quick_gelu". `cvt-label convert` sets this field.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
 from cvt.architecture import Architecture
 from cvt.errors import CheckpointError
 from cvt.presets import PRESETS
+
+logger = logging.getLogger("cvt_label")
+
+#: Keys of weights in the files of training scripts, in order of precedence; the first two are no EMA.
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_PLAIN = _WRAPPERS[:2]
+
+#: Prefixes of DataParallel, torch.compile, Lightning and averages of weights.
+_EMA_PREFIXES = ("ema.", "ema_model.", "model_ema.")
+_PREFIX = re.compile(r"(module|_orig_mod|model|ema|ema_model|model_ema)\.")
 
 #: Patterns in transformers' names, and their replacements in Microsoft's names.
 _PARTS = {
@@ -58,12 +70,26 @@ def rename_weights(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[s
     return {names.get(key, key): tensor for key, tensor in weights.items()}
 
 
-def unwrap_weights(content: Mapping[str, object]) -> Mapping[str, object]:
-    """Removes the wrapper of a training script, and the prefix of DataParallel, from weights."""
-    wrapped = (content.get("state_dict"), content.get("model"))
-    weights = next((inner for inner in wrapped if isinstance(inner, Mapping)), content)
-    if weights and all(str(key).startswith("module.") for key in weights):
-        weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
+def unwrap_weights(content: Mapping[str, object], file: str) -> dict[str, object]:
+    """Removes the wrapper of a training script, and the prefixes that modules add to names.
+
+    Logs a warning with the name of the file if `content` has weights and their exponential moving average
+    (EMA).
+
+    Returns:
+        The plain weights, or the EMA if there are no others.
+    """
+    wrappers = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    used, weights = "the other weights", content
+    if wrappers:
+        used, weights = wrappers[0], cast(Mapping[str, object], content[wrappers[0]])
+    weights = {str(key): value for key, value in weights.items() if key != "n_averaged"}
+    plain = {key: value for key, value in weights.items() if not key.startswith(_EMA_PREFIXES)}
+    if 0 < len(plain) < len(weights) or (used in _PLAIN and any(key not in _PLAIN for key in wrappers)):
+        logger.warning("%s has weights and their moving average (EMA): loading %s, not the EMA", file, used)
+    weights = plain or weights
+    while weights and (match := _PREFIX.match(min(weights))) and all(k.startswith(match[0]) for k in weights):
+        weights = {key.removeprefix(match[0]): value for key, value in weights.items()}
     return weights
 
 
@@ -88,6 +114,13 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture:
     raise CheckpointError(f"no published variant of CvT has embed_dim {embed_dim} and depth {depth}")
 
 
-def image_size(file_name: str) -> int:
-    """Returns the image size in pixels of a published checkpoint, from its file name."""
-    return 384 if "-384x384-" in file_name else 224
+def image_size(file_name: str, config: Architecture) -> tuple[int, bool]:
+    """Infers the image size of a published checkpoint.
+
+    Returns:
+        The size in pixels, and whether the size is certain: 384 for CvT-W24, else the size in the file name.
+    """
+    is_w24 = list(config.embed_dim) == PRESETS["cvt-w24"]["embed_dim"]
+    named = {size for size in (224, 384) if re.search(rf"{size}x{size}|[_-]{size}(?!\d)", file_name)}
+    size = 384 if is_w24 or 384 in named else 224
+    return size, named == {size} or (is_w24 and not named)

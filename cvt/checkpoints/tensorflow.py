@@ -10,6 +10,7 @@ epsilon of 1e-5 in all norms (transformers 4.57, `models/cvt/modeling_tf_cvt.py`
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ except ModuleNotFoundError as error:
 
 #: Name of the class token. Its dataset is not in a nested group.
 _CLS_TOKEN = "cvt.encoder.stages.2.cls_token"
+
+#: Maximum number of groups and datasets. A file for CvT-W24 has about 1,500.
+_MAX_OBJECTS = 20_000
 
 #: Last parts of names in Keras that differ from PyTorch.
 _LEAVES = {
@@ -56,9 +60,20 @@ def read_h5(path: Path) -> dict[str, Tensor]:
         OSError: the file cannot be read as HDF5.
     """
     datasets: dict[str, np.ndarray] = {}
+    remaining, objects = path.stat().st_size, itertools.count(1)
 
     def visit(name: str, value: object) -> None:
+        nonlocal remaining
+        if next(objects) > _MAX_OBJECTS:
+            raise CheckpointError(f"the file has more than {_MAX_OBJECTS:,} groups and datasets")
         if isinstance(value, h5py.Dataset):
+            remaining -= value.nbytes
+            is_part_of_file = value.id.get_storage_size() >= value.nbytes and not value.external
+            if remaining < 0 or value.chunks or not is_part_of_file:
+                raise CheckpointError(
+                    f"{name}: the file does not contain the {value.nbytes:,} bytes of this dataset: write it"
+                    " without compression, chunks and references to other data"
+                )
             datasets[name] = np.asarray(value[()])
 
     with h5py.File(path, "r") as file:

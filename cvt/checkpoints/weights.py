@@ -1,24 +1,20 @@
 """Reads weights from safetensors, PyTorch and TensorFlow files, single or sharded, and checks them.
 
-PyTorch files are loaded with `weights_only=True`. Tensors may be views of a memory-mapped file: copy tensors
-that must not change. `cvt.checkpoints.checkpoint` creates the model.
+All tensors of a file together are never larger than the file. They may be views of a memory-mapped file: copy
+tensors that must not change. `cvt.checkpoints.checkpoint` creates the model.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from cvt.checkpoints.microsoft import unwrap_weights
-from cvt.errors import CheckpointError, checkpoint_errors, join_keys
+from cvt.checkpoints.pytorch import read_pytorch
+from cvt.errors import MAX_TEXT_BYTES, CheckpointError, checkpoint_errors, join_keys, read_text_bytes
 from cvt.preprocessing import FILE_NAME
 
 _INDEX = ".index.json"
@@ -74,11 +70,11 @@ def read_file(file: Path) -> dict[str, Tensor]:
         CheckpointError: the file cannot be read or has other content. The message names the file.
     """
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-        ".safetensors": safetensors.torch.load_file,
+        ".safetensors": _read_safetensors,
         TENSORFLOW_SUFFIX: _read_tensorflow,
     }
-    with checkpoint_errors(file):
-        return readers.get(file.suffix, _read_pytorch)(file)
+    with checkpoint_errors(file, "; the file is damaged or incomplete: copy it again"):
+        return readers.get(file.suffix, read_pytorch)(file)
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -99,8 +95,9 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         "not floating-point": {
             key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
         },
-        "not finite": {key for key in shared if not weights[key].isfinite().all()},
     }
+    if not any(problems.values()):
+        problems["not finite"] = {key for key in shared if not weights[key].isfinite().all()}
     if any(problems.values()):
         details = (f"{problem}: {join_keys(keys)}" for problem, keys in problems.items() if keys)
         raise CheckpointError(f"weights do not fit the configuration: {'; '.join(details)}")
@@ -108,7 +105,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     with checkpoint_errors(f"{index}: not an index of weights with a weight_map"):
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_text_bytes(index))["weight_map"]
         files = {key: PurePosixPath(file) for key, file in weight_map.items()}
     weights: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
@@ -122,28 +119,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_pytorch(file: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns about files that raise an error below
-            # Files of PyTorch before 1.6 are not zip archives and cannot be memory-mapped.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        # PyTorch's own message explains how to unpickle the file anyway, which is unsafe.
-        raise CheckpointError(
-            "the file is damaged, or has Python objects other than tensors, which are not unpickled because"
-            " unpickling can run code from the file"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"the content is a {type(content).__name__}, not a mapping from names to weights"
-        )
-    weights: dict[str, Tensor] = {}
-    for key, value in unwrap_weights(content).items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
-        weights[str(key)] = value
-    return weights
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > MAX_TEXT_BYTES:
+        raise CheckpointError(f"the header has {header:,} bytes, more than {MAX_TEXT_BYTES:,}")
+    return safetensors.torch.load_file(file)
 
 
 def _read_tensorflow(file: Path) -> dict[str, Tensor]:

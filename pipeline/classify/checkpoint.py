@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from cvt.errors import CheckpointError
+from cvt.errors import MAX_TEXT_BYTES, CheckpointError
 from pipeline.storage import ObjectInfo, Storage, is_relative, normalize_uri
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
+
+#: Maximum size of a file of weights in a bucket. A training state of CvT-W24 has 3.5 GB.
+_MAX_WEIGHTS_BYTES = 16 * 1024**3
 
 
 def open_checkpoint(
@@ -47,6 +50,8 @@ def open_checkpoint(
             for local, uri in copies.folders.items():
                 message = message.replace(local, uri)
             raise CheckpointError(message) from error
+        except OSError as error:
+            raise CheckpointError(f"model {path!r}: cannot copy to {temporary}: {error.strerror}") from error
 
 
 class _LocalCopies:
@@ -93,6 +98,9 @@ class _LocalCopies:
         self.folders[str(folder)] = uri
         for info in objects:
             copy = folder / PurePosixPath(info.uri).name
+            is_small = copy.suffix not in (".safetensors", ".bin", ".h5", ".pth", ".pt")
+            if info.size > (limit := MAX_TEXT_BYTES if is_small else _MAX_WEIGHTS_BYTES):
+                raise CheckpointError(f"{info.uri}: has {info.size:,} bytes, more than {limit:,}")
             with self._storage.open(info.uri, info.version) as source, copy.open("wb") as target:
                 shutil.copyfileobj(source, target, 8 * 1024**2)
         return folder

@@ -80,12 +80,13 @@ def make_job(config: Config) -> Job:
     """Loads the model and determines its partition; accesses neither input nor output.
 
     Raises:
-        CheckpointError: the model can't be loaded.
+        CheckpointError: the model can't be loaded, or has no single-label scores.
         StorageError: an object of the model can't be read.
         ConfigError: an option does not fit the model, or `output.uri` is too long.
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
+    checkpoint.check_single_label()
     if config.decode.device == "gpu":  # a GPU does not support every preprocessing
         from cvt.inference.device_preprocessing import DevicePreprocessor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cvt.architecture import FIELDS
+from cvt.architecture import FIELDS, transformers_problem
 from cvt.checkpoints.checkpoint import label_fields
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
@@ -27,6 +28,8 @@ from pipeline.storage import Storage
 
 #: Fields of `optimization` on which the training state or the order of the images depends.
 _FIXED_FIELDS = {"learning_rate", "weight_decay", "warmup_epochs", "shuffle_buffer", "seed"}
+
+logger = logging.getLogger("cvt_label")
 
 
 class TrainingModel(NamedTuple):
@@ -150,10 +153,13 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
             preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None
+        _warn(architecture)
         return TrainingModel(CvtForImageClassification(architecture), preprocessor)
     assert config.model.pretrained is not None  # the configuration has either `new` or `pretrained`
     checkpoint = open_checkpoint(make_storage(config.storage), config.model.pretrained, config.model.revision)
     model, labels = checkpoint.to_transformers(), config.model.labels
+    _warn(model.config)
+    model.config.problem_type = None  # the loss is that of one class per image
     if labels is not None and tuple(labels) != checkpoint.labels:
         model.config.update(label_fields(labels))
         model.num_labels = len(labels)
@@ -161,3 +167,8 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
     return TrainingModel(model, checkpoint.preprocessor, checkpoint.digest)
+
+
+def _warn(config: CvtConfig) -> None:
+    if problem := transformers_problem(config):
+        logger.warning("%s; cvt-label can load and use it", problem)

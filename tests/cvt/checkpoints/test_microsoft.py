@@ -16,8 +16,6 @@ from cvt.presets import PRESETS, preset_config
 from tests.cvt.microsoft_names import as_microsoft, microsoft_names
 from tests.cvt.random_models import TINY
 
-PUBLISHED_NAMES = ["CvT-13-224x224-IN-1k.pth", "CvT-13-384x384-IN-22k.pth", "CvT-w24-384x384-IN-22k.pth"]
-
 
 def test_names_equal_microsofts_modules() -> None:
     names = microsoft_names(TINY["depth"])
@@ -61,6 +59,25 @@ def test_unknown_weight_shapes_fail_with_the_difference() -> None:
     assert "stage0.patch_embed.proj.weight is missing" in cause({"conv1.weight": torch.ones(1)})
 
 
-def test_image_size_is_inferred_from_file_name() -> None:
-    assert [image_size(name) for name in PUBLISHED_NAMES] == [224, 384, 384]
-    assert image_size("checkpoint.pth") == 224
+@pytest.mark.parametrize(
+    ("name", "variant", "size", "is_certain"),
+    [
+        ("CvT-13-224x224-IN-1k.pth", "cvt-13", 224, True),
+        ("CvT-13-384x384-IN-22k.pth", "cvt-13", 384, True),
+        ("mine_384x384.pth", "cvt-21", 384, True),
+        ("384x384.pth", "cvt-21", 384, True),
+        ("cvt13_384_best.pth", "cvt-13", 384, True),
+        ("cvt-21-384-22k.pt", "cvt-21", 384, True),
+        ("cvt_224.pth", "cvt-13", 224, True),
+        ("epoch_3840.pth", "cvt-13", 224, False),
+        ("checkpoint.pth", "cvt-13", 224, False),
+        ("from-224-to-384.pth", "cvt-13", 384, False),
+        ("CvT-w24-384x384-IN-22k.pth", "cvt-w24", 384, True),
+        ("checkpoint.pth", "cvt-w24", 384, True),
+        ("w24-224x224.pth", "cvt-w24", 384, False),
+    ],
+)
+def test_image_size_is_inferred_from_file_name_and_variant(
+    name: str, variant: str, size: int, is_certain: bool
+) -> None:
+    assert image_size(name, Architecture(**PRESETS[variant])) == (size, is_certain)

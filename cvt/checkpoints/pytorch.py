@@ -1,0 +1,107 @@
+"""Reads weights from PyTorch files. The size of a file limits the memory that reading takes.
+
+`torch.load` with `weights_only=True` runs no code from the file. But it inflates compressed entries, and
+calls functions such as `bytearray` that allocate as much as the file asks for. So the pickles are checked
+first. Tensors are views of the memory-mapped file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cvt.checkpoints.microsoft import unwrap_weights
+from cvt.errors import CheckpointError
+
+#: Maximum size of the pickle and of the list of entries in a file. A file for CvT-W24 has 0.1 MB of each.
+_MAX_READ = 4 * 1024**2
+
+#: The globals of pickled weights and of a training's state. None of them allocates by a number.
+_GLOBALS = re.compile(
+    r"collections (OrderedDict|Counter|defaultdict)|(__builtin__|builtins) set"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+    r"|torch (Size|device|\w+Storage|b?float\w+|u?int\d+|bool)"
+)
+
+#: Pickles at the start of a file of PyTorch before 1.6: number, version, system, weights, storages.
+_LEGACY_PICKLES = 5
+
+
+class _Stream(io.FileIO):
+    """A file without large reads: `zipfile` reads the list of entries at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_READ:
+            raise CheckpointError(f"the list of entries has {size:,} bytes, more than {_MAX_READ:,}")
+        return super().read(size)
+
+
+def read_pytorch(file: Path) -> dict[str, Tensor]:
+    """Reads the weights of a PyTorch file, without wrappers and prefixes of training scripts.
+
+    Raises:
+        CheckpointError: the file has other content, or asks for more memory than its size.
+    """
+    try:
+        with _Stream(file) as stream:
+            if is_zip := zipfile.is_zipfile(stream):
+                _check_archive(stream)
+            else:
+                stream.seek(0)
+                _check_pickles(stream.read(_MAX_READ), _LEGACY_PICKLES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns about files that raise an error below
+            # Files of PyTorch before 1.6 are not zip archives and cannot be memory-mapped.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message explains how to unpickle the file anyway, which is unsafe.
+        raise CheckpointError(
+            "the file is damaged, or has Python objects other than tensors, which are not unpickled because"
+            " unpickling can run code from the file"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"the content is a {type(content).__name__}, not a mapping from names to weights"
+        )
+    weights: dict[str, Tensor] = {}
+    for key, value in unwrap_weights(content, file.name).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
+        weights[key] = value
+    size, total = file.stat().st_size, sum(tensor.nbytes for tensor in weights.values())
+    if total > size:  # such as a tensor with a stride of 0
+        raise CheckpointError(f"the weights have {total:,} bytes, but the file has only {size:,}")
+    return weights
+
+
+def _check_archive(stream: io.FileIO) -> None:
+    size = stream.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError("an entry is compressed: torch.save writes files without compression")
+        if sum(entry.file_size for entry in entries) > size:
+            raise CheckpointError("the entries are larger than the file")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if (length := entry.file_size) > _MAX_READ:
+                    raise CheckpointError(f"{entry.filename} has {length:,} bytes, more than {_MAX_READ:,}")
+                _check_pickles(archive.read(entry))
+
+
+def _check_pickles(content: bytes, count: int = 1) -> None:
+    """Checks that pickles at the start of `content` refer only to tensors and plain values."""
+    stream = io.BytesIO(content)
+    for _ in range(count):
+        for opcode, argument, _position in pickletools.genops(stream):
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+                raise pickle.UnpicklingError(argument)

@@ -1,0 +1,216 @@
+"""Model files that request far more memory or time than their size, and what each should cost."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from cvt.checkpoints import BUNDLED, load_checkpoint
+
+CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+
+
+def bundled(folder: Path) -> Path:
+    """Copies the bundled checkpoint."""
+    return Path(shutil.copytree(BUNDLED["fashion-mnist"], folder))
+
+
+def change_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def replace_weights(folder: Path, name: str, save: Callable[[Any, Path], object]) -> None:
+    """Replaces the weights of a folder by another file with the same weights."""
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    save(weights, folder / name)
+
+
+class Call:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def many_classes(folder: Path) -> None:
+    change_json(folder / CONFIG, id2label=None, num_labels=10**9)
+
+
+def many_names(folder: Path) -> None:
+    change_json(folder / CONFIG, id2label={str(i): "x" for i in range(600_000)})
+
+
+def many_layers(folder: Path) -> None:
+    change_json(folder / CONFIG, depth=[1, 2, 10**7])
+
+
+def wide_tokens(folder: Path) -> None:
+    change_json(folder / CONFIG, embed_dim=[32, 64, 2**40])
+
+
+def large_tokens(folder: Path) -> None:
+    """A valid architecture with 100 times the weights of the file."""
+    change_json(folder / CONFIG, embed_dim=[2048, 4096, 16_384], depth=[50, 50, 50])
+
+
+def nested_json(folder: Path) -> None:
+    (folder / CONFIG).write_text("[" * 8_000_000)
+
+
+def nested_value(folder: Path) -> None:
+    value: list[object] = []
+    for _ in range(400):
+        value = [value]
+    change_json(folder / CONFIG, embed_dim=value)
+
+
+def large_pixels(folder: Path) -> None:
+    change_json(folder / PREPROCESSOR, size=10**6)
+
+
+def narrow_crop(folder: Path) -> None:
+    change_json(folder / PREPROCESSOR, crop_pct=1e-9)
+
+
+def long_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((90 * 10**6).to_bytes(8, "little") + b"{" + b" " * (90 * 10**6))
+
+
+def calls_bytearray(folder: Path) -> None:
+    replace_weights(
+        folder, "pytorch_model.bin", lambda w, f: torch.save(w | {"x": Call(bytearray, 4 * 10**9)}, f)
+    )
+
+
+def calls_tensor(folder: Path) -> None:
+    replace_weights(
+        folder, "pytorch_model.bin", lambda w, f: torch.save(w | {"x": Call(torch.FloatTensor, 10**9)}, f)
+    )
+
+
+def inflated_entry(folder: Path) -> None:
+    def save(weights: dict[str, torch.Tensor], file: Path) -> None:
+        torch.save(weights, file)
+        with zipfile.ZipFile(file) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content + bytes(10**9 if name.endswith("data.pkl") else 0))
+
+    replace_weights(folder, "pytorch_model.bin", save)
+
+
+def expanded_tensor(folder: Path) -> None:
+    def save(weights: dict[str, torch.Tensor], file: Path) -> None:
+        torch.save(weights | {"classifier.weight": torch.ones(1, 1).expand(50_000, 16_384)}, file)
+
+    replace_weights(folder, "pytorch_model.bin", save)
+    change_json(folder / CONFIG, id2label=None, num_labels=50_000, embed_dim=[32, 64, 16_384])
+
+
+def storage_beyond_the_file(folder: Path, zipped: bool = True) -> None:
+    def save(weights: dict[str, torch.Tensor], file: Path) -> None:
+        weights["classifier.bias"] = torch.zeros(100_000)
+        torch.save(weights, file, _use_new_zipfile_serialization=zipped)
+        content = file.read_bytes()
+        claimed = (100_000).to_bytes(4, "little"), (2_000_000_000).to_bytes(4, "little")
+        assert claimed[0] in content
+        file.write_bytes(content.replace(*claimed))
+
+    replace_weights(folder, "pytorch_model.bin", save)
+
+
+def storage_beyond_the_file_of_old_pytorch(folder: Path) -> None:
+    storage_beyond_the_file(folder, zipped=False)
+
+
+def many_rows_without_columns(folder: Path) -> Path:
+    """A Microsoft file with 10^12 classes and no values."""
+    weights = {
+        "stage0.patch_embed.proj.weight": torch.ones(64, 3, 7, 7),
+        "head.weight": torch.empty(10**12, 0),
+    }
+    for i, width in enumerate((192, 384), 1):
+        weights[f"stage{i}.patch_embed.proj.weight"] = torch.ones(width, 1, 1, 1)
+    weights |= {
+        f"stage{i}.blocks.{j}.norm1.weight": torch.ones(1) for i, n in enumerate((1, 2, 10)) for j in range(n)
+    }
+    torch.save(weights, folder / "CvT-13-224x224.pth")
+    return folder / "CvT-13-224x224.pth"
+
+
+def many_pickled_lists(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * 50_000_000 + b".")
+
+
+def long_entry_list(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        for i in range(2000):
+            archive.writestr(f"{i:>05000}", b"")
+
+
+def compressed_dataset(folder: Path) -> None:
+    import h5py
+
+    (folder / WEIGHTS).unlink()
+    with h5py.File(folder / "tf_model.h5", "w") as file:
+        file.create_dataset(
+            "a/b/c/kernel:0", shape=(40_000, 40_000), dtype="f4", chunks=(1000, 1000), compression=9
+        )
+
+
+def unwritten_dataset(folder: Path) -> None:
+    import h5py
+
+    (folder / WEIGHTS).unlink()
+    with h5py.File(folder / "tf_model.h5", "w") as file:
+        file.create_dataset("a/b/c/kernel:0", shape=(40_000, 40_000), dtype="f4")
+
+
+def external_dataset(folder: Path) -> None:
+    import h5py
+
+    (folder / WEIGHTS).unlink()
+    with h5py.File(folder / "tf_model.h5", "w") as file:
+        file.create_dataset("a/b/c/kernel:0", shape=(100,), dtype="f4", external=[("/dev/zero", 0, 400)])
+
+
+def linked_groups(folder: Path) -> None:
+    import h5py
+
+    (folder / WEIGHTS).unlink()
+    with h5py.File(folder / "tf_model.h5", "w") as file:
+        file["a"] = h5py.SoftLink("/b")
+        file["b"] = h5py.SoftLink("/a")
+        file["c"] = h5py.ExternalLink("tf_model.h5", "/c")
+        group = file.create_group("d")
+        group["e"] = group
+
+
+def pickled_again(folder: Path) -> None:
+    """A pickle with a string of 1 GB, which is not in the file."""
+    (folder / WEIGHTS).unlink()
+    stream = io.BytesIO()
+    stream.write(b"\x80\x02X" + (10**9).to_bytes(4, "little") + pickle.dumps("x"))
+    (folder / "pytorch_model.bin").write_bytes(stream.getvalue())
+
+
+def load(path: str) -> str:
+    """Loads a checkpoint; returns its digest."""
+    return load_checkpoint(path).digest
