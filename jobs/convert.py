@@ -57,7 +57,7 @@ def convert(
     from cvt.checkpoints import save_checkpoint
     from cvt.checkpoints.microsoft import image_size, microsoft_weights
     from pipeline.classify.checkpoint import open_checkpoint
-    from pipeline.storage import Storage
+    from pipeline.storage import Storage, StorageError
 
     _check_target(target, to)
     if activation is not None and to == "microsoft":
@@ -69,15 +69,18 @@ def convert(
     preprocessor = checkpoint.preprocessor
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The target appears complete or not at all.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
-        written = Path(unfinished) / target.name
-        if to == "hugging-face":
-            save_checkpoint(checkpoint.to_transformers(), preprocessor, written)
-        else:
-            torch.save(microsoft_weights(checkpoint.model), written)
-        written.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The target appears complete or not at all.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
+            written = Path(unfinished) / target.name
+            if to == "hugging-face":
+                save_checkpoint(checkpoint.to_transformers(), preprocessor, written)
+            else:
+                torch.save(microsoft_weights(checkpoint.model), written)
+            written.rename(target)
+    except OSError as error:
+        raise StorageError(str(target), error.strerror or str(error)) from error
     classes = pluralize(len(checkpoint.labels), "class")
     console.print_line(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
     if (problem := transformers_problem(config)) and to == "hugging-face":

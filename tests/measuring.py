@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 #: Modules that the parent of all children imports once.
-_PRELOADED = ["pipeline.decode", "pipeline.read", "pytest"]
+_PRELOADED = ["pipeline.decode", "pipeline.read", "pytest", "cvt.checkpoints"]
 
 
 class Measured(NamedTuple):

@@ -12,7 +12,7 @@ from pipeline.config.stages import RayConfig
 class ArchitectureConfig(Section):
     """A new model: its classes, architecture and preprocessing."""
 
-    labels: Annotated[list[str], Field(min_length=1)] = Field(
+    labels: Annotated[list[str], Field(min_length=2)] = Field(
         description="Names of the classes, in the order of class ids.", examples=[["cat", "dog"]]
     )
     preset: str | None = Field(
@@ -50,7 +50,7 @@ class TrainedModelConfig(Section):
         description="Branch, tag or commit of the hub id in `model.pretrained`. Null: the default branch.",
         examples=["main"],
     )
-    labels: list[str] | None = Field(
+    labels: Annotated[list[str], Field(min_length=2)] | None = Field(
         default=None,
         description="Names of the classes to fine-tune on, in the order of class ids. If they differ from "
         "the checkpoint's names, the classifier starts with random weights. Null: the checkpoint's names.",

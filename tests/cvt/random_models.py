@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from cvt.checkpoints import save_checkpoint
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtForImageClassification
+from cvt.preprocessing import Preprocessor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,6 +24,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 #: A model of which a forward pass takes milliseconds.
 TINY: dict[str, Any] = {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}
+
+
+def shallow(folder: Path) -> None:
+    """Saves a checkpoint with depths that transformers cannot load."""
+    fields = TINY | {"depth": [1, 1, 2], "num_labels": 3}
+    model = randomize(CvtForImageClassification(CvtConfig(**fields)))
+    save_checkpoint(model, Preprocessor.from_dict({"size": 28}, "test"), folder)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from cvt.architecture import FIELDS
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from tests.command import invoke
 from tests.cvt.microsoft_names import as_microsoft
-from tests.cvt.random_models import randomize
+from tests.cvt.random_models import randomize, shallow
 
 FOLDER = BUNDLED["fashion-mnist"]
 DEPTH = [1, 2, 3]  # of the bundled checkpoint
@@ -108,6 +108,44 @@ def test_size_option_sets_the_image_size(tmp_path: Path) -> None:
     assert "224 pixels" in convert("fashion-mnist", tmp_path / "clothes", "--size", "224")
     assert load_checkpoint(str(tmp_path / "clothes")).preprocessor.size == 224
     assert "256" in convert("fashion-mnist", tmp_path / "x", "--size", "256", status=2)
+
+
+def test_activation_option_is_stored_and_changes_the_digest(tmp_path: Path) -> None:
+    output = convert("fashion-mnist", tmp_path / "quick", "--activation", "quick_gelu")
+    assert "transformers computes other logits for this model: its CvT ignores hidden_act" in output
+    assert json.loads((tmp_path / "quick" / "config.json").read_text())["hidden_act"] == "quick_gelu"
+    quick, gelu = load_checkpoint(str(tmp_path / "quick")), load_checkpoint("fashion-mnist")
+    assert quick.digest != gelu.digest
+    assert "transformers" not in convert(tmp_path / "quick", tmp_path / "gelu", "--activation", "gelu")
+    assert load_checkpoint(str(tmp_path / "gelu")).digest == gelu.digest
+    output = convert(tmp_path / "quick", tmp_path / "cvt_224.pth", "--to", "microsoft")
+    assert "cvt_224.pth will load with GELU: it does not store the activation" in output
+    arguments = "--to", "microsoft", "--activation", "gelu"
+    assert "does not store it" in convert("fashion-mnist", tmp_path / "x.pth", *arguments, status=2)
+
+
+def test_model_that_transformers_cannot_load_is_reported(tmp_path: Path) -> None:
+    shallow(tmp_path / "shallow")
+    output = convert(tmp_path / "shallow", tmp_path / "converted")
+    assert "transformers cannot load this model: its CvT needs depth[2] > 2, not 2" in output
+    with pytest.raises(IndexError):
+        transformers.CvtForImageClassification.from_pretrained(tmp_path / "converted")
+    again = load_checkpoint(str(tmp_path / "converted"))
+    assert again.digest == load_checkpoint(str(tmp_path / "shallow")).digest
+
+
+def test_multi_label_model_stays_one(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(FOLDER, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    convert(source, tmp_path / "converted")
+    written = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert written["problem_type"] == "multi_label_classification"
+
+
+def test_target_that_cannot_be_written_ends_with_4(tmp_path: Path) -> None:
+    name = "x" * 300
+    assert "File name too long" in convert("fashion-mnist", tmp_path / name / "y", status=4)
 
 
 def test_existing_target_is_not_overwritten(tmp_path: Path) -> None:

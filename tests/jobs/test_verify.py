@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.convert import convert
 from jobs.reference import load_model
 from jobs.verify import agreement, is_passed, verify
 from pipeline.config import ConfigError
 from tests.command import invoke
+from tests.cvt.random_models import shallow
 
 SAMPLES = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist"
 
@@ -22,6 +24,20 @@ def test_bundled_model_agrees_with_transformers() -> None:
     assert rows[0][3] == "100.00%"
     assert float(rows[0][4]) < 1e-4 < float(rows[1][4])
     assert [row[5] for row in rows] == ["yes", "yes", "yes"]
+
+
+def test_model_that_transformers_cannot_load_is_explained(tmp_path: Path) -> None:
+    shallow(tmp_path / "shallow")
+    done = invoke(verify, "--images", SAMPLES, "--count", 1, "--model", tmp_path / "shallow", status=4)
+    assert "model 'shallow': nothing to compare with: transformers cannot load this model" in done.stderr
+    assert "its CvT needs depth[2] > 2, not 2" in done.stderr
+
+
+def test_model_with_quick_gelu_agrees_with_transformers_layers(tmp_path: Path) -> None:
+    invoke(convert, "fashion-mnist", tmp_path / "quick", "--activation", "quick_gelu")
+    arguments = "--model", tmp_path / "quick", "--precision", "fp32", "--count", 100
+    done = invoke(verify, "--images", SAMPLES, *arguments)
+    assert [line.split()[-1] for line in done.stdout.splitlines() if "torch" in line] == ["yes"]
 
 
 def test_missing_model_ends_with_4(tmp_path: Path) -> None:

@@ -21,12 +21,15 @@ import pyarrow as pa
 import pytest
 from PIL import ExifTags, Image
 
+from cvt.checkpoints import read_labels
+from cvt.errors import CheckpointError
 from cvt.preprocessing import Preprocessor
 from jobs.local_s3 import LocalS3
 from pipeline.decode import decode
 from pipeline.decode.bounds import BYTES_PER_PIXEL
 from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
 from pipeline.storage import Storage, StorageError, retrying
+from tests.cvt.checkpoints import hostile
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_parquet
 from tests.measuring import Measured, measure
@@ -373,3 +376,80 @@ def test_hostile_store_costs_no_more_than_its_limits(
     assert re.search(outcome, measured.outcome)
     assert measured.peak < STORE_BYTES
     assert measured.seconds < 15  # on a busy machine
+
+
+# --- model files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (hostile.many_classes, "config.json: the number of classes is 1000000000, not 1 to 100,000"),
+        (hostile.many_names, "config.json: the file has more than 8,388,608 bytes"),
+        (hostile.long_label, "config.json: id2label: the name of class 0 has more than 1,024 bytes"),
+        (hostile.many_layers, "depth[2]: Input should be less than or equal to 256, not 10000000"),
+        (hostile.wide_tokens, "embed_dim[2]: Input should be less than or equal to 16384, not"),
+        (hostile.large_tokens, "weights do not fit the configuration: missing: "),
+        (hostile.nested_json, "config.json: maximum recursion depth exceeded while decoding a JSON"),
+        (hostile.nested_value, "config.json: CvtConfig: embed_dim"),
+        (hostile.large_pixels, "preprocessor_config.json: size: Input should be less than or equal to 2048"),
+        (hostile.narrow_crop, "crop_pct: Input should be greater than or equal to 0.1, not 1e-09"),
+        (hostile.many_tokens, "stage 0 has 2048 x 2048 tokens of width 32"),
+        (hostile.long_header, "model.safetensors: the header has 9,000,000 bytes, more than 8,388,608"),
+        (hostile.calls_bytearray, "pytorch_model.bin: the file is damaged, or has Python objects other than"),
+        (hostile.calls_tensor, "pytorch_model.bin: the file is damaged, or has Python objects other than"),
+        (hostile.inflated_entry, "pytorch_model.bin: an entry is compressed"),
+        (hostile.expanded_tensor, "the weights have 3,280,091,320 bytes, but the file has only"),
+        (hostile.storage_beyond_the_file, "pytorch_model.bin: "),
+        (hostile.storage_beyond_the_file_of_old_pytorch, "pytorch_model.bin: unexpected EOF"),
+        (hostile.truncated_string, "pytorch_model.bin: expected 1000000000 bytes in a unicodestring4"),
+        (hostile.many_pickled_lists, "a/data.pkl has 5,000,003 bytes, more than 4,194,304"),
+        (hostile.long_entry_list, "the list of entries has 10,092,000 bytes, more than 4,194,304"),
+        (hostile.many_rows_without_columns, "the number of classes is 1000000000000, not 1 to 100,000"),
+        (
+            hostile.compressed_dataset,
+            "tf_model.h5: a/b/c/kernel:0: the file does not contain the 6,400,000,000",
+        ),
+        (
+            hostile.unwritten_dataset,
+            "tf_model.h5: a/b/c/kernel:0: the file does not contain the 6,400,000,000",
+        ),
+        (hostile.external_dataset, "tf_model.h5: a/b/c/kernel:0: the file does not contain the 400 bytes"),
+        (hostile.linked_groups, "weights do not fit the configuration: missing: "),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.skipif("sys.platform != 'linux'")
+def test_model_file_costs_at_most_its_size(
+    make: Callable[[Path], str | None], message: str, tmp_path: Path
+) -> None:
+    if make.__name__.endswith(("dataset", "groups")):
+        pytest.importorskip("h5py", reason="needs the extra `keras`")
+    folder = hostile.bundled(tmp_path / "model")
+    measured = measure(hostile.load, str(folder / (make(folder) or "")))
+    assert isinstance(measured.outcome, CheckpointError)
+    assert message in str(measured.outcome)
+    assert measured.peak < 64 * MIB
+    assert measured.seconds < 5
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "classes.json"])
+@pytest.mark.skipif("sys.platform != 'linux'")
+def test_file_of_class_names_is_read_up_to_its_limit(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(10**10)
+    measured = measure(read_labels, tmp_path / name)
+    assert f"labels {tmp_path / name}: the file has more than 8,388,608 bytes" in str(measured.outcome)
+    assert measured.peak < 32 * MIB
+    assert measured.seconds < 5
+
+
+@pytest.mark.parametrize("kind", hostile.KINDS)
+@pytest.mark.skipif("sys.platform != 'linux'")
+def test_randomly_changed_model_files_raise_only_checkpoint_errors(tmp_path: Path, kind: str) -> None:
+    if kind == "tensorflow":
+        pytest.importorskip("h5py", reason="needs the extra `keras`")
+    measured = measure(hostile.escaped_errors, kind, str(tmp_path), 15)
+    assert measured.outcome == []
+    assert measured.exit_code == 0
+    assert measured.peak < 128 * MIB

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import json
-import pickle
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
+from cvt.errors import CheckpointError
+
+TF_TINY = Path(__file__).parents[1] / "data" / "tf-tiny"
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 
@@ -53,6 +56,10 @@ def many_names(folder: Path) -> None:
     change_json(folder / CONFIG, id2label={str(i): "x" for i in range(600_000)})
 
 
+def long_label(folder: Path) -> None:
+    change_json(folder / CONFIG, id2label={str(i): "x" * 10**6 for i in range(2)})
+
+
 def many_layers(folder: Path) -> None:
     change_json(folder / CONFIG, depth=[1, 2, 10**7])
 
@@ -81,12 +88,18 @@ def large_pixels(folder: Path) -> None:
     change_json(folder / PREPROCESSOR, size=10**6)
 
 
+def many_tokens(folder: Path) -> None:
+    """An architecture with 4 million tokens of width 32, of which attention would take hours."""
+    change_json(folder / PREPROCESSOR, size=2048)
+    change_json(folder / CONFIG, patch_stride=[1, 1, 1])
+
+
 def narrow_crop(folder: Path) -> None:
     change_json(folder / PREPROCESSOR, crop_pct=1e-9)
 
 
 def long_header(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((90 * 10**6).to_bytes(8, "little") + b"{" + b" " * (90 * 10**6))
+    (folder / WEIGHTS).write_bytes((9 * 10**6).to_bytes(8, "little") + b"{" + b" " * (9 * 10**6))
 
 
 def calls_bytearray(folder: Path) -> None:
@@ -108,7 +121,7 @@ def inflated_entry(folder: Path) -> None:
             entries = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in entries.items():
-                archive.writestr(name, content + bytes(10**9 if name.endswith("data.pkl") else 0))
+                archive.writestr(name, content + bytes(10**8 if name.endswith("data.pkl") else 0))
 
     replace_weights(folder, "pytorch_model.bin", save)
 
@@ -122,13 +135,22 @@ def expanded_tensor(folder: Path) -> None:
 
 
 def storage_beyond_the_file(folder: Path, zipped: bool = True) -> None:
+    """Weights that claim 2 * 10^9 values, of which the file has 100,000."""
+
+    def claim(content: bytes) -> bytes:
+        return content.replace((100_000).to_bytes(4, "little"), (2 * 10**9).to_bytes(4, "little"))
+
     def save(weights: dict[str, torch.Tensor], file: Path) -> None:
         weights["classifier.bias"] = torch.zeros(100_000)
         torch.save(weights, file, _use_new_zipfile_serialization=zipped)
-        content = file.read_bytes()
-        claimed = (100_000).to_bytes(4, "little"), (2_000_000_000).to_bytes(4, "little")
-        assert claimed[0] in content
-        file.write_bytes(content.replace(*claimed))
+        if not zipped:
+            file.write_bytes(claim(file.read_bytes()))
+            return
+        with zipfile.ZipFile(file) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, claim(content) if name.endswith("data.pkl") else content)
 
     replace_weights(folder, "pytorch_model.bin", save)
 
@@ -137,7 +159,7 @@ def storage_beyond_the_file_of_old_pytorch(folder: Path) -> None:
     storage_beyond_the_file(folder, zipped=False)
 
 
-def many_rows_without_columns(folder: Path) -> Path:
+def many_rows_without_columns(folder: Path) -> str:
     """A Microsoft file with 10^12 classes and no values."""
     weights = {
         "stage0.patch_embed.proj.weight": torch.ones(64, 3, 7, 7),
@@ -149,13 +171,13 @@ def many_rows_without_columns(folder: Path) -> Path:
         f"stage{i}.blocks.{j}.norm1.weight": torch.ones(1) for i, n in enumerate((1, 2, 10)) for j in range(n)
     }
     torch.save(weights, folder / "CvT-13-224x224.pth")
-    return folder / "CvT-13-224x224.pth"
+    return "CvT-13-224x224.pth"
 
 
 def many_pickled_lists(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
-        archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * 50_000_000 + b".")
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * 5_000_000 + b".")
 
 
 def long_entry_list(folder: Path) -> None:
@@ -203,14 +225,90 @@ def linked_groups(folder: Path) -> None:
         group["e"] = group
 
 
-def pickled_again(folder: Path) -> None:
+def truncated_string(folder: Path) -> None:
     """A pickle with a string of 1 GB, which is not in the file."""
     (folder / WEIGHTS).unlink()
-    stream = io.BytesIO()
-    stream.write(b"\x80\x02X" + (10**9).to_bytes(4, "little") + pickle.dumps("x"))
-    (folder / "pytorch_model.bin").write_bytes(stream.getvalue())
+    content = b"\x80\x02X" + (10**9).to_bytes(4, "little") + b"text"
+    (folder / "pytorch_model.bin").write_bytes(content)
 
 
 def load(path: str) -> str:
     """Loads a checkpoint; returns its digest."""
     return load_checkpoint(path).digest
+
+
+# Random changes of files ----------------------------------------------------------------------------
+
+#: By kind: the file of a checkpoint that is changed.
+KINDS = {
+    "configuration": CONFIG,
+    "preprocessing": PREPROCESSOR,
+    "safetensors": WEIGHTS,
+    "index": f"{WEIGHTS}.index.json",
+    "pytorch": "pytorch_model.bin",
+    "old pytorch": "pytorch_model.bin",
+    "tensorflow": "tf_model.h5",
+    "labels": "labels.json",
+}
+
+_VALUES = [None, -1, 0, 1e308, 10**30, "x", "", "\ud800", [], {}, [[1]], {"0": 1}, True, 2**63, -1e-300]
+_BYTES = [b"", b"\xff" * 8, bytes(8), b"\x7f" + b"\xff" * 7, b"\0\0\0\0\1\0\0\0", b"{", b"]."]
+
+
+def escaped_errors(kind: str, folder: str, count: int) -> list[str]:
+    """Loads `count` randomly changed checkpoints; returns the errors that are no CheckpointError."""
+    checkpoint = bundled(Path(folder) / "model")
+    file = checkpoint / KINDS[kind]
+    if kind == "tensorflow":
+        shutil.copytree(TF_TINY, checkpoint, dirs_exist_ok=True)
+        (checkpoint / WEIGHTS).unlink()
+    elif "pytorch" in kind:
+        zipped = kind == "pytorch"
+        save = functools.partial(torch.save, _use_new_zipfile_serialization=zipped)
+        replace_weights(checkpoint, file.name, lambda weights, path: save({"state_dict": weights}, path))
+    elif kind == "index":
+        shard = (checkpoint / WEIGHTS).rename(checkpoint / "model-1.safetensors")
+        file.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(shard), shard.name)}))
+    elif kind == "labels":
+        file.write_text(json.dumps([f"class {i}" for i in range(10)]))
+    labels = str(file) if kind == "labels" else None
+    torch.set_num_threads(1)
+    original, numbers, escaped = file.read_bytes(), random.Random(kind), []
+    load_checkpoint(str(checkpoint), labels=labels)
+    for _ in range(count):
+        if file.suffix == ".json" and numbers.random() < 0.7:
+            changed = json.dumps(_change_value(json.loads(original), numbers)).encode()
+        else:
+            changed = _change_bytes(original, numbers)
+        file.unlink()  # tensors of the last round may map the file
+        file.write_bytes(changed)
+        try:
+            load_checkpoint(str(checkpoint), labels=labels)
+        except CheckpointError:
+            pass
+        except Exception as error:
+            escaped.append(f"{error!r}: {changed[:200]!r}")
+    return escaped
+
+
+def _change_value(value: Any, numbers: random.Random) -> Any:
+    """Replaces or removes a random part of a JSON value."""
+    if isinstance(value, dict | list) and value and numbers.random() < 0.8:
+        key = numbers.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if numbers.random() < 0.2:
+            del value[key]
+        else:
+            value[key] = _change_value(value[key], numbers)
+        return value
+    return numbers.choice(_VALUES)
+
+
+def _change_bytes(content: bytes, numbers: random.Random) -> bytes:
+    """Replaces some bytes, most often at the start and the end, where formats have their structure."""
+    changed = bytearray(content)
+    for _ in range(numbers.choice([1, 2, 8])):
+        start = numbers.choice([0, max(0, len(changed) - 2000), numbers.randrange(len(changed))])
+        position = min(start + numbers.randrange(2000), len(changed) - 1)
+        width = numbers.choice([1, 1, 2, 8])
+        changed[position : position + width] = numbers.choice([*_BYTES, numbers.randbytes(width)])
+    return bytes(changed)

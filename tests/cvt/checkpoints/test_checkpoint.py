@@ -81,6 +81,58 @@ def test_digest_depends_on_weights_labels_and_preprocessing(folder: Path) -> Non
     assert len({before, other_crop, other_weights, other_labels}) == 4
 
 
+@pytest.mark.parametrize(
+    "fields", [{"problem_type": "multi_label_classification"}, {"hidden_act": "quick_gelu"}]
+)
+def test_digest_depends_on_what_the_logits_mean(folder: Path, fields: dict[str, str]) -> None:
+    before = load_checkpoint(str(folder)).digest
+    change_json(folder / "config.json", problem_type="single_label_classification", hidden_act="gelu")
+    assert load_checkpoint(str(folder)).digest == before
+    change_json(folder / "config.json", **fields)
+    changed = load_checkpoint(str(folder))
+    assert changed.digest != before
+    save_checkpoint(changed.to_transformers(), changed.preprocessor, folder.with_name("saved"))
+    assert load_checkpoint(str(folder.with_name("saved"))).digest == changed.digest
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"problem_type": "multi_label_classification"}, "problem_type is 'multi_label_classification'"),
+        ({"problem_type": "regression"}, "problem_type is 'regression'"),
+        ({"id2label": {"0": "shirt"}}, "it has one class"),
+    ],
+)
+def test_only_a_model_that_chooses_a_class_is_a_single_label_model(
+    folder: Path, fields: dict[str, object], problem: str
+) -> None:
+    load_checkpoint(str(folder)).check_single_label()
+    change_json(folder / "config.json", **fields)
+    if "id2label" in fields:
+        weights = load_file(folder / WEIGHTS)
+        save_file(
+            weights | {key: weights[key][:1] for key in weights if "classifier" in key}, folder / WEIGHTS
+        )
+    with pytest.raises(CheckpointError, match=f"model 'my-model': {problem}. Labeling needs a model that"):
+        load_checkpoint(str(folder)).check_single_label()
+
+
+def test_unknown_problem_type_fails(folder: Path) -> None:
+    change_json(folder / "config.json", problem_type="ranking")
+    assert "problem_type is 'ranking', not one of" in load_error(folder)
+
+
+def test_image_that_is_too_small_for_the_architecture_fails(folder: Path) -> None:
+    change_json(folder / "preprocessor_config.json", size=2)
+    change_json(folder / "config.json", patch_padding=[0, 0, 0])
+    assert "size in preprocessor_config.json (2) does not fit the architecture" in load_error(folder)
+
+
+def test_label_that_is_no_text_fails(folder: Path) -> None:
+    change_json(folder / "config.json", id2label={"0": "\ud800"})
+    assert "config.json: id2label: 'utf-8' codec can't encode character '\\ud800'" in load_error(folder)
+
+
 def test_pytorch_weights_have_the_digest_of_safetensors(folder: Path) -> None:
     before = load_checkpoint(str(folder)).digest
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
@@ -350,6 +402,17 @@ def test_microsoft_weights_that_do_not_fit_are_named(tmp_path: Path, weights: di
     assert f"missing: cvt.encoder.stages.1.{missing}.running_var" in message
     assert "unexpected: stage0.pos_embed" in message
     assert "wrong shape: layernorm.bias" in message
+
+
+@pytest.mark.parametrize(("name", "warned"), [(FILE, False), ("CvT-13.pth", True)])
+def test_guessed_image_size_is_reported(
+    tmp_path: Path, weights: dict[str, Tensor], caplog: pytest.LogCaptureFixture, name: str, warned: bool
+) -> None:
+    torch.save(weights, tmp_path / name)
+    assert load_checkpoint(str(tmp_path / name)).preprocessor.size == 224
+    cause = "the file name does not state one (224x224 or 384x384); to set it: cvt-label convert --size"
+    message = f"{name}: assuming an image size of 224 pixels, because {cause}"
+    assert caplog.messages == ([message] if warned else [])
 
 
 def test_file_of_another_model_fails(tmp_path: Path) -> None:

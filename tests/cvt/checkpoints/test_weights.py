@@ -126,7 +126,7 @@ def test_index_cannot_refer_to_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
-@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "ema.", "module._orig_mod.", ""])
 def test_weights_of_a_training_script_are_unwrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     weights: dict[str, Any] = OrderedDict((f"{prefix}{key}", tensor) for key, tensor in WEIGHTS.items())
     if wrapper == "state_dict":  # the format of Microsoft's lib/utils/utils.py
@@ -141,6 +141,49 @@ def test_weights_of_a_training_script_are_unwrapped(tmp_path: Path, wrapper: str
         weights = {wrapper: weights}
     torch.save(weights, tmp_path / "x.pth")
     assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
+
+
+EMA = {key: tensor + 1 for key, tensor in WEIGHTS.items()}
+
+
+def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: tensor for key, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "used"),
+    [
+        ({"state_dict": WEIGHTS, "state_dict_ema": EMA}, "state_dict"),
+        ({"model_ema": EMA, "model": WEIGHTS}, "model"),
+        ({"state_dict": prefixed("model.", WEIGHTS) | prefixed("ema.", EMA)}, "state_dict"),
+        (prefixed("module.", WEIGHTS) | prefixed("ema_model.module.", EMA), "the other weights"),
+    ],
+)
+def test_choice_between_weights_and_their_average_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: dict[str, Any], used: str
+) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
+    assert caplog.messages == [
+        f"x.pth has weights and their moving average (EMA): loading {used}, not the EMA"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_ema": prefixed("module.", EMA), "epoch": 3},
+        {"state_dict_ema": EMA},
+        prefixed("ema.", EMA),
+        {"n_averaged": torch.tensor(7), **prefixed("module.", EMA)},  # torch.optim.swa_utils.AveragedModel
+    ],
+)
+def test_file_with_only_an_average_is_read_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: dict[str, Any]
+) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    assert same(read_file(tmp_path / "x.pth"), EMA)
+    assert not caplog.messages
 
 
 def test_file_of_pytorch_before_1_6_is_read(tmp_path: Path) -> None:

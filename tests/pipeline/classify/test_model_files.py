@@ -135,6 +135,32 @@ def test_invalid_object_is_reported_by_its_uri(bucket: str, storage: Storage) ->
     assert f"model '{uri}': the folder has no config.json" in checkpoint_error(storage, uri)
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_large_object_is_not_copied(bucket: str, recording: RecordingStorage, name: str) -> None:
+    put(recording, FOLDER, f"{bucket}/clothes")
+    recording.write(f"{bucket}/clothes/{name}", b" " * (8 * 1024**2 + 1))
+    message = checkpoint_error(recording, f"{bucket}/clothes")
+    assert f"{bucket}/clothes/{name}: has 8,388,609 bytes, more than 8,388,608" in message
+    assert f"{bucket}/clothes/{name}" not in recording.opened
+
+
+def test_multi_label_model_is_not_labeled(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER, tmp_path / "clothes"))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(CheckpointError, match="problem_type is 'multi_label_classification'"):
+        make_job(config(str(tmp_path / "out"), path=str(folder)))
+
+
+def test_full_disk_is_a_checkpoint_error(
+    bucket: str, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(storage, FOLDER, f"{bucket}/clothes")
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr("shutil.copyfileobj", lambda *_: Path("/dev/full").write_bytes(b"x"))
+    assert "cannot copy to" in checkpoint_error(storage, f"{bucket}/clothes")
+
+
 def test_tensorflow_checkpoint_in_a_bucket_loads_with_its_configuration(
     bucket: str, recording: RecordingStorage
 ) -> None:
