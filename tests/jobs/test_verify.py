@@ -30,7 +30,7 @@ def test_model_that_transformers_cannot_load_is_explained(tmp_path: Path) -> Non
     shallow(tmp_path / "shallow")
     done = invoke(verify, "--images", SAMPLES, "--count", 1, "--model", tmp_path / "shallow", status=4)
     assert "model 'shallow': nothing to compare with: transformers cannot load this model" in done.stderr
-    assert "its CvT needs depth[2] > 2, not 2" in done.stderr
+    assert "its CvT needs depth[1] > 1, not 1" in done.stderr
 
 
 def test_model_with_quick_gelu_agrees_with_transformers_layers(tmp_path: Path) -> None:
