@@ -33,6 +33,7 @@ _ERROR_RESPONSES = {
     "error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "denied": (403, "AccessDenied", "Access Denied"),
+    "not_implemented": (501, "NotImplemented", "A header implies functionality that is not implemented"),
     "refused": (412, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
 }
 

@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
 
-from pipeline.storage.conditional import (
-    ATTEMPTS,
-    compare_version,
-    until_unchanged,
-    version_of,
-    write_conditionally,
-)
+from pipeline.storage.conditional import ATTEMPTS, until_unchanged, version_of, write_conditionally
 from pipeline.storage.limits import RequestLimits
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import ABSENT, ObjectInfo, ObjectNotFound, StorageError
+from pipeline.storage.objects import (
+    ABSENT,
+    VERSION_MISMATCH,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    StorageError,
+)
 from pipeline.storage.ranges import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -173,9 +174,7 @@ class Storage:
                 object to find out.
         """
         service, file = self._service(uri), io.BytesIO(data) if isinstance(data, bytes) else data
-        if expected is not None and not self._has_conditions(service):
-            compare_version(service, uri, expected)
-            expected = None
+        expected = self._condition(service, uri, expected, expected)
         return write_conditionally(service, (self, *uri.split("/")[:3]), uri, file, expected)
 
     def update(
@@ -214,10 +213,7 @@ class Storage:
             ObjectChanged: The object exists, but does not have the expected version.
         """
         service = self._service(uri)
-        if expected is not None and not self._has_conditions(service):
-            compare_version(service, uri, expected, ABSENT)
-            expected = None
-        service.delete(uri, expected)
+        service.delete(uri, self._condition(service, uri, expected, ABSENT))
 
     def remove_unfinished_writes(self, uri: str) -> None:
         """Deletes the temporary files of crashed writers under the folder `uri`; buckets have none."""
@@ -225,8 +221,15 @@ class Storage:
         if isinstance(service, LocalFiles):
             service.remove_unfinished_writes(uri)
 
-    def _has_conditions(self, service: _Service) -> bool:
-        return self.conditional_writes or isinstance(service, LocalFiles)
+    def _condition(
+        self, service: _Service, uri: str, expected: str | None, accepted: str | None
+    ) -> str | None:
+        """Returns the version to expect; checks the version now if the store lacks conditional writes."""
+        if expected is None or self.conditional_writes or isinstance(service, LocalFiles):
+            return expected
+        if version_of(service, uri) not in (expected, accepted):
+            raise ObjectChanged(uri, VERSION_MISMATCH)
+        return None
 
     def _service(self, uri: str) -> _Service:
         """Returns the service of a URI's scheme."""

@@ -7,14 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.storage.local import LocalFiles
-from pipeline.storage.objects import (
-    ABSENT,
-    VERSION_MISMATCH,
-    ObjectChanged,
-    ObjectInfo,
-    ObjectNotFound,
-    StorageError,
-)
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.retrying import pause_after
 
 T = TypeVar("T")
@@ -29,12 +22,6 @@ def version_of(service: Any, uri: str) -> str:
         return str(service.stat(uri).version)
     except ObjectNotFound:
         return ABSENT
-
-
-def compare_version(service: Any, uri: str, expected: str, *accepted: str) -> None:
-    """Raises `ObjectChanged` for another version: the condition of stores without conditional writes."""
-    if version_of(service, uri) not in (expected, *accepted):
-        raise ObjectChanged(uri, VERSION_MISMATCH)
 
 
 def write_conditionally(
@@ -71,12 +58,7 @@ def until_unchanged(
 ) -> T:
     """Calls `action` with the object's version until no other writer replaces the object meanwhile.
 
-    Args:
-        service: The service of the URI.
-        uri: URI of the object.
-        action: Raises `ObjectChanged` or `ObjectNotFound` if the object no longer has the given version.
-        version: The version of the first attempt; None for the current one.
-        attempts: Maximum number of attempts.
+    `version` is the version of the first attempt; None for the current one.
     """
     number, versions = 0, set[str]()
     while True:

@@ -4,7 +4,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import google.api_core.exceptions as api
@@ -19,10 +19,9 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
-    Page,
     StorageError,
     bucket_not_found,
-    check_pages,
+    check_listing,
     object_not_found,
     split_uri,
 )
@@ -54,17 +53,18 @@ class GoogleCloudStorage:
 
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         found = self._find(uri) if split_uri(uri)[1] else None
-        for page in self._pages(uri) if found is None else [Page([_info(found)], [], None)]:
-            yield from (info for info in page.objects if not info.uri.endswith("/"))
+        for info in self._listing(uri) if found is None else [_info(found)]:
+            if not info.uri.endswith("/"):
+                yield info
 
     def list_folders(self, uri: str) -> Iterator[str]:
-        for page in self._pages(uri, delimiter="/"):
-            yield from page.folders
+        for folder in self._listing(uri, delimiter="/"):
+            yield folder.rstrip("/")
 
     def stat(self, uri: str) -> ObjectInfo:
         found = self._find(uri)
         if found is None:
-            next(self._pages(uri), None)  # raises if the bucket is missing
+            next(self._listing(uri), None)  # raises if the bucket is missing
             raise object_not_found(uri)
         return _info(found)
 
@@ -108,22 +108,21 @@ class GoogleCloudStorage:
         with contextlib.suppress(ObjectNotFound):
             self._request(uri, attempt, changed=VERSION_MISMATCH)
 
-    def _pages(self, uri: str, **options: str) -> Iterator[Page]:
+    def _listing(self, uri: str, **options: str) -> Iterator[Any]:
         bucket, name = split_uri(uri)
         options |= {"fields": "items(name,size,generation),prefixes,nextPageToken"}
+        prefix = f"{name}/" if name else None
 
-        def request(token: str | None) -> Page:
-            blobs = self._client.list_blobs(
-                bucket, prefix=f"{name}/" if name else None, page_token=token, retry=None, **options
-            )
-            page: Iterable[Any] = next(blobs.pages, [])
-            folders = [f"gs://{bucket}/{prefix.rstrip('/')}" for prefix in sorted(blobs.prefixes)]
-            return Page([_info(blob) for blob in page], folders, blobs.next_page_token)
+        def request(token: str | None) -> tuple[Sequence[Any], str | None]:
+            blobs = self._client.list_blobs(bucket, prefix=prefix, page_token=token, retry=None, **options)
+            infos = [_info(blob) for blob in next(blobs.pages, [])]
+            folders = [f"gs://{bucket}/{folder}" for folder in sorted(blobs.prefixes)]
+            return folders if "delimiter" in options else infos, blobs.next_page_token
 
-        def fetch(token: str | None) -> Page:
+        def fetch(token: str | None) -> tuple[Sequence[Any], str | None]:
             return self._request(uri, functools.partial(request, token), missing=bucket_not_found)
 
-        return check_pages(uri, fetch)
+        return check_listing(uri, fetch)
 
     def _blob(self, uri: str) -> Any:
         bucket, name = split_uri(uri)

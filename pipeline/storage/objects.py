@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 _MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
@@ -64,51 +64,40 @@ class ObjectInfo:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A page of a listing.
-
-    Attributes:
-        objects: Objects in order, folder markers included.
-        folders: URIs of folders in order, if the listing does not descend into folders.
-        token: Token of the next page; None for the last page.
-    """
-
-    objects: list[ObjectInfo]
-    folders: list[str]
-    token: str | None
+E = TypeVar("E", ObjectInfo, str)
 
 
-def check_pages(uri: str, fetch: Callable[[str | None], Page]) -> Iterator[Page]:
-    """Yields the pages of a folder in a bucket, checked for an order that lets the listing end.
+def check_listing(uri: str, fetch: Callable[[str | None], tuple[Sequence[E], str | None]]) -> Iterator[E]:
+    """Yields the entries of a folder in a bucket, if their order lets the listing end.
 
     Args:
         uri: URI of the folder.
-        fetch: Returns the page with a token; None for the first page.
+        fetch: Returns the page with a token, or the first page for None, and the token of the next page, or
+            None. An entry is an object, or the URI of a folder with a slash at its end.
 
     Raises:
         StorageError: A name is out of order or outside of the folder, or the token is missing or repeated.
     """
     orders: list[Callable[[str], Any]] = [str, lambda name: name.split("/")]  # of S3; of SeaweedFS
-    last, token, empty_pages, problem = ["", ""], None, 0, ""
+    last, token, empty_pages, problem = "", None, 0, ""
     while True:
-        page = fetch(token)
-        for i, names in enumerate(([info.uri for info in page.objects], page.folders)):
-            for name in names:
-                orders = [order for order in orders if order(last[i]) < order(name)]
-                if not orders or not name.startswith(f"{uri}/"):
-                    problem = f"{name!r} is out of order, repeated, or outside of the folder"
-                last[i] = name
-        empty_pages = 0 if page.objects or page.folders else empty_pages + 1
-        if page.token in ("", token) and page.token is not None:
+        page, following = fetch(token)
+        for entry in page:
+            name = entry if isinstance(entry, str) else entry.uri
+            orders = [order for order in orders if order(last) < order(name)]
+            if not orders or not name.startswith(f"{uri}/"):
+                problem = f"{name!r} is out of order, repeated, or outside of the folder"
+            last = name
+        empty_pages = 0 if page else empty_pages + 1
+        if following in ("", token) and following is not None:
             problem = problem or "a page is not the last, but has no new token"
         if problem or empty_pages > _MAX_EMPTY_PAGES:
             cause = f"the store's listing of bucket {split_uri(uri)[0]!r} is invalid"
             raise StorageError(uri, f"{cause}: {problem or f'{empty_pages} pages in a row are empty'}")
-        yield page
-        if page.token is None:
+        yield from page
+        if following is None:
             return
-        token = page.token
+        token = following
 
 
 def normalize_uri(uri: str) -> str:

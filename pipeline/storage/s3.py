@@ -7,7 +7,7 @@ import functools
 import http.client
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import boto3
@@ -23,10 +23,9 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
-    Page,
     StorageError,
     bucket_not_found,
-    check_pages,
+    check_listing,
     object_not_found,
     split_uri,
 )
@@ -131,34 +130,33 @@ class S3:
     def list(self, uri: str) -> Iterator[ObjectInfo]:
         key = split_uri(uri)[1]
         # Among the objects whose key starts with `key`, the object `key` itself comes first.
-        first = self._page(uri, key, MaxKeys=1).objects[:1] if key else []
-        if [info.uri for info in first] == [uri]:
-            yield from first
-            return
-        for page in self._pages(uri):
-            yield from (info for info in page.objects if not info.uri.endswith("/"))
+        first = self._page(uri, Prefix=key, MaxKeys=1)[0][:1] if key else []
+        is_object = [info.uri for info in first] == [uri]
+        for info in first if is_object else self._listing(uri):
+            if not info.uri.endswith("/"):
+                yield info
 
     def list_folders(self, uri: str) -> Iterator[str]:
-        for page in self._pages(uri, Delimiter="/"):
-            yield from page.folders
+        for folder in self._listing(uri, Delimiter="/"):
+            yield folder.rstrip("/")
 
-    def _pages(self, uri: str, **request: str) -> Iterator[Page]:
+    def _listing(self, uri: str, **request: str) -> Iterator[Any]:
         key = split_uri(uri)[1]
+        request["Prefix"] = f"{key}/" if key else ""
 
-        def fetch(token: str | None) -> Page:
-            after = {"ContinuationToken": token} if token else {}
-            return self._page(uri, f"{key}/" if key else "", **request, **after)
+        def fetch(token: str | None) -> tuple[Sequence[Any], str | None]:
+            return self._page(uri, **request, **({"ContinuationToken": token} if token else {}))
 
-        return check_pages(uri, fetch)
+        return check_listing(uri, fetch)
 
-    def _page(self, uri: str, prefix: str, **request: Any) -> Page:
+    def _page(self, uri: str, **request: Any) -> tuple[Sequence[Any], str | None]:
         bucket = split_uri(uri)[0]
-        found = self._call(uri, "list_objects_v2", Bucket=bucket, Prefix=prefix, **request)
-        return Page(
-            [_info(f"s3://{bucket}/{x['Key']}", x["ETag"], x["Size"]) for x in found.get("Contents", [])],
-            [f"s3://{bucket}/{x['Prefix'].rstrip('/')}" for x in found.get("CommonPrefixes", [])],
-            found.get("NextContinuationToken", "") if found.get("IsTruncated") else None,
-        )
+        page = self._call(uri, "list_objects_v2", Bucket=bucket, **request)
+        token = page.get("NextContinuationToken", "") if page.get("IsTruncated") else None
+        if "Delimiter" in request:
+            return [f"s3://{bucket}/{x.get('Prefix')}" for x in page.get("CommonPrefixes", [])], token
+        found = page.get("Contents", [])
+        return [_info(f"s3://{bucket}/{x['Key']}", x["ETag"], x["Size"]) for x in found], token
 
     def stat(self, uri: str) -> ObjectInfo:
         bucket, key = split_uri(uri)
@@ -267,7 +265,7 @@ def _unsent_error(uri: str, error: botocore.exceptions.BotoCoreError) -> Storage
 def _transient(error: Exception, fail_soon: bool) -> TransientFailure | None:
     if isinstance(error, botocore.exceptions.ClientError):
         code, status = _code(error)
-        if code in _BUSY or status == 429 or (status or 0) >= 500:
+        if code in _BUSY or status == 429 or ((status or 0) >= 500 and code != "NotImplemented"):
             return TransientFailure(code)
         # A busy service sometimes denies access. A real denial should be reported soon.
         return TransientFailure(code, attempts=4) if code in _DENIED else None
@@ -311,7 +309,9 @@ def _service_error(uri: str, error: botocore.exceptions.ClientError) -> StorageE
         return object_not_found(uri)
     if code in {"412", "PreconditionFailed", "416", "InvalidRange"}:
         return ObjectChanged(uri, VERSION_CHANGED)
-    if code in _REJECTED:
+    if code == "NotImplemented":
+        message += "; for a store without conditional writes, see storage.conditional_writes"
+    elif code in _REJECTED:
         message = f"the credentials were rejected: {message}"
     elif code in _DENIED:
         message = f"access denied: {message}"

@@ -12,9 +12,11 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from jobs.local_s3 import LocalS3
 from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, was_clean_shutdown
 from pipeline.commit.lease import LeaseContent
 from pipeline.storage import ObjectInfo, Storage, StorageError
+from tests.fault_proxy import FaultProxy
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -153,6 +155,28 @@ def test_one_of_several_simultaneous_runs_acquires_the_lease(place: str) -> None
     held = state(place)["run"]
     leases[int(held.removeprefix("run-"))].release(clean_shutdown=True)
     assert state(place)["state"] == "released"
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "problem"),
+    [
+        ("refused", "PUT", "the store refused 20 requests for the version that it reports itself"),
+        ("other_etag", "GET", "the store refused 20 requests for the version that it reports itself"),
+        ("flood", "HEAD", "has 1,000,000,000,000 bytes; such an object has at most 65,536 bytes"),
+        ("drip", "GET", "the request is too slow"),
+    ],
+)
+def test_lease_in_a_hostile_store_is_an_error(
+    bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch, kind: str, method: str, problem: str
+) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.0)
+    write_lease_of_dead_run(bucket, -1)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        proxy.always(kind, where=lambda request: request.method == method)
+        timeout_s = 0.1 if kind == "drip" else 10
+        storage = Storage(endpoint_url=proxy.url, request_timeout_s=timeout_s, min_bytes_per_s=1e6)
+        with pytest.raises(StorageError, match=problem):
+            Lease(storage, bucket, "run", 60).acquire()
 
 
 def test_invalid_lease_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.local_s3 import LocalS3
 from jobs.schedule import schedule
 from pipeline.config import DatasetConfig, ScheduleConfig, load_config
 from pipeline.schedule import (
@@ -25,8 +26,9 @@ from pipeline.schedule import (
     next_scheduled_times,
 )
 from pipeline.schedule.scheduler import CurrentJob, last_scheduled_time
-from pipeline.storage import ObjectInfo, Storage
+from pipeline.storage import ObjectChanged, ObjectInfo, Storage, StorageError
 from tests.command import invoke
+from tests.fault_proxy import FaultProxy
 from tests.pipeline.schedule.lists import DATASET, LIST
 
 NOON = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -271,6 +273,28 @@ def test_job_that_the_cluster_no_longer_has_is_lost(bench: Bench) -> None:
     assert state.last_job is not None
     assert (state.last_job.id, state.last_job.state, state.last_job.exit_status) == ("lost", "LOST", None)
     assert bench.jobs() == []
+
+
+def test_store_that_refuses_the_state_is_reported_and_another_scheduler_is_not(
+    bucket: str, s3_server: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.0)
+    state = DatasetState(dataset="a", handled_until=NOON)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        places = [
+            "input={uri: s3://x/y}",
+            f"output={{uri: {bucket}}}",
+            f"storage={{endpoint_url: '{proxy.url}'}}",
+        ]
+        dataset = load_config(DatasetConfig, None, [*places, "model.path=m", "cron='@daily'"])
+        first, second = StateFile("a", dataset), StateFile("a", dataset)
+        first.write(state)
+        with pytest.raises(ObjectChanged, match="another scheduler has written the state"):
+            second.write(state, handled_until=NOON + HOUR)
+        proxy.always("refused", where=lambda request: request.method == "PUT")
+        with pytest.raises(StorageError, match="the store refused 5 requests") as caught:
+            first.write(state, handled_until=NOON + HOUR)
+        assert not isinstance(caught.value, ObjectChanged)
 
 
 def _dataset(cron: str, timezone: str) -> DatasetConfig:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.storage import ABSENT, ObjectChanged, ObjectInfo, Storage, StorageError, Versioned
 from pipeline.storage.limits import MAX_RESPONSE_BYTES
-from pipeline.storage.objects import Page, check_pages
+from pipeline.storage.objects import check_listing
 from tests.fault_proxy import DROPPED_HEADERS, LIES, SLOW_KINDS, FaultProxy
 from tests.pipeline.storage.operations import OPERATIONS, RetryCounter, names
 
@@ -219,6 +219,13 @@ def test_store_that_ignores_conditions_is_refused_once_it_writes(
     assert names(storage, folder) == []
 
 
+def test_store_that_rejects_conditions_is_named(folder: str, proxy: FaultProxy, faulty: Storage) -> None:
+    proxy.always("not_implemented", where=lambda request: request.method == "PUT")
+    with pytest.raises(StorageError, match=r"NotImplemented|storage\.conditional_writes"):
+        faulty.write(f"{folder}/x", CONTENT, ABSENT)
+    assert len(proxy.seen) == 1
+
+
 def test_conditions_are_probed_once_per_bucket(folder: str, proxy: FaultProxy, faulty: Storage) -> None:
     distinct = replace(faulty, min_bytes_per_s=12_345)  # no other test has proven its bucket
     distinct.write(f"{folder}/x", CONTENT, ABSENT)
@@ -245,13 +252,13 @@ def test_listing_without_end_names_the_bucket(
         list(faulty.list(folder))
 
 
-def test_listing_accepts_both_orders_of_stores_but_no_mixture(folder: str) -> None:
+def test_listing_accepts_both_orders_of_stores_but_no_mixture() -> None:
     def listed(*keys: str) -> list[str]:
-        infos = [ObjectInfo(f"s3://b/{key}", 1, "e-1") for key in keys]
-        pages = [Page([info], [], None if info is infos[-1] else info.uri) for info in infos]
-        return [page.objects[0].uri[7:] for page in check_pages("s3://b", lambda _: pages.pop(0))]
+        uris = [f"s3://b/{key}" for key in keys]
+        pages = [([uri], uri if uri is not uris[-1] else None) for uri in uris]
+        return [uri[7:] for uri in check_listing("s3://b", lambda _: pages.pop(0))]
 
-    for keys in (("a-b", "a/x", "b"), ("a/x", "a-b", "b")):  # S3, SeaweedFS
+    for keys in (("a-b", "a/x", "b"), ("a/x", "a-b", "b"), ("a-b/", "a/"), ("a/", "a-b/")):  # S3, SeaweedFS
         assert listed(*keys) == [*keys]
     for keys in (("a-b", "a/x", "a-b"), ("b", "a"), ("a", "a")):
         with pytest.raises(StorageError, match="out of order, repeated"):
