@@ -78,7 +78,7 @@ def test_result_is_right_or_an_error_within_the_deadline(
     elif kind == "other_etag":  # and nothing this version
         assert (result.content if operation == "read_latest" else result.size) in (CONTENT, len(CONTENT))
     else:
-        expected = {"read": CONTENT, "list": [info], "list_folders": [], "delete": None}
+        expected: dict[str, object] = {"read": CONTENT, "list": [info], "list_folders": [], "delete": None}
         expected["create"] = ObjectInfo(f"{info.uri}-new", info.size, info.version)
         expected["read_latest"] = Versioned(CONTENT, info.version)
         assert result == expected.get(operation, info)
