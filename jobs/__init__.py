@@ -1,5 +1,7 @@
 """The commands: each module is one command, a thin layer over `pipeline`."""
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,4 +22,16 @@ def _check_package_origins() -> None:
             sys.exit(2)
 
 
+def _end_on_signals() -> None:
+    """Ends the process with status 130 on SIGTERM and Ctrl-C until a command starts and handles both.
+
+    Importing the packages takes about a second. There is nothing to clean up yet.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: os._exit(130))
+
+
+if sys.argv[0] == "-m" or Path(sys.argv[0]).name == "cvt-label":  # "-m": Python is about to run a module
+    _end_on_signals()
 _check_package_origins()

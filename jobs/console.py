@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
@@ -18,14 +19,15 @@ from rich.table import Table
 from cvt.errors import CheckpointError
 from pipeline import find_partition, load_job_config, open_partition
 from pipeline.commit import LeaseHeldError, LeaseLostError, Partition
-from pipeline.config import Config, ConfigError, Selection, load_recorded
+from pipeline.config import Config, ConfigError, Selection, check_environment, load_recorded
+from pipeline.dataflow import sigterm_interrupts
 from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
 from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
 from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
 from pipeline.storage import StorageError, is_under, normalize_uri
-from pipeline.text import escape_unprintable, pluralize
+from pipeline.text import escape_unprintable, pluralize, remove_secrets
 
 
 class ExitStatus(IntEnum):
@@ -136,9 +138,11 @@ def run_command(command: Callable[..., None]) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends the process with a message and an exit status on an expected error. Decorates commands."""
+    """Ends the process with a message and a status on errors, SIGTERM and Ctrl-C. Decorates commands."""
     try:
-        yield
+        with sigterm_interrupts():
+            check_environment()
+            yield
     except ConfigError as error:
         _exit(ExitStatus.USAGE, *str(error).split("\n"))  # one line per invalid field
     except (StorageError, CheckpointError, NoShardsError, ConnectionError, UnknownJobError) as error:
@@ -151,6 +155,10 @@ def exit_on_error() -> Iterator[None]:
         _exit(ExitStatus.INTERRUPTED, "stopped; run the same command again to label the remaining shards")
     except KeyboardInterrupt:
         _exit(ExitStatus.INTERRUPTED, "interrupted")
+    except (typer.BadParameter, typer.Exit, typer.Abort):
+        raise
+    except Exception:
+        _exit(ExitStatus.FAILED, "unexpected error", *traceback.format_exc().splitlines())
 
 
 @contextmanager
@@ -179,13 +187,13 @@ def _exit(status: ExitStatus, message: str, *more_lines: str) -> None:
 
 
 def print_line(line: str) -> None:
-    """Prints a line to standard output, with unprintable characters escaped."""
-    typer.echo(escape_unprintable(line))
+    """Prints a line to standard output, without secrets, and with unprintable characters escaped."""
+    typer.echo(escape_unprintable(remove_secrets(line)))
 
 
 def print_notice(line: str) -> None:
-    """Prints a line to standard error, with unprintable characters escaped."""
-    typer.echo(escape_unprintable(line), err=True)
+    """Prints a line to standard error, without secrets, and with unprintable characters escaped."""
+    typer.echo(escape_unprintable(remove_secrets(line)), err=True)
 
 
 def print_fields(fields: Mapping[str, str]) -> None:
@@ -237,7 +245,10 @@ def log_to_stderr() -> None:
 
 
 class OneLineFormatter(logging.Formatter):
-    """Writes each message on one line, with unprintable characters escaped."""
+    """Writes each message on one line, without secrets, and with unprintable characters escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:  # noqa: D102 - logging's own
+        return remove_secrets(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802 - logging's own
         record.message = escape_unprintable(record.message)

@@ -4,7 +4,6 @@
 """
 
 import re
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,7 +56,7 @@ def convert(
     from cvt.checkpoints import save_checkpoint
     from cvt.checkpoints.microsoft import image_size, microsoft_weights
     from pipeline.classify.checkpoint import open_checkpoint
-    from pipeline.storage import Storage, StorageError
+    from pipeline.storage import Storage, StorageError, temporary_folder
 
     _check_target(target, to)
     if activation is not None and to == "microsoft":
@@ -72,8 +71,8 @@ def convert(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # The target appears complete or not at all.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as unfinished:
-            written = Path(unfinished) / target.name
+        with temporary_folder(target.parent) as unfinished:
+            written = unfinished / target.name
             if to == "hugging-face":
                 save_checkpoint(checkpoint.to_transformers(), preprocessor, written)
             else:

@@ -15,7 +15,6 @@ from jobs import console
 from jobs.label import run
 from jobs.local_s3 import LocalS3
 from pipeline import Partition, load_job_config
-from pipeline.dataflow import sigterm_interrupts
 from pipeline.storage import Storage
 from pipeline.text import pluralize
 
@@ -35,7 +34,7 @@ def demo(
 
     Exit status: 0 on success; 4 if the S3 server cannot be started; 130 if interrupted; 1 otherwise.
     """
-    with sigterm_interrupts(), LocalS3() as server:
+    with LocalS3() as server:
         os.environ.update(server.environment())  # Ray workers inherit them
         config = load_job_config(_CONFIG)
         server.create_bucket(config.input.uri.split("/")[2])

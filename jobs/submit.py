@@ -10,7 +10,6 @@ import typer
 from jobs import console
 from jobs.console import print_notice
 from pipeline.config import ConfigError, SubmitConfig
-from pipeline.dataflow import sigterm_interrupts
 from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_key
 
 
@@ -81,8 +80,7 @@ def follow(client: JobClient, job: str) -> SubmittedJob:
     Ctrl-C and SIGTERM end following; the job continues.
     """
     try:
-        with sigterm_interrupts():
-            ended = client.follow(job, console.print_log)
+        ended = client.follow(job, console.print_log)
     except KeyboardInterrupt:
         hint = _arguments(client, job)
         print_notice(f"the job continues; follow it: cvt-label logs --follow {hint}")

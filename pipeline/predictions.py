@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage import Storage, StorageError, read_table
+from pipeline.text import remove_secrets
 
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
 _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
@@ -143,7 +144,7 @@ SampleError = NewType("SampleError", str)
 
 def sample_error(category: ErrorCategory, detail: str) -> SampleError:
     """Returns the text of a sample's error: `<category>: <detail>`; a long detail is cut."""
-    shown = detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}..."
+    shown = remove_secrets(detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
     return SampleError(f"{category}: {shown.encode(errors='backslashreplace').decode()}")
 
 

@@ -9,6 +9,20 @@ MAX_LINE_LENGTH = 200
 # joiners only hide a difference between names.
 _JOINERS = "\u200c\u200d"
 
+_PORT = r"\d{1,5}(?=[/?#\s\"',;)\]]|$)"
+_SECRET_NAME = (
+    r"(?:[\w-]*[-_])?(?:sig|signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key"
+    r"(?:[-_]?id)?)|\w*accesskeyid|googleaccessid"
+)
+#: Secrets, between the two groups of text around them.
+_SECRETS = (
+    re.compile(r"(://)[^\s\"'/@]{1,1000}(@)"),  # the user of a URL, and a password
+    # A user and a password that contains a slash or belongs to an address without a scheme.
+    re.compile(rf"((?<![^\s\"'(=,/\[]))[^\s\"'(=,/\[:@]{{0,100}}:(?!/|{_PORT})[^\s\"']{{1,1000}}(@)"),
+    re.compile(rf"(?i)(?<![\w-])((?:{_SECRET_NAME})=)[^\s\"'&;,)]+()"),
+    re.compile(r"(?i)(\bauthorization\b\W{1,4}(?:bearer |basic )?)[^\s\"',}]+()"),
+)
+
 
 def escape_unprintable(text: str, keep: str = "") -> str:
     r"""Returns text in which invisible characters are escaped as in Python, for example as `\x1b`.
@@ -42,9 +56,14 @@ def _is_joiner(text: str, i: int) -> bool:
     return text[i] in _JOINERS and is_between
 
 
-def remove_credentials(text: str) -> str:
-    """Returns text without the user names and passwords of URLs."""
-    return re.sub(r"(?<=://)[^\s\"']*@", "", text)
+def remove_secrets(text: str) -> str:
+    """Returns text in which `***` replaces passwords in addresses, and keys, tokens and signatures.
+
+    Messages of libraries pass through this function on their way to a terminal, a log or a record.
+    """
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***\2", text)
+    return text
 
 
 def single_line(message: str) -> str:

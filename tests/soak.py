@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -217,13 +219,37 @@ def _round_on_ray(soak: Soak, url: str) -> None:
 
 def descendants(ancestor: int) -> dict[int, str]:
     """Returns the commands of the descendants of a process, by process id."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["ps", "-e", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True
+    ).stdout
     processes = [line.split(maxsplit=2) for line in listed.splitlines()]
-    commands = {ancestor: ""}
-    for pid, parent, command in processes:  # parents come first
-        if int(parent) in commands:
-            commands[int(pid)] = command
-    return {pid: command for pid, command in commands.items() if pid != ancestor}
+    commands: dict[int, str] = {}
+    parents = {ancestor}
+    while parents:  # a child may have a smaller id than its parent
+        children = {int(pid): command for pid, parent, command in processes if int(parent) in parents}
+        commands |= children
+        parents = {*children}
+    return commands
+
+
+def is_running(pid: int) -> bool:
+    """Returns whether a process exists and is no zombie."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def listening_addresses(pids: Iterable[int]) -> set[str]:
+    """Returns the addresses at which the processes accept TCP connections, in hexadecimal."""
+    sockets: set[str] = set()
+    for pid in pids:
+        with suppress(OSError):
+            sockets |= {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    rows = [line.split() for line in lines[1:]]
+    is_ours = {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+    return is_ours
 
 
 def main() -> None:

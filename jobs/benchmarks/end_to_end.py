@@ -26,7 +26,6 @@ from jobs.benchmarks.contenders import ENGINE, EXTENSION, PEERS, PIPELINE, Task,
 from jobs.benchmarks.runs import ContenderResult, run_contender
 from jobs.console import SetOption, exit_on_error, print_notice
 from jobs.reference import load_model, read_images
-from pipeline.dataflow import sigterm_interrupts
 
 _SHARD_IMAGES = 8192
 _SHARDS_PER_CORE = 2  # minimum
@@ -71,7 +70,7 @@ def run(
         choices = ", ".join([*PEERS, "none"])
         raise typer.BadParameter(f"{', '.join(unknown)}: not one of {choices}", param_hint="--peers")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         checkpoint = load_model(model, size)
         task = Task(
             tars=f"{folder}/tars",

@@ -6,13 +6,12 @@ Only the driver opens checkpoints. Workers get the loaded model through Ray's ob
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cvt.errors import MAX_TEXT_BYTES, CheckpointError
-from pipeline.storage import ObjectInfo, Storage, is_relative, normalize_uri
+from pipeline.storage import ObjectInfo, Storage, is_relative, normalize_uri, temporary_folder
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -38,8 +37,8 @@ def open_checkpoint(
     """
     from cvt.checkpoints import load_checkpoint  # this import takes seconds
 
-    with tempfile.TemporaryDirectory(prefix="cvt-label-") as temporary:
-        copies = _LocalCopies(storage, Path(temporary))
+    with temporary_folder() as temporary:
+        copies = _LocalCopies(storage, temporary)
         try:
             path = copies.local(path)
             if labels is not None and "://" in labels:

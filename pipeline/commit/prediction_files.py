@@ -28,6 +28,7 @@ from pipeline.predictions import (
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
 from pipeline.storage import ABSENT, Versioned
+from pipeline.text import remove_secrets
 
 logger = logging.getLogger("cvt_label")
 
@@ -144,7 +145,7 @@ class PredictionWriter:
         with timer:
             if arrived.error is not None:
                 failed_version = None if arrived.transient else shard.version
-                row = replace(row, error=arrived.error, failed_version=failed_version)
+                row = replace(row, error=remove_secrets(arrived.error), failed_version=failed_version)
             else:
                 predictions, found = arrived.rows(shard, self.options)
                 if written := self._write(shard, predictions, found.count):

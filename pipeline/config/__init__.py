@@ -3,7 +3,7 @@
 Code that acts on a configuration does not belong here.
 """
 
-from pipeline.config.base import ConfigError
+from pipeline.config.base import ConfigError, check_environment
 from pipeline.config.job import (
     LABEL_NEW,
     Config,

@@ -1,5 +1,7 @@
 """The base of all configuration sections: strict, frozen models, and value types that hold no secret."""
 
+import os
+import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -10,6 +12,11 @@ from pipeline.storage import StorageError, is_relative, normalize_uri
 
 #: The type of validation errors whose value must not be shown.
 VALUE_HIDDEN = "value_hidden"
+
+#: Environment variables with the address of a service.
+_SERVICE_VARIABLES = re.compile(
+    "AWS_ENDPOINT_URL(_.*)?|STORAGE_EMULATOR_HOST|HF_ENDPOINT|RAY_ADDRESS|RAY_API_SERVER_ADDRESS"
+)
 
 
 class ConfigError(ValueError):
@@ -40,7 +47,9 @@ def _reject_credentials(uri: str) -> str:
     else:
         marks = "@?#"
     if separator and any(mark in rest for mark in marks):
-        message = "credentials don't belong here: set them in the environment, and give only a plain address"
+        message = (
+            "credentials don't belong here: set them in variables of their own, and give a plain address"
+        )
         raise PydanticCustomError(VALUE_HIDDEN, message)
     return uri
 
@@ -53,6 +62,18 @@ def _check_service_url(url: str) -> str:
     except ValueError:  # its message contains the URL
         raise PydanticCustomError(VALUE_HIDDEN, "not a URL") from None
     return url
+
+
+def check_environment() -> None:
+    """Checks the addresses of services in the environment; raises `ConfigError`.
+
+    Proxies are not checked: their passwords belong in the environment.
+    """
+    for name in filter(_SERVICE_VARIABLES.fullmatch, os.environ):
+        try:
+            _check_service_url(os.environ[name])
+        except PydanticCustomError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _normalize(uri: str, info: ValidationInfo) -> str:

@@ -16,7 +16,7 @@ from pipeline.config.base import VALUE_HIDDEN, ConfigError
 from pipeline.config.fields import describe_error
 from pipeline.config.job import Config
 from pipeline.config.train import TrainConfig
-from pipeline.text import remove_credentials
+from pipeline.text import remove_secrets
 
 T = TypeVar("T", bound=BaseModel)
 Field = tuple[str, ...]
@@ -154,7 +154,7 @@ def _apply(values: dict[str, Any], override: str) -> Field:
     name, equals, text = override.partition("=")
     field = tuple(name.strip().split("."))
     if not equals or not all(field):
-        raise ConfigError(f"--set {_without_secrets(override)}: expected section.field=value")
+        raise ConfigError(f"--set {remove_secrets(override)}: expected section.field=value")
     try:
         value = _parse(text)[0]
     except (YAMLError, ValueError, RecursionError):
@@ -164,7 +164,7 @@ def _apply(values: dict[str, Any], override: str) -> Field:
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {_without_secrets(override)}: {part} is not a section")
+            raise ConfigError(f"--set {remove_secrets(override)}: {part} is not a section")
     values[field[-1]] = value
     return field
 
@@ -189,7 +189,7 @@ def _describe(
     option = _find_override(origins, line is not None, overridden) if field else None
     if option is not None:
         name, _, value = overridden[option].partition("=")
-        shown = name if is_hidden else f"{name}={_without_secrets(value)}"
+        shown = name if is_hidden else f"{name}={remove_secrets(value)}"
         return True, f"--set {shown}: {'' if option == field else '.'.join(field) + ': '}{message}"
     place = f"{'.'.join(field)}: " if field else ""
     # An error of a section that an override has changed belongs to no line.
@@ -197,7 +197,7 @@ def _describe(
         place = f"line {line}: {place}"
     has_value = error["type"] not in ("extra_forbidden", "missing") and not is_hidden
     if has_value and not isinstance(error["input"], Mapping) and error["input"] not in ("", []):
-        message += f", not {_without_secrets(_as_yaml(error['input']))}"
+        message += f", not {remove_secrets(_as_yaml(error['input']))}"
     return False, f"  {place}{message}"
 
 
@@ -213,8 +213,3 @@ def _find_override(origins: Iterable[Field], is_in_file: bool, overridden: dict[
 def _as_yaml(value: Any) -> str:
     """Returns a value as the user writes the value in YAML, as far as YAML and Python differ."""
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-
-
-def _without_secrets(text: str) -> str:
-    """Returns text without credentials and without the query and fragment of a URL."""
-    return re.sub(r"(?<=[?#])[^\s\"']+", "", remove_credentials(text))

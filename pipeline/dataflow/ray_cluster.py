@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -15,30 +17,45 @@ from urllib.parse import urlsplit
 
 from pipeline.config import IN_PROCESS, ConfigError
 from pipeline.dataflow.stopping import interrupts_deferred, sigterm_interrupts
+from pipeline.storage import temporary_folder
 
 #: Address of a Ray that this process starts on its machine.
 LOCAL = "local"
 
 #: Default environment variables. Ray reports no usage statistics. Ray's core does not log to the terminal,
-#: which shows the progress of the job: errors are raised, and the logs are in Ray's session folder. A local
-#: Ray keeps idle workers for a minute, instead of starting a process per chunk.
+#: which shows the progress of the job: errors are raised, and the logs are in Ray's session folder.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+#: The same for a local Ray. Idle workers stay for a minute, instead of starting a process per chunk. All
+#: processes listen on loopback only: despite its name, the variable works on Linux too. Workers use this
+#: interpreter, also under `uv run`, where Ray would pack the working directory.
+_LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 #: Part of the line that Ray's core logs whenever RAY_BACKEND_LOG_LEVEL is set, whatever the level.
 _LOG_LEVEL_LINE = b"Set ray log level from environment variable"
 
+_START_REMEDY = "run the command again when the machine is less busy, or label with --no-ray"
 _CONNECT_TIMEOUT_S = 10
+#: Seconds after which a worker process of Ray must have run a first task.
+_WORKER_TIMEOUT_S = 50.0
+#: Maximum length of the path of the folder for temporary files, so that the paths of Ray's sockets fit.
+_MAX_FOLDER_BYTES = 16
+#: Number of lines of Ray's logs in a message, and the lines that say nothing about a failure.
+_LOG_LINES = 10
+_LOG_NOISE = re.compile(r":(job_id|task_name|actor_name):|.* logging\.cc:\d+: Set ray log level")
 #: The directory that contains the packages of this project.
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("cvt", "pipeline", "jobs", "configs")
 
 
 class ClusterError(ConnectionError):
-    """No Ray cluster answers at an address, or the cluster refuses a request."""
+    """Ray does not start, no Ray cluster answers at an address, or the cluster refuses a request."""
 
 
 @contextmanager
@@ -49,13 +66,13 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         address: see `ray_address`.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address, or a local Ray or the workers of Ray do not start.
         ConfigError: the address is `in-process`, which only labeling supports.
     """
     if address == IN_PROCESS:
         raise ConfigError(f"ray.address: only labeling supports {IN_PROCESS!r}; use null or 'local'")
     address = ray_address(address)
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if address == LOCAL else {})).items():
         os.environ.setdefault(name, value)
     if address == LOCAL and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # Otherwise Ray writes a token to the home folder, and every later Ray on this machine requires it.
@@ -66,20 +83,60 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = {"include_dashboard": False} if address == LOCAL else {}
     check_reachable(address)
-    # An interrupt while Ray starts or stops would leave processes behind.
-    try:
-        with interrupts_deferred() if local else nullcontext():
+    # The outer `sigterm_interrupts` removes the handlers of Ray at the end.
+    with sigterm_interrupts(), _session_folder() if address == LOCAL else nullcontext() as folder:
+        local = {} if folder is None else {"include_dashboard": False, "_temp_dir": str(folder)}
+        try:
             init_ray(address, logging_level=logging.ERROR, log_to_driver=False, **local)
-        import ray.data  # sets the log level of Ray Data
+            with sigterm_interrupts():  # ray.init has set another handler
+                first = ray.remote(num_cpus=0)(_do_nothing).remote()
+                import ray.data  # takes seconds; sets the log level of Ray Data
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        with sigterm_interrupts():  # ray.init has set another handler
-            yield
-    finally:
-        with interrupts_deferred():
-            ray.shutdown()
+                logging.getLogger("ray.data").setLevel(logging.ERROR)
+                wait_for_worker(first)
+                yield
+        finally:
+            with interrupts_deferred():  # an interrupt would leave processes behind
+                ray.shutdown()
+
+
+def _session_folder() -> AbstractContextManager[Path]:
+    """Creates a private folder for a local Ray. After an error, its logs stay there until the next run."""
+    if "RAY_TMPDIR" in os.environ:  # selects another folder
+        return nullcontext(Path(os.environ["RAY_TMPDIR"], "ray"))
+    parent = tempfile.gettempdir()
+    is_short = len(os.fsencode(parent)) <= _MAX_FOLDER_BYTES
+    return temporary_folder(parent if is_short else "/tmp", keep_on_error=True)
+
+
+def _do_nothing() -> None:
+    """The first task: a worker that runs it has started and imports this package."""
+
+
+def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
+    """Waits for a task; raises `ClusterError` with the end of Ray's logs if no worker runs the task.
+
+    Without a first task, a run whose workers cannot start would wait for its first result for many minutes.
+    """
+    import ray
+
+    try:
+        ray.get(task, timeout=timeout)
+    except ray.exceptions.RayError as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        if isinstance(error, ray.exceptions.GetTimeoutError):
+            cause = f"no worker process has started within {timeout:g} s"
+        lines = ["see raylet.err and worker-*.err in the logs of its nodes"]
+        with suppress(AttributeError):  # of Ray Client
+            context = ray.get_runtime_context()
+            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+            for path in sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime):
+                lines += path.read_text(errors="replace").splitlines()
+        shown = " | ".join(
+            [line for line in lines if line.strip() and not _LOG_NOISE.match(line)][-_LOG_LINES:]
+        )
+        raise ClusterError(f"the workers of Ray do not start: {cause}; end of the logs: {shown}") from None
 
 
 def ray_address(address: str | None) -> str:
@@ -96,6 +153,10 @@ def init_ray(address: str, **options: Any) -> None:
     """Calls `ray.init`, so that workers import this project's packages from any working directory.
 
     On a busy machine, a local Ray may not start in time. Then it is started a second time.
+
+    Raises:
+        ClusterError: Ray does not start, or the cluster cannot be used.
+        KeyboardInterrupt: SIGTERM or Ctrl-C arrived; the processes that Ray has started are stopped.
     """
     import ray
 
@@ -103,14 +164,38 @@ def init_ray(address: str, **options: Any) -> None:
     if not address.startswith("ray://") and _is_shadowed():
         # A runtime environment delays the start of workers, so it is set only where needed.
         options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
-    with _log_level_line_removed():
+    for is_last in (address != LOCAL, True):
         try:
-            ray.init(address=address, **options)
-        except Exception as error:  # Ray has no narrower type for this error
-            if address != LOCAL or "timed out during startup" not in str(error):
-                raise
+            with _log_level_line_removed(), _new_processes_stopped():
+                ray.init(address=address, **options)
+            return
+        except SystemExit:  # raised by Ray's handler of SIGTERM
+            raise KeyboardInterrupt from None
+        except Exception as error:  # Ray has no narrower type for its errors
             ray.shutdown()
-            ray.init(address=address, **options)
+            if is_last or "timed out during startup" not in str(error):
+                what, remedy = f"cannot use the Ray cluster at {address}", ""
+                if address == LOCAL:
+                    what, remedy = "Ray does not start on this machine", f" To continue: {_START_REMEDY}"
+                raise ClusterError(f"{what}: {' '.join(str(error).split())}{remedy}") from error
+
+
+@contextmanager
+def _new_processes_stopped() -> Iterator[None]:
+    """Kills the processes that the block has started, if the block fails: Ray forgets them then."""
+    import psutil  # comes with Ray
+
+    this = psutil.Process()
+    before = set(this.children(recursive=True))
+    try:
+        yield
+    except BaseException:
+        signal.alarm(0)  # with which Ray's core would end the process 3 seconds after SIGTERM
+        for action in ("suspend", "kill"):  # a suspended process starts no further ones
+            for process in set(this.children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    getattr(process, action)()
+        raise
 
 
 @contextmanager

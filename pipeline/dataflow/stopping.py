@@ -29,6 +29,13 @@ class Stopped(KeyboardInterrupt):
     """The run was stopped by request and shut down cleanly."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C arrived.
+
+    After a plain KeyboardInterrupt in `exec`, which dataclasses use, Python ends by SIGINT without a status.
+    """
+
+
 class StopState(Enum):
     """States of the state machine; see the module's docstring."""
 
@@ -97,12 +104,13 @@ def graceful_stop(grace: float) -> Iterator[StopController]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt inside the block, as Ctrl-C does, so that clean-up code runs."""
+    """Makes SIGTERM and Ctrl-C raise KeyboardInterrupt inside the block, so that clean-up code runs."""
 
     def interrupt() -> None:
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    with _handler(interrupt, signal.SIGTERM):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    with _handler(interrupt, *(each for each in numbers if signal.getsignal(each) is not signal.SIG_IGN)):
         yield
 
 

@@ -22,6 +22,7 @@ from pipeline.run.job import Job
 from pipeline.run.planning import Plan, PreparedRun
 from pipeline.statistics import ClassStatistics, StageSummary
 from pipeline.storage import StorageError
+from pipeline.text import remove_secrets
 
 _PACKAGES = (
     "cvt-label", "ray", "torch", "torchvision", "openvino", "transformers", "pyarrow", "pillow", "numpy",
@@ -191,7 +192,9 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         clock.record("ended")
         with suppress(StorageError):  # it would hide the exception that ended the run
-            record.end(status=status, timings=clock.timings, error=f"{type(error).__name__}: {error}")
+            record.end(
+                status=status, timings=clock.timings, error=remove_secrets(f"{type(error).__name__}: {error}")
+            )
         raise
     clock.record("ended")
     status = "incomplete" if record.values["unreadable"] else "complete"

@@ -24,6 +24,7 @@ from pipeline.schedule.client import (
     minute_key,
 )
 from pipeline.storage import ABSENT, ObjectChanged, StorageError
+from pipeline.text import remove_secrets
 
 _logger = logging.getLogger("cvt_label")
 
@@ -202,8 +203,8 @@ class Scheduler:
             skipped = SkippedTime(scheduled_time=claim.scheduled_time, reason=str(error))
             return file.write(state, current_job=None, last_skipped=skipped)
         except Exception as error:
-            if claim.error != str(error):
-                file.write(state, current_job=claim.model_copy(update={"error": str(error)}))
+            if claim.error != (message := remove_secrets(str(error))):
+                file.write(state, current_job=claim.model_copy(update={"error": message}))
             raise
         submitted = CurrentJob(scheduled_time=claim.scheduled_time, id=job_id, submitted=True)
         return file.write(state, current_job=submitted)

@@ -12,7 +12,6 @@ from typing import TypeVar
 import urllib3.exceptions
 
 from pipeline.storage.limits import exceeded_limit
-from pipeline.text import remove_credentials
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ def check_length(data: bytes, count: int) -> bytes:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns an exception's class and message on one line, without credentials."""
+    """Returns an exception's class and message on one line."""
     error = exceeded_limit(error) or error
-    message = " ".join(remove_credentials(str(error)).split())
+    message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -239,8 +239,7 @@ class S3:
         except botocore.exceptions.ClientError as error:
             raise _service_error(uri, error) from error
         except botocore.exceptions.ConnectionError as error:
-            endpoint = self._client.meta.endpoint_url.rpartition("@")[2]  # without credentials
-            cause = f"cannot reach the endpoint {endpoint}: {describe_error(error)}"
+            cause = f"cannot reach the endpoint {self._client.meta.endpoint_url}: {describe_error(error)}"
             raise StorageError(uri, cause) from error
         except _CONNECTION as error:
             if _is_unsendable(error):  # the message contains credentials, or the password of a proxy

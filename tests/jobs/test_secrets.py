@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
+import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -20,7 +23,7 @@ from typer.testing import CliRunner
 import pipeline
 from cvt.errors import CheckpointError
 from jobs.compare import compare
-from jobs.console import make_app
+from jobs.console import OneLineFormatter, exit_on_error, make_app
 from jobs.label import label
 from jobs.local_s3 import LocalS3
 from jobs.logs import logs
@@ -182,7 +185,11 @@ def test_cluster_commands_leave_no_secret_in_storage_terminal_or_logs(
     ("environment", "overrides", "message"),
     [
         ({"AWS_SECRET_ACCESS_KEY": PLANTED}, [], "SignatureDoesNotMatch"),
-        ({"AWS_ENDPOINT_URL_S3": f"http://me:{PLANTED}@{NOWHERE}"}, [], "cannot reach"),
+        (
+            {"HTTPS_PROXY": f"http://me:{PLANTED}@{NOWHERE}", "AWS_ENDPOINT_URL_S3": "https://a.b"},
+            [],
+            "reach",
+        ),
         pytest.param(
             {"HF_TOKEN": f"hf_{PLANTED}", "HF_ENDPOINT": f"http://{NOWHERE}"},
             ["model.path=a/b"],
@@ -209,6 +216,57 @@ def test_access_error_does_not_show_the_secret(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert PLANTED not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"]
+)
+@pytest.mark.parametrize(
+    "address", [f"http://me:{PLANTED}@host", f"me:{PLANTED}@host:1", f"http://h?sig={PLANTED}"]
+)
+def test_address_in_the_environment_with_a_secret_is_refused(tmp_path: Path, name: str, address: str) -> None:
+    done = cvt_label("stats", tmp_path, **{name: address})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{name}: credentials don't belong here" in done.stderr
+    assert PLANTED not in done.stderr
+
+
+def test_message_and_traceback_of_a_library_show_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    message = f"GET /x?X-Amz-Signature={PLANTED} by me:{PLANTED}@proxy failed"
+
+    @exit_on_error()
+    def run(error: Exception) -> None:
+        raise error
+
+    for error, expected in ((StorageError("s3://a", message), 4), (RuntimeError(message), 1)):
+        with pytest.raises(SystemExit) as ended:
+            run(error)
+        assert ended.value.code == expected
+        shown = capsys.readouterr().err
+        assert "X-Amz-Signature=*** by ***@proxy failed" in shown
+        assert ("Traceback" in shown) == (expected == 1)
+        assert PLANTED not in shown
+    try:
+        run.__wrapped__(RuntimeError(message))  # type: ignore[attr-defined]
+    except RuntimeError:
+        record = logging.makeLogRecord({"msg": message, "exc_info": sys.exc_info()})
+    logged = OneLineFormatter().format(record)
+    assert logged.count("X-Amz-Signature=***") == 2
+    assert PLANTED not in logged
+
+
+def test_record_of_a_failed_run_shows_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(make_tar([("a.jpg", make_image())]))
+    fields = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+
+    def fail(prepared: object) -> None:
+        raise RuntimeError(f"no answer from me:{PLANTED}@host")
+
+    with pytest.raises(RuntimeError):
+        pipeline.label(load_config(Config, None, [*fields, "ray.address=in-process"]), on_plan=fail)
+    [record] = (tmp_path / "out").glob("*/runs/*.json")
+    assert json.loads(record.read_text())["error"] == "RuntimeError: no answer from ***@host"
 
 
 @pytest.mark.parametrize("field", ["input.uri", "output.uri", "model.path", "model.labels", "ray.address"])

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import unicodedata
 
 import pytest
 
 from jobs.console import OneLineFormatter, print_line, print_log
 from pipeline.report.elements import truncate
-from pipeline.text import escape_unprintable, single_line
+from pipeline.text import escape_unprintable, remove_secrets, single_line
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner
 VISIBLE = [
@@ -80,3 +81,47 @@ def _record(message: str) -> logging.LogRecord:
     record = logging.LogRecord("cvt_label", logging.INFO, "", 0, message, (), None)
     record.message = message
     return record
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:PW@host:1/x: refused", "http://***@host:1/x: refused"),
+        ("s3://KEY:PW/P+W@bucket/x", "s3://***@bucket/x"),
+        ("redis://:PW@host", "redis://***@host"),
+        ("https://PW@host/x", "https://***@host/x"),
+        ("cannot reach me:PW@proxy:3128", "cannot reach ***@proxy:3128"),
+        ("s3:/KEY:PW@bucket", "s3:/***@bucket"),
+        ("ProxyError('http://me:PW%40@p:1')", "ProxyError('http://***@p:1')"),
+        ("GET /x?token=PW&part=1 failed", "GET /x?token=***&part=1 failed"),
+        ("X-Amz-Credential=PW/s3&X-Amz-Signature=PW", "X-Amz-Credential=***&X-Amz-Signature=***"),
+        ("https://a/b?sv=1&sig=PW%3D", "https://a/b?sv=1&sig=***"),
+        ("AWS_SECRET_ACCESS_KEY=PW", "AWS_SECRET_ACCESS_KEY=***"),
+        ("{'Authorization': 'Bearer PW'}", "{'Authorization': 'Bearer ***'}"),
+    ],
+)
+def test_secrets_are_replaced(text: str, shown: str) -> None:
+    assert remove_secrets(text) == shown
+    assert "PW" not in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/me@home/a.tar: no such object",
+        "cannot reach http://127.0.0.1:8333: me@home",
+        "http://host:8080/path/a@b",
+        "microsoft/cvt-13@main",
+        "12:30 a@b; line 3: s3://b/a@b",
+        "design=1, a:b, user@host",
+    ],
+)
+def test_text_without_secrets_is_unchanged(text: str) -> None:
+    assert remove_secrets(text) == text
+
+
+def test_long_text_is_searched_for_secrets_in_little_time() -> None:
+    started = time.process_time()
+    for part in ("/a:", "(", "://", "a-", "@", "token="):
+        remove_secrets(part * 3_000)
+    assert time.process_time() - started < 2

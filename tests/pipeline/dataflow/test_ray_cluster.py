@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
 from pipeline.dataflow import ClusterError, check_reachable, ray_address
-from pipeline.dataflow.ray_cluster import _log_level_line_removed
+from pipeline.dataflow.ray_cluster import _log_level_line_removed, init_ray
+from tests.soak import descendants, is_running
 
 LOG_LEVEL_LINE = b"logging.cc:303: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n"
 
@@ -43,3 +49,64 @@ def test_address_comes_from_configuration_or_environment(monkeypatch: pytest.Mon
 def test_address_without_a_numeric_port_is_rejected() -> None:
     with pytest.raises(ClusterError, match="the port is not a number"):
         check_reachable("10.0.0.1:port")
+
+
+def test_ray_that_does_not_start_is_started_again_and_then_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    starts: list[str] = []
+
+    def init(address: str, **options: object) -> None:
+        starts.append(address)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError, match=r"Ray does not start .* timed out .* --no-ray"):
+        init_ray("local")
+    assert starts == ["local", "local"]
+    with pytest.raises(ClusterError, match=r"cannot use the Ray cluster at 10\.0\.0\.1:1: .* timed out"):
+        init_ray("10.0.0.1:1")
+    assert starts[2:] == ["10.0.0.1:1"]
+
+
+START = """\
+from jobs.console import exit_on_error
+from pipeline.dataflow.ray_cluster import ray_cluster
+
+@exit_on_error()
+def start():
+    with ray_cluster("local"):
+        print("started")
+
+start()
+"""
+
+
+@pytest.mark.slow
+def test_interrupt_while_ray_starts_leaves_no_process_and_no_folder() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", START],
+            env=environment | {"TMPDIR": folder, "PYTHONPATH": str(Path.cwd())},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started: dict[int, str] = {}
+        while not (raylets := [pid for pid, command in started.items() if "/raylet " in command]):
+            assert process.poll() is None, process.communicate()
+            started |= descendants(process.pid)
+            time.sleep(0.02)
+        os.kill(raylets[0], signal.SIGSTOP)  # the start can't succeed
+        [session] = Path(folder).glob("cvt-label-tmp-*")
+        assert session.stat().st_mode & 0o777 == 0o700
+        started |= descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=25)  # Ray itself would wait for 30 s
+        assert (process.returncode, stdout) == (130, ""), stderr
+        assert not [path for path in Path(folder).iterdir() if path.name.startswith("cvt-label-tmp-")]
+        deadline = time.monotonic() + 10
+        while left := [command for pid, command in started.items() if is_running(pid)]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from cvt.preprocessing import Preprocessor
 from pipeline.config import RayConfig, load_job_config
-from pipeline.dataflow import Resources, Stages
+from pipeline.dataflow import ClusterError, Resources, Stages
+from pipeline.dataflow.ray_cluster import wait_for_worker
 from pipeline.dataflow.stages import DecodeStep, ReadStep
 from pipeline.read import Chunk, Shard, list_shards
 from pipeline.run import make_job
@@ -86,3 +87,13 @@ def test_deadly_images_and_shards_cost_only_themselves(tmp_path: Path) -> None:
     cause = f"{shards[1].uri}: 2 workers died while reading shard 1 of the plan, the last one in process "
     assert (failed[0].error or "").startswith(cause)
     assert failed[0].transient
+
+
+def test_worker_that_does_not_start_is_reported_with_the_cause_from_the_logs() -> None:
+    import ray
+
+    missing = ray.remote(num_cpus=0, runtime_env={"py_executable": "/missing/python"})(lambda: None).remote()
+    with pytest.raises(ClusterError, match=r"no worker process has started .*/missing/python: No such file"):
+        wait_for_worker(missing, timeout=8)
+    ray.cancel(missing, force=True)
+    wait_for_worker(ray.remote(num_cpus=0)(lambda: None).remote())
