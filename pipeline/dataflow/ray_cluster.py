@@ -45,7 +45,7 @@ _CONNECT_TIMEOUT_S = 10
 #: Seconds after which a worker process of Ray must have run a first task.
 _WORKER_TIMEOUT_S = 50.0
 #: Maximum length of the path of the folder for temporary files, so that the paths of Ray's sockets fit.
-_MAX_FOLDER_BYTES = 16
+_MAX_FOLDER_BYTES = 18
 #: Number of lines of Ray's logs in a message, and the lines that say nothing about a failure.
 _LOG_LINES = 10
 _LOG_NOISE = re.compile(r":(job_id|task_name|actor_name):|.* logging\.cc:\d+: Set ray log level")
@@ -86,7 +86,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     check_reachable(address)
     # The outer `sigterm_interrupts` removes the handlers of Ray at the end.
     with sigterm_interrupts(), _session_folder() if address == LOCAL else nullcontext() as folder:
-        local = {} if folder is None else {"include_dashboard": False, "_temp_dir": str(folder)}
+        # Ray makes its folder accessible to all, so it is one in the private folder.
+        local = {} if folder is None else {"include_dashboard": False, "_temp_dir": f"{folder}/r"}
         try:
             init_ray(address, logging_level=logging.ERROR, log_to_driver=False, **local)
             with sigterm_interrupts():  # ray.init has set another handler
@@ -104,7 +105,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 def _session_folder() -> AbstractContextManager[Path]:
     """Creates a private folder for a local Ray. After an error, its logs stay there until the next run."""
     if "RAY_TMPDIR" in os.environ:  # selects another folder
-        return nullcontext(Path(os.environ["RAY_TMPDIR"], "ray"))
+        return nullcontext(Path(os.environ["RAY_TMPDIR"]))
     parent = tempfile.gettempdir()
     is_short = len(os.fsencode(parent)) <= _MAX_FOLDER_BYTES
     return temporary_folder(parent if is_short else "/tmp", keep_on_error=True)

@@ -90,4 +90,4 @@ def test_interrupt_stops_the_server_and_ray(
 
 def session_folder(command: str) -> Path:
     """Returns the private folder of a local Ray from the command of one of its processes."""
-    return Path(command.partition("--session-dir=")[2].split()[0]).parent
+    return Path(command.partition("--session-dir=")[2].split()[0]).parent.parent
