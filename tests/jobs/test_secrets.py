@@ -222,7 +222,9 @@ def test_access_error_does_not_show_the_secret(
     "name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "STORAGE_EMULATOR_HOST", "RAY_ADDRESS"]
 )
 @pytest.mark.parametrize(
-    "address", [f"http://me:{PLANTED}@host", f"me:{PLANTED}@host:1", f"http://h?sig={PLANTED}"]
+    "address",
+    [f"http://me:{PLANTED}@host", f"me:{PLANTED}@host:1", f"http://h?sig={PLANTED}"],
+    ids=["user", "no scheme", "signature"],
 )
 def test_address_in_the_environment_with_a_secret_is_refused(tmp_path: Path, name: str, address: str) -> None:
     done = cvt_label("stats", tmp_path, **{name: address})
