@@ -54,8 +54,7 @@ class Storage:
         region: Region of the buckets; default: from the AWS configuration.
         request_timeout_s: Maximum seconds of a request, plus the time that its bytes need.
         min_bytes_per_s: Minimum throughput, which gives a request with many bytes more time.
-        conditional_writes: Whether buckets support conditional writes. If false, the version of an object is
-            only compared before a write: there must be one writer.
+        conditional_writes: Whether buckets support conditional writes. If false, there must be one writer.
     """
 
     endpoint_url: str | None = None
