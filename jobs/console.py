@@ -139,6 +139,7 @@ def run_command(command: Callable[..., None]) -> None:
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Ends the process with a message and a status on errors, SIGTERM and Ctrl-C. Decorates commands."""
+    logging.setLogRecordFactory(RecordWithoutSecrets)
     try:
         with sigterm_interrupts():
             check_environment()
@@ -204,8 +205,8 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 
 def print_log(text: str) -> None:
-    """Prints a part of a job's log, with control characters escaped."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    """Prints a part of a job's log, without secrets, and with control characters escaped."""
+    lines = remove_secrets(text).replace("\r\n", "\n").replace("\r", "\n")
     typer.echo(escape_unprintable(lines, keep="\n\t"), nl=False)
 
 
@@ -242,6 +243,13 @@ def log_to_stderr() -> None:
     handler.setFormatter(OneLineFormatter(line_format))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("cvt_label").setLevel(logging.INFO)
+
+
+class RecordWithoutSecrets(logging.LogRecord):
+    """A log message, without secrets for all handlers: some libraries have their own."""
+
+    def getMessage(self) -> str:  # noqa: D102, N802 - logging's own
+        return remove_secrets(super().getMessage())
 
 
 class OneLineFormatter(logging.Formatter):

@@ -11,16 +11,27 @@ _JOINERS = "\u200c\u200d"
 
 _PORT = r"\d{1,5}(?=[/?#\s\"',;)\]]|$)"
 _SECRET_NAME = (
-    r"(?:[\w-]*[-_])?(?:sig|signature|token|secret|password|passwd|credential|api[-_]?key|access[-_]?key"
-    r"(?:[-_]?id)?)|\w*accesskeyid|googleaccessid"
+    r"(?:[\w-]*[-_])?(?:sig|signature|token|secret|password|passwd|credential"
+    r"|(?:api|access|secret|private)[-_]?key(?:[-_]?id)?)|\w*(?:accesskey(?:id)?|sessiontoken)|googleaccessid"
 )
+#: Text between a name and its value, as in `name=value`, `"name": "value"` and `b'name': b'value'`.
+_ASSIGNED = r"[ \\\"']{0,4}[=:] {0,4}b?[\\\"']{0,2}"
 #: Secrets, between the two groups of text around them.
 _SECRETS = (
-    re.compile(r"(://)[^\s\"'/@]{1,1000}(@)"),  # the user of a URL, and a password
-    # A user and a password that contains a slash or belongs to an address without a scheme.
-    re.compile(rf"((?<![^\s\"'(=,/\[]))[^\s\"'(=,/\[:@]{{0,100}}:(?!/|{_PORT})[^\s\"']{{1,1000}}(@)"),
-    re.compile(rf"(?i)(?<![\w-])((?:{_SECRET_NAME})=)[^\s\"'&;,)]+()"),
-    re.compile(r"(?i)(\bauthorization\b\W{1,4}(?:bearer |basic )?)[^\s\"',}]+()"),
+    re.compile(r"(://)[^\s\"'/?#]{1,1000}(@)"),  # the user of a URL, and a password
+    # A user and a password that contains a slash or belongs to an address without a scheme, but no path.
+    re.compile(
+        r"((?<![^\s\"'])(?:[^\s\"'/]{0,100}?[(=,\[])??(?:\w{1,20}:/{1,2})?)"
+        rf"[^\s\"'(=,/\[:@]{{0,100}}:(?!/|{_PORT})[^\s\"']{{1,1000}}(@)"
+    ),
+    re.compile(
+        rf"(?i)(?<![\w/-])((?:{_SECRET_NAME}){_ASSIGNED})"
+        r"(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|[^\s\"'&;,)}\]]+)()"
+    ),
+    re.compile(
+        rf"(?i)(\bauthorization(?:[\"'], ?b?[\"']|{_ASSIGNED})(?:(?:bearer|basic|token) )?)"
+        r"[^\s\"',}]+(?: [^\s\"',}]+)?()"
+    ),
 )
 
 

@@ -74,9 +74,6 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     address = ray_address(address)
     for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if address == LOCAL else {})).items():
         os.environ.setdefault(name, value)
-    if address == LOCAL and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-        # Otherwise Ray writes a token to the home folder, and every later Ray on this machine requires it.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     with interrupts_deferred():  # an interrupted import leaves a broken module
         import ray  # reads its environment variables once, during this import
 
@@ -85,7 +82,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         return
     check_reachable(address)
     # The outer `sigterm_interrupts` removes the handlers of Ray at the end.
-    with sigterm_interrupts(), _session_folder() if address == LOCAL else nullcontext() as folder:
+    token, session = (_private_token(), _session_folder()) if address == LOCAL else (nullcontext(),) * 2
+    with sigterm_interrupts(), token, session as folder:
         # Ray makes its folder accessible to all, so it is one in the private folder.
         local = {} if folder is None else {"include_dashboard": False, "_temp_dir": f"{folder}/r"}
         try:
@@ -95,11 +93,39 @@ def ray_cluster(address: str | None) -> Iterator[None]:
                 import ray.data  # takes seconds; sets the log level of Ray Data
 
                 logging.getLogger("ray.data").setLevel(logging.ERROR)
-                wait_for_worker(first)
+                if address == LOCAL:  # a cluster may install a runtime environment for many minutes
+                    wait_for_worker(first)
                 yield
         finally:
             with interrupts_deferred():  # an interrupt would leave processes behind
                 ray.shutdown()
+
+
+@contextmanager
+def _private_token() -> Iterator[None]:
+    """Protects a local Ray by a random token inside the block, unless the environment selects a mode.
+
+    Without a token, Ray writes one to the home folder, and every later Ray on this machine requires it.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    if "RAY_AUTH_MODE" in os.environ:
+        yield
+        return
+
+    def read_again() -> None:  # Ray has read the variables at import
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    previous = os.environ.get("RAY_AUTH_TOKEN")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    read_again()
+    try:
+        yield
+    finally:
+        del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
+        os.environ.update({} if previous is None else {"RAY_AUTH_TOKEN": previous})
+        read_again()
 
 
 def _session_folder() -> AbstractContextManager[Path]:

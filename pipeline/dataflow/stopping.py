@@ -32,7 +32,8 @@ class Stopped(KeyboardInterrupt):
 class Interrupted(KeyboardInterrupt):
     """SIGTERM or Ctrl-C arrived.
 
-    After a plain KeyboardInterrupt in `exec`, which dataclasses use, Python ends by SIGINT without a status.
+    After a KeyboardInterrupt inside `exec`, which `dataclass` calls, Python ends the process by SIGINT
+    instead of with its exit status, even if the exception is caught. It does not do so after a subclass.
     """
 
 
@@ -109,8 +110,7 @@ def sigterm_interrupts() -> Iterator[None]:
     def interrupt() -> None:
         raise Interrupted
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    with _handler(interrupt, *(each for each in numbers if signal.getsignal(each) is not signal.SIG_IGN)):
+    with _handler(interrupt, signal.SIGTERM, signal.SIGINT):
         yield
 
 
@@ -137,7 +137,10 @@ def interrupts_deferred() -> Iterator[None]:
 
 @contextmanager
 def _handler(action: Callable[[], None], *numbers: int) -> Iterator[None]:
-    """Calls `action` when one of these signals arrives; does nothing outside the main thread."""
+    """Calls `action` when one of these signals arrives; does nothing outside the main thread.
+
+    An ignored signal stays ignored: a shell starts background jobs of a script with Ctrl-C ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -145,9 +148,10 @@ def _handler(action: Callable[[], None], *numbers: int) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         action()
 
-    previous = [signal.signal(number, handle) for number in numbers]
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -4,10 +4,11 @@ import logging
 import sys
 import time
 import unicodedata
+from io import StringIO
 
 import pytest
 
-from jobs.console import OneLineFormatter, print_line, print_log
+from jobs.console import OneLineFormatter, exit_on_error, print_line, print_log
 from pipeline.report.elements import truncate
 from pipeline.text import escape_unprintable, remove_secrets, single_line
 
@@ -97,7 +98,22 @@ def _record(message: str) -> logging.LogRecord:
         ("X-Amz-Credential=PW/s3&X-Amz-Signature=PW", "X-Amz-Credential=***&X-Amz-Signature=***"),
         ("https://a/b?sv=1&sig=PW%3D", "https://a/b?sv=1&sig=***"),
         ("AWS_SECRET_ACCESS_KEY=PW", "AWS_SECRET_ACCESS_KEY=***"),
+        ("https://user:PW@PW@host/x", "https://***@host/x"),
+        ("https://me:PW?PW#PW@host/x", "https://***@host/x"),
+        ("https://me:PW@host:1/scene:left@2x.png", "https://***@host:1/scene:left@2x.png"),
+        ("proxies=a,me:PW/PW@proxy:3128", "proxies=a,***@proxy:3128"),
+        ("file=s3://KEY:PW/PW@bucket", "file=s3://***@bucket"),
         ("{'Authorization': 'Bearer PW'}", "{'Authorization': 'Bearer ***'}"),
+        ("b'authorization': b'Bearer PW'", "b'authorization': b'Bearer ***'"),
+        ("[(b'Authorization', b'Bearer PW')]", "[(b'Authorization', b'Bearer ***')]"),
+        ("Authorization: token PW", "Authorization: token ***"),
+        ("Proxy-Authorization: Other PW", "Proxy-Authorization: ***"),
+        ("client_secret='PW', a='b'", "client_secret='***', a='b'"),
+        ("password = 'PW, \"PW' and more", "password = '***' and more"),
+        ('{"aws_secret_access_key": "PW", "a": "b"}', '{"aws_secret_access_key": "***", "a": "b"}'),
+        ('{"SecretAccessKey":"PW","SessionToken":"PW"}', '{"SecretAccessKey":"***","SessionToken":"***"}'),
+        ("x-amz-security-token: PW\nhost: a", "x-amz-security-token: ***\nhost: a"),
+        ("MINIO_SECRET_KEY=PW", "MINIO_SECRET_KEY=***"),
     ],
 )
 def test_secrets_are_replaced(text: str, shown: str) -> None:
@@ -114,14 +130,48 @@ def test_secrets_are_replaced(text: str, shown: str) -> None:
         "microsoft/cvt-13@main",
         "12:30 a@b; line 3: s3://b/a@b",
         "design=1, a:b, user@host",
+        "s3://b/scene:12@0.jpg",
+        "/data/scene:left@2x.png: cannot decode",
+        "cannot read 'data/scene:left@2x.png'",
+        "s3://b/day=a:b@2x.jpg",
+        "http://host:8080?x=a:b@c",
+        "s3://b/token=3/x.jpg",
+        "s3://b/my-token: no such object",
+        "a token, and the token is missing; authorization failed for s3://b",
     ],
 )
 def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert remove_secrets(text) == text
 
 
+def test_log_of_a_job_is_shown_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    print_log("GET /x?token=PW\nme:PW@proxy\r\n")
+    assert capsys.readouterr().out == "GET /x?token=***\n***@proxy\n"
+
+
+def test_handlers_of_libraries_show_no_secret() -> None:
+    logger, handler = logging.getLogger("library"), logging.StreamHandler(StringIO())
+    logger.addHandler(handler)
+    logger.propagate = False
+    with exit_on_error():
+        logger.warning("GET /x?%s=%s", "token", "PW")
+    assert handler.stream.getvalue() == "GET /x?token=***\n"
+
+
 def test_long_text_is_searched_for_secrets_in_little_time() -> None:
     started = time.process_time()
-    for part in ("/a:", "(", "://", "a-", "@", "token="):
+    for part in (
+        "/a:",
+        "(",
+        "://",
+        "a-",
+        "@",
+        "token=",
+        "a:b,",
+        "a=",
+        'token: "',
+        "authorization: ",
+        " a://b:",
+    ):
         remove_secrets(part * 3_000)
     assert time.process_time() - started < 2

@@ -82,6 +82,56 @@ start()
 """
 
 
+LOCAL_AND_REMOTE = """\
+import os, sys
+from types import SimpleNamespace
+
+import ray
+from ray._raylet import AuthenticationTokenLoader
+
+from pipeline.dataflow.ray_cluster import ray_cluster
+
+def show(place):
+    sent = AuthenticationTokenLoader.instance().get_token_for_http_header().get("authorization", "none")
+    own = os.environ.get("RAY_AUTH_TOKEN", "none")
+    print(place, os.environ.get("RAY_AUTH_MODE"), own, sent.removeprefix("Bearer "))
+
+ray.init = ray.shutdown = lambda **options: None
+ray.remote = lambda **options: lambda function: SimpleNamespace(remote=lambda: None)
+ray.get = lambda task, timeout: print("limit", timeout)
+sys.modules["ray.data"] = ray  # its import takes seconds
+for address in ("local", "auto", "local"):
+    with ray_cluster(address):
+        show(address)
+    show("after")
+    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+"""
+
+
+def test_token_and_time_limit_of_a_local_ray_do_not_apply_to_a_cluster() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL_AND_REMOTE],
+        env=environment | {"HOME": "/missing", "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    first, second = [line[2] for line in lines if line[0] == "local"]
+    own = "0" * 64
+    assert len({first, second, own}) == 3
+    assert lines == [
+        ["limit", "50.0"],
+        ["local", "token", first, first],
+        ["after", "None", "none", "none"],
+        ["auto", "None", own, "none"],
+        ["after", "None", own, "none"],
+        ["limit", "50.0"],
+        ["local", "token", second, second],
+        ["after", "None", own, "none"],
+    ], done.stderr
+
+
 @pytest.mark.slow
 def test_interrupt_while_ray_starts_leaves_no_process_and_no_folder() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import AbstractContextManager
 
 import pytest
 
 from pipeline.dataflow import Stopped, graceful_stop
-from pipeline.dataflow.stopping import StopController, StopState, interrupts_deferred
+from pipeline.dataflow.stopping import StopController, StopState, interrupts_deferred, sigterm_interrupts
 
 RUNNING, DRAINING, ABORTED = StopState
 
@@ -86,3 +87,21 @@ def test_deferred_interrupt_is_raised_after_the_block() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done == [1]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [graceful_stop(20), interrupts_deferred(), sigterm_interrupts()],
+    ids=["stop", "defer", "interrupt"],
+)
+def test_ignored_signal_stays_ignored_and_other_signals_work(block: AbstractContextManager[object]) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with block:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
