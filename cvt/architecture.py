@@ -162,7 +162,7 @@ def _check_stage(config: Any, i: int) -> None:
 
 
 def transformers_problem(config: Any) -> str | None:
-    """Returns why transformers cannot load a model, or computes other logits. None: it does neither."""
+    """Returns why transformers cannot load a model, or computes other logits; None if neither is the case."""
     for i, layers in enumerate(config.depth):
         if layers <= i:
             return f"transformers cannot load this model: its CvT needs depth[{i}] > {i}, not {layers}"

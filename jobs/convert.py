@@ -43,8 +43,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint to the Hugging Face or Microsoft layout.
 
-    The Hugging Face layout is a folder that transformers loads. The Microsoft layout is a .pth file. The file
-    has no labels and no preprocessing, so this package loads it only if it is a published variant of CvT.
+    The Hugging Face layout is a folder that transformers loads; a notice reports exceptions. The Microsoft
+    layout is a .pth file. The file has no labels and no preprocessing, so this package loads it only if it is
+    a published variant of CvT.
 
     Exit status: 0 on success; 2 if the target exists or the command line is not valid; 4 if the source cannot
     be loaded.
@@ -60,7 +61,7 @@ def convert(
 
     _check_target(target, to)
     if activation is not None and to == "microsoft":
-        raise typer.BadParameter("a Microsoft file does not store it", param_hint="--activation")
+        raise typer.BadParameter("a Microsoft file does not store the activation", param_hint="--activation")
     checkpoint = open_checkpoint(Storage(), source, labels=labels)
     config = checkpoint.model.config
     if activation is not None:
@@ -92,7 +93,7 @@ def convert(
         )
     if to == "microsoft" and config.hidden_act != "gelu":
         console.print_notice(
-            f"cvt-label: {target.name} will load with GELU: it does not store the activation"
+            f"cvt-label: {target.name} will load with GELU: a Microsoft file does not store the activation"
         )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -158,16 +158,14 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
 
 
 def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
-    """Saves a checkpoint as a folder that `load_checkpoint` and transformers can load."""
-    from transformers.utils import logging
+    """Saves a checkpoint as a folder that `load_checkpoint` can load.
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    transformers can load the folder too, with exceptions: see `cvt.architecture.transformers_problem`.
+    """
+    from transformers.utils import logging as bars
+
+    with _no_bars(bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar):
         model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     (folder / PREPROCESSOR_FILE).write_text(json.dumps(preprocessor.to_dict(), indent=2) + "\n")
 
 
@@ -241,6 +239,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     # Imported here, because a local checkpoint does not need the client.
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     bundled = f"(bundled: {', '.join(BUNDLED)})"
     with checkpoint_errors(f"no such local folder {bundled}, and not available from the Hugging Face hub"):
@@ -256,22 +255,19 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
                 raise
             return folder
         files = files_to_load(file.rfilename for file in listed)
-        with _no_progress_bars():
+        with _no_bars(not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars):
             return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Disables progress bars of the hub's client, which would overwrite other output."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
+def _no_bars(shown: bool, disable: Callable[[], object], enable: Callable[[], object]) -> Iterator[None]:
+    """Disables a library's progress bars, which would overwrite other output, and restores the setting."""
+    disable()
     try:
         yield
     finally:
         if shown:
-            enable_progress_bars()
+            enable()
 
 
 def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _Parts:
@@ -283,7 +279,12 @@ def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _
         kind = fields.get("model_type") if isinstance(fields, dict) else None
         if kind != "cvt":
             raise CheckpointError(f"model_type is {kind!r}, not 'cvt'")
-        architecture, labels = Architecture.from_dict(fields), _class_names(fields)
+        architecture, names = Architecture.from_dict(fields), fields.get("id2label")
+        if names is None:  # transformers generates names
+            labels = _default_labels(fields.get("num_labels", 2))
+        else:
+            with checkpoint_errors("id2label"):
+                labels = tuple(_check_names(names))
         if (problem_type := fields.get("problem_type")) not in _PROBLEM_TYPES:
             raise CheckpointError(f"problem_type is {problem_type!r}, not one of {_PROBLEM_TYPES[1:]}")
     weights = read_folder(folder) if weights_file is None else read_file(weights_file)
@@ -293,16 +294,7 @@ def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _
     return _Parts(name, architecture, labels, weights, preprocessor, problem_type=problem_type)
 
 
-def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the class names in config.json; without names, those that transformers generates."""
-    names = fields.get("id2label")
-    if names is None:
-        return default_labels(fields.get("num_labels", 2))
-    with checkpoint_errors("id2label"):
-        return tuple(_check_names(names))
-
-
-def default_labels(count: int) -> tuple[str, ...]:
+def _default_labels(count: int) -> tuple[str, ...]:
     """Returns the names that transformers gives to classes without names."""
     _check_count(count)
     return tuple(f"LABEL_{i}" for i in range(count))
@@ -317,11 +309,13 @@ def _read_microsoft(file: Path) -> _Parts:
     weights = read_file(file)
     with checkpoint_errors(file.name):
         architecture = microsoft.infer_architecture(weights)
-        labels = default_labels(len(weights["head.weight"]))
-    size, is_certain = microsoft.image_size(file.name, architecture)
-    if not is_certain:
-        cause = "the file name does not state one (224x224 or 384x384); to set it: cvt-label convert --size"
-        logger.warning("%s: assuming an image size of %d pixels, because %s", file.name, size, cause)
+        labels = _default_labels(len(weights["head.weight"]))
+    size, cause = microsoft.image_size(file.name, architecture)
+    if cause is not None:
+        message = (
+            "%s: assuming an image size of %d pixels, because %s; to set the size: cvt-label convert --size"
+        )
+        logger.warning(message, file.name, size, cause)
     return _Parts(file.stem, architecture, labels, weights, preset_preprocessor(size))
 
 

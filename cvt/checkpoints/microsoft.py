@@ -21,7 +21,7 @@ logger = logging.getLogger("cvt_label")
 
 #: Keys of weights in the files of training scripts, in order of precedence; the first two are no EMA.
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_PLAIN = _WRAPPERS[:2]
+_PLAIN = set(_WRAPPERS[:2])
 
 #: Prefixes of DataParallel, torch.compile, Lightning and averages of weights.
 _EMA_PREFIXES = ("ema.", "ema_model.", "model_ema.")
@@ -77,16 +77,15 @@ def unwrap_weights(content: Mapping[str, object], file: str) -> dict[str, object
     (EMA).
 
     Returns:
-        The plain weights, or the EMA if there are no others.
+        The weights without averaging, or the EMA if the file has only an EMA.
     """
     wrappers = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-    used, weights = "the other weights", content
-    if wrappers:
-        used, weights = wrappers[0], cast(Mapping[str, object], content[wrappers[0]])
+    weights = cast(Mapping[str, object], content[wrappers[0]]) if wrappers else content
     weights = {str(key): value for key, value in weights.items() if key != "n_averaged"}
     plain = {key: value for key, value in weights.items() if not key.startswith(_EMA_PREFIXES)}
-    if 0 < len(plain) < len(weights) or (used in _PLAIN and any(key not in _PLAIN for key in wrappers)):
-        logger.warning("%s has weights and their moving average (EMA): loading %s, not the EMA", file, used)
+    if 0 < len(plain) < len(weights) or 0 < len(_PLAIN & set(wrappers)) < len(wrappers):
+        cause = "has weights and their moving average (EMA): loading the weights without averaging"
+        logger.warning("%s %s", file, cause)
     weights = plain or weights
     while weights and (match := _PREFIX.match(min(weights))) and all(k.startswith(match[0]) for k in weights):
         weights = {key.removeprefix(match[0]): value for key, value in weights.items()}
@@ -114,13 +113,19 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture:
     raise CheckpointError(f"no published variant of CvT has embed_dim {embed_dim} and depth {depth}")
 
 
-def image_size(file_name: str, config: Architecture) -> tuple[int, bool]:
+def image_size(file_name: str, config: Architecture) -> tuple[int, str | None]:
     """Infers the image size of a published checkpoint.
 
     Returns:
-        The size in pixels, and whether the size is certain: 384 for CvT-W24, else the size in the file name.
+        The size in pixels: 384 for CvT-W24, else the size in the file name. And why the size is uncertain;
+        None if the size is certain.
     """
     is_w24 = list(config.embed_dim) == PRESETS["cvt-w24"]["embed_dim"]
     named = {size for size in (224, 384) if re.search(rf"{size}x{size}|[_-]{size}(?!\d)", file_name)}
     size = 384 if is_w24 or 384 in named else 224
-    return size, named == {size} or (is_w24 and not named)
+    if named == {size} or (is_w24 and not named):
+        return size, None
+    if not named:
+        return size, "the file name does not state a size (224x224 or 384x384)"
+    stated = f"the file name states {' and '.join(map(str, sorted(named)))}"
+    return size, f"{stated}, but each published CvT-W24 has 384" if is_w24 else stated

@@ -25,11 +25,9 @@ from cvt.errors import CheckpointError
 #: Maximum size of the pickle and of the list of entries in a file. A file for CvT-W24 has 0.1 MB of each.
 _MAX_READ = 4 * 1024**2
 
-#: The globals of pickled weights and of a training's state. None of them allocates by a number.
-_GLOBALS = re.compile(
-    r"collections (OrderedDict|Counter|defaultdict)|(__builtin__|builtins) set"
-    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
-    r"|torch (Size|device|\w+Storage|b?float\w+|u?int\d+|bool)"
+#: Globals that `weights_only` allows, and that allocate as many values as the file asks for.
+_ALLOCATING = re.compile(
+    r"\w+ bytearray|torch[\w.]* (\w+Tensor|(Unt|T)ypedStorage|_rebuild_(qtensor|device_tensor)\w*)"
 )
 
 #: Pickles at the start of a file of PyTorch before 1.6: number, version, system, weights, storages.
@@ -99,9 +97,9 @@ def _check_archive(stream: io.FileIO) -> None:
 
 
 def _check_pickles(content: bytes, count: int = 1) -> None:
-    """Checks that pickles at the start of `content` refer only to tensors and plain values."""
+    """Checks that pickles at the start of `content` call no function that allocates by a number."""
     stream = io.BytesIO(content)
     for _ in range(count):
         for opcode, argument, _position in pickletools.genops(stream):
-            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            if opcode.name == "GLOBAL" and _ALLOCATING.fullmatch(str(argument)):
                 raise pickle.UnpicklingError(argument)

@@ -67,6 +67,8 @@ def read_h5(path: Path) -> dict[str, Tensor]:
         if next(objects) > _MAX_OBJECTS:
             raise CheckpointError(f"the file has more than {_MAX_OBJECTS:,} groups and datasets")
         if isinstance(value, h5py.Dataset):
+            if value.dtype.kind != "f":  # values of a string or an object may share one place in the file
+                raise CheckpointError(f"{name}: not the dataset of a weight")
             remaining -= value.nbytes
             is_part_of_file = value.id.get_storage_size() >= value.nbytes and not value.external
             if remaining < 0 or value.chunks or not is_part_of_file:
@@ -81,7 +83,7 @@ def read_h5(path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, value in datasets.items():
         key = _key_of_dataset(name)
-        if value.dtype.kind != "f" or key in weights:
+        if key in weights:
             raise CheckpointError(f"{name}: not the dataset of a weight")
         tensor = torch.from_numpy(value).float()
         if name.endswith("/kernel:0") and tensor.ndim in TO_TORCH:

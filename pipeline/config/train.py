@@ -91,7 +91,7 @@ class OptimizationConfig(Section):
     shuffle_buffer: PositiveInt = Field(
         default=20_000,
         description="Number of images of a worker's shuffle buffer, which holds at most 1 GiB of pixels. "
-        "The shards, and blocks of cached images, are shuffled before.",
+        "The order of the shards, and of blocks of cached images, is random too.",
     )
     seed: int = Field(default=0, description="Seed of weights, order and augmentation.")
 
@@ -146,7 +146,8 @@ class TrainConfig(Section):
     max_skipped_fraction: Fraction = Field(
         default=0.5,
         description="Maximum fraction of the images of a section that cannot be used: without a target, "
-        "with a target that is no class of the model, or not decodable. More end the training at its start.",
+        "with a target that is no class of the model, or not decodable. A larger fraction ends the "
+        "training before the first epoch.",
     )
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()

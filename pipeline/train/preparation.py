@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,14 +16,14 @@ from torch import nn
 from cvt.architecture import FIELDS, transformers_problem
 from cvt.checkpoints.checkpoint import label_fields
 from cvt.configuration import CvtConfig
-from cvt.errors import CheckpointError
+from cvt.errors import checkpoint_errors
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, make_storage
 from pipeline.read import Shard, list_input_shards
-from pipeline.storage import Storage
+from pipeline.storage import ABSENT, ObjectChanged, Storage, StorageError
 
 #: Fields of `optimization` on which the training state or the order of the images depends.
 _FIXED_FIELDS = {"learning_rate", "weight_decay", "warmup_epochs", "shuffle_buffer", "seed"}
@@ -42,12 +41,13 @@ class TrainingModel(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedTraining:
-    """All of a training that needs no Ray.
+    """The parts of a training that are prepared without Ray.
 
     Attributes:
         shards: the shards of the sections `train` and `validation`.
         settings: what a resumed training must keep: values as JSON, by field.
-        state: the state of the interrupted training; None for a new one.
+        state: the state of the interrupted training; None for a new training.
+        version: the version of the object with the state, or `ABSENT`.
     """
 
     config: TrainConfig
@@ -56,6 +56,7 @@ class PreparedTraining:
     shards: Mapping[str, Sequence[Shard]]
     settings: Mapping[str, str]
     state: Mapping[str, Any] | None
+    version: str
 
 
 def prepare_training(config: TrainConfig) -> PreparedTraining:
@@ -70,7 +71,7 @@ def prepare_training(config: TrainConfig) -> PreparedTraining:
     inputs = {"train": config.train, "validation": config.validation}
     shards = {name: list_input_shards(storage, section, f"{name}.uri") for name, section in inputs.items()}
     settings = _settings(config, model, shards)
-    return PreparedTraining(config, storage, model, shards, settings, _read_state(storage, config, settings))
+    return PreparedTraining(config, storage, model, shards, settings, *_read_state(storage, config, settings))
 
 
 def _settings(
@@ -94,28 +95,48 @@ def _settings(
 
 def _read_state(
     storage: Storage, config: TrainConfig, settings: Mapping[str, str]
-) -> Mapping[str, Any] | None:
+) -> tuple[Mapping[str, Any] | None, str]:
+    """Returns the state and its version; None and `ABSENT` for a new training."""
     differences = ["the state is missing"]
     found = storage.read_latest(config.state_uri, lambda file: file.read())
     if found is None and next(storage.list(config.model_uri), None) is None:
-        return None
+        return None, ABSENT
     if found is not None:
-        try:
+        with checkpoint_errors(f"{config.state_uri}: not the state of a training"):
             state: dict[str, Any] = torch.load(io.BytesIO(found.content), "cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{config.state_uri}: not the state of a training: {error}") from error
-        kept = state["settings"]
-        differences = [
-            f"{name} was {kept[name]:.60}, and is now {settings[name]:.60}"
-            for name in sorted(kept.keys() & settings.keys())
-            if kept[name] != settings[name]
-        ]
+            kept, *_ = (state[name] for name in ("settings", "epoch", "best"))
+            differences = [
+                f"{name} was {kept[name]:.60}, and is now {settings[name]:.60}"
+                for name in sorted(kept.keys() & settings.keys())
+                if kept[name] != settings[name]
+            ]
         if not differences:
-            return state
+            return state, found.version
     raise ConfigError(
         f"output: cannot resume the training in {config.folder}: {'; '.join(differences)}. Restore the "
         "settings, set another output.name, or delete the folder"
     )
+
+
+def write_output(prepared: PreparedTraining, version: str, uri: str, content: bytes) -> str:
+    """Writes the state of a training, or a file of its model; returns the new version of the state.
+
+    Raises:
+        StorageError: the state no longer has `version`, or the object cannot be written.
+    """
+    storage, state_uri = prepared.storage, prepared.config.state_uri
+    try:
+        if uri == state_uri:
+            return storage.write(uri, content, version).version
+        if storage.version(state_uri) == version:
+            storage.write(uri, content)
+            return version
+    except ObjectChanged:  # also if the response to this write was lost
+        found = storage.read_latest(uri, lambda file: file.read())
+        if found is not None and found.content == content:
+            return found.version
+    cause = "another training writes to this output: run only one, or set another output.name"
+    raise StorageError(state_uri, cause)
 
 
 @dataclass(frozen=True)
@@ -171,4 +192,4 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
 
 def _warn(config: CvtConfig) -> None:
     if problem := transformers_problem(config):
-        logger.warning("%s; cvt-label can load and use it", problem)
+        logger.warning("%s; cvt-label can load and use this model", problem)

@@ -43,7 +43,7 @@ from pipeline.read import ReadOptions
 from pipeline.storage import StorageError
 from pipeline.text import pluralize
 from pipeline.train.augmentation import augment
-from pipeline.train.preparation import PreparedTraining, TrainingModel, TrainResult
+from pipeline.train.preparation import PreparedTraining, TrainingModel, TrainResult, write_output
 
 logger = logging.getLogger("cvt_label")
 
@@ -63,7 +63,7 @@ def train(
 
     Raises:
         ConfigError: too few images have a target.
-        StorageError: images cannot be read, or the state cannot be written.
+        StorageError: images cannot be read, the output cannot be written, or another training writes there.
         ray.train.TrainingFailedError: a worker failed.
     """
     config, workers = prepared.config, prepared.config.workers
@@ -192,7 +192,7 @@ class _Reporter:
     def __init__(self, prepared: PreparedTraining, trainer: _Trainer, job: dict[str, Any]) -> None:
         self._prepared, self._trainer, self._job = prepared, trainer, job
         self._started = self._epoch_started = self._reported = time.monotonic()
-        self._start = trainer.total_steps
+        self._start, self._version = trainer.total_steps, prepared.version
         self._write_state()  # fails now if the output cannot be written
 
     def after_step(self) -> None:
@@ -244,7 +244,7 @@ class _Reporter:
 
     def _write(self, uri: str, content: bytes) -> None:
         try:
-            self._prepared.storage.write(uri, content)
+            self._version = write_output(self._prepared, self._version, uri, content)
         except StorageError as error:
             self._job["events"].put(error)
             raise
@@ -356,7 +356,7 @@ class _Trainer:
         save_checkpoint(self._model, self._preprocessor, folder)
 
     def state(self) -> dict[str, Any]:
-        """Returns all that a training needs to continue from the current step."""
+        """Returns the state with which a training continues from the current step."""
         return {
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),

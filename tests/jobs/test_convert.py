@@ -119,9 +119,11 @@ def test_activation_option_is_stored_and_changes_the_digest(tmp_path: Path) -> N
     assert "transformers" not in convert(tmp_path / "quick", tmp_path / "gelu", "--activation", "gelu")
     assert load_checkpoint(str(tmp_path / "gelu")).digest == gelu.digest
     output = convert(tmp_path / "quick", tmp_path / "cvt_224.pth", "--to", "microsoft")
-    assert "cvt_224.pth will load with GELU: it does not store the activation" in output
+    assert "cvt_224.pth will load with GELU: a Microsoft file does not store the activation" in output
     arguments = "--to", "microsoft", "--activation", "gelu"
-    assert "does not store it" in convert("fashion-mnist", tmp_path / "x.pth", *arguments, status=2)
+    assert "does not store the activation" in convert(
+        "fashion-mnist", tmp_path / "x.pth", *arguments, status=2
+    )
 
 
 def test_model_that_transformers_cannot_load_is_reported(tmp_path: Path) -> None:

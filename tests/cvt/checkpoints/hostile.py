@@ -114,6 +114,12 @@ def calls_tensor(folder: Path) -> None:
     )
 
 
+def calls_storage(folder: Path) -> None:
+    replace_weights(
+        folder, "pytorch_model.bin", lambda w, f: torch.save(w | {"x": Call(torch.UntypedStorage, 10**9)}, f)
+    )
+
+
 def inflated_entry(folder: Path) -> None:
     def save(weights: dict[str, torch.Tensor], file: Path) -> None:
         torch.save(weights, file)
@@ -203,6 +209,20 @@ def unwritten_dataset(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with h5py.File(folder / "tf_model.h5", "w") as file:
         file.create_dataset("a/b/c/kernel:0", shape=(40_000, 40_000), dtype="f4")
+
+
+def shared_strings_dataset(folder: Path) -> None:
+    """6,000 strings of 16 KB, of which the file has one."""
+    import h5py
+
+    (folder / WEIGHTS).unlink()
+    with h5py.File(folder / "tf_model.h5", "w") as file:
+        strings = file.create_dataset("a/b/c/kernel:0", (6000,), h5py.string_dtype())
+        strings[0] = "x" * 16_384
+        place, size = strings.id.get_offset(), strings.id.get_storage_size()
+    content = bytearray((folder / "tf_model.h5").read_bytes())
+    content[place : place + size] = content[place : place + 16] * 6000
+    (folder / "tf_model.h5").write_bytes(content)
 
 
 def external_dataset(folder: Path) -> None:

@@ -410,9 +410,10 @@ def test_guessed_image_size_is_reported(
 ) -> None:
     torch.save(weights, tmp_path / name)
     assert load_checkpoint(str(tmp_path / name)).preprocessor.size == 224
-    cause = "the file name does not state one (224x224 or 384x384); to set it: cvt-label convert --size"
+    cause = "the file name does not state a size (224x224 or 384x384)"
     message = f"{name}: assuming an image size of 224 pixels, because {cause}"
-    assert caplog.messages == ([message] if warned else [])
+    remedy = "to set the size: cvt-label convert --size"
+    assert caplog.messages == ([f"{message}; {remedy}"] if warned else [])
 
 
 def test_file_of_another_model_fails(tmp_path: Path) -> None:

@@ -59,25 +59,30 @@ def test_unknown_weight_shapes_fail_with_the_difference() -> None:
     assert "stage0.patch_embed.proj.weight is missing" in cause({"conv1.weight": torch.ones(1)})
 
 
+NONE_STATED = "the file name does not state a size (224x224 or 384x384)"
+W24 = "but each published CvT-W24 has 384"
+
+
 @pytest.mark.parametrize(
-    ("name", "variant", "size", "is_certain"),
+    ("name", "variant", "size", "cause"),
     [
-        ("CvT-13-224x224-IN-1k.pth", "cvt-13", 224, True),
-        ("CvT-13-384x384-IN-22k.pth", "cvt-13", 384, True),
-        ("mine_384x384.pth", "cvt-21", 384, True),
-        ("384x384.pth", "cvt-21", 384, True),
-        ("cvt13_384_best.pth", "cvt-13", 384, True),
-        ("cvt-21-384-22k.pt", "cvt-21", 384, True),
-        ("cvt_224.pth", "cvt-13", 224, True),
-        ("epoch_3840.pth", "cvt-13", 224, False),
-        ("checkpoint.pth", "cvt-13", 224, False),
-        ("from-224-to-384.pth", "cvt-13", 384, False),
-        ("CvT-w24-384x384-IN-22k.pth", "cvt-w24", 384, True),
-        ("checkpoint.pth", "cvt-w24", 384, True),
-        ("w24-224x224.pth", "cvt-w24", 384, False),
+        ("CvT-13-224x224-IN-1k.pth", "cvt-13", 224, None),
+        ("CvT-13-384x384-IN-22k.pth", "cvt-13", 384, None),
+        ("mine_384x384.pth", "cvt-21", 384, None),
+        ("384x384.pth", "cvt-21", 384, None),
+        ("cvt13_384_best.pth", "cvt-13", 384, None),
+        ("cvt-21-384-22k.pt", "cvt-21", 384, None),
+        ("cvt_224.pth", "cvt-13", 224, None),
+        ("epoch_3840.pth", "cvt-13", 224, NONE_STATED),
+        ("checkpoint.pth", "cvt-13", 224, NONE_STATED),
+        ("from-224-to-384.pth", "cvt-13", 384, "the file name states 224 and 384"),
+        ("CvT-w24-384x384-IN-22k.pth", "cvt-w24", 384, None),
+        ("checkpoint.pth", "cvt-w24", 384, None),
+        ("cvt-w24-224x224.pth", "cvt-w24", 384, f"the file name states 224, {W24}"),
+        ("cvt-w24-224x224-384x384.pth", "cvt-w24", 384, f"the file name states 224 and 384, {W24}"),
     ],
 )
 def test_image_size_is_inferred_from_file_name_and_variant(
-    name: str, variant: str, size: int, is_certain: bool
+    name: str, variant: str, size: int, cause: str | None
 ) -> None:
-    assert image_size(name, Architecture(**PRESETS[variant])) == (size, is_certain)
+    assert image_size(name, Architecture(**PRESETS[variant])) == (size, cause)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,21 +151,21 @@ def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("content", "used"),
+    "content",
     [
-        ({"state_dict": WEIGHTS, "state_dict_ema": EMA}, "state_dict"),
-        ({"model_ema": EMA, "model": WEIGHTS}, "model"),
-        ({"state_dict": prefixed("model.", WEIGHTS) | prefixed("ema.", EMA)}, "state_dict"),
-        (prefixed("module.", WEIGHTS) | prefixed("ema_model.module.", EMA), "the other weights"),
+        {"state_dict": WEIGHTS, "state_dict_ema": EMA},
+        {"model_ema": EMA, "model": WEIGHTS},
+        {"state_dict": prefixed("model.", WEIGHTS) | prefixed("ema.", EMA)},
+        prefixed("module.", WEIGHTS) | prefixed("ema_model.module.", EMA),
     ],
 )
 def test_choice_between_weights_and_their_average_is_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: dict[str, Any], used: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: dict[str, Any]
 ) -> None:
     torch.save(content, tmp_path / "x.pth")
     assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
     assert caplog.messages == [
-        f"x.pth has weights and their moving average (EMA): loading {used}, not the EMA"
+        "x.pth has weights and their moving average (EMA): loading the weights without averaging"
     ]
 
 
@@ -214,6 +214,24 @@ def test_pickled_code_fails_and_does_not_run(tmp_path: Path, wrapped: bool, zipp
     assert not trace.exists()
     torch.load(file, weights_only=False)  # proves that the file would run code
     assert trace.exists()
+
+
+def test_values_that_weights_only_accepts_are_read(tmp_path: Path) -> None:
+    tensor, parameter = torch.ones(1), torch.nn.Parameter(torch.ones(1))
+    tensor.note = parameter.note = "x"  # type: ignore[attr-defined]
+    more = {
+        "bytes": b"\xff text",
+        "tensor with an attribute": tensor,
+        "parameters": [parameter, torch.nn.Parameter(torch.ones(1))],
+        "dtypes": [torch.complex64, torch.bfloat16, torch.float8_e4m3fn],
+        "complex": torch.zeros(2, dtype=torch.complex64),
+        "torch": [torch.Size([1]), torch.device("cpu")],
+        "plain": [1j, {1}, Counter("a"), OrderedDict(a=1)],
+        "sparse": torch.eye(2).to_sparse(),
+    }
+    for zipped in (True, False):
+        torch.save({"state_dict": WEIGHTS, **more}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+        assert same(read_file(tmp_path / "x.pth"), WEIGHTS)
 
 
 @pytest.mark.parametrize(
