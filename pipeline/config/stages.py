@@ -91,7 +91,7 @@ class DecodeConfig(Section):
     timeout_s: PositiveFloat = Field(
         default=60,
         description="Maximum CPU time for decoding an image, in seconds. An image that takes longer is an "
-        "error row, and shortens the timeout of the later images of its chunk by a fifth, to 1 at least.",
+        "error row.",
     )
 
 

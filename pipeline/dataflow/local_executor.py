@@ -1,7 +1,8 @@
 """The executor without Ray: threads of this process run the stages.
 
 Each thread reads, decodes and classifies one chunk at a time. Memory holds one chunk per thread and a few
-results. An image that crashes or hangs its decoder ends or hangs the run: with Ray, it becomes an error.
+results. An image that crashes its decoder ends the run, and a hung decoder stops its thread. With Ray, such
+an image becomes an error row.
 """
 
 import os

@@ -69,8 +69,10 @@ class Attempts:
         self._works[work] = (started, max(results, number), worker)
 
     def finish(self, work: str) -> None:
-        """Removes finished work."""
-        self._works.pop(work, None)
+        """Forgets the attempts at finished work; its results still count if Ray repeats the work."""
+        _, results, _ = self._works.pop(work, (0, 0, ""))
+        if results:
+            self._works[work] = (0, results, "")
 
 
 class AttemptLimit:
@@ -149,21 +151,28 @@ class ShardSource(Datasource):
 def _read_shards(
     shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
 ) -> Iterator[pa.Table]:
-    """Reads shards. A shard that kills its workers becomes an error.
-
-    Ray ignores as many results of a retry as earlier attempts have delivered, so the error is repeated.
-    """
+    """Reads shards. A shard that kills its workers becomes an error."""
     read = ray.get(step)
     for number, shard in shards:
         work = f"reading shard {number} of the plan"
         with limit.attempt(work) as attempt:
+            chunks = read([(number, shard)])
             if attempt.error is not None:
-                chunk = failed_chunk(Chunk(number, 0, NO_SAMPLES), attempt.error)
-                yield from [chunk.to_block()] * (attempt.results + 1)
-                continue
-            for count, chunk in enumerate(read([(number, shard)]), start=1):
+                chunks = iter([failed_chunk(Chunk(number, 0, NO_SAMPLES), attempt.error)])
+            for count, chunk in enumerate(_repeat_last(chunks, attempt.results), start=1):
                 limit.add_result(work, count)
                 yield chunk.to_block()
+
+
+def _repeat_last(chunks: Iterator[Chunk], results: int) -> Iterator[Chunk]:
+    """Yields chunks, and the last one repeatedly: at least `results` chunks, and one more if it is an error.
+
+    Ray ignores as many results of a retry as earlier attempts have delivered, but a retry can fail earlier.
+    """
+    for chunk in chunks:
+        yield chunk
+        results -= 1
+    yield from [chunk] * (results + (chunk.error is not None))
 
 
 def _read_shards_in_turn(
@@ -183,7 +192,7 @@ def _process(
     """Processes a chunk. A chunk that kills its workers becomes the error of its shard."""
     for chunk in Chunk.from_block(block):
         with limit.attempt(f"{action} shard {chunk.shard} of the plan, from sample {chunk.start}") as attempt:
-            if attempt.error is not None:
+            if attempt.error is not None and chunk.error is None:
                 chunk = failed_chunk(chunk, attempt.error)
             result = step(chunk, attempt).to_block()
         yield result
@@ -206,19 +215,25 @@ class _ClassifierActor:
 
     def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
         local_stages = ray.get(stages)
-        self._classify = Classifier(local_stages, resources)
-        self._timeout_s = local_stages.classify_timeout_s
+        self._step = partial(
+            classify_or_die,
+            classify=Classifier(local_stages, resources),
+            decode=local_stages.make_decode_step(),
+            timeout_s=local_stages.classify_timeout_s,
+        )
         self._limit = limit
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        def classify(chunk: Chunk, attempt: Attempt) -> Chunk:
-            return classify_or_die(chunk, self._classify, self._timeout_s)
-
-        return _process(block, classify, self._limit, "classifying")
+        return _process(block, self._step, self._limit, "classifying")
 
 
-def classify_or_die(chunk: Chunk, classify: Callable[[Chunk], Chunk], timeout_s: float) -> Chunk:
+def classify_or_die(
+    chunk: Chunk, attempt: Attempt, classify: Callable[[Chunk], Chunk], decode: DecodeStep, timeout_s: float
+) -> Chunk:
     """Classifies a chunk; after the timeout, logs the cause and ends this process: a model can hang."""
+    if attempt.number > 1 and chunk.pixels is None:  # decoding on the GPU may have ended the worker
+        with ChildDecoder() as child:
+            chunk = decode(chunk, decode_image=child)
 
     def die() -> None:
         limit = f"more than {timeout_s:g} s (classify.timeout_s)"

@@ -18,7 +18,7 @@ from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
-from pipeline.decode import ImageDecoder, decode, decode_chunk, max_chunk_seconds
+from pipeline.decode import ImageDecoder, decode, decode_chunk
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, read_samples, split_into_chunks
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE, StageMetrics, StageTimer
@@ -140,11 +140,11 @@ class Stages:
 
     def max_chunk_seconds(self, images: int) -> float:
         """Returns the maximum seconds for a chunk that is decoded, decoded in isolation, and classified."""
-        return 2 * max_chunk_seconds(images, self.decode_timeout_s) + self.classify_timeout_s
+        return 2 * images * self.decode_timeout_s + self.classify_timeout_s
 
 
 class Classifier:
-    """The last stage: holds the model on its device; with GPU decoding, also decodes. Thread-safe."""
+    """The last stage: holds the model on its device; with GPU decoding, decodes chunks without pixels."""
 
     def __init__(self, stages: Stages, resources: Resources) -> None:
         checkpoint, options = stages.checkpoint, stages.predictions
@@ -172,7 +172,7 @@ class Classifier:
     def __call__(self, chunk: Chunk) -> Chunk:
         """Returns the chunk with prediction columns and without pixels."""
         decoded = chunk
-        if self._decoder is not None:
+        if self._decoder is not None and chunk.pixels is None:
             with self._decode_timer:
                 decoded = self._decoder(chunk)
             decoded = _with_metrics(self._decode_timer, chunk, decoded)

@@ -19,9 +19,8 @@ from pipeline.read.limits import Deadline, TimedFile
 #: most 13 for the other formats. `tests/pipeline/test_hostile_inputs.py` measures them.
 BYTES_PER_PIXEL = 18
 
-#: Default of the maximum CPU time of an image in seconds, and the end of the message about a longer time.
+#: Default of the maximum CPU time of an image in seconds.
 TIMEOUT_S = 60.0
-TIMEOUT_HINT = " s (decode.timeout_s)"
 
 #: Maximum number of segments of a JPEG, of chunks of a PNG, and of values in the fields of a TIFF. Pillow
 #: needs up to 500 bytes for each.
@@ -56,7 +55,7 @@ class DecodeDeadline(Deadline):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
-        self.message = f"decoding took more than {seconds:g}{TIMEOUT_HINT}"
+        self.message = f"decoding took more than {seconds:g} s (decode.timeout_s)"
         self._cpu_end = time.thread_time() + seconds
 
     @property

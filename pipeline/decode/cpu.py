@@ -24,14 +24,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode.bounds import (
-    MAX_EXIF_BYTES,
-    TIMEOUT_HINT,
-    TIMEOUT_S,
-    DecodeDeadline,
-    open_image,
-    tiled_size,
-)
+from pipeline.decode.bounds import MAX_EXIF_BYTES, TIMEOUT_S, DecodeDeadline, open_image, tiled_size
 from pipeline.decode.repair import add_end, has_many_chunks, remove_metadata
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
@@ -47,9 +40,6 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("BMP", re.compile(rb"BM"), BmpImageFile),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
-
-#: Minimum timeout of an image in seconds, after other images of the chunk have taken too long.
-MIN_TIMEOUT_S = 1.0
 
 #: Maximum length of a side in pixels. Resizing to a square needs memory and time in proportion to the longest
 #: side, however few pixels the image has: about 30 MB at this limit, gigabytes for the longest row that a PNG
@@ -295,31 +285,20 @@ def decode_chunk(
     timeout_s: float = TIMEOUT_S,
     decode_image: ImageDecoder = decode,
 ) -> Chunk:
-    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`.
-
-    Each image that takes too long shortens the timeout of the following images by a fifth, to 1 second at
-    least. So the time of a chunk is limited: see `max_chunk_seconds`.
-    """
+    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`."""
     samples = chunk.samples
     size = preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
-    outcomes, decoded_count, min_timeout_s = [], 0, min(timeout_s, MIN_TIMEOUT_S)
+    outcomes, decoded_count = [], 0
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
             decoded = decode_image(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast, timeout_s)
-            if decoded.error is not None and decoded.error.endswith(TIMEOUT_HINT):
-                timeout_s = max(min_timeout_s, 0.8 * timeout_s)
         if decoded.pixels is not None:
             pixels[decoded_count] = decoded.pixels
             decoded_count += 1
         outcomes.append(decoded._replace(pixels=None))
     return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:decoded_count])
-
-
-def max_chunk_seconds(images: int, timeout_s: float) -> float:
-    """Returns the maximum CPU time of `decode_chunk`: all images of the chunk take too long."""
-    return 5 * timeout_s + images * min(timeout_s, MIN_TIMEOUT_S)
 
 
 def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:

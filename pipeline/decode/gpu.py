@@ -1,9 +1,9 @@
 """Decodes on the GPU of a classifier: plain JPEGs with nvJPEG, all other images with `decode.cpu`.
 
 The results equal those of `decode_chunk`, except for the pixels: they are on the device, and nvJPEG upsamples
-colors and rounds differently from Pillow. The file alone determines which decoder is used. The exception is a
-failure of the GPU, for example for lack of memory: the CPU then decodes the image, so another attempt may
-give other pixels.
+colors and rounds differently from Pillow. The file alone determines which decoder is used. The exceptions are
+a failure of the GPU, for example for lack of memory, and a retry after the death of the worker: the CPU then
+decodes the image, so another attempt may give other pixels.
 """
 
 import io

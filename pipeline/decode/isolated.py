@@ -1,5 +1,6 @@
-"""Decodes images in a child process: an image that kills or hangs its decoder costs only itself."""
+"""Decodes images in a child process: an image that kills or hangs its decoder affects only its own row."""
 
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import DecodeDeadline
 from pipeline.decode.cpu import Decoded, decode
 from pipeline.predictions import ErrorCategory, sample_error
+
+logger = logging.getLogger("cvt_label")
 
 #: Seconds after the timeout at which the kernel ends a decoder that does not read and so does not end.
 _GRACE_S = 1.0
@@ -57,28 +60,37 @@ class ChildDecoder:
     def __call__(
         self, data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
     ) -> Decoded:
-        """Decodes as `decode` does; the death of the child is an error of the image."""
-        process, connection = self._child = self._child or _start_child()
-        try:
-            connection.send((data, preprocessor, max_pixels, fast, timeout_s))
-            decoded: Decoded = connection.recv()
-        except (EOFError, OSError):  # the child has died
-            self._child = None
-            connection.close()
-            cause = _describe_end(process.wait(), timeout_s)
-            return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
-        return decoded
+        """Decodes as `decode` does; the death of the child is an error of the image.
+
+        After SIGKILL, the image is decoded again: when memory is short, the kernel kills any child.
+        """
+        statuses: list[int] = []
+        while statuses in ([], [-signal.SIGKILL]):
+            process, connection = self._child = self._child or _start_child()
+            try:
+                connection.send((data, preprocessor, max_pixels, fast, timeout_s))
+                decoded: Decoded = connection.recv()
+                return decoded
+            except (EOFError, OSError):  # the child has died
+                self._child = None
+                connection.close()
+                statuses.append(process.wait())
+        cause = _describe_end(statuses[-1], timeout_s)
+        return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
 
 
 def _start_child() -> tuple[subprocess.Popen[bytes], Connection]:
+    """Starts a child. After a failure, ends this worker: `ray.task_retries` limits the attempts."""
     ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path]
-        process, connection = subprocess.Popen(command, pass_fds=[theirs.fileno()]), Connection(ours.detach())
+    connection = Connection(ours.detach())
     try:
+        with theirs:
+            command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path]
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         connection.recv()
-    except EOFError:
-        raise RuntimeError(f"a process for decoding did not start: status {process.wait()}") from None
+    except (EOFError, OSError) as error:
+        logger.error("a child process for decoding did not start (%r); this worker ends", error)
+        os._exit(1)
     return process, connection
 
 

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import ray
 
 from pipeline.config import Config, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.ray_executor import MAX_READ_TASKS, Attempts, ShardSource, classify_or_die
+from pipeline.dataflow.ray_executor import MAX_READ_TASKS, Attempt, Attempts, ShardSource, classify_or_die
+from pipeline.dataflow.stages import decode_step
 from pipeline.read import NO_SAMPLES, Chunk, Shard
+from tests.makers import make_image
 from tests.measuring import measure
+from tests.pipeline.decode.test_isolated import DEADLY
 
 
 def config(*overrides: str) -> Config:
@@ -160,12 +169,74 @@ def test_finished_work_may_be_repeated() -> None:
         attempts.finish("decoding")
 
 
+class LocalLimit:
+    """A limit on attempts without Ray."""
+
+    def __init__(self) -> None:
+        self.attempts = Attempts(max_attempts=4)
+        self.add_result = self.attempts.add_result
+
+    @contextmanager
+    def attempt(self, work: str) -> Iterator[Attempt]:
+        yield self.attempts.start(work, "process 1")
+        self.attempts.finish(work)
+
+
+def read_numbered(shards: Sequence[tuple[int, Shard]], failing: set[int]) -> Iterator[Chunk]:
+    """Reads shards with 2, 3, 4 chunks; failing shards are an error at once."""
+    for number, _ in shards:
+        if number in failing:
+            yield Chunk(number, 0, NO_SAMPLES, error="deleted")
+        else:
+            yield from (Chunk(number, start, NO_SAMPLES) for start in range(number + 2))
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {2}, {0, 1, 2}])
+@pytest.mark.parametrize("delivered", range(10))
+@pytest.mark.parametrize("shards_per_task", [1, 3])
+def test_failed_retry_of_a_read_loses_no_chunk_and_no_error(
+    failing: set[int], delivered: int, shards_per_task: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    limit, unavailable = LocalLimit(), set[int]()
+    source = ShardSource(plan(3), partial(read_numbered, failing=unavailable), limit, shards_per_task)  # type: ignore[arg-type]
+    read = partial(source._read, list(enumerate(plan(3))))
+    arrived: list[pa.Table] = []
+    for death, unavailable_now in enumerate((set[int](), failing, set[int]())):
+        unavailable.clear()
+        unavailable.update(unavailable_now)
+        attempt = read()
+        arrived += islice(attempt, len(arrived), delivered + 2 * death)
+        attempt.close()
+    unavailable.update(failing)
+    arrived += islice(read(), len(arrived), None)
+    chunks = [chunk for block in arrived for chunk in Chunk.from_block(block)]
+    for number in range(3):
+        starts = {chunk.start for chunk in chunks if chunk.shard == number}
+        failed = any(chunk.error for chunk in chunks if chunk.shard == number)
+        assert failed or starts == set(range(number + 2))
+
+
+def test_retry_of_a_classifier_decodes_images_in_a_child_process() -> None:
+    images = [make_image(1), make_image(1, (11, 20))]  # a width of 11 ends the decoder
+    columns = {"key": ["a", "b"], "error": pa.nulls(2, pa.string()), "image": images}
+    decode = partial(decode_step, preprocessor=DEADLY, max_pixels=10**6, fast=False, timeout_s=60)
+    chunk = Chunk(3, 0, pa.table(columns))
+    result = classify_or_die(chunk, Attempt(2, 0, None), lambda chunk: chunk, decode, timeout_s=60)
+    cause = "cannot decode: the decoder was killed by signal 11 (SIGSEGV)"
+    assert result.samples["error"].to_pylist() == [None, cause]
+    assert result.pixels is not None
+    assert len(result.pixels) == 1
+    first = classify_or_die(chunk, Attempt(1, 0, None), lambda chunk: chunk, decode, timeout_s=60)
+    assert first.pixels is None
+
+
 def hang(chunk: Chunk) -> Chunk:
     time.sleep(600)
     return chunk
 
 
 def test_worker_with_a_hung_model_ends() -> None:
-    measured = measure(classify_or_die, Chunk(3, 0, NO_SAMPLES), hang, 0.05)
+    measured = measure(classify_or_die, Chunk(3, 0, NO_SAMPLES), Attempt(1, 0, None), hang, hang, 0.05)
     assert measured.exit_code == 1
     assert measured.outcome is None

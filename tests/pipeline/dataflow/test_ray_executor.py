@@ -43,10 +43,13 @@ class DeadlyPreprocessor(Preprocessor):
 
 
 def read_deadly(shards: Iterable[tuple[int, Shard]], read: ReadStep) -> Iterator[Chunk]:
-    """Reads shards, and dies in the middle of one, as a reader does that the kernel kills for its memory."""
+    """Reads shards, and dies in the middle of some, as a reader does that the kernel kills for its memory."""
     for number, shard in shards:
         for chunk in read([(number, shard)]):
             if shard.uri.endswith("deadly.tar") and chunk.start:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if shard.uri.endswith("deleted.tar") and chunk.total:
+                Path(shard.uri).unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield chunk
 
@@ -67,7 +70,11 @@ def test_deadly_images_and_shards_cost_only_themselves(tmp_path: Path) -> None:
     samples = make_samples(4, labels=False)
     bad = [(f"bad{width}.jpg", make_image(1, (width, 20))) for width in (KILLING, HANGING)]
     (tmp_path / "in").mkdir()
-    for name, members in (("bad", [*samples, *bad, ("last.jpg", make_image(9))]), ("deadly", samples)):
+    for name, members in (
+        ("bad", [*samples, *bad, ("last.jpg", make_image(9))]),
+        ("deadly", samples),
+        ("deleted", make_samples(10, labels=False)),
+    ):
         (tmp_path / "in" / f"{name}.tar").write_bytes(make_tar(members))
     settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
     job = make_job(load_job_config(None, [*settings, "read.chunk_images=3", "decode.timeout_s=0.1"]))
@@ -87,6 +94,8 @@ def test_deadly_images_and_shards_cost_only_themselves(tmp_path: Path) -> None:
     cause = f"{shards[1].uri}: 2 workers died while reading shard 1 of the plan, the last one in process "
     assert (failed[0].error or "").startswith(cause)
     assert failed[0].transient
+    deleted = {chunk.error for chunk in chunks if chunk.shard == 2 and chunk.error is not None}
+    assert deleted == {f"{shards[2].uri}: no such file or folder"}
 
 
 def test_worker_that_does_not_start_is_reported_with_the_cause_from_the_logs() -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode
 from pipeline.decode.isolated import ChildDecoder
 from tests.makers import make_image
+from tests.measuring import measure
 
 GOOD = Preprocessor.from_dict({"size": 32}, "test")
 
@@ -22,8 +27,13 @@ GOOD = Preprocessor.from_dict({"size": 32}, "test")
 class DeadlyPreprocessor(Preprocessor):
     """Takes the place of a faulty decoder: the width of the image chooses the fault."""
 
+    short_of_memory: Path | None = None
+
     def __call__(self, image: Image.Image, *arguments: Any) -> np.ndarray:
-        if image.width == signal.SIGKILL:
+        if image.width in (signal.SIGKILL, signal.SIGSEGV):
+            os.kill(os.getpid(), image.width)
+        if self.short_of_memory is not None and self.short_of_memory.exists():
+            self.short_of_memory.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         while image.width == 1:
             pass
@@ -45,6 +55,33 @@ def test_death_of_the_decoder_is_the_error_of_the_image() -> None:
         1: "cannot decode: decoding took more than 0.1 s (decode.timeout_s)",
         21: None,
     }
+
+
+def test_image_whose_decoder_is_killed_once_is_decoded_again(tmp_path: Path) -> None:
+    marker = tmp_path / "short of memory"
+    marker.touch()
+    with ChildDecoder() as child:
+        result = child(make_image(1), replace(DEADLY, short_of_memory=marker), 10**6, False, 60)
+    assert not marker.exists()
+    assert (result.error, result.pixels is None) == (None, False)
+
+
+def decode_with_missing_interpreter() -> None:
+    sys.executable = "/missing/python"
+    with ChildDecoder() as child:
+        child(make_image(1), GOOD, 10**6, False, 60)
+
+
+def decode_with_failing_child() -> None:
+    sys.path.clear()
+    with ChildDecoder() as child:
+        child(make_image(1), GOOD, 10**6, False, 60)
+
+
+@pytest.mark.parametrize("decode", [decode_with_missing_interpreter, decode_with_failing_child])
+def test_worker_whose_child_does_not_start_ends(decode: Callable[[], None]) -> None:
+    measured = measure(decode)
+    assert (measured.exit_code, measured.outcome) == (1, None)
 
 
 def test_child_decodes_as_the_process_itself_does() -> None:
