@@ -145,7 +145,9 @@ class CvtLayer(nn.Module):
                 "output": _named(dense=nn.Linear(width, width), dropout=nn.Dropout(drop_rate)),
             }
         )
-        activation = QuickGELU() if config.hidden_act == "quick_gelu" else nn.GELU()
+        # transformers' CvtConfig has no `hidden_act`.
+        is_quick = getattr(config, "hidden_act", "gelu") == "quick_gelu"
+        activation = QuickGELU() if is_quick else nn.GELU()
         self.intermediate = _named(dense=nn.Linear(width, hidden), activation=activation)
         self.output = _named(dense=nn.Linear(hidden, width), dropout=nn.Dropout(drop_rate))
         self.drop_path = CvtDropPath(drop_path_rate)

@@ -79,10 +79,11 @@ def test_nearest_neighbors_finds_the_query_first(data: Path, tmp_path: Path) -> 
 
 def test_compare_models_reports_agreement(data: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint("fashion-mnist")
+    model = checkpoint.to_transformers()
     with torch.no_grad():  # the other model predicts the next class for every image
-        for parameter in checkpoint.model.classifier.parameters():
+        for parameter in model.classifier.parameters():
             parameter.copy_(parameter.roll(1, 0))
-    save_checkpoint(checkpoint.model, checkpoint.preprocessor, tmp_path / "other")
+    save_checkpoint(model, checkpoint.preprocessor, tmp_path / "other")
     lines = run("compare_models.py", data / "in", tmp_path / "out", "fashion-mnist", tmp_path / "other")
     assert "images that both models labeled: 12" in lines
     assert "agreement: 0.0% of the images have the same label" in lines

@@ -32,7 +32,7 @@ LABELS = [
     "%2e%2e/%2e%2e/x",
     "\x00nul",
     "{{ 7 * 7 }} [bold]",
-    "x" * 5000,
+    "x" * 1000,
 ]
 KEYS = [*LABELS, "/etc/passwd", "..", "a\\..\\b", "\u202egnp.exe"]
 #: Names of input files. A file system allows neither a slash nor NUL in them.

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
+from cvt.architecture import Architecture
 from cvt.checkpoints import BUNDLED
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
@@ -84,7 +86,7 @@ def test_quick_gelu_equals_pytorch() -> None:
 
 
 FOUR_STAGES = {
-    name: [value[1]] * 4 for name, value in vars(CvtConfig).items() if isinstance(value, tuple)
+    name: [value[1]] * 4 for name, value in asdict(Architecture()).items() if isinstance(value, tuple)
 } | {
     "embed_dim": [8, 16, 24, 32],
     "num_heads": [1, 2, 3, 4],
