@@ -80,7 +80,6 @@ class Committer:
         writer: PredictionWriter,
         plan: Sequence[Shard],
         on_commit: Callable[[ManifestRow], None],
-        on_chunk: Callable[[Chunk], None] = lambda chunk: None,
     ) -> None:
         """Creates a committer for the shards of a plan.
 
@@ -88,10 +87,9 @@ class Committer:
             writer: writes prediction files.
             plan: the shards; a chunk refers to its shard by the index in this sequence.
             on_commit: called in this thread with the manifest row of each shard that is done.
-            on_chunk: called in this thread with each chunk, but not with chunks that a retry delivers again.
         """
         self.totals = Totals()
-        self._writer, self._plan, self._on_commit, self._on_chunk = writer, plan, on_commit, on_chunk
+        self._writer, self._plan, self._on_commit = writer, plan, on_commit
         self._accepts_new_shards = True
         self._open: dict[int, OpenShard] = {}
         self._unfinished = dict.fromkeys(range(len(plan)))  # in the order of the plan
@@ -116,7 +114,6 @@ class Committer:
         arrived = self._open.setdefault(chunk.shard, OpenShard())
         if not arrived.add(chunk):
             return
-        self._on_chunk(chunk)
         self.totals.retries.update(chunk.retries)
         add_metrics(self.totals.metrics, chunk.metrics)
         self._images += chunk.samples.num_rows

@@ -63,17 +63,14 @@ class RunRecord:
                 del self._values[name][count:]
 
     def save(self) -> None:
-        """Writes the record if shards were added since the last save; raises `StorageError`."""
+        """Writes the record; raises `StorageError`."""
         with self._lock:
-            lengths = {name: len(self._values[name]) for name in _LISTS}
-            if lengths != self._saved:
-                self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
-                self._saved = lengths
+            self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
+            self._saved = {name: len(self._values[name]) for name in _LISTS}
 
     def end(self, **values: Any) -> None:
         """Sets the last values and the time of the end, and writes the record."""
         self.set(ended_at=datetime.now(UTC).isoformat(), **values)
-        self._saved = {}
         self.save()
 
 

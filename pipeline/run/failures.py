@@ -4,17 +4,19 @@ Counts have the keys `images`, `errors`, `shards`, `unreadable`, and each error 
 shards do not count.
 """
 
+import hashlib
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.commit import ManifestRow
 from pipeline.config import GateConfig
-from pipeline.read import Chunk, Shard
+from pipeline.read import Shard
+from pipeline.statistics import ErrorCauses
 
 _TOTALS = {"images", "errors", "shards", "unreadable"}
-#: Maximum probability that a run is stopped whose fraction of failures is not over the limit.
+#: Maximum probability of one check to stop a run whose fraction of failures is not over the limit.
 _FALSE_ALARM = 1e-3
 #: Minimum number of images, or of unreadable shards, before a run is stopped.
 _MIN_IMAGES, _MIN_UNREADABLE = 300, 100
@@ -23,125 +25,133 @@ _NO_ROW = ManifestRow("")
 
 @dataclass
 class FailureMonitor:
-    """Counts the failures of a run as its results arrive, and compares them with the limits of the gate.
+    """Counts the failures of a run by shard, and compares them with the limits of the gate.
 
-    A failure that the stored labels of the same version of a shard have already is known. Known failures do
-    not count as new ones: shards that fail again in a retry do not stop the run.
+    A failure that the stored labels of the same version of a shard have already is known. Known failures
+    count only if the last run exceeded a limit: shards that fail again in a retry do not break a limit.
 
     Attributes:
-        shards: the shards to label; a chunk refers to its shard by the index in this sequence.
+        shards: the shards to label.
         entries: manifest rows before the run, by URI.
         last: counts of the last run of the dataset that ended by itself.
         stopped: counts of the runs after `last`, which were stopped or failed. This run continues them.
+        causes: the errors of the complete shards.
+        judged: the counts that were compared last.
+        order: indexes of the shards in a random order, so that the first shards are a sample of all. A hash
+            of the URIs gives the order, which is the same in every run.
     """
 
     gate: GateConfig
     shards: Sequence[Shard]
     entries: Mapping[str, ManifestRow]
-    last: Counter[str] | None = None
+    last: Counter[str] = field(default_factory=Counter)
+    stopped: Counter[str] = field(default_factory=Counter)
+    causes: ErrorCauses = field(default_factory=ErrorCauses)
+    judged: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.stopped, self._new, self._all = Counter[str](), Counter[str](), Counter[str]()
-        self._versions = {shard.uri: shard.version for shard in self.shards}
-        self._open: dict[str, Counter[str]] = {}
-        self._has_new = False
-        self._squares = 0  # sum of the squared numbers of images of complete shards
-        self._judged: Counter[str] | None = None
+        hashes = [hashlib.blake2b(shard.uri.encode()).digest() for shard in self.shards]
+        self.order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        self._by_uri = {shard.uri: shard for shard in self.shards}
+        self._counts, self._has_new = Counter[str](), False
+        # The sample: the new failures of the first shards of the order, all of which are complete.
+        self._sample, self._following = Counter[str](), deque(self.shards[i] for i in self.order)
+        self._complete: dict[str, Counter[str]] = {}  # shards that are not in the sample yet
+        self._max_images, self._max_bytes = 0, 1  # of a readable shard of the sample
+        self._max_planned_bytes = max((shard.size for shard in self.shards), default=0)
 
     def is_new(self, shard: Shard) -> bool:
         """Returns whether no earlier run processed this version of the shard."""
         row = self.entries.get(shard.uri, _NO_ROW)
         return shard.version not in (row.version, row.failed_version)
 
-    def add(self, chunk: Chunk) -> None:
-        """Counts the images of a chunk."""
-        shard = self.shards[chunk.shard]
-        self._has_new |= self.is_new(shard)
-        counts = self._open.setdefault(shard.uri, Counter(shards=1))
-        errors = chunk.samples["error"].drop_null().to_pylist()
-        counts.update(images=chunk.samples.num_rows, errors=len(errors))
-        counts.update(error.partition(":")[0] for error in errors)
-
     def finish(self, row: ManifestRow) -> None:
-        """Completes the counts of a shard with its manifest row."""
-        counts = self._open.pop(row.uri)
+        """Counts a complete shard."""
+        shard, before = self._by_uri[row.uri], self.entries.get(row.uri, _NO_ROW)
+        self._has_new |= self.is_new(shard)
+        counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0)
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
-        self._all += counts
-        self._new += self._without_known(row.uri, counts)
-        self._squares += counts["images"] ** 2
-
-    def _without_known(self, uri: str, counts: Counter[str]) -> Counter[str]:
-        row, version = self.entries.get(uri, _NO_ROW), self._versions[uri]
         known = Counter(
-            errors=row.errors or 0 if row.version == version else 0, unreadable=row.failed_version == version
+            errors=before.errors or 0 if before.version == shard.version else 0,
+            unreadable=before.failed_version == shard.version,
         )
-        return counts - known
-
-    def _arrived(self) -> Counter[str]:
-        """Returns the new failures so far, those of open shards included."""
-        return sum((self._without_known(uri, counts) for uri, counts in self._open.items()), self._new)
+        self._counts += counts if self._violations(self.last) else counts - known
+        self._complete[row.uri] = counts - known
+        while self._following and (next_counts := self._complete.pop(self._following[0].uri, None)):
+            first = self._following.popleft()
+            self._sample += next_counts
+            if next_counts["images"]:
+                self._max_images = max(self._max_images, next_counts["images"])
+                self._max_bytes = max(self._max_bytes, first.size)
 
     def certain_violations(self) -> list[str]:
         """Returns the limits that the run is certain to exceed, given that the order of shards is random.
 
-        Images of one shard may fail for one cause. So the shards are the independent samples, by Kish's
-        effective sample size if they differ in size.
+        Images of one shard may fail for one cause, so the shards are the independent samples. Shards that
+        are not in the sample may be larger: their number of images is estimated from their size.
         """
-        counts = self._arrived()
-        if counts["images"] < _MIN_IMAGES and counts["unreadable"] < _MIN_UNREADABLE:
+        sample = self._sample
+        if sample["images"] < _MIN_IMAGES and sample["unreadable"] < _MIN_UNREADABLE:
             return []
-        squares = self._squares + sum(each["images"] ** 2 for each in self._open.values())
-        return self._violations(counts, counts["images"] ** 2 / max(1, squares), counts["shards"])
+        larger = max(1.0, self._max_planned_bytes / self._max_bytes)
+        largest = {"images": self._max_images * larger, "shards": 1}
+        return self._violations(sample + self.causes.categories(), largest)
 
     def judge(self) -> list[str]:
         """Returns the limits that the run exceeds.
 
         A run without new shards keeps the result of the last run. If the last run exceeded a limit, and this
-        run repeats shards, all their failures count.
+        run repeats shards, they are judged.
         """
-        judged = self._arrived() + self.stopped
-        has_new = self._has_new or self.stopped or self._violations(judged)
-        if not has_new and self.last is not None:
-            judged = self._all if self._all and self._violations(self.last) else self.last
-        self._judged = judged
-        return self._violations(judged)
+        repeated = self._all() if self._counts and self._violations(self.last) else self.last
+        self.judged = self._own() + self.stopped or repeated
+        return self._violations(self.judged)
 
     def to_record(self) -> dict[str, int]:
-        """Returns the judged counts; the new failures of complete shards if the run was not judged."""
-        return dict((self._new if self._judged is None else self._judged).most_common())
+        """Returns the counts of this run alone; empty if it is within the limits and has no new shards."""
+        return dict(self._own().most_common())
 
-    def _violations(
-        self, counts: Counter[str], images: float = math.inf, shards: float = math.inf
-    ) -> list[str]:
+    def _own(self) -> Counter[str]:
+        counts = self._all()
+        return counts if self._has_new or self.stopped or self._violations(counts) else Counter()
+
+    def _all(self) -> Counter[str]:
+        return self._counts + self.causes.categories()
+
+    def _violations(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
         """Returns a sentence for each limit that the counts exceed.
 
-        If the counts are a random sample, `images` and `shards` are its numbers of independent samples.
+        For a random sample, `largest` is the maximum number of `images`, and of `shards`, in one shard.
         """
         found = []
-        for failed, whole, field, samples in (
-            ("errors", "images", "max_error_fraction", images),
-            ("unreadable", "shards", "max_unreadable_fraction", shards),
+        for failed, whole, name, verb in (
+            ("errors", "images", "max_error_fraction", "failed"),
+            ("unreadable", "shards", "max_unreadable_fraction", "cannot be read"),
         ):
-            limit, part, count = getattr(self.gate, field), counts[failed], counts[whole]
-            if limit is not None and exceeds(part, count, limit, samples):
-                categories = [name for name, _ in counts.most_common() if name not in _TOTALS][:1]
-                causes = [f", mostly {name} ({counts[name]:,})" for name in categories if failed == "errors"]
-                fraction = f"{part:,} of {count:,} {whole} ({part / count:.1%}) failed{''.join(causes)}"
-                found.append(f"{fraction}: more than gate.{field}, {limit:g}")
+            limit, part, count = getattr(self.gate, name), counts[failed], counts[whole]
+            if limit is None or not count or part / count <= limit:
+                continue
+            if largest is not None:  # the failures over the limit, as a fraction of the largest shard
+                mean_excess = (part - limit * count) / (counts["shards"] * largest[whole])
+                if not is_certain(limit + mean_excess, limit, counts["shards"]):
+                    continue
+            categories = [each for each, _ in counts.most_common() if each not in _TOTALS]
+            cause = f", mostly {categories[0]}" if categories and failed == "errors" else ""
+            fraction = f"{part:,} of {count:,} {whole} ({part / count:.1%}) {verb}{cause}"
+            found.append(f"{fraction}; the limit gate.{name} is {limit:g}")
         return found
 
 
-def exceeds(failed: int, count: int, limit: float, samples: float = math.inf) -> bool:
-    """Returns whether a fraction is over the limit: by a one-sided Chernoff bound over random samples.
+def is_certain(mean: float, limit: float, samples: int) -> bool:
+    """Returns whether a population mean is over the limit, by a one-sided Chernoff bound over random samples.
 
-    The probability to see this fraction or a larger one in n samples of a population at the limit is at most
-    exp(-n KL), where KL is the Kullback-Leibler divergence of the two fractions (Chernoff, 1952).
+    The probability of this mean or a larger one of n samples in [0, 1], drawn from a population at the limit,
+    is at most exp(-n KL), where KL is the Kullback-Leibler divergence of the two (Hoeffding, 1963).
     """
-    fraction = failed / count if count else 0.0
-    if fraction <= limit or limit == 0:
-        return fraction > limit
-    divergence = fraction * math.log(fraction / limit)
-    if fraction < 1:
-        divergence += (1 - fraction) * math.log((1 - fraction) / (1 - limit))
+    if mean <= limit or limit == 0:
+        return mean > limit
+    divergence = mean * math.log(mean / limit)
+    if mean < 1:
+        divergence += (1 - mean) * math.log((1 - mean) / (1 - limit))
     return samples * divergence > -math.log(_FALSE_ALARM)

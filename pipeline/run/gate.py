@@ -7,12 +7,14 @@ from pipeline.run.recording import RunContext
 from pipeline.statistics import Comparison, ComparisonLimits
 
 _DRIFT_LIMITS = {"max_psi", "max_js", "max_score_psi", "min_images"}
+#: Maximum number of earlier run records that a run reads.
+_MAX_EARLIER = 100
 
 
 def read_earlier_failures(run: RunContext) -> None:
     """Reads the failures of earlier runs of the dataset: of the last run, and of runs that were stopped."""
     partition, dataset = run.result.partition, run.result.job.config.input.uri
-    for earlier in reversed([each for each in partition.records() if each < run.result.run]):
+    for earlier in [each for each in partition.records() if each < run.result.run][: -_MAX_EARLIER - 1 : -1]:
         record = partition.record(earlier) or {}
         if "failures" not in record or record["config"]["input"]["uri"] != dataset:
             continue

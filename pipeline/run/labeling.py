@@ -14,7 +14,6 @@ from pipeline.commit import (
 )
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import StopController, Stopped, sigterm_interrupts
-from pipeline.read import IgnoreReason
 from pipeline.run.cleanup import clean_up, roll_back_regrouped
 from pipeline.run.gate import check_gate_again, read_earlier_failures
 from pipeline.run.job import check_installed, make_job
@@ -27,7 +26,7 @@ from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
 
-#: Number of ignored objects that a log message names.
+#: Number of ignored objects of each reason that a log message names.
 _NAMED_OBJECTS = 5
 
 
@@ -83,9 +82,9 @@ def label(
                 if plan.shards:
                     shards = pluralize(len(plan.shards), "shard")
                     logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
-                if names := plan.ignored_examples.get(IgnoreReason.FORMAT):
-                    such_as = ", ".join(names[:_NAMED_OBJECTS])
-                    logger.warning("ignored: %s; such as %s", plan.describe_ignored(), such_as)
+                if plan.ignored:
+                    names = [uri for uris in plan.ignored_examples.values() for uri in uris[:_NAMED_OBJECTS]]
+                    logger.warning("ignored: %s; such as %s", plan.describe_ignored(), ", ".join(names))
                 ignored = [(*each, count) for each, count in plan.ignored_extensions.most_common()]
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)
@@ -154,3 +153,4 @@ def _execute(run: RunContext) -> None:
         run.record_counts()
     if stop is not None:
         stop.raise_if_requested()
+    run.record.set(failures=dict(run.failures.judged.most_common()))

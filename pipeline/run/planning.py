@@ -103,8 +103,10 @@ class Plan:
         """Describes the ignored objects of the input: the number in total, by reason and by extension."""
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.ignored.items()))
         total = pluralize(self.ignored.total(), "object") + (f" ({reasons})" if reasons else "")
-        others = self.ignored_extensions.most_common()
-        found = [f"{extension} {n:,}" for (why, extension), n in others if why is IgnoreReason.FORMAT]
+        extensions = Counter[str]()
+        for (_, extension), count in self.ignored_extensions.items():
+            extensions[extension] += count
+        found = [f"{extension} {count:,}" for extension, count in extensions.most_common()]
         more = [f"{len(found) - _EXTENSIONS} more"] * (len(found) > _EXTENSIONS)
         return total + (f", extensions: {', '.join(found[:_EXTENSIONS] + more)}" if found else "")
 

@@ -164,7 +164,6 @@ class RunContext:
             counts=counts,
             causes=totals.causes.to_record(),
             unmatched_targets=totals.unmatched.to_record(),
-            failures=self.failures.to_record(),
             aborted=self.result.aborted,
         )
 

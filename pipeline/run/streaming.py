@@ -1,6 +1,5 @@
 """Labels the shards of a plan: runs the dataflow, commits its results, and stops when requested."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -63,8 +62,8 @@ def label_shards(run: RunContext, removed: set[str]) -> StopController:
         is_current=partial(_is_current, job.storage, job.config.input.format),
         before_group=run.lease.verify,
     )
-    committer = Committer(writer, plan.shards, partial(_record_commit, run), run.failures.add)
-    run.result.totals = committer.totals
+    committer = Committer(writer, plan.shards, partial(_record_commit, run))
+    run.result.totals, run.failures.causes = committer.totals, committer.totals.causes
     address = job.config.ray.address
     if address != IN_PROCESS:
         run.on_phase(Phase.STARTING_RAY if ray_address(address) == LOCAL else Phase.CONNECTING_TO_RAY)
@@ -87,6 +86,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
     run.failures.finish(row)
+    run.record.set(failures=run.failures.to_record())  # a run that is killed counts, too
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
     run.clock.record("first_commit")
@@ -145,13 +145,8 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
 def _label_in_order(
     run: RunContext, executor: Executor, committer: Committer, resources: Resources, stop: StopController
 ) -> Generator[Chunk, None, None]:
-    """Yields the labeled chunks of the plan: first those of the canary, then, if it passes, of the rest.
-
-    The order of the shards is random, so that the first results are a sample of all. It is the order of a
-    hash of the URIs, so that every run has the same order.
-    """
-    job, shards = run.result.job, run.result.plan.shards
-    order = sorted(range(len(shards)), key=lambda i: hashlib.blake2b(shards[i].uri.encode()).digest())
+    """Yields the labeled chunks of the plan: first those of the canary, then, if it passes, of the rest."""
+    job, shards, order = run.result.job, run.result.plan.shards, run.failures.order
     canary = [i for i in order if run.failures.is_new(shards[i])][: job.config.gate.canary]
     chosen = set(canary)
     for batch in (canary, [i for i in order if i not in chosen]):

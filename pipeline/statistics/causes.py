@@ -42,6 +42,13 @@ class ErrorCauses:
         """Total number of errors."""
         return self._counts.total()
 
+    def categories(self) -> Counter[str]:
+        """Returns the number of errors of each category."""
+        found = Counter[str]()
+        for text, count in self._counts.items():
+            found[text.partition(":")[0]] += count
+        return found
+
     def add(self, shard: str, samples: pa.Table) -> None:
         """Counts the errors of a shard's samples, from the columns `key` and `error`."""
         bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"]))

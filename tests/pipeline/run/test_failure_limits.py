@@ -8,13 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs import label as label_command
 from jobs.console import make_app
+from pipeline.commit import Progress
 from pipeline.config import LABEL_NEW, Selection
-from pipeline.run import RunResult, label
+from pipeline.run import PreparedRun, RunResult, label
 from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
 from tests.pipeline.run.test_gate import BAG, TROUSER
@@ -63,8 +65,8 @@ def test_run_without_labels_is_not_green_until_its_failures_are_gone(tmp_path: P
     write(tmp_path, ["0", "1"], BAD, 50)
     done = cvt_label(tmp_path)
     assert done.exit_code == 8, done.output
-    message = "100 of 100 images (100.0%) failed, mostly unsupported format (100): more than "
-    assert f"{message}gate.max_error_fraction, 0.5" in done.stderr
+    message = "100 of 100 images (100.0%) failed, mostly unsupported format; the limit "
+    assert f"{message}gate.max_error_fraction is 0.5" in done.stderr
     [page] = tmp_path.glob("out/model=*/report.html")
     assert "Failures of this run" in page.read_text()
     assert cvt_label(tmp_path, "--set=gate.max_error_fraction=null").exit_code == 0
@@ -117,19 +119,19 @@ def test_images_that_fail_since_a_retry_break_the_limit(tmp_path: Path) -> None:
 
 
 def test_run_stops_when_the_limit_is_certainly_broken(tmp_path: Path) -> None:
-    names = [f"{i:02d}" for i in range(20)]
+    names = [f"{i:02d}" for i in range(30)]
     write(tmp_path, names, BAD)
     result = run(tmp_path)
     done = labeled(result)
     assert result.aborted
-    assert 10 <= done < 15  # of 20
+    assert 10 <= done < 25  # of 30; up to nine writes are pending
     assert record(result)["status"] == "aborted"
     assert record(result)["counts"]["images"] == 40 * done
     assert not result.is_complete
     finished = cvt_label(tmp_path, "--set=gate.abort=false")
     assert finished.exit_code == 8
     assert f"{done} done" in finished.stderr
-    assert labeled(result) == 20
+    assert labeled(result) == 30
 
 
 def test_one_bad_shard_does_not_stop_the_run(tmp_path: Path) -> None:
@@ -146,7 +148,8 @@ def test_unreadable_shards_break_their_own_limit(tmp_path: Path) -> None:
         Storage().write(f"{tmp_path}/in/{name}.tar", b"not a tar")
     done = cvt_label(tmp_path)
     assert done.exit_code == 8
-    assert "3 of 5 shards (60.0%) failed: more than gate.max_unreadable_fraction, 0.5" in done.stderr
+    message = "3 of 5 shards (60.0%) cannot be read; the limit gate.max_unreadable_fraction is 0.5"
+    assert message in done.stderr
     assert cvt_label(tmp_path).exit_code == 8
     assert cvt_label(tmp_path, "--set=gate.max_unreadable_fraction=0.6").exit_code == 3
 
@@ -179,11 +182,54 @@ def test_canary_that_drifts_keeps_the_other_shards_unlabeled(tmp_path: Path) -> 
     assert run(tmp_path, "gate.canary=2").is_complete
 
 
+def mark_interrupted(result: RunResult) -> None:
+    content = json.dumps(record(result) | {"status": "interrupted"}).encode()
+    Storage().write(f"{result.partition.uri}/runs/{result.run}.json", content)
+
+
 def test_failures_of_a_stopped_run_count_for_the_run_that_continues_it(tmp_path: Path) -> None:
     write(tmp_path, ["0"], BAD)
-    stopped = run(tmp_path)
-    values = record(stopped) | {"status": "interrupted"}
-    Storage().write(f"{stopped.partition.uri}/runs/{stopped.run}.json", json.dumps(values).encode())
+    mark_interrupted(run(tmp_path))
     write(tmp_path, ["1"], GOOD, 10)
     [message] = run(tmp_path).broken_failure_limits
     assert message.startswith("40 of 50 images")
+
+
+def test_failures_of_two_stopped_runs_count_once(tmp_path: Path) -> None:
+    write(tmp_path, ["0"], BAD, 9)
+    mark_interrupted(run(tmp_path))
+
+    def stop(progress: Progress, prepared: PreparedRun) -> None:
+        if progress.shards:
+            raise KeyboardInterrupt
+
+    write(tmp_path, ["1"], GOOD, 10)
+    with pytest.raises(KeyboardInterrupt):
+        label(run_config(tmp_path, *SETTINGS), on_progress=stop)
+    write(tmp_path, ["2"], GOOD, 5)
+    last = run(tmp_path)
+    assert last.broken_failure_limits == []
+    counts = record(last)["failures"]
+    assert (counts["images"], counts["errors"], counts["shards"]) == (24, 9, 3)
+
+
+def test_run_that_fails_after_its_canary_counts_with_all_its_shards(tmp_path: Path) -> None:
+    """Its record has the failures also before the end of the run, since a run may be killed."""
+    write(tmp_path, map(str, range(8)), BAD, 5)
+
+    def stored() -> dict[str, Any]:
+        [path] = tmp_path.glob("out/model=*/runs/*.json")
+        return dict(json.loads(path.read_bytes()))
+
+    def stop(progress: Progress, prepared: PreparedRun) -> None:
+        if progress.shards >= 4:
+            assert (stored()["status"], stored()["failures"]["errors"]) == ("running", 10)  # the canary
+            raise RuntimeError("stopped by the test")
+
+    config = run_config(tmp_path, *SETTINGS, "gate.canary=2", "gate.max_error_fraction=null")
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        label(config, on_progress=stop)
+    assert stored()["status"] == "failed"
+    assert stored()["failures"]["errors"] == 5 * stored()["counts"]["shards"] >= 20
+    [message] = run(tmp_path).broken_failure_limits
+    assert message.startswith("40 of 40 images")

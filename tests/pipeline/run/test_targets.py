@@ -98,12 +98,15 @@ def test_partitions_without_counts_of_unmatched_targets_stay_readable(tmp_path: 
 
 
 @pytest.mark.parametrize("format", ["auto", "webdataset"])
-def test_metadata_next_to_tars_is_ignored(tmp_path: Path, format: str) -> None:
+def test_metadata_next_to_tars_is_ignored(
+    tmp_path: Path, format: str, caplog: pytest.LogCaptureFixture
+) -> None:
     source = case_input("img2dataset-folder")
     settings = [f"input.uri={source}", f"output.uri={tmp_path}", f"input.format={format}", *IN_PROCESS]
     result = label(load_config(Config, None, settings))
     assert (result.is_complete, result.totals.images, result.totals.errors) == (True, 6, 0)
     assert result.plan.ignored == {IgnoreReason.METADATA: 4}
+    assert "ignored: 4 objects (metadata of a tar: 4), extensions: .parquet 2, .json 2" in caplog.text
 
 
 def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
