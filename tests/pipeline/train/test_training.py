@@ -314,7 +314,7 @@ def test_two_workers_train_on_equal_parts(ray_local: None, shards: Path, tmp_pat
 def test_training_without_usable_targets_ends_with_the_reasons(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
-    reasons = "196 images, 176 without use, target is no class: 172, unsupported format: 2, no target: 2"
+    reasons = "196 images, 151 without use, target is no class: 147, unsupported format: 2, no target: 2"
     with pytest.raises(ConfigError, match=f"{reasons}; the limit is 50%"):
         run(config(shards, tmp_path, "model.new.labels=[cat,dog]"))
 
