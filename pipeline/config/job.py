@@ -207,8 +207,7 @@ class StorageConfig(Section):
     )
     request_timeout_s: PositiveFloat = Field(
         default=60,
-        description="Maximum seconds without any byte of a request. A request may take this time, and one "
-        "second more for each `min_bytes_per_s` bytes.",
+        description="Maximum seconds of a request, plus one second for each `min_bytes_per_s` bytes.",
     )
     min_bytes_per_s: PositiveFloat = Field(
         default=64 * 1024,

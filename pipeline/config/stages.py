@@ -43,14 +43,15 @@ class ReadConfig(Section):
         description="Maximum size of a chunk's encoded images, keys and messages, in bytes.",
     )
     max_page_bytes: PositiveInt = Field(
-        default=512 * 1024**2,
+        default=2 * 1024**3,
         description="Parquet: maximum memory for one page of a column, in bytes. A shard with a larger page "
-        "cannot be read. Many writers put up to 1,024 images into a page.",
+        "cannot be read. Many writers put up to 1,024 images into a page. The default allows every page that "
+        "Arrow reads. For untrusted files, set a lower limit.",
     )
     timeout_s: PositiveFloat = Field(
         default=600,
         description="Maximum seconds for reading one sample. A shard with a sample that takes longer cannot "
-        "be read.",
+        "be read in this run. The next run tries the shard again.",
     )
     memory: PositiveInt | None = Field(
         default=None,

@@ -56,7 +56,8 @@ def read_step(
     """
     timer, before = StageTimer(), retry_counts()
     for number, shard in shards:
-        chunks = split_into_chunks(read_samples(storage, shard, options), number, max_images, max_bytes)
+        samples = read_samples(storage, shard, options)
+        chunks = split_into_chunks(samples, number, max_images, max_bytes, shard.uri)
         while True:
             with timer:
                 chunk = next(chunks, None)

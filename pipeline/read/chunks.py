@@ -49,7 +49,7 @@ class Chunk:
         error: Cause of a shard that cannot be read further; only in the last chunk of the shard.
         pixels: uint8 (images, height, width, 3), the pixels of the samples without an error, in order. A
             tensor on the classifier's device if the images were decoded there.
-        transient: Whether the storage caused the error, not the shard.
+        transient: Whether a later attempt may succeed.
         encoded_bytes: Size of the encoded images in bytes.
         retries: Number of retried storage failures while the chunk was read, by kind.
         metrics: Metrics by stage. No result depends on the metrics.
@@ -108,7 +108,7 @@ def _one_binary(content: np.ndarray) -> pa.Array:
 
 
 def split_into_chunks(
-    samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int
+    samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int, uri: str = ""
 ) -> Iterator[Chunk]:
     """Splits the samples of a shard into chunks. The last chunk has the total number of samples.
 
@@ -121,6 +121,7 @@ def split_into_chunks(
         shard: Index of the shard in the plan.
         max_images: Maximum number of samples of a chunk.
         max_bytes: Maximum size of the images, keys and messages of a chunk; a single sample may be larger.
+        uri: URI of the shard, for errors.
     """
     start, size = 0, 0
     pending: list[Sample] = []
@@ -135,8 +136,9 @@ def split_into_chunks(
             size += more
         last = _chunk(shard, start, pending)
     except Exception as failure:  # Arrow raises other errors, for example for too many bytes
-        error = str(failure) if isinstance(failure, ShardError) else f"cannot store samples: {failure!r}"
-        transient = isinstance(failure, ShardError) and failure.transient
+        if not isinstance(failure, ShardError):
+            failure = ShardError(uri, f"cannot store samples: {failure!r}", isinstance(failure, MemoryError))
+        error, transient = str(failure), failure.transient
         last = _chunk(shard, start, [])
     yield replace(last, total=start + last.samples.num_rows, error=error, transient=transient)
 

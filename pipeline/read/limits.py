@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from pipeline.predictions import ErrorCategory, sample_error
-from pipeline.read.samples import Sample, UnreadableShardError
+from pipeline.read.samples import ReadTimeoutError, Sample
 
 #: Maximum size of a key in UTF-8, and the part of a longer key that is kept.
 MAX_KEY_BYTES, _KEPT_KEY_BYTES = 4096, 1000
@@ -24,10 +24,10 @@ class Deadline:
         self._end = time.monotonic() + self._seconds
 
     def check(self) -> None:
-        """Raises `UnreadableShardError` after the time limit."""
+        """Raises `ReadTimeoutError` after the time limit."""
         if time.monotonic() > self._end:
             limit = f"more than {self._seconds:g} s (read.timeout_s)"
-            raise UnreadableShardError(f"reading one sample took {limit}")
+            raise ReadTimeoutError(f"reading one sample took {limit}")
 
 
 class TimedFile:

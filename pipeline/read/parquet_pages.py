@@ -9,9 +9,9 @@ from typing import Any
 from pipeline.read.limits import Deadline, TimedFile
 from pipeline.read.samples import UnreadableShardError, describe_excess
 
-_MAX_FOOTER_BYTES = 4 * 1024**2  # Arrow needs up to 250 times as much memory
-_MAX_HEADER_BYTES = 1024**2
-_BYTES_PER_VALUE = 20  # of Arrow's decoders, in addition to the value
+_MAX_FOOTER_BYTES = 16 * 1024**2  # Arrow needs up to 250 times as much memory
+_MAX_HEADER_BYTES = 16 * 1024**2  # as Arrow; some writers store whole values as minimum and maximum
+_BYTES_PER_VALUE = 20  # of Arrow's decoders
 
 
 class PageCheckedFile(TimedFile):
@@ -77,11 +77,11 @@ class PageCheckedFile(TimedFile):
             if data[at + 1] == 0x15:
                 values = _read_varint(data, at + 2)[0] // 2
             at = _skip(data, at + 1, 12)
-        size = max(numbers[1:3]) + _BYTES_PER_VALUE * values
+        size = max(*numbers[1:3], _BYTES_PER_VALUE * values)
         if size > self._max_page_bytes:
             excess = describe_excess(size, self._max_page_bytes)
-            hint = "write the file with smaller pages, or raise the limit"
-            raise UnreadableShardError(f"the page at byte {position} {excess} (read.max_page_bytes); {hint}")
+            hint = "write the file with smaller pages, or raise read.max_page_bytes"
+            raise UnreadableShardError(f"the page at byte {position} {excess}; {hint}")
         return at + 1 - begin + numbers[2]
 
 

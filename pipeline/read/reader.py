@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.limits import Deadline, limit_texts
 from pipeline.read.parquet import read_parquet
-from pipeline.read.samples import ReadOptions, Sample, ShardError, UnreadableShardError
+from pipeline.read.samples import ReadOptions, ReadTimeoutError, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.read.webdataset import read_tar
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
@@ -61,8 +61,9 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         position = (
             f"after {pluralize(count, 'sample')} (the last key was {(key or '')[:200]!r}): " if count else ""
         )
-        is_storage = isinstance(error, StorageError) and not isinstance(error, ObjectNotFound | ObjectChanged)
-        raise ShardError(shard.uri, position + _cause(shard, error), transient=is_storage) from error
+        transient = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
+        transient = transient and not isinstance(error, ObjectNotFound | ObjectChanged)
+        raise ShardError(shard.uri, position + _cause(shard, error), transient) from error
 
 
 def _cause(shard: Shard, error: Exception) -> str:

@@ -18,11 +18,15 @@ class UnreadableShardError(Exception):
     """The reader of a format cannot read the shard; the message is the cause."""
 
 
+class ReadTimeoutError(UnreadableShardError):
+    """Reading took longer than its deadline, possibly because the storage is slow."""
+
+
 class ShardError(Exception):
     """The shard cannot be read; the message has the URI, the position in the shard and the cause.
 
     Attributes:
-        transient: Whether the storage failed, not the shard, so that a later attempt may succeed.
+        transient: Whether a later attempt may succeed: the storage failed or was slow, or memory ran out.
     """
 
     def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
@@ -75,7 +79,7 @@ class ReadOptions:
     num_labels: int = _MAX_LABEL_ID
     max_image_bytes: int = 256 * 1024**2
     concurrent_fetches: int = 4
-    max_page_bytes: int = 512 * 1024**2
+    max_page_bytes: int = 2 * 1024**3
     timeout_s: float = 600
 
     @classmethod
@@ -118,8 +122,8 @@ class ReadOptions:
         if isinstance(label, str):
             text = label.strip()
             class_id = self.class_ids.get(text, parse_integer(text.removesuffix(".0")))
-        elif isinstance(label, float | Decimal) and label % 1 == 0:  # pandas: integers with nulls are floats
-            class_id = int(label)
+        elif isinstance(label, float | Decimal) and math.isfinite(label) and label == round(label):
+            class_id = int(label)  # pandas: integers with nulls are floats
         if label is None or class_id == -1 or (isinstance(label, float) and math.isnan(label)):
             return None, None
         shown = repr(label)

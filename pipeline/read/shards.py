@@ -115,7 +115,7 @@ class ShardListing(Iterator[Shard]):
             format, reason = _format(name, self.format), IgnoreReason.FORMAT
             if _has_hidden_part(name) and info.uri != self.uri:
                 format, reason = None, IgnoreReason.HIDDEN
-            elif stem != info.uri and f"{stem}.tar" in neighbors:
+            elif self.format in (None, "webdataset") and stem != info.uri and f"{stem}.tar" in neighbors:
                 format, reason = None, IgnoreReason.METADATA
             if format is None:
                 self.ignored[reason] += 1
@@ -150,8 +150,8 @@ def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> Sha
         format: With `auto`, the case-insensitive extension determines the format: `.tar`, `.tar.gz` and
             `.tgz` are WebDataset, `.parquet` is Parquet, image files are grouped, and other objects are
             ignored. With `images`, only objects with an image extension are listed. With another format,
-            every object is a shard of this format. In each format, `x.parquet` and `x_stats.json` next to
-            `x.tar` are metadata, and ignored.
+            every object is a shard of this format. With `auto` and `webdataset`, `x.parquet` and
+            `x_stats.json` next to `x.tar` are metadata, and ignored.
     """
     return ShardListing(storage.list(uri, missing_ok=False), uri, None if format == "auto" else format)
 

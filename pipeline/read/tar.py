@@ -85,8 +85,7 @@ def _parse_block(block: bytes, position: int) -> tarfile.TarInfo:
 def _read_header(stream: BinaryIO, start: int, size: int) -> bytes:
     """Reads a header of the member at `start`, with all its headers within the limit."""
     if not 0 <= size <= _MAX_HEADER_BYTES - (stream.tell() - start):
-        limit = f"more than {_MAX_HEADER_BYTES} bytes"
-        raise UnreadableShardError(f"the tar is damaged: the member at byte {start} has headers of {limit}")
+        raise UnreadableShardError(f"the headers of the member at byte {start} have more than 1 MiB")
     content = stream.read(_padded(size))[:size]
     if len(content) < size:
         raise UnreadableShardError(f"the tar is damaged or truncated: the header at byte {start} is cut off")
@@ -96,7 +95,7 @@ def _read_header(stream: BinaryIO, start: int, size: int) -> bytes:
 def _pax_records(content: bytes) -> dict[bytes, bytes]:
     """Parses PAX records: `<length> <keyword>=<value>` and a line break."""
     records, position = dict[bytes, bytes](), 0
-    while position < len(content):
+    while position < len(content) and content[position]:  # some writers pad with NULs
         digits, _, _ = content[position : position + 8].partition(b" ")
         end = position + int(digits)
         keyword, separator, value = content[position + len(digits) + 1 : end - 1].partition(b"=")

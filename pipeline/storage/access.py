@@ -73,9 +73,9 @@ class Storage:
     def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or all objects under the folder `uri`.
 
-        A folder contains the objects under `uri + "/"`, but no sibling with the same prefix. Objects come in
-        bytewise order of their URIs. Zero-byte folder markers are skipped. The listing streams: memory holds
-        one page, or the entries of one local folder.
+        A folder contains the objects under `uri + "/"`, but no sibling with the same prefix. Most
+        stores list in bytewise order of the URIs. Zero-byte folder markers are skipped. The listing streams:
+        memory holds one page, or the entries of one local folder.
 
         Args:
             uri: URI of an object or a folder.
@@ -271,7 +271,8 @@ def _gcs(storage: Storage) -> GoogleCloudStorage:
 def _check_size(uri: str, version: str, max_bytes: int) -> None:
     size = _pinned(uri, version).size
     if size > max_bytes:
-        raise StorageError(uri, f"has {size:,} bytes; such an object has at most {max_bytes:,} bytes")
+        cause = f"the object has {size:,} bytes, more than the limit of {max_bytes:,} bytes"
+        raise StorageError(uri, f"{cause}; move the object to another place, and run the command again")
 
 
 def _pinned(uri: str, version: str) -> ObjectInfo:

@@ -29,7 +29,7 @@ def write_conditionally(
 ) -> ObjectInfo:
     """Writes an object in the expected version; raises `StorageError` if the store ignores conditions.
 
-    After the first conditional write to a store, conditions that are false show whether the store heeds them.
+    After the first conditional write to a store, false conditions show whether the store checks conditions.
     """
     written: ObjectInfo = service.write(uri, file, expected)
     if expected is None or store in _proven or isinstance(service, LocalFiles):
@@ -42,13 +42,16 @@ def write_conditionally(
             return True
         return False
 
-    # The second time, the object exists, even if another process had deleted it.
-    if not is_refused("1-0") or not (is_refused(ABSENT) or is_refused(ABSENT)):
+    try:
+        # The second time, the object exists, even if another process had deleted it.
+        if not is_refused("1-0") or not (is_refused(ABSENT) or is_refused(ABSENT)):
+            cause = "the store ignores the conditions of writes: two runs could overwrite each other"
+            remedy = "if only one run at a time writes here, set storage.conditional_writes to false"
+            raise StorageError(uri, f"{cause}; {remedy}")
+    except StorageError:  # also if the store has no such condition
         if expected == ABSENT:
             service.delete(uri, None)
-        cause = "the store ignores the conditions of writes: two runs could overwrite each other"
-        remedy = "if only one run at a time writes here, set storage.conditional_writes to false"
-        raise StorageError(uri, f"{cause}; {remedy}")
+        raise
     _proven.add(store)
     return written
 
@@ -72,7 +75,7 @@ def until_unchanged(
             if error.uri != uri:
                 raise
             if number >= attempts and len(versions) == 1:
-                cause = f"the store refused {number} requests for the version that it reports itself"
+                cause = f"the store refused {number} requests for the version that the store reports"
                 raise StorageError(uri, f"{cause}; the last one: {error.cause}") from error
             if number >= attempts:
                 raise ObjectChanged(uri, f"failed in {number} attempts, last: {error.cause}") from error

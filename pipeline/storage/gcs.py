@@ -58,8 +58,9 @@ class GoogleCloudStorage:
                 yield info
 
     def list_folders(self, uri: str) -> Iterator[str]:
-        for folder in self._listing(uri, delimiter="/"):
-            yield folder.rstrip("/")
+        for entry in self._listing(uri, delimiter="/"):
+            if isinstance(entry, str):
+                yield entry.rstrip("/")
 
     def stat(self, uri: str) -> ObjectInfo:
         found = self._find(uri)
@@ -117,7 +118,7 @@ class GoogleCloudStorage:
             blobs = self._client.list_blobs(bucket, prefix=prefix, page_token=token, retry=None, **options)
             infos = [_info(blob) for blob in next(blobs.pages, [])]
             folders = [f"gs://{bucket}/{folder}" for folder in sorted(blobs.prefixes)]
-            return folders if "delimiter" in options else infos, blobs.next_page_token
+            return infos + folders, blobs.next_page_token
 
         def fetch(token: str | None) -> tuple[Sequence[Any], str | None]:
             return self._request(uri, functools.partial(request, token), missing=bucket_not_found)

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote
 
 _MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
@@ -64,11 +64,11 @@ class ObjectInfo:
     version: str
 
 
-E = TypeVar("E", ObjectInfo, str)
+E = TypeVar("E", bound=ObjectInfo | str)
 
 
 def check_listing(uri: str, fetch: Callable[[str | None], tuple[Sequence[E], str | None]]) -> Iterator[E]:
-    """Yields the entries of a folder in a bucket, if their order lets the listing end.
+    """Yields the entries of a folder in a bucket, while the store's pages lead to an end of the listing.
 
     Args:
         uri: URI of the folder.
@@ -76,28 +76,26 @@ def check_listing(uri: str, fetch: Callable[[str | None], tuple[Sequence[E], str
             None. An entry is an object, or the URI of a folder with a slash at its end.
 
     Raises:
-        StorageError: A name is out of order or outside of the folder, or the token is missing or repeated.
+        StorageError: A name is outside of the folder, a token is missing or repeated, or too many pages in a
+            row are empty.
     """
-    orders: list[Callable[[str], Any]] = [str, lambda name: name.split("/")]  # of S3; of SeaweedFS
-    last, token, empty_pages, problem = "", None, 0, ""
+    token, tokens, empty_pages, problem = None, {""}, 0, ""
     while True:
-        page, following = fetch(token)
+        page, token = fetch(token)
         for entry in page:
             name = entry if isinstance(entry, str) else entry.uri
-            orders = [order for order in orders if order(last) < order(name)]
-            if not orders or not name.startswith(f"{uri}/"):
-                problem = f"{name!r} is out of order, repeated, or outside of the folder"
-            last = name
+            if not name.startswith(f"{uri}/"):
+                problem = f"{name!r} is outside of the folder"
         empty_pages = 0 if page else empty_pages + 1
-        if following in ("", token) and following is not None:
+        if token in tokens:
             problem = problem or "a page is not the last, but has no new token"
         if problem or empty_pages > _MAX_EMPTY_PAGES:
             cause = f"the store's listing of bucket {split_uri(uri)[0]!r} is invalid"
             raise StorageError(uri, f"{cause}: {problem or f'{empty_pages} pages in a row are empty'}")
         yield from page
-        if following is None:
+        if token is None:
             return
-        token = following
+        tokens.add(token)
 
 
 def normalize_uri(uri: str) -> str:
@@ -112,7 +110,8 @@ def normalize_uri(uri: str) -> str:
         raise StorageError(f"{mistyped[0]}...", "mistyped scheme; write s3://, gs:// or a local path")
     scheme, separator, rest = uri.partition("://")
     if _SIGNATURE.search(rest):
-        raise StorageError(f"{scheme}://...", "a signed URL; give the plain address, and set credentials")
+        cause = "signed URLs are not supported; use the URI without its query, and set credentials"
+        raise StorageError(f"{scheme}://...", f"{cause} in the environment")
     if separator and scheme not in ("s3", "gs", "file"):
         cause = f"{scheme}:// is not supported; use s3://, gs:// or a local path"
         raise StorageError(f"{scheme}://...", cause)

@@ -137,8 +137,9 @@ class S3:
                 yield info
 
     def list_folders(self, uri: str) -> Iterator[str]:
-        for folder in self._listing(uri, Delimiter="/"):
-            yield folder.rstrip("/")
+        for entry in self._listing(uri, Delimiter="/"):
+            if isinstance(entry, str):
+                yield entry.rstrip("/")
 
     def _listing(self, uri: str, **request: str) -> Iterator[Any]:
         key = split_uri(uri)[1]
@@ -153,10 +154,9 @@ class S3:
         bucket = split_uri(uri)[0]
         page = self._call(uri, "list_objects_v2", Bucket=bucket, **request)
         token = page.get("NextContinuationToken", "") if page.get("IsTruncated") else None
-        if "Delimiter" in request:
-            return [f"s3://{bucket}/{x.get('Prefix')}" for x in page.get("CommonPrefixes", [])], token
-        found = page.get("Contents", [])
-        return [_info(f"s3://{bucket}/{x['Key']}", x["ETag"], x["Size"]) for x in found], token
+        found, folders = page.get("Contents", []), page.get("CommonPrefixes", [])
+        folders = [f"s3://{bucket}/{x.get('Prefix')}" for x in folders if "Delimiter" in request]
+        return [_info(f"s3://{bucket}/{x['Key']}", x["ETag"], x["Size"]) for x in found] + folders, token
 
     def stat(self, uri: str) -> ObjectInfo:
         bucket, key = split_uri(uri)
@@ -228,6 +228,8 @@ class S3:
             response = getattr(self._client, operation)(**request)
             if operation in _IS_COMPLETE and not _IS_COMPLETE[operation](response):
                 raise http.client.IncompleteRead(b"")
+        except UnicodeEncodeError as error:
+            raise StorageError(f"s3://{request['Bucket']}", f"{error.object!r} is not valid UTF-8") from error
         except (KeyError, TypeError, ValueError, ResponseParserError) as error:
             raise http.client.HTTPException(f"malformed response: {error}") from error
         return response

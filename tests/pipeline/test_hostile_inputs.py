@@ -279,10 +279,10 @@ ZEROS = bytes(16 * MIB)
 SMALL = 64  # MiB, of which a process needs 50 to read any file
 #: Maker of the file, options, part of the error, MiB.
 HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str, int]] = {
-    "names.tar.gz": (lambda: long_names(20, 10 * MIB), {}, "headers of more than 1048576 bytes", SMALL),
+    "names.tar.gz": (lambda: long_names(20, 10 * MIB), {}, "have more than 1 MiB", SMALL),
     "keys.tar.gz": (lambda: long_names(100, 1_000_000), {}, "invalid key: the key has more than", SMALL),
-    "pax.tar.gz": (lambda: gzipped(header("x", 2**30, b"x"), (ZEROS, 64)), {}, "headers of more than", SMALL),
-    "sparse.tar.gz": (sparse_map, {}, "headers of more than 1048576 bytes", SMALL),
+    "pax.tar.gz": (lambda: gzipped(header("x", 2**30, b"x"), (ZEROS, 64)), {}, "have more than 1 MiB", SMALL),
+    "sparse.tar.gz": (sparse_map, {}, "have more than 1 MiB", SMALL),
     "records.tar.gz": (lambda: gzipped(extended(b"2 " * 500_000 + b"=", b"x")), {}, "PAX record", SMALL),
     "json.tar.gz": (json_label, {"label_field": "y"}, "", SMALL + 100),
     "folders.tar.gz": (
@@ -307,11 +307,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str, int]] = {
     "page.parquet": (
         lambda: same_value(9 * MIB),
         {"max_page_bytes": 8 * MIB},
-        "(read.max_page_bytes)",
+        "raise read.max_page_bytes",
         SMALL,
     ),
     "chunks.parquet": (large_footer, {}, "", SMALL + 250),
-    "footer.parquet": (lambda: bytes(5 * MIB) + b"\0\0\x50\0PAR1", {}, "the footer has", SMALL),
+    "footer.parquet": (lambda: bytes(17 * MIB) + b"\0\0\x10\1PAR1", {}, "the footer has", SMALL),
 }
 
 
@@ -359,7 +359,7 @@ STORE_BYTES = 96 * MIB
         ("drip_body", "list", "too slow"),
         ("flood", "list", "the response has more than 4,194,304 bytes"),
         ("flood", "read", "failed after retries|no longer the version"),
-        ("flood", "lease", "has 1,000,000,000,000 bytes; such an object has at most 65,536 bytes"),
+        ("flood", "lease", "has 1,000,000,000,000 bytes, more than the limit of 65,536 bytes"),
         pytest.param("entity_bomb", "list", "500|failed after retries", marks=pytest.mark.slow),
         ("same_token", "list", "the store's listing of bucket '.*' is invalid"),
     ],

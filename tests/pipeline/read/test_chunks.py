@@ -67,6 +67,16 @@ def test_samples_that_arrow_refuses_are_the_error_of_the_shard() -> None:
     assert "cannot store samples: " in (last.error or "")
 
 
+def test_lack_of_memory_is_transient_and_names_the_shard() -> None:
+    def samples() -> Iterator[Sample]:
+        yield Sample("a", b"1")
+        raise MemoryError
+
+    (last,) = split_into_chunks(samples(), 0, 9, 9, "s3://b/x.tar")
+    assert (last.samples.num_rows, last.total, last.transient) == (0, 0, True)
+    assert last.error == "s3://b/x.tar: cannot store samples: MemoryError()"
+
+
 def test_chunk_is_restored_from_a_block() -> None:
     [chunk] = split(
         [

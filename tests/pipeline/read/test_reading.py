@@ -22,8 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_s3 import LocalS3
+from pipeline.config import ReadConfig
 from pipeline.read import ReadOptions, Sample, Shard, list_shards, parquet, read_samples, reader, webdataset
-from pipeline.read.samples import ShardError
+from pipeline.read.limits import Deadline
+from pipeline.read.parquet_pages import PageCheckedFile
+from pipeline.read.samples import ShardError, UnreadableShardError
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
 
@@ -277,7 +280,7 @@ def test_headers_of_a_member_have_a_limit_together(files: Path, kind: bytes) -> 
     [sample] = read(files, extended(b"n" * 1_000_000, kind) + member)
     assert (sample.error is None) == (kind != tarfile.GNUTYPE_LONGNAME)  # a long key
     for headers in ([extended(b"n" * 1_100_000, kind)], [extended(b"n" * 500_000, kind)] * 3):
-        with pytest.raises(ShardError, match="the member at byte 0 has headers of more than 1048576 bytes"):
+        with pytest.raises(ShardError, match="the headers of the member at byte 0 have more than 1 MiB"):
             read(files, b"".join(headers) + member)
 
 
@@ -298,7 +301,7 @@ def test_invalid_pax_record_is_refused_at_once(files: Path, records: bytes) -> N
 
 
 def test_pax_size_and_names_replace_those_of_the_header(files: Path) -> None:
-    records = b"12 size=700\n20 path=long/\xc3\xbc.jpg\n18 comment=a\nb=cd\n"
+    records = b"12 size=700\n20 path=long/\xc3\xbc.jpg\n18 comment=a\nb=cd\n" + bytes(20)  # some writers pad
     member = tarfile.TarInfo("short.jpg").tobuf(tarfile.GNU_FORMAT) + b"x" * 700 + bytes(324)
     assert read(files, extended(records, tarfile.XHDTYPE) + member + bytes(1024)) == [
         Sample("long/ü", b"x" * 700)
@@ -554,6 +557,8 @@ def test_label_that_cannot_be_converted_costs_only_its_target(files: Path) -> No
         "long": pa.array(["dog", "dog" * 10**6, "cat"]),
         "list": pa.array([None, [1] * 10**5, None]),
         "decimal": pa.array([Decimal("1.0"), Decimal("0.5"), Decimal("0.0")]),
+        "large": pa.array([Decimal(1), Decimal(10**30), Decimal(0)]),
+        "float": pa.array([1.0, float("inf"), 0.0]),
     }
     for name, column in columns.items():
         data = make_parquet({"image": [b"i"] * 3, "y": column})
@@ -635,7 +640,7 @@ def test_page_over_the_limit_is_refused(files: Path) -> None:
         ):
             read(files, data, options, "x.parquet")
     keys = make_parquet({"image": [b"i"], "k": ["k" * 10**6], "other": ["o" * 10**6]})
-    with pytest.raises(ShardError, match=r"\(read\.max_page_bytes\)"):
+    with pytest.raises(ShardError, match=r"raise read\.max_page_bytes"):
         read(files, keys, ReadOptions(max_page_bytes=10**6, key_column="k"), "x.parquet")
     assert read(files, keys, options, "x.parquet") == [Sample("000000000", b"i")]  # not read
 
@@ -644,9 +649,55 @@ def test_footer_over_the_limit_is_refused(files: Path) -> None:
     table, stream = pa.table({"image": [b"i"]}), io.BytesIO()
     with pq.ParquetWriter(stream, table.schema) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({"large": "x" * 4 * 1024**2})
-    with pytest.raises(ShardError, match=r"the footer has \d+ bytes, more than the limit of 4194304"):
+        writer.add_key_value_metadata({"large": "x" * 16 * 1024**2})
+    with pytest.raises(ShardError, match=r"the footer has \d+ bytes, more than the limit of 16777216"):
         read(files, stream.getvalue(), name="x.parquet")
+
+
+def page_header(size: int, values: int, minimum: bytes = b"") -> bytes:
+    """The header of a page with statistics, in Thrift's compact protocol."""
+
+    def number(value: int) -> bytes:
+        digits = b""
+        while value > 127:
+            digits, value = digits + bytes([value & 127 | 128]), value >> 7
+        return digits + bytes([value])
+
+    sizes = b"\x15" + number(2 * size)
+    statistics = b"\x18" + number(len(minimum)) + minimum + b"\0"
+    page = b"\x15" + number(2 * values) + b"\x15\0\x15\6\x15\6" + b"\x1c" + statistics + b"\0"
+    return b"\x15\0" + sizes + sizes + b"\x2c" + page + b"\0"
+
+
+def read_pages(data: bytes, max_page_bytes: int) -> None:
+    file = PageCheckedFile(io.BytesIO(data), Deadline(60), max_page_bytes)
+    file.has_footer = True
+    while file.read(1024**2):
+        pass
+
+
+def test_page_header_may_contain_whole_images_as_statistics() -> None:
+    first = page_header(8, 1, bytes(3_000_000)) + bytes(8)
+    with pytest.raises(UnreadableShardError, match=f"the page at byte {len(first)} has 1001 bytes"):
+        read_pages(first + page_header(1001, 1), 1000)
+    with pytest.raises(ValueError, match="the header of the page at byte 0 is too large"):
+        read_pages(page_header(8, 1, bytes(18_000_000)), 1000)
+
+
+def test_largest_page_that_arrow_reads_is_allowed_by_default() -> None:
+    assert ReadOptions().max_page_bytes == ReadConfig().max_page_bytes
+    read_pages(page_header(2**31 - 1, 1024), ReadOptions().max_page_bytes)
+
+
+def test_lack_of_memory_may_pass(files: Path) -> None:
+    class Full(Storage):
+        def open_sequential(self, uri: str, version: str, read_ahead: int) -> Any:
+            raise MemoryError
+
+    shard = shard_of(Full(), f"{files}/x.tar", make_tar([("a.jpg", b"1")]))
+    with pytest.raises(ShardError) as caught:
+        list(read_samples(Full(), shard, PLAIN))
+    assert caught.value.transient
 
 
 def test_damaged_parquet_is_refused(files: Path) -> None:
@@ -721,8 +772,10 @@ def test_members_without_a_sample_count_toward_the_deadline(files: Path, compres
     folder = tarfile.TarInfo("folder")
     folder.type = tarfile.DIRTYPE
     data = compress(folder.tobuf() * 100_000 + make_tar([("a.jpg", b"1")]))
-    with pytest.raises(ShardError, match=r"reading one sample took more than 0\.05 s \(read\.timeout_s\)"):
+    cause = r"reading one sample took more than 0\.05 s \(read\.timeout_s\)"
+    with pytest.raises(ShardError, match=cause) as caught:
         read(files, data, ReadOptions(timeout_s=0.05))
+    assert caught.value.transient  # the storage may have been slow
 
 
 def test_zeros_in_a_gzipped_tar_count_toward_the_deadline(files: Path) -> None:

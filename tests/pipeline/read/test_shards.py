@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from pipeline.config import InputFormat
 from pipeline.predictions import is_allowed_path, prediction_path
 from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
 from pipeline.read.shards import file_extension
@@ -66,6 +67,19 @@ def test_configured_format_applies_to_any_name(storage: Storage, tmp_path: Path)
     assert formats == ["webdataset", "webdataset"]
     (group,) = list_shards(storage, str(tmp_path), "images")
     assert [info.uri for info in group.members] == [f"{tmp_path}/x.jpg"]
+
+
+def test_metadata_of_tars_are_ignored_unless_parquet_is_configured() -> None:
+    listing = FakeListing(["x.parquet", "x.tar", "x_stats.json"])
+    formats: list[tuple[InputFormat, list[str]]] = [
+        ("auto", ["x.tar"]),
+        ("webdataset", ["x.tar"]),
+        ("parquet", ["x.parquet", "x.tar", "x_stats.json"]),
+    ]
+    for format, names in formats:
+        assert [shard.uri for shard in list_shards(listing, "s3://b", format)] == [
+            f"s3://b/{x}" for x in names
+        ]
 
 
 def test_input_can_be_a_single_object(storage: Storage, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import pytest
 from pipeline.storage import ABSENT, ObjectChanged, ObjectInfo, Storage, StorageError, Versioned
 from pipeline.storage.limits import MAX_RESPONSE_BYTES
 from pipeline.storage.objects import check_listing
+from pipeline.storage.retrying import retry_counts
+from pipeline.storage.s3 import S3
 from tests.fault_proxy import DROPPED_HEADERS, LIES, SLOW_KINDS, FaultProxy
 from tests.pipeline.storage.operations import OPERATIONS, RetryCounter, names
 
@@ -252,17 +256,45 @@ def test_listing_without_end_names_the_bucket(
         list(faulty.list(folder))
 
 
-def test_listing_accepts_both_orders_of_stores_but_no_mixture() -> None:
-    def listed(*keys: str) -> list[str]:
-        uris = [f"s3://b/{key}" for key in keys]
-        pages = [([uri], uri if uri is not uris[-1] else None) for uri in uris]
-        return [uri[7:] for uri in check_listing("s3://b", lambda _: pages.pop(0))]
+def test_listing_in_any_order_is_accepted_but_no_cycle_of_tokens() -> None:
+    pages = {None: (["s3://b/b/"], "1"), "1": (["s3://b/\U0001f600/", "s3://b/\uff21/"], "2")}
+    assert [*check_listing("s3://b", (pages | {"2": (["s3://b/a/"], None)}).__getitem__)] == [
+        *("s3://b/b/", "s3://b/\U0001f600/", "s3://b/\uff21/", "s3://b/a/")
+    ]
+    with pytest.raises(StorageError, match="no new token"):
+        list(check_listing("s3://b", (pages | {"2": (["s3://b/a/"], "1")}).__getitem__))
 
-    for keys in (("a-b", "a/x", "b"), ("a/x", "a-b", "b"), ("a-b/", "a/"), ("a/", "a-b/")):  # S3, SeaweedFS
-        assert listed(*keys) == [*keys]
-    for keys in (("a-b", "a/x", "a-b"), ("b", "a"), ("a", "a")):
-        with pytest.raises(StorageError, match="out of order, repeated"):
-            listed(*keys)
+
+def test_folders_after_many_pages_of_objects_are_listed(
+    storage: Storage, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.objects._MAX_EMPTY_PAGES", 0)
+    for name in (*map(str, range(3)), "x/y"):
+        storage.write(f"{folder}/{name}", CONTENT)
+    service = storage._service(folder)
+    assert isinstance(service, S3)
+    monkeypatch.setattr(service, "_page", functools.partial(service._page, MaxKeys=1))
+    assert list(service.list_folders(folder)) == [f"{folder}/x"]
+
+
+def test_refused_write_after_a_successful_one_leaves_no_object(
+    storage: Storage, folder: str, proxy: FaultProxy, faulty: Storage
+) -> None:
+    """The store has `If-None-Match`, but not `If-Match`."""
+    puts = itertools.count()
+    proxy.always("not_implemented", where=lambda request: request.method == "PUT" and next(puts) > 0)
+    with pytest.raises(StorageError, match=r"see storage\.conditional_writes"):
+        replace(faulty, min_bytes_per_s=12_346).write(f"{folder}/x", CONTENT, ABSENT)
+    assert len(proxy.seen) == 3  # the write, the refused one, the deletion
+    assert names(storage, folder) == []
+
+
+def test_name_that_is_not_utf8_is_refused_without_retries(storage: Storage, folder: str) -> None:
+    before = retry_counts()
+    for operation in (storage.stat, storage.version, lambda uri: list(storage.list(uri))):
+        with pytest.raises(StorageError, match=r"\\udcff.* is not valid UTF-8"):
+            operation(f"{folder}/a\udcff")
+    assert retry_counts() == before
 
 
 def test_object_over_the_size_limit_is_not_read(storage: Storage, root: str) -> None:
@@ -272,7 +304,9 @@ def test_object_over_the_size_limit_is_not_read(storage: Storage, root: str) -> 
         lambda: storage.read(info.uri, info.version, max_bytes=9),
         lambda: storage.read_latest(info.uri, io.BufferedReader.read, max_bytes=9),
     ):
-        with pytest.raises(StorageError, match="has 10 bytes; such an object has at most 9 bytes"):
+        with pytest.raises(
+            StorageError, match="has 10 bytes, more than the limit of 9 bytes; move the object"
+        ):
             read()
     assert storage.read(info.uri, max_bytes=10) == CONTENT
 
