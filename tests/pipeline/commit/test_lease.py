@@ -162,7 +162,7 @@ def test_one_of_several_simultaneous_runs_acquires_the_lease(place: str) -> None
     [
         ("refused", "PUT", "the store refused 20 requests for the version that the store reports"),
         ("other_etag", "GET", "the store refused 20 requests for the version that the store reports"),
-        ("flood", "HEAD", "has 1,000,000,000,000 bytes; such an object has at most 65,536 bytes"),
+        ("flood", "HEAD", "has 1,000,000,000,000 bytes, more than the limit of 65,536 bytes"),
         ("drip", "GET", "the request is too slow"),
     ],
 )

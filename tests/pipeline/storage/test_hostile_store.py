@@ -179,7 +179,7 @@ def test_refusal_of_the_current_version_ends_after_20_attempts(
 ) -> None:
     info = storage.write(f"{folder}/x", CONTENT)
     proxy.always(kind, where=lambda request: request.method == method)
-    with pytest.raises(StorageError, match="the store refused 20 requests for the version that it") as caught:
+    with pytest.raises(StorageError, match="the store refused 20 requests for the version that") as caught:
         faulty.update(info.uri, lambda version: faulty.read(info.uri, version) + b"!")
     assert type(caught.value) is StorageError
     assert sum(request.method == method for request in proxy.seen) == 20
