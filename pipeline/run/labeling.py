@@ -14,6 +14,7 @@ from pipeline.commit import (
 )
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import StopController, Stopped, sigterm_interrupts
+from pipeline.read import IgnoreReason
 from pipeline.run.cleanup import clean_up, roll_back_regrouped
 from pipeline.run.gate import check_gate_again, read_earlier_failures
 from pipeline.run.job import check_installed, make_job
@@ -84,7 +85,9 @@ def label(
                     logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
                 if plan.ignored:
                     names = [uri for uris in plan.ignored_examples.values() for uri in uris[:_NAMED_OBJECTS]]
-                    logger.warning("ignored: %s; such as %s", plan.describe_ignored(), ", ".join(names))
+                    # Hidden objects and metadata belong to a dataset; another format may be a mistake.
+                    level = logging.WARNING if IgnoreReason.FORMAT in plan.ignored else logging.INFO
+                    logger.log(level, "ignored: %s; such as %s", plan.describe_ignored(), ", ".join(names))
                 ignored = [(*each, count) for each, count in plan.ignored_extensions.most_common()]
                 counts = {str(state): count for state, count in plan.states.items()}
                 record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)

@@ -102,11 +102,14 @@ def test_metadata_next_to_tars_is_ignored(
     tmp_path: Path, format: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = case_input("img2dataset-folder")
+    caplog.set_level("INFO", "cvt_label")
     settings = [f"input.uri={source}", f"output.uri={tmp_path}", f"input.format={format}", *IN_PROCESS]
     result = label(load_config(Config, None, settings))
     assert (result.is_complete, result.totals.images, result.totals.errors) == (True, 6, 0)
     assert result.plan.ignored == {IgnoreReason.METADATA: 4}
-    assert "ignored: 4 objects (metadata of a tar: 4), extensions: .parquet 2, .json 2" in caplog.text
+    [logged] = [each for each in caplog.records if each.getMessage().startswith("ignored: ")]
+    assert logged.levelname == "INFO"  # nobody needs to act
+    assert "4 objects (metadata of a tar: 4), extensions: .parquet 2, .json 2" in logged.getMessage()
 
 
 def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,8 +120,9 @@ def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCap
     ignored = {str(path) for path in source.iterdir()} - read
     assert f"{source}/good.tar" in read - {row.uri for row in result.totals.unreadable}
     assert len(ignored) == result.plan.ignored.total() > 0
-    [warning] = [each.getMessage() for each in caplog.records if each.getMessage().startswith("ignored: ")]
-    assert all(uri in warning for uri in ignored)
+    [warning] = [each for each in caplog.records if each.getMessage().startswith("ignored: ")]
+    assert warning.levelname == "WARNING"
+    assert all(uri in warning.getMessage() for uri in ignored)
     extensions = {extension: count for _, extension, count in record_of(result)["ignored"]}
     assert sum(extensions.values()) == len(ignored)
     page = Storage().read(f"{result.partition.uri}/report.html").decode()
