@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
@@ -129,6 +129,20 @@ def check_architecture(config: Any) -> None:
         raise ValueError(f"CvtConfig: depth has {sum(config.depth)} layers in all, more than {_MAX_LAYERS}")
     for stage in range(stages):
         _check_stage(config, stage)
+
+
+def token_sides(config: Any, side: int) -> Iterator[int]:
+    """Yields the number of tokens along a side of an image, by stage; 0 if the image is too small.
+
+    Args:
+        config: an Architecture, or an object with the same fields.
+        side: height or width of the image in pixels.
+    """
+    for kernel, stride, padding in zip(
+        config.patch_sizes, config.patch_stride, config.patch_padding, strict=True
+    ):
+        side = max(0, (side + 2 * padding - kernel) // stride + 1)
+        yield side
 
 
 def _check_stage(config: Any, i: int) -> None:

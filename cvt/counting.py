@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cvt.architecture import Architecture
+from cvt.architecture import Architecture, token_sides
 
 
 def count_macs(config: Architecture, num_labels: int, height: int, width: int) -> int:
@@ -18,16 +18,11 @@ def count_macs(config: Architecture, num_labels: int, height: int, width: int) -
         height: height of the image in pixels.
         width: width of the image in pixels.
     """
-    total, channels, sides = num_labels * config.embed_dim[-1], config.num_channels, (height, width)
-    for i, dim in enumerate(config.embed_dim):
-        kernel, stride, padding = config.patch_sizes[i], config.patch_stride[i], config.patch_padding[i]
-        sides = (
-            _output_side(sides[0], kernel, stride, padding),
-            _output_side(sides[1], kernel, stride, padding),
-        )
-        queries = sides[0] * sides[1]
-        total += kernel**2 * channels * dim * queries
-        total += config.depth[i] * _layer_macs(config, i, sides)
+    total, channels = num_labels * config.embed_dim[-1], config.num_channels
+    sides = zip(token_sides(config, height), token_sides(config, width), strict=True)
+    for i, (dim, stage_sides) in enumerate(zip(config.embed_dim, sides, strict=True)):
+        total += config.patch_sizes[i] ** 2 * channels * dim * stage_sides[0] * stage_sides[1]
+        total += config.depth[i] * _layer_macs(config, i, stage_sides)
         channels = dim
     return total
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cvt.architecture import Architecture
+from cvt.architecture import Architecture, token_sides
 from cvt.checkpoints import microsoft
 from cvt.checkpoints.weights import (
     CONFIG_FILE,
@@ -321,10 +321,8 @@ def _read_microsoft(file: Path) -> _Parts:
 
 def _check_image_size(architecture: Architecture, size: int) -> None:
     """Checks that an image has tokens in each stage, and that their values fit into memory."""
-    side = size
-    for i, width in enumerate(architecture.embed_dim):
-        last = side + 2 * architecture.patch_padding[i] - architecture.patch_sizes[i]
-        side = max(0, last // architecture.patch_stride[i] + 1)
+    for i, side in enumerate(token_sides(architecture, size)):
+        width = architecture.embed_dim[i]
         if not 0 < side**2 * width * max(1, architecture.mlp_ratio[i]) <= _MAX_VALUES:
             raise CheckpointError(
                 f"size in preprocessor_config.json ({size}) does not fit the architecture in config.json:"

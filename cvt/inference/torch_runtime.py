@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.architecture import Architecture
+from cvt.architecture import Architecture, token_sides
 from cvt.inference.network import InferenceNetwork, Result
 
 # glibc maps and unmaps every allocation above 32 MiB separately, and the kernel clears its pages each time.
@@ -85,10 +85,9 @@ class TorchRuntime:
 def max_images_per_part(config: Architecture, size: int, max_bytes: int = MAX_ACTIVATION_BYTES) -> int:
     """Returns the number of images whose largest activation, in an MLP, is smaller than `max_bytes`."""
     largest = 0
-    for i, width in enumerate(config.embed_dim):
-        size = (size + 2 * config.patch_padding[i] - config.patch_sizes[i]) // config.patch_stride[i]
-        size += 1
-        largest = max(largest, size**2 * math.ceil(width * max(config.mlp_ratio[i], 1)))
+    for i, side in enumerate(token_sides(config, size)):
+        width = math.ceil(config.embed_dim[i] * max(config.mlp_ratio[i], 1))
+        largest = max(largest, side**2 * width)
     return max(1, (max_bytes - 1) // (4 * largest))
 
 
