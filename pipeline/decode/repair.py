@@ -35,6 +35,8 @@ def remove_metadata(data: bytes) -> bytes:
 def has_many_chunks(data: bytes) -> bool:
     """Returns whether a PNG has so many chunks that Pillow needs much memory for metadata."""
     position, count = 8, 0
+    if len(data) <= MAX_PARTS * 12:  # a chunk has at least 12 bytes
+        return False
     while position + 8 <= len(data) and count <= MAX_PARTS:
         count += 1
         position += 12 + int.from_bytes(data[position : position + 4], "big")
