@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pipeline.commit import ManifestRow
 from pipeline.config import GateConfig
 from pipeline.read import Shard
+from pipeline.run.planning import NO_ROW
 from pipeline.statistics import ErrorCauses
 
 _TOTALS = {"images", "errors", "shards", "unreadable"}
@@ -20,7 +21,6 @@ _TOTALS = {"images", "errors", "shards", "unreadable"}
 _FALSE_ALARM = 1e-3
 #: Minimum number of images, or of unreadable shards, before a run is stopped.
 _MIN_IMAGES, _MIN_UNREADABLE = 300, 100
-_NO_ROW = ManifestRow("")
 
 
 @dataclass
@@ -62,12 +62,12 @@ class FailureMonitor:
 
     def is_new(self, shard: Shard) -> bool:
         """Returns whether no earlier run processed this version of the shard."""
-        row = self.entries.get(shard.uri, _NO_ROW)
+        row = self.entries.get(shard.uri, NO_ROW)
         return shard.version not in (row.version, row.failed_version)
 
     def finish(self, row: ManifestRow) -> None:
         """Counts a complete shard."""
-        shard, before = self._by_uri[row.uri], self.entries.get(row.uri, _NO_ROW)
+        shard, before = self._by_uri[row.uri], self.entries.get(row.uri, NO_ROW)
         self._has_new |= self.is_new(shard)
         counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0)
         if row.error is not None:

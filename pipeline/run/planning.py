@@ -16,7 +16,7 @@ from pipeline.text import pluralize
 #: Maximum number of extensions in a description.
 _EXTENSIONS = 8
 #: The row of a shard that the manifest does not have.
-_NO_ROW = ManifestRow("")
+NO_ROW = ManifestRow("")
 
 
 class ShardState(StrEnum):
@@ -127,7 +127,7 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
     has_only_groups = True
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
-        row = manifest.get(shard.uri, _NO_ROW)
+        row = manifest.get(shard.uri, NO_ROW)
         state = _state(shard, row)
         planned.states[state] += 1
         images.states[state] += len(shard.members)
