@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from cvt.architecture import Architecture
 from cvt.checkpoints import save_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
@@ -31,6 +33,21 @@ def shallow(folder: Path) -> None:
     fields = TINY | {"depth": [1, 1, 2], "num_labels": 3}
     model = randomize(CvtForImageClassification(CvtConfig(**fields)))
     save_checkpoint(model, Preprocessor.from_dict({"size": 28}, "test"), folder)
+
+
+def repeat_stage(index: int, count: int, **fields: Any) -> dict[str, Any]:
+    """Returns the fields of an architecture that has copies of one stage of another architecture."""
+    values = asdict(Architecture(**fields))
+    return {name: [value[index]] * count for name, value in values.items() if isinstance(value, list | tuple)}
+
+
+#: Four stages. The last one has a class token.
+FOUR_STAGES: dict[str, Any] = repeat_stage(1, 4) | {
+    "embed_dim": [8, 16, 24, 32],
+    "num_heads": [1, 2, 3, 4],
+    "depth": [1, 2, 3, 4],
+    "cls_token": [False, False, False, True],
+}
 
 
 @torch.no_grad()

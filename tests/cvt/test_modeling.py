@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from cvt.architecture import Architecture
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification, CvtModel
 from cvt.network import CvtDropPath
-from tests.cvt.random_models import PUBLISHED, TINY, randomize
+from tests.cvt.random_models import FOUR_STAGES, PUBLISHED, TINY, randomize
 
 #: cvt-w24 has 277 million parameters. The tests use its widths and heads with the smallest depth that works.
 SHAPES = PUBLISHED | {"cvt-w24": PUBLISHED["cvt-w24"] | {"depth": [2, 2, 3]}}
@@ -96,10 +94,7 @@ def test_each_configuration_field_acts_as_in_transformers(fields: dict[str, Any]
 
 @torch.inference_mode()
 def test_model_with_four_stages_equals_transformers() -> None:
-    defaults = asdict(Architecture())
-    fields = {name: [value[1]] * 4 for name, value in defaults.items() if isinstance(value, tuple)}
-    fields |= {"embed_dim": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4], "depth": [1, 2, 3, 4]}
-    ours, theirs = twins(**fields | {"cls_token": [False, False, False, True]})
+    ours, theirs = twins(**FOUR_STAGES)
     pixels = images(2, 3, 64, 64)
     assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from cvt.architecture import Architecture
 from cvt.configuration import CvtConfig
 from cvt.inference.engine import Engine
 from cvt.inference.network import InferenceNetwork
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
-from tests.cvt.random_models import TINY, randomize
+from tests.cvt.random_models import TINY, randomize, repeat_stage
 
 SIZE = 48
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,12 +26,7 @@ def make_model(**fields: Any) -> CvtForImageClassification:
 
 def make_one_stage_model() -> CvtForImageClassification:
     """Returns a model with one layer, because each kernel takes a second to compile."""
-    last = {
-        name: value[-1:]
-        for name, value in asdict(Architecture(**TINY)).items()
-        if isinstance(value, list | tuple)
-    }
-    return make_model(**last | {"depth": [1]})
+    return make_model(**repeat_stage(-1, 1, **TINY) | {"depth": [1]})
 
 
 def network(model: CvtForImageClassification) -> InferenceNetwork:

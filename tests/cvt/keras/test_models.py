@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
-from cvt.architecture import Architecture
 from cvt.checkpoints import BUNDLED
 from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification, CvtModel
-from tests.cvt.random_models import PUBLISHED, TINY, randomize
+from tests.cvt.random_models import FOUR_STAGES, PUBLISHED, TINY, randomize
 
 os.environ["KERAS_BACKEND"] = "torch"  # read at the import of keras; PyTorch is always installed
 keras = pytest.importorskip("keras", reason="needs the extra `keras`")
@@ -83,16 +81,6 @@ def test_quick_gelu_equals_pytorch() -> None:
     assert_close(ours(pixels).logits, theirs(pixels).logits, **CLOSE)
     again = TFCvtForImageClassification.from_config(ours.get_config())
     assert again.config.hidden_act == "quick_gelu"
-
-
-FOUR_STAGES = {
-    name: [value[1]] * 4 for name, value in asdict(Architecture()).items() if isinstance(value, tuple)
-} | {
-    "embed_dim": [8, 16, 24, 32],
-    "num_heads": [1, 2, 3, 4],
-    "depth": [1, 2, 3, 4],
-    "cls_token": [False, False, False, True],
-}
 
 
 @pytest.mark.parametrize(
