@@ -46,7 +46,7 @@ _CONNECT_TIMEOUT_S = 10
 _WORKER_TIMEOUT_S = 50.0
 #: Maximum length of the path of the folder for temporary files, so that the paths of Ray's sockets fit.
 _MAX_FOLDER_BYTES = 18
-#: Number of lines of Ray's logs in a message, and the lines that say nothing about a failure.
+#: Number of lines of Ray's logs in a message, and the lines without information about a failure.
 _LOG_LINES = 10
 _LOG_NOISE = re.compile(r":(job_id|task_name|actor_name):|.* logging\.cc:\d+: Set ray log level")
 #: The directory that contains the packages of this project.
@@ -154,7 +154,7 @@ def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         if isinstance(error, ray.exceptions.GetTimeoutError):
             cause = f"no worker process has started within {timeout:g} s"
-        lines = ["see raylet.err and worker-*.err in the logs of its nodes"]
+        lines = ["see raylet.err and worker-*.err in the logs of the cluster's nodes"]
         with suppress(AttributeError):  # of Ray Client
             context = ray.get_runtime_context()
             logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
