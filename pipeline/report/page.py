@@ -5,6 +5,7 @@ regenerated at any time.
 """
 
 import base64
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def write_report(
     return output
 
 
+@functools.cache  # compiling the templates takes longer than labeling a small shard
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),

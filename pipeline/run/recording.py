@@ -4,6 +4,7 @@ The run record holds configuration, selection, versions, counts, timings and out
 repeated from it. It also lists what prediction files do not hold, such as unreadable shards.
 """
 
+import functools
 import importlib.metadata
 import platform
 import time
@@ -200,6 +201,7 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
     record.end(status="aborted" if record.values.get("aborted") else status, timings=clock.timings)
 
 
+@functools.cache
 def installed_version(package: str) -> str | None:
     """Returns the version of a package; None if it is not installed.
 
