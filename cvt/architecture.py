@@ -79,17 +79,55 @@ class Architecture:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        check_architecture(self)
-
-    @classmethod
-    def of(cls, config: Any) -> Self:
-        """Returns the architecture of a configuration: the fields of an object with these attributes."""
-        return cls(**_fields(config))
+        try:
+            _Fields.model_validate(vars(self))
+        except ValidationError as error:
+            raise ValueError(f"CvtConfig: {describe_validation_error(error)}") from None
+        for problem in self._problems():
+            raise ValueError(f"CvtConfig: {problem}")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Returns the architecture of a config.json; ignores all other fields of the file."""
+        """Returns the architecture of a config.json, or of the attributes of a CvtConfig.
+
+        All other fields are ignored.
+        """
         return cls(**{name: fields[name] for name in FIELDS if name in fields})
+
+    def _problems(self) -> Iterator[str]:
+        """Yields the fields that do not fit each other. The caller stops at the first one."""
+        stages = len(self.embed_dim)
+        for name, entries in vars(self).items():
+            if isinstance(entries, list | tuple) and len(entries) != stages:
+                yield f"{name} has {len(entries)} entries and embed_dim has {stages}; both need one entry per stage"
+        if sum(self.depth) > _MAX_LAYERS:
+            yield f"depth has {sum(self.depth)} layers in all, more than {_MAX_LAYERS}"
+        for i, (width, heads, kernel) in enumerate(
+            zip(self.embed_dim, self.num_heads, self.kernel_qkv, strict=True)
+        ):
+            if width % heads:
+                yield f"embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})"
+            if int(width * self.mlp_ratio[i]) < 1:
+                product = f"mlp_ratio[{i}] ({self.mlp_ratio[i]}) times embed_dim[{i}] ({width})"
+                yield f"{product} gives a hidden width of 0"
+            if self.cls_token[i] and width != self.embed_dim[-1]:
+                yield (
+                    f"cls_token[{i}] needs embed_dim[{i}] ({width}) to equal the width of the last stage"
+                    f" ({self.embed_dim[-1]}), which is the width of a class token"
+                )
+            # The output of attention is added to its input, so each token needs one query.
+            method = self.qkv_projection_method[i]
+            if method == "dw_bn" and (self.stride_q[i] != 1 or 2 * self.padding_q[i] != kernel - 1):
+                yield (
+                    f"stride_q[{i}] ({self.stride_q[i]}) and padding_q[{i}] ({self.padding_q[i]}) change the"
+                    f" number of tokens: with kernel_qkv[{i}] ({kernel}) the stride must be 1 and the padding"
+                    " (kernel - 1) / 2"
+                )
+            if method == "avg" and 2 * self.padding_kv[i] > kernel:
+                yield (
+                    f"padding_kv[{i}] ({self.padding_kv[i]}) must be at most half of"
+                    f" kernel_qkv[{i}] ({kernel}) for average pooling"
+                )
 
 
 #: Names of the fields.
@@ -100,35 +138,6 @@ _Fields = create_model(
     __config__=ConfigDict(strict=True, allow_inf_nan=False),
     **inspect.get_annotations(Architecture, eval_str=True),
 )
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    # transformers' CvtConfig has no `hidden_act`.
-    return {name: getattr(config, name, getattr(Architecture, name)) for name in FIELDS}
-
-
-def check_architecture(config: Any) -> None:
-    """Validates an Architecture, or a CvtConfig of this package or of transformers.
-
-    Raises:
-        ValueError: the fields do not describe a valid model. The message names the field and the reason.
-    """
-    fields = _fields(config)
-    try:
-        _Fields.model_validate(fields)
-    except ValidationError as error:
-        raise ValueError(f"CvtConfig: {describe_validation_error(error)}") from None
-    stages = len(config.embed_dim)
-    for name, entries in fields.items():
-        if isinstance(entries, list | tuple) and len(entries) != stages:
-            raise ValueError(
-                f"CvtConfig: {name} has {len(entries)} entries and embed_dim has {stages};"
-                " both need one entry per stage"
-            )
-    if sum(config.depth) > _MAX_LAYERS:
-        raise ValueError(f"CvtConfig: depth has {sum(config.depth)} layers in all, more than {_MAX_LAYERS}")
-    for stage in range(stages):
-        _check_stage(config, stage)
 
 
 def token_sides(config: Any, side: int) -> Iterator[int]:
@@ -143,36 +152,6 @@ def token_sides(config: Any, side: int) -> Iterator[int]:
     ):
         side = max(0, (side + 2 * padding - kernel) // stride + 1)
         yield side
-
-
-def _check_stage(config: Any, i: int) -> None:
-    """Checks the fields of one stage against each other."""
-    width, heads, kernel = config.embed_dim[i], config.num_heads[i], config.kernel_qkv[i]
-    if width % heads:
-        raise ValueError(f"CvtConfig: embed_dim[{i}] ({width}) is not divisible by num_heads[{i}] ({heads})")
-    if int(width * config.mlp_ratio[i]) < 1:
-        raise ValueError(
-            f"CvtConfig: mlp_ratio[{i}] ({config.mlp_ratio[i]}) times embed_dim[{i}] ({width})"
-            " gives a hidden width of 0"
-        )
-    if config.cls_token[i] and width != config.embed_dim[-1]:
-        raise ValueError(
-            f"CvtConfig: cls_token[{i}] needs embed_dim[{i}] ({width}) to equal the width of the last stage"
-            f" ({config.embed_dim[-1]}), which is the width of a class token"
-        )
-    # The output of attention is added to its input, so each token needs one query.
-    method = config.qkv_projection_method[i]
-    if method == "dw_bn" and (config.stride_q[i] != 1 or 2 * config.padding_q[i] != kernel - 1):
-        raise ValueError(
-            f"CvtConfig: stride_q[{i}] ({config.stride_q[i]}) and padding_q[{i}]"
-            f" ({config.padding_q[i]}) change the number of tokens: with kernel_qkv[{i}]"
-            f" ({kernel}) the stride must be 1 and the padding (kernel - 1) / 2"
-        )
-    if method == "avg" and 2 * config.padding_kv[i] > kernel:
-        raise ValueError(
-            f"CvtConfig: padding_kv[{i}] ({config.padding_kv[i]}) must be at most half of"
-            f" kernel_qkv[{i}] ({kernel}) for average pooling"
-        )
 
 
 def transformers_problem(config: Any) -> str | None:

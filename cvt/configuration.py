@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from cvt.architecture import Architecture, check_architecture
+from cvt.architecture import Architecture
 
 
 class CvtConfig(PreTrainedConfig, Architecture):
@@ -30,4 +30,4 @@ class CvtConfig(PreTrainedConfig, Architecture):
         for field in dataclasses.fields(Architecture):
             setattr(self, field.name, kwargs.pop(field.name, field.default))
         super().__init__(**kwargs)
-        check_architecture(self)
+        Architecture.from_dict(vars(self))  # validates the fields

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
 
 from cvt import network
-from cvt.architecture import check_architecture
+from cvt.architecture import Architecture
 from cvt.configuration import CvtConfig
 
 
@@ -73,7 +73,9 @@ class CvtModel(CvtPreTrainedModel):
     """CvT without a classification head. `add_pooling_layer` has no effect, as in transformers."""
 
     def __init__(self, config: CvtConfig, add_pooling_layer: bool = True) -> None:
-        check_architecture(config)  # the configuration may have changed after its own validation
+        Architecture.from_dict(
+            vars(config)
+        )  # validates: the configuration may have changed after its own validation
         super().__init__(config)
         self.encoder = network.CvtEncoder(config, CvtLayer)
         self.post_init()

@@ -264,7 +264,9 @@ class CvtClassifier(nn.Module):
         Args:
             model: a CvtClassifier, or a CvtForImageClassification of this package or of transformers.
         """
-        return cls.of_weights(Architecture.of(model.config), model.num_labels, model.state_dict())
+        return cls.of_weights(
+            Architecture.from_dict(vars(model.config)), model.num_labels, model.state_dict()
+        )
 
     @classmethod
     def of_weights(cls, config: Architecture, num_labels: int, weights: Mapping[str, Tensor]) -> Self:

@@ -30,9 +30,6 @@ _ALLOCATING = re.compile(
     r"\w+ bytearray|torch[\w.]* (\w+Tensor|(Unt|T)ypedStorage|_rebuild_(qtensor|device_tensor)\w*)"
 )
 
-#: Pickles at the start of a file of PyTorch before 1.6: number, version, system, weights, storages.
-_LEGACY_PICKLES = 5
-
 
 class _Stream(io.FileIO):
     """A file without large reads: `zipfile` reads the list of entries at once."""
@@ -50,16 +47,10 @@ def read_pytorch(file: Path) -> dict[str, Tensor]:
         CheckpointError: the file has other content, or asks for more memory than its size.
     """
     try:
-        with _Stream(file) as stream:
-            if is_zip := zipfile.is_zipfile(stream):
-                _check_archive(stream)
-            else:
-                stream.seek(0)
-                _check_pickles(stream.read(_MAX_READ), _LEGACY_PICKLES)
+        _check_archive(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns about files that raise an error below
-            # Files of PyTorch before 1.6 are not zip archives and cannot be memory-mapped.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         # PyTorch's own message explains how to unpickle the file anyway, which is unsafe.
         raise CheckpointError(
@@ -81,25 +72,23 @@ def read_pytorch(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check_archive(stream: io.FileIO) -> None:
-    size = stream.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(stream) as archive:
+def _check_archive(file: Path) -> None:
+    """Checks that the entries are stored in the file, and that pickles call no function that allocates."""
+    with _Stream(file) as stream:
+        if not zipfile.is_zipfile(stream):
+            raise CheckpointError(
+                "the file is damaged, or was written before PyTorch 1.6: copy it, or load and save it, again"
+            )
+        archive = zipfile.ZipFile(stream)
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise CheckpointError("an entry is compressed: torch.save writes files without compression")
-        if sum(entry.file_size for entry in entries) > size:
+        if sum(entry.file_size for entry in entries) > file.stat().st_size:
             raise CheckpointError("the entries are larger than the file")
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
                 if (length := entry.file_size) > _MAX_READ:
                     raise CheckpointError(f"{entry.filename} has {length:,} bytes, more than {_MAX_READ:,}")
-                _check_pickles(archive.read(entry))
-
-
-def _check_pickles(content: bytes, count: int = 1) -> None:
-    """Checks that pickles at the start of `content` call no function that allocates by a number."""
-    stream = io.BytesIO(content)
-    for _ in range(count):
-        for opcode, argument, _position in pickletools.genops(stream):
-            if opcode.name == "GLOBAL" and _ALLOCATING.fullmatch(str(argument)):
-                raise pickle.UnpicklingError(argument)
+                for opcode, argument, _position in pickletools.genops(archive.read(entry)):
+                    if opcode.name == "GLOBAL" and _ALLOCATING.fullmatch(str(argument)):
+                        raise pickle.UnpicklingError(argument)

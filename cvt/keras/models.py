@@ -20,7 +20,7 @@ from keras import ops
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cvt.architecture import check_architecture
+from cvt.architecture import Architecture
 from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
 from cvt.checkpoints.weights import check_weights, files_to_load, read_file
 from cvt.configuration import CvtConfig
@@ -89,7 +89,9 @@ class TFCvtPreTrainedModel(keras.Model):
     torch_prefix: ClassVar[str]
 
     def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
-        check_architecture(config)  # the configuration may have changed after its own validation
+        Architecture.from_dict(
+            vars(config)
+        )  # validates: the configuration may have changed after its own validation
         super().__init__(name=name)
         self.config = config
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import shutil
@@ -140,7 +139,7 @@ def expanded_tensor(folder: Path) -> None:
     change_json(folder / CONFIG, id2label=None, num_labels=50_000, embed_dim=[32, 64, 16_384])
 
 
-def storage_beyond_the_file(folder: Path, zipped: bool = True) -> None:
+def storage_beyond_the_file(folder: Path) -> None:
     """Weights that claim 2 * 10^9 values, of which the file has 100,000."""
 
     def claim(content: bytes) -> bytes:
@@ -148,10 +147,7 @@ def storage_beyond_the_file(folder: Path, zipped: bool = True) -> None:
 
     def save(weights: dict[str, torch.Tensor], file: Path) -> None:
         weights["classifier.bias"] = torch.zeros(100_000)
-        torch.save(weights, file, _use_new_zipfile_serialization=zipped)
-        if not zipped:
-            file.write_bytes(claim(file.read_bytes()))
-            return
+        torch.save(weights, file)
         with zipfile.ZipFile(file) as archive:
             entries = {name: archive.read(name) for name in archive.namelist()}
         with zipfile.ZipFile(file, "w") as archive:
@@ -159,10 +155,6 @@ def storage_beyond_the_file(folder: Path, zipped: bool = True) -> None:
                 archive.writestr(name, claim(content) if name.endswith("data.pkl") else content)
 
     replace_weights(folder, "pytorch_model.bin", save)
-
-
-def storage_beyond_the_file_of_old_pytorch(folder: Path) -> None:
-    storage_beyond_the_file(folder, zipped=False)
 
 
 def many_rows_without_columns(folder: Path) -> str:
@@ -249,7 +241,8 @@ def truncated_string(folder: Path) -> None:
     """A pickle with a string of 1 GB, which is not in the file."""
     (folder / WEIGHTS).unlink()
     content = b"\x80\x02X" + (10**9).to_bytes(4, "little") + b"text"
-    (folder / "pytorch_model.bin").write_bytes(content)
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("a/data.pkl", content)
 
 
 def load(path: str) -> str:
@@ -266,7 +259,6 @@ KINDS = {
     "safetensors": WEIGHTS,
     "index": f"{WEIGHTS}.index.json",
     "pytorch": "pytorch_model.bin",
-    "old pytorch": "pytorch_model.bin",
     "tensorflow": "tf_model.h5",
     "labels": "labels.json",
 }
@@ -282,10 +274,10 @@ def escaped_errors(kind: str, folder: str, count: int) -> list[str]:
     if kind == "tensorflow":
         shutil.copytree(TF_TINY, checkpoint, dirs_exist_ok=True)
         (checkpoint / WEIGHTS).unlink()
-    elif "pytorch" in kind:
-        zipped = kind == "pytorch"
-        save = functools.partial(torch.save, _use_new_zipfile_serialization=zipped)
-        replace_weights(checkpoint, file.name, lambda weights, path: save({"state_dict": weights}, path))
+    elif kind == "pytorch":
+        replace_weights(
+            checkpoint, file.name, lambda weights, path: torch.save({"state_dict": weights}, path)
+        )
     elif kind == "index":
         shard = (checkpoint / WEIGHTS).rename(checkpoint / "model-1.safetensors")
         file.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(shard), shard.name)}))

@@ -41,7 +41,7 @@ def published(name: str, classes: int = 5, **fields: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", PRESETS)
 def test_variant_is_inferred_from_weight_shapes(name: str) -> None:
     architecture = infer_architecture(published(name))
-    assert architecture == Architecture.of(preset_config(name))
+    assert architecture == Architecture.from_dict(vars(preset_config(name)))
 
 
 def test_unknown_weight_shapes_fail_with_the_difference() -> None:
