@@ -59,6 +59,7 @@ ConfigOption = Annotated[
         "--config", "-c", metavar="FILE", help="YAML configuration (see configs/), or the record of a run."
     ),
 ]
+YamlOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file (see configs/).")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

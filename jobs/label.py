@@ -2,32 +2,24 @@
 
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
-from rich.console import RenderableType
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
-from rich.text import Text
 
 from jobs import console
 from jobs.console import ExitStatus, print_notice
+from jobs.progress import ProgressView
 from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
-from pipeline.run import Phase, Plan, PreparedRun
+from pipeline.run import Plan
 from pipeline.statistics import class_table, describe_bottleneck
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
-
-#: Seconds between two progress messages in the log.
-LOG_INTERVAL = 10.0
 
 #: Maximum number of examples in a line of the summary.
 _EXAMPLES = 5
@@ -73,127 +65,21 @@ def label(
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels a dataset, shows the progress, and prints the result."""
     console.log_to_stderr()
-    with closing(ProgressBar() if console.stderr.is_terminal else ProgressLog()) as progress:
-
-        def show_plan(prepared: PreparedRun) -> None:
-            print_notice(console.describe_plan(prepared.plan))
-            progress.show_plan(prepared.plan)
-
+    estimator = Estimator()
+    with ProgressView("labeling") as view:
         result = label_dataset(
             config,
             selection,
-            on_progress=progress.show_progress,
-            on_plan=show_plan,
-            on_phase=progress.show_phase,
+            on_progress=lambda progress, prepared: view.show_progress(
+                describe_progress(progress, prepared.plan, estimator.estimate(progress)), progress.fraction
+            ),
+            on_plan=lambda prepared: print_notice(console.describe_plan(prepared.plan)),
+            on_phase=view.show_phase,
             wait=wait,
             on_wait=logger.info,
         )
     print_result(result)
     return result
-
-
-class ProgressBar:
-    """Shows the phase or the progress of a run in a terminal."""
-
-    def __init__(self) -> None:
-        self._estimator = Estimator()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[shards]}elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[remaining]}"),
-        )
-        self._bar = _TwoLineProgress(*columns, console=console.stderr, transient=True)
-        self._task = self._bar.add_task("starting", total=None, shards="", remaining="")
-
-    def close(self) -> None:
-        """Removes the bar."""
-        self._bar.stop()
-
-    def show_plan(self, plan: Plan) -> None:
-        """Does nothing: the total appears with the first result."""
-
-    def show_phase(self, phase: Phase) -> None:
-        """Shows the name of a phase."""
-        self._bar.start()
-        self._bar.update(self._task, description=str(phase), remaining="")
-
-    def show_progress(self, progress: commit.Progress, prepared: PreparedRun) -> None:
-        """Shows counts, rate and remaining time."""
-        total = len(prepared.plan.shards)
-        estimate = self._estimator.estimate(progress)
-        self._bar.details = describe_progress(progress, prepared.plan, estimate)
-        self._bar.update(
-            self._task,
-            description="labeling",
-            total=1.0,
-            completed=progress.fraction,
-            shards=f"{progress.shards:,} of {pluralize(total, 'shard')}, ",
-            remaining=f"remaining {estimate.remaining}" if estimate else "",
-        )
-
-
-class _TwoLineProgress(RichProgress):
-    """A progress bar with a second line of text."""
-
-    details = ""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        if self.details:
-            yield Text(self.details, no_wrap=True, overflow="ellipsis")
-
-
-class ProgressLog:
-    """Logs phases, and progress at regular intervals until the last result."""
-
-    def __init__(self, interval: float = LOG_INTERVAL) -> None:
-        self._interval = interval
-        self._estimator = Estimator()
-        self._finished = threading.Event()
-        self._message = ""
-        self._phase = Phase.PLANNING
-        self._phase_started = time.monotonic()
-        self._thread = threading.Thread(target=self._log, name="progress", daemon=True)
-
-    def close(self) -> None:
-        """Stops logging."""
-        self._finished.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def show_plan(self, plan: Plan) -> None:
-        """Starts logging if there are shards to label."""
-        if plan.shards:
-            self._thread.start()
-
-    def show_phase(self, phase: Phase) -> None:
-        """Logs the name of a phase."""
-        self._phase, self._phase_started = phase, time.monotonic()
-        logger.info("%s", phase)
-
-    def show_progress(self, progress: commit.Progress, prepared: PreparedRun) -> None:
-        """Stores the latest progress for the next message."""
-        total, estimate = len(prepared.plan.shards), self._estimator.estimate(progress)
-        remaining = f", remaining {estimate.remaining}" if estimate else ""
-        details = describe_progress(progress, prepared.plan, estimate)
-        self._message = f"{progress.shards:,} of {pluralize(total, 'shard')}, {details}{remaining}"
-        if progress.shards == total and not self._finished.is_set():
-            self._finished.set()
-            logger.info("%s", self._message)
-
-    def _log(self) -> None:
-        while not self._finished.wait(self._interval):
-            seconds = time.monotonic() - self._phase_started
-            logger.info("%s", self._message or f"{self._phase}, {seconds:.0f} s")
-
-
-class Estimate(NamedTuple):
-    """Rate in images per second, and remaining time."""
-
-    images_per_s: float
-    remaining: timedelta
 
 
 class Estimator:
@@ -203,29 +89,29 @@ class Estimator:
         self._clock = clock
         self._first: tuple[float, commit.Progress] | None = None
 
-    def estimate(self, progress: commit.Progress) -> Estimate | None:
-        """Returns an estimate, or None before `MIN_RATE_SECONDS` of results."""
+    def estimate(self, progress: commit.Progress) -> str:
+        """Returns rate and remaining time as text, empty before `MIN_RATE_SECONDS` of results."""
         now = self._clock()
         if self._first is None:
             if progress.images:
                 self._first = now, progress
-            return None
+            return ""
         since, first = self._first
         seconds, images = now - since, progress.images - first.images
         fraction = progress.fraction - first.fraction
         if seconds < MIN_RATE_SECONDS or images <= 0 or fraction <= 0:
-            return None
+            return ""
         remaining = timedelta(seconds=round((1 - progress.fraction) / fraction * seconds))
-        return Estimate(images / seconds, remaining)
+        return f", {images / seconds:,.1f} images/s, remaining {remaining}"
 
 
-def describe_progress(progress: commit.Progress, plan: Plan, estimate: Estimate | None) -> str:
-    """Describes the number of images, the number of errors and the rate."""
+def describe_progress(progress: commit.Progress, plan: Plan, estimate: str) -> str:
+    """Describes the number of shards, images and errors, followed by the estimate."""
     images = pluralize(progress.images, "image")
     if plan.images is not None:
         images = f"{progress.images:,} of {pluralize(plan.images, 'image')}"
-    rate = f", {estimate.images_per_s:,.1f} images/s" if estimate else ""
-    return f"{images}, {pluralize(progress.errors, 'error')}{rate}"
+    shards = f"{progress.shards:,} of {pluralize(len(plan.shards), 'shard')}"
+    return f"{shards}, {images}, {pluralize(progress.errors, 'error')}{estimate}"
 
 
 def print_result(result: RunResult) -> None:

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,12 +19,7 @@ _DRY_RUN_TIMES = 3
 
 @console.exit_on_error()
 def schedule(
-    config: Annotated[
-        Path,
-        typer.Option(
-            "--config", "-c", metavar="FILE", help="YAML list of datasets, such as configs/schedule.yaml."
-        ),
-    ],
+    config: console.YamlOption,
     set: console.SetOption = None,
     once: Annotated[
         bool, typer.Option("--once", help="Poll once, submit jobs that are due, and exit.")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
@@ -30,25 +28,6 @@ EXACT, TRANSFORMERS = "decode", "transformers' processor"
 
 #: Maps encoded images to inputs of the model, in any form that `to_pixels` accepts.
 Decoder = Callable[[Iterable[bytes]], Iterator[Any]]
-
-
-@dataclass
-class DecoderResult:
-    """The results of one decoder on one thread. Lists have one value per round.
-
-    Attributes:
-        speedup: images/s divided by images/s of transformers' processor.
-        same_label: fraction of images with the same label as after exact decoding.
-        mean_difference: mean difference from exact decoding, in gray levels.
-        max_image_difference: mean difference of the image that differs most, in gray levels.
-    """
-
-    decoder: str
-    images_per_s: list[float] = field(default_factory=list)
-    speedup: list[float] = field(default_factory=list)
-    same_label: float = 0.0
-    mean_difference: float = 0.0
-    max_image_difference: float = 0.0
 
 
 @exit_on_error()
@@ -79,33 +58,36 @@ def decoding(
 
 def compare_decoders(
     images: list[bytes], decoders: Mapping[str, Decoder], checkpoint: Checkpoint, device: str, rounds: int
-) -> list[DecoderResult]:
-    """Measures the decoders, which include `EXACT` and `TRANSFORMERS`, after a warm-up round.
+) -> list[dict[str, Any]]:
+    """Compares the decoders, which include `EXACT` and `TRANSFORMERS`.
+
+    Returns:
+        The figures of each decoder. Pixels and labels are compared with those of exact decoding. Differences
+        are means over an image, in gray levels.
 
     Raises:
         BenchmarkError: a decoder lost an image.
     """
+    rates = figures.measure_rates(decoders, images, rounds)
     preprocessor = checkpoint.preprocessor
     engine = Engine(checkpoint.model, preprocessor, device=device)
-    results = {name: DecoderResult(name) for name in decoders}
-    for turn, (name, decoder) in itertools.product(range(rounds + 1), decoders.items()):
-        print_notice(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
-        start = time.perf_counter()
-        done = sum(1 for _ in decoder(images))
-        if done != len(images):
-            raise figures.BenchmarkError(f"{name}: {done} of {len(images)} images were decoded")
-        if turn:
-            results[name].images_per_s.append(done / (time.perf_counter() - start))
     exact = to_pixels(decoders[EXACT](images), preprocessor)
     labels = engine(exact).logits.argmax(1)
-    for name, result in results.items():
-        pixels = to_pixels(decoders[name](images), preprocessor)
-        result.speedup = figures.ratios(result.images_per_s, results[TRANSFORMERS].images_per_s)
-        result.same_label = float((engine(pixels).logits.argmax(1) == labels).mean())
+    results = []
+    for name, decoder in decoders.items():
+        pixels = to_pixels(decoder(images), preprocessor)
         differences = np.abs(pixels.astype(np.int16) - exact).mean((1, 2, 3))
-        result.mean_difference = float(differences.mean())
-        result.max_image_difference = float(differences.max())
-    return list(results.values())
+        results.append(
+            {
+                "decoder": name,
+                "images_per_s": rates[name],
+                "speedup": figures.ratios(rates[name], rates[TRANSFORMERS]),
+                "same_label": float((engine(pixels).logits.argmax(1) == labels).mean()),
+                "mean_difference": float(differences.mean()),
+                "max_image_difference": float(differences.max()),
+            }
+        )
+    return results
 
 
 def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:

@@ -1,22 +1,25 @@
-"""Shared parts of the benchmarks: options, tables and JSON output."""
+"""Shared parts of the benchmarks: options, rounds, tables and JSON output."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.table import Table
 
 from cvt.runtimes import Device
-from jobs.console import stdout
+from jobs.console import print_notice, stdout
 from pipeline.run import installed_version
 
+T = TypeVar("T", bound=Sized)
 _PACKAGES = ("cvt-label", "torch", "torchvision", "transformers", "ray", "daft", "pyarrow", "pillow", "numpy")
 
 
@@ -55,6 +58,31 @@ Output = Annotated[
 
 class BenchmarkError(SystemExit):
     """A variant or contender failed or lost images. Ends the benchmark with exit status 1."""
+
+
+def measure_rates(
+    variants: Mapping[str, Callable[[T], Iterable[Any]]], images: T, rounds: int
+) -> dict[str, list[float]]:
+    """Returns the images/s of each variant in each round, after a warm-up round.
+
+    Args:
+        variants: by name, a function that returns one result for each image.
+        images: the images, in the form that the variants take.
+        rounds: number of rounds.
+
+    Raises:
+        BenchmarkError: a variant lost an image.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    for turn, (name, variant) in itertools.product(range(rounds + 1), variants.items()):
+        print_notice(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
+        start = time.perf_counter()
+        done = sum(1 for _ in variant(images))
+        if done != len(images):
+            raise BenchmarkError(f"{name}: {done} of {len(images)} images were processed")
+        if turn:
+            rates[name].append(done / (time.perf_counter() - start))
+    return rates
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,23 +22,6 @@ from jobs.reference import load_model, transformers_classifier
 #: Maps images, uint8 (n, size, size, 3), to logits (n, classes).
 Classify = Callable[[np.ndarray], np.ndarray]
 EAGER = "transformers, eager"
-
-
-@dataclass
-class VariantResult:
-    """The results of one implementation of the model. Lists have one value per round.
-
-    Attributes:
-        startup_s: seconds to prepare the variant, with compilation and first call.
-        fraction_of_limit: images/s divided by the limit of this machine.
-        speedup: images/s divided by images/s of transformers' eager model.
-    """
-
-    variant: str
-    startup_s: float
-    images_per_s: list[float] = field(default_factory=list)
-    fraction_of_limit: list[float] = field(default_factory=list)
-    speedup: list[float] = field(default_factory=list)
 
 
 @exit_on_error()
@@ -60,7 +42,7 @@ def model(
     """Compare the speed of the engine with that of transformers.
 
     Measures each runtime of the engine, and transformers' model eager and compiled, on the same random
-    pixels. The limit of the machine is the rate of a large matrix product in the same round, divided by the
+    pixels. The limit of the machine is the rate of a large matrix product, divided by the
     multiply-accumulates of an image. `verify` compares the results of the variants.
 
     Exit status: 0 on success; 1 if a variant lost images; 2 if an option is not valid; 4 if the model cannot
@@ -72,7 +54,7 @@ def model(
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     macs = count_macs(checkpoint.model.config, len(checkpoint.labels), pixels, pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
-    results = measure(images, variants, rounds, lambda: matrix_rate(device, precision) / macs)
+    results = compare_variants(images, variants, rounds, matrix_rate(device, precision) / macs)
     figures.print_results(context, output, variants=results)
 
 
@@ -104,47 +86,36 @@ def _engine(checkpoint: Checkpoint, device: str, precision: str, runtime: str, b
     return lambda images: engine(images).logits
 
 
-def measure(
-    images: np.ndarray,
-    variants: Mapping[str, Callable[[], Classify]],
-    rounds: int,
-    limit: Callable[[], float],
-) -> list[VariantResult]:
-    """Prepares the variants, which include `EAGER`, and measures all of them in each round.
+def compare_variants(
+    images: np.ndarray, variants: Mapping[str, Callable[[], Classify]], rounds: int, limit: float
+) -> list[dict[str, Any]]:
+    """Prepares and compares the variants, which include `EAGER`. Skips variants whose packages are missing.
 
     Args:
         images: uint8 (n, size, size, 3).
         variants: by name, the function that prepares the variant.
         rounds: number of rounds.
-        limit: measures the limit of this machine in images/s.
+        limit: images/s that this machine allows.
 
     Raises:
         BenchmarkError: a variant lost an image.
     """
-    prepared: list[tuple[VariantResult, Classify]] = []
+    prepared: dict[str, Classify] = {}
     for name, prepare in variants.items():
-        print_notice(f"{name}: preparing")
-        start = time.perf_counter()
         try:
-            classify = prepare()
+            prepared[name] = prepare()
         except ImportError as error:
             print_notice(f"{name}: skipped: {error}")
-            continue
-        if (done := len(classify(images))) != len(images):
-            raise figures.BenchmarkError(f"{name}: {done} of {len(images)} images were classified")
-        prepared.append((VariantResult(name, time.perf_counter() - start), classify))
-    for turn in range(1, rounds + 1):
-        print_notice(f"round {turn} of {rounds}")
-        max_rate = limit()
-        for variant, classify in prepared:
-            start = time.perf_counter()
-            classify(images)
-            variant.images_per_s.append(len(images) / (time.perf_counter() - start))
-            variant.fraction_of_limit.append(variant.images_per_s[-1] / max_rate)
-    results = {variant.variant: variant for variant, _ in prepared}
-    for variant in results.values():
-        variant.speedup = figures.ratios(variant.images_per_s, results[EAGER].images_per_s)
-    return list(results.values())
+    rates = figures.measure_rates(prepared, images, rounds)
+    return [
+        {
+            "variant": name,
+            "images_per_s": images_per_s,
+            "fraction_of_limit": [rate / limit for rate in images_per_s],
+            "speedup": figures.ratios(images_per_s, rates[EAGER]),
+        }
+        for name, images_per_s in rates.items()
+    ]
 
 
 def matrix_rate(device: str, precision: str) -> float:

@@ -43,7 +43,7 @@ def test_help_lists_every_command() -> None:
 
 def help_pages() -> list[list[str]]:
     commands = [[name] for name in COMMANDS]
-    return [[], *commands, *(["benchmark", name] for name in ("run", "model", "decoding", "planning"))]
+    return [[], *commands, *(["benchmark", name] for name in ("run", "model", "decoding"))]
 
 
 @pytest.mark.parametrize("command", help_pages(), ids=" ".join)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.benchmarks.figures import BenchmarkError
-from jobs.benchmarks.model import EAGER, Classify, available_variants, measure, model
+from jobs.benchmarks.model import EAGER, Classify, available_variants, compare_variants, model
 from jobs.reference import load_model, transformers_classifier
 from tests.command import invoke
 
@@ -48,10 +48,10 @@ def test_lossy_variant_fails_and_missing_variant_is_skipped() -> None:
     def lossy() -> Classify:
         return lambda images: classify(images[1:])
 
-    [found] = measure(images, {EAGER: lambda: classify, "missing": missing}, rounds=1, limit=lambda: 1e9)
-    assert found.variant == EAGER
-    with pytest.raises(BenchmarkError, match="lossy: 1 of 2 images were classified"):
-        measure(images, {"lossy": lossy}, rounds=1, limit=lambda: 1e9)
+    [found] = compare_variants(images, {EAGER: lambda: classify, "missing": missing}, rounds=1, limit=1e9)
+    assert found["variant"] == EAGER
+    with pytest.raises(BenchmarkError, match="lossy: 1 of 2 images were processed"):
+        compare_variants(images, {"lossy": lossy}, rounds=1, limit=1e9)
 
 
 def test_size_of_a_checkpoint_ends_with_2() -> None:

@@ -20,12 +20,11 @@ import pytest
 import torch
 from PIL import Image
 from ray.util.queue import Queue
-from rich.console import Console
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.errors import CheckpointError
 from cvt.presets import preset_preprocessor
-from jobs.train import ProgressView
+from jobs.train import describe_progress
 from jobs.train import train as train_command
 from pipeline import open_partition
 from pipeline.classify.checkpoint import open_checkpoint
@@ -338,24 +337,11 @@ def test_output_that_cannot_be_written_ends_the_training(
         run(config(shards, tmp_path / "runs"))
 
 
-def test_progress_is_logged_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "cvt_label")
+def test_progress_is_described_with_completed_fraction() -> None:
     progress = {"epoch": 2, "step": 30, "steps": 120, "train_loss": 0.5}
-    with ProgressView(3, interval=0) as view:
-        view.show({**progress, "images_per_s": 1234.5, "remaining_s": 192.4})
-    assert caplog.messages == [
-        "epoch 2/3, step 30/120, train loss 0.5000, 1,234.5 images/s, remaining 0:03:12"
-    ]
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.StringIO()
-    monkeypatch.setattr("jobs.console.stderr", Console(file=file, force_terminal=True, width=160))
-    progress = {"epoch": 2, "step": 30, "steps": 120, "train_loss": 0.5}
-    with ProgressView(3) as view:
-        view.show({**progress, "images_per_s": 9, "remaining_s": 5})
-    assert "epoch 2/3, step 30/120, train loss 0.5000, 9.0 images/s, remaining 0:00:05" in file.getvalue()
-    assert view.tasks[0].percentage == pytest.approx(100 * (120 + 30) / 360)
+    text, fraction = describe_progress({**progress, "images_per_s": 1234.5, "remaining_s": 192.4}, 3)
+    assert text == "epoch 2/3, step 30/120, train loss 0.5000, 1,234.5 images/s, remaining 0:03:12"
+    assert fraction == pytest.approx((120 + 30) / 360)
 
 
 def test_fine_tuning_replaces_the_classifier_for_other_labels(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""Progress of a command on standard error: a bar on a terminal, otherwise lines in the log."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterable
+
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from jobs import console
+
+logger = logging.getLogger("cvt_label")
+
+#: Seconds between two lines in the log.
+LOG_INTERVAL = 10.0
+
+
+class ProgressView(Progress):
+    """Shows a phase, or a progress with its description.
+
+    Args:
+        activity: what the command does when it shows a progress, such as "labeling".
+        interval: seconds between two lines in the log.
+    """
+
+    _text = ""  # rich reads the renderables in its own constructor
+
+    def __init__(self, activity: str, interval: float = LOG_INTERVAL) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("elapsed")
+        super().__init__(
+            *columns,
+            TimeElapsedColumn(),
+            console=console.stderr,
+            transient=True,
+            disable=not console.stderr.is_terminal,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._activity, self._interval = activity, interval
+        self._phase, self._since = "starting", time.monotonic()
+        self._task = self.add_task(self._phase, total=None)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._log, name="progress", daemon=True)
+
+    def start(self) -> None:
+        """Starts the bar or the log."""
+        super().start()
+        if self.disable:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Removes the bar, or stops the log."""
+        super().stop()
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def show_phase(self, phase: str) -> None:
+        """Shows the name of a phase."""
+        if self.disable:
+            for line in filter(None, (self._text, phase)):
+                logger.info("%s", line)
+        self._phase, self._since, self._text = phase, time.monotonic(), ""
+        self.update(self._task, description=phase)
+
+    def show_progress(self, text: str, fraction: float) -> None:
+        """Shows a progress: its description, and the completed fraction."""
+        self._text = text
+        self.update(self._task, description=self._activity, total=1.0, completed=fraction)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yields the bar, and the description as a second line."""
+        yield from super().get_renderables()
+        if self._text:
+            yield Text(self._text, no_wrap=True, overflow="ellipsis")
+
+    def _log(self) -> None:
+        while not self._stopped.wait(self._interval):
+            seconds = time.monotonic() - self._since
+            logger.info("%s", self._text or f"{self._phase}, {seconds:.0f} s")
