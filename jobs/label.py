@@ -131,13 +131,13 @@ def print_result(result: RunResult) -> None:
         rate = result.images_per_s
         too_short = "unknown: the run was too short"
         fields["images/s"] = too_short if rate is None else f"{rate:,.1f} from the first result to the last"
-        fields["total time"] = f"{result.total_seconds:,.1f} s"
+        fields["total time"] = f"{result.timings['ended']:,.1f} s"
     fields["output"] = result.partition.uri
     fields["report"] = f"{result.partition.uri}/report.html"
     if result.stages:
         fields["decoded by"], fields["bound by"] = result.decoder, describe_bottleneck(result.stages)
-    if result.pruned:
-        fields["pruned"] = f"{pluralize(result.pruned, 'shard')} deleted from the input"
+    if pruned := len(plan.to_prune):
+        fields["pruned"] = f"{pluralize(pruned, 'shard')} deleted from the input"
     if stats is not None and stats.has_targets:
         fields["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
     console.print_fields(fields)

@@ -177,8 +177,6 @@ class Footer:
 
 #: Fields of type str or int, in the order of the footer.
 _FOOTER_FIELDS: list[Any] = [field for field in fields(Footer) if field.type in (str, int)]
-#: Values of fields that files of earlier versions lack.
-_LATER_FIELDS = {f"{_FOOTER}unmatched_targets": "0"}
 
 
 def encode_predictions(predictions: pa.Table, footer: Footer) -> bytes:
@@ -206,8 +204,7 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
     """Reads the footer of a prediction file; raises `StorageError` if the file is not a prediction file."""
     try:
         found = pq.read_metadata(file).metadata or {}
-        metadata = dict(_LATER_FIELDS)
-        metadata |= {name.decode(): text.decode() for name, text in found.items()}
+        metadata = {name.decode(): text.decode() for name, text in found.items()}
         values = {field.name: field.type(metadata[_FOOTER + field.name]) for field in _FOOTER_FIELDS}
         statistics = base64.b64decode(metadata[f"{_FOOTER}statistics"])
         return Footer(**values, statistics=statistics)

@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 
 from pipeline.commit.manifest import ManifestRow
 from pipeline.commit.prediction_files import (
@@ -161,9 +160,9 @@ class Committer:
             total = arrived.total or "an unknown number of"
             raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples have results")
 
-    def unfinished(self, limit: int) -> list[str]:
-        """Returns the URIs of the first `limit` shards of the plan that are not complete."""
-        return [self._plan[number].uri for number in islice(self._unfinished, limit)]
+    def unfinished(self) -> list[str]:
+        """Returns the URIs of the shards of the plan that are not complete."""
+        return [self._plan[number].uri for number in self._unfinished]
 
     def progress(self) -> Progress:
         """Returns the current progress."""

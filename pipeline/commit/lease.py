@@ -1,8 +1,6 @@
 """An advisory lease on a partition, so that one run at a time labels it.
 
-The lease only saves cost: commits of concurrent runs are correct without a lease. The lease is an object next
-to the labels. A run renews its lease until it ends; the lease of a dead run expires. The lease also records
-whether the run shut down cleanly, with manifest and statistics up to date.
+The lease only saves cost: commits of concurrent runs are correct without a lease.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -37,15 +35,10 @@ class LeaseLostError(RuntimeError):
     """Another run has taken over the lease, because this run did not renew it in time."""
 
 
-class InvalidLeaseError(StorageError):
-    """The lease object is not a lease."""
-
-
 class LeaseContent(BaseModel, frozen=True):
     """The content of the lease object.
 
     Attributes:
-        run: id of the run that holds the lease, or that held the lease last.
         holder: host and process of the run.
         state: "held"; "released" after a clean shutdown; "unfinished" after any other end.
     """
@@ -76,16 +69,16 @@ def _parse(uri: str, content: bytes) -> LeaseContent:
         return LeaseContent.model_validate_json(content)
     except ValidationError as error:
         cause = f"not a lease: {error.errors()[0]['msg']}; delete the object if no run is active"
-        raise InvalidLeaseError(uri, cause) from None
+        raise StorageError(uri, cause) from None
 
 
 class Lease:
     """The lease of a partition: hold it with `held`, and call `check` regularly.
 
-    The clocks of all holders should agree to within a fraction of the lease's duration.
+    A run renews its lease until it ends; the lease of a dead run expires. The clocks of all holders should
+    agree to within a fraction of the lease's duration.
 
     Attributes:
-        run: id of the run that holds the lease.
         found_clean_shutdown: whether the last run left manifest and statistics up to date.
         clean_shutdown: whether this run leaves them up to date; if not, the next run repairs them.
     """
@@ -99,7 +92,7 @@ class Lease:
             storage: access to the partition.
             partition: URI of the partition.
             run: id of the run. A run that had to wait gets another id, so that ids sort by start of work.
-            seconds: duration of the lease without renewal; renewals are three times as frequent.
+            seconds: duration of the lease without renewal.
             poll_s: seconds between polls of a lease that another run holds.
         """
         self.uri = f"{partition}/{_NAME}"
@@ -120,10 +113,7 @@ class Lease:
         try:
             self.found_clean_shutdown = self.acquire(wait, on_wait)
         except KeyboardInterrupt:  # may arrive right after the lease was written
-            with suppress(StorageError):
-                found = _latest(self._storage, self.uri)
-                if found is not None and found.content.run == self.run:
-                    self.release(clean_shutdown=False)
+            self.release(clean_shutdown=False)
             raise
         try:
             yield
@@ -204,7 +194,10 @@ class Lease:
         """Writes the lease, also if it was deleted; returns False if another run has taken over."""
 
         def content(version: str) -> bytes | None:
-            is_ours = version in (ABSENT, self._version) or self._read(version).run == self.run
+            if version == ABSENT:
+                is_ours = self._version is not None
+            else:
+                is_ours = version == self._version or self._read(version).run == self.run
             return self._content(state) if is_ours else None
 
         written = self._storage.update(self.uri, content, self._version)

@@ -93,8 +93,6 @@ _SCHEMA = pa.schema(
         for each in fields(ManifestRow)
     ]
 )
-#: Columns that manifests of earlier versions lack; null in their rows.
-_LATER_COLUMNS = ("unmatched_targets",)
 _ENTRY_FIELDS = (
     "uri", "version", "rows", "errors", "output", "output_version", "error", "failed_version", "deleted",
     "format",
@@ -312,14 +310,10 @@ def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> 
 def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> Iterator[pa.Table]:
     """Yields columns of a manifest, one row group at a time; raises `StorageError` if it isn't one."""
     try:
-        missing = sorted(set(_SCHEMA.names) - set(pq.read_schema(file).names))
-        if set(missing) - set(_LATER_COLUMNS):
+        if missing := sorted(set(_SCHEMA.names) - set(pq.read_schema(file).names)):
             cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
             raise StorageError(uri, cause)
-        for table in read_row_groups(file, columns):
-            for name in missing:
-                table = table.append_column(name, pa.nulls(table.num_rows, _SCHEMA.field(name).type))
-            yield table.select(list(columns))
+        yield from read_row_groups(file, columns)
     except (pa.ArrowInvalid, ValueError, KeyError) as error:
         raise StorageError(uri, f"not a manifest: {error}") from None
 

@@ -1,8 +1,4 @@
-"""Updates manifest and prediction files to the input, before anything is labeled.
-
-Removes the labels of deleted shards if the selection prunes, and of groups of image files that lost images
-to other groups.
-"""
+"""Removes obsolete labels: of deleted shards if the selection prunes, and of regrouped image files."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -22,8 +18,7 @@ _THREADS = 16
 def clean_up(run: RunContext) -> tuple[set[str], bool]:
     """Removes obsolete labels and rows, and repairs the manifest; writes the run record before the manifest.
 
-    Removing the labels of regrouped images comes first, so that no image is ever visible in two prediction
-    files.
+    This precedes labeling, so that no regrouped image is ever visible in two prediction files.
 
     Returns:
         The shards whose labels were removed, and whether the manifest changed.
@@ -52,12 +47,7 @@ def clean_up(run: RunContext) -> tuple[set[str], bool]:
 
 
 def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
-    """Removes prediction files; keeps a file that another run has rewritten.
-
-    Args:
-        partition: holds the files.
-        versions: version of the prediction file to remove, by shard.
-    """
+    """Removes prediction files in these versions, by shard; keeps a file that another run has rewritten."""
 
     def remove_one(shard: tuple[str, str | None]) -> None:
         uri, version = shard
@@ -73,10 +63,7 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
 
     Only an overlapping run makes this necessary: the other run labeled the new groups and did not see the
     labels of this run. A sign of such a run is a prediction file that this run neither found nor wrote, or
-    that has another version of a group.
-
-    Returns:
-        The groups whose labels were removed.
+    that has another version of a group. Returns the groups whose labels were removed.
     """
     partition, groups = run.result.partition, run.groups
     if not groups:

@@ -36,9 +36,7 @@ class FailureMonitor:
         last: counts of the last run of the dataset that ended by itself.
         stopped: counts of the runs after `last`, which were stopped or failed. This run continues them.
         causes: the errors of the complete shards.
-        judged: the counts that were compared last.
-        order: indexes of the shards in a random order, so that the first shards are a sample of all. A hash
-            of the URIs gives the order, which is the same in every run.
+        order: indexes of the shards in a random order, the same in every run: sorted by a hash of the URI.
     """
 
     gate: GateConfig
@@ -47,13 +45,12 @@ class FailureMonitor:
     last: Counter[str] = field(default_factory=Counter)
     stopped: Counter[str] = field(default_factory=Counter)
     causes: ErrorCauses = field(default_factory=ErrorCauses)
-    judged: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         hashes = [hashlib.blake2b(shard.uri.encode()).digest() for shard in self.shards]
         self.order = sorted(range(len(hashes)), key=hashes.__getitem__)
         self._by_uri = {shard.uri: shard for shard in self.shards}
-        self._counts, self._has_new = Counter[str](), False
+        self._counts = Counter[str]()
         # The sample: the new failures of the first shards of the order, all of which are complete.
         self._sample, self._following = Counter[str](), deque(self.shards[i] for i in self.order)
         self._complete: dict[str, Counter[str]] = {}  # shards that are not in the sample yet
@@ -68,7 +65,6 @@ class FailureMonitor:
     def finish(self, row: ManifestRow) -> None:
         """Counts a complete shard."""
         shard, before = self._by_uri[row.uri], self.entries.get(row.uri, NO_ROW)
-        self._has_new |= self.is_new(shard)
         counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0)
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
@@ -98,26 +94,17 @@ class FailureMonitor:
         largest = {"images": self._max_images * larger, "shards": 1}
         return self._violations(sample + self.causes.categories(), largest)
 
-    def judge(self) -> list[str]:
-        """Returns the limits that the run exceeds.
-
-        A run without new shards keeps the result of the last run. If the last run exceeded a limit, and this
-        run repeats shards, they are judged.
-        """
-        repeated = self._all() if self._counts and self._violations(self.last) else self.last
-        self.judged = self._own() + self.stopped or repeated
-        return self._violations(self.judged)
-
-    def to_record(self) -> dict[str, int]:
-        """Returns the counts of this run alone; empty if it is within the limits and has no new shards."""
-        return dict(self._own().most_common())
-
-    def _own(self) -> Counter[str]:
-        counts = self._all()
-        return counts if self._has_new or self.stopped or self._violations(counts) else Counter()
-
-    def _all(self) -> Counter[str]:
+    def own(self) -> Counter[str]:
+        """Returns the counts of this run alone."""
         return self._counts + self.causes.categories()
+
+    def judged(self) -> Counter[str]:
+        """Returns the counts that the limits apply to: those of the last run if this run has none."""
+        return self.own() + self.stopped or self.last
+
+    def violations(self) -> list[str]:
+        """Returns the limits that the run exceeds."""
+        return self._violations(self.judged())
 
     def _violations(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
         """Returns a sentence for each limit that the counts exceed.

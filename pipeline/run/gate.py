@@ -29,42 +29,27 @@ def find_run_pair(run: RunContext) -> RunPair:
     return RunPair.find(run.result.partition, run.result.job.config.input.uri, run.result.run)
 
 
-def check_canary(run: RunContext) -> bool:
-    """Checks all limits for the shards that were labeled first; returns whether they pass."""
-    runs = find_run_pair(run)
-    if runs.current:
-        check_gate(run, runs, runs.fold_statistics()[1])
-    else:
-        _check_failures(run)
+def check_gate_alone(run: RunContext) -> bool:
+    """Checks the limits for the canary, or for a run that changed nothing; returns whether they pass."""
+    runs = find_run_pair(run) if _drift_limits(run).any_set else None
+    check_gate(run, runs, runs.fold_statistics()[1] if runs is not None and runs.current else None)
     return not (run.result.broken_limits or run.result.broken_failure_limits)
 
 
-def check_gate_again(run: RunContext) -> None:
-    """Checks the limits of the gate for the labels of earlier runs; for a run that changed nothing."""
-    if _drift_limits(run).any_set:
-        runs = find_run_pair(run)
-        check_gate(run, runs, runs.fold_statistics()[1] if runs.current else None)
-    else:
-        _check_failures(run)
-
-
-def check_gate(run: RunContext, runs: RunPair, previous: Comparison | None) -> None:
+def check_gate(run: RunContext, runs: RunPair | None, previous: Comparison | None) -> None:
     """Compares the failures, and the drift from the previous run, if there is one, with the limits.
 
-    If this run labeled nothing, the failures and the drift of the last run that labeled something still
-    apply.
+    If this run labeled nothing, the drift of the last run that labeled something still applies.
     """
-    _check_failures(run)
     drift = None if previous is None else previous.totals
-    if not runs.current and runs.previous is not None:
+    if runs is not None and runs.previous is not None and not runs.current:
         drift = (runs.partition.record(runs.previous) or {}).get("drift")
-    run.result.broken_limits = broken = _drift_limits(run).violations(drift) if drift else []
-    run.record.set(drift=drift, broken_limits=broken)
-
-
-def _check_failures(run: RunContext) -> None:
-    run.result.broken_failure_limits = broken = run.failures.judge()
-    run.record.set(broken_failure_limits=broken)
+    result = run.result
+    result.broken_limits = _drift_limits(run).violations(drift) if drift else []
+    result.broken_failure_limits = run.failures.violations()
+    run.record.set(
+        drift=drift, broken_limits=result.broken_limits, broken_failure_limits=result.broken_failure_limits
+    )
 
 
 def _drift_limits(run: RunContext) -> ComparisonLimits:

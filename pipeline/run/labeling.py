@@ -1,22 +1,15 @@
 """One labeling run, from configuration to run record. Each step receives its inputs as arguments."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
-from pipeline.commit import (
-    InvalidLeaseError,
-    Lease,
-    LeaseLostError,
-    ManifestWriter,
-    Progress,
-    new_run_id,
-)
+from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
 from pipeline.config import LABEL_NEW, Config, Selection
 from pipeline.dataflow import StopController, Stopped, sigterm_interrupts
 from pipeline.read import IgnoreReason
 from pipeline.run.cleanup import clean_up, roll_back_regrouped
-from pipeline.run.gate import check_gate_again, read_earlier_failures
+from pipeline.run.gate import check_gate_alone, read_earlier_failures
 from pipeline.run.job import check_installed, make_job
 from pipeline.run.planning import PreparedRun, open_listing, prepare
 from pipeline.run.recording import Clock, Phase, RunContext, RunResult, run_record
@@ -69,7 +62,11 @@ def label(
     on_phase(Phase.LOADING_MODEL)
     job = make_job(config)
     lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_duration_s)
-    with sigterm_interrupts(), _held(lease, config.output.uri, wait, on_wait):
+    with sigterm_interrupts(), ExitStack() as held:
+        try:  # the lease is the first object that a run writes to the output
+            held.enter_context(lease.held(wait, on_wait))
+        except StorageError as error:
+            raise StorageError(error.uri, f"output.uri cannot be written: {error.cause}") from error
         run = lease.run
         on_phase(Phase.PLANNING)
         # Listed again under the lease: another run may have labeled shards that the first listing lacks.
@@ -108,19 +105,6 @@ def label(
     return result
 
 
-@contextmanager
-def _held(lease: Lease, output: str, wait: bool, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lease, which is the first object that a run writes to the output."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lease.held(wait, on_wait))
-        except InvalidLeaseError:
-            raise
-        except StorageError as error:
-            raise StorageError(output, f"output.uri cannot be written: {error.cause}") from error
-        yield
-
-
 def _execute(run: RunContext) -> None:
     """Executes the plan, and updates manifest, statistics and report. Raises the same errors as `label`."""
     plan, partition = run.result.plan, run.result.partition
@@ -143,7 +127,7 @@ def _execute(run: RunContext) -> None:
             summarize(run)
             run.clock.record("summarized")
         else:
-            check_gate_again(run)
+            check_gate_alone(run)
     except LeaseLostError:  # the manifest of the other run is newer
         run.record.discard_unsaved()
         raise
@@ -156,4 +140,4 @@ def _execute(run: RunContext) -> None:
         run.record_counts()
     if stop is not None:
         stop.raise_if_requested()
-    run.record.set(failures=dict(run.failures.judged.most_common()))
+    run.record.set(failures=dict(run.failures.judged()))

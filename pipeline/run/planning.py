@@ -34,17 +34,19 @@ class PlanCounts:
     """The size of a plan, for people.
 
     Attributes:
-        unit: what is counted.
         to_label: number of shards or images to label, the reprocessed ones included.
-        reprocessed: those to label that are neither new nor changed.
         to_prune: deleted ones whose labels the run removes.
     """
 
     unit: Literal["shard", "image"]
-    states: Counter[ShardState] = field(default_factory=Counter)
-    to_label: int = 0
-    reprocessed: int = 0
-    to_prune: int = 0
+    states: Counter[ShardState]
+    to_label: int
+    to_prune: int
+
+    @property
+    def reprocessed(self) -> int:
+        """Number of shards or images to label that are neither new nor changed."""
+        return self.to_label - self.states[ShardState.NEW] - self.states[ShardState.CHANGED]
 
 
 @dataclass
@@ -58,13 +60,12 @@ class Plan:
         ignored_extensions: the same by reason and extension.
         ignored_examples: URIs of the first ignored objects, by reason.
         expected: version of the current prediction file, by URI of a shard to label.
-        reprocessed: number of shards to label that are neither new nor changed.
         skipped_failures: number of unreadable shards that are not retried.
         deleted: manifest rows of shards that were deleted from the input, by URI.
         reappeared: shards that the manifest marks as deleted and that the input has again.
         recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
         split_groups: changed groups of image files that lost images to a new group directly after them.
-        image_counts: the plan in images; None unless the input has image files only.
+        image_states: number of images by state; None unless the input has image files only.
     """
 
     selection: Selection
@@ -74,13 +75,12 @@ class Plan:
     ignored_extensions: Counter[tuple[IgnoreReason, str]] = field(default_factory=Counter)
     ignored_examples: Mapping[IgnoreReason, list[str]] = field(default_factory=dict)
     expected: dict[str, str] = field(default_factory=dict)
-    reprocessed: int = 0
     skipped_failures: int = 0
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
     split_groups: set[str] = field(default_factory=set)
-    image_counts: PlanCounts | None = None
+    image_states: Counter[ShardState] | None = None
 
     @property
     def deleted_with_labels(self) -> dict[str, ManifestRow]:
@@ -113,24 +113,22 @@ class Plan:
     @property
     def counts(self) -> PlanCounts:
         """The plan in images if the input has image files only, else in shards."""
-        if self.image_counts is not None:
-            return self.image_counts
-        return PlanCounts("shard", self.states, len(self.shards), self.reprocessed, len(self.to_prune))
+        if self.image_states is None:
+            return PlanCounts("shard", self.states, len(self.shards), len(self.to_prune))
+        to_prune = sum(self.deleted[uri].rows or 0 for uri in self.to_prune)
+        return PlanCounts("image", self.image_states, self.images or 0, to_prune)
 
 
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
-    """Compares the input with the manifest; reads the listing to its end.
-
-    Only shards under the listing's URI and of its format can be deleted: rows of other inputs are ignored.
-    """
-    planned, images, seen = Plan(selection), PlanCounts("image"), set[str]()
-    has_only_groups = True
+    """Compares the input with the manifest, without rows of other inputs; reads the listing to its end."""
+    planned, images, seen = Plan(selection), Counter[ShardState](), set[str]()
+    formats = set[str | None]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
         row = manifest.get(shard.uri, NO_ROW)
         state = _state(shard, row)
         planned.states[state] += 1
-        images.states[state] += len(shard.members)
+        images[state] += len(shard.members)
         seen.add(shard.uri)
         failed = row.failed_version == shard.version
         if row.deleted:
@@ -140,14 +138,12 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         is_due = state in (ShardState.NEW, ShardState.CHANGED)
         if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
             planned.shards.append(shard)
-            planned.reprocessed += not is_due
-            images.reprocessed += 0 if is_due else len(shard.members)
             if row.output_version is not None:
                 planned.expected[shard.uri] = row.output_version
         elif state is ShardState.FAILED:
             planned.skipped_failures += 1
+        formats.add(shard.format)
         if shard.format != "images":
-            has_only_groups = False
             continue
         if (row.version is None or row.deleted) and last_changed is not None:
             planned.split_groups.add(last_changed)
@@ -162,11 +158,9 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
     planned.states[ShardState.DELETED] = len(planned.deleted)
     planned.ignored, planned.ignored_examples = listing.ignored, listing.ignored_examples
     planned.ignored_extensions = listing.ignored_extensions
-    if has_only_groups and all(row.format == "images" for row in planned.deleted.values()):
-        images.states[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
-        images.to_label = planned.images or 0
-        images.to_prune = sum(planned.deleted[uri].rows or 0 for uri in planned.to_prune)
-        planned.image_counts = images
+    if formats.union(row.format for row in planned.deleted.values()) <= {"images"}:
+        images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
+        planned.image_states = images
     return planned
 
 
@@ -213,7 +207,7 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
         CheckpointError: the model can't be loaded.
         StorageError: the input can't be listed, or the output can't be read.
         NoShardsError: the input has no shard.
-        ConfigError: an option does not fit the model or the stored labels.
+        ConfigError: an option does not fit the model, the input or the stored labels.
     """
     listing = open_listing(config)
     job = make_job(config)
@@ -221,13 +215,7 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
 
 
 def open_listing(config: Config) -> ShardListing:
-    """Starts to list the input, and checks that it has a shard.
-
-    Raises:
-        StorageError: the input can't be listed.
-        NoShardsError: the input has no shard.
-        ConfigError: the output is inside the input.
-    """
+    """Starts to list the input; raises as `plan_run`, also if the output is inside the input."""
     source, target = config.input.uri, config.output.uri
     if is_under(target, source):
         raise ConfigError(
@@ -238,13 +226,7 @@ def open_listing(config: Config) -> ShardListing:
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdown: bool) -> PreparedRun:
-    """Reads the manifest and the rest of the listing, finds repairs, and plans.
-
-    Raises:
-        StorageError: input or output can't be read.
-        ConfigError: the input is inside a folder whose image files are labeled already, or `output.uri` is
-            too long.
-    """
+    """Reads the manifest and the rest of the listing, finds repairs, and plans; raises as `plan_run`."""
     partition, manifest = job.partition, job.partition.manifest
     clean_shutdown = clean_shutdown and manifest.exists()
     repairs = find_repairs(

@@ -1,8 +1,4 @@
-"""The common state of the steps of a run: phases, clock, result, and run record.
-
-The run record holds configuration, selection, versions, counts, timings and outcome, so that the run can be
-repeated from it. It also lists what prediction files do not hold, such as unreadable shards.
-"""
+"""The common state of the steps of a run: phases, clock, result, and run record."""
 
 import functools
 import importlib.metadata
@@ -44,11 +40,7 @@ class Phase(StrEnum):
 
 
 class Clock:
-    """Seconds since the start of the run.
-
-    Attributes:
-        timings: seconds from the start to each event, by the name of the event.
-    """
+    """`timings` has the seconds from the start of the run to each event, by the name of the event."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -64,18 +56,17 @@ class RunResult:
     """The result of a run.
 
     Attributes:
-        run: id of the run.
         totals: counts and metrics of the committed shards.
         rolled_back: groups of image files whose labels the run removed again, since their images are in other
             groups now.
         statistics: class statistics of all labels in the partition; None if the run changed nothing.
         timings: seconds from the start of the run to each event, by name: `planned`, `executor_ready`,
             `first_result`, `first_commit`, `last_result`, `summarized`, `ended`.
-        images_per_s: steady-state throughput: the number of images that arrived after the first result,
-            divided by the seconds from the first result to the last. None if these are less than 10 seconds.
+        images_per_s: steady-state throughput, from the first result to the last. None if these are less than
+            10 seconds apart.
         stages: metrics of each stage; empty if there was nothing to label.
         decoder: the device that decoded the images, and how many it decoded.
-        broken_limits: messages about limits on drift of the configured gate that the labels break.
+        broken_limits: messages about limits of the gate on drift that the labels break.
         broken_failure_limits: messages about limits on errors and unreadable shards that the run breaks.
         aborted: whether the gate stopped the run before all shards were labeled.
     """
@@ -100,16 +91,6 @@ class RunResult:
         return self.job.partition
 
     @property
-    def pruned(self) -> int:
-        """Number of deleted shards whose labels the run removed."""
-        return len(self.plan.to_prune)
-
-    @property
-    def total_seconds(self) -> float:
-        """Seconds from the start of the run to its end."""
-        return self.timings["ended"]
-
-    @property
     def is_complete(self) -> bool:
         """Whether every shard of the input is labeled in its current version."""
         return not (self.aborted or self.totals.unreadable or self.plan.skipped_failures)
@@ -120,10 +101,7 @@ class RunContext:
     """State that the steps of a run share.
 
     Attributes:
-        on_progress: called when results have arrived.
-        on_phase: called when a phase starts.
         gallery: thumbnails of labeled shards.
-        failures: counts of errors and unreadable shards.
         groups: manifest rows of the groups of image files that this run labeled, by URI.
     """
 
@@ -159,7 +137,7 @@ class RunContext:
             "errors": totals.errors,
             "duplicate_keys": totals.duplicate_keys,
             "unmatched_targets": totals.unmatched.count,
-            "pruned_shards": self.result.pruned,
+            "pruned_shards": len(self.result.plan.to_prune),
         }
         self.record.set(
             counts=counts,
@@ -203,10 +181,7 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
 
 @functools.cache
 def installed_version(package: str) -> str | None:
-    """Returns the version of a package; None if it is not installed.
-
-    This project is not installed when it runs from its working directory.
-    """
+    """Returns the version of a package; None if it is not installed, as this project in its own folder."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from pipeline.dataflow import (
     ray_address,
 )
 from pipeline.read import Chunk, Shard, list_shards
-from pipeline.run.gate import check_canary
+from pipeline.run.gate import check_gate_alone
 from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
     CLASSIFY,
@@ -43,14 +43,9 @@ _NAMED_SHARDS = 5
 def label_shards(run: RunContext, removed: set[str]) -> StopController:
     """Labels all shards of the plan; after a stop request, only the shards that have results already.
 
-    Writes the outcome of each shard to the result, the record and the manifest of the run.
-
     Args:
-        run: the run.
+        run: the run, whose result, record and manifest get the outcome of each shard.
         removed: shards whose prediction files this run has removed; no file is expected in their place.
-
-    Returns:
-        The controller, which knows whether a stop was requested.
     """
     job, plan = run.result.job, run.result.plan
     writer = PredictionWriter(
@@ -72,7 +67,12 @@ def label_shards(run: RunContext, removed: set[str]) -> StopController:
         committer,
         graceful_stop(job.config.run.grace_period_s) as stop,
     ):
-        _commit_results(run, executor, committer, stop)
+        try:
+            _commit_results(run, executor, committer, stop)
+        except Exception as error:  # Ray does not report which shard killed its workers
+            unfinished = committer.unfinished()[:_NAMED_SHARDS]
+            error.add_note(f"The first unfinished shards: {', '.join(unfinished)}")
+            raise
     return stop
 
 
@@ -86,7 +86,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
     run.failures.finish(row)
-    run.record.set(failures=run.failures.to_record())  # a run that is killed counts, too
+    run.record.set(failures=dict(run.failures.own()))  # a run that is killed counts, too
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
     run.clock.record("first_commit")
@@ -113,7 +113,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     chunks = _label_in_order(run, executor, committer, resources, stop)
     started = first_result = last_result = 0.0
     first_images = 0
-    with closing(chunks), stop.until_aborted(), _unfinished_shards_named(committer):
+    with closing(chunks), stop.until_aborted():
         for chunk in chunks:
             run.clock.record("first_result")
             last_result = time.perf_counter()
@@ -155,7 +155,7 @@ def _label_in_order(
         if batch is not canary and canary:
             committer.wait_for_writes()
             run.writer.flush()
-            if not check_canary(run):
+            if not check_gate_alone(run):
                 _abort(run, run.result.broken_failure_limits + run.result.broken_limits)
                 return
         with closing(executor.label([shards[i] for i in batch], job.stages, resources)) as chunks:
@@ -189,16 +189,6 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
         gpu_utilization=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
         decoder=result.decoder,
     )
-
-
-@contextmanager
-def _unfinished_shards_named(committer: Committer) -> Iterator[None]:
-    """Adds the first unfinished shards to an error: Ray does not report which shard killed its workers."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"The first unfinished shards: {', '.join(committer.unfinished(_NAMED_SHARDS))}")
-        raise
 
 
 def _is_current(storage: Storage, input_format: InputFormat, shard: Shard) -> bool:

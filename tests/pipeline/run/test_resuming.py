@@ -185,7 +185,7 @@ def test_labels_of_a_deleted_shard_stay_until_pruned(tmp_path: Path) -> None:
     gallery = Storage(), plan_run(config(root)).job.partition.uri
     assert {item.shard for item in read_gallery(*gallery)} == {f"{root}/in/{i}.tar" for i in range(2)}
     pruned = label(config(root), selection=Selection(prune=True))
-    assert pruned.pruned == 1
+    assert len(pruned.plan.to_prune) == 1
     assert len(files(root)) == 1
     assert pruned.statistics is not None
     assert int(pruned.statistics.count.sum()) == 12

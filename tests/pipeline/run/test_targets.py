@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from jobs.label import print_result
@@ -82,19 +81,6 @@ def test_name_of_a_class_label_that_the_model_lacks_is_unmatched(tmp_path: Path)
     causes = [each["cause"] for each in result.totals.unmatched.to_record()]
     model = "is not a class of the model"
     assert causes == [f"'3' {model}", f"'Ankle Boot' {model}", "4 is not in 0..3"]
-
-
-def test_partitions_without_counts_of_unmatched_targets_stay_readable(tmp_path: Path) -> None:
-    """Manifests of earlier versions lack the column."""
-    Storage().write(f"{tmp_path}/in/a.tar", make_tar({"a.jpg": make_image(0)}))
-    manifest = label(run_config(tmp_path)).partition.manifest
-    with manifest.storage.open(manifest.uri) as file:
-        table = pq.read_table(file)
-    pq.write_table(table.drop_columns("unmatched_targets"), manifest.uri)
-    Storage().write(f"{tmp_path}/in/b.tar", make_tar({"b.jpg": make_image(0)}))
-    assert label(run_config(tmp_path)).plan.states["done"] == 1
-    rows = manifest.read(["uri", "unmatched_targets"]).to_pylist()
-    assert [row["unmatched_targets"] for row in rows] == [None, 0]
 
 
 @pytest.mark.parametrize("format", ["auto", "webdataset"])
