@@ -1,12 +1,6 @@
 """The committer: turns labeled chunks into one prediction file per shard, each in one atomic write.
 
-The committer holds the result rows of open shards, never pixels. It runs in the driver and does not use Ray.
-
-The order of a commit:
- 1. Chunks of a shard arrive in any order, and are kept by their first index until they cover the shard.
- 2. The file is assembled in the order of the shard, and encoded in memory.
- 3. One atomic, conditional write makes the file visible (`prediction_files`).
- 4. Only then does the shard get a manifest row.
+The committer runs in the driver, without Ray. A shard gets its manifest row only after its file was written.
 """
 
 from __future__ import annotations
@@ -37,7 +31,6 @@ class Progress:
 
     Attributes:
         images: images whose results have arrived, error rows included.
-        errors: error rows among the images.
         shards: shards that are done.
         fraction: fraction of the bytes of all planned shards that was processed, from 0 to 1.
     """
@@ -75,10 +68,7 @@ class Committer:
     """Assembles shards and writes their prediction files; use it as a context manager."""
 
     def __init__(
-        self,
-        writer: PredictionWriter,
-        plan: Sequence[Shard],
-        on_commit: Callable[[ManifestRow], None],
+        self, writer: PredictionWriter, plan: Sequence[Shard], on_commit: Callable[[ManifestRow], None]
     ) -> None:
         """Creates a committer for the shards of a plan.
 

@@ -1,7 +1,6 @@
 """The manifest: one row per shard, and the class statistics folded from the rows.
 
-The manifest is a fold over the prediction files, which `recovery` can repeat. An update streams all rows into
-one conditional PUT: concurrent writers lose nothing, and a large manifest needs little memory.
+An update streams all rows into one conditional PUT: concurrent writers lose nothing, and memory is bounded.
 """
 
 from __future__ import annotations
@@ -35,16 +34,11 @@ class ManifestRow:
     """One row of the manifest.
 
     Attributes:
-        uri: URI of the shard.
         version: labeled version of the shard; None if no version is labeled.
-        format: format of the shard when it was last read.
-        size: bytes of the shard when it was last read.
         rows: number of samples; None if no version is labeled.
-        errors: number of samples that are error rows.
         duplicate_keys: number of samples whose key occurs earlier in the shard.
         unmatched_targets: number of samples whose own label is not a class of the model.
         output: prediction file, relative to the partition; None if there is no file.
-        output_version: version of the prediction file.
         error: why the last attempt to read the shard failed; None if it succeeded.
         failed_version: the version that could not be read; None if the storage failed, so that the next run
             reads the shard again.
@@ -136,10 +130,7 @@ class Manifest:
         return self._read_labeled(columns, run, partial(_joined, columns))
 
     def _read(self, columns: Collection[str], consume: Callable[[Iterable[pa.Table]], T]) -> T:
-        """Returns the result of `consume` on the current rows, one row group at a time.
-
-        Calls `consume` again if another writer replaces the manifest during the read.
-        """
+        """Returns `consume` of the row groups; repeats the call if another writer replaces the manifest."""
         rows = partial(_row_groups, self.uri, columns=columns)
         found = self.storage.read_latest(self.uri, lambda file: consume(rows(file)))
         return consume(()) if found is None else found.content

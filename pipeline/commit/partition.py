@@ -77,14 +77,11 @@ class Partition:
         """`class_stats.parquet`: one row per class; raises `StorageError` if there is no such file."""
         uri = f"{self.uri}/{CLASS_STATS}"
         try:
-            return read_table(io.BytesIO(self.storage.read(uri, max_bytes=_MAX_CLASS_STATS_BYTES))).select(
-                CLASS_STATS_SCHEMA.names
-            )
+            content = self.storage.read(uri, max_bytes=_MAX_CLASS_STATS_BYTES)
+            return read_table(io.BytesIO(content)).select(CLASS_STATS_SCHEMA.names)
         except ObjectNotFound:
-            raise StorageError(
-                self.uri,
-                f"not a partition: it has no {CLASS_STATS}; give a URI like .../model=NAME-FINGERPRINT",
-            ) from None
+            cause = f"not a partition: it has no {CLASS_STATS}; give a URI like .../model=NAME-FINGERPRINT"
+            raise StorageError(self.uri, cause) from None
         except (pa.ArrowInvalid, KeyError) as error:
             raise StorageError(uri, f"not class statistics: {error}") from None
 

@@ -1,8 +1,4 @@
-"""Assembles the chunks of a shard and writes the prediction file, in one conditional write.
-
-A file replaces the version that the plan expects. Any other version was written by an overlapping run. If
-that file has the same version of the shard, it stays. Otherwise the version that the input has now wins.
-"""
+"""Assembles the chunks of a shard and writes the prediction file, in one conditional write."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -122,12 +118,10 @@ class PredictionWriter:
     """Writes the prediction files of a run; thread-safe.
 
     Attributes:
-        run: id of the run.
         expected: version of the current prediction file, by URI of the shard.
         is_current: returns whether the input still has this version of a shard.
-        before_group: called before the labels of a group of image files are written; raises to prevent the
-            write. A run that lost its lease must not write groups: another run may have grouped the images
-            differently, and the images would be labeled twice. Tars and Parquet files do not share samples.
+        before_group: called before a group of image files is written; raises to prevent the write. A run
+            that lost its lease must not write groups: another run may have grouped the images differently.
     """
 
     partition: Partition
@@ -159,11 +153,11 @@ class PredictionWriter:
         return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
 
     def _write(self, shard: Shard, predictions: pa.Table, unmatched: int) -> tuple[ManifestRow, int] | None:
-        """Writes the rows of a shard.
+        """Writes the rows of a shard; returns the manifest row of the file, and the size in bytes.
 
-        Returns:
-            The manifest row of the file and the size in bytes. None if no file exists: the file was removed,
-            and the input no longer has this version of the shard.
+        The file replaces the expected version. Any other version was written by an overlapping run: it stays
+        if it has the same version of the shard. Otherwise the version that the input has now wins. Returns
+        None if no file exists: it was removed, and the input no longer has this version of the shard.
         """
         footer = Footer(
             shard=shard.uri,

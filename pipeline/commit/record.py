@@ -20,13 +20,9 @@ _FAILURE_FIELDS = ("uri", "format", "size", "error", "failed_version")
 class RunRecord:
     """`runs/<run id>.json`, which grows during the run. Thread-safe.
 
-    The record is saved before the manifest is updated. Recovery replays the lists of a record in this order:
-
-    1. `removed`: shards that were removed from the manifest.
-    2. `deleted`: shards that were deleted from the input.
-    3. `reappeared`: deleted shards that the input has again.
-    4. `recovered`: shards that an earlier run could not read.
-    5. `unreadable`: shards that this run could not read.
+    The record is saved before the manifest is updated, so that recovery can replay its lists of shards:
+    `removed` from the manifest; `deleted` from the input; `reappeared` in the input; `recovered`, which an
+    earlier run could not read; and `unreadable`, which this run could not read.
     """
 
     def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
@@ -67,11 +63,6 @@ class RunRecord:
         with self._lock:
             self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
             self._saved = {name: len(self._values[name]) for name in _LISTS}
-
-    def end(self, **values: Any) -> None:
-        """Sets the last values and the time of the end, and writes the record."""
-        self.set(ended_at=datetime.now(UTC).isoformat(), **values)
-        self.save()
 
 
 def new_run_id() -> str:

@@ -1,8 +1,6 @@
 """Manifest rows from prediction files and run records: after a crash, and to rebuild the manifest.
 
-Prediction files determine which shards are labeled. Run records hold the rest: shards that could not be read,
-and shards that were deleted from the input. A run saves its record before it writes the manifest. Recovery
-replays the records in order.
+Prediction files determine which shards are labeled. Run records hold unreadable and deleted shards.
 """
 
 import json
@@ -146,14 +144,7 @@ def find_repairs(
     """Compares the manifest with prediction files and run records.
 
     Prediction files are the source of truth, so they are always listed. Run records are read only if the
-    manifest is missing or the last run did not shut down cleanly.
-
-    Args:
-        storage: access to the partition.
-        partition: URI of the partition.
-        fingerprint: fingerprint that all prediction files must have.
-        manifest: rows of the manifest, by URI.
-        clean_shutdown: whether the manifest exists and the last run left it up to date.
+    manifest is missing or the last run did not shut down cleanly (`clean_shutdown` is False).
 
     Raises:
         StorageError: an object is not a prediction file of this partition, or not a run record.

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cvt.runtimes import OPENVINO_MISSING
 from pipeline.classify.checkpoint import open_checkpoint
-from pipeline.commit import Partition, new_run_id
+from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
-from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions, prediction_path
-from pipeline.read import ReadOptions, Shard
+from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions
+from pipeline.read import ReadOptions
 from pipeline.storage import Storage, max_name_bytes
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
-
-_PREDICTIONS = "predictions/"
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,12 @@ def make_job(config: Config) -> Job:
     fingerprint = config.fingerprint(checkpoint.digest)
     uri = f"{config.output.uri}/model={checkpoint.name}-{fingerprint[:8]}"
     partition = Partition(storage, uri, checkpoint.labels)
-    _check_name_length(partition, "a run record", f"runs/{new_run_id()}.json")
+    needed, available = len("predictions/") + MAX_PATH_BYTES, max(0, max_name_bytes(uri))
+    if needed > available:
+        raise ConfigError(
+            f"output.uri: too long: the storage allows names of at most {available} bytes under {uri}, and "
+            f"the names of prediction files have up to {needed} bytes. Choose a shorter output.uri"
+        )
     return Job(config, storage, checkpoint, fingerprint, partition)
 
 
@@ -110,20 +112,3 @@ def check_installed(config: Config) -> None:
         raise ConfigError(f"classify.runtime: {OPENVINO_MISSING}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:
         raise ConfigError(f"decode.device: decoding on a GPU needs torchvision: {NO_TORCHVISION}")
-
-
-def check_name_lengths(partition: Partition, shards: Iterable[Shard]) -> None:
-    """Raises `ConfigError` if the name of a prediction file is too long for the storage."""
-    if max_name_bytes(partition.uri) >= len(_PREDICTIONS) + MAX_PATH_BYTES:
-        return
-    for shard in shards:
-        _check_name_length(partition, shard.uri, f"{_PREDICTIONS}{prediction_path(shard.uri)}")
-
-
-def _check_name_length(partition: Partition, what: str, name: str) -> None:
-    limit, needed = max_name_bytes(partition.uri), len(name.encode())
-    if needed > limit:
-        raise ConfigError(
-            f"output.uri: too long: the storage allows names of at most {max(limit, 0)} bytes under "
-            f"{partition.uri}, and the name for {what} has {needed} bytes. Choose a shorter output.uri"
-        )

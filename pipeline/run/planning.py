@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
 from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
-from pipeline.run.job import Job, check_name_lengths, make_job
+from pipeline.run.job import Job, make_job
 from pipeline.storage import is_under
 from pipeline.text import pluralize
 
@@ -240,5 +240,4 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
                 f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
     planned = plan(listing, repairs.entries, selection)
-    check_name_lengths(partition, planned.shards)
     return PreparedRun(job, planned, repairs, clean_shutdown)

@@ -166,17 +166,21 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
     record.save()
     try:
         yield record
+        status = "incomplete" if record.values["unreadable"] else "complete"
+        record.set(status="aborted" if record.values.get("aborted") else status)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        clock.record("ended")
+        record.set(status=status, error=remove_secrets(f"{type(error).__name__}: {error}"))
         with suppress(StorageError):  # it would hide the exception that ended the run
-            record.end(
-                status=status, timings=clock.timings, error=remove_secrets(f"{type(error).__name__}: {error}")
-            )
+            _save_end(record, clock)
         raise
+    _save_end(record, clock)
+
+
+def _save_end(record: RunRecord, clock: Clock) -> None:
     clock.record("ended")
-    status = "incomplete" if record.values["unreadable"] else "complete"
-    record.end(status="aborted" if record.values.get("aborted") else status, timings=clock.timings)
+    record.set(timings=clock.timings, ended_at=datetime.now(UTC).isoformat())
+    record.save()
 
 
 @functools.cache
