@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import cast
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.limits import MAX_KEY_BYTES, Deadline
-from pipeline.read.parquet_pages import PageCheckedFile
+from pipeline.read.parquet_pages import ColumnChunkFile, FooterFile
 from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.storage import Storage
@@ -25,44 +25,67 @@ def read_parquet(
     storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
 ) -> Iterator[Sample]:
     """Yields the samples of a Parquet file, one per row."""
-    # Each column chunk has its own buffer over the unbuffered object: a common buffer would be discarded at
-    # each change of column. `pre_buffer` would hold whole row groups.
-    with (
-        storage.open_unbuffered(shard.uri, shard.version) as stream,
-        pq.ParquetFile(
-            checked := PageCheckedFile(stream, deadline, options.max_page_bytes),
-            buffer_size=_PARQUET_BUFFER_BYTES,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        ) as file,
-    ):
-        image_column = _image_column(file.schema_arrow, options)
-        label_column = options.label_column if options.labels else None
-        others = [name for name in (label_column, options.key_column) if name is not None]
-        class_names = _class_names(file.schema_arrow, label_column)
-        for name in others:
-            _require_column(file.schema_arrow, name)
-        columns = [image_column, *others]
-        checked.has_footer = True
+    with storage.open_unbuffered(shard.uri, shard.version) as stream:
+        file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
+        paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
+        class_names = _class_names(file.schema_arrow, options.label_column)
 
-        def to_sample(row: int, batch: pa.RecordBatch) -> Sample:
-            image, key_column = _image_and_path(batch.column(image_column))
-            if options.key_column is not None:
-                key_column = batch.column(options.key_column)
-            value, problem = _value(key_column)
-            key = f"{row:09d}" if value is None else str(value)
-            error = _NO_IMAGE if image is None else options.size_error(image.size)
-            if error is None and problem is not None:
-                error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
-            if image is None or error is not None:
-                return Sample(key, None, error=error)
-            label, problem = _value(None if label_column is None else batch.column(label_column))
-            target, unmatched = options.parse_target(label, class_names)
-            unmatched = unmatched if problem is None else f"the label cannot be read: {problem}"
-            return Sample(key, image.to_pybytes(), target, unmatched=unmatched)
+        def read(group: int, path: str) -> Iterator[pa.Array]:
+            # A common buffer would be discarded at each change of column; `pre_buffer` holds row groups.
+            chunk = pq.ParquetFile(
+                ColumnChunkFile(stream, deadline, options.max_page_bytes, path),
+                metadata=file.metadata,
+                buffer_size=_PARQUET_BUFFER_BYTES,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            )
+            # One row at a time, because many rows may refer to one large value in a page.
+            for batch in chunk.iter_batches(1, [group], [path], use_threads=False):
+                (column,) = batch.columns
+                yield column
 
-        # One row at a time, because many rows may refer to one large value in a page.
-        yield from map(to_sample, count(), file.iter_batches(1, columns=columns, use_threads=False))
+        row = count()
+        for group in range(file.num_row_groups):
+            for values in zip(*(read(group, path) for path in paths.values()), strict=True):
+                columns = dict(zip(paths, values, strict=True))
+                yield _to_sample(next(row), columns, class_names, options)
+
+
+def _to_sample(
+    row: int, columns: Mapping[str, pa.Array], class_names: list[str] | None, options: ReadOptions
+) -> Sample:
+    """Returns the sample of a row. Columns have the value of the row, by role."""
+    image = columns["image"][0]
+    image = image["bytes"] if isinstance(image, pa.StructScalar) and image.is_valid else image
+    key_column = columns.get("key")
+    if options.key_column is None and key_column is not None:
+        key_column = pc.struct_field(key_column, "path")
+    value, problem = _value(key_column)
+    key = f"{row:09d}" if value is None else str(value)
+    error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
+    if error is None and problem is not None:
+        error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
+    if error is not None:
+        return Sample(key, None, error=error)
+    label, problem = _value(columns.get("label"))
+    target, unmatched = options.parse_target(label, class_names)
+    unmatched = unmatched if problem is None else f"the label cannot be read: {problem}"
+    return Sample(key, image.as_buffer().to_pybytes(), target, unmatched=unmatched)
+
+
+def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions) -> dict[str, str]:
+    """Returns the paths of the columns to read, by role: image, key and label."""
+    image = _image_column(schema, options)
+    found = {"image": image}
+    if pa.types.is_struct(schema.field(image).type):
+        found = {role: f"{image}.{name}" for role, name in (("image", "bytes"), ("key", "path"))}
+    columns = {"key": options.key_column, "label": options.label_column if options.labels else None}
+    for role, name in columns.items():
+        if name is not None:
+            _require_column(schema, name)
+            # The first part of a nested column is enough to report that it is nested.
+            found[role] = min((x for x in paths if f"{x}.".startswith(f"{name}.")), key=len)
+    return {role: path for role, path in found.items() if path in paths}
 
 
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
@@ -83,8 +106,8 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     if "image" in candidates:
         return "image"
     if len(candidates) != 1:
-        count = "no column" if not candidates else "more than one column"
-        hint = f"{count} has an image type; set `input.image_column`"
+        found = "no column" if not candidates else "more than one column"
+        hint = f"{found} has an image type; set `input.image_column`"
         raise UnreadableShardError(f"{hint}; {_columns(schema)}")
     return cast(str, candidates[0])
 
@@ -114,15 +137,6 @@ def _is_image_type(kind: pa.DataType, may_be_null: bool) -> bool:
         kind = kind.field(index).type if index >= 0 else kind
     is_null = may_be_null and pa.types.is_null(kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_null)
-
-
-def _image_and_path(column: pa.Array) -> tuple[pa.Buffer | None, pa.Array | None]:
-    """Returns the bytes of the only image, without a copy, and the column with its path."""
-    path = None
-    if pa.types.is_struct(column.type):
-        path = pc.struct_field(column, "path") if column.type.get_field_index("path") >= 0 else None
-        column = pc.struct_field(column, "bytes")
-    return column[0].as_buffer() if column[0].is_valid else None, path
 
 
 def _value(column: pa.Array | None) -> tuple[object, str | None]:

@@ -25,7 +25,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.config import ReadConfig
 from pipeline.read import ReadOptions, Sample, Shard, list_shards, parquet, read_samples, reader, webdataset
 from pipeline.read.limits import Deadline
-from pipeline.read.parquet_pages import PageCheckedFile
+from pipeline.read.parquet_pages import ColumnChunkFile
 from pipeline.read.samples import ShardError, UnreadableShardError
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
@@ -529,6 +529,14 @@ def test_labels_can_be_integers_names_or_null(files: Path) -> None:
         assert bad.unmatched is not None
 
 
+def test_nested_label_is_unmatched_and_keeps_the_image(files: Path) -> None:
+    data = make_parquet({"image": [b"i", b"j"], "y": [{"a": 1, "b": 2}, None]}, use_dictionary=False)
+    first, second = read(files, data, ReadOptions(label_column="y"), "x.parquet")
+    assert (first.image, first.target) == (b"i", None)
+    assert (first.unmatched or "").startswith("the label cannot be read: the type is struct")
+    assert second == Sample("000000001", b"j")
+
+
 def test_ignored_labels_are_not_read(files: Path) -> None:
     data = make_parquet({"image": [b"i"], "y": ["bird"]})
     options = ReadOptions(labels=False, label_column="y", num_labels=3)
@@ -635,9 +643,7 @@ def test_page_over_the_limit_is_refused(files: Path) -> None:
     assert len(read(files, make_parquet(small), options, "x.parquet")) == 3
     for use_dictionary in (True, False):
         data = make_parquet(large, use_dictionary=use_dictionary, compression="zstd")
-        with pytest.raises(
-            ShardError, match=r"the page at byte 4 has 10000\d\d bytes, more than the limit of"
-        ):
+        with pytest.raises(ShardError, match=r"a page of column 'image' has 10000\d\d bytes, more than"):
             read(files, data, options, "x.parquet")
     keys = make_parquet({"image": [b"i"], "k": ["k" * 10**6], "other": ["o" * 10**6]})
     with pytest.raises(ShardError, match=r"raise read\.max_page_bytes"):
@@ -670,17 +676,16 @@ def page_header(size: int, values: int, minimum: bytes = b"") -> bytes:
 
 
 def read_pages(data: bytes, max_page_bytes: int) -> None:
-    file = PageCheckedFile(io.BytesIO(data), Deadline(60), max_page_bytes)
-    file.has_footer = True
+    file = ColumnChunkFile(io.BytesIO(data), Deadline(60), max_page_bytes, "image")
     while file.read(1024**2):
         pass
 
 
 def test_page_header_may_contain_whole_images_as_statistics() -> None:
     first = page_header(8, 1, bytes(3_000_000)) + bytes(8)
-    with pytest.raises(UnreadableShardError, match=f"the page at byte {len(first)} has 1001 bytes"):
+    with pytest.raises(UnreadableShardError, match="a page of column 'image' has 1001 bytes"):
         read_pages(first + page_header(1001, 1), 1000)
-    with pytest.raises(ValueError, match="the header of the page at byte 0 is too large"):
+    with pytest.raises(UnreadableShardError, match="the header of a page of column 'image' is too large"):
         read_pages(page_header(8, 1, bytes(18_000_000)), 1000)
 
 
