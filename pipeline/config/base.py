@@ -47,9 +47,7 @@ def _reject_credentials(uri: str) -> str:
     else:
         marks = "@?#"
     if separator and any(mark in rest for mark in marks):
-        message = (
-            "credentials don't belong here: set them in variables of their own, and give a plain address"
-        )
+        message = "must not contain credentials: set them in their own environment variables"
         raise PydanticCustomError(VALUE_HIDDEN, message)
     return uri
 

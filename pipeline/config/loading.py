@@ -23,33 +23,13 @@ Field = tuple[str, ...]
 Source = str | Path | None
 
 
-def load_config(
-    kind: type[T], path: Source, overrides: Iterable[str] = (), *, keep_relative_paths: bool = False
-) -> T:
-    """Reads a YAML file as `kind` and applies `section.field=value` overrides, in order.
-
-    Args:
-        kind: the model of the configuration, such as `Config`.
-        path: a YAML file or a run record. `env:NAME` reads the environment variable NAME, which holds the
-            configuration of a submitted job. None: only the overrides set fields.
-        overrides: `section.field=value`, where the value is YAML.
-        keep_relative_paths: do not make relative paths absolute, because another machine uses them.
-
-    Returns:
-        The validated configuration, with normalized URIs.
-
-    Raises:
-        ConfigError: lists every error, each with its field, and with its line or its override.
-    """
-    return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
-
-
 def load_job_config(path: Source = None, overrides: Iterable[str] = ()) -> Config:
     """Loads the configuration of a labeling job from YAML or from a run record.
 
     Args:
-        path: a YAML file or a run record. None: only the overrides set fields.
-        overrides: `section.field=value`, where the value is YAML, such as `output.topk=10`.
+        path: a YAML file or a run record. `env:NAME` reads the environment variable NAME, which holds the
+            configuration of a submitted job. None: only the overrides set fields.
+        overrides: `section.field=value`, where the value is YAML, such as `output.topk=10`, in order.
 
     Returns:
         The validated configuration, with normalized URIs.
@@ -61,19 +41,22 @@ def load_job_config(path: Source = None, overrides: Iterable[str] = ()) -> Confi
 
 
 def load_train_config(path: Source = None, overrides: Iterable[str] = ()) -> TrainConfig:
-    """Loads the configuration of a training job from YAML.
+    """Loads the configuration of a training job from YAML, in the same way as `load_job_config`."""
+    return load_config(TrainConfig, path, overrides)
+
+
+def load_config(
+    kind: type[T], path: Source, overrides: Iterable[str] = (), *, keep_relative_paths: bool = False
+) -> T:
+    """Loads a configuration of any kind, in the same way as `load_job_config`.
 
     Args:
-        path: a YAML file. None: only the overrides set fields.
-        overrides: `section.field=value`, where the value is YAML, such as `optimization.epochs=5`.
-
-    Returns:
-        The validated configuration, with normalized URIs.
-
-    Raises:
-        ConfigError: lists every error, each with its field, and with its line or its override.
+        kind: the model of the configuration, such as `Config`.
+        path: see `load_job_config`.
+        overrides: see `load_job_config`.
+        keep_relative_paths: do not make relative paths absolute, because another machine uses them.
     """
-    return load_config(TrainConfig, path, overrides)
+    return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
 
 
 def load_recorded(

@@ -229,7 +229,7 @@ def test_address_with_credentials_is_refused_and_not_shown(monkeypatch: pytest.M
     monkeypatch.setenv("RAY_ADDRESS", "planted:secret@127.0.0.1:1")
     done = command("status")
     assert done.exit_code == 2
-    assert "RAY_ADDRESS: credentials don't belong here" in done.stderr
+    assert "RAY_ADDRESS: must not contain credentials" in done.stderr
     assert "planted" not in done.output
 
 
