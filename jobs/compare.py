@@ -87,8 +87,7 @@ def compare(
         problem = f"--min-agreement cannot be checked: no sample is labeled both here and in {names[0]}"
         raise StorageError(names[1], problem)
     if output is not None:
-        with console.naming_option("--output", output, "cannot be written: "):
-            write_comparison(found, storage, output)
+        write_comparison(found, storage, output)
     print_comparison(found, top)
     broken = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images).violations(
         found.totals

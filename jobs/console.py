@@ -26,7 +26,7 @@ from pipeline.read import NoShardsError
 from pipeline.run import Plan, ShardState, Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
 from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
-from pipeline.storage import StorageError, is_under, normalize_uri
+from pipeline.storage import StorageError
 from pipeline.text import escape_unprintable, pluralize, remove_secrets
 
 
@@ -161,25 +161,6 @@ def exit_on_error() -> Iterator[None]:
         raise
     except Exception:
         _exit(ExitStatus.FAILED, "unexpected error", *traceback.format_exc().splitlines())
-
-
-@contextmanager
-def naming_option(option: str, uri: str | None, problem: str = "") -> Iterator[None]:
-    """Names the option in a storage error at or under the option's URI.
-
-    Args:
-        option: name of the option.
-        uri: value of the option; None changes no error.
-        problem: text before the cause of an error at the URI itself.
-    """
-    try:
-        yield
-    except StorageError as error:
-        if uri is None or not is_under(error.uri, target := normalize_uri(uri)):
-            raise
-        name = error.uri[len(target) :].strip("/")
-        place = f"{name}: " if name else problem
-        raise StorageError(f"{option} {uri}", f"{place}{error.cause}") from error
 
 
 def _exit(status: ExitStatus, message: str, *more_lines: str) -> None:

@@ -50,10 +50,7 @@ def publish(
     cannot be accessed, or the table was edited; 5 if other writers kept changing the table or the labels.
     """
     partition = console.resolve_partition(uri, config, set)
-    with console.naming_option("--to", to):
-        done = publish_labels(
-            partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mib * 1024**2
-        )
+    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mib * 1024**2)
     snapshot = done.snapshot
     changes = ", already up to date"
     if done.is_new:

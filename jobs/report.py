@@ -36,9 +36,7 @@ def report(
     cannot be written.
     """
     partition = console.resolve_partition(uri, config, set)
-    with console.naming_option("--output", output, "cannot be written: "):
-        written = write_report(partition, run, against or (), output)
-    console.print_line(f"report written to {written}")
+    console.print_line(f"report written to {write_report(partition, run, against or (), output)}")
 
 
 if __name__ == "__main__":

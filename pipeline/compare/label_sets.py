@@ -1,14 +1,12 @@
 """Compares two label sets by class and sample by sample.
 
-Samples are joined on shard and index. The manifests are joined first. Prediction files are opened only for
-shards that both label sets have in the same version. A thread reads one shard of both label sets at a time.
+Samples are joined on shard and index, for the shards that both label sets have in the same version.
 """
 
 import io
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -62,7 +60,7 @@ class LabelSet:
         """
         match = _LABELS_OF_RUN.fullmatch(name)
         if match is None:
-            return cls(_open_partition(storage, name))
+            return cls(Partition.open(storage, name))
         partition, run = Partition.open(storage, match[1]), match[2]
         runs = partition.manifest.runs()
         if run in runs:
@@ -98,21 +96,6 @@ class LabelSet:
         rows = self.partition.manifest.labeled(("uri", "version", "output", "rows", "errors"), self.run)
         labeled = pc.subtract(rows["rows"], rows["errors"])
         return rows.select(["uri", "version", "output"]).append_column("labeled", labeled)
-
-
-def _open_partition(storage: Storage, name: str) -> Partition:
-    """Opens a partition. If only the part before an `@` is a partition, the error names the unknown run."""
-    try:
-        return Partition.open(storage, name)
-    except StorageError:
-        uri, _, run = name.rstrip("/").rpartition("@")
-        partition = None
-        with suppress(StorageError):
-            partition = Partition.open(storage, uri)
-        if partition is None:
-            raise
-        cause = f"unknown run {run!r}; use @latest, @previous or the id of a run"
-        raise StorageError(partition.uri, cause) from None
 
 
 def compare_label_sets(a: LabelSet, b: LabelSet, with_agreement: bool = True) -> Comparison:

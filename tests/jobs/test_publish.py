@@ -229,13 +229,13 @@ def test_no_secret_is_written_or_logged(
     assert s3_server.secret_key not in done.stdout + done.stderr
 
 
-def test_unwritable_table_ends_with_4_and_names_the_option(
+def test_unwritable_table_ends_with_4_and_names_the_path(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     table = f"{tmp_path}/file/table"
     done = command(dataset.uri, "--to", table)
-    assert (done.status, done.output) == (4, f"cvt-label: --to {table}: _delta_log: Not a directory\n")
+    assert (done.status, done.output) == (4, f"cvt-label: {table}/_delta_log: Not a directory\n")
 
     def write(storage: Storage, table: str, path: str, rows: pa.Table) -> DataFile:
         raise StorageError(f"{table}/{path}", "access denied")
@@ -243,4 +243,4 @@ def test_unwritable_table_ends_with_4_and_names_the_option(
     monkeypatch.setattr("pipeline.publish.publishing.write_data_file", write)
     done = command(dataset.uri, "--to", dataset.table)
     assert done.status == 4
-    assert done.output == f"cvt-label: --to {dataset.table}: cannot be written: access denied\n"
+    assert done.output == f"cvt-label: {dataset.table}: cannot be written: access denied\n"
