@@ -29,7 +29,6 @@ from pipeline.text import remove_secrets
 _logger = logging.getLogger("cvt_label")
 
 _MAX_STATE_BYTES = 1024**2
-_STATE_ATTEMPTS = 5
 
 
 class CurrentJob(BaseModel):
@@ -96,9 +95,7 @@ class StateFile:
         state = state.model_copy(update=changes)
         data = state.model_dump_json(indent=2).encode()
         known = self._version
-        written = self._storage.update(
-            self.uri, lambda version: data if version == known else None, known, _STATE_ATTEMPTS
-        )
+        written = self._storage.update(self.uri, lambda now: data if now == known else None, known)
         if written is None:
             raise ObjectChanged(self.uri, "another scheduler has written the state")
         self._version = written.version

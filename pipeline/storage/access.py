@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Generic, TypeAlias, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
-from pipeline.storage.conditional import ATTEMPTS, until_unchanged, version_of, write_conditionally
+from pipeline.storage.buckets import Buckets
 from pipeline.storage.limits import RequestLimits
 from pipeline.storage.local import LocalFiles
 from pipeline.storage.objects import (
     ABSENT,
-    VERSION_MISMATCH,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
     StorageError,
+    unsupported_scheme,
 )
 from pipeline.storage.ranges import CHUNK_BYTES
-
-if TYPE_CHECKING:
-    from pipeline.storage.gcs import GoogleCloudStorage
-    from pipeline.storage.s3 import S3
+from pipeline.storage.retrying import pause_after
 
 _AHEAD_BUFFER_BYTES = 1024**2
 _MAX_READ_BYTES = 8 * 1024**3
+_ATTEMPTS = 20  # of a compare-and-swap loop; they take about two minutes
 _clients_lock = threading.Lock()  # boto3 clients are thread-safe, but their creation is not
-_Service: TypeAlias = "LocalFiles | S3 | GoogleCloudStorage"
+_checked: set[tuple[object, ...]] = set()  # configurations and buckets whose conditional writes work
 T = TypeVar("T")
 
 
@@ -65,10 +65,10 @@ class Storage:
 
     def object_store_options(self, uri: str) -> dict[str, str]:
         """Returns options of Rust's object_store for a URI. The options contain secrets."""
-        if "://" not in uri:
+        service = self._service(uri)
+        if isinstance(service, LocalFiles):
             return {}
-        options = {"timeout": f"{self.request_timeout_s * 1000:.0f}ms"}
-        return options | (_s3(self).object_store_options() if uri.startswith("s3://") else {})
+        return {"timeout": f"{self.request_timeout_s * 1000:.0f}ms"} | service.object_store_options()
 
     def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or all objects under the folder `uri`.
@@ -101,7 +101,10 @@ class Storage:
 
     def version(self, uri: str) -> str:
         """Returns an object's version, or `ABSENT` if the object does not exist."""
-        return version_of(self._service(uri), uri)
+        try:
+            return self.stat(uri).version
+        except ObjectNotFound:
+            return ABSENT
 
     def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
         """Opens an object as a seekable stream over retried ranged reads of 8 MiB.
@@ -132,11 +135,7 @@ class Storage:
             return stream.read() or b""
 
     def read_latest(
-        self,
-        uri: str,
-        read: Callable[[io.BufferedReader], T],
-        max_bytes: int = _MAX_READ_BYTES,
-        attempts: int = ATTEMPTS,
+        self, uri: str, read: Callable[[io.BufferedReader], T], max_bytes: int = _MAX_READ_BYTES
     ) -> Versioned[T] | None:
         """Reads the current version of an object; restarts if the object is replaced during the read.
 
@@ -155,12 +154,13 @@ class Storage:
             with self.open(uri, version) as file:
                 return Versioned(read(file), version)
 
-        return until_unchanged(self._service(uri), uri, attempt, None, attempts)
+        return self._until_unchanged(uri, attempt)
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old object or the new one.
 
-        Of concurrent writers that expect the same version, exactly one succeeds.
+        Of concurrent writers that expect the same version, exactly one succeeds. The first conditional write
+        to a bucket also shows whether the store checks conditions.
 
         Args:
             uri: URI of the object.
@@ -173,15 +173,20 @@ class Storage:
                 object to find out.
         """
         service, file = self._service(uri), io.BytesIO(data) if isinstance(data, bytes) else data
-        expected = self._condition(service, uri, expected, expected)
-        return write_conditionally(service, (self, *uri.split("/")[:3]), uri, file, expected)
+        condition, bucket = self._condition(uri, expected), (self, *uri.split("/")[:3])
+        written = service.write(uri, file, condition)
+        if condition is not None and not isinstance(service, LocalFiles) and bucket not in _checked:
+            try:
+                _check_conditions(service, uri, file)
+            except StorageError:
+                if expected == ABSENT:
+                    service.delete(uri, None)
+                raise
+            _checked.add(bucket)
+        return written
 
     def update(
-        self,
-        uri: str,
-        change: Callable[[str], bytes | BinaryIO | None],
-        expected: str | None = None,
-        attempts: int = ATTEMPTS,
+        self, uri: str, change: Callable[[str], bytes | BinaryIO | None], expected: str | None = None
     ) -> ObjectInfo | None:
         """Replaces an object by compare-and-swap; restarts if another writer replaces the object meanwhile.
 
@@ -190,7 +195,6 @@ class Storage:
             change: Called with the object's version, or `ABSENT`. Returns the new content, or None to keep
                 the object.
             expected: The version of the first attempt; default: the current version.
-            attempts: Maximum number of attempts.
 
         Returns:
             The new object's metadata; None if `change` returned None.
@@ -203,7 +207,7 @@ class Storage:
             content = change(version)
             return None if content is None else self.write(uri, content, version)
 
-        return until_unchanged(self._service(uri), uri, attempt, expected, attempts)
+        return self._until_unchanged(uri, attempt, expected)
 
     def delete(self, uri: str, expected: str | None = None) -> None:
         """Deletes an object, if the object exists: the `expected` version, or any version.
@@ -211,8 +215,7 @@ class Storage:
         Raises:
             ObjectChanged: The object exists, but does not have the expected version.
         """
-        service = self._service(uri)
-        service.delete(uri, self._condition(service, uri, expected, ABSENT))
+        self._service(uri).delete(uri, self._condition(uri, expected, ABSENT))
 
     def remove_unfinished_writes(self, uri: str) -> None:
         """Deletes the temporary files of crashed writers under the folder `uri`; buckets have none."""
@@ -220,52 +223,84 @@ class Storage:
         if isinstance(service, LocalFiles):
             service.remove_unfinished_writes(uri)
 
-    def _condition(
-        self, service: _Service, uri: str, expected: str | None, accepted: str | None
-    ) -> str | None:
+    def _condition(self, uri: str, expected: str | None, *accepted: str) -> str | None:
         """Returns the version to expect; checks the version now if the store lacks conditional writes."""
-        if expected is None or self.conditional_writes or isinstance(service, LocalFiles):
+        if expected is None or self.conditional_writes or "://" not in uri:
             return expected
-        if version_of(service, uri) not in (expected, accepted):
-            raise ObjectChanged(uri, VERSION_MISMATCH)
+        if self.version(uri) not in (expected, *accepted):
+            raise ObjectChanged(uri)
         return None
 
-    def _service(self, uri: str) -> _Service:
+    def _until_unchanged(self, uri: str, action: Callable[[str], T], version: str | None = None) -> T:
+        """Calls `action` with an object's version until no other writer replaces the object meanwhile.
+
+        `version` is the version of the first attempt; None for the current one.
+        """
+        reported = set[str]()
+        for attempt in range(_ATTEMPTS):
+            if attempt > 1:  # the first version may be an old one
+                time.sleep(pause_after(attempt - 1))
+            try:
+                if attempt or version is None:
+                    version = self.version(uri)
+                if attempt:
+                    reported.add(version)
+                return action(version)
+            except (ObjectChanged, ObjectNotFound) as error:
+                if error.uri != uri:
+                    raise
+                cause = error.cause
+        if len(reported) > 1:
+            raise ObjectChanged(uri, f"failed in {_ATTEMPTS} attempts, last: {cause}")
+        behavior = f"the store refused {_ATTEMPTS} requests for the version that the store reports"
+        raise StorageError(uri, f"{behavior}; the last one: {cause}")
+
+    def _service(self, uri: str) -> LocalFiles | Buckets:
         """Returns the service of a URI's scheme."""
-        scheme = uri.partition("://")[0]
-        if scheme == uri:
+        scheme, separator, _ = uri.partition("://")
+        if not separator:
             return LocalFiles()
         if scheme not in ("s3", "gs"):
-            shown = uri.partition("?")[0]  # the query of a signed URL holds the signature
-            raise StorageError(shown, f"{scheme}:// is not supported; use s3://, gs:// or a local path")
+            raise unsupported_scheme(scheme)
+        prefixes = ("AWS_", "GOOGLE_", "STORAGE_")
+        environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith(prefixes)))
         try:
-            return _s3(self) if scheme == "s3" else _gcs(self)
+            uri.encode()
+            with _clients_lock:
+                return _connect(scheme, self, environment, os.getpid())
+        except UnicodeEncodeError:
+            raise StorageError(ascii(uri), "the URI is not valid UTF-8") from None
         except StorageError as error:  # has no URI, because one client serves all URIs
-            raise type(error)(uri, error.cause) from error
+            raise StorageError(uri, error.cause) from error
 
 
-# The library of a service is imported on first use.
+@functools.lru_cache(maxsize=8)
+def _connect(scheme: str, storage: Storage, environment: tuple[tuple[str, str], ...], pid: int) -> Buckets:
+    """Returns a service, one per process, configuration and environment; imports its library on first use."""
+    del environment, pid
+    limits = RequestLimits(storage.request_timeout_s, storage.min_bytes_per_s)
+    if scheme == "s3":
+        from pipeline.storage import s3
 
-
-def _s3(storage: Storage) -> S3:
-    from pipeline.storage.s3 import S3, make_client
-
-    environment = tuple(sorted(x for x in os.environ.items() if x[0].startswith("AWS_")))
-    with _clients_lock:
-        limits = RequestLimits(storage.request_timeout_s, storage.min_bytes_per_s)
-        return S3(make_client(storage.endpoint_url, storage.region, limits, environment, os.getpid()))
-
-
-def _gcs(storage: Storage) -> GoogleCloudStorage:
+        return s3.connect(limits, storage.endpoint_url, storage.region)
     try:
-        from pipeline.storage.gcs import GoogleCloudStorage, make_client
+        from pipeline.storage.gcs import connect
     except ImportError as error:
         cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
         raise StorageError("gs://", cause) from error
-    with _clients_lock:
-        limits = RequestLimits(storage.request_timeout_s, storage.min_bytes_per_s)
-        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
-        return GoogleCloudStorage(make_client(limits, emulator, os.getpid()))
+    return connect(limits)
+
+
+def _check_conditions(service: Buckets, uri: str, file: BinaryIO) -> None:
+    """Writes an existing object with false conditions; raises `StorageError` if the store ignores them."""
+    for wrong in ("1-0", ABSENT):
+        try:
+            service.write(uri, file, wrong)
+        except ObjectChanged:
+            continue
+        cause = "the store ignores the conditions of writes: two runs could overwrite each other"
+        remedy = "if only one run at a time writes here, set storage.conditional_writes to false"
+        raise StorageError(uri, f"{cause}; {remedy}")
 
 
 def _check_size(uri: str, version: str, max_bytes: int) -> None:

@@ -73,16 +73,15 @@ class _LimitedSocket:
     def _transfer(self, action: Callable[..., int], *args: Any) -> int:
         """Sends or receives within the remaining time; returns the number of bytes."""
         allowed = self._limits.timeout_s + (self._sent + self._received) / self._limits.min_bytes_per_s
-        remaining = self._started + allowed - time.monotonic()
+        elapsed = time.monotonic() - self._started
         try:
-            if remaining <= 0:
+            if elapsed >= allowed:
                 raise TimeoutError
-            self._socket.settimeout(min(self._limits.timeout_s, remaining))
+            self._socket.settimeout(min(self._limits.timeout_s, allowed - elapsed))
             return action(*args)
         except TimeoutError:
             counts = f"sent {self._sent:,} and received {self._received:,} bytes"
-            seconds = f"in {time.monotonic() - self._started:.3g} s"
-            cause = f"the request is too slow: {counts} {seconds}"
+            cause = f"the request is too slow: {counts} in {time.monotonic() - self._started:.3g} s"
             raise RequestLimitError(f"{cause} (storage.request_timeout_s)") from None
 
 

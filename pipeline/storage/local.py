@@ -14,16 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.storage.objects import (
-    ABSENT,
-    VERSION_CHANGED,
-    VERSION_MISMATCH,
-    ObjectChanged,
-    ObjectInfo,
-    ObjectNotFound,
-    StorageError,
-)
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.ranges import RangeReader
+from pipeline.storage.temporary import locked
+
+#: Temporary files of running and crashed writes. The glob `**/*.parquet` must not match them.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 
 class LocalFiles:
@@ -60,7 +56,7 @@ class LocalFiles:
                     start += len(part)
                 # Checked after the read, to detect a concurrent write.
                 if _info(info.uri, os.fstat(descriptor)).version != info.version:
-                    raise ObjectChanged(info.uri, VERSION_CHANGED)
+                    raise ObjectChanged(info.uri)
             return b"".join(parts)
 
         return RangeReader(info, fetch, close=functools.partial(os.close, descriptor))
@@ -74,7 +70,7 @@ class LocalFiles:
                 shutil.copyfileobj(data, file)
                 file.flush()
                 os.fsync(file.fileno())
-                with _locked(folder) as descriptor:  # prevents other writes between the check and the rename
+                with locked(folder) as descriptor:  # prevents other writes between the check and the rename
                     self._check_version(uri, expected, temporary)
                     found = temporary.stat()
                     temporary.replace(uri)
@@ -83,17 +79,18 @@ class LocalFiles:
 
     def delete(self, uri: str, expected: str | None) -> None:
         path = Path(uri)
-        with _storage_errors(uri), contextlib.suppress(FileNotFoundError), _locked(path.parent) as descriptor:
+        with _storage_errors(uri), contextlib.suppress(FileNotFoundError), locked(path.parent) as descriptor:
             if expected not in (None, _info(uri, path.stat()).version):
-                raise ObjectChanged(uri, VERSION_MISMATCH)
+                raise ObjectChanged(uri)
             path.unlink()
             os.fsync(descriptor)
 
     def remove_unfinished_writes(self, uri: str) -> None:
-        with _storage_errors(uri):
-            for folder, _, names in os.walk(uri):
-                for name in filter(_UNFINISHED.match, names):
-                    _remove_if_unlocked(Path(folder, name))
+        for folder, _, names in os.walk(uri):
+            for path in (Path(folder, name) for name in filter(_UNFINISHED.match, names)):
+                with contextlib.suppress(OSError), path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the writer still runs
+                    path.unlink()
 
     def _check_version(self, uri: str, expected: str | None, temporary: Path) -> None:
         """Checks a file's version, and makes `temporary` newer than the file; raises `ObjectChanged`."""
@@ -102,25 +99,10 @@ class LocalFiles:
             previous = Path(uri).stat()
         version = _info(uri, previous).version if previous else ABSENT
         if expected not in (None, version):
-            raise ObjectChanged(uri, VERSION_MISMATCH)
+            raise ObjectChanged(uri)
         # A file system's clock advances in steps of milliseconds: two writes may have the same time.
         if previous and temporary.stat().st_mtime_ns <= previous.st_mtime_ns:
             os.utime(temporary, ns=(previous.st_atime_ns, previous.st_mtime_ns + 1))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Holds the folder's lock; yields the folder's descriptor."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-#: Temporary files of running and crashed writes. The glob `**/*.parquet` must not match them.
-_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 
 @contextlib.contextmanager
@@ -142,13 +124,6 @@ def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
                 path.unlink(missing_ok=True)
                 raise
             return
-
-
-def _remove_if_unlocked(path: Path) -> None:
-    """Removes the temporary file of a crashed writer; keeps the file of a running writer."""
-    with contextlib.suppress(FileNotFoundError, PermissionError, BlockingIOError), path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
 
 
 def _walk(folder: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:

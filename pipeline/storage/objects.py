@@ -2,26 +2,19 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 from urllib.parse import unquote
 
 _MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
 _MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX without the final NUL
 _TEMPORARY_NAME_BYTES = 37  # length of the temporary name that a local file has during a write
 _MAX_LOCAL_NAME_BYTES = 255
-_MAX_EMPTY_PAGES = 100
 #: `s3:bucket`, `s3:/bucket` and `s3//bucket`, but not `s3://bucket`.
 _MISTYPED = re.compile(r"((?:s3[an]?|gs|gcs|https?):|[a-z][a-z0-9+.-]*:(?=/))(?!//)|(?:s3|gs|https?)//", re.I)
 _SIGNATURE = re.compile(r"[?&]X-(Amz|Goog)-(Signature|Credential|Security-Token)=", re.I)
 
 #: The version of an object that does not exist.
 ABSENT = "absent"
-
-#: Causes of `ObjectChanged`: the first for reads, the second for writes and deletions.
-VERSION_CHANGED = "the object is no longer the version that was listed"
-VERSION_MISMATCH = "the object is not the version that was expected"
 
 
 class StorageError(Exception):
@@ -45,7 +38,10 @@ class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
 
 
 class ObjectChanged(StorageError):  # noqa: N818
-    """The object does not have the requested version."""
+    """The object does not have the expected version."""
+
+    def __init__(self, uri: str, cause: str = "the object is no longer the expected version") -> None:
+        super().__init__(uri, cause)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,40 +60,6 @@ class ObjectInfo:
     version: str
 
 
-E = TypeVar("E", bound=ObjectInfo | str)
-
-
-def check_listing(uri: str, fetch: Callable[[str | None], tuple[Sequence[E], str | None]]) -> Iterator[E]:
-    """Yields the entries of a folder in a bucket, while the store's pages lead to an end of the listing.
-
-    Args:
-        uri: URI of the folder.
-        fetch: Returns the page with a token, or the first page for None, and the token of the next page, or
-            None. An entry is an object, or the URI of a folder with a slash at its end.
-
-    Raises:
-        StorageError: A name is outside of the folder, a token is missing or repeated, or too many pages in a
-            row are empty.
-    """
-    token, tokens, empty_pages, problem = None, {""}, 0, ""
-    while True:
-        page, token = fetch(token)
-        for entry in page:
-            name = entry if isinstance(entry, str) else entry.uri
-            if not name.startswith(f"{uri}/"):
-                problem = f"{name!r} is outside of the folder"
-        empty_pages = 0 if page else empty_pages + 1
-        if token in tokens:
-            problem = problem or "a page is not the last, but has no new token"
-        if problem or empty_pages > _MAX_EMPTY_PAGES:
-            cause = f"the store's listing of bucket {split_uri(uri)[0]!r} is invalid"
-            raise StorageError(uri, f"{cause}: {problem or f'{empty_pages} pages in a row are empty'}")
-        yield from page
-        if token is None:
-            return
-        tokens.add(token)
-
-
 def normalize_uri(uri: str) -> str:
     """Returns the canonical form of a URI, without a trailing slash.
 
@@ -113,8 +75,7 @@ def normalize_uri(uri: str) -> str:
         cause = "signed URLs are not supported; use the URI without its query, and set credentials"
         raise StorageError(f"{scheme}://...", f"{cause} in the environment")
     if separator and scheme not in ("s3", "gs", "file"):
-        cause = f"{scheme}:// is not supported; use s3://, gs:// or a local path"
-        raise StorageError(f"{scheme}://...", cause)
+        raise unsupported_scheme(scheme)
     if not separator or scheme == "file":
         path = unquote(rest) if separator else uri
         if not path or (separator and not path.startswith("/")):
@@ -128,6 +89,11 @@ def normalize_uri(uri: str) -> str:
     return uri.rstrip("/")
 
 
+def unsupported_scheme(scheme: str) -> StorageError:  # noqa: D103
+    # Without the rest of the URI: the query of a signed URL holds the signature.
+    return StorageError(f"{scheme}://...", f"{scheme}:// is not supported; use s3://, gs:// or a local path")
+
+
 def is_relative(uri: str) -> bool:
     """Returns whether a path or URI depends on the working directory."""
     return not ("://" in uri or uri.startswith("/") or _MISTYPED.match(uri))
@@ -139,7 +105,7 @@ def max_name_bytes(uri: str) -> int:
     Returns 0 if a part of the folder's own path is too long.
     """
     if "://" in uri:
-        return _MAX_KEY_BYTES - len(f"{uri.partition('://')[2].partition('/')[2]}/".encode())
+        return _MAX_KEY_BYTES - len(f"{split_uri(uri)[1]}/".encode())
     path = os.fsencode(uri)
     if any(len(part) > _MAX_LOCAL_NAME_BYTES for part in path.split(b"/")):
         return 0
@@ -160,11 +126,3 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Returns bucket and key: `bucket` and `some/key` for `s3://bucket/some/key`."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     return bucket, key
-
-
-def bucket_not_found(uri: str) -> StorageError:  # noqa: D103
-    return StorageError(uri, f"bucket {split_uri(uri)[0]!r} does not exist")
-
-
-def object_not_found(uri: str) -> ObjectNotFound:  # noqa: D103
-    return ObjectNotFound(uri, "no such object")

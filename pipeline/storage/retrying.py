@@ -12,6 +12,7 @@ from typing import TypeVar
 import urllib3.exceptions
 
 from pipeline.storage.limits import exceeded_limit
+from pipeline.storage.objects import StorageError
 
 T = TypeVar("T")
 
@@ -25,16 +26,18 @@ _retries: Counter[str] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
-class TransientFailure:
-    """A failure that a retry may resolve.
+class Failure:
+    """A failed request.
 
     Attributes:
+        error: Raised after the last attempt.
+        attempts: Maximum number of attempts; 1 if a retry cannot resolve the failure.
         kind: Name of the failure in `retry_counts`.
-        attempts: Number of attempts after which the failure counts as permanent.
     """
 
-    kind: str
-    attempts: int = 10
+    error: StorageError
+    attempts: int = 1
+    kind: str = ""
 
 
 def pause_after(attempt: int) -> float:
@@ -48,27 +51,25 @@ def pause_after(attempt: int) -> float:
 
 def retry(
     action: Callable[[], T],
-    transient: Callable[[Exception], TransientFailure | None],
+    explain: Callable[[Exception], Failure],
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Runs `action` until it succeeds or fails permanently; a request that exceeds its limits is transient.
+    """Runs `action`, which must be idempotent, until it succeeds or fails permanently.
 
-    Args:
-        action: The function to run; must be idempotent.
-        transient: Classifies an exception; None means a permanent failure.
-        sleep: Waits for a number of seconds.
+    `explain` is called with the exceptions of `action`, except with a `StorageError`, which is permanent.
     """
     attempt = 1
     while True:
         try:
             return action()
+        except StorageError:
+            raise
         except Exception as error:
-            limit = exceeded_limit(error)
-            failure = TransientFailure(type(limit).__name__, _LIMIT_ATTEMPTS) if limit else transient(error)
-            if failure is None or attempt >= failure.attempts:
-                raise
+            failure, limit = explain(error), exceeded_limit(error)
+            if attempt >= (_LIMIT_ATTEMPTS if limit else failure.attempts):
+                raise failure.error from None  # the library's message may contain credentials
             with _lock:
-                _retries[failure.kind] += 1
+                _retries[type(limit).__name__ if limit else failure.kind] += 1
         sleep(pause_after(attempt))
         attempt += 1
 
@@ -77,13 +78,6 @@ def retry_counts() -> Counter[str]:
     """Returns the number of failures that this process has retried, by kind."""
     with _lock:
         return _retries.copy()
-
-
-def check_length(data: bytes, count: int) -> bytes:
-    """Returns a response body of `count` bytes; raises `IncompleteRead` for any other length."""
-    if len(data) != count:
-        raise http.client.IncompleteRead(data, count - len(data))
-    return data
 
 
 def describe_error(error: BaseException) -> str:

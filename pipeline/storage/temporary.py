@@ -27,16 +27,16 @@ def temporary_folder(parent: str | Path | None = None, keep_on_error: bool = Fal
     """
     parent, is_kept = Path(parent or tempfile.gettempdir()), False
     for abandoned in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), _locked(abandoned, fcntl.LOCK_NB):
-            shutil.rmtree(abandoned, ignore_errors=True)
+        with contextlib.suppress(OSError), locked(abandoned, fcntl.LOCK_NB, os.O_NOFOLLOW) as descriptor:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                shutil.rmtree(abandoned, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         folder = None
         while folder is None or not folder.exists():  # another process may remove the folder before the lock
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             with contextlib.suppress(OSError):  # some file systems have no locks
-                stack.enter_context(_locked(folder))
-        remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-        atexit.register(remove)  # for an interrupt during the removal below
+                stack.enter_context(locked(folder))
+        remove = atexit.register(functools.partial(shutil.rmtree, folder, ignore_errors=True))
         try:
             yield folder
         except Exception:
@@ -44,19 +44,16 @@ def temporary_folder(parent: str | Path | None = None, keep_on_error: bool = Fal
             raise
         finally:
             if not is_kept:
-                remove()
+                remove()  # also registered above, for an interrupt here
             atexit.unregister(remove)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
-    """Holds the lock of a folder; raises OSError if the folder is another user's, a link, or removed."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def locked(folder: Path, lock_flags: int = 0, open_flags: int = 0) -> Iterator[int]:
+    """Holds the lock of a folder; yields the folder's descriptor."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | open_flags)
     try:
-        if os.fstat(descriptor).st_uid != os.geteuid():
-            raise PermissionError(folder)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
-        folder.stat()
-        yield
+        fcntl.flock(descriptor, fcntl.LOCK_EX | lock_flags)
+        yield descriptor
     finally:
         os.close(descriptor)

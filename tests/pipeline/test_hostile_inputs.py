@@ -358,7 +358,7 @@ STORE_BYTES = 96 * MIB
         ("drip", "list", "too slow"),
         ("drip_body", "list", "too slow"),
         ("flood", "list", "the response has more than 4,194,304 bytes"),
-        ("flood", "read", "failed after retries|no longer the version"),
+        ("flood", "read", "failed after retries|no longer the expected version"),
         ("flood", "lease", "has 1,000,000,000,000 bytes, more than the limit of 65,536 bytes"),
         pytest.param("entity_bomb", "list", "500|failed after retries", marks=pytest.mark.slow),
         ("same_token", "list", "the store's listing of bucket '.*' is invalid"),

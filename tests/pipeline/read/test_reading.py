@@ -761,9 +761,7 @@ def test_image_file_deleted_or_changed_after_listing_is_an_error(
     storage.write(f"{bucket}/a.jpg", b"new")
     s3_server.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key="b.jpg")
     changed, deleted, good, large = read_samples(storage, shard, ReadOptions(max_image_bytes=98))
-    assert (
-        changed.error == f"image changed: {bucket}/a.jpg: the object is no longer the version that was listed"
-    )
+    assert changed.error == f"image changed: {bucket}/a.jpg: the object is no longer the expected version"
     assert deleted.error == f"image not found: {bucket}/b.jpg: no such object"
     assert good == Sample("c.jpg", b"ccc")
     assert "99 bytes" in (large.error or "")
@@ -813,7 +811,7 @@ def test_shard_deleted_or_changed_after_listing_is_refused(
     storage.write(shard.uri, make_tar(make_samples(3)))
     with pytest.raises(ShardError) as caught:
         list(read_samples(storage, shard, PLAIN))
-    assert str(caught.value) == f"{shard.uri}: the object is no longer the version that was listed"
+    assert str(caught.value) == f"{shard.uri}: the object is no longer the expected version"
     s3_server.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key=name)
     with pytest.raises(ShardError, match="no such object"):
         list(read_samples(storage, shard, PLAIN))

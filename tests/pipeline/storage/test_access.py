@@ -68,7 +68,9 @@ def test_missing_folder_lists_nothing(storage: Storage, root: str) -> None:
     assert list(storage.list(f"{root}/none/at/all")) == []
 
 
-def test_read_latest_restarts_when_the_object_is_replaced(storage: Storage, root: str) -> None:
+def test_read_latest_restarts_when_the_object_is_replaced(
+    storage: Storage, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert storage.read_latest(f"{root}/x", io.BufferedReader.read) is None
     storage.write(f"{root}/x", b"first")
     seen: list[bytes] = []
@@ -84,8 +86,9 @@ def test_read_latest_restarts_when_the_object_is_replaced(storage: Storage, root
     assert found is not None
     assert (found.content, found.version) == (b"second", storage.version(f"{root}/x"))
     seen.clear()
-    with pytest.raises(ObjectChanged):
-        storage.read_latest(f"{root}/x", read, attempts=1)
+    monkeypatch.setattr("pipeline.storage.access._ATTEMPTS", 1)
+    with pytest.raises(StorageError):
+        storage.read_latest(f"{root}/x", read)
 
 
 def test_error_names_the_missing_object(storage: Storage, root: str) -> None:
@@ -137,7 +140,7 @@ def test_expected_version_is_replaced(storage: Storage, root: str) -> None:
 def test_only_the_expected_version_is_deleted(storage: Storage, root: str) -> None:
     first = storage.write(f"{root}/x", b"first")
     second = storage.write(f"{root}/x", b"second")
-    with pytest.raises(ObjectChanged, match=r"/x: the object is not the version that was expected"):
+    with pytest.raises(ObjectChanged, match=r"/x: the object is no longer the expected version"):
         storage.delete(f"{root}/x", first.version)
     assert storage.read(f"{root}/x") == b"second"
     storage.delete(f"{root}/x", second.version)
@@ -150,7 +153,7 @@ def test_unexpected_version_is_not_replaced(storage: Storage, root: str) -> None
     stale = storage.write(f"{root}/x", b"stale")
     current = storage.write(f"{root}/x", b"other")
     for expected in (ABSENT, stale.version):
-        with pytest.raises(ObjectChanged, match="not the version that was expected") as caught:
+        with pytest.raises(ObjectChanged, match="no longer the expected version") as caught:
             storage.write(f"{root}/x", b"lost", expected)
         assert caught.value.uri == f"{root}/x"
         assert storage.stat(f"{root}/x") == current
@@ -191,7 +194,10 @@ def test_update_starts_from_expected_version_and_may_stop(storage: Storage, root
 
 
 @conditional
-def test_update_fails_after_the_maximum_of_attempts(storage: Storage, root: str) -> None:
+def test_update_fails_after_the_maximum_of_attempts(
+    storage: Storage, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.access._ATTEMPTS", 3)
     uri, attempts = f"{root}/x", 0
 
     def change(version: str) -> bytes:
@@ -201,7 +207,7 @@ def test_update_fails_after_the_maximum_of_attempts(storage: Storage, root: str)
         return b"mine"
 
     with pytest.raises(ObjectChanged):
-        storage.update(uri, change, attempts=3)
+        storage.update(uri, change)
     assert attempts == 3
     assert storage.read(uri) == b"by another 3"
 

@@ -14,6 +14,7 @@ from tests.pipeline.storage.operations import OPERATIONS, RetryCounter, names
 def test_missing_client_library_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pipeline.storage.gcs", raising=False)
     monkeypatch.setitem(sys.modules, "google.auth.exceptions", None)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # so that a new client is created
     with pytest.raises(StorageError, match=r"^gs://bucket/x: gs:// needs .* pip install 'cvt-label\[gcs\]'"):
         Storage().stat("gs://bucket/x")
 

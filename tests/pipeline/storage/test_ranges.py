@@ -41,7 +41,7 @@ def test_reader_never_mixes_two_versions(storage: Storage, kind: str, folder: st
         storage.write(uri, b"b" * 20_000_000)
     else:
         Path(uri).write_bytes(b"b" * 20_000_000)  # in place, because a replaced file stays readable
-    with pytest.raises(ObjectChanged, match="no longer the version that was listed"):
+    with pytest.raises(ObjectChanged, match="no longer the expected version"):
         stream.read()
     with pytest.raises(ObjectChanged):
         storage.read(uri, info.version)

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.storage import retry_counts
-from pipeline.storage.retrying import TransientFailure, pause_after, retry
+from pipeline.storage import StorageError, retry_counts
+from pipeline.storage.retrying import Failure, pause_after, retry
 
 
 class TemporaryError(Exception):
@@ -30,39 +30,40 @@ def failing(times: int, error: Exception | None = None) -> Callable[[], int]:
     return action
 
 
-def transient(attempts: int = 10) -> Callable[[Exception], TransientFailure | None]:
-    return lambda error: (
-        TransientFailure("temporary", attempts) if isinstance(error, TemporaryError) else None
+def temporary(attempts: int = 10) -> Callable[[Exception], Failure]:
+    """Explains a `TemporaryError` as transient, and other exceptions as permanent."""
+    return lambda error: Failure(
+        StorageError("uri", str(error)), attempts if isinstance(error, TemporaryError) else 1, "temporary"
     )
 
 
 def test_action_that_succeeds_runs_once() -> None:
     before = retry_counts()
-    assert retry(failing(0), transient()) == 1
+    assert retry(failing(0), temporary()) == 1
     assert retry_counts() == before
 
 
 @pytest.mark.parametrize("times", [1, 5, 9])
 def test_transient_failures_are_retried_and_counted(times: int) -> None:
     before, slept = retry_counts(), list[float]()
-    assert retry(failing(times), transient(), sleep=slept.append) == times + 1
+    assert retry(failing(times), temporary(), sleep=slept.append) == times + 1
     assert len(slept) == times
     assert retry_counts() - before == Counter(temporary=times)
 
 
 @pytest.mark.parametrize("attempts", [1, 4, 10])
-def test_lasting_failure_raises_the_last_exception(attempts: int) -> None:
+def test_lasting_failure_raises_the_last_error(attempts: int) -> None:
     before = retry_counts()
-    with pytest.raises(TemporaryError) as caught:
-        retry(failing(1000), transient(attempts))
-    assert caught.value.args == (attempts,)
+    with pytest.raises(StorageError, match=f"^uri: {attempts}$"):
+        retry(failing(1000), temporary(attempts))
     assert retry_counts() - before == Counter(temporary=attempts - 1)  # the last failure was not retried
 
 
 def test_permanent_failure_is_raised_immediately() -> None:
     before = retry_counts()
-    with pytest.raises(ValueError, match="for good"):
-        retry(failing(1, ValueError("for good")), transient())
+    for error in (ValueError("for good"), StorageError("uri", "for good")):
+        with pytest.raises(StorageError, match=r"^uri: for good$"):
+            retry(failing(1, error), temporary())
     assert retry_counts() == before
 
 
@@ -71,17 +72,13 @@ def test_interrupt_is_not_retried() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retry(action, lambda _: TransientFailure("any"))
+        retry(action, temporary())
 
 
 def test_each_kind_of_failure_has_its_own_limit() -> None:
     kinds = iter(["busy", "busy", "denied"])
-    with pytest.raises(TemporaryError) as caught:
-        retry(
-            failing(1000),
-            lambda _: TransientFailure(kind := next(kinds), attempts=3 if kind == "denied" else 10),
-        )
-    assert caught.value.args == (3,)
+    with pytest.raises(StorageError, match=r"^uri: 3$"):
+        retry(failing(1000), lambda error: temporary(3 if next(kinds) == "denied" else 10)(error))
 
 
 def test_pauses_grow_up_to_a_limit_with_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,11 +96,11 @@ def test_pauses_grow_up_to_a_limit_with_jitter(monkeypatch: pytest.MonkeyPatch) 
 def test_counts_include_all_threads() -> None:
     before = retry_counts()
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda _: retry(failing(5), transient()), range(200)))
+        list(pool.map(lambda _: retry(failing(5), temporary()), range(200)))
     assert retry_counts() - before == Counter(temporary=1000)
 
 
 def test_returned_counts_are_a_copy() -> None:
-    retry(failing(1), transient())
+    retry(failing(1), temporary())
     retry_counts().clear()
     assert retry_counts()["temporary"] > 0

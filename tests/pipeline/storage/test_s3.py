@@ -113,7 +113,7 @@ def test_endpoint_can_come_from_the_environment(bucket: str) -> None:
 @pytest.mark.parametrize(
     ("endpoint", "expected"),
     [
-        (None, None),  # Amazon's endpoint, the default of other clients
+        (None, "https://s3.eu-west-1.amazonaws.com"),
         ("https://bucket.vpce-1a2b.s3.eu-west-1.vpce.amazonaws.com",) * 2,
         ("http://127.0.0.1:9000",) * 2,
     ],
