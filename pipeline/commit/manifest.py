@@ -99,8 +99,7 @@ class Manifest:
 
     Attributes:
         partition: URI of the partition.
-        group_rows: rows in a row group with statistics, about 50 MB; an update holds one group in memory.
-        bare_group_rows: rows in a row group without statistics, about 10 MB.
+        group_rows: rows in a row group, about 50 MB with statistics; an update holds one group in memory.
         max_statistics: limit on shards * (classes + 100), about 500 MB. The first rows, up to the limit, hold
             statistics. In later rows the column is null, and statistics are read from the files' footers.
     """
@@ -109,7 +108,6 @@ class Manifest:
     partition: str
     num_classes: int
     group_rows: int = 2000
-    bare_group_rows: int = 50_000
     max_statistics: int = 17_000_000
 
     @property
@@ -272,9 +270,6 @@ class Manifest:
         limit = self.max_statistics // (self.num_classes + 100)
         with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
 
-            def group_size() -> int:
-                return self.group_rows if written < limit else self.bare_group_rows
-
             def write(group: pa.Table) -> None:
                 if written >= limit:
                     nothing = pa.nulls(group.num_rows, pa.binary())
@@ -283,9 +278,9 @@ class Manifest:
 
             for table in tables:
                 pending = pa.concat_tables([pending, table.cast(_SCHEMA)])
-                while pending.num_rows >= (size := group_size()):
-                    write(pending.slice(0, size))
-                    pending, written = pending.slice(size), written + size
+                while pending.num_rows >= self.group_rows:
+                    write(pending.slice(0, self.group_rows))
+                    pending, written = pending.slice(self.group_rows), written + self.group_rows
             if pending.num_rows:
                 write(pending)
 

@@ -45,6 +45,7 @@ class OpenShard:
         total: number of samples in the shard; None until its last chunk has arrived.
         error: why the shard can't be read; None if it can.
         transient: whether the error comes from the storage, not from the shard.
+        samples, errors, encoded_bytes: sums over all chunks that have arrived.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class OpenShard:
     error: str | None = None
     transient: bool = False
     samples: int = 0
+    errors: int = 0
     encoded_bytes: int = 0
 
     def add(self, chunk: Chunk) -> bool:
@@ -63,6 +65,7 @@ class OpenShard:
             return False
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
+        self.errors += count_errors(chunk)
         self.encoded_bytes += chunk.encoded_bytes
         if chunk.total is not None:
             self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
@@ -72,11 +75,6 @@ class OpenShard:
     def complete(self) -> bool:
         """Whether all samples have arrived, or the shard can't be read."""
         return self.error is not None or self.samples == self.total
-
-    @property
-    def errors(self) -> int:
-        """Number of error rows."""
-        return sum(map(count_errors, self.chunks.values()))
 
     def rows(self, shard: Shard, options: PredictionOptions) -> tuple[pa.Table, ErrorCauses]:
         """Returns the prediction rows of the complete shard, and its unmatched targets.

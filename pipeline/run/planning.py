@@ -56,9 +56,7 @@ class Plan:
     Attributes:
         shards: the shards to label, in listing order.
         states: number of shards by state.
-        ignored: number of objects under the input URI that are not shards, by reason.
-        ignored_extensions: the same by reason and extension.
-        ignored_examples: URIs of the first ignored objects, by reason.
+        ignored, ignored_extensions, ignored_examples: as in `ShardListing`.
         expected: version of the current prediction file, by URI of a shard to label.
         skipped_failures: number of unreadable shards that are not retried.
         deleted: manifest rows of shards that were deleted from the input, by URI.

@@ -59,7 +59,7 @@ def make(folder: Path, **limits: int) -> Manifest:
 
 @pytest.fixture(params=[2000, 3], ids=["one row group", "row groups of three"])
 def manifest(request: pytest.FixtureRequest, tmp_path: Path) -> Manifest:
-    return make(tmp_path, group_rows=request.param, bare_group_rows=request.param)
+    return make(tmp_path, group_rows=request.param)
 
 
 def test_statistics_of_a_run_cover_the_shards_with_its_current_labels(manifest: Manifest) -> None:
@@ -144,7 +144,7 @@ def test_read_restarts_after_a_concurrent_write(
 @pytest.mark.parametrize("limit", [10**9, 0], ids=["in the manifest", "in the footers"])
 @pytest.mark.parametrize("group_rows", [2000, 3])
 def test_statistics_are_folded_over_all_shards(tmp_path: Path, limit: int, group_rows: int) -> None:
-    manifest = make(tmp_path, max_statistics=limit, group_rows=group_rows, bare_group_rows=group_rows)
+    manifest = make(tmp_path, max_statistics=limit, group_rows=group_rows)
     expected = ClassStatistics.empty(CLASSES)
     for i in range(8):
         partial = statistics(i).to_partial()
