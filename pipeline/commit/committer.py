@@ -70,12 +70,9 @@ class Committer:
     def __init__(
         self, writer: PredictionWriter, plan: Sequence[Shard], on_commit: Callable[[ManifestRow], None]
     ) -> None:
-        """Creates a committer for the shards of a plan.
+        """Creates a committer; a chunk refers to its shard by the index in `plan`.
 
-        Args:
-            writer: writes prediction files.
-            plan: the shards; a chunk refers to its shard by the index in this sequence.
-            on_commit: called in this thread with the manifest row of each shard that is done.
+        `on_commit` is called in this thread with the manifest row of each shard that is done.
         """
         self.totals = Totals()
         self._writer, self._plan, self._on_commit = writer, plan, on_commit
@@ -138,12 +135,7 @@ class Committer:
             self._finish_write(self._writes.popleft())
 
     def finish(self) -> None:
-        """Waits for the last files after the stream of results has ended.
-
-        Raises:
-            StorageError: a file can't be written.
-            IncompleteShardError: a shard of the plan lacks results.
-        """
+        """Waits for the last files; also raises `IncompleteShardError` if a shard lacks results."""
         self.wait_for_writes()
         for number in self._unfinished:
             uri, arrived = self._plan[number].uri, self._open.get(number, OpenShard())

@@ -86,14 +86,9 @@ class Lease:
     def __init__(
         self, storage: Storage, partition: str, run: str, seconds: float, poll_s: float = 5.0
     ) -> None:
-        """Creates the lease; `held` acquires it.
+        """Creates the lease, which expires after `seconds` without renewal; `held` acquires it.
 
-        Args:
-            storage: access to the partition.
-            partition: URI of the partition.
-            run: id of the run. A run that had to wait gets another id, so that ids sort by start of work.
-            seconds: duration of the lease without renewal.
-            poll_s: seconds between polls of a lease that another run holds.
+        A run that had to wait gets another id than `run`, so that ids sort by the start of the work.
         """
         self.uri = f"{partition}/{_NAME}"
         self._storage, self.run = storage, run

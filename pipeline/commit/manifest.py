@@ -213,15 +213,9 @@ class Manifest:
     def fold_runs(
         self, root: str | None, *groups: Collection[str], run: str | None = None
     ) -> list[ClassStatistics]:
-        """Folds the class statistics of all labeled shards and of groups of runs, in one pass.
+        """Folds the class statistics of all labeled shards, then of each group of run ids, in one pass.
 
-        Args:
-            root: URI; the statistics of the groups count only shards under this URI. None for all shards.
-            groups: groups of run ids.
-            run: id of a run; only shards that this run labeled count. None for all runs.
-
-        Returns:
-            The statistics of all labeled shards, then of each group.
+        The groups count only shards under the URI `root`. With `run`, only shards of this run count at all.
         """
         columns = ["output", "statistics", "uri", "run"]
 

@@ -20,12 +20,9 @@ class ManifestWriter:
     def __init__(
         self, manifest: Manifest, interval: float, before_write: Callable[[], None] = lambda: None
     ) -> None:
-        """Creates a writer.
+        """Creates a writer; calls `before_write` before each update, in any thread.
 
-        Args:
-            manifest: the manifest to update.
-            interval: seconds between updates; longer if updates would take more than 5 % of the time.
-            before_write: called before each update, in any thread.
+        Updates are `interval` seconds apart, or more if they would take more than 5 % of the time.
         """
         self._manifest, self._interval, self._before_write = manifest, interval, before_write
         self._pending: dict[str, ManifestRow] = {}

@@ -141,13 +141,10 @@ def find_repairs(
     manifest: Mapping[str, ManifestRow],
     clean_shutdown: bool,
 ) -> Repairs:
-    """Compares the manifest with prediction files and run records.
+    """Compares the manifest with prediction files and run records; raises `StorageError` if one is invalid.
 
     Prediction files are the source of truth, so they are always listed. Run records are read only if the
     manifest is missing or the last run did not shut down cleanly (`clean_shutdown` is False).
-
-    Raises:
-        StorageError: an object is not a prediction file of this partition, or not a run record.
     """
     unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
     found = {row.uri: row for row in recovered_rows(storage, partition, unlisted, fingerprint)}

@@ -15,13 +15,11 @@ from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
 _THREADS = 16
 
 
-def clean_up(run: RunContext) -> tuple[set[str], bool]:
-    """Removes obsolete labels and rows, and repairs the manifest; writes the run record before the manifest.
+def clean_up(run: RunContext) -> bool:
+    """Removes obsolete labels, and repairs the manifest; returns whether the manifest changed.
 
-    This precedes labeling, so that no regrouped image is ever visible in two prediction files.
-
-    Returns:
-        The shards whose labels were removed, and whether the manifest changed.
+    This precedes labeling, so that no regrouped image is ever visible in two prediction files. The run record
+    is written before the manifest.
     """
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.deleted_with_labels
@@ -30,6 +28,8 @@ def clean_up(run: RunContext) -> tuple[set[str], bool]:
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
     _remove(partition, {uri: versions[uri] for uri in to_remove})
+    for uri in to_remove:  # no file is expected in place of a removed file
+        plan.expected.pop(uri, None)
     removed = to_remove | repairs.removed | (plan.deleted.keys() - labeled.keys())
     deleted = [uri for uri, row in labeled.items() if uri not in removed and not row.deleted]
     rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
@@ -41,9 +41,9 @@ def clean_up(run: RunContext) -> tuple[set[str], bool]:
     record.save()
     deletions = repairs.deleted | dict.fromkeys(deleted, True) | dict.fromkeys(plan.reappeared, False)
     if not (rows or removed or recovered or deletions):
-        return to_remove, False
+        return False
     partition.manifest.update(rows, removed, deletions, recovered)
-    return to_remove, True
+    return True
 
 
 def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:

@@ -76,10 +76,7 @@ class Job:
 def make_job(config: Config) -> Job:
     """Loads the model and determines its partition; accesses neither input nor output.
 
-    Raises:
-        CheckpointError: the model can't be loaded, or has no single-label scores.
-        StorageError: an object of the model can't be read.
-        ConfigError: an option does not fit the model, or `output.uri` is too long.
+    Raises `CheckpointError`, `StorageError` of the model, or `ConfigError`: an option does not fit the model.
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
@@ -104,10 +101,7 @@ def make_job(config: Config) -> Job:
 
 
 def check_installed(config: Config) -> None:
-    """Raises `ConfigError` if a package is missing.
-
-    All nodes have the same packages, so checking here reports the error before any worker starts.
-    """
+    """Raises `ConfigError` if a package is missing here, and so on the workers."""
     if config.classify.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
         raise ConfigError(f"classify.runtime: {OPENVINO_MISSING}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:

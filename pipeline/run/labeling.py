@@ -113,10 +113,10 @@ def _execute(run: RunContext) -> None:
         if not run.prepared.clean_shutdown:  # a run that died may have left temporary files
             partition.storage.remove_unfinished_writes(partition.uri)
         read_earlier_failures(run)
-        removed, changed = clean_up(run)
+        changed = clean_up(run)
         if plan.shards:
             try:
-                stop = label_shards(run, removed)
+                stop = label_shards(run)
             finally:  # images may have moved to other groups in the meantime
                 run.result.rolled_back = roll_back_regrouped(run)
         run.writer.flush()

@@ -40,20 +40,15 @@ logger = logging.getLogger("cvt_label")
 _NAMED_SHARDS = 5
 
 
-def label_shards(run: RunContext, removed: set[str]) -> StopController:
-    """Labels all shards of the plan; after a stop request, only the shards that have results already.
-
-    Args:
-        run: the run, whose result, record and manifest get the outcome of each shard.
-        removed: shards whose prediction files this run has removed; no file is expected in their place.
-    """
+def label_shards(run: RunContext) -> StopController:
+    """Labels all shards of the plan; after a stop request, only the shards that have results already."""
     job, plan = run.result.job, run.result.plan
     writer = PredictionWriter(
         job.partition,
         job.fingerprint,
         job.stages.predictions,
         run.result.run,
-        expected={uri: version for uri, version in plan.expected.items() if uri not in removed},
+        expected=plan.expected,
         is_current=partial(_is_current, job.storage, job.config.input.format),
         before_group=run.lease.verify,
     )

@@ -556,7 +556,7 @@ def test_pruning_keeps_files_that_another_run_has_rewritten(
     (tmp_path / "in" / "0.tar").unlink()
     clean_up = labeling.clean_up
 
-    def suspended(run: Any) -> tuple[set[str], bool]:
+    def suspended(run: Any) -> bool:
         monkeypatch.setattr(labeling, "clean_up", clean_up)
         write(root, "0.tar", 7, count=3)
         path = Path(run.result.partition.uri, "lease.json")
