@@ -80,9 +80,10 @@ def _state(name: str, dataset: DatasetConfig) -> Iterator[str]:
     if state is None:
         yield "not polled by a scheduler yet"
         return
-    if (current := state.current_job) is not None:
-        error = f"; {current.error}" if current.error else ""
-        yield _field("submitted" if current.submitted else "claimed", f"{current.id}{error}")
+    if state.current_job is not None:
+        yield _field("submitted", state.current_job.id)
+    if state.last_error is not None:
+        yield _field("error", state.last_error)
     if (last := state.last_job) is not None:
         outcome = f"{last.state.lower()}, exit status {last.exit_status}; {last.message}"
         yield _field("last", f"{last.id} {outcome}")

@@ -92,7 +92,7 @@ class DecodeConfig(Section):
     timeout_s: PositiveFloat = Field(
         default=60,
         description="Maximum CPU time for decoding an image, in seconds. An image that takes longer is an "
-        "error row.",
+        "error row. Decoding a chunk takes at most ten times as long: an image then has less time.",
     )
 
 
@@ -168,8 +168,9 @@ class RayConfig(Section):
     )
     no_progress_timeout_s: PositiveFloat = Field(
         default=900,
-        description="Seconds without any finished task after which the run ends with an error. A longer time "
-        "that `decode.timeout_s` and `classify.timeout_s` allow for one chunk has precedence.",
+        description="Seconds without any finished task after which the run ends with an error. At least "
+        "`ray.task_retries` + 1 times the sum of `classify.timeout_s` and ten times `decode.timeout_s`, the "
+        "maximum time of all attempts at a chunk: 4800 with the defaults.",
     )
     object_store_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="Fraction of Ray's object store that chunks between the stages may fill."

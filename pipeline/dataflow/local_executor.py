@@ -21,7 +21,7 @@ from pipeline.read import Chunk, Shard
 
 #: Maximum number of results that wait for the consumer.
 _MAX_PENDING_RESULTS = 2
-#: Total seconds that an abandoned run waits for its threads; each thread finishes its chunk.
+#: Total seconds that a stopped run waits for its threads; each thread finishes its chunk.
 _JOIN_TIMEOUT_S = 5.0
 
 
@@ -78,8 +78,7 @@ class _Run:
         self._open_readers = readers
         self._lock = threading.Lock()
         self._stopped = False
-        self._slots = threading.Semaphore(count + _MAX_PENDING_RESULTS)
-        self._results = queue.SimpleQueue[Chunk | BaseException | None]()
+        self._results = queue.Queue[Chunk | BaseException | None](_MAX_PENDING_RESULTS)
         self._threads = [
             threading.Thread(target=self._work, name=f"stages-{i}", daemon=True) for i in range(count)
         ]
@@ -95,23 +94,21 @@ class _Run:
                 raise result
             if result is None:
                 running -= 1
-                continue
-            self._slots.release()
-            yield result
+            else:
+                yield result
 
     def stop(self) -> None:
-        """Stops the threads; each finishes its chunk."""
+        """Stops the threads; each finishes its chunk, whose result is discarded."""
         self._stopped = True
         self._readers.put(None)
-        for _ in self._threads:
-            self._slots.release()
         deadline = time.monotonic() + _JOIN_TIMEOUT_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                self._results.get(timeout=0.05)
 
     def _work(self) -> None:
         try:
-            while self._slots.acquire() and not self._stopped:
+            while not self._stopped:
                 chunk = self._read()
                 if chunk is None:
                     break

@@ -2,14 +2,12 @@
 
 import logging
 import os
-import re
 import secrets
 import signal
 import socket
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,14 @@ from pipeline.storage import temporary_folder
 #: Address of a Ray that this process starts on its machine.
 LOCAL = "local"
 
-#: Default environment variables. Ray reports no usage statistics. Ray's core does not log to the terminal,
-#: which shows the progress of the job: errors are raised, and the logs are in Ray's session folder.
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
-#: The same for a local Ray. Idle workers stay for a minute, instead of starting a process per chunk. All
-#: processes listen on loopback only: despite its name, the variable works on Linux too. Workers use this
-#: interpreter, also under `uv run`, where Ray would pack the working directory.
+#: Default environment variables for a local Ray. Idle workers stay for a minute, instead of starting a
+#: process per chunk. All processes listen on loopback only: despite its name, the variable works on Linux
+#: too. Workers use this interpreter, also under `uv run`, where Ray would pack the working directory.
 _LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
-
-#: Part of the line that Ray's core logs whenever RAY_BACKEND_LOG_LEVEL is set, whatever the level.
-_LOG_LEVEL_LINE = b"Set ray log level from environment variable"
 
 _START_REMEDY = "run the command again when the machine is less busy, or label with --no-ray"
 _CONNECT_TIMEOUT_S = 10
@@ -46,12 +35,10 @@ _CONNECT_TIMEOUT_S = 10
 _WORKER_TIMEOUT_S = 50.0
 #: Maximum length of the path of the folder for temporary files, so that the paths of Ray's sockets fit.
 _MAX_FOLDER_BYTES = 18
-#: Number of lines of Ray's logs in a message, and the lines without information about a failure.
+#: Number of lines of Ray's logs in a message.
 _LOG_LINES = 10
-_LOG_NOISE = re.compile(r":(job_id|task_name|actor_name):|.* logging\.cc:\d+: Set ray log level")
 #: The directory that contains the packages of this project.
 _ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("cvt", "pipeline", "jobs", "configs")
 
 
 class ClusterError(ConnectionError):
@@ -67,12 +54,17 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     Raises:
         ClusterError: no cluster answers at the address, or a local Ray or the workers of Ray do not start.
-        ConfigError: the address is `in-process`, which only labeling supports.
+        ConfigError: the address is `in-process`, which only labeling supports; or the working directory
+            has a package with the name of one of this project.
     """
     if address == IN_PROCESS:
         raise ConfigError(f"ray.address: only labeling supports {IN_PROCESS!r}; use null or 'local'")
     address = ray_address(address)
-    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if address == LOCAL else {})).items():
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if address == LOCAL:
+        # Without a token, Ray writes one to the home folder, and every later Ray on this machine requires it.
+        environment |= _LOCAL_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     with interrupts_deferred():  # an interrupted import leaves a broken module
         import ray  # reads its environment variables once, during this import
@@ -81,9 +73,11 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     check_reachable(address)
+    if not address.startswith("ray://"):  # Ray Client: the driver runs on the cluster
+        _check_working_directory()
     # The outer `sigterm_interrupts` removes the handlers of Ray at the end.
-    token, session = (_private_token(), _session_folder()) if address == LOCAL else (nullcontext(),) * 2
-    with sigterm_interrupts(), token, session as folder:
+    session = _session_folder() if address == LOCAL else nullcontext()
+    with sigterm_interrupts(), session as folder:
         # Ray makes its folder accessible to all, so it is one in the private folder.
         local = {} if folder is None else {"include_dashboard": False, "_temp_dir": f"{folder}/r"}
         try:
@@ -99,33 +93,6 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         finally:
             with interrupts_deferred():  # an interrupt would leave processes behind
                 ray.shutdown()
-
-
-@contextmanager
-def _private_token() -> Iterator[None]:
-    """Protects a local Ray by a random token inside the block, unless the environment selects a mode.
-
-    Without a token, Ray writes one to the home folder, and every later Ray on this machine requires it.
-    """
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    if "RAY_AUTH_MODE" in os.environ:
-        yield
-        return
-
-    def read_again() -> None:  # Ray has read the variables at import
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
-    previous = os.environ.get("RAY_AUTH_TOKEN")
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    read_again()
-    try:
-        yield
-    finally:
-        del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
-        os.environ.update({} if previous is None else {"RAY_AUTH_TOKEN": previous})
-        read_again()
 
 
 def _session_folder() -> AbstractContextManager[Path]:
@@ -160,9 +127,7 @@ def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
             logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
             for path in sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime):
                 lines += path.read_text(errors="replace").splitlines()
-        shown = " | ".join(
-            [line for line in lines if line.strip() and not _LOG_NOISE.match(line)][-_LOG_LINES:]
-        )
+        shown = " | ".join([line for line in lines if line.strip() and line[0] != ":"][-_LOG_LINES:])
         raise ClusterError(f"the workers of Ray do not start: {cause}; end of the logs: {shown}") from None
 
 
@@ -177,9 +142,7 @@ def ray_address(address: str | None) -> str:
 
 
 def init_ray(address: str, **options: Any) -> None:
-    """Calls `ray.init`, so that workers import this project's packages from any working directory.
-
-    On a busy machine, a local Ray may not start in time. Then it is started a second time.
+    """Calls `ray.init`, a second time if a local Ray does not start in time on a busy machine.
 
     Raises:
         ClusterError: Ray does not start, or the cluster cannot be used.
@@ -187,13 +150,9 @@ def init_ray(address: str, **options: Any) -> None:
     """
     import ray
 
-    # With Ray Client, the driver runs on the cluster, not in this working directory.
-    if not address.startswith("ray://") and _is_shadowed():
-        # A runtime environment delays the start of workers, so it is set only where needed.
-        options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
     for is_last in (address != LOCAL, True):
         try:
-            with _log_level_line_removed(), _new_processes_stopped():
+            with _new_processes_stopped():
                 ray.init(address=address, **options)
             return
         except SystemExit:  # raised by Ray's handler of SIGTERM
@@ -218,64 +177,21 @@ def _new_processes_stopped() -> Iterator[None]:
         yield
     except BaseException:
         signal.alarm(0)  # with which Ray's core would end the process 3 seconds after SIGTERM
-        for action in ("suspend", "kill"):  # a suspended process starts no further ones
-            for process in set(this.children(recursive=True)) - before:
-                with suppress(psutil.NoSuchProcess):
-                    getattr(process, action)()
+        for process in set(this.children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         raise
 
 
-@contextmanager
-def _log_level_line_removed() -> Iterator[None]:
-    """Removes the line about Ray's log level from standard error.
-
-    Ray has no option for this. Ray's core writes to the file descriptor, so the output is captured there; all
-    other lines are written at the end of the block. Python's `sys.stderr` still writes to the terminal.
-    """
-    # Not closed here: the thread of a progress bar may still hold the stream. Its last reference closes it.
-    stream = os.fdopen(os.dup(2), "w", buffering=1)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            with redirect_stderr(stream):
-                yield
-        finally:
-            os.dup2(stream.fileno(), 2)
-            captured.seek(0)
-            for line in captured:
-                if _LOG_LEVEL_LINE not in line:
-                    os.write(2, line)
-
-
-def _is_shadowed() -> bool:
-    """Returns whether workers would import other packages of the same names.
-
-    Ray puts the working directory of the driver first on `sys.path` of workers, and the script's directory if
-    it is on the driver's `sys.path`.
-    """
-    script = str(Path(sys.argv[0]).resolve().parent)
-    directories = {str(Path.cwd()), *({script} & set(sys.path))}
-    found = (PathFinder.find_spec(name, [path]) for path in directories for name in _PACKAGES)
-    origins = [Path(spec.origin).resolve() for spec in found if spec is not None and spec.origin]
-    return any(origin.parents[1] != _ROOT for origin in origins)
-
-
-def _make_import_hook(root: str, packages: Sequence[str]) -> Callable[[], None]:
-    """Returns a function that a worker calls before Ray changes its `sys.path`."""
-
-    # Nested, so that Ray pickles the function by value: by reference, workers would have to import it first.
-    def import_packages() -> None:
-        import importlib
-        import sys
-        from contextlib import suppress
-
-        sys.path.append(root)  # if the packages are not installed
-        with suppress(ImportError):  # a node that gets the code in another way
-            for name in packages:
-                importlib.import_module(name)
-        sys.path.pop()
-
-    return import_packages
+def _check_working_directory() -> None:
+    """Raises `ConfigError` if workers, which import from there first, would find other packages there."""
+    for name in ("cvt", "pipeline", "jobs", "configs"):
+        found = PathFinder.find_spec(name, [str(Path.cwd())])
+        if found is not None and found.origin and Path(found.origin).resolve().parents[1] != _ROOT:
+            raise ConfigError(
+                f"{found.origin}: the workers of Ray would import this package instead of the package "
+                f"{name!r} of cvt-label. Run the command in another folder, or label with --no-ray"
+            )
 
 
 def check_reachable(address: str) -> None:

@@ -1,9 +1,4 @@
-"""The executor on a Ray cluster: Ray Data runs the stages.
-
-    read tasks -> decode tasks -> classifier actors -> labeled chunks, to the driver
-
-All settings of Ray Data are in this module.
-"""
+"""The executor on a Ray cluster: Ray Data runs read tasks, decode tasks and classifier actors."""
 
 import logging
 import math
@@ -12,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -34,16 +30,10 @@ MAX_READ_TASKS = 10_000
 
 
 class Attempt(NamedTuple):
-    """An attempt at a piece of work.
-
-    Attributes:
-        number: number of the attempt, from 1.
-        results: number of results that earlier attempts may have delivered.
-        error: why the work must not be tried again; None if it must.
-    """
+    """An attempt at a piece of work, from number 1; `error` is why the work must not be tried again."""
 
     number: int
-    results: int
+    results: int  # that earlier attempts may have delivered
     error: str | None
 
 
@@ -109,14 +99,11 @@ class ShardSource(Datasource):
     def __init__(
         self,
         plan: Sequence[Shard],
-        step: ray.ObjectRef[ReadStep],
+        step: ray.ObjectRef[ReadStep],  # with 22,000 class names, a step is too large for each task
         limit: AttemptLimit,
         shards_per_task: int = 1,
     ) -> None:
-        """Creates the source; `step` is a reference, as 22,000 class names are too large for each task.
-
-        A task with several shards by `shards_per_task` reads a chunk of each in turn.
-        """
+        """Creates the source; with `shards_per_task`, a task reads a chunk of each of its shards in turn."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
         self._shards_per_task = max(shards_per_task, math.ceil(len(plan) / MAX_READ_TASKS))
@@ -179,11 +166,8 @@ def _read_shards_in_turn(
     shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
 ) -> Iterator[pa.Table]:
     """Yields a chunk of each shard in turn."""
-    streams = [_read_shards([shard], step, limit) for shard in shards]
-    while streams:
-        chunks = [(stream, chunk) for stream in streams if (chunk := next(stream, None)) is not None]
-        streams = [stream for stream, _ in chunks]
-        yield from (chunk for _, chunk in chunks)
+    for blocks in zip_longest(*(_read_shards([shard], step, limit) for shard in shards)):
+        yield from (block for block in blocks if block is not None)
 
 
 def _process(
@@ -270,7 +254,7 @@ class RayExecutor:
     ) -> Generator[Chunk, None, None]:
         """Yields the labeled chunks of all shards, in any order."""
         settings = self._settings
-        _set_context(settings, stages.max_chunk_seconds(resources.chunk_images))
+        _set_context(settings, stages.max_attempt_seconds)
         limit = AttemptLimit(settings.task_retries + 1)
         source = ShardSource(shards, ray.put(stages.make_read_step(resources)), limit)
         chunks = ray.data.read_datasource(
@@ -317,13 +301,15 @@ class RayExecutor:
             limit.close()
 
 
-def _set_context(settings: RayConfig, max_chunk_seconds: float) -> None:
+def _set_context(settings: RayConfig, max_attempt_seconds: float) -> None:
     context = DataContext.get_current()
     # Ray Data must not merge or split blocks: each block is one chunk.
     context.target_max_block_size = 1
     # Without dropped blocks, no label is lost in a run that succeeds.
     context.max_errored_blocks = 0
-    context.execution_no_progress_timeout_s = max(settings.no_progress_timeout_s, max_chunk_seconds)
+    # A chunk whose every attempt takes too long must not end the job.
+    all_attempts = (settings.task_retries + 1) * max_attempt_seconds
+    context.execution_no_progress_timeout_s = max(settings.no_progress_timeout_s, all_attempts)
     context.override_object_store_memory_limit_fraction = settings.object_store_fraction
     context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio
     # A machine that is removed while an actor starts there must not end the job.

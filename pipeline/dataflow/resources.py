@@ -22,16 +22,13 @@ _MIN_BATCH, _MAX_BATCH = 64, 256
 class Resources:
     """The resources of each stage; chosen once per run, and written to the run record. Memory is in bytes.
 
-    The fractions of CPUs leave some CPUs free, and the number of readers is limited. A reader that waits for
-    a later stage keeps its CPU. The later stage must still have the CPUs that it needs.
+    The number of readers is limited, because a reader that waits for a later stage keeps its CPU.
 
     Attributes:
-        chunk_images: maximum number of images in a chunk.
-        chunk_bytes: maximum number of encoded bytes in a chunk.
+        chunk_images, chunk_bytes: maximum number of images and of encoded bytes in a chunk.
         batch_size: number of images per call of the model.
         readers: number of concurrent read tasks.
-        decoders: number of decode tasks that fit on the cluster next to all other tasks; 0 if classifiers
-            decode.
+        decoders: number of decode tasks that fit next to all other tasks; 0 if classifiers decode.
         concurrent_chunks: number of chunks that a classifier processes at the same time.
         threads: number of CPU threads of a classifier; None for PyTorch's default.
     """
@@ -155,12 +152,10 @@ def _decode_cpus(node_cpus: float) -> float:
 
 
 def _chunk_images(macs: int, size: int, on_gpu: bool) -> int:
-    """Returns the number of images in a chunk.
+    """Returns the number of images in a chunk: for CvT-13 at 224 pixels, 128 on a CPU and 1024 on a GPU.
 
-    Ray's overhead is about 20 ms per chunk. A chunk is so large that classification takes much longer. For
-    CvT-13 at 224 pixels, a chunk has 128 images on a CPU, which takes seconds, and 1024 on a GPU. A chunk is
-    so small that the largest models classify it within a minute, and that pixels do not fill the object
-    store.
+    Classification takes much longer than Ray's overhead of 20 ms per chunk, but at most a minute with the
+    largest models, and the pixels do not fill the object store.
     """
     target = _CHUNK_MACS["cuda" if on_gpu else "cpu"]
     images = min(target // macs, _CHUNK_PIXEL_BYTES // (size**2 * 3))

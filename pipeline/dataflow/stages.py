@@ -1,9 +1,4 @@
-"""The stages that process a chunk: read, decode, classify. Every executor runs these stages.
-
-    shards -> read_step -> decode_step -> Classifier -> labeled chunks
-
-The stages do not depend on the executor.
-"""
+"""The stages that process a chunk, with every executor: `read_step`, `decode_step`, `Classifier`."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
-from pipeline.decode import ImageDecoder, decode, decode_chunk
+from pipeline.decode import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, read_samples, split_into_chunks
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE, StageMetrics, StageTimer
@@ -43,16 +38,9 @@ def read_step(
     max_images: int,
     max_bytes: int,
 ) -> Iterator[Chunk]:
-    """Reads numbered shards in chunks.
+    """Reads shards, given with their index in the plan, in chunks of limited images and encoded bytes.
 
     A retry yields the same chunks, because the versions of the shards are pinned.
-
-    Args:
-        shards: shards with their index in the plan.
-        storage: access to the input.
-        options: how to read samples.
-        max_images: maximum number of images in a chunk.
-        max_bytes: maximum number of encoded bytes in a chunk.
     """
     timer, before = StageTimer(), retry_counts()
     for number, shard in shards:
@@ -139,9 +127,10 @@ class Stages:
             timeout_s=self.decode_timeout_s,
         )
 
-    def max_chunk_seconds(self, images: int) -> float:
-        """Returns the maximum seconds for a chunk that is decoded, decoded in isolation, and classified."""
-        return 2 * images * self.decode_timeout_s + self.classify_timeout_s
+    @property
+    def max_attempt_seconds(self) -> float:
+        """Maximum seconds of an attempt at a chunk, which is decoded and classified."""
+        return CHUNK_TIMEOUTS * self.decode_timeout_s + self.classify_timeout_s
 
 
 class Classifier:

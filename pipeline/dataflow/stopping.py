@@ -1,20 +1,14 @@
 """Stopping a run: signals, the grace period and aborting, as one state machine (`StopController`).
 
-    state      meaning
-    RUNNING    no stop was requested
-    DRAINING   a stop was requested: open shards are finished, results of other shards are discarded
-    ABORTED    a second request arrived, or the grace period ended: open shards are abandoned
-
-    state      event                                 next state  effect
-    RUNNING    SIGTERM or Ctrl-C                     DRAINING    the grace period starts
-    RUNNING    SIGTERM or Ctrl-C, no grace period    ABORTED     interrupt
-    DRAINING   SIGTERM or Ctrl-C                     ABORTED     interrupt
-    DRAINING   the grace period ends                 ABORTED     interrupt
-    ABORTED    any                                   ABORTED     interrupt
+    state      event                             next state  effect
+    RUNNING    SIGTERM or Ctrl-C                 DRAINING    open shards are finished, others are not started
+    RUNNING    the same, without a grace period  ABORTED     interrupt: open shards are abandoned
+    DRAINING   the same, or the grace period ends ABORTED    interrupt
+    ABORTED    any                               ABORTED     interrupt
 
 An interrupt raises KeyboardInterrupt in the main thread. Inside `StopController.until_aborted`, an interrupt
 ends only that block, so that complete shards are still committed. `StopController.raise_if_requested` then
-ends the run: it raises nothing in RUNNING, `Stopped` in DRAINING, and KeyboardInterrupt in ABORTED.
+ends the run.
 """
 
 import signal

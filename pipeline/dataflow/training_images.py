@@ -30,7 +30,6 @@ class TrainingImages:
     """The samples with a target of some shards: columns `image`, uint8 (size * size * 3), and `target`.
 
     Attributes:
-        max_pixels: maximum number of pixels of an image; a larger image is skipped.
         counts: an empty queue, which is empty again after `load`.
         block_images: number of images of a block, the unit in which cached images are shuffled.
         usable: number of samples in the datasets.

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -45,6 +46,9 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
 #: side, however few pixels the image has: about 30 MB at this limit, gigabytes for the longest row that a PNG
 #: can have.
 MAX_SIDE = 1 << 20
+
+#: Decoding a chunk takes at most this number times the maximum time of an image.
+CHUNK_TIMEOUTS = 10
 
 
 class Orientation(NamedTuple):
@@ -285,15 +289,22 @@ def decode_chunk(
     timeout_s: float = TIMEOUT_S,
     decode_image: ImageDecoder = decode,
 ) -> Chunk:
-    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`."""
+    """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`.
+
+    The images share half of the time of the chunk equally. The other half is for slow images, in order.
+    """
     samples = chunk.samples
     size = preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
     outcomes, decoded_count = [], 0
+    left = CHUNK_TIMEOUTS / 2 * timeout_s
+    share = left / max(1, samples.num_rows)
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
-            decoded = decode_image(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast, timeout_s)
+            limit, start = min(timeout_s, max(left, share)), monotonic()
+            decoded = decode_image(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast, limit)
+            left -= min(limit, monotonic() - start)  # the limit is one of CPU time, which is shorter
         if decoded.pixels is not None:
             pixels[decoded_count] = decoded.pixels
             decoded_count += 1

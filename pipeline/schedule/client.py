@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 #: Variables with the address of a cluster. Ray prefers them to an address that is passed as an argument.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
-_MAX_RECONNECTIONS = 10  # consecutive reconnections to one log
+_MAX_RECONNECTIONS = 10  # in a row
 _POLL_SECONDS = 1.0
 
 #: Environment variable of the job that contains the configuration.
@@ -111,19 +110,14 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class Submission:
-    """A labeling job to submit.
-
-    The job receives only the configuration, and nothing else of the submitter's environment. The
-    configuration contains no secret, because the cluster has its own credentials.
+    """A labeling job to submit. The job receives the configuration, and no secret of the submitter.
 
     Attributes:
-        config: the job's configuration. `ray.address` is ignored, because the job runs on the cluster that
-            receives the submission.
+        config: the job's configuration. `ray.address` is ignored.
         idempotency_key: usually the scheduled time. The cluster accepts one job per dataset, model and key.
         selection: the shards to label in addition to new ones.
         submit_config: how the job runs on its cluster. The address is not used here.
-        wait: whether the job waits for other runs on the same partition to end, for example runs of another
-            input.
+        wait: whether the job waits for other runs on the same partition to end.
     """
 
     config: Config
@@ -134,10 +128,8 @@ class Submission:
 
     def __post_init__(self) -> None:
         if not _IDEMPOTENCY_KEY.fullmatch(self.idempotency_key):
-            expected = (
-                "use 1 to 40 letters, digits, dots, hyphens and underscores; start with a letter or digit"
-            )
-            raise ValueError(f"idempotency key {self.idempotency_key!r}: {expected}")
+            expected = "1 to 40 letters, digits, dots, hyphens and underscores; start with a letter or digit"
+            raise ValueError(f"idempotency key {self.idempotency_key!r}: use {expected}")
 
     @property
     def id(self) -> str:
@@ -291,33 +283,24 @@ class JobClient:
     def follow(self, job_id: str, write: Callable[[str], None]) -> SubmittedJob:
         """Passes the log of a job to `write` until the job is finished; returns the finished job.
 
-        Reconnects after a lost connection, without repeating text. Raises `UnknownJobError`.
+        Reconnects if the cluster does not answer for a while. Raises `UnknownJobError`.
         """
-        import aiohttp
-
-        job, written, failures = self.job(job_id), 0, 0
-
-        async def pass_log() -> None:
-            nonlocal written, failures
-            received = 0
-            async for text in self._client.tail_job_logs(job_id):
-                received += len(text)
-                if received > written:
-                    write(text[written - received :])
-                    written, failures = received, 0
-
+        written = failures = 0
         while True:
             try:
-                asyncio.run(pass_log())
-                job = self.job(job_id)
-            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                job = self.job(job_id)  # before the log, which is complete if the job is finished
+                log = self.logs(job_id)
+            except ClusterError:
                 failures += 1
                 if failures > _MAX_RECONNECTIONS:
-                    raise ClusterError(
-                        f"{self.address}: cannot follow the log of job {job_id}: {error}"
-                    ) from None
-            if job.is_finished:
-                return job
+                    raise
+            else:
+                failures = 0
+                if log[written:]:
+                    write(log[written:])
+                written = len(log)
+                if job.is_finished:
+                    return job
             time.sleep(_POLL_SECONDS)
 
     def stop(self, job_id: str) -> SubmittedJob:

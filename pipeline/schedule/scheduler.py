@@ -1,9 +1,8 @@
 """Submits a labeling job for each dataset of a list when the dataset is due, once per scheduled time.
 
-A poll writes a claim for the scheduled time, submits the job, and writes that the job is submitted. A later
-poll writes how the job ended. All state of a scheduler is in the datasets' state files. These change by
-conditional writes only. The job's id derives from the scheduled time, and the cluster accepts an id once.
-Therefore a scheduler may die at any point, and several may run at the same time.
+A poll submits the job that is due and writes its id to the dataset's state file. A later poll writes how the
+job ended. The job's id derives from the scheduled time, the cluster accepts an id once, and state files
+change by conditional writes only. So a scheduler may die at any point, and several may run at the same time.
 """
 
 import logging
@@ -32,17 +31,10 @@ _MAX_STATE_BYTES = 1024**2
 
 
 class CurrentJob(BaseModel):
-    """The job of a claimed scheduled time, until the job is finished.
-
-    Attributes:
-        submitted: whether the job is known to be on the cluster.
-        error: why the last submission attempt failed.
-    """
+    """The job of the last scheduled time, until the job is known to be finished."""
 
     scheduled_time: datetime
     id: str
-    submitted: bool = False
-    error: str | None = None
 
 
 class SkippedTime(BaseModel):
@@ -56,8 +48,9 @@ class DatasetState(BaseModel):
     """The scheduler's state of a dataset.
 
     Attributes:
-        handled_until: scheduled times up to this time are claimed or skipped.
+        handled_until: scheduled times up to this time are submitted or skipped.
         last_job: the last finished or lost job.
+        last_error: why the last submission failed; None after a submission.
     """
 
     dataset: str
@@ -65,6 +58,7 @@ class DatasetState(BaseModel):
     current_job: CurrentJob | None = None
     last_job: SubmittedJob | None = None
     last_skipped: SkippedTime | None = None
+    last_error: str | None = None
 
 
 class StateFile:
@@ -85,9 +79,7 @@ class StateFile:
         try:
             return DatasetState.model_validate_json(file.read())
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            cause = f"field {field}: {first['msg']}" if field else first["msg"]
+            cause = " ".join(str(error).split())
             raise StorageError(self.uri, f"not a schedule state file: {cause}") from None
 
     def write(self, state: DatasetState, **changes: object) -> DatasetState:
@@ -147,7 +139,7 @@ class Scheduler:
 
         An error of one dataset does not affect the others.
         """
-        self._connection = None  # connects at most once per poll, and only if needed
+        self._connection = None
         errors = {}
         for name, dataset in self._config.datasets.items():
             try:
@@ -167,44 +159,32 @@ class Scheduler:
             _logger.info("%s: added; its first job runs at the next scheduled time", name)
             file.write(DatasetState(dataset=name, handled_until=self._clock()))
             return
-        if state.current_job is not None and not state.current_job.submitted:
-            state = self._submit(file, state, state.current_job, dataset)
         if state.current_job is not None:
             state = self._update_finished(file, state, state.current_job)
         due = last_scheduled_time(dataset, self._clock())
         if due <= state.handled_until:
             return
-        if state.current_job is not None:
-            skipped = SkippedTime(scheduled_time=due, reason=f"job {state.current_job.id} is not finished")
-            _logger.info("%s: scheduled time %s skipped: %s", name, due, skipped.reason)
-            file.write(state, handled_until=due, last_skipped=skipped)
-            return
-        claim = CurrentJob(scheduled_time=due, id=self._submission(dataset, due).id)
-        self._submit(file, file.write(state, handled_until=due, current_job=claim), claim, dataset)
-
-    def _submit(
-        self, file: StateFile, state: DatasetState, claim: CurrentJob, dataset: DatasetConfig
-    ) -> DatasetState:
-        """Submits the job of a claimed scheduled time unless it is on the cluster; returns the new state."""
-        submission, job_id = self._submission(dataset, claim.scheduled_time), claim.id
+        selection = Selection(retry_errors=dataset.retry_errors, prune=dataset.prune)
+        # Datasets may share an output. Their jobs then wait for each other.
+        submission = Submission(dataset.job, minute_key(due), selection, self._config.submit, wait=True)
+        job = CurrentJob(scheduled_time=due, id=submission.id)
+        changes: dict[str, object] = {"handled_until": due, "current_job": job, "last_error": None}
         try:
-            # The job's id differs from the claimed id if the configuration has changed since the claim.
-            if submission.id == job_id or self._client().find(job_id) is None:
-                job_id = submission.id
-                self._client().submit(submission)
-                _logger.info("%s: job for %s submitted: %s", state.dataset, claim.scheduled_time, job_id)
-        except AlreadySubmittedError:
+            if state.current_job is not None:
+                raise StillRunningError(f"job {state.current_job.id} is not finished")
+            self._client().submit(submission)
+            _logger.info("%s: job for %s submitted: %s", name, due, submission.id)
+        except AlreadySubmittedError:  # by another scheduler, or by one that died before it wrote the state
             pass
         except StillRunningError as error:
-            _logger.info("%s: scheduled time %s skipped: %s", state.dataset, claim.scheduled_time, error)
-            skipped = SkippedTime(scheduled_time=claim.scheduled_time, reason=str(error))
-            return file.write(state, current_job=None, last_skipped=skipped)
+            _logger.info("%s: scheduled time %s skipped: %s", name, due, error)
+            del changes["current_job"]
+            changes["last_skipped"] = SkippedTime(scheduled_time=due, reason=str(error))
         except Exception as error:
-            if claim.error != (message := remove_secrets(str(error))):
-                file.write(state, current_job=claim.model_copy(update={"error": message}))
+            if state.last_error != (message := remove_secrets(str(error))):
+                file.write(state, last_error=message)
             raise
-        submitted = CurrentJob(scheduled_time=claim.scheduled_time, id=job_id, submitted=True)
-        return file.write(state, current_job=submitted)
+        file.write(state, **changes)
 
     def _update_finished(self, file: StateFile, state: DatasetState, current: CurrentJob) -> DatasetState:
         """Writes the outcome of a submitted job if the job is finished; returns the new state."""
@@ -216,16 +196,11 @@ class Scheduler:
         return file.write(state, current_job=None, last_job=job)
 
     def _client(self) -> JobClient:
-        if self._connection is None:
-            try:
-                self._connection = self._connect()
-            except ClusterError as error:
-                self._connection = error
+        """Returns the client of the cluster; connects at most once per poll, also after an error."""
+        try:
+            self._connection = self._connection or self._connect()
+        except ClusterError as error:
+            self._connection = error
         if isinstance(self._connection, ClusterError):
             raise self._connection
         return self._connection
-
-    def _submission(self, dataset: DatasetConfig, scheduled_time: datetime) -> Submission:
-        selection = Selection(retry_errors=dataset.retry_errors, prune=dataset.prune)
-        # Datasets may share an output. Their jobs then wait for each other.
-        return Submission(dataset.job, minute_key(scheduled_time), selection, self._config.submit, wait=True)

@@ -174,12 +174,18 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
             preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None
-        _warn(architecture)
-        return TrainingModel(CvtForImageClassification(architecture), preprocessor)
+        made = TrainingModel(CvtForImageClassification(architecture), preprocessor)
+    else:
+        made = _load_model(config)
+    if problem := transformers_problem(made.model.config):
+        logger.warning("%s; cvt-label can load and use this model", problem)
+    return made
+
+
+def _load_model(config: TrainConfig) -> TrainingModel:
     assert config.model.pretrained is not None  # the configuration has either `new` or `pretrained`
     checkpoint = open_checkpoint(make_storage(config.storage), config.model.pretrained, config.model.revision)
     model, labels = checkpoint.to_transformers(), config.model.labels
-    _warn(model.config)
     model.config.problem_type = None  # the loss is that of one class per image
     if labels is not None and tuple(labels) != checkpoint.labels:
         model.config.update(label_fields(labels))
@@ -188,8 +194,3 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
         nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
         nn.init.zeros_(model.classifier.bias)
     return TrainingModel(model, checkpoint.preprocessor, checkpoint.digest)
-
-
-def _warn(config: CvtConfig) -> None:
-    if problem := transformers_problem(config):
-        logger.warning("%s; cvt-label can load and use this model", problem)

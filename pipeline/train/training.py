@@ -146,7 +146,7 @@ def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, que
     skipped = images.skipped.total()
     total = images.usable + skipped
     reasons = "".join(f", {reason}: {count:,}" for reason, count in images.skipped.most_common())
-    summary = f"{name}: {pluralize(total, 'image')}, {skipped:,} without use{reasons}"
+    summary = f"{name}: {pluralize(total, 'image')}, {skipped:,} skipped{reasons}"
     if skipped > config.max_skipped_fraction * total or not images.usable:
         raise ConfigError(
             f"{summary}; the limit is {config.max_skipped_fraction:.0%} (max_skipped_fraction). Check the "
@@ -232,7 +232,7 @@ class _Reporter:
         The models of a training differ in their weights only, which are written last, in one atomic step.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self._trainer.save(Path(folder))
+            save_checkpoint(self._trainer.model, self._prepared.model.preprocessor, Path(folder))
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 self._write(f"{self._prepared.config.model_uri}/{file.name}", file.read_bytes())
 
@@ -269,10 +269,10 @@ class _Trainer:
     ) -> None:
         self.epoch, self.step, self.best = 0, 0, cast(Metrics | None, None)
         self._optimization, self._steps_per_epoch, self._rank = optimization, steps_per_epoch, rank
-        self._model, self._preprocessor, _ = model
+        self.model, self._preprocessor, _ = model
         self._device, self._loss_sum = device, torch.zeros((), device=device)
-        self._parallel = prepare(self._model)
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._parallel = prepare(self.model)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Weight decay applies to matrices and filters, not to biases and normalization layers.
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimization.weight_decay},
@@ -320,12 +320,12 @@ class _Trainer:
 
     def train_step(self, pixels: Tensor, targets: Tensor) -> None:
         """Updates the model with normalized pixels (n, 3, size, size) and targets (n,)."""
-        self._model.train()
+        self.model.train()
         logits = self._parallel(pixels).logits
         loss = F.cross_entropy(logits, targets, label_smoothing=self._optimization.label_smoothing)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self._model.parameters(), self._optimization.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._optimization.max_grad_norm)
         self._optimizer.step()
         self._scheduler.step()
         self._loss_sum += loss.detach()
@@ -341,24 +341,20 @@ class _Trainer:
     @torch.inference_mode()
     def evaluate(self, images: ray.data.Dataset) -> dict[str, float]:
         """Returns loss and top-1 accuracy over all images."""
-        self._model.eval()
+        self.model.eval()
         loss = correct = count = 0.0
         for batch in images.iter_batches(batch_size=256, batch_format="pyarrow"):
             pixels, targets = self._tensors(batch)
-            logits = self._model(pixels).logits
+            logits = self.model(pixels).logits
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             correct += (logits.argmax(dim=1) == targets).sum().item()
             count += len(targets)
         return {"loss": loss / count, "accuracy": correct / count}
 
-    def save(self, folder: Path) -> None:
-        """Writes the model to a local folder."""
-        save_checkpoint(self._model, self._preprocessor, folder)
-
     def state(self) -> dict[str, Any]:
         """Returns the state with which a training continues from the current step."""
         return {
-            "model": self._model.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "epoch": self.epoch,
@@ -369,7 +365,7 @@ class _Trainer:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continues from a result of `state`."""
-        self._model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]

@@ -642,27 +642,33 @@ def test_chunk_without_valid_images_has_no_pixels() -> None:
     assert chunk.pixels.shape == (0, 32, 32, 3)
 
 
-def test_all_images_of_a_chunk_have_the_same_timeout() -> None:
+def test_slow_images_of_a_chunk_share_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     timeouts: list[float] = []
+    now = 0.0
+    monkeypatch.setattr("pipeline.decode.cpu.monotonic", lambda: now)
 
     def decode_image(
         data: bytes, preprocessor: object, max_pixels: int, fast: bool, timeout_s: float
     ) -> Decoded:
+        nonlocal now
         timeouts.append(timeout_s)
+        now += timeout_s if data == b"slow" else 0.001
         detail = DecodeDeadline(timeout_s).message if data == b"slow" else "broken"
         return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, detail))
 
-    images = [b"slow", b"other", *[b"slow"] * 8]
+    images = [b"slow", b"other"] * 20
     samples = pa.table(
         {
-            "key": [str(number) for number in range(10)],
-            "target": pa.nulls(10, pa.int32()),
-            "error": pa.nulls(10, pa.string()),
+            "key": [str(number) for number in range(40)],
+            "target": pa.nulls(40, pa.int32()),
+            "error": pa.nulls(40, pa.string()),
             "image": pa.array(images, pa.large_binary()),
         }
     )
     decode_chunk(Chunk(0, 0, samples), PREPROCESSOR, LIMIT, timeout_s=60, decode_image=decode_image)
-    assert timeouts == [60] * 10
+    assert timeouts[:6] == [60] * 6
+    assert min(timeouts) == 300 / 40
+    assert 400 < now < 600
 
 
 def test_pillow_warnings_are_hidden_only_while_decoding() -> None:

@@ -94,11 +94,6 @@ class Bench:
         return len((self.folder / "runs").read_text().splitlines())
 
 
-def is_submitted(state: DatasetState) -> bool:
-    """Returns whether the dataset's job is submitted and not known to be finished."""
-    return state.current_job is not None and state.current_job.submitted and state.current_job.error is None
-
-
 @pytest.fixture
 def bench(cluster: str, tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path, cluster)
@@ -119,7 +114,7 @@ def test_scheduled_time_is_submitted_once_or_skipped_while_a_job_runs(bench: Ben
     (job,) = bench.jobs()
     assert job.id.endswith("-20260301T1300Z")
     assert job.entrypoint.endswith(" --wait")  # datasets may share an output
-    assert is_submitted(bench.state("a", config))
+    assert bench.state("a", config).current_job is not None
 
     bench.now = NOON + 2 * HOUR
     assert not scheduler.poll()
@@ -153,8 +148,8 @@ class Killed(BaseException):
 def test_job_runs_once_when_a_scheduler_dies_at_any_step(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dies before and after the claim, the submission, and the write that records the submission."""
-    points = [(step, when) for step in ("claim", "submit", "record") for when in ("before", "after")]
+    """Dies before and after the submission, and the write that records the submission."""
+    points = [(step, when) for step in ("submit", "record") for when in ("before", "after")]
     names = [f"{when}-{step}" for step, when in points]
     config = bench.configure(*names)
     bench.scheduler(config).poll()
@@ -167,7 +162,7 @@ def test_job_runs_once_when_a_scheduler_dies_at_any_step(
                 bench.scheduler(mine).poll()
         for _ in range(2):
             assert not bench.scheduler(mine).poll()
-        assert is_submitted(bench.state(name, config))
+        assert bench.state(name, config).current_job is not None
     assert bench.end_jobs() == len(points)
     assert len(bench.jobs()) == len(points)
     assert not bench.scheduler(config).poll()
@@ -180,7 +175,6 @@ def test_job_runs_once_when_a_scheduler_dies_at_any_step(
 def _kill_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
     """Makes a scheduler die before or after a step."""
     write, submit = Storage.write, JobClient.submit
-    writes = 0
 
     def kill_if(is_step: bool, action: Callable[[], object]) -> object:
         if is_step and when == "before":
@@ -191,11 +185,7 @@ def _kill_at(patch: pytest.MonkeyPatch, step: str, when: str) -> None:
         return result
 
     def killing_write(self: Storage, uri: str, data: bytes, expected: str | None = None) -> ObjectInfo:
-        nonlocal writes
-        writes += 1
-        result = kill_if(
-            writes == {"claim": 1, "record": 2}.get(step), lambda: write(self, uri, data, expected)
-        )
+        result = kill_if(step == "record", lambda: write(self, uri, data, expected))
         assert isinstance(result, ObjectInfo)
         return result
 
@@ -223,7 +213,7 @@ def test_two_concurrent_schedulers_submit_each_time_once(bench: Bench) -> None:
         for future in [pool.submit(race) for _ in range(2)]:
             future.result()
     assert bench.end_jobs() == len(names)
-    assert all(is_submitted(bench.state(name, config)) for name in names)
+    assert all(bench.state(name, config).current_job for name in names)
 
 
 def test_unreachable_cluster_and_broken_dataset_affect_no_other_dataset(bench: Bench) -> None:
@@ -235,17 +225,19 @@ def test_unreachable_cluster_and_broken_dataset_affect_no_other_dataset(bench: B
     assert "not a schedule state file" in errors["a"]
     assert "no Ray cluster answers" in errors["b"]
     state = bench.state("b", unreachable)
-    assert state.current_job is not None
-    assert not state.current_job.submitted
-    assert "no Ray cluster answers" in (state.current_job.error or "")
+    assert state.current_job is None
+    assert "no Ray cluster answers" in (state.last_error or "")
+    shown = invoke(schedule, "--config", bench.file, "--status", status=4)
+    assert "b  error      no Ray cluster answers" in shown.output
 
     config = bench.configure("a", "b")
-    bench.now += 2 * HOUR  # the claimed time is submitted first; later times find its job running
-    assert set(bench.scheduler(config).poll()) == {"a"}
-    assert [job.metadata["idempotency_key"] for job in bench.jobs()] == ["20260301T1300Z"]
+    bench.now += 2 * HOUR  # one job for the times that were missed
+    for _ in range(2):
+        assert set(bench.scheduler(config).poll()) == {"a"}
+    assert [job.metadata["idempotency_key"] for job in bench.jobs()] == ["20260301T1500Z"]
     state = bench.state("b", config)
-    assert is_submitted(state)
-    assert state.last_skipped is not None
+    assert state.current_job is not None
+    assert state.last_error is None
 
 
 def test_scheduled_time_is_skipped_while_a_manual_job_runs(bench: Bench) -> None:
@@ -264,7 +256,7 @@ def test_scheduled_time_is_skipped_while_a_manual_job_runs(bench: Bench) -> None
 
 def test_job_that_the_cluster_no_longer_has_is_lost(bench: Bench) -> None:
     config = bench.configure("a")
-    lost = CurrentJob(scheduled_time=NOON, id="lost", submitted=True)
+    lost = CurrentJob(scheduled_time=NOON, id="lost")
     state = DatasetState(dataset="a", handled_until=NOON, current_job=lost)
     StateFile("a", config.datasets["a"]).write(state)
     assert not bench.scheduler(config).poll()

@@ -152,9 +152,9 @@ def test_progress_has_step_and_remaining_time(trained: Trained) -> None:
     assert trained.progress[5]["train_loss"] == pytest.approx(trained.epochs[0]["train_loss"])
 
 
-def test_images_without_use_are_counted_by_reason(trained: Trained) -> None:
-    assert "train: 196 images, 4 without use, unsupported format: 2, no target: 2" in trained.log
-    assert "validation: 98 images, 2 without use, unsupported format: 1, no target: 1" in trained.log
+def test_skipped_images_are_counted_by_reason(trained: Trained) -> None:
+    assert "train: 196 images, 4 skipped, unsupported format: 2, no target: 2" in trained.log
+    assert "validation: 98 images, 2 skipped, unsupported format: 1, no target: 1" in trained.log
 
 
 def test_training_interrupted_within_an_epoch_continues_exactly(
@@ -313,7 +313,7 @@ def test_two_workers_train_on_equal_parts(ray_local: None, shards: Path, tmp_pat
 def test_training_without_usable_targets_ends_with_the_reasons(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
-    reasons = "196 images, 151 without use, target is no class: 147, unsupported format: 2, no target: 2"
+    reasons = "196 images, 151 skipped, target is no class: 147, unsupported format: 2, no target: 2"
     with pytest.raises(ConfigError, match=f"{reasons}; the limit is 50%"):
         run(config(shards, tmp_path, "model.new.labels=[cat,dog]"))
 
