@@ -1,8 +1,6 @@
 """The output contract: name, columns, Parquet bytes and footer of a shard's prediction file.
 
-Programs outside this project read prediction files, and all other output can be rebuilt from them. A
-prediction file has no information about a run or a time. The same shard, labeled with the same fingerprint on
-the same kind of device, therefore has the same bytes.
+A prediction file has no information about a run or a time: repeated labeling writes the same bytes.
 """
 
 import base64
@@ -23,16 +21,13 @@ from pipeline.text import remove_secrets
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
 _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
 
-# A leading `.` or `_` hides a file from Spark, DuckDB and others, and includes `.` and `..`. A slash at the
-# start, at the end or after another slash would create an empty part.
+# A leading `.` or `_` hides a file from Spark and others. Other slashes would create an empty part.
 _UNSAFE_POSITIONS = re.compile(r"(?:^|(?<=/))[._/]|/$")
 
-#: Maximum bytes of a part of a path, the limit of common file systems, and of a whole path. An object key has
-#: at most 1,024 bytes, so that 224 bytes remain for the output URI.
+#: Maximum bytes of a part of a path, as in common file systems, and of a path: 224 bytes of a key remain.
 MAX_PART_BYTES = 255
 MAX_PATH_BYTES = 800
 
-# An incomplete percent escape at the end of a truncated path.
 _BROKEN_ESCAPE = re.compile(r"%[0-9A-F]?$")
 
 #: Rows per row group: enough for good compression, and few enough for readers to skip row groups.
@@ -46,12 +41,10 @@ def prediction_path(shard_uri: str) -> str:
 
     `s3://b/train/0000.tar` becomes `s3/b/train/0000.tar.parquet`, and `/data/x.tar` becomes
     `file/data/x.tar.parquet`. Characters are percent-encoded if they could leave the folder, hide the file,
-    or have a meaning for globs or readers of Hive partitions. `%` is encoded too, so that the path decodes to
-    the normalized URI.
+    or have a meaning for globs or Hive partitions. `%` is encoded too: the path decodes to the URI.
 
-    A path is truncated if a part has more than 255 bytes, or the path has more than 800 bytes. A truncated
-    path ends in `%7E` (a tilde) and 160 bits of a hash of the URI. No other path has this escape, because a
-    tilde is not encoded. Two URIs therefore never share a path.
+    A path over the limits is truncated, and ends in `%7E` and 160 bits of a hash of the URI. No other path
+    has this escape, because a tilde is not encoded. Two URIs therefore never share a path.
     """
     scheme, separator, rest = shard_uri.partition("://")
     path = f"{scheme}/{rest}" if separator else f"file{shard_uri}"
@@ -67,7 +60,6 @@ def is_allowed_path(path: str) -> bool:
 
 
 def _truncate_path(path: str, uri: str) -> str:
-    """Truncates a path to the limits, and appends a hash of the URI."""
     suffix = f"%7E{hashlib.blake2b(uri.encode(), digest_size=20).hexdigest()}.parquet"
     parts = path.encode()[: MAX_PATH_BYTES - len(suffix)].split(b"/")
     too_long = (i for i, part in enumerate(parts) if len(part) > MAX_PART_BYTES)
@@ -118,8 +110,7 @@ def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> li
 class ErrorCategory(StrEnum):
     """The categories of sample errors: the text of the column `error` before its first colon.
 
-    The categories are part of the output contract. A category has no colon and no digit, and its text never
-    changes, so that `split_part(error, ':', 1)` groups errors in SQL.
+    A category has no colon and no digit, and never changes: `split_part(error, ':', 1)` groups errors in SQL.
     """
 
     INVALID_KEY = "invalid key"  # a key of more than 4 KiB, or a value that has no text
@@ -153,11 +144,9 @@ class Footer:
     """The metadata in a prediction file's footer.
 
     Attributes:
-        shard: URI of the shard.
-        version, format, size: Version, format and size in bytes of the shard when it was labeled.
+        shard, version, format, size: URI, version, format and size in bytes of the labeled shard.
         fingerprint: Fingerprint of the labels.
-        rows: Number of samples.
-        errors: Number of samples that could not be classified.
+        rows, errors: Number of samples, and of those that could not be classified.
         duplicate_keys: Number of samples whose key occurs earlier in the shard.
         unmatched_targets: Number of samples whose own label is not a class of the model.
         statistics: Partial class statistics of the shard, from `serialize_statistics`.
@@ -215,12 +204,9 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
 
 
 def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tuple[Footer, pa.Table] | None:
-    """Reads the footer and some columns of a prediction file's current version.
+    """Returns the footer and some columns of a prediction file; None if the file does not exist.
 
-    The version in the manifest is not required, because the files of a copied partition have new versions.
-
-    Returns:
-        The footer and the columns; None if the file does not exist.
+    Reads the current version, because the files of a copied partition have other versions than its manifest.
 
     Raises:
         StorageError: The file cannot be read, or is not a prediction file.

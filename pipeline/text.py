@@ -5,8 +5,7 @@ import unicodedata
 
 MAX_LINE_LENGTH = 200
 
-# Joiners are invisible. Persian, Hindi and emoji need them to join or separate characters. In other text,
-# joiners only hide a difference between names.
+# Invisible characters that Persian, Hindi and emoji need. Elsewhere, they only hide a difference of names.
 _JOINERS = "\u200c\u200d"
 
 _PORT = r"\d{1,5}(?=[/?#\s\"',;)\]]|$)"
@@ -38,20 +37,14 @@ _SECRETS = (
 def escape_unprintable(text: str, keep: str = "") -> str:
     r"""Returns text in which invisible characters are escaped as in Python, for example as `\x1b`.
 
-    Line breaks and all characters of Unicode's categories C are escaped. These categories are control
-    characters, which a terminal executes; format characters, which have no width or change the direction of
-    text; surrogates; private and unassigned characters. A name in a bucket may contain such characters, and
-    could then forge a line or imitate another name. All other characters stay: letters of all scripts,
-    spaces, and emoji with their joiners.
-
-    Args:
-        text: The text.
-        keep: Characters that are not escaped.
+    These are line breaks and Unicode's categories C: control, format, surrogate, private and unassigned
+    characters. A name in a bucket with such characters could forge a line or imitate another name. Letters of
+    all scripts, spaces, emoji with their joiners, and the characters in `keep` stay.
     """
     if text.isprintable():
         return text
     return "".join(
-        c if _is_visible(c) or c in keep or _is_joiner(text, i) else c.encode("unicode_escape").decode()
+        c if _is_visible(c) or c in keep or _needs_joiner(text, i) else c.encode("unicode_escape").decode()
         for i, c in enumerate(text)
     )
 
@@ -60,18 +53,15 @@ def _is_visible(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs"
 
 
-def _is_joiner(text: str, i: int) -> bool:
-    """Returns whether a joiner is between two visible characters outside ASCII, which may need the joiner."""
+def _needs_joiner(text: str, i: int) -> bool:
+    """Returns whether the character is a joiner between two visible characters outside ASCII."""
     neighbors = text[max(0, i - 1) : i] + text[i + 1 : i + 2]
     is_between = len(neighbors) == 2 and all(c > "\x7f" and _is_visible(c) for c in neighbors)
     return text[i] in _JOINERS and is_between
 
 
 def remove_secrets(text: str) -> str:
-    """Returns text in which `***` replaces passwords in addresses, and keys, tokens and signatures.
-
-    Messages of libraries pass through this function on their way to a terminal, a log or a record.
-    """
+    """Returns text in which `***` replaces passwords in addresses, and keys, tokens and signatures."""
     for pattern in _SECRETS:
         text = pattern.sub(r"\1***\2", text)
     return text

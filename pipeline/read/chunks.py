@@ -1,7 +1,6 @@
 """Chunks: some hundred samples of one shard, and their conversion to Arrow blocks for Ray Data.
 
-A chunk is one row of a block, so that Ray can neither split nor merge chunks. The row also holds the index
-of the shard and the position in the shard, because chunks may arrive in any order.
+A chunk is one row of a block, so that Ray can neither split nor merge chunks.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-#: Columns of samples that a reader returns.
-SAMPLE_FIELDS = pa.struct(
+_SAMPLE_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("target", pa.int32()),
@@ -31,10 +29,8 @@ SAMPLE_FIELDS = pa.struct(
         ("image", pa.large_binary()),
     ]
 )
-
-
 #: The samples of a chunk without samples.
-NO_SAMPLES = pa.schema(list(SAMPLE_FIELDS)).empty_table()
+NO_SAMPLES = _SAMPLE_SCHEMA.empty_table()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +43,12 @@ class Chunk:
         samples: One row per sample; the columns depend on the stage.
         total: Number of samples of the shard; only in the last chunk of the shard.
         error: Cause of a shard that cannot be read further; only in the last chunk of the shard.
-        pixels: uint8 (images, height, width, 3), the pixels of the samples without an error, in order. A
-            tensor on the classifier's device if the images were decoded there.
+        pixels: uint8 (images, height, width, 3) of the samples without an error, as an array, or a tensor on
+            the classifier's device.
         transient: Whether a later attempt may succeed.
         encoded_bytes: Size of the encoded images in bytes.
         retries: Number of retried storage failures while the chunk was read, by kind.
-        metrics: Metrics by stage. No result depends on the metrics.
+        metrics: Metrics by stage.
     """
 
     shard: int
@@ -110,11 +106,10 @@ def _one_binary(content: np.ndarray) -> pa.Array:
 def split_into_chunks(
     samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int, uri: str = ""
 ) -> Iterator[Chunk]:
-    """Splits the samples of a shard into chunks. The last chunk has the total number of samples.
+    """Splits the samples of a shard into one or more chunks. Every attempt yields the same chunks.
 
-    The split depends only on the samples, so that every attempt yields the same chunks. Each shard yields at
-    least one chunk. The last chunk of a shard that cannot be read to its end has the error and no samples,
-    because an exception would end the job with the work on all other shards.
+    The last chunk of a shard that cannot be read to its end has the error and no samples, because an
+    exception would end the job.
 
     Args:
         samples: The samples of the shard, which may raise `ShardError`.
@@ -150,8 +145,6 @@ def _size(sample: Sample) -> int:
 
 
 def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:
-    columns = [
-        pa.array([getattr(sample, field.name) for sample in samples], field.type) for field in SAMPLE_FIELDS
-    ]
-    table = pa.table(columns, schema=pa.schema(list(SAMPLE_FIELDS)))
+    columns = {name: [getattr(sample, name) for sample in samples] for name in _SAMPLE_SCHEMA.names}
+    table = pa.table(columns, schema=_SAMPLE_SCHEMA)
     return Chunk(shard, start, table, encoded_bytes=sum(len(sample.image or b"") for sample in samples))

@@ -26,12 +26,12 @@ class Deadline:
     def check(self) -> None:
         """Raises `ReadTimeoutError` after the time limit."""
         if time.monotonic() > self._end:
-            limit = f"more than {self._seconds:g} s (read.timeout_s)"
-            raise ReadTimeoutError(f"reading one sample took {limit}")
+            cause = f"reading one sample took more than {self._seconds:g} s (read.timeout_s)"
+            raise ReadTimeoutError(cause)
 
 
 class TimedFile:
-    """A binary file that checks a deadline before each read. Other methods are those of the file."""
+    """A binary file that checks a deadline before each read."""
 
     def __init__(self, file: Any, deadline: Deadline) -> None:
         self._file = file

@@ -1,8 +1,4 @@
-"""Reads the samples of a shard, one at a time, in a deterministic order.
-
-A sample that cannot be read becomes a sample with an error; a shard that cannot be read raises `ShardError`.
-Pickles are never loaded.
-"""
+"""Reads the samples of a shard, one at a time, in a deterministic order."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -24,32 +20,15 @@ _MAX_PENDING_BYTES = 128 * 1024**2  # of image files; one may be larger
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
     """Yields the samples of a shard in shard order; every call yields the same samples.
 
-    Memory holds one sample of a tar, one row of a Parquet file with its pages, or image files of 128 MiB.
-    Memory also holds read buffers of 8 MiB: one, or `concurrent_fetches` + 1 for a tar in object storage.
-    Headers of a tar, footer and pages of a Parquet file, keys and messages have limits of their own.
-
-    **WebDataset.** Adjacent members with the same key form a sample. The key is the member's name up to the
-    first dot of the last part, and the rest is the extension. The first member with an image extension is
-    the image. A member whose extension already occurs in the sample starts another sample with the same key.
-    Members that are not adjacent to their image become a separate sample, whose error names the members. The
-    label is `.cls` (a class index or name), or a field of `.json`. Folders and hidden members (`._x.jpg`,
-    `__MACOSX/`) are skipped.
-
-    **Parquet.** The image column has binary values, or `struct<bytes, path>` as in files of Hugging Face.
-    The image column is the column named `image`, or else the only column of these types.
-
-    **Image files.** The key is the name under the listed folder. Image files have no labels.
-
-    A sample whose label is null or -1 has no target. A label that is not a class of the model, or that cannot
-    be read, is an unmatched target: the sample keeps its image.
+    Memory holds one sample of a tar, one row of a Parquet file with its pages, or image files of 128 MiB, and
+    read buffers of 8 MiB: one for each column, or `concurrent_fetches` + 1 for a tar in object storage.
+    docs/reference/input-formats.md describes the samples of each format.
 
     Raises:
         ShardError: The object is missing, changed, truncated, corrupt or of another format, exceeds a limit,
-            or a configured column is missing. The shard is then not labeled, and samples that were yielded
-            are discarded.
+            or a configured column is missing.
     """
-    key = None
-    count = 0
+    key, count = "", 0
     try:
         deadline = Deadline(options.timeout_s)
         for sample in map(limit_texts, _READERS[shard.format](storage, shard, options, deadline)):
@@ -58,9 +37,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             deadline.restart()
     except Exception as error:
         # Every exception is caught, because the content of one shard must not end the job.
-        position = (
-            f"after {pluralize(count, 'sample')} (the last key was {(key or '')[:200]!r}): " if count else ""
-        )
+        position = f"after {pluralize(count, 'sample')} (the last key was {key[:200]!r}): " if count else ""
         transient = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
         transient = transient and not isinstance(error, ObjectNotFound | ObjectChanged)
         raise ShardError(shard.uri, position + _cause(shard, error), transient) from error

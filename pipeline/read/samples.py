@@ -1,4 +1,4 @@
-"""Samples, errors of shards, and options of readers. Other modules read the formats."""
+"""Samples, errors of shards, and options of readers."""
 
 import math
 from collections import Counter
@@ -23,11 +23,7 @@ class ReadTimeoutError(UnreadableShardError):
 
 
 class ShardError(Exception):
-    """The shard cannot be read; the message has the URI, the position in the shard and the cause.
-
-    Attributes:
-        transient: Whether a later attempt may succeed: the storage failed or was slow, or memory ran out.
-    """
+    """The shard cannot be read. If the error is transient, a later attempt may succeed."""
 
     def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
         super().__init__(uri, cause[:_MAX_CAUSE], transient)
@@ -46,7 +42,7 @@ class Sample:
         key: Name in the shard. A key may occur several times: only shard and index identify a sample.
         image: The encoded image; None if `error` is set.
         target: Class index of the dataset's own label.
-        unmatched: Why the dataset's own label is not a target; None if it is one, and without a label.
+        unmatched: Why the dataset's own label is not a target, if it has one.
     """
 
     key: str
@@ -63,10 +59,7 @@ class ReadOptions:
     Attributes:
         class_names: Names of the model's classes, by class index.
         class_ids: Class indices by class name, for labels that are names.
-        num_labels: Class indices must be less than this number. Default: the limit of int32.
-        concurrent_fetches: Number of ranges of a tar that are fetched concurrently.
-        max_page_bytes: Maximum memory for one page of a Parquet column.
-        timeout_s: Maximum seconds for reading one sample.
+        num_labels: Class indices must be less than this number.
     """
 
     labels: bool = True
@@ -84,10 +77,8 @@ class ReadOptions:
 
     @classmethod
     def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
-        """Creates options from an input configuration and the class names of a model.
-
-        A name that several classes share, such as "crane" in ImageNet, is not a valid label.
-        """
+        """Creates options from a configuration and the class names of a model."""
+        # A name that several classes share, such as "crane" in ImageNet, is not a valid label.
         times = Counter(labels)
         return cls(
             class_names=labels,
@@ -109,14 +100,10 @@ class ReadOptions:
     def parse_target(
         self, label: object, names: Sequence[str] | None = None
     ) -> tuple[int | None, str | None]:
-        """Returns the class index of a label, and why a label has none: it is not a class of the model.
+        """Returns the class index of a label, and why a label has none; both are None for null, NaN and -1.
 
-        Text is a class name or a class index. Both results are None if the label is null, NaN or -1.
-
-        Args:
-            label: The dataset's own label.
-            names: The dataset's own class names. An index is then an index into these names, not a class
-                index of the model.
+        Text is a class name or a class index. A number is an index into `names`, the dataset's own class
+        names, or else a class index.
         """
         class_id = label
         if isinstance(label, str):

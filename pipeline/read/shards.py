@@ -1,4 +1,4 @@
-"""Listing of shards, from the names, sizes and versions of objects. This module reads no object."""
+"""Listing of shards, from the names, sizes and versions of objects."""
 
 import hashlib
 import re
@@ -34,8 +34,7 @@ class Shard:
         uri: URI of the object; for a group of image files, `<listed folder>/images-<16 hex digits>`.
         version: Version of the object; for a group, a hash over the names and versions of the members.
         size: Size in bytes; for a group, the sum over the members.
-        members: The images of a group in listing order; empty for other shards. The key of a member is
-            `relative_name(folder, member.uri)`, where `folder` is the listed folder.
+        members: The images of a group in listing order; empty for other shards.
     """
 
     uri: str
@@ -58,9 +57,7 @@ class ShardListing(Iterator[Shard]):
 
     Attributes:
         format: The only format that is listed; None for all formats.
-        ignored: Number of ignored objects so far, by reason.
-        ignored_extensions: Number of ignored objects so far, by reason and extension. At most
-            `_MAX_EXTENSIONS` extensions are counted separately.
+        ignored, ignored_extensions: Number of ignored objects so far, by reason, and also by extension.
         ignored_examples: URIs of the first `MAX_IGNORED_EXAMPLES` ignored objects, by reason.
     """
 
@@ -76,15 +73,7 @@ class ShardListing(Iterator[Shard]):
         return next(self._shards)
 
     def require_shards(self, field: str) -> Self:
-        """Returns this listing if it has a shard.
-
-        Args:
-            field: the configuration field with the URI, for the error message.
-
-        Raises:
-            NoShardsError: the listing has no shard.
-            StorageError: the input can't be listed.
-        """
+        """Returns this listing; raises `NoShardsError` with the field of the URI if it has no shard."""
         first = next(self._shards, None)
         if first is None:
             ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored)" if self.ignored else ""
@@ -98,11 +87,10 @@ class ShardListing(Iterator[Shard]):
     def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
         """Yields the shards; splits the image files into groups of about a thousand by their names.
 
-        An image whose name hashes to 0 modulo 1000 starts a new group, which is named after the hash. Adding
-        or removing an image changes the group of the image, and may split the group or merge the group with
-        the previous one. All other groups keep their URI, members and version. This method is content-defined
-        chunking over names (Muthitacharoen et al., "A Low-bandwidth Network File System", 2001). Group sizes
-        are geometrically distributed: one group in 150 has 5,000 images, one in 20,000 has 10,000.
+        An image whose name hashes to 0 modulo 1000 starts a new group, which is named after the hash. An
+        image that is added or removed therefore changes one group or two. This is content-defined chunking
+        over names (Muthitacharoen et al., "A Low-bandwidth Network File System", 2001). One group in 150 has
+        5,000 images, one in 20,000 has 10,000.
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
         last_tar = ""
@@ -142,16 +130,8 @@ def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> Sha
     """Lists the shards at a normalized URI: one object, or all objects under a folder.
 
     The listing streams, and each step may raise `StorageError`. Objects are ignored if a part of their name
-    starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in `uri` itself.
-
-    Args:
-        storage: The storage of the input.
-        uri: Normalized URI of an object or a folder.
-        format: With `auto`, the case-insensitive extension determines the format: `.tar`, `.tar.gz` and
-            `.tgz` are WebDataset, `.parquet` is Parquet, image files are grouped, and other objects are
-            ignored. With `images`, only objects with an image extension are listed. With another format,
-            every object is a shard of this format. With `auto` and `webdataset`, `x.parquet` and
-            `x_stats.json` next to `x.tar` are metadata, and ignored.
+    starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in `uri` itself. With the format
+    `auto`, the extension determines the format. With `webdataset` or `parquet`, every object is a shard.
     """
     return ShardListing(storage.list(uri, missing_ok=False), uri, None if format == "auto" else format)
 

@@ -1,7 +1,7 @@
 """Members of a tar, from headers of limited size.
 
-Of `tarfile`, only the parser of one block is used. `tarfile` reads extended headers of any size, keeps global
-headers, needs quadratic time and memory for some PAX records, and silently ends a tar at a damaged header.
+Of `tarfile`, only the parser of one block is used. `tarfile` reads extended headers of any size, needs
+quadratic time and memory for some PAX records, and silently ends a tar at a damaged header.
 """
 
 import tarfile
@@ -13,15 +13,9 @@ from pipeline.read.samples import UnreadableShardError
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse maps
-_PAX = b""
-#: The field that an extended header replaces, by type. Global headers name no member.
-_EXTENDED = {
-    tarfile.GNUTYPE_LONGNAME: b"path",
-    tarfile.GNUTYPE_LONGLINK: b"linkpath",
-    tarfile.XGLTYPE: b"global",
-    tarfile.XHDTYPE: _PAX,
-    tarfile.SOLARIS_XHDTYPE: _PAX,
-}
+#: The PAX keyword of an extended header whose content is one value, by type.
+_LONG_VALUES = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 def read_members(stream: BinaryIO, deadline: Deadline) -> Iterator[tarfile.TarInfo]:
@@ -51,12 +45,14 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     if block == bytes(_BLOCK):
         return None
     info, records = _parse_block(block, start), dict[bytes, bytes]()
-    while (field := _EXTENDED.get(info.type)) is not None:
+    while info.type in (*_LONG_VALUES, *_PAX_TYPES, tarfile.XGLTYPE):  # global headers name no member
         content = _read_header(stream, start, info.size)
-        records |= _pax_records(content) if field == _PAX else {field: content.partition(b"\0")[0]}
-        position = stream.tell()
+        if info.type in _PAX_TYPES:
+            records |= _pax_records(content)
+        elif info.type in _LONG_VALUES:
+            records[_LONG_VALUES[info.type]] = content.partition(b"\0")[0]
         block = _read_header(stream, start, _BLOCK)
-        info = _parse_block(block, position)
+        info = _parse_block(block, stream.tell() - _BLOCK)
     has_more = info.type == tarfile.GNUTYPE_SPARSE and block[482]
     while has_more:
         has_more = _read_header(stream, start, _BLOCK)[504]

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import BinaryIO, cast
 
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
-from pipeline.read.limits import Deadline, TimedFile, shorten
+from pipeline.read.limits import Deadline, TimedFile
 from pipeline.read.samples import (
     ReadOptions,
     Sample,
@@ -21,8 +21,8 @@ from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
 from pipeline.read.tar import read_members
 from pipeline.storage import Storage
 
-_MAX_MEMBERS = 1000  # per sample; all names like `frame.000001.jpg` have the key `frame`
-_MAX_EXTENSION = 255
+# Of a sample: all names like `frame.000001.jpg` have the key `frame`.
+_MAX_MEMBERS, _MAX_EXTENSION = 1000, 255
 _MAX_LABEL_BYTES = 4 * 1024**2  # per .cls or .json member; parsed JSON needs up to 25 times as much
 
 
@@ -57,9 +57,7 @@ def _split_name(name: str) -> tuple[str, str]:
     """Returns WebDataset's key and extension of a member: `a/b` and `c.jpg` for `a/b.c.JPG`."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    if len(extension) > _MAX_EXTENSION:  # a sample keeps up to `_MAX_MEMBERS` of them
-        extension = shorten(extension.encode())
-    return folder + slash + stem, extension.lower()
+    return folder + slash + stem, extension[:_MAX_EXTENSION].lower()
 
 
 @dataclass(slots=True)
@@ -72,7 +70,10 @@ class _TarSample:
     error: SampleError | None = None
     label: object = None
     label_problem: str | None = None
-    has_image: bool = False
+
+    @property
+    def has_image(self) -> bool:
+        return self.image is not None or self.error is not None
 
     def is_full_for(self, extension: str) -> bool:
         """Returns whether a member with the same key starts another sample."""
@@ -85,11 +86,9 @@ class _TarSample:
             kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
             problem = f"{info.name!r} is {kind}, not a regular file"
         if extension in IMAGE_EXTENSIONS and not self.has_image:
-            self.has_image = True
+            self.error = options.size_error(info.size)
             if problem is not None:
                 self.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
-            else:
-                self.error = options.size_error(info.size)
             if self.error is None:
                 self.image = _content(info, stream)
         elif options.labels and extension == ("json" if options.label_field else "cls"):
