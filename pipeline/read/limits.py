@@ -56,10 +56,5 @@ def limit_texts(sample: Sample) -> Sample:
         sample.key = key.decode()
         return sample
     error = sample_error(ErrorCategory.INVALID_KEY, f"the key has more than {MAX_KEY_BYTES} bytes")
-    return Sample(shorten(key), None, error=error)
-
-
-def shorten(name: bytes) -> str:
-    """Returns the start of a name and a hash over the whole name."""
-    start = name[:_KEPT_KEY_BYTES].decode(errors="ignore")
-    return f"{start}...{hashlib.blake2b(name, digest_size=16).hexdigest()}"
+    start, digest = key[:_KEPT_KEY_BYTES].decode(errors="ignore"), hashlib.blake2b(key, digest_size=16)
+    return Sample(f"{start}...{digest.hexdigest()}", None, error=error)

@@ -91,22 +91,18 @@ def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions)
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     """Returns the name of the image column: the configured column, or the only candidate."""
     name = options.image_column
-    candidates = [
-        column.name
-        for column in schema
-        # Without any image, the type of a column may be null.
-        if _is_image_type(column.type, may_be_null=column.name in (name, "image"))
-    ]
     if name is not None:
         _require_column(schema, name)
-        if name not in candidates:
-            problem = f"is {schema.field(name).type}, neither binary nor a struct with binary `bytes`"
-            raise UnreadableShardError(f"column {name!r} {problem}; {_columns(schema)}")
+        kind = schema.field(name).type
+        if not _is_image_type(kind, may_be_null=True):
+            problem = f"column {name!r} is {kind}, neither binary nor a struct with binary `bytes`"
+            raise UnreadableShardError(f"{problem}; {_columns(schema)}")
         return name
+    candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
     if "image" in candidates:
         return "image"
     if len(candidates) != 1:
-        found = "no column" if not candidates else "more than one column"
+        found = "more than one column" if candidates else "no column"
         hint = f"{found} has an image type; set `input.image_column`"
         raise UnreadableShardError(f"{hint}; {_columns(schema)}")
     return cast(str, candidates[0])
@@ -132,6 +128,7 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _is_image_type(kind: pa.DataType, may_be_null: bool) -> bool:
+    # The type is null if there is no image.
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         kind = kind.field(index).type if index >= 0 else kind

@@ -121,15 +121,11 @@ class ReadOptions:
         if not 0 <= class_id < limit:
             return None, f"{shown} is not in 0..{limit - 1}"
         if names is not None and not isinstance(label, str):
-            return self._class_named(names[class_id], class_id)
+            name = names[class_id]
+            if name not in self.class_names[class_id : class_id + 1]:  # otherwise the same index and name
+                found = self.class_ids.get(name)
+                return found, None if found is not None else f"{name!r} is not a class of the model"
         return class_id, None
-
-    def _class_named(self, name: str, index: int) -> tuple[int | None, str | None]:
-        """Returns the class of this name; of several, the class with the same index in the dataset."""
-        if name in self.class_names[index : index + 1]:
-            return index, None
-        class_id = self.class_ids.get(name)
-        return class_id, None if class_id is not None else f"{name!r} is not a class of the model"
 
 
 def parse_integer(text: str) -> int | None:
