@@ -16,6 +16,7 @@ _MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse ma
 #: The PAX keyword of an extended header whose content is one value, by type.
 _LONG_VALUES = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENDED_TYPES = (*_LONG_VALUES, *_PAX_TYPES, tarfile.XGLTYPE)  # global headers name no member
 
 
 def read_members(stream: BinaryIO, deadline: Deadline) -> Iterator[tarfile.TarInfo]:
@@ -45,7 +46,7 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     if block == bytes(_BLOCK):
         return None
     info, records = _parse_block(block, start), dict[bytes, bytes]()
-    while info.type in (*_LONG_VALUES, *_PAX_TYPES, tarfile.XGLTYPE):  # global headers name no member
+    while info.type in _EXTENDED_TYPES:
         content = _read_header(stream, start, info.size)
         if info.type in _PAX_TYPES:
             records |= _pax_records(content)

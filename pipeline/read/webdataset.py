@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO, cast
 
-from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.limits import Deadline, TimedFile
 from pipeline.read.samples import (
     ReadOptions,
@@ -39,13 +39,13 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
             if info.isdir() or _is_hidden_member(info.name):
                 continue
             key, extension = _split_name(info.name)
-            if current is None or key != current.key or current.is_full_for(extension):
+            if current is None or key != current.sample.key or current.is_full_for(extension):
                 if current is not None:
-                    yield current.to_sample(options)
-                current = _TarSample(key)
+                    yield current.finish()
+                current = _TarSample(Sample(key, None))
             current.add(extension, info, stream, options)
         if current is not None:
-            yield current.to_sample(options)
+            yield current.finish()
 
 
 def _is_hidden_member(name: str) -> bool:
@@ -64,16 +64,12 @@ def _split_name(name: str) -> tuple[str, str]:
 class _TarSample:
     """Collects the members of one sample; reads only the image and the label."""
 
-    key: str
+    sample: Sample
     extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
-    image: bytes | None = None
-    error: SampleError | None = None
-    label: object = None
-    label_problem: str | None = None
 
     @property
     def has_image(self) -> bool:
-        return self.image is not None or self.error is not None
+        return self.sample.image is not None or self.sample.error is not None
 
     def is_full_for(self, extension: str) -> bool:
         """Returns whether a member with the same key starts another sample."""
@@ -86,30 +82,30 @@ class _TarSample:
             kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
             problem = f"{info.name!r} is {kind}, not a regular file"
         if extension in IMAGE_EXTENSIONS and not self.has_image:
-            self.error = options.size_error(info.size)
+            self.sample.error = options.size_error(info.size)
             if problem is not None:
-                self.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
-            if self.error is None:
-                self.image = _content(info, stream)
+                self.sample.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
+            if self.sample.error is None:
+                self.sample.image = _content(info, stream)
         elif options.labels and extension == ("json" if options.label_field else "cls"):
             if problem is None and info.size > _MAX_LABEL_BYTES:
                 problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
             if problem is None:
-                self.label, problem = _label(_content(info, stream), options.label_field)
-            self.label_problem = problem
+                label, problem = _label(_content(info, stream), options.label_field)
+                self.sample.target, self.sample.unmatched = options.parse_target(label)
+            self.sample.unmatched = problem or self.sample.unmatched
 
-    def to_sample(self, options: ReadOptions) -> Sample:
+    def finish(self) -> Sample:
+        """Returns the sample after its last member; a sample with an error has no target."""
+        error = self.sample.error
         if not self.has_image:
             members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
-            self.error = sample_error(
+            error = sample_error(
                 ErrorCategory.NO_IMAGE,
                 f"no member has a supported image extension (members: {members}); the members of a sample "
                 "must be adjacent in the tar, and the extension starts at the first dot",
             )
-        if self.error is not None:
-            return Sample(self.key, None, error=self.error)
-        target, unmatched = options.parse_target(self.label)
-        return Sample(self.key, self.image, target, unmatched=self.label_problem or unmatched)
+        return self.sample if error is None else Sample(self.sample.key, None, error=error)
 
 
 def _content(info: tarfile.TarInfo, stream: BinaryIO) -> bytes:
