@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from typing import Self
 
 from pipeline.config import InputConfig, ReadConfig
@@ -57,9 +58,7 @@ class ReadOptions:
     """Options of readers: fields of `InputConfig` and `ReadConfig`, and the classes of the model.
 
     Attributes:
-        class_names: Names of the model's classes, by class index.
-        class_ids: Class indices by class name, for labels that are names.
-        num_labels: Class indices must be less than this number.
+        class_names: Names of the model's classes, by class index. Without names, every index is a class.
     """
 
     labels: bool = True
@@ -68,8 +67,6 @@ class ReadOptions:
     label_column: str | None = None
     key_column: str | None = None
     class_names: Sequence[str] = ()
-    class_ids: Mapping[str, int] = field(default_factory=dict)
-    num_labels: int = _MAX_LABEL_ID
     max_image_bytes: int = 256 * 1024**2
     concurrent_fetches: int = 4
     max_page_bytes: int = 2 * 1024**3
@@ -78,17 +75,19 @@ class ReadOptions:
     @classmethod
     def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
         """Creates options from a configuration and the class names of a model."""
-        # A name that several classes share, such as "crane" in ImageNet, is not a valid label.
-        times = Counter(labels)
         return cls(
             class_names=labels,
-            class_ids={name: i for i, name in enumerate(labels) if times[name] == 1},
-            num_labels=len(labels),
             **(read or ReadConfig()).model_dump(
                 include={"concurrent_fetches", "max_page_bytes", "timeout_s"}
             ),
             **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
         )
+
+    @cached_property
+    def class_ids(self) -> dict[str, int]:
+        """Class indices by name, without names of several classes, such as "crane" in ImageNet."""
+        times = Counter(self.class_names)
+        return {name: i for i, name in enumerate(self.class_names) if times[name] == 1}
 
     def size_error(self, size: int) -> SampleError | None:
         """Returns the error of an encoded image of this size in bytes; None if the size is allowed."""
@@ -117,7 +116,7 @@ class ReadOptions:
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         if not isinstance(class_id, int) or isinstance(class_id, bool):
             return None, f"{shown} is not a class of the model"
-        limit = self.num_labels if names is None else len(names)
+        limit = (len(self.class_names) or _MAX_LABEL_ID) if names is None else len(names)
         if not 0 <= class_id < limit:
             return None, f"{shown} is not in 0..{limit - 1}"
         if names is not None and not isinstance(label, str):

@@ -37,7 +37,7 @@ def read(name: str, data: bytes, options: ReadOptions | None = None, change: str
             storage.write(uri, b"other")
         elif change == "delete":
             storage.delete(uri)
-        [sample] = read_samples(storage, shard, options or ReadOptions(num_labels=10))
+        [sample] = read_samples(storage, shard, options or ReadOptions())
         assert sample.image is None
         return sample.error
 
@@ -45,7 +45,7 @@ def read(name: str, data: bytes, options: ReadOptions | None = None, change: str
 
 
 def tar(*members: tuple[str, bytes], **options: object) -> Producer:
-    return read("x.tar", make_tar(members), ReadOptions(**{"num_labels": 10, **options}))  # type: ignore[arg-type]
+    return read("x.tar", make_tar(members), ReadOptions(**options))  # type: ignore[arg-type]
 
 
 def linked_image() -> Producer:

@@ -13,9 +13,7 @@ from tests.cases import case_input
 
 #: The classes of the bundled model, which the cases use.
 NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
-FASHION = ReadOptions(
-    label_column="label", class_ids={name: i for i, name in enumerate(NAMES)}, num_labels=10
-)
+FASHION = ReadOptions(label_column="label", class_names=NAMES)
 
 
 def read(path: Path, options: ReadOptions = FASHION) -> list[Sample]:

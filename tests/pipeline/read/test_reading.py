@@ -360,7 +360,8 @@ def test_random_damage_never_loses_a_sample_silently(files: Path) -> None:
 
 # Labels ------------------------------------------------------------------------------------------
 
-NAMED = ReadOptions(class_ids={"cat": 0, "dog": 1, "7": 2}, num_labels=10)
+CLASSES = ["cat", "dog", "7", *(f"class {i}" for i in range(3, 10))]
+NAMED = ReadOptions(class_names=CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +391,14 @@ def test_label_that_is_no_class_is_unmatched_and_keeps_the_image(files: Path, te
     assert sample.unmatched is not None
     assert repr(text)[:20] in sample.unmatched or text in sample.unmatched
     assert one(files, data, ReadOptions(labels=False)) == Sample("a", b"image")
+
+
+def test_name_of_several_classes_is_no_label(files: Path) -> None:
+    options = ReadOptions(class_names=["crane", "dog", "crane"])
+    members = {"a.jpg": b"1", "a.cls": b"crane", "b.jpg": b"2", "b.cls": b"2"}
+    first, second = read(files, make_tar(members), options)
+    assert (first.target, first.unmatched) == (None, "'crane' is not a class of the model")
+    assert second.target == 2
 
 
 def test_label_that_is_not_text_is_unmatched(files: Path) -> None:
@@ -424,7 +433,7 @@ def test_json_field_can_be_the_label(files: Path, value: object, target: int | N
         "a.json": json.dumps({"meta": {"label": value}}).encode(),
         "a.cls": b"5",  # not configured
     }
-    options = ReadOptions(label_field="meta.label", class_ids=NAMED.class_ids, num_labels=10)
+    options = ReadOptions(label_field="meta.label", class_names=CLASSES)
     assert one(files, make_tar(members), options) == Sample("a", b"image", target)
 
 
@@ -437,7 +446,7 @@ def test_json_without_the_field_has_no_label(files: Path, text: str) -> None:
 @pytest.mark.parametrize("value", ["true", "[1]", '"bird"', "1.5", "10", "1e300", '"\\ud800"'])
 def test_label_in_json_that_is_no_class_is_unmatched(files: Path, value: str) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": f'{{"y": {value}}}'.encode()})
-    options = ReadOptions(label_field="y", class_ids=NAMED.class_ids, num_labels=10)
+    options = ReadOptions(label_field="y", class_names=CLASSES)
     sample = one(files, data, options)
     assert (sample.image, sample.target, sample.error) == (b"image", None, None)
     assert sample.unmatched is not None
@@ -521,7 +530,7 @@ def test_labels_can_be_integers_names_or_null(files: Path) -> None:
     ]
     for column in labels:
         data = make_parquet({"image": [b"i"] * 4, "y": column})
-        options = ReadOptions(label_column="y", class_ids=NAMED.class_ids, num_labels=10)
+        options = ReadOptions(label_column="y", class_names=CLASSES)
         *good, bad = read(files, data, options, "x.parquet")
         assert [sample.target is None for sample in good] == [False, True, True]
         assert [sample.unmatched for sample in good] == [None] * 3
@@ -539,7 +548,7 @@ def test_nested_label_is_unmatched_and_keeps_the_image(files: Path) -> None:
 
 def test_ignored_labels_are_not_read(files: Path) -> None:
     data = make_parquet({"image": [b"i"], "y": ["bird"]})
-    options = ReadOptions(labels=False, label_column="y", num_labels=3)
+    options = ReadOptions(labels=False, label_column="y", class_names=CLASSES)
     assert one(files, data, options, "x.parquet") == Sample("000000000", b"i")
 
 
@@ -570,7 +579,7 @@ def test_label_that_cannot_be_converted_costs_only_its_target(files: Path) -> No
     }
     for name, column in columns.items():
         data = make_parquet({"image": [b"i"] * 3, "y": column})
-        options = ReadOptions(label_column="y", class_ids=NAMED.class_ids, num_labels=10)
+        options = ReadOptions(label_column="y", class_names=CLASSES)
         first, bad, last = read(files, data, options, "x.parquet")
         assert (bad.image, bad.target, bad.error) == (b"i", None, None), name
         assert bad.unmatched, name
