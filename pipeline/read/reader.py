@@ -71,17 +71,17 @@ def _read_images(
     largest = max((min(info.size, options.max_image_bytes) for info in shard.members), default=1)
     window = max(1, min(2 * _CONCURRENT_IMAGES, _MAX_PENDING_BYTES // max(1, largest)))
     pending: deque[Future[Sample]] = deque()
-    with ThreadPoolExecutor(_CONCURRENT_IMAGES) as pool:
-        try:
-            for info in shard.members:
-                deadline.check()
-                pending.append(pool.submit(fetch, info))
-                if len(pending) == window:
-                    yield pending.popleft().result()
-            while pending:
+    pool = ThreadPoolExecutor(_CONCURRENT_IMAGES)
+    try:
+        for info in shard.members:
+            deadline.check()
+            pending.append(pool.submit(fetch, info))
+            if len(pending) == window:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_images}
