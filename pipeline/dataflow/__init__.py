@@ -1,7 +1,6 @@
 """Runs the stages on Ray Data or in this process; resources, metrics, shutdown.
 
-`dataflow.ray_executor` imports Ray and is imported by its module name. The processing of a sample is in
-`read`, `decode`, `classify` and `commit`.
+`dataflow.ray_executor` imports Ray and is imported by its module name.
 """
 
 from pipeline.dataflow.executor import Executor, open_executor

@@ -1,7 +1,4 @@
-"""Metrics of a run for Prometheus, which Ray's agents export on every node.
-
-The driver counts results that have arrived. Workers would count retried work twice.
-"""
+"""Metrics of a run for Prometheus, counted by the driver: workers would count retried work twice."""
 
 import math
 from collections.abc import Mapping

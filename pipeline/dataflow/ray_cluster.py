@@ -6,7 +6,7 @@ import secrets
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -39,6 +39,7 @@ _MAX_FOLDER_BYTES = 18
 _LOG_LINES = 10
 #: The directory that contains the packages of this project.
 _ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("cvt", "pipeline", "jobs", "configs")
 
 
 class ClusterError(ConnectionError):
@@ -54,8 +55,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     Raises:
         ClusterError: no cluster answers at the address, or a local Ray or the workers of Ray do not start.
-        ConfigError: the address is `in-process`, which only labeling supports; or the working directory
-            has a package with the name of one of this project.
+        ConfigError: the address is `in-process`, which only labeling supports.
     """
     if address == IN_PROCESS:
         raise ConfigError(f"ray.address: only labeling supports {IN_PROCESS!r}; use null or 'local'")
@@ -73,8 +73,6 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     check_reachable(address)
-    if not address.startswith("ray://"):  # Ray Client: the driver runs on the cluster
-        _check_working_directory()
     # The outer `sigterm_interrupts` removes the handlers of Ray at the end.
     session = _session_folder() if address == LOCAL else nullcontext()
     with sigterm_interrupts(), session as folder:
@@ -132,17 +130,14 @@ def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
 
 
 def ray_address(address: str | None) -> str:
-    """Returns the address of the cluster that runs the job.
-
-    Args:
-        address: address of a running cluster; None for `RAY_ADDRESS`, which `ray job submit` sets, else
-            `local`, which starts a Ray on this machine.
-    """
+    """Returns the address, or for None that in `RAY_ADDRESS`, which `ray job submit` sets, else `local`."""
     return address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
 def init_ray(address: str, **options: Any) -> None:
     """Calls `ray.init`, a second time if a local Ray does not start in time on a busy machine.
+
+    Workers import this project's packages from any working directory.
 
     Raises:
         ClusterError: Ray does not start, or the cluster cannot be used.
@@ -150,6 +145,10 @@ def init_ray(address: str, **options: Any) -> None:
     """
     import ray
 
+    # With Ray Client, the driver runs on the cluster, not in this working directory.
+    if not address.startswith("ray://") and _is_shadowed():
+        # A runtime environment delays the start of workers, so it is set only where needed.
+        options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
     for is_last in (address != LOCAL, True):
         try:
             with _new_processes_stopped():
@@ -183,23 +182,33 @@ def _new_processes_stopped() -> Iterator[None]:
         raise
 
 
-def _check_working_directory() -> None:
-    """Raises `ConfigError` if workers, which import from there first, would find other packages there."""
-    for name in ("cvt", "pipeline", "jobs", "configs"):
-        found = PathFinder.find_spec(name, [str(Path.cwd())])
-        if found is not None and found.origin and Path(found.origin).resolve().parents[1] != _ROOT:
-            raise ConfigError(
-                f"{found.origin}: the workers of Ray would import this package instead of the package "
-                f"{name!r} of cvt-label. Run the command in another folder, or label with --no-ray"
-            )
+def _is_shadowed() -> bool:
+    """Returns whether workers would import other packages: they search the working directory first."""
+    found = (PathFinder.find_spec(name, [str(Path.cwd())]) for name in _PACKAGES)
+    origins = [Path(spec.origin).resolve() for spec in found if spec is not None and spec.origin]
+    return any(origin.parents[1] != _ROOT for origin in origins)
+
+
+def _make_import_hook(root: str, packages: Sequence[str]) -> Callable[[], None]:
+    """Returns a function that a worker calls before Ray changes its `sys.path`."""
+
+    # Nested, so that Ray pickles the function by value: by reference, workers would have to import it first.
+    def import_packages() -> None:
+        import importlib
+        import sys
+        from contextlib import suppress
+
+        sys.path.append(root)  # if the packages are not installed
+        with suppress(ImportError):  # a node that gets the code in another way
+            for name in packages:
+                importlib.import_module(name)
+        sys.path.pop()
+
+    return import_packages
 
 
 def check_reachable(address: str) -> None:
-    """Checks that a server listens at an address with a port; Ray's clients would retry for minutes.
-
-    Raises:
-        ClusterError: no server listens.
-    """
+    """Raises `ClusterError` if no server listens at an address with a port; Ray would retry for minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)

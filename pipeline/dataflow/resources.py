@@ -73,8 +73,7 @@ class ResourceRequest:
 
     Attributes:
         size: height and width of the model's images in pixels.
-        count_macs: returns the multiply-accumulate operations for one image; called only if the configuration
-            does not set all sizes.
+        count_macs: returns the multiply-accumulate operations for one image.
     """
 
     read: ReadConfig
@@ -96,7 +95,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # for CPUs
     )
     has_decode_tasks = decode.device == "cpu"
-    decode_cpus = (decode.num_cpus or _decode_cpus(cluster.node_cpus)) if has_decode_tasks else 0.0
+    decode_cpus = (decode.num_cpus or max(0.25, min(1.0, cluster.node_cpus / 4))) if has_decode_tasks else 0.0
     cpus_left = cluster.cpus - decode_cpus - readers * read.num_cpus
     if on_gpu:
         actor_gpus = classify.num_gpus or 1.0
@@ -142,13 +141,6 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         concurrent_chunks=classify.concurrent_chunks,
         threads=threads,
     )
-
-
-def _decode_cpus(node_cpus: float) -> float:
-    """Returns the CPUs of a decode task, given the CPUs of the largest node."""
-    if node_cpus >= 4:
-        return 1.0
-    return 0.5 if node_cpus >= 2 else 0.25
 
 
 def _chunk_images(macs: int, size: int, on_gpu: bool) -> int:

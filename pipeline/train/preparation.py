@@ -60,13 +60,7 @@ class PreparedTraining:
 
 
 def prepare_training(config: TrainConfig) -> PreparedTraining:
-    """Loads the model, lists the shards, and reads the state of an interrupted training.
-
-    Raises:
-        CheckpointError: the checkpoint or the state cannot be loaded.
-        ConfigError: the model is not valid, or the output belongs to another training.
-        StorageError, NoShardsError: the images cannot be listed.
-    """
+    """Loads the model, lists the shards, and reads the state; see `train_model` for the errors."""
     storage, model = make_storage(config.storage), make_training_model(config)
     inputs = {"train": config.train, "validation": config.validation}
     shards = {name: list_input_shards(storage, section, f"{name}.uri") for name, section in inputs.items()}
@@ -153,12 +147,7 @@ class TrainResult:
 
 
 def make_training_model(config: TrainConfig) -> TrainingModel:
-    """Creates the configured new model, or loads the configured checkpoint.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be loaded.
-        ConfigError: the architecture or the preprocessing is not valid.
-    """
+    """Creates the configured new model, or loads the configured checkpoint; see `train_model` for errors."""
     torch.manual_seed(config.optimization.seed)
     if (new := config.model.new) is not None:
         unknown = sorted(new.cvt.keys() - set(FIELDS))

@@ -1,7 +1,4 @@
-"""Trains CvT on shards with targets, with Ray Train: data, training loop, progress and state.
-
-Shards are read and preprocessed as for labeling. The saved model has the format that labeling loads.
-"""
+"""Trains CvT on shards with targets, with Ray Train: data, training loop, progress and state."""
 
 from __future__ import annotations
 
@@ -59,13 +56,7 @@ def train(
     on_progress: Callable[[Metrics], None] = lambda progress: None,
     progress_interval_s: float = 1.0,
 ) -> TrainResult:
-    """Trains a model, or resumes an interrupted training, as `train_model` does. Ray must be connected.
-
-    Raises:
-        ConfigError: too few images have a target.
-        StorageError: images cannot be read, the output cannot be written, or another training writes there.
-        ray.train.TrainingFailedError: a worker failed.
-    """
+    """Trains a model, or resumes an interrupted training, as `train_model` does. Ray must be connected."""
     config, workers = prepared.config, prepared.config.workers
     events, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(max_attempts=4)
     images = {name: _load_images(prepared, name, limit, events) for name in prepared.shards}
@@ -123,9 +114,7 @@ def train(
 def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, queue: Queue) -> TrainingImages:
     """Decodes the images of a section once, and reports which of them cannot be used.
 
-    Raises:
-        ConfigError: too many images cannot be used.
-        StorageError: a shard cannot be read.
+    Raises `ConfigError` if they are too many, and `StorageError` if a shard cannot be read.
     """
     config, section = prepared.config, getattr(prepared.config, name)
     model, preprocessor, _ = prepared.model
@@ -251,12 +240,7 @@ class _Reporter:
 
 
 class _Trainer:
-    """The model, optimizer, learning rate schedule and position of one worker.
-
-    Attributes:
-        epoch, step: number of finished epochs, and of finished steps of the current epoch.
-        best: metrics of the epoch with the highest accuracy.
-    """
+    """The model, optimizer, learning rate schedule and position (finished epochs and steps) of one worker."""
 
     def __init__(
         self,
@@ -301,8 +285,7 @@ class _Trainer:
     def batches(self, images: ray.data.Dataset | ray.data.DataIterator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the augmented batches of the current epoch, after those of finished steps.
 
-        Batches and augmentation depend on seed, epoch, step and worker only: a resumed epoch continues with
-        the same batches as an uninterrupted one.
+        They depend on seed, epoch, step and worker only: a resumed epoch continues with the same batches.
         """
         settings, size = self._optimization, self._preprocessor.size
         shuffled = images.iter_batches(
