@@ -10,10 +10,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
+from ray.data import DataContext
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config, RayConfig, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.ray_executor import MAX_READ_TASKS, Attempt, Attempts, ShardSource, classify_or_die
+from pipeline.dataflow.ray_executor import (
+    MAX_READ_TASKS,
+    Attempt,
+    Attempts,
+    ShardSource,
+    _set_context,
+    classify_or_die,
+)
 from pipeline.dataflow.stages import decode_step
 from pipeline.read import NO_SAMPLES, Chunk, Shard
 from tests.makers import make_image
@@ -229,6 +237,13 @@ def test_retry_of_a_classifier_decodes_images_in_a_child_process() -> None:
     assert len(result.pixels) == 1
     first = classify_or_die(chunk, Attempt(1, 0, None), lambda chunk: chunk, decode, timeout_s=60)
     assert first.pixels is None
+
+
+def test_no_progress_limit_covers_all_attempts_at_a_chunk() -> None:
+    with DataContext.current(DataContext.get_current().copy()):
+        for no_progress, limit in ((60, 200), (300, 300)):
+            _set_context(RayConfig(task_retries=1, no_progress_timeout_s=no_progress), 100)
+            assert DataContext.get_current().execution_no_progress_timeout_s == limit
 
 
 def hang(chunk: Chunk) -> Chunk:
