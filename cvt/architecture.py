@@ -99,7 +99,8 @@ class Architecture:
         stages = len(self.embed_dim)
         for name, entries in vars(self).items():
             if isinstance(entries, list | tuple) and len(entries) != stages:
-                yield f"{name} has {len(entries)} entries and embed_dim has {stages}; both need one entry per stage"
+                count = f"{name} has {len(entries)} entries and embed_dim has {stages}"
+                yield f"{count}; both need one entry per stage"
         if sum(self.depth) > _MAX_LAYERS:
             yield f"depth has {sum(self.depth)} layers in all, more than {_MAX_LAYERS}"
         for i, (width, heads, kernel) in enumerate(

@@ -1,52 +1,43 @@
-"""Converts the files of Fashion-MNIST to WebDataset shards: `python -m jobs.fashion_mnist SOURCE TARGET`.
+"""Converts the files of Fashion-MNIST to WebDataset shards of PNG images and their class ids.
 
-This script made the sample in this package and the training shards of the bundled checkpoint.
+    python examples/fashion_mnist_shards.py FOLDER_OF_IDX_FILES data/fashion-mnist
+
+This script made the sample in the package and the training shards of the bundled checkpoint. The output is
+the same in each run, byte for byte.
 """
 
 import gzip
 import io
+import sys
 import tarfile
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from PIL import Image
 
-from jobs.console import run_command
+IMAGES_PER_SHARD = 5000
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads a gzipped IDX file of unsigned bytes.
-
-    Raises:
-        ValueError: the file has another format.
-    """
+    """Reads a gzipped IDX file of unsigned bytes."""
     data = gzip.decompress(path.read_bytes())
     if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes")
+        sys.exit(f"{path}: not an IDX file of unsigned bytes")
     shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def fashion_mnist(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder with the four *-ubyte.gz files.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for train/ and test/.")],
-    per_shard: Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a shard.")] = 5000,
-) -> None:
-    """Convert the 60,000 training and 10,000 test images to WebDataset shards.
-
-    A shard has PNG images and their class ids. The output is deterministic, byte for byte.
-    """
+def main(source: Path, target: Path) -> None:
+    """Converts the 60,000 training and 10,000 test images."""
     for part, name in (("train", "train"), ("test", "t10k")):
         images = read_idx(source / f"{name}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{name}-labels-idx1-ubyte.gz")
         folder = target / part
         folder.mkdir(parents=True, exist_ok=True)
-        for number, start in enumerate(range(0, len(images), per_shard)):
+        for number, start in enumerate(range(0, len(images), IMAGES_PER_SHARD)):
             path = folder / f"{part}-{number:04d}.tar"
             with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for index in range(start, min(start + per_shard, len(images))):
+                for index in range(start, min(start + IMAGES_PER_SHARD, len(images))):
                     png = io.BytesIO()
                     Image.fromarray(images[index]).save(png, "png", optimize=True)
                     for kind, content in (("png", png.getvalue()), ("cls", b"%d" % labels[index])):
@@ -56,4 +47,4 @@ def fashion_mnist(
 
 
 if __name__ == "__main__":
-    run_command(fashion_mnist)
+    main(*map(Path, sys.argv[1:]))
