@@ -48,8 +48,7 @@ class Architecture:
         hidden_act: activation of the MLP. "gelu" as in transformers, which ignores this field, or
             "quick_gelu" as in Microsoft's code.
         initializer_range: standard deviation of initial weights.
-        layer_norm_eps: unused, as in transformers, which uses PyTorch's default of 1e-5 for CvT. The field
-            exists so that configuration files stay unchanged.
+        layer_norm_eps: unused, as in transformers. All layer norms use PyTorch's default of 1e-5.
 
     Raises:
         ValueError: the fields do not describe a valid model. The message names the field and the reason.
@@ -142,12 +141,7 @@ _Fields = create_model(
 
 
 def token_sides(config: Any, side: int) -> Iterator[int]:
-    """Yields the number of tokens along a side of an image, by stage; 0 if the image is too small.
-
-    Args:
-        config: an Architecture, or an object with the same fields.
-        side: height or width of the image in pixels.
-    """
+    """Yields the number of tokens along a side of an image in pixels, by stage; 0 if it is too small."""
     for kernel, stride, padding in zip(
         config.patch_sizes, config.patch_stride, config.patch_padding, strict=True
     ):

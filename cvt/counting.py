@@ -11,12 +11,6 @@ def count_macs(config: Architecture, num_labels: int, height: int, width: int) -
     The count includes convolutions, linear layers and both matrix products of attention. The count excludes
     biases, norms, softmax, pooling and activations. The values of arXiv 2103.15808 are up to 1.5 % lower:
     4.5, 7.1 and 193.2 billion for CvT-13 and CvT-21 at 224 pixels and for CvT-W24 at 384 pixels.
-
-    Args:
-        config: architecture of the model.
-        num_labels: number of classes.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
     """
     total, channels = num_labels * config.embed_dim[-1], config.num_channels
     sides = zip(token_sides(config, height), token_sides(config, width), strict=True)
@@ -29,11 +23,8 @@ def count_macs(config: Architecture, num_labels: int, height: int, width: int) -
 
 def _layer_macs(config: Architecture, stage: int, sides: tuple[int, int]) -> int:
     """Counts the MACs of a transformer layer for tokens of an image with these sides."""
-    dim, method, kernel = (
-        config.embed_dim[stage],
-        config.qkv_projection_method[stage],
-        config.kernel_qkv[stage],
-    )
+    dim, kernel = config.embed_dim[stage], config.kernel_qkv[stage]
+    method = config.qkv_projection_method[stage]
     queries = keys = sides[0] * sides[1]
     convolutions = 0
     if method != "linear":

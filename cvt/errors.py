@@ -6,7 +6,7 @@ Does not import torch, because programs without torch catch this error.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,9 +55,3 @@ def describe_validation_error(error: ValidationError) -> str:
     field, *indices = details["loc"]
     name = f"{field}{''.join(f'[{index}]' for index in indices)}"
     return f"{name}: {details['msg']}, not {shown}"
-
-
-def join_keys(keys: Iterable[str], limit: int = 8) -> str:
-    """Joins the first `limit` keys in sorted order, and adds the number of omitted keys."""
-    names = sorted(keys)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +13,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
+from transformers.models.cvt.modeling_cvt import BaseModelOutputWithCLSToken
 
 from cvt import network
 from cvt.architecture import Architecture
 from cvt.configuration import CvtConfig
-
-
-@dataclass
-class BaseModelOutputWithCLSToken(ModelOutput):
-    """Output of CvtModel.
-
-    Attributes:
-        last_hidden_state: output of the last stage, (B, C, H, W).
-        cls_token_value: class token of the last stage, (B, 1, C), or None if the stage has none.
-        hidden_states: output of each stage, (B, C, H, W) with the sizes of the stage, or None.
-    """
-
-    last_hidden_state: Tensor | None = None
-    cls_token_value: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class CvtLayer(GradientCheckpointingLayer, network.CvtLayer):

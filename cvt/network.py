@@ -196,12 +196,7 @@ class CvtStage(nn.Module):
 
 
 class CvtEncoder(nn.Module):
-    """All stages.
-
-    Args:
-        config: the architecture.
-        layer_class: class of the transformer layers.
-    """
+    """All stages."""
 
     def __init__(self, config: Architecture, layer_class: type[CvtLayer] = CvtLayer) -> None:
         super().__init__()
@@ -227,10 +222,7 @@ class CvtEncoder(nn.Module):
 
 
 def pool(layernorm: nn.LayerNorm, image: Tensor, cls_token: Tensor | None) -> Tensor:
-    """Returns the input of the classifier, (B, C), from the outputs of the encoder.
-
-    This is the class token, or the mean of the tokens if there is none, after layer norm.
-    """
+    """Returns the input of the classifier, (B, C): the class token, or else the mean of the tokens."""
     tokens = _to_tokens(image) if cls_token is None else cls_token
     # The head may have a higher precision than the features.
     return layernorm(tokens.to(layernorm.weight.dtype)).mean(dim=1)
@@ -243,12 +235,7 @@ def make_head(config: Architecture, num_labels: int) -> tuple[nn.LayerNorm, nn.M
 
 
 class CvtClassifier(nn.Module):
-    """CvT with a linear classifier: the network of `CvtForImageClassification`, without transformers.
-
-    Args:
-        config: the architecture.
-        num_labels: number of classes.
-    """
+    """CvT with a linear classifier: the network of `CvtForImageClassification`, without transformers."""
 
     def __init__(self, config: Architecture, num_labels: int) -> None:
         super().__init__()
@@ -259,11 +246,7 @@ class CvtClassifier(nn.Module):
 
     @classmethod
     def copy_of(cls, model: Any) -> Self:
-        """Returns a float32 copy in evaluation mode of a model with the same parameters.
-
-        Args:
-            model: a CvtClassifier, or a CvtForImageClassification of this package or of transformers.
-        """
+        """Returns a float32 copy, in evaluation mode, of a CvtClassifier or CvtForImageClassification."""
         return cls.of_weights(
             Architecture.from_dict(vars(model.config)), model.num_labels, model.state_dict()
         )

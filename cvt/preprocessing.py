@@ -136,11 +136,7 @@ class Preprocessor:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Preprocessor:
-        """Reads the preprocessor_config.json in the folder of a checkpoint.
-
-        Raises:
-            CheckpointError: the file is missing or not valid (see `from_dict`). The message names the file.
-        """
+        """Reads the preprocessor_config.json in the folder of a checkpoint, as `from_dict` does."""
         file = folder / FILE_NAME
         with checkpoint_errors(f"{file}: cannot be read as JSON"):
             config = json.loads(read_text_bytes(file))

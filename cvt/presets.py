@@ -30,14 +30,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def preset_config(name: str, **fields: Any) -> CvtConfig:
-    """Returns the configuration of a published variant, for images of any size.
-
-    Args:
-        name: a key of `PRESETS`.
-        fields: fields of `CvtConfig` or PreTrainedConfig, such as `num_labels`, that override the variant's.
+    """Returns the configuration of a published variant, a key of `PRESETS`.
 
     Raises:
-        ValueError: the name is unknown, or the fields do not describe a valid model.
+        ValueError: the name is unknown, or `fields` do not describe a valid model.
     """
     from cvt.configuration import CvtConfig  # imports transformers, which takes seconds
 

@@ -85,16 +85,13 @@ def convert(
     console.print_line(f"{target}: {checkpoint.name}, {classes}, {preprocessor.size} pixels")
     if (problem := transformers_problem(config)) and to == "hugging-face":
         console.print_notice(f"cvt-label: {problem}")
-    # A .pth file has no preprocessing: `load_checkpoint` infers the image size from the file name.
-    pixels, _ = image_size(target.name, config)
-    if to == "microsoft" and pixels != preprocessor.size:
-        console.print_notice(
-            f"cvt-label: {target.name} will load with an image size of {pixels} pixels, because of its name"
-        )
-    if to == "microsoft" and config.hidden_act != "gelu":
-        console.print_notice(
-            f"cvt-label: {target.name} will load with GELU: a Microsoft file does not store the activation"
-        )
+    if to == "microsoft":  # a .pth file has no preprocessing and no activation
+        pixels, _ = image_size(target.name, config)
+        loads = f"cvt-label: {target.name} will load with"
+        if pixels != preprocessor.size:
+            console.print_notice(f"{loads} an image size of {pixels} pixels, because of its name")
+        if config.hidden_act != "gelu":
+            console.print_notice(f"{loads} GELU: a Microsoft file does not store the activation")
 
 
 def _check_target(target: Path, to: Layout) -> None:
@@ -106,8 +103,6 @@ def _check_target(target: Path, to: Layout) -> None:
         problem = "exists and is not overwritten"
     elif (target.suffix == ".pth") != (to == "microsoft"):
         problem = "the name must end with .pth if --to is microsoft, and must not otherwise"
-    elif not next(parent for parent in target.absolute().parents if parent.exists()).is_dir():
-        problem = "is under a file, not a folder"
     if problem is not None:
         raise typer.BadParameter(f"{target}: {problem}", param_hint="TARGET")
 

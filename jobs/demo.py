@@ -14,7 +14,7 @@ import configs
 from jobs import console
 from jobs.label import run
 from jobs.local_s3 import LocalS3
-from pipeline import Partition, load_job_config
+from pipeline import load_job_config
 from pipeline.storage import Storage
 from pipeline.text import pluralize
 
@@ -44,26 +44,22 @@ def demo(
         console.print_line(
             f"S3 server at {server.endpoint_url}: {pluralize(len(shards), 'shard')} in {config.input.uri}"
         )
-        _copy_and_print(run(config).partition, output)
-
-
-def _copy_and_print(partition: Partition, output: Path) -> None:
-    """Copies the output of the run from S3 to a folder, and prints some of the labels."""
-    root = partition.uri.rpartition("/")[0]
-    for info in partition.storage.list(partition.uri):
-        path = output / info.uri.removeprefix(f"{root}/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(partition.storage.read(info.uri))
-    tables = list(partition.read_labels(["key", "label", "score", "entropy", "target_id"]))
-    labels = pa.concat_tables(tables)
-    table = console.make_table("First labels, read from S3", labels.column_names, [])
-    for row in labels.slice(0, 5).to_pylist():
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-    console.print_table(table)
-    files = pluralize(len(tables), "Parquet file")
-    console.print_line(f"{pluralize(labels.num_rows, 'label')} in {files}, copied to {output}/")
-    # The S3 server ends with the demo, so the path in the summary above can't be opened.
-    console.print_line(f"report: {output}/{partition.name}/report.html")
+        partition = run(config).partition
+        root = partition.uri.rpartition("/")[0]
+        for info in partition.storage.list(partition.uri):
+            path = output / info.uri.removeprefix(f"{root}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(partition.storage.read(info.uri))
+        tables = list(partition.read_labels(["key", "label", "score", "entropy", "target_id"]))
+        labels = pa.concat_tables(tables)
+        table = console.make_table("First labels, read from S3", labels.column_names, [])
+        for row in labels.slice(0, 5).to_pylist():
+            table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+        console.print_table(table)
+        files = pluralize(len(tables), "Parquet file")
+        console.print_line(f"{pluralize(labels.num_rows, 'label')} in {files}, copied to {output}/")
+        # The S3 server ends with the demo, so the path in the summary above can't be opened.
+        console.print_line(f"report: {output}/{partition.name}/report.html")
 
 
 if __name__ == "__main__":

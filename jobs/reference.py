@@ -35,27 +35,19 @@ def load_model(model: str, size: int | None) -> Checkpoint:
     Args:
         model: a key of `PRESETS`, or any value of the configuration field `model.path`.
         size: height and width of the images of a variant, in pixels. Default: 224.
-
-    Raises:
-        ConfigError: a size is given for a checkpoint, which has its own size.
-        CheckpointError, StorageError: the checkpoint cannot be loaded.
     """
     if model in PRESETS:
         torch.manual_seed(0)
         labels = tuple(f"class {i}" for i in range(1000))
         network = CvtClassifier.copy_of(CvtForImageClassification(preset_config(model, num_labels=1000)))
-        return Checkpoint(model, network, labels, preset_preprocessor(size or 224), digest="")
+        return Checkpoint(model, network, labels, preset_preprocessor(size or 224))
     if size is not None:
         raise ConfigError(f"--size: applies only to {', '.join(PRESETS)}; {model} has its own size")
     return open_checkpoint(Storage(), model)
 
 
 def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yields each decodable image of the shards: its bytes, and its pixels as uint8 (size, size, 3).
-
-    Raises:
-        StorageError, NoShardsError: the images cannot be read, or no image can be decoded.
-    """
+    """Yields each decodable image of the shards: its bytes, and its pixels as uint8 (size, size, 3)."""
     section, storage, found = InputConfig(uri=uri, labels=False), Storage(), False
     for shard in list_input_shards(storage, section, "--images"):
         for sample in read_samples(storage, shard, ReadOptions.from_config(section, [])):
@@ -67,11 +59,7 @@ def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, n
 
 
 def load_images(uri: str, preprocessor: Preprocessor, count: int) -> np.ndarray:
-    """Returns the first `count` decodable images or fewer, as uint8 (n, size, size, 3).
-
-    Raises:
-        StorageError, NoShardsError: see `read_images`.
-    """
+    """Returns the first `count` decodable images or fewer, as uint8 (n, size, size, 3)."""
     return np.stack([pixels for _, pixels in itertools.islice(read_images(uri, preprocessor), count)])
 
 

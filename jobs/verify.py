@@ -79,12 +79,7 @@ def verify(
 
 
 def agreement(logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Returns the fraction of images with the same top class, and the maximum difference of logits.
-
-    Args:
-        logits: logits of the engine, (n, classes).
-        reference: logits of transformers' model, (n, classes).
-    """
+    """Returns the fraction of images with the same top class, and the maximum difference of logits."""
     return float((logits.argmax(1) == reference.argmax(1)).mean()), float(abs(logits - reference).max())
 
 

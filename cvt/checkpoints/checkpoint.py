@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -63,8 +64,6 @@ class Checkpoint:
         model: the model.
         labels: names of the classes, in the order of class ids.
         preprocessor: the preprocessing of the model.
-        digest: hexadecimal SHA-256 of weights, architecture, labels and preprocessing. The digest does not
-            depend on the layout of the files.
         commit: commit of a model from the Hugging Face hub, or None.
         problem_type: the field of config.json, None for a model that chooses one of several classes.
     """
@@ -73,9 +72,28 @@ class Checkpoint:
     model: CvtClassifier
     labels: tuple[str, ...]
     preprocessor: Preprocessor
-    digest: str
     commit: str | None = None
     problem_type: str | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of weights, architecture, labels and preprocessing, in any layout of files."""
+        architecture = asdict(self.model.config)
+        if architecture["hidden_act"] == "gelu":  # transformers has no other, and its files lack the field
+            del architecture["hidden_act"]
+        content: dict[str, Any] = {
+            "architecture": architecture,
+            "labels": dict(enumerate(self.labels)),
+            "preprocessing": self.preprocessor.to_dict(),
+        }
+        if self.problem_type is not None:
+            content["problem_type"] = self.problem_type
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if tensor.is_floating_point():
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     @property
     def embedding_width(self) -> int:
@@ -110,19 +128,6 @@ class Checkpoint:
         return model
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The content of the files of a checkpoint. Weights may have the names of transformers or Microsoft."""
-
-    name: str
-    architecture: Architecture
-    labels: tuple[str, ...]
-    weights: Mapping[str, Tensor]
-    preprocessor: Preprocessor
-    commit: str | None = None
-    problem_type: str | None = None
-
-
 def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
     """Loads a checkpoint.
 
@@ -142,19 +147,15 @@ def load_checkpoint(path: str, revision: str | None = None, labels: str | None =
         CheckpointError: the checkpoint is missing, damaged, or not a complete CvT classifier.
     """
     with checkpoint_errors(f"model {path!r}"):
-        parts = _read(path, revision)
+        checkpoint = _read(path, revision)
         if labels is not None:
-            names, count = read_labels(Path(labels).expanduser()), len(parts.labels)
+            names, count = read_labels(Path(labels).expanduser()), len(checkpoint.labels)
             if len(names) != count:
                 raise CheckpointError(
                     f"labels {labels}: number of names: {len(names)}, number of classes of the model: {count}"
                 )
-            parts = replace(parts, labels=tuple(names))
-        _check_image_size(parts.architecture, parts.preprocessor.size)
-        model = _make_model(parts)
-    name = re.sub(r"[^\w.-]+", "-", parts.name).strip("-.") or "model"
-    digest = _digest(model, parts)
-    return Checkpoint(name, model, parts.labels, parts.preprocessor, digest, parts.commit, parts.problem_type)
+            checkpoint = replace(checkpoint, labels=tuple(names))
+    return checkpoint
 
 
 def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
@@ -207,7 +208,7 @@ def _check_count(classes: Any) -> None:
         raise CheckpointError(f"the number of classes is {classes!r}, not 1 to {_MAX_CLASSES:,}")
 
 
-def _read(path: str, revision: str | None) -> _Parts:
+def _read(path: str, revision: str | None) -> Checkpoint:
     if path in BUNDLED:
         return _read_folder(BUNDLED[path], path)
     local = Path(path).expanduser()
@@ -270,7 +271,7 @@ def _no_bars(shown: bool, disable: Callable[[], object], enable: Callable[[], ob
             enable()
 
 
-def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _Parts:
+def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> Checkpoint:
     """Reads a folder in the Hugging Face layout. Weights may have Microsoft's names."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError("the folder has no config.json")
@@ -291,7 +292,7 @@ def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> _
     preprocessor = Preprocessor.from_folder(folder)
     if problem_type == "single_label_classification":
         problem_type = None
-    return _Parts(name, architecture, labels, weights, preprocessor, problem_type=problem_type)
+    return _make_checkpoint(name, architecture, labels, weights, preprocessor, problem_type)
 
 
 def _default_labels(count: int) -> tuple[str, ...]:
@@ -305,7 +306,7 @@ def label_fields(labels: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
-def _read_microsoft(file: Path) -> _Parts:
+def _read_microsoft(file: Path) -> Checkpoint:
     weights = read_file(file)
     with checkpoint_errors(file.name):
         architecture = microsoft.infer_architecture(weights)
@@ -316,49 +317,34 @@ def _read_microsoft(file: Path) -> _Parts:
             "%s: assuming an image size of %d pixels, because %s; to set the size: cvt-label convert --size"
         )
         logger.warning(message, file.name, size, cause)
-    return _Parts(file.stem, architecture, labels, weights, preset_preprocessor(size))
+    return _make_checkpoint(file.stem, architecture, labels, weights, preset_preprocessor(size))
 
 
-def _check_image_size(architecture: Architecture, size: int) -> None:
-    """Checks that an image has tokens in each stage, and that their values fit into memory."""
-    for i, side in enumerate(token_sides(architecture, size)):
+def _make_checkpoint(
+    name: str,
+    architecture: Architecture,
+    labels: tuple[str, ...],
+    weights: Mapping[str, Tensor],
+    preprocessor: Preprocessor,
+    problem_type: str | None = None,
+) -> Checkpoint:
+    """Creates the model with a copy of the weights. Their names are those of transformers or Microsoft."""
+    for i, side in enumerate(token_sides(architecture, preprocessor.size)):
         width = architecture.embed_dim[i]
         if not 0 < side**2 * width * max(1, architecture.mlp_ratio[i]) <= _MAX_VALUES:
             raise CheckpointError(
-                f"size in preprocessor_config.json ({size}) does not fit the architecture in config.json:"
-                f" stage {i} has {side} x {side} tokens of width {width}"
+                f"size in preprocessor_config.json ({preprocessor.size}) does not fit the architecture in"
+                f" config.json: stage {i} has {side} x {side} tokens of width {width}"
             )
-
-
-def _make_model(parts: _Parts) -> CvtClassifier:
-    """Creates the model of an architecture, with a copy of the weights."""
-    if parts.architecture.num_channels != 3:
-        raise CheckpointError(f"num_channels is {parts.architecture.num_channels}, not 3")
+    if architecture.num_channels != 3:
+        raise CheckpointError(f"num_channels is {architecture.num_channels}, not 3")
     with torch.device("meta"):  # skips random initialization, which takes longer than loading
-        model = CvtClassifier(parts.architecture, len(parts.labels))
-    expected = model.state_dict()
-    weights = microsoft.rename_weights(parts.weights, expected)
+        expected = CvtClassifier(architecture, len(labels)).state_dict()
+    weights = microsoft.rename_weights(weights, expected)
     if not any(key.startswith("classifier.") for key in weights) and any("stages." in key for key in weights):
         raise CheckpointError("the checkpoint has no classifier: its weights are those of a CvtModel")
     check_weights(weights, expected)
     counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - weights.keys()}
-    return CvtClassifier.of_weights(parts.architecture, len(parts.labels), weights | counters)
-
-
-def _digest(model: CvtClassifier, parts: _Parts) -> str:
-    architecture = asdict(model.config)
-    if architecture["hidden_act"] == "gelu":  # transformers has no other, and its files lack the field
-        del architecture["hidden_act"]
-    content: dict[str, Any] = {
-        "architecture": architecture,
-        "labels": dict(enumerate(parts.labels)),
-        "preprocessing": parts.preprocessor.to_dict(),
-    }
-    if parts.problem_type is not None:
-        content["problem_type"] = parts.problem_type
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_floating_point():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+    model = CvtClassifier.of_weights(architecture, len(labels), weights | counters)
+    path_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+    return Checkpoint(path_name, model, labels, preprocessor, problem_type=problem_type)

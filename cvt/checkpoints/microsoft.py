@@ -60,12 +60,7 @@ def microsoft_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def rename_weights(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
-    """Renames Microsoft's names to transformers' names.
-
-    Args:
-        weights: weights by Microsoft's or transformers' names. Unknown names stay unchanged.
-        keys: transformers' names of the weights of the model.
-    """
+    """Renames Microsoft's names to the names `keys` of transformers. Other names stay unchanged."""
     names = {microsoft_key(key): key for key in keys}
     return {names.get(key, key): tensor for key, tensor in weights.items()}
 
@@ -73,11 +68,7 @@ def rename_weights(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[s
 def unwrap_weights(content: Mapping[str, object], file: str) -> dict[str, object]:
     """Removes the wrapper of a training script, and the prefixes that modules add to names.
 
-    Logs a warning with the name of the file if `content` has weights and their exponential moving average
-    (EMA).
-
-    Returns:
-        The weights without averaging, or the EMA if the file has only an EMA.
+    Returns the moving average (EMA) only if the file has no other weights; logs the choice.
     """
     wrappers = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
     weights = cast(Mapping[str, object], content[wrappers[0]]) if wrappers else content
@@ -93,11 +84,7 @@ def unwrap_weights(content: Mapping[str, object], file: str) -> dict[str, object
 
 
 def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture:
-    """Finds the published variant with the depths and widths of weights with Microsoft's names.
-
-    Raises:
-        CheckpointError: no variant has these depths and widths.
-    """
+    """Finds the published variant with the depths and widths of weights with Microsoft's names."""
     embed_dim: list[int] = []
     while (patches := weights.get(f"stage{len(embed_dim)}.patch_embed.proj.weight")) is not None:
         embed_dim.append(len(patches))

@@ -41,11 +41,7 @@ class _Stream(io.FileIO):
 
 
 def read_pytorch(file: Path) -> dict[str, Tensor]:
-    """Reads the weights of a PyTorch file, without wrappers and prefixes of training scripts.
-
-    Raises:
-        CheckpointError: the file has other content, or asks for more memory than its size.
-    """
+    """Reads the weights of a PyTorch file, without wrappers and prefixes of training scripts."""
     try:
         _check_archive(file)
         with warnings.catch_warnings():

@@ -1,7 +1,5 @@
 """Reads weights from the `tf_model.h5` of the TensorFlow CvT classes in transformers 4.
 
-`cvt.checkpoints.weights.check_weights` checks that weights fit a model.
-
 The file has the format of Keras 2: a group for each of `cvt`, `layernorm` and `classifier`, with one dataset
 per variable. The names are PyTorch's names, except for the last part and the class token. Kernels have the
 output channels last. The values are the same as in PyTorch, because the TensorFlow classes use the same
@@ -50,15 +48,7 @@ def torch_name(name: str) -> str:
 
 
 def read_h5(path: Path) -> dict[str, Tensor]:
-    """Reads the weights of a TFCvtForImageClassification or TFCvtModel of transformers 4.
-
-    Returns:
-        Float32 weights with PyTorch's axes, by the names in CvtForImageClassification.
-
-    Raises:
-        CheckpointError: a dataset is not a weight. The message names the dataset.
-        OSError: the file cannot be read as HDF5.
-    """
+    """Returns the weights in float32 with PyTorch's axes, by the names in CvtForImageClassification."""
     datasets: dict[str, np.ndarray] = {}
     remaining, objects = path.stat().st_size, itertools.count(1)
 

@@ -7,15 +7,15 @@ tensors that must not change. `cvt.checkpoints.checkpoint` creates the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import safetensors.torch
 from torch import Tensor
 
 from cvt.checkpoints.pytorch import read_pytorch
-from cvt.errors import MAX_TEXT_BYTES, CheckpointError, checkpoint_errors, join_keys, read_text_bytes
-from cvt.preprocessing import FILE_NAME
+from cvt.errors import MAX_TEXT_BYTES, CheckpointError, checkpoint_errors, read_text_bytes
+from cvt.preprocessing import FILE_NAME as PREPROCESSOR_FILE
 
 _INDEX = ".index.json"
 
@@ -29,7 +29,6 @@ _PRECEDENCE = (
 )
 
 CONFIG_FILE = "config.json"
-PREPROCESSOR_FILE = FILE_NAME
 
 #: Suffixes of files that are complete checkpoints, and of files that need JSON files next to them.
 MICROSOFT_SUFFIXES = (".pth", ".pt")
@@ -51,11 +50,7 @@ def files_to_load(names: Iterable[str]) -> list[str]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """Reads the weights of a folder in the Hugging Face layout. Names stay unchanged.
-
-    Raises:
-        CheckpointError: the folder has no weights, or a file cannot be read. The message names the file.
-    """
+    """Reads the weights of a folder in the Hugging Face layout. Names stay unchanged."""
     for name in _PRECEDENCE:
         file = folder / name
         if file.is_file():
@@ -64,25 +59,19 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
-    """Reads a file of weights: safetensors or TensorFlow by its suffix, else PyTorch.
-
-    Raises:
-        CheckpointError: the file cannot be read or has other content. The message names the file.
-    """
-    readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-        ".safetensors": _read_safetensors,
-        TENSORFLOW_SUFFIX: _read_tensorflow,
-    }
+    """Reads a file of weights: safetensors or TensorFlow by its suffix, else PyTorch."""
     with checkpoint_errors(file, "; the file is damaged or incomplete: copy it again"):
-        return readers.get(file.suffix, read_pytorch)(file)
+        if file.suffix == TENSORFLOW_SUFFIX:
+            from cvt.checkpoints.tensorflow import read_h5  # needs h5py, an optional dependency
+
+            return read_h5(file)
+        return _read_safetensors(file) if file.suffix == ".safetensors" else read_pytorch(file)
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Checks that weights fit a model. The counters of batch norm may be missing.
+    """Checks that weights fit the state dict of a model, which may be on the meta device.
 
-    Args:
-        weights: weights by the names in the model.
-        expected: state dict of the model, possibly on the meta device.
+    The counters of batch norm may be missing.
 
     Raises:
         CheckpointError: weights do not fit. The message names the weights.
@@ -99,7 +88,12 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     if not any(problems.values()):
         problems["not finite"] = {key for key in shared if not weights[key].isfinite().all()}
     if any(problems.values()):
-        details = (f"{problem}: {join_keys(keys)}" for problem, keys in problems.items() if keys)
+        details = [
+            f"{problem}: {', '.join(sorted(keys)[:8])}"
+            + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+            for problem, keys in problems.items()
+            if keys
+        ]
         raise CheckpointError(f"weights do not fit the configuration: {'; '.join(details)}")
 
 
@@ -125,9 +119,3 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     if header > MAX_TEXT_BYTES:
         raise CheckpointError(f"the header has {header:,} bytes, more than {MAX_TEXT_BYTES:,}")
     return safetensors.torch.load_file(file)
-
-
-def _read_tensorflow(file: Path) -> dict[str, Tensor]:
-    from cvt.checkpoints.tensorflow import read_h5  # needs h5py, an optional dependency
-
-    return read_h5(file)

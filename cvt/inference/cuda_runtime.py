@@ -30,7 +30,8 @@ class CudaRuntime:
         self._upload = torch.cuda.Stream(self._device)
         # Two buffers alternate: one is filled while the other is copied to the GPU.
         self._staged = [pinned(batch_size, *image_shape, dtype=torch.uint8) for _ in range(2)]
-        self._uploaded = [blocking_event() for _ in range(2)]
+        # These events wait without using CPU time, which decoding needs.
+        self._uploaded = [torch.cuda.Event(blocking=True) for _ in range(2)]
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
@@ -50,7 +51,7 @@ class CudaRuntime:
             pinned(count, out.shape[1], dtype=torch.float32).copy_(out[:count], non_blocking=True)
             for out in outputs
         )
-        done = blocking_event()
+        done = torch.cuda.Event(blocking=True)
         done.record(torch.cuda.current_stream(self._device))
 
         def result() -> tuple[np.ndarray, np.ndarray]:
@@ -72,11 +73,6 @@ class CudaRuntime:
         computing.wait_event(uploaded)
         pixels.record_stream(computing)  # keeps the memory allocated until that stream has read it
         return pixels
-
-
-def blocking_event() -> torch.cuda.Event:
-    """Creates an event that waits without using CPU time, which decoding needs."""
-    return torch.cuda.Event(blocking=True)
 
 
 def pinned(*shape: int, dtype: torch.dtype) -> Tensor:

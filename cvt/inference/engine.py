@@ -5,10 +5,8 @@ The pipeline decodes and resizes images, and converts logits to labels.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -31,6 +29,10 @@ PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtyp
 
 #: Folder for compiled code between runs, unless TORCHINDUCTOR_CACHE_DIR is set.
 COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
+
+#: The thread that runs the networks of all engines. PyTorch keeps CUDA graphs per thread, so compiled code
+#: fails in other threads.
+_THREAD = ThreadPoolExecutor(1, "engine")
 
 
 class Engine:
@@ -70,24 +72,50 @@ class Engine:
         batch_size: int = 64,
         threads: int | None = None,
     ) -> None:
-        self.device = _find_device(device)
+        if device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is 'cuda', but PyTorch finds no GPU")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         self.precision = resolve_precision(precision, self.device.type)
         if runtime not in RUNTIMES:
             raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}")
         self.runtime = runtime
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-        channels = len(preprocessor.mean)
-        if model.config.num_channels != channels:
-            raise ValueError(
-                f"num_channels is {model.config.num_channels}, but the preprocessing has {channels}"
-            )
-        self._image_shape = (preprocessor.size, preprocessor.size, channels)
+        self._image_shape = (preprocessor.size, preprocessor.size, len(preprocessor.mean))
+        if (channels := model.config.num_channels) != self._image_shape[-1]:
+            raise ValueError(f"num_channels is {channels}, but the preprocessing has {self._image_shape[-1]}")
         self._widths = (model.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
         threads = threads or torch.get_num_threads()
-        self._runtime = make_runtime(
-            model, preprocessor, self.device, self.precision, runtime, batch_size, threads
-        )
+        self._runtime = self._make_runtime(model, preprocessor, batch_size, threads)
+
+    def _make_runtime(
+        self,
+        model: CvtClassifier | CvtForImageClassification,
+        preprocessor: Preprocessor,
+        batch_size: int,
+        threads: int,
+    ) -> Runtime:
+        if self.runtime == "openvino":
+            from cvt.inference.openvino_runtime import OpenVinoRuntime
+
+            if self.device.type != "cpu":
+                raise ValueError(f"runtime 'openvino' needs device 'cpu', not {self.device.type!r}")
+            network = InferenceNetwork(model, preprocessor, torch.float32)
+            return OpenVinoRuntime(network, self._image_shape, self.precision, batch_size, threads)
+        compiled = self.runtime == "compile"
+        if compiled:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
+        network = InferenceNetwork(model, preprocessor, PRECISIONS[self.precision]).to(self.device)
+        if self.device.type == "cuda":
+            from cvt.inference.cuda_runtime import CudaRuntime
+
+            return CudaRuntime(network, self._image_shape, batch_size, compiled)
+        part_size = max_images_per_part(model.config, preprocessor.size)
+        return TorchRuntime(network, batch_size, part_size, threads, compiled)
 
     @property
     def batch_size(self) -> int:
@@ -110,18 +138,16 @@ class Engine:
             raise ValueError(
                 f"images must be uint8 (n, {expected}), not {images.dtype} {tuple(images.shape)}"
             )
-        if isinstance(images, Tensor) and images.device.type != self.device.type:
-            raise ValueError(
-                f"images are on {images.device.type!r}, but the engine is on {self.device.type!r}"
-            )
         if isinstance(images, Tensor):
+            if images.device.type != self.device.type:
+                raise ValueError(
+                    f"images are on {images.device.type!r}, but the engine is on {self.device.type!r}"
+                )
             if self.device.type == "cuda":  # the caller's stream may still compute the images
                 torch.cuda.current_stream(images.device).synchronize()
             else:
                 images = images.numpy()
-        with _thread_lock:  # without the lock, two concurrent first calls would create two threads
-            thread = engine_thread(os.getpid())
-        results = thread.submit(self._start, images).result()
+        results = _THREAD.submit(self._start, images).result()
         logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
         for rows, result in results:
             logits[rows], embeddings[rows] = result()
@@ -152,56 +178,3 @@ class Engine:
         count = self.batch_size if self.device.type == "cuda" else 1
         for _ in range(2):  # the second call records the CUDA graph
             self(np.zeros((count, *self._image_shape), np.uint8))
-
-
-def make_runtime(
-    model: CvtClassifier | CvtForImageClassification,
-    preprocessor: Preprocessor,
-    device: torch.device,
-    precision: str,
-    runtime: str,
-    batch_size: int,
-    threads: int,
-) -> Runtime:
-    """Creates the runtime of an engine. See `Engine` for the arguments, which must not be "auto" or None."""
-    image_shape = (preprocessor.size, preprocessor.size, len(preprocessor.mean))
-    if runtime == "openvino":
-        from cvt.inference.openvino_runtime import OpenVinoRuntime
-
-        if device.type != "cpu":
-            raise ValueError(f"runtime 'openvino' needs device 'cpu', not {device.type!r}")
-        network = InferenceNetwork(model, preprocessor, torch.float32)
-        return OpenVinoRuntime(network, image_shape, precision, batch_size, threads)
-    compiled = runtime == "compile"
-    if compiled:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
-    network = InferenceNetwork(model, preprocessor, PRECISIONS[precision]).to(device)
-    if device.type == "cuda":
-        from cvt.inference.cuda_runtime import CudaRuntime
-
-        return CudaRuntime(network, image_shape, batch_size, compiled)
-    part_size = max_images_per_part(model.config, preprocessor.size)
-    return TorchRuntime(network, batch_size, part_size, threads, compiled)
-
-
-_thread_lock = threading.Lock()
-
-
-@functools.cache
-def engine_thread(process: int) -> ThreadPoolExecutor:
-    """Returns the single thread of this process that runs networks.
-
-    PyTorch keeps CUDA graphs per thread, so compiled code fails in other threads. A forked process has
-    another process id and creates its own thread.
-    """
-    return ThreadPoolExecutor(1, "engine")
-
-
-def _find_device(name: str) -> torch.device:
-    if name not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but PyTorch finds no GPU")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

@@ -56,11 +56,8 @@ class InferenceNetwork(nn.Module):
     Keys and values keep separate depthwise convolutions. A single convolution with twice the channels is five
     times slower on a CPU, because libraries have no kernel for it.
 
-    Args:
-        model: the model, see `CvtClassifier.copy_of`. The network makes a copy.
-        preprocessor: supplies mean, std and rescale factor.
-        dtype: data type of the features. Normalization and head use float32, which costs almost no time,
-            because logits in half precision have ties.
+    The network has a copy of the model. `dtype` is the data type of the features. Normalization and head use
+    float32, which costs almost no time, because logits in half precision have ties.
     """
 
     def __init__(self, model: nn.Module, preprocessor: Preprocessor, dtype: torch.dtype) -> None:

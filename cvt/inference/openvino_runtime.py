@@ -24,33 +24,19 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 def import_openvino() -> ModuleType:
     """Imports OpenVINO without telemetry.
 
-    OpenVINO sends usage data over the network, from its import on, if it finds the package
-    `openvino_telemetry`. This function hides the package during the import.
-
-    Raises:
-        ImportError: OpenVINO is not installed.
+    OpenVINO sends usage data over the network, from its import on, if it can import `openvino_telemetry`.
     """
-    hidden = "openvino_telemetry"
-    before = sys.modules.get(hidden)
-    sys.modules[hidden] = None  # type: ignore[assignment]
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise ImportError(f"runtime: {OPENVINO_MISSING}") from error
-    finally:
-        del sys.modules[hidden]
-        if before is not None:
-            sys.modules[hidden] = before
 
 
 class OpenVinoRuntime:
     """Computes features in OpenVINO, with one request per thread, and the head in PyTorch.
 
     The network must be on the CPU and in float32.
-
-    Raises:
-        ValueError: the CPU does not support the precision, or OpenVINO does not support the model.
-        ImportError: OpenVINO is not installed.
     """
 
     def __init__(

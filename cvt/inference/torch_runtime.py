@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import queue
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -29,12 +28,7 @@ class TorchRuntime:
     for each other after each operation, and activations would not stay in the cache of a core. The compiled
     network takes parts of one size: the last part is padded.
 
-    Args:
-        network: the network, which is packed in eager mode.
-        batch_size: maximum number of images in one call.
-        part_size: maximum number of images in a part.
-        threads: number of CPU threads of all workers together.
-        compiled: whether to use `torch.compile`.
+    `part_size` limits the images in a part. `threads` is the number of CPU threads of all workers together.
     """
 
     def __init__(
@@ -65,7 +59,12 @@ class TorchRuntime:
             parts = np.array_split(images, self._parts(len(images)))
         # All parts are in one queue, so no thread waits for others at the end of a batch.
         outputs = [self._pool.submit(self._run, part) for part in parts]
-        return functools.partial(_concatenate, outputs)
+
+        def result() -> tuple[np.ndarray, np.ndarray]:
+            logits, embeddings = zip(*(output.result() for output in outputs), strict=True)
+            return np.concatenate(logits), np.concatenate(embeddings)
+
+        return result
 
     def _parts(self, count: int) -> int:
         """Returns the number of parts: equal for all workers, and as small as `part_size` allows."""
@@ -84,10 +83,8 @@ class TorchRuntime:
 
 def max_images_per_part(config: Architecture, size: int, max_bytes: int = MAX_ACTIVATION_BYTES) -> int:
     """Returns the number of images whose largest activation, in an MLP, is smaller than `max_bytes`."""
-    largest = 0
-    for i, side in enumerate(token_sides(config, size)):
-        width = math.ceil(config.embed_dim[i] * max(config.mlp_ratio[i], 1))
-        largest = max(largest, side**2 * width)
+    stages = zip(token_sides(config, size), config.embed_dim, config.mlp_ratio, strict=True)
+    largest = max(side**2 * math.ceil(width * max(ratio, 1)) for side, width, ratio in stages)
     return max(1, (max_bytes - 1) // (4 * largest))
 
 
@@ -95,8 +92,3 @@ def _set_threads(thread_counts: queue.SimpleQueue[int]) -> None:
     """Sets the number of PyTorch threads of the calling worker to the next count."""
     torch.get_num_threads()  # the first call in a thread copies the setting of other threads
     torch.set_num_threads(thread_counts.get())
-
-
-def _concatenate(outputs: list[Future[tuple[np.ndarray, np.ndarray]]]) -> tuple[np.ndarray, np.ndarray]:
-    logits, embeddings = zip(*(output.result() for output in outputs), strict=True)
-    return np.concatenate(logits), np.concatenate(embeddings)

@@ -19,10 +19,3 @@ from cvt.keras.models import (
     TFCvtModel,
     TFImageClassifierOutputWithNoAttention,
 )
-
-__all__ = [
-    "TFBaseModelOutputWithCLSToken",
-    "TFCvtForImageClassification",
-    "TFCvtModel",
-    "TFImageClassifierOutputWithNoAttention",
-]

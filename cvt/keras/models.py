@@ -230,14 +230,9 @@ class TFCvtModel(TFCvtPreTrainedModel):
         return_dict: bool | None = None,
         training: bool = False,
     ) -> Any:
-        """Computes the features of images; see `cvt.CvtModel.forward`.
+        """Computes the features of normalized images, (B, num_channels, H, W).
 
-        Args:
-            pixel_values: normalized images, (B, num_channels, H, W).
-            output_hidden_states: whether to return the output of each stage. Default: as configured.
-            return_dict: whether to return a TFBaseModelOutputWithCLSToken instead of a tuple. Default: as
-                configured.
-            training: whether to use training mode for dropout and batch norm.
+        `training` sets the mode of dropout and batch norm. See `cvt.CvtModel.forward` for the other arguments.
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
@@ -270,11 +265,10 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
         super().__init__(config, name)
-        width = config.embed_dim[-1]
-        self.num_labels = config.num_labels
+        width, labels = config.embed_dim[-1], config.num_labels
+        self.num_labels = labels
         self.cvt = TFCvtModel(config, name="cvt")
         self.layernorm = layer_norm("layernorm", width)
-        labels = config.num_labels
         self.classifier = dense(config, "classifier", width, labels) if labels else keras.layers.Identity()
         self.loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if labels == 1:

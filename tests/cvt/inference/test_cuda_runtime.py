@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cvt.inference import engine as engine_module
 from cvt.inference.cuda_runtime import CudaRuntime
 from tests.cvt.inference.small import (
     IMAGES,
@@ -57,8 +56,8 @@ def test_gpu_runtime_does_not_mix_batches(monkeypatch: pytest.MonkeyPatch, compi
     monkeypatch.setattr(torch, "compile", lambda network, **_: Overwriting(network, size=3))
     model = make_model()
     runtime = CudaRuntime(network(model), (SIZE, SIZE, 3), 3, compiled)
-    monkeypatch.setattr(engine_module, "make_runtime", lambda *_: runtime)
     engine = make_engine(model)
+    engine._runtime = runtime
     assert engine.batch_size == 3
     logits, embeddings = model_outputs(model)
     for images in (

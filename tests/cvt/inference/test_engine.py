@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,8 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cvt.configuration import CvtConfig
-from cvt.inference import engine as engine_module
-from cvt.inference.engine import Engine, engine_thread, make_runtime
+from cvt.inference.engine import Engine
 from cvt.inference.network import Result, Runtime
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
@@ -30,11 +27,6 @@ from tests.cvt.inference.small import (
     model_outputs,
 )
 from tests.cvt.random_models import randomize
-
-
-def wrap_runtimes(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Runtime], Runtime]) -> None:
-    """Makes new engines use the result of `wrap` as their runtime."""
-    monkeypatch.setattr(engine_module, "make_runtime", lambda *arguments: wrap(make_runtime(*arguments)))
 
 
 @pytest.mark.parametrize("cls_token", [True, False])
@@ -198,23 +190,6 @@ def test_missing_gpu_fails_unless_device_is_auto() -> None:
     assert make_engine(device="auto").device.type == "cpu"
 
 
-def test_concurrent_first_calls_create_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch keeps compiled CUDA graphs per thread."""
-    created = []
-
-    def slow(*arguments: Any) -> ThreadPoolExecutor:
-        created.append(arguments)
-        time.sleep(0.2)
-        return ThreadPoolExecutor(*arguments)
-
-    engine = make_engine()
-    monkeypatch.setattr(engine_module, "ThreadPoolExecutor", slow)
-    engine_thread.cache_clear()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(engine, [IMAGES, IMAGES]))
-    assert created == [(1, "engine")]
-
-
 class LimitedMemory:
     """A runtime that runs out of memory above a number of images."""
 
@@ -231,19 +206,15 @@ class LimitedMemory:
         return self._runtime(images)
 
 
-def test_out_of_memory_reduces_the_batch_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def limited_engine(batch_size: int, max_images: int) -> tuple[Engine, LimitedMemory]:
+    engine = make_engine(batch_size=batch_size)
+    engine._runtime = limited = LimitedMemory(engine._runtime, max_images)
+    return engine, limited
+
+
+def test_out_of_memory_reduces_the_batch_size() -> None:
     expected = make_engine(batch_size=64)(IMAGES)
-    devices: list[LimitedMemory] = []
-
-    def limited_memory(runtime: Runtime) -> Runtime:
-        devices.append(LimitedMemory(runtime, max_images=3))
-        return devices[-1]
-
-    wrap_runtimes(monkeypatch, limited_memory)
-    engine = make_engine(batch_size=64)
-    (device,) = devices
+    engine, device = limited_engine(64, max_images=3)
     found = engine(IMAGES)
     assert engine.batch_size == 2
     assert_close(torch.tensor(found.logits), torch.tensor(expected.logits))
@@ -252,9 +223,8 @@ def test_out_of_memory_reduces_the_batch_size(
     assert sum(size > 3 for size in device.sizes) <= 5
 
 
-def test_out_of_memory_for_one_image_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrap_runtimes(monkeypatch, lambda runtime: LimitedMemory(runtime, max_images=0))
-    engine = make_engine(batch_size=4)
+def test_out_of_memory_for_one_image_fails() -> None:
+    engine, _ = limited_engine(4, max_images=0)
     with pytest.raises(torch.OutOfMemoryError):
         engine(IMAGES)
 
