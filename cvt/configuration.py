@@ -19,9 +19,6 @@ class CvtConfig(PreTrainedConfig, Architecture):
 
     The constructor takes the fields of `cvt.architecture.Architecture` and of PreTrainedConfig (`num_labels`,
     `id2label`, ...) as keyword arguments.
-
-    Raises:
-        ValueError: the fields do not describe a valid model. The message names the field and the reason.
     """
 
     model_type = "cvt"

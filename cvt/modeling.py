@@ -58,9 +58,7 @@ class CvtModel(CvtPreTrainedModel):
     """CvT without a classification head. `add_pooling_layer` has no effect, as in transformers."""
 
     def __init__(self, config: CvtConfig, add_pooling_layer: bool = True) -> None:
-        Architecture.from_dict(
-            vars(config)
-        )  # validates: the configuration may have changed after its own validation
+        Architecture.from_dict(vars(config))  # the configuration may have changed after its validation
         super().__init__(config)
         self.encoder = network.CvtEncoder(config, CvtLayer)
         self.post_init()

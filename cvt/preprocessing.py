@@ -114,12 +114,8 @@ class Preprocessor:
 
         Missing fields have the defaults of ConvNextImageProcessor. Unknown fields are ignored.
 
-        Args:
-            config: the parsed file.
-            source: name of the file in error messages.
-
         Raises:
-            CheckpointError: a field is invalid or not supported. The message names source and field.
+            CheckpointError: a field is invalid or not supported. The message names `source` and the field.
         """
         try:
             file = _File.model_validate(config)
@@ -160,24 +156,14 @@ class Preprocessor:
         }
 
     def __call__(
-        self,
-        image: Image.Image,
-        source: tuple[int, int] | None = None,
-        part: Box | None = None,
+        self, image: Image.Image, source: tuple[int, int] | None = None, part: Box | None = None
     ) -> np.ndarray:
-        """Resizes and crops an image in one step, which computes only the pixels of the crop.
+        """Resizes and crops an RGB image to a writable uint8 array (size, size, 3), in one step.
 
         Args:
             image: image in mode RGB.
             source: width and height of the original image, if `image` is a reduced copy.
-            part: box in `image` that shows the original image, possibly with fractions of pixels. Default:
-                the whole image.
-
-        Returns:
-            Writable uint8 array (size, size, 3).
-
-        Raises:
-            ValueError: the image is not RGB.
+            part: box in `image` that shows the original image. Default: the whole image.
         """
         if image.mode != "RGB":
             raise ValueError(f"the image must be in mode RGB, not {image.mode}")

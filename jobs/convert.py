@@ -55,7 +55,7 @@ def convert(
 
     from cvt.architecture import transformers_problem
     from cvt.checkpoints import save_checkpoint
-    from cvt.checkpoints.microsoft import image_size, microsoft_weights
+    from cvt.checkpoints.microsoft import image_size, microsoft_key
     from pipeline.classify.checkpoint import open_checkpoint
     from pipeline.storage import Storage, StorageError, temporary_folder
 
@@ -77,7 +77,8 @@ def convert(
             if to == "hugging-face":
                 save_checkpoint(checkpoint.to_transformers(), preprocessor, written)
             else:
-                torch.save(microsoft_weights(checkpoint.model), written)
+                weights = checkpoint.model.state_dict()
+                torch.save({microsoft_key(key): tensor for key, tensor in weights.items()}, written)
             written.rename(target)
     except OSError as error:
         raise StorageError(str(target), error.strerror or str(error)) from error

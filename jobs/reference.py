@@ -73,9 +73,6 @@ def transformers_classifier(
     """Returns a function that classifies images with transformers' model.
 
     The function takes uint8 images (n, size, size, 3) and returns float32 logits (n, classes).
-
-    Raises:
-        CheckpointError: transformers cannot load the model.
     """
     dtype, preprocessor = PRECISIONS[precision], checkpoint.preprocessor
     fields = asdict(checkpoint.model.config)

@@ -69,8 +69,7 @@ def verify(
     status = console.ExitStatus.OK
     for engine in engines:
         console.print_notice(f"engine: {runtime}, {engine.precision}")
-        top1, difference = agreement(engine(pixels).logits, reference)
-        passed = is_passed(engine.precision, top1, difference)
+        top1, difference, passed = agreement(engine.precision, engine(pixels).logits, reference)
         figures = f"{len(pixels):,}", f"{top1:.2%}", f"{difference:.2g}"
         table.add_row(runtime, engine.precision, *figures, "yes" if passed else "no")
         status = status if passed else console.ExitStatus.FAILED
@@ -78,15 +77,12 @@ def verify(
     sys.exit(status)
 
 
-def agreement(logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Returns the fraction of images with the same top class, and the maximum difference of logits."""
-    return float((logits.argmax(1) == reference.argmax(1)).mean()), float(abs(logits - reference).max())
-
-
-def is_passed(precision: str, top1: float, difference: float) -> bool:
-    """Returns whether the results of a precision meet `GOALS`."""
+def agreement(precision: str, logits: np.ndarray, reference: np.ndarray) -> tuple[float, float, bool]:
+    """Returns the fraction of equal top classes, the maximum difference, and whether both meet `GOALS`."""
+    top1 = float((logits.argmax(1) == reference.argmax(1)).mean())
+    difference = float(abs(logits - reference).max())
     min_top1, max_difference = GOALS[precision]
-    return top1 >= min_top1 and difference <= max_difference
+    return top1, difference, top1 >= min_top1 and difference <= max_difference
 
 
 if __name__ == "__main__":

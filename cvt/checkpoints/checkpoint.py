@@ -10,8 +10,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,11 +100,7 @@ class Checkpoint:
         return self.model.config.embed_dim[-1]
 
     def check_single_label(self) -> None:
-        """Checks that softmax gives the scores of the classes.
-
-        Raises:
-            CheckpointError: transformers scores the model by a sigmoid for each class, or not at all.
-        """
+        """Raises `CheckpointError` if the scores of the classes are not a softmax."""
         if self.problem_type is not None or len(self.labels) < 2:
             problem = "it has one class" if len(self.labels) < 2 else f"problem_type is {self.problem_type!r}"
             raise CheckpointError(
@@ -124,8 +119,7 @@ class Checkpoint:
                 )
             )
         model.to_empty(device="cpu").load_state_dict(self.model.state_dict())
-        model.eval()
-        return model
+        return model.eval()
 
 
 def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
@@ -165,20 +159,20 @@ def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor
     """
     from transformers.utils import logging as bars
 
-    with _no_bars(bars.is_progress_bar_enabled(), bars.disable_progress_bar, bars.enable_progress_bar):
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # it would overwrite other output
+    try:
         model.save_pretrained(folder)
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     (folder / PREPROCESSOR_FILE).write_text(json.dumps(preprocessor.to_dict(), indent=2) + "\n")
 
 
 def read_labels(file: Path) -> list[str]:
-    """Reads class names, in the order of class ids.
+    """Reads class names in the order of class ids.
 
-    Args:
-        file: text file with one name per line. A .json file has a list of names, or an object from class id
-            to name.
-
-    Raises:
-        CheckpointError: the file cannot be read or has other content. The message names the file.
+    The file has one name per line. A .json file has a list of names, or an object from class id to name.
     """
     with checkpoint_errors(f"labels {file}"):
         text = read_text_bytes(file).decode("utf-8-sig")
@@ -232,15 +226,10 @@ def _read(path: str, revision: str | None) -> Checkpoint:
 
 
 def _fetch(hub_id: str, revision: str | None) -> Path:
-    """Downloads the files of a hub id. Uses the local cache if the hub cannot be reached.
-
-    Returns:
-        The folder of the files, `models--<id>/snapshots/<commit>`. The hub's client chooses this name.
-    """
+    """Downloads the files of a hub id, or finds them in the cache: `models--<id>/snapshots/<commit>`."""
     # Imported here, because a local checkpoint does not need the client.
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     bundled = f"(bundled: {', '.join(BUNDLED)})"
     with checkpoint_errors(f"no such local folder {bundled}, and not available from the Hugging Face hub"):
@@ -250,25 +239,11 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
             raise
         except Exception:  # no network, unavailable hub, or HF_HUB_OFFLINE
             cached = try_to_load_from_cache(hub_id, CONFIG_FILE, revision=revision)
-            folder = Path(cached).parent if isinstance(cached, str) else None
-            # A cache with fewer than three files is an interrupted download.
-            if folder is None or len(files_to_load(file.name for file in folder.iterdir())) < 3:
+            if not isinstance(cached, str):
                 raise
-            return folder
+            return Path(cached).parent
         files = files_to_load(file.rfilename for file in listed)
-        with _no_bars(not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars):
-            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
-
-
-@contextmanager
-def _no_bars(shown: bool, disable: Callable[[], object], enable: Callable[[], object]) -> Iterator[None]:
-    """Disables a library's progress bars, which would overwrite other output, and restores the setting."""
-    disable()
-    try:
-        yield
-    finally:
-        if shown:
-            enable()
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
 
 
 def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> Checkpoint:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvt.architecture import Architecture
 from cvt.errors import CheckpointError
@@ -52,11 +52,6 @@ def microsoft_key(key: str) -> str:
     for part, replacement in _PARTS.items():
         key = re.sub(part, replacement, key)
     return key
-
-
-def microsoft_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the weights of a model by Microsoft's names."""
-    return {microsoft_key(key): tensor for key, tensor in model.state_dict().items()}
 
 
 def rename_weights(weights: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:

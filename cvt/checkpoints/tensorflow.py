@@ -1,14 +1,12 @@
 """Reads weights from the `tf_model.h5` of the TensorFlow CvT classes in transformers 4.
 
-The file has the format of Keras 2: a group for each of `cvt`, `layernorm` and `classifier`, with one dataset
-per variable. The names are PyTorch's names, except for the last part and the class token. Kernels have the
-output channels last. The values are the same as in PyTorch, because the TensorFlow classes use the same
-epsilon of 1e-5 in all norms (transformers 4.57, `models/cvt/modeling_tf_cvt.py`).
+The file has the format of Keras 2: one dataset per variable, in a group for each of `cvt`, `layernorm` and
+`classifier`. The names are PyTorch's, except for the last part and the class token. Kernels have the output
+channels last. The classes are those of transformers 4.57, `models/cvt/modeling_tf_cvt.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,6 @@ except ModuleNotFoundError as error:
 
 #: Name of the class token. Its dataset is not in a nested group.
 _CLS_TOKEN = "cvt.encoder.stages.2.cls_token"
-
-#: Maximum number of groups and datasets. A file for CvT-W24 has about 1,500.
-_MAX_OBJECTS = 20_000
 
 #: Last parts of names in Keras that differ from PyTorch.
 _LEAVES = {
@@ -49,36 +44,31 @@ def torch_name(name: str) -> str:
 
 def read_h5(path: Path) -> dict[str, Tensor]:
     """Returns the weights in float32 with PyTorch's axes, by the names in CvtForImageClassification."""
-    datasets: dict[str, np.ndarray] = {}
-    remaining, objects = path.stat().st_size, itertools.count(1)
+    weights: dict[str, Tensor] = {}
+    remaining = path.stat().st_size
 
     def visit(name: str, value: object) -> None:
         nonlocal remaining
-        if next(objects) > _MAX_OBJECTS:
-            raise CheckpointError(f"the file has more than {_MAX_OBJECTS:,} groups and datasets")
-        if isinstance(value, h5py.Dataset):
-            if value.dtype.kind != "f":  # values of a string or an object may share one place in the file
-                raise CheckpointError(f"{name}: not the dataset of a weight")
-            remaining -= value.nbytes
-            is_part_of_file = value.id.get_storage_size() >= value.nbytes and not value.external
-            if remaining < 0 or value.chunks or not is_part_of_file:
-                raise CheckpointError(
-                    f"{name}: the file does not contain the {value.nbytes:,} bytes of this dataset: write it"
-                    " without compression, chunks and references to other data"
-                )
-            datasets[name] = np.asarray(value[()])
-
-    with h5py.File(path, "r") as file:
-        file.visititems(visit)
-    weights: dict[str, Tensor] = {}
-    for name, value in datasets.items():
+        if not isinstance(value, h5py.Dataset):
+            return
         key = _key_of_dataset(name)
-        if key in weights:
+        # Values of a string or an object may share one place in the file.
+        if value.dtype.kind != "f" or key in weights:
             raise CheckpointError(f"{name}: not the dataset of a weight")
-        tensor = torch.from_numpy(value).float()
+        remaining -= value.nbytes
+        is_part_of_file = value.id.get_storage_size() >= value.nbytes and not value.external
+        if remaining < 0 or value.chunks or not is_part_of_file:
+            raise CheckpointError(
+                f"{name}: the file does not contain the {value.nbytes:,} bytes of this dataset: write it"
+                " without compression, chunks and references to other data"
+            )
+        tensor = torch.from_numpy(np.asarray(value[()])).float()
         if name.endswith("/kernel:0") and tensor.ndim in TO_TORCH:
             tensor = tensor.permute(TO_TORCH[tensor.ndim])
         weights[key] = tensor.contiguous()
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
     return weights
 
 

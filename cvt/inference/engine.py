@@ -56,8 +56,7 @@ class Engine:
         threads: number of CPU threads. Default: PyTorch's default.
 
     Raises:
-        ValueError: an argument is not valid, or there is no GPU. Also if model and preprocessor have
-            different numbers of channels, or if the runtime does not support the model or the device.
+        ValueError: an argument is not valid or does not fit the others, or there is no GPU.
         ImportError: the runtime is not installed.
     """
 

@@ -83,9 +83,8 @@ class InferenceNetwork(nn.Module):
     def pack(self) -> None:
         """Converts the weights of linear layers to the layout of oneDNN, for inference on a CPU.
 
-        Has no effect if PyTorch lacks oneDNN. The gain is one eighth over the library that PyTorch uses for
-        float32. In half precision, PyTorch always uses oneDNN. A packed network cannot be exported, compiled
-        or moved.
+        In float32, this gains one eighth. In half precision, PyTorch always uses oneDNN. A packed network
+        cannot be exported, compiled or moved.
         """
         if self.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             _pack(self.model.cvt)
@@ -145,10 +144,9 @@ class _InPlaceGELU(nn.Module):
 
 
 class _ClassTokenLayer(nn.Module):
-    """A layer that computes only the class token. All other tokens pass through unchanged.
+    """A last layer that computes only the class token, which is all that the head uses.
 
-    Used as the last layer, because the head uses only the class token. This saves 6 % of the operations of
-    CvT-13.
+    This saves 6 % of the operations of CvT-13.
     """
 
     def __init__(self, layer: CvtLayer) -> None:

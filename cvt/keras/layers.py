@@ -56,8 +56,7 @@ def to_tokens(image: Any) -> Any:
 class CvtDepthwiseProjection(keras.layers.Layer):
     """Depthwise convolution with batch norm.
 
-    The moving variance differs from PyTorch in training. Keras uses the variance of the batch, and PyTorch
-    uses the unbiased estimate. The estimate is n/(n-1) times as large for the n tokens of a batch.
+    For n tokens, the moving variance of PyTorch is n/(n-1) times as large.
     """
 
     def __init__(self, config: PreTrainedConfig, stage: int, stride: int, padding: int, name: str) -> None:

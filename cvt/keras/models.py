@@ -44,11 +44,9 @@ class _NamedOutput:
         return getattr(self, key)
 
     def keys(self) -> tuple[str, ...]:
-        """Returns the names of the values."""
         return self._fields
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Returns the values without names."""
         return tuple(self)  # type: ignore[arg-type]
 
 
@@ -89,9 +87,7 @@ class TFCvtPreTrainedModel(keras.Model):
     torch_prefix: ClassVar[str]
 
     def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
-        Architecture.from_dict(
-            vars(config)
-        )  # validates: the configuration may have changed after its own validation
+        Architecture.from_dict(vars(config))  # the configuration may have changed after its validation
         super().__init__(name=name)
         self.config = config
 
@@ -119,9 +115,7 @@ class TFCvtPreTrainedModel(keras.Model):
     def from_torch(cls, model: PreTrainedModel) -> Self:
         """Creates a Keras model with the configuration and weights of a PyTorch model.
 
-        Args:
-            model: a CvtModel for TFCvtModel, a CvtForImageClassification for TFCvtForImageClassification, of
-                this package or of transformers.
+        The model is a CvtModel or CvtForImageClassification of this package or of transformers.
 
         Raises:
             CheckpointError: the weights do not fit the model. The message names the weights.
@@ -163,9 +157,7 @@ class TFCvtPreTrainedModel(keras.Model):
 
         Raises:
             OSError: a file is missing.
-            CheckpointError: the weights of `tf_model.h5` do not fit config.json. The message names the
-                weights.
-            RuntimeError: the shapes of other weights do not fit the configuration.
+            CheckpointError, RuntimeError: weights do not fit the configuration.
         """
         h5 = Path(path)
         if h5.is_dir() and H5_NAME in files_to_load(file.name for file in h5.iterdir()):
@@ -232,7 +224,7 @@ class TFCvtModel(TFCvtPreTrainedModel):
     ) -> Any:
         """Computes the features of normalized images, (B, num_channels, H, W).
 
-        `training` sets the mode of dropout and batch norm. See `cvt.CvtModel.forward` for the other arguments.
+        `training` is the mode of dropout and batch norm. `cvt.CvtModel.forward` has the other arguments.
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.convert import convert
 from jobs.reference import load_model
-from jobs.verify import agreement, is_passed, verify
+from jobs.verify import agreement, verify
 from pipeline.config import ConfigError
 from tests.command import invoke
 from tests.cvt.random_models import shallow
@@ -62,9 +62,8 @@ def test_precision_passes_within_its_goals(
     logits = reference.copy()
     logits[:correct, 2] += difference
     logits[correct:, 0] += difference
-    measured = agreement(logits, reference)
-    assert measured == (correct / 200, pytest.approx(difference))
-    assert is_passed(precision, *measured) == passed
+    measured = agreement(precision, logits, reference)
+    assert measured == (correct / 200, pytest.approx(difference), passed)
 
 
 @pytest.mark.parametrize(
