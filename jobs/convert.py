@@ -1,7 +1,4 @@
-"""Converts a checkpoint to another layout: `python -m jobs.convert SOURCE TARGET`, or `cvt-label convert`.
-
-`cvt.checkpoints` reads and writes the layouts.
-"""
+"""Converts a checkpoint to another layout: `cvt-label convert`. `cvt.checkpoints` has the layouts."""
 
 import re
 from dataclasses import replace

@@ -1,7 +1,4 @@
-"""Labels sample images from a local S3 server: `python -m jobs.demo`, or `cvt-label demo`.
-
-The demo needs no configuration, no network and no GPU. The S3 server stops when the demo ends.
-"""
+"""Labels sample images from a local S3 server, without a network: `cvt-label demo`."""
 
 import os
 from pathlib import Path

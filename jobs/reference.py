@@ -30,12 +30,7 @@ MAX_PIXELS = 10**9
 
 
 def load_model(model: str, size: int | None) -> Checkpoint:
-    """Loads a checkpoint, or creates a published variant with random weights.
-
-    Args:
-        model: a key of `PRESETS`, or any value of the configuration field `model.path`.
-        size: height and width of the images of a variant, in pixels. Default: 224.
-    """
+    """Loads a checkpoint, or creates a published variant with random weights for images of `size` pixels."""
     if model in PRESETS:
         torch.manual_seed(0)
         labels = tuple(f"class {i}" for i in range(1000))

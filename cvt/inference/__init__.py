@@ -1,7 +1,4 @@
-"""Fast inference: the engine and its runtimes, which are PyTorch on a CPU or GPU, and OpenVINO.
-
-`cvt.checkpoints` loads models. The pipeline decodes images.
-"""
+"""Fast inference: the engine and its runtimes, which are PyTorch on a CPU or GPU, and OpenVINO."""
 
 from cvt.inference.engine import Engine
 from cvt.inference.network import EngineOutput
