@@ -119,7 +119,8 @@ class Checkpoint:
                 )
             )
         model.to_empty(device="cpu").load_state_dict(self.model.state_dict())
-        return model.eval()
+        model.eval()
+        return model
 
 
 def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
