@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
 from pipeline.config import LABEL_NEW, Config, Selection
@@ -62,11 +62,7 @@ def label(
     on_phase(Phase.LOADING_MODEL)
     job = make_job(config)
     lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_duration_s)
-    with sigterm_interrupts(), ExitStack() as held:
-        try:  # the lease is the first object that a run writes to the output
-            held.enter_context(lease.held(wait, on_wait))
-        except StorageError as error:
-            raise StorageError(error.uri, f"output.uri cannot be written: {error.cause}") from error
+    with sigterm_interrupts(), lease.held(wait, on_wait):
         run = lease.run
         on_phase(Phase.PLANNING)
         # Listed again under the lease: another run may have labeled shards that the first listing lacks.
