@@ -1,7 +1,6 @@
 """Classifies decoded images: prediction columns, and thumbnails for the gallery.
 
-`classify.checkpoint` opens checkpoints, needs PyTorch and is imported by its module name. Writing files does
-not belong here.
+`classify.checkpoint` needs PyTorch and is imported by its module name.
 """
 
 from pipeline.classify.predict import classify

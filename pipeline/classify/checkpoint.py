@@ -1,7 +1,4 @@
-"""Opens checkpoints in object storage: copies the needed files to this machine and loads them.
-
-Only the driver opens checkpoints. Workers get the loaded model through Ray's object store.
-"""
+"""Opens checkpoints in object storage: copies the needed files to this machine and loads them."""
 
 from __future__ import annotations
 
@@ -54,16 +51,12 @@ def open_checkpoint(
 
 
 class _LocalCopies:
-    """Local copies of objects, with one local folder per remote folder.
-
-    Attributes:
-        folders: URI of the remote folder, by local folder.
-    """
+    """Local copies of objects, with one local folder per remote folder."""
 
     def __init__(self, storage: Storage, root: Path) -> None:
         self._storage = storage
         self._root = root
-        self.folders: dict[str, str] = {}
+        self.folders: dict[str, str] = {}  #: URI of the remote folder, by local folder
 
     def local(self, path: str) -> str:
         """Returns the local path of a checkpoint; copies the files that loading uses."""

@@ -1,7 +1,4 @@
-"""Classifies a chunk: pixels in, prediction columns out. Does not use Ray.
-
-The model is a function, `Backend`.
-"""
+"""Classifies a chunk: pixels in, prediction columns out."""
 
 from __future__ import annotations
 
@@ -40,8 +37,7 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     """Adds the prediction columns to the samples of a chunk, and drops the pixels.
 
     Samples with an error have null in every prediction column. An image becomes an error if the model fails
-    for it, or returns a logit that is not finite (possible in half precision). The other images of the chunk
-    are not affected.
+    for it, or returns a logit that is not finite (possible in half precision).
 
     Raises:
         Exception: the model also fails for a black image, so the images are not the cause.
@@ -51,56 +47,51 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     fields = model_output_fields(options.embedding, options.embedding_width)
     columns = [pa.nulls(0, field.type) for field in fields]
     if chunk.pixels is not None and len(chunk.pixels):
-        failures: dict[int, Exception] = {}
-        outputs = list(_predict_bisecting(backend, chunk.pixels, failures))
-        if failures:  # also after the last failure: the device may have broken in between
+        errors: list[SampleError | None] = [None] * len(chunk.pixels)
+        outputs = list(_predict_bisecting(backend, chunk.pixels, errors))
+        if any(errors):  # also after the last failure: the device may have broken in between
             backend(chunk.pixels[:1] * 0)
-        messages: list[SampleError | None] = [None] * len(chunk.pixels)
-        for index, failure in failures.items():
-            detail = single_line(f"{type(failure).__name__}: {failure}")
-            messages[index] = sample_error(ErrorCategory.MODEL_FAILED, detail)
         if outputs:
             logits = np.concatenate([part.logits for part in outputs])
             embeddings = np.concatenate([part.embeddings for part in outputs])
             finite = np.isfinite(logits).all(axis=1)
-            answered = [index for index, message in enumerate(messages) if message is None]
-            for index in np.flatnonzero(~finite).tolist():
-                messages[answered[index]] = sample_error(
-                    ErrorCategory.NON_FINITE_OUTPUT, "the model returned NaN or infinity for this image"
-                )
+            answered = np.flatnonzero([error is None for error in errors])
+            for index in answered[~finite].tolist():
+                detail = "the model returned NaN or infinity for this image"
+                errors[index] = sample_error(ErrorCategory.NON_FINITE_OUTPUT, detail)
             predicted = _predict(logits[finite], options)
             if options.embedding != "none":
                 values = pa.array(embeddings[finite].astype(options.embedding).reshape(-1))
                 predicted["embedding"] = pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
             columns = [predicted[field.name].cast(field.type) for field in fields]
-        if any(messages):
-            errors = pc.coalesce(samples["error"], _scatter(pa.array(messages, pa.string()), good))
-            samples = samples.set_column(samples.schema.get_field_index("error"), "error", errors)
-            good = pc.is_null(samples["error"]).to_numpy()
+        if any(errors):
+            column = pc.coalesce(samples["error"], _scatter(pa.array(errors, pa.string()), good))
+            samples = samples.set_column(samples.schema.get_field_index("error"), "error", column)
+            good = pc.is_null(column).to_numpy()
     for field, values in zip(fields, columns, strict=True):
         samples = samples.append_column(field, _scatter(values, good))
     return replace(chunk, samples=samples, pixels=None)
 
 
 def _predict_bisecting(
-    backend: Backend, pixels: np.ndarray | Tensor, failures: dict[int, Exception], start: int = 0
+    backend: Backend, pixels: np.ndarray | Tensor, errors: list[SampleError | None], start: int = 0
 ) -> Iterator[EngineOutput]:
     """Yields the outputs of the model; after a failure, tries each half.
 
-    Images for which the model fails are added to `failures`, by index; `start` is the index of the first
-    image.
+    Sets the errors of images for which the model fails; `start` is the index of the first image.
     """
     try:
         outputs = backend(pixels)
     except Exception as error:
         if len(pixels) == 1:
-            failures[start] = error
+            detail = single_line(f"{type(error).__name__}: {error}")
+            errors[start] = sample_error(ErrorCategory.MODEL_FAILED, detail)
             return
         backend(pixels[:1] * 0)  # raises if the device is broken, and not the images
         half = len(pixels) // 2
         logger.warning("the model failed for %d images; trying each half: %s", len(pixels), error)
-        yield from _predict_bisecting(backend, pixels[:half], failures, start)
-        yield from _predict_bisecting(backend, pixels[half:], failures, start + half)
+        yield from _predict_bisecting(backend, pixels[:half], errors, start)
+        yield from _predict_bisecting(backend, pixels[half:], errors, start + half)
     else:
         yield outputs
 

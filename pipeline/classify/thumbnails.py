@@ -1,8 +1,7 @@
 """Thumbnails for the gallery: the highest- and the lowest-confidence images of each class.
 
-Classifiers make the thumbnails, because only they have both pixels and scores. An image gets a thumbnail if
-it is among the best k of its class so far: about k * ln(n / k) of n images in each selection. Labels do not
-depend on thumbnails.
+Only classifiers have both pixels and scores. An image gets a thumbnail if it is among the best k of its class
+so far: about k * ln(n / k) of n images in each selection.
 """
 
 import heapq
@@ -45,12 +44,7 @@ class Thumbnails:
         self._best_scores: dict[str, dict[int, list[float]]] = {selection: {} for selection in SELECTIONS}
 
     def add_column(self, decoded: Chunk, classified: Chunk) -> Chunk:
-        """Returns the classified chunk with a column of thumbnails, null for most samples.
-
-        Args:
-            decoded: the chunk before classification, with pixels.
-            classified: the chunk with prediction columns.
-        """
+        """Adds a column of thumbnails, null for most samples; `decoded` is the same chunk with pixels."""
         samples, pixels = classified.samples, decoded.pixels
         assert pixels is not None
         labeled = np.flatnonzero(pc.is_valid(samples["label_id"]).to_numpy())
@@ -63,9 +57,8 @@ class Thumbnails:
         pictures: list[bytes | None] = [None] * samples.num_rows
         for row in labeled[sorted(wanted)].tolist():
             pictures[row] = _thumbnail(pixels[int(pixel_index[row])], self._side)
-        return replace(
-            classified, samples=samples.append_column(THUMBNAIL_COLUMN, pa.array(pictures, pa.binary()))
-        )
+        column = pa.array(pictures, pa.binary())
+        return replace(classified, samples=samples.append_column(THUMBNAIL_COLUMN, column))
 
     def _select(self, selection: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
         """Yields the indices of the images that are among the best of their class so far."""

@@ -3,9 +3,7 @@
 Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
 """
 
-import contextlib
 import re
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,11 +23,14 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode.bounds import MAX_EXIF_BYTES, TIMEOUT_S, DecodeDeadline, open_image, tiled_size
-from pipeline.decode.repair import add_end, has_many_chunks, remove_metadata
+from pipeline.decode.bounds import MAX_EXIF_BYTES, TIMEOUT_S, DecodeDeadline, open_image, read_tile_size
+from pipeline.decode.repair import ORIENTATION_TEXTS, add_end, remove_metadata
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
 from pipeline.text import single_line
+
+# Warnings about damaged metadata would fill the logs. `warnings.catch_warnings` is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 #: Name, first bytes and reader of each format. `Image.open` is not used: its pixel limit is global to the
 #: process, and its error does not contain the size of the image.
@@ -42,9 +43,8 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 )
 
-#: Maximum length of a side in pixels. Resizing to a square needs memory and time in proportion to the longest
-#: side, however few pixels the image has: about 30 MB at this limit, gigabytes for the longest row that a PNG
-#: can have.
+#: Maximum length of a side in pixels. Resizing needs memory and time in proportion to the longest side: about
+#: 30 MB at this limit, gigabytes for the longest row that a PNG can have.
 MAX_SIDE = 1 << 20
 
 #: Decoding a chunk takes at most this number times the maximum time of an image.
@@ -52,14 +52,7 @@ CHUNK_TIMEOUTS = 10
 
 
 class Orientation(NamedTuple):
-    """How to turn a stored image upright: transpose if `swaps_sides`, then mirror.
-
-    Attributes:
-        method: Pillow's operation.
-        swaps_sides: whether width and height are exchanged.
-        flips_horizontally: whether left and right are exchanged, after the transposition.
-        flips_vertically: whether top and bottom are exchanged, after the transposition.
-    """
+    """How to turn a stored image upright: by Pillow's method, or transpose if `swaps_sides`, then mirror."""
 
     method: Image.Transpose
     swaps_sides: bool
@@ -81,36 +74,6 @@ _ORIENTATIONS = {
 _N = TypeVar("_N", int, float)
 
 
-class _PillowWarningsIgnored(contextlib.ContextDecorator):
-    """Hides Pillow's warnings about damaged metadata, which would fill the logs. Thread-safe.
-
-    `warnings.catch_warnings` alone is not thread-safe. Here the first thread enters the
-    context and the last thread exits.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._context = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._context = warnings.catch_warnings()
-                self._context.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._context.__exit__(None, None, None)
-
-
-pillow_warnings_ignored = _PillowWarningsIgnored()
-
-
 class Decoded(NamedTuple):
     """One decoded image, or its error.
 
@@ -118,8 +81,7 @@ class Decoded(NamedTuple):
         pixels: uint8 of shape (size, size, 3), RGB; None for an error.
         width, height: size of the source image in pixels, as displayed (after EXIF orientation). For an
             error, the size in the header; None if the header can't be read.
-        error: None, or `<category>: <detail>` with a detail of at most `MAX_LINE_LENGTH` characters; every
-            attempt returns the same text.
+        error: the same text at every attempt.
     """
 
     pixels: np.ndarray | None
@@ -128,11 +90,10 @@ class Decoded(NamedTuple):
     error: SampleError | None
 
 
-#: The signature of `decode`.
+#: The parameters of `decode`.
 ImageDecoder = Callable[[bytes, Preprocessor, int, bool, float], Decoded]
 
 
-@pillow_warnings_ignored
 def decode(
     data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False, timeout_s: float = TIMEOUT_S
 ) -> Decoded:
@@ -147,10 +108,8 @@ def decode(
         data: the encoded image.
         preprocessor: resizes and crops.
         max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP and
-            TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million. A pixel needs up
-            to `BYTES_PER_PIXEL` bytes of memory.
-        fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size. libjpeg scales
-            in the inverse cosine transform.
+            TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
+        fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size.
         timeout_s: maximum CPU time in seconds; an image that takes longer is an error.
     """
     matched = next((entry for entry in FORMATS if entry[1].match(data)), None)
@@ -158,12 +117,14 @@ def decode(
         return Decoded(None, None, None, _unsupported_format(data))
     name, _, reader = matched
     deadline = DecodeDeadline(timeout_s)
-    read = partial(open_image, name, reader, deadline=deadline)
-    if name == "PNG" and has_many_chunks(data):
-        data = remove_metadata(data)
+    read = partial(open_image, reader, deadline=deadline)
+    if name == "PNG":  # Pillow needs much memory for many chunks
+        data = remove_metadata(data, ORIENTATION_TEXTS)
     decoded = _decode(name, data, read, preprocessor, max_pixels, fast)
     if decoded.error is not None and decoded.error.startswith(ErrorCategory.CANNOT_DECODE):
-        repaired = remove_metadata(data) if name == "PNG" else add_end(data, read) if name == "JPEG" else data
+        repaired = (
+            remove_metadata(data) if name == "PNG" else add_end(data, deadline) if name == "JPEG" else data
+        )
         if repaired != data:
             again = _decode(name, repaired, read, preprocessor, max_pixels, fast)
             decoded = again if again.error is None else decoded
@@ -184,10 +145,10 @@ def _decode(
     """Decodes an image that `read` opens; see `decode`."""
     width, height = None, None
     try:
+        tile = read_tile_size(data) if name == "TIFF" else (0, 0)  # libtiff decodes whole tiles
         file = read(data)
         width, height = file.size
-        padded = tiled_size(data) if name == "TIFF" else file.size  # libtiff decodes whole tiles
-        if error := size_error(width, height, max_pixels) or size_error(*padded, max_pixels):
+        if error := size_error(width, height, max_pixels) or size_error(*tile, max_pixels):
             return Decoded(None, width, height, error)
         if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
             return scaled

@@ -1,9 +1,8 @@
 """Decodes on the GPU of a classifier: plain JPEGs with nvJPEG, all other images with `decode.cpu`.
 
-The results equal those of `decode_chunk`, except for the pixels: they are on the device, and nvJPEG upsamples
-colors and rounds differently from Pillow. The file alone determines which decoder is used. The exceptions are
-a failure of the GPU, for example for lack of memory, and a retry after the death of the worker: the CPU then
-decodes the image, so another attempt may give other pixels.
+The results equal those of `decode_chunk`, except for the pixels: nvJPEG upsamples colors and rounds
+differently. The file alone determines which decoder is used, except after a failure of the GPU or the death
+of the worker: the CPU then decodes the image.
 """
 
 import io
@@ -32,12 +31,10 @@ from pipeline.statistics import DECODE, StageMetrics
 
 logger = logging.getLogger("cvt_label")
 
-#: Maximum number of pixels in a batch of images: about 200 MB, and four times as much for the image being
-#: resized.
+#: Maximum number of pixels in a batch: about 200 MB, and four times as much for the image being resized.
 MAX_BATCH_PIXELS = 64_000_000
 
-#: Decodes JPEG files to RGB images on the device, uint8 (3, height, width); raises if a file can't be
-#: decoded.
+#: Decodes JPEGs to RGB images on the device, uint8 (3, height, width); raises if a file can't be decoded.
 DecodeJpegs = Callable[[list[bytes]], list[Tensor]]
 
 #: Maximum mean difference in gray levels between two decoders of the same smooth JPEG.
@@ -50,13 +47,11 @@ class GpuDecoder:
     The CPU decodes each image that the GPU does not decode, and determines the image's error.
 
     Args:
-        preprocessor: resizes and crops.
-        max_pixels: maximum number of pixels of an image; a larger image is an error.
-        device: the device of the pixels.
+        max_pixels: maximum number of pixels of an image.
         decode_jpegs: decodes plain JPEGs; None for nvJPEG through torchvision.
         threads: number of threads that decode on the CPU.
         max_batch_pixels: maximum number of pixels in a batch; the CPU decodes larger images.
-        timeout_s: maximum CPU time for an image in seconds, on the CPU.
+        timeout_s: maximum CPU time for an image in seconds.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -94,8 +89,7 @@ class GpuDecoder:
             count = len(chunk.samples)
             logger.warning("the GPU is out of memory; the CPU decodes %d images: %s", count, error)
         torch.cuda.empty_cache()  # the engine on the same GPU may need the memory
-        decoded = decode_chunk(chunk, self._preprocessor, self._max_pixels, timeout_s=self._timeout_s)
-        return replace(decoded, metrics={**decoded.metrics, DECODE: StageMetrics()})
+        return decode_chunk(chunk, self._preprocessor, self._max_pixels, timeout_s=self._timeout_s)
 
     def _decode_chunk(self, chunk: Chunk) -> Chunk:
         samples, size = chunk.samples, self._preprocessor.size
@@ -121,13 +115,13 @@ class GpuDecoder:
                 outcomes[jpeg.row] = Decoded(None, width, height, None)
             else:
                 on_cpu[jpeg.row] = self._decode_on_cpu(jpeg.data)
-        by_cpu = {row: future.result() for row, future in on_cpu.items()}
+        for row, future in on_cpu.items():
+            outcomes[row] = future.result()
         with self._exclusive_device():
-            arrays = {row: image.pixels for row, image in by_cpu.items() if image.pixels is not None}
+            arrays = {row: image.pixels for row, image in enumerate(outcomes) if image.pixels is not None}
             if arrays:
                 rows = torch.tensor([*arrays], dtype=torch.int64, device=self._device)
                 pixels[rows] = torch.from_numpy(np.stack([*arrays.values()])).to(self._device)
-            outcomes = [by_cpu.get(row, other)._replace(pixels=None) for row, other in enumerate(outcomes)]
             good = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
             if len(good) < len(outcomes):
                 pixels = pixels[torch.tensor(good, dtype=torch.int64, device=self._device)]
@@ -137,12 +131,8 @@ class GpuDecoder:
     def _decode_on_cpu(self, data: bytes) -> Future[Decoded]:
         return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels, False, self._timeout_s)
 
-    def _on_device(self, jpegs: Sequence[PlainJpeg], pixels: Tensor, is_half: bool = False) -> set[int]:
-        """Decodes JPEGs into their rows of `pixels`; after a failure, tries each half.
-
-        Returns:
-            The decoded rows. A JPEG that fails alone is not among them.
-        """
+    def _on_device(self, jpegs: Sequence[PlainJpeg], pixels: Tensor) -> set[int]:
+        """Decodes JPEGs into their rows of `pixels`; returns these rows. After a failure, tries each half."""
         try:
             for jpeg, image in zip(jpegs, self._decode_jpegs([jpeg.data for jpeg in jpegs]), strict=True):
                 if image.shape != (3, jpeg.height, jpeg.width):
@@ -156,13 +146,11 @@ class GpuDecoder:
             logger.log(level, "the GPU failed to decode %d JPEGs; trying each half: %s", len(jpegs), error)
         if len(jpegs) == 1:
             return set()
-        if not is_half:
-            # nvJPEG can't use memory that PyTorch caches, and its errors do not mention memory. The cache is
-            # emptied here, because inside the handler the exception still references decoded images.
-            torch.cuda.empty_cache()
+        # nvJPEG can't use memory that PyTorch caches, and its errors do not mention memory. Inside the
+        # handler, the exception still references decoded images.
+        torch.cuda.empty_cache()
         half = len(jpegs) // 2
-        first = self._on_device(jpegs[:half], pixels, is_half=True)
-        return first | self._on_device(jpegs[half:], pixels, is_half=True)
+        return self._on_device(jpegs[:half], pixels) | self._on_device(jpegs[half:], pixels)
 
     @contextmanager
     def _exclusive_device(self) -> Iterator[None]:
@@ -183,9 +171,8 @@ def _turn_upright(image: Tensor, orientation: Orientation | None) -> Tensor:
     if orientation is None:
         return image
     flips = ((1, orientation.flips_vertically), (2, orientation.flips_horizontally))
-    axes = [axis for axis, is_flipped in flips if is_flipped]
     image = image.mT if orientation.swaps_sides else image
-    return image.flip(axes) if axes else image
+    return image.flip([axis for axis, is_flipped in flips if is_flipped])
 
 
 def _batches(jpegs: Sequence[PlainJpeg], max_pixels: int) -> Iterator[Sequence[PlainJpeg]]:
@@ -204,17 +191,12 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
     """Returns the decoder nvJPEG of torchvision. Raises the same errors as `GpuDecoder`."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-    ) as error:  # the last two come from a build for another PyTorch
+    except (ImportError, RuntimeError, OSError) as error:  # also a build for another PyTorch
         raise ImportError(f"decoding on a GPU needs torchvision ({error}): {NO_TORCHVISION}") from error
 
     def decode_jpegs(files: list[bytes]) -> list[Tensor]:
-        # torchvision decodes on its own stream into memory that it allocates on the current stream, and does
-        # not wait for the current stream. Without this wait, it overwrites images that are still being
-        # resized (https://github.com/pytorch/vision/pull/9606).
+        # torchvision decodes on its own stream, into memory of the current stream. Without this wait, it
+        # overwrites images that are still being resized (https://github.com/pytorch/vision/pull/9606).
         torch.cuda.current_stream(device).synchronize()
         tensors = [torch.from_numpy(np.frombuffer(file, np.uint8).copy()) for file in files]
         try:
@@ -235,7 +217,7 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
 def _check_decoder(decode_jpegs: DecodeJpegs) -> None:
     """Raises ValueError unless a batch of different JPEGs is decoded as by Pillow.
 
-    A decoder that silently skips an image returns uninitialized memory in its place.
+    A decoder that skips an image returns uninitialized memory in its place.
     """
     x, y = np.meshgrid(np.linspace(0, 255, 97), np.linspace(0, 255, 75))
     smooth = Image.fromarray(np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8))

@@ -1,15 +1,13 @@
 """Decodes images in a child process: an image that kills or hangs its decoder affects only its own row."""
 
 import logging
+import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Self
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import DecodeDeadline
@@ -21,13 +19,7 @@ logger = logging.getLogger("cvt_label")
 #: Seconds after the timeout at which the kernel ends a decoder that does not read and so does not end.
 _GRACE_S = 1.0
 
-#: Runs in the child: the import path of the parent, and the number of the connection's file.
-_PROGRAM = """\
-import sys
-file, *sys.path = sys.argv[1:]
-from pipeline.decode.isolated import serve
-serve(int(file))
-"""
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 def decode_or_die(
@@ -41,21 +33,17 @@ def decode_or_die(
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-class ChildDecoder:
+class ChildDecoder(AbstractContextManager["ChildDecoder"]):
     """Decodes in a child process, which starts when it is needed; use it as a context manager."""
 
     def __init__(self) -> None:
-        self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
-
-    def __enter__(self) -> Self:
-        return self
+        self._child: tuple[SpawnProcess, Connection] | None = None
 
     def __exit__(self, *error: object) -> None:
         if self._child is not None:
-            process, connection = self._child
-            connection.close()
+            process, _ = self._child
             process.kill()
-            process.wait()
+            process.join()
 
     def __call__(
         self, data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
@@ -64,8 +52,7 @@ class ChildDecoder:
 
         After SIGKILL, the image is decoded again: when memory is short, the kernel kills any child.
         """
-        statuses: list[int] = []
-        while statuses in ([], [-signal.SIGKILL]):
+        for _ in range(2):
             process, connection = self._child = self._child or _start_child()
             try:
                 connection.send((data, preprocessor, max_pixels, fast, timeout_s))
@@ -73,25 +60,25 @@ class ChildDecoder:
                 return decoded
             except (EOFError, OSError):  # the child has died
                 self._child = None
-                connection.close()
-                statuses.append(process.wait())
-        cause = _describe_end(statuses[-1], timeout_s)
+                process.join()
+            if process.exitcode != -signal.SIGKILL:
+                break
+        cause = _describe_end(process.exitcode or 0, timeout_s)
         return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
 
 
-def _start_child() -> tuple[subprocess.Popen[bytes], Connection]:
+def _start_child() -> tuple[SpawnProcess, Connection]:
     """Starts a child. After a failure, ends this worker: `ray.task_retries` limits the attempts."""
-    ours, theirs = socket.socketpair()
-    connection = Connection(ours.detach())
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
     try:
-        with theirs:
-            command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), *sys.path]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        connection.recv()
+        process.start()
+        theirs.close()
+        ours.recv()  # the child is ready
     except (EOFError, OSError) as error:
         logger.error("a child process for decoding did not start (%r); this worker ends", error)
         os._exit(1)
-    return process, connection
+    return process, ours
 
 
 def _describe_end(status: int, timeout_s: float) -> str:
@@ -103,12 +90,11 @@ def _describe_end(status: int, timeout_s: float) -> str:
     return f"the decoder was killed by signal {-status} ({signal.Signals(-status).name}){hint}"
 
 
-def serve(file: int) -> None:
+def _serve(connection: Connection) -> None:
     """Decodes images that arrive through a connection, until the connection ends."""
     with suppress(OSError):  # if memory is short, the kernel kills this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("1000")
-    connection = Connection(file)
-    connection.send(os.getpid())
+    connection.send("ready")
     with suppress(EOFError, OSError):
         while True:
             connection.send(decode_or_die(*connection.recv()))

@@ -8,10 +8,8 @@ import random
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -457,8 +455,8 @@ def test_orientation_is_read_next_to_large_metadata(metadata: str) -> None:
     assert (result.width, result.height, result.error) == (40, 56, None)
 
 
-def test_large_metadata_of_a_broken_image_keeps_the_first_error() -> None:
-    assert "MAX_TEXT_CHUNK" in (decoded(text_bomb()[:-60]).error or "")
+def test_error_of_a_broken_image_does_not_depend_on_its_metadata() -> None:
+    assert "PNG: image file is truncated" in (decoded(text_bomb()[:-60]).error or "")
 
 
 # --- bad images -----------------------------------------------------------------------------------
@@ -669,18 +667,3 @@ def test_slow_images_of_a_chunk_share_a_limited_time(monkeypatch: pytest.MonkeyP
     assert timeouts[:6] == [60] * 6
     assert min(timeouts) == 300 / 40
     assert 400 < now < 600
-
-
-def test_pillow_warnings_are_hidden_only_while_decoding() -> None:
-    stream = io.BytesIO()
-    picture().save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
-    data = stream.getvalue()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        before = list(warnings.filters)
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: decode(data, PREPROCESSOR, LIMIT), range(200)))
-        assert warnings.filters == before
-        assert not seen
-        Image.open(stream).getexif()
-        assert seen

@@ -24,7 +24,7 @@ from pipeline.decode import decode_chunk
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.decode.plain_jpeg import parse_plain_jpeg
 from pipeline.read import Chunk
-from pipeline.statistics import DECODE
+from pipeline.statistics import DECODE, StageMetrics
 from tests.pipeline.decode.test_decoding import SAMPLES, claim, encode, exif, picture
 
 LIMIT = 1_000_000
@@ -52,7 +52,7 @@ class CountingDecoder(GpuDecoder):
 
     def __call__(self, chunk: Chunk) -> Chunk:
         done = super().__call__(chunk)
-        on_device = done.metrics[DECODE].decoded_on_gpu
+        on_device = done.metrics.get(DECODE, StageMetrics()).decoded_on_gpu
         self.on_device += on_device
         self.on_cpu += chunk.samples["error"].null_count - on_device
         return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -67,7 +68,7 @@ def test_image_whose_decoder_is_killed_once_is_decoded_again(tmp_path: Path) -> 
 
 
 def decode_with_missing_interpreter() -> None:
-    sys.executable = "/missing/python"
+    multiprocessing.set_executable("/missing/python")
     with ChildDecoder() as child:
         child(make_image(1), GOOD, 10**6, False, 60)
 
