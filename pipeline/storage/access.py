@@ -73,17 +73,9 @@ class Storage:
     def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or all objects under the folder `uri`.
 
-        A folder contains the objects under `uri + "/"`, but no sibling with the same prefix. Most
-        stores list in bytewise order of the URIs. Zero-byte folder markers are skipped. The listing streams:
-        memory holds one page, or the entries of one local folder.
-
-        Args:
-            uri: URI of an object or a folder.
-            missing_ok: Whether a missing local folder lists nothing. In a bucket, a missing folder always
-                lists nothing, because buckets have no folders.
-
-        Raises:
-            ObjectNotFound: The local folder does not exist, and `missing_ok` is false.
+        Most stores list in bytewise order of the URIs. Zero-byte folder markers are skipped. The listing
+        streams: memory holds one page, or the entries of one local folder. A missing folder in a bucket lists
+        nothing, and a missing local folder raises `ObjectNotFound` unless `missing_ok`.
         """
         try:
             yield from self._service(uri).list(uri)
@@ -117,10 +109,10 @@ class Storage:
     def open_sequential(self, uri: str, version: str, read_ahead: int) -> io.BufferedReader:
         """Opens an object for reading from start to end; fetches `read_ahead` ranges concurrently."""
         service = self._service(uri)
-        raw = service.open(_pinned(uri, version))
-        if isinstance(service, LocalFiles):  # the operating system reads ahead
-            return io.BufferedReader(raw, buffer_size=CHUNK_BYTES)
-        return io.BufferedReader(raw.with_read_ahead(read_ahead), buffer_size=_AHEAD_BUFFER_BYTES)
+        stream = service.open(_pinned(uri, version))
+        if isinstance(service, Buckets):  # the operating system reads local files ahead
+            stream = stream.with_read_ahead(read_ahead)
+        return io.BufferedReader(stream, buffer_size=_AHEAD_BUFFER_BYTES)
 
     def open_unbuffered(self, uri: str, version: str | None = None) -> io.RawIOBase:
         """Opens an object as `open` does, but without a buffer: each read fetches exactly its range."""
@@ -143,8 +135,7 @@ class Storage:
             The result of `read` on the open object, and the version; None if the object does not exist.
 
         Raises:
-            StorageError: The object has more than `max_bytes`, or every attempt failed (`ObjectChanged` if
-                other writers replaced the object each time).
+            StorageError: The object has more than `max_bytes`, or every attempt failed.
         """
 
         def attempt(version: str) -> Versioned[T] | None:
@@ -168,9 +159,8 @@ class Storage:
             expected: The version to replace, or `ABSENT`; None replaces any version.
 
         Raises:
-            ObjectChanged: The object does not have the expected version. If the response to this write was
-                lost and the write was retried, the write itself may have changed the object. Read the
-                object to find out.
+            ObjectChanged: The object does not have the expected version. The cause may be this write itself,
+                if its first response was lost. Read the object to find out.
         """
         service, file = self._service(uri), io.BytesIO(data) if isinstance(data, bytes) else data
         condition, bucket = self._condition(uri, expected), (self, *uri.split("/")[:3])
@@ -200,7 +190,7 @@ class Storage:
             The new object's metadata; None if `change` returned None.
 
         Raises:
-            StorageError: Every attempt failed (`ObjectChanged`: other writers replaced the object each time).
+            StorageError: Every attempt failed. An `ObjectChanged`: each time, another writer was faster.
         """
 
         def attempt(version: str) -> ObjectInfo | None:
@@ -210,11 +200,7 @@ class Storage:
         return self._until_unchanged(uri, attempt, expected)
 
     def delete(self, uri: str, expected: str | None = None) -> None:
-        """Deletes an object, if the object exists: the `expected` version, or any version.
-
-        Raises:
-            ObjectChanged: The object exists, but does not have the expected version.
-        """
+        """Deletes an object, if it exists; raises `ObjectChanged` if it is not the expected version."""
         self._service(uri).delete(uri, self._condition(uri, expected, ABSENT))
 
     def remove_unfinished_writes(self, uri: str) -> None:
@@ -232,10 +218,7 @@ class Storage:
         return None
 
     def _until_unchanged(self, uri: str, action: Callable[[str], T], version: str | None = None) -> T:
-        """Calls `action` with an object's version until no other writer replaces the object meanwhile.
-
-        `version` is the version of the first attempt; None for the current one.
-        """
+        """Calls `action` with `version`, then the current versions, until no writer replaces the object."""
         reported = set[str]()
         for attempt in range(_ATTEMPTS):
             if attempt > 1:  # the first version may be an old one

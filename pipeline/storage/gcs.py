@@ -89,10 +89,9 @@ class GoogleCloudStorage(Buckets):
             return Failure(ObjectChanged(uri))
         if isinstance(error, (api.Forbidden, api.Unauthorized)):
             cause, attempts = f"access denied: {error.message}", 4  # as on S3, may be transient
-        elif isinstance(error, TransportError):
-            cause = f"cannot fetch credentials: {error}"
         elif isinstance(error, GoogleAuthError):
-            cause, attempts = f"the credentials were rejected: {error}", attempts if error.retryable else 1
+            cause = f"no usable Google Cloud credentials: {error}"
+            attempts = attempts if error.retryable or isinstance(error, TransportError) else 1
         elif isinstance(error, (api.GoogleAPIError, ValueError)):
             attempts = attempts if isinstance(error, _TRANSIENT) else 1
         elif not isinstance(error, _TRANSIENT):

@@ -56,9 +56,9 @@ class RangeReader(io.RawIOBase):
         self.readinto(data)
         return bytes(data)
 
-    def with_read_ahead(self, read_ahead: int) -> RangeReader:
-        """Returns a stream over the same object that fetches the next `read_ahead` ranges."""
-        blocks = _ReadAhead(self._info.size, self._fetch, read_ahead)
+    def with_read_ahead(self, count: int) -> RangeReader:
+        """Returns a stream over the same object that fetches the next `count` ranges."""
+        blocks = _ReadAhead(self._info.size, self._fetch, count)
         return RangeReader(self._info, blocks.fetch, blocks.close)
 
     def close(self) -> None:
@@ -68,18 +68,15 @@ class RangeReader(io.RawIOBase):
 
 
 class _ReadAhead:
-    """Fetches the next blocks while the reader processes the current block.
+    """Fetches the next `count` blocks of 8 MiB while the reader processes the current block.
 
-    Holds up to `read_ahead` blocks of 8 MiB in addition to the current block. Intended for sequential reads:
-    after a seek to another block, read-ahead restarts at this block.
+    After a seek to another block, read-ahead restarts at this block.
     """
 
-    def __init__(self, size: int, fetch: Fetch, read_ahead: int) -> None:
-        self._size = size
-        self._fetch = fetch
-        self._read_ahead = read_ahead
+    def __init__(self, size: int, fetch: Fetch, count: int) -> None:
+        self._size, self._fetch, self._count = size, fetch, count
         self._blocks: dict[int, Future[bytes]] = {}
-        self._pool = ThreadPoolExecutor(read_ahead, thread_name_prefix="read-ahead")
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="read-ahead")
 
     def fetch(self, start: int, stop: int) -> bytes:
         number, offset = divmod(start, CHUNK_BYTES)
@@ -93,12 +90,10 @@ class _ReadAhead:
     def _block(self, number: int) -> bytes:
         """Returns a block's bytes, and starts to fetch the next blocks."""
         last = (self._size - 1) // CHUNK_BYTES
-        wanted = range(number, min(number + self._read_ahead, last) + 1)
-        for other in self._blocks.keys() - set(wanted):
-            self._blocks.pop(other).cancel()
-        for other in wanted:
-            if other not in self._blocks:
-                start = other * CHUNK_BYTES
-                stop = min(start + CHUNK_BYTES, self._size)
-                self._blocks[other] = self._pool.submit(self._fetch, start, stop)
+        wanted = range(number, min(number + self._count, last) + 1)
+        self._blocks = {other: self._blocks.get(other) or self._submit(other) for other in wanted}
         return self._blocks[number].result()
+
+    def _submit(self, number: int) -> Future[bytes]:
+        start = number * CHUNK_BYTES
+        return self._pool.submit(self._fetch, start, min(start + CHUNK_BYTES, self._size))

@@ -49,11 +49,7 @@ def pause_after(attempt: int) -> float:
     return min(MAX_PAUSE_S, 0.25 * 2.0**attempt) * random.uniform(0.5, 1)
 
 
-def retry(
-    action: Callable[[], T],
-    explain: Callable[[Exception], Failure],
-    sleep: Callable[[float], None] = time.sleep,
-) -> T:
+def retry(action: Callable[[], T], explain: Callable[[Exception], Failure]) -> T:
     """Runs `action`, which must be idempotent, until it succeeds or fails permanently.
 
     `explain` is called with the exceptions of `action`, except with a `StorageError`, which is permanent.
@@ -70,7 +66,7 @@ def retry(
                 raise failure.error from None  # the library's message may contain credentials
             with _lock:
                 _retries[type(limit).__name__ if limit else failure.kind] += 1
-        sleep(pause_after(attempt))
+        time.sleep(pause_after(attempt))
         attempt += 1
 
 

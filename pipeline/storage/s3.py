@@ -26,26 +26,14 @@ from pipeline.storage.retrying import CONNECTION_ERRORS, Failure, describe_error
 # botocore accepts a response that is cut off in its head or directly after the head, so fields are missing.
 _MALFORMED = (KeyError, TypeError, ValueError, ResponseParserError)
 # This module retries instead of boto3, which ignores incomplete bodies and does not count its retries.
-_TRANSIENT = (
-    *(exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError),
-    *CONNECTION_ERRORS,
-    *_MALFORMED,
-)
+_CONNECTION = (exceptions.HTTPClientError, exceptions.IncompleteReadError, *CONNECTION_ERRORS)
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 _CHANGED = {"412", "PreconditionFailed", "416", "InvalidRange"}
-_REJECTED = {
-    "AuthorizationHeaderMalformed",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-}
+_REJECTED = {"AuthorizationHeaderMalformed", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken"}
+_REJECTED |= {"RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired"}
 _DENIED = {"403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "Forbidden"}
 _OTHER_REGION = {"301", "307", "400", "PermanentRedirect"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
-_BUSY |= {"ThrottlingException", "TooManyRequests", "RequestLimitExceeded", "BandwidthLimitExceeded"}
 
 
 def connect(limits: RequestLimits, endpoint_url: str | None, region: str | None) -> "S3":  # noqa: D103
@@ -138,28 +126,31 @@ class S3(Buckets):
     def _explain(self, uri: str, error: Exception, attempts: int) -> Failure:
         if isinstance(error, exceptions.ClientError):
             return _explain_response(uri, error)
-        if not isinstance(error, (exceptions.BotoCoreError, *_TRANSIENT)):
-            raise error
         cause, kind = describe_error(error), type(error).__name__
         source = error.kwargs.get("error") if isinstance(error, exceptions.HTTPClientError) else None
         if isinstance(error, exceptions.NoCredentialsError):
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-            cause = f"no usable AWS credentials: {hint}"
-        elif isinstance(source, ValueError):
-            # Not sent. The message contains credentials, or the password of a proxy.
-            hint = "check the address of the proxy"
-            if "Invalid header" in str(error):
-                hint = "the AWS credentials contain a line break"
-            cause = f"cannot send a request; {hint}"
+            cause, attempts = f"no usable AWS credentials: {hint}", 1
+        elif isinstance(source, ValueError):  # not sent; the message contains credentials
+            is_header = "Invalid header" in str(error)
+            hint = (
+                "the AWS credentials contain a line break" if is_header else "check the address of the proxy"
+            )
+            cause, attempts = f"cannot send a request; {hint}", 1
         elif isinstance(error, exceptions.ConnectionError):
             cause = f"cannot reach the endpoint {self._client.meta.endpoint_url}: {cause}"
-            return Failure(StorageError(uri, cause), attempts, kind)
-        elif isinstance(error, _TRANSIENT):
-            if isinstance(error, _MALFORMED):
-                cause, kind = f"a malformed response: {cause}", "MalformedResponse"
+        elif isinstance(error, _MALFORMED):
+            cause, kind = (
+                f"failed after retries, last with a malformed response: {cause}",
+                "MalformedResponse",
+            )
+        elif isinstance(error, _CONNECTION):
             cause = f"failed after retries, last with {cause}"
-            return Failure(StorageError(uri, cause), attempts, kind)
-        return Failure(StorageError(uri, cause))
+        elif isinstance(error, exceptions.BotoCoreError):
+            attempts = 1
+        else:
+            raise error
+        return Failure(StorageError(uri, cause), attempts, kind)
 
 
 def _explain_response(uri: str, error: exceptions.ClientError) -> Failure:

