@@ -38,7 +38,6 @@ _OPTIONS = (
     "-admin.ui=false",
     "-webdav=false",
     "-master.telemetry=false",
-    "-volume.preStopSeconds=0",
     "-volume.max=10000",  # a bucket needs at least one volume; the default depends on free disk space
 )
 #: Runs a program until it ends, or until the other end of standard input closes with its process.

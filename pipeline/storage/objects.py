@@ -71,9 +71,9 @@ def normalize_uri(uri: str) -> str:
     if mistyped := _MISTYPED.match(uri):  # would be a local folder
         raise StorageError(f"{mistyped[0]}...", "mistyped scheme; write s3://, gs:// or a local path")
     scheme, separator, rest = uri.partition("://")
-    if _SIGNATURE.search(rest):
-        cause = "signed URLs are not supported; use the URI without its query, and set credentials"
-        raise StorageError(f"{scheme}://...", f"{cause} in the environment")
+    if _SIGNATURE.search(rest) or (scheme in ("s3", "gs") and "@" in rest.partition("/")[0]):
+        cause = "the URI contains credentials or a signature; set credentials in the environment"
+        raise StorageError(f"{scheme}://...", cause)
     if separator and scheme not in ("s3", "gs", "file"):
         raise unsupported_scheme(scheme)
     if not separator or scheme == "file":
@@ -83,9 +83,6 @@ def normalize_uri(uri: str) -> str:
         return "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100 - Path keeps '..'
     if not rest.strip("/"):
         raise StorageError(uri, "the URI has no bucket")
-    if "@" in rest.partition("/")[0]:
-        cause = "the URI contains credentials; set the credentials in the environment"
-        raise StorageError(f"{scheme}://...", cause)
     return uri.rstrip("/")
 
 
