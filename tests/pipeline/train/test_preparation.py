@@ -54,7 +54,7 @@ def test_fine_tuned_model_chooses_one_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", ["model.new.labels", "model.labels"])
 def test_training_needs_two_classes(field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{field}=\[cat\]: List should have at least 2 items"):
+    with pytest.raises(ConfigError, match=rf"{field}=\[cat\]: must have at least 2 items"):
         config("model.pretrained=x" if field == "model.labels" else LABELS, f"{field}=[cat]")
 
 
