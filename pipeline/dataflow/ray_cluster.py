@@ -7,7 +7,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,20 @@ from pipeline.storage import temporary_folder
 #: Address of a Ray that this process starts on its machine.
 LOCAL = "local"
 
-#: Default environment variables for a local Ray. Idle workers stay for a minute, instead of starting a
-#: process per chunk. All processes listen on loopback only: despite its name, the variable works on Linux
-#: too. Workers use this interpreter, also under `uv run`, where Ray would pack the working directory.
+#: Default environment variables. Ray's core does not log to the terminal, which shows the progress of the
+#: job: errors are raised, and the logs are in Ray's session folder.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+#: The same for a local Ray. Idle workers stay for a minute, instead of starting a process per chunk. All
+#: processes listen on loopback only: despite its name, the variable works on Linux too. Workers use this
+#: interpreter, also under `uv run`, where Ray would pack the working directory.
 _LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+
+#: Part of the line that Ray's core logs whenever RAY_BACKEND_LOG_LEVEL is set, whatever the level.
+_LOG_LEVEL_LINE = "Set ray log level from environment variable"
 
 _START_REMEDY = "run the command again when the machine is less busy, or label with --no-ray"
 _CONNECT_TIMEOUT_S = 10
@@ -60,10 +66,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if address == IN_PROCESS:
         raise ConfigError(f"ray.address: only labeling supports {IN_PROCESS!r}; use null or 'local'")
     address = ray_address(address)
-    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    environment = _ENVIRONMENT
     if address == LOCAL:
         # Without a token, Ray writes one to the home folder, and every later Ray on this machine requires it.
-        environment |= _LOCAL_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        environment = _ENVIRONMENT | _LOCAL_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     with interrupts_deferred():  # an interrupted import leaves a broken module
@@ -125,7 +131,8 @@ def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
             logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
             for path in sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime):
                 lines += path.read_text(errors="replace").splitlines()
-        shown = " | ".join([line for line in lines if line.strip() and line[0] != ":"][-_LOG_LINES:])
+        causes = [line for line in lines if line.strip() and line[0] != ":" and _LOG_LEVEL_LINE not in line]
+        shown = " | ".join(causes[-_LOG_LINES:])
         raise ClusterError(f"the workers of Ray do not start: {cause}; end of the logs: {shown}") from None
 
 
@@ -151,7 +158,7 @@ def init_ray(address: str, **options: Any) -> None:
         options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
     for is_last in (address != LOCAL, True):
         try:
-            with _new_processes_stopped():
+            with _log_level_line_removed(), _new_processes_stopped():
                 ray.init(address=address, **options)
             return
         except SystemExit:  # raised by Ray's handler of SIGTERM
@@ -180,6 +187,28 @@ def _new_processes_stopped() -> Iterator[None]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         raise
+
+
+@contextmanager
+def _log_level_line_removed() -> Iterator[None]:
+    """Removes the line about Ray's log level from standard error.
+
+    Ray has no option for this. Ray's core writes to the file descriptor, so the output is captured there; all
+    other lines are written at the end of the block. Python's `sys.stderr` still writes to the terminal.
+    """
+    # Not closed here: the thread of a progress bar may still hold the stream. Its last reference closes it.
+    stream = os.fdopen(os.dup(2), "w", buffering=1)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            with redirect_stderr(stream):
+                yield
+        finally:
+            os.dup2(stream.fileno(), 2)
+            captured.seek(0)
+            for line in captured:
+                if _LOG_LEVEL_LINE.encode() not in line:
+                    os.write(2, line)
 
 
 def _is_shadowed() -> bool:
