@@ -1,8 +1,6 @@
-"""The executor without Ray: threads of this process run the stages.
+"""The executor without Ray: each thread of this process reads, decodes and classifies one chunk at a time.
 
-Each thread reads, decodes and classifies one chunk at a time. Memory holds one chunk per thread and a few
-results. An image that crashes its decoder ends the run, and a hung decoder stops its thread. With Ray, such
-an image becomes an error row.
+An image that crashes its decoder ends the run, and a hung decoder stops its thread.
 """
 
 import os

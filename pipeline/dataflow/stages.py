@@ -86,12 +86,10 @@ class Stages:
     """The settings of the stages of a labeling run.
 
     Attributes:
-        max_image_pixels: maximum number of pixels of an image; a larger image is an error.
         fast_decoding: whether large JPEGs are decoded at a fraction of their size.
         gallery: number of images per class and selection that get thumbnails; 0 for no thumbnails.
         thumbnail_side: longest side of a thumbnail in pixels.
-        decode_timeout_s: maximum seconds for decoding one image.
-        classify_timeout_s: maximum seconds for classifying one chunk.
+        decode_timeout_s, classify_timeout_s: maximum seconds for decoding an image, classifying a chunk.
     """
 
     storage: Storage

@@ -61,7 +61,6 @@ class SubmittedJob:
     """A job of a cluster.
 
     Attributes:
-        id: the submission id.
         state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; LOST if the cluster no longer has the job.
         message: one line about the state.
         exit_status: exit status of the process, as a shell reports it. 130 if the job was stopped, 1 if it

@@ -115,12 +115,7 @@ def _iterate_times(dataset: DatasetConfig, start: datetime) -> Any:
 
 
 class Scheduler:
-    """Polls the datasets of a list and submits the jobs that are due.
-
-    Args:
-        connect: connects to the cluster; by default to the cluster of the configuration.
-        clock: returns the current time.
-    """
+    """Polls the datasets of a list and submits the jobs that are due, to the configured cluster."""
 
     def __init__(
         self,
@@ -135,10 +130,7 @@ class Scheduler:
         self._logged_errors: Mapping[str, str] = {}
 
     def poll(self) -> Mapping[str, str]:
-        """Polls each dataset and submits the jobs that are due; returns errors by the dataset's name.
-
-        An error of one dataset does not affect the others.
-        """
+        """Polls each dataset, independently of errors of others; returns errors by the dataset's name."""
         self._connection = None
         errors = {}
         for name, dataset in self._config.datasets.items():
