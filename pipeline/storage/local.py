@@ -20,6 +20,8 @@ from pipeline.storage.temporary import locked
 
 #: Temporary files of running and crashed writes. The glob `**/*.parquet` must not match them.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+#: The version of a listed file that cannot be opened by its URI, because its name is not UTF-8.
+_NOT_UTF8 = "not UTF-8-0"
 
 
 class LocalFiles:
@@ -30,8 +32,10 @@ class LocalFiles:
             found = Path(uri).stat()
         if stat.S_ISDIR(found.st_mode):
             yield from _walk(uri, frozenset({(found.st_dev, found.st_ino)}))
-        else:
+        elif stat.S_ISREG(found.st_mode):
             yield _info(uri, found)
+        else:
+            raise StorageError(uri, "not a file or folder")
 
     def list_folders(self, uri: str) -> Iterator[str]:
         with _storage_errors(uri), contextlib.suppress(FileNotFoundError), os.scandir(uri) as scan:
@@ -45,8 +49,13 @@ class LocalFiles:
         return _info(uri, found)
 
     def open(self, info: ObjectInfo) -> RangeReader:
+        if info.version == _NOT_UTF8:
+            raise StorageError(info.uri, "the file's name is not UTF-8: rename the file")
         with _storage_errors(info.uri):
-            descriptor = os.open(info.uri, os.O_RDONLY)
+            descriptor = os.open(info.uri, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StorageError(info.uri, "not a regular file")
 
         def fetch(start: int, stop: int) -> bytes:
             with _storage_errors(info.uri):
@@ -130,24 +139,32 @@ def _walk(folder: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[Object
     """Yields the files under `folder` in bytewise order; follows links, except to an ancestor folder."""
     with _storage_errors(folder), os.scandir(folder) as scan:
         entries = [
-            (os.fsencode(e.name) + b"/" * e.is_dir(), e.path) for e in scan if not _UNFINISHED.match(e.name)
+            (os.fsencode(entry.name) + b"/" * _is_folder(entry), entry.path)
+            for entry in scan
+            if not _UNFINISHED.match(entry.name)
         ]
     for _, path in sorted(entries):
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise StorageError(ascii(path), "the file's name is not UTF-8") from None
-        try:
-            with _storage_errors(path):
-                found = os.stat(path)  # noqa: PTH116 - creating a Path for each file is slow
-        except ObjectNotFound:  # a dangling link or a deleted file: reading reports the cause
-            yield ObjectInfo(path, 0, "0-0")
-            continue
-        identity = (found.st_dev, found.st_ino)
-        if stat.S_ISREG(found.st_mode):
+        found = None
+        with contextlib.suppress(OSError):  # a link without a target, or a deleted file
+            found = os.stat(path)  # noqa: PTH116 - creating a Path for each file is slow
+        name = os.fsencode(path).decode(errors="backslashreplace")
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            identity = (found.st_dev, found.st_ino)
+            if identity not in ancestors:
+                yield from _walk(path, ancestors | {identity})
+        elif name != path:
+            yield ObjectInfo(name, 0, _NOT_UTF8)
+        elif found is not None and stat.S_ISREG(found.st_mode):
             yield _info(path, found)
-        elif stat.S_ISDIR(found.st_mode) and identity not in ancestors:
-            yield from _walk(path, ancestors | {identity})
+        else:  # reading reports the cause
+            yield ObjectInfo(path, 0, "0-0")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _info(path: str, found: os.stat_result) -> ObjectInfo:

@@ -9,8 +9,12 @@ _MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
 _MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX without the final NUL
 _TEMPORARY_NAME_BYTES = 37  # length of the temporary name that a local file has during a write
 _MAX_LOCAL_NAME_BYTES = 255
-#: `s3:bucket`, `s3:/bucket` and `s3//bucket`, but not `s3://bucket`.
-_MISTYPED = re.compile(r"((?:s3[an]?|gs|gcs|https?):|[a-z][a-z0-9+.-]*:(?=/))(?!//)|(?:s3|gs|https?)//", re.I)
+#: `s3:bucket`, `s3:/bucket`, `s3//bucket`, `s3;//bucket` and `ssh:key@bucket`, but not `s3://bucket`.
+_MISTYPED = re.compile(
+    r"((?:s3[an]?|gs|gcs|https?):|[a-z][a-z0-9+.-]*:(?=/|[^/]*@))(?!//)"
+    r"|(?:s3[an]?|gs|gcs|https?)(?:[^\w:]?//|/:/)",
+    re.I,
+)
 _SIGNATURE = re.compile(r"[?&]X-(Amz|Goog)-(Signature|Credential|Security-Token)=", re.I)
 
 #: The version of an object that does not exist.
@@ -58,6 +62,10 @@ class ObjectInfo:
     uri: str
     size: int
     version: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size < 2**63:
+            raise ValueError(f"the size {self.size} of {self.uri} is invalid")
 
 
 def normalize_uri(uri: str) -> str:

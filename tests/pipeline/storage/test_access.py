@@ -270,6 +270,7 @@ def test_unsupported_scheme_is_refused(storage: Storage) -> None:
             "file:/planted",
         ),
         *("https://b.s3.amazonaws.com/x?X-Amz-Signature=planted", "https:/h?token=planted", "hdfs:/planted"),
+        *("s3;//planted", "s3.//planted", "gs-//planted", "s3/:/planted", "ssh:key@planted", "s3a//planted"),
         *("s3://b/x?X-Amz-Credential=planted", "gs://b/x?a=b&X-Goog-Signature=planted", "s3a://planted"),
     ],
 )
@@ -280,7 +281,7 @@ def test_mistyped_or_signed_uri_is_refused_without_being_shown(uri: str) -> None
     assert "planted" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["a=b&c?d#e.tar", "./s3:x", "folder/s3:/x", "my:folder", "s3/x"])
+@pytest.mark.parametrize("path", ["a=b&c?d#e.tar", "./s3:x", "folder/s3:/x", "my:folder", "s3/x", "s3-data/x"])
 def test_path_that_looks_like_a_uri_is_a_path(path: str) -> None:
     assert is_relative(path)
     assert normalize_uri(path) == str(Path.cwd() / path)

@@ -303,6 +303,23 @@ def test_name_that_is_not_utf8_is_refused_without_retries(storage: Storage, fold
     assert retry_counts() == before
 
 
+@pytest.mark.parametrize("size", [-1, 10**30])
+def test_impossible_size_in_a_listing_names_the_object(
+    storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    info = storage.write(f"{bucket}/in/x", CONTENT)
+    client = storage._service(bucket)._client
+    listed = client.list_objects_v2
+
+    def lie(**arguments: object) -> object:
+        page = listed(**arguments)
+        return page | {"Contents": [found | {"Size": size} for found in page["Contents"]]}
+
+    monkeypatch.setattr(client, "list_objects_v2", lie)
+    with pytest.raises(StorageError, match=rf"the size {size} of {info.uri} is invalid"):
+        list(storage.list(f"{bucket}/in"))
+
+
 def test_object_over_the_size_limit_is_not_read(storage: Storage, root: str) -> None:
     info = storage.write(f"{root}/x", CONTENT)
     for read in (

@@ -31,6 +31,32 @@ def test_listing_is_bytewise_and_follows_links_without_cycles(storage: Storage, 
     assert storage.read(outside.uri) == b"x"
 
 
+def test_entries_that_cannot_be_read_are_listed_and_reading_names_the_cause(
+    storage: Storage, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "loop.tar").symlink_to(root / "loop.tar")
+    os.mkfifo(root / "pipe.jpg")
+    (root / "zero.jpg").symlink_to("/dev/zero")
+    Path(os.fsdecode(bytes(root) + b"/\xff.tar")).write_bytes(b"x")
+    storage.write(f"{root}/good.tar", b"x")
+    causes = {}
+    for info in storage.list(str(root)):
+        try:
+            storage.read(info.uri, info.version)
+        except StorageError as error:
+            causes[info.uri.removeprefix(f"{root}/")] = error.cause
+    assert causes == {
+        "loop.tar": "Too many levels of symbolic links",
+        "pipe.jpg": "not a regular file",
+        "zero.jpg": "not a regular file",
+        "\\xff.tar": "the file's name is not UTF-8: rename the file",
+    }
+    with pytest.raises(StorageError, match="not a file or folder"):
+        list(storage.list(f"{root}/pipe.jpg"))
+
+
 def test_local_paths_are_normalized(
     storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
