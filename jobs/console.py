@@ -257,9 +257,6 @@ def load_job(
     """Loads the configuration of a job from a YAML file or a run record, and the selection of shards.
 
     An option that is None keeps the selection of the run record. The kept options are printed.
-
-    Raises:
-        ConfigError: see `pipeline.config.load_config`.
     """
     config, record = load_recorded(Config, path, overrides or (), keep_relative_paths=keep_relative_paths)
     options = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
@@ -273,12 +270,7 @@ def load_job(
 
 
 def resolve_partition(uri: str | None, config: Path | None, overrides: list[str] | None = None) -> Partition:
-    """Opens the partition given by its URI or by the configuration of its job.
-
-    Raises:
-        ConfigError: see `pipeline.config.load_config`.
-        StorageError: the partition does not exist.
-    """
+    """Opens the partition given by its URI or by the configuration of its job."""
     if (uri is None) == (config is None):
         raise typer.BadParameter("give a URI or --config, not both")
     if config is not None:

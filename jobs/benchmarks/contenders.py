@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import tarfile
 import time
@@ -40,10 +39,6 @@ class Task:
         model: folder with a checkpoint in the Hugging Face layout.
         size: height and width of the model's images, in pixels.
         output: folder for the Parquet files; must not exist.
-        batch_size: number of images in a batch.
-        device: "cpu" or "cuda".
-        precision: see `cvt.runtimes`.
-        cores: number of CPUs of this machine.
         overrides: overrides of the configuration of this pipeline.
     """
 
@@ -65,11 +60,8 @@ class Task:
 
     def record(self, images: int) -> None:
         """Records that a batch of images is labeled. Any process may call this function."""
-        file = os.open(self.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(
-            file, f"{images} {time.monotonic()}\n".encode()
-        )  # a single write keeps lines of several processes apart
-        os.close(file)
+        with self.events.open("a") as file:  # a single write keeps lines of several processes apart
+            file.write(f"{images} {time.monotonic()}\n")
 
 
 def task_config(task: Task) -> Config:
@@ -172,10 +164,9 @@ class TransformersClassifier:
 
 
 def dataloader(task: Task) -> None:
-    """Labels with a DataLoader: workers read, decode and preprocess; the main process runs the model.
+    """Labels with a DataLoader, as clip-retrieval's clip_inference and timm's inference.py do.
 
-    As in clip-retrieval's clip_inference and timm's inference.py: one worker per core, two prefetched
-    batches per worker, pinned memory for a GPU. tarfile reads the tars, without a dependency on webdataset.
+    Workers, one per core, read, decode and preprocess. The main process runs the model.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -217,10 +208,9 @@ def dataloader(task: Task) -> None:
 
 
 def ray_data(task: Task) -> None:
-    """Labels with Ray Data: read_webdataset, map_batches (preprocess), map_batches (actor), write_parquet.
+    """Labels with Ray Data, as Ray's guide to offline batch inference does.
 
-    As in Ray's guide to offline batch inference and its example of image classification with a vision
-    transformer. Images are decoded in the preprocessing step (`decoder=None`), because the default decoder of
+    Images are decoded in the preprocessing step (`decoder=None`), because the default decoder of
     read_webdataset would send full-size images through the object store.
     """
     import logging
@@ -268,11 +258,9 @@ def ray_data(task: Task) -> None:
 
 
 def daft(task: Task) -> None:
-    """Labels with Daft: glob of image files, download, decode, preprocess function, model class.
+    """Labels with Daft, as Daft's own benchmarks (benchmarking/ai/image_classification) do.
 
-    As in the image classification of Daft's own benchmarks (benchmarking/ai/image_classification), on the
-    native runner. Reads single files, because read_webdataset of Daft 0.7.26 hangs on several tars with two
-    cores.
+    Reads single files, because read_webdataset of Daft 0.7.26 hangs on several tars with two cores.
     """
     import daft as package
     import torch

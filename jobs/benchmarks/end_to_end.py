@@ -118,32 +118,17 @@ def run(
     )
 
 
-def make_dataset(
-    uri: str,
-    tars: Path,
-    preprocessor: Preprocessor,
-    count: int,
-    cores: int,
-    shard_images: int = _SHARD_IMAGES,
-) -> dict[str, int]:
-    """Packs the encoded images of any shard format into tars, and returns the size of the dataset.
+def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, cores: int) -> dict[str, int]:
+    """Packs `count` encoded images of a dataset into tars, and returns the size of the new dataset.
 
-    Images that cannot be decoded are omitted, because other contenders fail on them. Keys are numbers of nine
-    digits, from 0.
-
-    Args:
-        uri: folder or URI of shards.
-        tars: folder for the tars; must not exist.
-        preprocessor: used to test whether an image can be decoded.
-        count: number of images; images are repeated if there are fewer.
-        cores: number of CPUs that share the tars.
-        shard_images: maximum number of images in a tar.
+    Images that cannot be decoded are omitted, because other contenders fail on them. Images are repeated if
+    there are too few. Keys are numbers of nine digits, from 0.
 
     Raises:
         StorageError, NoShardsError: the images cannot be read, or no image can be decoded.
     """
     tars.mkdir()
-    size = min(shard_images, math.ceil(count / (_SHARDS_PER_CORE * cores)))
+    size = min(_SHARD_IMAGES, math.ceil(count / (_SHARDS_PER_CORE * cores)))
     images = itertools.chain.from_iterable(read_images(uri, preprocessor) for _ in itertools.count())
     total = 0
     for shard, start in enumerate(range(0, count, size)):

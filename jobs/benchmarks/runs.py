@@ -22,14 +22,10 @@ from jobs.benchmarks.figures import BenchmarkError
 
 @dataclass
 class ContenderResult:
-    """The results of one contender. Lists have one value per round.
+    """The results of one contender, as docs/reference/benchmarks.md defines them. Lists are by round.
 
     Attributes:
-        seconds: duration of the process.
-        first_labels_s: seconds from the start of the process to the first labeled batch or chunk.
-        images_per_s: rate in steady state, from the first labeled batch or chunk to the last.
         pipeline_speedup: images/s of this pipeline divided by images/s of the contender.
-        cost_per_million: cost of a million images, in the currency of the price.
         failure: reason of a failure. A failed contender has no further rounds.
     """
 

@@ -9,12 +9,7 @@ from pydantic import BaseModel
 
 
 def describe_error(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
-    """Returns the message of a validation error, such as "must be a valid integer".
-
-    Args:
-        kind: the model of the configuration.
-        error: an item of `ValidationError.errors()`.
-    """
+    """Returns the message of an item of `ValidationError.errors()`, such as "must be a valid integer"."""
     field = tuple(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
@@ -26,12 +21,7 @@ def describe_error(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
 
 
 def describe_unknown_field(kind: type[BaseModel], field: Sequence[str]) -> str:
-    """Returns the error message of an unknown field, with the closest field of the same section.
-
-    Args:
-        kind: the model of the configuration.
-        field: path of the unknown field.
-    """
+    """Returns the error message of an unknown field, with the closest field of the same section."""
     known = list(_section_at(kind, field[:-1]).model_fields)
     close = difflib.get_close_matches(field[-1], known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"

@@ -1,8 +1,4 @@
-"""The configuration of a labeling job.
-
-The configuration holds every field that a run depends on, and the run record stores all of them. The
-configuration holds no secrets: credentials come from the standard chains of each storage service.
-"""
+"""The configuration of a labeling job: every field that a run depends on, and no secrets."""
 
 import hashlib
 import json
@@ -35,7 +31,6 @@ class InputConfig(Section):
     labels: bool = Field(
         default=True,
         description="Read the dataset's own labels as targets. False: every target is null.",
-        examples=[False],
     )
     label_field: str | None = Field(
         default=None,
@@ -159,7 +154,6 @@ class GateConfig(Section):
         default=True,
         description="Stop the run as soon as it is certain to exceed `max_error_fraction` or "
         "`max_unreadable_fraction`. Complete shards keep their labels.",
-        examples=[False],
     )
     canary: Annotated[int, Field(ge=0)] = Field(
         default=0,
@@ -218,7 +212,6 @@ class StorageConfig(Section):
         default=True,
         description="Whether the buckets support conditional writes. False: a store without them is "
         "accepted, and only one run at a time may write to an output. No label depends on this field.",
-        examples=[False],
     )
 
 
@@ -309,7 +302,7 @@ def make_storage(section: StorageConfig) -> Storage:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The shards that a run labels or prunes in addition to labeling new and changed shards.
+    """What a run does in addition to labeling new and changed shards.
 
     Attributes:
         retry_errors: label shards with error rows, and shards that could not be read.
@@ -322,5 +315,4 @@ class Selection:
     prune: bool = False
 
 
-#: Selects new and changed shards only.
 LABEL_NEW = Selection()

@@ -14,11 +14,7 @@ KINDS: dict[str, type[Section]] = {"label": Config, "train": TrainConfig, "sched
 def json_schema(kind: str) -> dict[str, Any]:
     """Returns the JSON Schema (draft 2020-12) of a configuration file.
 
-    The schema checks the names, types and limits of single fields. `load_config` checks the conditions that
-    involve several fields.
-
-    Args:
-        kind: "label", "train" or "schedule".
+    The kinds are those of `KINDS`. Only `load_config` checks the conditions that involve several fields.
     """
     model = KINDS[kind]
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | model.model_json_schema()

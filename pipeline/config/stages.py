@@ -172,19 +172,6 @@ class RayConfig(Section):
         "`ray.task_retries` + 1 times the sum of `classify.timeout_s` and ten times `decode.timeout_s`, the "
         "maximum time of all attempts at a chunk: 4800 with the defaults.",
     )
-    object_store_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="Fraction of Ray's object store that chunks between the stages may fill."
-    )
-    backpressure_ratio: PositiveFloat = Field(
-        default=2.0,
-        description="A stage pauses when its queued output exceeds this multiple of what the next stage is "
-        "processing.",
-    )
-    chunks_in_flight: PositiveInt = Field(
-        default=4,
-        description="Number of chunks that are assigned to an actor at the same time, so that it never "
-        "waits for the next chunk.",
-    )
     task_retries: Annotated[int, Field(ge=0)] = Field(
         default=3,
         description="Number of retries of the work on one chunk or shard after its worker or node has died. "

@@ -282,7 +282,7 @@ class RayExecutor:
             compute=ActorPoolStrategy(
                 min_size=resources.min_actors,
                 max_size=resources.max_actors,
-                max_tasks_in_flight_per_actor=max(settings.chunks_in_flight, resources.concurrent_chunks),
+                max_tasks_in_flight_per_actor=2 * resources.concurrent_chunks,
                 max_concurrent_calls_per_actor=resources.concurrent_chunks,
                 enable_true_multi_threading=True,
             ),
@@ -310,8 +310,6 @@ def _set_context(settings: RayConfig, max_attempt_seconds: float) -> None:
     # A chunk whose every attempt takes too long must not end the job.
     all_attempts = (settings.task_retries + 1) * max_attempt_seconds
     context.execution_no_progress_timeout_s = max(settings.no_progress_timeout_s, all_attempts)
-    context.override_object_store_memory_limit_fraction = settings.object_store_fraction
-    context.downstream_capacity_backpressure_ratio = settings.backpressure_ratio
     # A machine that is removed while an actor starts there must not end the job.
     context.max_consecutive_actor_init_deaths = settings.actor_start_retries
     # The job shows its own progress.

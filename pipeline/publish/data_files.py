@@ -55,14 +55,8 @@ def read_rows(
 ) -> pa.Table:
     """Reads columns of a data file or of a prediction file; raises `StorageError`.
 
-    A tool that compacts a table may write other types, such as string views. They are cast.
-
-    Args:
-        storage: access to the file.
-        uri: URI of the file.
-        version: version of the object; None for the current one.
-        columns: names of the columns to read.
-        constants: values by column. These columns are not read; all rows have the given value.
+    Columns in `constants` are not read; all rows have the given value. Other types, such as string views that
+    a tool for compaction writes, are cast.
     """
     try:
         with storage.open(uri, version) as file:

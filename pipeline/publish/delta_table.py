@@ -1,17 +1,14 @@
 """One model's rows in a Delta table that is partitioned by model: data files, and the list of their shards.
 
-`deltalake` only writes the log: one commit adds and removes files. Therefore no row filter with keys from
-data is ever written as SQL.
-
-Each commit contains an application transaction of the model. If two publishers commit at the same time,
-deltalake refuses the slower one. A publisher finds the transaction number in the log if its attempt was
-committed. The number is also part of the name of the list of shards, which is written before the commit:
+`deltalake` only writes the log: one commit adds and removes files. Each commit contains an application
+transaction of the model. If two publishers commit at the same time, deltalake refuses the slower one. A
+publisher finds the transaction number in the log if its attempt was committed. The number is also part of the
+name of the list of shards, which is written before the commit:
 
     <table>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
 
-Delta's own VACUUM removes data files that no version needs. This module removes none. If the table's files
-differ from the published files, and more than maintenance (OPTIMIZE, VACUUM) ran, the table was edited.
-Publishing to an edited table is refused.
+If the table's files differ from the published files, and more than maintenance (OPTIMIZE, VACUUM) ran, the
+table was edited. Publishing to an edited table is refused. Only VACUUM removes data files.
 """
 
 import importlib.util

@@ -1,7 +1,6 @@
 """Updates a consumer table to the manifest of a partition: adds, replaces and removes shards.
 
-A prediction file is the unit of commit, so a partition has one file per shard. Queries over all labels are
-faster on few large files. A publication has these steps:
+A publication has these steps:
 
 1. Read the current version of the table, and compare it with the manifest.
 2. Write data files under unique names. Readers do not see them yet.
@@ -53,12 +52,10 @@ class Publication:
     Attributes:
         table: URI of the table.
         snapshot: the current version of the table.
-        added: the new and changed shards, sorted: `uri`, `rows`, `output` (prediction file, relative to the
-            partition) and `output_version`.
+        added: rows of the manifest, of new and changed shards.
         replaced: URIs of added shards that the table already had from this partition.
         removed: URIs of shards that the table had from this partition and that are no longer labeled.
-        pending: URIs of shards whose prediction file has changed since the manifest was written. They are not
-            published yet.
+        pending: URIs of shards that changed after the manifest was written, and are not published yet.
         is_new: whether this publication committed the version. False if the table was up to date.
     """
 

@@ -88,12 +88,8 @@ class Chart:
     @property
     def is_tall(self) -> bool:
         """Whether the drawing takes two rows of the grid."""
-        match self.drawing:
-            case BarChart():
-                return len(self.drawing.labels) > 12
-            case MatrixChart():
-                return True
-        return False
+        is_long = isinstance(self.drawing, BarChart) and len(self.drawing.labels) > 12
+        return is_long or isinstance(self.drawing, MatrixChart)
 
 
 @dataclass

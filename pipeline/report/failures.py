@@ -22,10 +22,7 @@ _READER_THREADS = 16
 def failures(partition: Partition, manifest: pa.Table, max_files: int) -> ReportSection:
     """Returns the section about samples with errors and unreadable shards, of all runs.
 
-    Args:
-        partition: the partition of the report.
-        manifest: the columns `errors` and `error` of the manifest.
-        max_files: maximum number of prediction files to read for the causes.
+    Reads the columns `errors` and `error` of the manifest, and at most `max_files` prediction files.
     """
     unreadable = manifest["error"].drop_null()
     errors = pc.sum(manifest["errors"]).as_py() or 0

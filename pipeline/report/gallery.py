@@ -109,13 +109,7 @@ class Gallery:
     def merge(
         self, previous: Iterable[GalleryItem], removed_shards: Collection[str], classes: Collection[int]
     ) -> list[GalleryItem]:
-        """Merges the items of this run into those of the previous gallery.
-
-        Args:
-            previous: items of the gallery before this run.
-            removed_shards: URIs of shards whose items are dropped.
-            classes: label ids of the classes that are kept.
-        """
+        """Merges the items of this run into the previous gallery; drops removed shards and other classes."""
         dropped = self._committed_shards.union(removed_shards)
         kept = (item for item in previous if item.shard not in dropped)
         return select_best((item for item in [*kept, *self._items] if item.label_id in classes), self._count)

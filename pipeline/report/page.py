@@ -1,8 +1,4 @@
-"""The report: one self-contained HTML page that loads nothing and runs no script.
-
-The page is generated from stored data: a run's record, class statistics, manifest and gallery. It can be
-regenerated at any time.
-"""
+"""The report: one self-contained HTML page from stored data, which loads nothing and runs no script."""
 
 import base64
 import functools
@@ -36,8 +32,6 @@ def write_report(
     max_files: int = MAX_FILES,
 ) -> str:
     """Writes the report of a partition and a run; returns the report's URI.
-
-    All text from data is escaped.
 
     Args:
         partition: the partition of the report.

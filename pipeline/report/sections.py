@@ -1,7 +1,4 @@
-"""The sections of the page: classes, gallery, accuracy, comparisons, throughput and run details.
-
-If there are many classes, a section shows the first ones and names the file that has all.
-"""
+"""The sections of the page: classes, gallery, accuracy, comparisons, throughput and run details."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise

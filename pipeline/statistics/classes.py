@@ -67,7 +67,6 @@ class ClassStatistics:
         support: Number of rows whose target is the class.
         true_positives: Number of rows of the class whose target is the class.
         top5_hits: Number of rows whose target is the class, and whose five best classes include the target.
-            Too low if rows have fewer than five classes (see `has_top5`).
         confusion: Pairs (predicted class, target) of the rows where the two differ.
         calibration: int64 (3, `HISTOGRAM_BINS`), by score bin, over the rows with a target: number of rows,
             number of correct rows, and fixed-point sum of the scores.
@@ -188,10 +187,7 @@ class ClassStatistics:
         return ratio(int(self.true_positives.sum()), int(self.support.sum()))
 
     def top5_accuracy(self, topk: int) -> float | None:
-        """Returns the fraction of the rows with a target whose five best classes include the target.
-
-        Returns None without targets, and if the rows have too few classes (see `has_top5`).
-        """
+        """Returns the top-5 accuracy; None without targets or without the five best classes (`has_top5`)."""
         return ratio(int(self.top5_hits.sum()), int(self.support.sum())) if self.has_top5(topk) else None
 
     def has_top5(self, topk: int) -> bool:
@@ -203,12 +199,12 @@ class ClassStatistics:
 class Calibration:
     """Calibration of the scores: whether 80 % of the samples with a score of 0.8 are correct.
 
-    Arrays have the shape (`CALIBRATION_BINS`,): score bins of equal width, which include their lower limit.
+    Arrays have the shape (`CALIBRATION_BINS`,), and NaN for an empty bin.
 
     Attributes:
         counts: Number of samples with a target, by score bin.
-        accuracy: Fraction of these samples that are correct; NaN for an empty bin.
-        confidence: Mean score of these samples; NaN for an empty bin.
+        accuracy: Fraction of these samples that are correct.
+        confidence: Mean score of these samples.
     """
 
     counts: np.ndarray
@@ -224,11 +220,7 @@ class Calibration:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean of |accuracy - confidence| over the bins, weighted by `counts`.
-
-        NaN without samples. See Naeini et al., AAAI 2015; Guo et al., "On Calibration of Modern Neural
-        Networks", 2017.
-        """
+        """Expected calibration error (Guo et al., 2017): the mean gap of the bins, weighted by `counts`."""
         gaps = np.abs(self.accuracy - self.confidence)
         return float(np.nansum(self.counts * gaps) / self.counts.sum())
 

@@ -46,8 +46,7 @@ class AgreementStatistics:
         only_a, only_b: Number of samples that are labeled only in a, or only in b. In the other label set the
             sample is an error, or its shard was not compared.
         shards: Number of shards whose samples were compared.
-        changed_shards: Number of shards in both label sets that could not be compared. The shard's version
-            differs, or the shard was relabeled or deleted since the manifest was written.
+        changed_shards: Number of shards in both label sets that have different versions there.
     """
 
     def __init__(self, classes: ClassMapping) -> None:

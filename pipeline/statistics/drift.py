@@ -106,11 +106,8 @@ class Drift:
     Attributes:
         count_a, count_b: Number of images of each class, int64 (classes,), by index in `classes.labels`.
         scores_a, scores_b: Score histograms of each class, int64 (classes, `DRIFT_BINS`).
-        psi: PSI of the classes.
-        psi_by_class: Contribution of each class to `psi`.
+        psi_by_class, js_divergence_by_class: Contribution of each class; the divergence is in bits.
         psi_by_chance: Expected value of `psi` without drift.
-        js_distance: Jensen-Shannon distance of the classes: 0 for equal fractions, 1 for disjoint classes.
-        js_divergence_by_class: Contribution of each class to the Jensen-Shannon divergence, in bits.
         score_psi: PSI of the scores of all classes.
         class_score_psi: PSI of the scores of each class; NaN for a class that a or b does not have.
     """

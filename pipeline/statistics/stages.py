@@ -94,14 +94,7 @@ class StageTimer:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """Summary of one stage over a run.
-
-    Attributes:
-        images, bytes: As in `StageMetrics`.
-        busy_s, wait_s: Seconds that the workers were busy, and idle, summed over the workers.
-        workers: Number of concurrent workers.
-        fraction_busy: Busy fraction of the workers' time.
-    """
+    """Sums of `StageMetrics` over a run and all workers of one stage, and their busy fraction."""
 
     images: int
     busy_s: float
@@ -142,12 +135,7 @@ def summarize_stages(
 
 
 def steady_rate(images: int, seconds: float) -> float | None:
-    """Returns the images per second of a steady state; None if the time is too short for one.
-
-    Args:
-        images: Number of images that arrived after the first result.
-        seconds: Seconds from the first result to the last.
-    """
+    """Returns the images per second after the first result; None if the time is too short."""
     return images / seconds if seconds >= _MIN_SECONDS else None
 
 

@@ -31,8 +31,11 @@ def test_dataset_has_exact_number_of_images(images: Path, tmp_path: Path, count:
     assert dataset == {"images": count, "shards": shards, "bytes": sum(len(data) for _, data in members)}
 
 
-def test_tars_have_a_maximum_number_of_images(images: Path, tmp_path: Path) -> None:
-    dataset = make_dataset(str(images), tmp_path / "tars", PREPROCESSOR, 20, cores=1, shard_images=8)
+def test_tars_have_a_maximum_number_of_images(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.benchmarks.end_to_end._SHARD_IMAGES", 8)
+    dataset = make_dataset(str(images), tmp_path / "tars", PREPROCESSOR, 20, cores=1)
     assert dataset["shards"] == 3
 
 

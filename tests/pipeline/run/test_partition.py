@@ -47,7 +47,7 @@ def test_options_that_affect_labels_change_the_partition(override: str) -> None:
         "read.chunk_images=3",
         "classify.concurrent_chunks=1",
         "classify.batch_size=3",
-        "ray.backpressure_ratio=9",
+        "ray.task_retries=9",
     ],
 )
 def test_options_of_execution_keep_the_partition(override: str) -> None:
