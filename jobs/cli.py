@@ -16,11 +16,7 @@ COMMANDS = (
 
 
 def make_cli(command: str | None = None) -> typer.Typer:
-    """Returns the command line with all commands, or with one command to import fewer modules.
-
-    Args:
-        command: name of the only command; None or an unknown name for all commands.
-    """
+    """Returns the command line with one command, to import fewer modules, or by default with all."""
     app = make_app()
     app.callback()(_main)
     for name in [command] if command in COMMANDS else COMMANDS:

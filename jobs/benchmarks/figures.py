@@ -65,13 +65,7 @@ def measure_rates(
 ) -> dict[str, list[float]]:
     """Returns the images/s of each variant in each round, after a warm-up round.
 
-    Args:
-        variants: by name, a function that returns one result for each image.
-        images: the images, in the form that the variants take.
-        rounds: number of rounds.
-
-    Raises:
-        BenchmarkError: a variant lost an image.
+    A variant returns one result for each image. Raises `BenchmarkError` if a variant lost an image.
     """
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for turn, (name, variant) in itertools.product(range(rounds + 1), variants.items()):
@@ -93,11 +87,8 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 def print_results(context: typer.Context, output: Path | None, **tables: Sequence[Any]) -> None:
     """Prints tables, and writes them to a JSON file with machine, versions and settings.
 
-    Args:
-        context: context of the command; its parameters are the settings.
-        output: JSON file, or None.
-        tables: by title, rows with the same fields as dataclasses or dictionaries. A table shows a list of
-            numbers as median, minimum and maximum, and omits fields that are empty in all rows.
+    The rows of a table are dataclasses or dictionaries with the same fields. A table shows a list of numbers
+    as median, minimum and maximum, and omits fields that are empty in all rows.
     """
     results: dict[str, Any] = {}
     for title, table_rows in tables.items():

@@ -89,16 +89,9 @@ def _engine(checkpoint: Checkpoint, device: str, precision: str, runtime: str, b
 def compare_variants(
     images: np.ndarray, variants: Mapping[str, Callable[[], Classify]], rounds: int, limit: float
 ) -> list[dict[str, Any]]:
-    """Prepares and compares the variants, which include `EAGER`. Skips variants whose packages are missing.
+    """Prepares and compares the variants, which include `EAGER`; `limit` is in images/s.
 
-    Args:
-        images: uint8 (n, size, size, 3).
-        variants: by name, the function that prepares the variant.
-        rounds: number of rounds.
-        limit: images/s that this machine allows.
-
-    Raises:
-        BenchmarkError: a variant lost an image.
+    Skips variants whose packages are missing. Raises `BenchmarkError` if a variant lost an image.
     """
     prepared: dict[str, Classify] = {}
     for name, prepare in variants.items():

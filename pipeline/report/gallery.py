@@ -65,12 +65,9 @@ class GalleryItem:
 
 
 class Gallery:
-    """Collects the best thumbnails of committed shards.
+    """Collects the best thumbnails of committed shards: `count` per class and selection.
 
-    Args:
-        count: number of images that are kept per class and selection.
-        shards: shards of the plan, by the shard number in their chunks.
-        max_items: number of thumbnails in memory before those that are not among the best are dropped.
+    Drops the other thumbnails when more than `max_items` are in memory.
     """
 
     def __init__(self, count: int, shards: Sequence[Shard], max_items: int = _MAX_ITEMS) -> None:
