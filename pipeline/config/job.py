@@ -147,7 +147,7 @@ class GateConfig(Section):
     max_unreadable_fraction: Fraction | None = Field(
         default=0.5,
         description="Maximum fraction of the shards that cannot be read, of the shards that the run reads. "
-        "Null: no limit.",
+        "A run that finds empty shards and no image exceeds it too. Null: no limit.",
         examples=[0.01],
     )
     abort: bool = Field(

@@ -1,7 +1,7 @@
 """Failures of a run: error rows and unreadable shards, and limits on their fractions.
 
-Counts have the keys `images`, `errors`, `shards`, `unreadable`, and each error category. Images of unreadable
-shards do not count.
+Counts have the keys `images`, `errors`, `shards`, `unreadable`, `empty` (shards without an image), and each
+error category. Images of unreadable shards do not count.
 """
 
 import hashlib
@@ -15,8 +15,9 @@ from pipeline.config import GateConfig
 from pipeline.read import Shard
 from pipeline.run.planning import NO_ROW
 from pipeline.statistics import ErrorCauses
+from pipeline.text import pluralize
 
-_TOTALS = {"images", "errors", "shards", "unreadable"}
+_TOTALS = {"images", "errors", "shards", "unreadable", "empty"}
 #: Maximum probability of one check to stop a run whose fraction of failures is not over the limit.
 _FALSE_ALARM = 1e-3
 #: Minimum number of images, or of unreadable shards, before a run is stopped.
@@ -65,12 +66,13 @@ class FailureMonitor:
     def finish(self, row: ManifestRow) -> None:
         """Counts a complete shard."""
         shard, before = self._by_uri[row.uri], self.entries.get(row.uri, NO_ROW)
-        counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0)
+        counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0, empty=row.rows == 0)
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
         known = Counter(
             errors=before.errors or 0 if before.version == shard.version else 0,
             unreadable=before.failed_version == shard.version,
+            empty=before.version == shard.version,
         )
         self._counts += counts if self._violations(self.last) else counts - known
         self._complete[row.uri] = counts - known
@@ -103,8 +105,12 @@ class FailureMonitor:
         return self.own() + self.stopped or self.last
 
     def violations(self) -> list[str]:
-        """Returns the limits that the run exceeds."""
-        return self._violations(self.judged())
+        """Returns the limits that the run exceeds; a run that found only empty shards exceeds a limit too."""
+        counts = self.judged()
+        if counts["empty"] and not counts["images"] and self.gate.max_unreadable_fraction is not None:
+            shards = f"{counts['empty']:,} of {pluralize(counts['shards'], 'shard')}"
+            return [f"no image found: {shards} are empty; gate.max_unreadable_fraction: null allows this"]
+        return self._violations(counts)
 
     def _violations(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
         """Returns a sentence for each limit that the counts exceed.

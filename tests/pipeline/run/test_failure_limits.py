@@ -76,6 +76,19 @@ def test_run_without_labels_is_not_green_until_its_failures_are_gone(tmp_path: P
     assert cvt_label(tmp_path).exit_code == 0  # judged by its own images
 
 
+def test_run_that_finds_only_empty_shards_is_not_green(tmp_path: Path) -> None:
+    for name in "01":
+        Storage().write(f"{tmp_path}/in/{name}.tar", bytes(10_240))
+    done = cvt_label(tmp_path)
+    assert done.exit_code == 8, done.output
+    assert "no image found: 2 of 2 shards are empty" in done.stderr
+    assert cvt_label(tmp_path).exit_code == 8  # nothing new
+    assert cvt_label(tmp_path, "--set=gate.max_unreadable_fraction=null").exit_code == 0
+    write(tmp_path, ["2"], GOOD, 1)
+    Storage().write(f"{tmp_path}/in/3.tar", bytes(10_240))
+    assert cvt_label(tmp_path).exit_code == 0
+
+
 def test_retry_that_succeeds_recovers(tmp_path: Path) -> None:
     write(tmp_path, ["0"], BAD.ljust(len(GOOD), b"\0"))
     path = tmp_path / "in/0.tar"

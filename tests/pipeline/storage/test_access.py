@@ -281,7 +281,9 @@ def test_mistyped_or_signed_uri_is_refused_without_being_shown(uri: str) -> None
     assert "planted" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["a=b&c?d#e.tar", "./s3:x", "folder/s3:/x", "my:folder", "s3/x", "s3-data/x"])
+@pytest.mark.parametrize(
+    "path", ["a=b&c?d#e.tar", "./s3:x", "folder/s3:/x", "my:folder", "s3/x", "s3-data/x"]
+)
 def test_path_that_looks_like_a_uri_is_a_path(path: str) -> None:
     assert is_relative(path)
     assert normalize_uri(path) == str(Path.cwd() / path)
