@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from pipeline.storage.buckets import Buckets
 from pipeline.storage.limits import RequestLimits
@@ -23,18 +23,16 @@ from pipeline.storage.objects import (
     unsupported_scheme,
 )
 from pipeline.storage.ranges import CHUNK_BYTES
-from pipeline.storage.retrying import pause_after
+from pipeline.storage.retrying import until_unchanged
 
 _AHEAD_BUFFER_BYTES = 1024**2
 _MAX_READ_BYTES = 8 * 1024**3
-_ATTEMPTS = 20  # of a compare-and-swap loop; they take about two minutes
 _clients_lock = threading.Lock()  # boto3 clients are thread-safe, but their creation is not
 _checked: set[tuple[object, ...]] = set()  # configurations and buckets whose conditional writes work
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Versioned(Generic[T]):
+class Versioned(NamedTuple, Generic[T]):
     """Content that was read from an object, and the object's version."""
 
     content: T
@@ -145,7 +143,7 @@ class Storage:
             with self.open(uri, version) as file:
                 return Versioned(read(file), version)
 
-        return self._until_unchanged(uri, attempt)
+        return until_unchanged(uri, attempt, self.version)
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old object or the new one.
@@ -165,13 +163,8 @@ class Storage:
         service, file = self._service(uri), io.BytesIO(data) if isinstance(data, bytes) else data
         condition, bucket = self._condition(uri, expected), (self, *uri.split("/")[:3])
         written = service.write(uri, file, condition)
-        if condition is not None and not isinstance(service, LocalFiles) and bucket not in _checked:
-            try:
-                _check_conditions(service, uri, file)
-            except StorageError:
-                if expected == ABSENT:
-                    service.delete(uri, None)
-                raise
+        if condition is not None and isinstance(service, Buckets) and bucket not in _checked:
+            _check_conditions(service, uri, file, is_new=expected == ABSENT)
             _checked.add(bucket)
         return written
 
@@ -197,7 +190,7 @@ class Storage:
             content = change(version)
             return None if content is None else self.write(uri, content, version)
 
-        return self._until_unchanged(uri, attempt, expected)
+        return until_unchanged(uri, attempt, self.version, expected)
 
     def delete(self, uri: str, expected: str | None = None) -> None:
         """Deletes an object, if it exists; raises `ObjectChanged` if it is not the expected version."""
@@ -216,27 +209,6 @@ class Storage:
         if self.version(uri) not in (expected, *accepted):
             raise ObjectChanged(uri)
         return None
-
-    def _until_unchanged(self, uri: str, action: Callable[[str], T], version: str | None = None) -> T:
-        """Calls `action` with `version`, then the current versions, until no writer replaces the object."""
-        reported = set[str]()
-        for attempt in range(_ATTEMPTS):
-            if attempt > 1:  # the first version may be an old one
-                time.sleep(pause_after(attempt - 1))
-            try:
-                if attempt or version is None:
-                    version = self.version(uri)
-                if attempt:
-                    reported.add(version)
-                return action(version)
-            except (ObjectChanged, ObjectNotFound) as error:
-                if error.uri != uri:
-                    raise
-                cause = error.cause
-        if len(reported) > 1:
-            raise ObjectChanged(uri, f"failed in {_ATTEMPTS} attempts, last: {cause}")
-        behavior = f"the store refused {_ATTEMPTS} requests for the version that the store reports"
-        raise StorageError(uri, f"{behavior}; the last one: {cause}")
 
     def _service(self, uri: str) -> LocalFiles | Buckets:
         """Returns the service of a URI's scheme."""
@@ -274,16 +246,19 @@ def _connect(scheme: str, storage: Storage, environment: tuple[tuple[str, str], 
     return connect(limits)
 
 
-def _check_conditions(service: Buckets, uri: str, file: BinaryIO) -> None:
+def _check_conditions(service: Buckets, uri: str, file: BinaryIO, is_new: bool) -> None:
     """Writes an existing object with false conditions; raises `StorageError` if the store ignores them."""
-    for wrong in ("1-0", ABSENT):
-        try:
-            service.write(uri, file, wrong)
-        except ObjectChanged:
-            continue
-        cause = "the store ignores the conditions of writes: two runs could overwrite each other"
-        remedy = "if only one run at a time writes here, set storage.conditional_writes to false"
-        raise StorageError(uri, f"{cause}; {remedy}")
+    try:
+        for wrong in ("1-0", ABSENT):
+            with contextlib.suppress(ObjectChanged):
+                service.write(uri, file, wrong)
+                cause = "the store ignores the conditions of writes: two runs could overwrite each other"
+                remedy = "if only one run at a time writes here, set storage.conditional_writes to false"
+                raise StorageError(uri, f"{cause}; {remedy}")
+    except StorageError:
+        if is_new:
+            service.delete(uri, None)
+        raise
 
 
 def _check_size(uri: str, version: str, max_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Retries of transient failures with exponential backoff, and counts of the retries."""
+"""Retries with exponential backoff: of transient failures, which are counted, and of compare-and-swap."""
 
 import http.client
 import random
@@ -12,7 +12,7 @@ from typing import TypeVar
 import urllib3.exceptions
 
 from pipeline.storage.limits import exceeded_limit
-from pipeline.storage.objects import StorageError
+from pipeline.storage.objects import ObjectChanged, ObjectNotFound, StorageError
 
 T = TypeVar("T")
 
@@ -21,6 +21,7 @@ CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OS
 
 MAX_PAUSE_S = 10.0
 _LIMIT_ATTEMPTS = 4  # each attempt may take minutes
+_SWAP_ATTEMPTS = 20  # they take about two minutes
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
 
@@ -68,6 +69,30 @@ def retry(action: Callable[[], T], explain: Callable[[Exception], Failure]) -> T
                 _retries[type(limit).__name__ if limit else failure.kind] += 1
         time.sleep(pause_after(attempt))
         attempt += 1
+
+
+def until_unchanged(
+    uri: str, action: Callable[[str], T], current: Callable[[str], str], version: str | None = None
+) -> T:
+    """Calls `action` with `version`, then with the `current` version, until no writer replaces the object."""
+    reported = set[str]()
+    for attempt in range(_SWAP_ATTEMPTS):
+        if attempt > 1:  # the first version may be an old one
+            time.sleep(pause_after(attempt - 1))
+        try:
+            if attempt or version is None:
+                version = current(uri)
+            if attempt:
+                reported.add(version)
+            return action(version)
+        except (ObjectChanged, ObjectNotFound) as error:
+            if error.uri != uri:
+                raise
+            cause = error.cause
+    if len(reported) > 1:
+        raise ObjectChanged(uri, f"failed in {_SWAP_ATTEMPTS} attempts, last: {cause}")
+    behavior = f"the store refused {_SWAP_ATTEMPTS} requests for the version that the store reports"
+    raise StorageError(uri, f"{behavior}; the last one: {cause}")
 
 
 def retry_counts() -> Counter[str]:

@@ -86,7 +86,7 @@ def test_read_latest_restarts_when_the_object_is_replaced(
     assert found is not None
     assert (found.content, found.version) == (b"second", storage.version(f"{root}/x"))
     seen.clear()
-    monkeypatch.setattr("pipeline.storage.access._ATTEMPTS", 1)
+    monkeypatch.setattr("pipeline.storage.retrying._SWAP_ATTEMPTS", 1)
     with pytest.raises(StorageError):
         storage.read_latest(f"{root}/x", read)
 
@@ -197,7 +197,7 @@ def test_update_starts_from_expected_version_and_may_stop(storage: Storage, root
 def test_update_fails_after_the_maximum_of_attempts(
     storage: Storage, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.access._ATTEMPTS", 3)
+    monkeypatch.setattr("pipeline.storage.retrying._SWAP_ATTEMPTS", 3)
     uri, attempts = f"{root}/x", 0
 
     def change(version: str) -> bytes:

@@ -189,7 +189,7 @@ def test_pauses_between_attempts_grow(
 ) -> None:
     monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 10.0)
     paused: list[float] = []
-    monkeypatch.setattr("pipeline.storage.access.time.sleep", paused.append)
+    monkeypatch.setattr("pipeline.storage.retrying.time.sleep", paused.append)
     info = storage.write(f"{folder}/x", CONTENT)
     proxy.always("refused", where=lambda request: request.method == "PUT")
     with pytest.raises(StorageError):
