@@ -15,6 +15,7 @@ from jobs.progress import ProgressView
 from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
+from pipeline.decode import hide_pillow_warnings
 from pipeline.run import Plan
 from pipeline.statistics import class_table, describe_bottleneck
 from pipeline.text import pluralize
@@ -65,6 +66,7 @@ def label(
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels a dataset, shows the progress, and prints the result."""
     console.log_to_stderr()
+    hide_pillow_warnings()
     estimator = Estimator()
     with ProgressView("labeling") as view:
         result = label_dataset(

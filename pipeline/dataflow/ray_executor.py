@@ -19,6 +19,7 @@ from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages, call_after
+from pipeline.decode import hide_pillow_warnings
 from pipeline.decode.isolated import ChildDecoder, decode_or_die
 from pipeline.read import NO_SAMPLES, Chunk, Shard, failed_chunk
 from pipeline.text import pluralize
@@ -198,6 +199,7 @@ class _ClassifierActor:
     """Holds a classifier during the run."""
 
     def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
+        hide_pillow_warnings()  # of the GPU decoder
         local_stages = ray.get(stages)
         self._step = partial(
             classify_or_die,

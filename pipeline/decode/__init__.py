@@ -3,4 +3,4 @@
 `decode.gpu` needs PyTorch and is imported by its module name. `cvt.preprocessing` resizes and crops.
 """
 
-from pipeline.decode.cpu import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk
+from pipeline.decode.cpu import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk, hide_pillow_warnings

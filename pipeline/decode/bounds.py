@@ -80,7 +80,8 @@ def read_tile_size(data: bytes) -> tuple[int, int]:
     """Returns width and length of the tiles of a TIFF, or zeros; raises `ValueError` for too many values."""
     sizes, parts = {_TILE_WIDTH: 0, _TILE_LENGTH: 0}, 0
     for tag, kind, count, value in _tiff_fields(data):
-        parts += 0 if kind in _BYTE_TYPES else count
+        # Pillow skips values that would exceed the file.
+        parts += 1 if kind in _BYTE_TYPES or count > len(data) else max(1, count)
         _check_parts(parts)
         if tag in sizes:
             sizes[tag] = max(sizes[tag], value)

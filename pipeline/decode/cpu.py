@@ -29,9 +29,6 @@ from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
 from pipeline.text import single_line
 
-# Warnings about damaged metadata would fill the logs. `warnings.catch_warnings` is not thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 #: Name, first bytes and reader of each format. `Image.open` is not used: its pixel limit is global to the
 #: process, and its error does not contain the size of the image.
 FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
@@ -80,7 +77,7 @@ class Decoded(NamedTuple):
     Attributes:
         pixels: uint8 of shape (size, size, 3), RGB; None for an error.
         width, height: size of the source image in pixels, as displayed (after EXIF orientation). For an
-            error, the size in the header; None if the header can't be read.
+            error, the size in the header; None if it can't be read or does not fit into int32.
         error: the same text at every attempt.
     """
 
@@ -92,6 +89,11 @@ class Decoded(NamedTuple):
 
 #: The parameters of `decode`.
 ImageDecoder = Callable[[bytes, Preprocessor, int, bool, float], Decoded]
+
+
+def hide_pillow_warnings() -> None:
+    """Hides Pillow's warnings in this process: damaged metadata would fill the logs of a run."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(
@@ -107,8 +109,8 @@ def decode(
     Args:
         data: the encoded image.
         preprocessor: resizes and crops.
-        max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP and
-            TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
+        max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP,
+            GIF and TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
         fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size.
         timeout_s: maximum CPU time in seconds; an image that takes longer is an error.
     """
@@ -122,9 +124,11 @@ def decode(
         data = remove_metadata(data, ORIENTATION_TEXTS)
     decoded = _decode(name, data, read, preprocessor, max_pixels, fast)
     if decoded.error is not None and decoded.error.startswith(ErrorCategory.CANNOT_DECODE):
-        repaired = (
-            remove_metadata(data) if name == "PNG" else add_end(data, deadline) if name == "JPEG" else data
-        )
+        repaired = data
+        if name == "PNG":
+            repaired = remove_metadata(data)
+        elif name == "JPEG" and decoded.width is not None:  # the size has been checked
+            repaired = add_end(data, deadline)
         if repaired != data:
             again = _decode(name, repaired, read, preprocessor, max_pixels, fast)
             decoded = again if again.error is None else decoded
@@ -147,8 +151,11 @@ def _decode(
     try:
         tile = read_tile_size(data) if name == "TIFF" else (0, 0)  # libtiff decodes whole tiles
         file = read(data)
-        width, height = file.size
-        if error := size_error(width, height, max_pixels) or size_error(*tile, max_pixels):
+        if max(file.size) < 1 << 31:  # the columns are int32
+            width, height = file.size
+        elif name == "BMP":  # a negative number, which Pillow reads as unsigned
+            raise ValueError("negative width or height")
+        if error := size_error(*file.size, max_pixels) or size_error(*tile, max_pixels):
             return Decoded(None, width, height, error)
         if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
             return scaled
@@ -158,8 +165,10 @@ def _decode(
         if orientation is not None:
             image = image.transpose(orientation.method)
         return Decoded(preprocessor(image), *image.size, None)
+    except Image.DecompressionBombError as error:
+        return Decoded(None, width, height, sample_error(ErrorCategory.DIMENSIONS_TOO_LARGE, str(error)))
     # A broken or hostile file can raise any exception, among them OSError, ValueError, SyntaxError,
-    # struct.error, zlib.error, MemoryError and DecompressionBombError.
+    # struct.error, zlib.error and MemoryError.
     except Exception as error:
         detail = single_line(f"{name}: {_describe(error)}")
         return Decoded(None, width, height, sample_error(ErrorCategory.CANNOT_DECODE, detail))

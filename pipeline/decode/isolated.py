@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import DecodeDeadline
-from pipeline.decode.cpu import Decoded, decode
+from pipeline.decode.cpu import Decoded, decode, hide_pillow_warnings
 from pipeline.predictions import ErrorCategory, sample_error
 
 logger = logging.getLogger("cvt_label")
@@ -26,6 +26,7 @@ def decode_or_die(
     data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
 ) -> Decoded:
     """Decodes as `decode` does. SIGPROF ends this process if the decoder hangs. Needs a POSIX system."""
+    hide_pillow_warnings()
     signal.setitimer(signal.ITIMER_PROF, timeout_s + _GRACE_S)
     try:
         return decode(data, preprocessor, max_pixels, fast, timeout_s)

@@ -18,6 +18,7 @@ import PIL.ImageOps
 import pyarrow as pa
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import load_image
 
 from cvt.preprocessing import Preprocessor
@@ -404,8 +405,44 @@ def animated_webp(width: int, height: int) -> bytes:
 def test_webp_with_a_huge_canvas_is_an_error() -> None:
     result = decoded(animated_webp(12000, 12000), 100_000_000)
     assert result == (None, 12000, 12000, too_large("12000 x 12000", 100_000_000))
-    # Above Pillow's own limit, which Pillow checks before it reports the size.
-    assert "WebP: DecompressionBombError" in decoded(animated_webp(60000, 60000)).error
+
+
+@pytest.mark.parametrize("name", ["WebP", "GIF", "TIFF"])
+def test_limit_of_pillow_is_an_error_of_the_same_category(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    data = encode(picture(), name)
+    if name == "GIF":  # the frame exceeds the canvas
+        data = data[:6] + struct.pack("<HH", 1, 1) + data[10:]
+    assert decoded(data).error.startswith("dimensions too large: ")
+
+
+def bmp(width: int, height: int) -> bytes:
+    return b"BM" + struct.pack("<IiiIiihhIIIIII", 54, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(-5, 5), (5, -(2**31)), (-(2**31), 1)])
+def test_bmp_with_a_negative_size_is_an_error(size: tuple[int, int]) -> None:
+    expected = Decoded(None, None, None, "cannot decode: BMP: negative width or height")
+    assert decoded(bmp(*size)) == expected
+
+
+@pytest.mark.parametrize("size", [(2**31, 1), (1, 2**32 - 1)])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_side_that_exceeds_its_column_is_an_error_of_the_image(format: str, size: tuple[int, int]) -> None:
+    result = decode_images([claim(format, *size), encode(picture(), "PNG")])
+    assert result["error"][0].startswith(f"dimensions too large: {size[0]} x {size[1]} pixels, ")
+    assert result["width"] == [None, 56]
+    assert result["height"] == [None, 40]
+
+
+@pytest.mark.parametrize("format", ["BMP", "PNG", "TIFF", "GIF", "WEBP"])
+def test_changed_header_never_ends_a_chunk(format: str) -> None:
+    chance = random.Random(format)
+    images = [bytearray(encode(picture(size=(7, 5)), format)) for _ in range(100)]
+    for image in images:
+        for _ in range(chance.choice([1, 2, 6])):
+            image[chance.randrange(4, min(len(image), 64))] = chance.choice([0, 1, 127, 128, 255])
+    assert len(decode_images([*map(bytes, images)])["error"]) == len(images)
 
 
 def test_limit_above_the_limit_of_pillow_applies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +494,24 @@ def test_orientation_is_read_next_to_large_metadata(metadata: str) -> None:
 
 def test_error_of_a_broken_image_does_not_depend_on_its_metadata() -> None:
     assert "PNG: image file is truncated" in (decoded(text_bomb()[:-60]).error or "")
+
+
+def test_tiff_field_that_exceeds_the_file_is_ignored() -> None:
+    data = encode(picture(), "TIFF", tiffinfo={65000: 7})
+    field = data.index(struct.pack("<HHI", 65000, 3, 1))
+    assert_decodes_to(data[: field + 4] + struct.pack("<I", 2**31) + data[field + 8 :], picture())
+
+
+def test_number_of_tiff_fields_is_limited() -> None:
+    data = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 2**40) + bytes(20 << 18)
+    assert "TIFF: more than 262144 segments" in (decoded(data).error or "")
+
+
+def test_jpeg_without_a_readable_header_gets_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = claim("JPEG", 60000, 60000)
+    monkeypatch.setattr(JpegImageFile, "load_prepare", lambda file: pytest.fail(f"decodes {file.size}"))
+    # Two appended bytes would complete this header.
+    decoded(data[: data.index(b"\xff\xda")] + b"\xff\xda\0\x04\x03")
 
 
 # --- bad images -----------------------------------------------------------------------------------
@@ -585,7 +640,9 @@ def test_another_process_gives_the_same_errors_and_prints_nothing() -> None:
     bad += [encode(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12")]
     bad += [palette_with_many_alphas()]
     program = (
-        "import sys; from cvt.preprocessing import Preprocessor; from pipeline.decode import decode\n"
+        "import sys; from cvt.preprocessing import Preprocessor\n"
+        "from pipeline.decode import decode, hide_pillow_warnings\n"
+        "hide_pillow_warnings()\n"
         "for line in sys.stdin:\n"
         "    print(decode(bytes.fromhex(line), Preprocessor.from_dict({'size': 32}, ''), 10**6)[1:])"
     )
@@ -598,6 +655,14 @@ def test_another_process_gives_the_same_errors_and_prints_nothing() -> None:
     )
     assert done.stdout.splitlines() == [str(decoded(data)[1:]) for data in bad]
     assert done.stderr == ""
+
+
+def test_decoding_does_not_hide_warnings_of_other_code() -> None:
+    program = (
+        "import warnings; from pipeline.decode import decode, isolated\n"
+        "decode(b'BM', None, 1); assert 'PIL' not in str(warnings.filters)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- chunks ----------------------------------------------------------------------------------------
@@ -624,6 +689,17 @@ def test_chunk_keeps_its_order_and_its_errors() -> None:
     assert result["width"] == [56, None, None, 40]
     assert result["height"] == [40, None, None, 40]
     assert result["error"] == [None, decoded(b"\0").error, "no image", None]
+
+
+def decode_images(images: list[bytes]) -> dict[str, list[object]]:
+    """The columns of a chunk after decoding."""
+    samples = pa.table(
+        {
+            "error": pa.nulls(len(images), pa.string()),
+            "image": pa.array(images, pa.large_binary()),
+        }
+    )
+    return decode_chunk(Chunk(0, 0, samples), PREPROCESSOR, LIMIT).samples.to_pydict()
 
 
 def test_chunk_without_valid_images_has_no_pixels() -> None:

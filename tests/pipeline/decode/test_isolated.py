@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -65,6 +66,14 @@ def test_image_whose_decoder_is_killed_once_is_decoded_again(tmp_path: Path) -> 
         result = child(make_image(1), replace(DEADLY, short_of_memory=marker), 10**6, False, 60)
     assert not marker.exists()
     assert (result.error, result.pixels is None) == (None, False)
+
+
+def test_damaged_metadata_prints_no_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    with ChildDecoder() as child:
+        assert child(stream.getvalue(), GOOD, 10**6, False, 60).error is None
+    assert capfd.readouterr().err == ""
 
 
 def decode_with_missing_interpreter() -> None:
