@@ -1,14 +1,14 @@
 """Stopping a run: signals, the grace period and aborting, as one state machine (`StopController`).
 
-    state      event                             next state  effect
-    RUNNING    SIGTERM or Ctrl-C                 DRAINING    open shards are finished, others are not started
-    RUNNING    the same, without a grace period  ABORTED     interrupt: open shards are abandoned
-    DRAINING   the same, or the grace period ends ABORTED    interrupt
-    ABORTED    any                               ABORTED     interrupt
+    state     event                                next state  effect
+    RUNNING   signal, with a grace period          DRAINING    open shards are finished, others not started
+    RUNNING   signal, without a grace period       ABORTED     interrupt: open shards are abandoned
+    DRAINING  signal, or end of the grace period   ABORTED     interrupt
+    ABORTED   signal                               ABORTED     interrupt
 
-An interrupt raises KeyboardInterrupt in the main thread. Inside `StopController.until_aborted`, an interrupt
-ends only that block, so that complete shards are still committed. `StopController.raise_if_requested` then
-ends the run.
+A signal is SIGTERM or Ctrl-C. An interrupt raises KeyboardInterrupt in the main thread. Inside
+`StopController.until_aborted`, an interrupt ends only that block: complete shards are still committed. Then
+`StopController.raise_if_requested` ends the run.
 """
 
 import signal

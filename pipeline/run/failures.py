@@ -51,7 +51,7 @@ class FailureMonitor:
         hashes = [hashlib.blake2b(shard.uri.encode()).digest() for shard in self.shards]
         self.order = sorted(range(len(hashes)), key=hashes.__getitem__)
         self._by_uri = {shard.uri: shard for shard in self.shards}
-        self._counts = Counter[str]()
+        self._counts, self._has_new = Counter[str](), False
         # The sample: the new failures of the first shards of the order, all of which are complete.
         self._sample, self._following = Counter[str](), deque(self.shards[i] for i in self.order)
         self._complete: dict[str, Counter[str]] = {}  # shards that are not in the sample yet
@@ -66,6 +66,7 @@ class FailureMonitor:
     def finish(self, row: ManifestRow) -> None:
         """Counts a complete shard."""
         shard, before = self._by_uri[row.uri], self.entries.get(row.uri, NO_ROW)
+        self._has_new |= self.is_new(shard)
         counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0, empty=row.rows == 0)
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
@@ -100,17 +101,21 @@ class FailureMonitor:
         """Returns the counts of this run alone."""
         return self._counts + self.causes.categories()
 
+    def continued(self) -> Counter[str]:
+        """Returns the counts that the next run continues if this run is stopped.
+
+        Without new shards, these are none: repeated shards within the limits are not part of the next run.
+        """
+        own = self.own()
+        return own if self._has_new or self.stopped or self._violations(own) else Counter()
+
     def judged(self) -> Counter[str]:
         """Returns the counts that the limits apply to: those of the last run if this run has none."""
         return self.own() + self.stopped or self.last
 
     def violations(self) -> list[str]:
-        """Returns the limits that the run exceeds; a run that found only empty shards exceeds a limit too."""
-        counts = self.judged()
-        if counts["empty"] and not counts["images"] and self.gate.max_unreadable_fraction is not None:
-            shards = f"{counts['empty']:,} of {pluralize(counts['shards'], 'shard')}"
-            return [f"no image found: {shards} are empty; gate.max_unreadable_fraction: null allows this"]
-        return self._violations(counts)
+        """Returns the limits that the run exceeds."""
+        return self._violations(self.judged())
 
     def _violations(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
         """Returns a sentence for each limit that the counts exceed.
@@ -133,6 +138,12 @@ class FailureMonitor:
             cause = f", mostly {categories[0]}" if categories and failed == "errors" else ""
             fraction = f"{part:,} of {count:,} {whole} ({part / count:.1%}) {verb}{cause}"
             found.append(f"{fraction}; the limit gate.{name} is {limit:g}")
+        is_limited = largest is None and self.gate.max_unreadable_fraction is not None
+        if is_limited and not found and counts["empty"] and not counts["images"]:
+            shards = f"{counts['empty']:,} of {pluralize(counts['shards'], 'shard')}"
+            found.append(
+                f"no image found: {shards} are empty; gate.max_unreadable_fraction: null allows this"
+            )
         return found
 
 

@@ -65,8 +65,8 @@ def label_shards(run: RunContext) -> StopController:
         try:
             _commit_results(run, executor, committer, stop)
         except Exception as error:  # Ray does not report which shard killed its workers
-            unfinished = committer.unfinished()[:_NAMED_SHARDS]
-            error.add_note(f"The first unfinished shards: {', '.join(unfinished)}")
+            if unfinished := committer.unfinished()[:_NAMED_SHARDS]:
+                error.add_note(f"The first unfinished shards: {', '.join(unfinished)}")
             raise
     return stop
 
@@ -81,7 +81,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
     if row.format == "images" and row.output is not None:
         run.groups[row.uri] = row
     run.failures.finish(row)
-    run.record.set(failures=dict(run.failures.own()))  # a run that is killed counts, too
+    run.record.set(failures=dict(run.failures.continued()))
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
     run.clock.record("first_commit")

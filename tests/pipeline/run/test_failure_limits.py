@@ -83,10 +83,18 @@ def test_run_that_finds_only_empty_shards_is_not_green(tmp_path: Path) -> None:
     assert done.exit_code == 8, done.output
     assert "no image found: 2 of 2 shards are empty" in done.stderr
     assert cvt_label(tmp_path).exit_code == 8  # nothing new
+    assert cvt_label(tmp_path, "--relabel").exit_code == 8  # nothing changed
     assert cvt_label(tmp_path, "--set=gate.max_unreadable_fraction=null").exit_code == 0
     write(tmp_path, ["2"], GOOD, 1)
     Storage().write(f"{tmp_path}/in/3.tar", bytes(10_240))
     assert cvt_label(tmp_path).exit_code == 0
+
+
+def test_empty_shard_does_not_hide_unreadable_ones(tmp_path: Path) -> None:
+    for name, content in {"0": bytes(10_240), "1": b"not a tar", "2": b"not a tar"}.items():
+        Storage().write(f"{tmp_path}/in/{name}.tar", content)
+    [message] = run(tmp_path).broken_failure_limits
+    assert message.startswith("2 of 3 shards (66.7%) cannot be read")
 
 
 def test_retry_that_succeeds_recovers(tmp_path: Path) -> None:
@@ -224,6 +232,21 @@ def test_failures_of_two_stopped_runs_count_once(tmp_path: Path) -> None:
     assert last.broken_failure_limits == []
     counts = record(last)["failures"]
     assert (counts["images"], counts["errors"], counts["shards"]) == (24, 9, 3)
+
+
+def test_stopped_relabel_of_good_shards_does_not_count_for_the_next_run(tmp_path: Path) -> None:
+    write(tmp_path, ["0", "1"], GOOD)
+    run(tmp_path)
+
+    def stop(progress: Progress, prepared: PreparedRun) -> None:
+        if progress.shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        label(run_config(tmp_path, *SETTINGS), Selection(relabel=True), on_progress=stop)
+    write(tmp_path, ["2"], BAD, 10)
+    [message] = run(tmp_path).broken_failure_limits
+    assert message.startswith("10 of 10 images")
 
 
 def test_run_that_fails_after_its_canary_counts_with_all_its_shards(tmp_path: Path) -> None:
