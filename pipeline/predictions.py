@@ -120,7 +120,7 @@ class ErrorCategory(StrEnum):
     UNREADABLE_IMAGE = "unreadable image"  # a link or a special file in a tar
     EMPTY_IMAGE = "empty image"  # zero bytes
     FILE_TOO_LARGE = "file too large"  # more bytes than `input.max_image_bytes`
-    DIMENSIONS_TOO_LARGE = "dimensions too large"  # more pixels than `input.max_image_pixels`
+    DIMENSIONS_TOO_LARGE = "dimensions too large"  # more pixels, or a longer side, than allowed
     UNSUPPORTED_FORMAT = "unsupported format"  # the first bytes are not of a supported image format
     CANNOT_DECODE = "cannot decode"  # a corrupt or truncated image
     MODEL_FAILED = "model failed"  # the model raised an error for the image
