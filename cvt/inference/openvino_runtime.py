@@ -26,11 +26,17 @@ def import_openvino() -> ModuleType:
 
     OpenVINO sends usage data over the network, from its import on, if it can import `openvino_telemetry`.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    name = "openvino_telemetry"
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise ImportError(f"runtime: {OPENVINO_MISSING}") from error
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
 
 
 class OpenVinoRuntime:
@@ -53,9 +59,8 @@ class OpenVinoRuntime:
         if precision not in _HINTS or (precision == "bf16" and "BF16" not in capabilities):
             raise ValueError(f"runtime 'openvino' does not support precision {precision!r} on this CPU")
         config = network.model.config
-        if (
-            "avg" in config.qkv_projection_method
-        ):  # OpenVINO converts the edges of average pooling incorrectly
+        # OpenVINO converts the edges of average pooling incorrectly.
+        if "avg" in config.qkv_projection_method:
             raise ValueError("runtime 'openvino' does not support qkv_projection_method 'avg'")
         self.batch_size = batch_size
         self._network = network
