@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from cvt.runtimes import DEVICES, DTYPES, RUNTIMES, resolve_precision
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
 
+    Model: TypeAlias = CvtClassifier | CvtForImageClassification
+
 logger = logging.getLogger("cvt_label")
 
 PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
@@ -30,9 +32,17 @@ PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtyp
 #: Folder for compiled code between runs, unless TORCHINDUCTOR_CACHE_DIR is set.
 COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
 
-#: The thread that runs the networks of all engines. PyTorch keeps CUDA graphs per thread, so compiled code
-#: fails in other threads.
-_THREAD = ThreadPoolExecutor(1, "engine")
+_thread: ThreadPoolExecutor
+
+
+def _start_thread() -> None:
+    """Starts the only thread of all engines: compiled code fails in others, which lack its CUDA graphs."""
+    global _thread
+    _thread = ThreadPoolExecutor(1, "engine")
+
+
+_start_thread()
+os.register_at_fork(after_in_child=_start_thread)  # a forked process has no threads
 
 
 class Engine:
@@ -40,7 +50,7 @@ class Engine:
 
     The same images in the same call give the same bits on the same machine. Results may differ by rounding
     when the batch differs. Several threads may call the engine: it starts the images of one call while
-    another call waits for its results.
+    another call waits for its results. With runtime "torch" on a CPU, forked processes may call it too.
 
     Args:
         model: the model. The engine makes a copy.
@@ -62,7 +72,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CvtClassifier | CvtForImageClassification,
+        model: Model,
         preprocessor: Preprocessor,
         *,
         device: str = "auto",
@@ -92,11 +102,7 @@ class Engine:
         self._runtime = self._make_runtime(model, preprocessor, batch_size, threads)
 
     def _make_runtime(
-        self,
-        model: CvtClassifier | CvtForImageClassification,
-        preprocessor: Preprocessor,
-        batch_size: int,
-        threads: int,
+        self, model: Model, preprocessor: Preprocessor, batch_size: int, threads: int
     ) -> Runtime:
         if self.runtime == "openvino":
             from cvt.inference.openvino_runtime import OpenVinoRuntime
@@ -146,7 +152,7 @@ class Engine:
                 torch.cuda.current_stream(images.device).synchronize()
             else:
                 images = images.numpy()
-        results = _THREAD.submit(self._start, images).result()
+        results = _thread.submit(self._start, images).result()
         logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
         for rows, result in results:
             logits[rows], embeddings[rows] = result()

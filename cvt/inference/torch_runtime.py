@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import queue
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -45,11 +46,7 @@ class TorchRuntime:
         else:
             network.pack()
         self._split = -(-batch_size // self._parts(batch_size))
-        # The numbers of threads of two workers differ by at most one.
-        thread_counts = queue.SimpleQueue[int]()
-        for worker in range(self._workers):
-            thread_counts.put(threads // self._workers + (worker < threads % self._workers))
-        self._pool = ThreadPoolExecutor(self._workers, "network", _set_threads, (thread_counts,))
+        self._pool = functools.partial(_pool, self._workers, threads)
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
         images = np.asarray(images)
@@ -58,7 +55,7 @@ class TorchRuntime:
         else:
             parts = np.array_split(images, self._parts(len(images)))
         # All parts are in one queue, so no thread waits for others at the end of a batch.
-        outputs = [self._pool.submit(self._run, part) for part in parts]
+        outputs = [self._pool().submit(self._run, part) for part in parts]
 
         def result() -> tuple[np.ndarray, np.ndarray]:
             logits, embeddings = zip(*(output.result() for output in outputs), strict=True)
@@ -88,7 +85,16 @@ def max_images_per_part(config: Architecture, size: int, max_bytes: int = MAX_AC
     return max(1, (max_bytes - 1) // (4 * largest))
 
 
-def _set_threads(thread_counts: queue.SimpleQueue[int]) -> None:
-    """Sets the number of PyTorch threads of the calling worker to the next count."""
-    torch.get_num_threads()  # the first call in a thread copies the setting of other threads
-    torch.set_num_threads(thread_counts.get())
+@functools.cache
+def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Returns workers of this process, whose numbers of PyTorch threads differ by at most one."""
+    counts = [threads // workers + (worker < threads % workers) for worker in range(workers)]
+
+    def set_threads() -> None:
+        torch.get_num_threads()  # the first call in a thread copies the setting of other threads
+        torch.set_num_threads(counts.pop(0))
+
+    return ThreadPoolExecutor(workers, "network", set_threads)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has no threads
