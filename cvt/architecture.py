@@ -78,6 +78,9 @@ class Architecture:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        for name, entries in vars(self).items():  # pydantic would collect an error for each entry
+            if isinstance(entries, list | tuple) and len(entries) > _MAX_LAYERS:
+                raise ValueError(f"CvtConfig: {name} has more than {_MAX_LAYERS} entries")
         try:
             _Fields.model_validate(vars(self))
         except ValidationError as error:

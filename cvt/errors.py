@@ -12,8 +12,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-#: Maximum size of a JSON file and of class names. The config.json of a model for ImageNet-22k has 2 MB.
-MAX_TEXT_BYTES = 8 * 1024**2
+#: Maximum size of a JSON file and of class names. The config.json of a model for ImageNet-22k has 2 MB. The
+#: memory of a JSON file also grows with its commas, colons and opening brackets.
+MAX_TEXT_BYTES, _MAX_JSON_PARTS = 8 * 1024**2, 450_000
 
 
 class CheckpointError(ValueError):
@@ -39,11 +40,13 @@ def checkpoint_errors(where: object, remedy: str = "") -> Iterator[None]:
 
 
 def read_text_bytes(file: Path) -> bytes:
-    """Reads a JSON file or class names. Raises `CheckpointError` over `MAX_TEXT_BYTES`."""
+    """Reads a JSON file or class names. Raises `CheckpointError` over the limits."""
     with file.open("rb") as stream:
         content = stream.read(MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
         raise CheckpointError(f"the file has more than {MAX_TEXT_BYTES:,} bytes")
+    if file.suffix.lower() == ".json" and sum(map(content.count, (b",", b":", b"[", b"{"))) > _MAX_JSON_PARTS:
+        raise CheckpointError(f"the file has more than {_MAX_JSON_PARTS:,} commas, colons and brackets")
     return content
 
 

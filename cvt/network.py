@@ -247,9 +247,8 @@ class CvtClassifier(nn.Module):
     @classmethod
     def copy_of(cls, model: Any) -> Self:
         """Returns a float32 copy, in evaluation mode, of a CvtClassifier or CvtForImageClassification."""
-        return cls.of_weights(
-            Architecture.from_dict(vars(model.config)), model.num_labels, model.state_dict()
-        )
+        config = Architecture.from_dict(vars(model.config))
+        return cls.of_weights(config, model.num_labels, model.state_dict())
 
     @classmethod
     def of_weights(cls, config: Architecture, num_labels: int, weights: Mapping[str, Tensor]) -> Self:

@@ -112,12 +112,9 @@ class Checkpoint:
         from cvt.configuration import CvtConfig  # imports transformers, which takes seconds
         from cvt.modeling import CvtForImageClassification
 
+        fields = asdict(self.model.config) | label_fields(self.labels)
         with torch.device("meta"):  # skips random initialization, which takes longer than loading
-            model = CvtForImageClassification(
-                CvtConfig(
-                    **asdict(self.model.config), **label_fields(self.labels), problem_type=self.problem_type
-                )
-            )
+            model = CvtForImageClassification(CvtConfig(**fields, problem_type=self.problem_type))
         model.to_empty(device="cpu").load_state_dict(self.model.state_dict())
         model.eval()
         return model
@@ -289,10 +286,8 @@ def _read_microsoft(file: Path) -> Checkpoint:
         labels = _default_labels(len(weights["head.weight"]))
     size, cause = microsoft.image_size(file.name, architecture)
     if cause is not None:
-        message = (
-            "%s: assuming an image size of %d pixels, because %s; to set the size: cvt-label convert --size"
-        )
-        logger.warning(message, file.name, size, cause)
+        cause += "; to set the size: cvt-label convert --size"
+        logger.warning("%s: assuming an image size of %d pixels, because %s", file.name, size, cause)
     return _make_checkpoint(file.stem, architecture, labels, weights, preset_preprocessor(size))
 
 

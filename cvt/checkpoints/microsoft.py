@@ -96,12 +96,7 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> Architecture:
 
 
 def image_size(file_name: str, config: Architecture) -> tuple[int, str | None]:
-    """Infers the image size of a published checkpoint.
-
-    Returns:
-        The size in pixels: 384 for CvT-W24, else the size in the file name. And why the size is uncertain;
-        None if the size is certain.
-    """
+    """Returns the image size of a published checkpoint, and why the size is uncertain; None if it is not."""
     is_w24 = list(config.embed_dim) == PRESETS["cvt-w24"]["embed_dim"]
     named = {size for size in (224, 384) if re.search(rf"{size}x{size}|[_-]{size}(?!\d)", file_name)}
     size = 384 if is_w24 or 384 in named else 224

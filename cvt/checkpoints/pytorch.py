@@ -22,8 +22,9 @@ from torch import Tensor
 from cvt.checkpoints.microsoft import unwrap_weights
 from cvt.errors import CheckpointError
 
-#: Maximum size of the pickle and of the list of entries in a file. A file for CvT-W24 has 0.1 MB of each.
-_MAX_READ = 4 * 1024**2
+#: Maximum size of the pickle and of the list of entries, and number of operations in the pickle. A file for
+#: CvT-W24 has 0.1 MB of each, and 30,000 operations.
+_MAX_READ, _MAX_OPERATIONS = 4 * 1024**2, 250_000
 
 #: Globals that `weights_only` allows, and that allocate as many values as the file asks for.
 _ALLOCATING = re.compile(
@@ -54,9 +55,7 @@ def read_pytorch(file: Path) -> dict[str, Tensor]:
             " unpickling can run code from the file"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"the content is a {type(content).__name__}, not a mapping from names to weights"
-        )
+        raise CheckpointError(f"the content is a {type(content).__name__}, not a mapping of weights")
     weights: dict[str, Tensor] = {}
     for key, value in unwrap_weights(content, file.name).items():
         if not isinstance(value, Tensor):
@@ -85,6 +84,8 @@ def _check_archive(file: Path) -> None:
             if entry.filename.endswith("data.pkl"):
                 if (length := entry.file_size) > _MAX_READ:
                     raise CheckpointError(f"{entry.filename} has {length:,} bytes, more than {_MAX_READ:,}")
-                for opcode, argument, _position in pickletools.genops(archive.read(entry)):
+                for count, (opcode, argument, _) in enumerate(pickletools.genops(archive.read(entry))):
+                    if count == _MAX_OPERATIONS:
+                        raise CheckpointError(f"{entry.filename} has more than {count:,} operations")
                     if opcode.name == "GLOBAL" and _ALLOCATING.fullmatch(str(argument)):
                         raise pickle.UnpicklingError(argument)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from cvt.checkpoints.pytorch import read_pytorch
@@ -28,6 +29,10 @@ _PRECEDENCE = (
     "tf_model.h5",
 )
 
+#: Maximum number of weights in a file. Every valid architecture has fewer.
+_MAX_WEIGHTS = 10_000
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 CONFIG_FILE = "config.json"
 
 #: Suffixes of files that are complete checkpoints, and of files that need JSON files next to them.
@@ -39,11 +44,9 @@ def files_to_load(names: Iterable[str]) -> list[str]:
     """Returns the files of a folder that loading needs: configuration files, and one kind of weights."""
     names = {name for name in names if "/" not in name}
     used = sorted(names.intersection({CONFIG_FILE, PREPROCESSOR_FILE}))
-    first = next((name for name in _PRECEDENCE if name in names), None)
-    if first is not None:
-        used.append(first)
-    if first is not None and first.endswith(_INDEX):
-        stem, dot, suffix = first.removesuffix(_INDEX).rpartition(".")
+    used += [name for name in _PRECEDENCE if name in names][:1]
+    if used and used[-1].endswith(_INDEX):
+        stem, dot, suffix = used[-1].removesuffix(_INDEX).rpartition(".")
         # Shards have names such as model-00001-of-00002.safetensors.
         used += sorted(name for name in names if name.startswith(f"{stem}-") and name.endswith(dot + suffix))
     return used
@@ -69,24 +72,23 @@ def read_file(file: Path) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Checks that weights fit the state dict of a model, which may be on the meta device.
-
-    The counters of batch norm may be missing.
+    """Checks that weights fit the state dict of a model. The counters of batch norm may be missing.
 
     Raises:
         CheckpointError: weights do not fit. The message names the weights.
     """
     shared = weights.keys() & expected.keys()
+    values = {key for key in shared if expected[key].is_floating_point()}  # all but the counters
     problems = {
         "missing": {key for key in expected.keys() - shared if not key.endswith(".num_batches_tracked")},
         "unexpected": weights.keys() - shared,
         "wrong shape": {key for key in shared if weights[key].shape != expected[key].shape},
-        "not floating-point": {
-            key for key in shared if expected[key].is_floating_point() > weights[key].is_floating_point()
-        },
+        "not float16, bfloat16, float32 or float64": {k for k in values if weights[k].dtype not in _TYPES},
     }
     if not any(problems.values()):
-        problems["not finite"] = {key for key in shared if not weights[key].isfinite().all()}
+        problems["not finite"] = {  # in float32, the type of the model
+            key for key in values if not all(map(torch.isfinite, weights[key].float().aminmax()))
+        }
     if any(problems.values()):
         details = [
             f"{problem}: {', '.join(sorted(keys)[:8])}"
@@ -99,23 +101,23 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     with checkpoint_errors(f"{index}: not an index of weights with a weight_map"):
-        weight_map = json.loads(read_text_bytes(index))["weight_map"]
-        files = {key: PurePosixPath(file) for key, file in weight_map.items()}
+        content = read_text_bytes(index)
+        if content.count(b":") > _MAX_WEIGHTS:
+            raise CheckpointError(f"more than {_MAX_WEIGHTS:,} names")
+        files = {PurePosixPath(file) for file in json.loads(content)["weight_map"].values()}
     weights: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
+    for file in sorted(files):
         if len(file.parts) != 1:  # the file must be in the same folder
             raise CheckpointError(f"{index}: weight_map: {str(file)!r} is not a file name without a folder")
-        shard_file = index.parent / file
-        shard = read_file(shard_file)
-        if missing := sorted(key for key in files if files[key] == file and key not in shard):
-            raise CheckpointError(f"{shard_file}: {missing[0]} is missing, but {index.name} lists it here")
-        weights |= shard
+        weights |= read_file(index.parent / file)
     return weights
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
-    if header > MAX_TEXT_BYTES:
-        raise CheckpointError(f"the header has {header:,} bytes, more than {MAX_TEXT_BYTES:,}")
+        if header > MAX_TEXT_BYTES:
+            raise CheckpointError(f"the header has {header:,} bytes, more than {MAX_TEXT_BYTES:,}")
+        if stream.read(header).count(b"{") > _MAX_WEIGHTS:
+            raise CheckpointError(f"the header has more than {_MAX_WEIGHTS:,} objects")
     return safetensors.torch.load_file(file)

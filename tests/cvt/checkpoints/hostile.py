@@ -76,6 +76,18 @@ def nested_json(folder: Path) -> None:
     (folder / CONFIG).write_text("[" * 8_000_000)
 
 
+def many_lists(folder: Path) -> None:
+    (folder / CONFIG).write_bytes(b"[" + b"[]," * 2_600_000 + b"[]]")
+
+
+def many_keys(folder: Path) -> None:
+    (folder / CONFIG).write_text(f"{{{','.join(f'{chr(34)}{i}{chr(34)}:0' for i in range(600_000))}}}")
+
+
+def many_stages(folder: Path) -> None:
+    change_json(folder / CONFIG, embed_dim=[[]] * 200_000)
+
+
 def nested_value(folder: Path) -> None:
     value: list[object] = []
     for _ in range(400):
@@ -99,6 +111,18 @@ def narrow_crop(folder: Path) -> None:
 
 def long_header(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((9 * 10**6).to_bytes(8, "little") + b"{" + b" " * (9 * 10**6))
+
+
+def many_tensors(folder: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({str(i): tensor for i in range(100_000)}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def many_shards(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    files = {str(i): f"{i}.safetensors" for i in range(150_000)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def calls_bytearray(folder: Path) -> None:
@@ -176,6 +200,12 @@ def many_pickled_lists(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * 5_000_000 + b".")
+
+
+def many_pickle_operations(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * 4_000_000 + b".")
 
 
 def long_entry_list(folder: Path) -> None:

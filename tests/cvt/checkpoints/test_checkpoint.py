@@ -221,16 +221,19 @@ def test_weights_without_classifier_fail(folder: Path, rename: Callable[[str], s
     assert "no classifier" in load_error(folder)
 
 
-def test_integer_weights_are_named(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_an_unsupported_type_are_named(folder: Path, dtype: torch.dtype) -> None:
     weights = load_file(folder / WEIGHTS)
-    weights["classifier.weight"] = weights["classifier.weight"].to(torch.int8)
+    weights["classifier.weight"] = weights["classifier.weight"].to(dtype)
     save_file(weights, folder / WEIGHTS)
-    assert "not floating-point: classifier.weight" in load_error(folder)
+    assert "not float16, bfloat16, float32 or float64: classifier.weight" in load_error(folder)
 
 
-def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_weights_that_are_not_finite_are_named(folder: Path, value: float) -> None:
     weights = load_file(folder / WEIGHTS)
-    weights["layernorm.weight"][3] = float("nan")
+    weights["layernorm.weight"] = weights["layernorm.weight"].double()
+    weights["layernorm.weight"][3] = value
     save_file(weights, folder / WEIGHTS)
     assert "not finite: layernorm.weight" in load_error(folder)
 
