@@ -82,7 +82,8 @@ def test_threads_label_as_the_stages_do_one_by_one(job: Job, shards: list[Shard]
         assert chunk.pixels is None
         assert chunk.metrics.keys() == {STORAGE, DECODE, CLASSIFY}
         assert chunk.metrics[STORAGE].bytes == chunk.encoded_bytes
-        assert chunk.metrics[CLASSIFY].busy_s > 0
+    # Chunks that are classified at the same time share a timer, so one may have no busy time of its own.
+    assert sum(chunk.metrics[CLASSIFY].busy_s for chunk in chunks) > 0
 
 
 class CountingStages(Stages):
