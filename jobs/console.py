@@ -23,7 +23,7 @@ from pipeline.config import Config, ConfigError, Selection, check_environment, l
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
-from pipeline.run import Plan, ShardState, Stopped
+from pipeline.run import Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
 from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
 from pipeline.storage import StorageError
@@ -294,16 +294,6 @@ def make_class_table(classes: pa.Table, top: int) -> Table:
     for row in rows[:top]:
         table.add_row(escape_unprintable(row["label"]), *format_class_row(row))
     return table
-
-
-def describe_plan(plan: Plan) -> str:
-    """Describes the input: counts by state, and counts to label and to prune. Counts images if possible."""
-    counts = plan.counts
-    states = [f"{counts.states[state]:,} {state}" for state in ShardState if counts.states[state]]
-    reprocessed = f" ({counts.reprocessed:,} reprocessed)" if counts.reprocessed else ""
-    prune = f", {counts.to_prune:,} to prune" if plan.selection.prune else ""
-    total = pluralize(counts.states.total(), counts.unit)
-    return f"{total}: {', '.join(states)}; {counts.to_label:,} to label{reprocessed}{prune}"
 
 
 def format_accuracy(stats: ClassStatistics, topk: int) -> str:

@@ -75,7 +75,7 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
             on_progress=lambda progress, prepared: view.show_progress(
                 describe_progress(progress, prepared.plan, estimator.estimate(progress)), progress.fraction
             ),
-            on_plan=lambda prepared: print_notice(console.describe_plan(prepared.plan)),
+            on_plan=lambda prepared: print_notice(prepared.plan.describe()),
             on_phase=view.show_phase,
             wait=wait,
             on_wait=logger.info,
@@ -123,8 +123,8 @@ def print_result(result: RunResult) -> None:
     if stats is not None and stats.count.any():
         classes = class_table(stats, result.partition.labels, topk)
         console.print_table(console.make_class_table(classes, top=20))
-    fields = {"plan": console.describe_plan(plan)}
-    if plan.ignored.total():
+    fields = {"plan": plan.describe()}
+    if plan.listing.ignored:
         fields["ignored"] = plan.describe_ignored()
     if plan.shards:
         labeled = totals.shards - len(totals.unreadable)

@@ -47,15 +47,15 @@ def plan(
         for shard in planned.shards:
             typer.echo(f"{escape_unprintable(shard.uri)}\t{shard.format}\t{shard.size}\t{shard.version}")
     if verbose:
-        for reason, uris in sorted(planned.ignored_examples.items()):
+        for reason, uris in sorted(planned.listing.ignored_examples.items()):
             for uri in uris:
                 console.print_line(f"ignored ({reason}): {uri}")
-            if others := planned.ignored[reason] - len(uris):
+            if others := planned.listing.ignored[reason] - len(uris):
                 console.print_line(f"ignored ({reason}): ... and {others:,} more")
     console.print_fields(
         {
             "input": job.config.input.uri,
-            "plan": console.describe_plan(planned),
+            "plan": planned.describe(),
             "to label": _describe_size(planned),
             "ignored": planned.describe_ignored(),
             "model": f"{checkpoint.name}, {pluralize(len(checkpoint.labels), 'class')}, "

@@ -15,7 +15,7 @@ from typing import Any, NewType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Storage, StorageError, read_table
+from pipeline.storage import Storage, content_errors, read_table
 from pipeline.text import remove_secrets
 
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
@@ -191,16 +191,12 @@ def encode_predictions(predictions: pa.Table, footer: Footer) -> bytes:
 
 def read_footer(uri: str, file: io.IOBase) -> Footer:
     """Reads the footer of a prediction file; raises `StorageError` if the file is not a prediction file."""
-    try:
+    with content_errors(uri, "a prediction file"):
         found = pq.read_metadata(file).metadata or {}
         metadata = {name.decode(): text.decode() for name, text in found.items()}
         values = {field.name: field.type(metadata[_FOOTER + field.name]) for field in _FOOTER_FIELDS}
         statistics = base64.b64decode(metadata[f"{_FOOTER}statistics"])
         return Footer(**values, statistics=statistics)
-    except KeyError as missing:
-        raise StorageError(uri, f"not a prediction file: the footer has no {missing}") from None
-    except (pa.ArrowInvalid, ValueError) as error:
-        raise StorageError(uri, f"not a prediction file: {error}") from None
 
 
 def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tuple[Footer, pa.Table] | None:
@@ -213,11 +209,8 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
     """
 
     def read(file: io.BufferedReader) -> tuple[Footer, pa.Table]:
-        footer = read_footer(uri, file)
-        try:
-            return footer, read_table(file, columns).select(columns)
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise StorageError(uri, f"not a prediction file: {error}") from None
+        with content_errors(uri, "a prediction file"):
+            return read_footer(uri, file), read_table(file, columns).select(columns)
 
     found = storage.read_latest(uri, read)
     return None if found is None else found.content

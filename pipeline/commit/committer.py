@@ -107,18 +107,15 @@ class Committer:
         # For open shards, only encoded images count. A tar has more bytes, twice as many if images are small.
         self._bytes += chunk.encoded_bytes
         if arrived.complete:
-            self._commit(chunk.shard, arrived)
+            shard = self._plan[chunk.shard]
+            self._bytes += shard.size - arrived.encoded_bytes
+            if arrived.error is not None:  # an unreadable shard has no result rows
+                self._images -= arrived.samples
+                self._errors -= arrived.errors
+            del self._open[chunk.shard], self._unfinished[chunk.shard]
+            self._writes.append(self._writers.submit(self._writer.commit, shard, arrived))
         while self._writes and (len(self._writes) > 2 * MAX_CONCURRENT_WRITES or self._writes[0].done()):
             self._finish_write(self._writes.popleft())
-
-    def _commit(self, number: int, arrived: OpenShard) -> None:
-        shard = self._plan[number]
-        self._bytes += shard.size - arrived.encoded_bytes
-        if arrived.error is not None:  # an unreadable shard has no result rows
-            self._images -= arrived.samples
-            self._errors -= arrived.errors
-        del self._open[number], self._unfinished[number]
-        self._writes.append(self._writers.submit(self._writer.commit, shard, arrived))
 
     def reject_new_shards(self) -> None:
         """Ignores results of shards that are not open yet."""

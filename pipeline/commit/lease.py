@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from pipeline.commit.record import new_run_id
-from pipeline.storage import ABSENT, Storage, StorageError, Versioned
+from pipeline.storage import ABSENT, Storage, StorageError, Versioned, content_errors
 
 _logger = logging.getLogger("cvt_label")
 
@@ -65,11 +65,8 @@ def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
 
 
 def _parse(uri: str, content: bytes) -> LeaseContent:
-    try:
+    with content_errors(uri, "a lease (delete the object if no run is active)"):
         return LeaseContent.model_validate_json(content)
-    except ValidationError as error:
-        cause = f"not a lease: {error.errors()[0]['msg']}; delete the object if no run is active"
-        raise StorageError(uri, cause) from None
 
 
 class Lease:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.predictions import Footer, deserialize_statistics, read_footer
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ABSENT, Storage, StorageError, is_under, read_row_groups
+from pipeline.storage import ABSENT, Storage, StorageError, content_errors, is_under, read_row_groups
 
 T = TypeVar("T")
 _READERS = 32
@@ -289,13 +289,11 @@ def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> 
 
 def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> Iterator[pa.Table]:
     """Yields columns of a manifest, one row group at a time; raises `StorageError` if it isn't one."""
-    try:
+    with content_errors(uri, "a manifest"):
         if missing := sorted(set(_SCHEMA.names) - set(pq.read_schema(file).names)):
             cause = f"not a manifest: no column {', '.join(missing)}; run `cvt-label stats --rebuild`"
             raise StorageError(uri, cause)
         yield from read_row_groups(file, columns)
-    except (pa.ArrowInvalid, ValueError, KeyError) as error:
-        raise StorageError(uri, f"not a manifest: {error}") from None
 
 
 def _only_labeled(tables: Iterable[pa.Table], run: str | None) -> Iterator[pa.Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pipeline.commit.manifest import Manifest
 from pipeline.commit.record import MAX_RECORD_BYTES
 from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
-from pipeline.storage import ObjectNotFound, Storage, StorageError, normalize_uri, read_table
+from pipeline.storage import Storage, StorageError, content_errors, normalize_uri, read_table
 
 CLASS_STATS = "class_stats.parquet"
 _MAX_CLASS_STATS_BYTES = 1024**3
@@ -42,13 +41,9 @@ class Partition:
         return cls(storage, partition.uri, names)
 
     def read_labels(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yields the prediction rows, one table per shard, in the order of the file names.
+        """Yields the prediction rows, all columns or some, one table per shard, in the order of the files.
 
-        Args:
-            columns: columns to read; None for all.
-
-        Raises:
-            StorageError: a file can't be read, or lacks a column.
+        Raises `StorageError` if a file can't be read, or lacks a column.
         """
         for info in prediction_files(self.storage, self.uri):
             with self.storage.open(info.uri, info.version) as file:
@@ -76,14 +71,12 @@ class Partition:
     def class_table(self) -> pa.Table:
         """`class_stats.parquet`: one row per class; raises `StorageError` if there is no such file."""
         uri = f"{self.uri}/{CLASS_STATS}"
-        try:
-            content = self.storage.read(uri, max_bytes=_MAX_CLASS_STATS_BYTES)
-            return read_table(io.BytesIO(content)).select(CLASS_STATS_SCHEMA.names)
-        except ObjectNotFound:
-            cause = f"not a partition: it has no {CLASS_STATS}; give a URI like .../model=NAME-FINGERPRINT"
-            raise StorageError(self.uri, cause) from None
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise StorageError(uri, f"not class statistics: {error}") from None
+        with content_errors(uri, "class statistics"):
+            found = self.storage.read_latest(uri, read_table, _MAX_CLASS_STATS_BYTES)
+            if found is not None:
+                return found.content.select(CLASS_STATS_SCHEMA.names)
+        cause = f"not a partition: it has no {CLASS_STATS}; give a URI like .../model=NAME-FINGERPRINT"
+        raise StorageError(self.uri, cause)
 
     def topk(self) -> int:
         """Returns the number of classes in `topk_label_ids`, from the record of the last run."""
@@ -93,17 +86,15 @@ class Partition:
     def config(self) -> dict[str, Any]:
         """Returns the configuration of the last run; empty if there is no run record."""
         runs = self.records()
-        config: dict[str, Any] = ((self.record(runs[-1]) if runs else None) or {}).get("config", {})
+        config: dict[str, Any] = self.record(runs[-1]).get("config", {}) if runs else {}
         return config
 
-    def record(self, run: str) -> dict[str, Any] | None:
-        """Returns the record of a run, or None if it does not exist; raises `StorageError`."""
+    def record(self, run: str) -> dict[str, Any]:
+        """Returns the record of a run; empty if it does not exist. Raises `StorageError`."""
         uri = f"{self.uri}/runs/{run}.json"
-        try:
+        with content_errors(uri, "a run record"):
             found = self.storage.read_latest(uri, json.load, MAX_RECORD_BYTES)
-            return None if found is None else dict(found.content)
-        except (ValueError, TypeError) as error:
-            raise StorageError(uri, f"not a run record: {error}") from None
+            return {} if found is None else dict(found.content)
 
     def records(self) -> list[str]:
         """Returns the ids of all runs that have a record, sorted by time."""

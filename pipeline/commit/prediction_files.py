@@ -41,11 +41,10 @@ class OpenShard:
     """The chunks of a shard that have arrived.
 
     Attributes:
-        chunks: chunks by the index of their first sample.
+        chunks: by the index of their first sample.
         total: number of samples in the shard; None until its last chunk has arrived.
-        error: why the shard can't be read; None if it can.
-        transient: whether the error comes from the storage, not from the shard.
-        samples, errors, encoded_bytes: sums over all chunks that have arrived.
+        error, transient: as in the last chunk.
+        samples, errors, encoded_bytes: sums over the chunks.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)

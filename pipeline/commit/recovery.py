@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from pipeline.commit.manifest import ManifestRow, batched
 from pipeline.commit.record import MAX_RECORD_BYTES
 from pipeline.predictions import Footer, read_footer
-from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError
+from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, content_errors
 
 _READERS = 32
 _BATCH_FILES = 1000
@@ -28,11 +27,7 @@ def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
 def reconcile(
     files: Iterable[ObjectInfo], manifest: Mapping[str, ManifestRow], partition: str
 ) -> tuple[list[ObjectInfo], list[str]]:
-    """Compares the prediction files with the manifest.
-
-    Returns:
-        The files that the manifest does not have in this version, and the shards whose files are missing.
-    """
+    """Returns files that the manifest does not have in this version, and shards whose files are missing."""
     labeled = {row.output: (uri, row.output_version) for uri, row in manifest.items() if row.output}
     unlisted = []
     for info in files:
@@ -60,8 +55,7 @@ def recovered_rows(
     with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
         for batch in batched(files, _BATCH_FILES):
             for info, footer in filter(None, pool.map(read, batch)):
-                fingerprint = fingerprint or footer.fingerprint
-                if footer.fingerprint != fingerprint:
+                if (fingerprint := fingerprint or footer.fingerprint) != footer.fingerprint:
                     cause = (
                         f"the fingerprint {footer.fingerprint} is not the partition's ({fingerprint}): "
                         "the file has labels of another model or of other options"
@@ -70,49 +64,39 @@ def recovered_rows(
                 yield ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
 
 
-@dataclass
-class History:
-    """State that only run records hold.
+def read_history(storage: Storage, partition: str) -> tuple[dict[str, ManifestRow], set[str]]:
+    """Replays the records of all runs; raises `StorageError` if an object is not a run record.
 
-    Attributes:
-        failures: manifest rows of shards that the last attempt could not read, by URI.
-        deleted: shards that were deleted from the input.
+    Returns:
+        Manifest rows of the shards that the last attempt could not read, by URI; and the shards that were
+        deleted from the input.
     """
-
-    failures: dict[str, ManifestRow] = field(default_factory=dict)
-    deleted: set[str] = field(default_factory=set)
-
-    def replay(self, record: Mapping[str, Any]) -> None:
-        """Applies the record of a run; records are replayed in the order of their runs."""
-        self.deleted -= {*record["removed"], *record["reappeared"]}
-        self.deleted |= {*record["deleted"]}
-        for uri in (*record["removed"], *record["recovered"]):
-            self.failures.pop(uri, None)
-        for failure in record["unreadable"]:
-            self.failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
-
-    def apply_to(self, labeled: Mapping[str, ManifestRow]) -> dict[str, ManifestRow]:
-        """Returns all rows by URI, given the rows of prediction files."""
-        rows = {**labeled}
-        for uri, failure in self.failures.items():
-            rows[uri] = failure.merged_with(rows.get(uri))
-        for uri in self.deleted & rows.keys():
-            rows[uri] = replace(rows[uri], deleted=True)
-        return rows
-
-
-def read_history(storage: Storage, partition: str) -> History:
-    """Replays the records of all runs; raises `StorageError` if an object is not a run record."""
-    history = History()
+    failures, deleted = dict[str, ManifestRow](), set[str]()
     uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
     with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
         contents = pool.map(partial(storage.read, max_bytes=MAX_RECORD_BYTES), uris)
         for uri, content in zip(uris, contents, strict=True):
-            try:
-                history.replay(json.loads(content))
-            except (ValueError, TypeError, KeyError) as error:
-                raise StorageError(uri, f"not a run record: {error!r}") from None
-    return history
+            with content_errors(uri, "a run record"):
+                record = json.loads(content)
+                deleted -= {*record["removed"], *record["reappeared"]}
+                deleted |= {*record["deleted"]}
+                for shard in (*record["removed"], *record["recovered"]):
+                    failures.pop(shard, None)
+                for failure in record["unreadable"]:
+                    failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
+    return failures, deleted
+
+
+def _with_history(
+    labeled: Mapping[str, ManifestRow], failures: Mapping[str, ManifestRow], deleted: set[str]
+) -> dict[str, ManifestRow]:
+    """Returns all rows by URI, given the rows of prediction files."""
+    rows = {**labeled}
+    for uri, failure in failures.items():
+        rows[uri] = failure.merged_with(rows.get(uri))
+    for uri in deleted & rows.keys():
+        rows[uri] = replace(rows[uri], deleted=True)
+    return rows
 
 
 @dataclass
@@ -156,16 +140,16 @@ def find_repairs(
     repairs = Repairs(dict(found), removed, before, recovered)
     if clean_shutdown:
         return repairs
-    history = read_history(storage, partition)
-    repairs.recovered |= newer & history.failures.keys()
+    failures, deleted = read_history(storage, partition)
+    repairs.recovered |= newer & failures.keys()
     for uri in newer | removed:
-        history.failures.pop(uri, None)
+        failures.pop(uri, None)
     labeled = {
         uri: replace(row, error=None, failed_version=None, deleted=False)
         for uri, row in before.items()
         if row.output is not None
     }
-    repairs.entries = history.apply_to(labeled)
+    repairs.entries = _with_history(labeled, failures, deleted)
     repairs.removed |= before.keys() - repairs.entries.keys()
     for uri, row in repairs.entries.items():
         old = before.get(uri, ManifestRow(uri))
@@ -174,7 +158,7 @@ def find_repairs(
         if row.error is None and old.error is not None:
             repairs.recovered.add(uri)
         elif (row.error, row.failed_version) != (old.error, old.failed_version):
-            repairs.rows[uri] = history.failures[uri].merged_with(found.get(uri))
+            repairs.rows[uri] = failures[uri].merged_with(found.get(uri))
     return repairs
 
 
@@ -182,5 +166,5 @@ def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
     """Regenerates all manifest rows, sorted by URI. Raises the same errors as `find_repairs`."""
     files = prediction_files(storage, partition)
     labeled = {row.uri: row for row in recovered_rows(storage, partition, files)}
-    rows = read_history(storage, partition).apply_to(labeled)
+    rows = _with_history(labeled, *read_history(storage, partition))
     return [rows[uri] for uri in sorted(rows)]

@@ -51,5 +51,4 @@ class RunPair:
 
 
 def _ended_normally(partition: Partition, run: str) -> bool:
-    record = partition.record(run)
-    return record is None or record.get("status") in ("complete", "incomplete")
+    return partition.record(run).get("status", "complete") in ("complete", "incomplete")

@@ -59,11 +59,10 @@ def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
 
 
 def roll_back_regrouped(run: RunContext) -> set[str]:
-    """Removes labels that this run wrote for image files that are in other groups of the input by now.
+    """Removes labels that this run wrote for images that are in other groups by now; returns the groups.
 
-    Only an overlapping run makes this necessary: the other run labeled the new groups and did not see the
-    labels of this run. A sign of such a run is a prediction file that this run neither found nor wrote, or
-    that has another version of a group. Returns the groups whose labels were removed.
+    Only an overlapping run that labeled the new groups makes this necessary. Its sign is a prediction file
+    that this run neither found nor wrote, or that has another version of a group.
     """
     partition, groups = run.result.partition, run.groups
     if not groups:

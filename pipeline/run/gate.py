@@ -15,7 +15,7 @@ def read_earlier_failures(run: RunContext) -> None:
     """Reads the failures of earlier runs of the dataset: of the last run, and of runs that were stopped."""
     partition, dataset = run.result.partition, run.result.job.config.input.uri
     for earlier in [each for each in partition.records() if each < run.result.run][: -_MAX_EARLIER - 1 : -1]:
-        record = partition.record(earlier) or {}
+        record = partition.record(earlier)
         if "failures" not in record or record["config"]["input"]["uri"] != dataset:
             continue
         if record["status"] not in ("running", "interrupted", "failed"):
@@ -45,7 +45,7 @@ def check_gate(run: RunContext, runs: RunPair | None, previous: Comparison | Non
     """
     drift = None if previous is None else previous.totals
     if runs is not None and runs.previous is not None and not runs.current:
-        drift = (runs.partition.record(runs.previous) or {}).get("drift")
+        drift = runs.partition.record(runs.previous).get("drift")
     result = run.result
     result.broken_limits = _drift_limits(run).violations(drift) if drift else []
     result.broken_failure_limits = run.failures.violations()

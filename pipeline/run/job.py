@@ -12,9 +12,9 @@ from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
-from pipeline.predictions import MAX_PATH_BYTES, PredictionOptions
+from pipeline.predictions import PredictionOptions
 from pipeline.read import ReadOptions
-from pipeline.storage import Storage, max_name_bytes
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from cvt.checkpoints import Checkpoint
@@ -91,12 +91,6 @@ def make_job(config: Config) -> Job:
     fingerprint = config.fingerprint(checkpoint.digest)
     uri = f"{config.output.uri}/model={checkpoint.name}-{fingerprint[:8]}"
     partition = Partition(storage, uri, checkpoint.labels)
-    needed, available = len("predictions/") + MAX_PATH_BYTES, max(0, max_name_bytes(uri))
-    if needed > available:
-        raise ConfigError(
-            f"output.uri: too long: the storage allows names of at most {available} bytes under {uri}, and "
-            f"the names of prediction files have up to {needed} bytes. Choose a shorter output.uri"
-        )
     return Job(config, storage, checkpoint, fingerprint, partition)
 
 

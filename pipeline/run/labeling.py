@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
 from pipeline.config import LABEL_NEW, Config, Selection
-from pipeline.dataflow import StopController, Stopped, sigterm_interrupts
+from pipeline.dataflow import StopController, sigterm_interrupts
 from pipeline.read import IgnoreReason
 from pipeline.run.cleanup import clean_up, roll_back_regrouped
 from pipeline.run.gate import check_gate_alone, read_earlier_failures
@@ -67,37 +67,28 @@ def label(
         on_phase(Phase.PLANNING)
         # Listed again under the lease: another run may have labeled shards that the first listing lacks.
         listing = open_listing(config)
-        try:
-            with run_record(job, run, clock, selection) as record:
-                prepared = prepare(job, listing, selection, lease.found_clean_shutdown)
-                plan = prepared.plan
-                clock.record("planned")
-                on_plan(prepared)
-                if plan.shards:
-                    shards = pluralize(len(plan.shards), "shard")
-                    logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
-                if plan.ignored:
-                    names = [uri for uris in plan.ignored_examples.values() for uri in uris[:_NAMED_OBJECTS]]
-                    # Hidden objects and metadata belong to a dataset; another format may be a mistake.
-                    level = logging.WARNING if IgnoreReason.FORMAT in plan.ignored else logging.INFO
-                    logger.log(level, "ignored: %s; such as %s", plan.describe_ignored(), ", ".join(names))
-                ignored = [(*each, count) for each, count in plan.ignored_extensions.most_common()]
-                counts = {str(state): count for state, count in plan.states.items()}
-                record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)
-                result = RunResult(run, job, plan, timings=clock.timings)
-                writer = ManifestWriter(
-                    job.partition.manifest, config.run.flush_interval_s, before_write=record.save
-                )
-                context = RunContext(result, prepared, record, clock, lease, writer, on_progress, on_phase)
-                try:
-                    _execute(context)
-                finally:
-                    retries = retry_counts() - retries_before + result.totals.retries
-                    record.set(storage_retries=dict(retries))
-        except Stopped:
-            lease.clean_shutdown = True
-            raise
-        lease.clean_shutdown = True
+        with run_record(job, run, clock, selection) as record:
+            prepared = prepare(job, listing, selection, lease.found_clean_shutdown)
+            plan = prepared.plan
+            clock.record("planned")
+            on_plan(prepared)
+            if plan.shards:
+                shards = pluralize(len(plan.shards), "shard")
+                logger.info("run %s labels %s to %s", run, shards, job.partition.uri)
+            if listing.ignored:
+                names = [uri for uris in listing.ignored_examples.values() for uri in uris[:_NAMED_OBJECTS]]
+                # Hidden objects and metadata belong to a dataset; another format may be a mistake.
+                level = logging.WARNING if IgnoreReason.FORMAT in listing.ignored else logging.INFO
+                logger.log(level, "ignored: %s; such as %s", plan.describe_ignored(), ", ".join(names))
+            ignored = [(*each, count) for each, count in listing.ignored_extensions.most_common()]
+            counts = {str(state): count for state, count in plan.states.items()}
+            record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)
+            result = RunResult(run, job, plan, timings=clock.timings)
+            writer = ManifestWriter(job.partition.manifest, config.run.flush_interval_s, record.save)
+            context = RunContext(
+                result, prepared, record, clock, lease, writer, on_progress, on_phase, retries_before
+            )
+            _execute(context)
     return result
 
 
@@ -134,6 +125,7 @@ def _execute(run: RunContext) -> None:
     finally:
         run.writer.close()
         run.record_counts()
+    run.lease.clean_shutdown = True
     if stop is not None:
         stop.raise_if_requested()
     run.record.set(failures=dict(run.failures.judged()))

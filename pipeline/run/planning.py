@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
 
 from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
-from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
+from pipeline.read import Shard, ShardListing, list_shards
 from pipeline.run.job import Job, make_job
 from pipeline.storage import is_under
 from pipeline.text import pluralize
@@ -30,33 +29,13 @@ class ShardState(StrEnum):
 
 
 @dataclass
-class PlanCounts:
-    """The size of a plan, for people.
-
-    Attributes:
-        to_label: number of shards or images to label, the reprocessed ones included.
-        to_prune: deleted ones whose labels the run removes.
-    """
-
-    unit: Literal["shard", "image"]
-    states: Counter[ShardState]
-    to_label: int
-    to_prune: int
-
-    @property
-    def reprocessed(self) -> int:
-        """Number of shards or images to label that are neither new nor changed."""
-        return self.to_label - self.states[ShardState.NEW] - self.states[ShardState.CHANGED]
-
-
-@dataclass
 class Plan:
     """The plan of a run.
 
     Attributes:
+        listing: the listing of the input, which has counts of the ignored objects.
         shards: the shards to label, in listing order.
         states: number of shards by state.
-        ignored, ignored_extensions, ignored_examples: as in `ShardListing`.
         expected: version of the current prediction file, by URI of a shard to label.
         skipped_failures: number of unreadable shards that are not retried.
         deleted: manifest rows of shards that were deleted from the input, by URI.
@@ -66,12 +45,10 @@ class Plan:
         image_states: number of images by state; None unless the input has image files only.
     """
 
+    listing: ShardListing
     selection: Selection
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
-    ignored: Counter[IgnoreReason] = field(default_factory=Counter)
-    ignored_extensions: Counter[tuple[IgnoreReason, str]] = field(default_factory=Counter)
-    ignored_examples: Mapping[IgnoreReason, list[str]] = field(default_factory=dict)
     expected: dict[str, str] = field(default_factory=dict)
     skipped_failures: int = 0
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
@@ -99,27 +76,32 @@ class Plan:
 
     def describe_ignored(self) -> str:
         """Describes the ignored objects of the input: the number in total, by reason and by extension."""
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.ignored.items()))
-        total = pluralize(self.ignored.total(), "object") + (f" ({reasons})" if reasons else "")
-        extensions = Counter[str]()
-        for (_, extension), count in self.ignored_extensions.items():
+        ignored, extensions = self.listing.ignored, Counter[str]()
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(ignored.items()))
+        total = pluralize(ignored.total(), "object") + (f" ({reasons})" if reasons else "")
+        for (_, extension), count in self.listing.ignored_extensions.items():
             extensions[extension] += count
         found = [f"{extension} {count:,}" for extension, count in extensions.most_common()]
         more = [f"{len(found) - _EXTENSIONS} more"] * (len(found) > _EXTENSIONS)
         return total + (f", extensions: {', '.join(found[:_EXTENSIONS] + more)}" if found else "")
 
-    @property
-    def counts(self) -> PlanCounts:
-        """The plan in images if the input has image files only, else in shards."""
-        if self.image_states is None:
-            return PlanCounts("shard", self.states, len(self.shards), len(self.to_prune))
-        to_prune = sum(self.deleted[uri].rows or 0 for uri in self.to_prune)
-        return PlanCounts("image", self.image_states, self.images or 0, to_prune)
+    def describe(self) -> str:
+        """Describes the input: counts by state, to label and to prune. Counts images if possible."""
+        unit, states, to_label, to_prune = "shard", self.states, len(self.shards), len(self.to_prune)
+        if self.image_states is not None:
+            unit, states, to_label = "image", self.image_states, self.images or 0
+            to_prune = sum(self.deleted[uri].rows or 0 for uri in self.to_prune)
+        found = [f"{states[state]:,} {state}" for state in ShardState if states[state]]
+        again = to_label - states[ShardState.NEW] - states[ShardState.CHANGED]
+        reprocessed = f" ({again:,} reprocessed)" if again else ""
+        prune = f", {to_prune:,} to prune" if self.selection.prune else ""
+        total = pluralize(states.total(), unit)
+        return f"{total}: {', '.join(found)}; {to_label:,} to label{reprocessed}{prune}"
 
 
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
     """Compares the input with the manifest, without rows of other inputs; reads the listing to its end."""
-    planned, images, seen = Plan(selection), Counter[ShardState](), set[str]()
+    planned, images, seen = Plan(listing, selection), Counter[ShardState](), set[str]()
     formats = set[str | None]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
@@ -154,8 +136,6 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         if uri not in seen and is_under(uri, listing.uri) and listing.format in (None, row.format)
     }
     planned.states[ShardState.DELETED] = len(planned.deleted)
-    planned.ignored, planned.ignored_examples = listing.ignored, listing.ignored_examples
-    planned.ignored_extensions = listing.ignored_extensions
     if formats.union(row.format for row in planned.deleted.values()) <= {"images"}:
         images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
         planned.image_states = images

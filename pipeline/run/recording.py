@@ -1,9 +1,9 @@
 """The common state of the steps of a run: phases, clock, result, and run record."""
 
-import functools
 import importlib.metadata
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from pipeline.run.failures import FailureMonitor
 from pipeline.run.job import Job
 from pipeline.run.planning import Plan, PreparedRun
 from pipeline.statistics import ClassStatistics, StageSummary
-from pipeline.storage import StorageError
+from pipeline.storage import StorageError, retry_counts
 from pipeline.text import remove_secrets
 
 _PACKAGES = (
@@ -40,7 +40,7 @@ class Phase(StrEnum):
 
 
 class Clock:
-    """`timings` has the seconds from the start of the run to each event, by the name of the event."""
+    """Measures the time of each event of a run."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -56,16 +56,13 @@ class RunResult:
     """The result of a run.
 
     Attributes:
-        totals: counts and metrics of the committed shards.
-        rolled_back: groups of image files whose labels the run removed again, since their images are in other
-            groups now.
+        rolled_back: groups of image files whose labels the run removed again: other groups have the images.
         statistics: class statistics of all labels in the partition; None if the run changed nothing.
         timings: seconds from the start of the run to each event, by name: `planned`, `executor_ready`,
             `first_result`, `first_commit`, `last_result`, `summarized`, `ended`.
-        images_per_s: steady-state throughput, from the first result to the last. None if these are less than
-            10 seconds apart.
+        images_per_s: throughput from the first result to the last; None if these are less than 10 s apart.
         stages: metrics of each stage; empty if there was nothing to label.
-        decoder: the device that decoded the images, and how many it decoded.
+        decoder: description of the devices that decoded the images.
         broken_limits: messages about limits of the gate on drift that the labels break.
         broken_failure_limits: messages about limits on errors and unreadable shards that the run breaks.
         aborted: whether the gate stopped the run before all shards were labeled.
@@ -101,7 +98,7 @@ class RunContext:
     """State that the steps of a run share.
 
     Attributes:
-        gallery: thumbnails of labeled shards.
+        retries_before: `retry_counts` at the start of the run.
         groups: manifest rows of the groups of image files that this run labeled, by URI.
     """
 
@@ -113,6 +110,7 @@ class RunContext:
     writer: ManifestWriter
     on_progress: Callable[[Progress, PreparedRun], None]
     on_phase: Callable[[Phase], None]
+    retries_before: Counter[str]
     gallery: Gallery = field(init=False)
     failures: FailureMonitor = field(init=False)
     groups: dict[str, ManifestRow] = field(default_factory=dict)
@@ -126,6 +124,10 @@ class RunContext:
         """Lists the input again; needed only if runs overlap."""
         section = self.result.job.config.input
         return list_shards(self.result.job.storage, section.uri, section.format)
+
+    def retries(self) -> Counter[str]:
+        """Returns the number of retried storage operations of this process and of workers, by failure."""
+        return retry_counts() - self.retries_before + self.result.totals.retries
 
     def record_counts(self) -> None:
         """Sets in the run record how many shards and images the run has committed so far."""
@@ -144,6 +146,7 @@ class RunContext:
             causes=totals.causes.to_record(),
             unmatched_targets=totals.unmatched.to_record(),
             aborted=self.result.aborted,
+            storage_retries=dict(self.retries()),
         )
 
 
@@ -183,7 +186,6 @@ def _save_end(record: RunRecord, clock: Clock) -> None:
     record.save()
 
 
-@functools.cache
 def installed_version(package: str) -> str | None:
     """Returns the version of a package; None if it is not installed, as this project in its own folder."""
     try:

@@ -35,7 +35,7 @@ def find_partition(config: Config) -> Partition:
         partition = Partition(storage, uri, ())
         if partition.name.startswith("model="):
             for run in partition.records()[: -_RUNS - 1 : -1]:
-                if _has_same_labels(config, partition.record(run) or {}):
+                if _has_same_labels(config, partition.record(run)):
                     runs[run] = uri
                     break
     if not runs:
@@ -110,8 +110,8 @@ def write_report(
         StorageError: labels or a run record can't be read, or the page can't be written.
     """
     runs = [run] if run is not None else (partition.manifest.runs() or partition.records())[-1:]
-    record = partition.record(runs[0]) if runs else None
-    if record is None:
+    record = partition.record(runs[0]) if runs else {}
+    if not record:
         raise StorageError(partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}")
     others = [LabelSet.open(partition.storage, name) for name in against]
     dataset = record.get("config", {}).get("input", {}).get("uri")

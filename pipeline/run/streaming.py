@@ -31,7 +31,7 @@ from pipeline.statistics import (
     steady_rate,
     summarize_stages,
 )
-from pipeline.storage import Storage, retry_counts
+from pipeline.storage import Storage
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
@@ -88,7 +88,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
 
 
 def _commit_results(run: RunContext, executor: Executor, committer: Committer, stop: StopController) -> None:
-    plan, job, retries_before = run.result.plan, run.result.job, retry_counts()
+    plan, job = run.result.plan, run.result.job
     resources = executor.resources(job.resource_request)
     run.record.set(resources=asdict(resources))
     run.clock.record("executor_ready")
@@ -100,9 +100,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
 
     def report_progress(chunk: Chunk | None = None) -> None:
         if metrics is not None:
-            metrics.update(
-                committer.totals, retry_counts() - retries_before + committer.totals.retries, chunk
-            )
+            metrics.update(committer.totals, run.retries(), chunk)
         run.on_progress(committer.progress(), run.prepared)
 
     chunks = _label_in_order(run, executor, committer, resources, stop)

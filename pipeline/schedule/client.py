@@ -256,27 +256,12 @@ class JobClient:
 
     def job(self, job_id: str) -> SubmittedJob:
         """Returns the job with this id; raises `UnknownJobError`."""
-        job = self.find(job_id)
-        if job is None:
-            raise UnknownJobError(f"{self.address} has no job {job_id}: list the jobs with cvt-label status")
-        return job
-
-    def find(self, job_id: str) -> SubmittedJob | None:
-        """Returns the job with this id, or None if the cluster has no such job."""
-        if not job_id:
-            return None
-        with self._translate_errors():
-            try:
-                return SubmittedJob.from_details(self._client.get_job_info(job_id))
-            except RuntimeError as error:
-                if "status code 404" in str(error):
-                    return None
-                raise
+        with self._translate_errors(job_id):
+            return SubmittedJob.from_details(self._client.get_job_info(job_id))
 
     def logs(self, job_id: str) -> str:
         """Returns the log of a job so far; raises `UnknownJobError`."""
-        self.job(job_id)
-        with self._translate_errors():
+        with self._translate_errors(job_id):
             return self._client.get_job_logs(job_id)
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> SubmittedJob:
@@ -314,10 +299,13 @@ class JobClient:
         return job
 
     @contextmanager
-    def _translate_errors(self) -> Iterator[None]:
+    def _translate_errors(self, job_id: str | None = None) -> Iterator[None]:
         import requests
         from ray.exceptions import AuthenticationError, RayError
 
+        unknown = UnknownJobError(f"{self.address} has no job {job_id}: list the jobs with cvt-label status")
+        if job_id == "":  # the request would return all jobs
+            raise unknown
         try:
             yield
         except requests.exceptions.InvalidHeader:  # its message contains the token
@@ -331,6 +319,8 @@ class JobClient:
         except (ClusterError, SubmissionRefusedError):
             raise
         except (RuntimeError, ValueError, OSError, RayError) as error:  # requests raises OSError
+            if job_id and "status code 404" in str(error):
+                raise unknown from None
             # The cluster returns a traceback. Its last line has the cause.
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise ClusterError(f"{self.address}: {(lines or [type(error).__name__])[-1]}") from None

@@ -8,9 +8,9 @@ change by conditional writes only. So a scheduler may die at any point, and seve
 import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, BinaryIO
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from pipeline.config import DatasetConfig, ScheduleConfig, Selection, make_storage
 from pipeline.dataflow import ClusterError
@@ -20,9 +20,10 @@ from pipeline.schedule.client import (
     StillRunningError,
     Submission,
     SubmittedJob,
+    UnknownJobError,
     minute_key,
 )
-from pipeline.storage import ABSENT, ObjectChanged, StorageError
+from pipeline.storage import ABSENT, ObjectChanged, content_errors
 from pipeline.text import remove_secrets
 
 _logger = logging.getLogger("cvt_label")
@@ -71,16 +72,12 @@ class StateFile:
 
     def read(self) -> DatasetState | None:
         """Returns the state, or None before the first poll of the dataset. Raises `StorageError`."""
-        found = self._storage.read_latest(self.uri, self._parse, _MAX_STATE_BYTES)
+        with content_errors(self.uri, "a schedule state file"):
+            found = self._storage.read_latest(
+                self.uri, lambda file: DatasetState.model_validate_json(file.read()), _MAX_STATE_BYTES
+            )
         self._version = ABSENT if found is None else found.version
         return None if found is None else found.content
-
-    def _parse(self, file: BinaryIO) -> DatasetState:
-        try:
-            return DatasetState.model_validate_json(file.read())
-        except ValidationError as error:
-            cause = " ".join(str(error).split())
-            raise StorageError(self.uri, f"not a schedule state file: {cause}") from None
 
     def write(self, state: DatasetState, **changes: object) -> DatasetState:
         """Writes and returns the changed state; raises `ObjectChanged` if another scheduler wrote first."""
@@ -180,8 +177,10 @@ class Scheduler:
 
     def _update_finished(self, file: StateFile, state: DatasetState, current: CurrentJob) -> DatasetState:
         """Writes the outcome of a submitted job if the job is finished; returns the new state."""
-        lost = SubmittedJob(current.id, "LOST", "the cluster no longer has this job")
-        job = self._client().find(current.id) or lost
+        try:
+            job = self._client().job(current.id)
+        except UnknownJobError:
+            job = SubmittedJob(current.id, "LOST", "the cluster no longer has this job")
         if not job.is_finished:
             return state
         _logger.info("%s: %s %s, exit status %s", state.dataset, job.id, job.state, job.exit_status)

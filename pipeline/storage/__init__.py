@@ -11,9 +11,9 @@ from pipeline.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
     StorageError,
+    content_errors,
     is_relative,
     is_under,
-    max_name_bytes,
     normalize_uri,
     relative_name,
 )

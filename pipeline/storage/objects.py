@@ -1,14 +1,12 @@
 """Object metadata, normalization of URIs, and storage errors."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-_MAX_KEY_BYTES = 1024  # limit of S3 and Google Cloud Storage
-_MAX_LOCAL_PATH_BYTES = 4095  # PATH_MAX without the final NUL
-_TEMPORARY_NAME_BYTES = 37  # length of the temporary name that a local file has during a write
-_MAX_LOCAL_NAME_BYTES = 255
 #: `s3:bucket`, `s3:/bucket`, `s3//bucket`, `s3;//bucket` and `ssh:key@bucket`, but not `s3://bucket`.
 _MISTYPED = re.compile(
     r"((?:s3[an]?|gs|gcs|https?):|[a-z][a-z0-9+.-]*:(?=/|[^/]*@))(?!//)"
@@ -46,6 +44,16 @@ class ObjectChanged(StorageError):  # noqa: N818
 
     def __init__(self, uri: str, cause: str = "the object is no longer the expected version") -> None:
         super().__init__(uri, cause)
+
+
+@contextlib.contextmanager
+def content_errors(uri: str, expected: str) -> Iterator[None]:
+    """Raises errors of a block that parses an object as a `StorageError`: the object is not `expected`."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:  # the classes of Arrow, pydantic and json, too
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StorageError(uri, f"not {expected}: {cause}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +110,6 @@ def unsupported_scheme(scheme: str) -> StorageError:  # noqa: D103
 def is_relative(uri: str) -> bool:
     """Returns whether a path or URI depends on the working directory."""
     return not ("://" in uri or uri.startswith("/") or _MISTYPED.match(uri))
-
-
-def max_name_bytes(uri: str) -> int:
-    """Returns the maximum length, in bytes, of an object's name under a normalized folder URI.
-
-    Returns 0 if a part of the folder's own path is too long.
-    """
-    if "://" in uri:
-        return _MAX_KEY_BYTES - len(f"{split_uri(uri)[1]}/".encode())
-    path = os.fsencode(uri)
-    if any(len(part) > _MAX_LOCAL_NAME_BYTES for part in path.split(b"/")):
-        return 0
-    return _MAX_LOCAL_PATH_BYTES - _TEMPORARY_NAME_BYTES - len(path) - 1
 
 
 def is_under(uri: str, root: str) -> bool:

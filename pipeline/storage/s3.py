@@ -104,9 +104,8 @@ class S3(Buckets):
         part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
         response = self._client.get_object(**_object(info.uri), **part)
         with response["Body"] as body:
-            served, _, size = response.get("ContentRange", f"/{response.get('ContentLength')}").rpartition(
-                "/"
-            )
+            content_range = response.get("ContentRange", f"/{response.get('ContentLength')}")
+            served, _, size = content_range.rpartition("/")
             # Not If-Match, which never matches a weak ETag.
             if _info(info.uri, response["ETag"], size).version != info.version:
                 raise ObjectChanged(info.uri)
@@ -132,19 +131,14 @@ class S3(Buckets):
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
             cause, attempts = f"no usable AWS credentials: {hint}", 1
         elif isinstance(source, ValueError):  # not sent; the message contains credentials
-            is_header = "Invalid header" in str(error)
-            hint = (
-                "the AWS credentials contain a line break" if is_header else "check the address of the proxy"
-            )
-            cause, attempts = f"cannot send a request; {hint}", 1
+            cause, attempts = "cannot send a request; check the address of the proxy", 1
+            if "Invalid header" in str(error):
+                cause = "cannot send a request; the AWS credentials contain a line break"
         elif isinstance(error, exceptions.ConnectionError):
             cause = f"cannot reach the endpoint {self._client.meta.endpoint_url}: {cause}"
-        elif isinstance(error, _MALFORMED):
-            cause, kind = (
-                f"failed after retries, last with a malformed response: {cause}",
-                "MalformedResponse",
-            )
-        elif isinstance(error, _CONNECTION):
+        elif isinstance(error, (*_MALFORMED, *_CONNECTION)):
+            if isinstance(error, _MALFORMED):
+                cause, kind = f"a malformed response: {cause}", "MalformedResponse"
             cause = f"failed after retries, last with {cause}"
         elif isinstance(error, exceptions.BotoCoreError):
             attempts = 1

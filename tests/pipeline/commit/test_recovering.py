@@ -259,7 +259,7 @@ def test_invalid_run_record_is_named(tmp_path: Path) -> None:
     Storage().write(f"{root}/in/a.tar", make_tar([("0.jpg", make_image(1))]))
     partition = label(config(root)).job.partition
     Storage().write(f"{partition.uri}/runs/20260101.json", b'{"run": "x"}')
-    with pytest.raises(StorageError, match=r"20260101.json: not a run record: KeyError\('removed'\)"):
+    with pytest.raises(StorageError, match=r"20260101.json: not a run record: KeyError: 'removed'"):
         rebuild(make_job(config(root)).partition)
 
 

@@ -107,8 +107,8 @@ def test_every_format_is_labeled_completely(formats: tuple[RunResult, list[Progr
     shards = {str(row["shard"]).partition("/in/")[2] for row in rows}
     files = {name for name in shards if not name.startswith("images-")}
     assert files == {"a.tar", "deep/er/b.tar.gz", "c.parquet", "d.parquet"}
-    assert result.plan.ignored == {IgnoreReason.HIDDEN: 1, IgnoreReason.FORMAT: 1}
-    assert result.plan.counts.unit == "shard"
+    assert result.plan.listing.ignored == {IgnoreReason.HIDDEN: 1, IgnoreReason.FORMAT: 1}
+    assert result.plan.describe() == "5 shards: 5 new; 5 to label"
 
 
 def test_labels_equal_those_of_transformers(

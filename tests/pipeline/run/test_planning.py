@@ -39,6 +39,7 @@ def names(uris: Any) -> list[str]:
 
 
 FAILED = row("a.tar", None, error="cut", failed_version="v1")
+REPROCESSED = {"reprocessed": True}
 FAILED_LATER = row("a.tar", error="cut", failed_version="v2")
 
 
@@ -58,19 +59,22 @@ CASES = {
     "new": Case("v1", None, ShardState.NEW, True),
     "done": Case("v1", row("a.tar"), ShardState.DONE, False),
     "changed": Case("v2", row("a.tar"), ShardState.CHANGED, True),
-    "done, relabel": Case(
-        "v1", row("a.tar"), ShardState.DONE, True, Selection(relabel=True), {"reprocessed": 1}
-    ),
+    "done, relabel": Case("v1", row("a.tar"), ShardState.DONE, True, Selection(relabel=True), REPROCESSED),
     "done, retry without errors": Case(
         "v1", row("a.tar"), ShardState.DONE, False, Selection(retry_errors=True)
     ),
     "error rows": Case("v1", row("a.tar", errors=3), ShardState.DONE, False),
     "error rows, retry": Case(
-        "v1", row("a.tar", errors=3), ShardState.DONE, True, Selection(retry_errors=True), {"reprocessed": 1}
+        "v1",
+        row("a.tar", errors=3),
+        ShardState.DONE,
+        True,
+        Selection(retry_errors=True),
+        REPROCESSED,
     ),
     "unreadable": Case("v1", FAILED, ShardState.FAILED, False, expected={"skipped_failures": 1}),
     "unreadable, retry": Case(
-        "v1", FAILED, ShardState.FAILED, True, Selection(retry_errors=True), {"reprocessed": 1}
+        "v1", FAILED, ShardState.FAILED, True, Selection(retry_errors=True), REPROCESSED
     ),
     "unreadable, changed since": Case("v2", FAILED, ShardState.CHANGED, True),
     "unreadable because of the storage": Case("v1", row("a.tar", None, error="cut"), ShardState.NEW, True),
@@ -100,9 +104,10 @@ def test_manifest_row_determines_the_plan_of_a_shard(case: Case) -> None:
     assert names(found.shards) == ["a.tar"] * case.labels
     has_labels = case.known is not None and case.known.output is not None
     assert dict(found.expected) == ({f"{ROOT}/a.tar": "etag"} if case.labels and has_labels else {})
-    defaults = {"reprocessed": 0, "skipped_failures": 0, "recovered": [], "reappeared": []}
-    values = {name: getattr(found.counts if name == "reprocessed" else found, name) for name in defaults}
-    assert values == defaults | dict(case.expected)
+    defaults = {"skipped_failures": 0, "recovered": [], "reappeared": []}
+    values = {name: getattr(found, name) for name in defaults}
+    values["reprocessed"] = "; 1 to label (1 reprocessed)" in found.describe()
+    assert values == {"reprocessed": False} | defaults | dict(case.expected)
     assert names(found.deleted) == ["a.tar"] * (case.state is ShardState.DELETED)
 
 
@@ -124,7 +129,7 @@ def test_only_shards_of_the_listed_input_and_format_can_be_deleted() -> None:
 
 def test_ignored_objects_are_counted_by_reason() -> None:
     found = plan(listing({"a.tar": "v1", "README.md": "v1", "_SUCCESS": "v1"}), {}, LABEL_NEW)
-    assert (names(found.shards), found.ignored) == (
+    assert (names(found.shards), found.listing.ignored) == (
         ["a.tar"],
         {IgnoreReason.HIDDEN: 1, IgnoreReason.FORMAT: 1},
     )
@@ -148,21 +153,20 @@ def test_counts_are_in_images_for_image_files_only() -> None:
     changed, *others = listing(IMAGES)
     objects = {name: "v1" for shard in others for name in names(shard.members)}
     objects |= dict.fromkeys(names(changed.members), "v2")
-    counts = plan(listing(objects), known, LABEL_NEW).counts
     done = sum(len(shard.members) for shard in others)
-    assert counts.unit == "image"
-    assert +counts.states == {ShardState.CHANGED: len(changed.members), ShardState.DONE: done}
-    assert (counts.to_label, counts.reprocessed) == (len(changed.members), 0)
-    relabeled = plan(listing(objects), known, Selection(relabel=True)).counts
-    assert (relabeled.to_label, relabeled.reprocessed) == (len(objects), done)
-    mixed = plan(listing({**objects, "a.tar": "v1"}), known, LABEL_NEW).counts
-    assert (mixed.unit, mixed.to_label, mixed.states[ShardState.NEW]) == ("shard", 2, 1)
+    found = plan(listing(objects), known, LABEL_NEW).describe()
+    states = f"4,000 images: {len(changed.members):,} changed, {done:,} done; "
+    assert found == f"{states}{len(changed.members):,} to label"
+    relabeled = plan(listing(objects), known, Selection(relabel=True)).describe()
+    assert relabeled == f"{states}4,000 to label ({done:,} reprocessed)"
+    mixed = plan(listing({**objects, "a.tar": "v1"}), known, LABEL_NEW).describe()
+    assert mixed == f"{len(known) + 1} shards: 1 new, 1 changed, {len(others)} done; 2 to label"
 
 
 def test_deleted_images_are_counted_from_the_manifest() -> None:
     deleted = row("images-0000000000000000", format="images", rows=7)
-    counts = plan(listing({}), manifest(deleted), Selection(prune=True)).counts
-    assert (counts.unit, counts.states[ShardState.DELETED], counts.to_prune) == ("image", 7, 7)
+    found = plan(listing({}), manifest(deleted), Selection(prune=True))
+    assert found.describe() == "7 images: 7 deleted; 0 to label, 7 to prune"
 
 
 def cutting_image() -> str:

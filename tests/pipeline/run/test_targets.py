@@ -26,9 +26,7 @@ def rows_of(result: RunResult) -> list[dict[str, object]]:
 
 
 def record_of(result: RunResult) -> dict[str, Any]:
-    found = result.partition.record(result.run)
-    assert found is not None
-    return found
+    return result.partition.record(result.run)
 
 
 def test_targets_of_another_dataset_cost_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +90,7 @@ def test_metadata_next_to_tars_is_ignored(
     settings = [f"input.uri={source}", f"output.uri={tmp_path}", f"input.format={format}", *IN_PROCESS]
     result = label(load_config(Config, None, settings))
     assert (result.is_complete, result.totals.images, result.totals.errors) == (True, 6, 0)
-    assert result.plan.ignored == {IgnoreReason.METADATA: 4}
+    assert result.plan.listing.ignored == {IgnoreReason.METADATA: 4}
     [logged] = [each for each in caplog.records if each.getMessage().startswith("ignored: ")]
     assert logged.levelname == "INFO"  # nobody needs to act
     assert "4 objects (metadata of a tar: 4), extensions: .parquet 2, .json 2" in logged.getMessage()
@@ -105,7 +103,7 @@ def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCap
     read = {shard.uri for shard in result.plan.shards}
     ignored = {str(path) for path in source.iterdir()} - read
     assert f"{source}/good.tar" in read - {row.uri for row in result.totals.unreadable}
-    assert len(ignored) == result.plan.ignored.total() > 0
+    assert len(ignored) == result.plan.listing.ignored.total() > 0
     [warning] = [each for each in caplog.records if each.getMessage().startswith("ignored: ")]
     assert warning.levelname == "WARNING"
     assert all(uri in warning.getMessage() for uri in ignored)
