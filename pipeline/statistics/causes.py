@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 MAX_CAUSES = 50
 MAX_SAMPLES = 5
+_BATCH_ROWS = 1000  # rows in memory as Python objects
 
 #: The cause that counts the errors of all further causes.
 OTHER_CAUSES = "other causes"
@@ -51,15 +52,16 @@ class ErrorCauses:
 
     def add(self, shard: str, samples: pa.Table) -> None:
         """Counts the errors of a shard's samples, from the columns `key` and `error`."""
-        bad = samples.select(["key", "error"]).filter(pc.is_valid(samples["error"]))
-        for text, row in zip(normalize_errors(bad["error"]).to_pylist(), bad.to_pylist(), strict=True):
-            self._count(text, 1, [{"shard": shard, **row}])
+        for batch in samples.select(["key", "error"]).to_batches(_BATCH_ROWS):
+            bad = batch.filter(pc.is_valid(batch["error"]))
+            for text, row in zip(normalize_errors(bad["error"]).to_pylist(), bad.to_pylist(), strict=True):
+                self._count(text, 1, [{"shard": shard, **row}])
 
     def add_unmatched(self, shard: str, samples: pa.Table) -> None:
         """Counts the labels that are not targets, by text, from the columns `key` and `unmatched`."""
-        bad = samples.select(["key", "unmatched"]).filter(pc.is_valid(samples["unmatched"]))
-        for row in bad.to_pylist():
-            self._count(row["unmatched"], 1, [{"shard": shard, "key": row["key"]}])
+        for batch in samples.select(["key", "unmatched"]).to_batches(_BATCH_ROWS):
+            for row in batch.filter(pc.is_valid(batch["unmatched"])).to_pylist():
+                self._count(row["unmatched"], 1, [{"shard": shard, "key": row["key"]}])
 
     def merge(self, other: Self) -> None:
         """Adds the counts and samples of `other`."""

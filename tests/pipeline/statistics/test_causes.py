@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pyarrow as pa
 import pytest
 
@@ -39,6 +41,19 @@ def test_causes_are_sorted_by_count() -> None:
     assert first["samples"][0] == {"shard": "s3://b/a.tar", "key": "k0", "error": "3 bytes"}
     assert len(first["samples"]) == MAX_SAMPLES
     assert [sample["shard"] for sample in second["samples"]] == ["s3://b/a.tar", "s3://b/b.tar"]
+
+
+def test_memory_does_not_grow_with_the_number_of_errors() -> None:
+    table = samples(*["empty image: the file has no bytes"] * 60_000)
+    unmatched = table.rename_columns(["key", "unmatched"])
+    causes = ErrorCauses()
+    tracemalloc.start()
+    causes.add("s3://b/a.tar", table)
+    causes.add_unmatched("s3://b/a.tar", unmatched)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert causes.count == 120_000
+    assert peak < 15 * 1024**2
 
 
 def test_number_of_causes_is_limited() -> None:
