@@ -48,6 +48,12 @@ class ReadConfig(Section):
         "cannot be read. Many writers put up to 1,024 images into a page. The default allows every page that "
         "Arrow reads. For untrusted files, set a lower limit.",
     )
+    max_shard_samples: PositiveInt = Field(
+        default=1_000_000,
+        description="Maximum number of samples of a shard. A shard with more samples cannot be read. The "
+        "driver holds the results of a shard until the shard is complete: up to 1 KB per sample, and its "
+        "key, error and embedding.",
+    )
     timeout_s: PositiveFloat = Field(
         default=600,
         description="Maximum seconds for reading one sample. A shard with a sample that takes longer cannot "

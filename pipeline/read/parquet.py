@@ -18,6 +18,8 @@ from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
 _PARQUET_BUFFER_BYTES = 8 * 1024**2  # per column
+# A small file may refer to a large value in each row, and reading each row copies the value.
+_MAX_REJECTED_BYTES, _MAX_REJECTED_FACTOR = 512 * 1024**2, 10
 _NO_IMAGE = sample_error(ErrorCategory.NO_IMAGE, "the row has no image bytes")
 
 
@@ -29,6 +31,7 @@ def read_parquet(
         file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
         paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
         class_names = _class_names(file.schema_arrow, options.label_column)
+        options.check_count(file.metadata.num_rows)
 
         def read(group: int, path: str) -> Iterator[pa.Array]:
             # A common buffer would be discarded at each change of column; `pre_buffer` holds row groups.
@@ -44,10 +47,20 @@ def read_parquet(
                 (column,) = batch.columns
                 yield column
 
-        row = count()
+        row, rejected = count(), 0
+        max_rejected = _MAX_REJECTED_BYTES + _MAX_REJECTED_FACTOR * shard.size
+        limits = dict.fromkeys(paths, 2 * MAX_KEY_BYTES) | {"image": options.max_image_bytes}
         for group in range(file.num_row_groups):
             for values in zip(*(read(group, path) for path in paths.values()), strict=True):
                 columns = dict(zip(paths, values, strict=True))
+                for role, column in columns.items():
+                    rejected += column.nbytes if column.nbytes > limits[role] else 0
+                    if rejected > max_rejected:
+                        raise UnreadableShardError(
+                            f"column {paths[role]!r} has too many long values: the values over the limit of "
+                            f"a value have more than {max_rejected:,} bytes; write shorter values, or change "
+                            f"input.{'max_image_bytes' if role == 'image' else f'{role}_column'}"
+                        )
                 yield _to_sample(next(row), columns, class_names, options)
 
 
@@ -82,7 +95,7 @@ def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions)
     columns = {"key": options.key_column, "label": options.label_column if options.labels else None}
     for role, name in columns.items():
         if name is not None:
-            _require_column(schema, name)
+            _require_column(schema, name, role)
             # The first part of a nested column is enough to report that it is nested.
             found[role] = min((x for x in paths if f"{x}.".startswith(f"{name}.")), key=len)
     return {role: path for role, path in found.items() if path in paths}
@@ -92,7 +105,7 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     """Returns the name of the image column: the configured column, or the only candidate."""
     name = options.image_column
     if name is not None:
-        _require_column(schema, name)
+        _require_column(schema, name, "image")
         kind = schema.field(name).type
         if not _is_image_type(kind, may_be_null=True):
             problem = f"column {name!r} is {kind}, neither binary nor a struct with binary `bytes`"
@@ -100,6 +113,7 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
         return name
     candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
     if "image" in candidates:
+        _require_column(schema, "image", "image")
         return "image"
     if len(candidates) != 1:
         found = "more than one column" if candidates else "no column"
@@ -117,9 +131,10 @@ def _class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
         return None
 
 
-def _require_column(schema: pa.Schema, name: str) -> None:
-    if schema.names.count(name) != 1:
-        raise UnreadableShardError(f"expected exactly one column {name!r}; {_columns(schema)}")
+def _require_column(schema: pa.Schema, name: str, role: str) -> None:
+    if (found := schema.names.count(name)) != 1:
+        problem = f"{found} columns are named {name!r}; rename one, or" if found else f"no column {name!r};"
+        raise UnreadableShardError(f"{problem} set input.{role}_column; {_columns(schema)}")
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -143,8 +158,6 @@ def _value(column: pa.Array | None) -> tuple[object, str | None]:
     """
     try:
         scalar = None if column is None else column[0]
-        if isinstance(scalar, pa.DictionaryScalar):
-            scalar = scalar.value
         if scalar is None or not scalar.is_valid:
             return None, None
         if pa.types.is_nested(scalar.type):

@@ -15,13 +15,17 @@ _BOOLEANS, _INTEGERS, _BINARY, _STRUCT = (1, 2), (4, 5, 6), 8, 12
 
 
 class FooterFile(TimedFile):
-    """A Parquet file from which Arrow reads only the footer; fails if the footer is too large."""
+    """A Parquet file from which Arrow reads only the footer; fails if the footer is too large.
+
+    Hides the Arrow schema of the writer. With the schema, each row of a dictionary has all values of the
+    dictionary, and time zones may be unknown.
+    """
 
     def read(self, size: int = -1) -> bytes:
         """Reads a range of the footer."""
         if not 0 <= size <= _MAX_FOOTER_BYTES:
             raise UnreadableShardError(f"the footer {describe_excess(size, _MAX_FOOTER_BYTES)}")
-        return super().read(size)
+        return super().read(size).replace(b"ARROW:schema", b"hidden:Arrow")
 
 
 class ColumnChunkFile(TimedFile):

@@ -32,6 +32,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     try:
         deadline = Deadline(options.timeout_s)
         for sample in map(limit_texts, _READERS[shard.format](storage, shard, options, deadline)):
+            options.check_count(count + 1)
             key, count = sample.key, count + 1
             yield sample
             deadline.restart()

@@ -71,6 +71,7 @@ class ReadOptions:
     concurrent_fetches: int = 4
     max_page_bytes: int = 2 * 1024**3
     timeout_s: float = 600
+    max_shard_samples: int = 1_000_000
 
     @classmethod
     def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
@@ -78,7 +79,7 @@ class ReadOptions:
         return cls(
             class_names=labels,
             **(read or ReadConfig()).model_dump(
-                include={"concurrent_fetches", "max_page_bytes", "timeout_s"}
+                include={"concurrent_fetches", "max_page_bytes", "timeout_s", "max_shard_samples"}
             ),
             **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
         )
@@ -88,6 +89,12 @@ class ReadOptions:
         """Class indices by name, without names of several classes, such as "crane" in ImageNet."""
         times = Counter(self.class_names)
         return {name: i for i, name in enumerate(self.class_names) if times[name] == 1}
+
+    def check_count(self, count: int) -> None:
+        """Raises `UnreadableShardError` if a shard has too many samples."""
+        if count > self.max_shard_samples:
+            limit = f"more than {self.max_shard_samples:,} samples (read.max_shard_samples)"
+            raise UnreadableShardError(f"the shard has {limit}; split the shard, or raise the limit")
 
     def size_error(self, size: int) -> SampleError | None:
         """Returns the error of an encoded image of this size in bytes; None if the size is allowed."""

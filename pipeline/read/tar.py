@@ -61,9 +61,13 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     if name is not None:
         info.name = name.decode(errors="backslashreplace").rstrip("/")  # names stay distinct
     info.linkname = records.get(b"linkpath", info.linkname.encode()).decode(errors="backslashreplace")
-    info.size = int(records.get(b"size", info.size))
-    if info.size < 0:
-        raise UnreadableShardError(f"the tar is damaged: the member at byte {start} has a negative size")
+    size = records.get(b"size", b"%d" % info.size)
+    if not size.isdigit() or len(size) > 18:
+        cause = f"the size of the member at byte {start} is {size[:20].decode(errors='replace')!r}"
+        raise UnreadableShardError(
+            f"the tar is damaged: {cause}, not a number of bytes; create the tar again"
+        )
+    info.size = int(size)
     if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
         info.type = tarfile.GNUTYPE_SPARSE
     info.offset_data = stream.tell()
@@ -94,7 +98,7 @@ def _pax_records(content: bytes) -> dict[bytes, bytes]:
     records, position = dict[bytes, bytes](), 0
     while position < len(content) and content[position]:  # some writers pad with NULs
         digits, _, _ = content[position : position + 8].partition(b" ")
-        end = position + int(digits)
+        end = position + (int(digits) if digits.isdigit() else 0)
         keyword, separator, value = content[position + len(digits) + 1 : end - 1].partition(b"=")
         if not separator or content[end - 1 : end] != b"\n":
             raise UnreadableShardError("the tar is damaged: a PAX record is invalid")

@@ -25,8 +25,12 @@ from cvt.checkpoints import read_labels
 from cvt.errors import CheckpointError
 from cvt.preprocessing import Preprocessor
 from jobs.local_s3 import LocalS3
-from pipeline.decode import decode
+from pipeline.classify import classify
+from pipeline.commit import Partition, PredictionWriter
+from pipeline.commit.prediction_files import OpenShard
+from pipeline.decode import decode, decode_chunk
 from pipeline.decode.bounds import BYTES_PER_PIXEL
+from pipeline.predictions import PredictionOptions
 from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
 from pipeline.storage import Storage, StorageError, retrying
 from tests.cvt.checkpoints import hostile
@@ -263,10 +267,10 @@ def large_footer() -> bytes:
     return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
-def same_value(size: int, column: str = "image") -> bytes:
-    """A file of some kilobytes whose 16 rows refer to one large value of a dictionary."""
-    values = pa.DictionaryArray.from_arrays(pa.array([0] * 16), pa.array([bytes(size)]))
-    return make_parquet({"image": [b"i"] * 16} | {column: values}, compression="zstd", store_schema=False)
+def same_value(size: int, column: str = "image", rows: int = 16) -> bytes:
+    """A file of some kilobytes whose rows refer to one large value of a dictionary."""
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * rows), pa.array([bytes(size)]))
+    return make_parquet({"image": [b"i"] * rows} | {column: values}, compression="zstd")
 
 
 def json_label() -> bytes:
@@ -304,6 +308,27 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str, int]] = {
         SMALL + 5 * 20,
     ),
     "key.parquet": (lambda: same_value(20 * MIB, "k"), {"key_column": "k"}, "invalid key", SMALL + 5 * 20),
+    **{
+        f"{role}s.parquet": (
+            lambda role=role: same_value(20 * MIB, role, 20_000),
+            {f"{role}_column": role, "max_image_bytes": MIB},
+            f"column '{role}' has too many long values",
+            SMALL + 5 * 20,
+        )
+        for role in ("image", "key", "label")
+    },
+    "nulls.parquet": (
+        lambda: make_parquet({"image": pa.nulls(5_000_000, pa.binary())}),
+        {},
+        "more than 1,000,000 samples (read.max_shard_samples)",
+        SMALL,
+    ),
+    "empty.tar.gz": (
+        lambda: gzipped((header("x.jpg") * 5000, 20), bytes(1024)),
+        {"max_shard_samples": 5000},
+        "more than 5,000 samples (read.max_shard_samples)",
+        SMALL,
+    ),
     "page.parquet": (
         lambda: same_value(9 * MIB),
         {"max_page_bytes": 8 * MIB},
@@ -326,6 +351,30 @@ def test_hostile_shard_costs_its_bound_at_most(name: str, tmp_path: Path) -> Non
     assert error in found if error else not found, measured
     assert measured.peak < mib * MIB
     assert measured.seconds < 5  # a loaded machine takes several times as long
+
+
+def label_empty_images(uri: str, output: str) -> int | None:
+    """Labels a shard without images, as the driver without Ray; returns the number of rows."""
+    [shard] = list_shards(Storage(), uri)
+    options, arrived = PredictionOptions(["cat"], 1, "none", 384), OpenShard()
+    for chunk in split_into_chunks(read_samples(Storage(), shard, ReadOptions()), 0, 128, 128 * MIB):
+        decoded = decode_chunk(chunk, PREPROCESSOR, 10**8, False, 60)
+        arrived.add(classify(decoded, lambda pixels: pytest.fail("no pixels"), options))
+    partition = Partition(Storage(), output, options.labels)
+    writer = PredictionWriter(partition, "f" * 64, options, "run", {}, lambda shard: True)
+    return writer.commit(shard, arrived).row.rows
+
+
+@pytest.mark.skipif("sys.platform != 'linux'")
+def test_sample_costs_the_driver_a_kilobyte_at_most(tmp_path: Path) -> None:
+    peaks = []
+    for count in (1000, 16_000):
+        path = tmp_path / f"{count}.tar.gz"
+        path.write_bytes(gzip.compress(b"".join(header(f"{i}.jpg") for i in range(count)) + bytes(1024), 1))
+        measured = measure(label_empty_images, str(path), str(tmp_path / "out"))
+        assert measured.outcome == count
+        peaks.append(measured.peak)
+    assert peaks[1] - peaks[0] < 1000 * 15_000
 
 
 # --- storage ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -300,6 +301,15 @@ def test_invalid_pax_record_is_refused_at_once(files: Path, records: bytes) -> N
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize(("size", "shown"), [(b"1e3", "'1e3'"), (b"-5", "'-5'"), (b"9" * 99, "'9999")])
+def test_pax_size_that_is_no_size_is_refused(files: Path, size: bytes, shown: str) -> None:
+    record = b"%d size=%s\n" % (len(size) + 9 + (len(size) > 90), size)
+    data = extended(record, tarfile.XHDTYPE) + make_tar([("a.jpg", b"1")])
+    cause = f"the tar is damaged: the size of the member at byte 0 is {shown}.*; create the tar again"
+    with pytest.raises(ShardError, match=cause):
+        read(files, data)
+
+
 def test_pax_size_and_names_replace_those_of_the_header(files: Path) -> None:
     records = b"12 size=700\n20 path=long/\xc3\xbc.jpg\n18 comment=a\nb=cd\n" + bytes(20)  # some writers pad
     member = tarfile.TarInfo("short.jpg").tobuf(tarfile.GNU_FORMAT) + b"x" * 700 + bytes(324)
@@ -508,9 +518,9 @@ def test_image_column_is_found_by_name_and_then_by_type(files: Path) -> None:
         ({"a": [b"1"], "b": [b"2"]}, PLAIN, r"more than one column has an image type"),
         ({"a": ["x"], "b": [1]}, PLAIN, r"no column has an image type"),
         ({"a": ["x"], "b": [1]}, ReadOptions(image_column="a"), r"column 'a' is string, neither binary"),
-        ({"a": ["x"], "b": [b"1"]}, ReadOptions(image_column="z"), r"expected exactly one column 'z'"),
-        ({"a": ["x"], "b": [b"1"]}, ReadOptions(label_column="z"), r"expected exactly one column 'z'"),
-        ({"a": ["x"], "b": [b"1"]}, ReadOptions(key_column="z"), r"expected exactly one column 'z'"),
+        ({"a": ["x"], "b": [b"1"]}, ReadOptions(image_column="z"), "no column 'z'; set input.image_column"),
+        ({"a": ["x"], "b": [b"1"]}, ReadOptions(label_column="z"), "no column 'z'; set input.label_column"),
+        ({"a": ["x"], "b": [b"1"]}, ReadOptions(key_column="z"), "no column 'z'; set input.key_column"),
     ],
 )
 def test_error_of_a_missing_column_lists_the_columns(
@@ -519,6 +529,77 @@ def test_error_of_a_missing_column_lists_the_columns(
     with pytest.raises(ShardError, match=rf"x\.parquet: .*{cause}.*columns: a \(") as caught:
         read(files, make_parquet(columns), options, "x.parquet")
     assert "b (" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [PLAIN, ReadOptions(image_column="image")])
+def test_two_image_columns_of_one_name_are_refused(files: Path, options: ReadOptions) -> None:
+    stream = io.BytesIO()
+    pq.write_table(pa.table([[b"1"], [b"2"]], names=["image", "image"]), stream)
+    cause = (
+        "2 columns are named 'image'; rename one, or set input.image_column; columns: image (binary), image"
+    )
+    with pytest.raises(ShardError, match=re.escape(cause)):
+        read(files, stream.getvalue(), options, "x.parquet")
+
+
+def test_label_with_an_unknown_time_zone_is_no_class(files: Path) -> None:
+    data = make_parquet({"image": [b"i"], "y": pa.array([0], pa.timestamp("us", tz="Mars/Olympus"))})
+    sample = one(files, data, ReadOptions(label_column="y"), "x.parquet")
+    assert "datetime.datetime(1970, 1, 1, 0, 0, " in (sample.unmatched or "")
+    assert "is not a class of the model" in (sample.unmatched or "")
+
+
+@pytest.mark.parametrize("role", ["image", "key", "label", "path"])
+def test_rows_that_refer_to_one_long_value_have_a_limit_together(
+    files: Path, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    monkeypatch.setattr(parquet, "_MAX_REJECTED_BYTES", 200_000)
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 50, pa.int32()), pa.array([bytes(20_000)]))
+    images = pa.array([b"i"] * 50)
+    columns: dict[str, Any] = {
+        "path": {"image": pa.StructArray.from_arrays([images, long.cast(pa.binary())], ["bytes", "path"])},
+        "image": {"image": long.cast(pa.binary())},
+    }.get(role, {"image": images, role: long})
+    options = ReadOptions(
+        max_image_bytes=10_000,
+        key_column="key" if role == "key" else None,
+        label_column="label" if role == "label" else None,
+    )
+    name = {"path": "image.path"}.get(role, role)
+    setting = {"image": "max_image_bytes", "path": "key_column"}.get(role, f"{role}_column")
+    cause = (
+        rf"x\.parquet: after 1\d samples .*column '{name}' has too many long values.*change input\.{setting}"
+    )
+    with pytest.raises(ShardError, match=cause):
+        read(files, make_parquet(columns), options, "x.parquet")
+    plain = make_parquet(columns, use_dictionary=False, compression="none")
+    assert len(read(files, plain, options, "x.parquet")) == 50  # the file has the bytes
+
+
+def test_other_values_of_a_dictionary_cost_nothing(files: Path) -> None:
+    values = pa.array(["x" * 10**6, "dog"])
+    labels = pa.DictionaryArray.from_arrays(pa.array([1] * 1000, pa.int32()), values)
+    data = make_parquet({"image": [b"i"] * 1000, "y": labels})
+    options = ReadOptions(label_column="y", class_names=CLASSES)
+    samples = read(files, data, options, "x.parquet")
+    assert [sample.target for sample in samples] == [CLASSES.index("dog")] * 1000
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_samples_of_a_shard_have_a_limit(files: Path, name: str) -> None:
+    images = [b"1", b"2", b"3"]
+    data = make_parquet({"image": images})
+    if name == "x.tar":
+        data = make_tar([(f"{i}.jpg", image) for i, image in enumerate(images)])
+    assert len(read(files, data, ReadOptions(max_shard_samples=3), name)) == 3
+    cause = r"more than 2 samples \(read\.max_shard_samples\); split the shard, or raise the limit"
+    shard = shard_of(Storage(), f"{files}/{name}", data)
+    samples = read_samples(Storage(), shard, ReadOptions(max_shard_samples=2))
+    if name == "x.tar":  # a Parquet file states its number of rows
+        assert [next(samples).image, next(samples).image] == [b"1", b"2"]
+    with pytest.raises(ShardError, match=cause) as caught:
+        next(samples)
+    assert not caught.value.transient
 
 
 def test_labels_can_be_integers_names_or_null(files: Path) -> None:
