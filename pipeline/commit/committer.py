@@ -31,8 +31,7 @@ class Progress:
 
     Attributes:
         images: images whose results have arrived, error rows included.
-        shards: shards that are done.
-        fraction: fraction of the bytes of all planned shards that was processed, from 0 to 1.
+        fraction: processed fraction of the bytes of all planned shards, from 0 to 1.
     """
 
     images: int
@@ -45,9 +44,9 @@ class Progress:
 class Totals:
     """Counts and metrics of the committed shards.
 
+    Unreadable shards count as shards, and error rows as images.
+
     Attributes:
-        shards: number of shards that are done, unreadable ones included.
-        images: number of samples, error rows included.
         retries: storage operations that workers retried, by kind of failure.
         unmatched: labels of the dataset that are not classes of the model.
         metrics: metrics by stage, chunks of open shards included.

@@ -76,11 +76,7 @@ class OpenShard:
         return self.error is not None or self.samples == self.total
 
     def rows(self, shard: Shard, options: PredictionOptions) -> tuple[pa.Table, ErrorCauses]:
-        """Returns the prediction rows of the complete shard, and its unmatched targets.
-
-        Raises:
-            IncompleteShardError: chunks are missing.
-        """
+        """Returns the prediction rows and the unmatched targets; raises `IncompleteShardError`."""
         chunks = [self.chunks[start] for start in sorted(self.chunks)]
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:

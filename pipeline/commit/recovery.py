@@ -104,11 +104,8 @@ class Repairs:
     """Changes that bring the manifest in line with prediction files and run records.
 
     Attributes:
-        rows: rows to insert or replace, by URI.
-        removed: shards whose rows are removed.
+        rows, removed, recovered, deleted: the arguments of `Manifest.update`.
         entries: all rows after the repairs, by URI.
-        recovered: shards whose recorded failure no longer applies.
-        deleted: corrected values of the field `deleted`, by URI.
     """
 
     rows: dict[str, ManifestRow]

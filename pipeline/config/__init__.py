@@ -10,6 +10,7 @@ from pipeline.config.job import (
     GateConfig,
     InputConfig,
     InputFormat,
+    ReportConfig,
     Selection,
     make_storage,
 )

@@ -63,7 +63,7 @@ class _Run:
         count = readers + resources.decoders + resources.concurrent_chunks
         self._decode = stages.make_decode_step() if resources.decoders else None
         self._classify = Classifier(stages, resources)
-        self._timeout_s = stages.classify_timeout_s
+        self._timeout_s = stages.classify.timeout_s
         self._classifying = threading.Semaphore(resources.concurrent_chunks)
         # Readers share the shards. One thread at a time uses a reader.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()

@@ -205,7 +205,7 @@ class _ClassifierActor:
             classify_or_die,
             classify=Classifier(local_stages, resources),
             decode=local_stages.make_decode_step(),
-            timeout_s=local_stages.classify_timeout_s,
+            timeout_s=local_stages.classify.timeout_s,
         )
         self._limit = limit
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
+from pipeline.config import ClassifyConfig, DecodeConfig, ReportConfig
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
 from pipeline.decode import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk
@@ -83,27 +84,17 @@ def _with_metrics(timer: StageTimer, chunk: Chunk, decoded: Chunk) -> Chunk:
 
 @dataclass(frozen=True)
 class Stages:
-    """The settings of the stages of a labeling run.
-
-    Attributes:
-        fast_decoding: whether large JPEGs are decoded at a fraction of their size.
-        gallery: number of images per class and selection that get thumbnails; 0 for no thumbnails.
-        thumbnail_side: longest side of a thumbnail in pixels.
-        decode_timeout_s, classify_timeout_s: maximum seconds for decoding an image, classifying a chunk.
-    """
+    """The settings of the stages of a labeling run."""
 
     storage: Storage
     read_options: ReadOptions
     checkpoint: Checkpoint
     predictions: PredictionOptions
     max_image_pixels: int
-    fast_decoding: bool
     precision: str
-    runtime: str
-    gallery: int
-    thumbnail_side: int
-    decode_timeout_s: float
-    classify_timeout_s: float
+    decode: DecodeConfig
+    classify: ClassifyConfig
+    report: ReportConfig
 
     def make_read_step(self, resources: Resources) -> ReadStep:
         """Returns the first stage."""
@@ -121,14 +112,14 @@ class Stages:
             decode_step,
             preprocessor=self.checkpoint.preprocessor,
             max_pixels=self.max_image_pixels,
-            fast=self.fast_decoding,
-            timeout_s=self.decode_timeout_s,
+            fast=self.decode.quality == "fast",
+            timeout_s=self.decode.timeout_s,
         )
 
     @property
     def max_attempt_seconds(self) -> float:
         """Maximum seconds of an attempt at a chunk, which is decoded and classified."""
-        return CHUNK_TIMEOUTS * self.decode_timeout_s + self.classify_timeout_s
+        return CHUNK_TIMEOUTS * self.decode.timeout_s + self.classify.timeout_s
 
 
 class Classifier:
@@ -147,13 +138,12 @@ class Classifier:
                 stages.max_image_pixels,
                 resources.device,
                 threads=threads,
-                timeout_s=stages.decode_timeout_s,
+                timeout_s=stages.decode.timeout_s,
             )
             self._decode_timer = StageTimer()
-        self._engine = warm_engine(checkpoint, stages.precision, stages.runtime, resources)
-        self._thumbnails = None
-        if stages.gallery:
-            self._thumbnails = Thumbnails(stages.gallery, stages.thumbnail_side)
+        self._engine = warm_engine(checkpoint, stages.precision, stages.classify.runtime, resources)
+        gallery, side = stages.report.gallery, stages.report.thumbnail_side
+        self._thumbnails = Thumbnails(gallery, side) if gallery else None
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
         self._timer = StageTimer()
 

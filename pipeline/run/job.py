@@ -63,13 +63,10 @@ class Job:
                 labels, self.topk, config.output.embedding, self.checkpoint.embedding_width
             ),
             max_image_pixels=config.input.max_image_pixels,
-            fast_decoding=config.decode.quality == "fast",
             precision=config.model.precision,
-            runtime=config.classify.runtime,
-            gallery=config.report.gallery,
-            thumbnail_side=config.report.thumbnail_side,
-            decode_timeout_s=config.decode.timeout_s,
-            classify_timeout_s=config.classify.timeout_s,
+            decode=config.decode,
+            classify=config.classify,
+            report=config.report,
         )
 
 

@@ -165,12 +165,7 @@ def _state(shard: Shard, row: ManifestRow) -> ShardState:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A job and its plan.
-
-    Attributes:
-        repairs: changes that bring the manifest in line with prediction files and run records.
-        clean_shutdown: whether the manifest exists and the last run left manifest and statistics up to date.
-    """
+    """A job, its plan, the repairs of the manifest, and whether manifest and statistics were up to date."""
 
     job: Job
     plan: Plan

@@ -74,10 +74,7 @@ def _model(config: Config) -> tuple[str, str]:
 def rebuild(partition: Partition) -> None:
     """Regenerates manifest and class statistics from prediction files and run records.
 
-    Raises:
-        StorageError: the partition can't be read or written.
-        LeaseHeldError: a run is active.
-        LeaseLostError: a run has taken over.
+    Raises `StorageError`, `LeaseHeldError` if a run is active, or `LeaseLostError` if a run has taken over.
     """
     storage, uri = partition.storage, partition.uri
     lease = Lease(storage, uri, new_run_id(), _LEASE_S)

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -133,7 +133,7 @@ class Submission:
     @property
     def id(self) -> str:
         """The submission id: a function of input, output, model, label settings and idempotency key."""
-        identity = self._identity
+        identity = self.identity
         digest = hashlib.sha256("\n".join(identity.values()).encode()).hexdigest()[:6]
         dataset = identity["input"].partition("://")[2] or identity["input"]
         return f"label-{_slug(dataset)}-{_slug(identity['model'])}-{digest}-{self.idempotency_key}"
@@ -141,11 +141,7 @@ class Submission:
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata that the cluster shows with the job."""
-        return {"program": PROGRAM, **self._identity, "idempotency_key": self.idempotency_key}
-
-    def has_same_labels(self, metadata: Mapping[str, str]) -> bool:
-        """Returns whether a job with this metadata has the same dataset, model and settings."""
-        return self._identity.items() <= metadata.items()
+        return {"program": PROGRAM, **self.identity, "idempotency_key": self.idempotency_key}
 
     @property
     def entrypoint(self) -> str:
@@ -176,7 +172,8 @@ class Submission:
         return {name: value for name, value in fields.items() if value is not None}
 
     @property
-    def _identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
+        """The part of the metadata that jobs for the same dataset, model and settings have in common."""
         config = self.config
         settings = config.label_settings | {"class_names": config.model.labels}
         return {
@@ -187,9 +184,9 @@ class Submission:
         }
 
 
-def _slug(name: str, max_length: int = 40) -> str:
+def _slug(name: str) -> str:
     """Returns the end of a name in lower-case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())[-max_length:].strip("-") or "x"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())[-40:].strip("-") or "x"
 
 
 def minute_key(time: datetime) -> str:
@@ -200,11 +197,8 @@ def minute_key(time: datetime) -> str:
 class JobClient:
     """The Jobs API of a Ray cluster.
 
-    Every method raises `ClusterError` if the cluster does not answer or refuses the request.
-
-    Args:
-        address: address of the dashboard, such as `http://head:8265`. If None, the first of the environment
-            variables RAY_API_SERVER_ADDRESS and RAY_ADDRESS, or `DEFAULT_ADDRESS`.
+    Every method raises `ClusterError` if the cluster does not answer or refuses the request. The default of
+    the dashboard's address is RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else `DEFAULT_ADDRESS`.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -230,7 +224,7 @@ class JobClient:
         for job in self.jobs():
             if job.id == submission.id:
                 raise AlreadySubmittedError(f"{exists} ({job.state.lower()}): {remedy}")
-            if submission.has_same_labels(job.metadata) and not job.is_finished:
+            if submission.identity.items() <= job.metadata.items() and not job.is_finished:
                 cause = f"job {job.id} for the same dataset and model is {job.state.lower()}"
                 raise StillRunningError(f"not submitted: {cause}")
         with self._translate_errors():

@@ -1,8 +1,7 @@
 """Submits a labeling job for each dataset of a list when the dataset is due, once per scheduled time.
 
-A poll submits the job that is due and writes its id to the dataset's state file. A later poll writes how the
-job ended. The job's id derives from the scheduled time, the cluster accepts an id once, and state files
-change by conditional writes only. So a scheduler may die at any point, and several may run at the same time.
+The job's id derives from the scheduled time, the cluster accepts an id once, and state files change by
+conditional writes only. So a scheduler may die at any point, and several may run at the same time.
 """
 
 import logging

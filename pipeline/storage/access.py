@@ -127,13 +127,10 @@ class Storage:
     def read_latest(
         self, uri: str, read: Callable[[io.BufferedReader], T], max_bytes: int = _MAX_READ_BYTES
     ) -> Versioned[T] | None:
-        """Reads the current version of an object; restarts if the object is replaced during the read.
+        """Returns the result of `read` on an open object and the version; None if there is no object.
 
-        Returns:
-            The result of `read` on the open object, and the version; None if the object does not exist.
-
-        Raises:
-            StorageError: The object has more than `max_bytes`, or every attempt failed.
+        Restarts if the object is replaced during the read. Raises `StorageError` if the object has more than
+        `max_bytes`, or if every attempt failed.
         """
 
         def attempt(version: str) -> Versioned[T] | None:

@@ -1,7 +1,6 @@
 """Limits on each HTTP request: total time, minimum throughput, and size of the response.
 
-The timeouts of client libraries limit the time between two bytes. A service that sends two bytes per second
-never exceeds them. Therefore the connections count bytes at the socket, for all parts of a request.
+Client libraries only limit the time between two bytes. These connections count all bytes at the socket.
 """
 
 import re

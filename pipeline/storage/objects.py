@@ -20,11 +20,7 @@ ABSENT = "absent"
 
 
 class StorageError(Exception):
-    """A storage operation failed permanently; transient failures were retried.
-
-    Attributes:
-        uri: URI of the object, folder or bucket.
-    """
+    """An operation on an object, folder or bucket failed permanently; transient failures were retried."""
 
     def __init__(self, uri: str, cause: str) -> None:
         super().__init__(uri, cause)
@@ -62,7 +58,6 @@ class ObjectInfo:
 
     Attributes:
         uri: `s3://bucket/key`, `gs://bucket/name`, or an absolute local path.
-        size: Size in bytes.
         version: Changes whenever the content changes: `<etag>-<size>` on S3, `<generation>-<size>` on
             Google Cloud Storage, `<modification time in ns>-<size>` for a local file.
     """

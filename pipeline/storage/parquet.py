@@ -1,7 +1,6 @@
 """Reads Parquet from open objects, on the calling thread only.
 
-Threads of Arrow must not read from a Python file. If Python exits while such a thread waits for the
-interpreter lock, the process aborts ("terminate called without an active exception").
+A thread of Arrow that waits for the interpreter lock while Python exits would abort the process.
 """
 
 from collections.abc import Iterable, Iterator
