@@ -19,7 +19,7 @@ from pipeline.classify import (
     rank_scores,
 )
 from pipeline.read import Chunk, Shard
-from pipeline.storage import Storage, read_table
+from pipeline.storage import Storage, content_errors, read_table
 
 GALLERY_FILE = "gallery.parquet"
 
@@ -136,9 +136,9 @@ def select_best(items: Iterable[GalleryItem], count: int) -> list[GalleryItem]:
 
 def read_gallery(storage: Storage, partition: str) -> list[GalleryItem]:
     """Reads the gallery of a partition; returns an empty list if the partition has none."""
-    stored = storage.read_latest(
-        f"{partition}/{GALLERY_FILE}", lambda file: read_table(file).select(_SCHEMA.names).cast(_SCHEMA)
-    )
+    uri = f"{partition}/{GALLERY_FILE}"
+    with content_errors(uri, "a gallery"):
+        stored = storage.read_latest(uri, lambda file: read_table(file).select(_SCHEMA.names).cast(_SCHEMA))
     return [] if stored is None else [GalleryItem(**row) for row in stored.content.to_pylist()]
 
 

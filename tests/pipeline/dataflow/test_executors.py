@@ -154,7 +154,7 @@ def test_hung_model_ends_the_run(job: Job, shards: list[Shard], monkeypatch: pyt
         return chunk
 
     monkeypatch.setattr(Classifier, "__call__", wait)
-    stages = replace(job.stages, classify_timeout_s=0.1)
+    stages = replace(job.stages, classify=job.stages.classify.model_copy(update={"timeout_s": 0.1}))
     with open_executor(job.config.ray) as executor:
         chunks = executor.label(shards, stages, executor.resources(job.resource_request))
         with pytest.raises(TimeoutError, match=r"took more than 0\.1 s \(classify\.timeout_s\)"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from PIL import Image
 
@@ -15,7 +16,7 @@ from pipeline.classify import HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE, Thumbnails
 from pipeline.read import Chunk, Shard
 from pipeline.report import Gallery, GalleryItem, read_gallery, write_gallery
 from pipeline.report.gallery import select_best
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 
 SHARDS = [Shard(uri=f"/in/{name}.tar", version="1", format="webdataset", size=1) for name in "ab"]
 
@@ -176,3 +177,6 @@ def test_written_gallery_reads_back_equal(tmp_path: Path) -> None:
     assert read_gallery(storage, str(tmp_path)) == []
     write_gallery(storage, str(tmp_path), items)
     assert read_gallery(storage, str(tmp_path)) == items
+    storage.write(f"{tmp_path}/gallery.parquet", b"something else")
+    with pytest.raises(StorageError, match="not a gallery"):
+        read_gallery(storage, str(tmp_path))
