@@ -374,7 +374,7 @@ def test_sample_costs_the_driver_a_kilobyte_at_most(tmp_path: Path) -> None:
         measured = measure(label_empty_images, str(path), str(tmp_path / "out"))
         assert measured.outcome == count
         peaks.append(measured.peak)
-    assert peaks[1] - peaks[0] < 1000 * 15_000
+    assert peaks[1] - peaks[0] < 1000 * 15_000 + 4 * MIB  # buffers of the Parquet writer
 
 
 # --- storage ---------------------------------------------------------------------------------------
