@@ -10,5 +10,4 @@ from pipeline.classify.thumbnails import (
     LOWEST_CONFIDENCE,
     THUMBNAIL_COLUMN,
     Thumbnails,
-    rank_scores,
 )

@@ -63,7 +63,8 @@ class Thumbnails:
     def _select(self, selection: str, labels: np.ndarray, scores: np.ndarray) -> Iterator[int]:
         """Yields the indices of the images that are among the best of their class so far."""
         best_scores = self._best_scores[selection]
-        pairs = zip(labels.tolist(), rank_scores(selection, scores).tolist(), strict=True)
+        ranks = scores if selection == HIGHEST_CONFIDENCE else -scores
+        pairs = zip(labels.tolist(), ranks.tolist(), strict=True)
         for index, (label, score) in enumerate(pairs):
             if label not in best_scores and len(best_scores) >= self._max_classes:
                 continue
@@ -75,11 +76,6 @@ class Thumbnails:
             else:
                 continue
             yield index
-
-
-def rank_scores(selection: str, scores: Any) -> Any:
-    """Returns ranks of scores, where higher is better: negated scores for the lowest confidence."""
-    return scores if selection == HIGHEST_CONFIDENCE else -scores
 
 
 def _thumbnail(pixels: Any, side: int) -> bytes:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.gallery import GalleryItem
 from pipeline.text import escape_unprintable
 
 #: Name and values of each of one or two series.
@@ -102,7 +101,7 @@ class ReportSection:
         query: SQL query that lists all errors.
         unreadable_note: introduces `unreadable_shards`.
         unreadable_shards: errors of shards that could not be read.
-        gallery: name of a class, its images with the highest, and its images with the lowest confidence.
+        gallery: name of a class, its gallery rows of the highest, and its rows of the lowest confidence.
     """
 
     id: str
@@ -114,7 +113,7 @@ class ReportSection:
     query: str = ""
     unreadable_note: str = ""
     unreadable_shards: Sequence[str] = ()
-    gallery: Sequence[tuple[str, Sequence[GalleryItem], Sequence[GalleryItem]]] = ()
+    gallery: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = field(default_factory=list)
 
 
 def max_value(series: Series) -> float:

@@ -3,27 +3,22 @@
 The driver keeps the best k thumbnails of each selection for committed shards, in `gallery.parquet`.
 """
 
-import io
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.classify import (
-    GALLERY_CLASSES,
-    HIGHEST_CONFIDENCE,
-    LOWEST_CONFIDENCE,
-    THUMBNAIL_COLUMN,
-    rank_scores,
-)
+from pipeline.classify import GALLERY_CLASSES, HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE, THUMBNAIL_COLUMN
 from pipeline.read import Chunk, Shard
-from pipeline.storage import Storage, content_errors, read_table
+from pipeline.storage import Storage, content_errors, encode_parquet, read_table
 
 GALLERY_FILE = "gallery.parquet"
 
-_SCHEMA = pa.schema(
+#: `selection` is `highest_confidence` or `lowest_confidence`, and `thumbnail` is a JPEG.
+GALLERY_SCHEMA = pa.schema(
     [
         ("label_id", pa.int32()),
         ("label", pa.string()),
@@ -36,114 +31,88 @@ _SCHEMA = pa.schema(
     ]
 )
 
-#: Thumbnails in memory before the driver drops those that are not among the best.
-_MAX_ITEMS = 16 * GALLERY_CLASSES
-
-
-@dataclass(frozen=True, slots=True)
-class GalleryItem:
-    """A row of `gallery.parquet`.
-
-    Attributes:
-        selection: `highest_confidence` or `lowest_confidence`.
-        thumbnail: a JPEG.
-    """
-
-    label_id: int
-    label: str
-    selection: str
-    score: float
-    shard: str
-    index: int
-    key: str
-    thumbnail: bytes
-
-    @property
-    def sample(self) -> tuple[str, int]:
-        """Shard and index."""
-        return self.shard, self.index
+#: The rows in memory. Arrow cannot reorder more than 2 GiB of the type `binary`.
+MEMORY_SCHEMA = GALLERY_SCHEMA.set(7, pa.field("thumbnail", pa.large_binary()))
+_BATCH_ROWS = 10_000
+#: New thumbnails in memory before the driver drops those that are not among the best.
+_MAX_NEW_ROWS = 8 * GALLERY_CLASSES
 
 
 class Gallery:
     """Collects the best thumbnails of committed shards: `count` per class and selection.
 
-    Drops the other thumbnails when more than `max_items` are in memory.
+    Drops the other thumbnails when there are many new ones: `max_new_rows`, and as many as were kept.
     """
 
-    def __init__(self, count: int, shards: Sequence[Shard], max_items: int = _MAX_ITEMS) -> None:
+    def __init__(self, count: int, shards: Sequence[Shard], max_new_rows: int = _MAX_NEW_ROWS) -> None:
         self._count, self._shards = count, shards
-        self._initial_max_items = self._max_items = max_items
-        self._uncommitted: dict[str, list[GalleryItem]] = {}
+        self._max_rows = self._max_new_rows = max_new_rows
+        # By shard and by the chunk's start: the rows of a retried chunk replace the earlier rows.
+        self._uncommitted: defaultdict[str, dict[int, pa.Table]] = defaultdict(dict)
         self._committed_shards: set[str] = set()
-        self._items: list[GalleryItem] = []
+        self._rows = MEMORY_SCHEMA.empty_table()
 
     def collect(self, chunk: Chunk) -> Chunk:
         """Moves the thumbnails of a chunk into the gallery; returns the chunk without thumbnails."""
         if THUMBNAIL_COLUMN not in chunk.samples.column_names:
             return chunk
-        shard = self._shards[chunk.shard].uri
-        indexes = pa.array(range(chunk.start, chunk.start + chunk.samples.num_rows))
-        rows = chunk.samples.append_column("index", indexes)
-        rows = rows.select([name for name in _SCHEMA.names if name not in ("selection", "shard")])
-        items = self._uncommitted.setdefault(shard, [])
-        for row in rows.filter(pc.is_valid(rows[THUMBNAIL_COLUMN])).to_pylist():
-            items += [
-                GalleryItem(**row, selection=selection, shard=shard)
-                for selection in (HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE)
-            ]
+        shard, count = self._shards[chunk.shard].uri, chunk.samples.num_rows
+        rows = chunk.samples.append_column("shard", pa.repeat(shard, count))
+        rows = rows.append_column("index", pa.array(range(chunk.start, chunk.start + count)))
+        rows = rows.append_column("selection", pa.nulls(count))
+        rows = rows.filter(pc.is_valid(rows[THUMBNAIL_COLUMN]))
+        self._uncommitted[shard][chunk.start] = rows.select(MEMORY_SCHEMA.names).cast(MEMORY_SCHEMA)
         return replace(chunk, samples=chunk.samples.drop_columns([THUMBNAIL_COLUMN]))
 
     def finish_shard(self, shard: str, is_committed: bool) -> None:
         """Keeps the thumbnails of a shard if the shard is committed; drops them otherwise."""
-        items = self._uncommitted.pop(shard, [])
+        chunks = self._uncommitted.pop(shard, {})
         if is_committed:
             self._committed_shards.add(shard)
-            self._items += items
-        if len(self._items) > self._max_items:
-            self._items = select_best(self._items, self._count)
-            self._max_items = max(self._initial_max_items, 2 * len(self._items))
+            self._rows = pa.concat_tables([self._rows, *chunks.values()])
+        if len(self._rows) > self._max_rows:
+            self._rows = select_best(self._rows, self._count)
+            self._max_rows = len(self._rows) + max(self._max_new_rows, len(self._rows))
 
     def merge(
-        self, previous: Iterable[GalleryItem], removed_shards: Collection[str], classes: Collection[int]
-    ) -> list[GalleryItem]:
-        """Merges the items of this run into the previous gallery; drops removed shards and other classes."""
-        dropped = self._committed_shards.union(removed_shards)
-        kept = (item for item in previous if item.shard not in dropped)
-        return select_best((item for item in [*kept, *self._items] if item.label_id in classes), self._count)
+        self, previous: pa.Table, removed_shards: Collection[str], classes: Collection[int]
+    ) -> pa.Table:
+        """Merges the rows of this run into the previous gallery; drops removed shards and other classes."""
+        dropped = pa.array(self._committed_shards.union(removed_shards), pa.string())
+        kept = previous.filter(pc.invert(pc.is_in(previous["shard"], value_set=dropped)))
+        rows = pa.concat_tables([kept, self._rows])
+        in_classes = pc.is_in(rows["label_id"], value_set=pa.array(classes, pa.int32()))
+        return select_best(rows.filter(in_classes), self._count)
 
 
-def select_best(items: Iterable[GalleryItem], count: int) -> list[GalleryItem]:
+def select_best(rows: pa.Table, count: int) -> pa.Table:
     """Returns the `count` images per class with the highest, and with the lowest confidence, by class id.
 
     No image is in both selections. The images of a class with few images are in the first selection.
     """
-    groups: dict[tuple[int, str], dict[tuple[str, int], GalleryItem]] = {}
-    for item in items:
-        groups.setdefault((item.label_id, item.selection), {})[item.sample] = item
-    selected = []
-    for label_id in sorted({label_id for label_id, _ in groups}):
-        selected_samples: set[tuple[str, int]] = set()
-        for selection in (HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE):
-            group = groups.get((label_id, selection), {})
-            ranking = sorted(
-                group.values(), key=lambda item: (rank_scores(item.selection, -item.score), item.sample)
-            )
-            best = [item for item in ranking if item.sample not in selected_samples][:count]
-            selected_samples.update(item.sample for item in best)
-            selected += best
-    return selected
+    by_sample = [("shard", "ascending"), ("index", "ascending")]
+    rows = rows.sort_by([("label_id", "ascending"), ("score", "descending"), *by_sample])
+    label_id, position = rows["label_id"].to_numpy(), np.arange(len(rows))
+    rank = position - np.searchsorted(label_id, label_id)
+    rank_from_end = np.searchsorted(label_id, label_id, "right") - 1 - position
+    is_highest = rank < count
+    selection = np.where(is_highest, HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE)
+    rows = rows.set_column(2, MEMORY_SCHEMA.field("selection"), pa.array(selection))
+    best_first = np.lexsort((np.where(is_highest, rank, rank_from_end), ~is_highest, label_id))
+    return rows.take(best_first[(is_highest | (rank_from_end < count))[best_first]])
 
 
-def read_gallery(storage: Storage, partition: str) -> list[GalleryItem]:
-    """Reads the gallery of a partition; returns an empty list if the partition has none."""
+def read_gallery(storage: Storage, partition: str) -> pa.Table:
+    """Reads the gallery of a partition; returns an empty table if the partition has none."""
     uri = f"{partition}/{GALLERY_FILE}"
     with content_errors(uri, "a gallery"):
-        stored = storage.read_latest(uri, lambda file: read_table(file).select(_SCHEMA.names).cast(_SCHEMA))
-    return [] if stored is None else [GalleryItem(**row) for row in stored.content.to_pylist()]
+        stored = storage.read_latest(uri, read_table)
+        rows = GALLERY_SCHEMA.empty_table() if stored is None else stored.content
+        return rows.select(MEMORY_SCHEMA.names).cast(MEMORY_SCHEMA)
 
 
-def write_gallery(storage: Storage, partition: str, items: Sequence[GalleryItem]) -> None:
+def write_gallery(storage: Storage, partition: str, rows: pa.Table) -> None:
     """Writes the gallery of a partition."""
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(item) for item in items], _SCHEMA), out, compression="zstd")
-    storage.write(f"{partition}/{GALLERY_FILE}", out.getvalue())
+    batches = [batch.cast(GALLERY_SCHEMA) for batch in rows.to_batches(_BATCH_ROWS)]
+    content = encode_parquet(pa.Table.from_batches(batches, GALLERY_SCHEMA))
+    storage.write(f"{partition}/{GALLERY_FILE}", content)

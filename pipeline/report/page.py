@@ -13,14 +13,10 @@ import pyarrow.compute as pc
 from pipeline.commit import Partition
 from pipeline.report import sections
 from pipeline.report.elements import axis_ticks, max_value, text_width, truncate
-from pipeline.report.failures import failures
 from pipeline.report.gallery import read_gallery
 from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import normalize_uri
 from pipeline.text import escape_unprintable, format_percent, format_score, pluralize
-
-#: Maximum number of prediction files that are read for the causes of errors. Reading takes some seconds.
-MAX_FILES = 500
 
 
 def write_report(
@@ -29,7 +25,6 @@ def write_report(
     statistics: ClassStatistics,
     comparisons: Sequence[Comparison] = (),
     output: str | None = None,
-    max_files: int = MAX_FILES,
 ) -> str:
     """Writes the report of a partition and a run; returns the report's URI.
 
@@ -39,7 +34,6 @@ def write_report(
         statistics: class statistics of all labels of the partition.
         comparisons: comparisons of other label sets (a) with labels of this partition (b).
         output: path or URI of the page. If None, `report.html` in the partition.
-        max_files: maximum number of prediction files that are read for the causes of errors.
 
     Raises:
         StorageError: the partition cannot be read, or the page cannot be written.
@@ -51,19 +45,15 @@ def write_report(
         sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
         sections.accuracy(partition.labels, statistics, topk),
         *(sections.comparison(each, i) for i, each in enumerate(comparisons)),
-        failures(partition, manifest, max_files),
+        sections.failures(partition, manifest),
         sections.throughput(record),
         sections.run(record),
     ]
-    page = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            model=partition.model,
-            facts=_facts(partition, record),
-            cards=_cards(record, statistics, manifest),
-            sections=[section for section in page_sections if section is not None],
-        )
+    page = _template().render(
+        model=partition.model,
+        facts=_facts(partition, record),
+        cards=_cards(record, statistics, manifest),
+        sections=[section for section in page_sections if section is not None],
     )
     output = f"{partition.uri}/report.html" if output is None else normalize_uri(output)
     partition.storage.write(output, page.encode())
@@ -71,7 +61,7 @@ def write_report(
 
 
 @functools.cache  # compiling the templates takes longer than labeling a small shard
-def _environment() -> jinja2.Environment:
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -89,7 +79,7 @@ def _environment() -> jinja2.Environment:
         axis_ticks=axis_ticks,
         base64=lambda data: base64.b64encode(data).decode(),
     )
-    return environment
+    return environment.get_template("report.html")
 
 
 def _facts(partition: Partition, record: Mapping[str, Any]) -> dict[str, str]:

@@ -1,12 +1,17 @@
-"""The sections of the page: classes, gallery, accuracy, comparisons, throughput and run details."""
+"""The sections of the page: classes, gallery, accuracy, comparisons, failures, throughput and run details."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.classify import HIGHEST_CONFIDENCE
+from pipeline.commit import Partition
+from pipeline.predictions import read_predictions
 from pipeline.report.elements import (
     BarChart,
     Chart,
@@ -15,17 +20,18 @@ from pipeline.report.elements import (
     ReliabilityDiagram,
     ReportSection,
 )
-from pipeline.report.gallery import GalleryItem
 from pipeline.statistics import (
     Calibration,
     ClassStatistics,
     Comparison,
+    ErrorCauses,
     StageSummary,
     class_table,
     format_class_row,
     is_long_enough,
     predicted_classes,
 )
+from pipeline.storage import StorageError
 from pipeline.text import format_number, format_percent, format_score, pluralize
 
 # Maximum numbers of shown items.
@@ -36,6 +42,10 @@ MAX_MATRIX_CLASSES = 15
 MAX_CHANGED_CLASSES = 15
 #: Classes with images. A class takes some kilobytes.
 MAX_GALLERY_CLASSES = 20
+MAX_UNREADABLE_SHARDS = 20
+#: Prediction files that are read for the causes of errors. Reading takes some seconds.
+MAX_FILES = 500
+_READER_THREADS = 16
 _SHOWN_BINS = 20
 
 
@@ -90,28 +100,21 @@ def bin_rows(*columns: Sequence[str], digits: int = 1) -> list[list[str]]:
     return [list(row) for row in zip(bins, *columns, strict=True)]
 
 
-def gallery(items: Iterable[GalleryItem], stats: ClassStatistics) -> ReportSection | None:
+def gallery(rows: pa.Table, stats: ClassStatistics) -> ReportSection | None:
     """Returns the section with images of the most frequent classes; None without a gallery."""
-    by_class: dict[int, list[GalleryItem]] = {}
-    for item in items:
-        by_class.setdefault(item.label_id, []).append(item)
-    if not by_class:
+    label_ids = rows["label_id"].unique().to_pylist()
+    if not label_ids:
         return None
-    by_count = sorted(by_class, key=lambda label_id: (-int(stats.count[label_id]), label_id))
-    shown = [by_class[label_id] for label_id in by_count[:MAX_GALLERY_CLASSES]]
-    section = ReportSection("gallery", "Example images")
-    section.gallery = [
-        (
-            class_items[0].label,
-            [item for item in class_items if item.selection == HIGHEST_CONFIDENCE],
-            [item for item in class_items if item.selection != HIGHEST_CONFIDENCE],
-        )
-        for class_items in shown
-    ]
+    shown = sorted(label_ids, key=lambda i: (-int(stats.count[i]), i))[:MAX_GALLERY_CLASSES]
     note = "For each class: the images with the highest and the lowest confidence, with score and key."
-    if len(by_class) > len(shown):
+    if len(label_ids) > len(shown):
         note += f" The {len(shown)} most frequent classes are shown. The file gallery.parquet has more."
-    section.notes.append(note)
+    section = ReportSection("gallery", "Example images", [note])
+    for label_id in shown:
+        items = rows.filter(pc.equal(rows["label_id"], label_id)).to_pylist()
+        highest = [item for item in items if item["selection"] == HIGHEST_CONFIDENCE]
+        lowest = [item for item in items if item["selection"] != HIGHEST_CONFIDENCE]
+        section.gallery.append((items[0]["label"], highest, lowest))
     return section
 
 
@@ -151,17 +154,8 @@ def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Report
         section.notes.append("The label of every image equals its target.")
         return section
     section.charts.append(_confusion_matrix(labels, stats))
-    rows = [
-        [
-            labels[target],
-            labels[predicted],
-            format_number(count),
-            format_percent(count / max(1, int(stats.support[target]))),
-        ]
-        for predicted, target, count in pairs
-    ]
-    columns = ["Target", "Label", "Images", "Fraction of target"]
-    section.charts.append(Chart("Most confused pairs", columns, rows, text_columns=2))
+    rows = [(labels[target], labels[label], n, int(stats.support[target])) for label, target, n in pairs]
+    section.charts.append(_pair_table("Most confused pairs", ["Target", "Label"], "target", rows))
     if note := stats.confusion.limit_note:
         section.notes.append(note)
     return section
@@ -169,24 +163,21 @@ def accuracy(labels: Sequence[str], stats: ClassStatistics, topk: int) -> Report
 
 def _confusion_matrix(labels: Sequence[str], stats: ClassStatistics) -> Chart:
     chosen = _most_confused_classes(stats)
-    position = {label_id: i for i, label_id in enumerate(chosen)}
     cells = np.diag(stats.true_positives[chosen])
     predicted, target, counts = stats.confusion.to_arrays()
     inside = np.isin(predicted, chosen) & np.isin(target, chosen)
-    columns = (values[inside].tolist() for values in (predicted, target, counts))
-    for predicted_id, target_id, count in zip(*columns, strict=True):
-        cells[position[target_id], position[predicted_id]] = count
+    rows, columns = (np.searchsorted(chosen, ids[inside]) for ids in (target, predicted))
+    cells[rows, columns] = counts[inside]
     names = [labels[label_id] for label_id in chosen]
     is_complete = len(chosen) == np.count_nonzero(stats.count | stats.support)
     predicted_id, target_id, count = stats.confusion.most_common(1)[0]
-    times = pluralize(count, "time")
     return Chart(
         "Confusion matrix" if is_complete else f"Confusion matrix of the {len(chosen)} most confused classes",
         ["Target", *names],
         [[name, *map(format_number, row)] for name, row in zip(names, cells.tolist(), strict=True)],
         MatrixChart(names, (cells / np.maximum(1, stats.support[chosen])[:, None]).tolist()),
         "Targets are in rows, labels are in columns. The most confused pair is the target "
-        f"{labels[target_id]} with the label {labels[predicted_id]}, {times}.",
+        f"{labels[target_id]} with the label {labels[predicted_id]}, {pluralize(count, 'time')}.",
         "A darker cell is a larger fraction of the row's target. The scale is the fraction's square root.",
     )
 
@@ -216,58 +207,121 @@ def comparison(compared: Comparison, number_in_page: int) -> ReportSection:
     section.facts |= compared.summary("in the reference", "in the current labels")
     drift, chosen = compared.drift, compared.drift.most_changed(MAX_CHANGED_CLASSES)
     names, psi = [labels[i] for i in chosen], map("{:.4f}".format, drift.psi_by_class[chosen])
-    current, reference = drift.fraction_b[chosen].tolist(), drift.fraction_a[chosen].tolist()
-    counts = (map(format_number, counts[chosen]) for counts in (drift.count_b, drift.count_a))
-    fractions = map(format_percent, current), map(format_percent, reference)
-    current_scores, reference_scores = (
-        (histograms.sum(axis=0) / histograms.sum()).tolist()
-        for histograms in (drift.scores_b, drift.scores_a)
-    )
+    sides = {
+        "current": (drift.count_b, drift.fraction_b, drift.scores_b),
+        "reference": (drift.count_a, drift.fraction_a, drift.scores_a),
+    }
+    counts = [map(format_number, count[chosen]) for count, _, _ in sides.values()]
+    fractions = {side: fraction[chosen].tolist() for side, (_, fraction, _) in sides.items()}
+    scores = {side: (each.sum(axis=0) / each.sum()).tolist() for side, (_, _, each) in sides.items()}
+    percents = [map(format_percent, values) for values in fractions.values()]
     section.charts = [
         Chart(
             "Classes whose fraction changed most",
-            [
-                "Class",
-                "Images, current",
-                "Images, reference",
-                "Fraction, current",
-                "Fraction, reference",
-                "PSI",
-            ],
-            [*zip(names, *counts, *fractions, psi, strict=True)],
-            BarChart(
-                names,
-                [("current", current), ("reference", reference)],
-                "fraction of the images",
-                "{:.1%}".format,
-            ),
+            ["Class", *(f"{name}, {side}" for name in ("Images", "Fraction") for side in sides), "PSI"],
+            [*zip(names, *counts, *percents, psi, strict=True)],
+            BarChart(names, [*fractions.items()], "fraction of the images", "{:.1%}".format),
         ),
         Chart(
             "Score distribution",
-            ["Score", "Fraction, current", "Fraction, reference"],
-            bin_rows([*map(format_percent, current_scores)], [*map(format_percent, reference_scores)]),
-            Histogram([("current", current_scores), ("reference", reference_scores)], "{:.0%}".format),
+            ["Score", *(f"Fraction, {side}" for side in sides)],
+            bin_rows(*([*map(format_percent, values)] for values in scores.values())),
+            Histogram([*scores.items()], "{:.0%}".format),
             f"The population stability index is {drift.score_psi:.4f}.",
         ),
     ]
     if agreement is not None and (pairs := agreement.disagreements.most_common(MAX_PAIRS)):
-        rows = [
-            [labels[b], labels[a], format_number(count), format_percent(count / agreement.compared)]
-            for a, b, count in pairs
-        ]
-        columns = ["Current label", "Reference label", "Images", "Fraction of compared"]
-        section.charts.append(Chart("Most frequent disagreements", columns, rows, text_columns=2))
+        rows = [(labels[b], labels[a], count, agreement.compared) for a, b, count in pairs]
+        columns = ["Current label", "Reference label"]
+        section.charts.append(_pair_table("Most frequent disagreements", columns, "compared", rows))
     return section
+
+
+def _pair_table(
+    title: str, names: Sequence[str], total_name: str, rows: Sequence[tuple[str, str, int, int]]
+) -> Chart:
+    """Returns a table of pairs of labels with their number of images, from rows (a, b, count, total)."""
+    cells = [[a, b, f"{count:,}", format_percent(count / max(1, total))] for a, b, count, total in rows]
+    return Chart(title, [*names, "Images", f"Fraction of {total_name}"], cells, text_columns=2)
 
 
 def _reference_name(compared: Comparison) -> str:
     """Returns the name of the reference label set, for a heading."""
     a, b = compared.a, compared.b
     if a.uri != b.uri:
-        return a.folder if a.run is None else f"{a.folder}, run {a.run}"
+        folder = a.uri.rpartition("/")[2]
+        return folder if a.run is None else f"{folder}, run {a.run}"
     if a.run is None:
         return "all labels"
     return f"run {a.run}" if b.run is None else "the previous run"
+
+
+def failures(partition: Partition, manifest: pa.Table) -> ReportSection:
+    """Returns the section about samples with errors and unreadable shards, of all runs.
+
+    Reads the columns `errors` and `error` of the manifest, and at most `MAX_FILES` prediction files.
+    """
+    unreadable = manifest["error"].drop_null()
+    errors = pc.sum(manifest["errors"]).as_py() or 0
+    section = ReportSection("failures", "Failures")
+    if not errors and not len(unreadable):
+        section.notes.append("No failures: every sample of every shard is labeled.")
+    if errors:
+        shards = pc.sum(pc.greater(manifest["errors"], 0)).as_py()
+        note = f"{pluralize(errors, 'sample')} in {pluralize(shards, 'shard')} could not be labeled"
+        try:
+            causes, missing_files = read_causes(partition, MAX_FILES)
+        except StorageError as error:  # must not prevent the report of a run
+            note += f". The causes could not be read: {error}"
+        else:
+            section.causes = causes.to_record()
+            if shards > MAX_FILES or causes.count != errors:
+                note += f". The causes cover {pluralize(causes.count, 'sample')}"
+            if shards > MAX_FILES:
+                note += f" of the {pluralize(MAX_FILES, 'shard')} with the most errors"
+            if missing_files:
+                note += f". {pluralize(missing_files, 'prediction file')} could not be found"
+            note += ". By cause:"
+        section.notes.append(note)
+        files = f"{partition.uri}/predictions/**/*.parquet".replace("'", "''")
+        section.query = f"SELECT shard, key, error FROM '{files}' WHERE error IS NOT NULL ORDER BY ALL"
+    if len(unreadable):
+        section.unreadable_shards = unreadable.slice(0, MAX_UNREADABLE_SHARDS).to_pylist()
+        section.unreadable_note = f"{pluralize(len(unreadable), 'shard')} could not be read."
+        if len(unreadable) > MAX_UNREADABLE_SHARDS:
+            section.unreadable_note += f" The first {MAX_UNREADABLE_SHARDS} are shown."
+        section.unreadable_note += " The file manifest.parquet lists all:"
+    return section
+
+
+def read_causes(partition: Partition, max_files: int) -> tuple[ErrorCauses, int]:
+    """Reads causes from the `max_files` prediction files with the most errors; raises `StorageError`.
+
+    Returns the causes and the number of missing files.
+    """
+    rows = partition.manifest.labeled(["uri", "errors", "output"])
+    with_errors = rows.filter(pc.greater(rows["errors"], 0))
+    order = [("errors", "descending"), ("uri", "ascending")]
+    most_errors = with_errors.take(pc.select_k_unstable(with_errors, max_files, order)).to_pylist()
+
+    def read(row: Mapping[str, Any]) -> ErrorCauses | None:
+        predictions = read_predictions(
+            partition.storage, f"{partition.uri}/{row['output']}", ["key", "error"]
+        )
+        if predictions is None:
+            return None
+        causes = ErrorCauses()
+        causes.add(row["uri"], predictions[1])
+        return causes
+
+    total, missing_files = ErrorCauses(), 0
+    with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="causes") as pool:
+        for causes in pool.map(read, most_errors):
+            if causes is None:
+                missing_files += 1
+            else:
+                total.merge(causes)
+    return total, missing_files
 
 
 def throughput(record: Mapping[str, Any]) -> ReportSection | None:

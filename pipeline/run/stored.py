@@ -1,10 +1,8 @@
 """Operations on a stored partition without a run: find it, rebuild its summaries, write its report."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipeline.commit import CLASS_STATS, Lease, Partition, new_run_id, rebuilt_rows
@@ -13,7 +11,7 @@ from pipeline.config import Config, make_storage
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.report import write_report as write_page
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import StorageError
+from pipeline.storage import StorageError, encode_parquet
 
 #: Number of latest runs whose configuration is compared: runs may name the same model differently.
 _RUNS = 10
@@ -87,9 +85,8 @@ def rebuild(partition: Partition) -> None:
 
 def write_class_table(partition: Partition, statistics: ClassStatistics, topk: int) -> None:
     """Writes `class_stats.parquet`."""
-    out = io.BytesIO()
-    pq.write_table(class_table(statistics, partition.labels, topk), out, compression="zstd")
-    partition.storage.write(f"{partition.uri}/{CLASS_STATS}", out.getvalue())
+    content = encode_parquet(class_table(statistics, partition.labels, topk))
+    partition.storage.write(f"{partition.uri}/{CLASS_STATS}", content)
 
 
 def write_report(

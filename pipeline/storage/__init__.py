@@ -17,6 +17,6 @@ from pipeline.storage.objects import (
     normalize_uri,
     relative_name,
 )
-from pipeline.storage.parquet import read_row_groups, read_table
+from pipeline.storage.parquet import encode_parquet, read_row_groups, read_table
 from pipeline.storage.retrying import pause_after, retry_counts
 from pipeline.storage.temporary import temporary_folder

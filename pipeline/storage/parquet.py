@@ -1,13 +1,21 @@
-"""Reads Parquet from open objects, on the calling thread only.
+"""Encodes small Parquet files, and reads Parquet from open objects, on the calling thread only.
 
 A thread of Arrow that waits for the interpreter lock while Python exits would abort the process.
 """
 
+import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+
+def encode_parquet(table: pa.Table) -> bytes:
+    """Returns a table as a Parquet file."""
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    return out.getvalue()
 
 
 def read_table(file: Any, columns: Iterable[str] | None = None) -> pa.Table:

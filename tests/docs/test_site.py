@@ -21,7 +21,7 @@ from pipeline import label
 from pipeline.commit.manifest import _SCHEMA as MANIFEST_SCHEMA
 from pipeline.dataflow import metrics
 from pipeline.predictions import ErrorCategory, Footer, prediction_schema
-from pipeline.report.gallery import _SCHEMA as GALLERY_SCHEMA
+from pipeline.report import GALLERY_SCHEMA
 from pipeline.statistics import CLASS_STATS_SCHEMA
 from tests.makers import make_image, make_tar
 from tests.runs import run_config

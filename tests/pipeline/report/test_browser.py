@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from pipeline.classify import HIGHEST_CONFIDENCE
-from pipeline.report import GalleryItem, write_gallery
+from pipeline.report import write_gallery
 from pipeline.storage import Storage
 from tests.makers import make_image
-from tests.pipeline.report.test_report import HOSTILE_TEXTS, make_partition, report
+from tests.pipeline.report.test_report import HOSTILE_TEXTS, make_gallery, make_partition, report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -92,10 +92,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uri = make_partition(folder, HOSTILE_TEXTS).uri
     picture = make_image(1)
     items = [
-        GalleryItem(i, label, HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", i, label, picture)
+        (i, label, HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", i, label, picture)
         for i, label in enumerate(HOSTILE_TEXTS)
     ]
-    write_gallery(Storage(), uri, items)
+    write_gallery(Storage(), uri, make_gallery(items))
     return report(uri)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.commit import Partition
-from pipeline.report.failures import read_causes
+from pipeline.report.sections import read_causes
 from pipeline.statistics import ErrorCauses
 from pipeline.statistics.causes import MAX_SAMPLES
 from pipeline.storage import Storage, StorageError

@@ -14,10 +14,11 @@ from PIL import Image
 
 from pipeline.classify import HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE, Thumbnails
 from pipeline.read import Chunk, Shard
-from pipeline.report import Gallery, GalleryItem, read_gallery, write_gallery
-from pipeline.report.gallery import select_best
+from pipeline.report import Gallery, read_gallery, write_gallery
+from pipeline.report.gallery import MEMORY_SCHEMA, select_best
 from pipeline.storage import Storage, StorageError
 
+NO_ROWS = MEMORY_SCHEMA.empty_table()
 SHARDS = [Shard(uri=f"/in/{name}.tar", version="1", format="webdataset", size=1) for name in "ab"]
 
 
@@ -92,8 +93,8 @@ def test_number_of_gallery_classes_is_limited() -> None:
         0,
         1,
     }
-    shown = Gallery(1, SHARDS).merge([item(0.5, label=n) for n in (7, 3, 5)], set(), {7, 5})
-    assert [one.label_id for one in shown] == [5, 7]
+    shown = Gallery(1, SHARDS).merge(gallery(*(item(0.5, label=n) for n in (7, 3, 5))), set(), {7, 5})
+    assert shown["label_id"].to_pylist() == [5, 7]
 
 
 def test_thumbnail_is_at_most_as_large_as_requested_and_as_the_image() -> None:
@@ -103,80 +104,86 @@ def test_thumbnail_is_at_most_as_large_as_requested_and_as_the_image() -> None:
         assert Image.open(io.BytesIO(data)).size == (wanted, wanted)
 
 
-def item(
-    score: float,
-    selection: str = HIGHEST_CONFIDENCE,
-    label: int = 0,
-    shard: str = "/in/a.tar",
-    index: int | None = None,
-) -> GalleryItem:
-    return GalleryItem(
-        label, "a class", selection, score, shard, int(score * 100) if index is None else index, "key", b"x"
-    )
+Item = tuple[int, str, str, float, str, int, str, bytes]
+
+
+def item(score: float, label: int = 0, shard: str = "/in/a.tar") -> Item:
+    return label, "a class", HIGHEST_CONFIDENCE, score, shard, int(score * 100), "key", b"x"
+
+
+def gallery(*items: Item) -> pa.Table:
+    return pa.table([*zip(*items, strict=True)], names=MEMORY_SCHEMA.names).cast(MEMORY_SCHEMA)
+
+
+def scores(rows: pa.Table) -> list[float]:
+    return [round(score, 3) for score in rows["score"].to_pylist()]
 
 
 def test_each_image_is_in_one_selection_only() -> None:
-    both = [
-        item(score, selection)
-        for score in (0.1, 0.2, 0.3, 0.4, 0.5)
-        for selection in (HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE)
-    ]
+    rows = gallery(*(item(score, label) for score in (0.1, 0.2, 0.3, 0.4, 0.5) for label in (3, 4)))
     for count, highest, lowest in ((2, [0.5, 0.4], [0.1, 0.2]), (4, [0.5, 0.4, 0.3, 0.2], [0.1])):
-        assert [(one.selection, one.score) for one in select_best(both, count)] == [
-            *((HIGHEST_CONFIDENCE, score) for score in highest),
-            *((LOWEST_CONFIDENCE, score) for score in lowest),
-        ]
+        best = select_best(rows, count)
+        assert scores(best) == 2 * (highest + lowest)
+        selection = [HIGHEST_CONFIDENCE] * len(highest) + [LOWEST_CONFIDENCE] * len(lowest)
+        assert best["selection"].to_pylist() == 2 * selection
 
 
-def collect(gallery: Gallery, chunk: Chunk) -> Chunk:
-    return gallery.collect(Thumbnails(2, 16).add_column(add_pixels(chunk), chunk))
+def test_image_displaced_from_the_first_selection_can_be_in_the_second() -> None:
+    best = select_best(gallery(item(0.5), item(0.6)), 2)
+    best = select_best(pa.concat_tables([best, gallery(item(0.7))]), 2)
+    assert scores(best) == [0.7, 0.6, 0.5]
+    assert best["selection"].to_pylist() == [*[HIGHEST_CONFIDENCE] * 2, LOWEST_CONFIDENCE]
+
+
+def collect(kept: Gallery, chunk: Chunk) -> Chunk:
+    return kept.collect(Thumbnails(2, 16).add_column(add_pixels(chunk), chunk))
 
 
 def test_gallery_has_committed_shards_only() -> None:
-    gallery = Gallery(2, SHARDS)
+    kept = Gallery(2, SHARDS)
     chunk = make_classified([0.5, None, 0.9], [0, 0, 1], start=10)
-    assert collect(gallery, chunk).samples.equals(chunk.samples)
-    collect(gallery, make_classified([0.99], [0], shard=1))
-    gallery.finish_shard("/in/a.tar", is_committed=True)
-    gallery.finish_shard("/in/b.tar", is_committed=False)
-    found = gallery.merge([], set(), {0, 1})
-    assert [(one.shard, one.index, one.key) for one in found] == [
-        ("/in/a.tar", 10, "key 10"),
-        ("/in/a.tar", 12, "key 12"),
-    ]
+    assert collect(kept, chunk).samples.equals(chunk.samples)
+    collect(kept, make_classified([0.99], [0], shard=1))
+    kept.finish_shard("/in/a.tar", is_committed=True)
+    kept.finish_shard("/in/b.tar", is_committed=False)
+    found = kept.merge(NO_ROWS, set(), {0, 1})
+    assert found["shard"].to_pylist() == ["/in/a.tar"] * 2
+    assert found["index"].to_pylist() == [10, 12]
+    assert found["key"].to_pylist() == ["key 10", "key 12"]
 
 
 def test_thumbnails_of_a_retry_are_kept_once() -> None:
-    gallery = Gallery(2, SHARDS)
+    kept = Gallery(2, SHARDS)
     for _ in range(2):
-        collect(gallery, make_classified([0.5], [0]))
-    gallery.finish_shard("/in/a.tar", is_committed=True)
-    assert len(gallery.merge([], set(), {0, 1})) == 1
+        collect(kept, make_classified([0.5], [0]))
+    kept.finish_shard("/in/a.tar", is_committed=True)
+    assert len(kept.merge(NO_ROWS, set(), {0, 1})) == 1
 
 
 def test_thumbnails_of_removed_or_relabeled_shards_are_dropped() -> None:
-    gallery = Gallery(2, SHARDS)
-    collect(gallery, make_classified([0.5], [0]))
-    gallery.finish_shard("/in/a.tar", is_committed=True)
-    before = [item(0.9), item(0.8, shard="/in/old.tar"), item(0.7, shard="/in/removed.tar")]
-    found = gallery.merge(before, {"/in/removed.tar"}, {0})
-    assert [(one.shard, round(one.score, 3)) for one in found] == [("/in/old.tar", 0.8), ("/in/a.tar", 0.5)]
+    kept = Gallery(2, SHARDS)
+    collect(kept, make_classified([0.5], [0]))
+    kept.finish_shard("/in/a.tar", is_committed=True)
+    before = gallery(item(0.9), item(0.8, shard="/in/old.tar"), item(0.7, shard="/in/removed.tar"))
+    found = kept.merge(before, {"/in/removed.tar"}, {0})
+    assert found["shard"].to_pylist() == ["/in/old.tar", "/in/a.tar"]
+    assert scores(found) == [0.8, 0.5]
 
 
 def test_number_of_thumbnails_in_memory_is_limited() -> None:
-    gallery = Gallery(1, SHARDS, max_items=10)
+    kept = Gallery(1, SHARDS, max_new_rows=10)
     for number in range(50):
-        collect(gallery, make_classified([0.3 + number / 100], [0], start=number))
-        gallery.finish_shard("/in/a.tar", is_committed=True)
-    assert len(gallery._items) <= 10 + 2
-    assert [round(one.score, 2) for one in gallery.merge([], set(), {0, 1})] == [0.79, 0.3]
+        collect(kept, make_classified([0.3 + number / 100], [0], start=number))
+        kept.finish_shard("/in/a.tar", is_committed=True)
+        assert len(kept._rows) <= 10 + 2
+    assert scores(kept.merge(NO_ROWS, set(), {0, 1})) == [0.79, 0.3]
 
 
 def test_written_gallery_reads_back_equal(tmp_path: Path) -> None:
-    storage, items = Storage(), [item(0.5), item(0.25, LOWEST_CONFIDENCE)]
-    assert read_gallery(storage, str(tmp_path)) == []
-    write_gallery(storage, str(tmp_path), items)
-    assert read_gallery(storage, str(tmp_path)) == items
+    storage, rows = Storage(), gallery(item(0.5), item(0.25))
+    assert read_gallery(storage, str(tmp_path)).equals(NO_ROWS)
+    write_gallery(storage, str(tmp_path), rows)
+    assert read_gallery(storage, str(tmp_path)).equals(rows)
     storage.write(f"{tmp_path}/gallery.parquet", b"something else")
     with pytest.raises(StorageError, match="not a gallery"):
         read_gallery(storage, str(tmp_path))

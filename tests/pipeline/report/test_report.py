@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline.classify import HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE
 from pipeline.commit import Partition
-from pipeline.report import GalleryItem, write_gallery
+from pipeline.report import GALLERY_SCHEMA, write_gallery
 from pipeline.report import write_report as write_page
 from pipeline.run import write_report
 from pipeline.storage import Storage, StorageError
@@ -78,6 +79,11 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
     uri = str(folder / name)
     write_partition(Storage(), uri, labels, runs, RECORD)
     return Partition.open(Storage(), uri)
+
+
+def make_gallery(items: list[tuple[Any, ...]]) -> pa.Table:
+    """Makes gallery rows from the values of each row."""
+    return pa.table([*zip(*items, strict=True)], names=GALLERY_SCHEMA.names).cast(GALLERY_SCHEMA)
 
 
 def report(uri: str, *against: str) -> Path:
@@ -184,8 +190,8 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 
 def test_labels_and_images_come_before_quality_failures_and_throughput(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
-    item = GalleryItem(0, "a", HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", 0, "key", b"\xff\xd8thumbnail")
-    write_gallery(Storage(), partition.uri, [item])
+    item = 0, "a", HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", 0, "key", b"\xff\xd8thumbnail"
+    write_gallery(Storage(), partition.uri, make_gallery([item]))
     elements = Elements(report(partition.uri).read_text())
     ids = [attributes["id"] for tag, attributes in elements.found if tag == "section"]
     assert ids == ["classes", "gallery", "accuracy", "comparison-0", "failures", "throughput", "run"]
@@ -208,12 +214,10 @@ def test_gallery_is_shown_with_escaped_text(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, HOSTILE_TEXTS)
     scores = {HIGHEST_CONFIDENCE: 0.987, LOWEST_CONFIDENCE: 0.123}
     items = [
-        GalleryItem(
-            0, HOSTILE_TEXTS[0], selection, score, "/in/a.tar", 1, HOSTILE_TEXTS[1], b"\xff\xd8thumbnail"
-        )
+        (0, HOSTILE_TEXTS[0], selection, score, "/in/a.tar", 1, HOSTILE_TEXTS[1], b"\xff\xd8thumbnail")
         for selection, score in scores.items()
     ]
-    write_gallery(Storage(), partition.uri, items)
+    write_gallery(Storage(), partition.uri, make_gallery(items))
     path = report(partition.uri)
     elements = Elements(path.read_text())
     images = [attributes for tag, attributes in elements.found if tag == "img"]
@@ -236,7 +240,7 @@ def test_comparison_with_another_model_has_drift_and_agreement(tmp_path: Path) -
     assert "Most frequent disagreements" in text
 
 
-def test_limited_reading_of_causes_is_stated(tmp_path: Path) -> None:
+def test_limited_reading_of_causes_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = str(tmp_path / "model=m-ffffffff")
     first, second = (
         {shard: make_predictions(shard, ["a"], [0, *[None] * bad], error=error)}
@@ -249,7 +253,8 @@ def test_limited_reading_of_causes_is_stated(tmp_path: Path) -> None:
     assert "3 samples in 2 shards could not be labeled. By cause: 2 \xd7 empty" in text
     assert "/in/b.tar: k1 cut off" in text
     assert "<script>" not in text  # the run's record has hostile causes
-    text = text_of(Path(write_page(partition, RECORD, stats, max_files=1)).read_text())
+    monkeypatch.setattr("pipeline.report.sections.MAX_FILES", 1)
+    text = text_of(Path(write_page(partition, RECORD, stats)).read_text())
     assert "The causes cover 2 samples of the 1 shard with the most errors. By cause: 2 \xd7 empty" in text
 
 
