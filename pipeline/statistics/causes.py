@@ -1,8 +1,4 @@
-"""Counts of sample errors by cause, with some samples of each cause.
-
-A cause is the text of an error, in which numbers and quoted text are replaced by placeholders. At most
-`MAX_CAUSES` causes with `MAX_SAMPLES` samples each are kept. All further causes are counted together.
-"""
+"""Counts of sample errors by cause: the text of an error, with placeholders for numbers and quoted text."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,6 +7,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 
+#: Maximum number of causes, and of samples that are kept per cause.
 MAX_CAUSES = 50
 MAX_SAMPLES = 5
 _BATCH_ROWS = 1000  # rows in memory as Python objects

@@ -1,7 +1,6 @@
 """Per-class statistics that merge exactly: the result does not depend on how the rows are split.
 
-Sums are fixed-point integers, because floating-point addition is not associative. Quantiles come from a
-histogram with fixed bins.
+Sums are fixed-point integers, because floating-point addition is not associative.
 """
 
 from dataclasses import dataclass, fields

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import DRIFT_BINS, ClassMapping, Drift
@@ -14,6 +15,8 @@ from pipeline.text import format_percent, format_score, pluralize
 
 #: Metadata key of the comparison table. The value is the JSON of the totals.
 TOTALS = "cvt_label.comparison"
+_DRIFT_TOTALS = ("images_a", "images_b", "psi", "psi_by_chance", "js_distance", "score_psi")
+_AGREEMENT_TOTALS = ("compared", "only_a", "only_b", "shards", "changed_shards", "kappa")
 _MAX_PAIRS = 100
 
 
@@ -27,11 +30,6 @@ class LabelSetId(NamedTuple):
     def name(self) -> str:
         """`URI` or `URI@RUN`."""
         return self.uri if self.run is None else f"{self.uri}@{self.run}"
-
-    @property
-    def folder(self) -> str:
-        """The partition's folder: `model=<name>-<fingerprint8>`."""
-        return self.uri.rpartition("/")[2]
 
 
 class AgreementStatistics:
@@ -107,26 +105,16 @@ class Comparison:
         values: dict[str, Any] = {
             "a": self.a.name,
             "b": self.b.name,
-            "images_a": drift.images_a,
-            "images_b": drift.images_b,
             "classes": len(labels),
             "classes_only_a": drift.classes.only_a,
             "classes_only_b": drift.classes.only_b,
-            "psi": drift.psi,
-            "psi_by_chance": drift.psi_by_chance,
-            "js_distance": drift.js_distance,
-            "score_psi": drift.score_psi,
             "score_bins": DRIFT_BINS,
         }
+        values |= {name: getattr(drift, name) for name in _DRIFT_TOTALS}
         if agreement is not None:
+            values |= {name: getattr(agreement, name) for name in _AGREEMENT_TOTALS}
             values |= {
-                "compared": agreement.compared,
-                "only_a": agreement.only_a,
-                "only_b": agreement.only_b,
-                "shards": agreement.shards,
-                "changed_shards": agreement.changed_shards,
                 "agreement": agreement.fraction,
-                "kappa": agreement.kappa,
                 "disagreements": [
                     {"a": labels[a], "b": labels[b], "count": count}
                     for a, b, count in agreement.disagreements.most_common(_MAX_PAIRS)
@@ -173,10 +161,12 @@ class Comparison:
         drift, classes, agreement = self.drift, self.drift.classes, self.agreement
         none = [pa.nulls(len(classes.labels), pa.int64())] * 3
         agreed = none if agreement is None else [agreement.compared_a, agreement.compared_b, agreement.same]
+        indices = pa.array(np.arange(len(classes.labels)))
         columns = {
             "label": pa.array(classes.labels, pa.string()),
-            "label_id_a": _ids(classes.ids_a, len(classes.labels)),
-            "label_id_b": _ids(classes.ids_b, len(classes.labels)),
+            # A model's class id is the position of the class in its list; null if the model lacks the class.
+            "label_id_a": pc.index_in(indices, value_set=pa.array(classes.ids_a)),
+            "label_id_b": pc.index_in(indices, value_set=pa.array(classes.ids_b)),
             "count_a": drift.count_a,
             "count_b": drift.count_b,
             "fraction_a": drift.fraction_a,
@@ -187,13 +177,6 @@ class Comparison:
         }
         columns |= zip(("compared_a", "compared_b", "same"), agreed, strict=True)
         return pa.table(columns, metadata={TOTALS: json.dumps(self.totals)})
-
-
-def _ids(indices: np.ndarray, classes: int) -> pa.Array:
-    """Returns a model's class id of each class; null for classes that the model does not have."""
-    ids = np.full(classes, -1, np.int32)
-    ids[indices] = np.arange(len(indices))
-    return pa.array(ids, mask=ids < 0)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,6 @@
 """Drift between two distributions over classes: PSI and Jensen-Shannon distance, in total and per class.
 
-- PSI (population stability index) [1]: the sum of (b - a) ln(b / a) over the fractions of each class. An
-  empty class would make the PSI infinite, so half an image is added to each class that occurs in a or b
-  (Jeffreys' prior). The expected PSI without drift is not 0, but about (K - 1)(1/n + 1/m) for K classes and
-  n and m images [2]: see `psi_by_chance`.
-- Jensen-Shannon distance [3]: the square root of the divergence in bits, from 0 to 1. The distance equals
-  `scipy.spatial.distance.jensenshannon(a, b, base=2)`. Nothing is added to empty classes.
+The distance [3] equals `scipy.spatial.distance.jensenshannon(a, b, base=2)`.
 
 [1] Siddiqi, "Credit Risk Scorecards", 2006.
 [2] Yurdakul and Naranjo, "Statistical properties of the population stability index", Journal of Risk Model
@@ -26,9 +21,10 @@ _PRIOR = 0.5
 
 
 def psi_by_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns each class's contribution to the PSI between counts, along the last axis.
+    """Returns each class's contribution to the PSI [1] between counts, along the last axis.
 
-    A class that occurs neither in a nor in b contributes 0.
+    A contribution is (b - a) ln(b / a) of the fractions. Half an image is added to each class that occurs in
+    a or b (Jeffreys' prior), so that an empty class does not make the PSI infinite.
     """
     occurs = (a > 0) | (b > 0)
     smoothed = (np.where(occurs, counts + _PRIOR, 0) for counts in (a, b))
@@ -36,12 +32,6 @@ def psi_by_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     ratio = np.divide(second, first, out=np.ones_like(first), where=occurs)
     parts: np.ndarray = (second - first) * np.log(ratio)
     return parts
-
-
-def psi_by_chance(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the expected PSI of two samples of these sizes from the same distribution."""
-    classes = int(((a > 0) | (b > 0)).sum())
-    return max(0, classes - 1) * (1 / max(1, int(a.sum())) + 1 / max(1, int(b.sum())))
 
 
 def js_divergence_by_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -107,8 +97,8 @@ class Drift:
         count_a, count_b: Number of images of each class, int64 (classes,), by index in `classes.labels`.
         scores_a, scores_b: Score histograms of each class, int64 (classes, `DRIFT_BINS`).
         psi_by_class, js_divergence_by_class: Contribution of each class; the divergence is in bits.
-        psi_by_chance: Expected value of `psi` without drift.
-        score_psi: PSI of the scores of all classes.
+        psi_by_chance: Expected value of `psi` without drift, (K - 1)(1/n + 1/m) for K classes and n and m
+            images [2].
         class_score_psi: PSI of the scores of each class; NaN for a class that a or b does not have.
     """
 
@@ -123,7 +113,9 @@ class Drift:
         self.fraction_b = self.count_b / max(1, self.images_b)
         self.psi_by_class = psi_by_class(self.count_a, self.count_b)
         self.psi = float(self.psi_by_class.sum())
-        self.psi_by_chance = psi_by_chance(self.count_a, self.count_b)
+        occurring = int(((self.count_a > 0) | (self.count_b > 0)).sum())
+        inverse_images = 1 / max(1, self.images_a) + 1 / max(1, self.images_b)
+        self.psi_by_chance = max(0, occurring - 1) * inverse_images
         self.js_divergence_by_class = js_divergence_by_class(self.count_a, self.count_b)
         self.js_distance = float(np.sqrt(np.clip(self.js_divergence_by_class.sum(), 0, 1)))
         score_psi = psi_by_class(self.scores_a, self.scores_b).sum(axis=1)

@@ -103,11 +103,6 @@ class StageSummary:
     workers: float
     fraction_busy: float
 
-    @property
-    def seconds(self) -> float:
-        """Measured seconds per worker, busy or idle."""
-        return (self.busy_s + self.wait_s) / self.workers
-
 
 def summarize_stages(
     metrics: Mapping[str, StageMetrics], workers: Mapping[str, int], seconds: float
@@ -141,7 +136,8 @@ def steady_rate(images: int, seconds: float) -> float | None:
 
 def is_long_enough(summaries: Mapping[str, StageSummary]) -> bool:
     """Returns whether a run was long enough to identify the bottleneck."""
-    return min((stage.seconds for stage in summaries.values() if stage.workers), default=0.0) >= _MIN_SECONDS
+    used = [stage for stage in summaries.values() if stage.workers]
+    return min(((each.busy_s + each.wait_s) / each.workers for each in used), default=0.0) >= _MIN_SECONDS
 
 
 def describe_bottleneck(summaries: Mapping[str, StageSummary]) -> str:

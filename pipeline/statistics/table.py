@@ -91,10 +91,7 @@ def _quantile(histogram: np.ndarray, q: float) -> float:
 def predicted_classes(classes: pa.Table) -> list[dict[str, Any]]:
     """Returns the rows of a class table whose class was predicted, the most frequent first."""
     rows = classes.drop_columns(["score_histogram"]).to_pylist()
-    return sorted(
-        (row for row in rows if row["count"]),
-        key=lambda row: (-row["count"], row["label_id"]),
-    )
+    return sorted((row for row in rows if row["count"]), key=lambda row: (-row["count"], row["label_id"]))
 
 
 def format_class_row(row: Mapping[str, Any]) -> list[str]:
