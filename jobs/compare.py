@@ -10,9 +10,9 @@ from jobs import console
 from jobs.console import ExitStatus, make_table, print_notice, print_table
 from pipeline import compare_labels
 from pipeline.commit import Partition
-from pipeline.compare import NoPreviousRunError, write_comparison
+from pipeline.compare import NoPreviousRunError
 from pipeline.statistics import Comparison, ComparisonLimits
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage, StorageError, encode_parquet, normalize_uri
 from pipeline.text import escape_unprintable, format_percent
 
 _LABELS = (
@@ -87,7 +87,7 @@ def compare(
         problem = f"--min-agreement cannot be checked: no sample is labeled both here and in {names[0]}"
         raise StorageError(names[1], problem)
     if output is not None:
-        write_comparison(found, storage, output)
+        storage.write(normalize_uri(output), encode_parquet(found.table()))
     print_comparison(found, top)
     broken = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images).violations(
         found.totals

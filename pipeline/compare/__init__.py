@@ -6,8 +6,7 @@ This package reads the label sets. `statistics` defines the metrics, and `report
 from pipeline.compare.label_sets import (
     LabelSet,
     NoPreviousRunError,
+    RunPair,
     compare_label_sets,
     compare_labels,
-    write_comparison,
 )
-from pipeline.compare.run_pair import RunPair

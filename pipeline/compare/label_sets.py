@@ -1,11 +1,10 @@
-"""Compares two label sets by class and sample by sample.
+"""Compares two label sets by class and sample by sample, and a run with the previous run.
 
 Samples are joined on shard and index, for the shards that both label sets have in the same version.
 """
 
-import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,6 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.commit import Partition
 from pipeline.predictions import read_predictions
@@ -27,7 +25,7 @@ from pipeline.statistics import (
     Drift,
     LabelSetId,
 )
-from pipeline.storage import Storage, StorageError, normalize_uri
+from pipeline.storage import Storage, StorageError
 
 _READER_THREADS = 16
 _LABELS_OF_RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
@@ -135,13 +133,6 @@ def compare_labels(
     return compare_label_sets(LabelSet.open(storage, a), LabelSet.open(storage, b), with_agreement)
 
 
-def write_comparison(comparison: Comparison, storage: Storage, uri: str) -> None:
-    """Writes a comparison as a Parquet file with one row per class."""
-    file = io.BytesIO()
-    pq.write_table(comparison.table(), file, compression="zstd")
-    storage.write(normalize_uri(uri), file.getvalue())
-
-
 def measure_agreement(classes: ClassMapping, a: LabelSet, b: LabelSet) -> AgreementStatistics:
     """Compares two label sets sample by sample."""
     # Both manifests are read before the labels. Reading labels may take hours, and a run may rewrite the
@@ -176,3 +167,48 @@ def measure_agreement(classes: ClassMapping, a: LabelSet, b: LabelSet) -> Agreem
                 result.only_b += shard["labeled_b"]
                 result.changed_shards += 1
     return result
+
+
+@dataclass(frozen=True)
+class RunPair:
+    """A run of a dataset, and the last run before it that ended normally.
+
+    Runs between the two were killed or stopped, and the later run completed them. All labels of these runs
+    count as labels of the later run. Runs without labels in the partition are ignored.
+
+    Attributes:
+        dataset: URI of the dataset. None if the partition has labels of one dataset only.
+        previous: id of the earlier run. None for the first run.
+        current: ids of the later run and of the runs that it completed. Empty if they labeled nothing.
+    """
+
+    partition: Partition
+    dataset: str | None
+    previous: str | None
+    current: Sequence[str]
+
+    @classmethod
+    def find(cls, partition: Partition, dataset: str | None, run: str) -> Self:
+        """Finds the run before `run`."""
+        earlier, current = [each for each in partition.manifest.runs(dataset) if each <= run], list[str]()
+        while earlier and (earlier[-1] == run or not _ended_normally(partition, earlier[-1])):
+            current.insert(0, earlier.pop())
+        return cls(partition, dataset, earlier[-1] if earlier else None, current)
+
+    def fold_statistics(self) -> tuple[ClassStatistics, Comparison | None]:
+        """Computes the class statistics of all labels of the partition, and compares the two runs.
+
+        Reads the manifest once. The comparison is None if there is no previous run, or if one of the runs
+        labeled no image.
+        """
+        previous = [] if self.previous is None else [self.previous]
+        total, *both = self.partition.manifest.fold_runs(self.dataset, previous, self.current)
+        if not all(stats.count.any() for stats in both):
+            return total, None
+        runs = previous[0], self.current[-1]
+        a, b = (LabelSet(self.partition, run, stats) for run, stats in zip(runs, both, strict=True))
+        return total, compare_label_sets(a, b, with_agreement=False)
+
+
+def _ended_normally(partition: Partition, run: str) -> bool:
+    return partition.record(run).get("status", "complete") in ("complete", "incomplete")
