@@ -16,9 +16,7 @@ def publish(
     to: Annotated[
         str,
         typer.Option(
-            "--to",
-            metavar="TABLE",
-            help="URI of the Delta table. A table may have several models and datasets.",
+            metavar="TABLE", help="URI of the Delta table. A table may have several models and datasets."
         ),
     ],
     uri: console.PartitionArgument = None,
@@ -35,10 +33,7 @@ def publish(
         ),
     ] = True,
     file_mib: Annotated[
-        int,
-        typer.Option(
-            "--file-mib", metavar="N", min=1, help="Size of the rows of one file in memory, in MiB."
-        ),
+        int, typer.Option(metavar="N", min=1, help="Size of the rows of one file in memory, in MiB.")
     ] = FILE_BYTES // 1024**2,
 ) -> None:
     """Publish the labels of a partition as a Delta table.

@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,45 +97,41 @@ def _concat_sorted(tables: list[pa.Table]) -> pa.Table:
     return rows.take(pc.sort_indices(keys, sort_keys=_SORT_KEYS))
 
 
-def write_parquet(rows: pa.Table, file: BinaryIO, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-    """Writes sorted rows as a Parquet file."""
-    with pq.ParquetWriter(
-        file,
-        rows.schema,
-        compression="zstd",
-        use_dictionary=["shard", "label", "error"],
-        write_page_index=True,
-        # For lookups by key. Rows are sorted by class, so the key ranges of row groups exclude nothing.
-        bloom_filter_options={"key": {"ndv": max(1, min(rows.num_rows, row_group_rows)), "fpp": 0.01}},
-        sorting_columns=pq.SortingColumn.from_ordering(rows.schema, _SORT_KEYS, null_placement="at_end"),
-    ) as writer:
-        writer.write_table(rows, row_group_size=row_group_rows)
-
-
-def write_data_file(storage: Storage, table: str, path: str, rows: pa.Table) -> DataFile:
+def write_data_file(
+    storage: Storage, table: str, path: str, rows: pa.Table, row_group_rows: int = ROW_GROUP_ROWS
+) -> DataFile:
     """Writes sorted rows to a path in a table; returns the data file. Raises `StorageError`."""
     with tempfile.TemporaryFile() as file:
-        write_parquet(rows, file)
+        pq.write_table(
+            rows,
+            file,
+            row_group_rows,
+            compression="zstd",
+            use_dictionary=["shard", "label", "error"],
+            write_page_index=True,
+            # For lookups by key. Rows are sorted by class, so the key ranges of row groups exclude nothing.
+            bloom_filter_options={"key": {"ndv": max(1, min(len(rows), row_group_rows)), "fpp": 0.01}},
+            sorting_columns=pq.SortingColumn.from_ordering(rows.schema, _SORT_KEYS, null_placement="at_end"),
+        )
         size = file.tell()
         storage.write(f"{table}/{path}", file)
-    return _describe(path, size, rows)
+    shards = pc.min_max(rows["shard"]).as_py()
+    return DataFile(path, size, shards["min"], shards["max"], _describe(rows))
 
 
-def _describe(path: str, size: int, rows: pa.Table) -> DataFile:
-    """Returns a new data file with row count, bounds and null counts for Delta's log.
+def _describe(rows: pa.Table) -> str:
+    """Returns row count, bounds and null counts for Delta's log.
 
     Readers skip files by these statistics. Every column that is not a list needs bounds. If the log has
     bounds for some columns only, deltalake's datasets find no rows by the other columns.
     """
     columns = [column.name for column in rows.schema if not pa.types.is_list(column.type)]
-    bounds = {name: pc.min_max(rows[name]).as_py() for name in columns}
-    known_bounds = {name: each for name, each in bounds.items() if each["min"] is not None}
+    bounds = {name: pc.min_max(rows[name]).as_py() for name in columns if rows[name].null_count < len(rows)}
     statistics = {
-        "numRecords": rows.num_rows,
-        "minValues": {name: each["min"] for name, each in known_bounds.items()},
-        "maxValues": {name: each["max"] for name, each in known_bounds.items()},
+        "numRecords": len(rows),
+        "minValues": {name: each["min"] for name, each in bounds.items()},
+        "maxValues": {name: each["max"] for name, each in bounds.items()},
         "nullCount": {name: rows[name].null_count for name in columns},
     }
     # ASCII output would encode emoji as surrogate pairs, and deltalake misreads long texts of these.
-    text = json.dumps(statistics, ensure_ascii=False, allow_nan=False)
-    return DataFile(path, size, bounds["shard"]["min"], bounds["shard"]["max"], text)
+    return json.dumps(statistics, ensure_ascii=False, allow_nan=False)

@@ -1,14 +1,7 @@
 """One model's rows in a Delta table that is partitioned by model: data files, and the list of their shards.
 
-`deltalake` only writes the log: one commit adds and removes files. Each commit contains an application
-transaction of the model. If two publishers commit at the same time, deltalake refuses the slower one. A
-publisher finds the transaction number in the log if its attempt was committed. The number is also part of the
-name of the list of shards, which is written before the commit:
-
-    <table>/_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet
-
-If the table's files differ from the published files, and more than maintenance (OPTIMIZE, VACUUM) ran, the
-table was edited. Publishing to an edited table is refused. Only VACUUM removes data files.
+`deltalake` only writes the log. A commit contains an application transaction of the model. Its number is also
+in the name of the list of shards: `_cvt_label/model=<name>-<fingerprint8>/<version>-<token>.parquet`.
 """
 
 import importlib.util
@@ -23,10 +16,9 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.publish.data_files import SCHEMA, DataFile
-from pipeline.storage import ABSENT, ObjectNotFound, Storage, StorageError, pause_after, read_table
+from pipeline.storage import ABSENT, ObjectNotFound, Storage, StorageError, encode_parquet, read_table
 
 #: Operations that are allowed between publications, because they do not change rows.
 _MAINTENANCE_OPERATIONS = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"}
@@ -42,11 +34,11 @@ SHARDS_SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
-#: Metadata key of the list of shards. The value is JSON with the paths of all data files.
+#: Metadata key of the list of shards. The value is JSON with the paths of all data files, and with the
+#: version of the Delta table that the publication changed.
 _METADATA_KEY = b"cvt_label.table"
 
 _TOKENS_PER_VERSION = 2**32
-_COMMIT_ATTEMPTS = 20
 
 #: The highest Unicode character, an upper bound if the log has none.
 _MAX_CHARACTER = "\U0010ffff"
@@ -84,9 +76,8 @@ class Snapshot:
 
     def next_version(self) -> Self:
         """Returns the next version without files, with a new token."""
-        return type(self)(
-            _TOKENS_PER_VERSION * (self.version + 1) + secrets.randbelow(_TOKENS_PER_VERSION - 1) + 1
-        )
+        token = secrets.randbelow(_TOKENS_PER_VERSION)
+        return type(self)(_TOKENS_PER_VERSION * (self.version + 1) + token)
 
     @property
     def rows(self) -> int:
@@ -115,12 +106,22 @@ class DeltaTable:
             TableChangedError: another publisher committed first.
         """
         logged = self._read_log()
-        snapshot, edit = self._read_published(logged)
+        if not logged.transaction:
+            return logged
+        snapshot, edit, uri = logged, None, self._shards_uri(logged)
+        try:
+            table = read_table(io.BytesIO(self.storage.read(uri)))
+        except ObjectNotFound:
+            edit = f"the list of shards is missing: {uri}"
+        else:
+            snapshot = replace(logged, shards=table.select(SHARDS_SCHEMA.names).cast(SHARDS_SCHEMA))
+            published = json.loads(table.schema.metadata[_METADATA_KEY])
+            if {file.path for file in logged.files} != {*published["files"]}:
+                edit = self._find_edit(published["base"])
         if edit is None:
             return snapshot
-        if (
-            self._read_log().transaction != logged.transaction
-        ):  # the other publisher removed the list of shards
+        # Another publisher may have removed the list of shards.
+        if self._read_log().transaction != logged.transaction:
             raise TableChangedError(f"{self.uri}: another publisher committed first")
         if not rebuild:
             cause = f"the rows of model={self.model} differ from the published rows: {edit}"
@@ -151,63 +152,43 @@ class DeltaTable:
         for row in rows:
             bounds = row.get("min.shard") or "", row.get("max.shard") or _MAX_CHARACTER
             files.append(DataFile(unquote(row["path"]), row["size_bytes"], *bounds))
-        transaction = table.transaction_version(self._app_id)
-        if transaction is None:
-            transaction = _TOKENS_PER_VERSION * max(
-                (row.get("max.published") or 0 for row in rows), default=0
-            )
+        transaction = table.transaction_version(self._app_id) or 0
+        if files and not transaction:
+            cause = f"has rows of model={self.model}, but no publication in its log; use another table"
+            raise StorageError(self.uri, cause)
         return Snapshot(transaction, (*files,), delta_version=table.version())
 
-    def _read_published(self, logged: Snapshot) -> tuple[Snapshot, str | None]:
-        """Adds the list of shards to a version; returns also how the table was edited, or None."""
-        if not logged.transaction % _TOKENS_PER_VERSION:
-            return logged, "the table's log contains no publication of this model" if logged.files else None
-        uri = self._shards_uri(logged)
-        try:
-            table = read_table(io.BytesIO(self.storage.read(uri)))
-        except ObjectNotFound:
-            return logged, f"the list of shards is missing: {uri}"
-        published_files = json.loads(table.schema.metadata[_METADATA_KEY])["files"]
-        is_unchanged = {file.path for file in logged.files} == {*published_files}
-        snapshot = replace(logged, shards=table.select(SHARDS_SCHEMA.names).cast(SHARDS_SCHEMA))
-        return snapshot, None if is_unchanged else self._find_edit(snapshot.transaction)
-
-    def _find_edit(self, transaction: int) -> str | None:
-        """Describes the edit after a publication; returns None if only maintenance operations ran."""
-        base_version: int | None = None
+    def _find_edit(self, base: int) -> str | None:
+        """Describes an edit after version `base`; returns None if there is none."""
         for entry in self._open().history():
-            publication = entry.get("cvt_label")
-            if base_version is not None and entry["version"] <= base_version:
+            if entry["version"] <= base:
                 return None
-            if publication is None and entry.get("operation") not in _MAINTENANCE_OPERATIONS:
+            if "cvt_label" not in entry and entry.get("operation") not in _MAINTENANCE_OPERATIONS:
                 return f"{entry.get('operation')} in version {entry['version']} of the table"
-            if publication is not None and publication["transaction"] == transaction:
-                base_version = publication["read"]
-        return None if base_version is not None else "the log no longer reaches back to the publication"
+        return "the log no longer reaches back to the publication"
 
-    def commit(self, base: Snapshot, snapshot: Snapshot, attempts: int = _COMMIT_ATTEMPTS) -> None:
+    def commit(self, base: Snapshot, snapshot: Snapshot) -> None:
         """Replaces the current version `base` by `snapshot` in one transaction.
 
         Raises:
             StorageError: the transaction failed.
-            TableChangedError: another publisher committed first, or the attempts are used up.
+            TableChangedError: another publisher committed first.
         """
         from deltalake import CommitProperties, Schema, Transaction
         from deltalake import DeltaTable as Table
         from deltalake.exceptions import DeltaError
 
-        metadata = json.dumps({"files": [file.path for file in snapshot.files]})
-        shards = snapshot.shards.replace_schema_metadata({_METADATA_KEY: metadata})
-        out = io.BytesIO()
-        pq.write_table(shards, out, compression="zstd")
-        # Conditional, so that a store that ignores conditions is refused: Delta's log needs them.
-        self.storage.update(self._shards_uri(snapshot), lambda _: out.getvalue(), ABSENT)
-
         transaction, version = snapshot.transaction, base.delta_version
+        metadata = json.dumps({"files": [file.path for file in snapshot.files], "base": version or 0})
+        shards = snapshot.shards.replace_schema_metadata({_METADATA_KEY: metadata})
+        content = encode_parquet(shards)
+        # Conditional, so that a store that ignores conditions is refused: Delta's log needs them.
+        self.storage.update(self._shards_uri(snapshot), lambda _: content, ABSENT)
+
         options = self.storage.object_store_options(self.uri)
         properties = CommitProperties(
             app_transactions=[Transaction(self._app_id, transaction)],
-            custom_metadata={"cvt_label": {"transaction": transaction, "read": version or 0}},
+            custom_metadata={"cvt_label": {"transaction": transaction}},
         )
         schema = Schema.from_arrow(SCHEMA.append(pa.field("model", pa.string())))
         try:
@@ -223,13 +204,7 @@ class DeltaTable:
             if current.delta_version == version:
                 cause = f"the transaction was not committed: {_delta_error_text(error)}"
                 raise StorageError(self.uri, cause) from error
-            if (current.transaction, {*current.files}) != (base.transaction, {*base.files}):
-                raise TableChangedError(f"{self.uri}: another publisher committed first") from error
-            if attempts <= 1:
-                raise TableChangedError(f"{self.uri}: concurrent commits of other models") from error
-            # Another writer committed, but changed nothing of this model.
-            time.sleep(pause_after(_COMMIT_ATTEMPTS - attempts + 1))
-            self.commit(replace(base, delta_version=current.delta_version), snapshot, attempts - 1)
+            raise TableChangedError(f"{self.uri}: another publisher committed first") from error
 
     def clean_up(self, snapshot: Snapshot) -> None:
         """Removes lists of shards of earlier versions, and of failed attempts at this version."""
@@ -272,16 +247,14 @@ class DeltaTable:
         import deltalake
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
+        options = self.storage.object_store_options(self.uri)
         try:
-            return deltalake.DeltaTable(
-                self.uri, version=version, storage_options=self.storage.object_store_options(self.uri)
-            )
+            return deltalake.DeltaTable(self.uri, version=version, storage_options=options)
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
-            raise StorageError(
-                self.uri, f"cannot be read as a Delta table: {_delta_error_text(error)}"
-            ) from None
+            cause = f"cannot be read as a Delta table: {_delta_error_text(error)}"
+            raise StorageError(self.uri, cause) from None
 
 
 def _delta_error_text(error: Exception) -> str:

@@ -1,19 +1,12 @@
 """Updates a consumer table to the manifest of a partition: adds, replaces and removes shards.
 
-A publication has these steps:
-
-1. Read the current version of the table, and compare it with the manifest.
-2. Write data files under unique names. Readers do not see them yet.
-3. Commit the next version in one transaction. If another publisher committed first, restart from the
-   version of that publisher.
-4. Remove lists of shards of earlier versions and of failed attempts.
+Readers do not see the new data files before the next version is committed, in one transaction.
 """
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -21,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition, prediction_files
 from pipeline.config import ConfigError
-from pipeline.publish.data_files import SCHEMA, DataFile, pack_rows, read_rows, write_data_file
+from pipeline.publish.data_files import DataFile, pack_rows, read_rows, write_data_file
 from pipeline.publish.delta_table import SHARDS_SCHEMA, DeltaTable, Snapshot, TableChangedError
 from pipeline.storage import (
     ObjectChanged,
@@ -50,8 +43,6 @@ class Publication:
     """The result of publishing.
 
     Attributes:
-        table: URI of the table.
-        snapshot: the current version of the table.
         added: rows of the manifest, of new and changed shards.
         replaced: URIs of added shards that the table already had from this partition.
         removed: URIs of shards that the table had from this partition and that are no longer labeled.
@@ -137,21 +128,18 @@ class _Publisher:
         base, source = self.table.read(self.rebuild), self.partition.uri
         # The manifest is read after the table: all shards that others have published are labeled in it.
         labeled = self.partition.manifest.labeled(("uri", "rows", "output", "output_version"))
-        shards, sources = base.shards, base.shards["source"]
-        duplicates = _in(shards.filter(pc.not_equal(sources, source))["shard"], labeled["uri"])
-        if len(duplicates):
-            other = sources.filter(pc.equal(shards["shard"], duplicates[0]))[0]
-            cause = (
-                f"the table already has shard {duplicates[0]} from {other}; publish {source} to another table"
-            )
-            raise StorageError(self.table.uri, cause)
+        shards, is_own = base.shards, pc.equal(base.shards["source"], source)
+        others, own = shards.filter(pc.invert(is_own)), shards.filter(is_own)["shard"]
+        if duplicates := others.filter(pc.is_in(others["shard"], value_set=labeled["uri"])).to_pylist():
+            cause = f"the table already has shard {duplicates[0]['shard']} from {duplicates[0]['source']}"
+            raise StorageError(self.table.uri, f"{cause}; publish {source} to another table")
         published = shards["output_version"].take(pc.index_in(labeled["uri"], value_set=shards["shard"]))
         is_current = pc.fill_null(pc.equal(labeled["output_version"], published), False)
         outdated = labeled if self.rebuild else labeled.filter(pc.invert(is_current))
         added, pending = self._split_by_presence(outdated)
-        own = shards.filter(pc.equal(sources, source))["shard"]
-        replaced = _in(added["uri"], own)
-        removed = _not_in(own, (added if self.rebuild else labeled)["uri"])
+        replaced = own.filter(pc.is_in(own, value_set=added["uri"]))
+        remaining = (added if self.rebuild else labeled)["uri"]
+        removed = own.filter(pc.invert(pc.is_in(own, value_set=remaining)))
         is_new = bool(len(added) or len(removed) or (self.rebuild and base.files))
         snapshot = base
         if is_new:
@@ -182,27 +170,20 @@ class _Publisher:
         candidates = base.files if len(kept) else ()  # if no shard is kept, no file is read
         files = [file for file in candidates if not self.rebuild and self._can_keep(file, dropped)]
         merged = [file for file in candidates if file not in files]
-        written: list[DataFile] = []
         # Delta's log contains percent-encoded paths, and some readers do not decode them. These names need no
         # encoding.
         folder = "model=" + re.sub(r"[^A-Za-z0-9._-]", "-", self.partition.model)
-        try:
-            tables = self._rows(merged, kept["shard"], added, snapshot.version)
-            for number, rows in enumerate(pack_rows(tables, self.file_bytes)):
-                path = f"{folder}/{snapshot.name}-{number:04d}.parquet"
-                try:
-                    written.append(write_data_file(storage, self.table.uri, path, rows))
-                except StorageError as error:
-                    raise StorageError(self.table.uri, f"cannot be written: {error.cause}") from error
-        except BaseException:
-            for file in written:
-                with suppress(StorageError):  # would hide the first error
-                    storage.delete(f"{self.table.uri}/{file.path}")
-            raise
+        tables = self._rows(merged, kept["shard"], added, snapshot.version)
+        for number, rows in enumerate(pack_rows(tables, self.file_bytes)):
+            path = f"{folder}/{snapshot.name}-{number:04d}.parquet"
+            try:
+                files.append(write_data_file(storage, self.table.uri, path, rows))
+            except StorageError as error:
+                raise StorageError(self.table.uri, f"cannot be written: {error.cause}") from error
         columns = [added[name] for name in ("uri", "output_version", "rows")]
         columns.append(pa.repeat(self.partition.uri, len(added)))
         shards = pa.concat_tables([kept, pa.table(columns, schema=SHARDS_SCHEMA)]).sort_by("shard")
-        return replace(snapshot, files=(*files, *written), shards=shards)
+        return replace(snapshot, files=(*files,), shards=shards)
 
     def _can_keep(self, file: DataFile, dropped: pa.ChunkedArray) -> bool:
         """Returns whether a file is large and has no rows of dropped shards.
@@ -216,33 +197,23 @@ class _Publisher:
         )
         if not pc.any(is_within).as_py():
             return True
-        shards = self._read(file, ["shard"])["shard"]
-        return not pc.any(pc.is_in(shards, value_set=dropped)).as_py()
-
-    def _read(self, file: DataFile, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
-        return read_rows(self.partition.storage, f"{self.table.uri}/{file.path}", columns=columns)
+        rows = read_rows(self.partition.storage, f"{self.table.uri}/{file.path}", columns=["shard"])
+        return not pc.any(pc.is_in(rows["shard"], value_set=dropped)).as_py()
 
     def _rows(
         self, merged: Iterable[DataFile], kept: pa.ChunkedArray, added: pa.Table, version: int
     ) -> Iterator[pa.Table]:
         """Yields the rows to write: the kept rows of each merged file, then the rows of each added shard."""
+        storage = self.partition.storage
         for file in merged:
-            rows = self._read(file)
+            rows = read_rows(storage, f"{self.table.uri}/{file.path}")
             yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
         constants = {"published": version} | ({} if self.embedding else {"embedding": None})
 
         def read(output: str, output_version: str) -> pa.Table:
             uri = f"{self.partition.uri}/{output}"
-            return read_rows(self.partition.storage, uri, output_version, constants=constants)
+            return read_rows(storage, uri, output_version, constants=constants)
 
         with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="publish") as pool:
             for batch in added.to_batches(max_chunksize=_READER_THREADS):
                 yield from pool.map(read, batch["output"].to_pylist(), batch["output_version"].to_pylist())
-
-
-def _in(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
-    return values.filter(pc.is_in(values, value_set=value_set))
-
-
-def _not_in(values: pa.ChunkedArray, value_set: pa.ChunkedArray) -> pa.ChunkedArray:
-    return values.filter(pc.invert(pc.is_in(values, value_set=value_set)))

@@ -53,13 +53,6 @@ def deletes_the_list_of_shards(both: Datasets) -> None:
         both.one.storage.delete(uri)
 
 
-def copies_the_rows(both: Datasets) -> None:
-    """Copies the rows without the log, as a generic tool does."""
-    rows = both.one.delta().to_pyarrow_table()
-    shutil.rmtree(both.one.table)
-    deltalake.write_deltalake(both.one.table, rows, partition_by=["model"])
-
-
 EDITS: dict[Edit, str] = {
     deletes_a_row: "DELETE in version 3 of the table",
     deletes_all_rows: "DELETE in version 3 of the table",
@@ -67,7 +60,6 @@ EDITS: dict[Edit, str] = {
     appends_all_rows_again: "WRITE in version 3 of the table",
     restores_the_first_version: "RESTORE in version 3 of the table",
     deletes_the_list_of_shards: "the list of shards is missing: ",
-    copies_the_rows: "the table's log contains no publication of this model",
 }
 
 
@@ -154,6 +146,16 @@ def test_log_without_the_last_publication_is_refused(both: Datasets) -> None:
             path.unlink()
     with pytest.raises(StorageError, match="the log no longer reaches back to the publication"):
         one.publish()
+
+
+def test_copy_of_the_rows_without_the_log_is_refused(both: Datasets) -> None:
+    one, _ = both
+    rows = one.delta().to_pyarrow_table()
+    shutil.rmtree(one.table)
+    deltalake.write_deltalake(one.table, rows, partition_by=["model"])
+    for rebuild in (False, True):
+        with pytest.raises(StorageError, match=f"rows of model={one.partition.model}, .* use another table"):
+            one.publish(rebuild=rebuild)
 
 
 def test_foreign_table_is_refused(tmp_path: Path) -> None:
