@@ -27,21 +27,13 @@ _MAINTENANCE_OPERATIONS = {"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPRO
 #: version of the shard's prediction file, `rows` the number of rows, `source` the URI of the partition. A
 #: null `output_version` means that the table was edited later, and the shard must be published again.
 SHARDS_SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("output_version", pa.string()),
-        ("rows", pa.int64()),
-        ("source", pa.string()),
-    ]
+    {"shard": pa.string(), "output_version": pa.string(), "rows": pa.int64(), "source": pa.string()}
 )
 #: Metadata key of the list of shards. The value is JSON with the paths of all data files, and with the
 #: version of the Delta table that the publication changed.
 _METADATA_KEY = b"cvt_label.table"
 
 _TOKENS_PER_VERSION = 2**32
-
-#: The highest Unicode character, an upper bound if the log has none.
-_MAX_CHARACTER = "\U0010ffff"
 
 
 class TableChangedError(Exception):
@@ -150,7 +142,8 @@ class DeltaTable:
         rows = added.filter(pc.equal(added["partition.model"], self.model)).to_pylist()
         files = []
         for row in rows:
-            bounds = row.get("min.shard") or "", row.get("max.shard") or _MAX_CHARACTER
+            # Without bounds in the log, the range is from the lowest to the highest Unicode character.
+            bounds = row.get("min.shard") or "", row.get("max.shard") or "\U0010ffff"
             files.append(DataFile(unquote(row["path"]), row["size_bytes"], *bounds))
         transaction = table.transaction_version(self._app_id) or 0
         if files and not transaction:

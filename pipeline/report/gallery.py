@@ -61,7 +61,8 @@ class Gallery:
         rows = rows.append_column("index", pa.array(range(chunk.start, chunk.start + count)))
         rows = rows.append_column("selection", pa.nulls(count))
         rows = rows.filter(pc.is_valid(rows[THUMBNAIL_COLUMN]))
-        self._uncommitted[shard][chunk.start] = rows.select(MEMORY_SCHEMA.names).cast(MEMORY_SCHEMA)
+        if len(rows):
+            self._uncommitted[shard][chunk.start] = rows.select(MEMORY_SCHEMA.names).cast(MEMORY_SCHEMA)
         return replace(chunk, samples=chunk.samples.drop_columns([THUMBNAIL_COLUMN]))
 
     def finish_shard(self, shard: str, is_committed: bool) -> None:

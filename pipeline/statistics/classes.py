@@ -103,8 +103,6 @@ class ClassStatistics:
         """
         rows = predictions.filter(pc.is_valid(predictions["label_id"]))
         stats = cls.empty(num_classes)
-        if rows.num_rows == 0:
-            return stats
         label, score, entropy = (rows[name].to_numpy() for name in ("label_id", "score", "entropy"))
         np.add.at(stats.count, label, 1)
         np.add.at(stats.score_sum, label, _to_fixed_point(score))
