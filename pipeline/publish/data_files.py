@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.predictions import ROW_GROUP_ROWS, prediction_schema
-from pipeline.storage import Storage, StorageError, read_table
+from pipeline.storage import Storage, content_errors, read_table
 
 #: Sort order of a file: by class, then the lowest score first. A filter on label, or on label and score,
 #: reads only a few row groups of each file. Shard and index make the order unique.
@@ -57,7 +57,7 @@ def read_rows(
     Columns in `constants` are not read; all rows have the given value. Other types, such as string views that
     a tool for compaction writes, are cast.
     """
-    try:
+    with content_errors(uri, "a file of prediction rows"):
         with storage.open(uri, version) as file:
             rows = read_table(file, [name for name in columns if name not in constants])
         values = {**constants}
@@ -71,8 +71,6 @@ def read_rows(
             for field in schema
         ]
         return pa.table(arrays, schema=schema)
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise StorageError(uri, f"not a file of prediction rows: {error}") from None
 
 
 def pack_rows(tables: Iterable[pa.Table], file_bytes: int) -> Iterator[pa.Table]:
