@@ -36,12 +36,7 @@ class LeaseLostError(RuntimeError):
 
 
 class LeaseContent(BaseModel, frozen=True):
-    """The content of the lease object.
-
-    Attributes:
-        holder: host and process of the run.
-        state: "held"; "released" after a clean shutdown; "unfinished" after any other end.
-    """
+    """The content of the lease object; its state is "unfinished" after an end without a clean shutdown."""
 
     run: str
     holder: str

@@ -67,9 +67,7 @@ def recovered_rows(
 def read_history(storage: Storage, partition: str) -> tuple[dict[str, ManifestRow], set[str]]:
     """Replays the records of all runs; raises `StorageError` if an object is not a run record.
 
-    Returns:
-        Manifest rows of the shards that the last attempt could not read, by URI; and the shards that were
-        deleted from the input.
+    Returns manifest rows of shards that could not be read, by URI, and shards that were deleted.
     """
     failures, deleted = dict[str, ManifestRow](), set[str]()
     uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))

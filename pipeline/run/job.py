@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 class Job:
     """A labeling job: built once from its configuration, and passed to each step.
 
-    Attributes:
-        storage: access to input and output.
-        checkpoint: the loaded model.
-        fingerprint: hash over everything that determines a label, in hexadecimal.
+    The fingerprint is a hash over everything that determines a label, in hexadecimal.
     """
 
     config: Config
