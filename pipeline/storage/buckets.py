@@ -19,10 +19,12 @@ from pipeline.storage.objects import (
     split_uri,
 )
 from pipeline.storage.ranges import RangeReader
-from pipeline.storage.retrying import Failure, retry
+from pipeline.storage.retrying import Failure, describe_error, retry
 
 T = TypeVar("T")
 
+#: Exceptions at the first use of a field that a response lacks, which client libraries accept.
+MISSING_FIELD = (AttributeError, KeyError, TypeError)
 _MAX_EMPTY_PAGES = 100
 _ATTEMPTS = 10
 _LISTING_ATTEMPTS = 5  # a listing is the first request of a job, which soon reports a wrong endpoint
@@ -59,7 +61,7 @@ class Buckets(ABC):
         try:
             return self._request(uri, lambda: self._head(uri))
         except ObjectNotFound:
-            next(self._pages(f"{uri}/"))  # raises if the bucket is missing
+            next(self._pages(f"{uri}/", limit=1))  # raises if the bucket is missing
             raise
 
     def open(self, info: ObjectInfo) -> RangeReader:
@@ -77,6 +79,7 @@ class Buckets(ABC):
         return RangeReader(info, fetch)
 
     def write(self, uri: str, data: BinaryIO, expected: str | None) -> ObjectInfo:
+        data.seek(0)  # a file that is closed or not seekable fails before the retried request
         try:
             return self._request(uri, lambda: self._put(uri, data, expected))
         except ObjectNotFound:
@@ -138,6 +141,11 @@ class Buckets(ABC):
 
     @abstractmethod
     def _delete(self, uri: str, expected: str | None) -> None: ...
+
+
+def malformed_response(uri: str, error: Exception, attempts: int) -> Failure:  # noqa: D103
+    cause = f"failed after retries, last with a malformed response: {describe_error(error)}"
+    return Failure(StorageError(uri, cause), attempts, "MalformedResponse")
 
 
 def bucket_not_found(uri: str) -> StorageError:  # noqa: D103

@@ -6,7 +6,7 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import Buckets, Page
+from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, malformed_response
 from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -94,6 +94,8 @@ class GoogleCloudStorage(Buckets):
             attempts = attempts if error.retryable or isinstance(error, TransportError) else 1
         elif isinstance(error, (api.GoogleAPIError, ValueError)):
             attempts = attempts if isinstance(error, _TRANSIENT) else 1
+        elif isinstance(error, MISSING_FIELD):
+            return malformed_response(uri, error, attempts)
         elif not isinstance(error, _TRANSIENT):
             raise error
         return Failure(StorageError(uri, cause), attempts, kind)
@@ -107,4 +109,4 @@ def _generation(version: str | None) -> int | None:
 
 def _info(blob: Any) -> ObjectInfo:
     uri = f"gs://{blob.bucket.name}/{blob.name}"
-    return ObjectInfo(uri, blob.size, f"{blob.generation}-{blob.size}")
+    return ObjectInfo(uri, int(blob.size), f"{int(blob.generation)}-{blob.size}")

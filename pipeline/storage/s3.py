@@ -11,7 +11,7 @@ from botocore import exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from pipeline.storage.buckets import Buckets, Page, bucket_not_found
+from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, bucket_not_found, malformed_response
 from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -24,7 +24,7 @@ from pipeline.storage.objects import (
 from pipeline.storage.retrying import CONNECTION_ERRORS, Failure, describe_error
 
 # botocore accepts a response that is cut off in its head or directly after the head, so fields are missing.
-_MALFORMED = (KeyError, TypeError, ValueError, ResponseParserError)
+_MALFORMED = (*MISSING_FIELD, ValueError, ResponseParserError)
 # This module retries instead of boto3, which ignores incomplete bodies and does not count its retries.
 _CONNECTION = (exceptions.HTTPClientError, exceptions.IncompleteReadError, *CONNECTION_ERRORS)
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
@@ -123,28 +123,29 @@ class S3(Buckets):
         self._client.delete_object(**_object(uri), **_if_match(expected))
 
     def _explain(self, uri: str, error: Exception, attempts: int) -> Failure:
+        def failure(cause: str, attempts: int = attempts) -> Failure:
+            return Failure(StorageError(uri, cause), attempts, type(error).__name__)
+
         if isinstance(error, exceptions.ClientError):
             return _explain_response(uri, error)
-        cause, kind = describe_error(error), type(error).__name__
-        source = error.kwargs.get("error") if isinstance(error, exceptions.HTTPClientError) else None
         if isinstance(error, exceptions.NoCredentialsError):
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-            cause, attempts = f"no usable AWS credentials: {hint}", 1
-        elif isinstance(source, ValueError):  # not sent; the message contains credentials
-            cause, attempts = "cannot send a request; check the address of the proxy", 1
+            return failure(f"no usable AWS credentials: {hint}", 1)
+        source = error.kwargs.get("error") if isinstance(error, exceptions.HTTPClientError) else None
+        if isinstance(source, ValueError):  # not sent; the message contains credentials
             if "Invalid header" in str(error):
-                cause = "cannot send a request; the AWS credentials contain a line break"
-        elif isinstance(error, exceptions.ConnectionError):
-            cause = f"cannot reach the endpoint {self._client.meta.endpoint_url}: {cause}"
-        elif isinstance(error, (*_MALFORMED, *_CONNECTION)):
-            if isinstance(error, _MALFORMED):
-                cause, kind = f"a malformed response: {cause}", "MalformedResponse"
-            cause = f"failed after retries, last with {cause}"
-        elif isinstance(error, exceptions.BotoCoreError):
-            attempts = 1
-        else:
-            raise error
-        return Failure(StorageError(uri, cause), attempts, kind)
+                return failure("cannot send a request; the AWS credentials contain a line break", 1)
+            return failure("cannot send a request; check the address of the proxy", 1)
+        if isinstance(error, exceptions.ConnectionError):
+            endpoint = self._client.meta.endpoint_url
+            return failure(f"cannot reach the endpoint {endpoint}: {describe_error(error)}")
+        if isinstance(error, _MALFORMED):
+            return malformed_response(uri, error, attempts)
+        if isinstance(error, _CONNECTION):
+            return failure(f"failed after retries, last with {describe_error(error)}")
+        if isinstance(error, exceptions.BotoCoreError):
+            return failure(describe_error(error), 1)
+        raise error
 
 
 def _explain_response(uri: str, error: exceptions.ClientError) -> Failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import random
 import subprocess
@@ -23,7 +24,7 @@ from pipeline.storage import (
     is_relative,
     normalize_uri,
 )
-from tests.pipeline.storage.operations import names
+from tests.pipeline.storage.operations import RetryCounter, names
 
 
 def test_written_object_can_be_read_listed_and_described(storage: Storage, root: str) -> None:
@@ -85,10 +86,23 @@ def test_read_latest_restarts_when_the_object_is_replaced(
     found = storage.read_latest(f"{root}/x", read)
     assert found is not None
     assert (found.content, found.version) == (b"second", storage.version(f"{root}/x"))
-    seen.clear()
-    monkeypatch.setattr("pipeline.storage.retrying._SWAP_ATTEMPTS", 1)
-    with pytest.raises(StorageError):
-        storage.read_latest(f"{root}/x", read)
+    monkeypatch.setattr("pipeline.storage.retrying._SWAP_ATTEMPTS", 3)
+    writers = itertools.count()
+
+    def lose(file: io.BufferedReader) -> bytes:
+        storage.write(f"{root}/x", f"replaced {next(writers)}".encode())
+        raise ObjectChanged(f"{root}/x", "replaced")
+
+    with pytest.raises(ObjectChanged, match="failed in 3 attempts, last: replaced"):
+        storage.read_latest(f"{root}/x", lose)
+
+
+def test_closed_file_is_reported_before_a_request(storage: Storage, root: str) -> None:
+    file = io.BytesIO(b"data")
+    file.close()
+    with RetryCounter() as retries, pytest.raises(ValueError, match="closed file"):
+        storage.write(f"{root}/x", file)
+    assert retries.counts.total() == 0
 
 
 def test_error_names_the_missing_object(storage: Storage, root: str) -> None:

@@ -57,6 +57,17 @@ def test_transient_failures_are_retried_and_counted(
         assert storage.read(info.uri) == b"some bytes"
 
 
+def test_response_without_a_size_is_an_error(
+    storage: Storage, gcs_emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
+    info = storage.write("gs://emulated/no-size/x", b"data")
+    monkeypatch.setattr("google.cloud.storage.Blob.size", None)
+    for operation in ("stat", "list", "write"):
+        with pytest.raises(StorageError, match="last with a malformed response: TypeError"):
+            OPERATIONS[operation](storage, info)
+
+
 @pytest.mark.parametrize("transport", [True, False])
 def test_transient_credential_failures_are_retried(
     storage: Storage, gcs_emulator: str, transport: bool, monkeypatch: pytest.MonkeyPatch

@@ -134,6 +134,7 @@ def test_missing_object_is_not_retried(folder: str, proxy: FaultProxy, faulty: S
             "HEAD",
             "GET",
         ]  # the last: the bucket
+        assert "max-keys=1&" in proxy.seen[-1].path
     assert retries.counts == Counter()
 
 
