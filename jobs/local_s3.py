@@ -40,8 +40,9 @@ _OPTIONS = (
     "-master.telemetry=false",
     "-volume.max=10000",  # a bucket needs at least one volume; the default depends on free disk space
 )
-#: Runs a program until it ends, or until the other end of standard input closes with its process.
-_KILLED_WITH_PARENT = 'exec 3<&0 </dev/null; (read _ <&3; kill -9 $$) & exec "$@" 3<&-'
+#: Runs a program until it ends, or until the other end of standard input closes with its process. Kills the
+#: process group: the program's id may be that of another process by then.
+_KILLED_WITH_PARENT = 'exec 3<&0 </dev/null; (read _ <&3; kill -9 0) & exec "$@" 3<&-'
 
 
 class LocalS3Error(ConnectionError):
@@ -74,9 +75,11 @@ class LocalS3(ExitStack):
         with ExitStack() as stack:  # stops the server if the start fails or is interrupted
             self.folder = stack.enter_context(temporary_folder())
             for _ in range(_ATTEMPTS):  # the server exits if another program takes one of its ports
-                if self._is_ready(self._launch(weed, stack)):
+                server = stack.enter_context(ExitStack())
+                if self._is_ready(self._launch(weed, server)):
                     self.push(stack.pop_all())
                     return self
+                server.close()
             log = (self.folder / "weed.log").read_text(errors="replace")[-2000:].strip()
             raise LocalS3Error(f"the S3 server failed to start; end of its log:\n{log}")
 

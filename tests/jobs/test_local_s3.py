@@ -135,3 +135,17 @@ def test_server_that_fails_to_start_shows_its_log(tmp_path: Path, monkeypatch: p
     with pytest.raises(LocalS3Error, match="end of its log:\nno space left"), server:
         pass
     assert not server.folder.exists()
+
+
+def test_server_that_does_not_respond_is_stopped_before_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("jobs.local_s3._START_SECONDS", 1.0)
+    weed = tmp_path / "weed"
+    others = "for pid in $(cat pids); do kill -0 $pid && echo $pid runs; done; echo $$ >> pids"
+    weed.write_text(f"#!/bin/sh\n{others}; wc -l pids; exec sleep 600\n")
+    weed.chmod(0o755)
+    with pytest.raises(LocalS3Error, match="3 pids") as caught, LocalS3():
+        pass
+    assert "runs" not in str(caught.value)
