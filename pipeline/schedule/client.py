@@ -28,6 +28,7 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 _MAX_RECONNECTIONS = 10  # in a row
 _POLL_SECONDS = 1.0
+_LOG_CHARACTERS_PER_S = 1_000_000
 
 #: Environment variable of the job that contains the configuration.
 CONFIG_VARIABLE = "CVT_LABEL_CONFIG"
@@ -279,7 +280,7 @@ class JobClient:
                 written = len(log)
                 if job.is_finished:
                     return job
-            time.sleep(_POLL_SECONDS)
+            time.sleep(max(_POLL_SECONDS, written / _LOG_CHARACTERS_PER_S))  # each poll gets the whole log
 
     def stop(self, job_id: str) -> SubmittedJob:
         """Sends SIGTERM to a job and waits until the job is finished; raises `UnknownJobError`."""
