@@ -7,7 +7,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,22 @@ from pipeline.storage import temporary_folder
 #: Address of a Ray that this process starts on its machine.
 LOCAL = "local"
 
-#: Default environment variables. Ray's core does not log to the terminal, which shows the progress of the
-#: job: errors are raised, and the logs are in Ray's session folder.
+#: Default environment variables. Ray's core logs nothing but this level to the terminal, which shows the
+#: progress of the job: errors are raised, and the logs are in Ray's session folder.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 #: The same for a local Ray. Idle workers stay for a minute, instead of starting a process per chunk. All
 #: processes listen on loopback only: despite its name, the variable works on Linux too. Workers use this
-#: interpreter, also under `uv run`, where Ray would pack the working directory.
+#: interpreter, also under `uv run`, where Ray would pack the working directory. Ray tries again to find its
+#: node for 30 seconds: with short attempts, between which Ctrl-C has an effect.
 _LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_raylet_start_wait_time_s": "2",
 }
 
-#: Part of the line that Ray's core logs whenever RAY_BACKEND_LOG_LEVEL is set, whatever the level.
-_LOG_LEVEL_LINE = "Set ray log level from environment variable"
+#: Variables with which a user selects how Ray authenticates clients.
+_AUTHENTICATION = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
 _START_REMEDY = "run the command again when the machine is less busy, or label with --no-ray"
 _CONNECT_TIMEOUT_S = 10
@@ -68,8 +70,11 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     address = ray_address(address)
     environment = _ENVIRONMENT
     if address == LOCAL:
-        # Without a token, Ray writes one to the home folder, and every later Ray on this machine requires it.
-        environment = _ENVIRONMENT | _LOCAL_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        environment = _ENVIRONMENT | _LOCAL_ENVIRONMENT
+        if not os.environ.keys() & _AUTHENTICATION:
+            # Without a token, Ray writes one to the home folder, and every later Ray on this machine requires
+            # it. Ray reads its token only once, so the token is that of all local Rays of this process.
+            environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     with interrupts_deferred():  # an interrupted import leaves a broken module
@@ -131,7 +136,7 @@ def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
             logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
             for path in sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime):
                 lines += path.read_text(errors="replace").splitlines()
-        causes = [line for line in lines if line.strip() and line[0] != ":" and _LOG_LEVEL_LINE not in line]
+        causes = [line for line in lines if line.strip() and line[0] != ":"]
         shown = " | ".join(causes[-_LOG_LINES:])
         raise ClusterError(f"the workers of Ray do not start: {cause}; end of the logs: {shown}") from None
 
@@ -158,7 +163,7 @@ def init_ray(address: str, **options: Any) -> None:
         options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
     for is_last in (address != LOCAL, True):
         try:
-            with _log_level_line_removed(), _new_processes_stopped():
+            with _new_processes_stopped():
                 ray.init(address=address, **options)
             return
         except SystemExit:  # raised by Ray's handler of SIGTERM
@@ -183,32 +188,16 @@ def _new_processes_stopped() -> Iterator[None]:
         yield
     except BaseException:
         signal.alarm(0)  # with which Ray's core would end the process 3 seconds after SIGTERM
-        for process in set(this.children(recursive=True)) - before:
+        known = before
+        while new := set(this.children(recursive=True)) - known:
+            for process in new:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()  # a killed process might leave a child that it forked after the listing
+            known = known | new
+        for process in known - before:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         raise
-
-
-@contextmanager
-def _log_level_line_removed() -> Iterator[None]:
-    """Removes the line about Ray's log level from standard error.
-
-    Ray has no option for this. Ray's core writes to the file descriptor, so the output is captured there; all
-    other lines are written at the end of the block. Python's `sys.stderr` still writes to the terminal.
-    """
-    # Not closed here: the thread of a progress bar may still hold the stream. Its last reference closes it.
-    stream = os.fdopen(os.dup(2), "w", buffering=1)
-    with tempfile.TemporaryFile() as captured:
-        os.dup2(captured.fileno(), 2)
-        try:
-            with redirect_stderr(stream):
-                yield
-        finally:
-            os.dup2(stream.fileno(), 2)
-            captured.seek(0)
-            for line in captured:
-                if _LOG_LEVEL_LINE.encode() not in line:
-                    os.write(2, line)
 
 
 def _is_shadowed() -> bool:
