@@ -31,7 +31,7 @@ _LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_raylet_start_wait_time_s": "2",
+    "RAY_raylet_start_wait_time_s": "5",
 }
 
 #: Variables with which a user selects how Ray authenticates clients.
