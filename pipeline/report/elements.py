@@ -121,7 +121,7 @@ def max_value(series: Series) -> float:
     return max(1e-9, *(value for _, values in series for value in values))
 
 
-def truncate(text: str, max_length: int = 26) -> str:
+def truncate_label(text: str, max_length: int = 26) -> str:
     """Shortens text from data to the space in a chart."""
     text = escape_unprintable(text)
     return text if len(text) <= max_length else f"{text[: max_length - 1]}…"

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.report import sections
-from pipeline.report.elements import axis_ticks, max_value, text_width, truncate
+from pipeline.report.elements import axis_ticks, max_value, text_width, truncate_label
 from pipeline.report.gallery import read_gallery
 from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import normalize_uri
@@ -69,14 +69,10 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    named = (axis_ticks, format_score, max_value, pluralize, text_width, truncate_label)
     environment.filters.update(
-        format_score=format_score,
+        {each.__name__: each for each in named},
         printable=escape_unprintable,
-        pluralize=pluralize,
-        max_value=max_value,
-        truncate_label=truncate,
-        text_width=text_width,
-        axis_ticks=axis_ticks,
         base64=lambda data: base64.b64encode(data).decode(),
     )
     return environment.get_template("report.html")

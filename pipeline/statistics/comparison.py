@@ -68,25 +68,19 @@ class AgreementStatistics:
 
     def add(self, a: pa.Table, b: pa.Table) -> None:
         """Adds one shard, from the columns `index` and `label_id` of both label sets."""
-        index_a, label_a = _labeled(a)
-        index_b, label_b = _labeled(b)
-        _, at_a, at_b = np.intersect1d(index_a, index_b, assume_unique=True, return_indices=True)
-        first, second = self.classes.ids_a[label_a[at_a]], self.classes.ids_b[label_b[at_b]]
+        a, b = (rows.filter(rows["label_id"].is_valid()) for rows in (a, b))
+        both = a.join(b, "index", join_type="inner", right_suffix="_b")
+        first = self.classes.ids_a[both["label_id"].to_numpy()]
+        second = self.classes.ids_b[both["label_id_b"].to_numpy()]
         is_same = first == second
         np.add.at(self.same, first[is_same], 1)
         np.add.at(self.compared_a, first, 1)
         np.add.at(self.compared_b, second, 1)
         self.disagreements.add(first[~is_same], second[~is_same])
         self.compared += len(first)
-        self.only_a += len(label_a) - len(first)
-        self.only_b += len(label_b) - len(first)
+        self.only_a += len(a) - len(first)
+        self.only_b += len(b) - len(first)
         self.shards += 1
-
-
-def _labeled(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `index` and `label_id` of the labeled rows."""
-    rows = rows.filter(rows["label_id"].is_valid())
-    return rows["index"].to_numpy(), rows["label_id"].to_numpy()
 
 
 @dataclass(frozen=True)
