@@ -141,6 +141,7 @@ def test_interrupt_while_ray_starts_leaves_no_process_and_no_folder() -> None:
         [session] = Path(folder).glob("cvt-label-tmp-*")
         assert session.stat().st_mode & 0o777 == 0o700
         started |= descendants(process.pid)
+        time.sleep(3)  # Ray searches its node
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=25)  # Ray itself would wait for 30 s
         assert (process.returncode, stdout) == (130, ""), stderr
