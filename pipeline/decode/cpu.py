@@ -272,7 +272,8 @@ def decode_chunk(
     for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
         decoded = Decoded(None, None, None, error)
         if error is None:
-            limit, start = min(timeout_s, max(left, share)), monotonic()
+            # One of two limits, so that an error has the same text at every attempt.
+            limit, start = timeout_s if left >= timeout_s else min(timeout_s, share), monotonic()
             decoded = decode_image(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast, limit)
             left -= min(limit, monotonic() - start)  # the limit is one of CPU time, which is shorter
         if decoded.pixels is not None:

@@ -740,6 +740,6 @@ def test_slow_images_of_a_chunk_share_a_limited_time(monkeypatch: pytest.MonkeyP
         }
     )
     decode_chunk(Chunk(0, 0, samples), PREPROCESSOR, LIMIT, timeout_s=60, decode_image=decode_image)
-    assert timeouts[:6] == [60] * 6
-    assert min(timeouts) == 300 / 40
-    assert 400 < now < 600
+    # The limits do not depend on the exact time of the images before, because errors name them.
+    assert timeouts == [60] * 7 + [300 / 40] * 33
+    assert now < 600
