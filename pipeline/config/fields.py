@@ -7,30 +7,37 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
+#: Messages by pydantic's error type, where pydantic's own message is not plain.
+_MESSAGES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "missing": "required, but missing",
+    "string_type": "must be text",
+    "zoneinfo_str": "must be an IANA time zone such as Europe/Berlin",
+}
+
 
 def describe_error(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     """Returns the message of an item of `ValidationError.errors()`, such as "must be a valid integer"."""
     field = tuple(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            return describe_unknown_field(kind, field)
+            known = list(_section_at(kind, field[:-1]).model_fields)
+            close = difflib.get_close_matches(field[-1], known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
+            return f"unknown field; {hint}"
         case "model_type":
-            return f"expected a section with the fields {', '.join(_section_at(kind, field).model_fields)}"
+            names = list(_section_at(kind, field).model_fields)
+            shown = names if len(names) <= 4 else [*names[:4], "..."]
+            return f"expected a section with the fields {', '.join(shown)}"
+        case "string_too_short" | "too_short" if error["ctx"]["min_length"] == 1:
+            return "must not be empty"
     message = str(error["msg"]).removeprefix("Value error, ").partition(" after validation")[0]
-    return re.sub(r"^\w+ should ", "must ", message)
+    return _MESSAGES.get(error["type"], re.sub(r"^\w+ should ", "must ", message))
 
 
-def describe_unknown_field(kind: type[BaseModel], field: Sequence[str]) -> str:
-    """Returns the error message of an unknown field, with the closest field of the same section."""
-    known = list(_section_at(kind, field[:-1]).model_fields)
-    close = difflib.get_close_matches(field[-1], known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
-    return f"unknown field; {hint}"
-
-
-def _section_at(kind: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    """Returns the section at a path of the model `kind`."""
-    section = kind
+def _section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """Returns the section at a path of the model `section`."""
     parts = iter(path)
     for part in parts:
         annotation = section.model_fields[part].annotation

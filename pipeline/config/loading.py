@@ -50,11 +50,7 @@ def load_config(
 ) -> T:
     """Loads a configuration of any kind, in the same way as `load_job_config`.
 
-    Args:
-        kind: the model of the configuration, such as `Config`.
-        path: see `load_job_config`.
-        overrides: see `load_job_config`.
-        keep_relative_paths: do not make relative paths absolute, because another machine uses them.
+    With `keep_relative_paths`, relative paths are not made absolute, because another machine uses them.
     """
     return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
 

@@ -38,9 +38,10 @@ def test_fields_of_a_dataset_override_the_defaults() -> None:
         (("0 * * * *", "R * * * *"), "line 3: datasets.a.cron: "),
         (("0 * * * *", "0 0 31 2 *"), "line 3: datasets.a.cron: "),
         (
-            ("defaults:", "defaults:\n  timezone: Mars/Olympus"),
-            "datasets.a.timezone: invalid timezone: ",
+            ("defaults:", "defaults:\n  timezone: Berlin"),
+            "datasets.a.timezone: must be an IANA time zone such as Europe/Berlin, not 'Berlin'",
         ),
+        (("defaults:", "defaults:\n  timezone: ''"), "must be an IANA time zone such as Europe/Berlin"),
         (("  a:", "  ../a:"), "datasets.../a: the name must match pattern '^[A-Za-z0-9]"),
     ],
 )
