@@ -101,6 +101,8 @@ def _check_target(target: Path, to: Layout) -> None:
         problem = "exists and is not overwritten"
     elif (target.suffix == ".pth") != (to == "microsoft"):
         problem = "the name must end with .pth if --to is microsoft, and must not otherwise"
+    elif not next(parent for parent in target.absolute().parents if parent.exists()).is_dir():
+        problem = "is under a file, not a folder"
     if problem is not None:
         raise typer.BadParameter(f"{target}: {problem}", param_hint="TARGET")
 
