@@ -89,9 +89,8 @@ def compare(
     if output is not None:
         storage.write(normalize_uri(output), encode_parquet(found.table()))
     print_comparison(found, top)
-    broken = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images).violations(
-        found.totals
-    )
+    limits = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images)
+    broken = limits.violations(found.totals)
     for message in broken:
         print_notice(f"cvt-label: {message}")
     sys.exit(ExitStatus.DRIFTED if broken else ExitStatus.OK)

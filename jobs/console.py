@@ -171,12 +171,13 @@ def _exit(status: ExitStatus, message: str, *more_lines: str) -> None:
 
 def print_line(line: str) -> None:
     """Prints a line to standard output, without secrets, and with unprintable characters escaped."""
-    typer.echo(escape_unprintable(remove_secrets(line)))
+    print(escape_unprintable(remove_secrets(line)), flush=True)
 
 
 def print_notice(line: str) -> None:
     """Prints a line to standard error, without secrets, and with unprintable characters escaped."""
-    typer.echo(escape_unprintable(remove_secrets(line)), err=True)
+    # Not typer.echo: while the bar is shown, rich prints what is written to sys.stderr above the bar.
+    print(escape_unprintable(remove_secrets(line)), file=sys.stderr, flush=True)
 
 
 def print_fields(fields: Mapping[str, str]) -> None:

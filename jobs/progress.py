@@ -71,10 +71,10 @@ class ProgressView(Progress):
         self.update(self._task, description=self._activity, total=1.0, completed=fraction)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yields the bar, and the description as a second line."""
+        """Yields the bar, and the description below the bar."""
         yield from super().get_renderables()
         if self._text:
-            yield Text(self._text, no_wrap=True, overflow="ellipsis")
+            yield Text(self._text)
 
     def _log(self) -> None:
         while not self._stopped.wait(self._interval):

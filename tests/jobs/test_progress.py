@@ -6,11 +6,16 @@ import io
 import logging
 import re
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from jobs import console
+from jobs.label import describe_progress
 from jobs.progress import ProgressView
+from pipeline.commit import Progress
 
 
 def test_phase_and_progress_are_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
@@ -51,8 +56,32 @@ def test_progress_bar_shows_phase_then_description(monkeypatch: pytest.MonkeyPat
     assert view.tasks[0].percentage == 50
 
 
+def test_remaining_time_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.console.stderr", Console(file=io.StringIO(), force_terminal=True, width=80))
+    plan: Any = SimpleNamespace(images=123_456_789, shards=[None] * 12_345)
+    estimate = ", 1,234.5 images/s, remaining 1 day, 3:12:00"
+    with ProgressView("labeling") as view:
+        view.show_progress(describe_progress(Progress(9_876_543, 1_234, 12, 0.1), plan, estimate), 0.1)
+        shown = rendered(view)
+    assert "remaining 1 day, 3:12:00" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_notice_is_printed_above_the_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr("jobs.console.stderr", Console(file=output, force_terminal=True, width=80))
+    with ProgressView("labeling") as view:
+        view.refresh()
+        console.print_notice("4 shards: 4 new; [bold] :smile:")
+    # The bar's line is erased, and the bar is drawn again below the notice.
+    assert re.search(r"\x1b\[2K4 shards: 4 new; \[bold\] :smile:\nstarting ", output.getvalue())
+    assert capsys.readouterr() == ("", "")
+
+
 def rendered(view: ProgressView) -> str:
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(view.get_renderable())
+    terminal = Console(width=80)
+    with terminal.capture() as capture:
+        terminal.print(view.get_renderable())
     return capture.get()
