@@ -57,6 +57,14 @@ def test_example_is_short_and_uses_the_public_api_only(path: Path) -> None:
     assert set(names) <= set(pipeline.__all__)
 
 
+def test_shard_script_without_arguments_prints_its_usage() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "fashion_mnist_shards.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1
+    assert "fashion_mnist_shards.py FOLDER_OF_IDX_FILES" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_label_from_python_counts_labels_and_errors(data: Path, tmp_path: Path) -> None:
     lines = run("label_from_python.py", data / "in", tmp_path)
     assert lines[0] == "images: 13, shards: 1"
