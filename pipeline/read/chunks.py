@@ -73,7 +73,10 @@ class Chunk:
         if self.pixels is not None:
             assert isinstance(self.pixels, np.ndarray)
             columns["shape"] = pa.array([self.pixels.shape], pa.list_(pa.int64()))
-            columns["pixels"] = _one_binary(self.pixels)
+            # One value that shares the array's memory.
+            ends = pa.py_buffer(np.array([0, self.pixels.nbytes], np.int64))
+            data = pa.py_buffer(np.ascontiguousarray(self.pixels).reshape(-1))
+            columns["pixels"] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
         return pa.table(columns)
 
     @staticmethod
@@ -96,13 +99,6 @@ def failed_chunk(chunk: Chunk, error: str) -> Chunk:
     return replace(chunk, samples=samples, pixels=pixels, total=chunk.start, error=error, transient=True)
 
 
-def _one_binary(content: np.ndarray) -> pa.Array:
-    """Returns a column with one value that shares the array's memory."""
-    ends = pa.py_buffer(np.array([0, content.nbytes], np.int64))
-    data = pa.py_buffer(np.ascontiguousarray(content).reshape(-1))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
-
-
 def split_into_chunks(
     samples: Iterable[Sample], shard: int, max_images: int, max_bytes: int, uri: str = ""
 ) -> Iterator[Chunk]:
@@ -123,7 +119,8 @@ def split_into_chunks(
     error, transient = None, False
     try:
         for sample in samples:
-            more = _size(sample)
+            texts = (sample.key, sample.error, sample.unmatched)
+            more = len(sample.image or b"") + sum(len(text.encode()) for text in texts if text)
             if pending and (len(pending) == max_images or size + more > max_bytes):
                 yield _chunk(shard, start, pending)
                 start, pending, size = start + len(pending), [], 0
@@ -136,12 +133,6 @@ def split_into_chunks(
         error, transient = str(failure), failure.transient
         last = _chunk(shard, start, [])
     yield replace(last, total=start + last.samples.num_rows, error=error, transient=transient)
-
-
-def _size(sample: Sample) -> int:
-    """Returns the size of a sample in a chunk in bytes."""
-    texts = (sample.key, sample.error, sample.unmatched)
-    return len(sample.image or b"") + sum(len(text.encode()) for text in texts if text)
 
 
 def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:
