@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count, islice
+from itertools import islice, zip_longest
 from typing import cast
 
 import pyarrow as pa
@@ -33,35 +33,38 @@ def read_parquet(
         class_names = _class_names(file.schema_arrow, options.label_column)
         options.check_count(file.metadata.num_rows)
 
-        def read(group: int, path: str) -> Iterator[pa.Array]:
+        def read(path: str) -> Iterator[tuple[int, pa.Array]]:
+            """Yields the values of a column, with the numbers of their row groups."""
             # A common buffer would be discarded at each change of column; `pre_buffer` holds row groups.
-            chunk = pq.ParquetFile(
-                ColumnChunkFile(stream, deadline, options.max_page_bytes, path),
+            chunks = ColumnChunkFile(stream, deadline, options.max_page_bytes, path)
+            column = pq.ParquetFile(
+                chunks,
                 metadata=file.metadata,
                 buffer_size=_PARQUET_BUFFER_BYTES,
                 pre_buffer=False,
                 page_checksum_verification=True,
             )
-            # One row at a time, because many rows may refer to one large value in a page.
-            for batch in chunk.iter_batches(1, [group], [path], use_threads=False):
-                (column,) = batch.columns
-                yield column
+            for group in range(file.num_row_groups):
+                chunks.start_chunk()
+                # One row at a time, because many rows may refer to one large value in a page.
+                for batch in column.iter_batches(1, [group], [path], use_threads=False):
+                    yield group, batch.column(0)
 
-        row, rejected = count(), 0
-        max_rejected = _MAX_REJECTED_BYTES + _MAX_REJECTED_FACTOR * shard.size
+        rejected, max_rejected = 0, _MAX_REJECTED_BYTES + _MAX_REJECTED_FACTOR * shard.size
         limits = dict.fromkeys(paths, 2 * MAX_KEY_BYTES) | {"image": options.max_image_bytes}
-        for group in range(file.num_row_groups):
-            for values in zip(*(read(group, path) for path in paths.values()), strict=True):
-                columns = dict(zip(paths, values, strict=True))
-                for role, column in columns.items():
-                    rejected += column.nbytes if column.nbytes > limits[role] else 0
-                    if rejected > max_rejected:
-                        raise UnreadableShardError(
-                            f"column {paths[role]!r} has too many long values: the values over the limit of "
-                            f"a value have more than {max_rejected:,} bytes; write shorter values, or change "
-                            f"input.{'max_image_bytes' if role == 'image' else f'{role}_column'}"
-                        )
-                yield _to_sample(next(row), columns, class_names, options)
+        for row, values in enumerate(zip_longest(*map(read, paths.values()), fillvalue=(None, None))):
+            if len({group for group, _ in values}) > 1:
+                raise UnreadableShardError("the columns have different numbers of rows")
+            columns = {role: column for role, (_, column) in zip(paths, values, strict=True)}
+            for role, column in columns.items():
+                rejected += column.nbytes if column.nbytes > limits[role] else 0
+                if rejected > max_rejected:
+                    raise UnreadableShardError(
+                        f"column {paths[role]!r} has too many long values: the values over the limit of "
+                        f"a value have more than {max_rejected:,} bytes; write shorter values, or change "
+                        f"input.{'max_image_bytes' if role == 'image' else f'{role}_column'}"
+                    )
+            yield _to_sample(row, columns, class_names, options)
 
 
 def _to_sample(
@@ -89,37 +92,37 @@ def _to_sample(
 def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions) -> dict[str, str]:
     """Returns the paths of the columns to read, by role: image, key and label."""
     image = _image_column(schema, options)
-    found = {"image": image}
-    if pa.types.is_struct(schema.field(image).type):
-        found = {role: f"{image}.{name}" for role, name in (("image", "bytes"), ("key", "path"))}
+    is_struct = pa.types.is_struct(schema.field(image).type)
+    found = {"image": f"{image}.bytes", "key": f"{image}.path"} if is_struct else {"image": image}
     columns = {"key": options.key_column, "label": options.label_column if options.labels else None}
     for role, name in columns.items():
         if name is not None:
             _require_column(schema, name, role)
             # The first part of a nested column is enough to report that it is nested.
             found[role] = min((x for x in paths if f"{x}.".startswith(f"{name}.")), key=len)
-    return {role: path for role, path in found.items() if path in paths}
+    found = {role: path for role, path in found.items() if path in paths}
+    for path in found.values():
+        if sum(f"{x}.".startswith(f"{path}.") for x in paths) > 1:  # pyarrow would read all of them
+            raise UnreadableShardError(f"several columns are named {path!r} or '{path}.*'; rename one")
+    return found
 
 
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     """Returns the name of the image column: the configured column, or the only candidate."""
     name = options.image_column
-    if name is not None:
-        _require_column(schema, name, "image")
-        kind = schema.field(name).type
-        if not _is_image_type(kind, may_be_null=True):
-            problem = f"column {name!r} is {kind}, neither binary nor a struct with binary `bytes`"
-            raise UnreadableShardError(f"{problem}; {_columns(schema)}")
-        return name
-    candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
-    if "image" in candidates:
-        _require_column(schema, "image", "image")
-        return "image"
-    if len(candidates) != 1:
-        found = "more than one column" if candidates else "no column"
-        hint = f"{found} has an image type; set `input.image_column`"
-        raise UnreadableShardError(f"{hint}; {_columns(schema)}")
-    return cast(str, candidates[0])
+    if name is None:
+        candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
+        if "image" not in candidates and len(candidates) != 1:
+            found = "more than one column" if candidates else "no column"
+            hint = f"{found} has an image type; set `input.image_column`"
+            raise UnreadableShardError(f"{hint}; {_columns(schema)}")
+        name = "image" if "image" in candidates else cast(str, candidates[0])
+    _require_column(schema, name, "image")
+    kind = schema.field(name).type
+    if not _is_image_type(kind, may_be_null=True):
+        problem = f"column {name!r} is {kind}, neither binary nor a struct with binary `bytes`"
+        raise UnreadableShardError(f"{problem}; {_columns(schema)}")
+    return name
 
 
 def _class_names(schema: pa.Schema, column: str | None) -> list[str] | None:

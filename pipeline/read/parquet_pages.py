@@ -12,6 +12,7 @@ _BYTES_PER_VALUE = 20  # of Arrow's decoders
 # Numbers of fields in a page header, and types of fields in Thrift's compact protocol.
 _UNCOMPRESSED_SIZE, _COMPRESSED_SIZE, _MAX_FIELD = 2, 3, 15
 _BOOLEANS, _INTEGERS, _BINARY, _STRUCT = (1, 2), (4, 5, 6), 8, 12
+_KINDS = (*_BOOLEANS, *_INTEGERS, _BINARY, _STRUCT)
 
 
 class FooterFile(TimedFile):
@@ -29,7 +30,7 @@ class FooterFile(TimedFile):
 
 
 class ColumnChunkFile(TimedFile):
-    """A Parquet file from which Arrow reads one column chunk, from its start and without gaps.
+    """A Parquet file from which Arrow reads column chunks, each from its start and without gaps.
 
     A read fails if a page header in the range has a size over the limit.
     """
@@ -38,6 +39,11 @@ class ColumnChunkFile(TimedFile):
         super().__init__(file, deadline)
         self._max_page_bytes = max_page_bytes
         self._column = column
+        self.start_chunk()
+
+    def start_chunk(self) -> None:
+        """Expects the start of a column chunk at the next read."""
+        self._deadline.check()  # an empty chunk has no reads
         self._head = b""  # the start of a header that the next read completes
         self._next_page = 0  # where the next header starts, from the start of `_head` and the next read
 
@@ -51,6 +57,10 @@ class ColumnChunkFile(TimedFile):
             self._head, self._next_page = b"", page - len(data)
         except IndexError:  # the next read has the rest of the header
             self._head, self._next_page = data[page:], 0
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise UnreadableShardError(
+                f"the header of a page of column {self._column!r} is invalid"
+            ) from None
         if len(self._head) > _MAX_HEADER_BYTES:
             raise UnreadableShardError(f"the header of a page of column {self._column!r} is too large")
         return content
@@ -77,8 +87,8 @@ def _read_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
     while head := data[at]:
         difference, kind = divmod(head, 16)
         field, at = field + difference, at + 1
-        if difference == 0 or field > _MAX_FIELD:
-            raise ValueError("the header of a page has an unknown field")
+        if difference == 0 or field > _MAX_FIELD or kind not in _KINDS:
+            raise ValueError("unknown field")
         if kind in _INTEGERS:
             number, at = _read_varint(data, at)
             fields[field] = number // 2
@@ -87,8 +97,6 @@ def _read_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
         elif kind == _BINARY:
             length, at = _read_varint(data, at)
             at += length
-        elif kind not in _BOOLEANS:
-            raise ValueError("the header of a page has an unknown type")
     return fields, at + 1
 
 

@@ -254,16 +254,17 @@ def sparse_map() -> bytes:
     return gzipped(bytes(first), ((bytes(504) + b"\1" + bytes(7)) * 2048, 500))
 
 
-def large_footer() -> bytes:
-    """A footer of 1 MiB with a row group of empty column chunks, in Thrift's compact protocol."""
+def empty_groups(columns: int, groups: int, chunks: int) -> bytes:
+    """A file of a footer only, with row groups of empty column chunks, in Thrift's compact protocol."""
 
-    def items(content: bytes, count: int) -> bytes:
-        size = bytes([count >> shift & 127 | 128 for shift in (0, 7)]) + bytes([count >> 14])
-        return b"\xfc" + size + content * count
+    def number(value: int) -> bytes:
+        return bytes([value >> shift & 127 | 128 for shift in (0, 7)]) + bytes([value >> 14])
 
-    group = b"\x19" + items(b"\x26\0\0", 340_000) + b"\x16\0\x16\0\0"
-    schema = b"\x48\1r\x15\2\0" + b"\x15\x0c\x25\0\x18\5image\0"
-    footer = b"\x15\2\x19\x2c" + schema + b"\x16\0\x19\x1c" + group + b"\0"
+    group = b"\x19\xfc" + number(chunks) + b"\x26\0\0" * chunks + b"\x16\0\x16\0\0"
+    schema = b"\x48\1r\x15" + number(2 * columns) + b"\0" + b"\x15\x0c\x25\0\x18\5image\0"
+    schema += b"\x15\2\x25\0\x18\1x\0" * (columns - 1)
+    footer = b"\x15\2\x19\xfc" + number(columns + 1) + schema
+    footer += b"\x16\0\x19\xfc" + number(groups) + group * groups + b"\0"
     return b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1"
 
 
@@ -335,7 +336,8 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, Any], str, int]] = {
         "raise read.max_page_bytes",
         SMALL,
     ),
-    "chunks.parquet": (large_footer, {}, "", SMALL + 250),
+    "chunks.parquet": (lambda: empty_groups(1, 1, 340_000), {}, "", SMALL + 250),
+    "groups.parquet": (lambda: empty_groups(20_000, 500, 1), {}, "", SMALL + 40),
     "footer.parquet": (lambda: bytes(17 * MIB) + b"\0\0\x10\1PAR1", {}, "the footer has", SMALL),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import time
 import tracemalloc
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -542,6 +544,51 @@ def test_two_image_columns_of_one_name_are_refused(files: Path, options: ReadOpt
         read(files, stream.getvalue(), options, "x.parquet")
 
 
+@pytest.mark.parametrize(
+    ("columns", "path"),
+    [
+        ({"image": [{"bytes": b"i"}], "image.bytes": [b"i"]}, "image.bytes"),
+        ({"image": [b"i"], "image.width": [1]}, "image"),
+        ({"image": [b"i"], "y": [{"a": 1}], "y.a": [1]}, "y.a"),
+    ],
+)
+def test_columns_whose_paths_are_the_same_are_refused(
+    files: Path, columns: dict[str, Any], path: str
+) -> None:
+    options = ReadOptions(image_column="image", label_column="y" if "y" in columns else None)
+    cause = f"x.parquet: several columns are named '{path}' or '{path}.*'; rename one"
+    with pytest.raises(ShardError, match=re.escape(cause)):
+        read(files, make_parquet(columns), options, "x.parquet")
+
+
+def test_time_limit_holds_in_empty_row_groups(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema, stream = pa.schema({"image": pa.binary()}), io.BytesIO()
+    with pq.ParquetWriter(stream, schema, use_dictionary=False) as writer:
+        for _ in range(50):
+            writer.write_table(schema.empty_table())
+    assert read(files, stream.getvalue(), name="x.parquet") == []
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    monkeypatch.setattr("pipeline.read.limits.time", clock)
+    with pytest.raises(ShardError, match=r"reading one sample took more than 30 s"):
+        read(files, stream.getvalue(), ReadOptions(timeout_s=30), "x.parquet")
+
+
+@pytest.mark.parametrize("column", ["image", "y"])
+def test_columns_of_different_lengths_are_refused(files: Path, column: str) -> None:
+    columns = {"image": [b"i"] * 4, "y": [0] * 4}
+    data = make_parquet(columns, use_dictionary=False, compression="none", row_group_size=2)
+    options = ReadOptions(label_column="y", class_names=CLASSES)
+    assert len(read(files, data, options, "x.parquet")) == 4
+    # In the first row group, the only page of the column has one value instead of two.
+    pages = [found.start(1) for found in re.finditer(rb"\x15\0\x15.\x15.\x2c\x15(\x04)\x15\0", data)]
+    assert len(pages) == 4
+    damaged = bytearray(data)
+    damaged[pages[list(columns).index(column)]] = 2
+    cause = r"after 1 sample .*: the columns have different numbers of rows"
+    with pytest.raises(ShardError, match=cause):
+        read(files, bytes(damaged), options, "x.parquet")
+
+
 def test_label_with_an_unknown_time_zone_is_no_class(files: Path) -> None:
     data = make_parquet({"image": [b"i"], "y": pa.array([0], pa.timestamp("us", tz="Mars/Olympus"))})
     sample = one(files, data, ReadOptions(label_column="y"), "x.parquet")
@@ -779,6 +826,21 @@ def test_page_header_may_contain_whole_images_as_statistics() -> None:
         read_pages(page_header(8, 1, bytes(18_000_000)), 1000)
 
 
+def test_damaged_page_header_is_reported_as_such() -> None:
+    header, causes = page_header(8, 1, b"min"), set()
+    for position in range(len(header)):
+        for value in range(256):
+            damaged = bytearray(header + bytes(8))
+            damaged[position] = value
+            try:
+                read_pages(bytes(damaged), 1000)
+            except UnreadableShardError as error:
+                causes.add(re.sub(r"\d+ bytes.*", "", str(error)))
+    assert causes == {"the header of a page of column 'image' is invalid", "a page of column 'image' has "}
+    with pytest.raises(UnreadableShardError, match="the header of a page of column 'image' is invalid"):
+        read_pages(b"\x1c" * 10_000, 1000)
+
+
 def test_largest_page_that_arrow_reads_is_allowed_by_default() -> None:
     assert ReadOptions().max_page_bytes == ReadConfig().max_page_bytes
     read_pages(page_header(2**31 - 1, 1024), ReadOptions().max_page_bytes)
@@ -797,9 +859,11 @@ def test_lack_of_memory_may_pass(files: Path) -> None:
 
 def test_damaged_parquet_is_refused(files: Path) -> None:
     data = make_parquet({"image": IMAGES}, write_page_checksum=True, compression="none")
-    for bad in (b"", b"PAR1", b"no parquet at all", data[:-1], data[: len(data) // 2], data[100:]):
+    for bad in (b"", b"PAR1", b"no parquet at all", data[:-1], data[: len(data) // 2]):
         with pytest.raises(ShardError, match=r"x\.parquet: damaged, or not in the format parquet"):
             read(files, bad, name="x.parquet")
+    with pytest.raises(ShardError, match=r"x\.parquet: the header of a page of column 'image' is invalid"):
+        read(files, data[100:], name="x.parquet")
     damaged = bytearray(data)
     damaged[len(data) // 3] ^= 1
     with pytest.raises(ShardError):
