@@ -101,7 +101,8 @@ class ShardListing(Iterator[Shard]):
             stem = info.uri.removesuffix(".parquet").removesuffix("_stats.json")
             neighbors = last_tar, following.uri if following is not None else ""
             format, reason = _format(name, self.format), IgnoreReason.FORMAT
-            if _has_hidden_part(name) and info.uri != self.uri:
+            is_hidden = any(part.startswith((".", "_")) for part in name.split("/"))
+            if is_hidden and info.uri != self.uri:
                 format, reason = None, IgnoreReason.HIDDEN
             elif self.format in (None, "webdataset") and stem != info.uri and f"{stem}.tar" in neighbors:
                 format, reason = None, IgnoreReason.METADATA
@@ -140,10 +141,6 @@ def file_extension(name: str) -> str:
     """Returns the extension of a name in lower case, such as `.jfif` or `.tar.zst`; `none` without one."""
     found = _EXTENSION.search(name.lower())
     return "".join(part or "" for part in found.groups()) if found and any(found.groups()) else "none"
-
-
-def _has_hidden_part(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _format(name: str, required: Format | None) -> Format | None:
