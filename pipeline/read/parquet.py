@@ -52,6 +52,7 @@ def read_parquet(
 
         rejected, max_rejected = 0, _MAX_REJECTED_BYTES + _MAX_REJECTED_FACTOR * shard.size
         limits = dict.fromkeys(paths, 2 * MAX_KEY_BYTES) | {"image": options.max_image_bytes}
+        row = -1
         for row, values in enumerate(zip_longest(*map(read, paths.values()), fillvalue=(None, None))):
             if len({group for group, _ in values}) > 1:
                 raise UnreadableShardError("the columns have different numbers of rows")
@@ -65,6 +66,9 @@ def read_parquet(
                         f"input.{'max_image_bytes' if role == 'image' else f'{role}_column'}"
                     )
             yield _to_sample(row, columns, class_names, options)
+        if row + 1 != file.metadata.num_rows:
+            rows = f"{row + 1:,} rows, but its footer states {file.metadata.num_rows:,}"
+            raise UnreadableShardError(f"the file has {rows}: write the file again")
 
 
 def _to_sample(

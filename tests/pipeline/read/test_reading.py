@@ -589,6 +589,14 @@ def test_columns_of_different_lengths_are_refused(files: Path, column: str) -> N
         read(files, bytes(damaged), options, "x.parquet")
 
 
+def test_file_with_fewer_rows_than_its_footer_states_is_refused(files: Path) -> None:
+    data = make_parquet({"image": [b"i"] * 4}, use_dictionary=False, compression="none")
+    damaged = bytearray(data)
+    damaged[re.search(rb"\x15\0\x15.\x15.\x2c\x15(\x08)\x15\0", data).start(1)] = 4  # type: ignore[union-attr]
+    with pytest.raises(ShardError, match="the file has 2 rows, but its footer states 4"):
+        read(files, bytes(damaged), name="x.parquet")
+
+
 def test_label_with_an_unknown_time_zone_is_no_class(files: Path) -> None:
     data = make_parquet({"image": [b"i"], "y": pa.array([0], pa.timestamp("us", tz="Mars/Olympus"))})
     sample = one(files, data, ReadOptions(label_column="y"), "x.parquet")
