@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 
 from jobs.console import OneLineFormatter, exit_on_error, print_line, print_log
-from pipeline.report.elements import truncate
+from pipeline.report.elements import truncate_label
 from pipeline.text import escape_unprintable, remove_secrets, single_line
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner
@@ -74,7 +74,7 @@ def test_terminal_logs_charts_and_predictions_escape_alike(
     assert capsys.readouterr().out == f"{shown[:-2]}\n\ttwo\nthree\n"
     record = OneLineFormatter("%(message)s").formatMessage
     assert record(_record(name)) == shown
-    assert truncate(name, 100) == shown
+    assert truncate_label(name, 100) == shown
     assert single_line(f"cannot decode: {name}") == f"cannot decode: {shown[:-2]}"
 
 
