@@ -9,6 +9,7 @@ import signal
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"{unknown}: USES_SHARED_RAY does not match these files")
     slow = Counter(str(item.path) for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (str(item.path) not in shares_ray, -slow[str(item.path)]))
+
+
+#: The shared Rays that are running.
+_RAYS = ExitStack()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Iterator[None]:
+    """Stops the shared Rays after the last file that uses them: an idle Ray takes a tenth of a core."""
+    yield
+    if nextitem is None or not USES_SHARED_RAY.search(nextitem.path.read_text()):
+        _RAYS.close()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -90,30 +103,28 @@ def storage(s3_server: LocalS3) -> Storage:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3_server: LocalS3) -> Iterator[None]:
+def ray_local(s3_server: LocalS3) -> None:
     """A running local Ray whose workers have the S3 server's credentials in their environment."""
     import ray
 
     from pipeline.dataflow.ray_cluster import init_ray
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-        init_ray(
-            "local",
-            num_cpus=4,  # Ray starts one worker per CPU, even if unused
-            include_dashboard=False,
-            object_store_memory=300_000_000,
-            logging_level="warning",
-        )
-        yield
-        ray.shutdown()
+    patch = _RAYS.enter_context(pytest.MonkeyPatch.context())
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+    init_ray(
+        "local",
+        num_cpus=4,  # Ray starts one worker per CPU, even if unused
+        include_dashboard=False,
+        object_store_memory=300_000_000,
+        logging_level="warning",
+    )
+    _RAYS.callback(ray.shutdown)
 
 
 @pytest.fixture(scope="session")
-def head(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(s3_server: LocalS3, tmp_path_factory: pytest.TempPathFactory) -> Head:
     """A running Ray cluster that accepts jobs, with the S3 server's credentials in its environment."""
-    with ray_head(tmp_path_factory.mktemp("cluster")) as running:
-        yield running
+    return _RAYS.enter_context(ray_head(tmp_path_factory.mktemp("cluster")))
 
 
 @pytest.fixture(scope="session")
