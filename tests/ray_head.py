@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.soak import descendants
+
 RAY = str(Path(sysconfig.get_path("scripts")) / "ray")
 REPOSITORY = Path(__file__).parents[1]
 
@@ -86,7 +88,8 @@ def _started(log: Path) -> Iterator[Head]:
         _wait_for(address, head, log)
         yield Head(address, f"127.0.0.1:{options['port']}", Path(folder), hub_token)
     finally:
-        for pid in [head.pid, *_processes_of(folder)]:
+        # Agents have titles without the folder.
+        for pid in [head.pid, *descendants(head.pid), *_processes_of(folder)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         head.wait(30)
