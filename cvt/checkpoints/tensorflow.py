@@ -32,6 +32,9 @@ _LEAVES = {
     "moving_variance": "running_var",
 }
 
+#: Maximum number of groups and datasets. CvT-W24 has about 1,400.
+_MAX_OBJECTS = 10_000
+
 #: Permutation of the axes of a kernel to PyTorch's order, by rank.
 TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 
@@ -45,10 +48,13 @@ def torch_name(name: str) -> str:
 def read_h5(path: Path) -> dict[str, Tensor]:
     """Returns the weights in float32 with PyTorch's axes, by the names in CvtForImageClassification."""
     weights: dict[str, Tensor] = {}
-    remaining = path.stat().st_size
+    remaining, objects = path.stat().st_size, 0
 
     def visit(name: str, value: object) -> None:
-        nonlocal remaining
+        nonlocal remaining, objects
+        objects += 1
+        if objects > _MAX_OBJECTS:
+            raise CheckpointError(f"more than {_MAX_OBJECTS:,} groups and datasets")
         if not isinstance(value, h5py.Dataset):
             return
         key = _key_of_dataset(name)

@@ -471,6 +471,7 @@ def test_hostile_store_costs_no_more_than_its_limits(
             hostile.unwritten_dataset,
             "tf_model.h5: a/b/c/kernel:0: the file does not contain the 6,400,000,000",
         ),
+        (hostile.many_groups, "tf_model.h5: more than 10,000 groups and datasets"),
         (hostile.shared_strings_dataset, "tf_model.h5: a/b/c/kernel:0: not the dataset of a weight"),
         (hostile.external_dataset, "tf_model.h5: a/b/c/kernel:0: the file does not contain the 400 bytes"),
         (hostile.linked_groups, "weights do not fit the configuration: missing: "),

@@ -233,6 +233,15 @@ def unwritten_dataset(folder: Path) -> None:
         file.create_dataset("a/b/c/kernel:0", shape=(40_000, 40_000), dtype="f4")
 
 
+def many_groups(folder: Path) -> None:
+    import h5py
+
+    (folder / WEIGHTS).unlink()
+    with h5py.File(folder / "tf_model.h5", "w", libver="latest") as file:
+        for i in range(20_000):
+            file.create_group(str(i))
+
+
 def shared_strings_dataset(folder: Path) -> None:
     """6,000 strings of 16 KB, of which the file has one."""
     import h5py
