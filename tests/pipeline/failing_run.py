@@ -26,7 +26,7 @@ from pipeline.config import Config, load_config
 from pipeline.run import PreparedRun, label
 from tests.makers import make_image, make_tar
 
-SHARDS, IMAGES, CHUNK = 40, 32, 8
+SHARDS, IMAGES, CHUNK = 32, 32, 8
 
 
 def workers(parents: list[int]) -> dict[int, str]:

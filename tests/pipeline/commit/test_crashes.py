@@ -77,8 +77,8 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def every(place: Place) -> int:
-    """1 to test every write; for a bucket, whose writes take longer, 16 to test every sixteenth."""
-    return 1 if place.root.startswith("/") else 16
+    """1 to test every write; for a bucket, whose writes take longer, 24 to test every twenty-fourth."""
+    return 1 if place.root.startswith("/") else 24
 
 
 def test_run_killed_at_any_write_leaves_complete_shards_and_resumes(
