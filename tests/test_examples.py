@@ -65,6 +65,7 @@ def test_shard_script_without_arguments_prints_its_usage() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_label_from_python_counts_labels_and_errors(data: Path, tmp_path: Path) -> None:
     lines = run("label_from_python.py", data / "in", tmp_path)
     assert lines[0] == "images: 13, shards: 1"
@@ -85,6 +86,7 @@ def test_nearest_neighbors_finds_the_query_first(data: Path, tmp_path: Path) -> 
     assert similarities == sorted(similarities, reverse=True)
 
 
+@pytest.mark.slow
 def test_compare_models_reports_agreement(data: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint("fashion-mnist")
     model = checkpoint.to_transformers()

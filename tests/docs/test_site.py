@@ -67,6 +67,7 @@ class Assets(HTMLParser):
             self.found |= {value for name in ("src", "href") if (value := values.get(name))}
 
 
+@pytest.mark.slow
 def test_site_builds_without_warnings_and_loads_nothing_from_the_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: cvt-label[docs]")
     pytest.importorskip("material", reason="mkdocs-material is not installed: cvt-label[docs]")

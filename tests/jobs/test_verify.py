@@ -17,6 +17,7 @@ from tests.cvt.random_models import shallow
 SAMPLES = Path(__file__).parents[2] / "jobs" / "data" / "fashion-mnist"
 
 
+@pytest.mark.slow
 def test_bundled_model_agrees_with_transformers() -> None:
     done = invoke(verify, "--images", SAMPLES, "--count", 300)
     rows = [line.split() for line in done.stdout.splitlines() if "torch" in line]

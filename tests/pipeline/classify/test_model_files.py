@@ -96,6 +96,7 @@ def test_sharded_weights_in_a_bucket_load(bucket: str, storage: Storage, tmp_pat
     assert f"{bucket}/clothes/pytorch_model-2-of-2.bin: " in checkpoint_error(storage, f"{bucket}/clothes")
 
 
+@pytest.mark.slow
 def test_microsoft_checkpoint_in_a_bucket_loads(bucket: str, storage: Storage, tmp_path: Path) -> None:
     config = preset_config("cvt-13", num_labels=3)
     with torch.device("meta"):

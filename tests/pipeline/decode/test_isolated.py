@@ -45,6 +45,7 @@ class DeadlyPreprocessor(Preprocessor):
 DEADLY = DeadlyPreprocessor(**{field.name: getattr(GOOD, field.name) for field in fields(Preprocessor)})
 
 
+@pytest.mark.slow
 def test_death_of_the_decoder_is_the_error_of_the_image() -> None:
     errors = {}
     with ChildDecoder() as child:

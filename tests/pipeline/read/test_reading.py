@@ -1040,6 +1040,7 @@ def test_memory_does_not_grow_with_the_number_of_members(files: Path) -> None:
     assert held[7000] - held[1000] < 1024**2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
 def test_memory_does_not_grow_with_the_shard(storage: Storage, tmp_path: Path, kind: str) -> None:

@@ -283,6 +283,7 @@ def test_unreadable_shard_is_reported_and_the_others_are_labeled(
     assert not result.is_complete
 
 
+@pytest.mark.slow
 def test_relabeling_writes_the_same_bytes(bucket: str, storage: Storage, samples: list[Sample]) -> None:
     for i in range(3):
         storage.write(f"{bucket}/in/{i}.tar", make_tar(wds(samples[i * 30 : i * 30 + 30])))
