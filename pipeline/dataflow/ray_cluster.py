@@ -20,13 +20,13 @@ from pipeline.storage import temporary_folder
 #: Address of a Ray that this process starts on its machine.
 LOCAL = "local"
 
-#: Default environment variables. Ray's core logs nothing but this level to the terminal, which shows the
-#: progress of the job: errors are raised, and the logs are in Ray's session folder.
+#: Default environment variables. Ray's core writes only one line, with this level, to the terminal, which
+#: shows the progress of the job. Errors are raised, and the logs are in Ray's session folder.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 #: The same for a local Ray. Idle workers stay for a minute, instead of starting a process per chunk. All
 #: processes listen on loopback only: despite its name, the variable works on Linux too. Workers use this
-#: interpreter, also under `uv run`, where Ray would pack the working directory. Ray tries again to find its
-#: node for 30 seconds: with short attempts, between which Ctrl-C has an effect.
+#: interpreter, also under `uv run`, where Ray would pack the working directory. Ray searches its node for
+#: 30 seconds in total. Short attempts let Ctrl-C end the search between two of them.
 _LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -26,7 +26,8 @@ T = TypeVar("T")
 #: Exceptions at the first use of a field that a response lacks, which client libraries accept.
 MISSING_FIELD = (AttributeError, KeyError, TypeError)
 _MAX_EMPTY_PAGES = 100
-_ATTEMPTS = 10
+#: Maximum number of attempts; and when access is denied, which a busy service sometimes does.
+ATTEMPTS, DENIED_ATTEMPTS = 10, 4
 _LISTING_ATTEMPTS = 5  # a listing is the first request of a job, which soon reports a wrong endpoint
 
 
@@ -120,7 +121,7 @@ class Buckets(ABC):
                 return
             tokens.add(token)
 
-    def _request(self, uri: str, action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+    def _request(self, uri: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
         """Makes one request, with up to `attempts` attempts to reach the service."""
         return retry(action, lambda error: self._explain(uri, error, attempts))
 

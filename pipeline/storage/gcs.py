@@ -6,7 +6,7 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, malformed_response
+from pipeline.storage.buckets import DENIED_ATTEMPTS, MISSING_FIELD, Buckets, Page, malformed_response
 from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -88,7 +88,7 @@ class GoogleCloudStorage(Buckets):
         if isinstance(error, api.PreconditionFailed):
             return Failure(ObjectChanged(uri))
         if isinstance(error, (api.Forbidden, api.Unauthorized)):
-            cause, attempts = f"access denied: {error.message}", 4  # as on S3, may be transient
+            cause, attempts = f"access denied: {error.message}", DENIED_ATTEMPTS
         elif isinstance(error, GoogleAuthError):
             cause = f"no usable Google Cloud credentials: {error}"
             attempts = attempts if error.retryable or isinstance(error, TransportError) else 1

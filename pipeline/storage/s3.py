@@ -11,7 +11,15 @@ from botocore import exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, bucket_not_found, malformed_response
+from pipeline.storage.buckets import (
+    ATTEMPTS,
+    DENIED_ATTEMPTS,
+    MISSING_FIELD,
+    Buckets,
+    Page,
+    bucket_not_found,
+    malformed_response,
+)
 from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -165,11 +173,11 @@ def _explain_response(uri: str, error: exceptions.ClientError) -> Failure:
     elif code in _REJECTED:
         message = f"the credentials were rejected: {message}"
     elif code in _DENIED:
-        message, attempts = f"access denied: {message}", 4  # a busy service sometimes denies access
+        message, attempts = f"access denied: {message}", DENIED_ATTEMPTS
     elif code in _OTHER_REGION:
         message = f"the bucket is in another region (set storage.region): {message}"
     elif code in _BUSY or status == 429 or status >= 500:
-        attempts = 10
+        attempts = ATTEMPTS  # a listing too: the endpoint answers
     return Failure(StorageError(uri, f"{message} ({code})"), attempts, code)
 
 
