@@ -199,6 +199,15 @@ class StorageConfig(Section):
         description="Region of the S3 buckets. Null: from the AWS configuration.",
         examples=["eu-west-1"],
     )
+    anonymous: bool = Field(
+        default=False,
+        description="Access `s3://` and `gs://` without credentials. For public buckets.",
+    )
+    requester_pays: bool = Field(
+        default=False,
+        description="Pay for the requests to buckets that need it. S3 bills the account of the credentials, "
+        "and Google Cloud Storage the project of the environment.",
+    )
     request_timeout_s: PositiveFloat = Field(
         default=60,
         description="Maximum seconds of a request, plus one second for each `min_bytes_per_s` bytes.",

@@ -32,6 +32,18 @@ class ReadConfig(Section):
         "number hides the latency of object storage.",
         examples=[8],
     )
+    concurrent_downloads: PositiveInt = Field(
+        default=64,
+        description="Table: maximum number of `http://` and `https://` requests that a read task makes "
+        "concurrently.",
+        examples=[256],
+    )
+    downloads_per_host: PositiveInt = Field(
+        default=16,
+        description="Table: maximum number of these requests to one host and port. A slow host then does not "
+        "hold up the downloads from others.",
+        examples=[4],
+    )
     chunk_images: PositiveInt | None = Field(
         default=None,
         description="Maximum number of images in a chunk. Null: from the model's size; for CvT-13 at 224 "

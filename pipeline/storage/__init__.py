@@ -7,9 +7,12 @@ at a pinned version.
 from pipeline.storage.access import Storage, Versioned
 from pipeline.storage.objects import (
     ABSENT,
+    AccessDenied,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
+    ObjectTooLarge,
+    RequestTimeout,
     StorageError,
     content_errors,
     is_relative,

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Generic, NamedTuple, TypeVar
 
 from pipeline.storage.buckets import Buckets
 from pipeline.storage.limits import RequestLimits
@@ -24,6 +24,9 @@ from pipeline.storage.objects import (
 )
 from pipeline.storage.ranges import CHUNK_BYTES
 from pipeline.storage.retrying import until_unchanged
+
+if TYPE_CHECKING:  # imported on first use, as the services of buckets
+    from pipeline.storage.http import Downloader
 
 _AHEAD_BUFFER_BYTES = 1024**2
 _MAX_READ_BYTES = 8 * 1024**3
@@ -50,6 +53,8 @@ class Storage:
     Attributes:
         endpoint_url: URL of an S3-compatible service; default: AWS_ENDPOINT_URL_S3, or AWS.
         region: Region of the buckets; default: from the AWS configuration.
+        anonymous: Access buckets without credentials.
+        requester_pays: Accept the costs of requests to buckets whose requester pays.
         request_timeout_s: Maximum seconds of a request, plus the time that its bytes need.
         min_bytes_per_s: Minimum throughput, which gives a request with many bytes more time.
         conditional_writes: Whether buckets support conditional writes. If false, there must be one writer.
@@ -57,6 +62,8 @@ class Storage:
 
     endpoint_url: str | None = None
     region: str | None = None
+    anonymous: bool = False
+    requester_pays: bool = False
     request_timeout_s: float = 60.0
     min_bytes_per_s: float = 64 * 1024
     conditional_writes: bool = True
@@ -68,8 +75,11 @@ class Storage:
             return {}
         return {"timeout": f"{self.request_timeout_s * 1000:.0f}ms"} | service.object_store_options()
 
-    def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
+    def list(self, uri: str, missing_ok: bool = True, prefix: str = "") -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or all objects under the folder `uri`.
+
+        With a `prefix`, only the objects under the folder whose name relative to `uri` starts with `prefix`,
+        such as `2024/train-`, are listed. Other names are not requested.
 
         Most stores list in bytewise order of the URIs. Zero-byte folder markers are skipped. The listing
         streams: memory holds one page, or the entries of one local folder. A missing folder in a bucket lists
@@ -141,6 +151,18 @@ class Storage:
                 return Versioned(read(file), version)
 
         return until_unchanged(uri, attempt, self.version)
+
+    def downloader(self, concurrent_downloads: int = 64, downloads_per_host: int = 16) -> Downloader:
+        """Returns a downloader of http(s) objects with the time limits of this storage.
+
+        Args:
+            concurrent_downloads: Maximum number of concurrent requests.
+            downloads_per_host: Maximum number of concurrent requests to one host and port.
+        """
+        from pipeline.storage.http import Downloader
+
+        limits = RequestLimits(self.request_timeout_s, self.min_bytes_per_s)
+        return Downloader(limits, concurrent_downloads, downloads_per_host)
 
     def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
         """Writes a whole object in one atomic step: readers see the old object or the new one.

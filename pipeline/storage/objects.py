@@ -35,6 +35,18 @@ class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
     """The object or folder does not exist."""
 
 
+class AccessDenied(StorageError):  # noqa: N818
+    """The service denies access to the object, folder or bucket."""
+
+
+class ObjectTooLarge(StorageError):  # noqa: N818
+    """The object has more bytes than the caller accepts."""
+
+
+class RequestTimeout(StorageError):  # noqa: N818
+    """Every attempt at a download took longer than the limits of the storage allow."""
+
+
 class ObjectChanged(StorageError):  # noqa: N818
     """The object does not have the expected version."""
 
