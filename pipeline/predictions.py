@@ -73,8 +73,13 @@ def _percent_encode(match: re.Match[str]) -> str:
     return f"%{ord(match.group()):02X}"  # all unsafe characters are ASCII
 
 
-def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.Schema:
-    """Returns the columns of a prediction file, one row per sample; arguments as in `PredictionOptions`."""
+def prediction_schema(
+    embedding: str = "none", embedding_width: int = 0, label_names: bool = False
+) -> pa.Schema:
+    """Returns the columns of a prediction file, one row per sample; arguments as in `PredictionOptions`.
+
+    Columns that `input.carry` names follow these columns.
+    """
     model = model_output_fields(embedding, embedding_width)
     return pa.schema(
         [
@@ -86,6 +91,11 @@ def prediction_schema(embedding: str = "none", embedding_width: int = 0) -> pa.S
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("error", pa.string()),
+            ("uri", pa.string()),
+            ("version", pa.string()),
+            ("offset", pa.int64()),
+            ("size", pa.int64()),
+            *([("target", pa.string()), ("topk_labels", pa.list_(pa.string()))] if label_names else []),
             *model[6:],
         ]
     )
@@ -179,7 +189,7 @@ def encode_predictions(predictions: pa.Table, footer: Footer) -> bytes:
         predictions.schema,
         compression="zstd",
         # Keys are unique and scores almost unique: a dictionary would only need space.
-        use_dictionary=["shard", "label", "error"],
+        use_dictionary=["shard", "label", "error", "uri", "version"],
         # Minimum and maximum per page (20,000 rows): 0.5 % more bytes, and readers can skip pages.
         write_page_index=True,
     ) as writer:
@@ -239,9 +249,11 @@ class PredictionOptions:
         topk: Number of best classes per image; at most the number of classes.
         embedding: "none", "float16" or "float32".
         embedding_width: Number of values of an embedding.
+        label_names: Whether there are columns `target` and `topk_labels`.
     """
 
     labels: Sequence[str]
     topk: int
     embedding: str
     embedding_width: int
+    label_names: bool = False

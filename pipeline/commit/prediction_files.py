@@ -87,7 +87,21 @@ class OpenShard:
         samples = samples.rename_columns({"target": "target_id"})
         samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
         samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
-        schema = prediction_schema(options.embedding, options.embedding_width)
+        for name, value in (("uri", shard.object.uri), ("version", shard.object.version)):
+            column = (
+                pc.fill_null(samples[name], value)
+                if shard.format in ("webdataset", "parquet")
+                else samples[name]
+            )
+            samples = samples.set_column(samples.schema.get_field_index(name), name, column)
+        if options.label_names:
+            names = pa.array(options.labels, pa.string())
+            samples = samples.append_column("target", names.take(samples["target_id"].combine_chunks()))
+            topk = samples["topk_label_ids"].combine_chunks()
+            ids = pc.list_flatten(topk)
+            labels = pa.ListArray.from_arrays(topk.offsets, names.take(ids), mask=topk.is_null())
+            samples = samples.append_column("topk_labels", labels)
+        schema = prediction_schema(options.embedding, options.embedding_width, options.label_names)
         return samples.select(schema.names).cast(schema).combine_chunks(), unmatched
 
 

@@ -9,60 +9,9 @@ from pydantic import Field, model_validator
 
 from cvt.runtimes import Precision, resolve_precision, supported_precisions
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
+from pipeline.config.input import InputConfig
 from pipeline.config.stages import ClassifyConfig, DecodeConfig, RayConfig, ReadConfig
 from pipeline.storage import Storage
-
-InputFormat = Literal["auto", "webdataset", "parquet", "images"]
-
-
-class InputConfig(Section):
-    """The location of the shards, and which of their parts are image, label and key."""
-
-    uri: Uri = Field(
-        description="Folder of the shards: `s3://`, `gs://` or a local path. A single shard is also allowed.",
-        examples=["s3://my-bucket/shards"],
-    )
-    format: InputFormat = Field(
-        default="auto",
-        description="Format of the shards. `auto`: inferred from each file extension. `webdataset`, "
-        "`parquet`: every file has this format. `images`: every file with an image extension.",
-        examples=["webdataset"],
-    )
-    labels: bool = Field(
-        default=True,
-        description="Read the dataset's own labels as targets. False: every target is null.",
-    )
-    label_field: str | None = Field(
-        default=None,
-        description="WebDataset: field of the `.json` member that holds the label; dots separate nested "
-        "fields. Null: the label is in the `.cls` member.",
-        examples=["annotation.class"],
-    )
-    image_column: str | None = Field(
-        default=None,
-        description="Parquet: name of the image column. Null: `image`, or the only column whose type is "
-        "binary or a struct with binary `bytes`.",
-        examples=["image"],
-    )
-    label_column: str | None = Field(
-        default=None, description="Parquet: name of the label column. Null: no targets.", examples=["label"]
-    )
-    key_column: str | None = Field(
-        default=None,
-        description="Parquet: name of the column with the sample keys. Null: the image's path, or the row "
-        "number if there is no path.",
-        examples=["id"],
-    )
-    max_image_bytes: PositiveInt = Field(
-        default=256 * 1024**2,
-        description="Maximum size of an encoded image, in bytes. A larger image is an error row, and is not "
-        "read.",
-    )
-    max_image_pixels: PositiveInt = Field(
-        default=178_956_970,  # Pillow's limit against decompression bombs
-        description="Maximum number of pixels of an image (width times height). A larger image is an error "
-        "row, and is not decoded.",
-    )
 
 
 class ModelConfig(Section):
@@ -112,6 +61,11 @@ class OutputConfig(Section):
         description="Type of the column `embedding`, the model's features before the classifier. `none`: no "
         "such column.",
         examples=["float32"],
+    )
+    label_names: bool = Field(
+        default=False,
+        description="Add the columns `target`, the name of the target's class, and `topk_labels`, the names "
+        "of `topk_label_ids`.",
     )
 
 
@@ -292,8 +246,8 @@ class Config(Section):
         """Returns the settings that determine a label, without model, locations and resources."""
         settings: dict[str, Any] = {
             "precision": self.model.precision,
-            "output": self.output.model_dump(exclude={"uri"}),
-            "input": self.input.model_dump(exclude={"uri", "format"}),
+            "output": self.output.model_dump(exclude={"uri"}, exclude_defaults=True),
+            "input": self.input.label_settings,
         }
         decoder = self.decode.device, self.decode.quality
         return settings if decoder == ("cpu", "exact") else settings | {"decode": decoder}

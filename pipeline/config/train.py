@@ -5,7 +5,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, Uri
-from pipeline.config.job import Fraction, InputConfig, StorageConfig
+from pipeline.config.input import InputConfig
+from pipeline.config.job import Fraction, StorageConfig
 from pipeline.config.stages import RayConfig
 
 

@@ -26,6 +26,10 @@ _SAMPLE_SCHEMA = pa.schema(
         ("target", pa.int32()),
         ("unmatched", pa.string()),
         ("error", pa.string()),
+        ("uri", pa.string()),
+        ("version", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
         ("image", pa.large_binary()),
     ]
 )

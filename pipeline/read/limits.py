@@ -57,4 +57,5 @@ def limit_texts(sample: Sample) -> Sample:
         return sample
     error = sample_error(ErrorCategory.INVALID_KEY, f"the key has more than {MAX_KEY_BYTES} bytes")
     start, digest = key[:_KEPT_KEY_BYTES].decode(errors="ignore"), hashlib.blake2b(key, digest_size=16)
-    return Sample(f"{start}...{digest.hexdigest()}", None, error=error)
+    sample.key = f"{start}...{digest.hexdigest()}"
+    return sample.fail(error)

@@ -27,7 +27,7 @@ def read_parquet(
     storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
 ) -> Iterator[Sample]:
     """Yields the samples of a Parquet file, one per row."""
-    with storage.open_unbuffered(shard.uri, shard.version) as stream:
+    with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
         file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
         paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
         class_names = _class_names(file.schema_arrow, options.label_column)
@@ -88,9 +88,9 @@ def _to_sample(
     if error is not None:
         return Sample(key, None, error=error)
     label, problem = _value(columns.get("label"))
-    target, unmatched = options.parse_target(label, class_names)
-    unmatched = unmatched if problem is None else f"the label cannot be read: {problem}"
-    return Sample(key, image.as_buffer().to_pybytes(), target, unmatched=unmatched)
+    unmatched = None if problem is None else f"the label cannot be read: {problem}"
+    content = image.as_buffer().to_pybytes()
+    return Sample(key, content, unmatched=unmatched, label=label, label_names=class_names)
 
 
 def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions) -> dict[str, str]:

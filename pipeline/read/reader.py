@@ -31,7 +31,8 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     key, count = "", 0
     try:
         deadline = Deadline(options.timeout_s)
-        for sample in map(limit_texts, _READERS[shard.format](storage, shard, options, deadline)):
+        for found in _READERS[shard.format](storage, shard, options, deadline):
+            sample = limit_texts(options.set_target(found))
             options.check_count(count + 1)
             key, count = sample.key, count + 1
             yield sample
@@ -45,7 +46,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 
 
 def _cause(shard: Shard, error: Exception) -> str:
-    if isinstance(error, StorageError) and error.uri == shard.uri:
+    if isinstance(error, StorageError) and error.uri == shard.object.uri:
         return error.cause
     if isinstance(error, StorageError | UnreadableShardError):
         return str(error)
@@ -60,14 +61,15 @@ def _read_images(
 
     def fetch(info: ObjectInfo) -> Sample:
         key = relative_name(folder, info.uri)
-        if error := options.size_error(info.size):
-            return Sample(key, None, error=error)
+        sample = Sample(key, None, uri=info.uri, version=info.version, error=options.size_error(info.size))
         try:
-            return Sample(key, storage.read(info.uri, info.version))
+            if sample.error is None:
+                sample.image = storage.read(info.uri, info.version)
+            return sample
         except ObjectNotFound as failure:
-            return Sample(key, None, error=sample_error(ErrorCategory.IMAGE_NOT_FOUND, str(failure)))
+            return sample.fail(sample_error(ErrorCategory.IMAGE_NOT_FOUND, str(failure)))
         except ObjectChanged as failure:
-            return Sample(key, None, error=sample_error(ErrorCategory.IMAGE_CHANGED, str(failure)))
+            return sample.fail(sample_error(ErrorCategory.IMAGE_CHANGED, str(failure)))
 
     largest = max((min(info.size, options.max_image_bytes) for info in shard.members), default=1)
     window = max(1, min(2 * _CONCURRENT_IMAGES, _MAX_PENDING_BYTES // max(1, largest)))

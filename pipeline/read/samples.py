@@ -2,11 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from typing import Self
+
+import pyarrow as pa
 
 from pipeline.config import InputConfig, ReadConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
@@ -44,6 +46,11 @@ class Sample:
         image: The encoded image; None if `error` is set.
         target: Class index of the dataset's own label.
         unmatched: Why the dataset's own label is not a target, if it has one.
+        label: The dataset's own label as the reader found it.
+        label_names: The dataset's own class names, by integer label, if the file has them.
+        uri, version: URI and version of the object with the image; None if it is the shard's own object.
+        offset, size: Position of the encoded image in an uncompressed tar, in bytes.
+        carried: Values of the columns of `input.carry`, in their order; empty without such columns.
     """
 
     key: str
@@ -51,6 +58,18 @@ class Sample:
     target: int | None = None
     error: SampleError | None = None
     unmatched: str | None = None
+    label: object = field(default=None, compare=False)
+    label_names: Sequence[str] | None = field(default=None, compare=False)
+    uri: str | None = field(default=None, compare=False)
+    version: str | None = field(default=None, compare=False)
+    offset: int | None = field(default=None, compare=False)
+    size: int | None = field(default=None, compare=False)
+    carried: tuple[pa.Scalar, ...] = field(default=(), compare=False)
+
+    def fail(self, error: SampleError) -> Self:
+        """Makes the sample an error row, without image and label."""
+        self.image, self.error, self.label, self.unmatched = None, error, None, None
+        return self
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class ReadOptions:
     """
 
     labels: bool = True
+    label_from: str | None = None
     label_field: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -72,6 +92,9 @@ class ReadOptions:
     max_page_bytes: int = 2 * 1024**3
     timeout_s: float = 600
     max_shard_samples: int = 1_000_000
+    key: str = "first-dot"
+    image_member: str | None = None
+    carry: Mapping[str, str | None] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
@@ -81,7 +104,20 @@ class ReadOptions:
             **(read or ReadConfig()).model_dump(
                 include={"concurrent_fetches", "max_page_bytes", "timeout_s", "max_shard_samples"}
             ),
-            **section.model_dump(exclude={"uri", "format", "max_image_pixels"}),
+            **section.model_dump(
+                include={
+                    "labels",
+                    "label_from",
+                    "label_field",
+                    "image_column",
+                    "label_column",
+                    "key_column",
+                    "max_image_bytes",
+                    "key",
+                    "image_member",
+                    "carry",
+                }
+            ),
         )
 
     @cached_property
@@ -102,6 +138,12 @@ class ReadOptions:
             return None
         detail = f"the image {describe_excess(size, self.max_image_bytes)} (input.max_image_bytes)"
         return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
+
+    def set_target(self, sample: Sample) -> Sample:
+        """Sets the target of a sample from its label, unless the label has a problem already."""
+        if sample.error is None and sample.unmatched is None:
+            sample.target, sample.unmatched = self.parse_target(sample.label, sample.label_names)
+        return sample
 
     def parse_target(
         self, label: object, names: Sequence[str] | None = None

@@ -13,7 +13,7 @@ from pipeline.config import InputConfig, InputFormat
 from pipeline.storage import ObjectInfo, Storage, relative_name
 from pipeline.text import pluralize
 
-Format = Literal["webdataset", "parquet", "images"]
+Format = Literal["webdataset", "parquet", "images", "table"]
 
 #: File name extensions of images, without the dot, in lower case.
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
@@ -35,6 +35,9 @@ class Shard:
         version: Version of the object; for a group, a hash over the names and versions of the members.
         size: Size in bytes; for a group, the sum over the members.
         members: The images of a group in listing order; empty for other shards.
+        rows: The rows of a range of a table, see `pipeline.read.tables`; empty for other shards.
+        span: Start and end of a part of a large object: rows of a Parquet file, or bytes of a tar.
+        file: The object that the shard, or this part of it, is in; None if `uri` and `version` are its own.
     """
 
     uri: str
@@ -42,6 +45,14 @@ class Shard:
     format: Format
     size: int
     members: tuple[ObjectInfo, ...] = ()
+    rows: bytes = b""
+    span: tuple[int, int] | None = None
+    file: ObjectInfo | None = None
+
+    @property
+    def object(self) -> ObjectInfo:
+        """The object to read, in its own version; not for groups of image files and tables."""
+        return self.file or ObjectInfo(self.uri, self.size, self.version)
 
 
 class IgnoreReason(StrEnum):

@@ -28,22 +28,25 @@ _MAX_LABEL_BYTES = 4 * 1024**2  # per .cls or .json member; parsed JSON needs up
 
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline) -> Iterator[Sample]:
     """Yields the samples of a tar. Adjacent members with the same key form a sample."""
-    with storage.open_sequential(shard.uri, shard.version, options.concurrent_fetches) as file:
+    info = shard.object
+    with storage.open_sequential(info.uri, info.version, options.concurrent_fetches) as file:
         # The content determines the compression, because gzipped tars are often named .tar. GzipFile is used
         # instead of tarfile, which checks neither the end nor the checksum of gzip.
         is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
         timed = cast(BinaryIO, TimedFile(file, deadline))
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=timed, mode="rb")) if is_gzip else timed
         current: _TarSample | None = None
-        for info in read_members(stream, deadline):
-            if info.isdir() or _is_hidden_member(info.name):
+        for member in read_members(stream, deadline):
+            if member.isdir() or _is_hidden_member(member.name):
                 continue
-            key, extension = _split_name(info.name)
+            key, extension = _split_name(member.name)
             if current is None or key != current.sample.key or current.is_full_for(extension):
                 if current is not None:
                     yield current.finish()
                 current = _TarSample(Sample(key, None))
-            current.add(extension, info, stream, options)
+            current.add(extension, member, stream, options)
+            if not is_gzip and current.image_span:
+                current.sample.offset, current.sample.size = current.image_span
         if current is not None:
             yield current.finish()
 
@@ -66,6 +69,7 @@ class _TarSample:
 
     sample: Sample
     extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
+    image_span: tuple[int, int] | None = None  # offset and size of the image in the uncompressed tar
 
     @property
     def has_image(self) -> bool:
@@ -87,13 +91,13 @@ class _TarSample:
                 self.sample.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
             if self.sample.error is None:
                 self.sample.image = _content(info, stream)
+                self.image_span = info.offset_data, info.size
         elif options.labels and extension == ("json" if options.label_field else "cls"):
             if problem is None and info.size > _MAX_LABEL_BYTES:
                 problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
             if problem is None:
-                label, problem = _label(_content(info, stream), options.label_field)
-                self.sample.target, self.sample.unmatched = options.parse_target(label)
-            self.sample.unmatched = problem or self.sample.unmatched
+                self.sample.label, problem = _label(_content(info, stream), options.label_field)
+            self.sample.unmatched = problem
 
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
@@ -105,7 +109,7 @@ class _TarSample:
                 f"no member has a supported image extension (members: {members}); the members of a sample "
                 "must be adjacent in the tar, and the extension starts at the first dot",
             )
-        return self.sample if error is None else Sample(self.sample.key, None, error=error)
+        return self.sample if error is None else self.sample.fail(error)
 
 
 def _content(info: tarfile.TarInfo, stream: BinaryIO) -> bytes:

@@ -57,7 +57,11 @@ class Job:
             read_options=ReadOptions.from_config(config.input, labels, config.read),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
-                labels, self.topk, config.output.embedding, self.checkpoint.embedding_width
+                labels,
+                self.topk,
+                config.output.embedding,
+                self.checkpoint.embedding_width,
+                config.output.label_names,
             ),
             max_image_pixels=config.input.max_image_pixels,
             precision=config.model.precision,

@@ -43,6 +43,8 @@ def result(shard: int, start: int, rows: int, total: int | None = None, error: s
             "width": pa.array(numbers + 10, pa.int32()),
             "height": pa.array(numbers + 20, pa.int32()),
             "error": pa.array(["bad" if b else None for b in bad], pa.string()),
+            **{name: pa.nulls(rows, pa.string()) for name in ("uri", "version")},
+            **{name: pa.nulls(rows, pa.int64()) for name in ("offset", "size")},
         }
     )
     return classify(Chunk(shard, start, samples, total, error, pixels[~bad]), Backend(), OPTIONS)

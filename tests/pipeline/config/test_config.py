@@ -377,7 +377,7 @@ def test_recorded_commit_applies_to_recorded_model_only(
 def test_fingerprint_depends_on_settings_and_checkpoint_only(tmp_path: Path) -> None:
     """With another value, existing partitions would get other names."""
     config = load_config(Config, write(tmp_path, MINIMAL))
-    expected = "ef89a5a52571e3c84bf2c5d81cea236e80e5503e4849b87fbbee0e8b214c9c3e"
+    expected = "ce00efcf5bd9103400cba4c5fc4fc2a91f57d86a9690a8ca369ee96dea2c05cc"
     assert config.fingerprint(BUNDLED_DIGEST) == expected
     other = [
         "decode.device=auto",
@@ -386,7 +386,7 @@ def test_fingerprint_depends_on_settings_and_checkpoint_only(tmp_path: Path) -> 
         "input.label_field=a.b",
     ]
     config = load_config(Config, write(tmp_path, MINIMAL), other)
-    expected = "0c0d5b3d876ddf1303f8565d11f8a470ab403343689d6a8defd705c00e06975e"
+    expected = "6c0a73b14c8538a9cd61dc6d88fc1ba6bc90f5ed8d352782761c5a46259d86c7"
     assert config.fingerprint(BUNDLED_DIGEST) == expected
 
 

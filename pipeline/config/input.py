@@ -1,0 +1,162 @@
+"""The section `input`: the location of the shards, and which of their parts are image, key and label."""
+
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+from pydantic import BeforeValidator, Field, field_validator
+
+from pipeline.config.base import NameOrUri, PositiveInt, Section, Uri
+
+InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
+
+#: Fields that no label depends on: they select samples, or are part of a shard's version.
+_NOT_IN_FINGERPRINT = {
+    "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
+    "on_damaged_shard",
+}  # fmt: skip
+
+
+def _names_to_types(value: Any) -> Any:
+    """Returns a list of names as a mapping without types."""
+    return (
+        dict.fromkeys(value) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
+    )
+
+
+class InputConfig(Section):
+    """The location of the shards, and which of their parts are image, key and label."""
+
+    uri: Uri = Field(
+        description="Folder of the shards: `s3://`, `gs://` or a local path. A single shard is also allowed.",
+        examples=["s3://my-bucket/shards"],
+    )
+    format: InputFormat = Field(
+        default="auto",
+        description="Format of the shards. `auto`: inferred from each file extension. `webdataset`, "
+        "`parquet`: every file has this format. `images`: every file with an image extension.",
+        examples=["webdataset"],
+    )
+    labels: bool = Field(
+        default=True,
+        description="Read the dataset's own labels as targets. False: every target is null.",
+    )
+    label_from: Literal["folder"] | None = Field(
+        default=None,
+        description="`folder`: the label of an image file is the name of its folder, and the label of a "
+        "Parquet file is in the name of a folder such as `label=3`. Null: see `label_field` and "
+        "`label_column`.",
+        examples=["folder"],
+    )
+    label_field: str | None = Field(
+        default=None,
+        description="WebDataset: field of the `.json` member that holds the label; dots separate nested "
+        "fields. Null: the label is in the `.cls` member.",
+        examples=["annotation.class"],
+    )
+    image_column: str | None = Field(
+        default=None,
+        description="Parquet: name of the image column. Null: `image`, or the only column whose type is "
+        "binary or a struct with binary `bytes`.",
+        examples=["image"],
+    )
+    uri_column: str | None = Field(
+        default=None,
+        description="Table: name of the column with the URIs of the images. Null: the only column whose name "
+        "is usual for it, such as `uri` or `image_url`.",
+        examples=["image_url"],
+    )
+    label_column: str | None = Field(
+        default=None,
+        description="Parquet and table: name of the label column. Null: no targets.",
+        examples=["label"],
+    )
+    key_column: str | None = Field(
+        default=None,
+        description="Parquet and table: name of the column with the sample keys. Null: the image's path or "
+        "URI, or the row number if there is none.",
+        examples=["id"],
+    )
+    carry: Annotated[dict[str, str | None], BeforeValidator(_names_to_types)] = Field(
+        default_factory=dict,
+        description="Columns of a Parquet file or table, or fields of the `.json` member, that are copied to "
+        "each prediction row: a list of names, or a mapping of names to Arrow types such as `int64` or "
+        "`timestamp[s]`.",
+        examples=[{"id": "int64", "captured_at": None}],
+    )
+    filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = Field(
+        default_factory=list,
+        description="Table: conditions that a row must meet, each a list of column, operator and value. "
+        "Operators: `=`, `!=`, `<`, `<=`, `>`, `>=`, `in`, `not in`.",
+        examples=[[["split", "=", "train"]]],
+    )
+    csv_columns: list[str] | None = Field(
+        default=None,
+        description="Table: names of the columns of CSV files without a header. Null: the first line is the "
+        "header.",
+        examples=[["bucket", "key"]],
+    )
+    check_objects: Literal["auto", "never", "always"] = Field(
+        default="auto",
+        description="Table: whether a run finds images that were replaced under the same URI. `auto`: in "
+        "buckets and local folders, by listing them. `always`: also on web servers, with one request per "
+        "image. `never`: an image is identified by its URI only.",
+        examples=["always"],
+    )
+    key: Literal["first-dot", "last-dot"] = Field(
+        default="first-dot",
+        description="WebDataset: the part of a member's file name that is the sample's key. `first-dot`: the "
+        "part before the first dot, as WebDataset does. `last-dot`: the part before the last dot.",
+        examples=["last-dot"],
+    )
+    image_member: str | None = Field(
+        default=None,
+        description="WebDataset: extension of the member that is the image, such as `left.jpg`. Null: the "
+        "first member of the sample with an image extension.",
+        examples=["left.jpg"],
+    )
+    on_damaged_shard: Literal["skip", "keep"] = Field(
+        default="skip",
+        description="A shard that cannot be read to its end: `skip` labels nothing of it, `keep` labels the "
+        "readable part. Either way the run ends with a non-zero status.",
+        examples=["keep"],
+    )
+    target_names: NameOrUri | list[str] | None = Field(
+        default=None,
+        description="Names of the dataset's own classes, by integer label: a list, or the path or URI of a "
+        "file as for `model.labels`. Null: the names in the schema of the file, if it has some; else an "
+        "integer label is a class id of the model.",
+        examples=[["cat", "dog"]],
+    )
+    target_map: NameOrUri | dict[str, str] | None = Field(
+        default=None,
+        description="Class of the model for each class of the dataset, by name: a mapping, or the path or "
+        "URI of a JSON file with one. Several classes of the dataset may have the same class of the model. "
+        "Null: classes with equal names.",
+        examples=[{"sneakers": "Sneaker"}],
+    )
+    max_image_bytes: PositiveInt = Field(
+        default=256 * 1024**2,
+        description="Maximum size of an encoded image, in bytes. A larger image is an error row, and is not "
+        "read.",
+    )
+    max_image_pixels: PositiveInt = Field(
+        default=178_956_970,  # Pillow's limit against decompression bombs
+        description="Maximum number of pixels of an image (width times height). A larger image is an error "
+        "row, and is not decoded.",
+    )
+
+    @field_validator("carry")
+    @classmethod
+    def _check_types(cls, carry: dict[str, str | None]) -> dict[str, str | None]:
+        for name, kind in carry.items():
+            try:
+                _ = kind and pa.type_for_alias(kind)
+            except ValueError:
+                message = f"{kind!r} of {name!r} is not an Arrow type such as int64, string or timestamp[s]"
+                raise ValueError(message) from None
+        return carry
+
+    @property
+    def label_settings(self) -> dict[str, Any]:
+        """The settings that determine a label; only those without their default, so that more can follow."""
+        return self.model_dump(exclude=_NOT_IN_FINGERPRINT, exclude_defaults=True)
