@@ -53,18 +53,29 @@ def _cause(shard: Shard, error: Exception) -> str:
     return f"damaged, or not in the format {shard.format} ({type(error).__name__}: {error})"
 
 
+def list_samples(shard: Shard, options: ReadOptions) -> list[Sample]:
+    """Returns the samples of a shard whose images are objects of their own, without images, in shard order.
+
+    Labels are set, and targets are not. Of a stored image that is unchanged, this is all that is needed.
+    """
+    del options
+    folder = shard.uri.rpartition("/")[0]
+    return [
+        Sample(relative_name(folder, info.uri), None, uri=info.uri, version=info.version)
+        for info in shard.members
+    ]
+
+
 def _read_images(
     storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
 ) -> Iterator[Sample]:
-    """Yields the samples of a group of image files in the order of the members."""
-    folder = shard.uri.rpartition("/")[0]
+    """Yields the samples of a group of image files."""
 
-    def fetch(info: ObjectInfo) -> Sample:
-        key = relative_name(folder, info.uri)
-        sample = Sample(key, None, uri=info.uri, version=info.version, error=options.size_error(info.size))
+    def fetch(sample: Sample, info: ObjectInfo) -> Sample:
+        if error := options.size_error(info.size):
+            return sample.fail(error)
         try:
-            if sample.error is None:
-                sample.image = storage.read(info.uri, info.version)
+            sample.image = storage.read(info.uri, info.version)
             return sample
         except ObjectNotFound as failure:
             return sample.fail(sample_error(ErrorCategory.IMAGE_NOT_FOUND, str(failure)))
@@ -76,9 +87,9 @@ def _read_images(
     pending: deque[Future[Sample]] = deque()
     pool = ThreadPoolExecutor(_CONCURRENT_IMAGES)
     try:
-        for info in shard.members:
+        for sample, info in zip(list_samples(shard, options), shard.members, strict=True):
             deadline.check()
-            pending.append(pool.submit(fetch, info))
+            pending.append(pool.submit(fetch, sample, info))
             if len(pending) == window:
                 yield pending.popleft().result()
         while pending:
