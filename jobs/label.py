@@ -128,7 +128,8 @@ def print_result(result: RunResult) -> None:
         fields["ignored"] = plan.describe_ignored()
     if plan.shards:
         labeled = totals.shards - len(totals.unreadable)
-        fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}"
+        copied = f", {plan.copied_images:,} of them copied" if plan.copied_images else ""
+        fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}{copied}"
         fields["errors"] = f"{totals.errors:,}" + (" (listed in the report)" if totals.errors else "")
         rate = result.images_per_s
         too_short = "unknown: the run was too short"

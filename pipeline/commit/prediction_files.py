@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.commit.copied_rows import CopiedRows
 from pipeline.commit.manifest import ManifestRow
 from pipeline.commit.partition import Partition
 from pipeline.predictions import (
@@ -21,7 +22,7 @@ from pipeline.predictions import (
     read_footer,
     serialize_statistics,
 )
-from pipeline.read import Chunk, Shard
+from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
 from pipeline.storage import ABSENT, Versioned
 from pipeline.text import remove_secrets
@@ -75,34 +76,37 @@ class OpenShard:
         """Whether all samples have arrived, or the shard can't be read."""
         return self.error is not None or self.samples == self.total
 
-    def rows(self, shard: Shard, options: PredictionOptions) -> tuple[pa.Table, ErrorCauses]:
-        """Returns the prediction rows and the unmatched targets; raises `IncompleteShardError`."""
+    def samples_in_order(self, uri: str) -> pa.Table:
+        """Returns the samples of all chunks; raises `IncompleteShardError`."""
         chunks = [self.chunks[start] for start in sorted(self.chunks)]
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
-            raise IncompleteShardError(f"{shard.uri}: the chunks have gaps or overlap")
-        samples = pa.concat_tables([chunk.samples for chunk in chunks])
-        unmatched = ErrorCauses()
-        unmatched.add_unmatched(shard.uri, samples)
-        samples = samples.rename_columns({"target": "target_id"})
-        samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
-        samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
+            raise IncompleteShardError(f"{uri}: the chunks have gaps or overlap")
+        return pa.concat_tables([chunk.samples for chunk in chunks])
+
+
+def prediction_rows(
+    samples: pa.Table, shard: Shard, options: PredictionOptions
+) -> tuple[pa.Table, ErrorCauses]:
+    """Returns the rows of a prediction file, and the unmatched targets, for the samples of a shard."""
+    unmatched = ErrorCauses()
+    unmatched.add_unmatched(shard.uri, samples)
+    samples = samples.rename_columns({"target": "target_id"})
+    samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
+    samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
+    if shard.format in ("webdataset", "parquet"):
         for name, value in (("uri", shard.object.uri), ("version", shard.object.version)):
-            column = (
-                pc.fill_null(samples[name], value)
-                if shard.format in ("webdataset", "parquet")
-                else samples[name]
-            )
+            column = pc.fill_null(samples[name], value)
             samples = samples.set_column(samples.schema.get_field_index(name), name, column)
-        if options.label_names:
-            names = pa.array(options.labels, pa.string())
-            samples = samples.append_column("target", names.take(samples["target_id"].combine_chunks()))
-            topk = samples["topk_label_ids"].combine_chunks()
-            ids = pc.list_flatten(topk)
-            labels = pa.ListArray.from_arrays(topk.offsets, names.take(ids), mask=topk.is_null())
-            samples = samples.append_column("topk_labels", labels)
-        schema = prediction_schema(options.embedding, options.embedding_width, options.label_names)
-        return samples.select(schema.names).cast(schema).combine_chunks(), unmatched
+    if options.label_names:
+        names = pa.array(options.labels, pa.string())
+        samples = samples.append_column("target", names.take(samples["target_id"].combine_chunks()))
+        topk = samples["topk_label_ids"].combine_chunks()
+        ids = pc.list_flatten(topk)
+        labels = pa.ListArray.from_arrays(topk.offsets, names.take(ids), mask=topk.is_null())
+        samples = samples.append_column("topk_labels", labels)
+    schema = prediction_schema(options.embedding, options.embedding_width, options.label_names)
+    return samples.select(schema.names).cast(schema).combine_chunks(), unmatched
 
 
 def count_errors(chunk: Chunk) -> int:
@@ -127,6 +131,8 @@ class PredictionWriter:
     Attributes:
         expected: version of the current prediction file, by URI of the shard.
         is_current: returns whether the input still has this version of a shard.
+        read_options: how the readers find keys and labels, for copied rows.
+        copied: the rows that the file of a changed shard copies, by URI of the shard.
         before_group: called before a group of image files is written; raises to prevent the write. A run
             that lost its lease must not write groups: another run may have grouped the images differently.
     """
@@ -137,6 +143,8 @@ class PredictionWriter:
     run: str
     expected: Mapping[str, str]
     is_current: Callable[[Shard], bool]
+    read_options: ReadOptions = field(default_factory=ReadOptions)
+    copied: Mapping[str, CopiedRows] = field(default_factory=dict)
     before_group: Callable[[], None] = lambda: None
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
@@ -148,7 +156,11 @@ class PredictionWriter:
                 failed_version = None if arrived.transient else shard.version
                 row = replace(row, error=remove_secrets(arrived.error), failed_version=failed_version)
             else:
-                predictions, found = arrived.rows(shard, self.options)
+                samples = arrived.samples_in_order(shard.uri)
+                if copied := self.copied.get(shard.uri):
+                    storage = self.partition.storage
+                    samples = copied.merge(samples, shard, storage, self.options, self.read_options)
+                predictions, found = prediction_rows(samples, shard, self.options)
                 if written := self._write(shard, predictions, found.count):
                     row, size = written
                     causes.add(shard.uri, predictions)

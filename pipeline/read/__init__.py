@@ -3,8 +3,8 @@
 Images are not decoded in this package.
 """
 
-from pipeline.read.chunks import NO_SAMPLES, Chunk, failed_chunk, split_into_chunks
-from pipeline.read.reader import read_samples
+from pipeline.read.chunks import NO_SAMPLES, Chunk, failed_chunk, sample_table, split_into_chunks
+from pipeline.read.reader import complete_sample, list_samples, read_samples, select_images
 from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import (
     MAX_IGNORED_EXAMPLES,

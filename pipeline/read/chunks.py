@@ -6,7 +6,7 @@ A chunk is one row of a block, so that Ray can neither split nor merge chunks.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
@@ -139,7 +139,12 @@ def split_into_chunks(
     yield replace(last, total=start + last.samples.num_rows, error=error, transient=transient)
 
 
-def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:
+def sample_table(samples: Sequence[Sample]) -> pa.Table:
+    """Returns samples as the table of a chunk."""
     columns = {name: [getattr(sample, name) for sample in samples] for name in _SAMPLE_SCHEMA.names}
-    table = pa.table(columns, schema=_SAMPLE_SCHEMA)
-    return Chunk(shard, start, table, encoded_bytes=sum(len(sample.image or b"") for sample in samples))
+    return pa.table(columns, schema=_SAMPLE_SCHEMA)
+
+
+def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:
+    size = sum(len(sample.image or b"") for sample in samples)
+    return Chunk(shard, start, sample_table(samples), encoded_bytes=size)

@@ -1,8 +1,9 @@
 """Reads the samples of a shard, one at a time, in a deterministic order."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.limits import Deadline, limit_texts
@@ -32,7 +33,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     try:
         deadline = Deadline(options.timeout_s)
         for found in _READERS[shard.format](storage, shard, options, deadline):
-            sample = limit_texts(options.set_target(found))
+            sample = complete_sample(found, options)
             options.check_count(count + 1)
             key, count = sample.key, count + 1
             yield sample
@@ -43,6 +44,11 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         transient = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
         transient = transient and not isinstance(error, ObjectNotFound | ObjectChanged)
         raise ShardError(shard.uri, position + _cause(shard, error), transient) from error
+
+
+def complete_sample(sample: Sample, options: ReadOptions) -> Sample:
+    """Returns a sample of a reader with its target, and with texts within their limits."""
+    return limit_texts(options.set_target(sample))
 
 
 def _cause(shard: Shard, error: Exception) -> str:
@@ -64,6 +70,11 @@ def list_samples(shard: Shard, options: ReadOptions) -> list[Sample]:
         Sample(relative_name(folder, info.uri), None, uri=info.uri, version=info.version)
         for info in shard.members
     ]
+
+
+def select_images(shard: Shard, positions: Sequence[int]) -> Shard:
+    """Returns a shard with only these of its images, for reading; see `list_samples`."""
+    return replace(shard, members=tuple(shard.members[position] for position in positions))
 
 
 def _read_images(

@@ -52,13 +52,18 @@ class Gallery:
         self._committed_shards: set[str] = set()
         self._rows = MEMORY_SCHEMA.empty_table()
 
-    def collect(self, chunk: Chunk) -> Chunk:
-        """Moves the thumbnails of a chunk into the gallery; returns the chunk without thumbnails."""
+    def collect(self, chunk: Chunk, positions: Sequence[int] | None = None) -> Chunk:
+        """Moves the thumbnails of a chunk into the gallery; returns the chunk without thumbnails.
+
+        `positions` has the index in the shard of each image that is read; None if all images are read.
+        """
         if THUMBNAIL_COLUMN not in chunk.samples.column_names:
             return chunk
         shard, count = self._shards[chunk.shard].uri, chunk.samples.num_rows
         rows = chunk.samples.append_column("shard", pa.repeat(shard, count))
-        rows = rows.append_column("index", pa.array(range(chunk.start, chunk.start + count)))
+        numbers = range(chunk.start, chunk.start + count)
+        indices = numbers if positions is None else [positions[number] for number in numbers]
+        rows = rows.append_column("index", pa.array(indices, pa.int64()))
         rows = rows.append_column("selection", pa.nulls(count))
         rows = rows.filter(pc.is_valid(rows[THUMBNAIL_COLUMN]))
         if len(rows):
@@ -76,12 +81,22 @@ class Gallery:
             self._max_rows = len(self._rows) + max(self._max_new_rows, len(self._rows))
 
     def merge(
-        self, previous: pa.Table, removed_shards: Collection[str], classes: Collection[int]
+        self,
+        previous: pa.Table,
+        removed_shards: Collection[str],
+        classes: Collection[int],
+        copied: pa.Table | None = None,
     ) -> pa.Table:
-        """Merges the rows of this run into the previous gallery; drops removed shards and other classes."""
+        """Merges the rows of this run into the previous gallery; drops removed shards and other classes.
+
+        `copied` has rows of the previous gallery whose image moved: with their new shard and index.
+        """
+        committed = pa.array(self._committed_shards, pa.string())
         dropped = pa.array(self._committed_shards.union(removed_shards), pa.string())
         kept = previous.filter(pc.invert(pc.is_in(previous["shard"], value_set=dropped)))
         rows = pa.concat_tables([kept, self._rows])
+        if copied is not None:
+            rows = pa.concat_tables([rows, copied.filter(pc.is_in(copied["shard"], value_set=committed))])
         in_classes = pc.is_in(rows["label_id"], value_set=pa.array(classes, pa.int32()))
         return select_best(rows.filter(in_classes), self._count)
 

@@ -27,6 +27,9 @@ def clean_up(run: RunContext) -> bool:
     to_remove |= {uri for uri in plan.split_groups if uri in plan.expected}
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
+    files = {f"{partition.uri}/predictions/{prediction_path(uri)}" for uri in to_remove}
+    for copied in plan.copied.values() if files else ():
+        copied.hold(partition.storage, files, run.result.job.stages.predictions)
     _remove(partition, {uri: versions[uri] for uri in to_remove})
     for uri in to_remove:  # no file is expected in place of a removed file
         plan.expected.pop(uri, None)

@@ -34,6 +34,7 @@ class FailureMonitor:
     Attributes:
         shards: the shards to label.
         entries: manifest rows before the run, by URI.
+        copied_errors: number of error rows that a shard copies from stored labels, by URI. They are known.
         last: counts of the last run of the dataset that ended by itself.
         stopped: counts of the runs after `last`, which were stopped or failed. This run continues them.
         causes: the errors of the complete shards.
@@ -43,6 +44,7 @@ class FailureMonitor:
     gate: GateConfig
     shards: Sequence[Shard]
     entries: Mapping[str, ManifestRow]
+    copied_errors: Mapping[str, int] = field(default_factory=dict)
     last: Counter[str] = field(default_factory=Counter)
     stopped: Counter[str] = field(default_factory=Counter)
     causes: ErrorCauses = field(default_factory=ErrorCauses)
@@ -71,7 +73,9 @@ class FailureMonitor:
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
         known = Counter(
-            errors=before.errors or 0 if before.version == shard.version else 0,
+            errors=before.errors or 0
+            if before.version == shard.version
+            else self.copied_errors.get(row.uri, 0),
             unreadable=before.failed_version == shard.version,
             empty=before.version == shard.version,
         )

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
+from pipeline.commit import CopiedRows, ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
-from pipeline.read import Shard, ShardListing, list_shards
+from pipeline.read import Shard, ShardListing, list_shards, select_images
 from pipeline.run.job import Job, make_job
+from pipeline.run.reuse import find_copied_rows
 from pipeline.storage import is_under
 from pipeline.text import pluralize
 
@@ -43,6 +44,7 @@ class Plan:
         recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
         split_groups: changed groups of image files that lost images to a new group directly after them.
         image_states: number of images by state; None unless the input has image files only.
+        copied: the stored rows that a shard to label copies, by URI; only the other images are read.
     """
 
     listing: ShardListing
@@ -56,6 +58,7 @@ class Plan:
     recovered: list[str] = field(default_factory=list)
     split_groups: set[str] = field(default_factory=set)
     image_states: Counter[ShardState] | None = None
+    copied: dict[str, CopiedRows] = field(default_factory=dict)
 
     @property
     def deleted_with_labels(self) -> dict[str, ManifestRow]:
@@ -72,7 +75,17 @@ class Plan:
         """Number of images to label; None unless all are image files, whose number the listing gives."""
         if not all(shard.members for shard in self.shards):
             return None
-        return sum(len(shard.members) for shard in self.shards)
+        return sum(len(shard.members) for shard in self.shards) - self.copied_images
+
+    @property
+    def copied_images(self) -> int:
+        """Number of images whose stored rows are copied."""
+        return sum(len(copied.positions) for copied in self.copied.values())
+
+    def without_copied(self, shard: Shard) -> Shard:
+        """Returns the shard to read: without the images whose stored rows are copied."""
+        copied = self.copied.get(shard.uri)
+        return shard if copied is None else select_images(shard, copied.missing)
 
     def describe_ignored(self) -> str:
         """Describes the ignored objects of the input: the number in total, by reason and by extension."""
@@ -92,8 +105,10 @@ class Plan:
             unit, states, to_label = "image", self.image_states, self.images or 0
             to_prune = sum(self.deleted[uri].rows or 0 for uri in self.to_prune)
         found = [f"{states[state]:,} {state}" for state in ShardState if states[state]]
-        again = to_label - states[ShardState.NEW] - states[ShardState.CHANGED]
+        copied = self.copied_images if self.image_states is not None else 0
+        again = to_label + copied - states[ShardState.NEW] - states[ShardState.CHANGED]
         reprocessed = f" ({again:,} reprocessed)" if again else ""
+        reprocessed += f" ({copied:,} unchanged are copied)" if copied else ""
         prune = f", {to_prune:,} to prune" if self.selection.prune else ""
         total = pluralize(states.total(), unit)
         return f"{total}: {', '.join(found)}; {to_label:,} to label{reprocessed}{prune}"
@@ -213,4 +228,16 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
                 f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
     planned = plan(listing, repairs.entries, selection)
+    if not selection.relabel:
+        # Images move to a group that was split from theirs, or from a deleted group to the one before it.
+        losing = [repairs.entries[uri] for uri in planned.split_groups]
+        losing += [row for row in planned.deleted_with_labels.values() if row.format == "images"]
+        planned.copied = find_copied_rows(
+            partition,
+            planned.shards,
+            repairs.entries,
+            losing,
+            job.stages.read_options,
+            with_errors=not selection.retry_errors,
+        )
     return PreparedRun(job, planned, repairs, clean_shutdown)

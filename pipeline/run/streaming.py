@@ -50,6 +50,8 @@ def label_shards(run: RunContext) -> StopController:
         run.result.run,
         expected=plan.expected,
         is_current=partial(_is_current, job.storage, job.config.input.format),
+        read_options=job.stages.read_options,
+        copied=plan.copied,
         before_group=run.lease.verify,
     )
     committer = Committer(writer, plan.shards, partial(_record_commit, run))
@@ -112,7 +114,8 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             last_result = time.perf_counter()
             if stop.requested:
                 committer.reject_new_shards()
-            committer.add(run.gallery.collect(chunk))
+            copied = plan.copied.get(plan.shards[chunk.shard].uri)
+            committer.add(run.gallery.collect(chunk, None if copied is None else copied.missing))
             if not first_result:
                 first_result, first_images = last_result, committer.progress().images
                 started = first_result - chunk.metrics[CLASSIFY].busy_s
@@ -151,7 +154,8 @@ def _label_in_order(
             if not check_gate_alone(run):
                 _abort(run, run.result.broken_failure_limits + run.result.broken_limits)
                 return
-        with closing(executor.label([shards[i] for i in batch], job.stages, resources)) as chunks:
+        to_read = [run.result.plan.without_copied(shards[i]) for i in batch]
+        with closing(executor.label(to_read, job.stages, resources)) as chunks:
             for chunk in chunks:
                 yield replace(chunk, shard=batch[chunk.shard])
 

@@ -4,8 +4,10 @@ import logging
 from datetime import UTC, datetime
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.classify import GALLERY_CLASSES
+from pipeline.predictions import prediction_path
 from pipeline.report import GALLERY_FILE, read_gallery, write_gallery, write_report
 from pipeline.run.gate import check_gate, find_run_pair
 from pipeline.run.recording import RunContext
@@ -49,4 +51,24 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
         return
     removed = {*run.record.values["removed"], *run.result.rolled_back}
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
-    write_gallery(storage, uri, run.gallery.merge(read_gallery(storage, uri), removed, set(frequent)))
+    previous = read_gallery(storage, uri)
+    copied = _copied_thumbnails(run, previous)
+    write_gallery(storage, uri, run.gallery.merge(previous, removed, set(frequent), copied))
+
+
+def _copied_thumbnails(run: RunContext, gallery: pa.Table) -> pa.Table:
+    """Returns the rows of a gallery whose prediction row was copied, with their new shard and index."""
+    folder = f"{run.result.partition.uri}/predictions"
+    files = [f"{folder}/{prediction_path(shard)}" for shard in gallery["shard"].to_pylist()]
+    rows = {place: row for row, place in enumerate(zip(files, gallery["index"].to_pylist(), strict=True))}
+    known, found = set(files), list[tuple[int, str, int]]()
+    for shard, copied in run.result.plan.copied.items():
+        for (file, _), pairs in copied.rows.items():
+            for position, row in pairs if file in known else ():
+                if (file, row) in rows:
+                    found.append((rows[file, row], shard, position))
+    taken = gallery.take(pa.array([row for row, _, _ in found], pa.int64()))
+    for name, values in (("shard", [each for _, each, _ in found]), ("index", [each for *_, each in found])):
+        column = gallery.schema.get_field_index(name)
+        taken = taken.set_column(column, name, pa.array(values, gallery.schema.field(name).type))
+    return taken

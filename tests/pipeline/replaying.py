@@ -68,7 +68,8 @@ class Place:
         shutil.copytree(snapshot, f"{self.root}/out")
 
     def fields(self) -> list[str]:
-        return run_fields(self.root)
+        # An image's scores may depend on its batch by rounding, and a copied row keeps its scores.
+        return run_fields(self.root, "classify.batch_size=1")
 
     def run(self, selection: Selection | None = LABEL_NEW) -> None:
         """Runs the job; without a selection, `stats --rebuild`."""
@@ -102,12 +103,15 @@ class Place:
         return not crashing.run(self.fields(), selection, crash)
 
     def labels(self) -> dict[str, list[dict[str, Any]]]:
-        """Returns the prediction rows that a reader sees, by shard; asserts that no sample is there twice."""
+        """Returns the prediction rows that a reader sees, by shard; asserts that no sample is there twice.
+
+        The rows have no versions, which are times for local files.
+        """
         rows = [
             row
             for name, data in self.objects("out").items()
             if "/predictions/" in name and name.endswith(".parquet")
-            for row in pq.read_table(io.BytesIO(data)).to_pylist()
+            for row in pq.read_table(io.BytesIO(data)).drop_columns(["version"]).to_pylist()
         ]
         shards: dict[str, list[dict[str, Any]]] = {}
         for row in rows:

@@ -1,0 +1,81 @@
+"""Rows of stored prediction files that the new file of a changed shard copies: those of unchanged images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.predictions import PredictionOptions, model_output_fields
+from pipeline.read import ReadOptions, Sample, Shard, complete_sample, list_samples, sample_table
+from pipeline.storage import Storage, content_errors, read_table
+
+#: Columns that describe the image and its predictions. The other columns follow from the current input.
+_COPIED = ("version", "width", "height", "error")
+
+
+@dataclass
+class CopiedRows:
+    """The stored rows that the prediction file of one shard copies.
+
+    Attributes:
+        total: number of images of the shard.
+        rows: by URI and version of a prediction file, pairs of a position in the shard and a row of the file.
+        errors: number of the rows that are error rows.
+    """
+
+    total: int
+    rows: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
+    errors: int = 0
+    _held: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions of the copied rows in the shard, in the order of `rows`."""
+        return [position for pairs in self.rows.values() for position, _ in pairs]
+
+    @property
+    def missing(self) -> list[int]:
+        """The positions of the images to label, ascending."""
+        copied = {*self.positions}
+        return [position for position in range(self.total) if position not in copied]
+
+    def hold(self, storage: Storage, uris: Collection[str], options: PredictionOptions) -> None:
+        """Reads the rows of files that are about to be removed."""
+        for source in self.rows:
+            if source[0] in uris:
+                self._held[source] = self._read(storage, source, options)
+
+    def merge(
+        self,
+        labeled: pa.Table,
+        shard: Shard,
+        storage: Storage,
+        options: PredictionOptions,
+        read_options: ReadOptions,
+    ) -> pa.Table:
+        """Returns the samples of the whole shard: those that were labeled now, and the copied rows.
+
+        Raises `StorageError` if a file that was not held is no longer there.
+        """
+        sources = (self._held.get(source) or self._read(storage, source, options) for source in self.rows)
+        stored = pa.concat_tables(sources)
+        described, samples = list_samples(shard, read_options), list[Sample]()
+        for position, error in zip(self.positions, stored["error"].to_pylist(), strict=True):
+            sample = described[position] if error is None else described[position].fail(error)
+            samples.append(complete_sample(sample, read_options))
+        copied = sample_table(samples)
+        copied = copied.drop_columns([name for name in stored.column_names if name in copied.column_names])
+        for name in stored.column_names:
+            copied = copied.append_column(name, stored[name])
+        order = np.argsort(np.concatenate([self.missing, self.positions]))
+        both = pa.concat_tables([labeled, copied.select(labeled.column_names)], promote_options="permissive")
+        return both.take(order)
+
+    def _read(self, storage: Storage, source: tuple[str, str], options: PredictionOptions) -> pa.Table:
+        outputs = model_output_fields(options.embedding, options.embedding_width)
+        with storage.open(*source) as file, content_errors(source[0], "a prediction file"):
+            columns = [*_COPIED, *(column.name for column in outputs)]
+            return read_table(file, columns).take([row for _, row in self.rows[source]])
