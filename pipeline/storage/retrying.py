@@ -34,11 +34,13 @@ class Failure:
         error: Raised after the last attempt.
         attempts: Maximum number of attempts; 1 if a retry cannot resolve the failure.
         kind: Name of the failure in `retry_counts`.
+        min_pause_s: Minimum seconds before the next attempt.
     """
 
     error: StorageError
     attempts: int = 1
     kind: str = ""
+    min_pause_s: float = 0.0
 
 
 def pause_after(attempt: int) -> float:
@@ -62,13 +64,19 @@ def retry(action: Callable[[], T], explain: Callable[[Exception], Failure]) -> T
         except StorageError:
             raise
         except Exception as error:
-            failure, limit = explain(error), exceeded_limit(error)
-            if attempt >= (_LIMIT_ATTEMPTS if limit else failure.attempts):
-                raise failure.error from None  # the library's message may contain credentials
-            with _lock:
-                _retries[type(limit).__name__ if limit else failure.kind] += 1
-        time.sleep(pause_after(attempt))
+            pause = pause_before_retry(error, explain(error), attempt)
+        time.sleep(pause)
         attempt += 1
+
+
+def pause_before_retry(error: Exception, failure: Failure, attempt: int) -> float:
+    """Counts a retry and returns the seconds to wait; raises `failure.error` after the last attempt."""
+    limit = exceeded_limit(error)
+    if attempt >= (_LIMIT_ATTEMPTS if limit else failure.attempts):
+        raise failure.error from None  # the library's message may contain credentials
+    with _lock:
+        _retries[type(limit).__name__ if limit else failure.kind] += 1
+    return max(failure.min_pause_s, pause_after(attempt))
 
 
 def until_unchanged(
