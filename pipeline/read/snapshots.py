@@ -1,0 +1,200 @@
+"""Snapshots of Delta and Iceberg tables: the live data files, without their deleted rows.
+
+Files that are in the table's folder and not in the snapshot are never read.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.storage import ObjectInfo, Storage, StorageError, normalize_uri
+
+_METADATA_FILE = re.compile(r"/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json(?:\.gz)?$")
+_PHYSICAL_NAME = b"delta.columnMapping.physicalName"
+_COMPACT = "rewrite the files, with REORG TABLE ... APPLY (PURGE) in Delta or rewrite_data_files in Iceberg"
+#: Features of Delta tables that need nothing more from a reader, or that `_open_delta` handles.
+_DELTA_FEATURES = {"columnMapping", "deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
+_DELTA_FEATURES |= {"typeWidening", "variantType"}
+#: pyiceberg's names of the options of Rust's object_store.
+_ICEBERG_OPTIONS = {
+    "endpoint_url": "s3.endpoint",
+    "region": "s3.region",
+    "aws_access_key_id": "s3.access-key-id",
+    "aws_secret_access_key": "s3.secret-access-key",
+    "aws_session_token": "s3.session-token",
+    "aws_skip_signature": "s3.anonymous",
+}
+
+
+class DataFile(NamedTuple):
+    """A live data file of a snapshot.
+
+    Attributes:
+        uri: URI of the file.
+        schema: Columns of the table.
+        has_deletes: Whether rows of the file are deleted.
+        read: Yields the rows of these columns, without the deleted rows.
+    """
+
+    uri: str
+    schema: pa.Schema
+    has_deletes: bool
+    read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
+
+
+class Snapshot(NamedTuple):
+    """The current snapshot of a table: the table's folder, and its live files."""
+
+    folder: str
+    files: list[DataFile]
+
+
+def open_snapshot(storage: Storage, uri: str) -> Snapshot | None:
+    """Opens a Delta or Iceberg table; returns None if there is none at this URI.
+
+    Args:
+        storage: Access to the table.
+        uri: Normalized URI of the table's folder, or of a `.metadata.json` file of an Iceberg table.
+
+    Raises:
+        StorageError: The table cannot be read, or the package of its format is missing.
+    """
+    if _METADATA_FILE.search(uri):
+        return _open_iceberg(storage, uri)
+    if next(storage.list(f"{uri}/_delta_log"), None) is not None:
+        return _open_delta(storage, uri)
+    found = list[tuple[int, str]]()
+    for info in storage.list(f"{uri}/metadata"):
+        if match := _METADATA_FILE.search(info.uri.removeprefix(f"{uri}/metadata")):
+            found.append((int(match[1]), info.uri))
+    if not found:
+        return None
+    newest = sorted(name for number, name in found if number == max(found)[0])
+    if len(newest) > 1:
+        cause = f"the Iceberg table has several metadata files of its newest version: {', '.join(newest)}"
+        raise StorageError(uri, f"{cause}; set input.uri to the metadata file that the catalog names")
+    return _open_iceberg(storage, newest[0])
+
+
+def snapshot_files(storage: Storage, uri: str) -> list[ObjectInfo]:
+    """Returns the live Parquet files of the Delta or Iceberg table at a URI, sorted by URI.
+
+    Raises:
+        StorageError: There is no such table, it cannot be read, or rows of a live file are deleted.
+    """
+    snapshot = open_snapshot(storage, uri)
+    if snapshot is None:
+        raise StorageError(uri, "not the folder of a Delta or Iceberg table")
+    if deleted := [file.uri for file in snapshot.files if file.has_deletes]:
+        cause = f"{len(deleted)} files of the table have deleted rows, such as {deleted[0]}"
+        raise StorageError(uri, f"{cause}; {_COMPACT}")
+    live = {file.uri for file in snapshot.files}
+    infos = {info.uri: info for info in storage.list(snapshot.folder) if info.uri in live}
+    return [infos.get(name) or storage.stat(name) for name in sorted(live)]
+
+
+def _open_delta(storage: Storage, uri: str) -> Snapshot:
+    _require(uri, "Delta", "deltalake", "delta")
+    import deltalake
+
+    try:
+        table = deltalake.DeltaTable(uri, storage_options=storage.object_store_options(uri))
+        actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
+        features = {*(table.protocol().reader_features or ())}
+        masks = {}
+        if "deletionVectors" in features:
+            for row in pa.table(table.deletion_vectors()).to_batches(1):
+                masks[_last(row["filepath"][0].as_py())] = row["selection_vector"][0].values
+        schema = pa.schema(table.schema())
+    except Exception as error:  # deltalake and Arrow raise many classes
+        raise StorageError(uri, f"cannot be read as a Delta table: {_text(error)}") from error
+    if unknown := sorted(features - _DELTA_FEATURES):
+        cause = f"the Delta table has reader features that are not supported: {', '.join(unknown)}"
+        raise StorageError(uri, cause)
+    physical = {
+        field.name: (field.metadata or {}).get(_PHYSICAL_NAME, field.name.encode()).decode()
+        for field in schema
+    }
+
+    def file(action: Mapping[str, Any]) -> DataFile:
+        path = action["path"]
+        name = normalize_uri(path) if "://" in path else f"{uri}/{unquote(path)}"
+        keep = masks.get(_last(path))
+        partition = {
+            column: action[f"partition.{other}"]
+            for column, name in physical.items()
+            for other in (column, name)
+            if f"partition.{other}" in action
+        }
+
+        def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+            start = 0
+            with storage.open(name) as stream:
+                parquet = pq.ParquetFile(stream, pre_buffer=False)
+                stored = [physical[x] for x in columns if physical[x] in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(columns=stored, use_threads=False):
+                    arrays = [
+                        batch[physical[x]]
+                        if physical[x] in stored
+                        else pa.repeat(pa.scalar(partition.get(x), schema.field(x).type), len(batch))
+                        for x in columns
+                    ]
+                    found = pa.RecordBatch.from_arrays(arrays, list(columns))
+                    yield found if keep is None else found.filter(keep.slice(start, len(batch)))
+                    start += len(batch)
+
+        return DataFile(name, schema, keep is not None, read)
+
+    return Snapshot(uri, [file(action) for action in actions])
+
+
+def _open_iceberg(storage: Storage, uri: str) -> Snapshot:
+    _require(uri, "Iceberg", "pyiceberg", "iceberg")
+    from pyiceberg.expressions import AlwaysTrue
+    from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
+    from pyiceberg.table import StaticTable
+
+    options = storage.object_store_options(uri)
+    properties = {name: options[other] for other, name in _ICEBERG_OPTIONS.items() if other in options}
+    try:
+        table = StaticTable.from_metadata(uri, properties)
+        tasks = list(table.scan().plan_files()) if table.current_snapshot() else []
+        schema = schema_to_pyarrow(table.schema(), include_field_ids=False)
+    except Exception as error:
+        remedy = f"; {_COMPACT}" if "deletes" in str(error) else ""
+        raise StorageError(uri, f"cannot be read as an Iceberg table: {_text(error)}{remedy}") from error
+
+    def file(task: Any) -> DataFile:
+        def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+            scan = ArrowScan(table.metadata, table.io, table.schema().select(*columns), AlwaysTrue())
+            for batch in scan.to_record_batches([task]):
+                yield batch.select(list(columns))
+
+        return DataFile(_normalized(task.file.file_path), schema, bool(task.delete_files), read)
+
+    return Snapshot(_normalized(table.location()), [file(task) for task in tasks])
+
+
+def _require(uri: str, format: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        cause = f"{format} tables require the package {package}: pip install 'cvt-label[{extra}]'"
+        raise StorageError(uri, cause)
+
+
+def _normalized(location: str) -> str:
+    """Returns the normalized URI of a location, which Hadoop may have written, such as `file:/a` and `s3a://b/c`."""
+    return normalize_uri(re.sub(r"^s3[an]://", "s3://", re.sub("^file:/(?=[^/])", "file:///", location)))
+
+
+def _last(path: str) -> str:
+    return unquote(path).rpartition("/")[2]
+
+
+def _text(error: Exception) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", re.split(r"\n\s*0: ", str(error))[0])
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
