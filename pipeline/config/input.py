@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config.base import NameOrUri, PositiveInt, Section, Uri
 
@@ -111,7 +111,7 @@ class InputConfig(Section):
     image_member: str | None = Field(
         default=None,
         description="WebDataset: extension of the member that is the image, such as `left.jpg`. Null: the "
-        "first member of the sample with an image extension.",
+        "first member with an image extension such as `jpg`, or else such as `left.jpg`.",
         examples=["left.jpg"],
     )
     on_damaged_shard: Literal["skip", "keep"] = Field(
@@ -155,6 +155,14 @@ class InputConfig(Section):
                 message = f"{kind!r} of {name!r} is not an Arrow type such as int64, string or timestamp[s]"
                 raise ValueError(message) from None
         return carry
+
+    @field_validator("image_member")
+    @classmethod
+    def _check_member(cls, member: str | None, info: ValidationInfo) -> str | None:
+        extension = member and member.lower().removeprefix(".")
+        if extension and "." in extension and info.data.get("key") == "last-dot":
+            raise ValueError("an extension has no dot with key: last-dot; each image is a sample of its own")
+        return extension
 
     @property
     def label_settings(self) -> dict[str, Any]:

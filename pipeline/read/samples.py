@@ -50,6 +50,7 @@ class Sample:
         label_names: The dataset's own class names, by integer label, if the file has them.
         uri, version: URI and version of the object with the image; None if it is the shard's own object.
         offset, size: Position of the encoded image in an uncompressed tar, in bytes.
+        merged: Number of further images of the sample, which are not labeled.
         carried: Values of the columns of `input.carry`, in their order; empty without such columns.
     """
 
@@ -64,6 +65,7 @@ class Sample:
     version: str | None = field(default=None, compare=False)
     offset: int | None = field(default=None, compare=False)
     size: int | None = field(default=None, compare=False)
+    merged: int = field(default=0, compare=False)
     carried: tuple[pa.Scalar, ...] = field(default=(), compare=False)
 
     def fail(self, error: SampleError) -> Self:

@@ -4,6 +4,7 @@ Of `tarfile`, only the parser of one block is used. `tarfile` reads extended hea
 quadratic time and memory for some PAX records, and silently ends a tar at a damaged header.
 """
 
+import io
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -13,30 +14,49 @@ from pipeline.read.samples import UnreadableShardError
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse maps
+#: Number of members, and length of a name, to which hard links are read: about 30 MB of memory.
+MAX_LINKED_MEMBERS, _MAX_LINKED_NAME = 100_000, 1000
 #: The PAX keyword of an extended header whose content is one value, by type.
 _LONG_VALUES = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENDED_TYPES = (*_LONG_VALUES, *_PAX_TYPES, tarfile.XGLTYPE)  # global headers name no member
 
 
+class TarEndError(UnreadableShardError):
+    """The tar has no end, or data follows its end; every member before it is complete."""
+
+
 def read_members(stream: BinaryIO, deadline: Deadline) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar; the caller may move the stream to the content of a member.
+
+    A hard link to an earlier regular file becomes a regular file with a `linkname` and this file's content.
 
     Raises:
         UnreadableShardError: A header is damaged or too large, the tar does not end with a block of zeros, or
             data follows the end.
     """
-    position = 0
+    position, files = 0, dict[str, tuple[int, int]]()
     while (info := _read_member(stream, position)) is not None:
         deadline.check()
         has_content = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         position = info.offset_data + (_padded(info.size) if has_content else 0)
+        if not (info.islnk() or info.issym()):
+            info.linkname = ""
+        elif info.islnk() and info.linkname in files:
+            info.type, (info.offset_data, info.size) = tarfile.REGTYPE, files[info.linkname]
+        if is_plain_file(info) and len(files) < MAX_LINKED_MEMBERS and len(info.name) <= _MAX_LINKED_NAME:
+            files[info.name] = info.offset_data, info.size
         yield info
     while block := stream.read(1024**2):
         deadline.check()
         if block.count(b"\0") != len(block):
-            cause = "a block was overwritten with zeros, or several tars were concatenated"
-            raise UnreadableShardError(f"the tar is damaged: data follows the end of the tar ({cause})")
+            cause = "a block was overwritten with zeros, or several tars were concatenated without tar -A"
+            raise TarEndError(f"the tar is damaged: data follows the end of the tar ({cause})")
+
+
+def is_plain_file(info: tarfile.TarInfo) -> bool:
+    """Returns whether the content of a member is stored as it is: not that of a sparse file."""
+    return info.isreg() and info.type != tarfile.GNUTYPE_SPARSE
 
 
 def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
@@ -45,6 +65,10 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     block = stream.read(_BLOCK)
     if block == bytes(_BLOCK):
         return None
+    if not block and 0 < start == stream.seek(0, io.SEEK_END):
+        raise TarEndError(
+            f"the tar is damaged or truncated at byte {start}: it has no end (a block of zeros)"
+        )
     info, records = _parse_block(block, start), dict[bytes, bytes]()
     while info.type in _EXTENDED_TYPES:
         content = _read_header(stream, start, info.size)
@@ -79,7 +103,8 @@ def _parse_block(block: bytes, position: int) -> tarfile.TarInfo:
         return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except tarfile.HeaderError as error:
         if position == 0:
-            raise UnreadableShardError("not a tar or gzipped tar: the first header is invalid") from error
+            kinds = "uncompressed, or with gzip, bzip2, xz, zstd or lz4"
+            raise UnreadableShardError(f"not a tar ({kinds}): the first header is invalid") from error
         raise UnreadableShardError(f"the tar is damaged or truncated at byte {position}: {error}") from error
 
 

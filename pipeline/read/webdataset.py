@@ -1,6 +1,5 @@
-"""Reader of WebDataset tars, uncompressed or gzipped."""
+"""Reader of WebDataset tars, uncompressed or compressed."""
 
-import gzip
 import json
 import tarfile
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from itertools import islice
 from typing import BinaryIO, cast
 
 from pipeline.predictions import ErrorCategory, sample_error
+from pipeline.read.compression import DecompressedFile, find_compression
 from pipeline.read.limits import Deadline, TimedFile
 from pipeline.read.samples import (
     ReadOptions,
@@ -18,7 +18,7 @@ from pipeline.read.samples import (
     parse_integer,
 )
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
-from pipeline.read.tar import read_members
+from pipeline.read.tar import MAX_LINKED_MEMBERS, TarEndError, is_plain_file, read_members
 from pipeline.storage import Storage
 
 # Of a sample: all names like `frame.000001.jpg` have the key `frame`.
@@ -29,24 +29,29 @@ _MAX_LABEL_BYTES = 4 * 1024**2  # per .cls or .json member; parsed JSON needs up
 def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline) -> Iterator[Sample]:
     """Yields the samples of a tar. Adjacent members with the same key form a sample."""
     info = shard.object
-    with storage.open_sequential(info.uri, info.version, options.concurrent_fetches) as file:
-        # The content determines the compression, because gzipped tars are often named .tar. GzipFile is used
-        # instead of tarfile, which checks neither the end nor the checksum of gzip.
-        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
+    with (
+        storage.open_sequential(info.uri, info.version, options.concurrent_fetches) as file,
+        storage.open_unbuffered(info.uri, info.version) as links,  # a link does not interrupt the read-ahead
+    ):
+        # The content determines the compression, because compressed tars are often named .tar.
+        compression = find_compression(file.peek(16))
         timed = cast(BinaryIO, TimedFile(file, deadline))
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=timed, mode="rb")) if is_gzip else timed
+        stream = timed if compression is None else cast(BinaryIO, DecompressedFile(timed, compression))
         current: _TarSample | None = None
-        for member in read_members(stream, deadline):
-            if member.isdir() or _is_hidden_member(member.name):
-                continue
-            key, extension = _split_name(member.name)
-            if current is None or key != current.sample.key or current.is_full_for(extension):
-                if current is not None:
-                    yield current.finish()
-                current = _TarSample(Sample(key, None))
-            current.add(extension, member, stream, options)
-            if not is_gzip and current.image_span:
-                current.sample.offset, current.sample.size = current.image_span
+        try:
+            for member in read_members(stream, deadline):
+                if member.isdir() or _is_hidden_member(member.name):
+                    continue
+                key, extension = _split_name(member.name, options.key)
+                if current is None or key != current.sample.key or current.is_full_for(extension):
+                    if current is not None:
+                        yield current.finish()
+                    current = _TarSample(Sample(key, None), options, compression)
+                current.add(extension, member, stream if not member.linkname else cast(BinaryIO, links))
+        except TarEndError:
+            if current is not None:
+                yield current.finish()
+            raise
         if current is not None:
             yield current.finish()
 
@@ -56,11 +61,13 @@ def _is_hidden_member(name: str) -> bool:
     return "__MACOSX" in parts or any(part.startswith(".") and part not in {".", ".."} for part in parts)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Returns WebDataset's key and extension of a member: `a/b` and `c.jpg` for `a/b.c.JPG`."""
+def _split_name(name: str, rule: str) -> tuple[str, str]:
+    """Returns key and extension of a member: `a/b` and `c.jpg` for `a/b.c.JPG`, or `a/b.c` and `jpg`."""
     folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension[:_MAX_EXTENSION].lower()
+    first, _, extension = last.partition(".")
+    if rule == "last-dot" and extension:
+        first, _, extension = last.rpartition(".")
+    return folder + slash + first, extension[:_MAX_EXTENSION].lower()
 
 
 @dataclass(slots=True)
@@ -68,46 +75,72 @@ class _TarSample:
     """Collects the members of one sample; reads only the image and the label."""
 
     sample: Sample
+    options: ReadOptions
+    compression: str | None
     extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
-    image_span: tuple[int, int] | None = None  # offset and size of the image in the uncompressed tar
-
-    @property
-    def has_image(self) -> bool:
-        return self.sample.image is not None or self.sample.error is not None
+    image_rank: int = 0  # of the image so far, see `_image_rank`
 
     def is_full_for(self, extension: str) -> bool:
         """Returns whether a member with the same key starts another sample."""
         return extension in self.extensions or len(self.extensions) == _MAX_MEMBERS
 
-    def add(self, extension: str, info: tarfile.TarInfo, stream: BinaryIO, options: ReadOptions) -> None:
+    def add(self, extension: str, info: tarfile.TarInfo, file: BinaryIO) -> None:
+        """Adds a member, whose content is in the file."""
         self.extensions[extension] = None
-        problem = None
-        if not info.isreg() or info.type == tarfile.GNUTYPE_SPARSE:
-            kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
-            problem = f"{info.name!r} is {kind}, not a regular file"
-        if extension in IMAGE_EXTENSIONS and not self.has_image:
-            self.sample.error = options.size_error(info.size)
+        problem, rank = self._problem(info), self._image_rank(extension)
+        self.sample.merged += bool(rank and self.image_rank)
+        if rank > self.image_rank:
+            self.image_rank = rank
+            self.sample.image = self.sample.offset = self.sample.size = None
+            self.sample.error = self.options.size_error(info.size)
             if problem is not None:
                 self.sample.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
             if self.sample.error is None:
-                self.sample.image = _content(info, stream)
-                self.image_span = info.offset_data, info.size
-        elif options.labels and extension == ("json" if options.label_field else "cls"):
+                self.sample.image = _content(info, file)
+                if self.compression is None:
+                    self.sample.offset, self.sample.size = info.offset_data, info.size
+        elif self.options.labels and extension == ("json" if self.options.label_field else "cls"):
             if problem is None and info.size > _MAX_LABEL_BYTES:
                 problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
             if problem is None:
-                self.sample.label, problem = _label(_content(info, stream), options.label_field)
+                self.sample.label, problem = _label(_content(info, file), self.options.label_field)
             self.sample.unmatched = problem
+
+    def _image_rank(self, extension: str) -> int:
+        """Returns 0 for a member that is no image. The first member of the highest rank is the image.
+
+        `jpg` precedes `left.jpg`, so that a mask before its image is not labeled.
+        """
+        if self.options.image_member is not None:
+            return int(extension == self.options.image_member)
+        return (extension in IMAGE_EXTENSIONS) + (extension.rpartition(".")[2] in IMAGE_EXTENSIONS)
+
+    def _problem(self, info: tarfile.TarInfo) -> str | None:
+        """Returns why the content of a member cannot be read."""
+        if is_plain_file(info) and not (info.linkname and self.compression):
+            return None
+        if not info.linkname:
+            return f"{info.name!r} is a special or sparse file, not a regular file"
+        if info.issym():
+            return f"{info.name!r} is a link to {info.linkname!r}, not a regular file"
+        cause = f"which is not among the first {MAX_LINKED_MEMBERS:,} regular files before the link"
+        if self.compression:
+            cause = "which cannot be read again in a compressed tar; decompress the tar"
+        found = f"{info.name!r} is a hard link to {info.linkname!r}"
+        return f"{found}, {cause}, or create the tar with `tar --hard-dereference`"
 
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
-        error = self.sample.error
-        if not self.has_image:
+        error, member = self.sample.error, self.options.image_member
+        if not self.image_rank:
             members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
+            wanted = (
+                f"the extension .{member} (input.image_member)" if member else "a supported image extension"
+            )
             error = sample_error(
                 ErrorCategory.NO_IMAGE,
-                f"no member has a supported image extension (members: {members}); the members of a sample "
-                "must be adjacent in the tar, and the extension starts at the first dot",
+                f"no member has {wanted} (members: {members}); the members of a sample must be adjacent in "
+                f"the tar, and the extension starts at the {self.options.key.replace('-', ' ')} (input.key)",
             )
         return self.sample if error is None else self.sample.fail(error)
 

@@ -179,10 +179,9 @@ def test_error_of_a_link_names_its_target(files: Path) -> None:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    for sample in read(files, stream.getvalue()):
-        assert sample.image is None
-        assert sample.error is not None
-        assert "a link to '/etc/passwd'" in sample.error
+    symbolic, hard = [sample.error or "" for sample in read(files, stream.getvalue())]
+    assert "'a.jpg' is a link to '/etc/passwd'" in symbolic
+    assert "'b.jpg' is a hard link to '/etc/passwd', which is not among the first 100,000" in hard
 
 
 def test_too_large_image_is_an_error_and_others_are_read(files: Path) -> None:
@@ -237,7 +236,7 @@ def test_truncated_tar_is_refused(storage: Storage, files: Path) -> None:
 
 def test_truncation_at_a_member_boundary_reports_the_last_key(files: Path) -> None:
     data = make_tar([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])
-    with pytest.raises(ShardError, match=r"after 1 sample \(the last key was 'a'\).*truncated at byte 2048"):
+    with pytest.raises(ShardError, match=r"after 2 samples \(the last key was 'b'\).*truncated at byte 2048"):
         read(files, data[: 4 * 512])
     with pytest.raises(ShardError, match=r"truncated: the file ends within 'b\.jpg'"):
         read(files, data[: 3 * 512])
@@ -354,7 +353,7 @@ def test_damaged_gzip_is_refused(files: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"not a tar", b"x" * 5000, make_image(1), b"BZh9" + bytes(900)])
 def test_other_files_are_refused_as_tars(files: Path, data: bytes) -> None:
-    with pytest.raises(ShardError, match=r"x\.tar: not a tar or gzipped tar"):
+    with pytest.raises(ShardError, match=r"x\.tar: not a tar \(uncompressed, or with gzip, bzip2"):
         read(files, data)
 
 
