@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.commit import Partition, open_partition
     from pipeline.compare import compare_labels
     from pipeline.config import Config, Selection, TrainConfig, load_job_config, load_train_config
+    from pipeline.decode import open_image, read_image
     from pipeline.publish import publish_labels
     from pipeline.run import RunResult, find_partition, label, write_report
     from pipeline.run import plan_run as plan
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 #: The packages that have the public names; those that import least come first.
-_PACKAGES = ("config", "commit", "compare", "publish", "run", "train")
+_PACKAGES = ("config", "commit", "decode", "compare", "publish", "run", "train")
 
 __all__ = [
     "Config",
@@ -40,9 +41,11 @@ __all__ = [
     "label",
     "load_job_config",
     "load_train_config",
+    "open_image",
     "open_partition",
     "plan",
     "publish_labels",
+    "read_image",
     "train_model",
     "write_report",
 ]

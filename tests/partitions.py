@@ -53,6 +53,7 @@ def make_predictions(
         "width": [8] * count,
         "height": [8] * count,
         "error": [error if bad else None for bad in is_bad],
+        **{name: [None] * count for name in ("uri", "version", "offset", "size")},
     }
     return pa.table(columns, schema=prediction_schema())
 

@@ -4,3 +4,4 @@
 """
 
 from pipeline.decode.cpu import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk, hide_pillow_warnings
+from pipeline.decode.row_images import open_image, read_image

@@ -117,7 +117,7 @@ class Storage:
     def open_sequential(self, uri: str, version: str, read_ahead: int) -> io.BufferedReader:
         """Opens an object for reading from start to end; fetches `read_ahead` ranges concurrently."""
         service = self._service(uri)
-        stream = service.open(_pinned(uri, version))
+        stream = service.open(ObjectInfo.of_version(uri, version))
         if isinstance(service, Buckets):  # the operating system reads local files ahead
             stream = stream.with_read_ahead(read_ahead)
         return io.BufferedReader(stream, buffer_size=_AHEAD_BUFFER_BYTES)
@@ -125,7 +125,7 @@ class Storage:
     def open_unbuffered(self, uri: str, version: str | None = None) -> io.RawIOBase:
         """Opens an object as `open` does, but without a buffer: each read fetches exactly its range."""
         service = self._service(uri)
-        return service.open(service.stat(uri) if version is None else _pinned(uri, version))
+        return service.open(service.stat(uri) if version is None else ObjectInfo.of_version(uri, version))
 
     def read(self, uri: str, version: str | None = None, max_bytes: int = _MAX_READ_BYTES) -> bytes:
         """Reads a whole object at one version; raises `StorageError` if it has more than `max_bytes`."""
@@ -281,11 +281,7 @@ def _check_conditions(service: Buckets, uri: str, file: BinaryIO, is_new: bool) 
 
 
 def _check_size(uri: str, version: str, max_bytes: int) -> None:
-    size = _pinned(uri, version).size
+    size = ObjectInfo.of_version(uri, version).size
     if size > max_bytes:
         cause = f"the object has {size:,} bytes, more than the limit of {max_bytes:,} bytes"
         raise StorageError(uri, f"{cause}; move the object to another place, and run the command again")
-
-
-def _pinned(uri: str, version: str) -> ObjectInfo:
-    return ObjectInfo(uri, int(version.rpartition("-")[2]), version)

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import unquote
 
 #: `s3:bucket`, `s3:/bucket`, `s3//bucket`, `s3;//bucket` and `ssh:key@bucket`, but not `s3://bucket`.
@@ -81,6 +82,11 @@ class ObjectInfo:
     def __post_init__(self) -> None:
         if not 0 <= self.size < 2**63:
             raise ValueError(f"the size {self.size} of {self.uri} is invalid")
+
+    @classmethod
+    def of_version(cls, uri: str, version: str) -> Self:
+        """Returns the metadata of an object at a version, which ends with the size."""
+        return cls(uri, int(version.rpartition("-")[2]), version)
 
 
 def normalize_uri(uri: str) -> str:

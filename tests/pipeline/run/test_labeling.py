@@ -364,3 +364,19 @@ def test_progress_counts_only_written_shards(bucket: str, storage: Storage, samp
             assert pq.read_metadata(io.BytesIO(storage.read(info.uri))).num_rows == 20
 
     label(config(bucket, IN_PROCESS, "read.chunk_images=6"), on_progress=check)
+
+
+def test_rows_have_names_of_target_and_best_classes_where_asked_for(tmp_path: Path) -> None:
+    members = [("a.jpg", make_image(1)), ("a.cls", b"3"), ("b.jpg", make_image(2)), ("c.jpg", b"no image")]
+    Storage().write(f"{tmp_path}/in/x.tar", make_tar(members))
+    partition = label(
+        config(str(tmp_path), "ray.address=in-process", "output.label_names=true", "output.topk=3")
+    ).partition
+    [table] = partition.read_labels()
+    names = partition.labels
+    first, second, failed = table.to_pylist()
+    assert first["target"] == names[3]
+    assert second["target"] is failed["target"] is failed["topk_labels"] is None
+    for row in (first, second):
+        assert row["topk_labels"] == [names[i] for i in row["topk_label_ids"]]
+        assert row["topk_labels"][0] == row["label"]

@@ -1,0 +1,77 @@
+"""Opens the image that a row of the labels describes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from pipeline.config import Config, make_storage
+from pipeline.read import ReadOptions, Shard, read_samples
+from pipeline.storage import ObjectChanged, ObjectInfo, Storage, is_under
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+_COLUMNS = ("shard", "index", "uri", "version", "offset", "size")
+
+
+def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFile:
+    """Opens the image of a row with Pillow; the arguments and errors are those of `read_image`.
+
+    The image is not decoded yet, and not turned upright: see `PIL.ImageOps.exif_transpose`.
+    """
+    return Image.open(io.BytesIO(read_image(row, config)))
+
+
+def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
+    """Returns the encoded image of a row of the labels.
+
+    One ranged read is enough for an image in an uncompressed tar, an image file, and an image of a table. In
+    a Parquet file or a compressed tar, the samples before the image are read too.
+
+    Args:
+        row: the columns `shard`, `index`, `uri`, `version`, `offset` and `size` of a row.
+        config: the configuration of the job, for its storage and, in Parquet, its image column. Without a
+            configuration, the storage is configured by the environment.
+
+    Raises:
+        ValueError: the row lacks a column, or the row has no image, because the image could not be read.
+        StorageError: the object cannot be read; an `ObjectChanged`: it has another version than the label.
+        ShardError: the shard cannot be read as far as the image.
+    """
+    if missing := [name for name in _COLUMNS if name not in row]:
+        raise ValueError(
+            f"the row has no column {', '.join(missing)}; read the columns {', '.join(_COLUMNS)}"
+        )
+    storage = Storage() if config is None else make_storage(config.storage)
+    options = ReadOptions(labels=False) if config is None else ReadOptions.from_config(config.input, ())
+    uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]
+    if uri is None:
+        raise ValueError(f"row {row['index']} of {row['shard']} has no URI, so it has no image")
+    if uri.startswith(("http://", "https://")):
+        with storage.downloader() as downloader:
+            found = downloader.download(uri, options.max_image_bytes).result()
+        if version not in (None, found.version):
+            raise ObjectChanged(uri)
+        return found.content
+    if offset is not None:
+        with storage.open_unbuffered(uri, version) as file:
+            file.seek(offset)
+            return file.read(size) or b""
+    if not is_under(row["shard"], uri):  # the image is an object of its own
+        return storage.read(uri, version)
+    info = storage.stat(uri) if version is None else ObjectInfo.of_version(uri, version)
+    with storage.open_unbuffered(uri, info.version) as file:
+        is_parquet = file.read(4) == b"PAR1"
+    shard = Shard(uri, info.version, "parquet" if is_parquet else "webdataset", info.size)
+    # A part of a large Parquet file is named after its first row.
+    index = row["index"] + int(row["shard"].removeprefix(uri).removeprefix("/rows-") or 0)
+    sample = next(islice(read_samples(storage, shard, options), index, None), None)
+    if sample is None or sample.image is None:
+        cause = "there is no such sample" if sample is None else sample.error
+        raise ValueError(f"row {row['index']} of {row['shard']} has no image: {cause}")
+    return sample.image

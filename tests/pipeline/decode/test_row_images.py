@@ -1,0 +1,116 @@
+"""From a row of the labels to its image, in each format of the input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import label, open_image, read_image
+from pipeline.storage import ObjectChanged, Storage
+from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
+from tests.runs import run_config
+
+COLUMNS = ["shard", "index", "key", "uri", "version", "offset", "size", "error"]
+#: Repeated keys, hidden members, a sample without an image, members before the image.
+TAR = [
+    ("a.jpg", make_image(1)),
+    ("._b.jpg", b"hidden"),
+    ("b.cls", b"3"),
+    ("b.jpg", make_image(2)),
+    ("a.jpg", make_image(3)),
+    ("only.json", b"{}"),
+    ("sub/c.png", make_image(5, format="PNG")),
+]
+ROWS = [make_image(n, format="PNG") for n in range(10, 15)]
+INPUTS = {
+    "x.tar": make_tar(TAR),
+    "y.tar.gz": make_tar_gz(TAR),
+    "binary.parquet": make_parquet({"image": ROWS, "n": range(5)}, row_group_size=2),
+    "struct.parquet": make_parquet({"image": [{"bytes": b, "path": f"{n}.png"} for n, b in enumerate(ROWS)]}),
+    "one.jpg": make_image(20),
+    "sub/two.jpg": make_image(21),
+}
+IN_TAR = {index: content for index, (_, content) in enumerate([TAR[0], TAR[3], TAR[4], ("", b""), TAR[6]])}
+
+
+def label_all(root: str) -> list[dict[str, Any]]:
+    for name, content in INPUTS.items():
+        Storage().write(f"{root}/in/{name}", content)
+    result = label(run_config(root, "input.labels=false"))
+    tables = result.partition.read_labels(COLUMNS)
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def expected_image(row: dict[str, Any]) -> bytes:
+    name = row["shard"].rpartition("/")[2]
+    if ".tar" in name:
+        return IN_TAR[row["index"]]
+    return ROWS[row["index"]] if name.endswith(".parquet") else INPUTS[row["key"]]
+
+
+@pytest.mark.parametrize("place", ["a folder", "a bucket"])
+def test_image_of_every_row_is_found(place: str, tmp_path: Path, bucket: str) -> None:
+    rows = label_all(str(tmp_path) if place == "a folder" else bucket)
+    good = [row for row in rows if row["error"] is None]
+    assert len(good) == 2 * 4 + 2 * 5 + 2
+    for row in good:
+        assert read_image(row) == expected_image(row), row
+    assert open_image(good[0]).format in ("JPEG", "PNG")
+
+
+def test_image_in_a_tar_needs_one_ranged_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in label_all(bucket) if row["offset"] is not None]
+    assert len(rows) == 4
+    assert all(row["size"] == len(expected_image(row)) for row in rows)
+    from pipeline.storage import s3
+
+    requests, get = list[tuple[int, int]](), s3.S3._get
+
+    def recording(service: s3.S3, info: Any, start: int, stop: int) -> bytes:
+        requests.append((start, stop))
+        return get(service, info, start, stop)
+
+    monkeypatch.setattr(s3.S3, "_get", recording)
+    for row in rows:
+        requests.clear()
+        read_image(row)
+        assert requests == [(row["offset"], row["offset"] + row["size"])]
+
+
+def test_uri_is_the_image_file_or_the_file_of_the_shard(tmp_path: Path) -> None:
+    rows = label_all(str(tmp_path))
+    for row in rows:
+        is_file = row["shard"].rpartition("/")[2].startswith("images-")
+        assert row["uri"] == (f"{tmp_path}/in/{row['key']}" if is_file else row["shard"])
+        assert row["version"] == Storage().version(row["uri"])
+
+
+def test_replaced_object_is_an_error(tmp_path: Path) -> None:
+    rows = label_all(str(tmp_path))
+    for name in INPUTS:
+        Storage().write(f"{tmp_path}/in/{name}", b"another object")
+    for row in rows:
+        with pytest.raises(Exception, match="no longer the expected version"):
+            read_image(row)
+    with pytest.raises(ObjectChanged):
+        read_image(next(row for row in rows if row["offset"] is not None))
+
+
+def test_row_without_an_image_is_an_error_with_the_cause(tmp_path: Path) -> None:
+    [row, _] = [row for row in label_all(str(tmp_path)) if row["error"] is not None]
+    with pytest.raises(ValueError, match=r"row 3 of .* has no image: no image: no member has"):
+        read_image(row)
+
+
+def test_missing_column_is_named() -> None:
+    with pytest.raises(ValueError, match="has no column version, offset; read the columns shard, index, uri"):
+        read_image({"shard": "s", "index": 0, "uri": "u", "size": 1})
+
+
+def test_configuration_gives_the_image_column(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/in/x.parquet", make_parquet({"a": ROWS, "b": ROWS[::-1]}))
+    config = run_config(tmp_path, "input.image_column=b")
+    rows = [row for table in label(config).partition.read_labels(COLUMNS) for row in table.to_pylist()]
+    assert read_image(rows[0], config) == ROWS[4]
