@@ -21,6 +21,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.storage import temporary_folder
 
+#: The bucket that requests without credentials can read and list, if it is created.
+PUBLIC_BUCKET = "public"
 _START_SECONDS, _ATTEMPTS = 60.0, 3
 # SeaweedFS uses each port and, for gRPC, the port number plus 10,000. Both ranges are below the ephemeral
 # ports (32768 and above on Linux), which the kernel assigns to outgoing connections.
@@ -115,6 +117,9 @@ class LocalS3(ExitStack):
         self.endpoint_url = f"http://127.0.0.1:{ports['s3']}"
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
         identities = [{"name": "local", "credentials": credentials, "actions": ["Admin"]}]
+        identities.append(
+            {"name": "anonymous", "actions": [f"{x}:{PUBLIC_BUCKET}" for x in ("Read", "List")]}
+        )
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         # SeaweedFS creates another identity from credentials in the environment.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "S3_"))}

@@ -15,7 +15,16 @@ from typing import Any, NewType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import Storage, content_errors, read_table
+from pipeline.storage import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectNotFound,
+    ObjectTooLarge,
+    Storage,
+    StorageError,
+    content_errors,
+    read_table,
+)
 from pipeline.text import remove_secrets
 
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
@@ -127,6 +136,8 @@ class ErrorCategory(StrEnum):
     NO_IMAGE = "no image"  # no member with an image extension, or null in the image column
     IMAGE_NOT_FOUND = "image not found"  # an image file was deleted after the listing
     IMAGE_CHANGED = "image changed"  # an image file was replaced after the listing
+    ACCESS_DENIED = "access denied"  # the store or server of an image file denies access
+    DOWNLOAD_FAILED = "download failed"  # an image file could not be fetched: timeout, connection, status
     UNREADABLE_IMAGE = "unreadable image"  # a link or a special file in a tar
     EMPTY_IMAGE = "empty image"  # zero bytes
     FILE_TOO_LARGE = "file too large"  # more bytes than `input.max_image_bytes`
@@ -138,6 +149,12 @@ class ErrorCategory(StrEnum):
 
 
 _MAX_DETAIL = 2000  # characters
+_CATEGORIES = {
+    ObjectNotFound: ErrorCategory.IMAGE_NOT_FOUND,
+    ObjectChanged: ErrorCategory.IMAGE_CHANGED,
+    AccessDenied: ErrorCategory.ACCESS_DENIED,
+    ObjectTooLarge: ErrorCategory.FILE_TOO_LARGE,
+}
 
 #: A text `<category>: <detail>` for the column `error`. Only `sample_error` creates one.
 SampleError = NewType("SampleError", str)
@@ -147,6 +164,11 @@ def sample_error(category: ErrorCategory, detail: str) -> SampleError:
     """Returns the text of a sample's error: `<category>: <detail>`; a long detail is cut."""
     shown = remove_secrets(detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}...")
     return SampleError(f"{category}: {shown.encode(errors='backslashreplace').decode()}")
+
+
+def download_error(error: StorageError) -> SampleError:
+    """Returns the text of a sample's error for an image file that could not be fetched."""
+    return sample_error(_CATEGORIES.get(type(error), ErrorCategory.DOWNLOAD_FAILED), str(error))
 
 
 @dataclass(frozen=True)

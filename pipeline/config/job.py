@@ -177,6 +177,12 @@ class StorageConfig(Section):
         "accepted, and only one run at a time may write to an output. No label depends on this field.",
     )
 
+    @model_validator(mode="after")
+    def _check_access(self) -> Self:
+        if self.anonymous and self.requester_pays:
+            raise ValueError("requester_pays needs credentials, but anonymous is true")
+        return self
+
 
 class RunConfig(Section):
     """How a run shares its output with other runs, and how it stops."""

@@ -86,7 +86,7 @@ class Storage:
         nothing, and a missing local folder raises `ObjectNotFound` unless `missing_ok`.
         """
         try:
-            yield from self._service(uri).list(uri)
+            yield from self._service(uri).list(uri, prefix)
         except ObjectNotFound:
             if not missing_ok:
                 raise
@@ -253,16 +253,17 @@ def _connect(scheme: str, storage: Storage, environment: tuple[tuple[str, str], 
     """Returns a service, one per process, configuration and environment; imports its library on first use."""
     del environment, pid
     limits = RequestLimits(storage.request_timeout_s, storage.min_bytes_per_s)
+    access = storage.anonymous, storage.requester_pays
     if scheme == "s3":
         from pipeline.storage import s3
 
-        return s3.connect(limits, storage.endpoint_url, storage.region)
+        return s3.connect(limits, storage.endpoint_url, storage.region, *access)
     try:
         from pipeline.storage.gcs import connect
     except ImportError as error:
         cause = "gs:// needs the Google Cloud Storage client: pip install 'cvt-label[gcs]'"
         raise StorageError("gs://", cause) from error
-    return connect(limits)
+    return connect(limits, *access)
 
 
 def _check_conditions(service: Buckets, uri: str, file: BinaryIO, is_new: bool) -> None:

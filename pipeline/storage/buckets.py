@@ -8,10 +8,11 @@ import http.client
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from pipeline.storage.objects import (
     ABSENT,
+    AccessDenied,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
@@ -26,6 +27,8 @@ T = TypeVar("T")
 #: Exceptions at the first use of a field that a response lacks, which client libraries accept.
 MISSING_FIELD = (AttributeError, KeyError, TypeError)
 _MAX_EMPTY_PAGES = 100
+#: What a missing or rejected credential may mean.
+PUBLIC_HINT = "for a public bucket, set storage.anonymous"
 #: Maximum number of attempts; and when access is denied, which a busy service sometimes does.
 ATTEMPTS, DENIED_ATTEMPTS = 10, 4
 _LISTING_ATTEMPTS = 5  # a listing is the first request of a job, which soon reports a wrong endpoint
@@ -42,14 +45,17 @@ class Page(NamedTuple):
 class Buckets(ABC):
     """A service of buckets. Subclasses make single requests, and explain failures."""
 
+    def __init__(self, client: Any, anonymous: bool = False, requester_pays: bool = False) -> None:
+        self._client, self._anonymous, self._requester_pays = client, anonymous, requester_pays
+
     def object_store_options(self) -> dict[str, str]:
         return {}
 
-    def list(self, uri: str) -> Iterator[ObjectInfo]:
+    def list(self, uri: str, prefix: str) -> Iterator[ObjectInfo]:
         # Among the objects whose URI starts with `uri`, the object `uri` itself comes first.
-        first = next(self._pages(uri, limit=1)).objects[:1] if split_uri(uri)[1] else []
+        first = next(self._pages(uri, limit=1)).objects[:1] if split_uri(uri)[1] and not prefix else []
         is_object = [info.uri for info in first] == [uri]
-        pages = [first] if is_object else (page.objects for page in self._pages(f"{uri}/"))
+        pages = [first] if is_object else (page.objects for page in self._pages(f"{uri}/{prefix}"))
         for info in itertools.chain.from_iterable(pages):
             if not info.uri.endswith("/"):
                 yield info
@@ -124,6 +130,14 @@ class Buckets(ABC):
     def _request(self, uri: str, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
         """Makes one request, with up to `attempts` attempts to reach the service."""
         return retry(action, lambda error: self._explain(uri, error, attempts))
+
+    def _explain_denied(self, uri: str, cause: str, kind: str) -> Failure:
+        """Explains a denied request, with the setting that may help."""
+        if self._anonymous:
+            cause += "; the bucket may not be public: set credentials, and storage.anonymous to false"
+        elif not self._requester_pays:
+            cause += "; if the requester pays for the bucket, set storage.requester_pays"
+        return Failure(AccessDenied(uri, f"access denied: {cause}"), DENIED_ATTEMPTS, kind)
 
     @abstractmethod
     def _explain(self, uri: str, error: Exception, attempts: int) -> Failure: ...

@@ -6,7 +6,7 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import DENIED_ATTEMPTS, MISSING_FIELD, Buckets, Page, malformed_response
+from pipeline.storage.buckets import MISSING_FIELD, PUBLIC_HINT, Buckets, Page, malformed_response
 from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -21,27 +21,27 @@ from pipeline.storage.retrying import CONNECTION_ERRORS, Failure, describe_error
 _TRANSIENT = (api.ServerError, api.TooManyRequests, *CONNECTION_ERRORS)
 
 
-def connect(limits: RequestLimits) -> "GoogleCloudStorage":  # noqa: D103
+def connect(limits: RequestLimits, anonymous: bool, requester_pays: bool) -> "GoogleCloudStorage":  # noqa: D103
     try:
-        client = storage.Client()
+        client = storage.Client.create_anonymous_client() if anonymous else storage.Client()
     except (GoogleAuthError, OSError) as error:  # OSError: the project is unknown
-        raise StorageError("gs://", f"no usable Google Cloud credentials: {error}") from error
+        raise StorageError("gs://", f"no usable Google Cloud credentials: {error}; {PUBLIC_HINT}") from error
     for adapter in client._http.adapters.values():
         pools = adapter.poolmanager.pool_classes_by_scheme
         adapter.poolmanager.pool_classes_by_scheme = limited_pools(pools, limits)
-    return GoogleCloudStorage(client)
+    return GoogleCloudStorage(client, anonymous, requester_pays)
 
 
 class GoogleCloudStorage(Buckets):
     """Google Cloud Storage, accessed with Google's client."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def object_store_options(self) -> dict[str, str]:  # noqa: D102
+        return {"google_skip_signature": "true"} if self._anonymous else {}
 
     def _page(self, start: str, delimiter: str, token: str | None, limit: int | None) -> Page:
         bucket, prefix = split_uri(start)
         blobs = self._client.list_blobs(
-            bucket,
+            self._bucket(bucket),
             prefix=prefix or None,
             delimiter=delimiter or None,
             page_token=token,
@@ -79,7 +79,10 @@ class GoogleCloudStorage(Buckets):
 
     def _blob(self, uri: str) -> Any:
         bucket, name = split_uri(uri)
-        return self._client.bucket(bucket).blob(name)
+        return self._bucket(bucket).blob(name)
+
+    def _bucket(self, name: str) -> Any:
+        return self._client.bucket(name, user_project=self._client.project if self._requester_pays else None)
 
     def _explain(self, uri: str, error: Exception, attempts: int) -> Failure:
         cause, kind = describe_error(error), type(error).__name__
@@ -87,9 +90,10 @@ class GoogleCloudStorage(Buckets):
             return Failure(ObjectNotFound(uri, "no such object"))
         if isinstance(error, api.PreconditionFailed):
             return Failure(ObjectChanged(uri))
-        if isinstance(error, (api.Forbidden, api.Unauthorized)):
-            cause, attempts = f"access denied: {error.message}", DENIED_ATTEMPTS
-        elif isinstance(error, GoogleAuthError):
+        # A bucket whose requester pays answers 400.
+        if isinstance(error, (api.Forbidden, api.Unauthorized)) or "requester pays" in cause:
+            return self._explain_denied(uri, getattr(error, "message", cause), kind)
+        if isinstance(error, GoogleAuthError):
             cause = f"no usable Google Cloud credentials: {error}"
             attempts = attempts if error.retryable or isinstance(error, TransportError) else 1
         elif isinstance(error, (api.GoogleAPIError, ValueError)):

@@ -27,11 +27,15 @@ _NOT_UTF8 = "not UTF-8-0"
 class LocalFiles:
     """Files of the operating system."""
 
-    def list(self, uri: str) -> Iterator[ObjectInfo]:
+    def list(self, uri: str, prefix: str) -> Iterator[ObjectInfo]:
+        if prefix:
+            uri, _, prefix = f"{uri.rstrip('/')}/{prefix}".rpartition("/")
         with _storage_errors(uri):
-            found = Path(uri).stat()
+            found = Path(uri or "/").stat()
         if stat.S_ISDIR(found.st_mode):
-            yield from _walk(uri, frozenset({(found.st_dev, found.st_ino)}))
+            yield from _walk(uri or "/", frozenset({(found.st_dev, found.st_ino)}), prefix)
+        elif prefix:
+            return
         elif stat.S_ISREG(found.st_mode):
             yield _info(uri, found)
         else:
@@ -135,13 +139,16 @@ def _temporary(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
             return
 
 
-def _walk(folder: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:
-    """Yields the files under `folder` in bytewise order; follows links, except to an ancestor folder."""
+def _walk(folder: str, ancestors: frozenset[tuple[int, int]], prefix: str = "") -> Iterator[ObjectInfo]:
+    """Yields the files under `folder` in bytewise order; follows links, except to an ancestor folder.
+
+    Entries of `folder` whose name doesn't start with `prefix` are left out.
+    """
     with _storage_errors(folder), os.scandir(folder) as scan:
         entries = [
             (os.fsencode(entry.name) + b"/" * _is_folder(entry), entry.path)
             for entry in scan
-            if not _UNFINISHED.match(entry.name)
+            if entry.name.startswith(prefix) and not _UNFINISHED.match(entry.name)
         ]
     for _, path in sorted(entries):
         found = None

@@ -4,17 +4,17 @@
 
 import http.client
 import os
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import boto3
-from botocore import exceptions
+from botocore import UNSIGNED, exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from pipeline.storage.buckets import (
     ATTEMPTS,
-    DENIED_ATTEMPTS,
     MISSING_FIELD,
+    PUBLIC_HINT,
     Buckets,
     Page,
     bucket_not_found,
@@ -44,11 +44,14 @@ _OTHER_REGION = {"301", "307", "400", "PermanentRedirect"}
 _BUSY = {"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown", "Throttling"}
 
 
-def connect(limits: RequestLimits, endpoint_url: str | None, region: str | None) -> "S3":  # noqa: D103
+def connect(  # noqa: D103
+    limits: RequestLimits, endpoint_url: str | None, region: str | None, anonymous: bool, requester_pays: bool
+) -> "S3":
     endpoint = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     # Some S3-compatible services support neither virtual hosts nor AWS's newer checksums.
     checksums = "when_required" if endpoint else None
     config = Config(
+        signature_version=UNSIGNED if anonymous else None,
         connect_timeout=min(10, limits.timeout_s),
         max_pool_connections=32,
         retries={"total_max_attempts": 1},
@@ -63,17 +66,33 @@ def connect(limits: RequestLimits, endpoint_url: str | None, region: str | None)
         raise StorageError("s3://", f"cannot create the S3 client: {describe_error(error)}") from error
     pools = client._endpoint.http_session._pool_classes_by_scheme  # botocore has no public way
     pools.update(limited_pools(pools, limits))
-    return S3(client)
+    if requester_pays:  # a header of every kind of request, which is signed
+        client.meta.events.register(
+            "before-call.s3",
+            lambda params, **_: params["headers"].update({"x-amz-request-payer": "requester"}),
+        )
+    return S3(client, anonymous, requester_pays)
 
 
 class S3(Buckets):
     """S3, accessed with a boto3 client."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
     def object_store_options(self) -> dict[str, str]:
         endpoint = str(self._client.meta.endpoint_url)
+        options = {
+            "endpoint_url": endpoint,
+            "aws_endpoint_url_s3": endpoint,  # or the variable has precedence
+            "allow_http": "true" if endpoint.startswith("http://") else None,
+            "region": self._client.meta.region_name,
+            "aws_request_payer": "true" if self._requester_pays else None,
+        }
+        if self._anonymous:
+            options["aws_skip_signature"] = "true"
+        else:
+            options |= self._credentials()
+        return {name: value for name, value in options.items() if value}
+
+    def _credentials(self) -> dict[str, str | None]:
         try:
             credentials = boto3.session.Session().get_credentials()
             if credentials is None:
@@ -81,16 +100,11 @@ class S3(Buckets):
             key = credentials.get_frozen_credentials()
         except exceptions.BotoCoreError as error:
             raise self._explain("s3://", error, 1).error from error
-        options = {
-            "endpoint_url": endpoint,
-            "aws_endpoint_url_s3": endpoint,  # or the variable has precedence
-            "allow_http": "true" if endpoint.startswith("http://") else None,
-            "region": self._client.meta.region_name,
+        return {
             "aws_access_key_id": key.access_key,
             "aws_secret_access_key": key.secret_key,
             "aws_session_token": key.token,
         }
-        return {name: value for name, value in options.items() if value}
 
     def _page(self, start: str, delimiter: str, token: str | None, limit: int | None) -> Page:
         bucket, prefix = split_uri(start)
@@ -135,10 +149,10 @@ class S3(Buckets):
             return Failure(StorageError(uri, cause), attempts, type(error).__name__)
 
         if isinstance(error, exceptions.ClientError):
-            return _explain_response(uri, error)
+            return self._explain_response(uri, error)
         if isinstance(error, exceptions.NoCredentialsError):
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-            return failure(f"no usable AWS credentials: {hint}", 1)
+            return failure(f"no usable AWS credentials: {hint}; {PUBLIC_HINT}", 1)
         source = error.kwargs.get("error") if isinstance(error, exceptions.HTTPClientError) else None
         if isinstance(source, ValueError):  # not sent; the message contains credentials
             if "Invalid header" in str(error):
@@ -155,30 +169,29 @@ class S3(Buckets):
             return failure(describe_error(error), 1)
         raise error
 
-
-def _explain_response(uri: str, error: exceptions.ClientError) -> Failure:
-    """Explains a request that the service refused."""
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    message = str(error.response.get("Error", {}).get("Message", "")) or code
-    attempts = 1
-    if code == "NoSuchBucket":
-        return Failure(bucket_not_found(uri))
-    if code in _NOT_FOUND:
-        return Failure(ObjectNotFound(uri, "no such object"))
-    if code in _CHANGED:
-        return Failure(ObjectChanged(uri))
-    if code == "NotImplemented":
-        message += "; for a store without conditional writes, see storage.conditional_writes"
-    elif code in _REJECTED:
-        message = f"the credentials were rejected: {message}"
-    elif code in _DENIED:
-        message, attempts = f"access denied: {message}", DENIED_ATTEMPTS
-    elif code in _OTHER_REGION:
-        message = f"the bucket is in another region (set storage.region): {message}"
-    elif code in _BUSY or status == 429 or status >= 500:
-        attempts = ATTEMPTS  # a listing too: the endpoint answers
-    return Failure(StorageError(uri, f"{message} ({code})"), attempts, code)
+    def _explain_response(self, uri: str, error: exceptions.ClientError) -> Failure:
+        """Explains a request that the service refused."""
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        message = str(error.response.get("Error", {}).get("Message", "")) or code
+        attempts = 1
+        if code == "NoSuchBucket":
+            return Failure(bucket_not_found(uri))
+        if code in _NOT_FOUND:
+            return Failure(ObjectNotFound(uri, "no such object"))
+        if code in _CHANGED:
+            return Failure(ObjectChanged(uri))
+        if code == "NotImplemented":
+            message += "; for a store without conditional writes, see storage.conditional_writes"
+        elif code in _REJECTED:
+            message = f"the credentials were rejected: {message}"
+        elif code in _DENIED:
+            return self._explain_denied(uri, f"{message} ({code})", code)
+        elif code in _OTHER_REGION:
+            message = f"the bucket is in another region (set storage.region): {message}"
+        elif code in _BUSY or status == 429 or status >= 500:
+            attempts = ATTEMPTS  # a listing too: the endpoint answers
+        return Failure(StorageError(uri, f"{message} ({code})"), attempts, code)
 
 
 def _object(uri: str) -> dict[str, str]:

@@ -17,9 +17,10 @@ from cvt.preprocessing import Preprocessor
 from pipeline.classify import classify
 from pipeline.decode import decode
 from pipeline.decode.cpu import MAX_SIDE
-from pipeline.predictions import ErrorCategory, PredictionOptions, sample_error
+from pipeline.predictions import ErrorCategory, PredictionOptions, download_error, sample_error
 from pipeline.read import Chunk, ReadOptions, list_shards, read_samples
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
+from tests.http_server import Answer, HttpServer
 from tests.makers import category_of, make_image, make_parquet, make_tar
 
 Producer = Callable[[Path], str | None]
@@ -58,6 +59,18 @@ def linked_image() -> Producer:
     return read("x.tar", stream.getvalue())
 
 
+def downloaded(answer: Answer) -> Producer:
+    """Downloads an image of at most 9 bytes from an HTTP server."""
+
+    def produce(_: Path) -> str | None:
+        with HttpServer() as server, Storage(request_timeout_s=0.2).downloader() as downloader:
+            with pytest.raises(StorageError) as caught:
+                downloader.download(server.add("/a.jpg", answer), 9).result()
+            return download_error(caught.value)
+
+    return produce
+
+
 def decoded(data: bytes, max_pixels: int = 10**6) -> Producer:
     return lambda _: decode(data, Preprocessor.from_dict({"size": 32}, "test"), max_pixels).error
 
@@ -93,6 +106,11 @@ PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
     (C.NO_IMAGE, read("x.parquet", make_parquet({"image": pa.array([None], pa.binary())}))),
     (C.IMAGE_NOT_FOUND, read("a.jpg", JPEG, change="delete")),
     (C.IMAGE_CHANGED, read("a.jpg", JPEG, change="replace")),
+    (C.IMAGE_NOT_FOUND, downloaded(Answer(status=404))),
+    (C.ACCESS_DENIED, downloaded(Answer(status=403))),
+    (C.DOWNLOAD_FAILED, downloaded(Answer(status=400))),
+    (C.DOWNLOAD_FAILED, downloaded(Answer(delay_s=1))),
+    (C.FILE_TOO_LARGE, downloaded(Answer(b"0123456789"))),
     (C.UNREADABLE_IMAGE, linked_image()),
     (C.FILE_TOO_LARGE, tar(("a.jpg", JPEG), max_image_bytes=9)),
     (C.FILE_TOO_LARGE, read("x.parquet", make_parquet({"image": [JPEG]}), ReadOptions(max_image_bytes=9))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import pickle
 import random
 import subprocess
@@ -23,6 +24,7 @@ from pipeline.storage import (
     StorageError,
     is_relative,
     normalize_uri,
+    relative_name,
 )
 from tests.pipeline.storage.operations import RetryCounter, names
 
@@ -330,3 +332,41 @@ Storage().write(sys.argv[1], b"x")
 assert not {"boto3", "botocore", "google.cloud.storage"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("train-", ["train-0", "train-1", "train-x/a"]),
+        ("train-0", ["train-0"]),
+        ("train-x/", ["train-x/a"]),
+        ("other/deep/t", ["other/deep/t1", "other/deep/t2/x"]),
+        ("none", []),
+        ("no/such/folder", []),
+        ("", ["other/a", "other/deep/t1", "other/deep/t2/x", "train-0", "train-1", "train-x/a"]),
+    ],
+)
+def test_listing_with_a_prefix_has_only_its_objects(
+    root: str, storage: Storage, prefix: str, expected: list[str]
+) -> None:
+    written = ["other/a", "other/deep/t1", "other/deep/t2/x", "train-0", "train-1", "train-x/a"]
+    for name in written:
+        storage.write(f"{root}/{name}", b"x")
+    storage.write(f"{root}x/train-0", b"x")
+    found = [relative_name(root, info.uri) for info in storage.list(root, prefix=prefix)]
+    assert found == expected
+    assert list(storage.list(f"{root}/train-0", prefix="x")) == []
+
+
+def test_local_listing_with_a_prefix_enters_only_matching_folders(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/x", "b/x"):
+        storage.write(f"{tmp_path}/{name}", b"x")
+    entered, scan = list[str](), os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: entered.append(path) or scan(path))
+    assert names(storage, str(tmp_path)) == [f"{tmp_path}/a/x", f"{tmp_path}/b/x"]
+    assert entered.pop() == f"{tmp_path}/b"
+    entered.clear()
+    assert len(list(storage.list(str(tmp_path), prefix="a"))) == 1
+    assert entered == [str(tmp_path), f"{tmp_path}/a"]

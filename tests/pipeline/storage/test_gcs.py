@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import AccessDenied, Storage, StorageError
 from tests.fault_proxy import FaultProxy
+from tests.http_server import Answer, HttpServer
 from tests.pipeline.storage.operations import OPERATIONS, RetryCounter, names
 
 
@@ -97,3 +101,60 @@ def test_transient_credential_failures_are_retried(
     with RetryCounter() as retries:
         assert google.stat(info.uri) == info
     assert retries.counts.total() >= 1  # Google's client itself retries once
+
+
+@pytest.mark.parametrize("requester_pays", [True, False])
+def test_every_request_names_the_project_that_pays(
+    gcs_emulator: str, monkeypatch: pytest.MonkeyPatch, requester_pays: bool
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "payer")
+    storage = Storage(request_timeout_s=59, requester_pays=requester_pays)
+    sent = list[tuple[str, list[str]]]()
+
+    def record(response: Any, **_: Any) -> None:
+        query = parse_qs(urlsplit(response.request.url).query)
+        sent.append((response.request.method, query.get("userProject", [])))
+
+    client = storage._service("gs://emulated")._client  # type: ignore[union-attr]
+    client._http.hooks["response"].append(record)
+    info = storage.write("gs://emulated/paid/x", b"data")
+    assert storage.read(info.uri) == b"data"
+    assert list(storage.list("gs://emulated", prefix="paid/")) == [info]
+    storage.delete(info.uri)
+    assert {method for method, _ in sent} == {"POST", "PUT", "GET", "DELETE"}
+    # PUT continues an upload, whose address comes from the response to POST.
+    projects = {tuple(found) for method, found in sent if method != "PUT"}
+    assert projects == {("payer",) if requester_pays else ()}
+
+
+def test_anonymous_access_needs_no_credentials(
+    storage: Storage, gcs_emulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_emulator)
+    info = storage.write("gs://emulated/public/x", b"data")
+    for name in ("GOOGLE_CLOUD_PROJECT", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    public = Storage(anonymous=True)
+    assert public.read(info.uri) == b"data"
+    assert public._service("gs://emulated")._client.project is None  # type: ignore[union-attr]
+    assert public.object_store_options(info.uri)["google_skip_signature"] == "true"
+
+
+def test_missing_credentials_error_names_anonymous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/no/such/file")
+    with pytest.raises(StorageError, match=r"no usable Google Cloud credentials: .*set storage\.anonymous"):
+        Storage().stat("gs://bucket/x")
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_denied_request_names_requester_pays(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("google.cloud.storage", reason="cvt-label[gcs] is not installed")
+    message = "Bucket is a requester pays bucket but no user project provided."
+    body = json.dumps({"error": {"code": status, "message": message}}).encode()
+    with HttpServer() as server:
+        server.add("/storage/v1/b/paid/o/x", Answer(body, status, {"Content-Type": "application/json"}))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        with pytest.raises(AccessDenied, match=r"no user project.*set storage\.requester_pays"):
+            Storage().stat("gs://paid/x")

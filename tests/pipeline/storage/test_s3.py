@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from jobs.local_s3 import LocalS3
-from pipeline.storage import ABSENT, Storage, StorageError, retry_counts
+from jobs.local_s3 import PUBLIC_BUCKET, LocalS3
+from pipeline.storage import ABSENT, AccessDenied, Storage, StorageError, retry_counts
+from tests.fault_proxy import FaultProxy
 from tests.pipeline.storage.operations import names
 
 
@@ -95,7 +99,9 @@ def test_missing_credentials_error_names_the_variables(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(StorageError, match=r"no usable AWS credentials.*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(
+        StorageError, match=r"no usable AWS credentials.*AWS_ACCESS_KEY_ID.*storage\.anonymous"
+    ):
         list(storage.list(bucket))
 
 
@@ -126,3 +132,103 @@ def test_object_store_options_hold_endpoint_and_credentials(
     assert (found.get("endpoint_url"), found["region"]) == (expected, "eu-west-1")
     assert found["aws_access_key_id"] == s3_server.access_key
     assert found["aws_secret_access_key"] == s3_server.secret_key
+
+
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+
+
+@pytest.fixture(scope="session")
+def public(s3_server: LocalS3) -> str:
+    """The URI of a bucket that everybody can read, with one object."""
+    s3_server.create_bucket(PUBLIC_BUCKET)
+    s3_server.client().put_object(Bucket=PUBLIC_BUCKET, Key="train/x", Body=b"public")
+    return f"s3://{PUBLIC_BUCKET}"
+
+
+def test_anonymous_access_needs_no_credentials(s3_server: LocalS3, public: str, no_credentials: None) -> None:
+    storage = Storage(s3_server.endpoint_url, anonymous=True)
+    assert names(storage, public) == [f"{public}/train/x"]
+    assert storage.stat(f"{public}/train/x").size == 6
+    assert storage.read(f"{public}/train/x") == b"public"
+
+
+def test_anonymous_access_sends_no_credentials(
+    s3_server: LocalS3, public: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "rejected")
+    assert Storage(s3_server.endpoint_url, anonymous=True).read(f"{public}/train/x") == b"public"
+
+
+def test_anonymous_access_to_a_private_bucket_is_denied(
+    s3_server: LocalS3, bucket: str, no_credentials: None
+) -> None:
+    storage = Storage(s3_server.endpoint_url, anonymous=True)
+    for action in (names, Storage.stat, lambda storage, uri: storage.write(uri, b"x")):
+        with pytest.raises(
+            AccessDenied, match=r"x: access denied: .*set credentials, and storage\.anonymous to false"
+        ):
+            action(storage, f"{bucket}/x")  # type: ignore[operator]
+
+
+def test_denied_access_names_requester_pays(faulty: Storage, proxy: FaultProxy, bucket: str) -> None:
+    for requester_pays in (False, True):
+        storage = replace(faulty, requester_pays=requester_pays)
+        proxy.next(*["denied"] * 4)
+        with pytest.raises(AccessDenied, match="access denied") as caught:
+            storage.read(f"{bucket}/x")
+        assert ("set storage.requester_pays" in str(caught.value)) is not requester_pays
+
+
+@pytest.mark.parametrize("requester_pays", [True, False])
+def test_every_request_says_who_pays(s3_server: LocalS3, bucket: str, requester_pays: bool) -> None:
+    storage = Storage(s3_server.endpoint_url, request_timeout_s=59, requester_pays=requester_pays)
+    sent = set[tuple[str, str | None, bool]]()
+
+    def record(request: Any, event_name: str, **_: Any) -> None:
+        payer, signed = request.headers.get("x-amz-request-payer"), request.headers["Authorization"]
+        payer = payer.decode() if isinstance(payer, bytes) else payer
+        sent.add((event_name.rpartition(".")[2], payer, b"x-amz-request-payer" in signed))
+
+    storage._service(bucket)._client.meta.events.register("before-send.s3", record)  # type: ignore[union-attr]
+    info = storage.write(f"{bucket}/folder/x", b"data", ABSENT)
+    assert storage.read(info.uri) == b"data"
+    assert storage.stat(info.uri) == info
+    assert list(storage.list(bucket, prefix="fol")) == [info]
+    assert list(storage.list_folders(bucket)) == [f"{bucket}/folder"]
+    storage.delete(info.uri)
+    operations = "PutObject", "GetObject", "HeadObject", "ListObjectsV2", "DeleteObject"
+    payer = "requester" if requester_pays else None
+    assert sent == {(operation, payer, requester_pays) for operation in operations}
+
+
+def test_object_store_options_follow_the_access(s3_server: LocalS3, no_credentials: None) -> None:
+    options = Storage(s3_server.endpoint_url, anonymous=True).object_store_options("s3://b/x")
+    assert options["aws_skip_signature"] == "true"
+    assert not {"aws_access_key_id", "aws_secret_access_key", "aws_request_payer"} & set(options)
+
+
+def test_object_store_options_name_the_payer(s3_server: LocalS3) -> None:
+    options = Storage(s3_server.endpoint_url, requester_pays=True).object_store_options("s3://b/x")
+    assert options["aws_request_payer"] == "true"
+    assert options["aws_access_key_id"] == s3_server.access_key
+
+
+def test_object_store_accepts_the_options(
+    s3_server: LocalS3, public: str, storage: Storage, no_credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    table = f"{public}/table"
+    deltalake.write_deltalake(
+        table, pa.table({"a": [1]}), storage_options=storage.object_store_options(table)
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    options = Storage(s3_server.endpoint_url, anonymous=True).object_store_options(table)
+    assert deltalake.DeltaTable(table, storage_options=options).version() == 0

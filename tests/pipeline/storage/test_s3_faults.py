@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.local_s3 import LocalS3
-from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, Storage, StorageError
+from pipeline.storage import ABSENT, AccessDenied, ObjectChanged, ObjectNotFound, Storage, StorageError
 from tests.fault_proxy import ALL_KINDS, FaultProxy
 from tests.pipeline.storage.operations import OPERATIONS, RetryCounter, names
 
@@ -53,7 +53,7 @@ def test_transient_failures_are_retried_and_counted(
 @pytest.mark.parametrize(
     ("kind", "attempts", "error", "message"),
     [
-        ("denied", 4, StorageError, "access denied"),
+        ("denied", 4, AccessDenied, "access denied"),
         ("error", 10, StorageError, "InternalError|500"),
         ("reset", 10, StorageError, "failed after retries, last with"),
     ],
