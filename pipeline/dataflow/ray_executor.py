@@ -20,7 +20,7 @@ from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages, call_after
 from pipeline.decode import hide_pillow_warnings
-from pipeline.decode.isolated import ChildDecoder, decode_or_die
+from pipeline.decode.isolated import decode_in_child, decode_or_die
 from pipeline.read import NO_SAMPLES, Chunk, Shard, failed_chunk
 from pipeline.text import pluralize
 
@@ -187,10 +187,8 @@ def decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iter
     """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
 
     def decode(chunk: Chunk, attempt: Attempt) -> Chunk:
-        if attempt.number == 1:
-            return step(chunk, decode_image=decode_or_die)
-        with ChildDecoder() as child:  # an image may have killed the worker
-            return step(chunk, decode_image=child)
+        # After the first attempt: an image may have killed the worker.
+        return step(chunk, decode_image=decode_or_die if attempt.number == 1 else decode_in_child)
 
     return _process(block, decode, limit, "decoding")
 
@@ -218,8 +216,7 @@ def classify_or_die(
 ) -> Chunk:
     """Classifies a chunk; after the timeout, logs the cause and ends this process: a model can hang."""
     if attempt.number > 1 and chunk.pixels is None:  # decoding on the GPU may have ended the worker
-        with ChildDecoder() as child:
-            chunk = decode(chunk, decode_image=child)
+        chunk = decode(chunk, decode_image=decode_in_child)
 
     def die() -> None:
         limit = f"more than {timeout_s:g} s (classify.timeout_s)"

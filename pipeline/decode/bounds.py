@@ -3,8 +3,8 @@
 import io
 import re
 import time
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -60,9 +60,9 @@ class DecodeDeadline(Deadline):
             raise TimeoutError(self.message)
 
 
-def open_image(reader: type[_File], data: bytes, deadline: DecodeDeadline) -> _File:
+def open_image(reader: Callable[[Any], _File], data: bytes, deadline: DecodeDeadline) -> _File:
     """Opens an image; raises `ValueError` if a JPEG has too many segments, and whatever Pillow raises."""
-    is_jpeg = issubclass(reader, JpegImageFile)
+    is_jpeg = reader is JpegImageFile
     if is_jpeg and len(data) > 4 * MAX_PARTS:  # a segment has at least 4 bytes
         _check_parts(sum(1 for _ in _JPEG_SEGMENT.finditer(data)))
     file = reader(TimedFile(io.BytesIO(data), deadline))

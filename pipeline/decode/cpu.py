@@ -1,7 +1,4 @@
-"""Decodes images on the CPU, to pixels of the model's input size; errors are values.
-
-Reads JPEG, PNG, WebP, GIF, BMP and TIFF with Pillow.
-"""
+"""Decodes images on the CPU, to pixels of the model's input size; errors are values."""
 
 import re
 import warnings
@@ -9,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import MAX_EXIF_BYTES, TIMEOUT_S, DecodeDeadline, open_image, read_tile_size
+from pipeline.decode.plugins import REQUIREMENTS, JxlFile, read_avif, read_heif
 from pipeline.decode.repair import ORIENTATION_TEXTS, add_end, remove_metadata
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
@@ -31,14 +29,19 @@ from pipeline.text import single_line
 
 #: Name, first bytes and reader of each format. `Image.open` is not used: its pixel limit is global to the
 #: process, and its error does not contain the size of the image.
-FORMATS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile]], ...] = (
+FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[Any], ImageFile]], ...] = (
     ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     ("WebP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
     ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
     ("BMP", re.compile(rb"BM"), BmpImageFile),
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
+    ("AVIF", re.compile(rb"....ftyp(?:....){,16}?avi[fs]", re.DOTALL), read_avif),
+    ("HEIF", re.compile(rb"....ftyp(?:....){,16}?(?:he[iv][cmsx]|m[is]f1)", re.DOTALL), read_heif),
+    ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), JxlFile),
 )
+#: Formats that this process decodes in a child process; none in the child itself.
+child_formats = {"AVIF", "HEIF", "JPEG XL"}
 
 #: Maximum length of a side in pixels. Resizing needs memory and time in proportion to the longest side: about
 #: 30 MB at this limit, gigabytes for the longest row that a PNG can have.
@@ -118,6 +121,10 @@ def decode(
     if matched is None:
         return Decoded(None, None, None, _unsupported_format(data))
     name, _, reader = matched
+    if name in child_formats:
+        from pipeline.decode.isolated import decode_in_child  # which imports this module
+
+        return decode_in_child(data, preprocessor, max_pixels, fast, timeout_s)
     deadline = DecodeDeadline(timeout_s)
     read = partial(open_image, reader, deadline=deadline)
     if name == "PNG":  # Pillow needs much memory for many chunks
@@ -167,6 +174,9 @@ def _decode(
         return Decoded(preprocessor(image), *image.size, None)
     except Image.DecompressionBombError as error:
         return Decoded(None, width, height, sample_error(ErrorCategory.DIMENSIONS_TOO_LARGE, str(error)))
+    except ImportError as error:
+        detail = f"{name} needs {REQUIREMENTS[name]} (pip install '{REQUIREMENTS[name]}'): {error}"
+        return Decoded(None, None, None, sample_error(ErrorCategory.UNSUPPORTED_FORMAT, single_line(detail)))
     # A broken or hostile file can raise any exception, among them OSError, ValueError, SyntaxError,
     # struct.error, zlib.error and MemoryError.
     except Exception as error:

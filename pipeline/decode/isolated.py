@@ -1,25 +1,32 @@
 """Decodes images in a child process: an image that kills or hangs its decoder affects only its own row."""
 
 import logging
-import multiprocessing
 import os
+import resource
 import signal
-from contextlib import AbstractContextManager, suppress
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode.bounds import DecodeDeadline
-from pipeline.decode.cpu import Decoded, decode, hide_pillow_warnings
+from pipeline.decode.bounds import BYTES_PER_PIXEL, DecodeDeadline
+from pipeline.decode.cpu import Decoded, child_formats, decode, hide_pillow_warnings
 from pipeline.predictions import ErrorCategory, sample_error
 
 logger = logging.getLogger("cvt_label")
 
 #: Seconds after the timeout at which the kernel ends a decoder that does not read and so does not end.
 _GRACE_S = 1.0
+#: Memory of a child in addition to pixels and file, in bytes.
+_OTHER_MEMORY = 256 << 20
 
-_SPAWN = multiprocessing.get_context("spawn")
+
+#: The child process of each thread, which ends with the thread.
+_own = threading.local()
 
 
 def decode_or_die(
@@ -34,50 +41,41 @@ def decode_or_die(
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-class ChildDecoder(AbstractContextManager["ChildDecoder"]):
-    """Decodes in a child process, which starts when it is needed; use it as a context manager."""
+def decode_in_child(
+    data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
+) -> Decoded:
+    """Decodes as `decode` does, with limited memory; the death of the child is an error of the image.
 
-    def __init__(self) -> None:
-        self._child: tuple[SpawnProcess, Connection] | None = None
-
-    def __exit__(self, *error: object) -> None:
-        if self._child is not None:
-            process, _ = self._child
-            process.kill()
-            process.join()
-
-    def __call__(
-        self, data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
-    ) -> Decoded:
-        """Decodes as `decode` does; the death of the child is an error of the image.
-
-        After SIGKILL, the image is decoded again: when memory is short, the kernel kills any child.
-        """
-        for _ in range(2):
-            process, connection = self._child = self._child or _start_child()
-            try:
-                connection.send((data, preprocessor, max_pixels, fast, timeout_s))
-                decoded: Decoded = connection.recv()
-                return decoded
-            except (EOFError, OSError):  # the child has died
-                self._child = None
-                process.join()
-            if process.exitcode != -signal.SIGKILL:
-                break
-        cause = _describe_end(process.exitcode or 0, timeout_s)
-        return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
+    After SIGKILL, the image is decoded again: when memory is short, the kernel kills any child.
+    """
+    for _ in range(2):
+        process, connection = _own.child = getattr(_own, "child", None) or _start_child()
+        try:
+            connection.send((data, preprocessor, max_pixels, fast, timeout_s))
+            decoded: Decoded = connection.recv()
+            return decoded
+        except (EOFError, OSError):  # the child has died
+            _own.child = None
+            process.wait()
+        if process.returncode != -signal.SIGKILL:
+            break
+    cause = _describe_end(process.returncode, timeout_s)
+    return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
 
 
-def _start_child() -> tuple[SpawnProcess, Connection]:
-    """Starts a child. After a failure, ends this worker: `ray.task_retries` limits the attempts."""
-    ours, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+def _start_child() -> tuple[subprocess.Popen[bytes], Connection]:
+    """Starts a child. After a failure, ends this process: `ray.task_retries` limits the attempts."""
+    ours, theirs = Pipe()
+    # `multiprocessing` would run the user's script in the child.
+    program = f"from pipeline.decode.isolated import serve; serve({theirs.fileno()})"
+    command = [sys.executable, "-P", "-c", program]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
-        process.start()
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         ours.recv()  # the child is ready
     except (EOFError, OSError) as error:
-        logger.error("a child process for decoding did not start (%r); this worker ends", error)
+        logger.error("a child process for decoding did not start (%r); this process ends", error)
         os._exit(1)
     return process, ours
 
@@ -87,15 +85,29 @@ def _describe_end(status: int, timeout_s: float) -> str:
         return DecodeDeadline(timeout_s).message
     if status >= 0:
         return f"the decoder ended with status {status}"
-    hint = ", possibly for lack of memory" if status == -signal.SIGKILL else ""
+    # At the limit of the memory, some libraries abort.
+    hint = ", possibly for lack of memory" if -status in (signal.SIGKILL, signal.SIGABRT) else ""
     return f"the decoder was killed by signal {-status} ({signal.Signals(-status).name}){hint}"
 
 
-def _serve(connection: Connection) -> None:
+def serve(file_descriptor: int) -> None:
     """Decodes images that arrive through a connection, until the connection ends."""
+    child_formats.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the parent ends this process
+    connection = Connection(file_descriptor)
     with suppress(OSError):  # if memory is short, the kernel kills this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("1000")
     connection.send("ready")
     with suppress(EOFError, OSError):
         while True:
-            connection.send(decode_or_die(*connection.recv()))
+            image, preprocessor, max_pixels, *options = connection.recv()
+            _limit_memory(BYTES_PER_PIXEL * max_pixels + 6 * len(image) + _OTHER_MEMORY)
+            connection.send(decode_or_die(image, preprocessor, max_pixels, *options))
+
+
+def _limit_memory(size: int) -> None:
+    """Limits the memory that this process allocates from now on, in bytes; does nothing except on Linux."""
+    with suppress(OSError, ValueError):  # ValueError: the limit of the user is lower
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        maximum = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (used + size, maximum))

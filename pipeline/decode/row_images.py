@@ -24,7 +24,9 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
 
     The image is not decoded yet, and not turned upright: see `PIL.ImageOps.exif_transpose`.
     """
-    return Image.open(io.BytesIO(read_image(row, config)))
+    data = read_image(row, config)
+    plugins = (reader for name, pattern, reader in FORMATS if name in REQUIREMENTS and pattern.match(data))
+    return next(plugins, Image.open)(io.BytesIO(data))
 
 
 def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:

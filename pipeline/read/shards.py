@@ -16,7 +16,9 @@ from pipeline.text import pluralize
 Format = Literal["webdataset", "parquet", "images", "table"]
 
 #: File name extensions of images, without the dot, in lower case.
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "gif", "bmp", "tif", "tiff"})
+IMAGE_EXTENSIONS = frozenset(
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl"]
+)
 _IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16

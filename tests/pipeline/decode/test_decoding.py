@@ -534,7 +534,7 @@ def test_empty_image_is_an_error() -> None:
     ],
 )
 def test_error_of_an_unknown_format_has_the_first_bytes(data: bytes) -> None:
-    formats = "JPEG, PNG, WebP, GIF, BMP, TIFF"
+    formats = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIF, JPEG XL"
     assert decoded(data) == (
         None,
         None,

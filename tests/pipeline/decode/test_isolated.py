@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import decode
-from pipeline.decode.isolated import ChildDecoder
+from pipeline.decode.isolated import decode_in_child
 from tests.makers import make_image
 from tests.measuring import measure
 
@@ -48,10 +48,9 @@ DEADLY = DeadlyPreprocessor(**{field.name: getattr(GOOD, field.name) for field i
 @pytest.mark.slow
 def test_death_of_the_decoder_is_the_error_of_the_image() -> None:
     errors = {}
-    with ChildDecoder() as child:
-        for width in (20, 9, 1, 21):
-            result = child(make_image(1, (width, 20)), DEADLY, 10**6, False, 0.1)
-            errors[width] = result.error
+    for width in (20, 9, 1, 21):
+        result = decode_in_child(make_image(1, (width, 20)), DEADLY, 10**6, False, 0.1)
+        errors[width] = result.error
     assert errors == {
         20: None,
         9: "cannot decode: the decoder was killed by signal 9 (SIGKILL), possibly for lack of memory",
@@ -63,30 +62,29 @@ def test_death_of_the_decoder_is_the_error_of_the_image() -> None:
 def test_image_whose_decoder_is_killed_once_is_decoded_again(tmp_path: Path) -> None:
     marker = tmp_path / "short of memory"
     marker.touch()
-    with ChildDecoder() as child:
-        result = child(make_image(1), replace(DEADLY, short_of_memory=marker), 10**6, False, 60)
+    result = decode_in_child(make_image(1), replace(DEADLY, short_of_memory=marker), 10**6, False, 60)
     assert not marker.exists()
     assert (result.error, result.pixels is None) == (None, False)
 
 
-def test_damaged_metadata_prints_no_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_metadata_prints_no_warnings(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.decode.isolated._own", threading.local())  # a new child
     stream = io.BytesIO()
     Image.new("RGB", (40, 40)).save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
-    with ChildDecoder() as child:
-        assert child(stream.getvalue(), GOOD, 10**6, False, 60).error is None
+    assert decode_in_child(stream.getvalue(), GOOD, 10**6, False, 60).error is None
     assert capfd.readouterr().err == ""
 
 
 def decode_with_missing_interpreter() -> None:
-    multiprocessing.set_executable("/missing/python")
-    with ChildDecoder() as child:
-        child(make_image(1), GOOD, 10**6, False, 60)
+    sys.executable = "/missing/python"
+    decode_in_child(make_image(1), GOOD, 10**6, False, 60)
 
 
 def decode_with_failing_child() -> None:
     sys.path.clear()
-    with ChildDecoder() as child:
-        child(make_image(1), GOOD, 10**6, False, 60)
+    decode_in_child(make_image(1), GOOD, 10**6, False, 60)
 
 
 @pytest.mark.parametrize("decode", [decode_with_missing_interpreter, decode_with_failing_child])
@@ -96,8 +94,7 @@ def test_worker_whose_child_does_not_start_ends(decode: Callable[[], None]) -> N
 
 
 def test_child_decodes_as_the_process_itself_does() -> None:
-    with ChildDecoder() as child:
-        for data in (make_image(5, (90, 60)), make_image(5)[:-9], b"no image"):
-            ours, theirs = decode(data, GOOD, 10**6), child(data, GOOD, 10**6, False, 60)
-            assert theirs[1:] == ours[1:]
-            np.testing.assert_array_equal(theirs.pixels, ours.pixels)
+    for data in (make_image(5, (90, 60)), make_image(5)[:-9], b"no image"):
+        ours, theirs = decode(data, GOOD, 10**6), decode_in_child(data, GOOD, 10**6, False, 60)
+        assert theirs[1:] == ours[1:]
+        np.testing.assert_array_equal(theirs.pixels, ours.pixels)
