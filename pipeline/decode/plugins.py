@@ -42,13 +42,15 @@ def read_heif(file: Any) -> ImageFile:
 class JxlFile(ImageFile):
     """A JPEG XL file. Its size is the stored one; `load` decodes the first frame, upright and with 8 bits."""
 
+    format = "JPEG XL"
+
     def _open(self) -> None:
         from imagecodecs import jpegxl_decode
 
         assert self.fp is not None
         self._decode, self._data = jpegxl_decode, self.fp.read()
-        *self._size, self._bits = read_jxl_header(self._data)  # type: ignore[assignment]
-        self._mode = "RGB"
+        width, height, self._bits = read_jxl_header(self._data)
+        self._size, self._mode = (width, height), "RGB"
 
     def load(self) -> Any:
         """Decodes the image."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pipeline.config import Config, make_storage
+from pipeline.decode.cpu import FORMATS
+from pipeline.decode.plugins import REQUIREMENTS
 from pipeline.read import ReadOptions, Shard, read_samples
 from pipeline.storage import ObjectChanged, ObjectInfo, Storage, is_under
 

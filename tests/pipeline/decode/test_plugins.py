@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from imagecodecs import jpegxl_encode, jpegxl_encode_jpeg
 from PIL import Image
 
 from cvt.preprocessing import Preprocessor
+from pipeline import open_image
 from pipeline.decode import decode, isolated
 from pipeline.decode.bounds import BYTES_PER_PIXEL
 from pipeline.decode.plugins import REQUIREMENTS, read_jxl_header
+from pipeline.storage import Storage
 from tests.pipeline.decode.test_decoding import (
     GRAY16,
     LIMIT,
@@ -193,3 +196,14 @@ def test_mutated_image_never_raises(name: str) -> None:
             )
         mutants.append(bytes(mutant))
     assert len(decode_images(mutants)["error"]) == len(mutants)
+
+
+@pytest.mark.parametrize("name", ["AVIF", "HEIF", "JPEG XL", "JPEG XL container"])
+def test_image_of_a_row_is_opened(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(SAMPLES[name])
+    [info] = Storage().list(str(file))
+    row = {"shard": info.uri, "index": 0, "uri": info.uri, "version": info.version, "offset": 0}
+    image = open_image(row | {"size": info.size})
+    assert (image.format, image.size) == (name.removesuffix(" container"), (56, 40))
+    assert image.convert("RGB").size == (56, 40)
