@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.storage import (
     AccessDenied,
+    BucketNotFound,
     ObjectChanged,
     ObjectNotFound,
     ObjectTooLarge,
@@ -133,6 +134,7 @@ class ErrorCategory(StrEnum):
     """
 
     INVALID_KEY = "invalid key"  # a key of more than 4 KiB, or a value that has no text
+    INVALID_URI = "invalid uri"  # of a row of a table
     NO_IMAGE = "no image"  # no member with an image extension, or null in the image column
     IMAGE_NOT_FOUND = "image not found"  # an image file was deleted after the listing
     IMAGE_CHANGED = "image changed"  # an image file was replaced after the listing
@@ -151,6 +153,7 @@ class ErrorCategory(StrEnum):
 _MAX_DETAIL = 2000  # characters
 _CATEGORIES = {
     ObjectNotFound: ErrorCategory.IMAGE_NOT_FOUND,
+    BucketNotFound: ErrorCategory.IMAGE_NOT_FOUND,
     ObjectChanged: ErrorCategory.IMAGE_CHANGED,
     AccessDenied: ErrorCategory.ACCESS_DENIED,
     ObjectTooLarge: ErrorCategory.FILE_TOO_LARGE,

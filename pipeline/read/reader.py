@@ -6,10 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from pipeline.predictions import ErrorCategory, sample_error
+from pipeline.read.downloads import read_rows
 from pipeline.read.limits import Deadline, limit_texts
 from pipeline.read.parquet import read_parquet
 from pipeline.read.samples import ReadOptions, ReadTimeoutError, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
+from pipeline.read.tables import row_samples, select_rows
 from pipeline.read.webdataset import read_tar
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
 from pipeline.text import pluralize
@@ -64,7 +66,8 @@ def list_samples(shard: Shard, options: ReadOptions) -> list[Sample]:
 
     Labels are set, and targets are not. Of a stored image that is unchanged, this is all that is needed.
     """
-    del options
+    if shard.rows:
+        return row_samples(shard)
     folder = shard.uri.rpartition("/")[0]
     return [
         Sample(relative_name(folder, info.uri), None, uri=info.uri, version=info.version)
@@ -74,6 +77,8 @@ def list_samples(shard: Shard, options: ReadOptions) -> list[Sample]:
 
 def select_images(shard: Shard, positions: Sequence[int]) -> Shard:
     """Returns a shard with only these of its images, for reading; see `list_samples`."""
+    if shard.rows:
+        return select_rows(shard, positions)
     return replace(shard, members=tuple(shard.members[position] for position in positions))
 
 
@@ -109,4 +114,4 @@ def _read_images(
         pool.shutdown(cancel_futures=True)
 
 
-_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_images}
+_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_images, "table": read_rows}

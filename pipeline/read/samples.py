@@ -91,6 +91,8 @@ class ReadOptions:
     class_names: Sequence[str] = ()
     max_image_bytes: int = 256 * 1024**2
     concurrent_fetches: int = 4
+    concurrent_downloads: int = 64
+    downloads_per_host: int = 16
     max_page_bytes: int = 2 * 1024**3
     timeout_s: float = 600
     max_shard_samples: int = 1_000_000
@@ -104,7 +106,14 @@ class ReadOptions:
         return cls(
             class_names=labels,
             **(read or ReadConfig()).model_dump(
-                include={"concurrent_fetches", "max_page_bytes", "timeout_s", "max_shard_samples"}
+                include={
+                    "concurrent_fetches",
+                    "concurrent_downloads",
+                    "downloads_per_host",
+                    "max_page_bytes",
+                    "timeout_s",
+                    "max_shard_samples",
+                }
             ),
             **section.model_dump(
                 include={

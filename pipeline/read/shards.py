@@ -3,13 +3,14 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, pairwise
 from typing import Literal, Self
 
 from pipeline.config import InputConfig, InputFormat
+from pipeline.read.table_files import is_table_name
 from pipeline.storage import ObjectInfo, Storage, relative_name
 from pipeline.text import pluralize
 
@@ -62,6 +63,7 @@ class IgnoreReason(StrEnum):
 
     HIDDEN = "hidden name"  # a part of the name starts with `.` or `_`
     FORMAT = "other format"  # by the extension, or not of the configured format
+    OLD_VERSION = "old version"  # in an S3 Inventory; also delete markers
     METADATA = "metadata of a tar"  # `x.parquet` and `x_stats.json` of `x.tar`, as img2dataset writes them
 
 
@@ -97,6 +99,19 @@ class ShardListing(Iterator[Shard]):
         self._shards = chain([first], self._shards)
         return self
 
+    def ignore(self, uri: str, reason: IgnoreReason) -> None:
+        """Counts an ignored object."""
+        self.ignored[reason] += 1
+        found, key = self.ignored_extensions, (reason, file_extension(uri))
+        found[key if key in found or len(found) < _MAX_EXTENSIONS else (reason, "others")] += 1
+        if self.ignored[reason] <= MAX_IGNORED_EXAMPLES:
+            self.ignored_examples[reason].append(uri)
+
+    def replace(self, change: Callable[[Iterator[Shard]], Iterator[Shard]]) -> Self:
+        """Replaces the shards, which are the files of tables, by their parts."""
+        self._shards = change(self._shards)
+        return self
+
     def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
         """Yields the shards; splits the image files into groups of about a thousand by their names.
 
@@ -117,14 +132,12 @@ class ShardListing(Iterator[Shard]):
             is_hidden = any(part.startswith((".", "_")) for part in name.split("/"))
             if is_hidden and info.uri != self.uri:
                 format, reason = None, IgnoreReason.HIDDEN
+            elif self.format == "table" and info.uri == self.uri:
+                format = "table"
             elif self.format in (None, "webdataset") and stem != info.uri and f"{stem}.tar" in neighbors:
                 format, reason = None, IgnoreReason.METADATA
             if format is None:
-                self.ignored[reason] += 1
-                found, key = self.ignored_extensions, (reason, file_extension(name))
-                found[key if key in found or len(found) < _MAX_EXTENSIONS else (reason, "others")] += 1
-                if self.ignored[reason] <= MAX_IGNORED_EXAMPLES:
-                    self.ignored_examples[reason].append(info.uri)
+                self.ignore(info.uri, reason)
             elif format != "images":
                 yield Shard(info.uri, info.version, format, info.size)
             else:
@@ -140,14 +153,24 @@ class ShardListing(Iterator[Shard]):
             yield _group(self.uri, group, members)
 
 
-def list_shards(storage: Storage, uri: str, format: InputFormat = "auto") -> ShardListing:
+def list_shards(
+    storage: Storage, uri: str, format: InputFormat = "auto", section: InputConfig | None = None
+) -> ShardListing:
     """Lists the shards at a normalized URI: one object, or all objects under a folder.
 
     The listing streams, and each step may raise `StorageError`. Objects are ignored if a part of their name
     starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in `uri` itself. With the format
-    `auto`, the extension determines the format. With `webdataset` or `parquet`, every object is a shard.
+    `auto`, the extension determines the format. With `webdataset` or `parquet`, every object is a shard. With
+    `table`, `section` has the settings of tables, and a step may also raise `ConfigError`.
     """
-    return ShardListing(storage.list(uri, missing_ok=False), uri, None if format == "auto" else format)
+    objects = storage.list(uri, missing_ok=False)
+    listing = ShardListing(objects, uri, None if format == "auto" else format)
+    if format != "table":
+        return listing
+    from pipeline.read.tables import list_tables  # imports this module
+
+    section = section or InputConfig(uri=uri, format=format)
+    return listing.replace(lambda files: list_tables(storage, section, files, listing.ignore))
 
 
 def file_extension(name: str) -> str:
@@ -160,6 +183,8 @@ def _format(name: str, required: Format | None) -> Format | None:
     """Returns the format of an object; None if the object is ignored."""
     lower = name.lower()
     is_image = lower.endswith(_IMAGE_SUFFIXES)
+    if required == "table":
+        return required if is_table_name(lower) else None
     if required is not None:
         return required if required != "images" or is_image else None
     if lower.endswith((".tar", ".tar.gz", ".tgz")):
@@ -183,4 +208,4 @@ class NoShardsError(ValueError):
 
 def list_input_shards(storage: Storage, section: InputConfig, field: str) -> list[Shard]:
     """Returns all shards of an input. Raises the same errors as `ShardListing.require_shards`."""
-    return list(list_shards(storage, section.uri, section.format).require_shards(field))
+    return list(list_shards(storage, section.uri, section.format, section).require_shards(field))

@@ -32,30 +32,25 @@ _ICEBERG_OPTIONS = {
 
 
 class DataFile(NamedTuple):
-    """A live data file of a snapshot.
+    """A file of a table.
 
     Attributes:
         uri: URI of the file.
+        folder: The folder to which URIs in the table are relative.
         schema: Columns of the table.
+        read: Yields the rows of these columns, without deleted rows.
         has_deletes: Whether rows of the file are deleted.
-        read: Yields the rows of these columns, without the deleted rows.
     """
 
     uri: str
-    schema: pa.Schema
-    has_deletes: bool
-    read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
-
-
-class Snapshot(NamedTuple):
-    """The current snapshot of a table: the table's folder, and its live files."""
-
     folder: str
-    files: list[DataFile]
+    schema: pa.Schema
+    read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
+    has_deletes: bool = False
 
 
-def open_snapshot(storage: Storage, uri: str) -> Snapshot | None:
-    """Opens a Delta or Iceberg table; returns None if there is none at this URI.
+def open_snapshot(storage: Storage, uri: str) -> list[DataFile] | None:
+    """Returns the live files of a Delta or Iceberg table; None if there is no such table at this URI.
 
     Args:
         storage: Access to the table.
@@ -66,6 +61,9 @@ def open_snapshot(storage: Storage, uri: str) -> Snapshot | None:
     """
     if _METADATA_FILE.search(uri):
         return _open_iceberg(storage, uri)
+    first = next(storage.list(uri), None)
+    if first is None or first.uri == uri:  # a file
+        return None
     if next(storage.list(f"{uri}/_delta_log"), None) is not None:
         return _open_delta(storage, uri)
     found = list[tuple[int, str]]()
@@ -87,18 +85,18 @@ def snapshot_files(storage: Storage, uri: str) -> list[ObjectInfo]:
     Raises:
         StorageError: There is no such table, it cannot be read, or rows of a live file are deleted.
     """
-    snapshot = open_snapshot(storage, uri)
-    if snapshot is None:
+    files = open_snapshot(storage, uri)
+    if files is None:
         raise StorageError(uri, "not the folder of a Delta or Iceberg table")
-    if deleted := [file.uri for file in snapshot.files if file.has_deletes]:
+    if deleted := [file.uri for file in files if file.has_deletes]:
         cause = f"{len(deleted)} files of the table have deleted rows, such as {deleted[0]}"
         raise StorageError(uri, f"{cause}; {_COMPACT}")
-    live = {file.uri for file in snapshot.files}
-    infos = {info.uri: info for info in storage.list(snapshot.folder) if info.uri in live}
+    live, folders = {file.uri for file in files}, {file.folder for file in files}
+    infos = {info.uri: info for folder in folders for info in storage.list(folder) if info.uri in live}
     return [infos.get(name) or storage.stat(name) for name in sorted(live)]
 
 
-def _open_delta(storage: Storage, uri: str) -> Snapshot:
+def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
     _require(uri, "Delta", "deltalake", "delta")
     import deltalake
 
@@ -148,12 +146,12 @@ def _open_delta(storage: Storage, uri: str) -> Snapshot:
                     yield found if keep is None else found.filter(keep.slice(start, len(batch)))
                     start += len(batch)
 
-        return DataFile(name, schema, keep is not None, read)
+        return DataFile(name, uri, schema, read, keep is not None)
 
-    return Snapshot(uri, [file(action) for action in actions])
+    return [file(action) for action in actions]
 
 
-def _open_iceberg(storage: Storage, uri: str) -> Snapshot:
+def _open_iceberg(storage: Storage, uri: str) -> list[DataFile]:
     _require(uri, "Iceberg", "pyiceberg", "iceberg")
     from pyiceberg.expressions import AlwaysTrue
     from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
@@ -175,9 +173,10 @@ def _open_iceberg(storage: Storage, uri: str) -> Snapshot:
             for batch in scan.to_record_batches([task]):
                 yield batch.select(list(columns))
 
-        return DataFile(_normalized(task.file.file_path), schema, bool(task.delete_files), read)
+        return DataFile(_normalized(task.file.file_path), folder, schema, read, bool(task.delete_files))
 
-    return Snapshot(_normalized(table.location()), [file(task) for task in tasks])
+    folder = _normalized(table.location())
+    return [file(task) for task in tasks]
 
 
 def _require(uri: str, format: str, package: str, extra: str) -> None:

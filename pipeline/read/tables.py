@@ -1,11 +1,57 @@
-"""Tables of image URIs: their rows, in shards of 1,000 rows."""
+"""Tables of image URIs: their rows, in shards of 1,000 rows.
 
-from collections.abc import Sequence
+The rows of a shard travel in `Shard.rows`. `pipeline.read.downloads` reads their images.
+"""
+
+import hashlib
+import json
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pipeline.read.shards import Shard
+from pipeline.config import ConfigError, InputConfig
+from pipeline.predictions import ErrorCategory, sample_error
+from pipeline.read.parquet import _class_names, _columns, _value
+from pipeline.read.samples import Sample
+from pipeline.read.shards import IMAGE_EXTENSIONS, IgnoreReason, Shard, file_extension
+from pipeline.read.snapshots import DataFile, open_snapshot
+from pipeline.read.table_files import ERROR, VERSION, open_file, open_inventory
+from pipeline.storage import ABSENT, AccessDenied, BucketNotFound, Storage, StorageError, normalize_uri
+
+_SHARD_ROWS = 1000
+_WINDOW_ROWS = 500_000  # whose objects are looked up together
+_LOOKUPS = 32  # concurrent requests for versions
+#: Objects of a folder that are listed for each of its rows, before each row gets its own request.
+_LISTED_PER_ROW = 10
+#: For the progress of a run: the assumed size of an image of unknown size.
+_UNKNOWN_BYTES = 100_000
+#: Usual names of the column with the URIs, in lower case.
+_URI_NAMES = {
+    "uri",
+    "url",
+    "image_uri",
+    "image_url",
+    "img_url",
+    "image_path",
+    "path",
+    "file_path",
+    "filepath",
+}
+_URI_NAMES |= {"file_name", "filename", "image_file", "s3_uri", "s3_path", "gcs_uri"}
+_SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+_FILTERED, _CLASS_NAMES = "\0filtered", b"class_names"
 
 
 def encode_rows(rows: pa.Table) -> bytes:
@@ -20,9 +66,9 @@ def encode_rows(rows: pa.Table) -> bytes:
 def decode_rows(rows: bytes) -> pa.Table:
     """Returns the rows of `Shard.rows`.
 
-    The columns are `uri` (null if the row has no valid URI), `problem` (why not), `version` (null if unknown),
-    `key`, `label` if there is a label column, and a struct `carried` with the columns of `input.carry`. The
-    metadata of the field `label` has the dataset's own class names.
+    The columns are `uri` (null if the row has no valid URI), `error` (then the error of the row), `version`
+    (null if unknown), `key`, `label` if there is a label column, and a struct `carried` with the columns of
+    `input.carry`. The metadata of the field `label` has the dataset's own class names.
     """
     return pa.ipc.open_stream(rows).read_all()
 
@@ -30,3 +76,299 @@ def decode_rows(rows: bytes) -> pa.Table:
 def select_rows(shard: Shard, indices: Sequence[int]) -> Shard:
     """Returns the shard of a table with only the rows at these indices, with the same URI and version."""
     return replace(shard, rows=encode_rows(decode_rows(shard.rows).take(pa.array(indices, pa.int64()))))
+
+
+def row_samples(shard: Shard) -> list[Sample]:
+    """Returns the samples of a shard of a table, in order, without images and targets."""
+    rows = decode_rows(shard.rows)
+    class_names = json.loads((rows.schema.metadata or {}).get(_CLASS_NAMES, b"null"))
+    labels = rows["label"].combine_chunks() if "label" in rows.column_names else None
+    carried = rows["carried"].combine_chunks().flatten() if "carried" in rows.column_names else []
+    columns = (rows[name].to_pylist() for name in ("key", "error", "uri", "version"))
+    samples = []
+    for row, (key, error, uri, version) in enumerate(zip(*columns, strict=True)):
+        sample = Sample(key, None, error=error, uri=uri, version=version, label_names=class_names)
+        sample.carried = tuple(column[row] for column in carried)
+        if labels is not None and error is None:
+            sample.label, problem = _value(labels.slice(row, 1))
+            sample.unmatched = problem and f"the label cannot be read: {problem}"
+        samples.append(sample)
+    return samples
+
+
+def list_tables(
+    storage: Storage,
+    section: InputConfig,
+    files: Iterator[Shard],
+    ignore: Callable[[str, IgnoreReason], None],
+) -> Iterator[Shard]:
+    """Yields the shards of the tables of an input.
+
+    Args:
+        storage: Access to tables and images.
+        section: The configuration of the input.
+        files: The listed files; not used for Delta, Iceberg and S3 Inventory.
+        ignore: Called with the objects of an inventory that are no images, and why.
+
+    Raises:
+        StorageError: A file cannot be read, or the objects of the images cannot be listed.
+        ConfigError: A column is missing, or a condition of `input.filter` does not fit its column.
+    """
+
+    def selects(uri: str, is_current: bool) -> bool:
+        is_image = file_extension(uri)[1:] in IMAGE_EXTENSIONS
+        if not is_current or not is_image:
+            ignore(uri, IgnoreReason.FORMAT if is_current else IgnoreReason.OLD_VERSION)
+        return is_current and is_image
+
+    def opened() -> Iterator[DataFile]:
+        if section.uri.endswith("/manifest.json"):
+            yield from open_inventory(storage, section.uri, selects)
+        elif (live := open_snapshot(storage, section.uri)) is not None:
+            yield from live
+        else:
+            yield from (open_file(storage, shard.object, section.csv_columns) for shard in files)
+
+    pending, size = list[tuple[str, pa.Table]](), 0
+
+    def shards() -> Iterator[Shard]:
+        versions = dict[str, str]()
+        if section.check_objects != "never":
+            unknown = (table["uri"].filter(pc.is_null(table["version"])).drop_null() for _, table in pending)
+            uris = {uri for column in unknown for uri in column.to_pylist()}
+            versions = find_versions(storage, uris, section.check_objects)
+        for uri, table in pending:
+            yield _to_shard(uri, table, versions)
+
+    for uri, table in (each for file in opened() for each in _ranges(section, file)):
+        pending.append((uri, table))
+        size += len(table)
+        if size >= _WINDOW_ROWS or section.check_objects == "never":
+            yield from shards()
+            pending, size = [], 0
+    yield from shards()
+
+
+def _to_shard(uri: str, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
+    pairs = zip(rows["uri"].to_pylist(), rows["version"].to_pylist(), strict=True)
+    found = [version or versions.get(name) for name, version in pairs]
+    rows = rows.set_column(rows.schema.get_field_index("version"), "version", pa.array(found, pa.string()))
+    digest = hashlib.blake2b(repr(rows.schema.metadata).encode(), digest_size=16)
+    flat = rows.flatten()
+    for column in map(_plain, flat.columns):
+        digest.update(repr(column.to_pylist()).encode())
+    known = (version.rpartition("-")[2] for version in found if version)
+    sizes = [int(text) for text in known if text.isdecimal()]
+    size = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes))
+    return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows))
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    """Returns a column whose values Python represents exactly: nanoseconds are not."""
+    array = column.combine_chunks()
+    if pa.types.is_temporal(array.type) and not pa.types.is_interval(array.type):
+        return array.view(pa.int64() if array.type.bit_width == 64 else pa.int32())
+    return array
+
+
+def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[str, pa.Table]]:
+    """Yields the URI and the rows of each range of a file with rows that `input.filter` selects."""
+    if not file.schema.names:  # an empty file
+        return
+    roles = {"uri": _find_uri_column(section, file), "key": section.key_column}
+    roles["label"] = section.label_column if section.labels else None
+    for role, name in roles.items():
+        _require_column(file, name, f"{role}_column")
+    for name, *_ in section.filter:
+        _require_column(file, name, "filter")
+    carried = [name for name in section.carry if name in file.schema.names]
+    needed = dict.fromkeys([*filter(None, roles.values()), *carried, *(name for name, *_ in section.filter)])
+    class_names = _class_names(file.schema, section.label_column)
+    start = 0
+    for table in _rechunk(file.read([*needed])):
+        selected = _select(section, file, pa.table({x: _decoded(table[x]) for x in table.column_names}))
+        if len(selected):
+            rows = _to_rows(section, file.folder, roles, selected)
+            metadata = {_CLASS_NAMES: json.dumps(class_names)}
+            yield f"{file.uri}/rows-{start:012d}", rows.replace_schema_metadata(metadata)
+        start += len(table)
+
+
+def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None], table: pa.Table) -> pa.Table:
+    """Returns the rows of a shard from the columns of a table."""
+    missing = pa.nulls(len(table), pa.string())
+    failures = (table[ERROR] if ERROR in table.column_names else missing).to_pylist()
+    keys = table[roles["key"]].combine_chunks() if roles["key"] else None
+    found = defaultdict[str, list[Any]](list)
+    for row, value in enumerate(table[roles["uri"]].to_pylist()):
+        text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
+        text = text.strip()
+        key, problem = (text, None) if keys is None else _value(keys.slice(row, 1))
+        uri, error = None, failures[row] and sample_error(ErrorCategory.INVALID_URI, failures[row])
+        if error is None and not text:
+            error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
+        if error is None and problem is not None:
+            error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
+        if error is None:
+            try:
+                uri = resolve_uri(text, folder)
+            except (ValueError, StorageError) as invalid:
+                cause = invalid.cause if isinstance(invalid, StorageError) else str(invalid)
+                error = sample_error(ErrorCategory.INVALID_URI, f"{text[:200]!r}: {cause}")
+        key = text if key is None else str(key)
+        found["uri"].append(uri)
+        found["error"].append(error)
+        found["key"].append(key or f"{row:09d}")
+    columns = {name: pa.array(values, pa.string()) for name, values in found.items()}
+    columns["version"] = table[VERSION] if VERSION in table.column_names else missing
+    if roles["label"]:
+        columns["label"] = table[roles["label"]]
+    if section.carry:
+        values = [table[x].combine_chunks() if x in table.column_names else missing for x in section.carry]
+        columns["carried"] = pa.StructArray.from_arrays(values, [*section.carry])
+    return pa.table(columns)
+
+
+def resolve_uri(text: str, folder: str) -> str:
+    """Returns the normalized URI of an image; raises `ValueError` or `StorageError` for another text."""
+    if re.search(r"[\0-\x1f\x7f]|^data:", text):
+        raise ValueError("not the URI of an image; s3://, gs://, http(s)://, file:// and paths are supported")
+    text.encode()
+    scheme, separator, rest = text.partition("://")
+    scheme = _SPELLINGS.get(scheme.lower(), scheme.lower()) if separator else ""
+    if scheme in ("http", "https"):
+        address = urlsplit(text)
+        if not address.hostname or "@" in address.netloc:
+            raise ValueError("the URI has no host, or contains credentials")
+        _ = address.port  # raises
+        return f"{scheme}://{rest}"
+    bucket, _, path = folder.partition("://")[2].partition("/")
+    if not scheme and bucket and not text.startswith("/"):
+        name = posixpath.normpath(f"{path}/{text}").lstrip("/")
+        if name.split("/")[0] in ("..", "."):
+            raise ValueError(f"the path is outside of the bucket of {folder}")
+        return f"{folder.partition('://')[0]}://{bucket}/{name}"
+    if not scheme:
+        return normalize_uri(text if text.startswith("/") else f"{folder}/{text}")
+    uri = normalize_uri(f"{scheme}://{rest}")
+    if scheme != "file" and not rest.partition("/")[2]:
+        raise ValueError("the URI has no key")
+    return uri
+
+
+def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str, str]:
+    """Returns the versions of objects; `ABSENT` if an object does not exist; none if it is not known.
+
+    A folder is listed once, unless it has many other objects: then each object needs a request. Objects on
+    web servers are looked up only if `check` is `always`.
+    """
+    folders, remote = defaultdict[str, set[str]](set), list[str]()
+    for uri in uris:
+        if uri.startswith(("http://", "https://")):
+            remote.append(uri)
+        else:
+            folders[uri.rpartition("/")[0]].add(uri)
+    found, remaining = dict[str, str | None](), list[str]()
+    with ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="versions") as pool:
+        list_versions = partial(_list_versions, storage)
+        for versions, others in pool.map(list_versions, folders.keys(), folders.values()):
+            found |= versions
+            remaining += others
+        found |= zip(remaining, pool.map(partial(_version, storage), remaining), strict=True)
+    if check == "always" and remote:
+        with storage.downloader() as downloader:
+            for uri, version in [(uri, downloader.version(uri)) for uri in remote]:
+                with suppress(StorageError):
+                    found[uri] = version.result()
+    return {uri: version for uri, version in found.items() if version is not None}
+
+
+def _list_versions(storage: Storage, folder: str, uris: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the versions of objects of a folder, and the objects to look up one by one."""
+    if len(uris) == 1:
+        return {}, [*uris]
+    first, last = min(uris)[len(folder) + 1 :], max(uris)[len(folder) + 1 :]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    found, prefix = dict[str, str](), "".join(character for character, _ in same)
+    try:
+        for count, info in enumerate(storage.list(folder, prefix=prefix)):
+            if info.uri in uris:
+                found[info.uri] = info.version
+            if len(found) == len(uris):
+                break
+            if count > 1000 + _LISTED_PER_ROW * len(uris):
+                return found, [*uris.difference(found)]
+    except AccessDenied:  # reading may be allowed
+        return found, [*uris.difference(found)]
+    except BucketNotFound:
+        pass
+    except StorageError as error:
+        remedy = "input.check_objects: never plans without looking up the images"
+        raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
+    return dict.fromkeys(uris, ABSENT) | found, []
+
+
+def _version(storage: Storage, uri: str) -> str | None:
+    """Returns the version of an object; None if access is denied, which reading reports."""
+    try:
+        return storage.version(uri)
+    except AccessDenied:
+        return None
+
+
+def _find_uri_column(section: InputConfig, file: DataFile) -> str:
+    if section.uri_column is not None:
+        return section.uri_column
+    names = [name for name in file.schema.names if name.lower() in _URI_NAMES] or file.schema.names
+    if len(names) != 1:
+        columns = f"{_columns(file.schema)} ({file.uri})"
+        raise ConfigError(f"input.uri_column: set the column with the URIs of the images; {columns}")
+    return str(names[0])
+
+
+def _require_column(file: DataFile, name: str | None, field: str) -> None:
+    if name is not None and file.schema.names.count(name) != 1:
+        found = file.schema.names.count(name)
+        problem = f"{found} columns of {file.uri} are named" if found else f"{file.uri} has no column"
+        raise ConfigError(f"input.{field}: {problem} {name!r}; {_columns(file.schema)}")
+
+
+def _rechunk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Yields tables of `_SHARD_ROWS` rows; the last one may have fewer."""
+    rest: pa.Table | None = None
+    for batch in batches:
+        table = pa.table(batch)
+        rest = table if rest is None else pa.concat_tables([rest, table], promote_options="permissive")
+        while len(rest) >= _SHARD_ROWS:
+            yield rest.slice(0, _SHARD_ROWS)
+            rest = rest.slice(_SHARD_ROWS)
+    if rest is not None and len(rest):
+        yield rest
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns a column without dictionaries and views."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    kind = pa.string() if pa.types.is_string_view(kind) else kind
+    return column.cast(pa.binary() if pa.types.is_binary_view(kind) else kind)
+
+
+def _select(section: InputConfig, file: DataFile, table: pa.Table) -> pa.Table:
+    """Returns the rows that meet the conditions of `input.filter`, and the rows that cannot be read."""
+    for name, operator, value in section.filter:
+        column = table[name]
+        try:
+            values = pa.array(value if isinstance(value, list) else [value])
+            is_text = pa.types.is_string(column.type) and not pa.types.is_string(values.type)
+            if is_text or pa.types.is_null(column.type):  # as in CSV
+                column = column.cast(values.type)
+            values = values.cast(column.type)
+            condition = (_FILTERED, operator, values if isinstance(value, list) else values[0])
+            selects = pq.filters_to_expression([condition])
+            if ERROR in table.column_names:
+                selects = selects | pc.field(ERROR).is_valid()
+            table = table.append_column(_FILTERED, column).filter(selects).drop_columns([_FILTERED])
+        except (ValueError, TypeError, pa.ArrowException) as error:
+            cause = f"[{name}, {operator}, {value!r}] does not fit the column {name!r} ({column.type})"
+            raise ConfigError(f"input.filter: {cause} of {file.uri}: {error}") from None
+    return table

@@ -204,13 +204,16 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
 
 def open_listing(config: Config) -> ShardListing:
     """Starts to list the input; raises as `plan_run`, also if the output is inside the input."""
-    source, target = config.input.uri, config.output.uri
+    section = config.input
+    source, target = section.uri, config.output.uri
     if is_under(target, source):
         raise ConfigError(
             f"output.uri: {target} is inside the input, {source}; later runs would read the labels as "
             "shards. Choose an output.uri outside of input.uri"
         )
-    return list_shards(make_storage(config.storage), source, config.input.format).require_shards("input.uri")
+    return list_shards(make_storage(config.storage), source, config.input.format, section).require_shards(
+        "input.uri"
+    )
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdown: bool) -> PreparedRun:

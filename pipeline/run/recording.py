@@ -125,7 +125,7 @@ class RunContext:
     def relist(self) -> Iterator[Shard]:
         """Lists the input again; needed only if runs overlap."""
         section = self.result.job.config.input
-        return list_shards(self.result.job.storage, section.uri, section.format)
+        return list_shards(self.result.job.storage, section.uri, section.format, section)
 
     def retries(self) -> Counter[str]:
         """Returns the number of retried storage operations of this process and of workers, by failure."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from pipeline.commit import MAX_CONCURRENT_WRITES, Committer, ManifestRow, PredictionWriter
-from pipeline.config import IN_PROCESS, InputFormat
+from pipeline.config import IN_PROCESS, InputConfig
 from pipeline.dataflow import (
     LOCAL,
     Executor,
@@ -49,7 +49,7 @@ def label_shards(run: RunContext) -> StopController:
         job.stages.predictions,
         run.result.run,
         expected=plan.expected,
-        is_current=partial(_is_current, job.storage, job.config.input.format),
+        is_current=partial(_is_current, job.storage, job.config.input),
         read_options=job.stages.read_options,
         copied=plan.copied,
         before_group=run.lease.verify,
@@ -188,9 +188,10 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
     )
 
 
-def _is_current(storage: Storage, input_format: InputFormat, shard: Shard) -> bool:
+def _is_current(storage: Storage, section: InputConfig, shard: Shard) -> bool:
     """Returns whether the input still has this version of a shard."""
-    if shard.members:
-        listing = list_shards(storage, shard.uri.rpartition("/")[0], input_format)
+    if shard.members or shard.rows:
+        uri = shard.uri.rpartition("/")[0] if shard.members else section.uri
+        listing = list_shards(storage, uri, section.format, section)
         return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
     return storage.version(shard.uri) == shard.version

@@ -8,6 +8,7 @@ from pipeline.storage.access import Storage, Versioned
 from pipeline.storage.objects import (
     ABSENT,
     AccessDenied,
+    BucketNotFound,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,

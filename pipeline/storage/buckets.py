@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from pipeline.storage.objects import (
     ABSENT,
     AccessDenied,
+    BucketNotFound,
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
@@ -164,4 +165,4 @@ def malformed_response(uri: str, error: Exception, attempts: int) -> Failure:  #
 
 
 def bucket_not_found(uri: str) -> StorageError:  # noqa: D103
-    return StorageError(uri, f"bucket {split_uri(uri)[0]!r} does not exist")
+    return BucketNotFound(uri, f"bucket {split_uri(uri)[0]!r} does not exist")

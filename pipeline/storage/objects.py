@@ -36,6 +36,10 @@ class ObjectNotFound(StorageError):  # noqa: N818 - reads as what happened
     """The object or folder does not exist."""
 
 
+class BucketNotFound(StorageError):  # noqa: N818
+    """The bucket does not exist."""
+
+
 class AccessDenied(StorageError):  # noqa: N818
     """The service denies access to the object, folder or bucket."""
 

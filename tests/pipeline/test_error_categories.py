@@ -45,6 +45,18 @@ def read(name: str, data: bytes, options: ReadOptions | None = None, change: str
     return produce
 
 
+def table(line: str) -> Producer:
+    """Reads the row of a table with one line."""
+
+    def produce(folder: Path) -> str | None:
+        (folder / "uris.txt").write_text(line)
+        [shard] = list_shards(Storage(), str(folder), "table")
+        [sample] = read_samples(Storage(), shard, ReadOptions())
+        return sample.error
+
+    return produce
+
+
 def tar(*members: tuple[str, bytes], **options: object) -> Producer:
     return read("x.tar", make_tar(members), ReadOptions(**options))  # type: ignore[arg-type]
 
@@ -102,6 +114,8 @@ PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
         C.INVALID_KEY,
         read("x.parquet", make_parquet({"image": [JPEG], "k": [[1]]}), ReadOptions(key_column="k")),
     ),
+    (C.INVALID_URI, table("ftp://host/a.jpg")),
+    (C.IMAGE_NOT_FOUND, table("missing.jpg")),
     (C.NO_IMAGE, tar(("a.heic", b"?"))),
     (C.NO_IMAGE, read("x.parquet", make_parquet({"image": pa.array([None], pa.binary())}))),
     (C.IMAGE_NOT_FOUND, read("a.jpg", JPEG, change="delete")),
