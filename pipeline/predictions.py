@@ -15,17 +15,7 @@ from typing import Any, NewType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.storage import (
-    AccessDenied,
-    BucketNotFound,
-    ObjectChanged,
-    ObjectNotFound,
-    ObjectTooLarge,
-    Storage,
-    StorageError,
-    content_errors,
-    read_table,
-)
+from pipeline.storage import Storage, StorageError, content_errors, objects, read_table
 from pipeline.text import remove_secrets
 
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
@@ -152,11 +142,11 @@ class ErrorCategory(StrEnum):
 
 _MAX_DETAIL = 2000  # characters
 _CATEGORIES = {
-    ObjectNotFound: ErrorCategory.IMAGE_NOT_FOUND,
-    BucketNotFound: ErrorCategory.IMAGE_NOT_FOUND,
-    ObjectChanged: ErrorCategory.IMAGE_CHANGED,
-    AccessDenied: ErrorCategory.ACCESS_DENIED,
-    ObjectTooLarge: ErrorCategory.FILE_TOO_LARGE,
+    objects.ObjectNotFound: ErrorCategory.IMAGE_NOT_FOUND,
+    objects.BucketNotFound: ErrorCategory.IMAGE_NOT_FOUND,
+    objects.ObjectChanged: ErrorCategory.IMAGE_CHANGED,
+    objects.AccessDenied: ErrorCategory.ACCESS_DENIED,
+    objects.ObjectTooLarge: ErrorCategory.FILE_TOO_LARGE,
 }
 
 #: A text `<category>: <detail>` for the column `error`. Only `sample_error` creates one.

@@ -34,15 +34,11 @@ class ReadConfig(Section):
     )
     concurrent_downloads: PositiveInt = Field(
         default=64,
-        description="Table: maximum number of `http://` and `https://` requests that a read task makes "
-        "concurrently.",
-        examples=[256],
+        description="Table: maximum number of concurrent `http://` and `https://` requests of a read task.",
     )
     downloads_per_host: PositiveInt = Field(
         default=16,
-        description="Table: maximum number of these requests to one host and port. A slow host then does not "
-        "hold up the downloads from others.",
-        examples=[4],
+        description="Table: maximum number of these requests to one host. A slow host delays no other host.",
     )
     chunk_images: PositiveInt | None = Field(
         default=None,

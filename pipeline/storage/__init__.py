@@ -13,7 +13,6 @@ from pipeline.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
     ObjectTooLarge,
-    RequestTimeout,
     StorageError,
     content_errors,
     is_relative,

@@ -78,8 +78,7 @@ class Storage:
     def list(self, uri: str, missing_ok: bool = True, prefix: str = "") -> Iterator[ObjectInfo]:
         """Lists the object `uri`, or all objects under the folder `uri`.
 
-        With a `prefix`, only the objects under the folder whose name relative to `uri` starts with `prefix`,
-        such as `2024/train-`, are listed. Other names are not requested.
+        With a `prefix` such as `2024/train-`, only objects whose name in the folder starts so are listed.
 
         Most stores list in bytewise order of the URIs. Zero-byte folder markers are skipped. The listing
         streams: memory holds one page, or the entries of one local folder. A missing folder in a bucket lists
@@ -153,12 +152,7 @@ class Storage:
         return until_unchanged(uri, attempt, self.version)
 
     def downloader(self, concurrent_downloads: int = 64, downloads_per_host: int = 16) -> Downloader:
-        """Returns a downloader of http(s) objects with the time limits of this storage.
-
-        Args:
-            concurrent_downloads: Maximum number of concurrent requests.
-            downloads_per_host: Maximum number of concurrent requests to one host and port.
-        """
+        """Returns a downloader of http(s) objects, with maximum numbers of requests, also to each host."""
         from pipeline.storage.http import Downloader
 
         limits = RequestLimits(self.request_timeout_s, self.min_bytes_per_s)

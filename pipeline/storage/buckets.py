@@ -28,8 +28,6 @@ T = TypeVar("T")
 #: Exceptions at the first use of a field that a response lacks, which client libraries accept.
 MISSING_FIELD = (AttributeError, KeyError, TypeError)
 _MAX_EMPTY_PAGES = 100
-#: What a missing or rejected credential may mean.
-PUBLIC_HINT = "for a public bucket, set storage.anonymous"
 #: Maximum number of attempts; and when access is denied, which a busy service sometimes does.
 ATTEMPTS, DENIED_ATTEMPTS = 10, 4
 _LISTING_ATTEMPTS = 5  # a listing is the first request of a job, which soon reports a wrong endpoint

@@ -6,7 +6,7 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import MISSING_FIELD, PUBLIC_HINT, Buckets, Page, malformed_response
+from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, malformed_response
 from pipeline.storage.limits import RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -25,7 +25,8 @@ def connect(limits: RequestLimits, anonymous: bool, requester_pays: bool) -> "Go
     try:
         client = storage.Client.create_anonymous_client() if anonymous else storage.Client()
     except (GoogleAuthError, OSError) as error:  # OSError: the project is unknown
-        raise StorageError("gs://", f"no usable Google Cloud credentials: {error}; {PUBLIC_HINT}") from error
+        cause = f"no usable Google Cloud credentials: {error}; for a public bucket, set storage.anonymous"
+        raise StorageError("gs://", cause) from error
     for adapter in client._http.adapters.values():
         pools = adapter.poolmanager.pool_classes_by_scheme
         adapter.poolmanager.pool_classes_by_scheme = limited_pools(pools, limits)

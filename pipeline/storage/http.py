@@ -1,39 +1,35 @@
 """Downloads of http(s) objects, many at a time, in an event loop of a background thread."""
 
 import asyncio
-import email.utils
 import gzip
 import http.client
 import io
 import re
 import threading
-import time
 import urllib.request
-import zlib
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Self, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urljoin
 
 import aiohttp
 from yarl import URL
 
-from pipeline.storage import objects
 from pipeline.storage.limits import RequestLimits
-from pipeline.storage.objects import StorageError
+from pipeline.storage.objects import AccessDenied, ObjectNotFound, ObjectTooLarge, StorageError
 from pipeline.storage.retrying import Failure, pause_before_retry
 from pipeline.text import remove_secrets
 
 T = TypeVar("T")
 
-# `identity`: the size before the body is then the size of the image.
 _HEADERS = {"User-Agent": "cvt-label (batch image labeling; aiohttp)", "Accept-Encoding": "identity"}
 _REDIRECTS, _MAX_REDIRECTS = {301, 302, 303, 307, 308}, 10
-_ABSENT, _DENIED = {404, 410}, {401, 403, 407, 451}
-_MAX_RETRY_AFTER_S = 30.0
+_ABSENT, _DENIED, _NO_HEAD = {404, 410}, {401, 403, 407, 451}, {405, 501}
 #: Maximum number of attempts: fewer than for buckets, because many hosts in old tables no longer exist.
 _ATTEMPTS, _BUSY_ATTEMPTS = 5, 10
+_MAX_RETRY_AFTER_S = 30.0
 #: Causes and numbers of attempts of exceptions, whose own messages may contain the query of the address.
 _CAUSES: dict[type[Exception], tuple[str, int]] = {
     TimeoutError: ("no complete response within the time limit (storage.request_timeout_s)", 4),
@@ -42,10 +38,9 @@ _CAUSES: dict[type[Exception], tuple[str, int]] = {
     aiohttp.ClientConnectorDNSError: ("cannot resolve the name of the host", 3),
     aiohttp.ClientProxyConnectionError: ("cannot connect to the proxy", _ATTEMPTS),
     aiohttp.ClientConnectorError: ("cannot connect to the host", _ATTEMPTS),
-    ValueError: ("the URI, its redirect or the proxy is not a valid http(s) address", 1),
     aiohttp.ClientConnectionError: ("the connection ended before the response", _ATTEMPTS),
-    aiohttp.ClientError: ("the response is malformed or incomplete", _ATTEMPTS),
-    Exception: ("the request failed", _ATTEMPTS),
+    ValueError: ("the URI, its redirect or the proxy is not a valid http(s) address", 1),
+    Exception: ("the response is malformed or incomplete", _ATTEMPTS),
 }
 
 
@@ -61,26 +56,18 @@ class Download(NamedTuple):
     version: str | None
 
 
-class Downloader:
+class Downloader(AbstractContextManager["Downloader"]):
     """Downloads http(s) objects concurrently: `with storage.downloader() as downloader: ...`.
 
-    Use an instance in the process that created it. Requests use the proxies of the environment. The methods
-    return at once. The futures complete in any order: a queue of futures keeps the order. They raise, after
-    retries of transient failures:
-
-    - `ObjectNotFound`: status 404 or 410
-    - `AccessDenied`: status 401, 403, 407 or 451
-    - `ObjectTooLarge`: more than `max_bytes` bytes, before or after decompression
-    - `RequestTimeout`: slower than `storage.request_timeout_s` and `storage.min_bytes_per_s` allow
-    - `StorageError`: any other failure
-
-    Messages contain neither the query of the URI, which may be signed, nor a password.
+    Use an instance in the process that created it. Proxies come from the environment. The methods return at
+    once; a queue of their futures keeps the order. The futures raise, after retries of transient failures,
+    `ObjectNotFound` (status 404, 410), `AccessDenied` (status 401, 403, 407, 451), `ObjectTooLarge`, or
+    another `StorageError`. Messages have neither a password nor the query of the URI, which may be signed.
     """
 
     def __init__(self, limits: RequestLimits, concurrent_downloads: int, downloads_per_host: int) -> None:
-        self._limits = limits
-        self._slots = asyncio.Semaphore(concurrent_downloads)
-        self._host_slots: dict[tuple[str, int | None], asyncio.Semaphore] = defaultdict(
+        self._limits, self._slots = limits, asyncio.Semaphore(concurrent_downloads)
+        self._host_slots = defaultdict[object, asyncio.Semaphore](
             lambda: asyncio.Semaphore(downloads_per_host)
         )
         self._loop = asyncio.new_event_loop()
@@ -112,9 +99,6 @@ class Downloader:
             self._thread.join()
             self._loop.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -122,8 +106,8 @@ class Downloader:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _open_session(self) -> aiohttp.ClientSession:
-        # The semaphores limit the connections. Idle ones end soon, because a table may have many hosts.
         return aiohttp.ClientSession(
+            # The semaphores limit the connections. Idle ones end soon, because a table may have many hosts.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=5, ttl_dns_cache=300),
             timeout=aiohttp.ClientTimeout(sock_connect=min(10, self._limits.timeout_s)),
             auto_decompress=False,  # has no limit on the size
@@ -141,22 +125,22 @@ class Downloader:
 
     async def _fetch(self, method: str, uri: str, max_bytes: int) -> Download:
         """Makes a request; follows redirects, and retries transient failures."""
-        address, redirects, attempt = uri, 0, 1
+        attempt = 1
         while True:
             try:
-                response = await self._request(method, address, max_bytes)
-                if isinstance(response, Download):
-                    return response
-                address, redirects = response, redirects + 1
-                if redirects > _MAX_REDIRECTS:
-                    raise StorageError(uri, f"more than {_MAX_REDIRECTS} redirects")
-                continue
+                address = uri
+                for _ in range(_MAX_REDIRECTS + 1):
+                    response = await self._request(method, address, max_bytes)
+                    if isinstance(response, Download):
+                        return response
+                    address = response
+                raise StorageError(uri, f"more than {_MAX_REDIRECTS} redirects")
             except StorageError as error:
                 raise type(error)(_shown(uri), error.cause) from None
             except Exception as error:
-                pause = pause_before_retry(error, _explain(uri, error), attempt)
+                pause = pause_before_retry(error, _explain(_shown(uri), error), attempt)
             await asyncio.sleep(pause)
-            address, redirects, attempt = uri, 0, attempt + 1
+            attempt += 1
 
     async def _request(self, method: str, address: str, max_bytes: int) -> Download | str:
         """Makes one request; returns the response, or the address of a redirect."""
@@ -166,85 +150,64 @@ class Downloader:
             raise ValueError("not an http(s) address")
         proxies = {} if urllib.request.proxy_bypass(url.host) else urllib.request.getproxies()
         options: Any = {"proxy": proxies.get(url.scheme), "allow_redirects": False}
+        too_large = ObjectTooLarge(address, f"the object has more than {max_bytes:,} bytes")
         async with self._host_slots[url.host, url.port], self._slots:
-            started, allowed = self._loop.time(), self._limits.timeout_s
+            end, parts, received = self._loop.time() + self._limits.timeout_s, list[bytes](), 0
             async with (
-                asyncio.timeout(allowed) as timer,
+                asyncio.timeout_at(end) as timer,
                 self._session.request(method, url, **options) as response,
             ):
                 headers, status, size = response.headers, response.status, response.content_length
                 if status in _REDIRECTS and "Location" in headers:
                     return urljoin(address, headers["Location"])
-                if method == "HEAD" and status in (405, 501):
+                if method == "HEAD" and status in _NO_HEAD:
                     return Download(b"", None)
                 if not 200 <= status < 300:
-                    raise _StatusError(status, headers)
-                tag, parts, received = headers.get("ETag", "").removeprefix("W/").strip('"'), list[bytes](), 0
+                    raise aiohttp.ClientResponseError(
+                        response.request_info, (), status=status, headers=headers
+                    )
+                tag = headers.get("ETag", "").removeprefix("W/").strip('"')
                 if method == "HEAD":
                     return Download(b"", f"{tag}-{size}" if tag and size is not None else None)
                 if (size or 0) > max_bytes:
-                    raise _too_large(address, f"{size:,} bytes", max_bytes)
+                    raise too_large
                 async for part in response.content.iter_any():
                     received += len(part)
                     if received > max_bytes:
-                        raise _too_large(address, "more bytes", max_bytes)
+                        raise too_large
                     parts.append(part)
-                    timer.reschedule(started + allowed + received / self._limits.min_bytes_per_s)
+                    timer.reschedule(end + received / self._limits.min_bytes_per_s)
         content = _decompress(
-            address, b"".join(parts), headers.get("Content-Encoding", "identity"), max_bytes
+            address, b"".join(parts), headers.get("Content-Encoding", "identity"), max_bytes + 1
         )
+        if len(content) > max_bytes:
+            raise too_large
         return Download(content, f"{tag}-{received}" if tag else None)
 
 
-class _StatusError(Exception):
-    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
-        super().__init__(status)
-        self.status, self.headers = status, headers
-
-
-def _explain(uri: str, error: Exception) -> Failure:
-    if isinstance(error, _StatusError | aiohttp.ClientHttpProxyError):
+def _explain(shown: str, error: Exception) -> Failure:
+    # Malformed responses also have a status, and a cause.
+    if isinstance(error, aiohttp.ClientResponseError) and error.__cause__ is None:
         status, kind = error.status, f"HTTP {error.status}"
-        cause = f"{kind} {http.client.responses.get(status, '')}".rstrip()
         attempts = _BUSY_ATTEMPTS if status == 429 else _ATTEMPTS if status == 408 or status >= 500 else 1
-        pause = min(_MAX_RETRY_AFTER_S, _seconds((error.headers or {}).get("Retry-After", "")))
-        known = objects.ObjectNotFound if status in _ABSENT else StorageError
-        known = objects.AccessDenied if status in _DENIED else known
-        return Failure(known(_shown(uri), cause), attempts, kind, pause)
-    cause, attempts = next(causes for known, causes in _CAUSES.items() if isinstance(error, known))
+        wait = error.headers.get("Retry-After", "") if error.headers else ""
+        failure = ObjectNotFound if status in _ABSENT else AccessDenied if status in _DENIED else StorageError
+        cause = f"{kind} {http.client.responses.get(status, '')}".rstrip()
+        pause = min(_MAX_RETRY_AFTER_S, float(wait)) if wait.isdecimal() else 0.0
+        return Failure(failure(shown, cause), attempts, kind, pause)
+    cause, attempts = next(known for kinds, known in _CAUSES.items() if isinstance(error, kinds))
     source = getattr(error, "certificate_error", None) or getattr(error, "os_error", None)
     if detail := getattr(source, "strerror", None):
         cause = f"{cause}: {detail}"
-    failure = objects.RequestTimeout if isinstance(error, TimeoutError) else StorageError
-    return Failure(failure(_shown(uri), cause), attempts, type(error).__name__)
+    return Failure(StorageError(shown, cause), attempts, type(error).__name__)
 
 
-def _seconds(retry_after: str) -> float:
-    """Returns the seconds of a `Retry-After` header, which has a number or a date."""
-    try:
-        if retry_after.isdecimal():
-            return float(retry_after)
-        return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
-    except ValueError:
-        return 0.0
-
-
-def _decompress(uri: str, data: bytes, encoding: str, max_bytes: int) -> bytes:
+def _decompress(uri: str, data: bytes, encoding: str, size: int) -> bytes:
+    """Returns up to `size` bytes of a response body without its encoding."""
     if encoding.lower() not in ("identity", "gzip", "x-gzip"):
         raise StorageError(uri, f"the Content-Encoding {encoding[:20]!r} is not supported")
-    if encoding.lower() == "identity" or not data.startswith(b"\x1f\x8b"):  # some servers send a wrong header
-        return data
-    try:
-        content = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
-    except (OSError, EOFError, zlib.error):
-        raise StorageError(uri, "the gzip data in the response are damaged") from None
-    if len(content) > max_bytes:
-        raise _too_large(uri, "more bytes after decompression", max_bytes)
-    return content
-
-
-def _too_large(uri: str, size: str, max_bytes: int) -> StorageError:
-    return objects.ObjectTooLarge(uri, f"the object has {size}, and the limit is {max_bytes:,} bytes")
+    is_compressed = encoding.lower() != "identity" and data.startswith(b"\x1f\x8b")  # some headers are wrong
+    return gzip.GzipFile(fileobj=io.BytesIO(data)).read(size) if is_compressed else data
 
 
 def _shown(uri: str) -> str:

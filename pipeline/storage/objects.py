@@ -48,10 +48,6 @@ class ObjectTooLarge(StorageError):  # noqa: N818
     """The object has more bytes than the caller accepts."""
 
 
-class RequestTimeout(StorageError):  # noqa: N818
-    """Every attempt at a download took longer than the limits of the storage allow."""
-
-
 class ObjectChanged(StorageError):  # noqa: N818
     """The object does not have the expected version."""
 

@@ -14,7 +14,6 @@ from botocore.parsers import ResponseParserError
 from pipeline.storage.buckets import (
     ATTEMPTS,
     MISSING_FIELD,
-    PUBLIC_HINT,
     Buckets,
     Page,
     bucket_not_found,
@@ -31,6 +30,7 @@ from pipeline.storage.objects import (
 )
 from pipeline.storage.retrying import CONNECTION_ERRORS, Failure, describe_error
 
+_PAYER = {"x-amz-request-payer": "requester"}
 # botocore accepts a response that is cut off in its head or directly after the head, so fields are missing.
 _MALFORMED = (*MISSING_FIELD, ValueError, ResponseParserError)
 # This module retries instead of boto3, which ignores incomplete bodies and does not count its retries.
@@ -67,10 +67,7 @@ def connect(  # noqa: D103
     pools = client._endpoint.http_session._pool_classes_by_scheme  # botocore has no public way
     pools.update(limited_pools(pools, limits))
     if requester_pays:  # a header of every kind of request, which is signed
-        client.meta.events.register(
-            "before-call.s3",
-            lambda params, **_: params["headers"].update({"x-amz-request-payer": "requester"}),
-        )
+        client.meta.events.register("before-call.s3", lambda params, **_: params["headers"].update(_PAYER))
     return S3(client, anonymous, requester_pays)
 
 
@@ -85,14 +82,13 @@ class S3(Buckets):
             "allow_http": "true" if endpoint.startswith("http://") else None,
             "region": self._client.meta.region_name,
             "aws_request_payer": "true" if self._requester_pays else None,
+            **self._credentials(),
         }
-        if self._anonymous:
-            options["aws_skip_signature"] = "true"
-        else:
-            options |= self._credentials()
         return {name: value for name, value in options.items() if value}
 
     def _credentials(self) -> dict[str, str | None]:
+        if self._anonymous:
+            return {"aws_skip_signature": "true"}
         try:
             credentials = boto3.session.Session().get_credentials()
             if credentials is None:
@@ -152,7 +148,9 @@ class S3(Buckets):
             return self._explain_response(uri, error)
         if isinstance(error, exceptions.NoCredentialsError):
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-            return failure(f"no usable AWS credentials: {hint}; {PUBLIC_HINT}", 1)
+            return failure(
+                f"no usable AWS credentials: {hint}; for a public bucket, set storage.anonymous", 1
+            )
         source = error.kwargs.get("error") if isinstance(error, exceptions.HTTPClientError) else None
         if isinstance(source, ValueError):  # not sent; the message contains credentials
             if "Invalid header" in str(error):

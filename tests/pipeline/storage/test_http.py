@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import gzip
 import os
 import ssl
@@ -21,7 +20,6 @@ from pipeline.storage import (
     AccessDenied,
     ObjectNotFound,
     ObjectTooLarge,
-    RequestTimeout,
     Storage,
     StorageError,
 )
@@ -88,7 +86,7 @@ def test_size_is_limited(server: HttpServer, downloader: Downloader, size: int, 
     if size <= MAX:
         assert fetch(downloader, uri).content == b"x" * size
     else:
-        with pytest.raises(ObjectTooLarge, match=r"x: the object has .*bytes, and the limit is 1,000 bytes"):
+        with pytest.raises(ObjectTooLarge, match=r"x: the object has more than 1,000 bytes"):
             fetch(downloader, uri)
         assert server.count()["/x"] == 1
 
@@ -97,7 +95,7 @@ def test_body_over_the_limit_is_not_read(server: HttpServer, downloader: Downloa
     """The stated length is enough, before the first of the slow bytes."""
     uri = server.add("/x", Answer(b"x" * 2000, byte_pause_s=0.01))
     started = time.monotonic()
-    with pytest.raises(ObjectTooLarge, match="the object has 2,000 bytes"):
+    with pytest.raises(ObjectTooLarge, match="the object has more than 1,000 bytes"):
         fetch(downloader, uri)
     assert time.monotonic() - started < 5
 
@@ -152,16 +150,15 @@ def test_transient_failure_is_retried_and_counted(
     assert server.count()["/x"] == 3
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
+@pytest.mark.parametrize(("pause", "expected"), [("2", 2), ("86400", 2.5)])
 def test_retry_after_is_respected_up_to_a_limit(
-    server: HttpServer, downloader: Downloader, form: str, monkeypatch: pytest.MonkeyPatch
+    server: HttpServer, downloader: Downloader, pause: str, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.http._MAX_RETRY_AFTER_S", 2.5)
-    pause = "2" if form == "seconds" else email.utils.formatdate(time.time() + 86400, usegmt=True)
     uri = server.add("/x", Answer(status=429, headers={"Retry-After": pause}), Answer(b"good"))
     started = time.monotonic()
     assert fetch(downloader, uri).content == b"good"
-    assert (2 if form == "seconds" else 2.5) <= time.monotonic() - started < 20
+    assert expected <= time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("pause", ["nonsense", "-5", "1e999", "Mon, 99 Foo 99999 99:99:99 GMT", "\xb2"])
@@ -176,7 +173,7 @@ def test_slow_response_is_a_timeout(server: HttpServer, slow: Answer) -> None:
     with (
         Storage(request_timeout_s=0.3).downloader() as downloader,
         RetryCounter() as retries,
-        pytest.raises(RequestTimeout, match=r"time limit \(storage\.request_timeout_s\)"),
+        pytest.raises(StorageError, match=r"time limit \(storage\.request_timeout_s\)"),
     ):
         fetch(downloader, uri + SECRET)
     assert retries.counts == Counter(TimeoutError=3)
@@ -307,9 +304,9 @@ GZIP = gzip.compress(b"x" * MAX)
         (gzip.compress(b"a") + gzip.compress(b"b"), "GZIP", b"ab"),
         (b"\xff\xd8 JPEG", "gzip", b"\xff\xd8 JPEG"),
         (b"\xff\xd8 JPEG", "identity", b"\xff\xd8 JPEG"),
-        (GZIP[:-9], "gzip", "gzip data in the response are damaged"),
-        (GZIP[:20] + b"?" + GZIP[21:], "gzip", "gzip data in the response are damaged"),
-        (gzip.compress(bytes(10**8)), "gzip", "more bytes after decompression, and the limit is"),
+        (GZIP[:-9], "gzip", "the response is malformed or incomplete"),
+        (GZIP[:20] + b"?" + GZIP[21:], "gzip", "the response is malformed or incomplete"),
+        (gzip.compress(bytes(10**8)), "gzip", "the object has more than 1,000,000 bytes"),
         (b"?", "br", "the Content-Encoding 'br' is not supported"),
     ],
 )
@@ -324,7 +321,7 @@ def test_gzip_is_decompressed_up_to_the_limit(
     else:
         with pytest.raises(StorageError, match=content):
             fetch(downloader, uri, max_bytes=10**6)
-        assert server.count().total() == 1
+        assert server.count().total() == (5 if "malformed" in content else 1)
 
 
 def test_unreachable_and_unknown_hosts_fail_after_few_attempts(downloader: Downloader) -> None:
