@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pyarrow as pa
 import pytest
+from imagecodecs import jpegxl_encode
 from PIL import ExifTags, Image
 
 from cvt.checkpoints import read_labels
@@ -30,6 +32,7 @@ from pipeline.commit import Partition, PredictionWriter
 from pipeline.commit.prediction_files import OpenShard
 from pipeline.decode import decode, decode_chunk
 from pipeline.decode.bounds import BYTES_PER_PIXEL
+from pipeline.decode.cpu import child_formats
 from pipeline.predictions import PredictionOptions
 from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
 from pipeline.storage import Storage, StorageError, retrying
@@ -39,6 +42,8 @@ from tests.makers import make_parquet
 from tests.measuring import Measured, measure
 
 MIB = 1024**2
+
+pillow_heif.register_heif_opener()
 
 PREPROCESSOR = Preprocessor.from_dict({"size": 32}, "test")
 
@@ -53,7 +58,8 @@ SIDEWAYS[ExifTags.Base.Orientation] = 6
 
 
 def decode_image(data: bytes, max_pixels: int = 178_956_970, timeout_s: float = 60) -> str | None:
-    """Decodes an image as the stage does; returns its error."""
+    """Decodes an image as the stage does, in this process; returns its error."""
+    child_formats.clear()
     return decode(data, PREPROCESSOR, max_pixels, timeout_s=timeout_s).error
 
 
@@ -65,6 +71,12 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def color(mode: str) -> Image.Image:
     return Image.merge("RGB", [NOISE] * 3).convert(mode)
+
+
+def transparent() -> Image.Image:
+    image = color("RGB")
+    image.putalpha(NOISE)
+    return image
 
 
 def gray_16_bit() -> Image.Image:
@@ -85,6 +97,9 @@ def gray_16_bit() -> Image.Image:
         (lambda: encode(color("RGBA"), "BMP"), 13),
         (lambda: encode(NOISE.convert("F"), "TIFF", compression="zstd", tiffinfo={278: SIDE}), 13),
         (lambda: encode(color("RGBA"), "TIFF", compression="zstd", tiffinfo={278: SIDE}), 13),
+        (lambda: encode(transparent(), "AVIF", subsampling="4:4:4", speed=10), 15),
+        (lambda: encode(transparent(), "HEIF", chroma=444, enc_params={"preset": "ultrafast"}), 15),
+        (lambda: jpegxl_encode(np.asarray(transparent()), lossless=True, effort=1), 18),
     ],
     ids=[
         "JPEG",
@@ -98,6 +113,9 @@ def gray_16_bit() -> Image.Image:
         "BMP",
         "TIFF-float",
         "TIFF",
+        "AVIF",
+        "HEIF",
+        "JPEG-XL",
     ],
 )
 def test_memory_of_an_image_follows_from_its_pixels(make: Callable[[], bytes], bytes_per_pixel: int) -> None:
