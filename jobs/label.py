@@ -146,8 +146,8 @@ def print_result(result: RunResult) -> None:
     console.print_fields(fields)
     if totals.unmatched.count:
         targets = pluralize(totals.unmatched.count, "target")
-        examples = "; ".join(totals.unmatched.examples(_EXAMPLES))
-        print_notice(f"unmatched: {targets} ({examples}); set input.labels: false to ignore labels")
+        remedy = "map classes with input.target_map, or ignore labels with input.labels: false"
+        print_notice(f"unmatched: {targets} ({totals.unmatched.describe(_EXAMPLES)}); {remedy}")
     if totals.duplicate_keys:
         print_notice(f"duplicate keys within a shard: {pluralize(totals.duplicate_keys, 'sample')}")
     for row in totals.unreadable:

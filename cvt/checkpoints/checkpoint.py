@@ -104,7 +104,8 @@ class Checkpoint:
         if self.problem_type is not None or len(self.labels) < 2:
             problem = "it has one class" if len(self.labels) < 2 else f"problem_type is {self.problem_type!r}"
             raise CheckpointError(
-                f"model {self.name!r}: {problem}. Labeling needs a model that chooses one of several classes"
+                f"model {self.name!r}: {problem}. Labeling needs a model that chooses one of several classes "
+                "with a softmax. Use another model, or correct problem_type in config.json if it is wrong"
             )
 
     def to_transformers(self) -> CvtForImageClassification:
@@ -173,7 +174,7 @@ def read_labels(file: Path) -> list[str]:
     The file has one name per line. A .json file has a list of names, or an object from class id to name.
     """
     with checkpoint_errors(f"labels {file}"):
-        text = read_text_bytes(file).decode("utf-8-sig")
+        text = read_text_bytes(file).decode("utf-8-sig").replace("\r\n", "\n")
         is_json = file.suffix.lower() == ".json"
         names = _check_names(json.loads(text) if is_json else text.removesuffix("\n").split("\n"))
         for i, name in enumerate(names):

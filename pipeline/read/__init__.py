@@ -15,3 +15,4 @@ from pipeline.read.shards import (
     list_input_shards,
     list_shards,
 )
+from pipeline.read.targets import load_targets

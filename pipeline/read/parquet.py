@@ -98,7 +98,8 @@ def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions)
     image = _image_column(schema, options)
     is_struct = pa.types.is_struct(schema.field(image).type)
     found = {"image": f"{image}.bytes", "key": f"{image}.path"} if is_struct else {"image": image}
-    columns = {"key": options.key_column, "label": options.label_column if options.labels else None}
+    has_label = options.labels and options.label_from is None
+    columns = {"key": options.key_column, "label": options.label_column if has_label else None}
     for role, name in columns.items():
         if name is not None:
             _require_column(schema, name, role)

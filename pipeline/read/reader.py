@@ -12,6 +12,7 @@ from pipeline.read.parquet import read_parquet
 from pipeline.read.samples import ReadOptions, ReadTimeoutError, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.read.tables import row_samples, select_rows
+from pipeline.read.targets import hive_label
 from pipeline.read.webdataset import read_tar
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
 from pipeline.text import pluralize
@@ -32,9 +33,12 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             or a configured column is missing.
     """
     key, count = "", 0
+    is_hive = shard.format == "parquet" and options.labels and options.label_from == "folder"
     try:
         deadline = Deadline(options.timeout_s)
         for found in _READERS[shard.format](storage, shard, options, deadline):
+            if is_hive and found.error is None:
+                found.label, found.unmatched = hive_label(shard.object.uri, options.label_column)
             sample = complete_sample(found, options)
             options.check_count(count + 1)
             key, count = sample.key, count + 1
@@ -68,11 +72,14 @@ def list_samples(shard: Shard, options: ReadOptions) -> list[Sample]:
     """
     if shard.rows:
         return row_samples(shard)
-    folder = shard.uri.rpartition("/")[0]
-    return [
+    folder, is_labeled = shard.uri.rpartition("/")[0], options.labels and options.label_from == "folder"
+    samples = [
         Sample(relative_name(folder, info.uri), None, uri=info.uri, version=info.version)
         for info in shard.members
     ]
+    for sample in samples if is_labeled else ():  # an image directly in the input folder has no label
+        sample.label = sample.key.rpartition("/")[0].rpartition("/")[2] or None
+    return samples
 
 
 def select_images(shard: Shard, positions: Sequence[int]) -> Shard:

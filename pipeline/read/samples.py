@@ -1,10 +1,7 @@
 """Samples, errors of shards, and options of readers."""
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Self
 
@@ -12,8 +9,8 @@ import pyarrow as pa
 
 from pipeline.config import InputConfig, ReadConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.read.targets import Targets
 
-_MAX_LABEL_ID = 2**31  # limit of the int32 column `target_id`
 _MAX_CAUSE = 2000  # characters of a cause that is kept
 
 
@@ -99,43 +96,20 @@ class ReadOptions:
     key: str = "first-dot"
     image_member: str | None = None
     carry: Mapping[str, str | None] = field(default_factory=dict)
+    target_names: Sequence[str] | None = None
+    target_map: Mapping[str, str] | None = None
 
     @classmethod
     def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
-        """Creates options from a configuration and the class names of a model."""
-        return cls(
-            class_names=labels,
-            **(read or ReadConfig()).model_dump(
-                include={
-                    "concurrent_fetches",
-                    "concurrent_downloads",
-                    "downloads_per_host",
-                    "max_page_bytes",
-                    "timeout_s",
-                    "max_shard_samples",
-                }
-            ),
-            **section.model_dump(
-                include={
-                    "labels",
-                    "label_from",
-                    "label_field",
-                    "image_column",
-                    "label_column",
-                    "key_column",
-                    "max_image_bytes",
-                    "key",
-                    "image_member",
-                    "carry",
-                }
-            ),
-        )
+        """Creates options from a configuration, see `load_targets`, and the class names of a model."""
+        names = {each.name for each in fields(cls)}
+        settings = (read or ReadConfig()).model_dump(include=names) | section.model_dump(include=names)
+        return cls(class_names=labels, **settings)
 
     @cached_property
-    def class_ids(self) -> dict[str, int]:
-        """Class indices by name, without names of several classes, such as "crane" in ImageNet."""
-        times = Counter(self.class_names)
-        return {name: i for i, name in enumerate(self.class_names) if times[name] == 1}
+    def targets(self) -> Targets:
+        """Finds the classes of labels."""
+        return Targets(self.class_names, self.target_names, self.target_map or {})
 
     def check_count(self, count: int) -> None:
         """Raises `UnreadableShardError` if a shard has too many samples."""
@@ -153,44 +127,8 @@ class ReadOptions:
     def set_target(self, sample: Sample) -> Sample:
         """Sets the target of a sample from its label, unless the label has a problem already."""
         if sample.error is None and sample.unmatched is None:
-            sample.target, sample.unmatched = self.parse_target(sample.label, sample.label_names)
+            sample.target, sample.unmatched = self.targets.find(sample.label, sample.label_names)
         return sample
-
-    def parse_target(
-        self, label: object, names: Sequence[str] | None = None
-    ) -> tuple[int | None, str | None]:
-        """Returns the class index of a label, and why a label has none; both are None for null, NaN and -1.
-
-        Text is a class name or a class index. A number is an index into `names`, the dataset's own class
-        names, or else a class index.
-        """
-        class_id = label
-        if isinstance(label, str):
-            text = label.strip()
-            class_id = self.class_ids.get(text, parse_integer(text.removesuffix(".0")))
-        elif isinstance(label, float | Decimal) and math.isfinite(label) and label == round(label):
-            class_id = int(label)  # pandas: integers with nulls are floats
-        if label is None or class_id == -1 or (isinstance(label, float) and math.isnan(label)):
-            return None, None
-        shown = repr(label)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        if not isinstance(class_id, int) or isinstance(class_id, bool):
-            return None, f"{shown} is not a class of the model"
-        limit = (len(self.class_names) or _MAX_LABEL_ID) if names is None else len(names)
-        if not 0 <= class_id < limit:
-            return None, f"{shown} is not in 0..{limit - 1}"
-        if names is not None and not isinstance(label, str):
-            name = names[class_id]
-            if name not in self.class_names[class_id : class_id + 1]:  # otherwise the same index and name
-                found = self.class_ids.get(name)
-                return found, None if found is not None else f"{name!r} is not a class of the model"
-        return class_id, None
-
-
-def parse_integer(text: str) -> int | None:
-    """Returns the integer that a text represents in ASCII digits; None for other text."""
-    digits = text.removeprefix("-")
-    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
 
 
 def describe_excess(size: int, limit: int) -> str:

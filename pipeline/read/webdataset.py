@@ -10,13 +10,7 @@ from typing import BinaryIO, cast
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.compression import DecompressedFile, find_compression
 from pipeline.read.limits import Deadline, TimedFile
-from pipeline.read.samples import (
-    ReadOptions,
-    Sample,
-    UnreadableShardError,
-    describe_excess,
-    parse_integer,
-)
+from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError, describe_excess
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
 from pipeline.read.tar import MAX_LINKED_MEMBERS, TarEndError, is_plain_file, read_members
 from pipeline.storage import Storage
@@ -155,16 +149,14 @@ def _content(info: tarfile.TarInfo, stream: BinaryIO) -> bytes:
 
 
 def _label(content: bytes, label_field: str | None) -> tuple[object, str | None]:
-    """Returns the integer or text of a .cls member, or a field of a .json member; None if missing.
+    """Returns the text of a .cls member, or a field of a .json member; None if missing.
 
     `label_field` is the path of the field, such as `meta.label`. The second result is why the member cannot
     be read.
     """
     try:
         if label_field is None:
-            text = content.decode("utf-8-sig").strip()
-            integer = parse_integer(text)
-            return (text if integer is None else integer), None
+            return content.decode(), None
         value: object = json.loads(content)
     except (ValueError, RecursionError) as error:
         problem = ".cls member is not UTF-8 text" if label_field is None else ".json member is not valid JSON"

@@ -114,7 +114,7 @@ def _cards(
         targets = f"of {pluralize(int(stats.support.sum()), 'image')} with a target"
         cards.append(("Top-1 accuracy", format_percent(stats.top1_accuracy()), targets))
     if unmatched:
-        note = "all runs, not classes of the model; input.labels: false ignores labels"
+        note = "all runs, not classes of the model; see input.target_map and input.labels"
         cards.append(("Unmatched targets", f"{unmatched:,}", note))
     if counts := record.get("counts"):
         read = pluralize(counts["shards"] - counts.get("unreadable_shards", 0), "shard")

@@ -372,7 +372,7 @@ def run(record: Mapping[str, Any]) -> ReportSection:
         columns = ["Reason", "Extension", "Objects"]
         section.charts.append(Chart("Ignored objects of the input", columns, rows, text_columns=2))
     if unmatched := record.get("unmatched_targets"):
-        rows = [[each["cause"], f"{each['count']:,}"] for each in unmatched[:MAX_PAIRS]]
+        rows = [[each["cause"], f"{each['count']:,}"] for each in unmatched]
         section.charts.append(Chart("Unmatched targets of this run", ["Label", "Images"], rows))
     section.charts.append(Chart("Software versions", ["Package", "Version"], versions))
     return section

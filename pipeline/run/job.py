@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from cvt.runtimes import OPENVINO_MISSING
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition
-from pipeline.config import NO_TORCHVISION, Config, ConfigError, make_storage
+from pipeline.config import NO_TORCHVISION, Config, ConfigError, InputConfig, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
 from pipeline.predictions import PredictionOptions
-from pipeline.read import ReadOptions
+from pipeline.read import ReadOptions, load_targets
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Job:
     """A labeling job: built once from its configuration, and passed to each step.
 
-    The fingerprint is a hash over everything that determines a label, in hexadecimal.
+    The fingerprint is a hash over everything that determines a label, in hexadecimal. `input` is the section
+    of the configuration with the content of its files.
     """
 
     config: Config
@@ -32,6 +33,7 @@ class Job:
     checkpoint: Checkpoint
     fingerprint: str
     partition: Partition
+    input: InputConfig
 
     @property
     def topk(self) -> int:
@@ -54,7 +56,7 @@ class Job:
         config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions.from_config(config.input, labels, config.read),
+            read_options=ReadOptions.from_config(self.input, labels, config.read),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
                 labels,
@@ -72,9 +74,9 @@ class Job:
 
 
 def make_job(config: Config) -> Job:
-    """Loads the model and determines its partition; accesses neither input nor output.
+    """Loads the model and the files of targets, and determines its partition; reads no shard and no output.
 
-    Raises `CheckpointError`, `StorageError` of the model, or `ConfigError`: an option does not fit the model.
+    Raises `CheckpointError`, `StorageError` of a file, or `ConfigError`: an option does not fit the model.
     """
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
@@ -86,10 +88,11 @@ def make_job(config: Config) -> Job:
             DevicePreprocessor(checkpoint.preprocessor)
         except ValueError as error:
             raise ConfigError(f"decode.device: {error}") from error
-    fingerprint = config.fingerprint(checkpoint.digest)
+    section = load_targets(storage, config.input, checkpoint.labels)
+    fingerprint = config.model_copy(update={"input": section}).fingerprint(checkpoint.digest)
     uri = f"{config.output.uri}/model={checkpoint.name}-{fingerprint[:8]}"
     partition = Partition(storage, uri, checkpoint.labels)
-    return Job(config, storage, checkpoint, fingerprint, partition)
+    return Job(config, storage, checkpoint, fingerprint, partition, section)
 
 
 def check_installed(config: Config) -> None:

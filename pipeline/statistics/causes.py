@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 #: Maximum number of causes, and of samples that are kept per cause.
-MAX_CAUSES = 50
+MAX_CAUSES = 100
 MAX_SAMPLES = 5
 _BATCH_ROWS = 1000  # rows in memory as Python objects
 
@@ -57,8 +57,11 @@ class ErrorCauses:
     def add_unmatched(self, shard: str, samples: pa.Table) -> None:
         """Counts the labels that are not targets, by text, from the columns `key` and `unmatched`."""
         for batch in samples.select(["key", "unmatched"]).to_batches(_BATCH_ROWS):
-            for row in batch.filter(pc.is_valid(batch["unmatched"])).to_pylist():
-                self._count(row["unmatched"], 1, [{"shard": shard, "key": row["key"]}])
+            keys, texts = batch.filter(pc.is_valid(batch["unmatched"])).columns
+            # Names and ids of classes stay. Other texts, such as of invalid JSON, differ in each sample.
+            texts = pc.if_else(pc.starts_with(texts, "the "), normalize_errors(texts), texts)
+            for key, text in zip(keys.to_pylist(), texts.to_pylist(), strict=True):
+                self._count(text, 1, [{"shard": shard, "key": key}])
 
     def merge(self, other: Self) -> None:
         """Adds the counts and samples of `other`."""
@@ -72,9 +75,14 @@ class ErrorCauses:
             for text, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))
         ]
 
-    def examples(self, count: int) -> list[str]:
-        """Returns the most frequent causes."""
-        return [each["cause"] for each in self.to_record() if each["cause"] != OTHER_CAUSES][:count]
+    def describe(self, count: int) -> str:
+        """Returns the most frequent causes with their counts, and the count of all others."""
+        causes = [
+            (each["cause"], each["count"]) for each in self.to_record() if each["cause"] != OTHER_CAUSES
+        ]
+        others = self.count - sum(count for _, count in causes[:count])
+        shown = causes[:count] + ([("others", others)] if others else [])
+        return "; ".join(f"{cause}: {count:,}" for cause, count in shown)
 
     def _count(self, text: str, count: int, samples: Sequence[dict[str, str]]) -> None:
         if text not in self._counts and len(self._counts) >= MAX_CAUSES:

@@ -22,7 +22,7 @@ from cvt.preprocessing import Preprocessor
 from cvt.presets import preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, make_storage
-from pipeline.read import Shard, list_input_shards
+from pipeline.read import Shard, list_input_shards, load_targets
 from pipeline.storage import ABSENT, ObjectChanged, Storage, StorageError
 
 #: Fields of `optimization` on which the training state or the order of the images depends.
@@ -62,7 +62,10 @@ class PreparedTraining:
 def prepare_training(config: TrainConfig) -> PreparedTraining:
     """Loads the model, lists the shards, and reads the state; see `train_model` for the errors."""
     storage, model = make_storage(config.storage), make_training_model(config)
-    inputs = {"train": config.train, "validation": config.validation}
+    labels = list(model.model.config.id2label.values())
+    sections = ("train", "validation")
+    inputs = {name: load_targets(storage, getattr(config, name), labels, name) for name in sections}
+    config = config.model_copy(update=inputs)
     shards = {name: list_input_shards(storage, section, f"{name}.uri") for name, section in inputs.items()}
     settings = _settings(config, model, shards)
     return PreparedTraining(config, storage, model, shards, settings, *_read_state(storage, config, settings))

@@ -139,7 +139,8 @@ def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, que
     if skipped > config.max_skipped_fraction * total or not images.usable:
         raise ConfigError(
             f"{summary}; the limit is {config.max_skipped_fraction:.0%} (max_skipped_fraction). Check the "
-            f"labels in the shards, {name}.label_field, {name}.label_column and the model's labels"
+            f"labels in the shards, {name}.label_from, {name}.label_field, {name}.label_column, "
+            f"{name}.target_map and the model's labels"
         )
     logger.log(logging.WARNING if skipped else logging.INFO, "%s", summary)
     return images

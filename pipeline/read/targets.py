@@ -1,0 +1,154 @@
+"""Targets: the classes of the model that the dataset's own labels stand for."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from cvt.errors import MAX_TEXT_BYTES, read_text_bytes
+from pipeline.config import ConfigError, InputConfig
+from pipeline.storage import ObjectNotFound, Storage, normalize_uri, temporary_folder
+
+_MAX_LABEL_ID = 2**31  # limit of the int32 column `target_id`
+#: WordNet ids of ImageNet's classes, and some of the names by which a model with these classes is known.
+_WORDNET_IDS = Path(__file__).with_name("imagenet_synsets.txt")
+_IMAGENET_NAMES = {1: "goldfish", 207: "golden retriever", 388: "giant panda", 985: "daisy"}
+
+
+class Targets:
+    """Finds the class of the model that a label of the dataset stands for."""
+
+    def __init__(
+        self, class_names: Sequence[str], names: Sequence[str] | None = None, mapping: Mapping[str, str] = {}
+    ) -> None:
+        """Takes the model's classes, or none if every id is a class, and `target_names` and `target_map`.
+
+        Raises `ValueError` if the mapping has a class that the model lacks.
+        """
+        self._class_names, self._names, self._mapping = class_names, names, mapping if class_names else {}
+        # The class "tench, Tinca tinca" has three names. A part of a name is no id.
+        parts = [{x, *(y for y in x.split(", ") if y and parse_integer(y) is None)} for x in class_names]
+        times, self._times = Counter(class_names), Counter(chain.from_iterable(parts))
+        starts = [name.split(",")[0].casefold() for name in class_names]
+        is_imagenet = len(starts) == 1000 and all(starts[i] == x for i, x in _IMAGENET_NAMES.items())
+        self._ids: dict[str, int | None]  # by name
+        self._ids = {x: i for i, x in enumerate(_WORDNET_IDS.read_text().split() if is_imagenet else ())}
+        self._ids |= {x: i for i, each in enumerate(parts) for x in each if self._times[x] == 1}
+        self._ids |= {x: i for i, x in enumerate(class_names) if times[x] == 1}
+        self._folded: dict[str, list[str]] = {}
+        for name in self._ids:
+            self._folded.setdefault(name.casefold(), []).append(name)
+        mapped = {key: self._ids.get(name, parse_integer(name)) for key, name in self._mapping.items()}
+        for key, name in self._mapping.items():
+            if mapped[key] not in range(len(class_names)):
+                problem = self._problem(name, _show(name), get_close_matches(name, class_names, 1))
+                raise ValueError(f"{_show(key)}: {problem}; set the name or id of one class of the model")
+        self._ids |= mapped
+
+    def find(self, label: object, names: Sequence[str] | None = None) -> tuple[int | None, str | None]:
+        """Returns the class id of a label, and why a label has none; both are None for null, NaN and -1.
+
+        `names` are the class names of the label's file, by integer label.
+        """
+        names = names if self._names is None else self._names
+        if label is None or label != label:
+            return None, None
+        text, number = _parse(label)
+        is_name = isinstance(label, str | bytes | bool)  # text of digits may be a name; a number is no name
+        if isinstance(label, bool):
+            text = text if text in self._ids or text in (names or ()) else text.lower()
+            number = number if len(self._class_names if names is None else names) == 2 else None
+        shown = _show(text if isinstance(label, str | bytes) else label)
+        if number == -1 and text not in self._ids:
+            return None, None
+        if text not in self._mapping and number is not None and names and not (is_name and text in names):
+            if not 0 <= number < len(names):
+                return None, f"{shown} is not in 0..{len(names) - 1}"
+            text, is_name = names[number], True
+            if text in self._class_names[number : number + 1] and text not in self._mapping:
+                return number, None  # other classes may have this name, too
+            shown = _show(text)
+        is_ambiguous = names is not None and self._times[text] > 1 and names.count(text) > 1
+        if text in self._mapping or (is_name and text in self._ids and not is_ambiguous):
+            return self._ids[text], None
+        if number is None or names:
+            return None, self._problem(text, shown, self._folded.get(text.casefold(), ()))
+        limit = len(self._class_names) or _MAX_LABEL_ID
+        return (number, None) if 0 <= number < limit else (None, f"{shown} is not in 0..{limit - 1}")
+
+    def _problem(self, name: str, shown: str, similar: Sequence[str]) -> str:
+        if self._times[name] > 1:
+            return f"{shown} is the name of several classes of the model"
+        hint = f"; did you mean {_show(*similar)}?" if len(similar) == 1 else ""
+        return f"{shown} is not a class of the model{hint}"
+
+
+def load_targets(
+    storage: Storage, section: InputConfig, class_names: Sequence[str], where: str = "input"
+) -> InputConfig:
+    """Returns a section of a configuration with the content of the files of its targets.
+
+    Raises `ConfigError` for a missing or invalid file, or a class that the model lacks; or `StorageError`.
+    """
+    from cvt.checkpoints import read_labels  # this import takes seconds
+
+    content: dict[str, Any] = {}
+    field, path, copy = "", None, Path()
+    try:
+        with temporary_folder() as folder:
+            for field, read in (("target_names", read_labels), ("target_map", _read_map)):
+                path = getattr(section, field)
+                if isinstance(path, str):
+                    copy = folder / PurePosixPath(path).name
+                    copy.write_bytes(storage.read(normalize_uri(path), max_bytes=MAX_TEXT_BYTES))
+                    content[field] = read(copy)
+        Targets(class_names, mapping=content.get("target_map", section.target_map) or {})
+    except (ValueError, RecursionError, ObjectNotFound) as error:
+        file, cause = path if isinstance(path, str) else "", str(error).removeprefix(f"labels {copy}: ")
+        raise ConfigError(f"{where}.{field}: {file}: {cause}".replace(": : ", ": ")) from error
+    return section.model_copy(update=content)
+
+
+def _read_map(file: Path) -> dict[str, str]:
+    mapping: dict[str, str] = json.loads(read_text_bytes(file).decode("utf-8-sig"))
+    for key, name in mapping.items() if isinstance(mapping, dict) else [("the file", mapping)]:
+        if not isinstance(name, str):
+            raise ValueError(f'{_show(key)}: {_show(name)} is not text; expected {{"label": "class", ...}}')
+    return mapping
+
+
+def hive_label(uri: str, column: str | None) -> tuple[str | None, str | None]:
+    """Returns the value of the last folder `<column>=<value>` of a URI, and why there is no such folder."""
+    for part in reversed(uri.split("/")[:-1]):
+        name, is_pair, value = part.partition("=")
+        if is_pair and column in (None, unquote(name)):
+            return (None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)), None
+    return None, f"the path has no folder '{column or 'name'}=value' (label_from: folder)"
+
+
+def parse_integer(text: str) -> int | None:
+    """Returns the integer that a text represents in ASCII digits; None for other text."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
+
+
+def _parse(label: object) -> tuple[str, int | None]:
+    """Returns the text and the integer of a label: bytes may be padded, and a float may be integral."""
+    label = label.decode(errors="backslashreplace") if isinstance(label, bytes) else label
+    if isinstance(label, str):
+        text = label.rstrip("\0").removeprefix("\ufeff").strip()
+        return text, parse_integer(text.removesuffix(".0"))
+    if isinstance(label, float | Decimal) and math.isfinite(label) and label == int(label):
+        label = int(label)  # pandas: integers with nulls are floats
+    return repr(label), int(label) if isinstance(label, int) else None
+
+
+def _show(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
