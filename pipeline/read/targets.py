@@ -129,7 +129,7 @@ def hive_label(uri: str, column: str | None) -> tuple[str | None, str | None]:
         name, is_pair, value = part.partition("=")
         if is_pair and column in (None, unquote(name)):
             return (None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)), None
-    return None, f"the path has no folder '{column or 'name'}=value' (label_from: folder)"
+    return None, f"the path has no folder {column or 'name'}=value (label_from: folder)"
 
 
 def parse_integer(text: str) -> int | None:

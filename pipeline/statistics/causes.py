@@ -77,12 +77,10 @@ class ErrorCauses:
 
     def describe(self, count: int) -> str:
         """Returns the most frequent causes with their counts, and the count of all others."""
-        causes = [
-            (each["cause"], each["count"]) for each in self.to_record() if each["cause"] != OTHER_CAUSES
-        ]
-        others = self.count - sum(count for _, count in causes[:count])
-        shown = causes[:count] + ([("others", others)] if others else [])
-        return "; ".join(f"{cause}: {count:,}" for cause, count in shown)
+        record = [each for each in self.to_record() if each["cause"] != OTHER_CAUSES][:count]
+        others = self.count - sum(each["count"] for each in record)
+        texts = [f"{each['cause']}: {each['count']:,}" for each in record]
+        return "; ".join([*texts, f"others: {others:,}"] if others else texts)
 
     def _count(self, text: str, count: int, samples: Sequence[dict[str, str]]) -> None:
         if text not in self._counts and len(self._counts) >= MAX_CAUSES:

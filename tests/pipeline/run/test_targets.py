@@ -45,7 +45,7 @@ def test_targets_of_another_dataset_cost_no_label(tmp_path: Path, capsys: pytest
     assert [row["target_id"] for row in rows] == [0, 1, 2, 3, 4, *[None] * 495]
     record = record_of(result)
     assert record["counts"] | {"errors": 0, "unmatched_targets": 495} == record["counts"]
-    assert record["unmatched_targets"][0]["count"] == 445
+    assert record["unmatched_targets"][0]["count"] == 395
     manifest = result.partition.manifest.read(["errors", "unmatched_targets"]).to_pylist()
     assert manifest == [{"errors": 0, "unmatched_targets": n} for n in (245, 250)]
     print_result(result)
@@ -78,7 +78,7 @@ def test_name_of_a_class_label_that_the_model_lacks_is_unmatched(tmp_path: Path)
     assert [row["target_id"] for row in rows_of(result)] == [8, None, None, 0, None, None]
     causes = [each["cause"] for each in result.totals.unmatched.to_record()]
     model = "is not a class of the model"
-    assert causes == [f"'3' {model}", f"'Ankle Boot' {model}", "4 is not in 0..3"]
+    assert causes == [f"'3' {model}", f"'Ankle Boot' {model}; did you mean 'Ankle boot'?", "4 is not in 0..3"]
 
 
 @pytest.mark.parametrize("format", ["auto", "webdataset"])
