@@ -116,7 +116,7 @@ PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
     ),
     (C.INVALID_URI, table("ftp://host/a.jpg")),
     (C.IMAGE_NOT_FOUND, table("missing.jpg")),
-    (C.NO_IMAGE, tar(("a.heic", b"?"))),
+    (C.NO_IMAGE, tar(("a.psd", b"?"))),
     (C.NO_IMAGE, read("x.parquet", make_parquet({"image": pa.array([None], pa.binary())}))),
     (C.IMAGE_NOT_FOUND, read("a.jpg", JPEG, change="delete")),
     (C.IMAGE_CHANGED, read("a.jpg", JPEG, change="replace")),

@@ -138,7 +138,7 @@ def test_malformed_override_is_rejected(tmp_path: Path, override: str) -> None:
         (
             "storage:\n  xyz: 2\n",
             "line 8: storage.xyz: unknown field; known fields: endpoint_url, region, "
-            "request_timeout_s, min_bytes_per_s, conditional_writes",
+            "anonymous, requester_pays, request_timeout_s, min_bytes_per_s, conditional_writes",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_error_of_an_override_is_reported_as_the_options(tmp_path: Path, overrid
         (
             "storage: s3",
             "storage: expected a section with the fields endpoint_url, region, "
-            "request_timeout_s, min_bytes_per_s, ..., not 's3'",
+            "anonymous, requester_pays, ..., not 's3'",
         ),
         ("read: {concurrency: 2.5}", "read.concurrency: must be a valid integer, not 2.5"),
         ("read: {concurrency: true}", "read.concurrency: must be a valid integer, not true"),
@@ -472,3 +472,10 @@ def test_relative_paths_are_made_absolute_unless_kept(
     assert (loaded.input.uri, loaded.model.path) == (str(tmp_path / "in"), "fashion-mnist")
     sent = load_config(Config, None, fields, keep_relative_paths=True)
     assert (sent.input.uri, sent.output.uri) == ("in/", "s3://b/out")
+
+
+def test_anonymous_access_cannot_pay(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="storage: requester_pays needs credentials, but anonymous is true"):
+        load_config(
+            Config, write(tmp_path, MINIMAL), ["storage.anonymous=true", "storage.requester_pays=true"]
+        )
