@@ -40,8 +40,6 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[Any], ImageFile]], ...] =
     ("HEIF", re.compile(rb"....ftyp(?:....){,16}?(?:he[iv][cmsx]|m[is]f1)", re.DOTALL), read_heif),
     ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), JxlFile),
 )
-#: Formats that this process decodes in a child process; none in the child itself.
-child_formats = {"AVIF", "HEIF", "JPEG XL"}
 
 #: Maximum length of a side in pixels. Resizing needs memory and time in proportion to the longest side: about
 #: 30 MB at this limit, gigabytes for the longest row that a PNG can have.
@@ -93,6 +91,9 @@ class Decoded(NamedTuple):
 #: The parameters of `decode`.
 ImageDecoder = Callable[[bytes, Preprocessor, int, bool, float], Decoded]
 
+#: Decoders of formats in a child process, by format. Empty in the child itself.
+child_decoders: dict[str, ImageDecoder] = {}
+
 
 def hide_pillow_warnings() -> None:
     """Hides Pillow's warnings in this process: damaged metadata would fill the logs of a run."""
@@ -121,10 +122,8 @@ def decode(
     if matched is None:
         return Decoded(None, None, None, _unsupported_format(data))
     name, _, reader = matched
-    if name in child_formats:
-        from pipeline.decode.isolated import decode_in_child  # which imports this module
-
-        return decode_in_child(data, preprocessor, max_pixels, fast, timeout_s)
+    if name in child_decoders:
+        return child_decoders[name](data, preprocessor, max_pixels, fast, timeout_s)
     deadline = DecodeDeadline(timeout_s)
     read = partial(open_image, reader, deadline=deadline)
     if name == "PNG":  # Pillow needs much memory for many chunks

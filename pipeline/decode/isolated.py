@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import BYTES_PER_PIXEL, DecodeDeadline
-from pipeline.decode.cpu import Decoded, child_formats, decode, hide_pillow_warnings
+from pipeline.decode.cpu import Decoded, child_decoders, decode, hide_pillow_warnings
+from pipeline.decode.plugins import REQUIREMENTS
 from pipeline.predictions import ErrorCategory, sample_error
 
 logger = logging.getLogger("cvt_label")
@@ -63,6 +64,9 @@ def decode_in_child(
     return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
 
 
+child_decoders.update(dict.fromkeys(REQUIREMENTS, decode_in_child))
+
+
 def _start_child() -> tuple[subprocess.Popen[bytes], Connection]:
     """Starts a child. After a failure, ends this process: `ray.task_retries` limits the attempts."""
     ours, theirs = Pipe()
@@ -92,7 +96,7 @@ def _describe_end(status: int, timeout_s: float) -> str:
 
 def serve(file_descriptor: int) -> None:
     """Decodes images that arrive through a connection, until the connection ends."""
-    child_formats.clear()
+    child_decoders.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the parent ends this process
     connection = Connection(file_descriptor)
     with suppress(OSError):  # if memory is short, the kernel kills this process, not its parent

@@ -32,7 +32,7 @@ from pipeline.commit import Partition, PredictionWriter
 from pipeline.commit.prediction_files import OpenShard
 from pipeline.decode import decode, decode_chunk
 from pipeline.decode.bounds import BYTES_PER_PIXEL
-from pipeline.decode.cpu import child_formats
+from pipeline.decode.cpu import child_decoders
 from pipeline.predictions import PredictionOptions
 from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
 from pipeline.storage import Storage, StorageError, retrying
@@ -59,7 +59,7 @@ SIDEWAYS[ExifTags.Base.Orientation] = 6
 
 def decode_image(data: bytes, max_pixels: int = 178_956_970, timeout_s: float = 60) -> str | None:
     """Decodes an image as the stage does, in this process; returns its error."""
-    child_formats.clear()
+    child_decoders.clear()
     return decode(data, PREPROCESSOR, max_pixels, timeout_s=timeout_s).error
 
 

@@ -137,7 +137,7 @@ def test_image_over_the_limit_is_not_decoded(name: str) -> None:
 
 
 def test_library_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.decode.cpu.child_formats", set[str]())
+    monkeypatch.setattr("pipeline.decode.cpu.child_decoders", {})
     for module in ("PIL._avif", "pillow_heif", "imagecodecs"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delattr("PIL._avif")
