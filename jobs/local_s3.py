@@ -21,8 +21,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.storage import temporary_folder
 
-#: The bucket that requests without credentials can read and list, if it is created.
-PUBLIC_BUCKET = "public"
 _START_SECONDS, _ATTEMPTS = 60.0, 3
 # SeaweedFS uses each port and, for gRPC, the port number plus 10,000. Both ranges are below the ephemeral
 # ports (32768 and above on Linux), which the kernel assigns to outgoing connections.
@@ -116,10 +114,10 @@ class LocalS3(ExitStack):
         ports = dict(zip(("s3", "master", "volume", "filer", "admin"), random.sample(_PORTS, 5), strict=True))
         self.endpoint_url = f"http://127.0.0.1:{ports['s3']}"
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
-        identities = [{"name": "local", "credentials": credentials, "actions": ["Admin"]}]
-        identities.append(
-            {"name": "anonymous", "actions": [f"{x}:{PUBLIC_BUCKET}" for x in ("Read", "List")]}
-        )
+        identities = [
+            {"name": "local", "credentials": credentials, "actions": ["Admin"]},
+            {"name": "anonymous", "actions": ["Read:public", "List:public"]},  # of the bucket `public`
+        ]
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         # SeaweedFS creates another identity from credentials in the environment.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "S3_"))}

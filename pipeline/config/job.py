@@ -155,7 +155,7 @@ class StorageConfig(Section):
     )
     anonymous: bool = Field(
         default=False,
-        description="Access `s3://` and `gs://` without credentials. For public buckets.",
+        description="Access public buckets without credentials. The output must be a local folder.",
     )
     requester_pays: bool = Field(
         default=False,
@@ -176,12 +176,6 @@ class StorageConfig(Section):
         description="Whether the buckets support conditional writes. False: a store without them is "
         "accepted, and only one run at a time may write to an output. No label depends on this field.",
     )
-
-    @model_validator(mode="after")
-    def _check_access(self) -> Self:
-        if self.anonymous and self.requester_pays:
-            raise ValueError("requester_pays needs credentials, but anonymous is true")
-        return self
 
 
 class RunConfig(Section):

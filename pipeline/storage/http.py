@@ -32,7 +32,7 @@ _ATTEMPTS, _BUSY_ATTEMPTS = 5, 10
 _MAX_RETRY_AFTER_S = 30.0
 #: Causes and numbers of attempts of exceptions, whose own messages may contain the query of the address.
 _CAUSES: dict[type[Exception], tuple[str, int]] = {
-    TimeoutError: ("no complete response within the time limit (storage.request_timeout_s)", 4),
+    TimeoutError: ("timeout: no complete response in time (storage.request_timeout_s)", 4),
     aiohttp.ClientConnectorCertificateError: ("the TLS certificate is not valid (see SSL_CERT_FILE)", 1),
     aiohttp.ClientSSLError: ("cannot establish a TLS connection", 2),
     aiohttp.ClientConnectorDNSError: ("cannot resolve the name of the host", 3),
@@ -45,12 +45,7 @@ _CAUSES: dict[type[Exception], tuple[str, int]] = {
 
 
 class Download(NamedTuple):
-    """A downloaded object.
-
-    Attributes:
-        content: The bytes, decompressed if the server compressed them.
-        version: `<etag>-<size>`, with the size before decompression; None if the server sends no ETag.
-    """
+    """Decompressed content, and the version `<etag>-<size before decompression>`; None without an ETag."""
 
     content: bytes
     version: str | None

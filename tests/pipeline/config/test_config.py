@@ -472,10 +472,3 @@ def test_relative_paths_are_made_absolute_unless_kept(
     assert (loaded.input.uri, loaded.model.path) == (str(tmp_path / "in"), "fashion-mnist")
     sent = load_config(Config, None, fields, keep_relative_paths=True)
     assert (sent.input.uri, sent.output.uri) == ("in/", "s3://b/out")
-
-
-def test_anonymous_access_cannot_pay(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="storage: requester_pays needs credentials, but anonymous is true"):
-        load_config(
-            Config, write(tmp_path, MINIMAL), ["storage.anonymous=true", "storage.requester_pays=true"]
-        )

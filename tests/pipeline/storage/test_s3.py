@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs.local_s3 import PUBLIC_BUCKET, LocalS3
+from jobs.local_s3 import LocalS3
 from pipeline.storage import ABSENT, AccessDenied, Storage, StorageError, retry_counts
 from tests.fault_proxy import FaultProxy
 from tests.pipeline.storage.operations import names
@@ -145,9 +145,9 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def public(s3_server: LocalS3) -> str:
     """The URI of a bucket that everybody can read, with one object."""
-    s3_server.create_bucket(PUBLIC_BUCKET)
-    s3_server.client().put_object(Bucket=PUBLIC_BUCKET, Key="train/x", Body=b"public")
-    return f"s3://{PUBLIC_BUCKET}"
+    s3_server.create_bucket("public")
+    s3_server.client().put_object(Bucket="public", Key="train/x", Body=b"public")
+    return "s3://public"
 
 
 def test_anonymous_access_needs_no_credentials(s3_server: LocalS3, public: str, no_credentials: None) -> None:
