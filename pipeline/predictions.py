@@ -7,8 +7,8 @@ import base64
 import hashlib
 import io
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NewType
 
@@ -131,6 +131,7 @@ class ErrorCategory(StrEnum):
     ACCESS_DENIED = "access denied"  # the store or server of an image file denies access
     DOWNLOAD_FAILED = "download failed"  # an image file could not be fetched: timeout, connection, status
     UNREADABLE_IMAGE = "unreadable image"  # a link or a special file in a tar
+    INVALID_CARRIED_VALUE = "invalid carried value"  # too large, or not of the type in `input.carry`
     EMPTY_IMAGE = "empty image"  # zero bytes
     FILE_TOO_LARGE = "file too large"  # more bytes than `input.max_image_bytes`
     DIMENSIONS_TOO_LARGE = "dimensions too large"  # more pixels, or a longer side, than allowed
@@ -265,6 +266,7 @@ class PredictionOptions:
         embedding: "none", "float16" or "float32".
         embedding_width: Number of values of an embedding.
         label_names: Whether there are columns `target` and `topk_labels`.
+        carry: Further columns, with the name of the Arrow type or None, as `input.carry`.
     """
 
     labels: Sequence[str]
@@ -272,3 +274,4 @@ class PredictionOptions:
     embedding: str
     embedding_width: int
     label_names: bool = False
+    carry: Mapping[str, str | None] = field(default_factory=dict)

@@ -71,7 +71,9 @@ class CopiedRows:
         for name in stored.column_names:
             copied = copied.append_column(name, stored[name])
         order = np.argsort(np.concatenate([self.missing, self.positions]))
-        both = pa.concat_tables([labeled, copied.select(labeled.column_names)], promote_options="permissive")
+        # Without a new image, `labeled` has no carried columns.
+        kept = [x for x in copied.column_names if x in labeled.column_names or x.startswith("carried.")]
+        both = pa.concat_tables([labeled, copied.select(kept)], promote_options="permissive")
         return both.take(order)
 
     def _read(self, storage: Storage, source: tuple[str, str], options: PredictionOptions) -> pa.Table:

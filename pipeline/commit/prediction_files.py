@@ -1,7 +1,9 @@
 """Assembles the chunks of a shard and writes the prediction file, in one conditional write."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -31,6 +33,8 @@ logger = logging.getLogger("cvt_label")
 
 #: Error rows of a shard that are logged; the prediction file has all of them.
 _MAX_LOGGED_ERRORS = 3
+#: Size in bytes from which a file may be divided by another run; only unusual settings divide smaller files.
+_DIVIDED_BYTES = 64 * 1024**2
 
 
 class IncompleteShardError(RuntimeError):
@@ -82,7 +86,8 @@ class OpenShard:
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
             raise IncompleteShardError(f"{uri}: the chunks have gaps or overlap")
-        return pa.concat_tables([chunk.samples for chunk in chunks])
+        # A chunk without samples has no carried columns.
+        return pa.concat_tables([chunk.samples for chunk in chunks], promote_options="permissive")
 
 
 def prediction_rows(
@@ -106,7 +111,31 @@ def prediction_rows(
         labels = pa.ListArray.from_arrays(topk.offsets, names.take(ids), mask=topk.is_null())
         samples = samples.append_column("topk_labels", labels)
     schema = prediction_schema(options.embedding, options.embedding_width, options.label_names)
-    return samples.select(schema.names).cast(schema).combine_chunks(), unmatched
+    rows = samples.select(schema.names).cast(schema)
+    for number, (name, kind) in enumerate(options.carry.items()):
+        values = pa.nulls(len(rows), pa.type_for_alias(kind or "string"))
+        if f"carried.{number}" in samples.column_names:
+            values = samples[f"carried.{number}"]
+            if shard.format == "webdataset" and kind is None:
+                values = _parse_json(values.to_pylist())
+        rows = rows.append_column(name, values)
+    return rows.combine_chunks(), unmatched
+
+
+def _parse_json(texts: list[str | None]) -> pa.Array:
+    """Returns JSON values as bool, int64 or double if all of them fit, else as text; nested ones as JSON."""
+    values = [None if text is None else json.loads(text) for text in texts]
+    kinds = {type(value) for value in values if value is not None}
+    for kind, allowed in ((pa.bool_(), {bool}), (pa.int64(), {int}), (pa.float64(), {int, float})):
+        if kinds and kinds <= allowed:
+            with suppress(OverflowError, pa.ArrowInvalid):  # integers of more bits
+                return pa.array(values, kind)
+    shown = zip(texts, values, strict=True)
+    # JSON may have halves of surrogate pairs, which are no text in Arrow.
+    encoded = [
+        v.encode(errors="backslashreplace").decode() if isinstance(v, str) else text for text, v in shown
+    ]
+    return pa.array(encoded, pa.string())
 
 
 def count_errors(chunk: Chunk) -> int:
@@ -132,9 +161,11 @@ class PredictionWriter:
         expected: version of the current prediction file, by URI of the shard.
         is_current: returns whether the input still has this version of a shard.
         read_options: how the readers find keys and labels, for copied rows.
+        carried: columns of `input.carry` that a committed row has; grows.
         copied: the rows that the file of a changed shard copies, by URI of the shard.
-        before_group: called before a group of image files is written; raises to prevent the write. A run
-            that lost its lease must not write groups: another run may have grouped the images differently.
+        before_group: called before a group of image files or a part of a file is written; raises to prevent
+            the write. A run that lost its lease must not write them: another run may have grouped the images,
+            or divided the file, differently.
     """
 
     partition: Partition
@@ -146,6 +177,7 @@ class PredictionWriter:
     read_options: ReadOptions = field(default_factory=ReadOptions)
     copied: Mapping[str, CopiedRows] = field(default_factory=dict)
     before_group: Callable[[], None] = lambda: None
+    carried: set[str] = field(default_factory=set)
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
         """Writes the file of a complete shard, unless the shard can't be read; raises `StorageError`."""
@@ -161,6 +193,9 @@ class PredictionWriter:
                     storage = self.partition.storage
                     samples = copied.merge(samples, shard, storage, self.options, self.read_options)
                 predictions, found = prediction_rows(samples, shard, self.options)
+                for name in self.options.carry:
+                    if predictions[name].null_count < len(predictions):
+                        self.carried.add(name)
                 if written := self._write(shard, predictions, found.count):
                     row, size = written
                     causes.add(shard.uri, predictions)
@@ -197,7 +232,7 @@ class PredictionWriter:
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
         content, uri = encode_predictions(predictions, footer), f"{self.partition.uri}/{output}"
-        if shard.members:
+        if shard.members or shard.span or shard.size >= _DIVIDED_BYTES:
             self.before_group()
         storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
         current: Versioned[Footer] | None = None

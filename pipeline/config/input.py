@@ -1,11 +1,13 @@
 """The section `input`: the location of the shards, and which of their parts are image, key and label."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config.base import NameOrUri, PositiveInt, Section, Uri
+from pipeline.predictions import prediction_schema
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
 
@@ -16,11 +18,17 @@ _NOT_IN_FINGERPRINT = {
 }  # fmt: skip
 
 
+#: Names that a carried column cannot have, with those of the tables that are published.
+_CONTRACT_NAMES = {*prediction_schema("float32", 1, label_names=True).names, "published", "model"}
+
+
 def _names_to_types(value: Any) -> Any:
     """Returns a list of names as a mapping without types."""
-    return (
-        dict.fromkeys(value) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
-    )
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return value
+    if twice := [name for name, count in Counter(value).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is listed twice; remove one")
+    return dict.fromkeys(value)
 
 
 class InputConfig(Section):
@@ -76,7 +84,10 @@ class InputConfig(Section):
         "URI, or the row number if there is none.",
         examples=["id"],
     )
-    carry: Annotated[dict[str, str | None], BeforeValidator(_names_to_types)] = Field(
+    carry: Annotated[
+        dict[str, str | None],
+        BeforeValidator(_names_to_types, json_schema_input_type=dict[str, str | None] | list[str]),
+    ] = Field(
         default_factory=dict,
         description="Columns of a Parquet file or table, or fields of the `.json` member, that are copied to "
         "each prediction row: a list of names, or a mapping of names to Arrow types such as `int64` or "
@@ -148,7 +159,15 @@ class InputConfig(Section):
     @field_validator("carry")
     @classmethod
     def _check_types(cls, carry: dict[str, str | None]) -> dict[str, str | None]:
+        names = Counter(name.lower() for name in carry)
         for name, kind in carry.items():
+            if name.lower() in _CONTRACT_NAMES or names[name.lower()] > 1:  # as engines of SQL compare names
+                cause = (
+                    "the name of two columns" if names[name.lower()] > 1 else "a column of every label file"
+                )
+                raise ValueError(
+                    f"{name!r} is {cause}; remove the name here, or rename the column in the input"
+                )
             try:
                 _ = kind and pa.type_for_alias(kind)
             except ValueError:

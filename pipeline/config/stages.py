@@ -40,6 +40,13 @@ class ReadConfig(Section):
         default=16,
         description="Table: maximum number of these requests to one host. A slow host delays no other host.",
     )
+    split_bytes: PositiveInt | None = Field(
+        default=4 * 1024**3,
+        description="Size in bytes from which a Parquet file or an uncompressed tar is divided into parts of "
+        "about this size. A part is a shard: it is read, written and resumed on its own. After a change of "
+        "this field, divided files are labeled again. Null: no file is divided.",
+        examples=[1073741824],
+    )
     chunk_images: PositiveInt | None = Field(
         default=None,
         description="Maximum number of images in a chunk. Null: from the model's size; for CvT-13 at 224 "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipeline.read.samples import Sample, ShardError
+from pipeline.read.samples import Sample, ShardError, scalar_array
 from pipeline.statistics import StageMetrics
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def split_into_chunks(
         samples: The samples of the shard, which may raise `ShardError`.
         shard: Index of the shard in the plan.
         max_images: Maximum number of samples of a chunk.
-        max_bytes: Maximum size of the images, keys and messages of a chunk; a single sample may be larger.
+        max_bytes: Maximum size of the images, keys, messages and carried values of a chunk; a single sample
+            may be larger.
         uri: URI of the shard, for errors.
     """
     start, size = 0, 0
@@ -125,6 +126,7 @@ def split_into_chunks(
         for sample in samples:
             texts = (sample.key, sample.error, sample.unmatched)
             more = len(sample.image or b"") + sum(len(text.encode()) for text in texts if text)
+            more += sum(scalar_array([value]).nbytes for value in sample.carried)
             if pending and (len(pending) == max_images or size + more > max_bytes):
                 yield _chunk(shard, start, pending)
                 start, pending, size = start + len(pending), [], 0
@@ -140,9 +142,12 @@ def split_into_chunks(
 
 
 def sample_table(samples: Sequence[Sample]) -> pa.Table:
-    """Returns samples as the table of a chunk."""
+    """Returns samples as the table of a chunk; the columns `carried.0`, `carried.1`... follow."""
     columns = {name: [getattr(sample, name) for sample in samples] for name in _SAMPLE_SCHEMA.names}
-    return pa.table(columns, schema=_SAMPLE_SCHEMA)
+    table = pa.table(columns, schema=_SAMPLE_SCHEMA)
+    for number, values in enumerate(zip(*(sample.carried for sample in samples), strict=True)):
+        table = table.append_column(f"carried.{number}", scalar_array(values))
+    return table
 
 
 def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:

@@ -54,7 +54,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
 
 def complete_sample(sample: Sample, options: ReadOptions) -> Sample:
     """Returns a sample of a reader with its target, and with texts within their limits."""
-    return limit_texts(options.set_target(sample))
+    return limit_texts(options.set_target(options.set_carried(sample)))
 
 
 def _cause(shard: Shard, error: Exception) -> str:

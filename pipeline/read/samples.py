@@ -11,6 +11,8 @@ from pipeline.config import InputConfig, ReadConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read.targets import Targets
 
+#: Maximum size of the values of `input.carry` in a row: the driver holds those of a shard.
+MAX_CARRIED_BYTES = 64 * 1024
 _MAX_CAUSE = 2000  # characters of a cause that is kept
 
 
@@ -124,11 +126,35 @@ class ReadOptions:
         detail = f"the image {describe_excess(size, self.max_image_bytes)} (input.max_image_bytes)"
         return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
 
+    def set_carried(self, sample: Sample) -> Sample:
+        """Converts the carried values to their types; makes a value that is too large or wrong an error."""
+        carried, size, problem = list[pa.Scalar](), 0, None
+        values = sample.carried or [pa.scalar(None)] * len(self.carry)
+        for (name, kind), value in zip(self.carry.items(), values, strict=True):
+            is_null = pa.types.is_null(value.type)
+            to = pa.type_for_alias(kind) if kind else pa.string() if is_null else value.type
+            size += scalar_array([value]).nbytes
+            try:
+                if size > MAX_CARRIED_BYTES:
+                    raise ValueError(f"the values {describe_excess(size, MAX_CARRIED_BYTES)}")
+                carried.append(value if to == value.type else value.cast(to))
+            except (ValueError, NotImplementedError) as error:
+                carried.append(pa.scalar(None, to))
+                detail = f"{name!r}: {error}; change input.carry"
+                problem = problem or sample_error(ErrorCategory.INVALID_CARRIED_VALUE, detail)
+        sample.carried = tuple(carried)
+        return sample if problem is None or sample.error is not None else sample.fail(problem)
+
     def set_target(self, sample: Sample) -> Sample:
         """Sets the target of a sample from its label, unless the label has a problem already."""
         if sample.error is None and sample.unmatched is None:
             sample.target, sample.unmatched = self.targets.find(sample.label, sample.label_names)
         return sample
+
+
+def scalar_array(values: Sequence[pa.Scalar]) -> pa.Array:
+    """Returns values of one type as an array; `pa.array` fails for null lists."""
+    return pa.array([value if value.is_valid else None for value in values], values[0].type)
 
 
 def describe_excess(size: int, limit: int) -> str:

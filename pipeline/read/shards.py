@@ -108,7 +108,7 @@ class ShardListing(Iterator[Shard]):
             self.ignored_examples[reason].append(uri)
 
     def replace(self, change: Callable[[Iterator[Shard]], Iterator[Shard]]) -> Self:
-        """Replaces the shards, which are the files of tables, by their parts."""
+        """Replaces the shards, such as the files of tables, by their parts."""
         self._shards = change(self._shards)
         return self
 

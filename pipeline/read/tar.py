@@ -12,7 +12,7 @@ from typing import BinaryIO
 from pipeline.read.limits import Deadline
 from pipeline.read.samples import UnreadableShardError
 
-_BLOCK = tarfile.BLOCKSIZE
+BLOCK_BYTES = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse maps
 #: Number of members, and length of a name, to which hard links are read: about 30 MB of memory.
 MAX_LINKED_MEMBERS, _MAX_LINKED_NAME = 100_000, 1000
@@ -26,17 +26,22 @@ class TarEndError(UnreadableShardError):
     """The tar has no end, or data follows its end; every member before it is complete."""
 
 
-def read_members(stream: BinaryIO, deadline: Deadline) -> Iterator[tarfile.TarInfo]:
+def read_members(
+    stream: BinaryIO, deadline: Deadline, start: int = 0, stop: int | None = None
+) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar; the caller may move the stream to the content of a member.
+
+    Reads from byte `start` to the end of the tar, or to byte `stop`, where a member must start. The attribute
+    `offset` of a member is the position of its first header, also of an extended one.
 
     A hard link to an earlier regular file becomes a regular file with a `linkname` and this file's content.
 
     Raises:
         UnreadableShardError: A header is damaged or too large, the tar does not end with a block of zeros, or
-            data follows the end.
+            data follows the end, or no member starts at `stop`.
     """
-    position, files = 0, dict[str, tuple[int, int]]()
-    while (info := _read_member(stream, position)) is not None:
+    position, files = start, dict[str, tuple[int, int]]()
+    while (stop is None or position < stop) and (info := _read_member(stream, position)) is not None:
         deadline.check()
         has_content = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         position = info.offset_data + (_padded(info.size) if has_content else 0)
@@ -47,6 +52,13 @@ def read_members(stream: BinaryIO, deadline: Deadline) -> Iterator[tarfile.TarIn
         if is_plain_file(info) and len(files) < MAX_LINKED_MEMBERS and len(info.name) <= _MAX_LINKED_NAME:
             files[info.name] = info.offset_data, info.size
         yield info
+    if stop is not None:
+        if position == stop:
+            return
+        cause = (
+            f"the next part was found at byte {stop}, where no member starts, as with a tar inside the tar"
+        )
+        raise UnreadableShardError(f"{cause}; set read.split_bytes to null")
     while block := stream.read(1024**2):
         deadline.check()
         if block.count(b"\0") != len(block):
@@ -62,8 +74,8 @@ def is_plain_file(info: tarfile.TarInfo) -> bool:
 def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     """Returns the member whose headers start at a position; None at the end of the tar."""
     stream.seek(start)
-    block = stream.read(_BLOCK)
-    if block == bytes(_BLOCK):
+    block = stream.read(BLOCK_BYTES)
+    if block == bytes(BLOCK_BYTES):
         return None
     if not block and 0 < start == stream.seek(0, io.SEEK_END):
         raise TarEndError(
@@ -76,11 +88,11 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
             records |= _pax_records(content)
         elif info.type in _LONG_VALUES:
             records[_LONG_VALUES[info.type]] = content.partition(b"\0")[0]
-        block = _read_header(stream, start, _BLOCK)
-        info = _parse_block(block, stream.tell() - _BLOCK)
+        block = _read_header(stream, start, BLOCK_BYTES)
+        info = _parse_block(block, stream.tell() - BLOCK_BYTES)
     has_more = info.type == tarfile.GNUTYPE_SPARSE and block[482]
     while has_more:
-        has_more = _read_header(stream, start, _BLOCK)[504]
+        has_more = _read_header(stream, start, BLOCK_BYTES)[504]
     name = records.get(b"GNU.sparse.name", records.get(b"path"))
     if name is not None:
         info.name = name.decode(errors="backslashreplace").rstrip("/")  # names stay distinct
@@ -94,7 +106,7 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     info.size = int(size)
     if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
         info.type = tarfile.GNUTYPE_SPARSE
-    info.offset_data = stream.tell()
+    info.offset, info.offset_data = start, stream.tell()
     return info
 
 
@@ -133,4 +145,4 @@ def _pax_records(content: bytes) -> dict[bytes, bytes]:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES

@@ -2,10 +2,12 @@
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
 
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.compression import DecompressedFile, find_compression
@@ -17,6 +19,7 @@ from pipeline.storage import Storage
 
 # Of a sample: all names like `frame.000001.jpg` have the key `frame`.
 _MAX_MEMBERS, _MAX_EXTENSION = 1000, 255
+_MAX_INTEGER_BITS = 63
 _MAX_LABEL_BYTES = 4 * 1024**2  # per .cls or .json member; parsed JSON needs up to 25 times as much
 
 
@@ -28,15 +31,16 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
         storage.open_unbuffered(info.uri, info.version) as links,  # a link does not interrupt the read-ahead
     ):
         # The content determines the compression, because compressed tars are often named .tar.
-        compression = find_compression(file.peek(16))
+        start, stop = shard.span or (0, info.size)
+        compression = find_compression(file.peek(16)) if shard.span is None else None
         timed = cast(BinaryIO, TimedFile(file, deadline))
         stream = timed if compression is None else cast(BinaryIO, DecompressedFile(timed, compression))
         current: _TarSample | None = None
         try:
-            for member in read_members(stream, deadline):
-                if member.isdir() or _is_hidden_member(member.name):
+            for member in read_members(stream, deadline, start, None if stop == info.size else stop):
+                if is_ignored(member):
                     continue
-                key, extension = _split_name(member.name, options.key)
+                key, extension = split_name(member.name, options.key)
                 if current is None or key != current.sample.key or current.is_full_for(extension):
                     if current is not None:
                         yield current.finish()
@@ -50,12 +54,14 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
             yield current.finish()
 
 
-def _is_hidden_member(name: str) -> bool:
-    parts = name.split("/")
-    return "__MACOSX" in parts or any(part.startswith(".") and part not in {".", ".."} for part in parts)
+def is_ignored(member: tarfile.TarInfo) -> bool:
+    """Returns whether a member belongs to no sample: a folder, or a hidden file."""
+    parts = member.name.split("/")
+    is_hidden = any(part.startswith(".") and part not in {".", ".."} for part in parts)
+    return member.isdir() or is_hidden or "__MACOSX" in parts
 
 
-def _split_name(name: str, rule: str) -> tuple[str, str]:
+def split_name(name: str, rule: str) -> tuple[str, str]:
     """Returns key and extension of a member: `a/b` and `c.jpg` for `a/b.c.JPG`, or `a/b.c` and `jpg`."""
     folder, slash, last = name.rpartition("/")
     first, _, extension = last.partition(".")
@@ -73,6 +79,7 @@ class _TarSample:
     compression: str | None
     extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
     image_rank: int = 0  # of the image so far, see `_image_rank`
+    carried_problem: str | None = None
 
     def is_full_for(self, extension: str) -> bool:
         """Returns whether a member with the same key starts another sample."""
@@ -93,12 +100,20 @@ class _TarSample:
                 self.sample.image = _content(info, file)
                 if self.compression is None:
                     self.sample.offset, self.sample.size = info.offset_data, info.size
-        elif self.options.labels and extension == ("json" if self.options.label_field else "cls"):
-            if problem is None and info.size > _MAX_LABEL_BYTES:
-                problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
-            if problem is None:
-                self.sample.label, problem = _label(_content(info, file), self.options.label_field)
-            self.sample.unmatched = problem
+            return
+        has_label = self.options.labels and extension == ("json" if self.options.label_field else "cls")
+        has_carried = bool(self.options.carry) and extension == "json"
+        if rank or not (has_label or has_carried):
+            return
+        if problem is None and info.size > _MAX_LABEL_BYTES:
+            problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
+        content = _content(info, file) if problem is None else b""
+        if has_label:
+            found = (None, problem) if problem else _label(content, self.options.label_field)
+            self.sample.label, self.sample.unmatched = found
+        if has_carried:
+            found = ((), problem) if problem else _carried(content, self.options.carry)
+            self.sample.carried, self.carried_problem = found
 
     def _image_rank(self, extension: str) -> int:
         """Returns 0 for a member that is no image. The first member of the highest rank is the image.
@@ -136,6 +151,8 @@ class _TarSample:
                 f"no member has {wanted} (members: {members}); the members of a sample must be adjacent in "
                 f"the tar, and the extension starts at the {self.options.key.replace('-', ' ')} (input.key)",
             )
+        if error is None and self.carried_problem is not None:
+            error = sample_error(ErrorCategory.INVALID_CARRIED_VALUE, self.carried_problem)
         return self.sample if error is None else self.sample.fail(error)
 
 
@@ -161,8 +178,35 @@ def _label(content: bytes, label_field: str | None) -> tuple[object, str | None]
     except (ValueError, RecursionError) as error:
         problem = ".cls member is not UTF-8 text" if label_field is None else ".json member is not valid JSON"
         return None, f"the {problem} ({error})"
-    for name in label_field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    value = _field(value, label_field)
     if isinstance(value, list | dict):  # may be large, or nested too deeply for a message
         return None, f"a {type(value).__name__} is not a class of the model"
     return value, None
+
+
+def _field(value: Any, path: str) -> Any:
+    """Returns a field of parsed JSON, such as `meta.label`; None if missing."""
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _carried(content: bytes, carry: Mapping[str, str | None]) -> tuple[tuple[pa.Scalar, ...], str | None]:
+    """Returns fields of a .json member, and why it cannot be read.
+
+    A value without a type in `carry` is JSON text, whose type depends on the other samples of the shard.
+    """
+    try:
+        document, values = json.loads(content), list[pa.Scalar]()
+        for path, kind in carry.items():
+            value = _field(document, path)
+            if value is not None and (kind is None or isinstance(value, list | dict)):
+                value = json.dumps(value)
+            is_large = isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS
+            text = str(value) if is_large else value
+            # JSON may have halves of surrogate pairs, which are no text in Arrow.
+            is_text = isinstance(text, str)
+            values.append(pa.scalar(text.encode(errors="backslashreplace").decode() if is_text else text))
+        return tuple(values), None
+    except (ValueError, RecursionError) as error:
+        return (), f"the .json member is not valid JSON ({error})"

@@ -1,13 +1,13 @@
-"""Removes obsolete labels: of deleted shards if the selection prunes, and of regrouped image files."""
+"""Removes obsolete labels: of deleted shards if the selection prunes, of regrouped images, of parts."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from pipeline.commit import ManifestRow, Partition, prediction_files
+from pipeline.commit import LeaseLostError, ManifestRow, Partition, prediction_files, recovered_rows
 from pipeline.predictions import prediction_path
-from pipeline.read import Shard
+from pipeline.read import Shard, overlap
 from pipeline.run.planning import find_regrouped
 from pipeline.run.recording import RunContext
 from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
@@ -23,7 +23,7 @@ def clean_up(run: RunContext) -> bool:
     """
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.deleted_with_labels
-    to_remove = plan.to_prune | _regrouped_since(run)
+    to_remove = plan.to_prune | plan.redivided | _regrouped_since(run)
     to_remove |= {uri for uri in plan.split_groups if uri in plan.expected}
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
@@ -64,7 +64,8 @@ def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
 def roll_back_regrouped(run: RunContext) -> set[str]:
     """Removes labels that this run wrote for images that are in other groups by now; returns the groups.
 
-    Only an overlapping run that labeled the new groups makes this necessary. Its sign is a prediction file
+    Also removes parts of files that the run that holds the lease divides differently. Only an overlapping run
+    that labeled the new groups or parts makes this necessary. Its sign is a prediction file
     that this run neither found nor wrote, or that has another version of a group.
     """
     partition, groups = run.result.partition, run.groups
@@ -73,14 +74,24 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
     labeled = [shard for shard in run.result.plan.shards if shard.uri in groups]
     rows = [*run.prepared.repairs.entries.values(), *groups.values()]
     versions = {row.output: row.output_version for row in rows if row.output}
-    files = prediction_files(partition.storage, partition.uri)
-    if all(groups[shard.uri].version == shard.version for shard in labeled) and all(
-        versions.get(file.uri.removeprefix(f"{partition.uri}/")) == file.version for file in files
-    ):
+    unknown = [
+        file
+        for file in prediction_files(partition.storage, partition.uri)
+        if versions.get(file.uri.removeprefix(f"{partition.uri}/")) != file.version
+    ]
+    if not unknown and all(groups[shard.uri].version == shard.version for shard in labeled):
         return set()
     moved = find_regrouped(
         run.relist(), {member.uri: shard.uri for shard in labeled for member in shard.members}
     )
+    try:
+        run.lease.verify()
+    except LeaseLostError:
+        planned = {shard.uri: shard.version for shard in labeled}
+        found = recovered_rows(partition.storage, partition.uri, unknown)
+        for row in found:
+            if planned.get(row.uri) != row.version:
+                moved |= {shard.uri for shard in labeled if overlap(shard, row.uri, row.version or "")}
     _remove(partition, {uri: groups[uri].output_version for uri in moved})
     return moved
 

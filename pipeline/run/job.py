@@ -64,6 +64,7 @@ class Job:
                 config.output.embedding,
                 self.checkpoint.embedding_width,
                 config.output.label_names,
+                config.input.carry,
             ),
             max_image_pixels=config.input.max_image_pixels,
             precision=config.model.precision,

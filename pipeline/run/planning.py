@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 
 from pipeline.commit import CopiedRows, ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
-from pipeline.read import Shard, ShardListing, list_shards, select_images
+from pipeline.read import Division, Shard, ShardListing, list_shards, select_images, whole_file
 from pipeline.run.job import Job, make_job
 from pipeline.run.reuse import find_copied_rows
 from pipeline.storage import is_under
@@ -43,6 +44,8 @@ class Plan:
         reappeared: shards that the manifest marks as deleted and that the input has again.
         recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
         split_groups: changed groups of image files that lost images to a new group directly after them.
+        redivided: labels of files that are divided differently now or have changed, by URI of the shard. They
+            are removed before the new parts are labeled, so that no row is in two prediction files.
         image_states: number of images by state; None unless the input has image files only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
     """
@@ -57,6 +60,7 @@ class Plan:
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
     split_groups: set[str] = field(default_factory=set)
+    redivided: set[str] = field(default_factory=set)
     image_states: Counter[ShardState] | None = None
     copied: dict[str, CopiedRows] = field(default_factory=dict)
 
@@ -117,7 +121,7 @@ class Plan:
 def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
     """Compares the input with the manifest, without rows of other inputs; reads the listing to its end."""
     planned, images, seen = Plan(listing, selection), Counter[ShardState](), set[str]()
-    formats = set[str | None]()
+    formats, files = set[str | None](), set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
         row = manifest.get(shard.uri, NO_ROW)
@@ -138,6 +142,10 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         elif state is ShardState.FAILED:
             planned.skipped_failures += 1
         formats.add(shard.format)
+        if shard.format in ("parquet", "webdataset"):
+            files.add(shard.object.uri)
+            if shard.span and state is ShardState.CHANGED and row.output is not None:
+                planned.redivided.add(shard.uri)
         if shard.format != "images":
             continue
         if (row.version is None or row.deleted) and last_changed is not None:
@@ -150,7 +158,11 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
         for uri, row in manifest.items()
         if uri not in seen and is_under(uri, listing.uri) and listing.format in (None, row.format)
     }
-    planned.states[ShardState.DELETED] = len(planned.deleted)
+    replaced = {
+        uri for uri, row in planned.deleted.items() if row.format != "table" and whole_file(uri) in files
+    }
+    planned.redivided |= replaced & planned.deleted_with_labels.keys()
+    planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)
     if formats.union(row.format for row in planned.deleted.values()) <= {"images"}:
         images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
         planned.image_states = images
@@ -211,9 +223,15 @@ def open_listing(config: Config) -> ShardListing:
             f"output.uri: {target} is inside the input, {source}; later runs would read the labels as "
             "shards. Choose an output.uri outside of input.uri"
         )
-    return list_shards(make_storage(config.storage), source, config.input.format, section).require_shards(
-        "input.uri"
-    )
+    return list_input(config).require_shards("input.uri")
+
+
+def list_input(config: Config) -> ShardListing:
+    """Lists the shards of the input: files, parts of large files, and groups of image files."""
+    storage, section = make_storage(config.storage), config.input
+    division = Division(config.read.split_bytes, section.carry, section.key)
+    listing = list_shards(storage, section.uri, section.format, section)
+    return listing.replace(partial(division.apply, storage))
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdown: bool) -> PreparedRun:

@@ -12,11 +12,11 @@ from enum import StrEnum
 
 from pipeline.commit import Lease, ManifestRow, ManifestWriter, Partition, Progress, RunRecord, Totals
 from pipeline.config import Selection
-from pipeline.read import Shard, list_shards
+from pipeline.read import Shard
 from pipeline.report import Gallery
 from pipeline.run.failures import FailureMonitor
 from pipeline.run.job import Job
-from pipeline.run.planning import Plan, PreparedRun
+from pipeline.run.planning import Plan, PreparedRun, list_input
 from pipeline.statistics import ClassStatistics, StageSummary
 from pipeline.storage import StorageError, retry_counts
 from pipeline.text import remove_secrets
@@ -99,7 +99,7 @@ class RunContext:
 
     Attributes:
         retries_before: `retry_counts` at the start of the run.
-        groups: manifest rows of the groups of image files that this run labeled, by URI.
+        groups: manifest rows of the groups of image files and the parts of files that this run labeled.
     """
 
     result: RunResult
@@ -124,8 +124,7 @@ class RunContext:
 
     def relist(self) -> Iterator[Shard]:
         """Lists the input again; needed only if runs overlap."""
-        section = self.result.job.config.input
-        return list_shards(self.result.job.storage, section.uri, section.format, section)
+        return list_input(self.result.job.config)
 
     def retries(self) -> Counter[str]:
         """Returns the number of retried storage operations of this process and of workers, by failure."""

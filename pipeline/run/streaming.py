@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from pipeline.commit import MAX_CONCURRENT_WRITES, Committer, ManifestRow, PredictionWriter
-from pipeline.config import IN_PROCESS, InputConfig
+from pipeline.config import IN_PROCESS
 from pipeline.dataflow import (
     LOCAL,
     Executor,
@@ -18,7 +18,7 @@ from pipeline.dataflow import (
     open_executor,
     ray_address,
 )
-from pipeline.read import Chunk, Shard, list_shards
+from pipeline.read import Chunk, Shard, list_shards, whole_file
 from pipeline.run.gate import check_gate_alone
 from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
@@ -31,7 +31,6 @@ from pipeline.statistics import (
     steady_rate,
     summarize_stages,
 )
-from pipeline.storage import Storage
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
@@ -49,7 +48,7 @@ def label_shards(run: RunContext) -> StopController:
         job.stages.predictions,
         run.result.run,
         expected=plan.expected,
-        is_current=partial(_is_current, job.storage, job.config.input),
+        is_current=partial(_is_current, run),
         read_options=job.stages.read_options,
         copied=plan.copied,
         before_group=run.lease.verify,
@@ -70,6 +69,9 @@ def label_shards(run: RunContext) -> StopController:
             if unfinished := committer.unfinished()[:_NAMED_SHARDS]:
                 error.add_note(f"The first unfinished shards: {', '.join(unfinished)}")
             raise
+    if committer.totals.images:
+        for name in job.config.input.carry.keys() - writer.carried:
+            logger.warning("input.carry: no row of this run has a value of %r; check the name", name)
     return stop
 
 
@@ -80,7 +82,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
         run.record.add_failure(row)
     elif before is not None and before.error is not None:
         run.record.add_shards("recovered", [row.uri])
-    if row.format == "images" and row.output is not None:
+    if (row.format == "images" or whole_file(row.uri) != row.uri) and row.output is not None:
         run.groups[row.uri] = row
     run.failures.finish(row)
     run.record.set(failures=dict(run.failures.continued()))
@@ -188,10 +190,13 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
     )
 
 
-def _is_current(storage: Storage, section: InputConfig, shard: Shard) -> bool:
-    """Returns whether the input still has this version of a shard."""
+def _is_current(run: RunContext, shard: Shard) -> bool:
+    """Returns whether the input still has this version of a shard; raises `LeaseLostError`."""
+    storage, section = run.result.job.storage, run.result.job.config.input
     if shard.members or shard.rows:
-        uri = shard.uri.rpartition("/")[0] if shard.members else section.uri
-        listing = list_shards(storage, uri, section.format, section)
+        folder = shard.uri.rpartition("/")[0]
+        listing = list_shards(storage, folder, section.format, section) if shard.members else run.relist()
         return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
-    return storage.version(shard.uri) == shard.version
+    if shard.span:  # a run that divides the file differently may have taken over
+        run.lease.verify()
+    return storage.version(shard.object.uri) == shard.object.version

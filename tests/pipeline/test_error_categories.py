@@ -129,6 +129,7 @@ PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
     (C.FILE_TOO_LARGE, tar(("a.jpg", JPEG), max_image_bytes=9)),
     (C.FILE_TOO_LARGE, read("x.parquet", make_parquet({"image": [JPEG]}), ReadOptions(max_image_bytes=9))),
     (C.FILE_TOO_LARGE, read("a.jpg", JPEG, ReadOptions(max_image_bytes=9))),
+    (C.INVALID_CARRIED_VALUE, tar(("a.jpg", JPEG), ("a.json", b'{"n": "?"}'), carry={"n": "int64"})),
     (C.EMPTY_IMAGE, decoded(b"")),
     (C.UNSUPPORTED_FORMAT, decoded(b"<html>: not an image")),
     (C.DIMENSIONS_TOO_LARGE, decoded(JPEG, max_pixels=9)),

@@ -1,0 +1,164 @@
+"""Divides large Parquet files and uncompressed tars into parts, each a shard of its own."""
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from typing import BinaryIO
+
+import pyarrow.parquet as pq
+
+from pipeline.read.limits import Deadline
+from pipeline.read.parquet_pages import FooterFile
+from pipeline.read.samples import UnreadableShardError
+from pipeline.read.shards import Shard
+from pipeline.read.tar import BLOCK_BYTES, read_members
+from pipeline.read.webdataset import is_ignored, split_name
+from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError
+
+_THREADS, _MAX_PENDING = 32, 256  # files
+_PROBED_BYTES, _PROBE_BYTES = 1024**2, 64 * 1024  # at a boundary in a tar, and of one request
+_MAX_MEMBERS = 100  # that are read to find the start of a sample
+_NO_LIMIT = Deadline(math.inf)  # requests have their own
+
+_PART, _SPAN = re.compile(r"/(rows|bytes)-\d{12}$"), re.compile(r"/(\d+)-(\d+)(/|$)")
+
+
+def whole_file(uri: str) -> str:
+    """Returns the URI of the file that a shard is a part of, or the shard's URI."""
+    return _PART.sub("", uri)
+
+
+def overlap(part: Shard, uri: str, version: str) -> bool:
+    """Returns whether a part of a file and a shard, whole or part, have a row of the file in common."""
+    if part.span is None or part.object.uri != whole_file(uri):
+        return False
+    found = _SPAN.search(version)
+    return found is None or (int(found[1]) < part.span[1] and part.span[0] < int(found[2]))
+
+
+@dataclass(frozen=True)
+class Division:
+    """How files become shards.
+
+    Attributes:
+        split_bytes: Size in bytes of a part, and of the largest file that is not divided; None: no limit.
+        carry: The columns of `input.carry`, on which the versions of shards depend.
+        key: The rule for keys of tars.
+    """
+
+    split_bytes: int | None = None
+    carry: Mapping[str, str | None] | None = None
+    key: str = "first-dot"
+
+    def apply(self, storage: Storage, shards: Iterable[Shard]) -> Iterator[Shard]:
+        """Yields the shards, or the parts of their files, in order; raises `StorageError`."""
+        limit = math.inf if self.split_bytes is None else self.split_bytes
+        pending = deque[tuple[Shard, Future[list[Shard]] | None]]()
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
+            for shard in shards:
+                is_large = shard.size > limit and shard.format in _PARTS
+                pending.append((shard, pool.submit(self._divide, storage, shard) if is_large else None))
+                while pending and (len(pending) > _MAX_PENDING or pending[0][1] is None):
+                    yield from self._finish(*pending.popleft())
+            while pending:
+                yield from self._finish(*pending.popleft())
+
+    def _divide(self, storage: Storage, shard: Shard) -> list[Shard]:
+        """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
+        assert self.split_bytes is not None
+        kind, find = _PARTS[shard.format]
+        try:
+            starts = find(storage, shard, self)
+        except (ObjectChanged, ObjectNotFound):
+            return [shard]
+        except (StorageError, MemoryError):  # another division would label the file again
+            raise
+        except Exception:
+            return [shard]
+        if len(starts) < 3:
+            return [shard]
+        return [
+            Shard(
+                f"{shard.uri}/{kind}-{start:012d}",
+                f"{shard.version}/{start}-{stop}",
+                shard.format,
+                stop_byte - start_byte,
+                span=(start, stop),
+                file=shard.object,
+            )
+            for (start, start_byte), (stop, stop_byte) in pairwise(starts)
+        ]
+
+    def _finish(self, shard: Shard, parts: Future[list[Shard]] | None) -> Iterator[Shard]:
+        for part in [shard] if parts is None else parts.result():
+            if self.carry and part.format != "images":
+                names = json.dumps(list(self.carry.items())).encode()
+                version = f"{part.version}/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}"
+                part = replace(part, version=version, file=shard.object if part.format in _PARTS else None)
+            yield part
+
+
+def _parquet_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:
+    """Returns the first row of each part, with its position in bytes, and the ends of the file."""
+    with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
+        footer = pq.ParquetFile(FooterFile(stream, _NO_LIMIT), pre_buffer=False).metadata
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    total = sum(group.total_byte_size for group in groups)
+    count = -(-shard.size // (division.split_bytes or shard.size))
+    starts, row, size = list[tuple[int, int]](), 0, 0
+    for group in groups:
+        if group.num_rows and size * count >= total * len(starts):
+            starts.append((row, size * shard.size // total))
+        row, size = row + group.num_rows, size + group.total_byte_size
+    return [*starts, (row, shard.size)]
+
+
+def _tar_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:
+    """Returns the first byte of each part, twice, and the end of the file; only the ends if compressed."""
+    step, starts = division.split_bytes or shard.size, [0]
+    with io.BufferedReader(
+        storage.open_unbuffered(shard.object.uri, shard.object.version), _PROBE_BYTES
+    ) as stream:
+        next(read_members(stream, _NO_LIMIT))  # raises for compressed tars and other files
+        for boundary in range(step, shard.size, step):
+            start = _find_sample(stream, boundary // BLOCK_BYTES * BLOCK_BYTES, division.key)
+            if start is not None and start > starts[-1]:
+                starts.append(start)
+    return [(start, start) for start in [*starts, shard.size]]
+
+
+def _find_sample(stream: BinaryIO, boundary: int, rule: str) -> int | None:
+    """Returns where a sample starts after a boundary; None if no header is near.
+
+    The first header that is found may lack the extended headers before it, so its name does not count.
+    """
+    for position in range(boundary, boundary + _PROBED_BYTES, BLOCK_BYTES):
+        stream.seek(position)
+        if not any(stream.read(BLOCK_BYTES)):
+            continue
+        before: str | None = None
+        try:
+            members = islice(read_members(stream, _NO_LIMIT, position), 1, _MAX_MEMBERS)
+            for member in members:
+                key = None if is_ignored(member) else split_name(member.name, rule)[0]
+                if key is not None and before not in (None, key):
+                    return member.offset
+                before = key or before
+        except UnreadableShardError:
+            continue
+        return None
+    return None
+
+
+#: By format: the kind of position in a part's URI, and the function that finds the positions.
+_PARTS: Mapping[str, tuple[str, Callable[[Storage, Shard, Division], list[tuple[int, int]]]]] = {
+    "parquet": ("rows", _parquet_starts),
+    "webdataset": ("bytes", _tar_starts),
+}
