@@ -16,6 +16,7 @@ from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.decode import hide_pillow_warnings
+from pipeline.read import is_partly_readable
 from pipeline.run import Plan
 from pipeline.statistics import class_table, describe_bottleneck
 from pipeline.text import pluralize
@@ -49,7 +50,7 @@ def label(
     command uses the model and the selection of that run; options override the selection.
 
     Exit status: 0 if all shards are labeled; 2 if the configuration is not valid; 3 if shards could not be
-    read (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5 if another
+    read to the end (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5 if another
     run labels the same partition; 7 if a limit of the gate on drift is exceeded (shards may be unreadable
     too); 8 if too many images or shards failed, or the gate stopped the run; 130 if stopped by Ctrl-C or
     SIGTERM; 1 otherwise.
@@ -150,8 +151,17 @@ def print_result(result: RunResult) -> None:
         print_notice(f"unmatched: {targets} ({totals.unmatched.describe(_EXAMPLES)}); {remedy}")
     if totals.duplicate_keys:
         print_notice(f"duplicate keys within a shard: {pluralize(totals.duplicate_keys, 'sample')}")
+    if totals.merged_images:
+        remedy = "set input.key: last-dot to label each image, or input.image_member to choose one"
+        print_notice(f"merged: {totals.merged_images:,} more images in the same samples; {remedy}")
     for row in totals.unreadable:
         print_notice(f"not labeled: {row.error}")
+    if any(is_partly_readable(row.error or "") for row in totals.unreadable):
+        print_notice("to label the readable part of damaged shards, set input.on_damaged_shard: keep")
+    for row in totals.damaged:
+        print_notice(f"labeled in part: {row.damage}")
+    if plan.damaged:
+        print_notice(f"labeled in part: {pluralize(plan.damaged, 'shard')}, damaged (see manifest.parquet)")
     if plan.skipped_failures:
         shards = pluralize(plan.skipped_failures, "shard")
         print_notice(f"not labeled: {shards} that could not be read before (to retry: --retry-errors)")

@@ -39,16 +39,18 @@ def stats(
         partition = console.resolve_partition(uri, config, set)
     if rebuild:
         rebuild_partition(partition)
-    manifest = partition.manifest.read(("rows", "errors", "output", "error", "deleted"))
+    manifest = partition.manifest.read(("rows", "errors", "output", "error", "deleted", "damage"))
     if not manifest.num_rows:
         raise StorageError(partition.uri, "nothing is labeled yet")
     total, topk = partition.manifest.fold_statistics(), partition.topk()
     if total.count.any():
         console.print_table(console.make_class_table(class_table(total, partition.labels, topk), top))
-    labeled, failed = (manifest.num_rows - manifest[name].null_count for name in ("output", "error"))
+    names = ("output", "error", "damage")
+    labeled, failed, damaged = (manifest.num_rows - manifest[name].null_count for name in names)
     deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))
     fields = {
-        "shards": f"{labeled:,} labeled, {failed:,} unreadable, {deleted:,} deleted from the input",
+        "shards": f"{labeled:,} labeled, {failed:,} unreadable, {deleted:,} deleted from the input"
+        + (f", {damaged:,} labeled in part" if damaged else ""),
         "images": f"{images:,}",
         "errors": f"{errors:,}",
     }

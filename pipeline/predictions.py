@@ -176,6 +176,8 @@ class Footer:
         duplicate_keys: Number of samples whose key occurs earlier in the shard.
         unmatched_targets: Number of samples whose own label is not a class of the model.
         statistics: Partial class statistics of the shard, from `serialize_statistics`.
+        merged_images: Number of images that are not labeled because another image of their sample is.
+        damage: Why the rest of the shard cannot be read; empty if all samples are labeled.
     """
 
     shard: str
@@ -188,6 +190,8 @@ class Footer:
     duplicate_keys: int
     unmatched_targets: int
     statistics: bytes
+    merged_images: int = 0
+    damage: str = ""
 
 
 #: Fields of type str or int, in the order of the footer.
@@ -220,8 +224,9 @@ def read_footer(uri: str, file: io.IOBase) -> Footer:
     with content_errors(uri, "a prediction file"):
         found = pq.read_metadata(file).metadata or {}
         metadata = {name.decode(): text.decode() for name, text in found.items()}
-        values = {field.name: field.type(metadata[_FOOTER + field.name]) for field in _FOOTER_FIELDS}
         statistics = base64.b64decode(metadata[f"{_FOOTER}statistics"])
+        texts = {field: metadata.get(_FOOTER + field.name, field.default) for field in _FOOTER_FIELDS}
+        values = {field.name: field.type(text) for field, text in texts.items()}
         return Footer(**values, statistics=statistics)
 
 

@@ -47,6 +47,8 @@ class Totals:
     Unreadable shards count as shards, and error rows as images.
 
     Attributes:
+        merged_images: images that are not labeled because another image of their sample is.
+        damaged: shards that are labeled as far as they are readable.
         retries: storage operations that workers retried, by kind of failure.
         unmatched: labels of the dataset that are not classes of the model.
         metrics: metrics by stage, chunks of open shards included.
@@ -56,7 +58,9 @@ class Totals:
     images: int = 0
     errors: int = 0
     duplicate_keys: int = 0
+    merged_images: int = 0
     unreadable: list[ManifestRow] = field(default_factory=list)
+    damaged: list[ManifestRow] = field(default_factory=list)
     causes: ErrorCauses = field(default_factory=ErrorCauses)
     unmatched: ErrorCauses = field(default_factory=ErrorCauses)
     retries: Counter[str] = field(default_factory=Counter)
@@ -156,6 +160,9 @@ class Committer:
         totals.images += row.rows or 0
         totals.errors += row.errors or 0
         totals.duplicate_keys += row.duplicate_keys or 0
+        totals.merged_images += row.merged_images or 0
         if row.error is not None:
             totals.unreadable.append(row)
+        elif row.damage is not None:
+            totals.damaged.append(row)
         self._on_commit(row)

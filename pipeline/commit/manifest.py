@@ -38,10 +38,12 @@ class ManifestRow:
         rows: number of samples; None if no version is labeled.
         duplicate_keys: number of samples whose key occurs earlier in the shard.
         unmatched_targets: number of samples whose own label is not a class of the model.
+        merged_images: number of images that are not labeled because another image of their sample is.
         output: prediction file, relative to the partition; None if there is no file.
         error: why the last attempt to read the shard failed; None if it succeeded.
         failed_version: the version that could not be read; None if the storage failed, so that the next run
             reads the shard again.
+        damage: why only the samples before this error are labeled; None if all are.
         deleted: whether the shard was deleted from the input.
         run: run that labeled the shard; None if the row was recovered from the prediction file.
         committed_at: time of the commit (UTC); None if `run` is None.
@@ -56,10 +58,12 @@ class ManifestRow:
     errors: int | None = None
     duplicate_keys: int | None = None
     unmatched_targets: int | None = None
+    merged_images: int | None = None
     output: str | None = None
     output_version: str | None = None
     error: str | None = None
     failed_version: str | None = None
+    damage: str | None = None
     deleted: bool = False
     run: str | None = None
     committed_at: datetime | None = None
@@ -69,7 +73,7 @@ class ManifestRow:
     def of_file(cls, footer: Footer, output: str, output_version: str) -> ManifestRow:
         """Returns the row of a prediction file; `run` and `committed_at` are None."""
         names = {field.name for field in fields(cls)} & {field.name for field in fields(footer)}
-        values = {name: getattr(footer, name) for name in names}
+        values = {name: getattr(footer, name) for name in names} | {"damage": footer.damage or None}
         return cls(footer.shard, output=output, output_version=output_version, **values)
 
     def merged_with(self, before: ManifestRow | None) -> ManifestRow:
@@ -89,7 +93,7 @@ _SCHEMA = pa.schema(
 )
 _ENTRY_FIELDS = (
     "uri", "version", "rows", "errors", "output", "output_version", "error", "failed_version", "deleted",
-    "format",
+    "format", "damage",
 )  # fmt: skip
 
 
@@ -141,7 +145,7 @@ class Manifest:
     def entries(self) -> dict[str, ManifestRow]:
         """Returns all rows by URI, with the fields that planning needs; other fields are None."""
         # These columns have few distinct values: dictionary encoding makes one Python object of each.
-        shared = {"format", "error", "failed_version"}
+        shared = {"format", "error", "failed_version", "damage"}
         columns = (
             (column.dictionary_encode() if name in shared else column).to_pylist()
             for name, column in zip(_ENTRY_FIELDS, self.read(_ENTRY_FIELDS).columns, strict=True)

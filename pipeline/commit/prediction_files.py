@@ -48,7 +48,7 @@ class OpenShard:
     Attributes:
         chunks: by the index of their first sample.
         total: number of samples in the shard; None until its last chunk has arrived.
-        error, transient: as in the last chunk.
+        error, transient, damage: as in the last chunk.
         samples, errors, encoded_bytes: sums over the chunks.
     """
 
@@ -56,6 +56,7 @@ class OpenShard:
     total: int | None = None
     error: str | None = None
     transient: bool = False
+    damage: str | None = None
     samples: int = 0
     errors: int = 0
     encoded_bytes: int = 0
@@ -73,6 +74,7 @@ class OpenShard:
         self.encoded_bytes += chunk.encoded_bytes
         if chunk.total is not None:
             self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
+            self.damage = chunk.damage
         return True
 
     @property
@@ -196,7 +198,7 @@ class PredictionWriter:
                 for name in self.options.carry:
                     if predictions[name].null_count < len(predictions):
                         self.carried.add(name)
-                if written := self._write(shard, predictions, found.count):
+                if written := self._write(shard, predictions, found.count, arrived):
                     row, size = written
                     causes.add(shard.uri, predictions)
                     unmatched = found
@@ -206,7 +208,9 @@ class PredictionWriter:
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))
         return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
 
-    def _write(self, shard: Shard, predictions: pa.Table, unmatched: int) -> tuple[ManifestRow, int] | None:
+    def _write(
+        self, shard: Shard, predictions: pa.Table, unmatched: int, arrived: OpenShard
+    ) -> tuple[ManifestRow, int] | None:
         """Writes the rows of a shard; returns the manifest row of the file, and the size in bytes.
 
         The file replaces the expected version. Any other version was written by an overlapping run: it stays
@@ -228,6 +232,8 @@ class PredictionWriter:
             statistics=serialize_statistics(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),
+            merged_images=sum(chunk.merged for chunk in arrived.chunks.values()),
+            damage=remove_secrets(arrived.damage or ""),
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"

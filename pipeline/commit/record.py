@@ -13,8 +13,11 @@ from pipeline.storage import Storage
 #: Maximum size of a record; a million URIs of shards have 100 MB.
 MAX_RECORD_BYTES = 256 * 1024**2
 #: Lists of shards in the record, and the fields of a shard that could not be read.
-_LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable")
-_FAILURE_FIELDS = ("uri", "format", "size", "error", "failed_version")
+_LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable", "damaged")
+_FAILURE_FIELDS = {
+    "unreadable": ("uri", "format", "size", "error", "failed_version"),
+    "damaged": ("uri", "rows", "damage"),
+}
 
 
 class RunRecord:
@@ -22,7 +25,8 @@ class RunRecord:
 
     The record is saved before the manifest is updated, so that recovery can replay its lists of shards:
     `removed` from the manifest; `deleted` from the input; `reappeared` in the input; `recovered`, which an
-    earlier run could not read; and `unreadable`, which this run could not read.
+    earlier run could not read; and `unreadable`, which this run could not read. Shards that are labeled in
+    part are in `damaged`, which is not replayed: their prediction files have the damage.
     """
 
     def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
@@ -48,9 +52,10 @@ class RunRecord:
             self._values[name] += sorted(uris)
 
     def add_failure(self, row: ManifestRow) -> None:
-        """Adds a shard that could not be read."""
+        """Adds a shard that could not be read, or that is labeled in part."""
+        name = "damaged" if row.error is None else "unreadable"
         with self._lock:
-            self._values["unreadable"].append({name: getattr(row, name) for name in _FAILURE_FIELDS})
+            self._values[name].append({field: getattr(row, field) for field in _FAILURE_FIELDS[name]})
 
     def discard_unsaved(self) -> None:
         """Removes shards that were added since the last save."""

@@ -129,6 +129,7 @@ def _labeled_rows(
             unmatched = len(good) - good["unmatched"].null_count
             no_target = good["target"].null_count - unmatched
             skipped += Counter({"no target": no_target, "target is no class": unmatched})
+            skipped += Counter({"rest of a damaged shard": int(chunk.damage is not None)})
             counts.put(((chunk.shard, chunk.start), (len(targets[-1]), skipped, chunk.error)))
     values = pa.array(np.concatenate(images).reshape(-1))
     image = pa.FixedSizeListArray.from_arrays(values, size * size * 3)

@@ -6,7 +6,7 @@ Images are not decoded in this package.
 from pipeline.read.chunks import NO_SAMPLES, Chunk, failed_chunk, sample_table, split_into_chunks
 from pipeline.read.division import Division, overlap, whole_file
 from pipeline.read.reader import complete_sample, list_samples, read_samples, select_images
-from pipeline.read.samples import ReadOptions, Sample
+from pipeline.read.samples import ReadOptions, Sample, is_partly_readable
 from pipeline.read.shards import (
     MAX_IGNORED_EXAMPLES,
     IgnoreReason,

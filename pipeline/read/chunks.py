@@ -50,6 +50,8 @@ class Chunk:
         pixels: uint8 (images, height, width, 3) of the samples without an error, as an array, or a tensor on
             the classifier's device.
         transient: Whether a later attempt may succeed.
+        damage: Why a shard is labeled only up to here; only in the last chunk of the shard.
+        merged: Number of further images of the samples, which are not labeled.
         encoded_bytes: Size of the encoded images in bytes.
         retries: Number of retried storage failures while the chunk was read, by kind.
         metrics: Metrics by stage.
@@ -62,6 +64,8 @@ class Chunk:
     error: str | None = None
     pixels: np.ndarray | Tensor | None = None
     transient: bool = False
+    damage: str | None = None
+    merged: int = 0
     encoded_bytes: int = 0
     retries: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, StageMetrics] = field(default_factory=dict)
@@ -121,24 +125,30 @@ def split_into_chunks(
     """
     start, size = 0, 0
     pending: list[Sample] = []
-    error, transient = None, False
+    error, transient, damage = None, False, None
     try:
-        for sample in samples:
-            texts = (sample.key, sample.error, sample.unmatched)
-            more = len(sample.image or b"") + sum(len(text.encode()) for text in texts if text)
-            more += sum(scalar_array([value]).nbytes for value in sample.carried)
-            if pending and (len(pending) == max_images or size + more > max_bytes):
-                yield _chunk(shard, start, pending)
-                start, pending, size = start + len(pending), [], 0
-            pending.append(sample)
-            size += more
+        try:
+            for sample in samples:
+                texts = (sample.key, sample.error, sample.unmatched)
+                more = len(sample.image or b"") + sum(len(text.encode()) for text in texts if text)
+                more += sum(scalar_array([value]).nbytes for value in sample.carried)
+                if pending and (len(pending) == max_images or size + more > max_bytes):
+                    yield _chunk(shard, start, pending)
+                    start, pending, size = start + len(pending), [], 0
+                pending.append(sample)
+                size += more
+        except ShardError as failure:
+            if not failure.keep:
+                raise
+            damage = str(failure)
         last = _chunk(shard, start, pending)
     except Exception as failure:  # Arrow raises other errors, for example for too many bytes
         if not isinstance(failure, ShardError):
             failure = ShardError(uri, f"cannot store samples: {failure!r}", isinstance(failure, MemoryError))
         error, transient = str(failure), failure.transient
         last = _chunk(shard, start, [])
-    yield replace(last, total=start + last.samples.num_rows, error=error, transient=transient)
+    total = start + last.samples.num_rows
+    yield replace(last, total=total, error=error, transient=transient, damage=damage)
 
 
 def sample_table(samples: Sequence[Sample]) -> pa.Table:
@@ -152,4 +162,5 @@ def sample_table(samples: Sequence[Sample]) -> pa.Table:
 
 def _chunk(shard: int, start: int, samples: list[Sample]) -> Chunk:
     size = sum(len(sample.image or b"") for sample in samples)
-    return Chunk(shard, start, sample_table(samples), encoded_bytes=size)
+    table, merged = sample_table(samples), sum(sample.merged for sample in samples)
+    return Chunk(shard, start, table, merged=merged, encoded_bytes=size)

@@ -49,7 +49,11 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         position = f"after {pluralize(count, 'sample')} (the last key was {key[:200]!r}): " if count else ""
         transient = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
         transient = transient and not isinstance(error, ObjectNotFound | ObjectChanged)
-        raise ShardError(shard.uri, position + _cause(shard, error), transient) from error
+        is_damage = count and not (
+            transient or isinstance(error, StorageError) or shard.members or shard.rows
+        )
+        keep = bool(is_damage) and options.on_damaged_shard == "keep"
+        raise ShardError(shard.uri, position + _cause(shard, error), transient, keep) from error
 
 
 def complete_sample(sample: Sample, options: ReadOptions) -> Sample:

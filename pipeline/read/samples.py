@@ -25,15 +25,24 @@ class ReadTimeoutError(UnreadableShardError):
 
 
 class ShardError(Exception):
-    """The shard cannot be read. If the error is transient, a later attempt may succeed."""
+    """The shard cannot be read. If the error is transient, a later attempt may succeed.
 
-    def __init__(self, uri: str, cause: str, transient: bool = False) -> None:
-        super().__init__(uri, cause[:_MAX_CAUSE], transient)
+    With `keep`, the shard is damaged, and the samples before the error are labeled.
+    """
+
+    def __init__(self, uri: str, cause: str, transient: bool = False, keep: bool = False) -> None:
+        super().__init__(uri, cause[:_MAX_CAUSE], transient, keep)
         self.uri = uri
         self.transient = transient
+        self.keep = keep
 
     def __str__(self) -> str:
         return f"{self.uri}: {self.args[1]}"
+
+
+def is_partly_readable(error: str) -> bool:
+    """Returns whether samples precede the error of a shard, see `read_samples`."""
+    return ": after " in error
 
 
 @dataclass(slots=True)
@@ -97,6 +106,7 @@ class ReadOptions:
     max_shard_samples: int = 1_000_000
     key: str = "first-dot"
     image_member: str | None = None
+    on_damaged_shard: str = "skip"
     carry: Mapping[str, str | None] = field(default_factory=dict)
     target_names: Sequence[str] | None = None
     target_map: Mapping[str, str] | None = None

@@ -14,11 +14,12 @@ from pipeline.read.samples import UnreadableShardError
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse maps
-#: Number of members, and length of a name, to which hard links are read: about 30 MB of memory.
-MAX_LINKED_MEMBERS, _MAX_LINKED_NAME = 100_000, 1000
+_MAX_LINKED, _MAX_LINKED_NAME = 100_000, 1000  # number and name of files to which hard links may refer
 #: The PAX keyword of an extended header whose content is one value, by type.
 _LONG_VALUES = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+#: The types of members whose content is stored as it is.
+PLAIN_TYPES = {*tarfile.REGULAR_TYPES} - {tarfile.GNUTYPE_SPARSE}
 _EXTENDED_TYPES = (*_LONG_VALUES, *_PAX_TYPES, tarfile.XGLTYPE)  # global headers name no member
 
 
@@ -49,7 +50,7 @@ def read_members(
             info.linkname = ""
         elif info.islnk() and info.linkname in files:
             info.type, (info.offset_data, info.size) = tarfile.REGTYPE, files[info.linkname]
-        if is_plain_file(info) and len(files) < MAX_LINKED_MEMBERS and len(info.name) <= _MAX_LINKED_NAME:
+        if info.type in PLAIN_TYPES and len(files) < _MAX_LINKED and len(info.name) <= _MAX_LINKED_NAME:
             files[info.name] = info.offset_data, info.size
         yield info
     if stop is not None:
@@ -64,11 +65,6 @@ def read_members(
         if block.count(b"\0") != len(block):
             cause = "a block was overwritten with zeros, or several tars were concatenated without tar -A"
             raise TarEndError(f"the tar is damaged: data follows the end of the tar ({cause})")
-
-
-def is_plain_file(info: tarfile.TarInfo) -> bool:
-    """Returns whether the content of a member is stored as it is: not that of a sparse file."""
-    return info.isreg() and info.type != tarfile.GNUTYPE_SPARSE
 
 
 def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:

@@ -14,7 +14,7 @@ from pipeline.read.compression import DecompressedFile, find_compression
 from pipeline.read.limits import Deadline, TimedFile
 from pipeline.read.samples import ReadOptions, Sample, UnreadableShardError, describe_excess
 from pipeline.read.shards import IMAGE_EXTENSIONS, Shard
-from pipeline.read.tar import MAX_LINKED_MEMBERS, TarEndError, is_plain_file, read_members
+from pipeline.read.tar import PLAIN_TYPES, TarEndError, read_members
 from pipeline.storage import Storage
 
 # Of a sample: all names like `frame.000001.jpg` have the key `frame`.
@@ -126,26 +126,23 @@ class _TarSample:
 
     def _problem(self, info: tarfile.TarInfo) -> str | None:
         """Returns why the content of a member cannot be read."""
-        if is_plain_file(info) and not (info.linkname and self.compression):
+        if info.type in PLAIN_TYPES and not (info.linkname and self.compression):
             return None
-        if not info.linkname:
-            return f"{info.name!r} is a special or sparse file, not a regular file"
-        if info.issym():
-            return f"{info.name!r} is a link to {info.linkname!r}, not a regular file"
-        cause = f"which is not among the first {MAX_LINKED_MEMBERS:,} regular files before the link"
-        if self.compression:
-            cause = "which cannot be read again in a compressed tar; decompress the tar"
-        found = f"{info.name!r} is a hard link to {info.linkname!r}"
-        return f"{found}, {cause}, or create the tar with `tar --hard-dereference`"
+        if info.type not in PLAIN_TYPES and not info.islnk():
+            kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
+            return f"{info.name!r} is {kind}, not a regular file"
+        cause = "which is not among the first 100,000 files before the link"
+        cause = "and the tar is compressed: decompress the tar" if self.compression else cause
+        link = f"{info.name!r} is a hard link to {info.linkname!r}"
+        return f"{link}, {cause}, or create the tar with `tar --hard-dereference`"
 
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
-        error, member = self.sample.error, self.options.image_member
+        error, wanted = self.sample.error, "a supported image extension"
+        if self.options.image_member is not None:
+            wanted = f"the extension .{self.options.image_member} (input.image_member)"
         if not self.image_rank:
             members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
-            wanted = (
-                f"the extension .{member} (input.image_member)" if member else "a supported image extension"
-            )
             error = sample_error(
                 ErrorCategory.NO_IMAGE,
                 f"no member has {wanted} (members: {members}); the members of a sample must be adjacent in "

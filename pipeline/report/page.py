@@ -38,7 +38,7 @@ def write_report(
     Raises:
         StorageError: the partition cannot be read, or the page cannot be written.
     """
-    manifest = partition.manifest.read(("rows", "errors", "error", "deleted", "unmatched_targets"))
+    manifest = partition.manifest.read(("rows", "errors", "error", "damage", "deleted", "unmatched_targets"))
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
     page_sections = [
         sections.classes(partition.labels, statistics, topk),

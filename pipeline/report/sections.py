@@ -259,9 +259,10 @@ def _reference_name(compared: Comparison) -> str:
 def failures(partition: Partition, manifest: pa.Table) -> ReportSection:
     """Returns the section about samples with errors and unreadable shards, of all runs.
 
-    Reads the columns `errors` and `error` of the manifest, and at most `MAX_FILES` prediction files.
+    Reads the columns `errors`, `error` and `damage` of the manifest, and up to `MAX_FILES` prediction files.
     """
-    unreadable = manifest["error"].drop_null()
+    damage = manifest["damage"].drop_null()
+    unreadable = pa.chunked_array([*manifest["error"].drop_null().chunks, *damage.chunks], pa.string())
     errors = pc.sum(manifest["errors"]).as_py() or 0
     section = ReportSection("failures", "Failures")
     if not errors and not len(unreadable):
@@ -288,6 +289,8 @@ def failures(partition: Partition, manifest: pa.Table) -> ReportSection:
     if len(unreadable):
         section.unreadable_shards = unreadable.slice(0, MAX_UNREADABLE_SHARDS).to_pylist()
         section.unreadable_note = f"{pluralize(len(unreadable), 'shard')} could not be read."
+        if len(damage):
+            section.unreadable_note += f" Of these, {len(damage):,} are labeled as far as they are readable."
         if len(unreadable) > MAX_UNREADABLE_SHARDS:
             section.unreadable_note += f" The first {MAX_UNREADABLE_SHARDS} are shown."
         section.unreadable_note += " The file manifest.parquet lists all:"

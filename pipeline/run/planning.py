@@ -8,7 +8,15 @@ from functools import partial
 
 from pipeline.commit import CopiedRows, ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
-from pipeline.read import Division, Shard, ShardListing, list_shards, select_images, whole_file
+from pipeline.read import (
+    Division,
+    Shard,
+    ShardListing,
+    is_partly_readable,
+    list_shards,
+    select_images,
+    whole_file,
+)
 from pipeline.run.job import Job, make_job
 from pipeline.run.reuse import find_copied_rows
 from pipeline.storage import is_under
@@ -40,6 +48,7 @@ class Plan:
         states: number of shards by state.
         expected: version of the current prediction file, by URI of a shard to label.
         skipped_failures: number of unreadable shards that are not retried.
+        damaged: number of shards whose labels end where an earlier run could not read further.
         deleted: manifest rows of shards that were deleted from the input, by URI.
         reappeared: shards that the manifest marks as deleted and that the input has again.
         recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
@@ -56,6 +65,7 @@ class Plan:
     states: Counter[ShardState] = field(default_factory=Counter)
     expected: dict[str, str] = field(default_factory=dict)
     skipped_failures: int = 0
+    damaged: int = 0
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
@@ -109,6 +119,7 @@ class Plan:
             unit, states, to_label = "image", self.image_states, self.images or 0
             to_prune = sum(self.deleted[uri].rows or 0 for uri in self.to_prune)
         found = [f"{states[state]:,} {state}" for state in ShardState if states[state]]
+        found += [f"{self.damaged:,} of the done only in part"] * bool(self.damaged)
         copied = self.copied_images if self.image_states is not None else 0
         again = to_label + copied - states[ShardState.NEW] - states[ShardState.CHANGED]
         reprocessed = f" ({again:,} reprocessed)" if again else ""
@@ -118,8 +129,13 @@ class Plan:
         return f"{total}: {', '.join(found)}; {to_label:,} to label{reprocessed}{prune}"
 
 
-def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection) -> Plan:
-    """Compares the input with the manifest, without rows of other inputs; reads the listing to its end."""
+def plan(
+    listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection, keep: bool = False
+) -> Plan:
+    """Compares the input with the manifest, without rows of other inputs; reads the listing to its end.
+
+    With `keep`, the readable parts of damaged shards are due.
+    """
     planned, images, seen = Plan(listing, selection), Counter[ShardState](), set[str]()
     formats, files = set[str | None](), set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
@@ -134,13 +150,16 @@ def plan(listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: 
             planned.reappeared.append(shard.uri)
         if state is ShardState.DONE and row.error is not None and not failed:
             planned.recovered.append(shard.uri)
-        is_due = state in (ShardState.NEW, ShardState.CHANGED)
-        if is_due or selection.relabel or (selection.retry_errors and (failed or row.errors)):
+        is_due = state in (ShardState.NEW, ShardState.CHANGED) or selection.relabel
+        is_due |= keep and failed and is_partly_readable(row.error or "")
+        if is_due or (selection.retry_errors and (failed or row.errors or row.damage)):
             planned.shards.append(shard)
             if row.output_version is not None:
                 planned.expected[shard.uri] = row.output_version
         elif state is ShardState.FAILED:
             planned.skipped_failures += 1
+        elif row.damage is not None:
+            planned.damaged += 1
         formats.add(shard.format)
         if shard.format in ("parquet", "webdataset"):
             files.add(shard.object.uri)
@@ -248,7 +267,7 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
                 f"input.uri: {listing.uri} is inside {folder}, whose image files are labeled in this output; "
                 f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
-    planned = plan(listing, repairs.entries, selection)
+    planned = plan(listing, repairs.entries, selection, job.stages.read_options.on_damaged_shard == "keep")
     if not selection.relabel:
         # Images move to a group that was split from theirs, or from a deleted group to the one before it.
         losing = [repairs.entries[uri] for uri in planned.split_groups]

@@ -89,8 +89,9 @@ class RunResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every shard of the input is labeled in its current version."""
-        return not (self.aborted or self.totals.unreadable or self.plan.skipped_failures)
+        """Whether every shard of the input is labeled in its current version, to its end."""
+        failed = self.totals.unreadable or self.totals.damaged
+        return not (self.aborted or failed or self.plan.skipped_failures or self.plan.damaged)
 
 
 @dataclass
@@ -136,10 +137,12 @@ class RunContext:
         counts = {
             "shards": totals.shards,
             "unreadable_shards": len(totals.unreadable),
+            "damaged_shards": len(totals.damaged),
             "images": totals.images,
             "errors": totals.errors,
             "duplicate_keys": totals.duplicate_keys,
             "unmatched_targets": totals.unmatched.count,
+            "merged_images": totals.merged_images,
             "pruned_shards": len(self.result.plan.to_prune),
         }
         self.record.set(
@@ -170,7 +173,7 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
     record.save()
     try:
         yield record
-        status = "incomplete" if record.values["unreadable"] else "complete"
+        status = "incomplete" if record.values["unreadable"] or record.values["damaged"] else "complete"
         record.set(status="aborted" if record.values.get("aborted") else status)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"

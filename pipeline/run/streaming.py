@@ -78,9 +78,9 @@ def label_shards(run: RunContext) -> StopController:
 def _record_commit(run: RunContext, row: ManifestRow) -> None:
     """Records the outcome of a shard."""
     before = run.prepared.repairs.entries.get(row.uri)
-    if row.error is not None:
+    if row.error is not None or row.damage is not None:
         run.record.add_failure(row)
-    elif before is not None and before.error is not None:
+    if row.error is None and before is not None and before.error is not None:
         run.record.add_shards("recovered", [row.uri])
     if (row.format == "images" or whole_file(row.uri) != row.uri) and row.output is not None:
         run.groups[row.uri] = row

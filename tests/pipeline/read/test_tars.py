@@ -160,7 +160,7 @@ def test_hard_link_that_cannot_be_read_names_cause_and_remedy(tmp_path: Path) ->
     assert remedy in missing
     plain, linked, *_ = read(tmp_path, gzip.compress(data))
     assert (plain.image, plain.target) == (b"first", 3)
-    cause = "'b.jpg' is a hard link to 'a.jpg', which cannot be read again in a compressed tar; decompress"
+    cause = "'b.jpg' is a hard link to 'a.jpg', and the tar is compressed: decompress the tar"
     assert cause in (linked.error or "")
     assert remedy in (linked.error or "")
 
