@@ -50,10 +50,10 @@ def label(
     command uses the model and the selection of that run; options override the selection.
 
     Exit status: 0 if all shards are labeled; 2 if the configuration is not valid; 3 if shards could not be
-    read to the end (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5 if another
-    run labels the same partition; 7 if a limit of the gate on drift is exceeded (shards may be unreadable
-    too); 8 if too many images or shards failed, or the gate stopped the run; 130 if stopped by Ctrl-C or
-    SIGTERM; 1 otherwise.
+    read to the end (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5
+    if another run labels the same partition; 7 if a limit of the gate on drift is exceeded (shards may be
+    unreadable too); 8 if too many images or shards failed, or the gate stopped the run; 130 if stopped by
+    Ctrl-C or SIGTERM; 1 otherwise.
     """
     overrides = [*(set or ()), *[f"ray.address={IN_PROCESS}"] * no_ray]
     result = run(*console.load_job(config, overrides, retry_errors, relabel, prune), wait)
