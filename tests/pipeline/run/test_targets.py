@@ -10,8 +10,9 @@ import pytest
 
 from jobs.label import print_result
 from pipeline import RunResult, label
-from pipeline.config import Config, load_config
+from pipeline.config import Config, ConfigError, load_config
 from pipeline.read import IgnoreReason
+from pipeline.run.stored import find_partition
 from pipeline.storage import Storage
 from tests.cases import case_input
 from tests.makers import make_image, make_parquet, make_tar
@@ -79,6 +80,75 @@ def test_name_of_a_class_label_that_the_model_lacks_is_unmatched(tmp_path: Path)
     causes = [each["cause"] for each in result.totals.unmatched.to_record()]
     model = "is not a class of the model"
     assert causes == [f"'3' {model}", f"'Ankle Boot' {model}; did you mean 'Ankle boot'?", "4 is not in 0..3"]
+
+
+def test_class_is_the_folder_of_an_image_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [
+        "Bag/1.jpg",
+        "Bag/2.jpg",
+        "x/Coat/1.jpg",
+        "3/1.jpg",
+        "Ankle%20boot/1.jpg",
+        "Größe 3/1.jpg",
+        "1.jpg",
+    ]
+    for i, name in enumerate(names):
+        Storage().write(f"{tmp_path}/in/{name}", make_image(i))
+    result = label(run_config(tmp_path, "input.label_from=folder", 'input.target_map={"Größe 3": "Dress"}'))
+    targets = {str(row["key"]): row["target_id"] for row in rows_of(result)}
+    assert targets == dict(zip(names, [8, 8, 4, 3, None, 3, None], strict=True))
+    [unmatched] = record_of(result)["unmatched_targets"]
+    assert (unmatched["cause"], unmatched["count"]) == ("'Ankle%20boot' is not a class of the model", 1)
+    print_result(result)
+    assert "1 target ('Ankle%20boot' is not a class of the model: 1); map classes" in capsys.readouterr().err
+    plain = label(run_config(tmp_path))
+    assert plain.partition.uri != result.partition.uri
+    assert {row["target_id"] for row in rows_of(plain)} == {None}
+    assert plain.totals.unmatched.count == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets"),
+    [
+        (["input.label_from=folder"], [3, 7, None]),
+        (["input.label_from=folder", "input.label_column=label"], [3, 7, None]),
+        (["input.label_from=folder", "input.label_column=y"], [None] * 3),
+        (["input.label_from=folder", "input.labels=false"], [None] * 3),
+        ([], [None] * 3),
+    ],
+)
+def test_class_is_in_a_folder_of_a_partitioned_dataset(
+    tmp_path: Path, settings: list[str], targets: list[int | None]
+) -> None:
+    settings = [f"input.uri={case_input('hive-label')}", f"output.uri={tmp_path}", *IN_PROCESS, *settings]
+    result = label(load_config(Config, None, settings))
+    assert (result.is_complete, result.totals.errors) == (True, 0)
+    assert [row["target_id"] for row in rows_of(result)] == targets
+    missing = "the path has no folder y=value (label_from: folder)"
+    causes = {each["cause"]: each["count"] for each in record_of(result)["unmatched_targets"]}
+    assert causes == ({missing: 3} if "input.label_column=y" in settings else {})
+
+
+def test_file_of_a_map_is_part_of_the_fingerprint_by_its_content(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/in/x.tar", make_tar({"a.jpg": make_image(1), "a.cls": b"taschen"}))
+    file, other = tmp_path / "map.json", tmp_path / "other.json"
+    for path in (file, other):
+        path.write_text('{"taschen": "Bag"}')
+    config = run_config(tmp_path, f"input.target_map={file}")
+    first = label(config)
+    assert [row["target_id"] for row in rows_of(first)] == [8]
+    assert label(run_config(tmp_path, f"input.target_map={other}")).partition.uri == first.partition.uri
+    assert find_partition(config).uri == first.partition.uri  # by the configuration, without a model
+    file.write_text('{"taschen": "Coat"}')
+    second = label(config)
+    assert [row["target_id"] for row in rows_of(second)] == [4]
+    assert second.partition.uri != first.partition.uri
+    file.write_text('{"taschen": "Bags"}')
+    with pytest.raises(
+        ConfigError, match=r"input\.target_map: .*map\.json: 'taschen': 'Bags' is not a class"
+    ):
+        label(config)
+    assert len(list((tmp_path / "out").iterdir())) == 2
 
 
 @pytest.mark.parametrize("format", ["auto", "webdataset"])

@@ -318,6 +318,31 @@ def test_training_without_usable_targets_ends_with_the_reasons(
         run(config(shards, tmp_path, "model.new.labels=[cat,dog]"))
 
 
+def test_folder_of_classes_trains_as_it_is(
+    ray_local: None, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = load_checkpoint("fashion-mnist").labels
+    for section in ("train", "validation"):
+        with tarfile.open(shards / section / "0.tar") as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+        for name, content in members.items():
+            if name.endswith(".png") and name != "nolabel.png":
+                folder = labels[int(members[name.replace(".png", ".cls")])].replace("/", " or ")
+                path = tmp_path / section / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        (tmp_path / section / "sheet.png").write_bytes(solid_png((0, 0, 0)))  # of no class
+    mapping = '={"T-shirt or top": "T-shirt/top"}'
+    (tmp_path / "map.json").write_text(mapping[1:])
+    caplog.set_level(logging.INFO, "cvt_label")
+    folders = ["train.label_from=folder", "validation.label_from=folder", f"train.target_map{mapping}"]
+    settings = ["optimization.epochs=1", *folders, f"validation.target_map={tmp_path}/map.json"]
+    result = run(config(tmp_path, tmp_path / "runs", *settings))
+    assert load_checkpoint(result.path).labels == labels
+    for section in ("train", "validation"):
+        assert f"{section}: 97 images, 1 skipped, no target: 1" in caplog.messages
+
+
 def test_unreadable_shards_fail_the_training_and_are_named(
     ray_local: None, shards: Path, tmp_path: Path
 ) -> None:
