@@ -82,14 +82,16 @@ class OpenShard:
         """Whether all samples have arrived, or the shard can't be read."""
         return self.error is not None or self.samples == self.total
 
-    def samples_in_order(self, uri: str) -> pa.Table:
-        """Returns the samples of all chunks; raises `IncompleteShardError`."""
+    def take_samples(self, uri: str) -> pa.Table:
+        """Returns the samples of all chunks, and drops the chunks; raises `IncompleteShardError`."""
         chunks = [self.chunks[start] for start in sorted(self.chunks)]
         ends = np.cumsum([chunk.samples.num_rows for chunk in chunks])
         if [chunk.start for chunk in chunks] != [0, *ends[:-1].tolist()]:
             raise IncompleteShardError(f"{uri}: the chunks have gaps or overlap")
         # A chunk without samples has no carried columns.
-        return pa.concat_tables([chunk.samples for chunk in chunks], promote_options="permissive")
+        samples = pa.concat_tables([chunk.samples for chunk in chunks], promote_options="permissive")
+        self.chunks = {}
+        return samples
 
 
 def prediction_rows(
@@ -98,22 +100,22 @@ def prediction_rows(
     """Returns the rows of a prediction file, and the unmatched targets, for the samples of a shard."""
     unmatched = ErrorCauses()
     unmatched.add_unmatched(shard.uri, samples)
-    samples = samples.rename_columns({"target": "target_id"})
-    samples = samples.append_column("shard", pa.repeat(shard.uri, samples.num_rows))
-    samples = samples.append_column("index", pa.array(np.arange(samples.num_rows), pa.int64()))
+    samples = samples.rename_columns({"target": "target_id"}).combine_chunks()
+    count, columns = samples.num_rows, {name: samples[name] for name in samples.column_names}
+    # Constant columns come last: they are as large as the keys, and are not copied again.
+    columns |= {"shard": pa.repeat(shard.uri, count), "index": pa.array(np.arange(count), pa.int64())}
     if shard.format in ("webdataset", "parquet"):
-        for name, value in (("uri", shard.object.uri), ("version", shard.object.version)):
-            column = pc.fill_null(samples[name], value)
-            samples = samples.set_column(samples.schema.get_field_index(name), name, column)
+        file = shard.object
+        uris = columns["shard"] if file.uri == shard.uri else pa.repeat(file.uri, count)
+        columns |= {"uri": uris, "version": pa.repeat(file.version, count)}
     if options.label_names:
         names = pa.array(options.labels, pa.string())
-        samples = samples.append_column("target", names.take(samples["target_id"].combine_chunks()))
+        columns["target"] = names.take(samples["target_id"].combine_chunks())
         topk = samples["topk_label_ids"].combine_chunks()
-        ids = pc.list_flatten(topk)
-        labels = pa.ListArray.from_arrays(topk.offsets, names.take(ids), mask=topk.is_null())
-        samples = samples.append_column("topk_labels", labels)
+        values = names.take(pc.list_flatten(topk))
+        columns["topk_labels"] = pa.ListArray.from_arrays(topk.offsets, values, mask=topk.is_null())
     schema = prediction_schema(options.embedding, options.embedding_width, options.label_names)
-    rows = samples.select(schema.names).cast(schema)
+    rows = pa.table({name: columns[name] for name in schema.names}).cast(schema)
     for number, (name, kind) in enumerate(options.carry.items()):
         values = pa.nulls(len(rows), pa.type_for_alias(kind or "string"))
         if f"carried.{number}" in samples.column_names:
@@ -121,7 +123,7 @@ def prediction_rows(
             if shard.format == "webdataset" and kind is None:
                 values = _parse_json(values.to_pylist())
         rows = rows.append_column(name, values)
-    return rows.combine_chunks(), unmatched
+    return rows, unmatched
 
 
 def _parse_json(texts: list[str | None]) -> pa.Array:
@@ -190,11 +192,7 @@ class PredictionWriter:
                 failed_version = None if arrived.transient else shard.version
                 row = replace(row, error=remove_secrets(arrived.error), failed_version=failed_version)
             else:
-                samples = arrived.samples_in_order(shard.uri)
-                if copied := self.copied.get(shard.uri):
-                    storage = self.partition.storage
-                    samples = copied.merge(samples, shard, storage, self.options, self.read_options)
-                predictions, found = prediction_rows(samples, shard, self.options)
+                predictions, found = prediction_rows(self._take_samples(shard, arrived), shard, self.options)
                 for name in self.options.carry:
                     if predictions[name].null_count < len(predictions):
                         self.carried.add(name)
@@ -207,6 +205,13 @@ class PredictionWriter:
                     row = replace(row, error=error, failed_version=shard.version)
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))
         return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
+
+    def _take_samples(self, shard: Shard, arrived: OpenShard) -> pa.Table:
+        """Returns all samples of a shard: those that were labeled, and those whose stored rows are copied."""
+        samples = arrived.take_samples(shard.uri)
+        if copied := self.copied.get(shard.uri):
+            samples = copied.merge(samples, shard, self.partition.storage, self.options, self.read_options)
+        return samples
 
     def _write(
         self, shard: Shard, predictions: pa.Table, unmatched: int, arrived: OpenShard
@@ -265,8 +270,8 @@ class PredictionWriter:
 
     def _log_errors(self, shard: Shard, predictions: pa.Table) -> None:
         """Logs the first error rows of a shard; names come from data, so they are quoted."""
-        bad = predictions.filter(pc.is_valid(predictions["error"]))
-        for row in bad.slice(0, _MAX_LOGGED_ERRORS).select(["index", "key", "error"]).to_pylist():
+        bad = predictions.select(["index", "key", "error"]).filter(pc.is_valid(predictions["error"]))
+        for row in bad.slice(0, _MAX_LOGGED_ERRORS).to_pylist():
             where = self.run, shard.uri, row["index"], row["key"]
             logger.warning("run %s: shard %r, sample %d, key %r: %s", *where, row["error"])
         if bad.num_rows > _MAX_LOGGED_ERRORS:

@@ -101,7 +101,8 @@ class ClassStatistics:
 
         Reads the columns `label_id`, `score`, `entropy`, `target_id` and `topk_label_ids`.
         """
-        rows = predictions.filter(pc.is_valid(predictions["label_id"]))
+        columns = ["label_id", "score", "entropy", "target_id", "topk_label_ids"]
+        rows = predictions.select(columns).filter(pc.is_valid(predictions["label_id"]))
         stats = cls.empty(num_classes)
         label, score, entropy = (rows[name].to_numpy() for name in ("label_id", "score", "entropy"))
         np.add.at(stats.count, label, 1)
