@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.commit import CopiedRows, ManifestRow, Partition
 from pipeline.read import ReadOptions, Shard, list_samples
-from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
+from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, read_table
 
 _THREADS = 16
 
@@ -53,9 +53,10 @@ def find_copied_rows(
         copied = CopiedRows(len(samples))
         for position, sample in enumerate(samples):
             stored = own.get(sample.uri) or moved.get(sample.uri)
-            if stored is None or sample.version not in (None, stored.version):
+            if stored is None or (stored.is_error and not with_errors):
                 continue
-            if stored.is_error and not with_errors:
+            is_absent = sample.version == ABSENT and stored.is_error
+            if not is_absent and sample.version not in (None, stored.version):
                 continue
             copied.rows.setdefault(stored.file, []).append((position, stored.row))
             copied.errors += stored.is_error
@@ -82,4 +83,5 @@ def _stored_rows(partition: Partition, row: ManifestRow) -> dict[str | None, _St
     return {
         uri: _StoredRow(file, number, version, error is not None)
         for number, (uri, version, error) in enumerate(columns)
+        if uri is not None
     }
