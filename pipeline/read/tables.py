@@ -90,7 +90,7 @@ def row_samples(shard: Shard) -> list[Sample]:
         sample = Sample(key, None, error=error, uri=uri, version=version, label_names=class_names)
         sample.carried = tuple(column[row] for column in carried)
         if labels is not None and error is None:
-            sample.label, problem = _value(labels.slice(row, 1))
+            sample.label, problem = _value(labels[row])
             sample.unmatched = problem and f"the label cannot be read: {problem}"
         samples.append(sample)
     return samples
@@ -203,7 +203,7 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
     for row, value in enumerate(table[roles["uri"]].to_pylist()):
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
-        key, problem = (text, None) if keys is None else _value(keys.slice(row, 1))
+        key, problem = (text, None) if keys is None else _value(keys[row])
         uri, error = None, failures[row] and sample_error(ErrorCategory.INVALID_URI, failures[row])
         if error is None and not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
