@@ -34,13 +34,12 @@ def demo(
     with LocalS3() as server:
         os.environ.update(server.environment())  # Ray workers inherit them
         config = load_job_config(_CONFIG)
-        server.create_bucket(config.input.uri.split("/")[2])
+        uri = str(config.input.inputs)
+        server.create_bucket(uri.split("/")[2])
         shards = sorted(_SAMPLE_FOLDER.glob("*.tar"))
         for shard in shards:
-            Storage().write(f"{config.input.uri}/{shard.name}", shard.read_bytes())
-        console.print_line(
-            f"S3 server at {server.endpoint_url}: {pluralize(len(shards), 'shard')} in {config.input.uri}"
-        )
+            Storage().write(f"{uri}/{shard.name}", shard.read_bytes())
+        console.print_line(f"S3 server at {server.endpoint_url}: {pluralize(len(shards), 'shard')} in {uri}")
         partition = run(config).partition
         root = partition.uri.rpartition("/")[0]
         for info in partition.storage.list(partition.uri):

@@ -54,7 +54,7 @@ def plan(
                 console.print_line(f"ignored ({reason}): ... and {others:,} more")
     console.print_fields(
         {
-            "input": job.config.input.uri,
+            "input": str(job.config.input.inputs),
             "plan": planned.describe(),
             "to label": _describe_size(planned),
             "ignored": planned.describe_ignored(),

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config import InputUris
 from pipeline.predictions import Footer, deserialize_statistics, read_footer
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ABSENT, Storage, StorageError, content_errors, is_under, read_row_groups
+from pipeline.storage import ABSENT, Storage, StorageError, content_errors, read_row_groups
 
 T = TypeVar("T")
 _READERS = 32
@@ -202,12 +203,11 @@ class Manifest:
         """Rewrites all rows, sorted by URI; calls `make_rows` again after a concurrent write."""
         self._rewrite(lambda _: map(_to_table, batched(make_rows(), self.group_rows)))
 
-    def runs(self, root: str | None = None) -> list[str]:
-        """Returns the runs that wrote current labels, sorted; with `root`, only labels of shards under it."""
+    def runs(self, dataset: InputUris | None = None) -> list[str]:
+        """Returns the runs that wrote current labels, sorted; with `dataset`, only labels of its shards."""
         rows = self.labeled(("uri", "run"))
-        if root is not None:
-            uris = rows["uri"]
-            rows = rows.filter(pc.or_(pc.equal(uris, root), pc.starts_with(uris, f"{root}/")))
+        if dataset is not None:
+            rows = rows.filter(pa.array(map(dataset.contains, rows["uri"].to_pylist()), pa.bool_()))
         return sorted(pc.unique(rows["run"]).drop_null().to_pylist())
 
     def fold_statistics(self, run: str | None = None) -> ClassStatistics:
@@ -215,11 +215,11 @@ class Manifest:
         return self.fold_runs(None, run=run)[0]
 
     def fold_runs(
-        self, root: str | None, *groups: Collection[str], run: str | None = None
+        self, dataset: InputUris | None, *groups: Collection[str], run: str | None = None
     ) -> list[ClassStatistics]:
         """Folds the class statistics of all labeled shards, then of each group of run ids, in one pass.
 
-        The groups count only shards under the URI `root`. With `run`, only shards of this run count at all.
+        The groups count only shards of `dataset`. With `run`, only shards of this run count at all.
         """
         columns = ["output", "statistics", "uri", "run"]
 
@@ -232,7 +232,7 @@ class Manifest:
                     files = [f"{self.partition}/{output}" for output in outputs]
                     partials = pool.map(partial(_read_partial, self.storage), files, serialized)
                     rows = [
-                        (part, run_id if root is None or is_under(uri, root) else None)
+                        (part, run_id if dataset is None or dataset.contains(uri) else None)
                         for uri, run_id, part in zip(uris, runs, partials, strict=True)
                     ]
                     parts = [[part for part, _ in rows]]

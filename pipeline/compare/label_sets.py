@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
+from pipeline.config import InputUris
 from pipeline.predictions import read_predictions
 from pipeline.statistics import (
     HISTOGRAM_BINS,
@@ -177,18 +178,18 @@ class RunPair:
     count as labels of the later run. Runs without labels in the partition are ignored.
 
     Attributes:
-        dataset: URI of the dataset. None if the partition has labels of one dataset only.
+        dataset: the input of the dataset. None if the partition has labels of one dataset only.
         previous: id of the earlier run. None for the first run.
         current: ids of the later run and of the runs that it completed. Empty if they labeled nothing.
     """
 
     partition: Partition
-    dataset: str | None
+    dataset: InputUris | None
     previous: str | None
     current: Sequence[str]
 
     @classmethod
-    def find(cls, partition: Partition, dataset: str | None, run: str) -> Self:
+    def find(cls, partition: Partition, dataset: InputUris | None, run: str) -> Self:
         """Finds the run before `run`."""
         earlier, current = [each for each in partition.manifest.runs(dataset) if each <= run], list[str]()
         while earlier and (earlier[-1] == run or not _ended_normally(partition, earlier[-1])):

@@ -18,3 +18,4 @@ from pipeline.config.stages import (
     ReadConfig,
 )
 from pipeline.config.train import OptimizationConfig, TrainConfig
+from pipeline.config.uris import InputUris, UriPattern

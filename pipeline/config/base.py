@@ -5,7 +5,15 @@ import re
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline.storage import StorageError, is_relative, normalize_uri
@@ -84,6 +92,14 @@ def _normalize(uri: str, info: ValidationInfo) -> str:
         raise PydanticCustomError(VALUE_HIDDEN, "{cause}", {"cause": error.cause}) from None
 
 
+def _normalize_each(value: Any, info: ValidationInfo) -> Any:
+    uris = value if isinstance(value, list) else [value]
+    if not uris or not all(isinstance(uri, str) and uri for uri in uris):
+        raise ValueError("must be a URI or a list of URIs")
+    found = [_normalize(_reject_credentials(uri), info) for uri in uris]
+    return found if isinstance(value, list) else found[0]
+
+
 def _normalize_unless_relative(uri: str, info: ValidationInfo) -> str:
     return uri if is_relative(uri) else _normalize(uri, info)
 
@@ -99,6 +115,9 @@ Address = Annotated[str, Field(min_length=1), AfterValidator(_reject_credentials
 
 #: The normalized URI of a folder or an object.
 Uri = Annotated[Address, AfterValidator(_normalize)]
+
+#: A URI or a list of URIs, normalized.
+Uris = Annotated[str | list[str], BeforeValidator(_normalize_each)]
 
 #: The name of a model, or the path or URI of a file or folder. URIs and absolute paths are normalized.
 NameOrUri = Annotated[Address, AfterValidator(_normalize_unless_relative)]

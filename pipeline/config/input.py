@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from pipeline.config.base import NameOrUri, PositiveInt, Section, Uri
+from pipeline.config.base import Address, NameOrUri, PositiveInt, Section, Uris
+from pipeline.config.uris import InputUris
 from pipeline.predictions import prediction_schema
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
@@ -34,14 +35,21 @@ def _names_to_types(value: Any) -> Any:
 class InputConfig(Section):
     """The location of the shards, and which of their parts are image, key and label."""
 
-    uri: Uri = Field(
-        description="Folder of the shards: `s3://`, `gs://` or a local path. A single shard is also allowed.",
-        examples=["s3://my-bucket/shards"],
+    uri: Uris = Field(
+        description="Folder of the shards, or a single shard: `s3://`, `gs://` or a local path. Also a list "
+        "of them, and glob patterns: `*`, `**`, `?`, `[a-c]`, `{a,b}`, `{0000..0999}`.",
+        examples=["s3://my-bucket/shards", ["s3://my-bucket/a", "s3://my-bucket/b-{000..099}.tar"]],
+    )
+    exclude: list[Address] = Field(
+        default_factory=list,
+        description="Glob patterns of objects and folders to exclude: full URIs, or names relative to the "
+        "folder in `uri`. A pattern without a slash excludes names in every folder.",
+        examples=[["val/**", "*-broken.tar"]],
     )
     format: InputFormat = Field(
         default="auto",
-        description="Format of the shards. `auto`: inferred from each file extension. `webdataset`, "
-        "`parquet`: every file has this format. `images`: every file with an image extension.",
+        description="Format of the shards. `auto`: inferred from each file extension. Others: only files "
+        "with an extension of the format, and objects that `uri` names exactly.",
         examples=["webdataset"],
     )
     labels: bool = Field(
@@ -155,6 +163,17 @@ class InputConfig(Section):
         description="Maximum number of pixels of an image (width times height). A larger image is an error "
         "row, and is not decoded.",
     )
+
+    @field_validator("uri", "exclude")
+    @classmethod
+    def _check_patterns(cls, value: str | list[str]) -> str | list[str]:
+        _ = InputUris.parse(value)
+        return value
+
+    @property
+    def inputs(self) -> InputUris:
+        """The objects that `uri` and `exclude` select."""
+        return InputUris.parse(self.uri, self.exclude)
 
     @field_validator("carry")
     @classmethod

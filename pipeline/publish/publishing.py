@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition, prediction_files
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, InputUris
 from pipeline.publish.data_files import DataFile, pack_rows, read_rows, write_data_file
 from pipeline.publish.delta_table import SHARDS_SCHEMA, DeltaTable, Snapshot, TableChangedError
 from pipeline.storage import (
@@ -107,10 +107,11 @@ def publish_labels(
 
 def _check_location(table: str, partition: Partition) -> None:
     """Refuses locations where readers or Delta's VACUUM would confuse the table with other files."""
-    source = partition.config().get("input", {}).get("uri")
-    for name, location in {"output": partition.uri.rpartition("/")[0], "input": source}.items():
-        if location and (is_under(table, location) or is_under(location, table)):
-            raise ConfigError(f"{table}: the table must be outside the {name} {location}, and not contain it")
+    inputs, output = InputUris.of_record({"config": partition.config()}), partition.uri.rpartition("/")[0]
+    locations = [("output", InputUris.parse(output))] + ([("input", inputs)] if inputs is not None else [])
+    for name, uris in locations:
+        if uris.covers(table) or any(is_under(root, table) for root in uris.roots):
+            raise ConfigError(f"{table}: the table must be outside the {name} {uris}, and not contain it")
 
 
 @dataclass(frozen=True)

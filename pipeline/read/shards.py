@@ -4,14 +4,16 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain, pairwise
 from typing import Literal, Self
 
-from pipeline.config import InputConfig, InputFormat
-from pipeline.read.table_files import is_table_name
-from pipeline.storage import ObjectInfo, Storage, relative_name
+from pipeline.config import InputConfig, InputFormat, InputUris, UriPattern
+from pipeline.read.table_files import TABLE_SUFFIXES
+from pipeline.read.table_formats import list_objects
+from pipeline.storage import ObjectInfo, Storage, StorageError, is_under, relative_name
 from pipeline.text import pluralize
 
 Format = Literal["webdataset", "parquet", "images", "table"]
@@ -20,12 +22,23 @@ Format = Literal["webdataset", "parquet", "images", "table"]
 IMAGE_EXTENSIONS = frozenset(
     ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl"]
 )
-_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+#: Endings of the names of tars. The content determines the compression.
+TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
+    ".tar.lz4",
+)  # fmt: skip
+_SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "webdataset": TAR_SUFFIXES,
+    "parquet": (".parquet",),
+    "images": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
+    "table": TABLE_SUFFIXES,
+}
 _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
 #: Number of ignored objects whose URIs a listing keeps, by reason.
 MAX_IGNORED_EXAMPLES = 100
 _MAX_EXTENSIONS = 50
+_END = ObjectInfo("", 0, ""), "", ""  # follows the last object
 _EXTENSION = re.compile(r"[^./](\.tar)?(\.[a-z0-9]{1,16})?$")
 
 
@@ -62,42 +75,61 @@ class IgnoreReason(StrEnum):
     """The reasons for which an object of the input is ignored."""
 
     HIDDEN = "hidden name"  # a part of the name starts with `.` or `_`
+    EXCLUDED = "excluded"  # by `input.exclude`
     FORMAT = "other format"  # by the extension, or not of the configured format
     OLD_VERSION = "old version"  # in an S3 Inventory; also delete markers
-    METADATA = "metadata of a tar"  # `x.parquet` and `x_stats.json` of `x.tar`, as img2dataset writes them
+    METADATA = "metadata of a shard"  # `x.parquet` and `x_stats.json` of `x.tar`, as img2dataset writes them
 
 
 class ShardListing(Iterator[Shard]):
     """Iterates over the shards among listed objects.
 
     Attributes:
+        inputs: The URIs and patterns that select objects; others are neither shards nor ignored.
         format: The only format that is listed; None for all formats.
         ignored, ignored_extensions: Number of ignored objects so far, by reason, and also by extension.
         ignored_examples: URIs of the first `MAX_IGNORED_EXAMPLES` ignored objects, by reason.
     """
 
-    def __init__(self, objects: Iterable[ObjectInfo], uri: str, format: Format | None = None) -> None:
-        self.uri = uri
+    def __init__(
+        self, objects: Iterable[ObjectInfo], inputs: InputUris | str, format: Format | None = None
+    ) -> None:
+        self.inputs = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
         self.format = format
         self.ignored = Counter[IgnoreReason]()
         self.ignored_extensions = Counter[tuple[IgnoreReason, str]]()
         self.ignored_examples = defaultdict[IgnoreReason, list[str]](list)
-        self._shards = self._find(objects)
+        # The URIs that must have an object: a URI that does not exist may be a mistake.
+        self._unused = {uri for each in self.inputs.patterns for uri in each.names or {each.text}}
+        self._count = len(self._unused)
+        self._shards = self._find(self._selected(objects))
 
     def __next__(self) -> Shard:
         return next(self._shards)
 
     def require_shards(self, field: str) -> Self:
-        """Returns this listing; raises `NoShardsError` with the field of the URI if it has no shard."""
+        """Returns this listing; raises `NoShardsError` with the field of the URI if it has no shard.
+
+        The returned listing raises the error at its end if one of several URIs or patterns has no object.
+        """
         first = next(self._shards, None)
         if first is None:
-            ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored)" if self.ignored else ""
-            raise NoShardsError(
-                f"{field}: no shards found in {self.uri}{ignored}; "
-                "expected .tar, .tar.gz or .parquet objects, or images"
-            )
-        self._shards = chain([first], self._shards)
+            list(self._check_used(field))
+            reasons = "".join(f", {reason}: {count:,}" for reason, count in sorted(self.ignored.items()))
+            ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored{reasons})" if reasons else ""
+            expected = ", ".join(_SUFFIXES[self.format] if self.format else (*TAR_SUFFIXES, ".parquet"))
+            expected += " objects" + ", or images" * (self.format is None)
+            raise NoShardsError(f"{field}: no shards found in {self.inputs}{ignored}; expected {expected}")
+        self._shards = chain([first], self._shards, self._check_used(field))
         return self
+
+    def _check_used(self, field: str) -> Iterator[Shard]:
+        """Yields nothing; raises `NoShardsError` if one of several URIs or patterns has no object."""
+        if self._unused and self._count > 1:
+            first, unused = ", ".join(sorted(self._unused)[:3]), len(self._unused)
+            first += ", ..." * (unused > 3)
+            raise NoShardsError(f"{field}: {unused:,} of {self._count:,} URIs have no object: {first}")
+        yield from ()
 
     def ignore(self, uri: str, reason: IgnoreReason) -> None:
         """Counts an ignored object."""
@@ -112,8 +144,18 @@ class ShardListing(Iterator[Shard]):
         self._shards = change(self._shards)
         return self
 
-    def _find(self, objects: Iterable[ObjectInfo]) -> Iterator[Shard]:
-        """Yields the shards; splits the image files into groups of about a thousand by their names.
+    def _selected(self, objects: Iterable[ObjectInfo]) -> Iterator[tuple[ObjectInfo, str, str]]:
+        """Yields each selected object, the URI that selects it, see `UriPattern.match`, and its root."""
+        root = ""
+        for info in objects:
+            if not root or not is_under(info.uri, root):
+                root = self.inputs.root_of(info.uri)
+            if matches := self.inputs.matches(root, info.uri):
+                self._unused -= {*matches, *(pattern.text for pattern in matches.values())}
+                yield info, max(matches, key=len), root
+
+    def _find(self, selected: Iterable[tuple[ObjectInfo, str, str]]) -> Iterator[Shard]:
+        """Yields the shards; splits the image files of a root into groups of about a thousand by their names.
 
         An image whose name hashes to 0 modulo 1000 starts a new group, which is named after the hash. An
         image that is added or removed therefore changes one group or two. This is content-defined chunking
@@ -121,23 +163,17 @@ class ShardListing(Iterator[Shard]):
         5,000 images, one in 20,000 has 10,000.
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
-        last_tar = ""
-        for info, following in pairwise(chain(objects, [None])):
-            assert info is not None
-            name = relative_name(self.uri, info.uri)
-            last_tar = info.uri if name.endswith(".tar") else last_tar
-            stem = info.uri.removesuffix(".parquet").removesuffix("_stats.json")
-            neighbors = last_tar, following.uri if following is not None else ""
-            format, reason = _format(name, self.format), IgnoreReason.FORMAT
-            is_hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-            if is_hidden and info.uri != self.uri:
-                format, reason = None, IgnoreReason.HIDDEN
-            elif self.format == "table" and info.uri == self.uri:
-                format = "table"
-            elif self.format in (None, "webdataset") and stem != info.uri and f"{stem}.tar" in neighbors:
-                format, reason = None, IgnoreReason.METADATA
-            if format is None:
-                self.ignore(info.uri, reason)
+        root = last_shard = ""
+        for (info, base, listed), following in pairwise(chain(selected, [_END])):
+            if listed != root and members:
+                yield _group(root, group, members)
+                group, members = _FIRST_GROUP, []
+            root, name = listed, relative_name(listed, info.uri)
+            format = self._format(info.uri, base, root, (last_shard, following[0].uri))
+            if info.uri.lower().endswith((*TAR_SUFFIXES, ".parquet")):
+                last_shard = info.uri
+            if isinstance(format, IgnoreReason):
+                self.ignore(info.uri, format)
             elif format != "images":
                 yield Shard(info.uri, info.version, format, info.size)
             else:
@@ -146,52 +182,66 @@ class ShardListing(Iterator[Shard]):
                 # the second half is 0.
                 if int(digest[16:], 16) % _MEAN_GROUP_SIZE == 0:
                     if members:
-                        yield _group(self.uri, group, members)
+                        yield _group(root, group, members)
                     group, members = digest[:16], []
                 members.append(info)
         if members:
-            yield _group(self.uri, group, members)
+            yield _group(root, group, members)
+
+    def _format(self, uri: str, base: str, root: str, neighbors: Iterable[str]) -> Format | IgnoreReason:
+        """Returns the format of an object that `base` selects, or why it is ignored."""
+        if self.inputs.excludes(root, uri):
+            return IgnoreReason.EXCLUDED
+        if uri == base and self.format is not None:
+            return self.format
+        if any(part.startswith((".", "_")) for part in uri[len(base) + 1 :].split("/")):
+            return IgnoreReason.HIDDEN
+        stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
+        endings = {each[len(stem) :].lower() for each in neighbors if each.startswith(stem)}
+        if stem != uri != base and not endings.isdisjoint((*TAR_SUFFIXES, ".parquet")):
+            return IgnoreReason.METADATA
+        for format, suffixes in _SUFFIXES.items():
+            if self.format in (None, format) and uri.lower().endswith(suffixes):
+                return format
+        return IgnoreReason.FORMAT
 
 
 def list_shards(
-    storage: Storage, uri: str, format: InputFormat = "auto", section: InputConfig | None = None
+    storage: Storage,
+    inputs: InputUris | str,
+    format: InputFormat = "auto",
+    section: InputConfig | None = None,
 ) -> ShardListing:
-    """Lists the shards at a normalized URI: one object, or all objects under a folder.
+    """Lists the shards of an input, whose URIs are normalized.
 
-    The listing streams, and each step may raise `StorageError`. Objects are ignored if a part of their name
-    starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in `uri` itself. With the format
-    `auto`, the extension determines the format. With `webdataset` or `parquet`, every object is a shard. With
-    `table`, `section` has the settings of tables, and a step may also raise `ConfigError`.
+    The listing streams, and each step may raise `StorageError`, or `ConfigError` for a table that cannot be
+    read. A pattern that is also the name of an existing object or folder is no pattern. Objects are ignored
+    if a part of their name starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in a URI of
+    the input. The extension determines the format; another format than `auto` selects objects with its
+    extensions, and objects that the input names exactly. With `table`, `section` has the settings of tables.
     """
-    objects = storage.list(uri, missing_ok=False)
-    listing = ShardListing(objects, uri, None if format == "auto" else format)
+
+    def as_literal(pattern: UriPattern) -> UriPattern:
+        with suppress(StorageError):  # such as a path that is too long; listing the root raises the others
+            if pattern.root != pattern.text and next(storage.list(pattern.text), None) is not None:
+                return UriPattern.literal(pattern.text)
+        return pattern
+
+    found = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
+    found = replace(found, patterns=tuple(map(as_literal, found.patterns)))
+    listing = ShardListing(list_objects(storage, found, format), found, None if format == "auto" else format)
     if format != "table":
         return listing
     from pipeline.read.tables import list_tables  # imports this module
 
-    section = section or InputConfig(uri=uri, format=format)
-    return listing.replace(lambda files: list_tables(storage, section, files, listing.ignore))
+    settings = section or InputConfig(uri=str(inputs), format=format)
+    return listing.replace(lambda files: list_tables(storage, settings, files, listing.ignore))
 
 
 def file_extension(name: str) -> str:
     """Returns the extension of a name in lower case, such as `.jfif` or `.tar.zst`; `none` without one."""
     found = _EXTENSION.search(name.lower())
     return "".join(part or "" for part in found.groups()) if found and any(found.groups()) else "none"
-
-
-def _format(name: str, required: Format | None) -> Format | None:
-    """Returns the format of an object; None if the object is ignored."""
-    lower = name.lower()
-    is_image = lower.endswith(_IMAGE_SUFFIXES)
-    if required == "table":
-        return required if is_table_name(lower) else None
-    if required is not None:
-        return required if required != "images" or is_image else None
-    if lower.endswith((".tar", ".tar.gz", ".tgz")):
-        return "webdataset"
-    if lower.endswith(".parquet"):
-        return "parquet"
-    return "images" if is_image else None
 
 
 def _group(folder: str, name: str, members: list[ObjectInfo]) -> Shard:
@@ -208,4 +258,4 @@ class NoShardsError(ValueError):
 
 def list_input_shards(storage: Storage, section: InputConfig, field: str) -> list[Shard]:
     """Returns all shards of an input. Raises the same errors as `ShardListing.require_shards`."""
-    return list(list_shards(storage, section.uri, section.format, section).require_shards(field))
+    return list(list_shards(storage, section.inputs, section.format, section).require_shards(field))

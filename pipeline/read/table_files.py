@@ -19,12 +19,13 @@ from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 #: Columns that a file adds to those of the table: why a line is no row, and the version of the row's object.
 ERROR, VERSION = "\0error", "\0version"
 _NAME = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.(gz|zst|bz2|xz|lz4))?$", re.I)
+#: Endings of the names of tables.
+TABLE_SUFFIXES = tuple(
+    f".{kind}{compression}"
+    for kind in ("parquet", "csv", "tsv", "jsonl", "ndjson", "txt")
+    for compression in ("", ".gz", ".zst", ".bz2", ".xz", ".lz4")
+)
 _BATCH_ROWS, _MAX_LINE_BYTES = 1000, 16 * 1024**2
-
-
-def is_table_name(name: str) -> bool:
-    """Returns whether a name has the extension of a table."""
-    return _NAME.search(name) is not None
 
 
 def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | None) -> DataFile:

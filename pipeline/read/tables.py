@@ -107,7 +107,7 @@ def list_tables(
     Args:
         storage: Access to tables and images.
         section: The configuration of the input.
-        files: The listed files; not used for Delta, Iceberg and S3 Inventory.
+        files: The listed files. The folder of a Delta or Iceberg table is a file without a version.
         ignore: Called with the objects of an inventory that are no images, and why.
 
     Raises:
@@ -122,12 +122,13 @@ def list_tables(
         return is_current and is_image
 
     def opened() -> Iterator[DataFile]:
-        if section.uri.endswith("/manifest.json"):
-            yield from open_inventory(storage, section.uri, selects)
-        elif (live := open_snapshot(storage, section.uri)) is not None:
-            yield from live
-        else:
-            yield from (open_file(storage, shard.object, section.csv_columns) for shard in files)
+        for file in files:
+            if file.uri.endswith("/manifest.json"):
+                yield from open_inventory(storage, file.uri, selects)
+            elif not file.version or ".metadata.json" in file.uri:  # the folder of a table
+                yield from open_snapshot(storage, file.uri) or ()
+            else:
+                yield from [open_file(storage, file.object, section.csv_columns)]
 
     pending, size = list[tuple[str, pa.Table]](), 0
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
+from pipeline.config import InputUris
 from pipeline.report import sections
 from pipeline.report.elements import axis_ticks, max_value, text_width, truncate_label
 from pipeline.report.gallery import read_gallery
@@ -80,9 +81,9 @@ def _template() -> jinja2.Template:
 
 def _facts(partition: Partition, record: Mapping[str, Any]) -> dict[str, str]:
     config = record.get("config", {})
-    model, section = config.get("model", {}), config.get("input", {})
+    model = config.get("model", {})
     facts = {
-        "Input": section.get("uri"),
+        "Input": InputUris.of_record(record),
         "Checkpoint": model.get("path"),
         "Precision": model.get("precision"),
         "Output": partition.uri,

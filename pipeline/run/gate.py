@@ -3,6 +3,7 @@
 from collections import Counter
 
 from pipeline.compare import RunPair
+from pipeline.config import InputUris
 from pipeline.run.recording import RunContext
 from pipeline.statistics import Comparison, ComparisonLimits
 
@@ -13,10 +14,10 @@ _MAX_EARLIER = 100
 
 def read_earlier_failures(run: RunContext) -> None:
     """Reads the failures of earlier runs of the dataset: of the last run, and of runs that were stopped."""
-    partition, dataset = run.result.partition, run.result.job.config.input.uri
+    partition, dataset = run.result.partition, run.result.job.config.input.inputs
     for earlier in [each for each in partition.records() if each < run.result.run][: -_MAX_EARLIER - 1 : -1]:
         record = partition.record(earlier)
-        if "failures" not in record or record["config"]["input"]["uri"] != dataset:
+        if "failures" not in record or InputUris.of_record(record) != dataset:
             continue
         if record["status"] not in ("running", "interrupted", "failed"):
             run.failures.last = Counter(record["failures"])
@@ -26,7 +27,7 @@ def read_earlier_failures(run: RunContext) -> None:
 
 def find_run_pair(run: RunContext) -> RunPair:
     """Finds the run of the dataset before this run."""
-    return RunPair.find(run.result.partition, run.result.job.config.input.uri, run.result.run)
+    return RunPair.find(run.result.partition, run.result.job.config.input.inputs, run.result.run)
 
 
 def check_gate_alone(run: RunContext) -> bool:

@@ -19,7 +19,6 @@ from pipeline.read import (
 )
 from pipeline.run.job import Job, make_job
 from pipeline.run.reuse import find_copied_rows
-from pipeline.storage import is_under
 from pipeline.text import pluralize
 
 #: Maximum number of extensions in a description.
@@ -175,7 +174,7 @@ def plan(
     planned.deleted = {
         uri: row
         for uri, row in manifest.items()
-        if uri not in seen and is_under(uri, listing.uri) and listing.format in (None, row.format)
+        if uri not in seen and listing.format in (None, row.format) and listing.inputs.contains(uri)
     }
     replaced = {
         uri for uri, row in planned.deleted.items() if row.format != "table" and whole_file(uri) in files
@@ -235,11 +234,10 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
 
 def open_listing(config: Config) -> ShardListing:
     """Starts to list the input; raises as `plan_run`, also if the output is inside the input."""
-    section = config.input
-    source, target = section.uri, config.output.uri
-    if is_under(target, source):
+    inputs, target = config.input.inputs, config.output.uri
+    if inputs.covers(target):
         raise ConfigError(
-            f"output.uri: {target} is inside the input, {source}; later runs would read the labels as "
+            f"output.uri: {target} is inside the input, {inputs}; later runs would read the labels as "
             "shards. Choose an output.uri outside of input.uri"
         )
     return list_input(config).require_shards("input.uri")
@@ -249,7 +247,7 @@ def list_input(config: Config) -> ShardListing:
     """Lists the shards of the input: files, parts of large files, and groups of image files."""
     storage, section = make_storage(config.storage), config.input
     division = Division(config.read.split_bytes, section.carry, section.key)
-    listing = list_shards(storage, section.uri, section.format, section)
+    listing = list_shards(storage, section.inputs, section.format, section)
     return listing.replace(partial(division.apply, storage))
 
 
@@ -260,11 +258,11 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     repairs = find_repairs(
         partition.storage, partition.uri, job.fingerprint, manifest.entries(), clean_shutdown
     )
-    for uri, row in repairs.entries.items():
-        folder = uri.rpartition("/")[0]
-        if row.format == "images" and row.output is not None and listing.uri.startswith(f"{folder}/"):
+    labeled = (uri for uri, row in repairs.entries.items() if row.format == "images" and row.output)
+    for folder in sorted({uri.rpartition("/")[0] for uri in labeled}):
+        for root in (root for root in listing.inputs.roots if root.startswith(f"{folder}/")):
             raise ConfigError(
-                f"input.uri: {listing.uri} is inside {folder}, whose image files are labeled in this output; "
+                f"input.uri: {root} is inside {folder}, whose image files are labeled in this output; "
                 f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
     planned = plan(listing, repairs.entries, selection, job.stages.read_options.on_damaged_shard == "keep")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from pipeline.commit import CLASS_STATS, Lease, Partition, new_run_id, rebuilt_rows
 from pipeline.compare import LabelSet, RunPair, compare_label_sets
-from pipeline.config import Config, make_storage
+from pipeline.config import Config, InputUris, make_storage
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.report import write_report as write_page
 from pipeline.statistics import ClassStatistics, class_table
@@ -108,7 +108,7 @@ def write_report(
     if not record:
         raise StorageError(partition.uri, f"has no record of {'any run' if run is None else f'run {run}'}")
     others = [LabelSet.open(partition.storage, name) for name in against]
-    dataset = record.get("config", {}).get("input", {}).get("uri")
+    dataset = InputUris.of_record(record)
     statistics, previous = RunPair.find(partition, dataset, record["run"]).fold_statistics()
     labels = LabelSet(partition, statistics=statistics)
     comparisons = [compare_label_sets(other, labels) for other in others]

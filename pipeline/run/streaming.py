@@ -18,7 +18,7 @@ from pipeline.dataflow import (
     open_executor,
     ray_address,
 )
-from pipeline.read import Chunk, Shard, list_shards, whole_file
+from pipeline.read import Chunk, Shard, whole_file
 from pipeline.run.gate import check_gate_alone
 from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
@@ -99,7 +99,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     run.on_phase(Phase.STARTING_STAGES)
     logger.info("the batch size of the model is %d", resources.batch_size)
     metrics = executor.metrics(
-        job.config.input.uri, job.partition.model, len(plan.shards), resources.batch_size
+        str(job.config.input.inputs), job.partition.model, len(plan.shards), resources.batch_size
     )
 
     def report_progress(chunk: Chunk | None = None) -> None:
@@ -192,11 +192,9 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
 
 def _is_current(run: RunContext, shard: Shard) -> bool:
     """Returns whether the input still has this version of a shard; raises `LeaseLostError`."""
-    storage, section = run.result.job.storage, run.result.job.config.input
+    storage = run.result.job.storage
     if shard.members or shard.rows:
-        folder = shard.uri.rpartition("/")[0]
-        listing = list_shards(storage, folder, section.format, section) if shard.members else run.relist()
-        return any((other.uri, other.version) == (shard.uri, shard.version) for other in listing)
+        return any((other.uri, other.version) == (shard.uri, shard.version) for other in run.relist())
     if shard.span:  # a run that divides the file differently may have taken over
         run.lease.verify()
     return storage.version(shard.object.uri) == shard.object.version

@@ -177,8 +177,10 @@ class Submission:
         """The part of the metadata that jobs for the same dataset, model and settings have in common."""
         config = self.config
         settings = config.label_settings | {"class_names": config.model.labels}
+        if config.input.exclude or not isinstance(config.input.uri, str):
+            settings["dataset"] = [config.input.uri, config.input.exclude]
         return {
-            "input": config.input.uri,
+            "input": str(config.input.inputs),
             "output": config.output.uri,
             "model": config.model.path + (f"@{config.model.revision}" if config.model.revision else ""),
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8],

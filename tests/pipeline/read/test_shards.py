@@ -14,7 +14,7 @@ import pytest
 from pipeline.config import InputFormat
 from pipeline.predictions import is_allowed_path, prediction_path
 from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
-from pipeline.read.shards import file_extension
+from pipeline.read.shards import TAR_SUFFIXES, file_extension
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
 
 
@@ -25,7 +25,7 @@ class FakeListing(Storage):
         super().__init__()
         object.__setattr__(self, "infos", [ObjectInfo(f"s3://b/{n}", 10, f"etag-{n}") for n in names])
 
-    def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
+    def list(self, uri: str, missing_ok: bool = True, prefix: str = "") -> Iterator[ObjectInfo]:
         return iter(sorted(self.infos, key=lambda info: info.uri.encode()))  # type: ignore[attr-defined]
 
 
@@ -61,25 +61,20 @@ def test_hidden_names_are_ignored_and_counted(storage: Storage, tmp_path: Path) 
         assert listing.ignored == {IgnoreReason.HIDDEN: len(hidden) + 1}
 
 
-def test_configured_format_applies_to_any_name(storage: Storage, tmp_path: Path) -> None:
-    write(storage, str(tmp_path), "shard-1", "x.jpg")
-    formats = [shard.format for shard in list_shards(storage, str(tmp_path), "webdataset")]
-    assert formats == ["webdataset", "webdataset"]
-    (group,) = list_shards(storage, str(tmp_path), "images")
-    assert [info.uri for info in group.members] == [f"{tmp_path}/x.jpg"]
-
-
-def test_metadata_of_tars_are_ignored_unless_parquet_is_configured() -> None:
-    listing = FakeListing(["x.parquet", "x.tar", "x_stats.json"])
+@pytest.mark.parametrize("suffix", TAR_SUFFIXES)
+def test_metadata_of_tars_are_no_shards_in_any_format(suffix: str) -> None:
+    names = ["x.parquet", f"x{suffix}", "x_stats.json", "y.parquet", "y_stats.json", "z_stats.json"]
     formats: list[tuple[InputFormat, list[str]]] = [
-        ("auto", ["x.tar"]),
-        ("webdataset", ["x.tar"]),
-        ("parquet", ["x.parquet", "x.tar", "x_stats.json"]),
+        ("auto", [f"x{suffix}", "y.parquet"]),
+        ("webdataset", [f"x{suffix}"]),
+        ("parquet", ["y.parquet"]),
+        ("images", []),
     ]
-    for format, names in formats:
-        assert [shard.uri for shard in list_shards(listing, "s3://b", format)] == [
-            f"s3://b/{x}" for x in names
-        ]
+    for format, shards in formats:
+        listing = list_shards(FakeListing(names), "s3://b", format)
+        assert [shard.uri for shard in listing] == [f"s3://b/{name}" for name in shards]
+        assert listing.ignored[IgnoreReason.METADATA] == 3
+        assert listing.ignored.total() == len(names) - len(shards)
 
 
 def test_input_can_be_a_single_object(storage: Storage, tmp_path: Path) -> None:
@@ -97,7 +92,7 @@ def test_empty_prefix_has_no_shards_but_missing_folder_fails(
 
 def test_listing_streams(tmp_path: Path) -> None:
     class Endless(Storage):
-        def list(self, uri: str, missing_ok: bool = True) -> Iterator[ObjectInfo]:
+        def list(self, uri: str, missing_ok: bool = True, prefix: str = "") -> Iterator[ObjectInfo]:
             return (ObjectInfo(f"s3://b/{i:09d}.tar", 1, "v-1") for i in itertools.count())
 
     first = itertools.islice(list_shards(Endless(), "s3://b"), 3)
@@ -286,11 +281,11 @@ def test_truncated_path_is_stable() -> None:
 
 
 def test_ignored_objects_are_counted_by_extension() -> None:
-    names = ["a.jp2", "b.JP2", "c.tar.zst", "README", "_x.txt", *(f"d.{i}z" for i in range(60)), "e.tar"]
+    names = ["a.jfif", "b.JFIF", "c.rar", "README", "_x.txt", *(f"d.{i}z" for i in range(60)), "e.tar"]
     listing = ShardListing((ObjectInfo(f"s3://b/in/{name}", 1, "v") for name in sorted(names)), "s3://b/in")
     assert [shard.uri for shard in listing] == ["s3://b/in/e.tar"]
     counts = listing.ignored_extensions
-    assert counts[IgnoreReason.FORMAT, ".jp2"] == 2
+    assert counts[IgnoreReason.FORMAT, ".jfif"] == 2
     assert counts[IgnoreReason.HIDDEN, ".txt"] == 1
     assert counts.total() == listing.ignored.total() == 65
     assert len(counts) <= 52  # names come from the input, so their number is bounded

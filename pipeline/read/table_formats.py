@@ -1,0 +1,75 @@
+"""Lists objects, and finds the tables of Delta, Iceberg, Hudi and Lance among them by their metadata."""
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from os.path import commonprefix
+
+from pipeline.config import ConfigError, InputFormat, InputUris
+from pipeline.storage import ObjectInfo, Storage, is_under
+
+#: The format of a table by its folder with metadata, and the names of these files.
+_FORMATS = {"_delta_log": "Delta", "metadata": "Iceberg", ".hoodie": "Hudi", "_versions": "Lance"}
+_METADATA = re.compile(
+    r"/(?:(_delta_log|\.hoodie)/|(metadata)/[^/]*\.metadata\.json(?:\.gz)?$|(_versions)/[^/]*\.manifest$)"
+)
+_MAX_METADATA_FILES = 10_000  # of a folder `metadata`, which may not be Iceberg's
+_MAX_PREFIXES = 64  # one listing for each; more of them are listed by what they have in common
+
+
+def list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> Iterator[ObjectInfo]:
+    """Lists the objects of an input, sorted in most stores, and some that its patterns do not select.
+
+    The files of a table that were deleted from it remain in its folder. Therefore, a root that is a Delta or
+    Iceberg table lists the files of its current snapshot. Raises `StorageError`, or `ConfigError` if a
+    selected Parquet or Lance file is in another table.
+    """
+    for root, patterns in inputs.roots.items():
+        prefixes = list[str]()
+        for prefix in sorted({each[len(root) + 1 :] for pattern in patterns for each in pattern.prefixes}):
+            if not prefixes or not prefix.startswith(prefixes[-1]):
+                prefixes.append(prefix)
+        for prefix in prefixes if len(prefixes) <= _MAX_PREFIXES else [commonprefix(prefixes)]:  # noqa: RUF071
+            objects = storage.list(root, not inputs.matches(root, root), prefix)
+            is_checked = format not in ("webdataset", "images")
+            yield from _check(storage, inputs, root, prefix, objects) if is_checked else objects
+
+
+def _check(
+    storage: Storage, inputs: InputUris, root: str, prefix: str, objects: Iterator[ObjectInfo]
+) -> Iterator[ObjectInfo]:
+    table = format = last_file = ""
+    for info in objects:
+        if metadata := _METADATA.search(info.uri, len(root)):
+            table, format = info.uri[: metadata.start()], _FORMATS[metadata[metadata.lastindex or 0]]
+        elif (
+            info.uri.endswith((".parquet", ".lance"))
+            and info.uri != root
+            and inputs.matches(root, info.uri)
+            and not inputs.excludes(root, info.uri)
+        ):
+            # Metadata may be above the root, in the rest of the listing, or not start with the prefix.
+            if not last_file:
+                table, format = find_table(storage, f"{root}/{prefix}") or (table, format)
+            last_file = info.uri
+        if table and is_under(last_file, table):  # the files of a table are adjacent in a listing
+            raise ConfigError(
+                f"{table} is a {format} table, whose folder also has files that are no longer part of it: "
+                "exclude the table with input.exclude, or set input.uri to it alone (Delta and Iceberg)"
+            )
+        yield info
+
+
+def find_table(storage: Storage, uri: str) -> tuple[str, str] | None:
+    """Finds the table of a file by the start of its URI; returns folder and format of the table.
+
+    Between a table and its files may be folders such as `data` and `column=value`.
+    """
+    folder, name = uri.rpartition("/")[0], "="
+    while "=" in name or name == "data":
+        for metadata, format in _FORMATS.items():
+            listed = islice(storage.list(f"{folder}/{metadata}"), _MAX_METADATA_FILES)
+            if any(_METADATA.match(info.uri, len(folder)) for info in listed):
+                return folder, format
+        folder, _, name = folder.rpartition("/")
+    return None
