@@ -6,7 +6,8 @@ from itertools import islice
 from os.path import commonprefix
 
 from pipeline.config import ConfigError, InputFormat, InputUris
-from pipeline.storage import ObjectInfo, Storage, is_under
+from pipeline.read.snapshots import snapshot_files
+from pipeline.storage import ObjectInfo, Storage, StorageError, is_under
 
 #: The format of a table by its folder with metadata, and the names of these files.
 _FORMATS = {"_delta_log": "Delta", "metadata": "Iceberg", ".hoodie": "Hudi", "_versions": "Lance"}
@@ -53,9 +54,15 @@ def _check(
                 table, format = find_table(storage, f"{root}/{prefix}") or (table, format)
             last_file = info.uri
         if table and is_under(last_file, table):  # the files of a table are adjacent in a listing
+            if table == root and format in ("Delta", "Iceberg") and inputs.matches(root, root):
+                for file in snapshot_files(storage, root):
+                    if not is_under(file.uri, root):
+                        raise StorageError(file.uri, f"not in the folder of its table, {root}")
+                    yield file
+                return
             raise ConfigError(
-                f"{table} is a {format} table, whose folder also has files that are no longer part of it: "
-                "exclude the table with input.exclude, or set input.uri to it alone (Delta and Iceberg)"
+                f"{table} is a table in {format} format, whose folder also has files that are no longer part "
+                "of it: set input.uri to the table (Delta and Iceberg only), or exclude it with input.exclude"
             )
         yield info
 
