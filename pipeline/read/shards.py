@@ -200,8 +200,8 @@ class ShardListing(Iterator[Shard]):
         endings = {each[len(stem) :].lower() for each in neighbors if each.startswith(stem)}
         if stem != uri != base and not endings.isdisjoint((*TAR_SUFFIXES, ".parquet")):
             return IgnoreReason.METADATA
-        for format, suffixes in _SUFFIXES.items():
-            if self.format in (None, format) and uri.lower().endswith(suffixes):
+        for format in (self.format,) if self.format else ("webdataset", "parquet", "images"):
+            if uri.lower().endswith(_SUFFIXES[format]):
                 return format
         return IgnoreReason.FORMAT
 

@@ -22,8 +22,8 @@ def list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> It
     """Lists the objects of an input, sorted in most stores, and some that its patterns do not select.
 
     The files of a table that were deleted from it remain in its folder. Therefore, a root that is a Delta or
-    Iceberg table lists the files of its current snapshot. Raises `StorageError`, or `ConfigError` if a
-    selected Parquet or Lance file is in another table.
+    Iceberg table lists the files of its current snapshot, or for the format `table` the folder itself. Raises
+    `StorageError`, or `ConfigError` if a selected Parquet or Lance file is in another table.
     """
     for root, patterns in inputs.roots.items():
         prefixes = list[str]()
@@ -32,12 +32,17 @@ def list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> It
                 prefixes.append(prefix)
         for prefix in prefixes if len(prefixes) <= _MAX_PREFIXES else [commonprefix(prefixes)]:  # noqa: RUF071
             objects = storage.list(root, not inputs.matches(root, root), prefix)
-            is_checked = format not in ("webdataset", "images")
-            yield from _check(storage, inputs, root, prefix, objects) if is_checked else objects
+            is_checked, as_folder = format not in ("webdataset", "images"), format == "table"
+            yield from _check(storage, inputs, root, prefix, objects, as_folder) if is_checked else objects
 
 
 def _check(
-    storage: Storage, inputs: InputUris, root: str, prefix: str, objects: Iterator[ObjectInfo]
+    storage: Storage,
+    inputs: InputUris,
+    root: str,
+    prefix: str,
+    objects: Iterator[ObjectInfo],
+    as_folder: bool,
 ) -> Iterator[ObjectInfo]:
     table = format = last_file = ""
     for info in objects:
@@ -55,7 +60,7 @@ def _check(
             last_file = info.uri
         if table and is_under(last_file, table):  # the files of a table are adjacent in a listing
             if table == root and format in ("Delta", "Iceberg") and inputs.matches(root, root):
-                for file in snapshot_files(storage, root):
+                for file in [ObjectInfo(root, 0, "")] if as_folder else snapshot_files(storage, root):
                     if not is_under(file.uri, root):
                         raise StorageError(file.uri, f"not in the folder of its table, {root}")
                     yield file
