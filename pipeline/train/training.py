@@ -131,7 +131,8 @@ def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, que
     logger.info("%s: decoding the images of %s", name, pluralize(len(images.shards), "shard"))
     if unreadable := images.load(config.cache):
         count = pluralize(len(unreadable), "shard")
-        raise StorageError(section.uri, f"{count} cannot be read to the end: {'; '.join(unreadable[:3])}")
+        causes = "; ".join(unreadable[:3])
+        raise StorageError(str(section.inputs), f"{count} cannot be read to the end: {causes}")
     skipped = images.skipped.total()
     total = images.usable + skipped
     reasons = "".join(f", {reason}: {count:,}" for reason, count in images.skipped.most_common())
