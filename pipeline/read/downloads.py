@@ -59,8 +59,8 @@ def read_rows(storage: Storage, shard: Shard, options: ReadOptions, deadline: De
             except ObjectTooLarge:
                 if max_bytes == options.max_image_bytes:
                     raise
-                expected = min(2 * expected, options.max_image_bytes)
                 content, version = start(sample, options.max_image_bytes).result()
+                expected *= 2
             if planned not in (None, ABSENT, version):
                 raise ObjectChanged(str(sample.uri))
         except StorageError as failure:

@@ -17,7 +17,7 @@ from pipeline.read.snapshots import DataFile
 from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 
 #: Columns that a file adds to those of the table: why a line is no row, and the version of the row's object.
-ERROR, VERSION = "\0error", "\0version"
+ERROR, VERSION = "cvt_label_error", "cvt_label_version"
 _NAME = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.(gz|zst|bz2|xz|lz4))?$", re.I)
 #: Endings of the names of tables.
 TABLE_SUFFIXES = tuple(

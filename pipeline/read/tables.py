@@ -28,7 +28,15 @@ from pipeline.read.samples import Sample
 from pipeline.read.shards import IMAGE_EXTENSIONS, IgnoreReason, Shard, file_extension
 from pipeline.read.snapshots import DataFile, open_snapshot
 from pipeline.read.table_files import ERROR, VERSION, open_file, open_inventory
-from pipeline.storage import ABSENT, AccessDenied, BucketNotFound, Storage, StorageError, normalize_uri
+from pipeline.storage import (
+    ABSENT,
+    AccessDenied,
+    BucketNotFound,
+    Storage,
+    StorageError,
+    is_relative,
+    normalize_uri,
+)
 
 _SHARD_ROWS = 1000
 _WINDOW_ROWS = 500_000  # whose objects are looked up together
@@ -51,7 +59,7 @@ _URI_NAMES = {
 }
 _URI_NAMES |= {"file_name", "filename", "image_file", "s3_uri", "s3_path", "gcs_uri"}
 _SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
-_FILTERED, _CLASS_NAMES = "\0filtered", b"class_names"
+_FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
 
 
 def encode_rows(rows: pa.Table) -> bytes:
@@ -244,13 +252,15 @@ def resolve_uri(text: str, folder: str) -> str:
         _ = address.port  # raises
         return f"{scheme}://{rest}"
     bucket, _, path = folder.partition("://")[2].partition("/")
-    if not scheme and bucket and not text.startswith("/"):
+    if not scheme and not is_relative(text):
+        return normalize_uri(text)
+    if not scheme and bucket:
         name = posixpath.normpath(f"{path}/{text}").lstrip("/")
         if name.split("/")[0] in ("..", "."):
             raise ValueError(f"the path is outside of the bucket of {folder}")
         return f"{folder.partition('://')[0]}://{bucket}/{name}"
     if not scheme:
-        return normalize_uri(text if text.startswith("/") else f"{folder}/{text}")
+        return normalize_uri(f"{folder}/{text}")
     uri = normalize_uri(f"{scheme}://{rest}")
     if scheme != "file" and not rest.partition("/")[2]:
         raise ValueError("the URI has no key")
