@@ -75,10 +75,9 @@ class Downloader(AbstractContextManager["Downloader"]):
         return self._start(self._fetch("GET", uri, max_bytes))
 
     def version(self, uri: str) -> Future[str | None]:
-        """Starts a HEAD request for the version of an object, as in `Download`.
+        """Starts a HEAD request for the version; None also without a size, or if the server has no HEAD.
 
-        The version is None if the server sends no ETag or no size, or does not support HEAD. A server may
-        deny HEAD of a URI that is signed for GET.
+        A server may deny HEAD of a URI that is signed for GET.
         """
 
         async def fetch() -> str | None:
@@ -172,9 +171,11 @@ class Downloader(AbstractContextManager["Downloader"]):
                         raise too_large
                     parts.append(part)
                     timer.reschedule(end + received / self._limits.min_bytes_per_s)
-        content = _decompress(
-            address, b"".join(parts), headers.get("Content-Encoding", "identity"), max_bytes + 1
-        )
+        content, encoding = b"".join(parts), headers.get("Content-Encoding", "identity").lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip"):
+            raise StorageError(address, f"the Content-Encoding {encoding[:20]!r} is not supported")
+        if "gzip" in encoding and content.startswith(b"\x1f\x8b"):  # some headers are wrong
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(max_bytes + 1)
         if len(content) > max_bytes:
             raise too_large
         return Download(content, f"{tag}-{received}" if tag else None)
@@ -195,14 +196,6 @@ def _explain(shown: str, error: Exception) -> Failure:
     if detail := getattr(source, "strerror", None):
         cause = f"{cause}: {detail}"
     return Failure(StorageError(shown, cause), attempts, type(error).__name__)
-
-
-def _decompress(uri: str, data: bytes, encoding: str, size: int) -> bytes:
-    """Returns up to `size` bytes of a response body without its encoding."""
-    if encoding.lower() not in ("identity", "gzip", "x-gzip"):
-        raise StorageError(uri, f"the Content-Encoding {encoding[:20]!r} is not supported")
-    is_compressed = encoding.lower() != "identity" and data.startswith(b"\x1f\x8b")  # some headers are wrong
-    return gzip.GzipFile(fileobj=io.BytesIO(data)).read(size) if is_compressed else data
 
 
 def _shown(uri: str) -> str:

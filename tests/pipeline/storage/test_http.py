@@ -304,6 +304,7 @@ GZIP = gzip.compress(b"x" * MAX)
         (gzip.compress(b"a") + gzip.compress(b"b"), "GZIP", b"ab"),
         (b"\xff\xd8 JPEG", "gzip", b"\xff\xd8 JPEG"),
         (b"\xff\xd8 JPEG", "identity", b"\xff\xd8 JPEG"),
+        (GZIP, "", GZIP),
         (GZIP[:-9], "gzip", "the response is malformed or incomplete"),
         (GZIP[:20] + b"?" + GZIP[21:], "gzip", "the response is malformed or incomplete"),
         (gzip.compress(bytes(10**8)), "gzip", "the object has more than 1,000,000 bytes"),
