@@ -27,10 +27,7 @@ def find_compression(start: bytes) -> str | None:
 
 
 class DecompressedFile:
-    """The decompressed content of a file, which is read from start to end: `seek` only moves forward.
-
-    A file may have several frames or streams, as parallel compressors write them.
-    """
+    """The decompressed content of all frames or streams of a file; `seek` only moves forward."""
 
     def __init__(self, file: BinaryIO, compression: str) -> None:
         self._compression, self._position = compression, 0
@@ -46,11 +43,9 @@ class DecompressedFile:
         try:
             content: bytes = self._file.read(size)
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            remedy = "compress the tar again"
-            if "memory" in str(error).lower():
-                remedy += " with a window of at most 128 MiB, as by default"
-            cause = f"the {self._compression} data is damaged or cut off ({error}); {remedy}"
-            raise UnreadableShardError(cause) from error
+            window = " with a window of at most 128 MiB, as by default" * ("memory" in str(error).lower())
+            cause = f"the {self._compression} data is damaged or cut off ({error})"
+            raise UnreadableShardError(f"{cause}; compress the tar again{window}") from error
         self._position += len(content)
         return content
 
@@ -81,9 +76,9 @@ class _XzFile(io.RawIOBase):
         while not content:
             data = b""
             if self._stream.eof:  # zeros may follow, then another stream
-                data = self._stream.unused_data
-                while not (data := data.lstrip(b"\0")) and (data := self._file.read(_READ_BYTES)):
-                    pass
+                data = self._stream.unused_data.lstrip(b"\0")
+                while not data and (zeros := self._file.read(_READ_BYTES)):
+                    data = zeros.lstrip(b"\0")
                 if not data:
                     return 0
                 self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_XZ_MEMORY)

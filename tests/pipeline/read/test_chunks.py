@@ -52,6 +52,17 @@ def test_last_chunk_of_an_unreadable_shard_has_the_error() -> None:
     assert chunks[-1].error == "s3://b/x.tar: truncated"
 
 
+def test_last_chunk_of_a_kept_shard_has_the_damage_and_all_samples() -> None:
+    def broken() -> Iterator[Sample]:
+        yield from samples(5)
+        raise ShardError("s3://b/x.tar", "truncated", keep=True)
+
+    chunks = split(broken())
+    assert [chunk.samples.num_rows for chunk in chunks] == [4, 1]
+    [restored] = Chunk.from_block(chunks[-1].to_block())
+    assert (restored.total, restored.error, restored.damage) == (5, None, "s3://b/x.tar: truncated")
+
+
 def test_keys_and_messages_count_toward_the_limit_of_bytes() -> None:
     error = sample_error(ErrorCategory.NO_IMAGE, "x" * 80)
     key = "k" * 100
