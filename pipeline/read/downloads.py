@@ -38,6 +38,7 @@ def read_rows(storage: Storage, shard: Shard, options: ReadOptions, deadline: De
     """
     del deadline  # each request has a time limit
     pending, used, expected = deque[tuple[Sample, int, Future[Any] | None]](), 0, _FIRST_BYTES
+    window = 2 * options.concurrent_downloads
     threads = ThreadPoolExecutor(min(_MAX_THREADS, options.concurrent_downloads), thread_name_prefix="images")
     downloader = storage.downloader(options.concurrent_downloads, options.downloads_per_host)
 
@@ -72,12 +73,10 @@ def read_rows(storage: Storage, shard: Shard, options: ReadOptions, deadline: De
 
     try:
         for sample in row_samples(shard):
-            max_bytes = min(expected, options.max_image_bytes)
-            while pending and (
-                len(pending) == 2 * options.concurrent_downloads or used + max_bytes > _MAX_PENDING_BYTES
-            ):
+            while pending and (len(pending) == window or used + expected > _MAX_PENDING_BYTES):
                 used -= pending[0][1]
                 yield finish(*pending.popleft())
+            max_bytes = min(expected, options.max_image_bytes)
             pending.append((sample, max_bytes, None if sample.error else start(sample, max_bytes)))
             used += max_bytes
         while pending:

@@ -58,8 +58,10 @@ def _check(
             if not last_file:
                 table, format = find_table(storage, f"{root}/{prefix}") or (table, format)
             last_file = info.uri
-        if table and is_under(last_file, table):  # the files of a table are adjacent in a listing
-            if table == root and format in ("Delta", "Iceberg") and inputs.matches(root, root):
+        is_root = table == root and format in ("Delta", "Iceberg") and inputs.matches(root, root)
+        # The files of a table are adjacent in a listing, or in another folder.
+        if table and (is_under(last_file, table) or (is_root and as_folder)):
+            if is_root:
                 for file in [ObjectInfo(root, 0, "")] if as_folder else snapshot_files(storage, root):
                     if not is_under(file.uri, root):
                         raise StorageError(file.uri, f"not in the folder of its table, {root}")

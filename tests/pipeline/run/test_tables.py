@@ -1,0 +1,91 @@
+"""Runs over growing tables of image URIs: only new and changed images are requested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import Selection
+from pipeline.run import RunResult, label
+from pipeline.storage import Storage, read_table
+from tests.http_server import Answer, HttpServer
+from tests.makers import make_image, make_parquet
+from tests.runs import run_config
+
+
+def run(root: Path, *fields: str, selection: Selection | None = None) -> RunResult:
+    return label(run_config(str(root), "input.format=table", *fields), selection or Selection())
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    storage, tables = Storage(), []
+    for info in storage.list(f"{root}/out"):
+        if "/predictions/" in info.uri:
+            with storage.open(info.uri) as file:
+                tables.append(read_table(file))
+    return sorted(
+        (row for table in tables for row in table.to_pylist()), key=lambda row: (row["shard"], row["index"])
+    )
+
+
+def write(root: Path, uris: list[str], name: str = "t.parquet") -> None:
+    Storage().write(f"{root}/in/{name}", make_parquet({"id": [*range(len(uris))], "url": pa.array(uris)}))
+
+
+@pytest.fixture
+def server() -> Any:
+    with HttpServer() as found:
+        for i in range(40):
+            found.add(f"/{i}.png", Answer(make_image(i, format="PNG"), headers={"ETag": f'"{i}"'}))
+        yield found
+
+
+def test_appended_rows_alone_are_requested(server: HttpServer, tmp_path: Path) -> None:
+    uris = [f"{server.url}/{i}.png" for i in range(40)] + [f"{server.url}/missing.png"]
+    write(tmp_path, uris[:30])
+    first = run(tmp_path)
+    assert (first.totals.images, server.count().total()) == (30, 30)
+    server.requests.clear()
+    assert run(tmp_path).plan.shards == []
+    assert server.requests == []
+    write(tmp_path, uris)
+    write(tmp_path, uris[:2], "next.parquet")
+    second = run(tmp_path)
+    assert second.totals.images == 43
+    counts = {f"/{i}.png": 1 for i in (0, 1, *range(30, 40))}
+    assert server.count() == counts | {"/missing.png": 1}
+    found = rows(tmp_path)
+    assert [(row["uri"], row["key"]) for row in found] == [(uri, uri) for uri in [*uris[:2], *uris]]
+    assert [row["version"] for row in found[2:42]] == [
+        f"{i}-{len(make_image(i, format='PNG'))}" for i in range(40)
+    ]
+    assert [row["error"] is None for row in found] == [True] * 42 + [False]
+
+
+def test_replaced_images_are_requested_again_if_servers_are_asked(server: HttpServer, tmp_path: Path) -> None:
+    write(tmp_path, [f"{server.url}/{i}.png" for i in range(10)])
+    run(tmp_path, "input.check_objects=always")
+    server.add("/3.png", Answer(make_image(99, format="PNG"), headers={"ETag": '"new"'}))
+    server.requests.clear()
+    assert run(tmp_path).plan.describe() != ""
+    server.requests.clear()
+    run(tmp_path, "input.check_objects=always")
+    assert [request.path for request in server.requests if request.method == "GET"] == ["/3.png"]
+    assert [row["version"].partition("-")[0] for row in rows(tmp_path)] == [*"012", "new", *"456789"]
+
+
+def test_rows_of_local_images_follow_the_images(tmp_path: Path) -> None:
+    storage = Storage()
+    for i in range(5):
+        storage.write(f"{tmp_path}/in/{i}.jpg", make_image(i))
+    write(tmp_path, [f"{i}.jpg" for i in range(5)])
+    run(tmp_path, "input.key_column=id")
+    storage.write(f"{tmp_path}/in/2.jpg", make_image(50))
+    result = run(tmp_path, "input.key_column=id")
+    assert result.plan.copied_images == 4
+    found = rows(tmp_path)
+    assert [row["key"] for row in found] == [*"01234"]
+    assert found[2]["version"] == storage.version(f"{tmp_path}/in/2.jpg")
