@@ -14,7 +14,7 @@ from pipeline.read.samples import UnreadableShardError
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES = 1024**2  # per member: long names, PAX records and sparse maps
-_MAX_LINKED, _MAX_LINKED_NAME = 100_000, 1000  # number and name of files to which hard links may refer
+_MAX_LINKED, _MAX_NAME = 100_000, 1000  # number of files to which hard links may refer, length of a name
 #: The PAX keyword of an extended header whose content is one value, by type.
 _LONG_VALUES = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -28,14 +28,14 @@ class TarEndError(UnreadableShardError):
 
 
 def read_members(
-    stream: BinaryIO, deadline: Deadline, start: int = 0, stop: int | None = None
+    stream: BinaryIO, deadline: Deadline, start: int = 0, stop: int | None = None, links: bool = False
 ) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar; the caller may move the stream to the content of a member.
 
     Reads from byte `start` to the end of the tar, or to byte `stop`, where a member must start. The attribute
     `offset` of a member is the position of its first header, also of an extended one.
 
-    A hard link to an earlier regular file becomes a regular file with a `linkname` and this file's content.
+    With `links`, a hard link to an earlier file becomes a regular file with a `linkname` and this content.
 
     Raises:
         UnreadableShardError: A header is damaged or too large, the tar does not end with a block of zeros, or
@@ -50,7 +50,7 @@ def read_members(
             info.linkname = ""
         elif info.islnk() and info.linkname in files:
             info.type, (info.offset_data, info.size) = tarfile.REGTYPE, files[info.linkname]
-        if info.type in PLAIN_TYPES and len(files) < _MAX_LINKED and len(info.name) <= _MAX_LINKED_NAME:
+        if links and info.type in PLAIN_TYPES and len(files) < _MAX_LINKED and len(info.name) < _MAX_NAME:
             files[info.name] = info.offset_data, info.size
         yield info
     if stop is not None:

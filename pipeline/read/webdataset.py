@@ -37,7 +37,8 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
         stream = timed if compression is None else cast(BinaryIO, DecompressedFile(timed, compression))
         current: _TarSample | None = None
         try:
-            for member in read_members(stream, deadline, start, None if stop == info.size else stop):
+            last = None if stop == info.size else stop
+            for member in read_members(stream, deadline, start, last, links=compression is None):
                 if is_ignored(member):
                     continue
                 key, extension = split_name(member.name, options.key)
@@ -126,9 +127,9 @@ class _TarSample:
 
     def _problem(self, info: tarfile.TarInfo) -> str | None:
         """Returns why the content of a member cannot be read."""
-        if info.type in PLAIN_TYPES and not (info.linkname and self.compression):
+        if info.type in PLAIN_TYPES:
             return None
-        if info.type not in PLAIN_TYPES and not info.islnk():
+        if not info.islnk():
             kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
             return f"{info.name!r} is {kind}, not a regular file"
         cause = "which is not among the first 100,000 files before the link"
