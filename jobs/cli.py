@@ -11,7 +11,7 @@ from pipeline.run import installed_version
 
 COMMANDS = (
     "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
-    "demo", "train", "convert", "verify", "config", "benchmark",
+    "demo", "pack", "train", "convert", "verify", "config", "benchmark",
 )  # fmt: skip
 
 

@@ -65,10 +65,11 @@ class ProgressView(Progress):
         self._phase, self._since, self._text = phase, time.monotonic(), ""
         self.update(self._task, description=phase)
 
-    def show_progress(self, text: str, fraction: float) -> None:
-        """Shows a progress: its description, and the completed fraction."""
+    def show_progress(self, text: str, fraction: float | None = None) -> None:
+        """Shows a progress: its description, and the completed fraction if it is known."""
         self._text = text
-        self.update(self._task, description=self._activity, total=1.0, completed=fraction)
+        total = None if fraction is None else 1.0
+        self.update(self._task, description=self._activity, total=total, completed=fraction)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yields the bar, and the description below the bar."""

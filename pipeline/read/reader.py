@@ -17,7 +17,7 @@ from pipeline.read.webdataset import read_tar
 from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
 from pipeline.text import pluralize
 
-_CONCURRENT_IMAGES = 8  # image files that are fetched concurrently
+_CONCURRENT_IMAGES = 32  # image files that are fetched concurrently
 _MAX_PENDING_BYTES = 128 * 1024**2  # of image files; one may be larger
 
 

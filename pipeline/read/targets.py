@@ -59,7 +59,7 @@ class Targets:
         names = names if self._names is None else self._names
         if label is None or label != label:
             return None, None
-        text, number = _parse(label)
+        text, number = parse_label(label)
         is_name = isinstance(label, str | bytes | bool)  # text of digits may be a name; a number is no name
         if isinstance(label, bool):
             text = text if text in self._ids or text in (names or ()) else text.lower()
@@ -138,7 +138,7 @@ def parse_integer(text: str) -> int | None:
     return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
 
 
-def _parse(label: object) -> tuple[str, int | None]:
+def parse_label(label: object) -> tuple[str, int | None]:
     """Returns the text and the integer of a label: bytes may be padded, and a float may be integral."""
     label = label.decode(errors="backslashreplace") if isinstance(label, bytes) else label
     if isinstance(label, str):
