@@ -13,7 +13,9 @@ from pipeline.run import Plan
 from pipeline.text import escape_unprintable, pluralize
 
 #: Names of the shards of each format.
-_UNITS = {"webdataset": "tar shard", "parquet": "Parquet shard", "images": "image group"}
+_UNITS = {
+    "webdataset": "tar shard", "parquet": "Parquet shard", "images": "image group", "table": "group of rows"
+}  # fmt: skip
 
 
 @console.exit_on_error()

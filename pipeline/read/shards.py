@@ -51,7 +51,7 @@ class Shard:
         version: Version of the object; for a group, a hash over the names and versions of the members.
         size: Size in bytes; for a group, the sum over the members.
         members: The images of a group in listing order; empty for other shards.
-        rows: The rows of a range of a table, see `pipeline.read.tables`; empty for other shards.
+        rows, row_count: The rows of a range of a table, see `pipeline.read.tables`; empty for other shards.
         span: Start and end of a part of a large object: rows of a Parquet file, or bytes of a tar.
         file: The object that the shard, or this part of it, is in; None if `uri` and `version` are its own.
     """
@@ -62,8 +62,14 @@ class Shard:
     size: int
     members: tuple[ObjectInfo, ...] = ()
     rows: bytes = b""
+    row_count: int = 0
     span: tuple[int, int] | None = None
     file: ObjectInfo | None = None
+
+    @property
+    def images(self) -> int | None:
+        """Number of images, if the listing gives it: of groups of image files and of tables."""
+        return len(self.members) or self.row_count or None
 
     @property
     def object(self) -> ObjectInfo:

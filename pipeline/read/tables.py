@@ -169,7 +169,7 @@ def _to_shard(uri: str, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
     known = (version.rpartition("-")[2] for version in found if version)
     sizes = [int(text) for text in known if text.isdecimal()]
     size = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes))
-    return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows))
+    return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows), row_count=len(rows))
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:

@@ -54,7 +54,7 @@ class Plan:
         split_groups: changed groups of image files that lost images to a new group directly after them.
         redivided: labels of files that are divided differently now or have changed, by URI of the shard. They
             are removed before the new parts are labeled, so that no row is in two prediction files.
-        image_states: number of images by state; None unless the input has image files only.
+        image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
     """
 
@@ -85,10 +85,10 @@ class Plan:
 
     @property
     def images(self) -> int | None:
-        """Number of images to label; None unless all are image files, whose number the listing gives."""
-        if not all(shard.members for shard in self.shards):
+        """Number of images to label; None unless the listing gives it, as for image files and tables."""
+        if not all(shard.images for shard in self.shards):
             return None
-        return sum(len(shard.members) for shard in self.shards) - self.copied_images
+        return sum(shard.images or 0 for shard in self.shards) - self.copied_images
 
     @property
     def copied_images(self) -> int:
@@ -142,7 +142,7 @@ def plan(
         row = manifest.get(shard.uri, NO_ROW)
         state = _state(shard, row)
         planned.states[state] += 1
-        images[state] += len(shard.members)
+        images[state] += shard.images or 0
         seen.add(shard.uri)
         failed = row.failed_version == shard.version
         if row.deleted:
@@ -181,7 +181,7 @@ def plan(
     }
     planned.redivided |= replaced & planned.deleted_with_labels.keys()
     planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)
-    if formats.union(row.format for row in planned.deleted.values()) <= {"images"}:
+    if formats.union(row.format for row in planned.deleted.values()) <= {"images", "table"}:
         images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
         planned.image_states = images
     return planned

@@ -113,7 +113,7 @@ def test_python_api_page_lists_every_public_name() -> None:
 def test_output_schema_page_lists_every_prediction_column() -> None:
     found = columns("output-schema.md", "Predictions")
     assert found[-1] == ("embedding", "fixed_size_list<float16 or float32>")
-    assert found[:-1] == expected_columns(prediction_schema())
+    assert found[:-1] == expected_columns(prediction_schema(label_names=True))
 
 
 @pytest.mark.parametrize(
