@@ -177,7 +177,8 @@ def _class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
 def _require_column(schema: pa.Schema, name: str, role: str) -> None:
     if (found := schema.names.count(name)) != 1:
         problem = f"{found} columns are named {name!r}; rename one, or" if found else f"no column {name!r};"
-        raise UnreadableShardError(f"{problem} set input.{role}_column; {_columns(schema)}")
+        folder = " (in the name of a folder: input.label_from: folder)" if role == "label" else ""
+        raise UnreadableShardError(f"{problem} set input.{role}_column{folder}; {_columns(schema)}")
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -129,6 +129,15 @@ def test_class_is_in_a_folder_of_a_partitioned_dataset(
     assert causes == ({missing: 3} if "input.label_column=y" in settings else {})
 
 
+def test_missing_label_column_names_the_setting_for_folders(tmp_path: Path) -> None:
+    settings = [f"input.uri={case_input('hive-label')}", f"output.uri={tmp_path}", *IN_PROCESS]
+    result = label(load_config(Config, None, [*settings, "input.label_column=label"]))
+    errors = [str(row.error) for row in result.totals.unreadable]
+    assert len(errors) == 3
+    hint = "set input.label_column (in the name of a folder: input.label_from: folder);"
+    assert all(hint in error for error in errors)
+
+
 def test_file_of_a_map_is_part_of_the_fingerprint_by_its_content(tmp_path: Path) -> None:
     Storage().write(f"{tmp_path}/in/x.tar", make_tar({"a.jpg": make_image(1), "a.cls": b"taschen"}))
     file, other = tmp_path / "map.json", tmp_path / "other.json"
