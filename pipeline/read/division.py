@@ -5,10 +5,10 @@ import io
 import json
 import math
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from typing import BinaryIO
 
@@ -22,7 +22,7 @@ from pipeline.read.tar import BLOCK_BYTES, read_members
 from pipeline.read.webdataset import is_ignored, split_name
 from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError
 
-_THREADS, _MAX_PENDING = 32, 256  # files
+_THREADS, _BATCH_FILES = 16, 256
 _PROBED_BYTES, _PROBE_BYTES = 1024**2, 64 * 1024  # at a boundary in a tar, and of one request
 _MAX_MEMBERS = 100  # that are read to find the start of a sample
 _NO_LIMIT = Deadline(math.inf)  # requests have their own
@@ -57,18 +57,16 @@ class Division:
     carry: Mapping[str, str | None] | None = None
     key: str = "first-dot"
 
-    def apply(self, storage: Storage, shards: Iterable[Shard]) -> Iterator[Shard]:
+    def apply(self, storage: Storage, shards: Iterator[Shard]) -> Iterator[Shard]:
         """Yields the shards, or the parts of their files, in order; raises `StorageError`."""
         limit = math.inf if self.split_bytes is None else self.split_bytes
-        pending = deque[tuple[Shard, Future[list[Shard]] | None]]()
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
-            for shard in shards:
-                is_large = shard.size > limit and shard.format in _PARTS
-                pending.append((shard, pool.submit(self._divide, storage, shard) if is_large else None))
-                while pending and (len(pending) > _MAX_PENDING or pending[0][1] is None):
-                    yield from self._finish(*pending.popleft())
-            while pending:
-                yield from self._finish(*pending.popleft())
+            while batch := list(islice(shards, _BATCH_FILES)):
+                large = [shard for shard in batch if shard.size > limit and shard.format in _PARTS]
+                found = pool.map(partial(self._divide, storage), large)
+                parts = {shard.uri: each for shard, each in zip(large, found, strict=True)}
+                for shard in batch:
+                    yield from map(self._with_carry, parts.get(shard.uri, [shard]))
 
     def _divide(self, storage: Storage, shard: Shard) -> list[Shard]:
         """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
@@ -96,13 +94,13 @@ class Division:
             for (start, start_byte), (stop, stop_byte) in pairwise(starts)
         ]
 
-    def _finish(self, shard: Shard, parts: Future[list[Shard]] | None) -> Iterator[Shard]:
-        for part in [shard] if parts is None else parts.result():
-            if self.carry and part.format != "images":
-                names = json.dumps(list(self.carry.items())).encode()
-                version = f"{part.version}/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}"
-                part = replace(part, version=version, file=shard.object if part.format in _PARTS else None)
-            yield part
+    def _with_carry(self, shard: Shard) -> Shard:
+        """Returns a shard whose version depends on `input.carry`, if its rows may have such columns."""
+        if not self.carry or shard.format == "images":
+            return shard
+        names = json.dumps(list(self.carry.items())).encode()
+        version = f"{shard.version}/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}"
+        return replace(shard, version=version, file=shard.object if shard.format in _PARTS else None)
 
 
 def _parquet_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:

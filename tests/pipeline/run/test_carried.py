@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.compare import compare_labels
 from pipeline.config import ConfigError
+from pipeline.publish import publish_labels
 from pipeline.run import RunResult, label, plan_run, rebuild
 from pipeline.storage import Storage
 from tests.makers import make_image, make_parquet, make_tar
@@ -223,7 +225,39 @@ def test_readers_of_prediction_files_accept_carried_columns(tmp_path: Path) -> N
     old = f"{before.job.partition.uri}/predictions/**/*.parquet"
     union = f"SELECT count(*), count(id) FROM read_parquet(['{old}', '{pattern}'], union_by_name = true)"
     assert duckdb.sql(union).fetchall() == [(10, 5)]
+    comparison = compare_labels(before.job.partition.uri, result.job.partition.uri)
+    assert comparison.agreement is not None
+    assert publish_labels(result.job.partition, f"{tmp_path}/table") is not None
+    published = duckdb.sql(f"SELECT * FROM '{tmp_path}/table/model=*/*.parquet'")
+    assert len(published.fetchall()) == 5
+    assert "id" not in published.columns
+    assert b"Dress" in Storage().read(f"{result.job.partition.uri}/report.html")
     rebuild(result.job.partition)
     assert run(tmp_path, ["id"], "input.label_column=label").plan.shards == []
     manifest = pq.read_table(io.BytesIO(Storage().read(result.job.partition.manifest.uri)))
     assert sum(manifest["rows"].to_pylist()) == 5
+
+
+def test_changed_setting_of_a_table_copies_the_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        write(tmp_path, f"{i}.jpg", make_image(i))
+    lines = [{"path": f"{i}.jpg", "id": i, "at": "2026-01-02T03:04:05"} for i in range(4)]
+    lines[2]["at"] = None
+    write(tmp_path, "table.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    fields = ("input.format=table", f"input.uri={tmp_path}/in/table.jsonl", "gate.max_error_fraction=1")
+    run(tmp_path, ["id"], *fields)
+    assert table(tmp_path)["id"].to_pylist() == [0, 1, 2, 3]
+    read = []
+    fetch = Storage.read
+    monkeypatch.setattr(
+        Storage, "read", lambda s, uri, *args, **kw: read.append(uri) or fetch(s, uri, *args, **kw)
+    )
+    result = run(tmp_path, {"at": "timestamp[s]", "id": "string", "nope": None}, *fields)
+    assert result.totals.shards == 1
+    assert [uri for uri in read if uri.endswith(".jpg")] == []
+    found = table(tmp_path)
+    assert found["id"].to_pylist() == ["0", "1", "2", "3"]
+    assert [at is None for at in found["at"].to_pylist()] == [False, False, True, False]
+    assert [error is None for error in found["error"].to_pylist()] == [True, True, True, False]

@@ -84,6 +84,7 @@ def test_every_row_is_labeled_once_with_position_in_file(tmp_path: Path, format:
     divided = rows(tmp_path)
     assert [row["key"] for row in divided] == ALL
     assert {row["uri"] for row in divided} == {f"{tmp_path}/in/x.{format}"}
+    assert all(path.is_file() for path in (tmp_path / "out").rglob("*.parquet"))
     again = run(tmp_path, split(size, 5))
     assert again.plan.shards == []
     rebuild(result.job.partition)
