@@ -21,8 +21,8 @@ from pipeline.text import remove_secrets
 # Characters with a meaning in glob patterns, Hive partitions (`key=value`), URIs, or paths of other systems.
 _UNSAFE = re.compile(r"""[%*?\[\]{}\\:=#"<>|\x00-\x1f\x7f]""")
 
-# A leading `.` or `_` hides a file from Spark and others. Other slashes would create an empty part. The name of
-# the folder with the parts of `x.parquet` must not match `*.parquet`: some readers would read the parts twice.
+# A leading `.` or `_` hides a file from Spark and others. Other slashes would create an empty part.
+# A folder with the parts of `x.parquet` must not match `*.parquet`: some readers would read the parts twice.
 _UNSAFE_POSITIONS = re.compile(r"(?:^|(?<=/))[._/]|/$|\.(?=parquet/rows-\d{12}$)")
 
 #: Maximum bytes of a part of a path, as in common file systems, and of a path: 224 bytes of a key remain.

@@ -127,7 +127,8 @@ class ReadOptions:
         """Raises `UnreadableShardError` if a shard has too many samples."""
         if count > self.max_shard_samples:
             limit = f"more than {self.max_shard_samples:,} samples (read.max_shard_samples)"
-            raise UnreadableShardError(f"the shard has {limit}; split the shard, lower read.split_bytes, or raise the limit")
+            remedy = "split the shard, lower read.split_bytes, or raise the limit"
+            raise UnreadableShardError(f"the shard has {limit}; {remedy}")
 
     def size_error(self, size: int) -> SampleError | None:
         """Returns the error of an encoded image of this size in bytes; None if the size is allowed."""
