@@ -52,7 +52,9 @@ def pack(
     ] = None,
     set: console.SetOption = None,
 ) -> None:
-    """Pack the images of any input into WebDataset tars, because many small files are slow to read.
+    """Pack the images of any input into WebDataset tars.
+
+    Millions of small files are slow to list and to read; tars of a gigabyte are not.
 
     Each image is stored unchanged, with its label (`.cls`), and its URI, key and `input.carry` (`.json`).
 
