@@ -152,6 +152,14 @@ def test_hard_link_has_the_content_of_the_earlier_member(tmp_path: Path) -> None
     assert [(sample.offset, sample.size) for sample in samples] == [(512, 5)] * 3
 
 
+def test_hard_links_are_read_from_object_storage(bucket: str) -> None:
+    info = Storage().write(f"{bucket}/x.tar", _linked_tar(tarfile.LNKTYPE, *LINKS))
+    samples = list(
+        read_samples(Storage(), Shard(info.uri, info.version, "webdataset", info.size), ReadOptions())
+    )
+    assert samples == [Sample(key, b"first", 3) for key in "abc"]
+
+
 def test_hard_link_that_cannot_be_read_names_cause_and_remedy(tmp_path: Path) -> None:
     data = _linked_tar(tarfile.LNKTYPE, *LINKS, ("d.jpg", "missing.jpg"))
     remedy = "or create the tar with `tar --hard-dereference`"
