@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,15 @@ def test_metadata_next_to_tars_is_ignored(
 
 
 def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = case_input("tar-compressed")
-    settings = [f"input.uri={source}", f"output.uri={tmp_path}", *IN_PROCESS]
-    result = label(load_config(Config, None, settings))
+    source = tmp_path / "in"
+    shutil.copytree(case_input("tar-compressed"), source)
+    for name in ("x.zip", "x.tar.br", "notes"):
+        (source / name).write_bytes(b"x")
+    result = label(run_config(tmp_path))
     read = {shard.uri for shard in result.plan.shards}
     ignored = {str(path) for path in source.iterdir()} - read
     assert f"{source}/good.tar" in read - {row.uri for row in result.totals.unreadable}
-    assert len(ignored) == result.plan.listing.ignored.total() > 0
+    assert len(ignored) == result.plan.listing.ignored.total() >= 3
     [warning] = [each for each in caplog.records if each.getMessage().startswith("ignored: ")]
     assert warning.levelname == "WARNING"
     assert all(uri in warning.getMessage() for uri in ignored)
