@@ -52,7 +52,9 @@ def read_parquet(
             column = pq.ParquetFile(
                 chunks,
                 metadata=file.metadata,
-                buffer_size=_PARQUET_BUFFER_BYTES,
+                # Few columns have a buffer of the full size, and many columns share a limited memory.
+                buffer_size=_PARQUET_BUFFER_BYTES
+                // (1 if path == paths["image"] else max(1, len(paths) - 2)),
                 pre_buffer=False,
                 page_checksum_verification=True,
             )

@@ -16,7 +16,7 @@ from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
 Row = tuple[str, bytes | None, object, int | None]
 
 
-def parts(path: Path, split_bytes: int | None, **options: str) -> list[Shard]:
+def parts(path: Path | str, split_bytes: int | None, **options: str) -> list[Shard]:
     division = Division(split_bytes, **options)  # type: ignore[arg-type]
     return list(division.apply(Storage(), list_shards(Storage(), str(path))))
 
@@ -145,3 +145,13 @@ def test_file_that_storage_cannot_read_is_not_planned_whole(
     monkeypatch.setattr(Storage, "open_unbuffered", fail)
     with pytest.raises(StorageError, match="the service is down"):
         parts(tmp_path, 100)
+
+
+def test_parts_in_a_bucket_are_read_in_ranges(bucket: str) -> None:
+    storage, tar = Storage(), TARS["pax"]
+    storage.write(f"{bucket}/in/a.tar", tar)
+    images = [make_image(i) for i in range(20)]
+    storage.write(f"{bucket}/in/b.parquet", make_parquet({"image": images}, row_group_size=3))
+    found = parts(f"{bucket}/in", 8000)
+    assert len({shard.object.uri for shard in found}) == 2 < len(found)
+    assert rows(found) == rows(parts(f"{bucket}/in", None))
