@@ -100,7 +100,7 @@ class Division:
             return shard
         names = json.dumps(list(self.carry.items())).encode()
         version = f"{shard.version}/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}"
-        return replace(shard, version=version, file=shard.object if shard.format in _PARTS else None)
+        return replace(shard, version=version, file=shard.object if shard.format in _PARTS else shard.file)
 
 
 def _parquet_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:

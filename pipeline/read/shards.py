@@ -54,6 +54,7 @@ class Shard:
         rows, row_count: The rows of a range of a table, see `pipeline.read.tables`; empty for other shards.
         span: Start and end of a part of a large object: rows of a Parquet file, or bytes of a tar.
         file: The object that the shard, or this part of it, is in; None if `uri` and `version` are its own.
+            For a range of rows, the table: its file, or the folder of a Delta or Iceberg table.
     """
 
     uri: str
@@ -73,7 +74,7 @@ class Shard:
 
     @property
     def object(self) -> ObjectInfo:
-        """The object to read, in its own version; not for groups of image files and tables."""
+        """The object to read, in its own version; not for groups of image files. Of a table, only the URI."""
         return self.file or ObjectInfo(self.uri, self.size, self.version)
 
 

@@ -40,6 +40,7 @@ class DataFile(NamedTuple):
         schema: Columns of the table.
         read: Yields the rows of these columns, without deleted rows.
         has_deletes: Whether rows of the file are deleted.
+        table: The folder of the Delta or Iceberg table that the file is part of.
     """
 
     uri: str
@@ -47,6 +48,7 @@ class DataFile(NamedTuple):
     schema: pa.Schema
     read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
     has_deletes: bool = False
+    table: str | None = None
 
 
 def open_snapshot(storage: Storage, uri: str) -> list[DataFile] | None:
@@ -146,7 +148,7 @@ def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
                     yield found if keep is None else found.filter(keep.slice(start, len(batch)))
                     start += len(batch)
 
-        return DataFile(name, uri, schema, read, keep is not None)
+        return DataFile(name, uri, schema, read, keep is not None, uri)
 
     return [file(action) for action in actions]
 
@@ -173,7 +175,9 @@ def _open_iceberg(storage: Storage, uri: str) -> list[DataFile]:
             for batch in scan.to_record_batches([task]):
                 yield batch.select(list(columns))
 
-        return DataFile(_normalized(task.file.file_path), folder, schema, read, bool(task.delete_files))
+        return DataFile(
+            _normalized(task.file.file_path), folder, schema, read, bool(task.delete_files), folder
+        )
 
     folder = _normalized(table.location())
     return [file(task) for task in tasks]

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +32,7 @@ from pipeline.storage import (
     ABSENT,
     AccessDenied,
     BucketNotFound,
+    ObjectInfo,
     Storage,
     StorageError,
     is_relative,
@@ -138,27 +139,27 @@ def list_tables(
             else:
                 yield from [open_file(storage, file.object, section.csv_columns)]
 
-    pending, size = list[tuple[str, pa.Table]](), 0
+    pending, size = list[tuple[DataFile, int, pa.Table]](), 0
 
     def shards() -> Iterator[Shard]:
         versions = dict[str, str]()
         if section.check_objects != "never":
-            unknown = (table["uri"].filter(pc.is_null(table["version"])).drop_null() for _, table in pending)
+            unknown = (table["uri"].filter(pc.is_null(table["version"])).drop_null() for *_, table in pending)
             uris = {uri for column in unknown for uri in column.to_pylist()}
             versions = find_versions(storage, uris, section.check_objects)
-        for uri, table in pending:
-            yield _to_shard(uri, table, versions)
+        for each in pending:
+            yield _to_shard(*each, versions)
 
-    for uri, table in (each for file in opened() for each in _ranges(section, file)):
-        pending.append((uri, table))
-        size += len(table)
+    for found in chain.from_iterable(_ranges(section, file) for file in opened()):
+        pending.append(found)
+        size += len(found[-1])
         if size >= _WINDOW_ROWS or section.check_objects == "never":
             yield from shards()
             pending, size = [], 0
     yield from shards()
 
 
-def _to_shard(uri: str, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
+def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
     pairs = zip(rows["uri"].to_pylist(), rows["version"].to_pylist(), strict=True)
     found = [version or versions.get(name) for name, version in pairs]
     rows = rows.set_column(rows.schema.get_field_index("version"), "version", pa.array(found, pa.string()))
@@ -169,7 +170,9 @@ def _to_shard(uri: str, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
     known = (version.rpartition("-")[2] for version in found if version)
     sizes = [int(text) for text in known if text.isdecimal()]
     size = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes))
-    return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows), row_count=len(rows))
+    uri, table = f"{file.uri}/rows-{start:012d}", ObjectInfo(file.table or file.uri, 0, "")
+    count = len(found)
+    return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows), row_count=count, file=table)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:
@@ -180,8 +183,8 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
     return array
 
 
-def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[str, pa.Table]]:
-    """Yields the URI and the rows of each range of a file with rows that `input.filter` selects."""
+def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, int, pa.Table]]:
+    """Yields the file, the start and the rows of each range with rows that `input.filter` selects."""
     if not file.schema.names:  # an empty file
         return
     roles = {"uri": _find_uri_column(section, file), "key": section.key_column}
@@ -199,7 +202,7 @@ def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[str, pa.Tabl
         if len(selected):
             rows = _to_rows(section, file.folder, roles, selected)
             metadata = {_CLASS_NAMES: json.dumps(class_names)}
-            yield f"{file.uri}/rows-{start:012d}", rows.replace_schema_metadata(metadata)
+            yield file, start, rows.replace_schema_metadata(metadata)
         start += len(table)
 
 

@@ -160,7 +160,7 @@ def plan(
         elif row.damage is not None:
             planned.damaged += 1
         formats.add(shard.format)
-        if shard.format in ("parquet", "webdataset"):
+        if shard.format != "images":
             files.add(shard.object.uri)
             if shard.span and state is ShardState.CHANGED and row.output is not None:
                 planned.redivided.add(shard.uri)
@@ -176,15 +176,21 @@ def plan(
         for uri, row in manifest.items()
         if uri not in seen and listing.format in (None, row.format) and listing.inputs.contains(uri)
     }
-    replaced = {
-        uri for uri, row in planned.deleted.items() if row.format != "table" and whole_file(uri) in files
-    }
+    replaced = {uri for uri, row in planned.deleted.items() if _is_replaced(uri, row, files)}
     planned.redivided |= replaced & planned.deleted_with_labels.keys()
     planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)
     if formats.union(row.format for row in planned.deleted.values()) <= {"images", "table"}:
         images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
         planned.image_states = images
     return planned
+
+
+def _is_replaced(uri: str, row: ManifestRow, files: set[str]) -> bool:
+    """Returns whether other shards have the rows of a deleted shard now: its file, or table, still exists."""
+    if row.format != "table":
+        return whole_file(uri) in files
+    parts = uri.split("/")
+    return any("/".join(parts[:count]) in files for count in range(2, len(parts)))
 
 
 def find_regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
@@ -269,7 +275,11 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     if not selection.relabel:
         # Images move to a group that was split from theirs, or from a deleted group to the one before it.
         losing = [repairs.entries[uri] for uri in planned.split_groups]
-        losing += [row for row in planned.deleted_with_labels.values() if row.format == "images"]
+        losing += [
+            row
+            for uri, row in planned.deleted_with_labels.items()
+            if row.format == "images" or (row.format == "table" and uri in planned.redivided)
+        ]
         planned.copied = find_copied_rows(
             partition,
             planned.shards,

@@ -89,3 +89,36 @@ def test_rows_of_local_images_follow_the_images(tmp_path: Path) -> None:
     found = rows(tmp_path)
     assert [row["key"] for row in found] == [*"01234"]
     assert found[2]["version"] == storage.version(f"{tmp_path}/in/2.jpg")
+
+
+def test_rewritten_files_of_a_delta_table_move_their_rows(server: HttpServer, tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    uris = [f"{server.url}/{i}.png" for i in range(20)]
+    for part in (uris[:10], uris[10:]):
+        deltalake.write_deltalake(f"{tmp_path}/in", pa.table({"url": part}), mode="append")
+    run(tmp_path)
+    before = rows(tmp_path)
+    server.requests.clear()
+    deltalake.DeltaTable(f"{tmp_path}/in").delete(f"url = '{uris[3]}'")
+    deltalake.DeltaTable(f"{tmp_path}/in").optimize.compact()
+    result = run(tmp_path)
+    assert server.requests == []
+    assert result.plan.copied_images == 19
+    found = {row["uri"]: row for row in rows(tmp_path)}
+    assert (len(rows(tmp_path)), {*found}) == (19, {*uris} - {uris[3]})
+    same = ("label", "score", "version", "error")
+    for row in before:
+        if row["uri"] != uris[3]:
+            assert [found[row["uri"]][name] for name in same] == [row[name] for name in same]
+
+
+def test_rows_of_a_shorter_table_are_in_no_two_files(server: HttpServer, tmp_path: Path) -> None:
+    uris = [f"{server.url}/{i % 40}.png?{i}" for i in range(1100)]
+    write(tmp_path, uris)
+    run(tmp_path)
+    server.requests.clear()
+    write(tmp_path, uris[200:])
+    result = run(tmp_path)
+    assert [row["uri"] for row in rows(tmp_path)] == uris[200:]
+    assert server.requests == []
+    assert result.plan.copied_images == 900
