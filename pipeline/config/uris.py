@@ -17,6 +17,7 @@ from pipeline.storage import is_under
 _WILDCARD, _MAX_EXPANSIONS = re.compile(r"[*?\[{\\]"), 100_000
 _FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.CASE | glob.FORCEUNIX
 _GROUP = re.compile(r"images-[0-9a-f]{16}")
+_NO_IMAGES = re.compile(r"\.(tar|tar\.\w+|tgz|tzst|tbz2?|txz|parquet)$", re.I)
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,10 @@ class InputUris:
             uri = uri.rpartition("/")[0]
         return uri
 
-    def matches(self, root: str, uri: str) -> dict[str, UriPattern]:
-        """Returns the patterns that select an object under a root, by the result of `UriPattern.match`."""
-        return {base: each for each in self.roots.get(root, ()) if (base := each.match(uri)) is not None}
+    def matches(self, root: str, uri: str) -> dict[str, str]:
+        """Returns the patterns that select an object under a root, with the results of `UriPattern.match`."""
+        found = ((each.text, each.match(uri)) for each in self.roots.get(root, ()))
+        return {text: base for text, base in found if base is not None}
 
     def excludes(self, root: str, uri: str) -> bool:
         """Returns whether an object under a root is excluded."""
@@ -127,8 +129,9 @@ class InputUris:
     def contains(self, uri: str) -> bool:
         """Returns whether a shard is of this input: an object, a part of it, or a group of image files."""
         root, (folder, _, name) = self.root_of(uri), uri.rpartition("/")
-        if root and _GROUP.fullmatch(name):  # its images may be in other folders under the root
-            return folder == root or not self.excludes(root, uri)
+        if root and _GROUP.fullmatch(name):  # its images may be in any folder under the root
+            has_images = any(not _NO_IMAGES.search(pattern.text) for pattern in self.roots[root])
+            return has_images and (folder == root or not self.excludes(root, uri))
         return bool(self.matches(root, uri)) and not self.excludes(root, uri)
 
     def covers(self, folder: str) -> bool:

@@ -158,8 +158,8 @@ class ShardListing(Iterator[Shard]):
             if not root or not is_under(info.uri, root):
                 root = self.inputs.root_of(info.uri)
             if matches := self.inputs.matches(root, info.uri):
-                self._unused -= {*matches, *(pattern.text for pattern in matches.values())}
-                yield info, max(matches, key=len), root
+                self._unused -= {*matches, *matches.values()}
+                yield info, max(matches.values(), key=len), root
 
     def _find(self, selected: Iterable[tuple[ObjectInfo, str, str]]) -> Iterator[Shard]:
         """Yields the shards; splits the image files of a root into groups of about a thousand by their names.
