@@ -49,7 +49,7 @@ class OpenShard:
         chunks: by the index of their first sample.
         total: number of samples in the shard; None until its last chunk has arrived.
         error, transient, damage: as in the last chunk.
-        samples, errors, encoded_bytes: sums over the chunks.
+        samples, errors, merged, encoded_bytes: sums over the chunks.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
@@ -59,6 +59,7 @@ class OpenShard:
     damage: str | None = None
     samples: int = 0
     errors: int = 0
+    merged: int = 0
     encoded_bytes: int = 0
 
     def add(self, chunk: Chunk) -> bool:
@@ -71,6 +72,7 @@ class OpenShard:
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
         self.errors += count_errors(chunk)
+        self.merged += chunk.merged
         self.encoded_bytes += chunk.encoded_bytes
         if chunk.total is not None:
             self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
@@ -237,7 +239,7 @@ class PredictionWriter:
             statistics=serialize_statistics(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),
-            merged_images=sum(chunk.merged for chunk in arrived.chunks.values()),
+            merged_images=arrived.merged,
             damage=remove_secrets(arrived.damage or ""),
         )
         self._log_errors(shard, predictions)
