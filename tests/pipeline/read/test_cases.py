@@ -77,3 +77,16 @@ def test_label_that_plainly_names_a_class_is_its_target(name: str, targets: list
     assert [sample.target for sample in samples] == [x if isinstance(x, int) else None for x in targets]
     assert [sample.unmatched is not None for sample in samples] == [isinstance(x, str) for x in targets]
     assert all(str(x) in (sample.unmatched or str(x)) for x, sample in zip(targets, samples, strict=True))
+
+
+def test_every_file_with_image_bytes_is_a_shard_whatever_its_writer() -> None:
+    storage, refused = Storage(), []
+    for shard in list_shards(storage, str(case_input("parquet-view"))):
+        try:
+            samples = list(read_samples(storage, shard, ReadOptions()))
+            assert [sample.error for sample in samples] == [None, None]
+        except ShardError as error:
+            refused.append(str(error))
+    [error] = refused
+    assert "/daft_img/" in error
+    assert "decoded pixels must be encoded" in error
