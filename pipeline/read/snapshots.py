@@ -40,7 +40,7 @@ class DataFile(NamedTuple):
         schema: Columns of the table.
         read: Yields the rows of these columns, without deleted rows.
         has_deletes: Whether rows of the file are deleted.
-        table: The folder of the Delta or Iceberg table that the file is part of.
+        table: The folder of the Delta or Iceberg table, or of the S3 Inventories, that the file is part of.
     """
 
     uri: str

@@ -83,7 +83,9 @@ def open_inventory(storage: Storage, uri: str, selects: Callable[[str, bool], bo
             raise ValueError(f"its files have the format {format}; choose CSV or Parquet for the inventory")
         names = [name.strip() for name in manifest["fileSchema"].split(",")] if format == "CSV" else None
         files = [f"s3://{bucket}/{file['key']}" for file in manifest["files"]]
-    return [_open_inventory_file(storage, name, names, selects) for name in files]
+    folder = uri.rsplit("/", 2)[0]  # has a folder for each date
+    opened = (_open_inventory_file(storage, name, names, selects) for name in files)
+    return [file._replace(table=folder) for file in opened]
 
 
 def _open_inventory_file(

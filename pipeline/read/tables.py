@@ -84,7 +84,8 @@ def decode_rows(rows: bytes) -> pa.Table:
 
 def select_rows(shard: Shard, indices: Sequence[int]) -> Shard:
     """Returns the shard of a table with only the rows at these indices, with the same URI and version."""
-    return replace(shard, rows=encode_rows(decode_rows(shard.rows).take(pa.array(indices, pa.int64()))))
+    rows = decode_rows(shard.rows).take(pa.array(indices, pa.int64()))
+    return replace(shard, rows=encode_rows(rows), row_count=len(rows))
 
 
 def row_samples(shard: Shard) -> list[Sample]:

@@ -174,7 +174,9 @@ def plan(
     planned.deleted = {
         uri: row
         for uri, row in manifest.items()
-        if uri not in seen and listing.format in (None, row.format) and listing.inputs.contains(uri)
+        if uri not in seen
+        and listing.format in (None, row.format)
+        and (listing.inputs.contains(uri) or (row.format == "table" and _is_replaced(uri, row, files)))
     }
     replaced = {uri for uri, row in planned.deleted.items() if _is_replaced(uri, row, files)}
     planned.redivided |= replaced & planned.deleted_with_labels.keys()

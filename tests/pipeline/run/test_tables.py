@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,42 @@ def test_rows_of_a_shorter_table_are_in_no_two_files(server: HttpServer, tmp_pat
     assert [row["uri"] for row in rows(tmp_path)] == uris[200:]
     assert server.requests == []
     assert result.plan.copied_images == 900
+
+
+def test_next_s3_inventory_reads_new_and_changed_objects_alone(
+    storage: Storage, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested = list[str]()
+    read = Storage.read
+
+    def recording(self: Storage, uri: str, *args: Any, **options: Any) -> bytes:
+        requested.append(uri.rpartition("/")[2])
+        return read(self, uri, *args, **options)
+
+    monkeypatch.setattr(Storage, "read", recording)
+    name = bucket.removeprefix("s3://")
+
+    def take_inventory(day: str) -> str:
+        infos = list(storage.list(f"{bucket}/images"))
+        lines = (
+            f'"{name}","{x.uri[len(bucket) + 1 :]}","{x.size}","{x.version.split("-")[0]}"' for x in infos
+        )
+        storage.write(f"{bucket}/inv/data/{day}.csv.gz", gzip.compress("\n".join(lines).encode()))
+        manifest = {"destinationBucket": f"arn:aws:s3:::{name}", "fileFormat": "CSV"}
+        manifest |= {"fileSchema": "Bucket, Key, Size, ETag", "files": [{"key": f"inv/data/{day}.csv.gz"}]}
+        uri = f"{bucket}/inv/{day}/manifest.json"
+        storage.write(uri, json.dumps(manifest).encode())
+        return uri
+
+    for i in range(4):
+        storage.write(f"{bucket}/images/{i}.png", make_image(i, format="PNG"))
+    run(tmp_path, f"input.uri={take_inventory('monday')}")
+    storage.write(f"{bucket}/images/1.png", make_image(11, format="PNG"))
+    storage.write(f"{bucket}/images/4.png", make_image(4, format="PNG"))
+    storage.delete(f"{bucket}/images/0.png")
+    tuesday = take_inventory("tuesday")
+    requested.clear()
+    run(tmp_path, f"input.uri={tuesday}")
+    assert sorted(x for x in requested if x.endswith(".png")) == ["1.png", "4.png"]
+    found = [(row["uri"], row["version"]) for row in rows(tmp_path)]
+    assert found == [(info.uri, info.version) for info in storage.list(f"{bucket}/images")]
