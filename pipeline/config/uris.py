@@ -68,6 +68,8 @@ class UriPattern:
 
     def match(self, uri: str) -> str | None:
         """Returns the URI, of the object or its folder, that selects an object; `root` for wildcards."""
+        if self.root == self.text:  # no wildcards
+            return self.root if is_under(uri, self.root) else None
         name = uri
         while is_under(name, self.root):
             if name == self.text or name in self.names:

@@ -31,22 +31,18 @@ def list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> It
             if not prefixes or not prefix.startswith(prefixes[-1]):
                 prefixes.append(prefix)
         for prefix in prefixes if len(prefixes) <= _MAX_PREFIXES else [commonprefix(prefixes)]:  # noqa: RUF071
-            objects = storage.list(root, not inputs.matches(root, root), prefix)
-            is_checked, as_folder = format not in ("webdataset", "images"), format == "table"
-            yield from _check(storage, inputs, root, prefix, objects, as_folder) if is_checked else objects
+            yield from _list(storage, inputs, root, prefix, format)
 
 
-def _check(
-    storage: Storage,
-    inputs: InputUris,
-    root: str,
-    prefix: str,
-    objects: Iterator[ObjectInfo],
-    as_folder: bool,
+def _list(
+    storage: Storage, inputs: InputUris, root: str, prefix: str, input_format: InputFormat
 ) -> Iterator[ObjectInfo]:
+    is_selected, as_folder = bool(inputs.matches(root, root)), input_format == "table"
     table = format = last_file = ""
-    for info in objects:
-        if metadata := _METADATA.search(info.uri, len(root)):
+    for info in storage.list(root, not is_selected, prefix):
+        if input_format in ("webdataset", "images"):
+            pass
+        elif metadata := _METADATA.search(info.uri, len(root)):
             table, format = info.uri[: metadata.start()], _FORMATS[metadata[metadata.lastindex or 0]]
         elif (
             info.uri.endswith((".parquet", ".lance"))
@@ -58,7 +54,7 @@ def _check(
             if not last_file:
                 table, format = find_table(storage, f"{root}/{prefix}") or (table, format)
             last_file = info.uri
-        is_root = table == root and format in ("Delta", "Iceberg") and inputs.matches(root, root)
+        is_root = table == root and format in ("Delta", "Iceberg") and is_selected
         # The files of a table are adjacent in a listing, or in another folder.
         if table and (is_under(last_file, table) or (is_root and as_folder)):
             if is_root:
