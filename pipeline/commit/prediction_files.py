@@ -18,6 +18,7 @@ from pipeline.commit.partition import Partition
 from pipeline.predictions import (
     Footer,
     PredictionOptions,
+    arrow_type,
     encode_predictions,
     prediction_path,
     prediction_schema,
@@ -119,7 +120,7 @@ def prediction_rows(
     schema = prediction_schema(options.embedding, options.embedding_width, options.label_names)
     rows = pa.table({name: columns[name] for name in schema.names}).cast(schema)
     for number, (name, kind) in enumerate(options.carry.items()):
-        values = pa.nulls(len(rows), pa.type_for_alias(kind or "string"))
+        values = pa.nulls(len(rows), arrow_type(kind or "string"))
         if f"carried.{number}" in samples.column_names:
             values = samples[f"carried.{number}"]
             if shard.format == "webdataset" and kind is None:

@@ -3,12 +3,11 @@
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-import pyarrow as pa
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config.base import Address, NameOrUri, PositiveInt, Section, Uris
 from pipeline.config.uris import InputUris
-from pipeline.predictions import prediction_schema
+from pipeline.predictions import arrow_type, prediction_schema
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
 
@@ -99,7 +98,7 @@ class InputConfig(Section):
         default_factory=dict,
         description="Columns of a Parquet file or table, or fields of the `.json` member, that are copied to "
         "each prediction row: a list of names, or a mapping of names to Arrow types such as `int64` or "
-        "`timestamp[s]`.",
+        "`timestamp[us, UTC]`.",
         examples=[{"id": "int64", "captured_at": None}],
     )
     filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = Field(
@@ -188,9 +187,9 @@ class InputConfig(Section):
                     f"{name!r} is {cause}; remove the name here, or rename the column in the input"
                 )
             try:
-                _ = kind and pa.type_for_alias(kind)
+                _ = kind and arrow_type(kind)
             except ValueError:
-                message = f"{kind!r} of {name!r} is not an Arrow type such as int64, string or timestamp[s]"
+                message = f"{kind!r} of {name!r} is not an Arrow type such as int64 or timestamp[us, UTC]"
                 raise ValueError(message) from None
         return carry
 

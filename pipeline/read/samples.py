@@ -8,7 +8,7 @@ from typing import Self
 import pyarrow as pa
 
 from pipeline.config import InputConfig, ReadConfig
-from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.predictions import ErrorCategory, SampleError, arrow_type, sample_error
 from pipeline.read.targets import Targets
 
 #: Maximum size of the values of `input.carry` in a row: the driver holds those of a shard.
@@ -143,7 +143,7 @@ class ReadOptions:
         values = sample.carried or [pa.scalar(None)] * len(self.carry)
         for (name, kind), value in zip(self.carry.items(), values, strict=True):
             is_null = pa.types.is_null(value.type)
-            to = pa.type_for_alias(kind) if kind else pa.string() if is_null else value.type
+            to = arrow_type(kind) if kind else pa.string() if is_null else value.type
             size += scalar_array([value]).nbytes
             try:
                 if size > MAX_CARRIED_BYTES:

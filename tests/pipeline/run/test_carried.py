@@ -145,6 +145,15 @@ def test_declared_types_convert_values(tmp_path: Path) -> None:
     assert str(table(tmp_path, "y.tar")["t"].type) == "timestamp[ms]"
 
 
+def test_declared_types_may_have_a_zone_or_a_scale(tmp_path: Path) -> None:
+    write_tar(tmp_path, [{"t": "2026-01-02T04:04:05+01:00", "d": 1.5}, {"t": None, "d": "2.25"}])
+    run(tmp_path, {"t": "timestamp[us, UTC]", "d": "decimal128(9, 2)"})
+    found = table(tmp_path)
+    assert str(found["t"].type) == "timestamp[us, tz=UTC]"
+    assert found["t"].to_pylist() == [TIME, None]
+    assert found["d"].to_pylist() == [Decimal("1.50"), Decimal("2.25")]
+
+
 def test_values_over_the_limit_are_errors_of_their_rows(tmp_path: Path) -> None:
     texts = ["x" * 70_000, "y" * 60_000, "z"]
     write(tmp_path, "x.parquet", make_parquet({"image": IMAGES, "text": texts}))
@@ -206,6 +215,8 @@ def test_parts_of_a_file_carry_columns(tmp_path: Path) -> None:
         (["a", "a"], "is listed twice"),
         (["a", "A"], "is the name of two columns"),
         ({"a": "text"}, "is not an Arrow type"),
+        ({"a": "null"}, "is not an Arrow type"),
+        ({"a": "decimal128(99, 2)"}, "is not an Arrow type"),
     ],
 )
 def test_invalid_setting_is_refused_with_the_remedy(carry: Any, cause: str, tmp_path: Path) -> None:
