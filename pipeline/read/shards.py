@@ -85,7 +85,7 @@ class IgnoreReason(StrEnum):
     EXCLUDED = "excluded"  # by `input.exclude`
     FORMAT = "other format"  # by the extension, or not of the configured format
     OLD_VERSION = "old version"  # in an S3 Inventory; also delete markers
-    METADATA = "metadata of a shard"  # `x.parquet` and `x_stats.json` of `x.tar`, as img2dataset writes them
+    METADATA = "metadata of a shard"  # of `x.tar` or `00000/`, as img2dataset writes it
 
 
 class ShardListing(Iterator[Shard]):
@@ -205,7 +205,8 @@ class ShardListing(Iterator[Shard]):
             return IgnoreReason.HIDDEN
         stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
         endings = {each[len(stem) :].lower() for each in neighbors if each.startswith(stem)}
-        if stem != uri != base and not endings.isdisjoint((*TAR_SUFFIXES, ".parquet")):
+        has_folder = stem.rpartition("/")[2].isdigit() and any(each.startswith("/") for each in endings)
+        if stem != uri != base and (has_folder or not endings.isdisjoint((*TAR_SUFFIXES, ".parquet"))):
             return IgnoreReason.METADATA
         for format in (self.format,) if self.format else ("webdataset", "parquet", "images"):
             if uri.lower().endswith(_SUFFIXES[format]):
