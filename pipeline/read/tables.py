@@ -59,6 +59,7 @@ _URI_NAMES = {
     "filepath",
 }
 _URI_NAMES |= {"file_name", "filename", "image_file", "s3_uri", "s3_path", "gcs_uri"}
+_BUCKET, _MAX_KEY_BYTES = re.compile(r"[A-Za-z0-9._-]{1,255}"), 1024
 _SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
 
@@ -266,8 +267,9 @@ def resolve_uri(text: str, folder: str) -> str:
     if not scheme:
         return normalize_uri(f"{folder}/{text}")
     uri = normalize_uri(f"{scheme}://{rest}")
-    if scheme != "file" and not rest.partition("/")[2]:
-        raise ValueError("the URI has no key")
+    bucket, _, key = rest.partition("/")
+    if scheme != "file" and not (_BUCKET.fullmatch(bucket) and 0 < len(key.encode()) <= _MAX_KEY_BYTES):
+        raise ValueError("the URI has no valid bucket and key")
     return uri
 
 
@@ -292,9 +294,10 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
         found |= zip(remaining, pool.map(partial(_version, storage), remaining), strict=True)
     if check == "always" and remote:
         with storage.downloader() as downloader:
-            for uri, version in [(uri, downloader.version(uri)) for uri in remote]:
-                with suppress(StorageError):
-                    found[uri] = version.result()
+            for start in range(0, len(remote), _SHARD_ROWS):
+                for uri, version in [(x, downloader.version(x)) for x in remote[start : start + _SHARD_ROWS]]:
+                    with suppress(StorageError):  # reading reports it
+                        found[uri] = version.result()
     return {uri: version for uri, version in found.items() if version is not None}
 
 
@@ -313,22 +316,28 @@ def _list_versions(storage: Storage, folder: str, uris: set[str]) -> tuple[dict[
                 break
             if count > 1000 + _LISTED_PER_ROW * len(uris):
                 return found, [*uris.difference(found)]
-    except AccessDenied:  # reading may be allowed
-        return found, [*uris.difference(found)]
     except BucketNotFound:
         pass
     except StorageError as error:
-        remedy = "input.check_objects: never plans without looking up the images"
-        raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
+        _raise_unless_expected(error, folder)
+        return found, [*uris.difference(found)]  # listing may be denied, and reading allowed
     return dict.fromkeys(uris, ABSENT) | found, []
 
 
 def _version(storage: Storage, uri: str) -> str | None:
-    """Returns the version of an object; None if access is denied, which reading reports."""
+    """Returns the version of an object; None if it cannot be known for a cause that reading reports."""
     try:
         return storage.version(uri)
-    except AccessDenied:
+    except StorageError as error:
+        _raise_unless_expected(error, uri)
         return None
+
+
+def _raise_unless_expected(error: StorageError, uri: str) -> None:
+    """Raises the failure of a bucket, which says nothing of one image."""
+    if "://" in uri and not isinstance(error, AccessDenied | BucketNotFound):
+        remedy = "input.check_objects: never plans without looking up the images"
+        raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
 
 
 def _find_uri_column(section: InputConfig, file: DataFile) -> str:

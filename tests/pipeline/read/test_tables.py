@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from jobs.local_s3 import LocalS3
 from pipeline.config import ConfigError, InputConfig
 from pipeline.predictions import ErrorCategory
 from pipeline.read import (
@@ -30,6 +31,7 @@ from pipeline.read.reader import list_samples, select_images
 from pipeline.read.snapshots import snapshot_files
 from pipeline.read.tables import decode_rows, find_versions, select_rows
 from pipeline.storage import ABSENT, Storage, StorageError
+from tests.fault_proxy import FaultProxy
 from tests.http_server import Answer, HttpServer
 from tests.makers import category_of, make_image, make_parquet
 
@@ -234,6 +236,8 @@ BAD_URIS: list[tuple[str | None, ErrorCategory]] = [
     ("http://user:secret@host/a.jpg", ErrorCategory.INVALID_URI),
     ("s3://bucket", ErrorCategory.INVALID_URI),
     ("s3:/bucket/a.jpg", ErrorCategory.INVALID_URI),
+    ("s3://buck et/a.jpg", ErrorCategory.INVALID_URI),
+    ("s3://bucket/" + "k" * 1025, ErrorCategory.INVALID_URI),
     ("data:image/png;base64,AAAA", ErrorCategory.INVALID_URI),
     ("a\0.jpg", ErrorCategory.INVALID_URI),
     ("missing.jpg", ErrorCategory.IMAGE_NOT_FOUND),
@@ -399,9 +403,49 @@ def test_folder_with_many_other_objects_is_not_listed_to_its_end(
     assert counting.looked_up == [uris[1]]  # type: ignore[attr-defined]
 
 
-def test_missing_bucket_does_not_stop_the_plan(storage: Storage, bucket: str) -> None:
-    storage.write(f"{bucket}/t.txt", b"s3://no-such-bucket-16/a.jpg\ns3://no-such-bucket-16/b.jpg\n")
-    assert {category_of(x.error) for x in samples(storage, bucket)} == {ErrorCategory.IMAGE_NOT_FOUND}
+@pytest.mark.parametrize(
+    "uris",
+    [
+        ["s3://no-such-bucket-16/a.jpg"],
+        ["s3://no-such-bucket-16/a.jpg", "s3://no-such-bucket-16/b.jpg"],
+        ["file.txt/a.jpg"],
+        ["file.txt/a.jpg", "file.txt/b.jpg"],
+        ["x" * 3000 + "/a.jpg", "x" * 3000 + "/b.jpg"],
+    ],
+)
+def test_place_of_an_image_that_does_not_exist_is_an_error_row(
+    uris: list[str], storage: Storage, tmp_path: Path
+) -> None:
+    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "t.csv").write_text("uri\n" + "\n".join(uris))
+    found = samples(storage, f"{tmp_path}/t.csv")
+    assert len(found) == len(uris)
+    assert {category_of(x.error) for x in found} <= {
+        ErrorCategory.IMAGE_NOT_FOUND,
+        ErrorCategory.DOWNLOAD_FAILED,
+    }
+
+
+def test_bucket_that_fails_stops_the_plan_and_names_the_remedy(
+    s3_server: LocalS3, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        proxy.always("error")
+        for uris in ([f"{bucket}/a.jpg"], [f"{bucket}/a.jpg", f"{bucket}/b.jpg"]):
+            with pytest.raises(StorageError, match=r"(?i)internal.*input\.check_objects: never"):
+                find_versions(Storage(endpoint_url=proxy.url), uris, "auto")
+
+
+def test_versions_are_looked_up_one_by_one_where_listing_is_denied(
+    s3_server: LocalS3, storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
+    infos = [storage.write(f"{bucket}/{i}.jpg", make_image(i)) for i in range(3)]
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        proxy.always("denied", lambda request: "list-type" in str(request))
+        found = find_versions(Storage(endpoint_url=proxy.url), [info.uri for info in infos], "auto")
+    assert found == {info.uri: info.version for info in infos}
 
 
 def test_replaced_object_changes_the_shard(storage: Storage, bucket: str) -> None:
