@@ -147,8 +147,8 @@ def test_unreadable_images_and_shards_are_listed_and_all_others_packed(tmp_path:
     }.items():
         (source / name).write_bytes(content)
     shown, errors = run_pack(source, tmp_path / "tars", status=ExitStatus.INCOMPLETE)
-    assert shown["packed"].startswith("1 image, 0 labels")
-    assert shown["not packed"] == "3 (empty image: 1, unreadable shard: 1, unsupported format: 1)"
+    assert shown["packed"].startswith("1 images, 0 labels")
+    assert shown["not packed"] == "unreadable shard: 1, unsupported format: 2"
     assert "b.jpg: unsupported format: the file starts with b'<html>'" in errors
     assert "d.tar: not a tar" in errors
 
@@ -162,12 +162,17 @@ def test_label_outside_of_the_class_names_is_reported_and_not_stored(tmp_path: P
         tmp_path / "in.parquet", tmp_path / "tars", *options, status=ExitStatus.INCOMPLETE
     )
     assert shown["packed"].startswith("2 images, 1 label")
-    assert "unreadable label: 7 is not in 0..2" in errors
+    assert "only the label: 7 is not in 0..2" in errors
 
 
 @pytest.mark.parametrize(
     ("shards", "size", "message"),
-    [("full", "1GB", "choose an empty folder"), ("in/x", "1GB", "inside the input"), ("new", "big", "500MB")],
+    [
+        ("full", "1GB", "choose an empty folder"),
+        ("in/x", "1GB", "inside the input"),
+        ("new", "big", "could not parse"),
+        ("new", "9GB", "4294967296"),
+    ],
 )
 def test_folder_with_objects_and_wrong_size_are_refused(
     shards: str, size: str, message: str, tmp_path: Path
