@@ -137,7 +137,7 @@ class _Packer:
         elif sample.unmatched is not None:
             self._fail("unreadable label", f"{place}: only the label: {sample.unmatched}")
         if sample.merged:
-            self._fail("merged image", f"{place}: {sample.merged} further images; set input.key: last-dot")
+            self._fail("merged image", f"{place}: {sample.merged} further images; see input.image_member")
         fields: dict[str, object] = {"source_uri": sample.uri or shard.object.uri, "source_key": sample.key}
         for (name, type_name), value in zip(self.options.carry.items(), sample.carried, strict=True):
             is_text = pa.types.is_temporal(value.type) and not pa.types.is_duration(value.type)
