@@ -139,6 +139,8 @@ class ReadOptions:
 
     def set_carried(self, sample: Sample) -> Sample:
         """Converts the carried values to their types; makes a value that is too large or wrong an error."""
+        if not self.carry:
+            return sample
         carried, size, problem = list[pa.Scalar](), 0, None
         values = sample.carried or [pa.scalar(None)] * len(self.carry)
         for (name, kind), value in zip(self.carry.items(), values, strict=True):
