@@ -58,7 +58,7 @@ def label(
     clock, retries_before = Clock(), retry_counts()
     check_installed(config)
     on_phase(Phase.LISTING)
-    # An input without shards fails before anything is written, and before the images of a table are looked up.
+    # An input without shards fails before anything is written, and before images of a table are looked up.
     unchecked = config.input.model_copy(update={"check_objects": "never"})
     open_listing(config.model_copy(update={"input": unchecked}))
     on_phase(Phase.LOADING_MODEL)
