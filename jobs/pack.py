@@ -35,7 +35,7 @@ from pipeline.storage import ABSENT, temporary_folder
 #: A tar is one request to a bucket, which may have 5 GB.
 _SIZE = TypeAdapter(Annotated[ByteSize, Field(gt=0, le=4 * 1024**3)]).validate_python
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "HEIF": "heic", "JPEG XL": "jxl"}
-_UNSAFE, _MAX_KEY_BYTES = re.compile(r'[.:*?"<>|\\\x00-\x1f\x7f]|_(?=_MACOSX)'), 200
+_UNSAFE, _MAX_KEY_BYTES = re.compile(r'[.:*?"<>|\\\x00-\x1f\x7f]'), 200
 _COUNT_KEY = "INSERT INTO keys VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times"
 #: Settings of the input that the tars need too.
 _KEPT = {"target_names", "target_map", "max_image_bytes", "max_image_pixels"}
@@ -99,7 +99,8 @@ class _Packer:
                     tar.addfile(info, io.BytesIO(content))
                 if tar.offset >= (max_bytes if members else 1):  # or after the last sample
                     tar.close()
-                    self.storage.write(f"{self.folder}/{self.counts['tars']:05d}.tar", file, ABSENT)
+                    uri, is_first = f"{self.folder}/{self.counts['tars']:05d}.tar", not self.counts["tars"]
+                    self.storage.write(uri, file, ABSENT if is_first else None)  # the first claims the folder
                     self.counts["tars"] += 1
                     file.truncate(file.seek(0))
                     tar = tarfile.TarFile(fileobj=file, mode="w")
@@ -170,7 +171,7 @@ class _Packer:
 
 def _safe_key(key: str) -> str:
     """Returns a key without dots, which would end it, and without what a file name cannot have."""
-    key = re.sub(r"^(\w+:/|\.(?=/))", "", key)
+    key = re.sub(r"^(\w+:/|\.(?=/))", "", key).replace("__MACOSX", "MACOSX")  # readers skip this folder
     stem, _, extension = key.rpartition(".")
     name = _UNSAFE.sub("_", stem if extension.lower() in IMAGE_EXTENSIONS else key)
     return re.sub("/+", "/", name.encode()[-_MAX_KEY_BYTES:].decode(errors="ignore")).strip("/") or "_"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.console import ExitStatus
-from jobs.pack import pack
+from jobs.pack import _safe_key, pack
 from pipeline import label, load_job_config
 from pipeline.storage import Storage
 from tests.command import invoke
@@ -134,6 +134,31 @@ def test_images_are_stored_unchanged_under_readable_unique_keys(tmp_path: Path) 
     }
     run_pack(source, tmp_path / "again")
     assert (tmp_path / "again/00000.tar").read_bytes() == (tmp_path / "tars/00000.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("./a/b.JPEG", "a/b"),
+        ("https://host.org/a//b.png?x=1", "host_org/a/b_png_x=1"),
+        ("../../etc/.x.jpg", "__/__/etc/_x"),
+        ("__MACOSX/a.jpg", "MACOSX/a"),
+        ("größe 7.5", "größe 7_5"),
+        ("", "_"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_key_stays_readable_without_dots(key: str, expected: str) -> None:
+    assert _safe_key(key) == expected
+
+
+def test_images_of_a_sample_that_are_not_packed_are_listed(tmp_path: Path) -> None:
+    members = {"a.left.png": IMAGES[1], "a.right.png": IMAGES[3]}
+    (tmp_path / "in.tar").write_bytes(make_tar(members))
+    shown, errors = run_pack(tmp_path / "in.tar", tmp_path / "tars", status=ExitStatus.INCOMPLETE)
+    assert shown["not packed"] == "merged image: 1"
+    assert "'a': 1 further images" in errors
+    run_pack(tmp_path / "in.tar", tmp_path / "both", "--set", "input.key=last-dot")
 
 
 def test_unreadable_images_and_shards_are_listed_and_all_others_packed(tmp_path: Path) -> None:
