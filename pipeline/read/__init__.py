@@ -5,15 +5,8 @@ Images are not decoded in this package.
 
 from pipeline.read.chunks import NO_SAMPLES, Chunk, failed_chunk, sample_table, split_into_chunks
 from pipeline.read.division import Division, overlap, whole_file
+from pipeline.read.listing import list_input_shards, list_shards
 from pipeline.read.reader import complete_sample, list_samples, read_samples, select_images
 from pipeline.read.samples import ReadOptions, Sample, is_partly_readable
-from pipeline.read.shards import (
-    MAX_IGNORED_EXAMPLES,
-    IgnoreReason,
-    NoShardsError,
-    Shard,
-    ShardListing,
-    list_input_shards,
-    list_shards,
-)
+from pipeline.read.shards import MAX_IGNORED_EXAMPLES, IgnoreReason, NoShardsError, Shard, ShardListing
 from pipeline.read.targets import load_targets

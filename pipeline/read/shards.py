@@ -4,16 +4,14 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, pairwise
 from typing import Literal, Self
 
-from pipeline.config import InputConfig, InputFormat, InputUris, UriPattern
+from pipeline.config import InputUris
 from pipeline.read.table_files import TABLE_SUFFIXES
-from pipeline.read.table_formats import list_objects
-from pipeline.storage import ObjectInfo, Storage, StorageError, is_under, relative_name
+from pipeline.storage import ObjectInfo, is_under, relative_name
 from pipeline.text import pluralize
 
 Format = Literal["webdataset", "parquet", "images", "table"]
@@ -214,38 +212,6 @@ class ShardListing(Iterator[Shard]):
         return IgnoreReason.FORMAT
 
 
-def list_shards(
-    storage: Storage,
-    inputs: InputUris | str,
-    format: InputFormat = "auto",
-    section: InputConfig | None = None,
-) -> ShardListing:
-    """Lists the shards of an input, whose URIs are normalized.
-
-    The listing streams, and each step may raise `StorageError`, or `ConfigError` for a table that cannot be
-    read. A pattern that is also the name of an existing object or folder is no pattern. Objects are ignored
-    if a part of their name starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in a URI of
-    the input. The extension determines the format; another format than `auto` selects objects with its
-    extensions, and objects that the input names exactly. With `table`, `section` has the settings of tables.
-    """
-
-    def as_literal(pattern: UriPattern) -> UriPattern:
-        with suppress(StorageError):  # such as a path that is too long; listing the root raises the others
-            if pattern.root != pattern.text and next(storage.list(pattern.text), None) is not None:
-                return UriPattern.literal(pattern.text)
-        return pattern
-
-    found = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
-    found = replace(found, patterns=tuple(map(as_literal, found.patterns)))
-    listing = ShardListing(list_objects(storage, found, format), found, None if format == "auto" else format)
-    if format != "table":
-        return listing
-    from pipeline.read.tables import list_tables  # imports this module
-
-    settings = section or InputConfig(uri=str(inputs), format=format)
-    return listing.replace(lambda files: list_tables(storage, settings, files, listing.ignore))
-
-
 def file_extension(name: str) -> str:
     """Returns the extension of a name in lower case, such as `.jfif` or `.tar.zst`; `none` without one."""
     found = _EXTENSION.search(name.lower())
@@ -262,8 +228,3 @@ def _group(folder: str, name: str, members: list[ObjectInfo]) -> Shard:
 
 class NoShardsError(ValueError):
     """The input has no shards."""
-
-
-def list_input_shards(storage: Storage, section: InputConfig, field: str) -> list[Shard]:
-    """Returns all shards of an input. Raises the same errors as `ShardListing.require_shards`."""
-    return list(list_shards(storage, section.inputs, section.format, section).require_shards(field))

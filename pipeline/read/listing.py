@@ -1,12 +1,16 @@
-"""Lists objects, and finds the tables of Delta, Iceberg, Hudi and Lance among them by their metadata."""
+"""Lists the shards of an input, and finds tables of Delta, Iceberg, Hudi and Lance by their metadata."""
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from os.path import commonprefix
 
-from pipeline.config import ConfigError, InputFormat, InputUris
+from pipeline.config import ConfigError, InputConfig, InputFormat, InputUris, UriPattern
+from pipeline.read.shards import Shard, ShardListing
 from pipeline.read.snapshots import snapshot_files
+from pipeline.read.tables import list_tables
 from pipeline.storage import ObjectInfo, Storage, StorageError, is_under
 
 #: The format of a table by its folder with metadata, and the names of these files.
@@ -18,7 +22,42 @@ _MAX_METADATA_FILES = 10_000  # of a folder `metadata`, which may not be Iceberg
 _MAX_PREFIXES = 64  # one listing for each; more of them are listed by what they have in common
 
 
-def list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> Iterator[ObjectInfo]:
+def list_shards(
+    storage: Storage,
+    inputs: InputUris | str,
+    format: InputFormat = "auto",
+    section: InputConfig | None = None,
+) -> ShardListing:
+    """Lists the shards of an input, whose URIs are normalized.
+
+    The listing streams, and each step may raise `StorageError`, or `ConfigError` for a table that cannot be
+    read. A pattern that is also the name of an existing object or folder is no pattern. Objects are ignored
+    if a part of their name starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in a URI of
+    the input. The extension determines the format; another format than `auto` selects objects with its
+    extensions, and objects that the input names exactly. With `table`, `section` has the settings of tables.
+    """
+
+    def as_literal(pattern: UriPattern) -> UriPattern:
+        with suppress(StorageError):  # such as a path that is too long; listing the root raises the others
+            if pattern.root != pattern.text and next(storage.list(pattern.text), None) is not None:
+                return UriPattern.literal(pattern.text)
+        return pattern
+
+    found = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
+    found = replace(found, patterns=tuple(map(as_literal, found.patterns)))
+    listing = ShardListing(_list_objects(storage, found, format), found, None if format == "auto" else format)
+    if format != "table":
+        return listing
+    settings = section or InputConfig(uri=str(inputs), format=format)
+    return listing.replace(lambda files: list_tables(storage, settings, files, listing.ignore))
+
+
+def list_input_shards(storage: Storage, section: InputConfig, field: str) -> list[Shard]:
+    """Returns all shards of an input. Raises the same errors as `ShardListing.require_shards`."""
+    return list(list_shards(storage, section.inputs, section.format, section).require_shards(field))
+
+
+def _list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> Iterator[ObjectInfo]:
     """Lists the objects of an input, sorted in most stores, and some that its patterns do not select.
 
     The files of a table that were deleted from it remain in its folder. Therefore, a root that is a Delta or
