@@ -215,6 +215,7 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
     keys = table[roles["key"]].combine_chunks() if roles["key"] else None
     found = defaultdict[str, list[Any]](list)
     for row, value in enumerate(table[roles["uri"]].to_pylist()):
+        value = value.get("path") if isinstance(value, dict) else value  # the Image type of `datasets`
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
         key, problem = (text, None) if keys is None else _value(keys[row])

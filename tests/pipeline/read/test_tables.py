@@ -183,6 +183,15 @@ def test_filter_selects_rows(name: str, condition: list[list[Any]], kept: list[i
     assert [sample.key for sample in found] == [f"images/{i}.jpg" for i in kept]
 
 
+def test_uri_column_may_be_a_struct_with_a_path(tmp_path: Path) -> None:
+    write_images(Storage(), str(tmp_path), 2)
+    column = [{"bytes": None, "path": "images/0.jpg"}, {"bytes": None, "path": None}, None]
+    Storage().write(f"{tmp_path}/t.parquet", make_parquet({"image": column}))
+    found, *missing = samples(Storage(), str(tmp_path), uri_column="image")
+    assert (found.image, found.key) == (make_image(0), "images/0.jpg")
+    assert [category_of(x.error) for x in missing] == [ErrorCategory.NO_IMAGE] * 2
+
+
 def test_filter_compares_times(tmp_path: Path) -> None:
     storage = Storage()
     times = pa.array([datetime.datetime(2026, 1, day, tzinfo=datetime.UTC) for day in (1, 2, 3)])
