@@ -102,20 +102,6 @@ def prediction_schema(
     )
 
 
-def arrow_type(name: str) -> pa.DataType:
-    """Returns the type of a name such as `int64`, `timestamp[us, UTC]` or `decimal128(9, 2)`.
-
-    Raises `ValueError` for other names, and for types that Parquet does not have.
-    """
-    if found := re.fullmatch(r"timestamp\[(s|ms|us|ns), *(?:tz=)?([\w/+:-]+)\]", name):
-        return pa.timestamp(found[1], found[2])
-    if found := re.fullmatch(r"decimal128\((\d+), *(\d+)\)", name):
-        return pa.decimal128(int(found[1]), int(found[2]))
-    if name == "null" or "interval" in name:
-        raise ValueError(name)
-    return pa.type_for_alias(name)
-
-
 def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> list[pa.Field]:
     """Returns the columns with outputs of the model. All are null in a row with an error."""
     fields = [

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+import pyarrow as pa
+
 MAX_LINE_LENGTH = 200
 
 # Invisible characters that Persian, Hindi and emoji need. Elsewhere, they only hide a difference of names.
@@ -95,3 +97,17 @@ def pluralize(count: int, noun: str) -> str:
     """Returns a count and its noun, in the singular or plural: `1 shard`, `2,000 shards`, `10 classes`."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}"
+
+
+def arrow_type(name: str) -> pa.DataType:
+    """Returns the type of a name such as `int64`, `timestamp[us, UTC]` or `decimal128(9, 2)`.
+
+    Raises `ValueError` for other names, and for types that Parquet does not have.
+    """
+    if found := re.fullmatch(r"timestamp\[(s|ms|us|ns), *(?:tz=)?([\w/+:-]+)\]", name):
+        return pa.timestamp(found[1], found[2])
+    if found := re.fullmatch(r"decimal128\((\d+), *(\d+)\)", name):
+        return pa.decimal128(int(found[1]), int(found[2]))
+    if name == "null" or "interval" in name:
+        raise ValueError(name)
+    return pa.type_for_alias(name)

@@ -18,7 +18,6 @@ from pipeline.commit.partition import Partition
 from pipeline.predictions import (
     Footer,
     PredictionOptions,
-    arrow_type,
     encode_predictions,
     prediction_path,
     prediction_schema,
@@ -28,7 +27,7 @@ from pipeline.predictions import (
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
 from pipeline.storage import ABSENT, Versioned
-from pipeline.text import remove_secrets
+from pipeline.text import arrow_type, remove_secrets
 
 logger = logging.getLogger("cvt_label")
 

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config.base import Address, NameOrUri, PositiveInt, Section, Uris
 from pipeline.config.uris import InputUris
-from pipeline.predictions import arrow_type, prediction_schema
+from pipeline.text import arrow_type
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
 
@@ -16,10 +16,6 @@ _NOT_IN_FINGERPRINT = {
     "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
     "on_damaged_shard",
 }  # fmt: skip
-
-
-#: Names that a carried column cannot have, with those of the tables that are published.
-_CONTRACT_NAMES = {*prediction_schema("float32", 1, label_names=True).names, "published", "model"}
 
 
 def _names_to_types(value: Any) -> Any:
@@ -179,13 +175,8 @@ class InputConfig(Section):
     def _check_types(cls, carry: dict[str, str | None]) -> dict[str, str | None]:
         names = Counter(name.lower() for name in carry)
         for name, kind in carry.items():
-            if name.lower() in _CONTRACT_NAMES or names[name.lower()] > 1:  # as engines of SQL compare names
-                cause = (
-                    "the name of two columns" if names[name.lower()] > 1 else "a column of every label file"
-                )
-                raise ValueError(
-                    f"{name!r} is {cause}; remove the name here, or rename the column in the input"
-                )
+            if names[name.lower()] > 1:  # as engines of SQL compare names
+                raise ValueError(f"{name!r} is the name of two columns; remove the name here")
             try:
                 _ = kind and arrow_type(kind)
             except ValueError:

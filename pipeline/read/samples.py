@@ -8,8 +8,9 @@ from typing import Self
 import pyarrow as pa
 
 from pipeline.config import InputConfig, ReadConfig
-from pipeline.predictions import ErrorCategory, SampleError, arrow_type, sample_error
+from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read.targets import Targets
+from pipeline.text import arrow_type
 
 #: Maximum size of the values of `input.carry` in a row: the driver holds those of a shard.
 MAX_CARRIED_BYTES = 64 * 1024

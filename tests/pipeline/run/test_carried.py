@@ -220,6 +220,7 @@ def test_parts_of_a_file_carry_columns(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_setting_is_refused_with_the_remedy(carry: Any, cause: str, tmp_path: Path) -> None:
+    write(tmp_path, "x.parquet", make_parquet({"image": IMAGES}))
     with pytest.raises(ConfigError, match=cause):
         run(tmp_path, carry)
 
