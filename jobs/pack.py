@@ -2,9 +2,7 @@
 
 import io
 import json
-import re
 import shlex
-import sqlite3
 import sys
 import tarfile
 from collections import Counter
@@ -12,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -26,17 +25,14 @@ from pipeline.decode.cpu import FORMATS
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read import ReadOptions, Sample, Shard, read_samples
 from pipeline.read.samples import ShardError
-from pipeline.read.shards import IMAGE_EXTENSIONS
 from pipeline.read.targets import parse_label
 from pipeline.run import Plan
 from pipeline.run.planning import open_listing
-from pipeline.storage import ABSENT, temporary_folder
+from pipeline.storage import ABSENT
 
 #: A tar is one request to a bucket, which may have 5 GB.
 _SIZE = TypeAdapter(Annotated[ByteSize, Field(gt=0, le=4 * 1024**3)]).validate_python
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "HEIF": "heic", "JPEG XL": "jxl"}
-_UNSAFE, _MAX_KEY_BYTES = re.compile(r'[.:*?"<>|\\\x00-\x1f\x7f]'), 200
-_COUNT_KEY = "INSERT INTO keys VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times"
 #: Settings of the input that the tars need too.
 _KEPT = {"target_names", "target_map", "max_image_bytes", "max_image_pixels"}
 
@@ -64,8 +60,8 @@ def pack(
     job = load_job_config(config, [*(f"{name}={json.dumps(fields[name])}" for name in fields), *(set or ())])
     console.log_to_stderr()
     packer = _Packer(job)
-    with ProgressView("packing") as view, temporary_folder() as temporary:
-        packer.pack(shard_size, temporary, view)
+    with ProgressView("packing") as view:
+        packer.pack(shard_size, view)
     packer.print_summary(str(config or "job.yaml"))
     sys.exit(console.ExitStatus.INCOMPLETE if packer.failed else console.ExitStatus.OK)
 
@@ -84,17 +80,13 @@ class _Packer:
         self.counts, self.failed = Counter(images=0, labels=0, bytes=0, tars=0), Counter[str]()
         self.types = dict[str, str | None](source_uri="string", source_key="string")
 
-    def pack(self, max_bytes: int, temporary: Path, view: ProgressView) -> None:
-        """Writes the tars; one tar, and all keys, are temporary files."""
-        keys = sqlite3.connect(temporary / "keys", isolation_level=None)
-        keys.executescript("PRAGMA journal_mode=off; CREATE TABLE keys (key PRIMARY KEY, times); BEGIN")
-        with (temporary / "tar").open("w+b") as file:
+    def pack(self, max_bytes: int, view: ProgressView) -> None:
+        """Writes the tars; each is a temporary file first."""
+        with TemporaryFile() as file:
             tar = tarfile.TarFile(fileobj=file, mode="w")
-            for key, members in chain(self._read(), [("", {})]):
-                while members and (times := keys.execute(_COUNT_KEY, (key,)).fetchone()[0]) > 1:
-                    key += f"-{times}"
+            for number, members in enumerate(chain(self._read(), [{}])):
                 for extension, content in members.items():
-                    info = tarfile.TarInfo(f"{key}.{extension}")
+                    info = tarfile.TarInfo(f"{number:09d}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
                 if tar.offset >= (max_bytes if members else 1):  # or after the last sample
@@ -106,13 +98,13 @@ class _Packer:
                     tar = tarfile.TarFile(fileobj=file, mode="w")
                 view.show_progress(self._describe())
 
-    def _read(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Yields a key and the members by extension of each sample that can be read."""
+    def _read(self) -> Iterator[dict[str, bytes]]:
+        """Yields the members by extension of each sample that can be read."""
         for shard in self.listing:
             try:
                 for sample in read_samples(self.storage, shard, self.options):
                     if members := self._members(sample, shard):
-                        yield _safe_key(sample.key), members
+                        yield members
             except ShardError as error:
                 self._fail("unreadable shard", str(error))
 
@@ -167,11 +159,3 @@ class _Packer:
         fields = {"packed": self._describe(), "not packed": failed or "0"}
         fields |= {"ignored": Plan(self.listing, LABEL_NEW).describe_ignored(), "output": self.folder}
         console.print_fields(fields | {"to label": shlex.join(command)})
-
-
-def _safe_key(key: str) -> str:
-    """Returns a key without dots, which would end it, and without what a file name cannot have."""
-    key = re.sub(r"^(\w+:/|\.(?=/))", "", key).replace("__MACOSX", "MACOSX")  # readers skip this folder
-    stem, _, extension = key.rpartition(".")
-    name = _UNSAFE.sub("_", stem if extension.lower() in IMAGE_EXTENSIONS else key)
-    return re.sub("/+", "/", name.encode()[-_MAX_KEY_BYTES:].decode(errors="ignore")).strip("/") or "_"

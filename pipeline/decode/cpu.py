@@ -21,7 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import MAX_EXIF_BYTES, TIMEOUT_S, DecodeDeadline, open_image, read_tile_size
-from pipeline.decode.plugins import REQUIREMENTS, JxlFile, read_avif, read_heif
+from pipeline.decode.plugins import REQUIREMENTS, read_avif, read_heif, read_jxl
 from pipeline.decode.repair import ORIENTATION_TEXTS, add_end, remove_metadata
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
@@ -38,7 +38,7 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], Callable[[Any], ImageFile]], ...] =
     ("TIFF", re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
     ("AVIF", re.compile(rb"....ftyp(?:....){,16}?avi[fs]", re.DOTALL), read_avif),
     ("HEIF", re.compile(rb"....ftyp(?:....){,16}?(?:he[iv][cmsx]|m[is]f1)", re.DOTALL), read_heif),
-    ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), JxlFile),
+    ("JPEG XL", re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"), read_jxl),
 )
 
 #: Maximum length of a side in pixels. Resizing needs memory and time in proportion to the longest side: about

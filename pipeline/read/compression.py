@@ -5,7 +5,9 @@ import io
 import lzma
 import re
 import zlib
-from typing import Any, BinaryIO, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,7 +19,7 @@ _STARTS = re.compile(
     rb"(?P<lz4>\x04\x22\x4d\x18)|(?P<bz2>BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90))"
 )
 _MAX_XZ_MEMORY = 192 * 1024**2  # bytes; `xz -9` needs 65 MiB. Arrow limits the window of zstd to 128 MiB.
-_READ_BYTES, _SKIPPED_BYTES = 64 * 1024, 1024**2
+_SKIPPED_BYTES = 1024**2
 
 
 def find_compression(start: bytes) -> str | None:
@@ -27,25 +29,35 @@ def find_compression(start: bytes) -> str | None:
 
 
 class DecompressedFile:
-    """The decompressed content of all frames or streams of a file; `seek` only moves forward."""
+    """The decompressed content of all frames or streams of a file; `seek` only moves forward.
 
-    def __init__(self, file: BinaryIO, compression: str) -> None:
+    `read` and the constructor raise `UnreadableShardError` for damaged data.
+    """
+
+    def __init__(self, file: Any, compression: str) -> None:
         self._compression, self._position = compression, 0
-        if compression == "gzip":  # accepts zeros after the end, unlike Arrow
-            self._file: Any = gzip.GzipFile(fileobj=file, mode="rb")
-        elif compression == "xz":
-            self._file = io.BufferedReader(_XzFile(file), _READ_BYTES)
-        else:
-            self._file = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+        with self._explained_errors():
+            if compression == "gzip":  # accepts zeros after the end, unlike Arrow
+                self._file: Any = gzip.GzipFile(fileobj=file, mode="rb")
+            elif compression == "xz":  # without a limit, the first block may ask for gigabytes
+                lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_XZ_MEMORY).decompress(file.peek(1), max_length=1)
+                self._file = lzma.LZMAFile(file)  # noqa: SIM115
+            else:
+                self._file = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
 
-    def read(self, size: int) -> bytes:
-        """Reads up to `size` bytes, fewer only at the end; raises `UnreadableShardError` for damaged data."""
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
         try:
-            content: bytes = self._file.read(size)
+            yield
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             window = " with a window of at most 128 MiB, as by default" * ("memory" in str(error).lower())
             cause = f"the {self._compression} data is damaged or cut off ({error})"
             raise UnreadableShardError(f"{cause}; compress the tar again{window}") from error
+
+    def read(self, size: int) -> bytes:
+        """Reads up to `size` bytes, fewer only at the end."""
+        with self._explained_errors():
+            content: bytes = self._file.read(size)
         self._position += len(content)
         return content
 
@@ -59,31 +71,3 @@ class DecompressedFile:
     def tell(self) -> int:
         """Returns the position."""
         return self._position
-
-
-class _XzFile(io.RawIOBase):
-    """The content of an .xz file. `lzma.LZMAFile` has no limit of memory, and ignores data after a stream."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_XZ_MEMORY)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        content = b""
-        while not content:
-            data = b""
-            if self._stream.eof:  # zeros may follow, then another stream
-                data = self._stream.unused_data.lstrip(b"\0")
-                while not data and (zeros := self._file.read(_READ_BYTES)):
-                    data = zeros.lstrip(b"\0")
-                if not data:
-                    return 0
-                self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_XZ_MEMORY)
-            elif self._stream.needs_input and not (data := self._file.read(_READ_BYTES)):
-                raise EOFError("the file ends within a stream")
-            content = self._stream.decompress(data, len(buffer))
-        cast(memoryview, buffer)[: len(content)] = content
-        return len(content)

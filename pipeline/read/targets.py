@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,13 +40,10 @@ class Targets:
         self._ids = {x: i for i, x in enumerate(_WORDNET_IDS.read_text().split() if is_imagenet else ())}
         self._ids |= {x: i for i, each in enumerate(parts) for x in each if self._times[x] == 1}
         self._ids |= {x: i for i, x in enumerate(class_names) if times[x] == 1}
-        self._folded: dict[str, list[str]] = {}
-        for name in self._ids:
-            self._folded.setdefault(name.casefold(), []).append(name)
         mapped = {key: self._ids.get(name, parse_integer(name)) for key, name in self._mapping.items()}
         for key, name in self._mapping.items():
             if mapped[key] not in range(len(class_names)):
-                problem = self._problem(name, _show(name), get_close_matches(name, class_names, 1))
+                problem = self._problem(name, _show(name))
                 raise ValueError(f"{_show(key)}: {problem}; set the name or id of one class of the model")
         self._ids |= mapped
 
@@ -78,15 +74,13 @@ class Targets:
         if text in self._mapping or (is_name and text in self._ids and not is_ambiguous):
             return self._ids[text], None
         if number is None or names:
-            return None, self._problem(text, shown, self._folded.get(text.casefold(), ()))
+            return None, self._problem(text, shown)
         limit = len(self._class_names) or _MAX_LABEL_ID
         return (number, None) if 0 <= number < limit else (None, f"{shown} is not in 0..{limit - 1}")
 
-    def _problem(self, name: str, shown: str, similar: Sequence[str]) -> str:
-        if self._times[name] > 1:
-            return f"{shown} is the name of several classes of the model"
-        hint = f"; did you mean {_show(*similar)}?" if len(similar) == 1 else ""
-        return f"{shown} is not a class of the model{hint}"
+    def _problem(self, name: str, shown: str) -> str:
+        is_shared = self._times[name] > 1
+        return f"{shown} is {'the name of several classes' if is_shared else 'not a class'} of the model"
 
 
 def load_targets(

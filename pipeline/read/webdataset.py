@@ -19,7 +19,6 @@ from pipeline.storage import Storage
 
 # Of a sample: all names like `frame.000001.jpg` have the key `frame`.
 _MAX_MEMBERS, _MAX_EXTENSION = 1000, 255
-_MAX_INTEGER_BITS = 63
 _MAX_LABEL_BYTES = 4 * 1024**2  # per .cls or .json member; parsed JSON needs up to 25 times as much
 
 
@@ -35,7 +34,7 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
         compression = find_compression(file.peek(16)) if shard.span is None else None
         timed = cast(BinaryIO, TimedFile(file, deadline))
         stream = timed if compression is None else cast(BinaryIO, DecompressedFile(timed, compression))
-        current: _TarSample | None = None
+        current, damage = None, None
         try:
             last = None if stop == info.size else stop
             for member in read_members(stream, deadline, start, last, links=compression is None):
@@ -47,12 +46,12 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
                         yield current.finish()
                     current = _TarSample(Sample(key, None), options, compression)
                 current.add(extension, member, stream if not member.linkname else cast(BinaryIO, links))
-        except TarEndError:
-            if current is not None:
-                yield current.finish()
-            raise
+        except TarEndError as error:
+            damage = error
         if current is not None:
             yield current.finish()
+        if damage is not None:
+            raise damage
 
 
 def is_ignored(member: tarfile.TarInfo) -> bool:
@@ -129,20 +128,18 @@ class _TarSample:
         """Returns why the content of a member cannot be read."""
         if info.type in PLAIN_TYPES:
             return None
+        kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
+        problem = f"{info.name!r} is {kind}, not a regular file"
         if not info.islnk():
-            kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
-            return f"{info.name!r} is {kind}, not a regular file"
-        cause = "which is not among the first 100,000 files before the link"
-        cause = "and the tar is compressed: decompress the tar" if self.compression else cause
-        link = f"{info.name!r} is a hard link to {info.linkname!r}"
-        return f"{link}, {cause}, or create the tar with `tar --hard-dereference`"
+            return problem
+        cause = "hard links are read only to earlier files of a tar that is not compressed"
+        return f"{problem}; {cause}; create the tar with `tar --hard-dereference`"
 
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
-        error, wanted = self.sample.error, "a supported image extension"
-        if self.options.image_member is not None:
-            wanted = f"the extension .{self.options.image_member} (input.image_member)"
+        error, wanted = self.sample.error, self.options.image_member
         if not self.image_rank:
+            wanted = f"the extension .{wanted} (input.image_member)" if wanted else "an image extension"
             members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
             error = sample_error(
                 ErrorCategory.NO_IMAGE,
@@ -200,11 +197,9 @@ def _carried(content: bytes, carry: Mapping[str, str | None]) -> tuple[tuple[pa.
             value = _field(document, path)
             if value is not None and (kind is None or isinstance(value, list | dict)):
                 value = json.dumps(value)
-            is_large = isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS
-            text = str(value) if is_large else value
-            # JSON may have halves of surrogate pairs, which are no text in Arrow.
-            is_text = isinstance(text, str)
-            values.append(pa.scalar(text.encode(errors="backslashreplace").decode() if is_text else text))
+            elif isinstance(value, int) and value.bit_length() > 63:  # for example, a hash
+                value = str(value)
+            values.append(pa.scalar(value))
         return tuple(values), None
     except (ValueError, RecursionError) as error:
         return (), f"the .json member is not valid JSON ({error})"

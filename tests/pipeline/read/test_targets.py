@@ -49,10 +49,8 @@ def test_label_that_names_no_class_is_a_problem(label: object) -> None:
     assert NO_CLASS in str(problem)
 
 
-def test_name_that_differs_in_case_only_is_a_hint_and_no_match() -> None:
-    targets = Targets([*FASHION, "bag"])
-    assert targets.find("sneaker") == (None, f"'sneaker' {NO_CLASS}; did you mean 'Sneaker'?")
-    assert targets.find("BAG") == (None, f"'BAG' {NO_CLASS}")  # which of the two?
+def test_name_that_differs_in_case_is_no_match() -> None:
+    assert Targets(FASHION).find("sneaker") == (None, f"'sneaker' {NO_CLASS}")
 
 
 def test_names_of_digits_win_over_ids_and_numbers_stay_ids() -> None:
@@ -66,7 +64,7 @@ def test_integers_and_their_texts_are_indices_of_the_names_of_the_dataset() -> N
     for targets, of_file in ((Targets(FASHION), names), (Targets(FASHION, names), ["Trouser"])):
         assert [targets.find(label, of_file)[0] for label in (0, "0", 3, "Coat", "Shirt")] == [8, 8, 4, 4, 6]
         assert targets.find(1, of_file) == targets.find("3", of_file) == (None, f"'3' {NO_CLASS}")
-        assert targets.find("2", of_file) == (None, f"'boot' {NO_CLASS}; did you mean 'Boot'?")
+        assert targets.find("2", of_file) == (None, f"'boot' {NO_CLASS}")
         assert targets.find(4, of_file) == (None, "4 is not in 0..3")
 
 
@@ -105,11 +103,11 @@ def test_mapping_goes_first_and_may_map_several_classes_to_one() -> None:
 
 def test_class_of_the_model_that_a_mapping_lacks_fails() -> None:
     for mapping, problem in [
-        ({"a": "Sneakr"}, f"'a': 'Sneakr' {NO_CLASS}; did you mean 'Sneaker'?; set the name or id"),
+        ({"a": "Sneakr"}, f"'a': 'Sneakr' {NO_CLASS}; set the name or id"),
         ({"a": "10"}, f"'a': '10' {NO_CLASS}; set"),
         ({"a": "-1"}, f"'a': '-1' {NO_CLASS}; set"),
     ]:
-        with pytest.raises(ValueError, match=problem.replace("?", r"\?")):
+        with pytest.raises(ValueError, match=problem):
             Targets(FASHION, mapping=mapping)
     with pytest.raises(
         ValueError, match="'crane' is the name of several classes of the model; set the name or id"
@@ -182,7 +180,7 @@ def test_content_of_files_counts_and_not_their_path(tmp_path: Path) -> None:
         ("target_map", "m.json", "a", "Expecting value"),
         ("target_map", "m.json", b"\xff", "can't decode"),
         ("target_map", "m.json", '{"a": ' * 100_000, "recursion"),
-        ("target_map", "m.json", '{"a": "Bagg"}', f"'a': 'Bagg' {NO_CLASS}; did you mean 'Bag'?"),
+        ("target_map", "m.json", '{"a": "Bagg"}', f"'a': 'Bagg' {NO_CLASS}"),
     ],
 )
 def test_invalid_file_is_named_with_its_field(

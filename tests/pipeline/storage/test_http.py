@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import ssl
 import subprocess
@@ -106,7 +105,7 @@ def test_body_over_the_limit_is_not_read(server: HttpServer, downloader: Downloa
         *((status, ObjectNotFound, 1) for status in (404, 410)),
         *((status, AccessDenied, 1) for status in (401, 403, 407, 451)),
         *((status, StorageError, 1) for status in (304, 400, 418)),
-        *((status, StorageError, 5) for status in (408, 500, 503)),
+        *((status, StorageError, 4) for status in (408, 500, 503)),
         (429, StorageError, 10),
     ],
 )
@@ -176,7 +175,7 @@ def test_slow_response_is_a_timeout(server: HttpServer, slow: Answer) -> None:
         pytest.raises(StorageError, match=r"timeout: .*\(storage\.request_timeout_s\)"),
     ):
         fetch(downloader, uri + SECRET)
-    assert retries.counts == Counter(TimeoutError=3)
+    assert retries.counts.total() == 3
     assert server.count().total() == 4
 
 
@@ -220,7 +219,7 @@ def test_redirect_outside_of_http_is_an_error(
     server: HttpServer, downloader: Downloader, location: str
 ) -> None:
     uri = server.add("/r", Answer(status=302, headers={"Location": location}))
-    with pytest.raises(StorageError, match=r"r: the URI, its redirect .*not a valid http\(s\)") as caught:
+    with pytest.raises(StorageError, match=r"r: the URI or its redirect .*not a valid http\(s\)") as caught:
         fetch(downloader, uri)
     assert "planted" not in str(caught.value)
     assert server.count()["/r"] == 1
@@ -285,54 +284,26 @@ def test_versions_take_one_concurrent_head_each(server: HttpServer, downloader: 
     assert server.max_concurrent == 16
 
 
-def test_version_is_unknown_without_head_and_fails_without_object(
-    server: HttpServer, downloader: Downloader
-) -> None:
-    for status in (405, 501):
-        assert downloader.version(server.add("/x", Answer(status=status))).result() is None
+def test_version_of_a_missing_object_fails(server: HttpServer, downloader: Downloader) -> None:
     with pytest.raises(ObjectNotFound, match="HTTP 404"):
         downloader.version(f"{server.url}/none").result()
 
 
-GZIP = gzip.compress(b"x" * MAX)
-
-
-@pytest.mark.parametrize(
-    ("body", "encoding", "content"),
-    [
-        (GZIP, "gzip", b"x" * MAX),
-        (gzip.compress(b"a") + gzip.compress(b"b"), "GZIP", b"ab"),
-        (b"\xff\xd8 JPEG", "gzip", b"\xff\xd8 JPEG"),
-        (b"\xff\xd8 JPEG", "identity", b"\xff\xd8 JPEG"),
-        (GZIP, "", GZIP),
-        (GZIP[:-9], "gzip", "the response is malformed or incomplete"),
-        (GZIP[:20] + b"?" + GZIP[21:], "gzip", "the response is malformed or incomplete"),
-        (gzip.compress(bytes(10**8)), "gzip", "the object has more than 1,000,000 bytes"),
-        (b"?", "br", "the Content-Encoding 'br' is not supported"),
-    ],
-)
-def test_gzip_is_decompressed_up_to_the_limit(
-    server: HttpServer, downloader: Downloader, body: bytes, encoding: str, content: bytes | str
-) -> None:
-    headers = {"Content-Encoding": encoding, "ETag": '"1"'}
-    uri = server.add("/x", Answer(body, headers=headers))
-    if isinstance(content, bytes):
-        assert fetch(downloader, uri) == (content, f"1-{len(body)}")
-        assert downloader.version(uri).result() == f"1-{len(body)}"
-    else:
-        with pytest.raises(StorageError, match=content):
-            fetch(downloader, uri, max_bytes=10**6)
-        assert server.count().total() == (5 if "malformed" in content else 1)
+def test_compressed_response_is_an_error(server: HttpServer, downloader: Downloader) -> None:
+    uri = server.add("/x", Answer(b"?", headers={"Content-Encoding": "br"}))
+    with pytest.raises(StorageError, match="the Content-Encoding 'br' is not supported"):
+        fetch(downloader, uri)
+    assert server.count().total() == 1
 
 
 def test_unreachable_and_unknown_hosts_fail_after_few_attempts(downloader: Downloader) -> None:
     with RetryCounter() as retries:
-        with pytest.raises(StorageError, match=r"cannot connect to the host: .*127\.0\.0\.1"):
+        with pytest.raises(StorageError, match=r"cannot connect to the host or proxy: .*127\.0\.0\.1"):
             fetch(downloader, "http://127.0.0.1:9/x")
-        with pytest.raises(StorageError, match="cannot resolve the name of the host: ") as caught:
+        with pytest.raises(StorageError, match=r"cannot connect to the host or proxy: .*[Nn]ame") as caught:
             fetch(downloader, f"http://user:planted@no-such-host.invalid/x{SECRET}")
     assert "planted" not in str(caught.value)
-    assert retries.counts == Counter(ClientConnectorError=4, ClientConnectorDNSError=2)
+    assert retries.counts == Counter(ClientConnectorError=3, ClientConnectorDNSError=3)
 
 
 def test_tls_errors_are_explained(server: HttpServer, downloader: Downloader, tmp_path: Path) -> None:
@@ -344,7 +315,7 @@ def test_tls_errors_are_explained(server: HttpServer, downloader: Downloader, tm
     with HttpServer() as secure:
         secure._server.socket = context.wrap_socket(secure._server.socket, server_side=True)
         uri = secure.add("/x", Answer(b"good")).replace("http:", "https:")
-        explained = r"certificate is not valid .*SSL_CERT_FILE.*self-signed"
+        explained = r"certificate is not valid .*SSL_CERT_FILE"
         with RetryCounter() as retries, pytest.raises(StorageError, match=explained):
             fetch(downloader, uri)
         assert not retries.counts
@@ -353,9 +324,9 @@ def test_tls_errors_are_explained(server: HttpServer, downloader: Downloader, tm
         environment = os.environ | {"SSL_CERT_FILE": str(tmp_path / "crt"), "PYTHONPATH": str(Path.cwd())}
         done = subprocess.run([sys.executable, "-c", program, uri], env=environment, capture_output=True)
         assert done.stdout == b"b'good'\n", done.stderr.decode()
-    with RetryCounter() as retries, pytest.raises(StorageError, match="cannot establish a TLS connection"):
+    with RetryCounter() as retries, pytest.raises(StorageError, match=r"cannot connect to the host .*SSL"):
         fetch(downloader, server.url.replace("http:", "https:") + "/x")
-    assert retries.counts.total() == 1
+    assert retries.counts.total() == 3
 
 
 def test_proxy_of_the_environment_is_used(
@@ -370,7 +341,7 @@ def test_proxy_of_the_environment_is_used(
     with pytest.raises(AccessDenied, match="HTTP 407"):
         fetch(downloader, "http://elsewhere.example/x")
     monkeypatch.setenv("http_proxy", "http://user:planted@127.0.0.1:9")
-    with pytest.raises(StorageError, match="cannot connect to the proxy") as caught:
+    with pytest.raises(StorageError, match="cannot connect to the host or proxy") as caught:
         fetch(downloader, "http://elsewhere.example/x")
     assert "planted" not in str(caught.value)
     monkeypatch.setenv("http_proxy", "socks5://user:planted@127.0.0.1:9")
