@@ -7,7 +7,7 @@ from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
 from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, malformed_response
-from pipeline.storage.limits import RequestLimits, limited_pools
+from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
     ObjectChanged,
@@ -30,6 +30,7 @@ def connect(limits: RequestLimits, anonymous: bool, requester_pays: bool) -> "Go
     for adapter in client._http.adapters.values():
         pools = adapter.poolmanager.pool_classes_by_scheme
         adapter.poolmanager.pool_classes_by_scheme = limited_pools(pools, limits)
+        adapter.poolmanager.connection_pool_kw["maxsize"] = KEPT_CONNECTIONS
     return GoogleCloudStorage(client, anonymous, requester_pays)
 
 

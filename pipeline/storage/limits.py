@@ -84,6 +84,10 @@ class _LimitedSocket:
             raise RequestLimitError(f"{cause} (storage.request_timeout_s)") from None
 
 
+#: Connections that a client keeps open. Beyond these, it closes a connection after each request, and warns.
+KEPT_CONNECTIONS = 256
+
+
 def limited_pools(pools: dict[str, Any], limits: RequestLimits) -> dict[str, Any]:
     """Returns subclasses of urllib3's classes of connection pools, by scheme, whose requests are limited."""
     return {scheme: _limited(pool, limits) for scheme, pool in pools.items()}

@@ -19,7 +19,7 @@ from pipeline.storage.buckets import (
     bucket_not_found,
     malformed_response,
 )
-from pipeline.storage.limits import RequestLimits, limited_pools
+from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
     ObjectChanged,
@@ -53,7 +53,7 @@ def connect(  # noqa: D103
     config = Config(
         signature_version=UNSIGNED if anonymous else None,
         connect_timeout=min(10, limits.timeout_s),
-        max_pool_connections=32,
+        max_pool_connections=KEPT_CONNECTIONS,
         retries={"total_max_attempts": 1},
         s3={"addressing_style": "path"} if endpoint else None,
         request_checksum_calculation=checksums,
