@@ -177,7 +177,6 @@ class Footer:
         duplicate_keys: Number of samples whose key occurs earlier in the shard.
         unmatched_targets: Number of samples whose own label is not a class of the model.
         statistics: Partial class statistics of the shard, from `serialize_statistics`.
-        merged_images: Number of images that are not labeled because another image of their sample is.
         damage: Why the rest of the shard cannot be read; empty if all samples are labeled.
     """
 
@@ -191,7 +190,6 @@ class Footer:
     duplicate_keys: int
     unmatched_targets: int
     statistics: bytes
-    merged_images: int = 0
     damage: str = ""
 
 

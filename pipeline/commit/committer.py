@@ -104,6 +104,7 @@ class Committer:
         if not arrived.add(chunk):
             return
         self.totals.retries.update(chunk.retries)
+        self.totals.merged_images += chunk.merged
         add_metrics(self.totals.metrics, chunk.metrics)
         self._images += chunk.samples.num_rows
         self._errors += count_errors(chunk)
@@ -160,7 +161,6 @@ class Committer:
         totals.images += row.rows or 0
         totals.errors += row.errors or 0
         totals.duplicate_keys += row.duplicate_keys or 0
-        totals.merged_images += row.merged_images or 0
         if row.error is not None:
             totals.unreadable.append(row)
         elif row.damage is not None:

@@ -39,7 +39,6 @@ class ManifestRow:
         rows: number of samples; None if no version is labeled.
         duplicate_keys: number of samples whose key occurs earlier in the shard.
         unmatched_targets: number of samples whose own label is not a class of the model.
-        merged_images: number of images that are not labeled because another image of their sample is.
         output: prediction file, relative to the partition; None if there is no file.
         error: why the last attempt to read the shard failed; None if it succeeded.
         failed_version: the version that could not be read; None if the storage failed, so that the next run
@@ -59,7 +58,6 @@ class ManifestRow:
     errors: int | None = None
     duplicate_keys: int | None = None
     unmatched_targets: int | None = None
-    merged_images: int | None = None
     output: str | None = None
     output_version: str | None = None
     error: str | None = None

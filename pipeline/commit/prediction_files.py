@@ -49,7 +49,7 @@ class OpenShard:
         chunks: by the index of their first sample.
         total: number of samples in the shard; None until its last chunk has arrived.
         error, transient, damage: as in the last chunk.
-        samples, errors, merged, encoded_bytes: sums over the chunks.
+        samples, errors, encoded_bytes: sums over the chunks.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
@@ -59,7 +59,6 @@ class OpenShard:
     damage: str | None = None
     samples: int = 0
     errors: int = 0
-    merged: int = 0
     encoded_bytes: int = 0
 
     def add(self, chunk: Chunk) -> bool:
@@ -72,7 +71,6 @@ class OpenShard:
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
         self.errors += count_errors(chunk)
-        self.merged += chunk.merged
         self.encoded_bytes += chunk.encoded_bytes
         if chunk.total is not None:
             self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
@@ -194,7 +192,11 @@ class PredictionWriter:
                 failed_version = None if arrived.transient else shard.version
                 row = replace(row, error=remove_secrets(arrived.error), failed_version=failed_version)
             else:
-                predictions, found = prediction_rows(self._take_samples(shard, arrived), shard, self.options)
+                samples = arrived.take_samples(shard.uri)
+                if copied := self.copied.get(shard.uri):
+                    storage = self.partition.storage
+                    samples = copied.merge(samples, shard, storage, self.options, self.read_options)
+                predictions, found = prediction_rows(samples, shard, self.options)
                 for name in self.options.carry:
                     if predictions[name].null_count < len(predictions):
                         self.carried.add(name)
@@ -207,13 +209,6 @@ class PredictionWriter:
                     row = replace(row, error=error, failed_version=shard.version)
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))
         return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
-
-    def _take_samples(self, shard: Shard, arrived: OpenShard) -> pa.Table:
-        """Returns all samples of a shard: those that were labeled, and those whose stored rows are copied."""
-        samples = arrived.take_samples(shard.uri)
-        if copied := self.copied.get(shard.uri):
-            samples = copied.merge(samples, shard, self.partition.storage, self.options, self.read_options)
-        return samples
 
     def _write(
         self, shard: Shard, predictions: pa.Table, unmatched: int, arrived: OpenShard
@@ -239,7 +234,6 @@ class PredictionWriter:
             statistics=serialize_statistics(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),
-            merged_images=arrived.merged,
             damage=remove_secrets(arrived.damage or ""),
         )
         self._log_errors(shard, predictions)

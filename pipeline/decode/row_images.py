@@ -18,8 +18,6 @@ from pipeline.storage import ObjectChanged, ObjectInfo, Storage, is_under
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
-_COLUMNS = ("shard", "index", "uri", "version", "offset", "size")
-
 
 def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFile:
     """Opens the image of a row with Pillow; the arguments and errors are those of `read_image`.
@@ -43,14 +41,11 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
             configuration, the storage is configured by the environment.
 
     Raises:
-        ValueError: the row lacks a column, or the row has no image, because the image could not be read.
+        KeyError: the row lacks a column.
+        ValueError: the row has no image, because the image could not be read.
         StorageError: the object cannot be read; an `ObjectChanged`: it has another version than the label.
         ShardError: the shard cannot be read as far as the image.
     """
-    if missing := [name for name in _COLUMNS if name not in row]:
-        raise ValueError(
-            f"the row has no column {', '.join(missing)}; read the columns {', '.join(_COLUMNS)}"
-        )
     storage = Storage() if config is None else make_storage(config.storage)
     options = ReadOptions(labels=False) if config is None else ReadOptions.from_config(config.input, ())
     uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]
@@ -74,8 +69,7 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
     shard = Shard(uri, info.version, "parquet" if is_parquet else "webdataset", info.size)
     # A part of a large Parquet file is named after its first row.
     index = row["index"] + int(row["shard"].removeprefix(uri).removeprefix("/rows-") or 0)
-    sample = next(islice(read_samples(storage, shard, options), index, None), None)
-    if sample is None or sample.image is None:
-        cause = "there is no such sample" if sample is None else sample.error
-        raise ValueError(f"row {row['index']} of {row['shard']} has no image: {cause}")
-    return sample.image
+    images = (sample.image for sample in read_samples(storage, shard, options))
+    if (image := next(islice(images, index, None), None)) is None:
+        raise ValueError(f"row {row['index']} of {row['shard']} has no image; see its column `error`")
+    return image

@@ -35,7 +35,7 @@ def read_members(
     Reads from byte `start` to the end of the tar, or to byte `stop`, where a member must start. The attribute
     `offset` of a member is the position of its first header, also of an extended one.
 
-    With `links`, a hard link to an earlier file becomes a regular file with a `linkname` and this content.
+    With `links`, a hard link to an earlier file becomes a regular file with this content, before its header.
 
     Raises:
         UnreadableShardError: A header is damaged or too large, the tar does not end with a block of zeros, or
@@ -46,9 +46,7 @@ def read_members(
         deadline.check()
         has_content = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         position = info.offset_data + (_padded(info.size) if has_content else 0)
-        if not (info.islnk() or info.issym()):
-            info.linkname = ""
-        elif info.islnk() and info.linkname in files:
+        if info.islnk() and info.linkname in files:
             info.type, (info.offset_data, info.size) = tarfile.REGTYPE, files[info.linkname]
         if links and info.type in PLAIN_TYPES and len(files) < _MAX_LINKED and len(info.name) < _MAX_NAME:
             files[info.name] = info.offset_data, info.size

@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, BinaryIO, cast
@@ -45,7 +45,8 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
                     if current is not None:
                         yield current.finish()
                     current = _TarSample(Sample(key, None), options, compression)
-                current.add(extension, member, stream if not member.linkname else cast(BinaryIO, links))
+                is_link = member.offset_data < member.offset
+                current.add(extension, member, cast(BinaryIO, links) if is_link else stream)
         except TarEndError as error:
             damage = error
         if current is not None:
@@ -101,19 +102,28 @@ class _TarSample:
                 if self.compression is None:
                     self.sample.offset, self.sample.size = info.offset_data, info.size
             return
-        has_label = self.options.labels and extension == ("json" if self.options.label_field else "cls")
-        has_carried = bool(self.options.carry) and extension == "json"
-        if rank or not (has_label or has_carried):
+        path, carry = self.options.label_field, self.options.carry if extension == "json" else {}
+        has_label = self.options.labels and extension == ("json" if path else "cls")
+        if rank or not (has_label or carry):
             return
+        label, carried = cast(object, None), tuple[pa.Scalar, ...]()
         if problem is None and info.size > _MAX_LABEL_BYTES:
             problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
-        content = _content(info, file) if problem is None else b""
+        if problem is None:
+            content = _content(info, file)
+            try:
+                document = content.decode() if extension == "cls" else json.loads(content)
+                carried = tuple(_scalar(_field(document, name), kind) for name, kind in carry.items())
+                label = _field(document, path) if path else document
+            except (ValueError, RecursionError) as error:
+                kind = "UTF-8 text" if extension == "cls" else "valid JSON"
+                problem = f"the .{extension} member is not {kind} ({error})"
+        if carry:
+            self.sample.carried, self.carried_problem = carried, problem
         if has_label:
-            found = (None, problem) if problem else _label(content, self.options.label_field)
-            self.sample.label, self.sample.unmatched = found
-        if has_carried:
-            found = ((), problem) if problem else _carried(content, self.options.carry)
-            self.sample.carried, self.carried_problem = found
+            if isinstance(label, list | dict):  # may be large, or nested too deeply for a message
+                label, problem = None, f"a {type(label).__name__} is not a class of the model"
+            self.sample.label, self.sample.unmatched = label, problem
 
     def _image_rank(self, extension: str) -> int:
         """Returns 0 for a member that is no image. The first member of the highest rank is the image.
@@ -160,25 +170,6 @@ def _content(info: tarfile.TarInfo, stream: BinaryIO) -> bytes:
     return content
 
 
-def _label(content: bytes, label_field: str | None) -> tuple[object, str | None]:
-    """Returns the text of a .cls member, or a field of a .json member; None if missing.
-
-    `label_field` is the path of the field, such as `meta.label`. The second result is why the member cannot
-    be read.
-    """
-    try:
-        if label_field is None:
-            return content.decode(), None
-        value: object = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        problem = ".cls member is not UTF-8 text" if label_field is None else ".json member is not valid JSON"
-        return None, f"the {problem} ({error})"
-    value = _field(value, label_field)
-    if isinstance(value, list | dict):  # may be large, or nested too deeply for a message
-        return None, f"a {type(value).__name__} is not a class of the model"
-    return value, None
-
-
 def _field(value: Any, path: str) -> Any:
     """Returns a field of parsed JSON, such as `meta.label`; None if missing."""
     for name in path.split("."):
@@ -186,20 +177,10 @@ def _field(value: Any, path: str) -> Any:
     return value
 
 
-def _carried(content: bytes, carry: Mapping[str, str | None]) -> tuple[tuple[pa.Scalar, ...], str | None]:
-    """Returns fields of a .json member, and why it cannot be read.
-
-    A value without a type in `carry` is JSON text, whose type depends on the other samples of the shard.
-    """
-    try:
-        document, values = json.loads(content), list[pa.Scalar]()
-        for path, kind in carry.items():
-            value = _field(document, path)
-            if value is not None and (kind is None or isinstance(value, list | dict)):
-                value = json.dumps(value)
-            elif isinstance(value, int) and value.bit_length() > 63:  # for example, a hash
-                value = str(value)
-            values.append(pa.scalar(value))
-        return tuple(values), None
-    except (ValueError, RecursionError) as error:
-        return (), f"the .json member is not valid JSON ({error})"
+def _scalar(value: Any, kind: str | None) -> pa.Scalar:
+    """Returns a field of JSON to carry: as JSON text without a type, which depends on the other samples."""
+    if value is not None and (kind is None or isinstance(value, list | dict)):
+        value = json.dumps(value)
+    elif isinstance(value, int) and value.bit_length() > 63:  # for example, a hash
+        value = str(value)
+    return pa.scalar(value)

@@ -130,14 +130,6 @@ class Buckets(ABC):
         """Makes one request, with up to `attempts` attempts to reach the service."""
         return retry(action, lambda error: self._explain(uri, error, attempts))
 
-    def _explain_denied(self, uri: str, cause: str, kind: str) -> Failure:
-        """Explains a denied request, with the setting that may help."""
-        if self._anonymous:
-            cause += "; the bucket may not be public: set credentials, and storage.anonymous to false"
-        elif not self._requester_pays:
-            cause += "; if the requester pays for the bucket, set storage.requester_pays"
-        return Failure(AccessDenied(uri, f"access denied: {cause}"), DENIED_ATTEMPTS, kind)
-
     @abstractmethod
     def _explain(self, uri: str, error: Exception, attempts: int) -> Failure: ...
 
@@ -155,6 +147,11 @@ class Buckets(ABC):
 
     @abstractmethod
     def _delete(self, uri: str, expected: str | None) -> None: ...
+
+
+def access_denied(uri: str, cause: str, kind: str) -> Failure:  # noqa: D103
+    cause = f"access denied: {cause}; see storage.anonymous and storage.requester_pays"
+    return Failure(AccessDenied(uri, cause), DENIED_ATTEMPTS, kind)
 
 
 def malformed_response(uri: str, error: Exception, attempts: int) -> Failure:  # noqa: D103

@@ -6,7 +6,7 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, malformed_response
+from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, access_denied, malformed_response
 from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
 from pipeline.storage.objects import (
     ABSENT,
@@ -94,7 +94,7 @@ class GoogleCloudStorage(Buckets):
             return Failure(ObjectChanged(uri))
         # A bucket whose requester pays answers 400.
         if isinstance(error, (api.Forbidden, api.Unauthorized)) or "requester pays" in cause:
-            return self._explain_denied(uri, getattr(error, "message", cause), kind)
+            return access_denied(uri, getattr(error, "message", cause), kind)
         if isinstance(error, GoogleAuthError):
             cause = f"no usable Google Cloud credentials: {error}"
             attempts = attempts if error.retryable or isinstance(error, TransportError) else 1

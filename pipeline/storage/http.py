@@ -125,9 +125,8 @@ class Downloader(AbstractContextManager["Downloader"]):
         # An ASCII address is sent as it is, because a signature may cover its spelling.
         url = URL(uri, encoded=not re.search(r"[^!-~]", uri))
         async with self._session.request(method, url, max_redirects=_MAX_REDIRECTS + 1) as response:
-            status, headers, size = response.status, response.headers, response.content_length
-            if not 200 <= status < 300:
-                raise aiohttp.ClientResponseError(response.request_info, (), status=status, headers=headers)
+            response.raise_for_status()
+            headers, size = response.headers, response.content_length
             if (encoding := headers.get("Content-Encoding", "")) not in ("", "identity"):
                 raise StorageError(shown, f"the Content-Encoding {encoding[:20]!r} is not supported")
             too_large = ObjectTooLarge(shown, f"the object has more than {max_bytes:,} bytes")

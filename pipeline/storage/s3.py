@@ -16,6 +16,7 @@ from pipeline.storage.buckets import (
     MISSING_FIELD,
     Buckets,
     Page,
+    access_denied,
     bucket_not_found,
     malformed_response,
 )
@@ -82,13 +83,13 @@ class S3(Buckets):
             "allow_http": "true" if endpoint.startswith("http://") else None,
             "region": self._client.meta.region_name,
             "aws_request_payer": "true" if self._requester_pays else None,
-            **self._credentials(),
+            "aws_skip_signature": "true" if self._anonymous else None,
         }
+        if not self._anonymous:
+            options |= self._credentials()
         return {name: value for name, value in options.items() if value}
 
     def _credentials(self) -> dict[str, str | None]:
-        if self._anonymous:
-            return {"aws_skip_signature": "true"}
         try:
             credentials = boto3.session.Session().get_credentials()
             if credentials is None:
@@ -145,12 +146,10 @@ class S3(Buckets):
             return Failure(StorageError(uri, cause), attempts, type(error).__name__)
 
         if isinstance(error, exceptions.ClientError):
-            return self._explain_response(uri, error)
+            return _explain_response(uri, error)
         if isinstance(error, exceptions.NoCredentialsError):
-            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or an instance role"
-            return failure(
-                f"no usable AWS credentials: {hint}; for a public bucket, set storage.anonymous", 1
-            )
+            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, an instance role"
+            return failure(f"no usable AWS credentials: {hint}, or storage.anonymous for a public bucket", 1)
         source = error.kwargs.get("error") if isinstance(error, exceptions.HTTPClientError) else None
         if isinstance(source, ValueError):  # not sent; the message contains credentials
             if "Invalid header" in str(error):
@@ -167,29 +166,30 @@ class S3(Buckets):
             return failure(describe_error(error), 1)
         raise error
 
-    def _explain_response(self, uri: str, error: exceptions.ClientError) -> Failure:
-        """Explains a request that the service refused."""
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        message = str(error.response.get("Error", {}).get("Message", "")) or code
-        attempts = 1
-        if code == "NoSuchBucket":
-            return Failure(bucket_not_found(uri))
-        if code in _NOT_FOUND:
-            return Failure(ObjectNotFound(uri, "no such object"))
-        if code in _CHANGED:
-            return Failure(ObjectChanged(uri))
-        if code == "NotImplemented":
-            message += "; for a store without conditional writes, see storage.conditional_writes"
-        elif code in _REJECTED:
-            message = f"the credentials were rejected: {message}"
-        elif code in _DENIED:
-            return self._explain_denied(uri, f"{message} ({code})", code)
-        elif code in _OTHER_REGION:
-            message = f"the bucket is in another region (set storage.region): {message}"
-        elif code in _BUSY or status == 429 or status >= 500:
-            attempts = ATTEMPTS  # a listing too: the endpoint answers
-        return Failure(StorageError(uri, f"{message} ({code})"), attempts, code)
+
+def _explain_response(uri: str, error: exceptions.ClientError) -> Failure:
+    """Explains a request that the service refused."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    message = str(error.response.get("Error", {}).get("Message", "")) or code
+    attempts = 1
+    if code == "NoSuchBucket":
+        return Failure(bucket_not_found(uri))
+    if code in _NOT_FOUND:
+        return Failure(ObjectNotFound(uri, "no such object"))
+    if code in _CHANGED:
+        return Failure(ObjectChanged(uri))
+    if code == "NotImplemented":
+        message += "; for a store without conditional writes, see storage.conditional_writes"
+    elif code in _REJECTED:
+        message = f"the credentials were rejected: {message}"
+    elif code in _DENIED:
+        return access_denied(uri, f"{message} ({code})", code)
+    elif code in _OTHER_REGION:
+        message = f"the bucket is in another region (set storage.region): {message}"
+    elif code in _BUSY or status == 429 or status >= 500:
+        attempts = ATTEMPTS  # a listing too: the endpoint answers
+    return Failure(StorageError(uri, f"{message} ({code})"), attempts, code)
 
 
 def _object(uri: str) -> dict[str, str]:

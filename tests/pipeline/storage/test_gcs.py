@@ -155,5 +155,7 @@ def test_denied_request_names_requester_pays(status: int, monkeypatch: pytest.Mo
     with HttpServer() as server:
         server.add("/storage/v1/b/paid/o/x", Answer(body, status, {"Content-Type": "application/json"}))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        with pytest.raises(AccessDenied, match=r"no user project.*set storage\.requester_pays"):
+        with pytest.raises(
+            AccessDenied, match=r"no user project.*see storage\.anonymous and storage\.requester_pays"
+        ):
             Storage().stat("gs://paid/x")

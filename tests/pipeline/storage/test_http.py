@@ -104,7 +104,7 @@ def test_body_over_the_limit_is_not_read(server: HttpServer, downloader: Downloa
     [
         *((status, ObjectNotFound, 1) for status in (404, 410)),
         *((status, AccessDenied, 1) for status in (401, 403, 407, 451)),
-        *((status, StorageError, 1) for status in (304, 400, 418)),
+        *((status, StorageError, 1) for status in (400, 418)),
         *((status, StorageError, 4) for status in (408, 500, 503)),
         (429, StorageError, 10),
     ],

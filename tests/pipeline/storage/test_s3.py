@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.storage import ABSENT, AccessDenied, Storage, StorageError, retry_counts
-from tests.fault_proxy import FaultProxy
 from tests.pipeline.storage.operations import names
 
 
@@ -169,19 +167,8 @@ def test_anonymous_access_to_a_private_bucket_is_denied(
 ) -> None:
     storage = Storage(s3_server.endpoint_url, anonymous=True)
     for action in (names, Storage.stat, lambda storage, uri: storage.write(uri, b"x")):
-        with pytest.raises(
-            AccessDenied, match=r"x: access denied: .*set credentials, and storage\.anonymous to false"
-        ):
+        with pytest.raises(AccessDenied, match=r"x: access denied: .*; see storage\.anonymous and storage\."):
             action(storage, f"{bucket}/x")  # type: ignore[operator]
-
-
-def test_denied_access_names_requester_pays(faulty: Storage, proxy: FaultProxy, bucket: str) -> None:
-    for requester_pays in (False, True):
-        storage = replace(faulty, requester_pays=requester_pays)
-        proxy.next(*["denied"] * 4)
-        with pytest.raises(AccessDenied, match="access denied") as caught:
-            storage.read(f"{bucket}/x")
-        assert ("set storage.requester_pays" in str(caught.value)) is not requester_pays
 
 
 @pytest.mark.parametrize("requester_pays", [True, False])
