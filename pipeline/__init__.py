@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.commit import Partition, open_partition
     from pipeline.compare import compare_labels
     from pipeline.config import Config, Selection, TrainConfig, load_job_config, load_train_config
-    from pipeline.decode import open_image, read_image
+    from pipeline.decode import open_image
     from pipeline.publish import publish_labels
     from pipeline.run import RunResult, find_partition, label, write_report
     from pipeline.run import plan_run as plan
@@ -45,7 +45,6 @@ __all__ = [
     "open_partition",
     "plan",
     "publish_labels",
-    "read_image",
     "train_model",
     "write_report",
 ]

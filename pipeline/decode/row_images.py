@@ -20,20 +20,11 @@ if TYPE_CHECKING:
 
 
 def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFile:
-    """Opens the image of a row with Pillow; the arguments and errors are those of `read_image`.
+    """Opens the image of a row of the labels with Pillow.
 
-    The image is not decoded yet, and not turned upright: see `PIL.ImageOps.exif_transpose`.
-    """
-    data = read_image(row, config)
-    plugins = (reader for name, pattern, reader in FORMATS if name in REQUIREMENTS and pattern.match(data))
-    return next(plugins, Image.open)(io.BytesIO(data))
-
-
-def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
-    """Returns the encoded image of a row of the labels.
-
-    One ranged read is enough for an image in an uncompressed tar, an image file, and an image of a table. In
-    a Parquet file or a compressed tar, the samples before the image are read too.
+    The image is not decoded yet, and not turned upright: see `PIL.ImageOps.exif_transpose`. One ranged read
+    is enough for an image in an uncompressed tar, an image file, and an image of a table. In a Parquet file
+    or a compressed tar, the samples before the image are read too.
 
     Args:
         row: the columns `shard`, `index`, `uri`, `version`, `offset` and `size` of a row.
@@ -46,6 +37,13 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
         StorageError: the object cannot be read; an `ObjectChanged`: it has another version than the label.
         ShardError: the shard cannot be read as far as the image.
     """
+    data = read_image(row, config)
+    plugins = (reader for name, pattern, reader in FORMATS if name in REQUIREMENTS and pattern.match(data))
+    return next(plugins, Image.open)(io.BytesIO(data))
+
+
+def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
+    """Returns the encoded image of a row; see `open_image`."""
     storage = Storage() if config is None else make_storage(config.storage)
     options = ReadOptions(labels=False) if config is None else ReadOptions.from_config(config.input, ())
     uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]

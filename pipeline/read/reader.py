@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from pipeline.predictions import ErrorCategory, sample_error
+from pipeline.predictions import download_error
 from pipeline.read.downloads import read_rows
 from pipeline.read.limits import Deadline, limit_texts
 from pipeline.read.parquet import read_parquet
@@ -104,10 +104,8 @@ def _read_images(
         try:
             sample.image = storage.read(info.uri, info.version)
             return sample
-        except ObjectNotFound as failure:
-            return sample.fail(sample_error(ErrorCategory.IMAGE_NOT_FOUND, str(failure)))
-        except ObjectChanged as failure:
-            return sample.fail(sample_error(ErrorCategory.IMAGE_CHANGED, str(failure)))
+        except (ObjectChanged, ObjectNotFound) as failure:
+            return sample.fail(download_error(failure))
 
     largest = max((min(info.size, options.max_image_bytes) for info in shard.members), default=1)
     window = max(1, min(2 * _CONCURRENT_IMAGES, _MAX_PENDING_BYTES // max(1, largest)))

@@ -5,6 +5,7 @@ import http.client
 import re
 import sys
 import threading
+import urllib.request
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -100,7 +101,6 @@ class Downloader(AbstractContextManager["Downloader"]):
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,  # has no limit on the size
             requote_redirect_url=False,  # a signature may cover the spelling
-            trust_env=True,
             headers=_HEADERS,
         ) as self._session:
             is_open.set()
@@ -124,7 +124,9 @@ class Downloader(AbstractContextManager["Downloader"]):
     async def _request(self, method: str, uri: str, shown: str, max_bytes: int) -> Download:
         # An ASCII address is sent as it is, because a signature may cover its spelling.
         url = URL(uri, encoded=not re.search(r"[^!-~]", uri))
-        async with self._session.request(method, url, max_redirects=_MAX_REDIRECTS + 1) as response:
+        proxies = {} if urllib.request.proxy_bypass(url.host or "") else urllib.request.getproxies()
+        options: Any = {"proxy": proxies.get(url.scheme), "max_redirects": _MAX_REDIRECTS + 1}
+        async with self._session.request(method, url, **options) as response:
             response.raise_for_status()
             headers, size = response.headers, response.content_length
             if (encoding := headers.get("Content-Encoding", "")) not in ("", "identity"):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import label, open_image, read_image
+from pipeline import label, open_image
+from pipeline.decode.row_images import read_image
 from pipeline.storage import ObjectChanged, Storage
 from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
 from tests.runs import run_config
