@@ -34,6 +34,8 @@ class DecompressedFile:
     `read` and the constructor raise `UnreadableShardError` for damaged data.
     """
 
+    closed = False  # for Arrow
+
     def __init__(self, file: Any, compression: str) -> None:
         self._compression, self._position = compression, 0
         with self._explained_errors():

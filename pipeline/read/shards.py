@@ -10,7 +10,6 @@ from itertools import chain, pairwise
 from typing import Literal, Self
 
 from pipeline.config import InputUris
-from pipeline.read.table_files import TABLE_SUFFIXES
 from pipeline.storage import ObjectInfo, is_under, relative_name
 from pipeline.text import pluralize
 
@@ -29,7 +28,11 @@ _SUFFIXES: dict[Format, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
     "parquet": (".parquet",),
     "images": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
-    "table": TABLE_SUFFIXES,
+    "table": tuple(
+        f".{kind}{compression}"
+        for kind in ("parquet", "csv", "tsv", "jsonl", "ndjson", "txt")
+        for compression in ("", ".gz", ".zst", ".bz2", ".xz", ".lz4")
+    ),
 }
 _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from itertools import chain, takewhile
+from itertools import chain
+from os.path import commonprefix
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,9 +25,9 @@ from pipeline.config import ConfigError, InputConfig
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.parquet import _class_names, _columns, _value
 from pipeline.read.samples import Sample
-from pipeline.read.shards import IMAGE_EXTENSIONS, IgnoreReason, Shard, file_extension
+from pipeline.read.shards import IgnoreReason, Shard
 from pipeline.read.snapshots import DataFile, open_snapshot
-from pipeline.read.table_files import ERROR, VERSION, open_file, open_inventory
+from pipeline.read.table_files import VERSION, open_file, open_inventory
 from pipeline.storage import (
     ABSENT,
     AccessDenied,
@@ -42,8 +42,6 @@ from pipeline.storage import (
 _SHARD_ROWS = 1000
 _WINDOW_ROWS = 500_000  # whose objects are looked up together
 _LOOKUPS = 32  # concurrent requests for versions
-#: Objects of a folder that are listed for each of its rows, before each row gets its own request.
-_LISTED_PER_ROW = 10
 #: For the progress of a run: the assumed size of an image of unknown size.
 _UNKNOWN_BYTES = 100_000
 #: Usual names of the column with the URIs, in lower case.
@@ -126,16 +124,10 @@ def list_tables(
         ConfigError: A column is missing, or a condition of `input.filter` does not fit its column.
     """
 
-    def selects(uri: str, is_current: bool) -> bool:
-        is_image = file_extension(uri)[1:] in IMAGE_EXTENSIONS
-        if not is_current or not is_image:
-            ignore(uri, IgnoreReason.FORMAT if is_current else IgnoreReason.OLD_VERSION)
-        return is_current and is_image
-
     def opened() -> Iterator[DataFile]:
         for file in files:
             if file.uri.endswith("/manifest.json"):
-                yield from open_inventory(storage, file.uri, selects)
+                yield from open_inventory(storage, file.uri, ignore)
             elif not file.version or ".metadata.json" in file.uri:  # the folder of a table
                 yield from open_snapshot(storage, file.uri) or ()
             else:
@@ -211,7 +203,6 @@ def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, in
 def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None], table: pa.Table) -> pa.Table:
     """Returns the rows of a shard from the columns of a table."""
     missing = pa.nulls(len(table), pa.string())
-    failures = (table[ERROR] if ERROR in table.column_names else missing).to_pylist()
     keys = table[roles["key"]].combine_chunks() if roles["key"] else None
     found = defaultdict[str, list[Any]](list)
     for row, value in enumerate(table[roles["uri"]].to_pylist()):
@@ -219,8 +210,8 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
         key, problem = (text, None) if keys is None else _value(keys[row])
-        uri, error = None, failures[row] and sample_error(ErrorCategory.INVALID_URI, failures[row])
-        if error is None and not text:
+        uri = error = None
+        if not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
         if error is None and problem is not None:
             error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
@@ -277,8 +268,8 @@ def resolve_uri(text: str, folder: str) -> str:
 def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str, str]:
     """Returns the versions of objects; `ABSENT` if an object does not exist; none if it is not known.
 
-    A folder is listed once, unless it has many other objects: then each object needs a request. Objects on
-    web servers are looked up only if `check` is `always`.
+    Each folder is listed, from the common prefix of its objects. Objects on web servers are looked up only
+    if `check` is `always`.
     """
     folders, remote = defaultdict[str, set[str]](set), list[str]()
     for uri in uris:
@@ -286,59 +277,31 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
             remote.append(uri)
         else:
             folders[uri.rpartition("/")[0]].add(uri)
-    found, remaining = dict[str, str | None](), list[str]()
+
+    def list_folder(folder: str) -> dict[str, str]:
+        wanted = folders[folder]
+        prefix = commonprefix([*wanted])[len(folder) + 1 :]  # noqa: RUF071
+        try:
+            found = {x.uri: x.version for x in storage.list(folder, prefix=prefix) if x.uri in wanted}
+        except StorageError as error:
+            if "://" not in folder or isinstance(error, AccessDenied | BucketNotFound):
+                return {}  # a failure that is about these images; reading reports it
+            remedy = "input.check_objects: never plans without looking up the images"
+            raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
+        return dict.fromkeys(wanted, ABSENT) | found
+
+    versions = dict[str, str]()
     with ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="versions") as pool:
-        list_versions = partial(_list_versions, storage)
-        for versions, others in pool.map(list_versions, folders.keys(), folders.values()):
-            found |= versions
-            remaining += others
-        found |= zip(remaining, pool.map(partial(_version, storage), remaining), strict=True)
+        for found in pool.map(list_folder, folders):
+            versions |= found
     if check == "always" and remote:
         with storage.downloader() as downloader:
             for start in range(0, len(remote), _SHARD_ROWS):
                 for uri, version in [(x, downloader.version(x)) for x in remote[start : start + _SHARD_ROWS]]:
                     with suppress(StorageError):  # reading reports it
-                        found[uri] = version.result()
-    return {uri: version for uri, version in found.items() if version is not None}
-
-
-def _list_versions(storage: Storage, folder: str, uris: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Returns the versions of objects of a folder, and the objects to look up one by one."""
-    if len(uris) == 1:
-        return {}, [*uris]
-    first, last = min(uris)[len(folder) + 1 :], max(uris)[len(folder) + 1 :]
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    found, prefix = dict[str, str](), "".join(character for character, _ in same)
-    try:
-        for count, info in enumerate(storage.list(folder, prefix=prefix)):
-            if info.uri in uris:
-                found[info.uri] = info.version
-            if len(found) == len(uris):
-                break
-            if count > 1000 + _LISTED_PER_ROW * len(uris):
-                return found, [*uris.difference(found)]
-    except BucketNotFound:
-        pass
-    except StorageError as error:
-        _raise_unless_expected(error, folder)
-        return found, [*uris.difference(found)]  # listing may be denied, and reading allowed
-    return dict.fromkeys(uris, ABSENT) | found, []
-
-
-def _version(storage: Storage, uri: str) -> str | None:
-    """Returns the version of an object; None if it cannot be known for a cause that reading reports."""
-    try:
-        return storage.version(uri)
-    except StorageError as error:
-        _raise_unless_expected(error, uri)
-        return None
-
-
-def _raise_unless_expected(error: StorageError, uri: str) -> None:
-    """Raises the failure of a bucket, which says nothing of one image."""
-    if "://" in uri and not isinstance(error, AccessDenied | BucketNotFound):
-        remedy = "input.check_objects: never plans without looking up the images"
-        raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
+                        if (known := version.result()) is not None:
+                            versions[uri] = known
+    return versions
 
 
 def _find_uri_column(section: InputConfig, file: DataFile) -> str:
@@ -379,7 +342,7 @@ def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _select(section: InputConfig, file: DataFile, table: pa.Table) -> pa.Table:
-    """Returns the rows that meet the conditions of `input.filter`, and the rows that cannot be read."""
+    """Returns the rows that meet the conditions of `input.filter`."""
     for name, operator, value in section.filter:
         column = table[name]
         try:
@@ -390,8 +353,6 @@ def _select(section: InputConfig, file: DataFile, table: pa.Table) -> pa.Table:
             values = values.cast(column.type)
             condition = (_FILTERED, operator, values if isinstance(value, list) else values[0])
             selects = pq.filters_to_expression([condition])
-            if ERROR in table.column_names:
-                selects = selects | pc.field(ERROR).is_valid()
             table = table.append_column(_FILTERED, column).filter(selects).drop_columns([_FILTERED])
         except (ValueError, TypeError, pa.ArrowException) as error:
             cause = f"[{name}, {operator}, {value!r}] does not fit the column {name!r} ({column.type})"

@@ -136,6 +136,13 @@ def test_csv_without_a_header_has_configured_columns(tmp_path: Path) -> None:
     assert [x.key for x in samples(storage, str(tmp_path), csv_columns=["uri"])] == ["a;1.jpg", "b;2.jpg"]
 
 
+def test_types_of_json_lines_are_those_of_all_rows(tmp_path: Path) -> None:
+    lines = as_json([{"uri": "a.jpg", "label": None}] * 2000 + [{"uri": "b.jpg", "label": "x"}])
+    Storage().write(f"{tmp_path}/a.jsonl", lines)
+    first, *_, last = samples(Storage(), str(tmp_path), carry=["label"])
+    assert (first.carried[0].as_py(), last.carried[0].as_py()) == (None, "x")
+
+
 def test_keys_labels_and_carried_values_come_from_columns(tmp_path: Path) -> None:
     storage = Storage()
     write_images(storage, str(tmp_path))
@@ -265,25 +272,14 @@ def test_bad_uris_are_error_rows(tmp_path: Path) -> None:
     assert "secret" not in str([sample.error for sample in bad])
 
 
-def test_bad_lines_are_error_rows_that_filters_keep(tmp_path: Path) -> None:
-    storage = Storage()
-    storage.write(f"{tmp_path}/a.csv", b"uri,split\na.jpg,x\nb.jpg,x,1\nc.jpg,y\n")
-    storage.write(
-        f"{tmp_path}/a.jsonl", b'{"uri":"a.jpg","split":"x"}\n{"uri"\n{"uri":"c.jpg","split":"y"}\n'
-    )
-    for name in ("a.csv", "a.jsonl"):
-        [good, bad] = samples(storage, f"{tmp_path}/{name}", filter=[["split", "=", "x"]])
-        assert good.key == "a.jpg"
-        assert category_of(bad.error) is ErrorCategory.INVALID_URI
-        assert "line" in str(bad.error)
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.parquet", b"PAR1 damaged"),
         ("a.csv.gz", gzip.compress(b"uri\n" * 99)[:-9]),
+        ("a.csv", b"uri,split\na.jpg,x\nb.jpg,x,1\n"),
         ("a.jsonl", b'["a.jpg"]'),
+        ("b.jsonl", b'{"uri":"a.jpg"}\n{"uri"\n'),
     ],
 )
 def test_damaged_table_is_named(name: str, content: bytes, tmp_path: Path) -> None:
@@ -400,18 +396,6 @@ def test_versions_come_from_one_listing_of_a_folder(storage: Storage, bucket: st
     assert counting.looked_up == []  # type: ignore[attr-defined]
 
 
-def test_folder_with_many_other_objects_is_not_listed_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for i in range(1200):
-        (tmp_path / f"{i:04d}.jpg").write_bytes(b"x")
-    counting, uris = CountingStorage(), [f"{tmp_path}/0000.jpg", f"{tmp_path}/1199.jpg"]
-    found = find_versions(counting, uris, "auto")
-    assert found == {uri: Storage().version(uri) for uri in uris}
-    assert len(counting.listed) < 1100  # type: ignore[attr-defined]
-    assert counting.looked_up == [uris[1]]  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     "uris",
     [
@@ -446,15 +430,14 @@ def test_bucket_that_fails_stops_the_plan_and_names_the_remedy(
                 find_versions(Storage(endpoint_url=proxy.url), uris, "auto")
 
 
-def test_versions_are_looked_up_one_by_one_where_listing_is_denied(
+def test_rows_are_read_where_listing_is_denied(
     s3_server: LocalS3, storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.retrying.MAX_PAUSE_S", 0.01)
     infos = [storage.write(f"{bucket}/{i}.jpg", make_image(i)) for i in range(3)]
     with FaultProxy(s3_server.endpoint_url) as proxy:
         proxy.always("denied", lambda request: "list-type" in str(request))
-        found = find_versions(Storage(endpoint_url=proxy.url), [info.uri for info in infos], "auto")
-    assert found == {info.uri: info.version for info in infos}
+        assert find_versions(Storage(endpoint_url=proxy.url), [info.uri for info in infos], "auto") == {}
 
 
 def test_replaced_object_changes_the_shard(storage: Storage, bucket: str) -> None:
