@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from pipeline.storage import ObjectInfo, Storage, StorageError, normalize_uri
 
 _METADATA_FILE = re.compile(r"/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json(?:\.gz)?$")
-_PHYSICAL_NAME = b"delta.columnMapping.physicalName"
 _COMPACT = "rewrite the files, with REORG TABLE ... APPLY (PURGE) in Delta or rewrite_data_files in Iceberg"
-#: Features of Delta tables that need nothing more from a reader, or that `_open_delta` handles.
+#: Features of Delta tables that need nothing more from a reader, or whose use `_open_delta` refuses.
 _DELTA_FEATURES = {"columnMapping", "deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
 _DELTA_FEATURES |= {"typeWidening", "variantType"}
 #: pyiceberg's names of the options of Rust's object_store.
@@ -105,50 +104,35 @@ def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
     try:
         table = deltalake.DeltaTable(uri, storage_options=storage.object_store_options(uri))
         actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
-        features = {*(table.protocol().reader_features or ())}
-        masks = {}
-        if "deletionVectors" in features:
-            for row in pa.table(table.deletion_vectors()).to_batches(1):
-                masks[_last(row["filepath"][0].as_py())] = row["selection_vector"][0].values
+        problems = {*(table.protocol().reader_features or ())} - _DELTA_FEATURES
+        if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+            problems.add("columnMapping")
+        if "deletionVectors" in (table.protocol().reader_features or ()):
+            problems |= {"deletionVectors"} if pa.table(table.deletion_vectors()).num_rows else set()
         schema = pa.schema(table.schema())
     except Exception as error:  # deltalake and Arrow raise many classes
         raise StorageError(uri, f"cannot be read as a Delta table: {_text(error)}") from error
-    if unknown := sorted(features - _DELTA_FEATURES):
-        cause = f"the Delta table has reader features that are not supported: {', '.join(unknown)}"
-        raise StorageError(uri, cause)
-    physical = {
-        field.name: (field.metadata or {}).get(_PHYSICAL_NAME, field.name.encode()).decode()
-        for field in schema
-    }
+    if problems:
+        cause = f"the Delta table uses features that are not supported: {', '.join(sorted(problems))}"
+        raise StorageError(uri, f"{cause}; {_COMPACT}, or copy the table without them")
 
     def file(action: Mapping[str, Any]) -> DataFile:
         path = action["path"]
         name = normalize_uri(path) if "://" in path else f"{uri}/{unquote(path)}"
-        keep = masks.get(_last(path))
-        partition = {
-            column: action[f"partition.{other}"]
-            for column, name in physical.items()
-            for other in (column, name)
-            if f"partition.{other}" in action
-        }
 
         def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-            start = 0
             with storage.open(name) as stream:
                 parquet = pq.ParquetFile(stream, pre_buffer=False)
-                stored = [physical[x] for x in columns if physical[x] in parquet.schema_arrow.names]
+                stored = [column for column in columns if column in parquet.schema_arrow.names]
                 for batch in parquet.iter_batches(columns=stored, use_threads=False):
-                    arrays = [
-                        batch[physical[x]]
-                        if physical[x] in stored
-                        else pa.repeat(pa.scalar(partition.get(x), schema.field(x).type), len(batch))
-                        for x in columns
-                    ]
-                    found = pa.RecordBatch.from_arrays(arrays, list(columns))
-                    yield found if keep is None else found.filter(keep.slice(start, len(batch)))
-                    start += len(batch)
+                    table = pa.table(batch)
+                    for column in columns:
+                        if column not in stored:
+                            value = pa.scalar(action.get(f"partition.{column}"), schema.field(column).type)
+                            table = table.append_column(column, pa.repeat(value, len(batch)))
+                    yield from table.to_batches()
 
-        return DataFile(name, uri, schema, read, keep is not None, uri)
+        return DataFile(name, uri, schema, read, table=uri)
 
     return [file(action) for action in actions]
 
@@ -192,10 +176,6 @@ def _require(uri: str, format: str, package: str, extra: str) -> None:
 def _normalized(location: str) -> str:
     """Returns the normalized URI of a location, which Hadoop may have written, such as `file:/a` and `s3a://b/c`."""
     return normalize_uri(re.sub(r"^s3[an]://", "s3://", re.sub("^file:/(?=[^/])", "file:///", location)))
-
-
-def _last(path: str) -> str:
-    return unquote(path).rpartition("/")[2]
 
 
 def _text(error: Exception) -> str:

@@ -62,12 +62,12 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
     )
 
     def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        is_csv = kind != "txt"
+        quote: Any = kind != "txt" and '"'
         with _opened(storage, info) as stream:
             yield from pa_csv.open_csv(
                 _decompressed(stream),
                 pa_csv.ReadOptions(use_threads=False, block_size=_MAX_LINE_BYTES, column_names=names),
-                pa_csv.ParseOptions(delimiter=separator, quote_char=is_csv and '"', newlines_in_values=is_csv),
+                pa_csv.ParseOptions(delimiter=separator, quote_char=quote, newlines_in_values=bool(quote)),
                 pa_csv.ConvertOptions(
                     column_types=schema, include_columns=columns, strings_can_be_null=True, null_values=[""]
                 ),

@@ -504,6 +504,17 @@ def test_delta_table_is_read_at_its_current_snapshot(
     assert [x.key for x in samples(storage, uri, key_column="id", filter=[["split", "=", "train"]])] != []
 
 
+def test_delta_table_with_mapped_columns_is_refused(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.write_deltalake(f"{tmp_path}/t", TABLE)
+    log = tmp_path / "t/_delta_log/00000000000000000000.json"
+    log.write_text(
+        log.read_text().replace('"configuration":{', '"configuration":{"delta.columnMapping.mode":"name"')
+    )
+    with pytest.raises(StorageError, match=r"features that are not supported: columnMapping; rewrite"):
+        list(listing(Storage(), f"{tmp_path}/t"))
+
+
 def write_iceberg(storage: Storage, uri: str, tmp_path: Path) -> Any:
     pytest.importorskip("pyiceberg")
     from pyiceberg.catalog.memory import InMemoryCatalog
