@@ -1,20 +1,21 @@
-"""Reader of the images of a table's rows: many downloads at a time, in limited memory."""
+"""Reader of images that are objects of their own: many downloads at a time, in limited memory."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 from pipeline.predictions import download_error
-from pipeline.read.limits import Deadline
 from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import Shard
-from pipeline.read.tables import row_samples
 from pipeline.storage import (
     ABSENT,
     AccessDenied,
     BucketNotFound,
     ObjectChanged,
+    ObjectInfo,
     ObjectNotFound,
     ObjectTooLarge,
     Storage,
@@ -24,28 +25,29 @@ from pipeline.storage import (
 _MAX_PENDING_BYTES = 128 * 1024**2  # one image may be larger
 _MAX_THREADS = 32
 _HTTP, _BUCKETS = ("http://", "https://"), ("s3://", "gs://")
-#: Failures of a bucket that are about one image. After others, a later attempt may succeed.
-_OF_ONE_IMAGE = (AccessDenied, BucketNotFound, ObjectChanged, ObjectNotFound, ObjectTooLarge)
-#: The size up to which images are downloaded concurrently. A larger image is downloaded when its turn comes.
+#: Failures that are about one image: of a listed object, and of an object that a table names.
+_OF_LISTED_IMAGE = (ObjectChanged, ObjectNotFound, ObjectTooLarge)
+_OF_IMAGE = (*_OF_LISTED_IMAGE, AccessDenied, BucketNotFound)
+#: The size up to which images of unknown size are downloaded concurrently. A larger image waits for its turn.
 _FIRST_BYTES = 2 * 1024**2
 
 
-def read_rows(storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline) -> Iterator[Sample]:
-    """Yields the samples of a shard of a table, in order.
+def read_images(
+    storage: Storage, shard: Shard, samples: Sequence[Sample], options: ReadOptions
+) -> Iterator[Sample]:
+    """Yields the samples of image files or of rows of a table with their images, in order.
 
-    An image that cannot be downloaded is an error. A failure of a bucket that is not about one image raises
+    An image that cannot be downloaded is an error. A failure of a store that is not about one image raises
     `StorageError`, so that a later run reads the shard again.
     """
-    del deadline  # each request has a time limit
     pending, used, expected = deque[tuple[Sample, int, Future[Any] | None]](), 0, _FIRST_BYTES
     window = 2 * options.concurrent_downloads
-    threads = ThreadPoolExecutor(min(_MAX_THREADS, options.concurrent_downloads), thread_name_prefix="images")
-    downloader = storage.downloader(options.concurrent_downloads, options.downloads_per_host)
 
     def start(sample: Sample, max_bytes: int) -> Future[Any]:
         assert sample.uri is not None
         if sample.uri.startswith(_HTTP):
-            return downloader.download(sample.uri, max_bytes)
+            download: Future[Any] = downloader().download(sample.uri, max_bytes)
+            return download
         version = None if sample.version == ABSENT else sample.version
         return threads.submit(_read, storage, sample.uri, version, max_bytes)
 
@@ -54,6 +56,7 @@ def read_rows(storage: Storage, shard: Shard, options: ReadOptions, deadline: De
         if download is None:
             return sample
         planned, sample.version = sample.version, None if sample.version == ABSENT else sample.version
+        uri = str(sample.uri)
         try:
             try:
                 content, version = download.result()
@@ -61,34 +64,45 @@ def read_rows(storage: Storage, shard: Shard, options: ReadOptions, deadline: De
                 if max_bytes == options.max_image_bytes:
                     raise
                 content, version = start(sample, options.max_image_bytes).result()
-                expected *= 2
+                expected = max(expected, 2 * max_bytes)
             if planned not in (None, ABSENT, version):
-                raise ObjectChanged(str(sample.uri))
+                raise ObjectChanged(uri)
         except StorageError as failure:
-            if str(sample.uri).startswith(_BUCKETS) and not isinstance(failure, _OF_ONE_IMAGE):
+            is_of_store = bool(shard.members) or uri.startswith(_BUCKETS)
+            if is_of_store and not isinstance(failure, _OF_LISTED_IMAGE if shard.members else _OF_IMAGE):
                 raise
             return sample.fail(download_error(failure))
         sample.image, sample.version = content, version
         return sample
 
-    try:
-        for sample in row_samples(shard):
-            while pending and (len(pending) == window or used + expected > _MAX_PENDING_BYTES):
+    with ExitStack() as stack:
+        threads = ThreadPoolExecutor(min(_MAX_THREADS, options.concurrent_downloads), "images")
+        stack.callback(threads.shutdown, cancel_futures=True)
+
+        @cache
+        def downloader() -> Any:
+            limits = options.concurrent_downloads, options.downloads_per_host
+            return stack.enter_context(storage.downloader(*limits))
+
+        for sample in samples:
+            size = 0  # unknown
+            if sample.version not in (None, ABSENT):
+                size = ObjectInfo.of_version(str(sample.uri), str(sample.version)).size
+                if error := options.size_error(size):
+                    sample.fail(error)
+            while pending and (len(pending) == window or used + (size or expected) > _MAX_PENDING_BYTES):
                 used -= pending[0][1]
                 yield finish(*pending.popleft())
-            max_bytes = min(expected, options.max_image_bytes)
+            max_bytes = 0 if sample.error else size or min(expected, options.max_image_bytes)
             pending.append((sample, max_bytes, None if sample.error else start(sample, max_bytes)))
             used += max_bytes
         while pending:
             yield finish(*pending.popleft())
-    finally:
-        threads.shutdown(cancel_futures=True)
-        downloader.close()
 
 
 def _read(storage: Storage, uri: str, version: str | None, max_bytes: int) -> tuple[bytes, str]:
     version = version or storage.stat(uri).version
-    size = int(version.rpartition("-")[2])
+    size = ObjectInfo.of_version(uri, version).size
     if size > max_bytes:
         raise ObjectTooLarge(uri, f"the object has {size:,} bytes, and the limit is {max_bytes:,} bytes")
     return storage.read(uri, version), version

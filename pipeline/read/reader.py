@@ -1,12 +1,9 @@
 """Reads the samples of a shard, one at a time, in a deterministic order."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from pipeline.predictions import download_error
-from pipeline.read.downloads import read_rows
+from pipeline.read.downloads import read_images
 from pipeline.read.limits import Deadline, limit_texts
 from pipeline.read.parquet import read_parquet
 from pipeline.read.samples import ReadOptions, ReadTimeoutError, Sample, ShardError, UnreadableShardError
@@ -14,11 +11,8 @@ from pipeline.read.shards import Shard
 from pipeline.read.tables import row_samples, select_rows
 from pipeline.read.targets import hive_label
 from pipeline.read.webdataset import read_tar
-from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, relative_name
+from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError, relative_name
 from pipeline.text import pluralize
-
-_CONCURRENT_IMAGES = 32  # image files that are fetched concurrently
-_MAX_PENDING_BYTES = 128 * 1024**2  # of image files; one may be larger
 
 
 def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterator[Sample]:
@@ -93,34 +87,12 @@ def select_images(shard: Shard, positions: Sequence[int]) -> Shard:
     return replace(shard, members=tuple(shard.members[position] for position in positions))
 
 
-def _read_images(
+def _read_objects(
     storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
 ) -> Iterator[Sample]:
-    """Yields the samples of a group of image files."""
-
-    def fetch(sample: Sample, info: ObjectInfo) -> Sample:
-        if error := options.size_error(info.size):
-            return sample.fail(error)
-        try:
-            sample.image = storage.read(info.uri, info.version)
-            return sample
-        except (ObjectChanged, ObjectNotFound) as failure:
-            return sample.fail(download_error(failure))
-
-    largest = max((min(info.size, options.max_image_bytes) for info in shard.members), default=1)
-    window = max(1, min(2 * _CONCURRENT_IMAGES, _MAX_PENDING_BYTES // max(1, largest)))
-    pending: deque[Future[Sample]] = deque()
-    pool = ThreadPoolExecutor(_CONCURRENT_IMAGES)
-    try:
-        for sample, info in zip(list_samples(shard, options), shard.members, strict=True):
-            deadline.check()
-            pending.append(pool.submit(fetch, sample, info))
-            if len(pending) == window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Yields the samples of a shard whose images are objects of their own."""
+    del deadline  # each request has a time limit
+    return read_images(storage, shard, list_samples(shard, options), options)
 
 
-_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_images, "table": read_rows}
+_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_objects, "table": _read_objects}

@@ -26,7 +26,16 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.config import ReadConfig
-from pipeline.read import ReadOptions, Sample, Shard, list_shards, parquet, read_samples, reader, webdataset
+from pipeline.read import (
+    ReadOptions,
+    Sample,
+    Shard,
+    downloads,
+    list_shards,
+    parquet,
+    read_samples,
+    webdataset,
+)
 from pipeline.read.limits import Deadline
 from pipeline.read.parquet_pages import ColumnChunkFile
 from pipeline.read.samples import ShardError, UnreadableShardError
@@ -905,8 +914,8 @@ def test_large_image_files_are_fetched_one_at_a_time(files: Path, monkeypatch: p
     for i in range(80):
         Storage().write(f"{files}/{i:02d}.jpg", bytes(100))
     (shard,) = list_shards(Storage(), str(files))
-    for limit, expected in ((100, 1), (350, 3), (10**6, 64)):
-        monkeypatch.setattr(reader, "_MAX_PENDING_BYTES", limit)
+    for limit, expected in ((100, 1), (350, 3), (10**6, 128)):
+        monkeypatch.setattr(downloads, "_MAX_PENDING_BYTES", limit)
         most = 0
         for sample in read_samples(Counting(), shard, PLAIN):
             pending.discard(f"{files}/{sample.key}")
