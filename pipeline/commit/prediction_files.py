@@ -130,16 +130,12 @@ def _parse_json(texts: list[str | None]) -> pa.Array:
     """Returns JSON values as bool, int64 or double if all of them fit, else as text; nested ones as JSON."""
     values = [None if text is None else json.loads(text) for text in texts]
     kinds = {type(value) for value in values if value is not None}
-    for kind, allowed in ((pa.bool_(), {bool}), (pa.int64(), {int}), (pa.float64(), {int, float})):
-        if kinds and kinds <= allowed:
-            with suppress(OverflowError, pa.ArrowInvalid):  # integers of more bits
-                return pa.array(values, kind)
-    shown = zip(texts, values, strict=True)
+    if kinds and kinds <= {bool, int, float}:
+        with suppress(OverflowError, pa.ArrowInvalid):  # integers of more bits, or both kinds
+            return pa.array(values)
+    shown = (v if isinstance(v, str) else text for text, v in zip(texts, values, strict=True))
     # JSON may have halves of surrogate pairs, which are no text in Arrow.
-    encoded = [
-        v.encode(errors="backslashreplace").decode() if isinstance(v, str) else text for text, v in shown
-    ]
-    return pa.array(encoded, pa.string())
+    return pa.array([x and x.encode(errors="backslashreplace").decode() for x in shown], pa.string())
 
 
 def count_errors(chunk: Chunk) -> int:

@@ -12,8 +12,8 @@ from PIL import Image
 from pipeline.config import Config, make_storage
 from pipeline.decode.cpu import FORMATS
 from pipeline.decode.plugins import REQUIREMENTS
-from pipeline.read import ReadOptions, Shard, read_samples
-from pipeline.storage import ObjectChanged, ObjectInfo, Storage, is_under
+from pipeline.read import ReadOptions, Sample, Shard, read_images, read_samples
+from pipeline.storage import ObjectInfo, Storage, is_under
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -33,8 +33,8 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
 
     Raises:
         KeyError: the row lacks a column.
-        ValueError: the row has no image, because the image could not be read.
-        StorageError: the object cannot be read; an `ObjectChanged`: it has another version than the label.
+        ValueError: the row has no image, or the image cannot be read or has changed.
+        StorageError: the file of the image cannot be read; an `ObjectChanged`: the file has changed.
         ShardError: the shard cannot be read as far as the image.
     """
     data = read_image(row, config)
@@ -49,25 +49,22 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
     uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]
     if uri is None:
         raise ValueError(f"row {row['index']} of {row['shard']} has no URI, so it has no image")
-    if uri.startswith(("http://", "https://")):
-        with storage.downloader() as downloader:
-            found = downloader.download(uri, options.max_image_bytes).result()
-        if version not in (None, found.version):
-            raise ObjectChanged(uri)
-        return found.content
     if offset is not None:
         with storage.open_unbuffered(uri, version) as file:
             file.seek(offset)
             return file.read(size) or b""
     if not is_under(row["shard"], uri):  # the image is an object of its own
-        return storage.read(uri, version)
-    info = storage.stat(uri) if version is None else ObjectInfo.of_version(uri, version)
-    with storage.open_unbuffered(uri, info.version) as file:
-        is_parquet = file.read(4) == b"PAR1"
-    shard = Shard(uri, info.version, "parquet" if is_parquet else "webdataset", info.size)
-    # A part of a large Parquet file is named after its first row.
-    index = row["index"] + int(row["shard"].removeprefix(uri).removeprefix("/rows-") or 0)
-    images = (sample.image for sample in read_samples(storage, shard, options))
-    if (image := next(islice(images, index, None), None)) is None:
-        raise ValueError(f"row {row['index']} of {row['shard']} has no image; see its column `error`")
-    return image
+        index, shard = 0, Shard(uri, version or "", "table", 0)
+        samples = read_images(storage, shard, [Sample("", None, uri=uri, version=version)], options)
+    else:
+        info = storage.stat(uri) if version is None else ObjectInfo.of_version(uri, version)
+        with storage.open_unbuffered(uri, info.version) as file:
+            is_parquet = file.read(4) == b"PAR1"
+        shard = Shard(uri, info.version, "parquet" if is_parquet else "webdataset", info.size)
+        # A part of a large Parquet file is named after its first row.
+        index = row["index"] + int(row["shard"].removeprefix(uri).removeprefix("/rows-") or 0)
+        samples = read_samples(storage, shard, options)
+    sample = next(islice(samples, index, None), None)
+    if sample is None or sample.image is None:
+        raise ValueError(f"row {row['index']} of {row['shard']} has no image: {sample and sample.error}")
+    return sample.image

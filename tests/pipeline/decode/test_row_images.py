@@ -101,7 +101,7 @@ def test_replaced_object_is_an_error(tmp_path: Path) -> None:
 
 def test_row_without_an_image_is_an_error(tmp_path: Path) -> None:
     [row, _] = [row for row in label_all(str(tmp_path)) if row["error"] is not None]
-    with pytest.raises(ValueError, match=r"row 3 of .* has no image; see its column `error`"):
+    with pytest.raises(ValueError, match=r"row 3 of .* has no image: no image: no member has"):
         read_image(row)
 
 
