@@ -7,9 +7,10 @@ from itertools import accumulate, islice, zip_longest
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.predictions import ErrorCategory, SampleError, sample_error
+from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read.limits import MAX_KEY_BYTES, Deadline
 from pipeline.read.parquet_pages import ColumnChunkFile, FooterFile
 from pipeline.read.samples import MAX_CARRIED_BYTES, ReadOptions, Sample, UnreadableShardError
@@ -22,6 +23,7 @@ _MAX_REJECTED_BYTES, _MAX_REJECTED_FACTOR = 512 * 1024**2, 10
 _MAX_ID_BYTES = 64
 #: The field of `input` with the limit or the column of a role.
 _FIELDS = {"image": "max_image_bytes", "key": "key_column", "label": "label_column"}
+_MISSING = pa.nulls(1)
 _NO_IMAGE = sample_error(ErrorCategory.NO_IMAGE, "the row has no image bytes")
 
 
@@ -31,13 +33,7 @@ def read_parquet(
     """Yields the samples of a Parquet file, or of a range of its row groups, one per row."""
     with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
         file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
-        leaves = [column.path for column in file.schema]
-        paths = _column_paths(file.schema_arrow, leaves, options)
-        carried = [_leaves(leaves, name) if name in file.schema_arrow.names else [] for name in options.carry]
-        paths |= {f"carry {path}": path for column in carried for path in column}
-        for path in paths.values():
-            if len(_leaves(leaves, path)) > 1:  # pyarrow would read all of them
-                raise UnreadableShardError(f"several columns are named {path!r} or '{path}.*'; rename one")
+        paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
         class_names = _class_names(file.schema_arrow, options.label_column)
         starts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
         first, end = shard.span or (0, starts[-1])
@@ -85,7 +81,8 @@ def read_parquet(
                         f"input.{_FIELDS.get(role, 'carry')}"
                     )
             sample = _to_sample(row, columns, class_names, options)
-            sample.carried = tuple(_join([columns[f"carry {path}"] for path in each])[0] for each in carried)
+            carried = (columns.get(f"carry {name}", _MISSING) for name in options.carry)
+            sample.carried = tuple(column[0] for column in carried)
             yield sample
         if row + 1 != end:
             rows = f"{row + 1 - first:,} rows, but its footer states {end - first:,}"
@@ -96,46 +93,47 @@ def _to_sample(
     row: int, columns: Mapping[str, pa.Array], class_names: list[str] | None, options: ReadOptions
 ) -> Sample:
     """Returns the sample of a row. Columns have the value of the row, by role."""
-    image, key_value = _only_value(columns["image"][0]), columns["key"][0] if "key" in columns else None
-    if options.key_column is None and key_value is not None:
-        key_value = _only_value(key_value)
-    value, problem = _value(key_value)
+    image = columns["image"][0]
+    image = image["bytes"] if isinstance(image, pa.StructScalar) and image.is_valid else image
+    key_column = columns.get("key", _MISSING)
+    if options.key_column is None and "key" in columns:
+        key_column = pc.struct_field(key_column, "path")
+    value, problem = _value(key_column[0])
     key = f"{row:09d}" if value is None else str(value)
-    error: SampleError | None
-    if pa.types.is_nested(image.type):
-        error = sample_error(ErrorCategory.NO_IMAGE, f"the row has a list of {len(image)} images, not of one")
-    else:
-        error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
+    error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
     if error is None and problem is not None:
         error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
     if error is not None:
         return Sample(key, None, error=error)
-    label, problem = _value(columns["label"][0] if "label" in columns else None)
+    label, problem = _value(columns.get("label", _MISSING)[0])
     unmatched = None if problem is None else f"the label cannot be read: {problem}"
     content = image.as_buffer().to_pybytes()
     return Sample(key, content, unmatched=unmatched, label=label, label_names=class_names)
 
 
 def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions) -> dict[str, str]:
-    """Returns the paths of the columns to read, by role: image, key and label."""
-    images = _leaves(paths, _image_column(schema, options))
-    image = next((path for path in images if path.endswith(".bytes")), images[0])
-    found = {"image": image}
-    if image.endswith(".bytes"):
-        found["key"] = image.removesuffix("bytes") + "path"
+    """Returns the paths of the columns to read, by role: image, key, label, and `carry <name>`."""
+    image = _image_column(schema, options)
+    is_struct = pa.types.is_struct(schema.field(image).type)
+    found = {"image": f"{image}.bytes", "key": f"{image}.path"} if is_struct else {"image": image}
     has_label = options.labels and options.label_from is None
     columns = {"key": options.key_column, "label": options.label_column if has_label else None}
     for role, name in columns.items():
         if name is not None:
             _require_column(schema, name, role)
+    columns |= {f"carry {name}": name for name in options.carry if name in schema.names}
+    for role, name in columns.items():
+        if name is not None:
+            leaves = [path for path in paths if f"{path}.".startswith(f"{name}.")]
+            if role.startswith("carry ") and len(leaves) > 1:
+                raise UnreadableShardError(f"input.carry: column {name!r} has several parts: {leaves}")
             # The first part of a nested column is enough to report that it is nested.
-            found[role] = min(_leaves(paths, name), key=len)
-    return {role: path for role, path in found.items() if path in paths}
-
-
-def _leaves(paths: Sequence[str], name: str) -> list[str]:
-    """Returns the paths of the columns without parts that belong to a column."""
-    return [path for path in paths if f"{path}.".startswith(f"{name}.")]
+            found[role] = min(leaves, key=len)
+    found = {role: path for role, path in found.items() if path in paths}
+    for path in found.values():
+        if sum(f"{x}.".startswith(f"{path}.") for x in paths) > 1:  # pyarrow would read all of them
+            raise UnreadableShardError(f"several columns are named {path!r} or '{path}.*'; rename one")
+    return found
 
 
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
@@ -143,26 +141,15 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     name = options.image_column
     if name is None:
         candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
-        if not candidates and "image" in schema.names:  # of another type
-            candidates = ["image"]
         if "image" not in candidates and len(candidates) != 1:
-            found = "more than one column" if candidates else "no column"
+            found = "more than one column" if candidates else "decoded pixels must be encoded: no column"
             hint = f"{found} has an image type; set `input.image_column`"
             raise UnreadableShardError(f"{hint}; {_columns(schema)}")
         name = "image" if "image" in candidates else cast(str, candidates[0])
-    column, *parts = [name] if name in schema.names else name.split(".")
-    _require_column(schema, column, "image")
-    kind = schema.field(column).type
-    for part in parts:
-        index = kind.get_field_index(part) if pa.types.is_struct(kind) else -1
-        if index < 0:
-            raise UnreadableShardError(f"no column {name!r}; set input.image_column; {_columns(schema)}")
-        kind = kind.field(index).type
-    if _is_list(kind):
-        kind = kind.value_type
+    _require_column(schema, name, "image")
+    kind = schema.field(name).type
     if not _is_image_type(kind, may_be_null=True):
         problem = f"column {name!r} is {kind}, neither binary nor a struct with binary `bytes`"
-        problem += "; decoded pixels must be encoded, for example as PNG" if pa.types.is_nested(kind) else ""
         raise UnreadableShardError(f"{problem}; {_columns(schema)}")
     return name
 
@@ -200,40 +187,13 @@ def _is_image_type(kind: pa.DataType, may_be_null: bool) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_fixed or is_null)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
-
-
-def _only_value(scalar: pa.Scalar) -> pa.Scalar:
-    """Returns the value in structs with one field and in lists with one value; a list of another length."""
-    while scalar.is_valid and pa.types.is_nested(scalar.type):
-        if _is_list(scalar.type) and len(scalar) != 1:
-            return scalar
-        scalar = scalar[0]
-    return scalar if scalar.is_valid else pa.scalar(None, pa.binary())
-
-
-def _join(parts: Sequence[pa.Array]) -> pa.Array:
-    """Returns a column whose leaves were read one by one; of type null without a leaf."""
-    if len(parts) < 2:
-        return parts[0] if parts else pa.nulls(1)
-    first = parts[0]
-    if pa.types.is_struct(first.type):
-        fields = dict[str, list[pa.Array]]()
-        for part in parts:
-            fields.setdefault(part.type.field(0).name, []).append(part.field(0))
-        return pa.StructArray.from_arrays(map(_join, fields.values()), [*fields], mask=first.is_null())
-    values = _join([part.values for part in parts])
-    return pa.ListArray.from_arrays(first.offsets, values, mask=first.is_null())
-
-
-def _value(scalar: pa.Scalar | None) -> tuple[object, str | None]:
+def _value(scalar: pa.Scalar) -> tuple[object, str | None]:
     """Returns a value, with bytes as text, and why it cannot be read.
 
     Of text that is too long for a key, which no label is either, the value is the start and a hash.
     """
     try:
-        if scalar is None or not scalar.is_valid:
+        if not scalar.is_valid:
             return None, None
         if pa.types.is_nested(scalar.type):
             return None, f"the type is {scalar.type}"
