@@ -20,11 +20,8 @@ _NOT_IN_FINGERPRINT = {
 
 def _names_to_types(value: Any) -> Any:
     """Returns a list of names as a mapping without types."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        return value
-    if twice := [name for name, count in Counter(value).items() if count > 1]:
-        raise ValueError(f"{twice[0]!r} is listed twice; remove one")
-    return dict.fromkeys(value)
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return dict.fromkeys(value) if is_list else value
 
 
 class InputConfig(Section):

@@ -1,10 +1,8 @@
 """Decompression of tars, in limited memory. Compressed data that is cut off or damaged raises an error."""
 
-import gzip
 import io
 import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,11 +37,9 @@ class DecompressedFile:
     def __init__(self, file: Any, compression: str) -> None:
         self._compression, self._position = compression, 0
         with self._explained_errors():
-            if compression == "gzip":  # accepts zeros after the end, unlike Arrow
-                self._file: Any = gzip.GzipFile(fileobj=file, mode="rb")
-            elif compression == "xz":  # without a limit, the first block may ask for gigabytes
+            if compression == "xz":  # without a limit, the first block may ask for gigabytes
                 lzma.LZMADecompressor(lzma.FORMAT_XZ, _MAX_XZ_MEMORY).decompress(file.peek(1), max_length=1)
-                self._file = lzma.LZMAFile(file)  # noqa: SIM115
+                self._file: Any = lzma.LZMAFile(file)  # noqa: SIM115
             else:
                 self._file = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
 
@@ -51,7 +47,7 @@ class DecompressedFile:
     def _explained_errors(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        except (OSError, EOFError, lzma.LZMAError) as error:
             window = " with a window of at most 128 MiB, as by default" * ("memory" in str(error).lower())
             cause = f"the {self._compression} data is damaged or cut off ({error})"
             raise UnreadableShardError(f"{cause}; compress the tar again{window}") from error

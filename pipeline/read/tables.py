@@ -297,9 +297,9 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
     if check == "always" and remote:
         with storage.downloader() as downloader:
             for start in range(0, len(remote), _SHARD_ROWS):
-                for uri, version in [(x, downloader.version(x)) for x in remote[start : start + _SHARD_ROWS]]:
+                for uri, head in [(x, downloader.head(x)) for x in remote[start : start + _SHARD_ROWS]]:
                     with suppress(StorageError):  # reading reports it
-                        if (known := version.result()) is not None:
+                        if (known := head.result().version) is not None:
                             versions[uri] = known
     return versions
 

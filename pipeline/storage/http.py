@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import aiohttp
 from yarl import URL
@@ -19,14 +19,11 @@ from pipeline.storage.objects import AccessDenied, ObjectNotFound, ObjectTooLarg
 from pipeline.storage.retrying import Failure, pause_before_retry
 from pipeline.text import remove_secrets
 
-T = TypeVar("T")
-
 _HEADERS = {"User-Agent": "cvt-label (batch image labeling; aiohttp)", "Accept-Encoding": "identity"}
 _STATUSES: dict[int, type[StorageError]]
 _STATUSES = {**dict.fromkeys((404, 410), ObjectNotFound), **dict.fromkeys((401, 403, 407, 451), AccessDenied)}
 #: Maximum number of attempts: fewer than for buckets, because many hosts in old tables no longer exist.
 _ATTEMPTS, _BUSY_ATTEMPTS = 4, 10
-_MAX_RETRY_AFTER_S = 30.0
 _MAX_REDIRECTS = 10
 _PERMANENT = (ValueError, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects)
 #: Causes of exceptions, whose own messages may contain the query of the address.
@@ -68,13 +65,9 @@ class Downloader(AbstractContextManager["Downloader"]):
         """Starts to download an object; follows redirects within http(s)."""
         return self._start(self._fetch("GET", uri, max_bytes))
 
-    def version(self, uri: str) -> Future[str | None]:
-        """Starts a HEAD request for the version; None also without a size."""
-
-        async def fetch() -> str | None:
-            return (await self._fetch("HEAD", uri, sys.maxsize)).version
-
-        return self._start(fetch())
+    def head(self, uri: str) -> Future[Download]:
+        """Starts a HEAD request for the version, which is None also without a size."""
+        return self._start(self._fetch("HEAD", uri, sys.maxsize))
 
     def close(self) -> None:
         """Cancels the unfinished requests, closes the connections, and ends the thread."""
@@ -85,7 +78,7 @@ class Downloader(AbstractContextManager["Downloader"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+    def _start(self, work: Coroutine[Any, Any, Download]) -> Future[Download]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _serve(self, is_open: threading.Event, limit: int, limit_per_host: int) -> None:
@@ -152,10 +145,8 @@ def _explain(shown: str, error: Exception) -> Failure:
     if type(error) is aiohttp.ClientResponseError and error.__cause__ is None:
         status, kind = error.status, f"HTTP {error.status}"
         attempts = _BUSY_ATTEMPTS if status == 429 else _ATTEMPTS if status == 408 or status >= 500 else 1
-        wait = error.headers.get("Retry-After", "") if error.headers else ""
         cause = f"{kind} {http.client.responses.get(status, '')}".rstrip()
-        pause = min(_MAX_RETRY_AFTER_S, float(wait)) if wait.isdecimal() else 0.0
-        return Failure(_STATUSES.get(status, StorageError)(shown, cause), attempts, kind, pause)
+        return Failure(_STATUSES.get(status, StorageError)(shown, cause), attempts, kind)
     cause = next(cause for kind, cause in _CAUSES.items() if isinstance(error, kind))
     if detail := getattr(getattr(error, "os_error", None), "strerror", None):
         cause = f"{cause}: {detail}"

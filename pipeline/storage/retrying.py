@@ -34,13 +34,11 @@ class Failure:
         error: Raised after the last attempt.
         attempts: Maximum number of attempts; 1 if a retry cannot resolve the failure.
         kind: Name of the failure in `retry_counts`.
-        min_pause_s: Minimum seconds before the next attempt.
     """
 
     error: StorageError
     attempts: int = 1
     kind: str = ""
-    min_pause_s: float = 0.0
 
 
 def pause_after(attempt: int) -> float:
@@ -76,7 +74,7 @@ def pause_before_retry(error: Exception, failure: Failure, attempt: int) -> floa
         raise failure.error from None  # the library's message may contain credentials
     with _lock:
         _retries[type(limit).__name__ if limit else failure.kind] += 1
-    return max(failure.min_pause_s, pause_after(attempt))
+    return pause_after(attempt)
 
 
 def until_unchanged(

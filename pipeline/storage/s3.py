@@ -86,22 +86,16 @@ class S3(Buckets):
             "aws_skip_signature": "true" if self._anonymous else None,
         }
         if not self._anonymous:
-            options |= self._credentials()
+            try:
+                credentials = boto3.session.Session().get_credentials()
+                if credentials is None:
+                    raise exceptions.NoCredentialsError
+                key = credentials.get_frozen_credentials()
+            except exceptions.BotoCoreError as error:
+                raise self._explain("s3://", error, 1).error from error
+            options["aws_access_key_id"], options["aws_secret_access_key"] = key.access_key, key.secret_key
+            options["aws_session_token"] = key.token
         return {name: value for name, value in options.items() if value}
-
-    def _credentials(self) -> dict[str, str | None]:
-        try:
-            credentials = boto3.session.Session().get_credentials()
-            if credentials is None:
-                raise exceptions.NoCredentialsError
-            key = credentials.get_frozen_credentials()
-        except exceptions.BotoCoreError as error:
-            raise self._explain("s3://", error, 1).error from error
-        return {
-            "aws_access_key_id": key.access_key,
-            "aws_secret_access_key": key.secret_key,
-            "aws_session_token": key.token,
-        }
 
     def _page(self, start: str, delimiter: str, token: str | None, limit: int | None) -> Page:
         bucket, prefix = split_uri(start)

@@ -200,7 +200,6 @@ def test_parts_of_a_file_carry_columns(tmp_path: Path) -> None:
     ("carry", "cause"),
     [
         (["Label"], "is a column of every label file"),
-        (["a", "a"], "is listed twice"),
         (["a", "A"], "is the name of two columns"),
         ({"a": "text"}, "is not an Arrow type"),
         ({"a": "null"}, "is not an Arrow type"),

@@ -143,27 +143,10 @@ def test_transient_failure_is_retried_and_counted(
     if method == "HEAD" and answer.length == "8":
         pytest.skip("HEAD has no body that ends early")
     with RetryCounter() as retries:
-        version = downloader.version(uri).result() if method == "HEAD" else fetch(downloader, uri).version
+        version = (downloader.head(uri).result() if method == "HEAD" else fetch(downloader, uri)).version
     assert version == "1-4"
     assert retries.counts.total() == (1 if answer.reset else 2)  # aiohttp itself retries a reset once
     assert server.count()["/x"] == 3
-
-
-@pytest.mark.parametrize(("pause", "expected"), [("2", 2), ("86400", 2.5)])
-def test_retry_after_is_respected_up_to_a_limit(
-    server: HttpServer, downloader: Downloader, pause: str, expected: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.storage.http._MAX_RETRY_AFTER_S", 2.5)
-    uri = server.add("/x", Answer(status=429, headers={"Retry-After": pause}), Answer(b"good"))
-    started = time.monotonic()
-    assert fetch(downloader, uri).content == b"good"
-    assert expected <= time.monotonic() - started < 20
-
-
-@pytest.mark.parametrize("pause", ["nonsense", "-5", "1e999", "Mon, 99 Foo 99999 99:99:99 GMT", "\xb2"])
-def test_invalid_retry_after_is_ignored(server: HttpServer, downloader: Downloader, pause: str) -> None:
-    uri = server.add("/x", Answer(status=503, headers={"Retry-After": pause}), Answer(b"good"))
-    assert fetch(downloader, uri).content == b"good"
 
 
 @pytest.mark.parametrize("slow", [Answer(b"x", delay_s=3), Answer(b"x" * 90, byte_pause_s=0.04)])
@@ -201,7 +184,7 @@ def test_redirect_is_followed(server: HttpServer, downloader: Downloader, status
     server.add("/x", Answer(b"good", headers={"ETag": '"1"'}))
     uri = server.add("/r", Answer(b"moved", status=status, headers={"Location": target}))
     assert fetch(downloader, uri) == (b"good", "1-4")
-    assert downloader.version(uri).result() == "1-4"
+    assert downloader.head(uri).result().version == "1-4"
     assert server.requests[1].path == ("/x?a=%2F" if "?" in location else "/x")
 
 
@@ -273,20 +256,20 @@ def test_version_is_etag_and_size(
 ) -> None:
     uri = server.add("/x", Answer(b"good", headers=headers, length=length))
     assert fetch(downloader, uri).version == version
-    assert downloader.version(uri).result() == head_version
+    assert downloader.head(uri).result().version == head_version
 
 
 def test_versions_take_one_concurrent_head_each(server: HttpServer, downloader: Downloader) -> None:
     uris = [server.add(f"/{i}", Answer(b"x" * i, headers={"ETag": '"e"'}, delay_s=0.05)) for i in range(40)]
-    futures = [downloader.version(uri) for uri in uris]
-    assert [future.result() for future in futures] == [f"e-{i}" for i in range(40)]
+    futures = [downloader.head(uri) for uri in uris]
+    assert [future.result().version for future in futures] == [f"e-{i}" for i in range(40)]
     assert Counter(request.method for request in server.requests) == {"HEAD": 40}
     assert server.max_concurrent == 16
 
 
 def test_version_of_a_missing_object_fails(server: HttpServer, downloader: Downloader) -> None:
     with pytest.raises(ObjectNotFound, match="HTTP 404"):
-        downloader.version(f"{server.url}/none").result()
+        downloader.head(f"{server.url}/none").result()
 
 
 def test_compressed_response_is_an_error(server: HttpServer, downloader: Downloader) -> None:
