@@ -150,6 +150,8 @@ _CATEGORIES = {
     objects.AccessDenied: ErrorCategory.ACCESS_DENIED,
     objects.ObjectTooLarge: ErrorCategory.FILE_TOO_LARGE,
 }
+#: Categories of images that could not be fetched. Their rows have no target.
+READ_ERRORS = frozenset({*_CATEGORIES.values(), ErrorCategory.DOWNLOAD_FAILED})
 
 #: A text `<category>: <detail>` for the column `error`. Only `sample_error` creates one.
 SampleError = NewType("SampleError", str)

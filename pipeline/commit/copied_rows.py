@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from pipeline.predictions import PredictionOptions, model_output_fields
+from pipeline.predictions import READ_ERRORS, PredictionOptions, model_output_fields
 from pipeline.read import ReadOptions, Sample, Shard, complete_sample, list_samples, sample_table
 from pipeline.storage import Storage, content_errors, read_table
 
@@ -64,7 +64,9 @@ class CopiedRows:
         stored = pa.concat_tables(sources)
         described, samples = list_samples(shard, read_options), list[Sample]()
         for position, error in zip(self.positions, stored["error"].to_pylist(), strict=True):
-            sample = described[position] if error is None else described[position].fail(error)
+            sample = described[position]
+            if error is not None and error.partition(":")[0] in READ_ERRORS:
+                sample = sample.fail(error)
             samples.append(complete_sample(sample, read_options))
         copied = sample_table(samples)
         copied = copied.drop_columns([name for name in stored.column_names if name in copied.column_names])

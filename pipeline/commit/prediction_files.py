@@ -163,9 +163,9 @@ class PredictionWriter:
         read_options: how the readers find keys and labels, for copied rows.
         carried: columns of `input.carry` that a committed row has; grows.
         copied: the rows that the file of a changed shard copies, by URI of the shard.
-        before_group: called before a group of image files or a part of a file is written; raises to prevent
-            the write. A run that lost its lease must not write them: another run may have grouped the images,
-            or divided the file, differently.
+        before_group: called before a group of image files, a range of a table or a part of a file is
+            written; raises to prevent the write. A run that lost its lease must not write them: another run
+            may have grouped the images, or divided the file, differently.
     """
 
     partition: Partition
@@ -235,7 +235,7 @@ class PredictionWriter:
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
         content, uri = encode_predictions(predictions, footer), f"{self.partition.uri}/{output}"
-        if shard.members or shard.span or shard.size >= _DIVIDED_BYTES:
+        if shard.images or shard.span or shard.size >= _DIVIDED_BYTES:
             self.before_group()
         storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
         current: Versioned[Footer] | None = None

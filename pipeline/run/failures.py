@@ -34,7 +34,7 @@ class FailureMonitor:
     Attributes:
         shards: the shards to label.
         entries: manifest rows before the run, by URI.
-        copied_errors: number of error rows that a shard copies from stored labels, by URI. They are known.
+        copied: number of rows that a shard copies from stored labels, and of error rows among them, by URI.
         last: counts of the last run of the dataset that ended by itself.
         stopped: counts of the runs after `last`, which were stopped or failed. This run continues them.
         causes: the errors of the complete shards.
@@ -44,7 +44,7 @@ class FailureMonitor:
     gate: GateConfig
     shards: Sequence[Shard]
     entries: Mapping[str, ManifestRow]
-    copied_errors: Mapping[str, int] = field(default_factory=dict)
+    copied: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     last: Counter[str] = field(default_factory=Counter)
     stopped: Counter[str] = field(default_factory=Counter)
     causes: ErrorCauses = field(default_factory=ErrorCauses)
@@ -72,10 +72,10 @@ class FailureMonitor:
         counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0, empty=row.rows == 0)
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
+        copied, copied_errors = self.copied.get(row.uri, (0, 0))
         known = Counter(
-            errors=before.errors or 0
-            if before.version == shard.version
-            else self.copied_errors.get(row.uri, 0),
+            images=copied,
+            errors=before.errors or 0 if before.version == shard.version else copied_errors,
             unreadable=before.failed_version == shard.version,
             empty=before.version == shard.version,
         )

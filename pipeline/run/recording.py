@@ -119,9 +119,9 @@ class RunContext:
     def __post_init__(self) -> None:
         config, shards = self.result.job.config, self.result.plan.shards
         self.gallery = Gallery(config.report.gallery, shards)
-        copied_errors = {uri: copied.errors for uri, copied in self.result.plan.copied.items()}
+        copied = {uri: (len(each.positions), each.errors) for uri, each in self.result.plan.copied.items()}
         entries = self.prepared.repairs.entries
-        self.failures = FailureMonitor(config.gate, shards, entries, copied_errors)
+        self.failures = FailureMonitor(config.gate, shards, entries, copied)
 
     def relist(self) -> Iterator[Shard]:
         """Lists the input again; needed only if runs overlap."""

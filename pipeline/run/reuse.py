@@ -6,10 +6,13 @@ from functools import partial
 from typing import NamedTuple
 
 from pipeline.commit import CopiedRows, ManifestRow, Partition
-from pipeline.read import ReadOptions, Shard, list_samples
+from pipeline.predictions import ErrorCategory
+from pipeline.read import ReadOptions, Shard, complete_sample, list_samples
 from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, read_table
 
 _THREADS = 16
+#: Errors of a row and not of its image, which a run finds again.
+_ROW_ERRORS = (ErrorCategory.INVALID_KEY, ErrorCategory.INVALID_CARRIED_VALUE)
 
 
 class _StoredRow(NamedTuple):
@@ -58,6 +61,8 @@ def find_copied_rows(
             is_absent = sample.version == ABSENT and stored.is_error
             if not is_absent and sample.version not in (None, stored.version):
                 continue
+            if complete_sample(sample, options).error is not None:  # the row is an error now
+                continue
             copied.rows.setdefault(stored.file, []).append((position, stored.row))
             copied.errors += stored.is_error
         return copied
@@ -80,8 +85,10 @@ def _stored_rows(partition: Partition, row: ManifestRow) -> dict[str | None, _St
     except (ObjectChanged, ObjectNotFound):  # an overlapping run replaced the file
         return {}
     columns = zip(*(table[name].to_pylist() for name in ("uri", "version", "error")), strict=True)
+    # Of several rows with one URI, one without an error comes last and stays.
+    rows = sorted(enumerate(columns), key=lambda row: row[1][2] is None)
     return {
         uri: _StoredRow(file, number, version, error is not None)
-        for number, (uri, version, error) in enumerate(columns)
-        if uri is not None
+        for number, (uri, version, error) in rows
+        if uri is not None and (error is None or error.partition(":")[0] not in _ROW_ERRORS)
     }

@@ -87,7 +87,7 @@ def test_compressed_tar_that_is_cut_off_is_refused(tmp_path: Path, name: str) ->
         assert not caught.value.transient
 
 
-@pytest.mark.parametrize("name", COMPRESSORS.keys() - {"xz"})
+@pytest.mark.parametrize("name", sorted(COMPRESSORS.keys() - {"xz"}))
 def test_data_after_a_compressed_tar_is_not_ignored(tmp_path: Path, name: str) -> None:
     data = COMPRESSORS[name](make_tar(make_samples(2)))
     with pytest.raises(ShardError, match=r"damaged or cut off.*; compress the tar again"):

@@ -116,9 +116,9 @@ def test_copied_error_rows_do_not_break_the_limit_on_errors(
     folder.write("a", "b", data=b"no image")
     folder.write("c", "d")
     assert folder.label().broken_failure_limits == []
-    folder.write("e", data=b"no image")
-    result = folder.label()  # three of five rows are errors, one of them is new
-    assert result.totals.errors == 3
+    folder.write("e")
+    result = folder.label()
+    assert result.totals.errors == 2
     assert result.broken_failure_limits == []
 
 
@@ -183,3 +183,43 @@ def test_rows_are_copied_in_a_bucket(bucket: str, monkeypatch: pytest.MonkeyPatc
     folder.label()
     assert folder.read == ["c"]
     assert folder.rows() == relabeled(folder)
+
+
+def test_gate_counts_only_images_that_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path), monkeypatch)
+    folder.write(*(f"{number:02d}" for number in range(20)))
+    folder.label()
+    folder.write("a", "b", data=b"no image")
+    [limit] = folder.label("gate.max_error_fraction=0.1").broken_failure_limits
+    assert limit.startswith("2 of 2 images (100.0%) failed")
+
+
+def test_copied_decode_error_keeps_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(str(tmp_path), monkeypatch)
+    folder.write("Bag/a", data=b"no image")
+    folder.write("Bag/b")
+    folder.label("input.label_from=folder")
+    folder.write("Bag/c")
+    folder.label("input.label_from=folder")
+    assert folder.read == ["c"]
+    assert [row["target_id"] for row in folder.rows()] == [8, 8, 8]
+
+
+def test_error_of_a_row_is_found_again_after_the_row_is_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(str(tmp_path), monkeypatch)
+    folder.write("a", "b")
+    table, fields = tmp_path / "t.csv", (f"input.uri={tmp_path}/t.csv", "input.format=table")
+    fields += ("input.uri_column=uri", "input.key_column=id", "input.check_objects=never")
+
+    def label_rows(*ids: str) -> list[tuple[str, str | None]]:
+        rows = [f"{key},in/{name}.png" for key, name in zip(ids, "aab", strict=True)]
+        table.write_text("\n".join(["id,uri", *rows]) + "\n")
+        folder.label(*fields)
+        return sorted((row["key"], row["error"] and row["error"].partition(":")[0]) for row in folder.rows())
+
+    long = "x" * 5000
+    assert [error for _, error in label_rows("1", long, "3")] == [None, None, "invalid key"]
+    assert label_rows("1", "2", "3") == [("1", None), ("2", None), ("3", None)]
+    assert [error for _, error in label_rows(long, "2", "3")] == [None, None, "invalid key"]
