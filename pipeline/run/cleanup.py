@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, prediction_files, recovered_rows
 from pipeline.predictions import prediction_path
-from pipeline.read import Shard, overlap
+from pipeline.read import Shard, whole_file
 from pipeline.run.planning import find_regrouped
 from pipeline.run.recording import RunContext
 from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
@@ -23,14 +23,13 @@ def clean_up(run: RunContext) -> bool:
     """
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.deleted_with_labels
-    to_remove = plan.to_prune | plan.redivided | _regrouped_since(run)
-    to_remove |= {uri for uri in plan.split_groups if uri in plan.expected}
+    to_remove = plan.to_prune | plan.replaced | _regrouped_since(run)
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
     files = {f"{partition.uri}/predictions/{prediction_path(uri)}" for uri in to_remove}
     for copied in plan.copied.values() if files else ():
         copied.hold(partition.storage, files, run.result.job.stages.predictions)
-    _remove(partition, {uri: versions[uri] for uri in to_remove})
+    _remove(partition, {uri: versions.get(uri) for uri in to_remove})
     for uri in to_remove:  # no file is expected in place of a removed file
         plan.expected.pop(uri, None)
     removed = to_remove | repairs.removed | (plan.deleted.keys() - labeled.keys())
@@ -64,9 +63,9 @@ def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
 def roll_back_regrouped(run: RunContext) -> set[str]:
     """Removes labels that this run wrote for images that are in other groups by now; returns the groups.
 
-    Also removes parts of files that the run that holds the lease divides differently. Only an overlapping run
-    that labeled the new groups or parts makes this necessary. Its sign is a prediction file
-    that this run neither found nor wrote, or that has another version of a group.
+    Also removes parts of a file that the run that holds the lease divides differently. Only an overlapping
+    run that labeled the new groups or parts makes this necessary. Its sign is a prediction file that this
+    run neither found nor wrote, or that has another version of a group.
     """
     partition, groups = run.result.partition, run.groups
     if not groups:
@@ -87,11 +86,10 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
     try:
         run.lease.verify()
     except LeaseLostError:
-        planned = {shard.uri: shard.version for shard in labeled}
-        found = recovered_rows(partition.storage, partition.uri, unknown)
-        for row in found:
-            if planned.get(row.uri) != row.version:
-                moved |= {shard.uri for shard in labeled if overlap(shard, row.uri, row.version or "")}
+        planned = {(shard.uri, shard.version) for shard in labeled}
+        others = recovered_rows(partition.storage, partition.uri, unknown)
+        files = {whole_file(row.uri) for row in others if (row.uri, row.version) not in planned}
+        moved |= {shard.uri for shard in labeled if shard.span and shard.object.uri in files}
     _remove(partition, {uri: groups[uri].output_version for uri in moved})
     return moved
 

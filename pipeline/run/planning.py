@@ -15,7 +15,6 @@ from pipeline.read import (
     is_partly_readable,
     list_shards,
     select_images,
-    whole_file,
 )
 from pipeline.run.job import Job, make_job
 from pipeline.run.reuse import find_copied_rows
@@ -51,9 +50,9 @@ class Plan:
         deleted: manifest rows of shards that were deleted from the input, by URI.
         reappeared: shards that the manifest marks as deleted and that the input has again.
         recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
-        split_groups: changed groups of image files that lost images to a new group directly after them.
-        redivided: labels of files that are divided differently now or have changed, by URI of the shard. They
-            are removed before the new parts are labeled, so that no row is in two prediction files.
+        replaced: shards whose rows may be in other shards now: changed parts of a file, other parts than
+            those of the listing, and groups of image files that lost images to a new group directly after
+            them. Their labels are removed before labeling, so that no row is in two prediction files.
         image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
     """
@@ -68,8 +67,7 @@ class Plan:
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
-    split_groups: set[str] = field(default_factory=set)
-    redivided: set[str] = field(default_factory=set)
+    replaced: set[str] = field(default_factory=set)
     image_states: Counter[ShardState] | None = None
     copied: dict[str, CopiedRows] = field(default_factory=dict)
 
@@ -160,26 +158,24 @@ def plan(
         elif row.damage is not None:
             planned.damaged += 1
         formats.add(shard.format)
+        is_changed = state is ShardState.CHANGED and row.output is not None
         if shard.format != "images":
             files.add(shard.object.uri)
-            if shard.span and state is ShardState.CHANGED and row.output is not None:
-                planned.redivided.add(shard.uri)
-        if shard.format != "images":
+            planned.replaced |= {shard.uri} if shard.span and is_changed else set()
             continue
         if (row.version is None or row.deleted) and last_changed is not None:
-            planned.split_groups.add(last_changed)
+            planned.replaced.add(last_changed)
         if state is not ShardState.NEW:
-            has_labels = row.output is not None
-            last_changed = shard.uri if state is ShardState.CHANGED and has_labels else None
+            last_changed = shard.uri if is_changed else None
     planned.deleted = {
         uri: row
         for uri, row in manifest.items()
         if uri not in seen
         and listing.format in (None, row.format)
-        and (listing.inputs.contains(uri) or (row.format == "table" and _is_replaced(uri, row, files)))
+        and (listing.inputs.contains(uri) or _is_in(uri, files))
     }
-    replaced = {uri for uri, row in planned.deleted.items() if _is_replaced(uri, row, files)}
-    planned.redivided |= replaced & planned.deleted_with_labels.keys()
+    replaced = {uri for uri in planned.deleted if _is_in(uri, files)}
+    planned.replaced |= replaced & planned.deleted_with_labels.keys()
     planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)
     if formats.union(row.format for row in planned.deleted.values()) <= {"images", "table"}:
         images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
@@ -187,12 +183,11 @@ def plan(
     return planned
 
 
-def _is_replaced(uri: str, row: ManifestRow, files: set[str]) -> bool:
-    """Returns whether other shards have the rows of a deleted shard now: its file, or table, still exists."""
-    if row.format != "table":
-        return whole_file(uri) in files
-    parts = uri.split("/")
-    return any("/".join(parts[:count]) in files for count in range(2, len(parts)))
+def _is_in(uri: str, files: set[str]) -> bool:
+    """Returns whether a shard is one of these files, a part of one, or in one of these tables."""
+    while uri and uri not in files:
+        uri = uri.rpartition("/")[0]
+    return bool(uri)
 
 
 def find_regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
@@ -275,18 +270,13 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
             )
     planned = plan(listing, repairs.entries, selection, job.stages.read_options.on_damaged_shard == "keep")
     if not selection.relabel:
-        # Images move to a group that was split from theirs, or from a deleted group to the one before it.
-        losing = [repairs.entries[uri] for uri in planned.split_groups]
-        losing += [
-            row
-            for uri, row in planned.deleted_with_labels.items()
-            if row.format == "images" or (row.format == "table" and uri in planned.redivided)
-        ]
+        # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
+        losing = [repairs.entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]
         planned.copied = find_copied_rows(
             partition,
             planned.shards,
             repairs.entries,
-            losing,
+            [row for row in losing if row.format in ("images", "table")],
             job.stages.read_options,
             with_errors=not selection.retry_errors,
         )

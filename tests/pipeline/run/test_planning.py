@@ -191,7 +191,7 @@ def test_added_image_can_split_its_group() -> None:
     before = labeled_groups({name: v for name, v in IMAGES.items() if name != cut})
     found: Plan = plan(listing(IMAGES), before, LABEL_NEW)
     changed = [s.uri for s in found.shards if s.uri in before]
-    assert found.split_groups == set(changed)
+    assert found.replaced == set(changed)
     assert len(found.shards) == 2
 
 
