@@ -71,8 +71,8 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
     if not groups:
         return set()
     labeled = [shard for shard in run.result.plan.shards if shard.uri in groups]
-    rows = [*run.prepared.repairs.entries.values(), *groups.values()]
-    versions = {row.output: row.output_version for row in rows if row.output}
+    entries = run.prepared.repairs.entries.values()
+    versions = {row.output: row.output_version for row in entries if row.output} | run.outputs
     unknown = [
         file
         for file in prediction_files(partition.storage, partition.uri)

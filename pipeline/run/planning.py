@@ -78,8 +78,8 @@ class Plan:
 
     @property
     def to_prune(self) -> set[str]:
-        """Deleted shards whose labels the run removes."""
-        return set(self.deleted_with_labels) if self.selection.prune else set()
+        """Deleted shards whose labels the run removes; not those whose rows other shards have now."""
+        return self.deleted_with_labels.keys() - self.redivided if self.selection.prune else set()
 
     @property
     def images(self) -> int | None:
@@ -178,7 +178,9 @@ def plan(
     planned.replaced |= replaced & planned.deleted_with_labels.keys()
     planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)
     if formats.union(row.format for row in planned.deleted.values()) <= {"images", "table"}:
-        images[ShardState.DELETED] = sum(row.rows or 0 for row in planned.deleted.values())
+        images[ShardState.DELETED] = sum(
+            row.rows or 0 for uri, row in planned.deleted.items() if uri not in replaced
+        )
         planned.image_states = images
     return planned
 

@@ -101,6 +101,7 @@ class RunContext:
     Attributes:
         retries_before: `retry_counts` at the start of the run.
         groups: manifest rows of the groups of image files and the parts of files that this run labeled.
+        outputs: versions of all prediction files that this run wrote, by path in the partition.
     """
 
     result: RunResult
@@ -115,6 +116,7 @@ class RunContext:
     gallery: Gallery = field(init=False)
     failures: FailureMonitor = field(init=False)
     groups: dict[str, ManifestRow] = field(default_factory=dict)
+    outputs: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, shards = self.result.job.config, self.result.plan.shards

@@ -41,11 +41,12 @@ def find_copied_rows(
         partition: the stored labels.
         shards: the shards to label.
         entries: manifest rows by URI.
-        losing: manifest rows of groups of image files that may have lost images to other groups.
+        losing: manifest rows of other shards that may have lost images to these.
         options: how the readers find keys.
         with_errors: whether error rows are copied too; otherwise the images are read again.
     """
-    shards = [shard for shard in shards if shard.members or shard.rows]
+    losing = [*losing]
+    shards = [s for s in shards if (s.members or s.rows) and (losing or s.uri in entries)]
     if not shards:
         return {}
 

@@ -82,8 +82,10 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
         run.record.add_failure(row)
     if row.error is None and before is not None and before.error is not None:
         run.record.add_shards("recovered", [row.uri])
-    if (row.format == "images" or whole_file(row.uri) != row.uri) and row.output is not None:
-        run.groups[row.uri] = row
+    if row.output is not None:
+        run.outputs[row.output] = row.output_version
+        if row.format == "images" or whole_file(row.uri) != row.uri:
+            run.groups[row.uri] = row
     run.failures.finish(row)
     run.record.set(failures=dict(run.failures.continued()))
     run.gallery.finish_shard(row.uri, row.error is None)

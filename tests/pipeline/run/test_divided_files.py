@@ -13,6 +13,7 @@ import pytest
 from pipeline.commit import LeaseLostError, PredictionWriter, Progress
 from pipeline.config import Selection
 from pipeline.run import PreparedRun, RunResult, label, plan_run, rebuild, streaming
+from pipeline.run.recording import RunContext
 from pipeline.storage import Storage, StorageError
 from tests.makers import make_image, make_parquet, make_tar
 from tests.runs import run_config
@@ -204,3 +205,17 @@ def test_overlapping_run_with_another_division_leaves_each_row_once(
         label(run_config(tmp_path, "read.chunk_images=3", split(size, 6)), on_progress=overlap)
     assert keys(tmp_path) == ALL
     assert run(tmp_path, split(size, 3)).plan.shards == []
+
+
+def test_input_is_listed_once_with_divided_and_whole_files(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = write(tmp_path, format)
+    Storage().write(f"{tmp_path}/in/y.tar", make_tar({"y.jpg": make_image()}))
+
+    def relist(context: RunContext) -> Any:
+        raise AssertionError("no run overlaps")
+
+    monkeypatch.setattr(RunContext, "relist", relist)
+    assert run(tmp_path, split(size, 3)).is_complete
+    assert keys(tmp_path) == [*ALL, "y"]

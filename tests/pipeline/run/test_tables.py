@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Selection
+from pipeline.read import ReadOptions, Sample, Shard, list_samples
 from pipeline.run import RunResult, label
 from pipeline.storage import Storage, read_table
 from tests.http_server import Answer, HttpServer
@@ -103,9 +104,11 @@ def test_rewritten_files_of_a_delta_table_move_their_rows(server: HttpServer, tm
     server.requests.clear()
     deltalake.DeltaTable(f"{tmp_path}/in").delete(f"url = '{uris[3]}'")
     deltalake.DeltaTable(f"{tmp_path}/in").optimize.compact()
-    result = run(tmp_path)
+    result = run(tmp_path, selection=Selection(prune=True))
     assert server.requests == []
-    assert result.plan.copied_images == 19
+    assert result.plan.to_prune == set()
+    expected = "19 images: 19 new; 0 to label (19 unchanged are copied), 0 to prune"
+    assert result.plan.describe() == expected
     found = {row["uri"]: row for row in rows(tmp_path)}
     assert (len(rows(tmp_path)), {*found}) == (19, {*uris} - {uris[3]})
     same = ("label", "score", "version", "error")
@@ -163,3 +166,21 @@ def test_next_s3_inventory_reads_new_and_changed_objects_alone(
     assert sorted(x for x in requested if x.endswith(".png")) == ["1.png", "4.png"]
     found = [(row["uri"], row["version"]) for row in rows(tmp_path)]
     assert found == [(info.uri, info.version) for info in storage.list(f"{bucket}/images")]
+
+
+def test_first_run_does_not_look_for_stored_rows(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = list[str]()
+
+    def list_shard(shard: Shard, options: ReadOptions) -> list[Sample]:
+        planned.append(shard.uri)
+        return list_samples(shard, options)
+
+    monkeypatch.setattr("pipeline.run.reuse.list_samples", list_shard)
+    write(tmp_path, [f"{server.url}/{i}.png" for i in range(4)])
+    run(tmp_path)
+    assert planned == []
+    write(tmp_path, [f"{server.url}/{i}.png" for i in range(6)])
+    assert run(tmp_path).plan.copied_images == 4
+    assert planned == [f"{tmp_path}/in/t.parquet/rows-000000000000"]
