@@ -14,10 +14,7 @@ from pipeline.storage import Storage
 MAX_RECORD_BYTES = 256 * 1024**2
 #: Lists of shards in the record, and the fields of a shard that could not be read.
 _LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable", "damaged")
-_FAILURE_FIELDS = {
-    "unreadable": ("uri", "format", "size", "error", "failed_version"),
-    "damaged": ("uri", "rows", "damage"),
-}
+_FAILURE_FIELDS = ("uri", "format", "size", "rows", "error", "failed_version", "damage")
 
 
 class RunRecord:
@@ -55,7 +52,7 @@ class RunRecord:
         """Adds a shard that could not be read, or that is labeled in part."""
         name = "damaged" if row.error is None else "unreadable"
         with self._lock:
-            self._values[name].append({field: getattr(row, field) for field in _FAILURE_FIELDS[name]})
+            self._values[name].append({field: getattr(row, field) for field in _FAILURE_FIELDS})
 
     def discard_unsaved(self) -> None:
         """Removes shards that were added since the last save."""

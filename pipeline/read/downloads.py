@@ -102,7 +102,4 @@ def read_images(
 
 def _read(storage: Storage, uri: str, version: str | None, max_bytes: int) -> tuple[bytes, str]:
     version = version or storage.stat(uri).version
-    size = ObjectInfo.of_version(uri, version).size
-    if size > max_bytes:
-        raise ObjectTooLarge(uri, f"the object has {size:,} bytes, and the limit is {max_bytes:,} bytes")
-    return storage.read(uri, version), version
+    return storage.read(uri, version, max_bytes), version

@@ -41,12 +41,10 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     except Exception as error:
         # Every exception is caught, because the content of one shard must not end the job.
         position = f"after {pluralize(count, 'sample')} (the last key was {key[:200]!r}): " if count else ""
-        transient = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
-        transient = transient and not isinstance(error, ObjectNotFound | ObjectChanged)
-        is_damage = count and not (
-            transient or isinstance(error, StorageError) or shard.members or shard.rows
-        )
-        keep = bool(is_damage) and options.on_damaged_shard == "keep"
+        is_external = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
+        transient = is_external and not isinstance(error, ObjectNotFound | ObjectChanged)
+        is_damage = count > 0 and not (is_external or shard.members or shard.rows)
+        keep = is_damage and options.on_damaged_shard == "keep"
         raise ShardError(shard.uri, position + _cause(shard, error), transient, keep) from error
 
 

@@ -19,6 +19,7 @@ from pipeline.storage.objects import (
     ObjectChanged,
     ObjectInfo,
     ObjectNotFound,
+    ObjectTooLarge,
     StorageError,
     unsupported_scheme,
 )
@@ -127,7 +128,7 @@ class Storage:
         return service.open(service.stat(uri) if version is None else ObjectInfo.of_version(uri, version))
 
     def read(self, uri: str, version: str | None = None, max_bytes: int = _MAX_READ_BYTES) -> bytes:
-        """Reads a whole object at one version; raises `StorageError` if it has more than `max_bytes`."""
+        """Reads a whole object at one version; raises `ObjectTooLarge` over `max_bytes`."""
         version = version or self.stat(uri).version
         _check_size(uri, version, max_bytes)
         with self.open_unbuffered(uri, version) as stream:
@@ -278,5 +279,6 @@ def _check_conditions(service: Buckets, uri: str, file: BinaryIO, is_new: bool) 
 def _check_size(uri: str, version: str, max_bytes: int) -> None:
     size = ObjectInfo.of_version(uri, version).size
     if size > max_bytes:
-        cause = f"the object has {size:,} bytes, more than the limit of {max_bytes:,} bytes"
-        raise StorageError(uri, f"{cause}; move the object to another place, and run the command again")
+        raise ObjectTooLarge(
+            uri, f"the object has {size:,} bytes, more than the limit of {max_bytes:,} bytes"
+        )

@@ -24,16 +24,13 @@ _STATUSES: dict[int, type[StorageError]]
 _STATUSES = {**dict.fromkeys((404, 410), ObjectNotFound), **dict.fromkeys((401, 403, 407, 451), AccessDenied)}
 #: Maximum number of attempts: fewer than for buckets, because many hosts in old tables no longer exist.
 _ATTEMPTS, _BUSY_ATTEMPTS = 4, 10
-_MAX_REDIRECTS = 10
 _PERMANENT = (ValueError, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects)
 #: Causes of exceptions, whose own messages may contain the query of the address.
-_CAUSES: dict[type[Exception], str] = {
+_CAUSES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
     TimeoutError: "timeout: no complete response in time (storage.request_timeout_s)",
     aiohttp.ClientConnectorCertificateError: "the TLS certificate is not valid (see SSL_CERT_FILE)",
     aiohttp.ClientConnectorError: "cannot connect to the host or proxy",
-    aiohttp.TooManyRedirects: f"more than {_MAX_REDIRECTS} redirects",
-    aiohttp.NonHttpUrlClientError: "the URI or its redirect is not a valid http(s) address",
-    ValueError: "the URI or its redirect is not a valid http(s) address",
+    _PERMANENT: "the URI or its redirect is not a valid http(s) address, or has too many redirects",
     Exception: "the response is malformed or incomplete",
 }
 
@@ -118,8 +115,7 @@ class Downloader(AbstractContextManager["Downloader"]):
         # An ASCII address is sent as it is, because a signature may cover its spelling.
         url = URL(uri, encoded=not re.search(r"[^!-~]", uri))
         proxies = {} if urllib.request.proxy_bypass(url.host or "") else urllib.request.getproxies()
-        options: Any = {"proxy": proxies.get(url.scheme), "max_redirects": _MAX_REDIRECTS + 1}
-        async with self._session.request(method, url, **options) as response:
+        async with self._session.request(method, url, proxy=proxies.get(url.scheme)) as response:
             response.raise_for_status()
             headers, size = response.headers, response.content_length
             if (encoding := headers.get("Content-Encoding", "")) not in ("", "identity"):

@@ -905,11 +905,11 @@ def test_large_image_files_are_fetched_one_at_a_time(files: Path, monkeypatch: p
     pending, most = set[str](), 0
 
     class Counting(Storage):
-        def read(self, uri: str, version: str | None = None) -> bytes:
+        def read(self, uri: str, version: str | None = None, max_bytes: int = 100) -> bytes:
             nonlocal most
             pending.add(uri)
             most = max(most, len(pending))
-            return super().read(uri, version)
+            return super().read(uri, version, max_bytes)
 
     for i in range(80):
         Storage().write(f"{files}/{i:02d}.jpg", bytes(100))

@@ -188,12 +188,12 @@ def test_redirect_is_followed(server: HttpServer, downloader: Downloader, status
     assert server.requests[1].path == ("/x?a=%2F" if "?" in location else "/x")
 
 
-def test_ten_redirects_are_followed_and_no_more(server: HttpServer, downloader: Downloader) -> None:
+def test_number_of_redirects_is_limited(server: HttpServer, downloader: Downloader) -> None:
     for i in range(11):
         server.add(f"/{i}", Answer(status=302, headers={"Location": f"/{i + 1}"}))
     server.add("/11", Answer(b"good"))
-    assert fetch(downloader, f"{server.url}/1").content == b"good"
-    with pytest.raises(StorageError, match=r"/0: more than 10 redirects"):
+    assert fetch(downloader, f"{server.url}/3").content == b"good"
+    with pytest.raises(StorageError, match=r"/0: .*too many redirects"):
         fetch(downloader, f"{server.url}/0")
 
 
