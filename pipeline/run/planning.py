@@ -79,7 +79,7 @@ class Plan:
     @property
     def to_prune(self) -> set[str]:
         """Deleted shards whose labels the run removes; not those whose rows other shards have now."""
-        return self.deleted_with_labels.keys() - self.redivided if self.selection.prune else set()
+        return self.deleted_with_labels.keys() - self.replaced if self.selection.prune else set()
 
     @property
     def images(self) -> int | None:
