@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from pipeline.config import Config, make_storage
 from pipeline.decode.cpu import FORMATS
 from pipeline.decode.plugins import REQUIREMENTS
-from pipeline.read import ReadOptions, Sample, Shard, read_images, read_samples
+from pipeline.read import Division, ReadOptions, Sample, Shard, read_images, read_samples
 from pipeline.storage import ObjectInfo, Storage, is_under
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
     """Opens the image of a row of the labels with Pillow.
 
     The image is not decoded yet, and not turned upright: see `PIL.ImageOps.exif_transpose`. One ranged read
-    is enough for an image in an uncompressed tar, an image file, and an image of a table. In a Parquet file
-    or a compressed tar, the samples before the image are read too.
+    is enough for an image in an uncompressed tar, an image file, and an image of a table. In a compressed tar
+    or a row group of a Parquet file, the samples before the image are read too.
 
     Args:
         row: the columns `shard`, `index`, `uri`, `version`, `offset` and `size` of a row.
-        config: the configuration of the job, for its storage and, in Parquet, its image column. Without a
-            configuration, the storage is configured by the environment.
+        config: the configuration of the job, for its storage, its limits and, in Parquet, its image column.
+            Without a configuration, the storage is configured by the environment.
 
     Raises:
         KeyError: the row lacks a column.
@@ -45,7 +46,9 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
 def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
     """Returns the encoded image of a row; see `open_image`."""
     storage = Storage() if config is None else make_storage(config.storage)
-    options = ReadOptions(labels=False) if config is None else ReadOptions.from_config(config.input, ())
+    options = ReadOptions(labels=False)
+    if config is not None:
+        options = ReadOptions.from_config(config.input, (), config.read)
     uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]
     if uri is None:
         raise ValueError(f"row {row['index']} of {row['shard']} has no URI, so it has no image")
@@ -61,8 +64,15 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
         with storage.open_unbuffered(uri, info.version) as file:
             is_parquet = file.read(4) == b"PAR1"
         shard = Shard(uri, info.version, "parquet" if is_parquet else "webdataset", info.size)
-        # A part of a large Parquet file is named after its first row.
-        index = row["index"] + int(row["shard"].removeprefix(uri).removeprefix("/rows-") or 0)
+        # A part of a large file is named after its first row or byte.
+        index, start = row["index"], int(row["shard"].removeprefix(uri).rpartition("-")[2] or 0)
+        if is_parquet:
+            index += start
+            groups = Division(1).apply(storage, iter([shard]))
+            shard = next((x for x in groups if x.span and x.span[0] <= index < x.span[1]), shard)
+            index -= shard.span[0] if shard.span else 0
+        elif start:
+            shard = replace(shard, span=(start, info.size))
         samples = read_samples(storage, shard, options)
     sample = next(islice(samples, index, None), None)
     if sample is None or sample.image is None:

@@ -143,6 +143,7 @@ class _TarSample:
         if not info.islnk():
             return problem
         cause = "hard links are read only to earlier files of a tar that is not compressed"
+        cause += ", and of the same part (read.split_bytes: null makes one part)"
         return f"{problem}; {cause}; create the tar with `tar --hard-dereference`"
 
     def finish(self) -> Sample:

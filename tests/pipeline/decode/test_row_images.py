@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from pipeline import label, open_image
 from pipeline.decode.row_images import read_image
+from pipeline.read.samples import ShardError
 from pipeline.storage import ObjectChanged, Storage
 from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
 from tests.runs import run_config
@@ -110,3 +113,29 @@ def test_configuration_gives_the_image_column(tmp_path: Path) -> None:
     config = run_config(tmp_path, "input.image_column=b")
     rows = [row for table in label(config).partition.read_labels(COLUMNS) for row in table.to_pylist()]
     assert read_image(rows[0], config) == ROWS[4]
+
+
+def test_images_in_parts_of_large_files_are_found(tmp_path: Path) -> None:
+    data, image = io.BytesIO(), make_image()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        tar.addfile(link)
+    Storage().write(f"{tmp_path}/in/x.tar", data.getvalue())
+    Storage().write(f"{tmp_path}/in/y.parquet", make_parquet({"image": ROWS}, row_group_size=2))
+    fields = ["read.split_bytes=1024", "input.labels=false"]
+    config = run_config(tmp_path, "read.max_shard_samples=2", *fields)
+    rows = [row for table in label(config).partition.read_labels(COLUMNS) for row in table.to_pylist()]
+    in_parquet = [row for row in rows if ".parquet/rows-" in row["shard"]]
+    assert [read_image(row, config) for row in in_parquet] == ROWS  # more rows than the limit: by row groups
+    with pytest.raises(ShardError, match=r"read\.max_shard_samples"):
+        read_image(in_parquet[0], run_config(tmp_path, "read.max_shard_samples=1", *fields))
+    [lost] = [row for row in rows if row["error"] is not None]
+    assert "read.split_bytes: null" in lost["error"]
+    assert "/x.tar/bytes-" in lost["shard"]
+    with pytest.raises(ValueError, match=r"has no image: unreadable image: 'link.jpg' is a link to 'a.jpg'"):
+        read_image(lost)

@@ -218,7 +218,7 @@ def test_bad_samples_are_error_rows_and_all_others_are_labeled(
         ("alone.cls", b"3"),
         ("badlabel.png", png),
         ("badlabel.cls", b"boot-ish"),
-        ("photo.heic", b"\0\0\0 ftypheic"),
+        ("photo.cr2", b"II*\0\x10\0\0\0CR"),
         *wds(samples[5:10]),
         ("gray16.png", _gray16()),
     ]
