@@ -14,7 +14,7 @@ from wcmatch import glob
 from pipeline.config.base import ConfigError
 from pipeline.storage import is_under
 
-_WILDCARD, _MAX_EXPANSIONS = re.compile(r"[*?\[{\\]"), 100_000
+_MAX_EXPANSIONS = 100_000
 _FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.CASE | glob.FORCEUNIX
 _GROUP = re.compile(r"images-[0-9a-f]{16}")
 _NO_IMAGES = re.compile(r"\.(tar|tar\.\w+|tgz|tzst|tbz2?|txz|parquet)$", re.I)
@@ -26,21 +26,21 @@ class UriPattern:
 
     Attributes:
         root: The folder before the first wildcard; of a URI without wildcards, the URI.
+        prefix: The text before the first wildcard.
         names: The URIs without wildcards that the pattern stands for, by expansion of its braces.
-        prefixes: The part of each expansion before its first wildcard.
-        regex: Matches the names of objects relative to `root`.
+        regex: Matches the names of other objects relative to `root`.
     """
 
     text: str
     root: str
+    prefix: str
     names: frozenset[str] = field(compare=False)
-    prefixes: frozenset[str] = field(compare=False)
     regex: re.Pattern[str] | None = field(default=None, compare=False)
 
     @classmethod
     def literal(cls, uri: str) -> UriPattern:
         """Returns the pattern that is one URI, also with the characters of wildcards."""
-        return cls(uri, uri, frozenset({uri}), frozenset({uri}))
+        return cls(uri, uri, uri, frozenset({uri}))
 
     @classmethod
     @functools.lru_cache(maxsize=10_000)
@@ -56,28 +56,22 @@ class UriPattern:
             names = {*bracex.expand(text[len(root) + 1 :], keep_escapes=True, limit=_MAX_EXPANSIONS)}
         except bracex.ExpansionLimitException:
             raise ConfigError(f"the braces stand for more than {_MAX_EXPANSIONS:,} URIs") from None
-        wild = {name for name in names if _WILDCARD.search(name)}
-        regexes = [glob.translate(name, flags=_FLAGS)[0][0].removesuffix("$") for name in wild]
-        return cls(
-            text,
-            root,
-            frozenset(f"{root}/{name}" for name in names - wild),
-            frozenset(f"{root}/{_WILDCARD.split(name)[0]}" for name in names),
-            re.compile("|".join(rf"(?:{regex})(?:/|\Z)" for regex in regexes)) if regexes else None,
+        wild = sorted(name for name in names if glob.is_magic(name, flags=_FLAGS))
+        regex = "|".join(
+            each.removesuffix("$") + r"(?:/|\Z)" for each in glob.translate(wild, flags=_FLAGS)[0]
         )
+        literals = frozenset(f"{root}/{name}" for name in names.difference(wild))
+        return cls(text, root, text[: found.start()], literals, re.compile(regex) if wild else None)
 
     def match(self, uri: str) -> str | None:
         """Returns the URI, of the object or its folder, that selects an object; `root` for wildcards."""
-        if self.root == self.text:  # no wildcards
-            return self.root if is_under(uri, self.root) else None
         name = uri
         while is_under(name, self.root):
-            if name == self.text or name in self.names:
+            if name in self.names:
                 return name
             name = name.rpartition("/")[0]
-        is_match = (
-            self.regex and uri.startswith(f"{self.root}/") and self.regex.match(uri[len(self.root) + 1 :])
-        )
+        start = len(self.root) + 1
+        is_match = self.regex and uri[:start] == f"{self.root}/" and self.regex.match(uri[start:])
         return self.root if is_match else None
 
 
@@ -130,11 +124,13 @@ class InputUris:
 
     def contains(self, uri: str) -> bool:
         """Returns whether a shard is of this input: an object, a part of it, or a group of image files."""
-        root, (folder, _, name) = self.root_of(uri), uri.rpartition("/")
-        if root and _GROUP.fullmatch(name):  # its images may be in any folder under the root
-            has_images = any(not _NO_IMAGES.search(pattern.text) for pattern in self.roots[root])
-            return has_images and (folder == root or not self.excludes(root, uri))
-        return bool(self.matches(root, uri)) and not self.excludes(root, uri)
+        root = self.root_of(uri)
+        is_selected = bool(self.matches(root, uri))
+        if root and _GROUP.fullmatch(
+            uri.rpartition("/")[2]
+        ):  # its images may be in any folder under the root
+            is_selected = not all(_NO_IMAGES.search(pattern.text) for pattern in self.roots[root])
+        return is_selected and not self.excludes(root, uri)
 
     def covers(self, folder: str) -> bool:
         """Returns whether files that are written to a folder may become objects of this input."""

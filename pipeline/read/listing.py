@@ -19,7 +19,6 @@ _METADATA = re.compile(
     r"/(?:(_delta_log|\.hoodie)/|(metadata)/[^/]*\.metadata\.json(?:\.gz)?$|(_versions)/[^/]*\.manifest$)"
 )
 _MAX_METADATA_FILES = 10_000  # of a folder `metadata`, which may not be Iceberg's
-_MAX_PREFIXES = 64  # one listing for each; more of them are listed by what they have in common
 
 
 def list_shards(
@@ -65,12 +64,8 @@ def _list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> I
     `StorageError`, or `ConfigError` if a selected Parquet or Lance file is in another table.
     """
     for root, patterns in inputs.roots.items():
-        prefixes = list[str]()
-        for prefix in sorted({each[len(root) + 1 :] for pattern in patterns for each in pattern.prefixes}):
-            if not prefixes or not prefix.startswith(prefixes[-1]):
-                prefixes.append(prefix)
-        for prefix in prefixes if len(prefixes) <= _MAX_PREFIXES else [commonprefix(prefixes)]:  # noqa: RUF071
-            yield from _list(storage, inputs, root, prefix, format)
+        prefix = commonprefix([pattern.prefix for pattern in patterns])[len(root) + 1 :]  # noqa: RUF071
+        yield from _list(storage, inputs, root, prefix, format)
 
 
 def _list(

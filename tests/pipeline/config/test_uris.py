@@ -17,7 +17,7 @@ GROUP = "images-0123456789abcdef"
         ("s3://b/**/*.tar", ["x.tar", "a/x.tar", "a/b/x.tar"], ["x.tgz"]),
         ("s3://b/a/**", ["a/x", "a/b/c"], ["b/x", "a", "ab/x"]),
         ("s3://b/x?.tar", ["x1.tar"], ["x.tar", "x12.tar", "x/.tar"]),
-        ("s3://b/[a-c].tar", ["a.tar", "c.tar", "[a-c].tar"], ["d.tar", "A.tar"]),
+        ("s3://b/[a-c].tar", ["a.tar", "c.tar"], ["d.tar", "A.tar"]),
         ("s3://b/[!a].tar", ["b.tar"], ["a.tar"]),
         ("s3://b/{a,b}.tar", ["a.tar", "b.tar"], ["c.tar", "ab.tar"]),
         ("s3://b/{08..11}.tar", ["08.tar", "11.tar"], ["8.tar", "12.tar", "9.tar"]),
@@ -35,7 +35,7 @@ def test_pattern_contains_matching_objects_and_their_parts(
 
 
 def test_group_of_image_files_belongs_to_its_root() -> None:
-    uris = InputUris.parse(["s3://b/a/*.jpg", "s3://b/a/*.png", "s3://b/c"], ["images-*", "d/**"])
+    uris = InputUris.parse(["s3://b/a/*.jpg", "s3://b/a/*.png", "s3://b/c"], ["d/**"])
     assert list(uris.roots) == ["s3://b/a", "s3://b/c"]
     assert uris.contains(f"s3://b/a/{GROUP}")
     assert uris.contains(f"s3://b/c/{GROUP}")
@@ -58,7 +58,7 @@ def test_roots_are_the_outermost_folders() -> None:
         ("train/*/x.tar", ["train/a/x.tar"], ["train/x.tar", "train/a/b/x.tar"]),
         ("s3://b/in/q*", ["q/1", "q.tar"], ["x/q"]),
         ("{m,n}", ["m/1", "x/n"], ["mn"]),
-        ("x/[y]", ["x/y", "x/[y]"], ["z/x/y"]),
+        ("x/[y]", ["x/y"], ["z/x/y"]),
     ],
 )
 def test_exclude_is_relative_or_a_uri(exclude: str, excluded: list[str], others: list[str]) -> None:
