@@ -39,8 +39,7 @@ class CopiedRows:
     @property
     def missing(self) -> list[int]:
         """The positions of the images to label, ascending."""
-        copied = {*self.positions}
-        return [position for position in range(self.total) if position not in copied]
+        return sorted({*range(self.total)} - {*self.positions})
 
     def hold(self, storage: Storage, uris: Collection[str], options: PredictionOptions) -> None:
         """Reads the rows of files that are about to be removed."""

@@ -51,14 +51,10 @@ def read_members(
         if links and info.type in PLAIN_TYPES and len(files) < _MAX_LINKED and len(info.name) < _MAX_NAME:
             files[info.name] = info.offset_data, info.size
         yield info
-    if stop is not None:
-        if position == stop:
-            return
-        cause = (
-            f"the next part was found at byte {stop}, where no member starts, as with a tar inside the tar"
-        )
+    if stop is not None and position != stop:
+        cause = f"no member starts at byte {stop}, the end of this part, as with a tar inside the tar"
         raise UnreadableShardError(f"{cause}; set read.split_bytes to null")
-    while block := stream.read(1024**2):
+    while stop is None and (block := stream.read(1024**2)):
         deadline.check()
         if block.count(b"\0") != len(block):
             cause = "a block was overwritten with zeros, or several tars were concatenated without tar -A"
@@ -72,9 +68,7 @@ def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:
     if block == bytes(BLOCK_BYTES):
         return None
     if not block and 0 < start == stream.seek(0, io.SEEK_END):
-        raise TarEndError(
-            f"the tar is damaged or truncated at byte {start}: it has no end (a block of zeros)"
-        )
+        raise TarEndError(f"the tar is damaged or truncated at byte {start}: no end (a block of zeros)")
     info, records = _parse_block(block, start), dict[bytes, bytes]()
     while info.type in _EXTENDED_TYPES:
         content = _read_header(stream, start, info.size)
