@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +16,7 @@ from pipeline.storage import Storage, content_errors, read_table
 
 #: Columns that describe the image and its predictions. The other columns follow from the current input.
 _COPIED = ("version", "width", "height", "error")
+_THREADS = 16
 
 
 @dataclass
@@ -41,12 +44,6 @@ class CopiedRows:
         """The positions of the images to label, ascending."""
         return sorted({*range(self.total)} - {*self.positions})
 
-    def hold(self, storage: Storage, uris: Collection[str], options: PredictionOptions) -> None:
-        """Reads the rows of files that are about to be removed."""
-        for source in self.rows:
-            if source[0] in uris:
-                self._held[source] = self._read(storage, source, options)
-
     def merge(
         self,
         labeled: pa.Table,
@@ -59,7 +56,7 @@ class CopiedRows:
 
         Raises `StorageError` if a file that was not held is no longer there.
         """
-        sources = (self._held.get(source) or self._read(storage, source, options) for source in self.rows)
+        sources = (self._held.get(x) or self._take(x, _read(storage, x, options)) for x in self.rows)
         stored = pa.concat_tables(sources)
         described, samples = list_samples(shard, read_options), list[Sample]()
         for position, error in zip(self.positions, stored["error"].to_pylist(), strict=True):
@@ -77,8 +74,34 @@ class CopiedRows:
         both = pa.concat_tables([labeled, copied.select(kept)], promote_options="permissive")
         return both.take(order)
 
-    def _read(self, storage: Storage, source: tuple[str, str], options: PredictionOptions) -> pa.Table:
-        outputs = model_output_fields(options.embedding, options.embedding_width)
-        with storage.open(*source) as file, content_errors(source[0], "a prediction file"):
-            columns = [*_COPIED, *(column.name for column in outputs)]
-            return read_table(file, columns).take([row for _, row in self.rows[source]])
+    def hold(self, source: tuple[str, str], table: pa.Table) -> None:
+        """Keeps the rows of a file that is about to be removed."""
+        self._held[source] = self._take(source, table)
+
+    def _take(self, source: tuple[str, str], table: pa.Table) -> pa.Table:
+        return table.take([row for _, row in self.rows[source]])
+
+
+def hold_rows(
+    copied: Iterable[CopiedRows], storage: Storage, uris: Collection[str], options: PredictionOptions
+) -> None:
+    """Reads the rows of files that are about to be removed, each file once."""
+    users = defaultdict[tuple[str, str], list[CopiedRows]](list)
+    for each in copied:
+        for source in each.rows:
+            if source[0] in uris:
+                users[source].append(each)
+
+    def hold(source: tuple[str, str]) -> None:
+        table = _read(storage, source, options)
+        for each in users[source]:
+            each.hold(source, table)
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hold") as pool:
+        deque(pool.map(hold, users), 0)
+
+
+def _read(storage: Storage, source: tuple[str, str], options: PredictionOptions) -> pa.Table:
+    outputs = model_output_fields(options.embedding, options.embedding_width)
+    with storage.open(*source) as file, content_errors(source[0], "a prediction file"):
+        return read_table(file, [*_COPIED, *(column.name for column in outputs)])

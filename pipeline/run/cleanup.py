@@ -5,7 +5,14 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from pipeline.commit import LeaseLostError, ManifestRow, Partition, prediction_files, recovered_rows
+from pipeline.commit import (
+    LeaseLostError,
+    ManifestRow,
+    Partition,
+    hold_rows,
+    prediction_files,
+    recovered_rows,
+)
 from pipeline.predictions import prediction_path
 from pipeline.read import Shard, whole_file
 from pipeline.run.planning import find_regrouped
@@ -27,8 +34,7 @@ def clean_up(run: RunContext) -> bool:
     versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
     run.lease.check()
     files = {f"{partition.uri}/predictions/{prediction_path(uri)}" for uri in to_remove}
-    for copied in plan.copied.values() if files else ():
-        copied.hold(partition.storage, files, run.result.job.stages.predictions)
+    hold_rows(plan.copied.values(), partition.storage, files, run.result.job.stages.predictions)
     _remove(partition, {uri: versions.get(uri) for uri in to_remove})
     for uri in to_remove:  # no file is expected in place of a removed file
         plan.expected.pop(uri, None)

@@ -161,7 +161,9 @@ def plan(
         is_changed = state is ShardState.CHANGED and row.output is not None
         if shard.format != "images":
             files.add(shard.object.uri)
-            planned.replaced |= {shard.uri} if shard.span and is_changed else set()
+            # With other columns of `input.carry`, a part has the same rows.
+            has_same_rows = shard.version.split("/carry-")[0] == (row.version or "").split("/carry-")[0]
+            planned.replaced |= {shard.uri} if shard.span and is_changed and not has_same_rows else set()
             continue
         if (row.version is None or row.deleted) and last_changed is not None:
             planned.replaced.add(last_changed)

@@ -219,3 +219,22 @@ def test_input_is_listed_once_with_divided_and_whole_files(
     monkeypatch.setattr(RunContext, "relist", relist)
     assert run(tmp_path, split(size, 3)).is_complete
     assert keys(tmp_path) == [*ALL, "y"]
+
+
+def test_run_that_dies_before_it_carries_columns_keeps_all_labels(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = write(tmp_path, format)
+    run(tmp_path, split(size, 4))
+
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.run.labeling.label_shards", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, split(size, 4), "input.carry=[id]")
+    assert keys(tmp_path) == ALL
+    assert run(tmp_path, split(size, 4), "input.carry=[id]").totals.images == COUNT
+    assert keys(tmp_path) == ALL
+    assert "id" in rows(tmp_path)[0]

@@ -184,3 +184,27 @@ def test_first_run_does_not_look_for_stored_rows(
     write(tmp_path, [f"{server.url}/{i}.png" for i in range(6)])
     assert run(tmp_path).plan.copied_images == 4
     assert planned == [f"{tmp_path}/in/t.parquet/rows-000000000000"]
+
+
+def test_each_file_that_loses_rows_is_read_once(
+    server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    monkeypatch.setattr("pipeline.read.tables._SHARD_ROWS", 5)
+    uris = [f"{server.url}/{i}.png" for i in range(40)]
+    deltalake.write_deltalake(f"{tmp_path}/in", pa.table({"url": uris}))
+    run(tmp_path)
+    reads = 0
+
+    def read_file(file: Any, columns: list[str]) -> pa.Table:
+        nonlocal reads
+        reads += 1
+        return read_table(file, columns)
+
+    monkeypatch.setattr("pipeline.commit.copied_rows.read_table", read_file)
+    order = [uris[8 * (i % 5) + i // 5] for i in range(40)]
+    deltalake.write_deltalake(f"{tmp_path}/in", pa.table({"url": order}), mode="overwrite")
+    server.requests.clear()
+    run(tmp_path)
+    assert (reads, server.requests) == (8, [])
+    assert [row["uri"] for row in rows(tmp_path)] == order
