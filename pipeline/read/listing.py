@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from os.path import commonprefix
 
 from pipeline.config import ConfigError, InputConfig, InputFormat, InputUris, UriPattern
@@ -18,7 +17,6 @@ _FORMATS = {"_delta_log": "Delta", "metadata": "Iceberg", ".hoodie": "Hudi", "_v
 _METADATA = re.compile(
     r"/(?:(_delta_log|\.hoodie)/|(metadata)/[^/]*\.metadata\.json(?:\.gz)?$|(_versions)/[^/]*\.manifest$)"
 )
-_MAX_METADATA_FILES = 10_000  # of a folder `metadata`, which may not be Iceberg's
 
 
 def list_shards(
@@ -112,8 +110,7 @@ def find_table(storage: Storage, uri: str) -> tuple[str, str] | None:
     folder, name = uri.rpartition("/")[0], "="
     while "=" in name or name == "data":
         for metadata, format in _FORMATS.items():
-            listed = islice(storage.list(f"{folder}/{metadata}"), _MAX_METADATA_FILES)
-            if any(_METADATA.match(info.uri, len(folder)) for info in listed):
+            if any(_METADATA.match(x.uri, len(folder)) for x in storage.list(f"{folder}/{metadata}")):
                 return folder, format
         folder, _, name = folder.rpartition("/")
     return None

@@ -86,7 +86,7 @@ class IgnoreReason(StrEnum):
     EXCLUDED = "excluded"  # by `input.exclude`
     FORMAT = "other format"  # by the extension, or not of the configured format
     OLD_VERSION = "old version"  # in an S3 Inventory; also delete markers
-    METADATA = "metadata of a shard"  # of `x.tar` or `00000/`, as img2dataset writes it
+    METADATA = "metadata of a tar"  # `x.parquet` and `x_stats.json` of `x.tar`, as img2dataset writes them
 
 
 class ShardListing(Iterator[Shard]):
@@ -171,15 +171,14 @@ class ShardListing(Iterator[Shard]):
         5,000 images, one in 20,000 has 10,000.
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
-        root = last_shard = ""
+        root = last_tar = ""
         for (info, base, listed), following in pairwise(chain(selected, [_END])):
             if listed != root and members:
                 yield _group(root, group, members)
                 group, members = _FIRST_GROUP, []
             root, name = listed, relative_name(listed, info.uri)
-            format = self._format(info.uri, base, root, (last_shard, following[0].uri))
-            if info.uri.lower().endswith((*TAR_SUFFIXES, ".parquet")):
-                last_shard = info.uri
+            format = self._format(info.uri, base, root, (last_tar, following[0].uri))
+            last_tar = info.uri if info.uri.endswith(TAR_SUFFIXES) else last_tar
             if isinstance(format, IgnoreReason):
                 self.ignore(info.uri, format)
             elif format != "images":
@@ -205,9 +204,7 @@ class ShardListing(Iterator[Shard]):
         if any(part.startswith((".", "_")) for part in uri[len(base) + 1 :].split("/")):
             return IgnoreReason.HIDDEN
         stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
-        endings = {each[len(stem) :].lower() for each in neighbors if each.startswith(stem)}
-        has_folder = stem.rpartition("/")[2].isdigit() and any(each.startswith("/") for each in endings)
-        if stem != uri != base and (has_folder or not endings.isdisjoint((*TAR_SUFFIXES, ".parquet"))):
+        if stem != uri != base and any(each.removeprefix(stem) in TAR_SUFFIXES for each in neighbors):
             return IgnoreReason.METADATA
         for format in (self.format,) if self.format else ("webdataset", "parquet", "images"):
             if uri.lower().endswith(_SUFFIXES[format]):

@@ -163,13 +163,6 @@ def test_img2dataset_folder_has_only_its_tars(format: InputFormat) -> None:
     assert listing.ignored == {IgnoreReason.METADATA: 4}
 
 
-def test_metadata_next_to_folders_of_img2dataset_is_no_shard(storage: Storage, tmp_path: Path) -> None:
-    write(storage, str(tmp_path), "00000.parquet", "00000/0.jpg", "00000_stats.json", "a.parquet", "a/1.jpg")
-    listing = list_shards(storage, str(tmp_path))
-    assert names(listing, str(tmp_path)) == ["a.parquet", "images-0000000000000000"]
-    assert listing.ignored == {IgnoreReason.METADATA: 2}
-
-
 # Tables ------------------------------------------------------------------------------------------
 
 TABLES = [

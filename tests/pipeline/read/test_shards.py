@@ -73,7 +73,7 @@ def test_metadata_of_tars_are_no_shards_in_any_format(suffix: str) -> None:
     for format, shards in formats:
         listing = list_shards(FakeListing(names), "s3://b", format)
         assert [shard.uri for shard in listing] == [f"s3://b/{name}" for name in shards]
-        assert listing.ignored[IgnoreReason.METADATA] == 3
+        assert listing.ignored[IgnoreReason.METADATA] == 2
         assert listing.ignored.total() == len(names) - len(shards)
 
 

@@ -173,7 +173,7 @@ def test_metadata_next_to_tars_is_ignored(
     assert result.plan.listing.ignored == {IgnoreReason.METADATA: 4}
     [logged] = [each for each in caplog.records if each.getMessage().startswith("ignored: ")]
     assert logged.levelname == "INFO"  # nobody needs to act
-    assert "4 objects (metadata of a shard: 4), extensions: .parquet 2, .json 2" in logged.getMessage()
+    assert "4 objects (metadata of a tar: 4), extensions: .parquet 2, .json 2" in logged.getMessage()
 
 
 def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
