@@ -10,7 +10,6 @@ from urllib.parse import unquote_plus
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from pipeline.read.compression import DecompressedFile, find_compression
@@ -32,7 +31,7 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
     folder = info.uri.rpartition("/")[0]
     while "=" in folder.rpartition("/")[2]:  # a Hive partition
         folder = folder.rpartition("/")[0]
-    with _opened(storage, info) as stream:
+    with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
         found, start = _NAME.search(info.uri), stream.peek(4)[:4]
         kind = (
             "parquet"
@@ -49,21 +48,17 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
         if kind == "parquet":
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow
             return DataFile(info.uri, folder, schema, lambda columns: _read_parquet(storage, info, columns))
-        if kind in ("jsonl", "ndjson"):  # as a whole, because any row may change the type of a column
-            table = pa_json.read_json(_decompressed(stream), pa_json.ReadOptions(block_size=_MAX_LINE_BYTES))
-            return DataFile(
-                info.uri, folder, table.schema, lambda columns: iter(table.select(columns).to_batches())
-            )
         line = _decompressed(stream).read(_MAX_LINE_BYTES).decode("utf-8-sig", "replace").splitlines()[0]
-    separator = "\1" if kind == "txt" else max(",\t" if csv_columns else ",\t;|", key=line.count)
-    names = ["uri"] if kind == "txt" else csv_columns
+    is_csv = kind in ("csv", "tsv")
+    separator = max(",\t" if csv_columns else ",\t;|", key=line.count) if is_csv else "\1"
+    names = csv_columns if is_csv else ["uri"]  # a line of another text is one value
     schema = pa.schema(
         [(name, pa.string()) for name in names or next(csv.reader([line], delimiter=separator))]
     )
 
     def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        quote: Any = kind != "txt" and '"'
-        with _opened(storage, info) as stream:
+        quote: Any = is_csv and '"'
+        with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
             yield from pa_csv.open_csv(
                 _decompressed(stream),
                 pa_csv.ReadOptions(use_threads=False, block_size=_MAX_LINE_BYTES, column_names=names),
@@ -73,7 +68,29 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
                 ),
             )
 
-    return DataFile(info.uri, folder, schema, read)
+    file = DataFile(info.uri, folder, schema, read)
+    return _parse_json(file) if kind in ("jsonl", "ndjson") else file
+
+
+def _parse_json(file: DataFile) -> DataFile:
+    """Returns the table of the objects in the lines of a file. Arrow's reader crashes on deep nesting."""
+
+    def objects() -> Iterator[list[dict[str, Any]]]:
+        for batch in file.read(["uri"]):
+            with _file_errors(file.uri):
+                rows = [json.loads(line) for line in batch["uri"].to_pylist() if line.strip()]
+                if not all(isinstance(row, dict) for row in rows):
+                    raise ValueError("a line is not a JSON object")
+            yield rows
+
+    def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        for rows in objects():
+            with _file_errors(file.uri):
+                arrays = [pa.array([row.get(name) for row in rows]) for name in columns]
+            yield pa.RecordBatch.from_arrays(arrays, [*columns])
+
+    names = dict.fromkeys(name for row in next(objects(), []) for name in row)
+    return file._replace(schema=pa.schema([(name, pa.string()) for name in names]), read=read)
 
 
 def open_inventory(
@@ -128,19 +145,17 @@ def _inventory_reader(
 
 
 @contextmanager
-def _opened(storage: Storage, info: ObjectInfo) -> Iterator[Any]:
-    """Opens a file; an error while it is read names the file."""
+def _file_errors(uri: str) -> Iterator[None]:
     try:
-        with storage.open(info.uri, info.version) as stream:
-            yield stream
+        yield
     except StorageError:
         raise
     except Exception as error:  # each format has its own classes
-        raise StorageError(info.uri, f"cannot be read as a table: {type(error).__name__}: {error}") from error
+        raise StorageError(uri, f"cannot be read as a table: {type(error).__name__}: {error}") from error
 
 
 def _read_parquet(storage: Storage, info: ObjectInfo, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    with _opened(storage, info) as stream:
+    with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
         file = pq.ParquetFile(stream, pre_buffer=False)
         yield from file.iter_batches(_BATCH_ROWS, columns=[*columns], use_threads=False)
 
