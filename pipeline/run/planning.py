@@ -51,8 +51,9 @@ class Plan:
         reappeared: shards that the manifest marks as deleted and that the input has again.
         recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
         replaced: shards whose rows may be in other shards now: changed parts of a file, other parts than
-            those of the listing, and groups of image files that lost images to a new group directly after
-            them. Their labels are removed before labeling, so that no row is in two prediction files.
+            those of the listing, groups of image files that lost images to a new group directly after them,
+            and ranges of a table that lost rows to other ranges. Their labels are removed before labeling,
+            so that no row is in two prediction files.
         image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
     """
@@ -273,15 +274,20 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
                 f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
     planned = plan(listing, repairs.entries, selection, job.stages.read_options.on_damaged_shard == "keep")
-    if not selection.relabel:
-        # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
-        losing = [repairs.entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]
-        planned.copied = find_copied_rows(
-            partition,
-            planned.shards,
-            repairs.entries,
-            [row for row in losing if row.format in ("images", "table")],
-            job.stages.read_options,
-            with_errors=not selection.retry_errors,
-        )
+    entries, shards = repairs.entries, planned.shards
+    # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
+    losing = [entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]
+    if selection.relabel:  # nothing is copied, but rows may have moved
+        losing = []
+        shards = [x for x in shards if x.rows and entries.get(x.uri, NO_ROW).version != x.version]
+    copied, shifted = find_copied_rows(
+        partition,
+        shards,
+        entries,
+        [row for row in losing if row.format in ("images", "table")],
+        job.stages.read_options,
+        with_errors=not selection.retry_errors,
+    )
+    planned.replaced |= shifted
+    planned.copied = {} if selection.relabel else copied
     return PreparedRun(job, planned, repairs, clean_shutdown)

@@ -1,5 +1,6 @@
 """Finds the stored rows of unchanged images in changed shards: a run copies them and labels the others."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 from pipeline.commit import CopiedRows, ManifestRow, Partition
 from pipeline.predictions import ErrorCategory
-from pipeline.read import ReadOptions, Shard, complete_sample, list_samples
+from pipeline.read import ReadOptions, Shard, complete_sample, list_samples, whole_file
 from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, read_table
 
 _THREADS = 16
@@ -18,6 +19,7 @@ _ROW_ERRORS = (ErrorCategory.INVALID_KEY, ErrorCategory.INVALID_CARRIED_VALUE)
 class _StoredRow(NamedTuple):
     """A row of a prediction file, and the version of its image."""
 
+    shard: str
     file: tuple[str, str]  # URI and version
     row: int
     version: str | None
@@ -31,8 +33,11 @@ def find_copied_rows(
     losing: Iterable[ManifestRow],
     options: ReadOptions,
     with_errors: bool,
-) -> dict[str, CopiedRows]:
+) -> tuple[dict[str, CopiedRows], set[str]]:
     """Returns the rows that each shard of image files or of a table can copy, by URI of the shard.
+
+    Also returns the changed ranges of tables whose rows other ranges of the same file have now, such as after
+    a row was inserted or deleted. Their prediction files must be held and removed before labeling.
 
     An image is unchanged if its URI and version are those of a stored row. A version that the input does not
     give, such as that of an image on a web server, is not compared.
@@ -45,18 +50,26 @@ def find_copied_rows(
         options: how the readers find keys.
         with_errors: whether error rows are copied too; otherwise the images are read again.
     """
-    losing = [*losing]
-    shards = [s for s in shards if (s.members or s.rows) and (losing or s.uri in entries)]
-    if not shards:
-        return {}
+    losing, shards = [*losing], [shard for shard in shards if shard.members or shard.rows]
+    labeled = {whole_file(shard.uri) for shard in shards if shard.uri in entries}
+    shards = [shard for shard in shards if losing or whole_file(shard.uri) in labeled]
+    changed = [
+        entries[shard.uri]
+        for shard in shards
+        if shard.rows and shard.uri in entries and entries[shard.uri].version != shard.version
+    ]
+    of_file, shifted = defaultdict[str, dict[str | None, _StoredRow]](dict), set[str]()
 
     def find(shard: Shard) -> CopiedRows:
         row = entries.get(shard.uri)
         own = {} if row is None else _stored_rows(partition, row)
+        others = of_file.get(whole_file(shard.uri), {})  # of the same table
         samples = list_samples(shard, options)
         copied = CopiedRows(len(samples))
         for position, sample in enumerate(samples):
-            stored = own.get(sample.uri) or moved.get(sample.uri)
+            stored = own.get(sample.uri) or others.get(sample.uri) or moved.get(sample.uri)
+            if sample.uri not in own and sample.uri in others:
+                shifted.add(others[sample.uri].shard)
             if stored is None or (stored.is_error and not with_errors):
                 continue
             is_absent = sample.version == ABSENT and stored.is_error
@@ -69,10 +82,12 @@ def find_copied_rows(
         return copied
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="copy") as pool:
-        rows = pool.map(partial(_stored_rows, partition), losing)
-        moved = dict(item for found in rows for item in found.items())
-        found = zip(shards, pool.map(find, shards), strict=True)
-        return {shard.uri: copied for shard, copied in found if copied.rows}
+        read = partial(_stored_rows, partition)
+        moved = dict(item for found in pool.map(read, losing) for item in found.items())
+        for row, found in zip(changed, pool.map(read, changed), strict=True):
+            of_file[whole_file(row.uri)] |= found
+        copies = list(zip(shards, pool.map(find, shards), strict=True))
+        return {shard.uri: copied for shard, copied in copies if copied.rows}, shifted
 
 
 def _stored_rows(partition: Partition, row: ManifestRow) -> dict[str | None, _StoredRow]:
@@ -89,7 +104,7 @@ def _stored_rows(partition: Partition, row: ManifestRow) -> dict[str | None, _St
     # Of several rows with one URI, one without an error comes last and stays.
     rows = sorted(enumerate(columns), key=lambda row: row[1][2] is None)
     return {
-        uri: _StoredRow(file, number, version, error is not None)
+        uri: _StoredRow(row.uri, file, number, version, error is not None)
         for number, (uri, version, error) in rows
         if uri is not None and (error is None or error.partition(":")[0] not in _ROW_ERRORS)
     }

@@ -208,3 +208,41 @@ def test_each_file_that_loses_rows_is_read_once(
     run(tmp_path)
     assert (reads, server.requests) == (8, [])
     assert [row["uri"] for row in rows(tmp_path)] == order
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_rows_that_shift_in_a_table_are_copied_and_never_in_two_files(
+    server: HttpServer, tmp_path: Path, name: str, relabel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.read.tables._SHARD_ROWS", 4)
+    monkeypatch.setattr("pipeline.commit.committer.MAX_CONCURRENT_WRITES", 1)
+    uris = [f"{server.url}/{i}.png" for i in range(16)]
+
+    def write_table(uris: list[str]) -> None:
+        write(tmp_path, uris, "t.parquet")
+        if name == "t.csv":
+            (tmp_path / "in" / "t.parquet").unlink()
+            (tmp_path / "in" / name).write_text("\n".join(["url", *uris]))
+
+    write_table(uris)
+    run(tmp_path)
+    update, seen = Storage.update, list[int]()
+
+    def checked(storage: Storage, uri: str, *args: Any) -> Any:
+        result = update(storage, uri, *args)
+        found = [row["uri"] for row in rows(tmp_path)]
+        seen.append(len(found) - len({*found}))
+        return result
+
+    monkeypatch.setattr(Storage, "update", checked)
+    edits = [uris[1:], uris[:], [*uris[:6], f"{server.url}/20.png", *uris[6:]]]
+    for edited, requested in zip(edits, ([], ["/0.png"], ["/20.png"]), strict=True):
+        server.requests.clear()
+        write_table(edited)
+        run(tmp_path, "read.chunk_images=1", selection=Selection(relabel=relabel))
+        assert [row["uri"] for row in rows(tmp_path)] == edited
+        expected = requested if not relabel else [uri.removeprefix(server.url) for uri in edited]
+        assert sorted(request.path for request in server.requests) == sorted(expected)
+    assert seen
+    assert not any(seen)
