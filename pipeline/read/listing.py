@@ -90,10 +90,7 @@ def _list(
         # The files of a table are adjacent in a listing, or in another folder.
         if table and (is_under(last_file, table) or (is_root and as_folder)):
             if is_root:
-                for file in [ObjectInfo(root, 0, "")] if as_folder else snapshot_files(storage, root):
-                    if not is_under(file.uri, root):
-                        raise StorageError(file.uri, f"not in the folder of its table, {root}")
-                    yield file
+                yield from [ObjectInfo(root, 0, "")] if as_folder else snapshot_files(storage, root)
                 return
             raise ConfigError(
                 f"{table} is a table in {format} format, whose folder also has files that are no longer part "

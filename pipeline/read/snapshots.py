@@ -84,7 +84,8 @@ def snapshot_files(storage: Storage, uri: str) -> list[ObjectInfo]:
     """Returns the live Parquet files of the Delta or Iceberg table at a URI, sorted by URI.
 
     Raises:
-        StorageError: There is no such table, it cannot be read, or rows of a live file are deleted.
+        StorageError: There is no such table, it cannot be read, rows of a live file are deleted, or a file is
+            in another folder.
     """
     files = open_snapshot(storage, uri)
     if files is None:
@@ -92,9 +93,11 @@ def snapshot_files(storage: Storage, uri: str) -> list[ObjectInfo]:
     if deleted := [file.uri for file in files if file.has_deletes]:
         cause = f"{len(deleted)} files of the table have deleted rows, such as {deleted[0]}"
         raise StorageError(uri, f"{cause}; {_COMPACT}")
-    live, folders = {file.uri for file in files}, {file.folder for file in files}
-    infos = {info.uri: info for folder in folders for info in storage.list(folder) if info.uri in live}
-    return [infos.get(name) or storage.stat(name) for name in sorted(live)]
+    live = {file.uri for file in files}
+    found = [info for info in storage.list(uri) if info.uri in live]
+    if missing := sorted(live.difference(info.uri for info in found)):
+        raise StorageError(missing[0], f"not in the folder of its table, {uri}")
+    return found
 
 
 def _open_delta(storage: Storage, uri: str) -> list[DataFile]:

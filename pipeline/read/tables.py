@@ -46,17 +46,9 @@ _LOOKUPS = 32  # concurrent requests for versions
 _UNKNOWN_BYTES = 100_000
 #: Usual names of the column with the URIs, in lower case.
 _URI_NAMES = {
-    "uri",
-    "url",
-    "image_uri",
-    "image_url",
-    "img_url",
-    "image_path",
-    "path",
-    "file_path",
-    "filepath",
-}
-_URI_NAMES |= {"file_name", "filename", "image_file", "s3_uri", "s3_path", "gcs_uri"}
+    "uri", "url", "image_uri", "image_url", "img_url", "image_path", "path", "file_path", "filepath",
+    "file_name", "filename", "image_file", "s3_uri", "s3_path", "gcs_uri",
+}  # fmt: skip
 _BUCKET, _MAX_KEY_BYTES = re.compile(r"[A-Za-z0-9._-]{1,255}"), 1024
 _SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
@@ -158,14 +150,12 @@ def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str,
     found = [version or versions.get(name) for name, version in pairs]
     rows = rows.set_column(rows.schema.get_field_index("version"), "version", pa.array(found, pa.string()))
     digest = hashlib.blake2b(repr(rows.schema.metadata).encode(), digest_size=16)
-    flat = rows.flatten()
-    for column in map(_plain, flat.columns):
+    for column in map(_plain, rows.flatten().columns):
         digest.update(repr(column.to_pylist()).encode())
     known = (version.rpartition("-")[2] for version in found if version)
     sizes = [int(text) for text in known if text.isdecimal()]
-    size = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes))
+    size, count = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes)), len(found)
     uri, table = f"{file.uri}/rows-{start:012d}", ObjectInfo(file.table or file.uri, 0, "")
-    count = len(found)
     return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows), row_count=count, file=table)
 
 
