@@ -33,16 +33,8 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
         folder = folder.rpartition("/")[0]
     with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
         found, start = _NAME.search(info.uri), stream.peek(4)[:4]
-        kind = (
-            "parquet"
-            if start == b"PAR1"
-            else "jsonl"
-            if start[:1] == b"{"
-            else "csv"
-            if csv_columns
-            else "txt"
-        )
-        kind = found[1].lower() if found else kind
+        kind = "jsonl" if start[:1] in (b"{", b"[") else "csv" if csv_columns else "txt"
+        kind = found[1].lower() if found else "parquet" if start == b"PAR1" else kind
         if not start:
             return DataFile(info.uri, folder, pa.schema([]), lambda columns: iter(()))
         if kind == "parquet":

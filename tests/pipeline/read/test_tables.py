@@ -279,6 +279,7 @@ def test_bad_uris_are_error_rows(tmp_path: Path) -> None:
         ("a.csv.gz", gzip.compress(b"uri\n" * 99)[:-9]),
         ("a.csv", b"uri,split\na.jpg,x\nb.jpg,x,1\n"),
         ("a.jsonl", b'["a.jpg"]'),
+        ("list", b'[{"uri": "a.jpg"}]'),
         ("b.jsonl", b'{"uri":"a.jpg"}\n{"uri"\n'),
         ("c.jsonl", b'{"uri":' + b"[" * 400_000 + b"]" * 400_000 + b"}"),
     ],
