@@ -121,6 +121,12 @@ def test_table_that_the_input_names_may_have_any_name(content: bytes, tmp_path: 
     assert len(samples(storage, f"{tmp_path}/list")) == 12
 
 
+def test_json_array_is_refused(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/list.json", b'[{"uri": "a.jpg"}]')
+    with pytest.raises(StorageError, match="a line is not a JSON object"):
+        list(listing(Storage(), f"{tmp_path}/list.json"))
+
+
 def test_csv_without_a_header_has_configured_columns(tmp_path: Path) -> None:
     storage = Storage()
     storage.write(f"{tmp_path}/a.csv", as_csv(ROWS, header=False))
@@ -279,7 +285,6 @@ def test_bad_uris_are_error_rows(tmp_path: Path) -> None:
         ("a.csv.gz", gzip.compress(b"uri\n" * 99)[:-9]),
         ("a.csv", b"uri,split\na.jpg,x\nb.jpg,x,1\n"),
         ("a.jsonl", b'["a.jpg"]'),
-        ("list", b'[{"uri": "a.jpg"}]'),
         ("b.jsonl", b'{"uri":"a.jpg"}\n{"uri"\n'),
         ("c.jsonl", b'{"uri":' + b"[" * 400_000 + b"]" * 400_000 + b"}"),
     ],
