@@ -36,6 +36,7 @@ from pipeline.storage import (
     Storage,
     StorageError,
     is_relative,
+    is_under,
     normalize_uri,
 )
 
@@ -155,7 +156,11 @@ def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str,
     known = (version.rpartition("-")[2] for version in found if version)
     sizes = [int(text) for text in known if text.isdecimal()]
     size, count = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes)), len(found)
-    uri, table = f"{file.uri}/rows-{start:012d}", ObjectInfo(file.table or file.uri, 0, "")
+    part, folder = file.uri, file.table or file.uri
+    if not is_under(part, folder):  # a plan finds the labels of a rewritten file by the folder of the table
+        name = hashlib.blake2b(part.encode(), digest_size=8).hexdigest()
+        part = f"{folder}/{name}-{part.rpartition('/')[2]}"
+    uri, table = f"{part}/rows-{start:012d}", ObjectInfo(folder, 0, "")
     return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows), row_count=count, file=table)
 
 

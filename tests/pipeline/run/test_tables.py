@@ -246,3 +246,25 @@ def test_rows_that_shift_in_a_table_are_copied_and_never_in_two_files(
         assert sorted(request.path for request in server.requests) == sorted(expected)
     assert seen
     assert not any(seen)
+
+
+def test_rewritten_data_files_outside_the_folder_of_their_table_lose_their_labels(
+    server: HttpServer, tmp_path: Path
+) -> None:
+    memory = pytest.importorskip("pyiceberg.catalog.memory")
+    catalog = memory.InMemoryCatalog("test", warehouse=f"file://{tmp_path}/catalog")
+    catalog.create_namespace("db")
+    data = pa.table({"url": [f"{server.url}/{i}.png" for i in range(4)]})
+    table = catalog.create_table(
+        "db.images",
+        data.schema,
+        location=f"file://{tmp_path}/in",
+        properties={"write.data.path": f"file://{tmp_path}/data"},
+    )
+    table.append(data)
+    run(tmp_path)
+    server.requests.clear()
+    table.overwrite(data.slice(1))
+    result = run(tmp_path)
+    assert [row["key"] for row in rows(tmp_path)] == data["url"].to_pylist()[1:]
+    assert (server.requests, result.plan.deleted_with_labels.keys()) == ([], result.plan.replaced)
