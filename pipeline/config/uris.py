@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,7 @@ from pipeline.storage import is_under
 
 _MAX_EXPANSIONS = 100_000
 _FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.CASE | glob.FORCEUNIX
-_GROUP = re.compile(r"images-[0-9a-f]{16}")
-_NO_IMAGES = re.compile(r"\.(tar|tar\.\w+|tgz|tzst|tbz2?|txz|parquet)$", re.I)
+_GROUP = re.compile(r"images-[0-9a-f]{16}(|-[0-9a-f]{16})")
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,19 @@ class InputUris:
         """Returns whether an object under a root is excluded."""
         return any(pattern.match(uri) for pattern in _exclusions(root, self.exclude))
 
+    def group_suffix(self, folder: str) -> str:
+        """Returns the end of the names of groups of image files: a hash of patterns; empty for a folder."""
+        texts = [pattern.text for pattern in self.roots[self.root_of(folder)]]
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8)
+        return "" if folder in texts else f"-{digest.hexdigest()}"
+
     def contains(self, uri: str) -> bool:
         """Returns whether a shard is of this input: an object, a part of it, or a group of image files."""
-        root = self.root_of(uri)
+        root, (folder, _, name) = self.root_of(uri), uri.rpartition("/")
+        texts = {pattern.text for pattern in self.roots.get(root, ())}
         is_selected = bool(self.matches(root, uri))
-        if root and _GROUP.fullmatch(
-            uri.rpartition("/")[2]
-        ):  # its images may be in any folder under the root
-            is_selected = not all(_NO_IMAGES.search(pattern.text) for pattern in self.roots[root])
+        if root not in texts and (group := _GROUP.fullmatch(name)):
+            is_selected = folder in {root, *texts} and group[1] == self.group_suffix(folder)
         return is_selected and not self.excludes(root, uri)
 
     def covers(self, folder: str) -> bool:

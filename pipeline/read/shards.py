@@ -48,7 +48,8 @@ class Shard:
     """The unit of reading, commit and resume.
 
     Attributes:
-        uri: URI of the object; for a group of image files, `<listed folder>/images-<16 hex digits>`.
+        uri: URI of the object; for a group of image files, `<listed folder>/images-<16 hex digits>`,
+            with 16 more for patterns, see `InputUris.group_suffix`.
         version: Version of the object; for a group, a hash over the names and versions of the members.
         size: Size in bytes; for a group, the sum over the members.
         members: The images of a group in listing order; empty for other shards.
@@ -174,7 +175,7 @@ class ShardListing(Iterator[Shard]):
         root = last_tar = ""
         for (info, base, listed), following in pairwise(chain(selected, [_END])):
             if listed != root and members:
-                yield _group(root, group, members)
+                yield _group(root, group + self.inputs.group_suffix(root), members)
                 group, members = _FIRST_GROUP, []
             root, name = listed, relative_name(listed, info.uri)
             format = self._format(info.uri, base, root, (last_tar, following[0].uri))
@@ -189,11 +190,11 @@ class ShardListing(Iterator[Shard]):
                 # the second half is 0.
                 if int(digest[16:], 16) % _MEAN_GROUP_SIZE == 0:
                     if members:
-                        yield _group(root, group, members)
+                        yield _group(root, group + self.inputs.group_suffix(root), members)
                     group, members = digest[:16], []
                 members.append(info)
         if members:
-            yield _group(root, group, members)
+            yield _group(root, group + self.inputs.group_suffix(root), members)
 
     def _format(self, uri: str, base: str, root: str, neighbors: Iterable[str]) -> Format | IgnoreReason:
         """Returns the format of an object that `base` selects, or why it is ignored."""

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from os.path import commonprefix
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,6 +44,7 @@ from pipeline.storage import (
 _SHARD_ROWS = 1000
 _WINDOW_ROWS = 500_000  # whose objects are looked up together
 _LOOKUPS = 32  # concurrent requests for versions
+_LISTED, _LISTED_PER_ROW = 1000, 10  # objects of a folder that are listed at most: this and more per row
 #: For the progress of a run: the assumed size of an image of unknown size.
 _UNKNOWN_BYTES = 100_000
 #: Usual names of the column with the URIs, in lower case.
@@ -263,8 +265,9 @@ def resolve_uri(text: str, folder: str) -> str:
 def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str, str]:
     """Returns the versions of objects; `ABSENT` if an object does not exist; none if it is not known.
 
-    Each folder is listed, from the common prefix of its objects. Objects on web servers are looked up only
-    if `check` is `always`.
+    Each folder is listed, from the common prefix of its objects. If it has many other objects, the listing
+    stops, and the remaining objects are looked up one by one. Objects on web servers are looked up only if
+    `check` is `always`.
     """
     folders, remote = defaultdict[str, set[str]](set), list[str]()
     for uri in uris:
@@ -273,22 +276,31 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
         else:
             folders[uri.rpartition("/")[0]].add(uri)
 
-    def list_folder(folder: str) -> dict[str, str]:
+    def list_folder(folder: str) -> dict[str, str | None]:
         wanted = folders[folder]
+        limit = _LISTED + _LISTED_PER_ROW * len(wanted)
         prefix = commonprefix([*wanted])[len(folder) + 1 :]  # noqa: RUF071
+        listed = [*islice(storage.list(folder, prefix=prefix), limit)]
+        versions: dict[str, str | None] = dict.fromkeys(wanted, ABSENT if len(listed) < limit else None)
+        return versions | {info.uri: info.version for info in listed if info.uri in wanted}
+
+    def ask(find: Callable[[str], Any], uri: str) -> Any:
+        """Returns None for a failure that is about these images; reading reports it."""
         try:
-            found = {x.uri: x.version for x in storage.list(folder, prefix=prefix) if x.uri in wanted}
+            return find(uri)
         except StorageError as error:
-            if "://" not in folder or isinstance(error, AccessDenied | BucketNotFound):
-                return {}  # a failure that is about these images; reading reports it
+            if "://" not in uri or isinstance(error, AccessDenied | BucketNotFound):
+                return None
             remedy = "input.check_objects: never plans without looking up the images"
             raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
-        return dict.fromkeys(wanted, ABSENT) | found
 
-    versions = dict[str, str]()
+    found = dict[str, str | None]()
     with ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="versions") as pool:
-        for found in pool.map(list_folder, folders):
-            versions |= found
+        for listed in pool.map(partial(ask, list_folder), folders):
+            found |= listed or {}
+        others = [uri for uri, version in found.items() if version is None]
+        found |= zip(others, pool.map(partial(ask, storage.version), others), strict=True)
+    versions = {uri: version for uri, version in found.items() if version is not None}
     if check == "always" and remote:
         with storage.downloader() as downloader:
             for start in range(0, len(remote), _SHARD_ROWS):

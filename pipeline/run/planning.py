@@ -1,7 +1,7 @@
 """The plan of a run: `plan` is a pure function of the input's listing and the manifest."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -17,7 +17,7 @@ from pipeline.read import (
     select_images,
 )
 from pipeline.run.job import Job, make_job
-from pipeline.run.reuse import find_copied_rows
+from pipeline.run.reuse import find_copied_rows, find_replaced_groups
 from pipeline.text import pluralize
 
 #: Maximum number of extensions in a description.
@@ -128,11 +128,15 @@ class Plan:
 
 
 def plan(
-    listing: ShardListing, manifest: Mapping[str, ManifestRow], selection: Selection, keep: bool = False
+    listing: ShardListing,
+    manifest: Mapping[str, ManifestRow],
+    selection: Selection,
+    keep: bool = False,
+    groups: Collection[str] = (),
 ) -> Plan:
     """Compares the input with the manifest, without rows of other inputs; reads the listing to its end.
 
-    With `keep`, the readable parts of damaged shards are due.
+    With `keep`, the readable parts of damaged shards are due. For `groups`, see `find_replaced_groups`.
     """
     planned, images, seen = Plan(listing, selection), Counter[ShardState](), set[str]()
     formats, files = set[str | None](), set[str]()
@@ -175,7 +179,7 @@ def plan(
         for uri, row in manifest.items()
         if uri not in seen
         and listing.format in (None, row.format)
-        and (listing.inputs.contains(uri) or _is_in(uri, files))
+        and (listing.inputs.contains(uri) or uri in groups or _is_in(uri, files))
     }
     replaced = {uri for uri in planned.deleted if _is_in(uri, files)}
     planned.replaced |= replaced & planned.deleted_with_labels.keys()
@@ -266,14 +270,9 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     repairs = find_repairs(
         partition.storage, partition.uri, job.fingerprint, manifest.entries(), clean_shutdown
     )
-    labeled = (uri for uri, row in repairs.entries.items() if row.format == "images" and row.output)
-    for folder in sorted({uri.rpartition("/")[0] for uri in labeled}):
-        for root in (root for root in listing.inputs.roots if root.startswith(f"{folder}/")):
-            raise ConfigError(
-                f"input.uri: {root} is inside {folder}, whose image files are labeled in this output; "
-                f"they would be labeled twice. Set input.uri to {folder}, or choose another output.uri"
-            )
-    planned = plan(listing, repairs.entries, selection, job.stages.read_options.on_damaged_shard == "keep")
+    groups = find_replaced_groups(partition, repairs.entries, listing)
+    keep = job.stages.read_options.on_damaged_shard == "keep"
+    planned = plan(listing, repairs.entries, selection, keep, groups)
     entries, shards = repairs.entries, planned.shards
     # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
     losing = [entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]

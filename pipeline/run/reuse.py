@@ -7,9 +7,10 @@ from functools import partial
 from typing import NamedTuple
 
 from pipeline.commit import CopiedRows, ManifestRow, Partition
+from pipeline.config import ConfigError
 from pipeline.predictions import ErrorCategory
-from pipeline.read import ReadOptions, Shard, complete_sample, list_samples, whole_file
-from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, read_table
+from pipeline.read import ReadOptions, Shard, ShardListing, complete_sample, list_samples, whole_file
+from pipeline.storage import ABSENT, ObjectChanged, ObjectNotFound, is_under, read_table
 
 _THREADS = 16
 #: Errors of a row and not of its image, which a run finds again.
@@ -88,6 +89,30 @@ def find_copied_rows(
             of_file[whole_file(row.uri)] |= found
         copies = list(zip(shards, pool.map(find, shards), strict=True))
         return {shard.uri: copied for shard, copied in copies if copied.rows}, shifted
+
+
+def find_replaced_groups(
+    partition: Partition, entries: Mapping[str, ManifestRow], listing: ShardListing
+) -> set[str]:
+    """Returns labeled groups of image files of other inputs whose images the input selects.
+
+    Raises `ConfigError` if the input selects only some of the images of a group.
+    """
+    replaced, inputs = set[str](), listing.inputs
+    for uri, row in entries.items() if listing.format in (None, "images") else ():
+        folder = uri.rpartition("/")[0]
+        is_near = any(is_under(root, folder) or is_under(folder, root) for root in inputs.roots)
+        if row.format != "images" or not is_near or inputs.contains(uri):
+            continue
+        selected = [inputs.contains(str(image)) for image in _stored_rows(partition, row)]
+        if any(selected) and not all(selected):
+            raise ConfigError(
+                f"input.uri: {inputs} selects some of the image files that are labeled as {uri}; they would "
+                f"be labeled twice. Set input.uri to {folder}, or choose another output.uri"
+            )
+        if any(selected):
+            replaced.add(uri)
+    return replaced
 
 
 def _stored_rows(partition: Partition, row: ManifestRow) -> dict[str | None, _StoredRow]:

@@ -34,13 +34,20 @@ def test_pattern_contains_matching_objects_and_their_parts(
     assert [name for name in selected + others if uris.contains(f"s3://b/{name}")] == selected
 
 
-def test_group_of_image_files_belongs_to_its_root() -> None:
+def test_group_of_image_files_belongs_to_its_folder_or_patterns() -> None:
     uris = InputUris.parse(["s3://b/a/*.jpg", "s3://b/a/*.png", "s3://b/c"], ["d/**"])
     assert list(uris.roots) == ["s3://b/a", "s3://b/c"]
-    assert uris.contains(f"s3://b/a/{GROUP}")
+    suffix = uris.group_suffix("s3://b/a")
+    assert uris.contains(f"s3://b/a/{GROUP}{suffix}")
+    assert not uris.contains(f"s3://b/a/{GROUP}")
+    assert not uris.contains(f"s3://b/a/x/{GROUP}{suffix}")
+    assert not InputUris.parse("s3://b/a/*.jpg").contains(f"s3://b/a/{GROUP}{suffix}")
+    assert uris.group_suffix("s3://b/c") == ""
     assert uris.contains(f"s3://b/c/{GROUP}")
+    assert InputUris.parse("s3://b/c").contains(f"s3://b/c/x/{GROUP}{suffix}")
     assert not uris.contains(f"s3://b/{GROUP}")
     assert not uris.contains(f"s3://b/c/d/{GROUP}")  # of an excluded folder
+    assert InputUris.parse("s3://b/x[1]").contains(f"s3://b/x[1]/{GROUP}")  # of a folder with this name
 
 
 def test_roots_are_the_outermost_folders() -> None:

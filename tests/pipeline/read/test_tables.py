@@ -403,6 +403,21 @@ def test_versions_come_from_one_listing_of_a_folder(storage: Storage, bucket: st
     assert counting.looked_up == []  # type: ignore[attr-defined]
 
 
+def test_folder_with_many_other_objects_is_listed_in_part(
+    storage: Storage, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.read.tables._LISTED", 0)
+    write_images(storage, bucket)
+    for i in range(30):
+        storage.write(f"{bucket}/images/0-{i}.jpg", b"other")
+    counting = CountingStorage(storage.endpoint_url)
+    uris = [f"{bucket}/images/0-0.jpg", f"{bucket}/images/9.jpg"]
+    found = find_versions(counting, [*uris, f"{bucket}/images/none.jpg"], "auto")
+    assert found == {uri: storage.version(uri) for uri in uris} | {f"{bucket}/images/none.jpg": ABSENT}
+    assert len(counting.listed) == 30  # type: ignore[attr-defined]
+    assert len(counting.looked_up) == 2  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "uris",
     [

@@ -54,7 +54,8 @@ def test_overlapping_inputs_label_each_image_once_and_a_rerun_labels_nothing(buc
     result = label(config(bucket, uris))
     found = [(f"{name}.tar", f"{i}") for name in ("a/1", "a/b/2") for i in range(2)]
     found += [(f"{name}.tar", f"{i}") for name in "de" for i in range(2)]
-    assert keys(result) == [*found, *(("images-0000000000000000", f"c/{i}.jpg") for i in (3, 4))]
+    group = "images-0000000000000000" + result.job.config.input.inputs.group_suffix(f"{bucket}/in")
+    assert keys(result) == [*found, *((group, f"c/{i}.jpg") for i in (3, 4))]
     record = result.partition.record(result.run)
     assert record["config"]["input"]["uri"] == [f"{bucket}/in/{uri}" for uri in uris]
     assert load_config(
@@ -115,6 +116,24 @@ def test_folder_in_a_labeled_image_folder_is_refused_in_any_position(tmp_path: P
     assert keys(label(config(root, ["x.tar", "p"])))[:2] == [
         ("p/images-0000000000000000", "1.jpg"), ("p/images-0000000000000000", "q/2.jpg")
     ]  # fmt: skip
+
+
+def test_patterns_in_one_folder_have_groups_of_their_own(tmp_path: Path) -> None:
+    root, inputs = str(tmp_path), ["*.jpg", "*.png", "sub"]
+    write(root, "1.jpg", "2.jpg", "sub/3.jpg")
+    Storage().write(f"{root}/in/4.png", make_image(4, format="PNG"))
+    for uri in inputs:
+        result = label(config(root, uri), Selection(prune=True))
+        assert result.plan.deleted == {}
+    assert sorted(key for _, key in keys(result)) == ["1.jpg", "2.jpg", "3.jpg", "4.png"]
+    for uri in inputs:
+        assert states(label(config(root, uri, "input.exclude=[nothing]"))) == {"done": 1}
+    with pytest.raises(ConfigError, match=r"selects some of the image files .* be labeled twice"):
+        label(config(root, "[13].*"))
+    wider = label(config(root, ["*.jpg", "*.png"]))
+    assert (wider.totals.shards, wider.plan.copied_images) == (1, 3)
+    assert sorted(key for _, key in keys(wider)) == ["1.jpg", "2.jpg", "3.jpg", "4.png"]
+    assert [key for _, key in keys(label(config(root, "")))] == ["1.jpg", "2.jpg", "4.png", "sub/3.jpg"]
 
 
 def test_parent_of_a_labeled_folder_replaces_its_groups(tmp_path: Path) -> None:
