@@ -159,3 +159,7 @@ class _Packer:
         fields = {"packed": self._describe(), "not packed": failed or "0"}
         fields |= {"ignored": Plan(self.listing, LABEL_NEW).describe_ignored(), "output": self.folder}
         console.print_fields(fields | {"to label": shlex.join(command)})
+
+
+if __name__ == "__main__":
+    console.run_command(pack)

@@ -14,7 +14,7 @@ from pipeline.text import escape_unprintable, pluralize
 
 #: Names of the shards of each format.
 _UNITS = {
-    "webdataset": "tar shard", "parquet": "Parquet shard", "images": "image group", "table": "group of rows"
+    "webdataset": "tar shard", "parquet": "Parquet shard", "images": "image group", "table": "table range"
 }  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def list_shards(
 
     found = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
     found = replace(found, patterns=tuple(map(as_literal, found.patterns)))
-    listing = ShardListing(_list_objects(storage, found, format), found, None if format == "auto" else format)
+    tables = set[str]()
+    objects = _list_objects(storage, found, format, tables)
+    listing = ShardListing(objects, found, None if format == "auto" else format, tables)
     if format != "table":
         return listing
     settings = section or InputConfig(uri=str(inputs), format=format)
@@ -54,20 +56,28 @@ def list_input_shards(storage: Storage, section: InputConfig, field: str) -> lis
     return list(list_shards(storage, section.inputs, section.format, section).require_shards(field))
 
 
-def _list_objects(storage: Storage, inputs: InputUris, format: InputFormat) -> Iterator[ObjectInfo]:
+def _list_objects(
+    storage: Storage, inputs: InputUris, format: InputFormat, tables: set[str]
+) -> Iterator[ObjectInfo]:
     """Lists the objects of an input, sorted in most stores, and some that its patterns do not select.
 
     The files of a table that were deleted from it remain in its folder. Therefore, a root that is a Delta or
-    Iceberg table lists the files of its current snapshot, or for the format `table` the folder itself. Raises
-    `StorageError`, or `ConfigError` if a selected Parquet or Lance file is in another table.
+    Iceberg table lists the files of its current snapshot, or for the format `table` the folder itself; the
+    root is added to `tables`. Raises `StorageError`, or `ConfigError` if a selected Parquet or Lance file is
+    in another table.
     """
     for root, patterns in inputs.roots.items():
         prefix = commonprefix([pattern.prefix for pattern in patterns])[len(root) + 1 :]  # noqa: RUF071
-        yield from _list(storage, inputs, root, prefix, format)
+        yield from _list(storage, inputs, root, prefix, format, tables)
 
 
 def _list(
-    storage: Storage, inputs: InputUris, root: str, prefix: str, input_format: InputFormat
+    storage: Storage,
+    inputs: InputUris,
+    root: str,
+    prefix: str,
+    input_format: InputFormat,
+    tables: set[str],
 ) -> Iterator[ObjectInfo]:
     is_selected, as_folder = bool(inputs.matches(root, root)), input_format == "table"
     table = format = last_file = ""
@@ -90,6 +100,7 @@ def _list(
         # The files of a table are adjacent in a listing, or in another folder.
         if table and (is_under(last_file, table) or (is_root and as_folder)):
             if is_root:
+                tables.add(root)
                 yield from [ObjectInfo(root, 0, "")] if as_folder else snapshot_files(storage, root)
                 return
             raise ConfigError(

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, pairwise
@@ -96,15 +96,20 @@ class ShardListing(Iterator[Shard]):
     Attributes:
         inputs: The URIs and patterns that select objects; others are neither shards nor ignored.
         format: The only format that is listed; None for all formats.
+        tables: Tables whose current snapshot is listed, so far.
         ignored, ignored_extensions: Number of ignored objects so far, by reason, and also by extension.
         ignored_examples: URIs of the first `MAX_IGNORED_EXAMPLES` ignored objects, by reason.
     """
 
     def __init__(
-        self, objects: Iterable[ObjectInfo], inputs: InputUris | str, format: Format | None = None
+        self,
+        objects: Iterable[ObjectInfo],
+        inputs: InputUris | str,
+        format: Format | None = None,
+        tables: Set[str] = frozenset(),
     ) -> None:
         self.inputs = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
-        self.format = format
+        self.format, self.tables = format, tables
         self.ignored = Counter[IgnoreReason]()
         self.ignored_extensions = Counter[tuple[IgnoreReason, str]]()
         self.ignored_examples = defaultdict[IgnoreReason, list[str]](list)

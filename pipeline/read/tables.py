@@ -40,6 +40,7 @@ from pipeline.storage import (
     is_under,
     normalize_uri,
 )
+from pipeline.text import remove_secrets
 
 _SHARD_ROWS = 1000
 _WINDOW_ROWS = 500_000  # whose objects are looked up together
@@ -206,7 +207,7 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
         value = value.get("path") if isinstance(value, dict) else value  # the Image type of `datasets`
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
-        key, problem = (text, None) if keys is None else _value(keys[row])
+        key, problem = (remove_secrets(text), None) if keys is None else _value(keys[row])
         uri = error = None
         if not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
@@ -218,7 +219,7 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
             except (ValueError, StorageError) as invalid:
                 cause = invalid.cause if isinstance(invalid, StorageError) else str(invalid)
                 error = sample_error(ErrorCategory.INVALID_URI, f"{text[:200]!r}: {cause}")
-        key = text if key is None else str(key)
+        key = remove_secrets(text) if key is None else str(key)
         found["uri"].append(uri)
         found["error"].append(error)
         found["key"].append(key or f"{row:09d}")

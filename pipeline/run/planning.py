@@ -174,6 +174,7 @@ def plan(
             planned.replaced.add(last_changed)
         if state is not ShardState.NEW:
             last_changed = shard.uri if is_changed else None
+    files |= listing.tables  # files that are not in the snapshot have rows that others have now, or none
     planned.deleted = {
         uri: row
         for uri, row in manifest.items()

@@ -6,9 +6,11 @@ import re
 import sys
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -24,6 +26,9 @@ _STATUSES: dict[int, type[StorageError]]
 _STATUSES = {**dict.fromkeys((404, 410), ObjectNotFound), **dict.fromkeys((401, 403, 407, 451), AccessDenied)}
 #: Maximum number of attempts: fewer than for buckets, because many hosts in old tables no longer exist.
 _ATTEMPTS, _BUSY_ATTEMPTS = 4, 10
+#: Failed connections to a host, in all requests since the last response. After the maximum, requests to the
+#: host are not repeated: retries for each of many images would take hours.
+_unreachable, _MAX_FAILURES = Counter[str](), 50
 _PERMANENT = (ValueError, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects)
 #: Causes of exceptions, whose own messages may contain the query of the address.
 _CAUSES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
@@ -100,14 +105,20 @@ class Downloader(AbstractContextManager["Downloader"]):
         """Makes a request, and retries transient failures."""
         address, query, _ = uri.partition("?")
         shown = remove_secrets(address.partition("#")[0]) + query + "..." * bool(query)
-        attempt = 1
+        attempt, host = 1, uri.partition("://")[2].partition("/")[0]
         while True:
             try:
-                return await self._request(method, uri, shown, max_bytes)
+                found = await self._request(method, uri, shown, max_bytes)
+                del _unreachable[host]
+                return found
             except StorageError:
                 raise
             except Exception as error:
-                pause = pause_before_retry(error, _explain(shown, error), attempt)
+                failure = _explain(shown, error)
+                _unreachable[host] += isinstance(error, aiohttp.ClientConnectorError)
+                if _unreachable[host] > _MAX_FAILURES:
+                    failure = replace(failure, attempts=1)
+                pause = pause_before_retry(error, failure, attempt)
             await asyncio.sleep(pause)
             attempt += 1
 

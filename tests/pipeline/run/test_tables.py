@@ -268,3 +268,27 @@ def test_rewritten_data_files_outside_the_folder_of_their_table_lose_their_label
     result = run(tmp_path)
     assert [row["key"] for row in rows(tmp_path)] == data["url"].to_pylist()[1:]
     assert (server.requests, result.plan.deleted_with_labels.keys()) == ([], result.plan.replaced)
+
+
+def test_labels_of_an_image_table_follow_its_snapshot(tmp_path: Path) -> None:
+    """Files that a deletion or a compaction replaced are labeled no longer, without `--prune`."""
+    deltalake = pytest.importorskip("deltalake", reason="deltalake is not installed")
+    images = [make_image(number) for number in range(6)]
+    table = pa.table({"image": images, "id": pa.array(range(6), pa.int64())})
+    deltalake.write_deltalake(f"{tmp_path}/in", table.slice(0, 3))
+    deltalake.write_deltalake(f"{tmp_path}/in", table.slice(3), mode="append")
+    run(tmp_path, "input.format=auto", "input.key_column=id")
+    assert sorted(row["key"] for row in rows(tmp_path)) == list("012345")
+    deltalake.DeltaTable(f"{tmp_path}/in").delete("id < 2")
+    run(tmp_path, "input.format=auto", "input.key_column=id")
+    assert sorted(row["key"] for row in rows(tmp_path)) == list("2345")
+    deltalake.DeltaTable(f"{tmp_path}/in").optimize.compact()
+    run(tmp_path, "input.format=auto", "input.key_column=id")
+    assert sorted(row["key"] for row in rows(tmp_path)) == list("2345")
+
+
+def test_secrets_of_uris_are_in_no_default_key(tmp_path: Path) -> None:
+    write(tmp_path, ["http://user:hunter2@127.0.0.1:1/a.png", "s3://AKIA:hunter2@bucket/b.png"])
+    run(tmp_path, "gate.max_error_fraction=null")
+    assert [row["error"].partition(":")[0] for row in rows(tmp_path)] == ["invalid uri"] * 2
+    assert "hunter2" not in repr(rows(tmp_path))

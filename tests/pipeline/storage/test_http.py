@@ -21,6 +21,7 @@ from pipeline.storage import (
     ObjectTooLarge,
     Storage,
     StorageError,
+    http,
 )
 from pipeline.storage.http import Download, Downloader
 from tests.http_server import Answer, HttpServer
@@ -287,6 +288,20 @@ def test_unreachable_and_unknown_hosts_fail_after_few_attempts(downloader: Downl
             fetch(downloader, f"http://user:planted@no-such-host.invalid/x{SECRET}")
     assert "planted" not in str(caught.value)
     assert retries.counts == Counter(ClientConnectorError=3, ClientConnectorDNSError=3)
+
+
+def test_requests_to_an_unreachable_host_are_not_repeated_for_every_image(
+    downloader: Downloader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_MAX_FAILURES", 3)
+    monkeypatch.setattr(http, "_unreachable", Counter())
+
+    for expected in (3, 0):  # the first image has four attempts
+        with RetryCounter() as retries:
+            for number in range(3):
+                with pytest.raises(StorageError, match="cannot connect"):
+                    fetch(downloader, f"http://127.0.0.1:9/{number}.png")
+        assert retries.counts.total() == expected
 
 
 def test_tls_errors_are_explained(server: HttpServer, downloader: Downloader, tmp_path: Path) -> None:
