@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from pipeline.config import Config, make_storage
+from pipeline.decode.bounds import TIMEOUT_S, DecodeDeadline
 from pipeline.decode.cpu import FORMATS
 from pipeline.decode.plugins import REQUIREMENTS
+from pipeline.decode.repair import END_OF_IMAGE, add_end, remove_metadata
 from pipeline.read import Division, ReadOptions, Sample, Shard, read_images, read_samples
 from pipeline.storage import ObjectInfo, Storage, is_under
 
@@ -40,7 +42,15 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
     """
     data = read_image(row, config)
     plugins = (reader for name, pattern, reader in FORMATS if name in REQUIREMENTS and pattern.match(data))
-    return next(plugins, Image.open)(io.BytesIO(data))
+    open_file = next(plugins, Image.open)
+    if data.startswith(b"\xff\xd8") and END_OF_IMAGE not in data[-64:]:
+        data = add_end(data, DecodeDeadline(TIMEOUT_S))
+    try:
+        return open_file(io.BytesIO(data))
+    except ValueError:
+        if not data.startswith(b"\x89PNG"):
+            raise
+        return open_file(io.BytesIO(remove_metadata(data)))  # Pillow refuses large metadata
 
 
 def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:

@@ -13,6 +13,7 @@ from pipeline import label, open_image
 from pipeline.decode.row_images import read_image
 from pipeline.read.samples import ShardError
 from pipeline.storage import ObjectChanged, Storage
+from tests.cases import case_input
 from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
 from tests.runs import run_config
 
@@ -139,3 +140,13 @@ def test_images_in_parts_of_large_files_are_found(tmp_path: Path) -> None:
     assert "/x.tar/bytes-" in lost["shard"]
     with pytest.raises(ValueError, match=r"has no image: unreadable image: 'link.jpg' is a link to 'a.jpg'"):
         read_image(lost)
+
+
+@pytest.mark.parametrize("case", ["png-metadata", "jpeg-without-eoi"])
+def test_every_labeled_image_of_a_case_can_be_opened(case: str, tmp_path: Path) -> None:
+    config = run_config(tmp_path, f"input.uri={case_input(case)}", "gate.max_error_fraction=null")
+    rows = [row for table in label(config).partition.read_labels(COLUMNS) for row in table.to_pylist()]
+    good = [row for row in rows if row["error"] is None]
+    assert good
+    for row in good:
+        assert open_image(row).convert("RGB").getbbox() is not None
