@@ -50,9 +50,9 @@ class InputConfig(Section):
     )
     label_from: Literal["folder"] | None = Field(
         default=None,
-        description="`folder`: the label of an image file is the name of its folder, and the label of a "
-        "Parquet file is in the name of a folder such as `label=3`. Null: see `label_field` and "
-        "`label_column`.",
+        description="`folder`: the label of an image file, of a row of a table and of a sample of a tar is "
+        "the name of its folder, and the label of a Parquet file is in the name of a folder such as "
+        "`label=3`. Null: see `label_field` and `label_column`.",
         examples=["folder"],
     )
     label_field: str | None = Field(

@@ -9,7 +9,8 @@ from pipeline.read.parquet import read_parquet
 from pipeline.read.samples import ReadOptions, ReadTimeoutError, Sample, ShardError, UnreadableShardError
 from pipeline.read.shards import Shard
 from pipeline.read.tables import row_samples, select_rows
-from pipeline.read.targets import hive_label
+from pipeline.read.tar import PartEndError
+from pipeline.read.targets import folder_label, hive_label
 from pipeline.read.webdataset import read_tar
 from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageError, relative_name
 from pipeline.text import pluralize
@@ -27,12 +28,15 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
             or a configured column is missing.
     """
     key, count = "", 0
-    is_hive = shard.format == "parquet" and options.labels and options.label_from == "folder"
+    is_labeled = options.labels and options.label_from == "folder"
     try:
         deadline = Deadline(options.timeout_s)
         for found in _READERS[shard.format](storage, shard, options, deadline):
-            if is_hive and found.error is None:
+            if is_labeled and found.error is None and shard.format == "parquet":
                 found.label, found.unmatched = hive_label(shard.object.uri, options.label_column)
+            folder = folder_label(found.key) if shard.format == "webdataset" else None
+            if is_labeled and found.error is None and folder is not None:
+                found.label, found.unmatched = folder, None
             sample = complete_sample(found, options)
             options.check_count(count + 1)
             key, count = sample.key, count + 1
@@ -44,6 +48,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         is_external = isinstance(error, StorageError | ReadTimeoutError | MemoryError)
         transient = is_external and not isinstance(error, ObjectNotFound | ObjectChanged)
         is_damage = count > 0 and not (is_external or shard.members or shard.rows)
+        is_damage = is_damage and not isinstance(error, PartEndError)
         keep = is_damage and options.on_damaged_shard == "keep"
         raise ShardError(shard.uri, position + _cause(shard, error), transient, keep) from error
 
@@ -66,15 +71,15 @@ def list_samples(shard: Shard, options: ReadOptions) -> list[Sample]:
 
     Labels are set, and targets are not. Of a stored image that is unchanged, this is all that is needed.
     """
-    if shard.rows:
-        return row_samples(shard)
-    folder, is_labeled = shard.uri.rpartition("/")[0], options.labels and options.label_from == "folder"
+    folder = shard.uri.rpartition("/")[0]
     samples = [
         Sample(relative_name(folder, info.uri), None, uri=info.uri, version=info.version)
         for info in shard.members
     ]
-    for sample in samples if is_labeled else ():  # an image directly in the input folder has no label
-        sample.label = sample.key.rpartition("/")[0].rpartition("/")[2] or None
+    samples = row_samples(shard) if shard.rows else samples
+    for sample in samples if options.labels and options.label_from == "folder" else ():
+        if sample.error is None:  # an image directly in the input folder has no label
+            sample.label = folder_label((sample.uri or "") if shard.rows else sample.key)
     return samples
 
 

@@ -180,7 +180,7 @@ def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, in
     if not file.schema.names:  # an empty file
         return
     roles = {"uri": _find_uri_column(section, file), "key": section.key_column}
-    roles["label"] = section.label_column if section.labels else None
+    roles["label"] = section.label_column if section.labels and section.label_from is None else None
     for role, name in roles.items():
         _require_column(file, name, f"{role}_column")
     for name, *_ in section.filter:

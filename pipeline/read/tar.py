@@ -27,6 +27,10 @@ class TarEndError(UnreadableShardError):
     """The tar has no end, or data follows its end; every member before it is complete."""
 
 
+class PartEndError(UnreadableShardError):
+    """A part of a tar does not end where it should: the part may have started in a tar inside the tar."""
+
+
 def read_members(
     stream: BinaryIO, deadline: Deadline, start: int = 0, stop: int | None = None, links: bool = False
 ) -> Iterator[tarfile.TarInfo]:
@@ -53,12 +57,13 @@ def read_members(
         yield info
     if stop is not None and position != stop:
         cause = f"no member starts at byte {stop}, the end of this part, as with a tar inside the tar"
-        raise UnreadableShardError(f"{cause}; set read.split_bytes to null")
+        raise PartEndError(f"{cause}; set read.split_bytes to null, which also replaces the other parts")
     while stop is None and (block := stream.read(1024**2)):
         deadline.check()
         if block.count(b"\0") != len(block):
             cause = "a block was overwritten with zeros, or several tars were concatenated without tar -A"
-            raise TarEndError(f"the tar is damaged: data follows the end of the tar ({cause})")
+            error = PartEndError if start else TarEndError
+            raise error(f"the tar is damaged: data follows the end of the tar ({cause})")
 
 
 def _read_member(stream: BinaryIO, start: int) -> tarfile.TarInfo | None:

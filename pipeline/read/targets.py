@@ -126,6 +126,14 @@ def hive_label(uri: str, column: str | None) -> tuple[str | None, str | None]:
     return None, f"the path has no folder {column or 'name'}=value (label_from: folder)"
 
 
+def folder_label(uri: str) -> str | None:
+    """Returns the name of the folder of a URI or a relative path; None if there is no folder."""
+    scheme, is_uri, rest = uri.partition("://")
+    path = rest.partition("/")[2] if is_uri else uri  # without bucket or host
+    path = unquote(path.partition("?")[0]) if scheme in ("http", "https") else path
+    return path.rpartition("/")[0].rpartition("/")[2] or None
+
+
 def parse_integer(text: str) -> int | None:
     """Returns the integer that a text represents in ASCII digits; None for other text."""
     digits = text.removeprefix("-")

@@ -13,6 +13,7 @@ from jobs.label import print_result
 from pipeline import RunResult, label
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.read import IgnoreReason
+from pipeline.read.targets import folder_label
 from pipeline.run.stored import find_partition
 from pipeline.storage import Storage
 from tests.cases import case_input
@@ -106,6 +107,30 @@ def test_class_is_the_folder_of_an_image_file(tmp_path: Path, capsys: pytest.Cap
     assert plain.partition.uri != result.partition.uri
     assert {row["target_id"] for row in rows_of(plain)} == {None}
     assert plain.totals.unmatched.count == 0
+
+
+def test_class_is_the_folder_in_the_uri_of_a_table_and_in_the_key_of_a_tar(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/images/Sandal/0.jpg", make_image())
+    csv = "uri,key,label\n../images/Sandal/0.jpg,Coat/0,Bag\n,x,Bag\n"
+    Storage().write(f"{tmp_path}/in/t.csv", csv.encode())
+    fields = ["input.label_from=folder", "input.label_column=label", "input.key_column=key"]
+    result = label(run_config(tmp_path, "input.format=table", "input.uri_column=uri", *fields))
+    assert [row["target_id"] for row in rows_of(result)] == [5, None]
+    assert record_of(result)["unmatched_targets"] == []
+    assert folder_label("http://127.0.0.1:1/Ankle%20boot/1.jpg?x=/y/z") == "Ankle boot"
+    assert [folder_label(uri) for uri in ("s3://b/1.jpg", "1.jpg", "s3://b/x%20/1.jpg")] == [
+        None,
+        None,
+        "x%20",
+    ]
+    members = [
+        ("Sandal/0.jpg", make_image()),
+        ("Sandal/0.cls", b"8"),
+        ("1.jpg", make_image(1)),
+        ("1.cls", b"8"),
+    ]
+    Storage().write(f"{tmp_path}/in/x.tar", make_tar(members))
+    assert [row["target_id"] for row in rows_of(label(run_config(tmp_path, *fields[:1])))] == [5, 8]
 
 
 @pytest.mark.parametrize(
