@@ -11,6 +11,7 @@ from pipeline.text import arrow_type
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
 
+_OPERATORS = {"=", "==", "!=", "<", "<=", ">", ">=", "in", "not in"}
 #: Fields that no label depends on: they select samples, or are part of a shard's version.
 _NOT_IN_FINGERPRINT = {
     "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
@@ -180,6 +181,14 @@ class InputConfig(Section):
                 message = f"{kind!r} of {name!r} is not an Arrow type such as int64 or timestamp[us, UTC]"
                 raise ValueError(message) from None
         return carry
+
+    @field_validator("filter")
+    @classmethod
+    def _check_operators(cls, conditions: list[list[Any]]) -> list[list[Any]]:
+        for column, operator, _ in conditions:
+            if not isinstance(column, str) or operator not in _OPERATORS:
+                raise ValueError(f"expected a column, one of {' '.join(sorted(_OPERATORS))}, and a value")
+        return conditions
 
     @field_validator("image_member")
     @classmethod

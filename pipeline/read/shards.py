@@ -133,6 +133,7 @@ class ShardListing(Iterator[Shard]):
             ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored{reasons})" if reasons else ""
             expected = ", ".join(_SUFFIXES[self.format] if self.format else (*TAR_SUFFIXES, ".parquet"))
             expected += " objects" + ", or images" * (self.format is None)
+            expected += ", with rows that input.filter selects" * (self.format == "table")
             raise NoShardsError(f"{field}: no shards found in {self.inputs}{ignored}; expected {expected}")
         self._shards = chain([first], self._shards, self._check_used(field))
         return self

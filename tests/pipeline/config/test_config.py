@@ -472,3 +472,14 @@ def test_relative_paths_are_made_absolute_unless_kept(
     assert (loaded.input.uri, loaded.model.path) == (str(tmp_path / "in"), "fashion-mnist")
     sent = load_config(Config, None, fields, keep_relative_paths=True)
     assert (sent.input.uri, sent.output.uri) == ("in/", "s3://b/out")
+
+
+def test_unknown_operator_of_a_filter_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    with pytest.raises(
+        ConfigError, match="expected a column, one of != < <= = == > >= in not in, and a value"
+    ):
+        load_config(Config, path, ["input.filter=[[split, '~', train]]"])
+    assert load_config(Config, path, ["input.filter=[[split, in, [a, b]]]"]).input.filter == [
+        ["split", "in", ["a", "b"]]
+    ]
