@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ from pipeline.predictions import (
 )
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
-from pipeline.storage import ABSENT, Versioned
+from pipeline.storage import ABSENT, ObjectChanged, Versioned
 from pipeline.text import arrow_type, remove_secrets
 
 logger = logging.getLogger("cvt_label")
@@ -163,6 +163,7 @@ class PredictionWriter:
         read_options: how the readers find keys and labels, for copied rows.
         carried: columns of `input.carry` that a committed row has; grows.
         copied: the rows that the file of a changed shard copies, by URI of the shard.
+        parts: the labeled parts whose files the file of a whole file replaces, by URI of the shard.
         before_group: called before a group of image files, a range of a table or a part of a file is
             written; raises to prevent the write. A run that lost its lease must not write them: another run
             may have grouped the images, or divided the file, differently.
@@ -176,6 +177,7 @@ class PredictionWriter:
     is_current: Callable[[Shard], bool]
     read_options: ReadOptions = field(default_factory=ReadOptions)
     copied: Mapping[str, CopiedRows] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[ManifestRow]] = field(default_factory=dict)
     before_group: Callable[[], None] = lambda: None
     carried: set[str] = field(default_factory=set)
 
@@ -235,9 +237,13 @@ class PredictionWriter:
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
         content, uri = encode_predictions(predictions, footer), f"{self.partition.uri}/{output}"
-        if shard.images or shard.span or shard.size >= _DIVIDED_BYTES:
-            self.before_group()
         storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
+        parts = self.parts.get(shard.uri, ())
+        if shard.images or shard.span or parts or shard.size >= _DIVIDED_BYTES:
+            self.before_group()
+        for part in parts:
+            with suppress(ObjectChanged):
+                storage.delete(f"{self.partition.uri}/{part.output}", part.output_version)
         current: Versioned[Footer] | None = None
 
         def change(version: str) -> bytes | None:

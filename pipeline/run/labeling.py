@@ -107,7 +107,7 @@ def _execute(run: RunContext) -> None:
             try:
                 stop = label_shards(run)
             finally:  # images may have moved to other groups in the meantime
-                run.result.rolled_back = roll_back_regrouped(run)
+                run.result.rolled_back |= roll_back_regrouped(run)
         run.writer.flush()
         if run.result.rolled_back:
             partition.manifest.update({}, run.result.rolled_back)

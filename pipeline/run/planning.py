@@ -1,6 +1,6 @@
 """The plan of a run: `plan` is a pure function of the input's listing and the manifest."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,6 +15,7 @@ from pipeline.read import (
     is_partly_readable,
     list_shards,
     select_images,
+    whole_file,
 )
 from pipeline.run.job import Job, make_job
 from pipeline.run.reuse import find_copied_rows, find_replaced_groups
@@ -54,6 +55,8 @@ class Plan:
             those of the listing, groups of image files that lost images to a new group directly after them,
             and ranges of a table that lost rows to other ranges. Their labels are removed before labeling,
             so that no row is in two prediction files.
+        parts: labeled parts of a file that is one shard now and has no labels yet, by URI of the file. Their
+            labels stay until the file is read: it may be unreadable.
         image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
     """
@@ -69,6 +72,7 @@ class Plan:
     reappeared: list[str] = field(default_factory=list)
     recovered: list[str] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
+    parts: defaultdict[str, list[ManifestRow]] = field(default_factory=lambda: defaultdict(list))
     image_states: Counter[ShardState] | None = None
     copied: dict[str, CopiedRows] = field(default_factory=dict)
 
@@ -139,7 +143,7 @@ def plan(
     With `keep`, the readable parts of damaged shards are due. For `groups`, see `find_replaced_groups`.
     """
     planned, images, seen = Plan(listing, selection), Counter[ShardState](), set[str]()
-    formats, files = set[str | None](), set[str]()
+    formats, files, unlabeled = set[str | None](), set[str](), set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
         row = manifest.get(shard.uri, NO_ROW)
@@ -166,6 +170,7 @@ def plan(
         is_changed = state is ShardState.CHANGED and row.output is not None
         if shard.format != "images":
             files.add(shard.object.uri)
+            unlabeled |= {shard.uri} if row.output is None else set()
             # With other columns of `input.carry`, a part has the same rows.
             has_same_rows = shard.version.split("/carry-")[0] == (row.version or "").split("/carry-")[0]
             planned.replaced |= {shard.uri} if shard.span and is_changed and not has_same_rows else set()
@@ -182,6 +187,8 @@ def plan(
         and listing.format in (None, row.format)
         and (listing.inputs.contains(uri) or uri in groups or _is_in(uri, files))
     }
+    for uri in [uri for uri in planned.deleted_with_labels if whole_file(uri) in unlabeled]:
+        planned.parts[whole_file(uri)].append(planned.deleted.pop(uri))
     replaced = {uri for uri in planned.deleted if _is_in(uri, files)}
     planned.replaced |= replaced & planned.deleted_with_labels.keys()
     planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)

@@ -57,6 +57,7 @@ class RunResult:
 
     Attributes:
         rolled_back: groups of image files whose labels the run removed again: other groups have the images.
+            Also the parts of files whose labels the labels of the whole file have replaced.
         statistics: class statistics of all labels in the partition; None if the run changed nothing.
         timings: seconds from the start of the run to each event, by name: `planned`, `executor_ready`,
             `first_result`, `first_commit`, `last_result`, `summarized`, `ended`.

@@ -51,6 +51,7 @@ def label_shards(run: RunContext) -> StopController:
         is_current=partial(_is_current, run),
         read_options=job.stages.read_options,
         copied=plan.copied,
+        parts=plan.parts,
         before_group=run.lease.verify,
     )
     committer = Committer(writer, plan.shards, partial(_record_commit, run))
@@ -84,6 +85,9 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
         run.record.add_shards("recovered", [row.uri])
     if row.output is not None:
         run.outputs[row.output] = row.output_version
+        parts = [part.uri for part in run.result.plan.parts.get(row.uri, ())]
+        run.record.add_shards("removed", parts)
+        run.result.rolled_back.update(parts)
         if row.format == "images" or whole_file(row.uri) != row.uri:
             run.groups[row.uri] = row
     run.failures.finish(row)

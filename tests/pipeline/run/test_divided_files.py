@@ -160,9 +160,9 @@ def test_run_that_dies_after_removing_labels_is_continued(
         patch.setattr("pipeline.commit.Manifest.update", die)
         patch.setattr("pipeline.run.labeling.label_shards", die)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, WHOLE)
-    assert keys(tmp_path) == []
-    assert run(tmp_path, split(size, 3)).is_complete
+            run(tmp_path, split(size, 3))
+    assert len(keys(tmp_path)) < COUNT
+    assert run(tmp_path, WHOLE).is_complete
     assert keys(tmp_path) == ALL
 
 
@@ -238,3 +238,28 @@ def test_run_that_dies_before_it_carries_columns_keeps_all_labels(
     assert run(tmp_path, split(size, 4), "input.carry=[id]").totals.images == COUNT
     assert keys(tmp_path) == ALL
     assert "id" in rows(tmp_path)[0]
+
+
+@pytest.mark.parametrize("length", [10, None])
+def test_parts_keep_their_labels_while_the_file_is_unreadable(
+    tmp_path: Path, format: str, length: int | None
+) -> None:
+    size, path = write(tmp_path, format), tmp_path / "in" / f"x.{format}"
+    Storage().write(f"{tmp_path}/in/y.tar", make_tar({"y.jpg": make_image()}))
+    run(tmp_path, split(size, 4))
+    before = rows(tmp_path)
+    path.write_bytes(b"x" * (length or size))
+    result = run(tmp_path, split(size, 4))
+    assert len(result.totals.unreadable) == 1
+    for selection in (Selection(prune=True), Selection(retry_errors=True)):
+        result = run(tmp_path, split(size, 4), selection=selection)
+        assert not result.is_complete
+        assert result.plan.deleted == {}
+        assert rows(tmp_path) == before
+    rebuild(result.job.partition)
+    write(tmp_path, format, seed=500, count=2)
+    result = run(tmp_path, WHOLE)
+    assert result.is_complete
+    assert keys(tmp_path) == [*ALL[:2], "y"]
+    manifest = pq.read_table(io.BytesIO(Storage().read(result.job.partition.manifest.uri)))
+    assert manifest["rows"].to_pylist() == [2, 1]
