@@ -27,12 +27,20 @@ _PROBED_BYTES, _PROBE_BYTES = 1024**2, 64 * 1024  # at a boundary in a tar, and 
 _MAX_MEMBERS = 100  # that are read to find the start of a sample
 _NO_LIMIT = Deadline(math.inf)  # requests have their own
 
-_PART = re.compile(r"/(rows|bytes)-\d{12}$")
+_PART, _SPAN = re.compile(r"/(rows|bytes)-\d{12}$"), re.compile(r"/(\d+)-(\d+)(/|$)")
 
 
 def whole_file(uri: str) -> str:
     """Returns the URI of the file that a shard is a part of, or the shard's URI."""
     return _PART.sub("", uri)
+
+
+def overlap(part: Shard, uri: str, version: str) -> bool:
+    """Returns whether a part of a file and a shard, whole or part, have a row of the file in common."""
+    if part.span is None or part.object.uri != whole_file(uri):
+        return False
+    found = _SPAN.search(version)
+    return found is None or (int(found[1]) < part.span[1] and part.span[0] < int(found[2]))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.commit import (
     recovered_rows,
 )
 from pipeline.predictions import prediction_path
-from pipeline.read import Shard, whole_file
+from pipeline.read import Shard, overlap
 from pipeline.run.planning import find_regrouped
 from pipeline.run.recording import RunContext
 from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
@@ -93,9 +93,9 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
         run.lease.verify()
     except LeaseLostError:
         planned = {(shard.uri, shard.version) for shard in labeled}
-        others = recovered_rows(partition.storage, partition.uri, unknown)
-        files = {whole_file(row.uri) for row in others if (row.uri, row.version) not in planned}
-        moved |= {shard.uri for shard in labeled if shard.span and shard.object.uri in files}
+        for row in recovered_rows(partition.storage, partition.uri, unknown):
+            if (row.uri, row.version) not in planned:  # both runs may have a part in common, which stays
+                moved |= {shard.uri for shard in labeled if overlap(shard, row.uri, row.version or "")}
     _remove(partition, {uri: groups[uri].output_version for uri in moved})
     return moved
 
