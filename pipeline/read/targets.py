@@ -40,6 +40,7 @@ class Targets:
         self._ids = {x: i for i, x in enumerate(_WORDNET_IDS.read_text().split() if is_imagenet else ())}
         self._ids |= {x: i for i, each in enumerate(parts) for x in each if self._times[x] == 1}
         self._ids |= {x: i for i, x in enumerate(class_names) if times[x] == 1}
+        self._folded = {name.casefold(): name for name in class_names}
         mapped = {key: self._ids.get(name, parse_integer(name)) for key, name in self._mapping.items()}
         for key, name in self._mapping.items():
             if mapped[key] not in range(len(class_names)):
@@ -79,8 +80,11 @@ class Targets:
         return (number, None) if 0 <= number < limit else (None, f"{shown} is not in 0..{limit - 1}")
 
     def _problem(self, name: str, shown: str) -> str:
-        is_shared = self._times[name] > 1
-        return f"{shown} is {'the name of several classes' if is_shared else 'not a class'} of the model"
+        is_shared, similar = self._times[name] > 1, self._folded.get(name.casefold())
+        hint = f"; did you mean {_show(similar)}?" if similar and not is_shared else ""
+        return (
+            f"{shown} is {'the name of several classes' if is_shared else 'not a class'} of the model{hint}"
+        )
 
 
 def load_targets(

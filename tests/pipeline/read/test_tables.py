@@ -281,7 +281,7 @@ def test_bad_uris_are_error_rows(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("a.parquet", b"PAR1 damaged"),
-        ("a.csv.gz", gzip.compress(b"uri\n" * 99)[:-9]),
+        ("a.csv.gz", gzip.compress(b"uri\n" * 99, mtime=0)[:-9]),
         ("a.csv", b"uri,split\na.jpg,x\nb.jpg,x,1\n"),
         ("a.jsonl", b'["a.jpg"]'),
         ("b.jsonl", b'{"uri":"a.jpg"}\n{"uri"\n'),
