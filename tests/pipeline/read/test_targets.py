@@ -50,7 +50,8 @@ def test_label_that_names_no_class_is_a_problem(label: object) -> None:
 
 
 def test_name_that_differs_in_case_is_no_match() -> None:
-    assert Targets(FASHION).find("sneaker") == (None, f"'sneaker' {NO_CLASS}")
+    hint = "did you mean 'Sneaker'?"
+    assert Targets(FASHION).find("sneaker") == (None, f"'sneaker' {NO_CLASS}; {hint}")
 
 
 def test_names_of_digits_win_over_ids_and_numbers_stay_ids() -> None:
@@ -64,7 +65,7 @@ def test_integers_and_their_texts_are_indices_of_the_names_of_the_dataset() -> N
     for targets, of_file in ((Targets(FASHION), names), (Targets(FASHION, names), ["Trouser"])):
         assert [targets.find(label, of_file)[0] for label in (0, "0", 3, "Coat", "Shirt")] == [8, 8, 4, 4, 6]
         assert targets.find(1, of_file) == targets.find("3", of_file) == (None, f"'3' {NO_CLASS}")
-        assert targets.find("2", of_file) == (None, f"'boot' {NO_CLASS}")
+        assert targets.find("2", of_file) == (None, f"'boot' {NO_CLASS}; did you mean 'Boot'?")
         assert targets.find(4, of_file) == (None, "4 is not in 0..3")
 
 
