@@ -77,19 +77,22 @@ def test_damaged_metadata_prints_no_warnings(
     assert capfd.readouterr().err == ""
 
 
-def decode_with_missing_interpreter() -> None:
+def decode_with_missing_interpreter(folder: str) -> None:
+    del folder
     sys.executable = "/missing/python"
     decode_in_child(make_image(1), GOOD, 10**6, False, 60)
 
 
-def decode_with_failing_child() -> None:
-    sys.path.clear()
+def decode_with_failing_child(folder: str) -> None:
+    sys.path[:] = [folder]  # of another package of this name
     decode_in_child(make_image(1), GOOD, 10**6, False, 60)
 
 
 @pytest.mark.parametrize("decode", [decode_with_missing_interpreter, decode_with_failing_child])
-def test_worker_whose_child_does_not_start_ends(decode: Callable[[], None]) -> None:
-    measured = measure(decode)
+def test_worker_whose_child_does_not_start_ends(decode: Callable[[str], None], tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").write_text("raise ImportError")
+    measured = measure(decode, str(tmp_path))
     assert (measured.exit_code, measured.outcome) == (1, None)
 
 
