@@ -178,7 +178,7 @@ class Footer:
         rows, errors: Number of samples, and of those that could not be classified.
         duplicate_keys: Number of samples whose key occurs earlier in the shard.
         unmatched_targets: Number of samples whose own label is not a class of the model.
-        statistics: Partial class statistics of the shard, from `serialize_statistics`.
+        statistics: Partial class statistics of the shard, from `serialize_table`.
         damage: Why the rest of the shard cannot be read; empty if all samples are labeled.
     """
 
@@ -248,17 +248,17 @@ def read_predictions(storage: Storage, uri: str, columns: Sequence[str]) -> tupl
     return None if found is None else found.content
 
 
-def serialize_statistics(partial: pa.Table) -> bytes:
-    """Returns partial class statistics as the bytes of an Arrow stream."""
+def serialize_table(table: pa.Table) -> bytes:
+    """Returns a small table, such as partial class statistics, as a compressed Arrow stream."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_stream(sink, partial.schema, options=options) as writer:
-        writer.write_table(partial.combine_chunks())
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table.combine_chunks())
     return bytes(sink.getvalue())
 
 
-def deserialize_statistics(data: bytes) -> pa.Table:
-    """Returns the partial class statistics from the bytes of `serialize_statistics`."""
+def deserialize_table(data: bytes) -> pa.Table:
+    """Returns the table from the bytes of `serialize_table`."""
     return pa.ipc.open_stream(data).read_all()
 
 

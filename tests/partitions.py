@@ -19,7 +19,7 @@ from pipeline.predictions import (
     encode_predictions,
     prediction_path,
     prediction_schema,
-    serialize_statistics,
+    serialize_table,
 )
 from pipeline.statistics import ClassStatistics, class_table
 from pipeline.storage import Storage
@@ -98,9 +98,7 @@ def write_partition(
                 errors=table.num_rows - table["error"].null_count,
                 duplicate_keys=0,
                 unmatched_targets=0,
-                statistics=serialize_statistics(
-                    ClassStatistics.from_predictions(table, len(labels)).to_partial()
-                ),
+                statistics=serialize_table(ClassStatistics.from_predictions(table, len(labels)).to_partial()),
             )
             output = f"predictions/{prediction_path(shard)}"
             version = storage.write(f"{uri}/{output}", encode_predictions(table, footer)).version

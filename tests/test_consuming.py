@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import predictions
-from pipeline.predictions import Footer, encode_predictions, prediction_schema, serialize_statistics
+from pipeline.predictions import Footer, encode_predictions, prediction_schema, serialize_table
 from pipeline.statistics import ClassStatistics
 from tests.docs.example_labels import ExampleLabels
 
@@ -108,7 +108,7 @@ def test_row_groups_have_statistics_of_labels_and_scores(monkeypatch: pytest.Mon
     monkeypatch.setattr(predictions, "ROW_GROUP_ROWS", 100)
     rows = _predictions(1000)
     partial = ClassStatistics.from_predictions(rows, 10).to_partial()
-    footer = Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, 0, serialize_statistics(partial))
+    footer = Footer("s", "v", "webdataset", 1, "f", 1000, 0, 0, 0, serialize_table(partial))
     data = encode_predictions(rows, footer)
     assert data == encode_predictions(rows, footer)
     file = pq.ParquetFile(io.BytesIO(data))

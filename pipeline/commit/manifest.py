@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import InputUris
-from pipeline.predictions import Footer, deserialize_statistics, read_footer
+from pipeline.predictions import Footer, deserialize_table, read_footer
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import ABSENT, Storage, StorageError, content_errors, read_row_groups
 
@@ -286,7 +286,7 @@ def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> 
     if serialized is None:
         with storage.open(file_uri) as file:
             serialized = read_footer(file_uri, file).statistics
-    return deserialize_statistics(serialized)
+    return deserialize_table(serialized)
 
 
 def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> Iterator[pa.Table]:

@@ -22,7 +22,7 @@ from pipeline.predictions import (
     prediction_path,
     prediction_schema,
     read_footer,
-    serialize_statistics,
+    serialize_table,
 )
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
@@ -229,7 +229,7 @@ class PredictionWriter:
             errors=predictions.num_rows - predictions["error"].null_count,
             duplicate_keys=predictions.num_rows - len(distinct_keys),
             unmatched_targets=unmatched,
-            statistics=serialize_statistics(
+            statistics=serialize_table(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),
             damage=remove_secrets(arrived.damage or ""),

@@ -34,7 +34,7 @@ def read_parquet(
     with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
         file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
         paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
-        class_names = _class_names(file.schema_arrow, options.label_column)
+        class_names = read_class_names(file.schema_arrow, options.label_column)
         starts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
         first, end = shard.span or (0, starts[-1])
         if not {first, end} <= {*starts}:
@@ -98,14 +98,14 @@ def _to_sample(
     key_column = columns.get("key", _MISSING)
     if options.key_column is None and "key" in columns:
         key_column = pc.struct_field(key_column, "path")
-    value, problem = _value(key_column[0])
+    value, problem = read_value(key_column[0])
     key = f"{row:09d}" if value is None else str(value)
     error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
     if error is None and problem is not None:
         error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
     if error is not None:
         return Sample(key, None, error=error)
-    label, problem = _value(columns.get("label", _MISSING)[0])
+    label, problem = read_value(columns.get("label", _MISSING)[0])
     unmatched = None if problem is None else f"the label cannot be read: {problem}"
     content = image.as_buffer().to_pybytes()
     return Sample(key, content, unmatched=unmatched, label=label, label_names=class_names)
@@ -144,17 +144,17 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
         if "image" not in candidates and len(candidates) != 1:
             found = "more than one column" if candidates else "decoded pixels must be encoded: no column"
             hint = f"{found} has an image type; set `input.image_column`"
-            raise UnreadableShardError(f"{hint}; {_columns(schema)}")
+            raise UnreadableShardError(f"{hint}; {describe_columns(schema)}")
         name = "image" if "image" in candidates else cast(str, candidates[0])
     _require_column(schema, name, "image")
     kind = schema.field(name).type
     if not _is_image_type(kind, may_be_null=True):
         problem = f"column {name!r} is {kind}, neither binary nor a struct with binary `bytes`"
-        raise UnreadableShardError(f"{problem}; {_columns(schema)}")
+        raise UnreadableShardError(f"{problem}; {describe_columns(schema)}")
     return name
 
 
-def _class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
+def read_class_names(schema: pa.Schema, column: str | None) -> list[str] | None:
     """Returns the class names of a column that is a ClassLabel in the metadata of Hugging Face `datasets`."""
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
@@ -167,10 +167,11 @@ def _require_column(schema: pa.Schema, name: str, role: str) -> None:
     if (found := schema.names.count(name)) != 1:
         problem = f"{found} columns are named {name!r}; rename one, or" if found else f"no column {name!r};"
         folder = " (in the name of a folder: input.label_from: folder)" if role == "label" else ""
-        raise UnreadableShardError(f"{problem} set input.{role}_column{folder}; {_columns(schema)}")
+        raise UnreadableShardError(f"{problem} set input.{role}_column{folder}; {describe_columns(schema)}")
 
 
-def _columns(schema: pa.Schema) -> str:
+def describe_columns(schema: pa.Schema) -> str:
+    """Returns the names and types of the columns, for messages."""
     shown = [f"{column.name} ({column.type})" for column in islice(schema, 20)]
     return "columns: " + ", ".join(shown) + (", ..." if len(schema) > 20 else "")
 
@@ -187,7 +188,7 @@ def _is_image_type(kind: pa.DataType, may_be_null: bool) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_fixed or is_null)
 
 
-def _value(scalar: pa.Scalar) -> tuple[object, str | None]:
+def read_value(scalar: pa.Scalar) -> tuple[object, str | None]:
     """Returns a value, with bytes as text, and why it cannot be read.
 
     Of text that is too long for a key, which no label is either, the value is the start and a hash.

@@ -1,6 +1,9 @@
 """Tables of image URIs: their rows, in shards of 1,000 rows.
 
-The rows of a shard travel in `Shard.rows`. `pipeline.read.downloads` reads their images.
+The rows of a shard travel in `Shard.rows`, as a serialized table. Its columns are `uri` (null if the row has
+no valid URI), `error` (then the error of the row), `version` (null if unknown), `key`, `label` if there is a
+label column, and a struct `carried` with the columns of `input.carry`. The metadata of the schema has the
+dataset's own class names. `pipeline.read.downloads` reads the images.
 """
 
 import hashlib
@@ -23,8 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import ConfigError, InputConfig
-from pipeline.predictions import ErrorCategory, sample_error
-from pipeline.read.parquet import _class_names, _columns, _value
+from pipeline.predictions import ErrorCategory, deserialize_table, sample_error, serialize_table
+from pipeline.read.parquet import describe_columns, read_class_names, read_value
 from pipeline.read.samples import Sample
 from pipeline.read.shards import IgnoreReason, Shard
 from pipeline.read.snapshots import DataFile, open_snapshot
@@ -58,34 +61,15 @@ _SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
 
 
-def encode_rows(rows: pa.Table) -> bytes:
-    """Returns rows as a compressed Arrow stream, for `Shard.rows`."""
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_stream(sink, rows.schema, options=options) as writer:
-        writer.write_table(rows.combine_chunks())
-    return bytes(sink.getvalue())
-
-
-def decode_rows(rows: bytes) -> pa.Table:
-    """Returns the rows of `Shard.rows`.
-
-    The columns are `uri` (null if the row has no valid URI), `error` (then the error of the row), `version`
-    (null if unknown), `key`, `label` if there is a label column, and a struct `carried` with the columns of
-    `input.carry`. The metadata of the field `label` has the dataset's own class names.
-    """
-    return pa.ipc.open_stream(rows).read_all()
-
-
 def select_rows(shard: Shard, indices: Sequence[int]) -> Shard:
     """Returns the shard of a table with only the rows at these indices, with the same URI and version."""
-    rows = decode_rows(shard.rows).take(pa.array(indices, pa.int64()))
-    return replace(shard, rows=encode_rows(rows), row_count=len(rows))
+    rows = deserialize_table(shard.rows).take(pa.array(indices, pa.int64()))
+    return replace(shard, rows=serialize_table(rows), row_count=len(rows))
 
 
 def row_samples(shard: Shard) -> list[Sample]:
     """Returns the samples of a shard of a table, in order, without images and targets."""
-    rows = decode_rows(shard.rows)
+    rows = deserialize_table(shard.rows)
     class_names = json.loads((rows.schema.metadata or {}).get(_CLASS_NAMES, b"null"))
     labels = rows["label"].combine_chunks() if "label" in rows.column_names else None
     carried = rows["carried"].combine_chunks().flatten() if "carried" in rows.column_names else []
@@ -95,7 +79,7 @@ def row_samples(shard: Shard) -> list[Sample]:
         sample = Sample(key, None, error=error, uri=uri, version=version, label_names=class_names)
         sample.carried = tuple(column[row] for column in carried)
         if labels is not None and error is None:
-            sample.label, problem = _value(labels[row])
+            sample.label, problem = read_value(labels[row])
             sample.unmatched = problem and f"the label cannot be read: {problem}"
         samples.append(sample)
     return samples
@@ -164,7 +148,9 @@ def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str,
         name = hashlib.blake2b(part.encode(), digest_size=8).hexdigest()
         part = f"{folder}/{name}-{part.rpartition('/')[2]}"
     uri, table = f"{part}/rows-{start:012d}", ObjectInfo(folder, 0, "")
-    return Shard(uri, digest.hexdigest(), "table", size, rows=encode_rows(rows), row_count=count, file=table)
+    return Shard(
+        uri, digest.hexdigest(), "table", size, rows=serialize_table(rows), row_count=count, file=table
+    )
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:
@@ -187,7 +173,7 @@ def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, in
         _require_column(file, name, "filter")
     carried = [name for name in section.carry if name in file.schema.names]
     needed = dict.fromkeys([*filter(None, roles.values()), *carried, *(name for name, *_ in section.filter)])
-    class_names = _class_names(file.schema, section.label_column)
+    class_names = read_class_names(file.schema, section.label_column)
     start = 0
     for table in _rechunk(file.read([*needed])):
         selected = _select(section, file, pa.table({x: _decoded(table[x]) for x in table.column_names}))
@@ -207,7 +193,7 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
         value = value.get("path") if isinstance(value, dict) else value  # the Image type of `datasets`
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
-        key, problem = (remove_secrets(text), None) if keys is None else _value(keys[row])
+        key, problem = (remove_secrets(text), None) if keys is None else read_value(keys[row])
         uri = error = None
         if not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
@@ -317,7 +303,7 @@ def _find_uri_column(section: InputConfig, file: DataFile) -> str:
         return section.uri_column
     names = [name for name in file.schema.names if name.lower() in _URI_NAMES] or file.schema.names
     if len(names) != 1:
-        columns = f"{_columns(file.schema)} ({file.uri})"
+        columns = f"{describe_columns(file.schema)} ({file.uri})"
         raise ConfigError(f"input.uri_column: set the column with the URIs of the images; {columns}")
     return str(names[0])
 
@@ -326,7 +312,7 @@ def _require_column(file: DataFile, name: str | None, field: str) -> None:
     if name is not None and file.schema.names.count(name) != 1:
         found = file.schema.names.count(name)
         problem = f"{found} columns of {file.uri} are named" if found else f"{file.uri} has no column"
-        raise ConfigError(f"input.{field}: {problem} {name!r}; {_columns(file.schema)}")
+        raise ConfigError(f"input.{field}: {problem} {name!r}; {describe_columns(file.schema)}")
 
 
 def _rechunk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

@@ -14,7 +14,7 @@ import pytest
 from pipeline.classify import classify
 from pipeline.commit import Committer, Manifest, ManifestRow, Partition, PredictionWriter, Progress
 from pipeline.commit.prediction_files import IncompleteShardError
-from pipeline.predictions import PredictionOptions, deserialize_statistics, prediction_schema, read_footer
+from pipeline.predictions import PredictionOptions, deserialize_table, prediction_schema, read_footer
 from pipeline.read import Chunk, Shard, failed_chunk
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage, StorageError
@@ -222,7 +222,7 @@ def test_footer_has_the_labeled_version_and_statistics(tmp_path: Path) -> None:
     content = (tmp_path / "predictions/s3/bucket/000.tar.parquet").read_bytes()
     footer = read_footer("file", io.BytesIO(content))
     stats = ClassStatistics.empty(len(LABELS))
-    stats.add_partial(deserialize_statistics(footer.statistics))
+    stats.add_partial(deserialize_table(footer.statistics))
     assert (footer.shard, footer.version) == ("s3://bucket/000.tar", "v0")
     assert (footer.fingerprint, footer.rows, footer.errors) == ("f" * 64, 30, 7)
     expected = ClassStatistics.from_predictions(pq.read_table(io.BytesIO(content)), len(LABELS))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.commit import Manifest, ManifestRow, ManifestWriter
-from pipeline.predictions import Footer, encode_predictions, prediction_schema, serialize_statistics
+from pipeline.predictions import Footer, encode_predictions, prediction_schema, serialize_table
 from pipeline.statistics import ClassStatistics
 from pipeline.storage import Storage, StorageError, access
 from tests.partitions import manifest_rows
@@ -44,7 +44,7 @@ def row(number: int, **fields: object) -> ManifestRow:
         "output_version": f"etag{number}",
         "run": "run-1",
         "committed_at": datetime(2026, 1, 2, 3, 4, 5, 678000, UTC),
-        "statistics": serialize_statistics(statistics(number).to_partial()),
+        "statistics": serialize_table(statistics(number).to_partial()),
     }
     return ManifestRow(**values | fields)  # type: ignore[arg-type]
 
@@ -148,9 +148,7 @@ def test_statistics_are_folded_over_all_shards(tmp_path: Path, limit: int, group
     expected = ClassStatistics.empty(CLASSES)
     for i in range(8):
         partial = statistics(i).to_partial()
-        footer = Footer(
-            row(i).uri, f"v{i}", "webdataset", 10, "f" * 64, i, 0, 0, 0, serialize_statistics(partial)
-        )
+        footer = Footer(row(i).uri, f"v{i}", "webdataset", 10, "f" * 64, i, 0, 0, 0, serialize_table(partial))
         content = encode_predictions(prediction_schema().empty_table(), footer)
         Storage().write(f"{tmp_path}/{row(i).output}", content)
         expected.add_partial(partial)

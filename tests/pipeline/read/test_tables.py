@@ -16,7 +16,7 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.config import ConfigError, InputConfig
-from pipeline.predictions import ErrorCategory
+from pipeline.predictions import ErrorCategory, deserialize_table
 from pipeline.read import (
     IgnoreReason,
     NoShardsError,
@@ -29,7 +29,7 @@ from pipeline.read import (
 )
 from pipeline.read.reader import list_samples, select_images
 from pipeline.read.snapshots import snapshot_files
-from pipeline.read.tables import decode_rows, find_versions, select_rows
+from pipeline.read.tables import find_versions, select_rows
 from pipeline.storage import ABSENT, Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.http_server import Answer, HttpServer
@@ -319,7 +319,7 @@ def shards_of(tmp_path: Path, content: bytes, **fields: Any) -> dict[str, Shard]
 def test_shards_have_1000_rows_and_change_with_their_rows(tmp_path: Path) -> None:
     before = shards_of(tmp_path, many(2500))
     assert [*before] == ["rows-000000000000", "rows-000000001000", "rows-000000002000"]
-    assert [decode_rows(shard.rows).num_rows for shard in before.values()] == [1000, 1000, 500]
+    assert [deserialize_table(shard.rows).num_rows for shard in before.values()] == [1000, 1000, 500]
     assert shards_of(tmp_path, many(2500)) == before
     appended = shards_of(tmp_path, many(2600))
     assert [name for name in before if appended[name] != before[name]] == ["rows-000000002000"]
@@ -483,9 +483,9 @@ def test_web_servers_are_asked_for_versions_only_on_request(tmp_path: Path) -> N
         assert server.requests == []
         [always] = listing(Storage(), str(tmp_path), check_objects="always")
         assert [request.method for request in server.requests] == ["HEAD"]
-        assert decode_rows(auto.rows)["version"].to_pylist() == [None]
+        assert deserialize_table(auto.rows)["version"].to_pylist() == [None]
         size = len(make_image(1))
-        assert decode_rows(always.rows)["version"].to_pylist() == [f"one-{size}"]
+        assert deserialize_table(always.rows)["version"].to_pylist() == [f"one-{size}"]
         [sample] = read_samples(Storage(), always, ReadOptions())
         assert (sample.image, sample.version) == (make_image(1), f"one-{size}")
         server.add("/a.jpg", Answer(make_image(2), headers={"ETag": '"two"'}))
