@@ -60,13 +60,19 @@ class Division:
     def apply(self, storage: Storage, shards: Iterator[Shard]) -> Iterator[Shard]:
         """Yields the shards, or the parts of their files, in order; raises `StorageError`."""
         limit = math.inf if self.split_bytes is None else self.split_bytes
+        names = json.dumps([*(self.carry or {}).items()]).encode()
+        suffix = f"/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}" if self.carry else ""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
-            while batch := list(islice(shards, _BATCH_FILES)):
+            # A check for any shard stops at the first one, so the first batch is small.
+            size = 1
+            while batch := list(islice(shards, size)):
+                size = _BATCH_FILES
                 large = [shard for shard in batch if shard.size > limit and shard.format in _PARTS]
                 found = pool.map(partial(self._divide, storage), large)
                 parts = {shard.uri: each for shard, each in zip(large, found, strict=True)}
                 for shard in batch:
-                    yield from map(self._with_carry, parts.get(shard.uri, [shard]))
+                    for part in parts.get(shard.uri, [shard]):
+                        yield _with_suffix(part, suffix) if suffix else part
 
     def _divide(self, storage: Storage, shard: Shard) -> list[Shard]:
         """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
@@ -94,13 +100,13 @@ class Division:
             for (start, start_byte), (stop, stop_byte) in pairwise(starts)
         ]
 
-    def _with_carry(self, shard: Shard) -> Shard:
-        """Returns a shard whose version depends on `input.carry`, if its rows may have such columns."""
-        if not self.carry or shard.format == "images":
-            return shard
-        names = json.dumps(list(self.carry.items())).encode()
-        version = f"{shard.version}/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}"
-        return replace(shard, version=version, file=shard.object if shard.format in _PARTS else shard.file)
+
+def _with_suffix(shard: Shard, suffix: str) -> Shard:
+    """Returns a shard with a longer version, if its rows may have the columns of `input.carry`."""
+    if shard.format == "images":
+        return shard
+    file = shard.object if shard.format in _PARTS else shard.file
+    return replace(shard, version=f"{shard.version}{suffix}", file=file)
 
 
 def _parquet_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:

@@ -113,7 +113,8 @@ def list_tables(
             else:
                 yield from [open_file(storage, file.object, section.csv_columns)]
 
-    pending, size = list[tuple[DataFile, int, pa.Table]](), 0
+    # A check for any shard stops at the first one, so the first window is small.
+    pending, size, window = list[tuple[DataFile, int, pa.Table]](), 0, _SHARD_ROWS
 
     def shards() -> Iterator[Shard]:
         versions = dict[str, str]()
@@ -127,9 +128,9 @@ def list_tables(
     for found in chain.from_iterable(_ranges(section, file) for file in opened()):
         pending.append(found)
         size += len(found[-1])
-        if size >= _WINDOW_ROWS or section.check_objects == "never":
+        if size >= window or section.check_objects == "never":
             yield from shards()
-            pending, size = [], 0
+            pending, size, window = [], 0, _WINDOW_ROWS
     yield from shards()
 
 
@@ -193,7 +194,7 @@ def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None],
         value = value.get("path") if isinstance(value, dict) else value  # the Image type of `datasets`
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
-        key, problem = (remove_secrets(text), None) if keys is None else read_value(keys[row])
+        key, problem = (None, None) if keys is None else read_value(keys[row])
         uri = error = None
         if not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
