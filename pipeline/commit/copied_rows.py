@@ -35,6 +35,11 @@ class CopiedRows:
     _held: dict[tuple[str, str], pa.Table] = field(default_factory=dict)
 
     @property
+    def count(self) -> int:
+        """Number of the rows."""
+        return sum(map(len, self.rows.values()))
+
+    @property
     def positions(self) -> list[int]:
         """The positions of the copied rows in the shard, in the order of `rows`."""
         return [position for pairs in self.rows.values() for position, _ in pairs]

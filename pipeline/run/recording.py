@@ -122,7 +122,7 @@ class RunContext:
     def __post_init__(self) -> None:
         config, shards = self.result.job.config, self.result.plan.shards
         self.gallery = Gallery(config.report.gallery, shards)
-        copied = {uri: (len(each.positions), each.errors) for uri, each in self.result.plan.copied.items()}
+        copied = {uri: (each.count, each.errors) for uri, each in self.result.plan.copied.items()}
         entries = self.prepared.repairs.entries
         self.failures = FailureMonitor(config.gate, shards, entries, copied)
 

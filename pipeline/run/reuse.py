@@ -62,8 +62,9 @@ def find_copied_rows(
     of_file, shifted = defaultdict[str, dict[str | None, _StoredRow]](dict), set[str]()
 
     def find(shard: Shard) -> CopiedRows:
-        row = entries.get(shard.uri)
-        own = {} if row is None else _stored_rows(partition, row)
+        own = of_shard.get(shard.uri)
+        if own is None:
+            own = _stored_rows(partition, entries.get(shard.uri, ManifestRow(shard.uri)))
         others = of_file.get(whole_file(shard.uri), {})  # of the same table
         samples = list_samples(shard, options)
         copied = CopiedRows(len(samples))
@@ -83,10 +84,12 @@ def find_copied_rows(
         return copied
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="copy") as pool:
-        read = partial(_stored_rows, partition)
-        moved = dict(item for found in pool.map(read, losing) for item in found.items())
-        for row, found in zip(changed, pool.map(read, changed), strict=True):
-            of_file[whole_file(row.uri)] |= found
+        several = {row.uri: row for row in (*losing, *changed)}  # whose rows several shards may copy
+        read = pool.map(partial(_stored_rows, partition), several.values())
+        of_shard = dict(zip(several, read, strict=True))
+        moved = dict(item for row in losing for item in of_shard[row.uri].items())
+        for row in changed:
+            of_file[whole_file(row.uri)] |= of_shard[row.uri]
         copies = list(zip(shards, pool.map(find, shards), strict=True))
         return {shard.uri: copied for shard, copied in copies if copied.rows}, shifted
 
