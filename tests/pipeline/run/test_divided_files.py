@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,20 @@ def split(size: int, count: int) -> str:
 
 def run(root: Path, *fields: str, selection: Selection | None = None) -> RunResult:
     return label(run_config(root, "read.chunk_images=3", *fields), selection or Selection())
+
+
+@contextmanager
+def interrupted(*functions: str) -> Iterator[None]:
+    """A run in this block is interrupted at the first call of one of these functions."""
+
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in functions:
+            patch.setattr(function, die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.fixture(autouse=True)
@@ -147,20 +163,11 @@ def test_killed_run_resumes_with_the_parts_that_are_missing(
     assert keys(tmp_path) == ALL
 
 
-def test_run_that_dies_after_removing_labels_is_continued(
-    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_dies_after_removing_labels_is_continued(tmp_path: Path, format: str) -> None:
     size = write(tmp_path, format)
     run(tmp_path, split(size, 4))
-
-    def die(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.commit.Manifest.update", die)
-        patch.setattr("pipeline.run.labeling.label_shards", die)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, split(size, 3))
+    with interrupted("pipeline.commit.Manifest.update", "pipeline.run.labeling.label_shards"):
+        run(tmp_path, split(size, 3))
     assert len(keys(tmp_path)) < COUNT
     assert run(tmp_path, WHOLE).is_complete
     assert keys(tmp_path) == ALL
@@ -221,19 +228,11 @@ def test_input_is_listed_once_with_divided_and_whole_files(
     assert keys(tmp_path) == [*ALL, "y"]
 
 
-def test_run_that_dies_before_it_carries_columns_keeps_all_labels(
-    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_dies_before_it_carries_columns_keeps_all_labels(tmp_path: Path, format: str) -> None:
     size = write(tmp_path, format)
     run(tmp_path, split(size, 4))
-
-    def die(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.run.labeling.label_shards", die)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, split(size, 4), "input.carry=[id]")
+    with interrupted("pipeline.run.labeling.label_shards"):
+        run(tmp_path, split(size, 4), "input.carry=[id]")
     assert keys(tmp_path) == ALL
     assert run(tmp_path, split(size, 4), "input.carry=[id]").totals.images == COUNT
     assert keys(tmp_path) == ALL
