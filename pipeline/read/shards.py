@@ -24,14 +24,17 @@ TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
     ".tar.lz4",
 )  # fmt: skip
+#: Endings of the names of tables, and of compressed tables, without the dot.
+TABLE_KINDS = "parquet", "csv", "tsv", "jsonl", "ndjson", "txt"
+TABLE_COMPRESSIONS = "gz", "zst", "bz2", "xz", "lz4"
 _SUFFIXES: dict[Format, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
     "parquet": (".parquet",),
     "images": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
     "table": tuple(
         f".{kind}{compression}"
-        for kind in ("parquet", "csv", "tsv", "jsonl", "ndjson", "txt")
-        for compression in ("", ".gz", ".zst", ".bz2", ".xz", ".lz4")
+        for kind in TABLE_KINDS
+        for compression in ("", *(f".{each}" for each in TABLE_COMPRESSIONS))
     ),
 }
 _MEAN_GROUP_SIZE = 1000

@@ -13,13 +13,19 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.read.compression import DecompressedFile, find_compression
-from pipeline.read.shards import IMAGE_EXTENSIONS, IgnoreReason, file_extension
+from pipeline.read.shards import (
+    IMAGE_EXTENSIONS,
+    TABLE_COMPRESSIONS,
+    TABLE_KINDS,
+    IgnoreReason,
+    file_extension,
+)
 from pipeline.read.snapshots import DataFile
 from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 
 #: The column of an inventory's file with the versions of the objects.
 VERSION = "cvt_label_version"
-_NAME = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.(gz|zst|bz2|xz|lz4))?$", re.I)
+_NAME = re.compile(rf"\.({'|'.join(TABLE_KINDS)})(\.({'|'.join(TABLE_COMPRESSIONS)}))?$", re.I)
 _BATCH_ROWS, _MAX_LINE_BYTES = 1000, 16 * 1024**2
 
 
