@@ -142,8 +142,10 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     if name is None:
         candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
         if "image" not in candidates and len(candidates) != 1:
-            found = "more than one column" if candidates else "decoded pixels must be encoded: no column"
-            hint = f"{found} has an image type; set `input.image_column`"
+            found = "more than one column has an image type"
+            if not candidates:
+                found = "no column has an image type (decoded pixels must be encoded, as JPEG or PNG)"
+            hint = f"{found}; set `input.image_column`"
             raise UnreadableShardError(f"{hint}; {describe_columns(schema)}")
         name = "image" if "image" in candidates else cast(str, candidates[0])
     _require_column(schema, name, "image")

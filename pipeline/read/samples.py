@@ -150,7 +150,7 @@ class ReadOptions:
             size += scalar_array([value]).nbytes
             try:
                 if size > MAX_CARRIED_BYTES:
-                    raise ValueError(f"the values {describe_excess(size, MAX_CARRIED_BYTES)}")
+                    raise ValueError(f"the carried data {describe_excess(size, MAX_CARRIED_BYTES)}")
                 carried.append(value if to == value.type else value.cast(to))
             except (ValueError, NotImplementedError) as error:
                 carried.append(pa.scalar(None, to))
