@@ -79,7 +79,7 @@ def prediction_schema(
 ) -> pa.Schema:
     """Returns the columns of a prediction file, one row per sample; arguments as in `PredictionOptions`.
 
-    Columns that `input.carry` names follow these columns.
+    Columns that `input.carry` names follow these columns, see `carried_column`.
     """
     model = model_output_fields(embedding, embedding_width)
     return pa.schema(
@@ -116,6 +116,15 @@ def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> li
         kind = pa.list_(pa.type_for_alias(embedding), embedding_width)
         fields.append(pa.field("embedding", kind))
     return fields
+
+
+#: Names that a column of `input.carry` cannot have, in lower case; `model` is the column of Hive partitions.
+_RESERVED_COLUMNS = {*prediction_schema("float32", 1, label_names=True).names, "model"}
+
+
+def carried_column(name: str) -> str:
+    """Returns the name in prediction files of the column `name` of `input.carry`."""
+    return f"input_{name}" if name.lower() in _RESERVED_COLUMNS else name
 
 
 class ErrorCategory(StrEnum):

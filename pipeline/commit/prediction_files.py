@@ -18,6 +18,7 @@ from pipeline.commit.partition import Partition
 from pipeline.predictions import (
     Footer,
     PredictionOptions,
+    carried_column,
     encode_predictions,
     prediction_path,
     prediction_schema,
@@ -122,7 +123,7 @@ def prediction_rows(
             values = samples[f"carried.{number}"]
             if shard.format == "webdataset" and kind is None:
                 values = _parse_json(values.to_pylist())
-        rows = rows.append_column(name, values)
+        rows = rows.append_column(carried_column(name), values)
     return rows, unmatched
 
 
@@ -196,7 +197,7 @@ class PredictionWriter:
                     samples = copied.merge(samples, shard, storage, self.options, self.read_options)
                 predictions, found = prediction_rows(samples, shard, self.options)
                 for name in self.options.carry:
-                    if predictions[name].null_count < len(predictions):
+                    if predictions[carried_column(name)].null_count < len(predictions):
                         self.carried.add(name)
                 if written := self._write(shard, predictions, found.count, arrived):
                     row, size = written

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from pipeline.config.base import Address, NameOrUri, PositiveInt, Section, Uris
 from pipeline.config.uris import InputUris
+from pipeline.predictions import carried_column
 from pipeline.text import arrow_type
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
@@ -34,7 +35,7 @@ class InputConfig(Section):
         examples=["s3://my-bucket/shards", ["s3://my-bucket/a", "s3://my-bucket/b-{000..099}.tar"]],
     )
     exclude: list[Address] = Field(
-        default_factory=list,
+        default=[],
         description="Glob patterns of objects and folders to exclude: full URIs, or names relative to the "
         "folder in `uri`. A pattern without a slash excludes names in every folder.",
         examples=[["val/**", "*-broken.tar"]],
@@ -89,14 +90,14 @@ class InputConfig(Section):
         dict[str, str | None],
         BeforeValidator(_names_to_types, json_schema_input_type=dict[str, str | None] | list[str]),
     ] = Field(
-        default_factory=dict,
+        default={},
         description="Columns of a Parquet file or table, or fields of the `.json` member, that are copied to "
         "each prediction row: a list of names, or a mapping of names to Arrow types such as `int64` or "
-        "`timestamp[us, UTC]`.",
+        "`timestamp[us, UTC]`. A name that prediction files have already becomes `input_<name>`.",
         examples=[{"id": "int64", "captured_at": None}],
     )
     filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = Field(
-        default_factory=list,
+        default=[],
         description="Table: conditions that a row must meet, each a list of column, operator and value. "
         "Operators: `=`, `!=`, `<`, `<=`, `>`, `>=`, `in`, `not in`.",
         examples=[[["split", "=", "train"]]],
@@ -171,10 +172,11 @@ class InputConfig(Section):
     @field_validator("carry")
     @classmethod
     def _check_types(cls, carry: dict[str, str | None]) -> dict[str, str | None]:
-        names = Counter(name.lower() for name in carry)
+        columns = Counter(carried_column(name).lower() for name in carry)
         for name, kind in carry.items():
-            if names[name.lower()] > 1:  # as engines of SQL compare names
-                raise ValueError(f"{name!r} is the name of two columns; remove the name here")
+            column = carried_column(name)
+            if columns[column.lower()] > 1:  # as engines of SQL compare names
+                raise ValueError(f"{name!r} is one of two names of the column {column!r}; remove one")
             try:
                 _ = kind and arrow_type(kind)
             except ValueError:

@@ -99,7 +99,7 @@ class ScheduleConfig(Section):
 
     submit: SubmitConfig = SubmitConfig()
     defaults: dict[str, Any] = Field(
-        default_factory=dict,
+        default={},
         description="Fields of every dataset that does not set them itself. Sections are merged field by "
         "field.",
         examples=[{"model": {"path": "microsoft/cvt-13"}, "timezone": "Europe/Berlin"}],

@@ -23,12 +23,12 @@ class ArchitectureConfig(Section):
         examples=["cvt-13"],
     )
     cvt: dict[str, Any] = Field(
-        default_factory=dict,
+        default={},
         description="Fields of `CvtConfig`, as in `config.json`.",
         examples=[{"embed_dim": [64, 192, 384], "depth": [1, 2, 10]}],
     )
     preprocessor: dict[str, Any] = Field(
-        default_factory=dict,
+        default={},
         description="Fields of `preprocessor_config.json`, such as `size`, `crop_pct` and `image_mean`.",
         examples=[{"size": {"shortest_edge": 224}}],
     )

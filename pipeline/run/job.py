@@ -12,7 +12,7 @@ from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, InputConfig, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
-from pipeline.predictions import PredictionOptions, prediction_schema
+from pipeline.predictions import PredictionOptions
 from pipeline.read import ReadOptions, load_targets
 from pipeline.storage import Storage
 
@@ -82,11 +82,6 @@ def make_job(config: Config) -> Job:
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     checkpoint.check_single_label()
-    # The names of columns that a carried column cannot have, with those of published tables.
-    reserved = {*prediction_schema("float32", 1, label_names=True).names, "published", "model"}
-    if taken := [name for name in config.input.carry if name.lower() in reserved]:
-        cause = f"{taken[0]!r} is a column of every label file"
-        raise ConfigError(f"input.carry: {cause}; remove the name, or rename the column in the input")
     if config.decode.device == "gpu":  # a GPU does not support every preprocessing
         from cvt.inference.device_preprocessing import DevicePreprocessor
 

@@ -185,6 +185,28 @@ def test_changed_setting_relabels_within_the_same_partition(tmp_path: Path) -> N
     assert "id" not in table(tmp_path).column_names
 
 
+def test_names_of_prediction_columns_get_a_prefix(tmp_path: Path) -> None:
+    taken = ["shard", "key", "error", "Width", "target", "embedding", "model"]
+    documents = [{name: f"{name} {i}" for name in [*taken, "free"]} for i in range(3)]
+    write_tar(tmp_path, documents)
+    columns = {name: [each[name] for each in documents] for name in [*taken, "free"]}
+    write(tmp_path, "y.parquet", make_parquet(columns | {"image": IMAGES}))
+    result = run(tmp_path, [*taken, "free"], "output.label_names=true")
+    names = [*(f"input_{name}" for name in taken), "free"]
+    for shard in ("x.tar", "y.parquet"):
+        found = table(tmp_path, shard)
+        assert found.column_names[-len(names) :] == names
+        assert [found[name].to_pylist() for name in names] == [*columns.values()]
+        assert found["error"].to_pylist() == [None] * 3
+        assert found["width"].to_pylist() == [32] * 3
+    folder = f"{result.job.partition.uri}/predictions/**/*.parquet"
+    query = f"SELECT DISTINCT model FROM read_parquet('{folder}', hive_partitioning = true)"
+    assert duckdb.sql(query).fetchall() == [(result.job.partition.model,)]
+    rebuild(result.job.partition)
+    assert publish_labels(result.job.partition, f"{tmp_path}/table") is not None
+    assert run(tmp_path, [*taken, "free"], "output.label_names=true").plan.shards == []
+
+
 def test_parts_of_a_file_carry_columns(tmp_path: Path) -> None:
     images = [make_image(i) for i in range(12)]
     data = make_parquet({"image": images, "id": list(range(12))}, row_group_size=2)
@@ -199,8 +221,8 @@ def test_parts_of_a_file_carry_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("carry", "cause"),
     [
-        (["Label"], "is a column of every label file"),
-        (["a", "A"], "is the name of two columns"),
+        (["a", "A"], "'a' is one of two names of the column 'a'"),
+        (["width", "input_Width"], "'width' is one of two names of the column 'input_width'"),
         ({"a": "text"}, "is not an Arrow type"),
         ({"a": "null"}, "is not an Arrow type"),
         ({"a": "decimal128(99, 2)"}, "is not an Arrow type"),
@@ -242,7 +264,7 @@ def test_changed_setting_of_a_table_copies_the_labels(
 ) -> None:
     for i in range(3):
         write(tmp_path, f"{i}.jpg", make_image(i))
-    lines = [{"path": f"{i}.jpg", "id": i, "at": "2026-01-02T03:04:05"} for i in range(4)]
+    lines = [{"path": f"{i}.jpg", "id": i, "size": i, "at": "2026-01-02T03:04:05"} for i in range(4)]
     lines[2]["at"] = None
     write(tmp_path, "table.jsonl", "\n".join(map(json.dumps, lines)).encode())
     fields = ("input.format=table", f"input.uri={tmp_path}/in/table.jsonl", "gate.max_error_fraction=1")
@@ -253,10 +275,11 @@ def test_changed_setting_of_a_table_copies_the_labels(
     monkeypatch.setattr(
         Storage, "read", lambda s, uri, *args, **kw: read.append(uri) or fetch(s, uri, *args, **kw)
     )
-    result = run(tmp_path, {"at": "timestamp[s]", "id": "string", "nope": None}, *fields)
+    result = run(tmp_path, {"at": "timestamp[s]", "id": "string", "nope": None, "size": None}, *fields)
     assert result.totals.shards == 1
     assert [uri for uri in read if uri.endswith(".jpg")] == []
     found = table(tmp_path)
     assert found["id"].to_pylist() == ["0", "1", "2", "3"]
+    assert found["input_size"].to_pylist() == [0, 1, 2, 3]
     assert [at is None for at in found["at"].to_pylist()] == [False, False, True, False]
     assert [error is None for error in found["error"].to_pylist()] == [True, True, True, False]
