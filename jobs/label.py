@@ -16,7 +16,6 @@ from pipeline import RunResult, commit
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.decode import hide_pillow_warnings
-from pipeline.read import is_partly_readable
 from pipeline.run import Plan
 from pipeline.statistics import class_table, describe_bottleneck
 from pipeline.text import pluralize
@@ -154,17 +153,19 @@ def print_result(result: RunResult) -> None:
     if totals.merged_images:
         remedy = "set input.key: last-dot to label each image, or input.image_member to choose one"
         print_notice(f"merged: {totals.merged_images:,} more images in the same samples; {remedy}")
+    remedy = "to read again, replace the file or use --retry-errors"
     for row in totals.unreadable:
         print_notice(f"not labeled: {row.error}")
-    if any(is_partly_readable(row.error or "") for row in totals.unreadable):
+    if plan.skipped:
+        shards = f"{pluralize(len(plan.skipped), 'shard')} that could not be read before"
+        print_notice(f"not labeled: {shards} (see error in manifest.parquet); {remedy}")
+    if any(row.readable_rows for row in (*totals.unreadable, *plan.skipped)):
         print_notice("to label the readable part of damaged shards, set input.on_damaged_shard: keep")
     for row in totals.damaged:
         print_notice(f"labeled in part: {row.damage}")
     if plan.damaged:
-        print_notice(f"labeled in part: {pluralize(plan.damaged, 'shard')}, damaged (see manifest.parquet)")
-    if plan.skipped_failures:
-        shards = pluralize(plan.skipped_failures, "shard")
-        print_notice(f"not labeled: {shards} that could not be read before (to retry: --retry-errors)")
+        shards = f"{pluralize(plan.damaged, 'shard')} that could not be read to the end before"
+        print_notice(f"labeled in part: {shards} (see damage in manifest.parquet); {remedy}")
     for message in result.broken_limits:
         print_notice(f"drift from the previous run: {message}")
     for message in result.broken_failure_limits:

@@ -16,7 +16,6 @@ from pipeline.commit.prediction_files import (
     IncompleteShardError,
     OpenShard,
     PredictionWriter,
-    count_errors,
 )
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import COMMIT, ErrorCauses, StageMetrics, add_metrics
@@ -106,16 +105,12 @@ class Committer:
         self.totals.retries.update(chunk.retries)
         self.totals.merged_images += chunk.merged
         add_metrics(self.totals.metrics, chunk.metrics)
-        self._images += chunk.samples.num_rows
-        self._errors += count_errors(chunk)
-        # For open shards, only encoded images count. A tar has more bytes, twice as many if images are small.
-        self._bytes += chunk.encoded_bytes
         if arrived.complete:
             shard = self._plan[chunk.shard]
-            self._bytes += shard.size - arrived.encoded_bytes
-            if arrived.error is not None:  # an unreadable shard has no result rows
-                self._images -= arrived.samples
-                self._errors -= arrived.errors
+            self._bytes += shard.size
+            if chunk.error is None:  # an unreadable shard has no result rows
+                self._images += arrived.samples
+                self._errors += arrived.errors
             del self._open[chunk.shard], self._unfinished[chunk.shard]
             self._writes.append(self._writers.submit(self._writer.commit, shard, arrived))
         while self._writes and (len(self._writes) > 2 * MAX_CONCURRENT_WRITES or self._writes[0].done()):
@@ -140,7 +135,7 @@ class Committer:
         self.wait_for_writes()
         for number in self._unfinished:
             uri, arrived = self._plan[number].uri, self._open.get(number, OpenShard())
-            total = arrived.total or "an unknown number of"
+            total = "an unknown number of" if arrived.last is None else arrived.last.total
             raise IncompleteShardError(f"{uri}: {arrived.samples} of {total} samples have results")
 
     def unfinished(self) -> list[str]:
@@ -149,8 +144,13 @@ class Committer:
 
     def progress(self) -> Progress:
         """Returns the current progress."""
-        fraction = self._bytes / self._planned_bytes if self._planned_bytes else 1.0
-        return Progress(self._images, self._errors, self.totals.shards, min(1.0, fraction))
+        arrived = self._open.values()
+        images = self._images + sum(shard.samples for shard in arrived)
+        errors = self._errors + sum(shard.errors for shard in arrived)
+        # For open shards, only encoded images count. A tar has more bytes, twice as many if images are small.
+        size = self._bytes + sum(shard.encoded_bytes for shard in arrived)
+        fraction = size / self._planned_bytes if self._planned_bytes else 1.0
+        return Progress(images, errors, self.totals.shards, min(1.0, fraction))
 
     def _finish_write(self, write: Future[CommittedShard]) -> None:
         (row, metrics, causes, unmatched), totals = write.result(), self.totals

@@ -43,6 +43,8 @@ class ManifestRow:
         error: why the last attempt to read the shard failed; None if it succeeded.
         failed_version: the version that could not be read; None if the storage failed, so that the next run
             reads the shard again.
+        readable_rows: number of samples before the error, which `input.on_damaged_shard: keep` labels; None
+            if there are none.
         damage: why only the samples before this error are labeled; None if all are.
         deleted: whether the shard was deleted from the input.
         run: run that labeled the shard; None if the row was recovered from the prediction file.
@@ -62,6 +64,7 @@ class ManifestRow:
     output_version: str | None = None
     error: str | None = None
     failed_version: str | None = None
+    readable_rows: int | None = None
     damage: str | None = None
     deleted: bool = False
     run: str | None = None
@@ -79,7 +82,17 @@ class ManifestRow:
         """Returns the row that replaces an earlier row: a failure keeps the labels of an earlier version."""
         if before is None or before.output is None or self.output is not None:
             return self
-        return replace(before, error=self.error, failed_version=self.failed_version, deleted=self.deleted)
+        return replace(
+            before,
+            error=self.error,
+            failed_version=self.failed_version,
+            readable_rows=self.readable_rows,
+            deleted=self.deleted,
+        )
+
+    def recovered(self) -> ManifestRow:
+        """Returns the row without the failure of the last attempt to read the shard."""
+        return replace(self, error=None, failed_version=None, readable_rows=None)
 
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "bool": pa.bool_(), "bytes": pa.binary()}
@@ -92,7 +105,7 @@ _SCHEMA = pa.schema(
 )
 _ENTRY_FIELDS = (
     "uri", "version", "rows", "errors", "output", "output_version", "error", "failed_version", "deleted",
-    "format", "damage",
+    "readable_rows", "format", "damage",
 )  # fmt: skip
 
 
@@ -168,12 +181,12 @@ class Manifest:
             rows: rows to insert or replace, by URI.
             removed: URIs whose rows are removed.
             deleted: new values of the field `deleted`, by URI.
-            recovered: URIs whose `error` and `failed_version` become None.
+            recovered: URIs whose failure is removed.
         """
 
         def with_flags(row: ManifestRow) -> ManifestRow:
             row = replace(row, deleted=(deleted or {}).get(row.uri, row.deleted))
-            return replace(row, error=None, failed_version=None) if row.uri in recovered else row
+            return row.recovered() if row.uri in recovered else row
 
         removed, recovered, added = {*removed}, {*recovered}, sorted(rows)
         touched = pa.array({*rows, *removed, *(deleted or ()), *recovered}, pa.string())

@@ -48,16 +48,12 @@ class OpenShard:
 
     Attributes:
         chunks: by the index of their first sample.
-        total: number of samples in the shard; None until its last chunk has arrived.
-        error, transient, damage: as in the last chunk.
+        last: the last chunk of the shard; None until it has arrived.
         samples, errors, encoded_bytes: sums over the chunks.
     """
 
     chunks: dict[int, Chunk] = field(default_factory=dict)
-    total: int | None = None
-    error: str | None = None
-    transient: bool = False
-    damage: str | None = None
+    last: Chunk | None = None
     samples: int = 0
     errors: int = 0
     encoded_bytes: int = 0
@@ -71,17 +67,16 @@ class OpenShard:
             return False
         self.chunks[chunk.start] = chunk
         self.samples += chunk.samples.num_rows
-        self.errors += count_errors(chunk)
+        self.errors += chunk.samples.num_rows - chunk.samples["error"].null_count
         self.encoded_bytes += chunk.encoded_bytes
         if chunk.total is not None:
-            self.total, self.error, self.transient = chunk.total, chunk.error, chunk.transient
-            self.damage = chunk.damage
+            self.last = chunk
         return True
 
     @property
     def complete(self) -> bool:
         """Whether all samples have arrived, or the shard can't be read."""
-        return self.error is not None or self.samples == self.total
+        return self.last is not None and (self.last.error is not None or self.samples == self.last.total)
 
     def take_samples(self, uri: str) -> pa.Table:
         """Returns the samples of all chunks, and drops the chunks; raises `IncompleteShardError`."""
@@ -139,12 +134,6 @@ def _parse_json(texts: list[str | None]) -> pa.Array:
     return pa.array([x and x.encode(errors="backslashreplace").decode() for x in shown], pa.string())
 
 
-def count_errors(chunk: Chunk) -> int:
-    """Returns the number of error rows of a chunk."""
-    count: int = chunk.samples.num_rows - chunk.samples["error"].null_count
-    return count
-
-
 class CommittedShard(NamedTuple):
     """The outcome of a shard: manifest row, metrics of the commit, error rows and unmatched targets."""
 
@@ -186,10 +175,13 @@ class PredictionWriter:
         """Writes the file of a complete shard, unless the shard can't be read; raises `StorageError`."""
         timer, causes, unmatched = StageTimer(), ErrorCauses(), ErrorCauses()
         row, size = ManifestRow(shard.uri, format=shard.format, size=shard.size), 0
+        last = arrived.last
+        assert last is not None
         with timer:
-            if arrived.error is not None:
-                failed_version = None if arrived.transient else shard.version
-                row = replace(row, error=remove_secrets(arrived.error), failed_version=failed_version)
+            if last.error is not None:
+                failed_version, readable = None if last.transient else shard.version, last.readable or None
+                error = remove_secrets(last.error)
+                row = replace(row, error=error, failed_version=failed_version, readable_rows=readable)
             else:
                 samples = arrived.take_samples(shard.uri)
                 if copied := self.copied.get(shard.uri):
@@ -199,7 +191,7 @@ class PredictionWriter:
                 for name in self.options.carry:
                     if predictions[carried_column(name)].null_count < len(predictions):
                         self.carried.add(name)
-                if written := self._write(shard, predictions, found.count, arrived):
+                if written := self._write(shard, predictions, found.count, last.damage):
                     row, size = written
                     causes.add(shard.uri, predictions)
                     unmatched = found
@@ -210,7 +202,7 @@ class PredictionWriter:
         return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
 
     def _write(
-        self, shard: Shard, predictions: pa.Table, unmatched: int, arrived: OpenShard
+        self, shard: Shard, predictions: pa.Table, unmatched: int, damage: str | None
     ) -> tuple[ManifestRow, int] | None:
         """Writes the rows of a shard; returns the manifest row of the file, and the size in bytes.
 
@@ -233,7 +225,7 @@ class PredictionWriter:
             statistics=serialize_table(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),
-            damage=remove_secrets(arrived.damage or ""),
+            damage=remove_secrets(damage or ""),
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"

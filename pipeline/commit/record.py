@@ -14,7 +14,7 @@ from pipeline.storage import Storage
 MAX_RECORD_BYTES = 256 * 1024**2
 #: Lists of shards in the record, and the fields of a shard that could not be read.
 _LISTS = ("removed", "deleted", "reappeared", "recovered", "unreadable", "damaged")
-_FAILURE_FIELDS = ("uri", "format", "size", "rows", "error", "failed_version", "damage")
+_FAILURE_FIELDS = ("uri", "format", "size", "rows", "error", "failed_version", "readable_rows", "damage")
 
 
 class RunRecord:

@@ -140,9 +140,7 @@ def find_repairs(
     for uri in newer | removed:
         failures.pop(uri, None)
     labeled = {
-        uri: replace(row, error=None, failed_version=None, deleted=False)
-        for uri, row in before.items()
-        if row.output is not None
+        uri: replace(row.recovered(), deleted=False) for uri, row in before.items() if row.output is not None
     }
     repairs.entries = _with_history(labeled, failures, deleted)
     repairs.removed |= before.keys() - repairs.entries.keys()

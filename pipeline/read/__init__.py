@@ -8,6 +8,6 @@ from pipeline.read.division import Division, overlap, whole_file
 from pipeline.read.downloads import read_images
 from pipeline.read.listing import list_input_shards, list_shards
 from pipeline.read.reader import complete_sample, list_samples, read_samples, select_images
-from pipeline.read.samples import ReadOptions, Sample, is_partly_readable
+from pipeline.read.samples import ReadOptions, Sample
 from pipeline.read.shards import MAX_IGNORED_EXAMPLES, IgnoreReason, NoShardsError, Shard, ShardListing
 from pipeline.read.targets import load_targets

@@ -50,6 +50,7 @@ class Chunk:
         pixels: uint8 (images, height, width, 3) of the samples without an error, as an array, or a tensor on
             the classifier's device.
         transient: Whether a later attempt may succeed.
+        readable: Number of samples before the error that `input.on_damaged_shard: keep` labels.
         damage: Why a shard is labeled only up to here; only in the last chunk of the shard.
         merged: Number of further images of the samples, which are not labeled.
         encoded_bytes: Size of the encoded images in bytes.
@@ -64,6 +65,7 @@ class Chunk:
     error: str | None = None
     pixels: np.ndarray | Tensor | None = None
     transient: bool = False
+    readable: int = 0
     damage: str | None = None
     merged: int = 0
     encoded_bytes: int = 0
@@ -125,7 +127,7 @@ def split_into_chunks(
     """
     start, size = 0, 0
     pending: list[Sample] = []
-    error, transient, damage = None, False, None
+    error, transient, readable, damage = None, False, 0, None
     try:
         try:
             for sample in samples:
@@ -145,10 +147,10 @@ def split_into_chunks(
     except Exception as failure:  # Arrow raises other errors, for example for too many bytes
         if not isinstance(failure, ShardError):
             failure = ShardError(uri, f"cannot store samples: {failure!r}", isinstance(failure, MemoryError))
-        error, transient = str(failure), failure.transient
+        error, transient, readable = str(failure), failure.transient, failure.readable
         last = _chunk(shard, start, [])
     total = start + last.samples.num_rows
-    yield replace(last, total=total, error=error, transient=transient, damage=damage)
+    yield replace(last, total=total, error=error, transient=transient, readable=readable, damage=damage)
 
 
 def sample_table(samples: Sequence[Sample]) -> pa.Table:

@@ -50,7 +50,8 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         is_damage = count > 0 and not (is_external or shard.members or shard.rows)
         is_damage = is_damage and not isinstance(error, PartEndError)
         keep = is_damage and options.on_damaged_shard == "keep"
-        raise ShardError(shard.uri, position + _cause(shard, error), transient, keep) from error
+        cause, readable = position + _cause(shard, error), count if is_damage else 0
+        raise ShardError(shard.uri, cause, transient, keep, readable) from error
 
 
 def complete_sample(sample: Sample, options: ReadOptions) -> Sample:

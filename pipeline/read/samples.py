@@ -28,22 +28,20 @@ class ReadTimeoutError(UnreadableShardError):
 class ShardError(Exception):
     """The shard cannot be read. If the error is transient, a later attempt may succeed.
 
-    With `keep`, the shard is damaged, and the samples before the error are labeled.
+    A damaged shard has `readable` samples before the error. With `keep`, they are labeled.
     """
 
-    def __init__(self, uri: str, cause: str, transient: bool = False, keep: bool = False) -> None:
-        super().__init__(uri, cause[:_MAX_CAUSE], transient, keep)
+    def __init__(
+        self, uri: str, cause: str, transient: bool = False, keep: bool = False, readable: int = 0
+    ) -> None:
+        super().__init__(uri, cause[:_MAX_CAUSE], transient, keep, readable)
         self.uri = uri
         self.transient = transient
         self.keep = keep
+        self.readable = readable
 
     def __str__(self) -> str:
         return f"{self.uri}: {self.args[1]}"
-
-
-def is_partly_readable(error: str) -> bool:
-    """Returns whether samples precede the error of a shard, see `read_samples`."""
-    return ": after " in error
 
 
 @dataclass(slots=True)

@@ -130,4 +130,5 @@ def _execute(run: RunContext) -> None:
     run.lease.clean_shutdown = True
     if stop is not None:
         stop.raise_if_requested()
-    run.record.set(failures=dict(run.failures.judged()))
+    status = "complete" if run.result.is_complete else "incomplete"
+    run.record.set(status="aborted" if run.result.aborted else status, failures=dict(run.failures.judged()))

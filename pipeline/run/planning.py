@@ -12,7 +12,6 @@ from pipeline.read import (
     Division,
     Shard,
     ShardListing,
-    is_partly_readable,
     list_shards,
     select_images,
     whole_file,
@@ -46,7 +45,7 @@ class Plan:
         shards: the shards to label, in listing order.
         states: number of shards by state.
         expected: version of the current prediction file, by URI of a shard to label.
-        skipped_failures: number of unreadable shards that are not retried.
+        skipped: manifest rows of unreadable shards that are not retried.
         damaged: number of shards whose labels end where an earlier run could not read further.
         deleted: manifest rows of shards that were deleted from the input, by URI.
         reappeared: shards that the manifest marks as deleted and that the input has again.
@@ -66,7 +65,7 @@ class Plan:
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
     expected: dict[str, str] = field(default_factory=dict)
-    skipped_failures: int = 0
+    skipped: list[ManifestRow] = field(default_factory=list)
     damaged: int = 0
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
     reappeared: list[str] = field(default_factory=list)
@@ -157,13 +156,13 @@ def plan(
         if state is ShardState.DONE and row.error is not None and not failed:
             planned.recovered.append(shard.uri)
         is_due = state in (ShardState.NEW, ShardState.CHANGED) or selection.relabel
-        is_due |= keep and failed and is_partly_readable(row.error or "")
+        is_due |= keep and failed and row.readable_rows is not None
         if is_due or (selection.retry_errors and (failed or row.errors or row.damage)):
             planned.shards.append(shard)
             if row.output_version is not None:
                 planned.expected[shard.uri] = row.output_version
         elif state is ShardState.FAILED:
-            planned.skipped_failures += 1
+            planned.skipped.append(row)
         elif row.damage is not None:
             planned.damaged += 1
         formats.add(shard.format)

@@ -92,7 +92,7 @@ class RunResult:
     def is_complete(self) -> bool:
         """Whether every shard of the input is labeled in its current version, to its end."""
         failed = self.totals.unreadable or self.totals.damaged
-        return not (self.aborted or failed or self.plan.skipped_failures or self.plan.damaged)
+        return not (self.aborted or failed or self.plan.skipped or self.plan.damaged)
 
 
 @dataclass
@@ -176,8 +176,6 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
     record.save()
     try:
         yield record
-        status = "incomplete" if record.values["unreadable"] or record.values["damaged"] else "complete"
-        record.set(status="aborted" if record.values.get("aborted") else status)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.set(status=status, error=remove_secrets(f"{type(error).__name__}: {error}"))

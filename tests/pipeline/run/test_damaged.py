@@ -15,7 +15,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.commit import ManifestRow, lease, rebuilt_rows
 from pipeline.config import Selection
 from pipeline.predictions import read_footer
-from pipeline.read import ReadOptions, Shard, is_partly_readable, read_samples, split_into_chunks
+from pipeline.read import ReadOptions, Shard, read_samples, split_into_chunks
 from pipeline.read.samples import ShardError
 from pipeline.run import RunResult, label, plan_run
 from pipeline.storage import Storage
@@ -108,6 +108,7 @@ def test_next_run_labels_nothing_and_is_not_complete_either(
     for settings in ([KEEP], []):
         again = label(run_config(tmp_path, *settings))
         assert (again.plan.shards, again.is_complete) == ([], False)
+        assert record_of(again)["status"] == "incomplete"
         assert again.plan.describe() == "2 shards: 2 done, 1 of the done only in part; 0 to label"
         print_result(again)
         assert "labeled in part: 1 shard" in capsys.readouterr().err
@@ -126,23 +127,44 @@ def test_shard_without_a_readable_sample_is_unreadable_and_not_read_again(tmp_pa
     assert {row.uri[-5:] for row in result.totals.unreadable} == {"a.tar", "b.tar"}
     assert not result.totals.damaged
     again = label(run_config(tmp_path, KEEP))
-    assert (again.plan.shards, again.plan.skipped_failures) == ([], 2)
+    assert (again.plan.shards, len(again.plan.skipped)) == ([], 2)
+    assert record_of(again)["status"] == "incomplete"
 
 
 def test_keep_labels_what_an_earlier_run_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, a_tar=make_tar(MEMBERS)[:4000], b_tar=b"no tar", c_tar=make_tar(MEMBERS))
-    skipped = label(run_config(tmp_path))
-    partly = {row.uri[-5:]: is_partly_readable(row.error or "") for row in skipped.totals.unreadable}
-    assert partly == {"a.tar": True, "b.tar": False}
-    print_result(skipped)
-    assert "set input.on_damaged_shard: keep" in capsys.readouterr().err
+    Storage().write(f"{tmp_path}/in/d: after e.tar", b"no tar")
+    for _ in range(2):
+        skipped = label(run_config(tmp_path))
+        assert row_of(skipped, "a.tar").readable_rows == 1
+        assert row_of(skipped, "b.tar").readable_rows is None
+        print_result(skipped)
+        assert "set input.on_damaged_shard: keep" in capsys.readouterr().err
     result = label(run_config(tmp_path, KEEP))
     assert [shard.uri[-5:] for shard in result.plan.shards] == ["a.tar"]
     assert [row.uri[-5:] for row in result.totals.damaged] == ["a.tar"]
     assert record_of(result)["recovered"] == [f"{tmp_path}/in/a.tar"]
     row = row_of(result, "a.tar")
     assert (row.error, row.failed_version, row.damage is None) == (None, None, False)
-    assert label(run_config(tmp_path, KEEP)).plan.shards == []
+    again = label(run_config(tmp_path, KEEP))
+    assert again.plan.shards == []
+    print_result(again)
+    assert "set input.on_damaged_shard: keep" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [[], [KEEP]])
+def test_replaced_file_and_retry_are_remedies_that_each_message_names(
+    tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, a_tar=make_tar(MEMBERS)[:4000], b_tar=b"no tar", c_tar=make_tar(MEMBERS))
+    label(run_config(tmp_path, *settings))
+    print_result(label(run_config(tmp_path, *settings)))
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("replace the file or use --retry-errors") == 1 + len(settings)
+    retried = plan_run(run_config(tmp_path, *settings), Selection(retry_errors=True)).plan
+    assert [shard.uri[-5:] for shard in retried.shards] == ["a.tar", "b.tar"]
+    put(tmp_path, a_tar=make_tar(MEMBERS), b_tar=make_tar(MEMBERS))
+    assert label(run_config(tmp_path, *settings)).is_complete
 
 
 def test_retry_without_keep_preserves_the_labels_of_the_readable_part(tmp_path: Path) -> None:

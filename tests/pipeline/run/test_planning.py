@@ -72,7 +72,7 @@ CASES = {
         Selection(retry_errors=True),
         REPROCESSED,
     ),
-    "unreadable": Case("v1", FAILED, ShardState.FAILED, False, expected={"skipped_failures": 1}),
+    "unreadable": Case("v1", FAILED, ShardState.FAILED, False, expected={"skipped": [FAILED]}),
     "unreadable, retry": Case(
         "v1", FAILED, ShardState.FAILED, True, Selection(retry_errors=True), REPROCESSED
     ),
@@ -80,7 +80,7 @@ CASES = {
     "unreadable because of the storage": Case("v1", row("a.tar", None, error="cut"), ShardState.NEW, True),
     "unreadable as another format": Case("v1", replace(FAILED, format="parquet"), ShardState.NEW, True),
     "labeled, unreadable since": Case(
-        "v2", FAILED_LATER, ShardState.FAILED, False, expected={"skipped_failures": 1}
+        "v2", FAILED_LATER, ShardState.FAILED, False, expected={"skipped": [FAILED_LATER]}
     ),
     "labeled, unreadable, then recovered": Case(
         "v1", FAILED_LATER, ShardState.DONE, False, expected={"recovered": ["s3://b/in/a.tar"]}
@@ -104,7 +104,7 @@ def test_manifest_row_determines_the_plan_of_a_shard(case: Case) -> None:
     assert names(found.shards) == ["a.tar"] * case.labels
     has_labels = case.known is not None and case.known.output is not None
     assert dict(found.expected) == ({f"{ROOT}/a.tar": "etag"} if case.labels and has_labels else {})
-    defaults = {"skipped_failures": 0, "recovered": [], "reappeared": []}
+    defaults = {"skipped": [], "recovered": [], "reappeared": []}
     values = {name: getattr(found, name) for name in defaults}
     values["reprocessed"] = "; 1 to label (1 reprocessed)" in found.describe()
     assert values == {"reprocessed": False} | defaults | dict(case.expected)
