@@ -9,7 +9,7 @@ from io import StringIO
 import pytest
 
 from jobs.console import OneLineFormatter, exit_on_error, print_line, print_log
-from pipeline.report.elements import truncate_label
+from pipeline.report.charts import truncate_label
 from pipeline.text import escape_unprintable, remove_secrets, single_line
 
 PERSIAN = "\u0645\u06cc\u200c\u0631\u0648\u062f"  # with a zero-width non-joiner
