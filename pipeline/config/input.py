@@ -1,11 +1,13 @@
 """The section `input`: the location of the shards, and which of their parts are image, key and label."""
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
 
-from pipeline.config.base import Address, NameOrUri, PositiveInt, Section, Uris
+from pipeline.config.base import VALUE_HIDDEN, Address, NameOrUri, PositiveInt, Section, Uris
 from pipeline.config.uris import InputUris
 from pipeline.predictions import carried_column
 from pipeline.text import arrow_type
@@ -18,6 +20,13 @@ _NOT_IN_FINGERPRINT = {
     "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
     "on_damaged_shard",
 }  # fmt: skip
+
+
+def _field_of(formats: list[InputFormat], description: str, **options: Any) -> Any:
+    """Returns a field that only these formats use; its description names them."""
+    names = ", ".join(f"`{each}`" for each in formats)
+    extra: JsonDict = {"formats": [*formats]}
+    return Field(description=f"{names}: {description}", json_schema_extra=extra, **options)
 
 
 def _names_to_types(value: Any) -> Any:
@@ -57,79 +66,90 @@ class InputConfig(Section):
         "`label=3`. Null: see `label_field` and `label_column`.",
         examples=["folder"],
     )
-    label_field: str | None = Field(
+    label_field: str | None = _field_of(
+        ["webdataset"],
         default=None,
-        description="WebDataset: field of the `.json` member that holds the label; dots separate nested "
+        description="field of the `.json` member that holds the label; dots separate nested "
         "fields. Null: the label is in the `.cls` member.",
         examples=["annotation.class"],
     )
-    image_column: str | None = Field(
+    image_column: str | None = _field_of(
+        ["parquet"],
         default=None,
-        description="Parquet: name of the image column. Null: `image`, or the only column whose type is "
+        description="name of the image column. Null: `image`, or the only column whose type is "
         "binary or a struct with binary `bytes`.",
         examples=["image"],
     )
-    uri_column: str | None = Field(
+    uri_column: str | None = _field_of(
+        ["table"],
         default=None,
-        description="Table: name of the column with the URIs of the images. Null: the only column whose name "
+        description="name of the column with the URIs of the images. Null: the only column whose name "
         "is usual for it, such as `uri` or `image_url`.",
         examples=["image_url"],
     )
-    label_column: str | None = Field(
+    label_column: str | None = _field_of(
+        ["parquet", "table"],
         default=None,
-        description="Parquet and table: name of the label column. Null: no targets.",
+        description="name of the label column. Null: no targets.",
         examples=["label"],
     )
-    key_column: str | None = Field(
+    key_column: str | None = _field_of(
+        ["parquet", "table"],
         default=None,
-        description="Parquet and table: name of the column with the sample keys. Null: the image's path or "
+        description="name of the column with the sample keys. Null: the image's path or "
         "URI, or the row number if there is none.",
         examples=["id"],
     )
     carry: Annotated[
         dict[str, str | None],
         BeforeValidator(_names_to_types, json_schema_input_type=dict[str, str | None] | list[str]),
-    ] = Field(
+    ] = _field_of(
+        ["webdataset", "parquet", "table"],
         default={},
-        description="Columns of a Parquet file or table, or fields of the `.json` member, that are copied to "
+        description="columns, or fields of the `.json` member, that are copied to "
         "each prediction row: a list of names, or a mapping of names to Arrow types such as `int64` or "
         "`timestamp[us, UTC]`. A name that prediction files have already becomes `input_<name>`.",
         examples=[{"id": "int64", "captured_at": None}],
     )
-    filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = Field(
+    filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = _field_of(
+        ["table"],
         default=[],
-        description="Table: conditions that a row must meet, each a list of column, operator and value. "
+        description="conditions that a row must meet, each a list of column, operator and value. "
         "Operators: `=`, `!=`, `<`, `<=`, `>`, `>=`, `in`, `not in`.",
         examples=[[["split", "=", "train"]]],
     )
-    csv_columns: list[str] | None = Field(
+    csv_columns: list[str] | None = _field_of(
+        ["table"],
         default=None,
-        description="Table: names of the columns of CSV files without a header. Null: the first line is the "
-        "header.",
+        description="names of the columns of CSV files without a header. Null: the first line is the header.",
         examples=[["bucket", "key"]],
     )
-    check_objects: Literal["auto", "never", "always"] = Field(
+    check_objects: Literal["auto", "never", "always"] = _field_of(
+        ["table"],
         default="auto",
-        description="Table: whether a run finds images that were replaced under the same URI. `auto`: in "
+        description="whether a run finds images that were replaced under the same URI. `auto`: in "
         "buckets and local folders, by listing them. `always`: also on web servers, with one request per "
         "image. `never`: an image is identified by its URI only.",
         examples=["always"],
     )
-    key: Literal["first-dot", "last-dot"] = Field(
+    key: Literal["first-dot", "last-dot"] = _field_of(
+        ["webdataset"],
         default="first-dot",
-        description="WebDataset: the part of a member's file name that is the sample's key. `first-dot`: the "
+        description="the part of a member's file name that is the sample's key. `first-dot`: the "
         "part before the first dot, as WebDataset does. `last-dot`: the part before the last dot.",
         examples=["last-dot"],
     )
-    image_member: str | None = Field(
+    image_member: str | None = _field_of(
+        ["webdataset"],
         default=None,
-        description="WebDataset: extension of the member that is the image, such as `left.jpg`. Null: the "
+        description="extension of the member that is the image, such as `left.jpg`. Null: the "
         "first member with an image extension such as `jpg`, or else such as `left.jpg`.",
         examples=["left.jpg"],
     )
-    on_damaged_shard: Literal["skip", "keep"] = Field(
+    on_damaged_shard: Literal["skip", "keep"] = _field_of(
+        ["webdataset", "parquet"],
         default="skip",
-        description="A shard that cannot be read to its end: `skip` labels nothing of it, `keep` labels the "
+        description="a shard that cannot be read to its end: `skip` labels nothing of it, `keep` labels the "
         "readable part. Either way the run ends with a non-zero status.",
         examples=["keep"],
     )
@@ -157,6 +177,19 @@ class InputConfig(Section):
         description="Maximum number of pixels of an image (width times height). A larger image is an error "
         "row, and is not decoded.",
     )
+
+    @field_validator("*")
+    @classmethod
+    def _check_format(cls, value: Any, info: ValidationInfo) -> Any:
+        """Rejects a field that the format does not use, because a run would ignore the field."""
+        field, chosen = cls.model_fields[str(info.field_name)], info.data.get("format")
+        if chosen is None or value == field.default or not isinstance(field.json_schema_extra, dict):
+            return value
+        formats = cast(list[str], field.json_schema_extra["formats"])
+        if chosen not in formats and (chosen != "auto" or formats == ["table"]):
+            remedy = f"remove the field, or set format: {' or '.join(formats)}"
+            raise PydanticCustomError(VALUE_HIDDEN, f"not used with format: {chosen}; {remedy}")
+        return value
 
     @field_validator("uri", "exclude")
     @classmethod

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from pipeline.config import (
     Config,
     ConfigError,
+    InputConfig,
     ScheduleConfig,
     TrainConfig,
     load_config,
@@ -476,10 +478,62 @@ def test_relative_paths_are_made_absolute_unless_kept(
 
 def test_unknown_operator_of_a_filter_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
+    table = "input.format=table"
     with pytest.raises(
         ConfigError, match="expected a column, one of != < <= = == > >= in not in, and a value"
     ):
-        load_config(Config, path, ["input.filter=[[split, '~', train]]"])
-    assert load_config(Config, path, ["input.filter=[[split, in, [a, b]]]"]).input.filter == [
+        load_config(Config, path, [table, "input.filter=[[split, '~', train]]"])
+    assert load_config(Config, path, [table, "input.filter=[[split, in, [a, b]]]"]).input.filter == [
         ["split", "in", ["a", "b"]]
     ]
+
+
+JOB = yaml.safe_load(MINIMAL)
+#: A value other than the default, and the formats that use the field.
+FIELDS_OF_FORMATS: dict[str, tuple[Any, list[str]]] = {
+    "label_field": ("class", ["webdataset"]),
+    "key": ("last-dot", ["webdataset"]),
+    "image_member": ("left.jpg", ["webdataset"]),
+    "image_column": ("img", ["parquet"]),
+    "label_column": ("label", ["parquet", "table"]),
+    "key_column": ("id", ["parquet", "table"]),
+    "uri_column": ("url", ["table"]),
+    "filter": ([["split", "=", "train"]], ["table"]),
+    "csv_columns": (["url"], ["table"]),
+    "check_objects": ("never", ["table"]),
+    "carry": (["id"], ["webdataset", "parquet", "table"]),
+    "on_damaged_shard": ("keep", ["webdataset", "parquet"]),
+}
+
+
+@pytest.mark.parametrize("format", ["auto", "webdataset", "parquet", "images", "table"])
+@pytest.mark.parametrize("field", FIELDS_OF_FORMATS)
+def test_field_that_the_format_ignores_is_refused(field: str, format: str, tmp_path: Path) -> None:
+    value, formats = FIELDS_OF_FORMATS[field]
+    values = {"uri": "/in", "format": format, field: value}
+    path = write(tmp_path, json.dumps({**JOB, "input": values}))
+    if format in formats or (format == "auto" and formats != ["table"]):
+        load_config(Config, path)
+        return
+    remedy = f"remove the field, or set format: {' or '.join(formats)}"
+    with pytest.raises(ConfigError, match=f"input.{field}: not used with format: {format}; {remedy}$"):
+        load_config(Config, path)
+    values[field] = InputConfig.model_fields[field].default
+    load_config(Config, write(tmp_path, json.dumps({**JOB, "input": values})))
+
+
+def test_recorded_configuration_of_any_format_is_accepted(tmp_path: Path) -> None:
+    for format in ("auto", "webdataset", "parquet", "images", "table"):
+        config = load_config(Config, write(tmp_path, MINIMAL), [f"input.format={format}"])
+        record = {"run": "x", "fingerprint": "y", "config": config.model_dump(mode="json")}
+        assert load_config(Config, write(tmp_path, json.dumps(record))) == config
+
+
+def test_field_of_another_format_is_refused_in_training_and_schedules(tmp_path: Path) -> None:
+    train = {"train": {"uri": "/a"}, "validation": {"uri": "/b", "format": "images", "key_column": "id"}}
+    train |= {"model": {"pretrained": "x"}, "output": {"uri": "/out"}}
+    with pytest.raises(ConfigError, match=r"validation\.key_column: not used with format: images"):
+        load_config(TrainConfig, write(tmp_path, json.dumps(train)))
+    dataset = {**JOB, "cron": "@daily", "input": {"uri": "/in", "filter": [["a", "=", 1]]}}
+    with pytest.raises(ConfigError, match=r"datasets\.a\.input\.filter: not used with format: auto"):
+        load_config(ScheduleConfig, write(tmp_path, json.dumps({"datasets": {"a": dataset}})))
