@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,14 +34,8 @@ _LEAVES = {
 #: Maximum number of groups and datasets. CvT-W24 has about 1,400.
 _MAX_OBJECTS = 10_000
 
-#: Permutation of the axes of a kernel to PyTorch's order, by rank.
-TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
-
-
-def torch_name(name: str) -> str:
-    """Converts the name of a Keras variable to PyTorch: "a.dense.kernel" becomes "a.dense.weight"."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.{_LEAVES.get(leaf, leaf)}"
+#: Permutation of the axes of a variable to PyTorch's order, by rank. Kernels have rank 2 or 4.
+TO_TORCH = {1: (0,), 2: (1, 0), 3: (0, 1, 2), 4: (3, 2, 0, 1)}
 
 
 def read_h5(path: Path) -> dict[str, Tensor]:
@@ -59,7 +52,7 @@ def read_h5(path: Path) -> dict[str, Tensor]:
             return
         key = _key_of_dataset(name)
         # Values of a string or an object may share one place in the file.
-        if value.dtype.kind != "f" or key in weights:
+        if value.dtype.kind != "f" or value.ndim not in TO_TORCH or key in weights:
             raise CheckpointError(f"{name}: not the dataset of a weight")
         remaining -= value.nbytes
         is_part_of_file = value.id.get_storage_size() >= value.nbytes and not value.external
@@ -68,10 +61,8 @@ def read_h5(path: Path) -> dict[str, Tensor]:
                 f"{name}: the file does not contain the {value.nbytes:,} bytes of this dataset: write it"
                 " without compression, chunks and references to other data"
             )
-        tensor = torch.from_numpy(np.asarray(value[()])).float()
-        if name.endswith("/kernel:0") and tensor.ndim in TO_TORCH:
-            tensor = tensor.permute(TO_TORCH[tensor.ndim])
-        weights[key] = tensor.contiguous()
+        tensor = torch.from_numpy(value[()]).float()
+        weights[key] = tensor.permute(TO_TORCH[value.ndim]).contiguous()
 
     with h5py.File(path, "r") as file:
         file.visititems(visit)
@@ -84,5 +75,5 @@ def _key_of_dataset(name: str) -> str:
     if variable.endswith(_CLS_TOKEN):
         return _CLS_TOKEN
     # The first two parts are the group and the model. Keras adds a number to the name of a second model.
-    parts = variable.split("/")[2:]
-    return torch_name(".".join(parts)) if len(parts) > 1 else name
+    *modules, leaf = variable.split("/")[2:] or [name]
+    return ".".join([*modules, _LEAVES.get(leaf, leaf)]) if modules else name

@@ -13,9 +13,4 @@ except ModuleNotFoundError as error:
         f"Keras cannot load its backend ({error}); set KERAS_BACKEND=torch to use PyTorch"
     ) from error
 
-from cvt.keras.models import (
-    TFBaseModelOutputWithCLSToken,
-    TFCvtForImageClassification,
-    TFCvtModel,
-    TFImageClassifierOutputWithNoAttention,
-)
+from cvt.keras.models import TFCvtForImageClassification, TFCvtModel, TFCvtOutput

@@ -21,18 +21,21 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cvt.architecture import Architecture
-from cvt.checkpoints.tensorflow import TO_TORCH, torch_name
+from cvt.checkpoints.tensorflow import TO_TORCH
 from cvt.checkpoints.weights import check_weights, files_to_load, read_file
 from cvt.configuration import CvtConfig
 from cvt.errors import checkpoint_errors
-from cvt.keras.layers import CvtStage, dense, layer_norm, to_tokens
+from cvt.keras.layers import CvtStage, build, dense, layer_norm, to_tokens
 from cvt.modeling import CvtForImageClassification, CvtModel
 
 H5_NAME = "tf_model.h5"
 
 
-class _NamedOutput:
-    """Adds indexing by name to a named tuple, as in the outputs of transformers."""
+class TFCvtOutput:
+    """Output of a model: a named tuple of the values that are not None, also indexed by name.
+
+    The names are those of transformers. An attribute without a value is None.
+    """
 
     _fields: ClassVar[tuple[str, ...]]
 
@@ -43,46 +46,30 @@ class _NamedOutput:
             raise KeyError(key)
         return getattr(self, key)
 
+    def __getattr__(self, name: str) -> None:
+        if name not in ("last_hidden_state", "cls_token_value", "loss", "logits", "hidden_states"):
+            raise AttributeError(name)
+
     def keys(self) -> tuple[str, ...]:
+        """Returns the names of the values."""
         return self._fields
 
     def to_tuple(self) -> tuple[Any, ...]:
+        """Returns the values."""
         return tuple(self)  # type: ignore[arg-type]
 
 
-class TFBaseModelOutputWithCLSToken:
-    """Output of TFCvtModel, with the attributes of `cvt.modeling.BaseModelOutputWithCLSToken`."""
-
-    last_hidden_state: Any = None
-    cls_token_value: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-
-
-class TFImageClassifierOutputWithNoAttention:
-    """Output of TFCvtForImageClassification, with the attributes of transformers' class."""
-
-    loss: Any = None
-    logits: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-
-
 @functools.cache
-def _output_type(kind: type, names: tuple[str, ...]) -> type:
+def _output_type(names: tuple[str, ...]) -> type:
     # Keras (predict, functional models) supports tuples, but not None values in them. So there is one type
-    # per set of names. The class attributes of `kind` are the None values of all other names.
-    return type(kind.__name__, (_NamedOutput, namedtuple(kind.__name__, names), kind), {})
-
-
-def _make_output(kind: type, **values: Any) -> Any:
-    """Creates an output of type `kind` from the values that are not None."""
-    present = {name: value for name, value in values.items() if value is not None}
-    return _output_type(kind, tuple(present))(**present)
+    # per set of names.
+    return type("TFCvtOutput", (TFCvtOutput, namedtuple("TFCvtOutput", names)), {})
 
 
 class TFCvtPreTrainedModel(keras.Model):
     """Base class: loading, saving and calling."""
 
-    #: The PyTorch class of the model, and the prefix of its parameter names in the names of variables.
+    #: The PyTorch class of the model, and the prefix of its names in the names of a classifier.
     torch_class: ClassVar[type[PreTrainedModel]]
     torch_prefix: ClassVar[str]
 
@@ -98,9 +85,10 @@ class TFCvtPreTrainedModel(keras.Model):
             pixel_values = kwargs.pop("pixel_values", None)
         return super().__call__(pixel_values, *args, **kwargs)
 
-    def _format_output(self, outputs: Any, return_dict: bool | None) -> Any:
+    def _format_output(self, return_dict: bool | None, **values: Any) -> Any:
+        present = {name: value for name, value in values.items() if value is not None}
         named = self.config.return_dict if return_dict is None else return_dict
-        return outputs if named else outputs.to_tuple()
+        return _output_type(tuple(present))(**present) if named else tuple(present.values())
 
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration for Keras' own file format, `model.save("….keras")`."""
@@ -122,25 +110,34 @@ class TFCvtPreTrainedModel(keras.Model):
         """
         result = cls(copy.deepcopy(model.config))
         state = model.state_dict()
-        check_weights(state, result._empty_torch_model().state_dict())
+        check_weights(state, cls._empty_torch_model(model.config).state_dict())
         for key, variable in result._variables_by_torch_name().items():
-            axes = np.argsort(_axes(key, len(variable.shape))).tolist()
-            variable.assign(state[key].detach().cpu().float().permute(axes).numpy())
+            axes = np.argsort(TO_TORCH[state[key].ndim]).tolist()
+            value = state[key].detach().cpu().float().permute(axes)
+            # The kernel of a depthwise convolution has its axis of size 1 in another place.
+            variable.assign(value.reshape(tuple(variable.shape)).numpy())
         return result
 
     def to_torch(self) -> PreTrainedModel:
         """Returns a PyTorch model with the same configuration and weights, in float32 and evaluation mode."""
-        model = self._empty_torch_model().to_empty(device="cpu")
-        state = {key: torch.tensor(0) for key in model.state_dict() if key.endswith(".num_batches_tracked")}
+        model = self._empty_torch_model(self.config).to_empty(device="cpu")
+        state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
         for key, variable in self._variables_by_torch_name().items():
             value = torch.from_numpy(np.array(ops.convert_to_numpy(variable), dtype=np.float32))
-            state[key] = value.permute(_axes(key, value.ndim))
-        model.load_state_dict(state, strict=True)
+            state[key] = value.permute(TO_TORCH[value.ndim]).reshape(state[key].shape)
+        model.load_state_dict(state)
         return model.eval()
 
-    def _empty_torch_model(self) -> PreTrainedModel:
+    @classmethod
+    def _empty_torch_model(cls, config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):  # skips random initialization
-            return self.torch_class(copy.deepcopy(self.config))
+            return cls.torch_class(copy.deepcopy(config))
+
+    def _variables_by_torch_name(self) -> dict[str, Any]:
+        # The layers create their variables in the order of PyTorch's state dict.
+        keys = self._empty_torch_model(self.config).state_dict().keys()
+        names = (key for key in keys if not key.endswith(".num_batches_tracked"))
+        return dict(zip(names, self.weights, strict=True))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: Any) -> Self:
@@ -175,8 +172,7 @@ class TFCvtPreTrainedModel(keras.Model):
     @classmethod
     def _check_except_head(cls, state: Mapping[str, Tensor], config: CvtConfig) -> None:
         """Raises `CheckpointError` if weights do not fit. The classifier may be missing or superfluous."""
-        with torch.device("meta"):
-            empty = cls.torch_class(copy.deepcopy(config)).state_dict()
+        empty = cls._empty_torch_model(config).state_dict()
         expected = {f"{cls.torch_prefix}{key}": value for key, value in empty.items()}
         head = ("layernorm.", "classifier.")
         check_weights(
@@ -188,20 +184,6 @@ class TFCvtPreTrainedModel(keras.Model):
         """Saves config.json and model.safetensors, which this package and transformers can load."""
         self.to_torch().save_pretrained(folder)
 
-    def _variables_by_torch_name(self) -> dict[str, Any]:
-        # A path ends in the names of layer and variable. A layer has the name of the PyTorch module, with
-        # hyphens in place of dots, because Keras does not allow dots.
-        names = (".".join(variable.path.split("/")[-2:]) for variable in self.weights)
-        keys = (torch_name(name.replace("-", ".")).removeprefix(self.torch_prefix) for name in names)
-        return dict(zip(keys, self.weights, strict=True))
-
-
-def _axes(key: str, ndim: int) -> tuple[int, ...]:
-    """Returns the permutation of the axes of a variable to PyTorch's order."""
-    if key.endswith(".convolution.weight"):  # depthwise, (height, width, channels, 1)
-        return (2, 3, 0, 1)
-    return TO_TORCH.get(ndim, tuple(range(ndim)))
-
 
 @keras.saving.register_keras_serializable(package="cvt")
 class TFCvtModel(TFCvtPreTrainedModel):
@@ -212,7 +194,7 @@ class TFCvtModel(TFCvtPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig, name: str | None = None) -> None:
         super().__init__(config, name)
-        self.stages = [CvtStage(config, i, f"cvt-encoder-stages-{i}") for i in range(len(config.depth))]
+        self.stages = [CvtStage(config, i) for i in range(len(config.depth))]
         self.built = True
 
     def call(
@@ -235,13 +217,12 @@ class TFCvtModel(TFCvtPreTrainedModel):
         for stage in self.stages:
             image, cls_token = stage(image)
             states += (ops.transpose(image, (0, 3, 1, 2)),)
-        outputs = _make_output(
-            TFBaseModelOutputWithCLSToken,
+        return self._format_output(
+            return_dict,
             last_hidden_state=states[-1],
             cls_token_value=cls_token,
             hidden_states=states if output_hidden_states else None,
         )
-        return self._format_output(outputs, return_dict)
 
 
 @keras.saving.register_keras_serializable(package="cvt")
@@ -259,9 +240,9 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         super().__init__(config, name)
         width, labels = config.embed_dim[-1], config.num_labels
         self.num_labels = labels
-        self.cvt = TFCvtModel(config, name="cvt")
-        self.layernorm = layer_norm("layernorm", width)
-        self.classifier = dense(config, "classifier", width, labels) if labels else keras.layers.Identity()
+        self.cvt = TFCvtModel(config)
+        self.layernorm = build(layer_norm(), None, width)
+        self.classifier = build(dense(config, labels), width) if labels else keras.layers.Identity()
         self.loss_function = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         if labels == 1:
             self.loss_function = keras.losses.MeanSquaredError()
@@ -285,13 +266,12 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         if tokens is None:
             tokens = to_tokens(ops.transpose(outputs.last_hidden_state, (0, 2, 3, 1)))
         logits = self.classifier(ops.mean(self.layernorm(tokens), axis=1))
-        result = _make_output(
-            TFImageClassifierOutputWithNoAttention,
+        return self._format_output(
+            return_dict,
             loss=None if labels is None else self.loss_function(labels, logits),
             logits=logits,
             hidden_states=outputs.hidden_states,
         )
-        return self._format_output(result, return_dict)
 
     def compute_loss(
         self,

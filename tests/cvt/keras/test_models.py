@@ -25,12 +25,7 @@ from tests.cvt.random_models import FOUR_STAGES, PUBLISHED, TINY, randomize
 os.environ["KERAS_BACKEND"] = "torch"  # read at the import of keras; PyTorch is always installed
 keras = pytest.importorskip("keras", reason="needs the extra `keras`")
 
-from cvt.keras import (  # noqa: E402
-    TFBaseModelOutputWithCLSToken,
-    TFCvtForImageClassification,
-    TFCvtModel,
-    TFImageClassifierOutputWithNoAttention,
-)
+from cvt.keras import TFCvtForImageClassification, TFCvtModel, TFCvtOutput  # noqa: E402
 from cvt.keras.layers import CvtLayer  # noqa: E402
 
 #: As in test_modeling: the widths and heads of cvt-w24, with a smaller depth.
@@ -122,7 +117,7 @@ def test_outputs_are_indexed_by_name_and_position() -> None:
         {"labels": labels, "output_hidden_states": True},
     ):
         actual, expected = ours(pixels, **arguments), theirs(pixels, **arguments)
-        assert isinstance(actual, TFImageClassifierOutputWithNoAttention)
+        assert isinstance(actual, TFCvtOutput)
         assert list(actual.keys()) == list(expected.keys())
         assert len(actual) == len(expected)
         assert_close(actual[0], expected[0], **CLOSE)
@@ -139,7 +134,7 @@ def test_outputs_are_indexed_by_name_and_position() -> None:
     with pytest.raises(KeyError, match="loss"):
         ours(pixels)["loss"]
     features = ours.cvt(pixels)
-    assert isinstance(features, TFBaseModelOutputWithCLSToken)
+    assert isinstance(features, TFCvtOutput)
     assert list(features.keys()) == ["last_hidden_state", "cls_token_value"]
     assert features.hidden_states is None
     assert type(ours.cvt(pixels, return_dict=False)) is tuple
@@ -238,7 +233,7 @@ def test_each_dropout_rate_acts_only_in_training(field: str | None) -> None:
 @torch.no_grad()
 def test_drop_path_drops_whole_samples_and_keeps_expected_value() -> None:
     keras.utils.set_random_seed(0)
-    path, ones = CvtLayer(CvtConfig(**TINY), 0, 0.25, "layer").drop_path, torch.ones(4000, 3, 2)
+    path, ones = CvtLayer(CvtConfig(**TINY), 0, 0.25).drop_path, torch.ones(4000, 3, 2)
     dropped = path(ones, training=True)
     values = [sample.unique().tolist() for sample in dropped]
     assert all(len(sample_values) == 1 for sample_values in values)
