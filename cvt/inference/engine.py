@@ -32,17 +32,8 @@ PRECISIONS: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtyp
 #: Folder for compiled code between runs, unless TORCHINDUCTOR_CACHE_DIR is set.
 COMPILE_CACHE = "~/.cache/cvt-label/torchinductor"
 
-_thread: ThreadPoolExecutor
-
-
-def _start_thread() -> None:
-    """Starts the only thread of all engines: compiled code fails in others, which lack its CUDA graphs."""
-    global _thread
-    _thread = ThreadPoolExecutor(1, "engine")
-
-
-_start_thread()
-os.register_at_fork(after_in_child=_start_thread)  # a forked process has no threads
+#: The only thread of all engines: compiled code fails in others, which lack its CUDA graphs.
+_thread = ThreadPoolExecutor(1, "engine")
 
 
 class Engine:
@@ -50,7 +41,7 @@ class Engine:
 
     The same images in the same call give the same bits on the same machine. Results may differ by rounding
     when the batch differs. Several threads may call the engine: it starts the images of one call while
-    another call waits for its results. With runtime "torch" on a CPU, forked processes may call it too.
+    another call waits for its results.
 
     Args:
         model: the model. The engine makes a copy.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -46,7 +44,7 @@ class TorchRuntime:
         else:
             network.pack()
         self._split = -(-batch_size // self._parts(batch_size))
-        self._pool = functools.partial(_pool, self._workers, threads)
+        self._pool = _make_pool(self._workers, threads)
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
         images = np.asarray(images)
@@ -55,7 +53,7 @@ class TorchRuntime:
         else:
             parts = np.array_split(images, self._parts(len(images)))
         # All parts are in one queue, so no thread waits for others at the end of a batch.
-        outputs = [self._pool().submit(self._run, part) for part in parts]
+        outputs = [self._pool.submit(self._run, part) for part in parts]
 
         def result() -> tuple[np.ndarray, np.ndarray]:
             logits, embeddings = zip(*(output.result() for output in outputs), strict=True)
@@ -85,9 +83,8 @@ def max_images_per_part(config: Architecture, size: int, max_bytes: int = MAX_AC
     return max(1, (max_bytes - 1) // (4 * largest))
 
 
-@functools.cache
-def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    """Returns workers of this process, whose numbers of PyTorch threads differ by at most one."""
+def _make_pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Returns workers whose numbers of PyTorch threads differ by at most one."""
     counts = [threads // workers + (worker < threads % workers) for worker in range(workers)]
 
     def set_threads() -> None:
@@ -95,6 +92,3 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(counts.pop(0))
 
     return ThreadPoolExecutor(workers, "network", set_threads)
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has no threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -126,21 +125,6 @@ def test_concurrent_calls_get_their_own_results() -> None:
     for actual, expected in zip(found, outputs, strict=True):
         np.testing.assert_array_equal(actual.logits, expected.logits)
         np.testing.assert_array_equal(actual.embeddings, expected.embeddings)
-
-
-@pytest.mark.skipif("sys.platform != 'linux'")
-def test_engine_works_in_a_forked_process() -> None:
-    engine = make_engine(threads=4)
-    expected = engine(IMAGES)
-    context = multiprocessing.get_context("fork")  # as the workers of a DataLoader
-    results = context.SimpleQueue()
-    process = context.Process(target=lambda: results.put(engine(IMAGES).logits))
-    process.start()
-    process.join(30)
-    process.kill()
-    assert process.exitcode == 0, "the engine hangs or fails"
-    np.testing.assert_array_equal(results.get(), expected.logits)
-    np.testing.assert_array_equal(engine(IMAGES).logits, expected.logits)
 
 
 def test_no_images_give_empty_outputs() -> None:
