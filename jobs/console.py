@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,9 +26,9 @@ from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
 from pipeline.run import Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
-from pipeline.statistics import ClassStatistics, format_class_row, predicted_classes
+from pipeline.statistics import ClassStatistics, predicted_classes
 from pipeline.storage import StorageError
-from pipeline.text import escape_unprintable, pluralize, remove_secrets
+from pipeline.text import escape_unprintable, format_percent, format_score, pluralize, remove_secrets
 
 
 class ExitStatus(IntEnum):
@@ -284,16 +285,21 @@ def resolve_partition(uri: str | None, config: Path | None, overrides: list[str]
 def make_class_table(classes: pa.Table, top: int) -> Table:
     """Returns a table of the `top` most frequent predicted classes."""
     rows = predicted_classes(classes)
-    images = sum(row["count"] for row in rows)
+    images, has_targets = pc.sum(rows["count"]).as_py() or 0, not rows["support"].null_count
     title = f"Classes of {'all ' if images > 1 else ''}{pluralize(images, 'labeled image')}"
     if top < len(rows):
         title += f" (the {f'{top} ' if top > 1 else ''}most frequent of {len(rows)})"
     headings = ["images", "%", "score", "p05", "p50", "p95"]
-    if any(row["support"] is not None for row in rows):
+    if has_targets:
         headings += ["precision", "recall", "F1"]
     table = make_table(title, ["label"], headings)
-    for row in rows[:top]:
-        table.add_row(escape_unprintable(row["label"]), *format_class_row(row))
+    for row in rows.slice(0, top).to_pylist():
+        cells = [f"{row['count']:,}", format_percent(row["fraction"])]
+        cells += [format_score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
+        if has_targets:
+            cells += [format_percent(row["precision"]), format_percent(row["recall"])]
+            cells.append(format_score(row["f1"]))
+        table.add_row(escape_unprintable(row["label"]), *cells)
     return table
 
 

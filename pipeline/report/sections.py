@@ -24,6 +24,7 @@ from pipeline.statistics import (
 from pipeline.storage import StorageError
 
 # Maximum numbers of shown items.
+MAX_TABLE_CLASSES = 50
 MAX_PAIRS = 12
 MAX_MATRIX_CLASSES = 15
 MAX_CHANGED_CLASSES = 15
@@ -35,17 +36,18 @@ MAX_FILES = 500
 _READER_THREADS = 16
 _SHOWN_BINS = 20
 #: Columns of the table of classes.
-_CLASS_COLUMNS = (
+_CLASS_COLUMNS = [
     "label", "count", "fraction", "score_mean", "score_p05", "score_p50", "score_p95",
     "precision", "recall", "f1",
-)  # fmt: skip
+]  # fmt: skip
 
 
 def classes(labels: Sequence[str], stats: ClassStatistics, topk: int) -> dict[str, Any]:
     """Returns the predicted classes, the most frequent first, and the images by score."""
-    predicted = predicted_classes(class_table(stats, labels, topk))
+    predicted = predicted_classes(class_table(stats, labels, topk)).select(_CLASS_COLUMNS)
     return {
-        "rows": [[row[name] for name in _CLASS_COLUMNS] for row in predicted],
+        "predicted": len(predicted),
+        "rows": [list(row.values()) for row in predicted.slice(0, MAX_TABLE_CLASSES).to_pylist()],
         "images": stats.score_histogram.sum(axis=0).reshape(_SHOWN_BINS, -1).sum(axis=1).tolist(),
         "correct": stats.calibration[1].reshape(_SHOWN_BINS, -1).sum(axis=1).tolist(),
     }

@@ -23,4 +23,4 @@ from pipeline.statistics.stages import (
     steady_rate,
     summarize_stages,
 )
-from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_table, format_class_row, predicted_classes
+from pipeline.statistics.table import CLASS_STATS_SCHEMA, class_table, predicted_classes

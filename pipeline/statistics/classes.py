@@ -182,11 +182,13 @@ class ClassStatistics:
 
     def top1_accuracy(self) -> float | None:
         """Returns the fraction of correct rows among the rows with a target; None without targets."""
-        return ratio(int(self.true_positives.sum()), int(self.support.sum()))
+        return float(self.true_positives.sum() / self.support.sum()) if self.has_targets else None
 
     def top5_accuracy(self, topk: int) -> float | None:
         """Returns the top-5 accuracy; None without targets or without the five best classes (`has_top5`)."""
-        return ratio(int(self.top5_hits.sum()), int(self.support.sum())) if self.has_top5(topk) else None
+        if not self.has_targets or not self.has_top5(topk):
+            return None
+        return float(self.top5_hits.sum() / self.support.sum())
 
     def has_top5(self, topk: int) -> bool:
         """Returns whether rows with `topk` classes contain the five best classes, or all classes."""
@@ -236,8 +238,3 @@ def _score_bins(scores: np.ndarray) -> np.ndarray:
 
 def _to_fixed_point(values: np.ndarray) -> np.ndarray:
     return np.rint(values.astype(np.float64) * SCALE).astype(np.int64)
-
-
-def ratio(part: int, whole: int) -> float | None:
-    """Returns `part / whole`; None if `whole` is 0."""
-    return part / whole if whole else None

@@ -1,13 +1,12 @@
-"""The table of class statistics, for `class_stats.parquet` and as text."""
+"""The table of class statistics, for `class_stats.parquet`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.statistics.classes import HISTOGRAM_BINS, SCALE, ClassStatistics, ratio
-from pipeline.text import format_percent, format_score
+from pipeline.statistics.classes import HISTOGRAM_BINS, SCALE, ClassStatistics
 
 CLASS_STATS_SCHEMA = pa.schema(
     [
@@ -44,63 +43,52 @@ def class_table(stats: ClassStatistics, labels: Sequence[str], topk: int) -> pa.
 
     `top5_recall` is null if `topk` is less than five and less than the number of classes.
     """
-    total, has_top5 = int(stats.count.sum()), stats.has_top5(topk)
-    rows = [
-        {"label_id": i, "label": label, **_class_row(stats, i, total, has_top5)}
-        for i, label in enumerate(labels)
+    count, hits, support = stats.count, stats.true_positives, stats.support
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, and null in the table
+        mean = stats.score_sum / (count * SCALE)
+        variance = np.maximum(0, stats.score_square_sum / (count * SCALE) - mean**2)
+        variance[stats.score_min == stats.score_max] = 0  # the sums are rounded
+        values = {
+            "label_id": np.arange(len(labels)),
+            "label": list(labels),
+            "count": count,
+            "fraction": count / count.sum(),
+            "score_mean": mean,
+            "score_std": np.sqrt(variance),
+            "score_min": np.where(count, stats.score_min, np.nan),
+            "score_max": np.where(count, stats.score_max, np.nan),
+            "score_p05": _quantiles(stats, 0.05),
+            "score_p50": _quantiles(stats, 0.5),
+            "score_p95": _quantiles(stats, 0.95),
+            "score_histogram": list(stats.score_histogram),
+            "entropy_mean": stats.entropy_sum / (count * SCALE),
+        }
+        if stats.has_targets:
+            values |= {
+                "support": support,
+                "true_positives": hits,
+                "precision": hits / stats.predicted_with_target,
+                "recall": hits / support,
+                "f1": 2 * hits / (stats.predicted_with_target + support),
+            }
+            if stats.has_top5(topk):
+                values["top5_recall"] = stats.top5_hits / support
+    columns = [
+        pa.array(values[field.name], field.type, from_pandas=True)
+        if field.name in values
+        else pa.nulls(len(labels), field.type)
+        for field in CLASS_STATS_SCHEMA
     ]
-    return pa.Table.from_pylist(rows, schema=CLASS_STATS_SCHEMA)
+    return pa.table(columns, schema=CLASS_STATS_SCHEMA)
 
 
-def _class_row(stats: ClassStatistics, i: int, total: int, has_top5: bool) -> dict[str, object]:
-    count, histogram = int(stats.count[i]), stats.score_histogram[i]
-    row: dict[str, object] = {"count": count, "fraction": ratio(count, total), "score_histogram": histogram}
-    if count:
-        score_sum, squares = int(stats.score_sum[i]), int(stats.score_square_sum[i])
-        variance = max(0, count * squares * SCALE - score_sum**2) / (count * SCALE) ** 2
-        if stats.score_min[i] == stats.score_max[i]:  # the sums are rounded
-            variance = 0.0
-        row |= {
-            "score_mean": score_sum / (count * SCALE),
-            "score_std": variance**0.5,
-            "score_min": stats.score_min[i],
-            "score_max": stats.score_max[i],
-            **{f"score_p{q:02d}": _quantile(histogram, q / 100) for q in (5, 50, 95)},
-            "entropy_mean": int(stats.entropy_sum[i]) / (count * SCALE),
-        }
-    if stats.has_targets:
-        support, hits = int(stats.support[i]), int(stats.true_positives[i])
-        predicted = int(stats.predicted_with_target[i])
-        row |= {
-            "support": support,
-            "true_positives": hits,
-            "precision": ratio(hits, predicted),
-            "recall": ratio(hits, support),
-            "f1": ratio(2 * hits, predicted + support),
-            "top5_recall": ratio(int(stats.top5_hits[i]), support) if has_top5 else None,
-        }
-    return row
+def _quantiles(stats: ClassStatistics, q: float) -> np.ndarray:
+    """Returns the middle of the bin that contains the q-quantile of each class; NaN without images."""
+    lower_bins = (np.cumsum(stats.score_histogram, axis=1) < q * stats.count[:, None]).sum(axis=1)
+    return np.where(stats.count, (lower_bins + 0.5) / HISTOGRAM_BINS, np.nan)
 
 
-def _quantile(histogram: np.ndarray, q: float) -> float:
-    """Returns the middle of the bin that contains the q-quantile."""
-    cumulative = np.cumsum(histogram)
-    return float(np.searchsorted(cumulative, q * cumulative[-1], side="left") + 0.5) / HISTOGRAM_BINS
-
-
-def predicted_classes(classes: pa.Table) -> list[dict[str, Any]]:
+def predicted_classes(classes: pa.Table) -> pa.Table:
     """Returns the rows of a class table whose class was predicted, the most frequent first."""
-    rows = classes.drop_columns(["score_histogram"]).to_pylist()
-    return sorted((row for row in rows if row["count"]), key=lambda row: (-row["count"], row["label_id"]))
-
-
-def format_class_row(row: Mapping[str, Any]) -> list[str]:
-    """Returns a class's values as text: images, fraction, mean score, three score quantiles.
-
-    If there are targets, precision, recall and F1 follow.
-    """
-    cells = [f"{row['count']:,}", format_percent(row["fraction"])]
-    cells += [format_score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
-    if row["support"] is not None:
-        cells += [format_percent(row["precision"]), format_percent(row["recall"]), format_score(row["f1"])]
-    return cells
+    predicted = classes.filter(pc.greater(classes["count"], 0))
+    return predicted.sort_by([("count", "descending"), ("label_id", "ascending")])
