@@ -24,7 +24,9 @@ _MAX_ID_BYTES = 64
 #: The field of `input` with the limit or the column of a role.
 _FIELDS = {"image": "max_image_bytes", "key": "key_column", "label": "label_column"}
 _MISSING = pa.nulls(1)
-_NO_IMAGE = sample_error(ErrorCategory.NO_IMAGE, "the row has no image bytes")
+_NO_IMAGE = sample_error(
+    ErrorCategory.NO_IMAGE, "the row has no image bytes (input.format: table reads images by path or URI)"
+)
 
 
 def read_parquet(

@@ -24,19 +24,15 @@ TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
     ".tar.lz4",
 )  # fmt: skip
-#: Endings of the names of tables, and of compressed tables, without the dot.
-TABLE_KINDS = "parquet", "csv", "tsv", "jsonl", "ndjson", "txt"
-TABLE_COMPRESSIONS = "gz", "zst", "bz2", "xz", "lz4"
+TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
+TABLE_COMPRESSION = re.compile(r"\.(gz|zst|bz2|xz|lz4)$", re.I)
 _SUFFIXES: dict[Format, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
     "parquet": (".parquet",),
-    "images": tuple(f".{extension}" for extension in IMAGE_EXTENSIONS),
-    "table": tuple(
-        f".{kind}{compression}"
-        for kind in TABLE_KINDS
-        for compression in ("", *(f".{each}" for each in TABLE_COMPRESSIONS))
-    ),
+    "images": tuple(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS)),
+    "table": TABLE_SUFFIXES,
 }
+_AUTO_FORMATS: tuple[Format, ...] = ("webdataset", "parquet", "images")
 _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
 #: Number of ignored objects whose URIs a listing keeps, by reason.
@@ -129,25 +125,32 @@ class ShardListing(Iterator[Shard]):
 
         The returned listing raises the error at its end if one of several URIs or patterns has no object.
         """
-        first = next(self._shards, None)
-        if first is None:
-            list(self._check_used(field))
-            reasons = "".join(f", {reason}: {count:,}" for reason, count in sorted(self.ignored.items()))
-            ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored{reasons})" if reasons else ""
-            expected = ", ".join(_SUFFIXES[self.format] if self.format else (*TAR_SUFFIXES, ".parquet"))
-            expected += " objects" + ", or images" * (self.format is None)
-            expected += ", with rows that input.filter selects" * (self.format == "table")
-            raise NoShardsError(f"{field}: no shards found in {self.inputs}{ignored}; expected {expected}")
-        self._shards = chain([first], self._shards, self._check_used(field))
+        shards = self._required(field, self._shards)
+        self._shards = chain([next(shards)], shards)
         return self
 
-    def _check_used(self, field: str) -> Iterator[Shard]:
-        """Yields nothing; raises `NoShardsError` if one of several URIs or patterns has no object."""
+    def _required(self, field: str, shards: Iterator[Shard]) -> Iterator[Shard]:
+        is_empty = True
+        for shard in shards:
+            is_empty = False
+            yield shard
         if self._unused and self._count > 1:
             first, unused = ", ".join(sorted(self._unused)[:3]), len(self._unused)
-            first += ", ..." * (unused > 3)
+            first += ", ..." if unused > 3 else ""
             raise NoShardsError(f"{field}: {unused:,} of {self._count:,} URIs have no object: {first}")
-        yield from ()
+        if not is_empty:
+            return
+        if self.tables:
+            raise NoShardsError(f"{field}: the table has no rows: {', '.join(sorted(self.tables))}")
+        reasons = "".join(f", {reason}: {number:,}" for reason, number in sorted(self.ignored.items()))
+        ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored{reasons})" if reasons else ""
+        formats = [self.format] if self.format else _AUTO_FORMATS
+        expected = ", ".join(suffix for format in formats for suffix in _SUFFIXES[format])
+        if self.format == "table":
+            expected += ", with rows that input.filter selects"
+        if any(uri.endswith("/manifest.json") for uris in self.ignored_examples.values() for uri in uris):
+            expected += "; of an S3 Inventory, set input.uri to its manifest.json, and input.format to table"
+        raise NoShardsError(f"{field}: no shards found in {self.inputs}{ignored}; expected {expected}")
 
     def ignore(self, uri: str, reason: IgnoreReason) -> None:
         """Counts an ignored object."""
@@ -216,8 +219,9 @@ class ShardListing(Iterator[Shard]):
         stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
         if stem != uri != base and any(each.removeprefix(stem) in TAR_SUFFIXES for each in neighbors):
             return IgnoreReason.METADATA
-        for format in (self.format,) if self.format else ("webdataset", "parquet", "images"):
-            if uri.lower().endswith(_SUFFIXES[format]):
+        name = TABLE_COMPRESSION.sub("", uri) if self.format == "table" else uri
+        for format in [self.format] if self.format else _AUTO_FORMATS:
+            if name.lower().endswith(_SUFFIXES[format]):
                 return format
         return IgnoreReason.FORMAT
 

@@ -5,6 +5,7 @@ Files that are in the table's folder and not in the snapshot are never read.
 
 import importlib.util
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -50,8 +51,8 @@ class DataFile(NamedTuple):
     table: str | None = None
 
 
-def open_snapshot(storage: Storage, uri: str) -> list[DataFile] | None:
-    """Returns the live files of a Delta or Iceberg table; None if there is no such table at this URI.
+def open_snapshot(storage: Storage, uri: str) -> list[DataFile]:
+    """Returns the live files of a Delta or Iceberg table.
 
     Args:
         storage: Access to the table.
@@ -62,20 +63,17 @@ def open_snapshot(storage: Storage, uri: str) -> list[DataFile] | None:
     """
     if _METADATA_FILE.search(uri):
         return _open_iceberg(storage, uri)
-    first = next(storage.list(uri), None)
-    if first is None or first.uri == uri:  # a file
-        return None
     if next(storage.list(f"{uri}/_delta_log"), None) is not None:
         return _open_delta(storage, uri)
-    found = list[tuple[int, str]]()
+    by_number = defaultdict[int, list[str]](list)
     for info in storage.list(f"{uri}/metadata"):
-        if match := _METADATA_FILE.search(info.uri.removeprefix(f"{uri}/metadata")):
-            found.append((int(match[1]), info.uri))
-    if not found:
-        return None
-    newest = sorted(name for number, name in found if number == max(found)[0])
-    if len(newest) > 1:
-        cause = f"the Iceberg table has several metadata files of its newest version: {', '.join(newest)}"
+        if match := _METADATA_FILE.search(info.uri):
+            by_number[int(match[1])].append(info.uri)
+    newest = by_number[max(by_number, default=0)]
+    if len(newest) != 1:
+        cause = (
+            f"the newest version of the table has {len(newest)} metadata files: {', '.join(sorted(newest))}"
+        )
         raise StorageError(uri, f"{cause}; set input.uri to the metadata file that the catalog names")
     return _open_iceberg(storage, newest[0])
 
@@ -84,12 +82,10 @@ def snapshot_files(storage: Storage, uri: str) -> list[ObjectInfo]:
     """Returns the live Parquet files of the Delta or Iceberg table at a URI, sorted by URI.
 
     Raises:
-        StorageError: There is no such table, it cannot be read, rows of a live file are deleted, or a file is
-            in another folder.
+        StorageError: The table cannot be read, rows of a live file are deleted, or a file is in
+            another folder.
     """
     files = open_snapshot(storage, uri)
-    if files is None:
-        raise StorageError(uri, "not the folder of a Delta or Iceberg table")
     if deleted := [file.uri for file in files if file.has_deletes]:
         cause = f"{len(deleted)} files of the table have deleted rows, such as {deleted[0]}"
         raise StorageError(uri, f"{cause}; {_COMPACT}")

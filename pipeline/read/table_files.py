@@ -2,9 +2,10 @@
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from posixpath import splitext
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -15,8 +16,8 @@ import pyarrow.parquet as pq
 from pipeline.read.compression import DecompressedFile, find_compression
 from pipeline.read.shards import (
     IMAGE_EXTENSIONS,
-    TABLE_COMPRESSIONS,
-    TABLE_KINDS,
+    TABLE_COMPRESSION,
+    TABLE_SUFFIXES,
     IgnoreReason,
     file_extension,
 )
@@ -25,7 +26,6 @@ from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 
 #: The column of an inventory's file with the versions of the objects.
 VERSION = "cvt_label_version"
-_NAME = re.compile(rf"\.({'|'.join(TABLE_KINDS)})(\.({'|'.join(TABLE_COMPRESSIONS)}))?$", re.I)
 _BATCH_ROWS, _MAX_LINE_BYTES = 1000, 16 * 1024**2
 
 
@@ -38,16 +38,17 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
     while "=" in folder.rpartition("/")[2]:  # a Hive partition
         folder = folder.rpartition("/")[0]
     with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
-        found, start = _NAME.search(info.uri), stream.peek(4)[:4]
-        kind = "jsonl" if start[:1] in (b"{", b"[") else "csv" if csv_columns else "txt"
-        kind = found[1].lower() if found else "parquet" if start == b"PAR1" else kind
+        suffix, start = splitext(TABLE_COMPRESSION.sub("", info.uri.lower()))[1], stream.peek(4)[:4]
         if not start:
             return DataFile(info.uri, folder, pa.schema([]), lambda columns: iter(()))
-        if kind == "parquet":
+        if suffix not in TABLE_SUFFIXES:
+            text_suffix = ".json" if start[:1] in (b"{", b"[") else ".csv" if csv_columns else ".txt"
+            suffix = ".parquet" if start == b"PAR1" else text_suffix
+        if suffix == ".parquet":
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow
             return DataFile(info.uri, folder, schema, lambda columns: _read_parquet(storage, info, columns))
         line = _decompressed(stream).read(_MAX_LINE_BYTES).decode("utf-8-sig", "replace").splitlines()[0]
-    is_csv = kind in ("csv", "tsv")
+    is_csv = suffix in (".csv", ".tsv")
     separator = max(",\t" if csv_columns else ",\t;|", key=line.count) if is_csv else "\1"
     names = csv_columns if is_csv else ["uri"]  # a line of another text is one value
     schema = pa.schema(
@@ -67,7 +68,7 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
             )
 
     file = DataFile(info.uri, folder, schema, read)
-    return _parse_json(file) if kind in ("jsonl", "ndjson") else file
+    return _parse_json(file) if "json" in suffix else file
 
 
 def _parse_json(file: DataFile) -> DataFile:
@@ -75,10 +76,13 @@ def _parse_json(file: DataFile) -> DataFile:
 
     def objects() -> Iterator[list[dict[str, Any]]]:
         for batch in file.read(["uri"]):
-            with _file_errors(file.uri):
+            try:
                 rows = [json.loads(line) for line in batch["uri"].to_pylist() if line.strip()]
-                if not all(isinstance(row, dict) for row in rows):
-                    raise ValueError("a line is not a JSON object")
+            except (ValueError, RecursionError):
+                rows = [None]
+            if not all(isinstance(row, dict) for row in rows):
+                remedy = "write JSON Lines, or exclude the file (input.exclude)"
+                raise StorageError(file.uri, f"a line is not a JSON object of its own; {remedy}")
             yield rows
 
     def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -110,36 +114,29 @@ def open_inventory(
     for name in files:
         file = open_file(storage, storage.stat(name), names)
         schema = pa.schema([("uri", pa.string()), *file.schema])
-        yield file._replace(
-            table=folder, schema=schema, read=_inventory_reader(file, names is not None, ignore)
-        )
+        read = partial(_read_inventory, file, names is not None, ignore)
+        yield file._replace(table=folder, schema=schema, read=read)
 
 
-def _inventory_reader(
-    file: DataFile, is_csv: bool, ignore: Callable[[str, IgnoreReason], None]
-) -> Callable[[Sequence[str]], Iterator[pa.RecordBatch]]:
+def _read_inventory(
+    file: DataFile, is_csv: bool, ignore: Callable[[str, IgnoreReason], None], columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
     roles = [name.replace("_", "").lower() for name in file.schema.names]  # ETag, e_tag
-
-    def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        for batch in file.read(file.schema.names):
-            uris, versions, kept = list[str](), list[str | None](), list[bool]()
-            for values in zip(*(column.to_pylist() for column in batch), strict=True):
-                row = dict(zip(roles, values, strict=True))
-                key = unquote_plus(row["key"] or "") if is_csv else row["key"]
-                uris.append(f"s3://{row['bucket']}/{key}")
-                tag, size = row.get("etag"), row.get("size")
-                versions.append(f"{tag}-{size}" if tag and size is not None else None)
-                is_old = str(row.get("islatest")).lower() == "false"
-                is_old |= str(row.get("isdeletemarker")).lower() == "true"
-                kept.append(not is_old and file_extension(uris[-1])[1:] in IMAGE_EXTENSIONS)
-                if not kept[-1]:
-                    ignore(uris[-1], IgnoreReason.OLD_VERSION if is_old else IgnoreReason.FORMAT)
-            table = pa.table({"uri": uris, VERSION: pa.array(versions, pa.string())})
-            for name in columns:
-                table = table if name == "uri" else table.append_column(name, pa.chunked_array([batch[name]]))
-            yield from table.filter(pa.array(kept, pa.bool_())).to_batches()
-
-    return read
+    for batch in file.read(file.schema.names):
+        uris, versions, kept = list[str](), list[str | None](), list[bool]()
+        for row in batch.rename_columns(roles).to_pylist():
+            key = unquote_plus(row["key"] or "") if is_csv else row["key"]
+            uris.append(f"s3://{row['bucket']}/{key}")
+            tag, size = row.get("etag"), row.get("size")
+            versions.append(f"{tag}-{size}" if tag and size is not None else None)
+            is_old = str(row.get("islatest")).lower() == "false"
+            is_old |= str(row.get("isdeletemarker")).lower() == "true"
+            kept.append(not is_old and file_extension(uris[-1])[1:] in IMAGE_EXTENSIONS)
+            if not kept[-1]:
+                ignore(uris[-1], IgnoreReason.OLD_VERSION if is_old else IgnoreReason.FORMAT)
+        table = pa.table(batch).append_column("uri", [uris])
+        table = table.append_column(VERSION, [pa.array(versions, pa.string())])
+        yield from table.select([*columns, VERSION]).filter(pa.array(kept, pa.bool_())).to_batches()
 
 
 @contextmanager

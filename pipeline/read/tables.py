@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from os.path import commonprefix
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,7 +46,7 @@ from pipeline.storage import (
 from pipeline.text import remove_secrets
 
 _SHARD_ROWS = 1000
-_WINDOW_ROWS = 500_000  # whose objects are looked up together
+_WINDOW_SHARDS = 500  # whose objects are looked up together
 _LOOKUPS = 32  # concurrent requests for versions
 _LISTED, _LISTED_PER_ROW = 1000, 10  # objects of a folder that are listed at most: this and more per row
 #: For the progress of a run: the assumed size of an image of unknown size.
@@ -59,6 +59,7 @@ _URI_NAMES = {
 _BUCKET, _MAX_KEY_BYTES = re.compile(r"[A-Za-z0-9._-]{1,255}"), 1024
 _SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 _FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
+_ROW_SCHEMA = pa.schema({"uri": pa.string(), "error": pa.string(), "key": pa.string()})
 
 
 def select_rows(shard: Shard, indices: Sequence[int]) -> Shard:
@@ -103,35 +104,32 @@ def list_tables(
         StorageError: A file cannot be read, or the objects of the images cannot be listed.
         ConfigError: A column is missing, or a condition of `input.filter` does not fit its column.
     """
+    names = {name for pattern in section.inputs.patterns for name in pattern.names}
 
-    def opened() -> Iterator[DataFile]:
+    def ranges() -> Iterator[tuple[DataFile, int, pa.Table]]:
         for file in files:
             if file.uri.endswith("/manifest.json"):
-                yield from open_inventory(storage, file.uri, ignore)
-            elif not file.version or ".metadata.json" in file.uri:  # the folder of a table
-                yield from open_snapshot(storage, file.uri) or ()
+                if file.uri not in names:
+                    cause = f"{file.uri} looks like the manifest of an S3 Inventory"
+                    raise ConfigError(
+                        f"input.uri: {cause}: set input.uri to it, or exclude it (input.exclude)"
+                    )
+                opened: Iterable[DataFile] = open_inventory(storage, file.uri, ignore)
+            elif not file.version or ".metadata.json" in file.uri:  # a Delta or Iceberg table
+                opened = open_snapshot(storage, file.uri)
             else:
-                yield from [open_file(storage, file.object, section.csv_columns)]
+                opened = [open_file(storage, file.object, section.csv_columns)]
+            for part in opened:
+                yield from _ranges(section, part)
 
-    # A check for any shard stops at the first one, so the first window is small.
-    pending, size, window = list[tuple[DataFile, int, pa.Table]](), 0, _SHARD_ROWS
-
-    def shards() -> Iterator[Shard]:
-        versions = dict[str, str]()
-        if section.check_objects != "never":
-            unknown = (table["uri"].filter(pc.is_null(table["version"])).drop_null() for *_, table in pending)
-            uris = {uri for column in unknown for uri in column.to_pylist()}
-            versions = find_versions(storage, uris, section.check_objects)
-        for each in pending:
-            yield _to_shard(*each, versions)
-
-    for found in chain.from_iterable(_ranges(section, file) for file in opened()):
-        pending.append(found)
-        size += len(found[-1])
-        if size >= window or section.check_objects == "never":
-            yield from shards()
-            pending, size, window = [], 0, _WINDOW_ROWS
-    yield from shards()
+    found, size = ranges(), 1  # a check for any shard stops at the first one
+    while window := list(islice(found, size)):
+        columns = [rows["uri"].filter(pc.is_null(rows["version"])).drop_null() for *_, rows in window]
+        unknown = {uri for column in columns for uri in column.to_pylist()}
+        versions = find_versions(storage, unknown, section.check_objects)
+        for file, start, rows in window:
+            yield _to_shard(file, start, rows, versions)
+        size = _WINDOW_SHARDS
 
 
 def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
@@ -139,27 +137,24 @@ def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str,
     found = [version or versions.get(name) for name, version in pairs]
     rows = rows.set_column(rows.schema.get_field_index("version"), "version", pa.array(found, pa.string()))
     digest = hashlib.blake2b(repr(rows.schema.metadata).encode(), digest_size=16)
-    for column in map(_plain, rows.flatten().columns):
-        digest.update(repr(column.to_pylist()).encode())
-    known = (version.rpartition("-")[2] for version in found if version)
-    sizes = [int(text) for text in known if text.isdecimal()]
-    size, count = sum(sizes) + _UNKNOWN_BYTES * (len(found) - len(sizes)), len(found)
+    for column in rows.flatten().columns:
+        # Python has no nanoseconds.
+        values = column.cast(pa.string()) if pa.types.is_temporal(column.type) else column
+        digest.update(repr(values.to_pylist()).encode())
+    sizes = [int(version.rpartition("-")[2]) for version in found if version not in (None, ABSENT)]
     part, folder = file.uri, file.table or file.uri
     if not is_under(part, folder):  # a plan finds the labels of a rewritten file by the folder of the table
         name = hashlib.blake2b(part.encode(), digest_size=8).hexdigest()
         part = f"{folder}/{name}-{part.rpartition('/')[2]}"
-    uri, table = f"{part}/rows-{start:012d}", ObjectInfo(folder, 0, "")
     return Shard(
-        uri, digest.hexdigest(), "table", size, rows=serialize_table(rows), row_count=count, file=table
+        f"{part}/rows-{start:012d}",
+        digest.hexdigest(),
+        "table",
+        sum(sizes) + _UNKNOWN_BYTES * (len(rows) - len(sizes)),
+        rows=serialize_table(rows),
+        row_count=len(rows),
+        file=ObjectInfo(folder, 0, ""),
     )
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """Returns a column whose values Python represents exactly: nanoseconds are not."""
-    array = column.combine_chunks()
-    if pa.types.is_temporal(array.type) and not pa.types.is_interval(array.type):
-        return array.view(pa.int64() if array.type.bit_width == 64 else pa.int32())
-    return array
 
 
 def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, int, pa.Table]]:
@@ -173,51 +168,54 @@ def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, in
     for name, *_ in section.filter:
         _require_column(file, name, "filter")
     carried = [name for name in section.carry if name in file.schema.names]
-    needed = dict.fromkeys([*filter(None, roles.values()), *carried, *(name for name, *_ in section.filter)])
-    class_names = read_class_names(file.schema, section.label_column)
+    needed = list(
+        dict.fromkeys([*filter(None, roles.values()), *carried, *(name for name, *_ in section.filter)])
+    )
+    metadata = {_CLASS_NAMES: json.dumps(read_class_names(file.schema, section.label_column))}
     start = 0
-    for table in _rechunk(file.read([*needed])):
+    for table in _rechunk(file.read(list(dict.fromkeys(needed)))):
         selected = _select(section, file, pa.table({x: _decoded(table[x]) for x in table.column_names}))
         if len(selected):
-            rows = _to_rows(section, file.folder, roles, selected)
-            metadata = {_CLASS_NAMES: json.dumps(class_names)}
-            yield file, start, rows.replace_schema_metadata(metadata)
+            yield file, start, _to_rows(section, file, roles, selected).replace_schema_metadata(metadata)
         start += len(table)
 
 
-def _to_rows(section: InputConfig, folder: str, roles: Mapping[str, str | None], table: pa.Table) -> pa.Table:
+def _to_rows(
+    section: InputConfig, file: DataFile, roles: Mapping[str, str | None], table: pa.Table
+) -> pa.Table:
     """Returns the rows of a shard from the columns of a table."""
     missing = pa.nulls(len(table), pa.string())
-    keys = table[roles["key"]].combine_chunks() if roles["key"] else None
-    found = defaultdict[str, list[Any]](list)
+    keys = table[roles["key"]].combine_chunks() if roles["key"] else missing
+    found = []
     for row, value in enumerate(table[roles["uri"]].to_pylist()):
-        value = value.get("path") if isinstance(value, dict) else value  # the Image type of `datasets`
+        if isinstance(value, dict):  # the Image type of `datasets`
+            if value.get("bytes") is not None:
+                raise ConfigError(f"input.format: {file.uri} has the bytes of images; set parquet, not table")
+            value = value.get("path")
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
-        key, problem = (None, None) if keys is None else read_value(keys[row])
+        key, problem = read_value(keys[row])
         uri = error = None
         if not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
-        if error is None and problem is not None:
+        elif problem is not None:
             error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
-        if error is None:
+        else:
             try:
-                uri = resolve_uri(text, folder)
+                uri = resolve_uri(text, file.folder)
             except (ValueError, StorageError) as invalid:
                 cause = invalid.cause if isinstance(invalid, StorageError) else str(invalid)
                 error = sample_error(ErrorCategory.INVALID_URI, f"{text[:200]!r}: {cause}")
         key = remove_secrets(text) if key is None else str(key)
-        found["uri"].append(uri)
-        found["error"].append(error)
-        found["key"].append(key or f"{row:09d}")
-    columns = {name: pa.array(values, pa.string()) for name, values in found.items()}
-    columns["version"] = table[VERSION] if VERSION in table.column_names else missing
+        found.append({"uri": uri, "error": error, "key": key or f"{row:09d}"})
+    rows = pa.Table.from_pylist(found, _ROW_SCHEMA)
+    rows = rows.append_column("version", table[VERSION] if VERSION in table.column_names else [missing])
     if roles["label"]:
-        columns["label"] = table[roles["label"]]
+        rows = rows.append_column("label", table[roles["label"]])
     if section.carry:
         values = [table[x].combine_chunks() if x in table.column_names else missing for x in section.carry]
-        columns["carried"] = pa.StructArray.from_arrays(values, [*section.carry])
-    return pa.table(columns)
+        rows = rows.append_column("carried", [pa.StructArray.from_arrays(values, [*section.carry])])
+    return rows
 
 
 def resolve_uri(text: str, folder: str) -> str:
@@ -233,21 +231,21 @@ def resolve_uri(text: str, folder: str) -> str:
             raise ValueError("the URI has no host, or contains credentials")
         _ = address.port  # raises
         return f"{scheme}://{rest}"
-    bucket, _, path = folder.partition("://")[2].partition("/")
-    if not scheme and not is_relative(text):
+    if separator:
+        uri = normalize_uri(f"{scheme}://{rest}")
+        bucket, _, key = rest.partition("/")
+        if scheme != "file" and not (_BUCKET.fullmatch(bucket) and 0 < len(key.encode()) <= _MAX_KEY_BYTES):
+            raise ValueError("the URI has no valid bucket and key")
+        return uri
+    if not is_relative(text):
         return normalize_uri(text)
-    if not scheme and bucket:
-        name = posixpath.normpath(f"{path}/{text}").lstrip("/")
-        if name.split("/")[0] in ("..", "."):
-            raise ValueError(f"the path is outside of the bucket of {folder}")
-        return f"{folder.partition('://')[0]}://{bucket}/{name}"
-    if not scheme:
+    scheme, separator, place = folder.partition("://")
+    if not separator:
         return normalize_uri(f"{folder}/{text}")
-    uri = normalize_uri(f"{scheme}://{rest}")
-    bucket, _, key = rest.partition("/")
-    if scheme != "file" and not (_BUCKET.fullmatch(bucket) and 0 < len(key.encode()) <= _MAX_KEY_BYTES):
-        raise ValueError("the URI has no valid bucket and key")
-    return uri
+    name = posixpath.normpath(f"{place}/{text}")
+    if not name.startswith(f"{place.partition('/')[0]}/"):
+        raise ValueError(f"the path is outside of the bucket of {folder}")
+    return f"{scheme}://{name}"
 
 
 def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str, str]:
@@ -255,8 +253,10 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
 
     Each folder is listed, from the common prefix of its objects. If it has many other objects, the listing
     stops, and the remaining objects are looked up one by one. Objects on web servers are looked up only if
-    `check` is `always`.
+    `check` is `always`, and nothing is looked up if it is `never`.
     """
+    if check == "never":
+        return {}
     folders, remote = defaultdict[str, set[str]](set), list[str]()
     for uri in uris:
         if uri.startswith(("http://", "https://")):
@@ -303,17 +303,26 @@ def _find_uri_column(section: InputConfig, file: DataFile) -> str:
     if section.uri_column is not None:
         return section.uri_column
     names = [name for name in file.schema.names if name.lower() in _URI_NAMES] or file.schema.names
-    if len(names) != 1:
-        columns = f"{describe_columns(file.schema)} ({file.uri})"
-        raise ConfigError(f"input.uri_column: set the column with the URIs of the images; {columns}")
+    if len(names) != 1 or "://" in names[0]:
+        cause = (
+            f"set the column with the URIs of the images of {file.uri}, or exclude the file (input.exclude)"
+        )
+        other = "for a column with the bytes of images, set input.format: parquet"
+        raise ConfigError(f"input.uri_column: {cause}; {other}; {_describe(file)}")
     return str(names[0])
+
+
+def _describe(file: DataFile) -> str:
+    is_data = any("://" in name for name in file.schema.names)
+    remedy = "; the first line is not a header: set input.csv_columns to the names of the columns"
+    return describe_columns(file.schema) + (remedy if is_data else "")
 
 
 def _require_column(file: DataFile, name: str | None, field: str) -> None:
     if name is not None and file.schema.names.count(name) != 1:
         found = file.schema.names.count(name)
         problem = f"{found} columns of {file.uri} are named" if found else f"{file.uri} has no column"
-        raise ConfigError(f"input.{field}: {problem} {name!r}; {describe_columns(file.schema)}")
+        raise ConfigError(f"input.{field}: {problem} {name!r}; {_describe(file)}")
 
 
 def _rechunk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:

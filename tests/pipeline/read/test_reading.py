@@ -703,7 +703,8 @@ def test_rows_without_bytes_or_with_too_many_bytes_are_errors(files: Path) -> No
     samples = read(files, data, ReadOptions(max_image_bytes=4), "x.parquet")
     assert [sample.key for sample in samples] == ["a", "000000001", "c", "000000003"]
     assert [sample.image for sample in samples] == [None, None, None, b"1"]
-    assert samples[0].error == samples[1].error == "no image: the row has no image bytes"
+    message = "no image: the row has no image bytes (input.format: table reads images by path or URI)"
+    assert samples[0].error == samples[1].error == message
     assert "5 bytes, more than the limit of 4" in (samples[2].error or "")
 
 

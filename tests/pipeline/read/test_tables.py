@@ -78,6 +78,7 @@ FILES = {
     "t.tsv": as_csv(ROWS, "\t"),
     "t.csv.gz": gzip.compress(as_csv(ROWS)),
     "t.jsonl": as_json(ROWS),
+    "part-0.json": as_json(ROWS),
     "t.ndjson.gz": gzip.compress(as_json(ROWS)),
     "t.txt": "\n\n".join(row["uri"] for row in ROWS).encode(),
     "t.parquet": make_parquet({name: TABLE[name] for name in TABLE.column_names}),
@@ -121,10 +122,13 @@ def test_table_that_the_input_names_may_have_any_name(content: bytes, tmp_path: 
     assert len(samples(storage, f"{tmp_path}/list")) == 12
 
 
-def test_json_array_is_refused(tmp_path: Path) -> None:
-    Storage().write(f"{tmp_path}/list.json", b'[{"uri": "a.jpg"}]')
-    with pytest.raises(StorageError, match="a line is not a JSON object"):
-        list(listing(Storage(), f"{tmp_path}/list.json"))
+@pytest.mark.parametrize("content", [b'[{"uri": "a.jpg"}]', b'{\n  "uri": "a.jpg"\n}', b"text"])
+def test_other_json_than_json_lines_is_refused(content: bytes, tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/list.json", content)
+    with pytest.raises(
+        StorageError, match=r"list\.json: .* not a JSON object .*; write JSON Lines, or exclude"
+    ):
+        list(listing(Storage(), str(tmp_path)))
 
 
 def test_csv_without_a_header_has_configured_columns(tmp_path: Path) -> None:
@@ -140,6 +144,16 @@ def test_csv_without_a_header_has_configured_columns(tmp_path: Path) -> None:
     assert [(x.key, x.uri) for x in found] == [(str(i), f"{tmp_path}/images/{i}.jpg") for i in range(12)]
     storage.write(f"{tmp_path}/a.csv", b"a;1.jpg\nb;2.jpg")
     assert [x.key for x in samples(storage, str(tmp_path), csv_columns=["uri"])] == ["a;1.jpg", "b;2.jpg"]
+
+
+@pytest.mark.parametrize("content", [as_csv(ROWS, header=False), b"http://h/1.jpg\nhttp://h/2.jpg\n"])
+@pytest.mark.parametrize("name", [None, "url"])
+def test_error_of_a_csv_without_a_header_names_the_setting(
+    content: bytes, name: str | None, tmp_path: Path
+) -> None:
+    Storage().write(f"{tmp_path}/a.csv", content.replace(b"images/", b"s3://b/"))
+    with pytest.raises(ConfigError, match=r"uri_column: .*a\.csv.*not a header: set input\.csv_columns"):
+        list(listing(Storage(), str(tmp_path), uri_column=name))
 
 
 def test_types_of_json_lines_are_those_of_all_rows(tmp_path: Path) -> None:
@@ -203,6 +217,14 @@ def test_uri_column_may_be_a_struct_with_a_path(tmp_path: Path) -> None:
     found, *missing = samples(Storage(), str(tmp_path), uri_column="image")
     assert (found.image, found.key) == (make_image(0), "images/0.jpg")
     assert [category_of(x.error) for x in missing] == [ErrorCategory.NO_IMAGE] * 2
+
+
+def test_column_with_image_bytes_names_the_format_to_set(tmp_path: Path) -> None:
+    column = [{"bytes": make_image(1), "path": "1.jpg"}]
+    Storage().write(f"{tmp_path}/t.parquet", make_parquet({"image": column, "label": [1]}))
+    for name in (None, "image"):
+        with pytest.raises(ConfigError, match=r"t\.parquet.* bytes of images.* set .*parquet"):
+            list(listing(Storage(), str(tmp_path), uri_column=name))
 
 
 def test_filter_compares_times(tmp_path: Path) -> None:
@@ -572,7 +594,7 @@ def test_iceberg_table_is_read_at_its_newest_metadata(
     # A commit that another writer lost leaves a second file of the same version.
     lost = current.rpartition("/")[0] + f"/{current.rpartition('/')[2][:5]}-lost.metadata.json"
     storage.write(lost, storage.read(current))
-    with pytest.raises(StorageError, match=r"several metadata files .*lost.*set input.uri to"):
+    with pytest.raises(StorageError, match=r"has 2 metadata files: .*lost.*set input.uri to"):
         list(listing(storage, uri))
     assert len(samples(storage, current)) == 8
 
@@ -593,6 +615,16 @@ def test_damaged_snapshot_is_reported(name: str, tmp_path: Path) -> None:
     Storage().write(f"{tmp_path}/{name}", b"{damaged")
     with pytest.raises(StorageError, match=r"cannot be read as an? (Delta|Iceberg) table"):
         list(listing(Storage(), str(tmp_path)))
+
+
+def test_table_without_rows_is_named(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    deltalake.write_deltalake(f"{tmp_path}/delta", TABLE.slice(0, 0))
+    iceberg = write_iceberg(Storage(), f"file://{tmp_path}/iceberg", tmp_path)
+    iceberg.delete("id >= 0")
+    for name in ("delta", "iceberg"):
+        with pytest.raises(NoShardsError, match=rf"the table has no rows: {tmp_path}/{name}"):
+            listing(Storage(), f"{tmp_path}/{name}").require_shards("input.uri")
 
 
 # S3 Inventory -------------------------------------------------------------------------------------
@@ -635,6 +667,16 @@ def test_s3_inventory_gives_objects_and_their_versions(format: str, storage: Sto
     assert [(x.uri, x.version, x.error) for x in read] == [
         (infos[i].uri, infos[i].version, None) for i in (0, 1, 5)
     ]
+
+
+def test_folder_of_inventories_names_the_manifest_to_set(tmp_path: Path) -> None:
+    storage, uri = Storage(), f"{tmp_path}/2026-11-30T01-00Z/manifest.json"
+    storage.write(uri, b"{}")
+    storage.write(f"{tmp_path}/data/1.csv", b'"bucket","1.jpg"')
+    with pytest.raises(ConfigError, match=rf"input\.uri: {uri} .* S3 Inventory: set input\.uri"):
+        list(listing(storage, str(tmp_path)))
+    with pytest.raises(NoShardsError, match=r"S3 Inventory, set input\.uri to its manifest\.json"):
+        list_shards(storage, str(tmp_path)).require_shards("input.uri")
 
 
 def test_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
