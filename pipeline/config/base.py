@@ -35,7 +35,11 @@ class Section(BaseModel):
     """A section of a configuration. Unknown fields and values of another type are rejected."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, field_title_generator=lambda name, _: name
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        field_title_generator=lambda name, _: name,
+        use_attribute_docstrings=True,
     )
 
     @field_validator("*", mode="before")

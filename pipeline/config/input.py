@@ -1,10 +1,9 @@
 """The section `input`: the location of the shards, and which of their parts are image, key and label."""
 
 from collections import Counter
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.base import VALUE_HIDDEN, Address, NameOrUri, PositiveInt, Section, Uris
@@ -20,13 +19,21 @@ _NOT_IN_FINGERPRINT = {
     "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
     "on_damaged_shard",
 }  # fmt: skip
-
-
-def _field_of(formats: list[InputFormat], description: str, **options: Any) -> Any:
-    """Returns a field that only these formats use; its description names them."""
-    names = ", ".join(f"`{each}`" for each in formats)
-    extra: JsonDict = {"formats": [*formats]}
-    return Field(description=f"{names}: {description}", json_schema_extra=extra, **options)
+#: The formats that use a field. All formats use the other fields.
+FIELD_FORMATS: dict[str, tuple[InputFormat, ...]] = {
+    "label_field": ("webdataset",),
+    "image_column": ("parquet",),
+    "uri_column": ("table",),
+    "label_column": ("parquet", "table"),
+    "key_column": ("parquet", "table"),
+    "carry": ("webdataset", "parquet", "table"),
+    "filter": ("table",),
+    "csv_columns": ("table",),
+    "check_objects": ("table",),
+    "key": ("webdataset",),
+    "image_member": ("webdataset",),
+    "on_damaged_shard": ("webdataset", "parquet"),
+}
 
 
 def _names_to_types(value: Any) -> Any:
@@ -39,154 +46,106 @@ class InputConfig(Section):
     """The location of the shards, and which of their parts are image, key and label."""
 
     uri: Uris = Field(
-        description="Folder of the shards, or a single shard: `s3://`, `gs://` or a local path. Also a list "
-        "of them, and glob patterns: `*`, `**`, `?`, `[a-c]`, `{a,b}`, `{0000..0999}`.",
-        examples=["s3://my-bucket/shards", ["s3://my-bucket/a", "s3://my-bucket/b-{000..099}.tar"]],
+        examples=["s3://my-bucket/shards", ["s3://my-bucket/a", "s3://my-bucket/b-{000..099}.tar"]]
     )
-    exclude: list[Address] = Field(
-        default=[],
-        description="Glob patterns of objects and folders to exclude: full URIs, or names relative to the "
-        "folder in `uri`. A pattern without a slash excludes names in every folder.",
-        examples=[["val/**", "*-broken.tar"]],
-    )
-    format: InputFormat = Field(
-        default="auto",
-        description="Format of the shards. `auto`: inferred from each file extension. Others: only files "
-        "with an extension of the format, and objects that `uri` names exactly.",
-        examples=["webdataset"],
-    )
-    labels: bool = Field(
-        default=True,
-        description="Read the dataset's own labels as targets. False: every target is null.",
-    )
-    label_from: Literal["folder"] | None = Field(
-        default=None,
-        description="`folder`: the label of an image file, of a row of a table and of a sample of a tar is "
-        "the name of its folder, and the label of a Parquet file is in the name of a folder such as "
-        "`label=3`. Null: see `label_field` and `label_column`.",
-        examples=["folder"],
-    )
-    label_field: str | None = _field_of(
-        ["webdataset"],
-        default=None,
-        description="field of the `.json` member that holds the label; dots separate nested "
-        "fields. Null: the label is in the `.cls` member.",
-        examples=["annotation.class"],
-    )
-    image_column: str | None = _field_of(
-        ["parquet"],
-        default=None,
-        description="name of the image column. Null: `image`, or the only column whose type is "
-        "binary or a struct with binary `bytes`.",
-        examples=["image"],
-    )
-    uri_column: str | None = _field_of(
-        ["table"],
-        default=None,
-        description="name of the column with the URIs of the images. Null: the only column whose name "
-        "is usual for it, such as `uri` or `image_url`.",
-        examples=["image_url"],
-    )
-    label_column: str | None = _field_of(
-        ["parquet", "table"],
-        default=None,
-        description="name of the label column. Null: no targets.",
-        examples=["label"],
-    )
-    key_column: str | None = _field_of(
-        ["parquet", "table"],
-        default=None,
-        description="name of the column with the sample keys. Null: the image's path or "
-        "URI, or the row number if there is none.",
-        examples=["id"],
-    )
+    """Folder of the shards, or a single shard: `s3://`, `gs://` or a local path. Also a list of them, and
+    glob patterns: `*`, `**`, `?`, `[a-c]`, `{a,b}`, `{0000..0999}`.
+    """
+    exclude: list[Address] = Field(default=[], examples=[["val/**", "*-broken.tar"]])
+    """Glob patterns of objects and folders to exclude: full URIs, or names relative to the folder in `uri`. A
+    pattern without a slash excludes names in every folder.
+    """
+    format: InputFormat = "auto"
+    """Format of the shards. `auto`: inferred from each file extension. Others: only files with an extension
+    of the format, and objects that `uri` names exactly.
+    """
+    labels: bool = True
+    """Read the dataset's own labels as targets. False: every target is null."""
+    label_from: Literal["folder"] | None = None
+    """`folder`: the label of an image file, of a row of a table and of a sample of a tar is the name of its
+    folder, and the label of a Parquet file is in the name of a folder such as `label=3`. Null: see
+    `label_field` and `label_column`.
+    """
+    label_field: str | None = Field(default=None, examples=["annotation.class"])
+    """Field of the `.json` member that holds the label; dots separate nested fields. Null: the label is in
+    the `.cls` member.
+    """
+    image_column: str | None = Field(default=None, examples=["image"])
+    """Name of the image column. Null: `image`, or the only column whose type is binary or a struct with
+    binary `bytes`.
+    """
+    uri_column: str | None = Field(default=None, examples=["image_url"])
+    """Name of the column with the URIs of the images. Null: the only column whose name is usual for it, such
+    as `uri` or `image_url`.
+    """
+    label_column: str | None = Field(default=None, examples=["label"])
+    """Name of the label column. Null: no targets."""
+    key_column: str | None = Field(default=None, examples=["id"])
+    """Name of the column with the sample keys. Null: the image's path or URI, or the row number if there is
+    none.
+    """
     carry: Annotated[
         dict[str, str | None],
         BeforeValidator(_names_to_types, json_schema_input_type=dict[str, str | None] | list[str]),
-    ] = _field_of(
-        ["webdataset", "parquet", "table"],
+    ] = Field(
         default={},
-        description="columns, or fields of the `.json` member, that are copied to "
-        "each prediction row: a list of names, or a mapping of names to Arrow types such as `int64` or "
-        "`timestamp[us, UTC]`. A name that prediction files have already becomes `input_<name>`.",
         examples=[{"id": "int64", "captured_at": None}],
     )
-    filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = _field_of(
-        ["table"],
-        default=[],
-        description="conditions that a row must meet, each a list of column, operator and value. "
-        "Operators: `=`, `!=`, `<`, `<=`, `>`, `>=`, `in`, `not in`.",
-        examples=[[["split", "=", "train"]]],
+    """Columns, or fields of the `.json` member, that are copied to each prediction row: a list of names, or a
+    mapping of names to Arrow types such as `int64` or `timestamp[us, UTC]`. A name that prediction files have
+    already becomes `input_<name>`.
+    """
+    filter: list[Annotated[list[Any], Field(min_length=3, max_length=3)]] = Field(
+        default=[], examples=[[["split", "=", "train"]]]
     )
-    csv_columns: list[str] | None = _field_of(
-        ["table"],
-        default=None,
-        description="names of the columns of CSV files without a header. Null: the first line is the header.",
-        examples=[["bucket", "key"]],
-    )
-    check_objects: Literal["auto", "never", "always"] = _field_of(
-        ["table"],
-        default="auto",
-        description="whether a run finds images that were replaced under the same URI. `auto`: in "
-        "buckets and local folders, by listing them. `always`: also on web servers, with one request per "
-        "image. `never`: an image is identified by its URI only.",
-        examples=["always"],
-    )
-    key: Literal["first-dot", "last-dot"] = _field_of(
-        ["webdataset"],
-        default="first-dot",
-        description="the part of a member's file name that is the sample's key. `first-dot`: the "
-        "part before the first dot, as WebDataset does. `last-dot`: the part before the last dot.",
-        examples=["last-dot"],
-    )
-    image_member: str | None = _field_of(
-        ["webdataset"],
-        default=None,
-        description="extension of the member that is the image, such as `left.jpg`. Null: the "
-        "first member with an image extension such as `jpg`, or else such as `left.jpg`.",
-        examples=["left.jpg"],
-    )
-    on_damaged_shard: Literal["skip", "keep"] = _field_of(
-        ["webdataset", "parquet"],
-        default="skip",
-        description="a shard that cannot be read to its end: `skip` labels nothing of it, `keep` labels the "
-        "readable part. Either way the run ends with a non-zero status.",
-        examples=["keep"],
-    )
-    target_names: NameOrUri | list[str] | None = Field(
-        default=None,
-        description="Names of the dataset's own classes, by integer label: a list, or the path or URI of a "
-        "file as for `model.labels`. Null: the names in the schema of the file, if it has some; else an "
-        "integer label is a class id of the model.",
-        examples=[["cat", "dog"]],
-    )
-    target_map: NameOrUri | dict[str, str] | None = Field(
-        default=None,
-        description="Class of the model for each class of the dataset, by name: a mapping, or the path or "
-        "URI of a JSON file with one. Several classes of the dataset may have the same class of the model. "
-        "Null: classes with equal names.",
-        examples=[{"sneakers": "Sneaker"}],
-    )
-    max_image_bytes: PositiveInt = Field(
-        default=256 * 1024**2,
-        description="Maximum size of an encoded image, in bytes. A larger image is an error row, and is not "
-        "read.",
-    )
-    max_image_pixels: PositiveInt = Field(
-        default=178_956_970,  # Pillow's limit against decompression bombs
-        description="Maximum number of pixels of an image (width times height). A larger image is an error "
-        "row, and is not decoded.",
-    )
+    """Conditions that a row must meet, each a list of column, operator and value. Operators: `=`, `!=`, `<`,
+    `<=`, `>`, `>=`, `in`, `not in`.
+    """
+    csv_columns: list[str] | None = Field(default=None, examples=[["bucket", "key"]])
+    """Names of the columns of CSV files without a header. Null: the first line is the header."""
+    check_objects: Literal["auto", "never", "always"] = Field(default="auto")
+    """Whether a run finds images that were replaced under the same URI. `auto`: in buckets and local folders,
+    by listing them. `always`: also on web servers, with one request per image. `never`: an image is
+    identified by its URI only.
+    """
+    key: Literal["first-dot", "last-dot"] = Field(default="first-dot")
+    """Part of a member's file name that is the sample's key. `first-dot`: the part before the first dot,
+    as WebDataset does. `last-dot`: the part before the last dot.
+    """
+    image_member: str | None = Field(default=None, examples=["left.jpg"])
+    """Extension of the member that is the image, such as `left.jpg`. Null: the first member with an image
+    extension such as `jpg`, or else such as `left.jpg`.
+    """
+    on_damaged_shard: Literal["skip", "keep"] = Field(default="skip")
+    """A shard that cannot be read to its end: `skip` labels nothing of it, `keep` labels the readable part.
+    Either way the run ends with a non-zero status.
+    """
+    target_names: NameOrUri | list[str] | None = Field(default=None, examples=[["cat", "dog"]])
+    """Names of the dataset's own classes, by integer label: a list, or the path or URI of a file as for
+    `model.labels`. Null: the names in the schema of the file, if it has some; else an integer label is a
+    class id of the model.
+    """
+    target_map: NameOrUri | dict[str, str] | None = Field(default=None, examples=[{"sneakers": "Sneaker"}])
+    """Class of the model for each class of the dataset, by name: a mapping, or the path or URI of a JSON file
+    with one. Several classes of the dataset may have the same class of the model. Null: classes with equal
+    names.
+    """
+    max_image_bytes: PositiveInt = 256 * 1024**2
+    """Maximum size of an encoded image, in bytes. A larger image is an error row, and is not read."""
+    max_image_pixels: PositiveInt = 178_956_970  # Pillow's limit against decompression bombs
+    """Maximum number of pixels of an image (width times height). A larger image is an error row, and is not
+    decoded.
+    """
 
-    @field_validator("*")
+    @field_validator(*FIELD_FORMATS)
     @classmethod
     def _check_format(cls, value: Any, info: ValidationInfo) -> Any:
         """Rejects a field that the format does not use, because a run would ignore the field."""
-        field, chosen = cls.model_fields[str(info.field_name)], info.data.get("format")
-        if chosen is None or value == field.default or not isinstance(field.json_schema_extra, dict):
+        field, chosen = str(info.field_name), info.data.get("format")
+        formats = FIELD_FORMATS[field]
+        if chosen is None or chosen in formats or value == cls.model_fields[field].default:
             return value
-        formats = cast(list[str], field.json_schema_extra["formats"])
-        if chosen not in formats and (chosen != "auto" or formats == ["table"]):
+        if chosen != "auto" or formats == ("table",):
             remedy = f"remove the field, or set format: {' or '.join(formats)}"
             raise PydanticCustomError(VALUE_HIDDEN, f"not used with format: {chosen}; {remedy}")
         return value

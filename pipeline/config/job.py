@@ -17,69 +17,51 @@ from pipeline.storage import Storage
 class ModelConfig(Section):
     """The checkpoint that classifies, and its precision."""
 
-    path: NameOrUri = Field(
-        description="Checkpoint: `fashion-mnist` (bundled), a Hugging Face hub id, or the path or URI of a "
-        "folder in Hugging Face layout, a Microsoft `.pth` file or a TensorFlow `.h5` file.",
-        examples=["microsoft/cvt-13"],
-    )
-    revision: str | None = Field(
-        default=None,
-        description="Branch, tag or commit of a hub id; `id@revision` in `model.path` does the same. Null: "
-        "the default branch.",
-        examples=["main"],
-    )
-    labels: NameOrUri | None = Field(
-        default=None,
-        description="Path or URI of a file with class names that replace the checkpoint's: one name per "
-        "line, or `.json` with a list or an object by class id. Null: the checkpoint's names.",
-        examples=["s3://my-bucket/classes.txt"],
-    )
-    precision: Literal["auto", Precision] = Field(
-        default="fp32",
-        description="Number format of the model. `auto`: `bf16` if `classify.device` is `cuda`, `fp32` if "
-        "it is `cpu`. Labels depend on this field.",
-        examples=["bf16"],
-    )
+    path: NameOrUri = Field(examples=["microsoft/cvt-13"])
+    """Checkpoint: `fashion-mnist` (bundled), a Hugging Face hub id, or the path or URI of a folder in Hugging
+    Face layout, a Microsoft `.pth` file or a TensorFlow `.h5` file.
+    """
+    revision: str | None = Field(default=None, examples=["main"])
+    """Branch, tag or commit of a hub id; `id@revision` in `model.path` does the same. Null: the default
+    branch.
+    """
+    labels: NameOrUri | None = Field(default=None, examples=["s3://my-bucket/classes.txt"])
+    """Path or URI of a file with class names that replace the checkpoint's: one name per line, or `.json`
+    with a list or an object by class id. Null: the checkpoint's names.
+    """
+    precision: Literal["auto", Precision] = "fp32"
+    """Number format of the model. `auto`: `bf16` if `classify.device` is `cuda`, `fp32` if it is `cpu`.
+    Labels depend on this field.
+    """
 
 
 class OutputConfig(Section):
     """The location of the labels, and the content of each row."""
 
-    uri: Uri = Field(
-        description="Folder of the labels. Each model and fingerprint has its own folder "
-        "`model=<name>-<fingerprint>` in it.",
-        examples=["s3://my-bucket/labels"],
-    )
-    topk: PositiveInt = Field(
-        default=5,
-        description="Number of classes with the highest scores that each row keeps. A model with fewer "
-        "classes keeps all of them.",
-        examples=[10],
-    )
-    embedding: Literal["none", "float16", "float32"] = Field(
-        default="none",
-        description="Type of the column `embedding`, the model's features before the classifier. `none`: no "
-        "such column.",
-        examples=["float32"],
-    )
-    label_names: bool = Field(
-        default=False,
-        description="Add the columns `target`, the name of the target's class, and `topk_labels`, the names "
-        "of `topk_label_ids`.",
-    )
+    uri: Uri = Field(examples=["s3://my-bucket/labels"])
+    """Folder of the labels. Each model and fingerprint has its own folder `model=<name>-<fingerprint>` in it.
+    """
+    topk: PositiveInt = 5
+    """Number of classes with the highest scores that each row keeps. A model with fewer classes keeps all of
+    them.
+    """
+    embedding: Literal["none", "float16", "float32"] = "none"
+    """Type of the column `embedding`, the model's features before the classifier. `none`: no such column."""
+    label_names: bool = False
+    """Add the columns `target`, the name of the target's class, and `topk_labels`, the names of
+    `topk_label_ids`.
+    """
 
 
 class ReportConfig(Section):
     """Images in the report. No label depends on this section."""
 
-    gallery: Annotated[int, Field(ge=0, le=20)] = Field(
-        default=3,
-        description="Number of highest-confidence images, and of lowest-confidence images, that the report "
-        "shows per class. 0: no images.",
-    )
-    thumbnail_side: Annotated[int, Field(ge=16, le=512)] = Field(
-        default=96, description="Longest side of a thumbnail, in pixels."
-    )
+    gallery: Annotated[int, Field(ge=0, le=20)] = 3
+    """Number of highest-confidence images, and of lowest-confidence images, that the report shows per class.
+    0: no images.
+    """
+    thumbnail_side: Annotated[int, Field(ge=16, le=512)] = 96
+    """Longest side of a thumbnail, in pixels."""
 
 
 #: A fraction from 0 to 1.
@@ -92,108 +74,75 @@ class GateConfig(Section):
     A limit on failures ends a run with exit status 8, and a limit on drift from the previous run with 7.
     """
 
-    max_error_fraction: Fraction | None = Field(
-        default=0.5,
-        description="Maximum fraction of the images that are error rows, of the images of the shards that "
-        "the run labels. Null: no limit.",
-        examples=[0.05],
-    )
-    max_unreadable_fraction: Fraction | None = Field(
-        default=0.5,
-        description="Maximum fraction of the shards that cannot be read, of the shards that the run reads. "
-        "A run that finds empty shards and no image exceeds it too. Null: no limit.",
-        examples=[0.01],
-    )
-    abort: bool = Field(
-        default=True,
-        description="Stop the run as soon as it is certain to exceed `max_error_fraction` or "
-        "`max_unreadable_fraction`. Complete shards keep their labels.",
-    )
-    canary: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="Number of randomly chosen new shards that are labeled first. If they exceed a limit of "
-        "the gate, the other shards are not labeled. 0: no canary.",
-        examples=[20],
-    )
+    max_error_fraction: Fraction | None = 0.5
+    """Maximum fraction of the images that are error rows, of the images of the shards that the run labels.
+    Null: no limit.
+    """
+    max_unreadable_fraction: Fraction | None = 0.5
+    """Maximum fraction of the shards that cannot be read, of the shards that the run reads. A run that finds
+    empty shards and no image exceeds it too. Null: no limit.
+    """
+    abort: bool = True
+    """Stop the run as soon as it is certain to exceed `max_error_fraction` or `max_unreadable_fraction`.
+    Complete shards keep their labels.
+    """
+    canary: Annotated[int, Field(ge=0)] = 0
+    """Number of randomly chosen new shards that are labeled first. If they exceed a limit of the gate, the
+    other shards are not labeled. 0: no canary.
+    """
 
-    max_psi: PositiveFloat | None = Field(
-        default=None,
-        description="Maximum population stability index (PSI) of the classes. 0.1 is commonly called a "
-        "small shift, and 0.25 a large one. Null: no limit.",
-        examples=[0.25],
-    )
-    max_score_psi: PositiveFloat | None = Field(
-        default=None,
-        description="Maximum population stability index (PSI) of the scores. Null: no limit.",
-        examples=[0.25],
-    )
-    max_js: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None,
-        description="Maximum Jensen-Shannon distance of the classes, from 0 to 1. Null: no limit.",
-        examples=[0.2],
-    )
-    min_images: PositiveInt = Field(
-        default=1,
-        description="Minimum number of labeled images of both runs. Smaller runs are not compared, because "
-        "they differ by chance.",
-        examples=[1000],
-    )
+    max_psi: PositiveFloat | None = Field(default=None, examples=[0.25])
+    """Maximum population stability index (PSI) of the classes. 0.1 is commonly called a small shift, and 0.25
+    a large one. Null: no limit.
+    """
+    max_score_psi: PositiveFloat | None = Field(default=None, examples=[0.25])
+    """Maximum population stability index (PSI) of the scores. Null: no limit."""
+    max_js: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, examples=[0.2])
+    """Maximum Jensen-Shannon distance of the classes, from 0 to 1. Null: no limit."""
+    min_images: PositiveInt = 1
+    """Minimum number of labeled images of both runs. Smaller runs are not compared, because they differ by
+    chance.
+    """
 
 
 class StorageConfig(Section):
     """Access to object storage. Credentials come from the environment."""
 
-    endpoint_url: ServiceUrl | None = Field(
-        default=None,
-        description="URL of an S3-compatible service. Null: `AWS_ENDPOINT_URL_S3`, or AWS.",
-        examples=["https://minio.example.com:9000"],
-    )
-    region: str | None = Field(
-        default=None,
-        description="Region of the S3 buckets. Null: from the AWS configuration.",
-        examples=["eu-west-1"],
-    )
-    anonymous: bool = Field(
-        default=False,
-        description="Access public buckets without credentials. The output must be a local folder.",
-    )
-    requester_pays: bool = Field(
-        default=False,
-        description="Pay for the requests to buckets that need it. S3 bills the account of the credentials, "
-        "and Google Cloud Storage the project of the environment.",
-    )
-    request_timeout_s: PositiveFloat = Field(
-        default=60,
-        description="Maximum seconds of a request, plus one second for each `min_bytes_per_s` bytes.",
-    )
-    min_bytes_per_s: PositiveFloat = Field(
-        default=64 * 1024,
-        description="Minimum throughput of a request, in bytes per second. A slower request is canceled, and "
-        "retried three times.",
-    )
-    conditional_writes: bool = Field(
-        default=True,
-        description="Whether the buckets support conditional writes. False: a store without them is "
-        "accepted, and only one run at a time may write to an output. No label depends on this field.",
-    )
+    endpoint_url: ServiceUrl | None = Field(default=None, examples=["https://minio.example.com:9000"])
+    """URL of an S3-compatible service. Null: `AWS_ENDPOINT_URL_S3`, or AWS."""
+    region: str | None = Field(default=None, examples=["eu-west-1"])
+    """Region of the S3 buckets. Null: from the AWS configuration."""
+    anonymous: bool = False
+    """Access public buckets without credentials. The output must be a local folder."""
+    requester_pays: bool = False
+    """Pay for the requests to buckets that need it. S3 bills the account of the credentials, and Google Cloud
+    Storage the project of the environment.
+    """
+    request_timeout_s: PositiveFloat = 60
+    """Maximum seconds of a request, plus one second for each `min_bytes_per_s` bytes."""
+    min_bytes_per_s: PositiveFloat = 64 * 1024
+    """Minimum throughput of a request, in bytes per second. A slower request is canceled, and retried three
+    times.
+    """
+    conditional_writes: bool = True
+    """Whether the buckets support conditional writes. False: a store without them is accepted, and only one
+    run at a time may write to an output. No label depends on this field.
+    """
 
 
 class RunConfig(Section):
     """How a run shares its output with other runs, and how it stops."""
 
-    lease_duration_s: PositiveFloat = Field(
-        default=60,
-        description="Seconds after which the lease on the output expires if the run does not renew it. The "
-        "clocks of all machines should agree to a fraction of this time.",
-    )
-    grace_period_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=20, description="Maximum seconds for finishing started shards after SIGTERM or Ctrl-C."
-    )
-    flush_interval_s: PositiveFloat = Field(
-        default=30,
-        description="Seconds between writes of the manifest. The interval is longer if the writes take a "
-        "large part of the time.",
-    )
+    lease_duration_s: PositiveFloat = 60
+    """Seconds after which the lease on the output expires if the run does not renew it. The clocks of all
+    machines should agree to a fraction of this time.
+    """
+    grace_period_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
+    """Maximum seconds for finishing started shards after SIGTERM or Ctrl-C."""
+    flush_interval_s: PositiveFloat = 30
+    """Seconds between writes of the manifest. The interval is longer if the writes take a large part of the
+    time.
+    """
 
 
 class Config(Section):

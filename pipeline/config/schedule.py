@@ -18,50 +18,35 @@ _CRON_FIELDS = {"minute": 60, "hour": 24, "day of month": 31, "month": 12, "day 
 class SubmitConfig(Section):
     """The Ray cluster that a schedule submits to, and how its jobs run there."""
 
-    address: ServiceUrl | None = Field(
-        default=None,
-        description="URL of the cluster's dashboard. Null: `RAY_API_SERVER_ADDRESS`, `RAY_ADDRESS`, or port "
-        "8265 of this machine.",
-        examples=["http://head:8265"],
-    )
-    working_dir: str | None = Field(
-        default=None,
-        description="Local folder with the code to upload. Null: the cluster's image contains the code.",
-        examples=["."],
-    )
-    requirements: str | None = Field(
-        default=None,
-        description="Local requirements file that Ray installs for each job. Null: the cluster's image "
-        "contains all packages.",
-        examples=["requirements.txt"],
-    )
-    python: Annotated[str, Field(min_length=1)] = Field(
-        default="python", description="Python interpreter on the cluster."
-    )
-    poll_interval_s: PositiveFloat = Field(default=15, description="Seconds between polls of the datasets.")
+    address: ServiceUrl | None = Field(default=None, examples=["http://head:8265"])
+    """URL of the cluster's dashboard. Null: `RAY_API_SERVER_ADDRESS`, `RAY_ADDRESS`, or port 8265 of this
+    machine.
+    """
+    working_dir: str | None = Field(default=None, examples=["."])
+    """Local folder with the code to upload. Null: the cluster's image contains the code."""
+    requirements: str | None = Field(default=None, examples=["requirements.txt"])
+    """Local requirements file that Ray installs for each job. Null: the cluster's image contains all
+    packages.
+    """
+    python: Annotated[str, Field(min_length=1)] = "python"
+    """Python interpreter on the cluster."""
+    poll_interval_s: PositiveFloat = 15
+    """Seconds between polls of the datasets."""
 
 
 class DatasetConfig(Config):
     """One dataset of a schedule: a labeling job, and the times at which it is due."""
 
-    cron: str = Field(
-        description="Cron expression of five fields (minute, hour, day of month, month, day of week; 0 and "
-        "7 are Sunday), or `@hourly`, `@daily`, `@weekly`, `@monthly`, `@yearly`.",
-        examples=["0 2 * * *"],
-    )
-    timezone: ZoneInfo = Field(
-        default=ZoneInfo("UTC"),
-        description="IANA time zone of the cron expression.",
-        examples=["Europe/Berlin"],
-    )
-    retry_errors: bool = Field(
-        default=False,
-        description="In every run, also label shards with error rows, and shards that could not be read.",
-    )
-    prune: bool = Field(
-        default=False,
-        description="In every run, remove the labels of shards that were deleted from the input.",
-    )
+    cron: str = Field(examples=["0 2 * * *"])
+    """Cron expression of five fields (minute, hour, day of month, month, day of week; 0 and 7 are Sunday), or
+    `@hourly`, `@daily`, `@weekly`, `@monthly`, `@yearly`.
+    """
+    timezone: ZoneInfo = Field(default=ZoneInfo("UTC"), examples=["Europe/Berlin"])
+    """IANA time zone of the cron expression."""
+    retry_errors: bool = False
+    """In every run, also label shards with error rows, and shards that could not be read."""
+    prune: bool = False
+    """In every run, remove the labels of shards that were deleted from the input."""
 
     @field_validator("cron")
     @classmethod
@@ -99,15 +84,13 @@ class ScheduleConfig(Section):
 
     submit: SubmitConfig = SubmitConfig()
     defaults: dict[str, Any] = Field(
-        default={},
-        description="Fields of every dataset that does not set them itself. Sections are merged field by "
-        "field.",
-        examples=[{"model": {"path": "microsoft/cvt-13"}, "timezone": "Europe/Berlin"}],
+        default={}, examples=[{"model": {"path": "microsoft/cvt-13"}, "timezone": "Europe/Berlin"}]
     )
-    datasets: Annotated[dict[DatasetName, DatasetConfig], Field(min_length=1)] = Field(
-        description="Datasets by name. A name has at most 100 letters, digits, dots, underscores and "
-        "hyphens. It is part of the name of the state file `schedule-<name>.json`."
-    )
+    """Fields of every dataset that does not set them itself. Sections are merged field by field."""
+    datasets: Annotated[dict[DatasetName, DatasetConfig], Field(min_length=1)]
+    """Datasets by name. A name has at most 100 letters, digits, dots, underscores and hyphens. It is part of
+    the name of the state file `schedule-<name>.json`.
+    """
 
     @model_validator(mode="before")
     @classmethod

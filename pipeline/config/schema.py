@@ -3,6 +3,7 @@
 from typing import Any
 
 from pipeline.config.base import Section
+from pipeline.config.input import FIELD_FORMATS
 from pipeline.config.job import Config
 from pipeline.config.schedule import ScheduleConfig
 from pipeline.config.train import TrainConfig
@@ -30,7 +31,13 @@ def json_schema(kind: str) -> dict[str, Any]:
         sections["DatasetConfig"]["type"] = ["object", "null"]
     for section in (schema, *sections.values()):
         for name, field in section["properties"].items():
+            if "description" in field:
+                field["description"] = " ".join(field["description"].split())
             if "$ref" in field and name not in section.get("required", []):
                 # A section whose lines are all comments is null in YAML.
                 sections[field["$ref"].rpartition("/")[2]]["type"] = ["object", "null"]
+    for name, formats in FIELD_FORMATS.items():
+        field = sections["InputConfig"]["properties"][name]
+        names = ", ".join(f"`{each}`" for each in formats)
+        field["description"] = f"Only for {names}. {field['description']}"
     return schema

@@ -19,156 +19,108 @@ NO_TORCHVISION = (
 class ReadConfig(Section):
     """Read tasks, and the size of the chunks that they produce."""
 
-    concurrency: PositiveInt | None = Field(
-        default=None,
-        description="Number of concurrent read tasks. Null: a quarter of the cluster's CPUs, at least 1 and "
-        "at most 32.",
-        examples=[16],
-    )
-    num_cpus: PositiveFloat = Field(default=0.25, description="CPUs that Ray reserves for each read task.")
-    concurrent_fetches: PositiveInt = Field(
-        default=4,
-        description="Number of 8 MiB ranges of one tar that a read task fetches concurrently. A higher "
-        "number hides the latency of object storage.",
-        examples=[8],
-    )
-    concurrent_downloads: PositiveInt = Field(
-        default=64,
-        description="Table: maximum number of concurrent `http://` and `https://` requests of a read task.",
-    )
-    downloads_per_host: PositiveInt = Field(
-        default=16,
-        description="Table: maximum number of these requests to one host. A slow host delays no other host.",
-    )
-    split_bytes: PositiveInt | None = Field(
-        default=4 * 1024**3,
-        description="Size in bytes from which a Parquet file or an uncompressed tar is divided into parts of "
-        "about this size. A part is a shard: it is read, written and resumed on its own. After a change of "
-        "this field, divided files are labeled again. Null: no file is divided.",
-        examples=[1073741824],
-    )
-    chunk_images: PositiveInt | None = Field(
-        default=None,
-        description="Maximum number of images in a chunk. Null: from the model's size; for CvT-13 at 224 "
-        "pixels, 1024 on a GPU and 128 on a CPU.",
-        examples=[512],
-    )
-    chunk_bytes: PositiveInt = Field(
-        default=128 * 1024**2,
-        description="Maximum size of a chunk's encoded images, keys and messages, in bytes.",
-    )
-    max_page_bytes: PositiveInt = Field(
-        default=2 * 1024**3,
-        description="Parquet: maximum memory for one page of a column, in bytes. A shard with a larger page "
-        "cannot be read. Many writers put up to 1,024 images into a page. The default allows every page that "
-        "Arrow reads. For untrusted files, set a lower limit.",
-    )
-    max_shard_samples: PositiveInt = Field(
-        default=1_000_000,
-        description="Maximum number of samples of a shard. A shard with more samples cannot be read. The "
-        "driver holds the results of a shard until the shard is complete: up to 1 KB per sample, and its "
-        "key, error and embedding.",
-    )
-    timeout_s: PositiveFloat = Field(
-        default=600,
-        description="Maximum seconds for reading one sample. A shard with a sample that takes longer cannot "
-        "be read in this run. The next run tries the shard again.",
-    )
-    memory: PositiveInt | None = Field(
-        default=None,
-        description="Memory that Ray reserves for each read task, in bytes. Null: from `read.chunk_bytes` "
-        "and `read.concurrent_fetches`.",
-        examples=[1073741824],
-    )
+    concurrency: PositiveInt | None = None
+    """Number of concurrent read tasks. Null: a quarter of the cluster's CPUs, at least 1 and at most 32."""
+    num_cpus: PositiveFloat = 0.25
+    """CPUs that Ray reserves for each read task."""
+    concurrent_fetches: PositiveInt = 4
+    """Number of 8 MiB ranges of one tar that a read task fetches concurrently. A higher number hides the
+    latency of object storage.
+    """
+    concurrent_downloads: PositiveInt = 64
+    """Table: maximum number of concurrent `http://` and `https://` requests of a read task."""
+    downloads_per_host: PositiveInt = 16
+    """Table: maximum number of these requests to one host. A slow host delays no other host."""
+    split_bytes: PositiveInt | None = 4 * 1024**3
+    """Size in bytes from which a Parquet file or an uncompressed tar is divided into parts of about this
+    size. A part is a shard: it is read, written and resumed on its own. After a change of this field, divided
+    files are labeled again. Null: no file is divided.
+    """
+    chunk_images: PositiveInt | None = None
+    """Maximum number of images in a chunk. Null: from the model's size; for CvT-13 at 224 pixels, 1024 on a
+    GPU and 128 on a CPU.
+    """
+    chunk_bytes: PositiveInt = 128 * 1024**2
+    """Maximum size of a chunk's encoded images, keys and messages, in bytes."""
+    max_page_bytes: PositiveInt = 2 * 1024**3
+    """Parquet: maximum memory for one page of a column, in bytes. A shard with a larger page cannot be read.
+    Many writers put up to 1,024 images into a page. The default allows every page that Arrow reads. For
+    untrusted files, set a lower limit.
+    """
+    max_shard_samples: PositiveInt = 1_000_000
+    """Maximum number of samples of a shard. A shard with more samples cannot be read. The driver holds the
+    results of a shard until the shard is complete: up to 1 KB per sample, and its key, error and embedding.
+    """
+    timeout_s: PositiveFloat = 600
+    """Maximum seconds for reading one sample. A shard with a sample that takes longer cannot be read in this
+    run. The next run tries the shard again.
+    """
+    memory: PositiveInt | None = None
+    """Memory that Ray reserves for each read task, in bytes. Null: from `read.chunk_bytes` and
+    `read.concurrent_fetches`.
+    """
 
 
 class DecodeConfig(Section):
     """How images are decoded, and the resources of the decode tasks."""
 
-    device: Literal["cpu", "gpu", "auto"] = Field(
-        default="cpu",
-        description="Where images are decoded. `gpu`: the classifier decodes JPEG by nvJPEG on its GPU, and "
-        "needs torchvision. `auto`: `gpu` if `classify.device` is `cuda`, else `cpu`. Labels depend on this "
-        "field.",
-        examples=["gpu"],
-    )
-    quality: Literal["exact", "fast"] = Field(
-        default="exact",
-        description="`exact`: as transformers' processor. `fast`: a JPEG of at least twice the needed size "
-        "is decoded at 1/2, 1/4 or 1/8 of its size, on the CPU only. Labels depend on this field.",
-        examples=["fast"],
-    )
-    num_cpus: PositiveFloat | None = Field(
-        default=None,
-        description="CPUs that Ray reserves for each decode task. Null: 1, or less on nodes with fewer than "
-        "4 CPUs.",
-        examples=[1.0],
-    )
-    memory: PositiveInt | None = Field(
-        default=None,
-        description="Memory that Ray reserves for each decode task, in bytes. Null: from the chunk size and "
-        "the model's image size.",
-        examples=[1073741824],
-    )
-    timeout_s: PositiveFloat = Field(
-        default=60,
-        description="Maximum CPU time for decoding an image, in seconds. An image that takes longer is an "
-        "error row. Decoding a chunk takes at most ten times as long: an image then has less time.",
-    )
+    device: Literal["cpu", "gpu", "auto"] = "cpu"
+    """Where images are decoded. `gpu`: the classifier decodes JPEG by nvJPEG on its GPU, and needs
+    torchvision. `auto`: `gpu` if `classify.device` is `cuda`, else `cpu`. Labels depend on this field.
+    """
+    quality: Literal["exact", "fast"] = "exact"
+    """`exact`: as transformers' processor. `fast`: a JPEG of at least twice the needed size is decoded at
+    1/2, 1/4 or 1/8 of its size, on the CPU only. Labels depend on this field.
+    """
+    num_cpus: PositiveFloat | None = None
+    """CPUs that Ray reserves for each decode task. Null: 1, or less on nodes with fewer than 4 CPUs."""
+    memory: PositiveInt | None = None
+    """Memory that Ray reserves for each decode task, in bytes. Null: from the chunk size and the model's
+    image size.
+    """
+    timeout_s: PositiveFloat = 60
+    """Maximum CPU time for decoding an image, in seconds. An image that takes longer is an error row.
+    Decoding a chunk takes at most ten times as long: an image then has less time.
+    """
 
 
 class ClassifyConfig(Section):
     """Classifier actors. Null values are chosen from the resources of the cluster."""
 
-    device: Device = Field(
-        default="auto",
-        description="Device of the model. `auto`: `cuda` if the cluster has a GPU, else `cpu`.",
-        examples=["cuda"],
-    )
-    runtime: Runtime = Field(
-        default="torch",
-        description="What runs the model: PyTorch (`torch`), compiled PyTorch (`compile`), or OpenVINO on "
-        "CPUs (`openvino`, needs `cvt-label[openvino]`).",
-        examples=["compile"],
-    )
-    num_gpus: PositiveFloat | None = Field(
-        default=None, description="GPUs of each actor. Null: 1 on a GPU, 0 on a CPU.", examples=[0.5]
-    )
-    num_cpus: PositiveFloat | None = Field(
-        default=None,
-        description="CPUs of each actor. Null: on a GPU 1, or 2 if the GPU decodes; on a CPU about half of "
-        "a node, at most 8.",
-        examples=[4.0],
-    )
-    min_actors: PositiveInt = Field(default=1, description="Minimum number of actors.")
-    max_actors: PositiveInt | None = Field(
-        default=None,
-        description="Maximum number of actors. Null: as many as fit into the cluster when the job starts. "
-        "Set this field if the cluster scales up during the job.",
-        examples=[8],
-    )
-    batch_size: PositiveInt | None = Field(
-        default=None,
-        description="Number of images in a batch of the model. Null: from the model's size, 64 to 256; 64 "
-        "for CvT-13 at 224 pixels.",
-        examples=[128],
-    )
-    concurrent_chunks: PositiveInt = Field(
-        default=2,
-        description="Number of chunks that an actor processes concurrently. One is classified while others "
-        "are decoded or converted to rows.",
-    )
-    threads: PositiveInt | None = Field(
-        default=None,
-        description="CPU threads of the model in an actor on a CPU. Null: the actor's CPUs, or all of the "
-        "node if there is one actor.",
-        examples=[8],
-    )
-    timeout_s: PositiveFloat = Field(
-        default=600,
-        description="Maximum time for classifying a chunk, in seconds. An actor that takes longer ends, and "
-        "its chunk is retried, up to `ray.task_retries` times. Without Ray, the run ends with an error.",
-    )
+    device: Device = "auto"
+    """Device of the model. `auto`: `cuda` if the cluster has a GPU, else `cpu`."""
+    runtime: Runtime = "torch"
+    """What runs the model: PyTorch (`torch`), compiled PyTorch (`compile`), or OpenVINO on CPUs (`openvino`,
+    needs `cvt-label[openvino]`).
+    """
+    num_gpus: PositiveFloat | None = None
+    """GPUs of each actor. Null: 1 on a GPU, 0 on a CPU."""
+    num_cpus: PositiveFloat | None = None
+    """CPUs of each actor. Null: on a GPU 1, or 2 if the GPU decodes; on a CPU about half of a node, at most
+    8.
+    """
+    min_actors: PositiveInt = 1
+    """Minimum number of actors."""
+    max_actors: PositiveInt | None = None
+    """Maximum number of actors. Null: as many as fit into the cluster when the job starts. Set this field if
+    the cluster scales up during the job.
+    """
+    batch_size: PositiveInt | None = None
+    """Number of images in a batch of the model. Null: from the model's size, 64 to 256; 64 for CvT-13 at 224
+    pixels.
+    """
+    concurrent_chunks: PositiveInt = 2
+    """Number of chunks that an actor processes concurrently. One is classified while others are decoded or
+    converted to rows.
+    """
+    threads: PositiveInt | None = None
+    """CPU threads of the model in an actor on a CPU. Null: the actor's CPUs, or all of the node if there is
+    one actor.
+    """
+    timeout_s: PositiveFloat = 600
+    """Maximum time for classifying a chunk, in seconds. An actor that takes longer ends, and its chunk is
+    retried, up to `ray.task_retries` times. Without Ray, the run ends with an error.
+    """
 
     @model_validator(mode="after")
     def _check_actor_limits(self) -> Self:
@@ -180,27 +132,22 @@ class ClassifyConfig(Section):
 class RayConfig(Section):
     """The Ray cluster that runs the job, and the limits of Ray Data."""
 
-    address: Address | None = Field(
-        default=None,
-        description="Address of the cluster: `host:port`, `ray://host:port`, `auto`, or `local` to start "
-        "Ray on this machine. `in-process`: run all stages in threads of this process, without Ray. Null: "
-        "the cluster in `RAY_ADDRESS`, which Ray sets for submitted jobs, else a local Ray.",
-        examples=["10.0.0.1:6379"],
-    )
-    no_progress_timeout_s: PositiveFloat = Field(
-        default=900,
-        description="Seconds without any finished task after which the run ends with an error. At least "
-        "`ray.task_retries` + 1 times the sum of `classify.timeout_s` and ten times `decode.timeout_s`, the "
-        "maximum time of all attempts at a chunk: 4800 with the defaults.",
-    )
-    task_retries: Annotated[int, Field(ge=0)] = Field(
-        default=3,
-        description="Number of retries of the work on one chunk or shard after its worker or node has died. "
-        "The shard is then an error, and the run goes on.",
-    )
-    actor_start_retries: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="Number of consecutive actors that may die while they start."
-    )
+    address: Address | None = Field(default=None, examples=["10.0.0.1:6379"])
+    """Address of the cluster: `host:port`, `ray://host:port`, `auto`, or `local` to start Ray on this
+    machine. `in-process`: run all stages in threads of this process, without Ray. Null: the cluster in
+    `RAY_ADDRESS`, which Ray sets for submitted jobs, else a local Ray.
+    """
+    no_progress_timeout_s: PositiveFloat = 900
+    """Seconds without any finished task after which the run ends with an error. At least `ray.task_retries` +
+    1 times the sum of `classify.timeout_s` and ten times `decode.timeout_s`, the maximum time of all attempts
+    at a chunk: 4800 with the defaults.
+    """
+    task_retries: Annotated[int, Field(ge=0)] = 3
+    """Number of retries of the work on one chunk or shard after its worker or node has died. The shard is
+    then an error, and the run goes on.
+    """
+    actor_start_retries: Annotated[int, Field(ge=0)] = 3
+    """Number of consecutive actors that may die while they start."""
 
     @field_validator("address")
     @classmethod

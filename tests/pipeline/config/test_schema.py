@@ -65,10 +65,23 @@ def test_every_field_has_a_description(kind: str) -> None:
     described = dict(fields(KINDS[kind]))
     assert len(described) > 20
     for name, field in described.items():
-        assert field.description, name
-        assert field.description.endswith("."), name
+        description = " ".join((field.description or "").split())
+        assert description.endswith("."), name
         if not field.is_required() and field.get_default(call_default_factory=True) is None:
-            assert "Null: " in field.description, name
+            assert "Null: " in description, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_descriptions_of_the_schema_are_one_line(kind: str) -> None:
+    for section in json_schema(kind)["$defs"].values():
+        for field in section["properties"].values():
+            assert "\n" not in field.get("description", "")
+
+
+def test_description_names_the_formats_that_use_the_field() -> None:
+    properties = json_schema("label")["$defs"]["InputConfig"]["properties"]
+    assert properties["filter"]["description"].startswith("Only for `table`. Conditions")
+    assert properties["key_column"]["description"].startswith("Only for `parquet`, `table`. Name")
 
 
 @pytest.mark.parametrize("kind", KINDS)
