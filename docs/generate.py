@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from jobs.cli import COMMANDS, make_cli
+from jobs.console import EXIT_STATUSES
 from pipeline.config import KINDS, json_schema
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -96,7 +97,7 @@ COMMAND_LINE = f"""\
 {NOTE}
 `cvt-label COMMAND` runs a command. `cvt-label COMMAND --help` prints the text of this page.
 `python -m jobs.COMMAND` is the same command as a Python module, for `ray job submit`.
-[Exit statuses](exit-statuses.md) lists the exit statuses of all commands.
+{EXIT_STATUSES} The page [Exit statuses](exit-statuses.md) explains every status.
 """
 
 
@@ -231,7 +232,9 @@ def _paragraphs(help_text: str | None) -> str:
     """Returns a help text as Markdown paragraphs of one line each."""
     paragraphs = [" ".join(each.split()) for each in (help_text or "").split("\n\n")]
     shown = [_escaped(each) for each in paragraphs if each]
-    return "\n\n".join(re.sub(r"^Exit status:", "[Exit status](exit-statuses.md):", each) for each in shown)
+    return "\n\n".join(
+        re.sub(r"^More exit statuses:", "[More exit statuses](exit-statuses.md):", each) for each in shown
+    )
 
 
 def _escaped(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from pipeline.run import installed_version
 
 COMMANDS = (
@@ -26,7 +26,7 @@ def make_cli(command: str | None = None) -> typer.Typer:
             group.callback()(_benchmark)
             app.add_typer(group, name=name)
         else:
-            app.command(name)(getattr(importlib.import_module(f"jobs.{name}"), name))
+            add_command(app, getattr(importlib.import_module(f"jobs.{name}"), name))
     return app
 
 

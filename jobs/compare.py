@@ -68,8 +68,7 @@ def compare(
 
     Prints the drift per class, and the agreement on the samples that both have.
 
-    Exit status: 0 if no limit is exceeded, or if there is no @previous run to compare with; 2 if an option or
-    the configuration is not valid; 4 if labels cannot be read or there are none; 7 if a limit is exceeded.
+    More exit statuses: 0 if there is no @previous run to compare with; 7 if a limit is exceeded.
     """
     if drift_only and min_agreement is not None:
         raise typer.BadParameter(

@@ -19,8 +19,6 @@ def config(
     """Print the JSON Schema of a configuration file, for editors.
 
     The schema has the description, type, limits and default of each field.
-
-    Exit status: 0 on success; 2 if the command line is not valid.
     """
     typer.echo(json.dumps(json_schema(schema), indent=2))
 

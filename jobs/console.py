@@ -20,7 +20,7 @@ from rich.table import Table
 from cvt.errors import CheckpointError
 from pipeline import find_partition, load_job_config, open_partition
 from pipeline.commit import LeaseHeldError, LeaseLostError, Partition
-from pipeline.config import Config, ConfigError, Selection, check_environment, load_recorded
+from pipeline.config import ConfigError, check_environment
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
@@ -98,22 +98,33 @@ JobArgument = Annotated[
     str, typer.Argument(metavar="JOB", help="Id of the job, as printed by submit and status.")
 ]
 
-# The default of these options is None, not False: a run record in place of a configuration then keeps the
-# selection of that run.
 RetryErrorsOption = Annotated[
-    bool | None,
+    bool,
+    typer.Option("--retry-errors", help="Also label shards again that have error rows or could not be read."),
+]
+RelabelOption = Annotated[bool, typer.Option("--relabel", help="Label every shard again.")]
+PruneOption = Annotated[
+    bool, typer.Option("--prune", help="Delete the labels of shards that were deleted from the input.")
+]
+ImagesOption = Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")]
+ModelOption = Annotated[
+    str,
     typer.Option(
-        "--retry-errors/--no-retry-errors",
-        help="Also label shards again that have error rows or could not be read.",
+        metavar="MODEL", help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."
     ),
 ]
-RelabelOption = Annotated[
-    bool | None, typer.Option("--relabel/--no-relabel", help="Label every shard again.")
+SizeOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=32, help="Image size in pixels for random weights. Default: 224."),
 ]
-PruneOption = Annotated[
-    bool | None,
-    typer.Option("--prune/--no-prune", help="Delete the labels of shards that were deleted from the input."),
-]
+BatchSizeOption = Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a batch.")]
+
+#: The end of the help of each command.
+EXIT_STATUSES = (
+    "Exit statuses of all commands: 0 on success; 2 if the command line or the configuration is not valid; "
+    "4 if the input, the output, the model or the cluster cannot be accessed; 130 if interrupted by Ctrl-C "
+    "or SIGTERM; 1 after any other error."
+)
 
 #: Width of tables that are written to a file or a pipe, in characters.
 _PIPE_WIDTH = 120
@@ -131,10 +142,15 @@ def make_app() -> typer.Typer:
     )
 
 
+def add_command(app: typer.Typer, command: Callable[..., None]) -> None:
+    """Adds the function of a command to a command line."""
+    app.command(epilog=EXIT_STATUSES)(command)
+
+
 def run_command(command: Callable[..., None]) -> None:
     """Runs one command, for `python -m jobs.<command>`."""
     app = make_app()
-    app.command()(command)
+    add_command(app, command)
     app()
 
 
@@ -245,30 +261,6 @@ class OneLineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802 - logging's own
         record.message = escape_unprintable(record.message)
         return super().formatMessage(record)
-
-
-def load_job(
-    path: Path,
-    overrides: list[str] | None,
-    retry_errors: bool | None,
-    relabel: bool | None,
-    prune: bool | None,
-    *,
-    keep_relative_paths: bool = False,
-) -> tuple[Config, Selection]:
-    """Loads the configuration of a job from a YAML file or a run record, and the selection of shards.
-
-    An option that is None keeps the selection of the run record. The kept options are printed.
-    """
-    config, record = load_recorded(Config, path, overrides or (), keep_relative_paths=keep_relative_paths)
-    options = {"retry_errors": retry_errors, "relabel": relabel, "prune": prune}
-    recorded = record.get("selection", {})
-    kept = [name for name, value in options.items() if value is None and recorded.get(name) is True]
-    if kept:
-        flags = " ".join(f"--{name.replace('_', '-')}" for name in kept)
-        opposites = flags.replace("--", "--no-")
-        print_notice(f"options of run {record['run']} apply: {flags} (to disable: {opposites})")
-    return config, Selection(**{name: bool(value) or name in kept for name, value in options.items()})
 
 
 def resolve_partition(uri: str | None, config: Path | None, overrides: list[str] | None = None) -> Partition:

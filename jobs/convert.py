@@ -43,9 +43,6 @@ def convert(
     The Hugging Face layout is a folder that transformers loads; a notice reports exceptions. The Microsoft
     layout is a .pth file. The file has no labels and no preprocessing, so this package loads it only if it is
     a published variant of CvT.
-
-    Exit status: 0 on success; 2 if the target exists or the command line is not valid; 4 if the source cannot
-    be loaded.
     """
     # Importing PyTorch takes seconds. --help and usage errors do not need PyTorch.
     import torch

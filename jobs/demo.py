@@ -28,8 +28,6 @@ def demo(
     """Label 1,000 images of Fashion-MNIST from a local S3 server.
 
     The S3 server runs only during the demo.
-
-    Exit status: 0 on success; 4 if the S3 server cannot be started; 130 if interrupted; 1 otherwise.
     """
     with LocalS3() as server:
         os.environ.update(server.environment())  # Ray workers inherit them

@@ -12,7 +12,7 @@ import typer
 from jobs import console
 from jobs.console import ExitStatus, print_notice
 from jobs.progress import ProgressView
-from pipeline import RunResult, commit
+from pipeline import RunResult, commit, load_job_config
 from pipeline import label as label_dataset
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.decode import hide_pillow_warnings
@@ -33,9 +33,9 @@ MIN_RATE_SECONDS = 5.0
 def label(
     config: console.ConfigOption,
     set: console.SetOption = None,
-    retry_errors: console.RetryErrorsOption = None,
-    relabel: console.RelabelOption = None,
-    prune: console.PruneOption = None,
+    retry_errors: console.RetryErrorsOption = False,
+    relabel: console.RelabelOption = False,
+    prune: console.PruneOption = False,
     no_ray: Annotated[
         bool, typer.Option("--no-ray", help="Run all stages in this process: faster for small datasets.")
     ] = False,
@@ -46,16 +46,14 @@ def label(
     """Label the new and changed shards of a dataset.
 
     Writes Parquet labels, class statistics and a report. With a run record in place of a configuration, the
-    command uses the model and the selection of that run; options override the selection.
+    command uses the configuration and the model of that run.
 
-    Exit status: 0 if all shards are labeled; 2 if the configuration is not valid; 3 if shards could not be
-    read to the end (all others are labeled); 4 if the input, the output or the model cannot be accessed; 5
-    if another run labels the same partition; 7 if a limit of the gate on drift is exceeded (shards may be
-    unreadable too); 8 if too many images or shards failed, or the gate stopped the run; 130 if stopped by
-    Ctrl-C or SIGTERM; 1 otherwise.
+    More exit statuses: 3 if shards could not be read to the end (all others are labeled); 5 if another run
+    labels the same partition; 7 if a limit of the gate on drift is exceeded (shards may be unreadable too); 8
+    if too many images or shards failed, or the gate stopped the run.
     """
     overrides = [*(set or ()), *[f"ray.address={IN_PROCESS}"] * no_ray]
-    result = run(*console.load_job(config, overrides, retry_errors, relabel, prune), wait)
+    result = run(load_job_config(config, overrides), Selection(retry_errors, relabel, prune), wait)
     if result.broken_failure_limits or result.aborted:
         sys.exit(ExitStatus.FAILURES)
     if result.broken_limits:

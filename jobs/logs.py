@@ -25,8 +25,7 @@ def logs(
 
     The log includes the progress of the job.
 
-    Exit status: 0, or with --follow the exit status of the job; 4 if the cluster cannot be reached or has no
-    such job.
+    More exit statuses: with --follow, the exit status of the job.
     """
     client = JobClient(address)
     if follow:

@@ -52,9 +52,8 @@ def pack(
     Each image is stored unchanged, with its label (`.cls`), and its URI, key and `input.carry` (`.json`).
     Millions of small files are slow to list and to read; such tars are not.
 
-    Exit status: 0 if everything is packed; 2 if the command line or the configuration is not valid, or SHARDS
-    is not empty; 3 if images, labels or shards could not be read (all others are packed); 4 if the input or
-    SHARDS cannot be accessed.
+    More exit statuses: 2 if SHARDS is not empty; 3 if images, labels or shards could not be read (all others
+    are packed).
     """
     fields = {"input.uri": input, "output.uri": shards, "model.path": "fashion-mnist"}  # no model is loaded
     job = load_job_config(config, [*(f"{name}={json.dumps(fields[name])}" for name in fields), *(set or ())])

@@ -7,6 +7,7 @@ import typer
 from rich.filesize import decimal
 
 from jobs import console
+from pipeline import Selection, load_job_config
 from pipeline import plan as plan_run
 from pipeline.read import MAX_IGNORED_EXAMPLES
 from pipeline.run import Plan
@@ -22,9 +23,9 @@ _UNITS = {
 def plan(
     config: console.ConfigOption,
     set: console.SetOption = None,
-    retry_errors: console.RetryErrorsOption = None,
-    relabel: console.RelabelOption = None,
-    prune: console.PruneOption = None,
+    retry_errors: console.RetryErrorsOption = False,
+    relabel: console.RelabelOption = False,
+    prune: console.PruneOption = False,
     shards: Annotated[
         bool, typer.Option("--shards", help="Print each shard to label, one per line.")
     ] = False,
@@ -39,11 +40,8 @@ def plan(
     """Print what `label` would do, without writing anything.
 
     Ray is not started.
-
-    Exit status: 0 on success; 2 if the configuration is not valid; 4 if the input or the model cannot be
-    accessed.
     """
-    prepared = plan_run(*console.load_job(config, set, retry_errors, relabel, prune))
+    prepared = plan_run(load_job_config(config, set or ()), Selection(retry_errors, relabel, prune))
     job, checkpoint, planned = prepared.job, prepared.job.checkpoint, prepared.plan
     if shards:
         for shard in planned.shards:

@@ -7,7 +7,6 @@ import typer
 
 from jobs import console
 from pipeline import publish_labels
-from pipeline.publish import FILE_BYTES
 from pipeline.text import pluralize
 
 
@@ -32,20 +31,16 @@ def publish(
             help="Include the embedding column if the labels have one.",
         ),
     ] = True,
-    file_mib: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Size of the rows of one file in memory, in MiB.")
-    ] = FILE_BYTES // 1024**2,
 ) -> None:
     """Publish the labels of a partition as a Delta table.
 
     Writes few large files, and on later calls only the changes. Needs `pip install 'cvt-label[delta]'`.
 
-    Exit status: 0 if the table is up to date; 2 if the command line or the configuration is not valid; 3 if
-    labels changed after the manifest was written (they are published next time); 4 if the labels or the table
-    cannot be accessed, or the table was edited; 5 if other writers kept changing the table or the labels.
+    More exit statuses: 3 if labels changed after the manifest was written (they are published next time); 4
+    if the table was edited; 5 if other writers kept changing the table or the labels.
     """
     partition = console.resolve_partition(uri, config, set)
-    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding, file_bytes=file_mib * 1024**2)
+    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding)
     snapshot = done.snapshot
     changes = ", already up to date"
     if done.is_new:

@@ -31,9 +31,6 @@ def report(
     """Write the HTML report of a partition from its stored labels.
 
     With --against, the report also compares the labels with those of other models or runs.
-
-    Exit status: 0 on success; 2 if the configuration is not valid; 4 if labels cannot be read or the report
-    cannot be written.
     """
     partition = console.resolve_partition(uri, config, set)
     console.print_line(f"report written to {write_report(partition, run, against or (), output)}")

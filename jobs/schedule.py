@@ -14,7 +14,8 @@ from pipeline.config import DatasetConfig, ScheduleConfig, load_config
 from pipeline.dataflow import interrupts_deferred
 from pipeline.schedule import Scheduler, StateFile, next_scheduled_times
 
-_DRY_RUN_TIMES = 3
+#: Number of scheduled times that `--status` prints.
+_NEXT_TIMES = 3
 
 
 @console.exit_on_error()
@@ -24,11 +25,11 @@ def schedule(
     once: Annotated[
         bool, typer.Option("--once", help="Poll once, submit jobs that are due, and exit.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print each dataset's next scheduled times; change nothing.")
-    ] = False,
     status: Annotated[
-        bool, typer.Option("--status", help="Print the state of each dataset; change nothing.")
+        bool,
+        typer.Option(
+            "--status", help="Print each dataset's next scheduled times and its last job; change nothing."
+        ),
     ] = False,
 ) -> None:
     """Submit labeling jobs on the schedules of a list of datasets.
@@ -37,20 +38,20 @@ def schedule(
     Each scheduled time is submitted once, also after crashes and with several schedulers. A scheduled time is
     skipped while the dataset's last job runs. After downtime, one job covers all missed scheduled times.
 
-    Exit status: 0, also after SIGTERM or Ctrl-C (submitted jobs continue); 2 if the configuration is not
-    valid; 4 if, with --once or --status, a dataset's state or the cluster cannot be accessed.
+    More exit statuses: 0 after SIGTERM or Ctrl-C (submitted jobs continue); 4 if, with --once or --status, a
+    dataset's state or the cluster cannot be accessed.
     """
     loaded = load_config(ScheduleConfig, config, set or (), keep_relative_paths=True)
-    if not (dry_run or status):
+    if not status:
         sys.exit(_run(loaded, once))
     result, width = ExitStatus.OK, max(map(len, loaded.datasets))
     for name, dataset in loaded.datasets.items():
         try:
-            lines = list(_scheduled_times(dataset) if dry_run else _state(name, dataset))
+            for line in _state(name, dataset):
+                console.print_line(f"{name:<{width}}  {line}")
         except Exception as error:  # does not affect the other datasets
-            lines, result = [f"cannot be read: {error}"], ExitStatus.UNAVAILABLE
-        for line in lines:
-            console.print_line(f"{name:<{width}}  {line}")
+            console.print_line(f"{name:<{width}}  cannot be read: {error}")
+            result = ExitStatus.UNAVAILABLE
     sys.exit(result)
 
 
@@ -68,15 +69,11 @@ def _run(config: ScheduleConfig, once: bool) -> ExitStatus:
         return ExitStatus.OK
 
 
-def _scheduled_times(dataset: DatasetConfig) -> Iterator[str]:
-    for scheduled in next_scheduled_times(dataset, datetime.now(UTC), _DRY_RUN_TIMES):
-        zone = "" if str(dataset.timezone) == "UTC" else f" ({scheduled:%Y-%m-%d %H:%M} {dataset.timezone})"
-        yield _format_time(scheduled) + zone
-
-
 def _state(name: str, dataset: DatasetConfig) -> Iterator[str]:
+    for scheduled in next_scheduled_times(dataset, datetime.now(UTC), _NEXT_TIMES):
+        zone = "" if str(dataset.timezone) == "UTC" else f" ({scheduled:%Y-%m-%d %H:%M} {dataset.timezone})"
+        yield _field("next", _format_time(scheduled) + zone)
     state = StateFile(name, dataset).read()
-    yield _field("next", _format_time(next_scheduled_times(dataset, datetime.now(UTC), 1)[0]))
     if state is None:
         yield "not polled by a scheduler yet"
         return

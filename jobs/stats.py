@@ -30,8 +30,7 @@ def stats(
 ) -> None:
     """Print the class statistics of a partition.
 
-    Exit status: 0 on success; 2 if the configuration is not valid; 4 if the output cannot be accessed or
-    nothing is labeled yet; 5 if --rebuild is given while a run is active.
+    More exit statuses: 4 if nothing is labeled yet; 5 if --rebuild is given while a run is active.
     """
     if rebuild and uri is None and config is not None:  # class_stats.parquet may be missing
         partition = make_job(load_job_config(config, set or ())).partition

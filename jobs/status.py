@@ -22,8 +22,6 @@ def status(
     """Print the state of the labeling jobs on a Ray cluster.
 
     The table has the state, the start, the duration and the exit status of each job.
-
-    Exit status: 0 on success; 4 if the cluster cannot be reached or has no such job.
     """
     client = JobClient(address)
     if job is not None:

@@ -10,8 +10,6 @@ def stop(job: console.JobArgument, address: console.AddressOption = None) -> Non
 
     The job receives SIGTERM and finishes the shards that it has started, within `run.grace_period_s`. Submit
     the job again to label the remaining shards.
-
-    Exit status: 0 if the job is finished; 4 if the cluster cannot be reached or has no such job.
     """
     ended = JobClient(address).stop(job)
     console.print_line(f"{job} {ended.state.lower()}, exit status {ended.exit_status}")

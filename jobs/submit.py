@@ -9,7 +9,7 @@ import typer
 
 from jobs import console
 from jobs.console import print_notice
-from pipeline.config import ConfigError, SubmitConfig
+from pipeline.config import Config, ConfigError, Selection, SubmitConfig, load_config
 from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_key
 
 
@@ -27,9 +27,9 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    retry_errors: console.RetryErrorsOption = None,
-    relabel: console.RelabelOption = None,
-    prune: console.PruneOption = None,
+    retry_errors: console.RetryErrorsOption = False,
+    relabel: console.RelabelOption = False,
+    prune: console.PruneOption = False,
     working_dir: Annotated[
         str | None,
         typer.Option(
@@ -54,15 +54,14 @@ def submit(
     The configuration is checked locally and sent with the job. Credentials are not sent: the cluster needs
     its own. Ctrl-C ends following the log; the job continues.
 
-    Exit status: the exit status of the job (see label), 130 if the job was stopped; 2 if the configuration is
-    not valid; 4 if the cluster cannot be reached or refuses the job; 6 if the same job was submitted before,
-    or a job for the same dataset and model is not finished. With --no-wait, 0 after the submission.
+    More exit statuses: the exit status of the job (see label), 130 if the job was stopped; 6 if the same job
+    was submitted before, or a job for the same dataset and model is not finished.
     """
-    loaded, selection = console.load_job(config, set, retry_errors, relabel, prune, keep_relative_paths=True)
+    loaded = load_config(Config, config, set or (), keep_relative_paths=True)
     try:
         key = minute_key(datetime.now(UTC)) if idempotency_key is None else idempotency_key
         to = SubmitConfig(working_dir=working_dir, requirements=requirements, python=python)
-        submission = Submission(loaded, key, selection, to)
+        submission = Submission(loaded, key, Selection(retry_errors, relabel, prune), to)
     except ValueError as error:
         raise ConfigError(f"--idempotency-key: {error}") from None
     client = JobClient(address)

@@ -18,9 +18,7 @@ def train(
     Prints the metrics of each epoch and saves the best model so far in the format that `label` loads. Run the
     same command again to resume an interrupted training, also within an epoch.
 
-    Exit status: 0 on success; 2 if the configuration is not valid, the output belongs to another training, or
-    too few images have a target; 4 if the data or the model cannot be loaded, or the output cannot be
-    written; 130 if interrupted; 1 otherwise.
+    More exit statuses: 2 if the output belongs to another training, or too few images have a target.
     """
     loaded = load_train_config(config, set or ())
     epochs = loaded.optimization.epochs

@@ -21,24 +21,16 @@ GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, flo
 
 @console.exit_on_error()
 def verify(
-    images: Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="MODEL", help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."
-        ),
-    ] = "fashion-mnist",
-    size: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=32, help="Image size in pixels for random weights. Default: 224."),
-    ] = None,
+    images: console.ImagesOption,
+    model: console.ModelOption = "fashion-mnist",
+    size: console.SizeOption = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Default: every precision of the runtime.")
     ] = None,
     runtime: Annotated[Runtime, typer.Option(help="Runtime of the engine.")] = "torch",
     device: Annotated[Device, typer.Option(help="Device of the engine.")] = "auto",
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of images.")] = 1000,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a batch.")] = 32,
+    batch_size: console.BatchSizeOption = 32,
 ) -> None:
     """Compare the engine's results with those of transformers.
 
@@ -46,8 +38,7 @@ def verify(
     have the same top class and logits differ by at most 1e-4. In bf16 and fp16, the engine passes if 99.5 %
     of the images have the same top class.
 
-    Exit status: 0 if all pass; 1 if the engine fails; 2 if the runtime, the precision or the device is not
-    available; 4 if the model or the images cannot be loaded.
+    More exit statuses: 1 if the engine fails; 2 if the runtime, the precision or the device is not available.
     """
     from cvt.inference import Engine  # importing PyTorch takes seconds, and --help does not need it
     from jobs.reference import load_images, load_model, transformers_classifier

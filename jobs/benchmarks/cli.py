@@ -3,8 +3,8 @@
 from jobs.benchmarks.decoding import decoding
 from jobs.benchmarks.end_to_end import run
 from jobs.benchmarks.model import model
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 
 app = make_app()
 for command in (run, model, decoding):
-    app.command()(command)
+    add_command(app, command)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +106,18 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
     """
     import torch
 
-    from cvt.checkpoints import load_checkpoint
-    from cvt.counting import count_macs
     from jobs.reference import load_images
-    from pipeline.dataflow import ClusterCapacity, ResourceRequest, choose_resources
+    from pipeline.dataflow import ClusterCapacity, choose_resources
     from pipeline.dataflow.stages import warm_engine
+    from pipeline.run import make_job
 
-    config, checkpoint = task_config(task), load_checkpoint(task.model)
-    classes = len(checkpoint.labels)
-    count = partial(count_macs, checkpoint.model.config, classes, task.size, task.size)
+    job = make_job(task_config(task))
     cluster = ClusterCapacity(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
-    request = ResourceRequest(config.read, config.decode, config.classify, task.size, count)
-    resources = choose_resources(request, cluster)
-    engine = warm_engine(checkpoint, config.model.precision, config.classify.runtime, resources)
+    resources = choose_resources(job.resource_request, cluster)
+    classify = job.config.classify
+    engine = warm_engine(job.checkpoint, job.config.model.precision, classify.runtime, resources)
     image_count = max(resources.chunk_images, 4 * resources.batch_size)
-    images = load_images(task.tars, checkpoint.preprocessor, image_count)
+    images = load_images(task.tars, job.checkpoint.preprocessor, image_count)
     pixels = np.resize(images, (image_count, *images.shape[1:]))  # repeats them
     resident = pixels if resources.decoders else torch.from_numpy(pixels).to("cuda")
     ends: list[float] = []  # times of finished calls; the first call includes tuning and does not count
@@ -131,8 +127,8 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
             task.record(len(engine(resident).logits))
             ends.append(time.monotonic())
 
-    with ThreadPoolExecutor(config.classify.concurrent_chunks) as pool:
-        list(pool.map(call_repeatedly, range(config.classify.concurrent_chunks)))
+    with ThreadPoolExecutor(classify.concurrent_chunks) as pool:
+        list(pool.map(call_repeatedly, range(classify.concurrent_chunks)))
 
 
 class TransformersClassifier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,8 +17,8 @@ from PIL import Image
 from cvt.checkpoints import Checkpoint
 from cvt.inference import Engine
 from cvt.preprocessing import Preprocessor
+from jobs import console
 from jobs.benchmarks import figures
-from jobs.console import exit_on_error, print_notice
 from jobs.reference import MAX_PIXELS, load_model, read_images
 from pipeline.decode import decode
 from pipeline.decode.gpu import GpuDecoder
@@ -26,27 +26,26 @@ from pipeline.read import Sample, split_into_chunks
 
 EXACT, TRANSFORMERS = "decode", "transformers' processor"
 
-#: Maps encoded images to inputs of the model, in any form that `to_pixels` accepts.
-Decoder = Callable[[Iterable[bytes]], Iterator[Any]]
+#: Maps n encoded images to inputs of the model, in any form that `to_pixels` accepts.
+Decoder = Callable[[Sequence[bytes]], Sequence[Any]]
 
 
-@exit_on_error()
+@console.exit_on_error()
 def decoding(
     context: typer.Context,
-    images: figures.Images,
-    model: figures.Model = "cvt-13",
-    size: figures.Size = None,
+    images: console.ImagesOption,
+    model: console.ModelOption = "cvt-13",
+    size: console.SizeOption = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of images.")] = 200,
-    rounds: figures.Rounds = 3,
+    rounds: figures.RoundsOption = 3,
     device: figures.DeviceOption = "auto",
-    output: figures.Output = None,
+    output: figures.OutputOption = None,
 ) -> None:
     """Compare the speed of decoding with that of transformers.
 
     Measures each decoder on one thread, and the differences of pixels and labels from exact decoding.
 
-    Exit status: 0 on success; 1 if a decoder lost an image; 2 if an option is not valid; 4 if the images or
-    the model cannot be loaded.
+    More exit statuses: 1 if a decoder lost an image.
     """
     checkpoint = load_model(model, size)
     encoded = [data for data, _ in itertools.islice(read_images(images, checkpoint.preprocessor), count)]
@@ -69,20 +68,18 @@ def compare_decoders(
         BenchmarkError: a decoder lost an image.
     """
     rates = figures.measure_rates(decoders, images, rounds)
-    preprocessor = checkpoint.preprocessor
-    engine = Engine(checkpoint.model, preprocessor, device=device)
-    exact = to_pixels(decoders[EXACT](images), preprocessor)
-    labels = engine(exact).logits.argmax(1)
+    engine = Engine(checkpoint.model, checkpoint.preprocessor, device=device)
+    pixels = {name: to_pixels(decoder(images), checkpoint.preprocessor) for name, decoder in decoders.items()}
+    labels = {name: engine(found).logits.argmax(1) for name, found in pixels.items()}
     results = []
-    for name, decoder in decoders.items():
-        pixels = to_pixels(decoder(images), preprocessor)
-        differences = np.abs(pixels.astype(np.int16) - exact).mean((1, 2, 3))
+    for name in decoders:
+        differences = np.abs(pixels[name].astype(np.int16) - pixels[EXACT]).mean((1, 2, 3))
         results.append(
             {
                 "decoder": name,
                 "images_per_s": rates[name],
                 "speedup": figures.ratios(rates[name], rates[TRANSFORMERS]),
-                "same_label": float((engine(pixels).logits.argmax(1) == labels).mean()),
+                "same_label": float((labels[name] == labels[EXACT]).mean()),
                 "mean_difference": float(differences.mean()),
                 "max_image_difference": float(differences.max()),
             }
@@ -92,46 +89,47 @@ def compare_decoders(
 
 def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
     """Returns the decoders that this machine supports, by name."""
+    processor = transformers.ConvNextImageProcessorPil(**preprocessor.to_dict())
     decoders: dict[str, Decoder] = {
         EXACT: partial(decode_on_cpu, preprocessor),
         "decode, fast": partial(decode_on_cpu, preprocessor, fast=True),
-        TRANSFORMERS: partial(
-            decode_with_transformers, transformers.ConvNextImageProcessorPil(**preprocessor.to_dict())
-        ),
+        TRANSFORMERS: partial(decode_with_transformers, processor),
     }
     if torch.cuda.is_available():
         try:
-            decoders["the GPU"] = partial(
-                decode_on_gpu, GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda"))
-            )
+            decoder = GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda"))
         except (ImportError, ValueError) as error:
-            print_notice(f"the GPU: skipped: {error}")
+            console.print_notice(f"the GPU: skipped: {error}")
+        else:
+            decoders["the GPU"] = partial(decode_on_gpu, decoder)
     return decoders
 
 
-def decode_on_cpu(preprocessor: Preprocessor, images: Iterable[bytes], fast: bool = False) -> Iterator[Any]:
+def decode_on_cpu(preprocessor: Preprocessor, images: Sequence[bytes], fast: bool = False) -> Sequence[Any]:
     """Decodes and preprocesses on the CPU."""
-    decoded = (decode(data, preprocessor, MAX_PIXELS, fast).pixels for data in images)
-    return (pixels for pixels in decoded if pixels is not None)
+    decoded = [decode(data, preprocessor, MAX_PIXELS, fast).pixels for data in images]
+    return [pixels for pixels in decoded if pixels is not None]
 
 
-def decode_with_transformers(processor: Any, images: Iterable[bytes]) -> Iterator[Any]:
+def decode_with_transformers(processor: Any, images: Sequence[bytes]) -> Sequence[Any]:
     """Decodes with Pillow and preprocesses with transformers, on the CPU."""
-    for data in images:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        yield from processor(image, return_tensors="pt").pixel_values
+    opened = (Image.open(io.BytesIO(data)).convert("RGB") for data in images)
+    return [processor(image, return_tensors="pt").pixel_values[0] for image in opened]
 
 
-def decode_on_gpu(decoder: GpuDecoder, images: Iterable[bytes], chunk_images: int = 256) -> Iterator[Any]:
+def decode_on_gpu(decoder: GpuDecoder, images: Sequence[bytes], chunk_images: int = 256) -> Sequence[Any]:
     """Decodes and preprocesses on the GPU, one chunk at a time."""
     samples = (Sample(str(number), data) for number, data in enumerate(images))
-    for chunk in split_into_chunks(samples, 0, chunk_images, 128 * 1024**2):
+    chunks = split_into_chunks(samples, 0, chunk_images, 128 * 1024**2)
+    found: list[Any] = []
+    for chunk in chunks:
         pixels = decoder(chunk).pixels
         assert pixels is not None
-        yield from pixels
+        found += pixels
+    return found
 
 
-def to_pixels(inputs: Iterable[Any], preprocessor: Preprocessor) -> np.ndarray:
+def to_pixels(inputs: Sequence[Any], preprocessor: Preprocessor) -> np.ndarray:
     """Converts inputs of the model to the format of exact decoding: uint8 (n, size, size, 3)."""
     array = torch.stack([torch.as_tensor(each).cpu() for each in inputs]).numpy()
     if array.dtype == np.uint8:

@@ -21,40 +21,40 @@ import typer
 from cvt.checkpoints import save_checkpoint
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import Precision
+from jobs import console
 from jobs.benchmarks import figures
 from jobs.benchmarks.contenders import ENGINE, EXTENSION, PEERS, PIPELINE, Task, task_config
 from jobs.benchmarks.runs import ContenderResult, run_contender
-from jobs.console import SetOption, exit_on_error, print_notice
 from jobs.reference import load_model, read_images
 
 _SHARD_IMAGES = 8192
 _SHARDS_PER_CORE = 2  # minimum
 
 
-@exit_on_error()
+@console.exit_on_error()
 def run(
     context: typer.Context,
-    images: figures.Images,
-    model: figures.Model = "cvt-13",
-    size: figures.Size = None,
+    images: console.ImagesOption,
+    model: console.ModelOption = "cvt-13",
+    size: console.SizeOption = None,
     count: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of images; images repeat if there are fewer.")
     ] = 2000,
-    rounds: figures.Rounds = 3,
-    batch_size: figures.BatchSize = 32,
+    rounds: figures.RoundsOption = 3,
+    batch_size: console.BatchSizeOption = 32,
     device: figures.DeviceOption = "auto",
     precision: Annotated[Precision, typer.Option(help="Precision of the model.")] = "fp32",
     peers: Annotated[
         str, typer.Option(metavar="NAMES", help="Comma-separated tools to compare with, or none.")
     ] = "ray,dataloader,daft",
-    set: SetOption = None,
+    set: console.SetOption = None,
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="N", min=0, help="Price of this machine, in any currency.")
     ] = None,
     timeout: Annotated[
         float, typer.Option(metavar="N", min=1, help="Maximum duration of one run, in seconds.")
     ] = 3600,
-    output: figures.Output = None,
+    output: figures.OutputOption = None,
 ) -> None:
     """Compare the speed of the whole job with that of other tools.
 
@@ -62,8 +62,7 @@ def run(
     alone, and the peers. The labels of each contender are counted. Rates are in steady state: from the first
     labeled batch to the last.
 
-    Exit status: 0 on success; 1 if a contender lost images or this pipeline failed; 2 if an option is not
-    valid; 4 if the images or the model cannot be loaded.
+    More exit statuses: 1 if a contender lost images or this pipeline failed.
     """
     names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
     if unknown := [name for name in names if name not in PEERS]:
@@ -86,7 +85,7 @@ def run(
         )
         task_config(task)  # checks the overrides before the first measurement
         save_checkpoint(checkpoint.to_transformers(), checkpoint.preprocessor, Path(task.model))
-        print_notice("packing the images")
+        console.print_notice("packing the images")
         dataset = make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
         if "daft" in names:
             for tar in Path(task.tars).iterdir():
@@ -96,7 +95,7 @@ def run(
             for result in results:
                 if result.failure:
                     continue  # the contender would fail again
-                print_notice(f"round {turn} of {rounds}: {result.contender}")
+                console.print_notice(f"round {turn} of {rounds}: {result.contender}")
                 attempt = replace(task, output=f"{task.output}-{result.contender.replace(' ', '-')}-{turn}")
                 run_contender(result, attempt, count, timeout)
                 if result.failure and result.contender == PIPELINE:
@@ -111,7 +110,7 @@ def run(
         context,
         output,
         data=[dataset],
-        contenders=results,
+        contenders=[vars(result) for result in results],
         stages_of_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
         last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
         seconds_of_last_run=[last_run["timings"]],

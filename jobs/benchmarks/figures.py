@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.table import Table
+from torch.utils.collect_env import get_env_info
 
 from cvt.runtimes import Device
 from jobs.console import print_notice, stdout
@@ -31,28 +30,11 @@ def _resolve(device: Device) -> Device:
     return device
 
 
-def _check_folder(file: Path | None) -> Path | None:
-    if file is not None and not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"folder {file.parent} does not exist")
-    return file
-
-
-Images = Annotated[str, typer.Option(metavar="URI", help="Folder or URI of shards.")]
-Model = Annotated[
-    str,
-    typer.Option(
-        metavar="MODEL", help="cvt-13, cvt-21 or cvt-w24 with random weights, or any value of model.path."
-    ),
-]
-Size = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=32, help="Image size in pixels for random weights. Default: 224."),
-]
 DeviceOption = Annotated[Device, typer.Option("--device", callback=_resolve, help="Device of the model.")]
-Rounds = Annotated[int, typer.Option(metavar="N", min=1, help="Number of measurements of each variant.")]
-BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Number of images in a batch.")]
-Output = Annotated[
-    Path | None, typer.Option(callback=_check_folder, metavar="FILE", help="JSON file for the results.")
+RoundsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each variant.")]
+#: Opened before the first measurement.
+OutputOption = Annotated[
+    typer.FileTextWrite | None, typer.Option(lazy=False, metavar="FILE", help="JSON file for the results.")
 ]
 
 
@@ -61,7 +43,7 @@ class BenchmarkError(SystemExit):
 
 
 def measure_rates(
-    variants: Mapping[str, Callable[[T], Iterable[Any]]], images: T, rounds: int
+    variants: Mapping[str, Callable[[T], Sized]], images: T, rounds: int
 ) -> dict[str, list[float]]:
     """Returns the images/s of each variant in each round, after a warm-up round.
 
@@ -71,7 +53,7 @@ def measure_rates(
     for turn, (name, variant) in itertools.product(range(rounds + 1), variants.items()):
         print_notice(f"{name}: {f'round {turn} of {rounds}' if turn else 'warm-up'}")
         start = time.perf_counter()
-        done = sum(1 for _ in variant(images))
+        done = len(variant(images))
         if done != len(images):
             raise BenchmarkError(f"{name}: {done} of {len(images)} images were processed")
         if turn:
@@ -84,15 +66,15 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ours, theirs, strict=False)]
 
 
-def print_results(context: typer.Context, output: Path | None, **tables: Sequence[Any]) -> None:
+def print_results(
+    context: typer.Context, output: typer.FileTextWrite | None, **tables: Sequence[Mapping[str, Any]]
+) -> None:
     """Prints tables, and writes them to a JSON file with machine, versions and settings.
 
-    The rows of a table are dataclasses or dictionaries with the same fields. A table shows a list of numbers
-    as median, minimum and maximum, and omits fields that are empty in all rows.
+    The rows of a table have the same fields. A table shows a list of numbers as median, minimum and maximum,
+    and omits fields that are empty in all rows.
     """
-    results: dict[str, Any] = {}
-    for title, table_rows in tables.items():
-        results[title] = rows = [row if isinstance(row, dict) else vars(row) for row in table_rows]
+    for title, rows in tables.items():
         fields = [field for field in rows[0] if any(row[field] not in (None, []) for row in rows)]
         table = Table(*(field.replace("_", " ") for field in fields), title=title.replace("_", " "))
         for row in rows:
@@ -100,8 +82,8 @@ def print_results(context: typer.Context, output: Path | None, **tables: Sequenc
         stdout.print(table)
     if output is not None:
         versions = {name: installed_version(name) for name in _PACKAGES}
-        header = {"machine": _machine(), "versions": versions, "settings": context.params}
-        output.write_text(json.dumps(header | results, indent=2, default=str) + "\n")
+        header = {"machine": get_env_info()._asdict(), "versions": versions, "settings": context.params}
+        json.dump(header | tables, output, indent=2, default=str)
 
 
 def _cell(value: Any) -> str:
@@ -118,12 +100,3 @@ def _cell(value: Any) -> str:
         case int():
             return f"{value:,}"
     return str(value)
-
-
-def _machine() -> dict[str, str | None]:
-    cpuinfo, cpu = Path("/proc/cpuinfo"), platform.processor()
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"python": platform.python_version(), "system": platform.platform(), "cpu": cpu, "gpu": gpu}

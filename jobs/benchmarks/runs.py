@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -58,7 +57,7 @@ def run_contender(result: ContenderResult, task: Task, images: int, timeout: flo
 
 
 def run_process(contender: str, task: Task, timeout: float) -> str | None:
-    """Runs a contender in its own process group. Returns the reason of a failure, or None."""
+    """Runs a contender in its own process. Returns the reason of a failure, or None."""
     described, log = Path(f"{task.output}.json"), Path(f"{task.output}.log")
     described.write_text(json.dumps(asdict(task)))
     path = os.pathsep.join([str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -72,18 +71,15 @@ def run_process(contender: str, task: Task, timeout: float) -> str | None:
     }
     environment.pop("RAY_ADDRESS", None)
     python = [sys.executable, "-m", "jobs.benchmarks.contenders", contender, str(described)]
-    with log.open("wb") as file:
-        process = subprocess.Popen(python, stdout=file, stderr=file, env=environment, start_new_session=True)
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"timed out after {timeout:,.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
-    return lines[-1] if status else None
+    try:
+        with log.open("wb") as file:
+            subprocess.run(python, stdout=file, stderr=file, env=environment, timeout=timeout, check=True)
+    except subprocess.TimeoutExpired:
+        return f"timed out after {timeout:,.0f} s"
+    except subprocess.CalledProcessError as error:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit status {error.returncode}"
+    return None
 
 
 def check_labels(contender: str, output: str, images: int) -> None:

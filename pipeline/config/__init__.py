@@ -6,7 +6,7 @@ Code that acts on a configuration does not belong here.
 from pipeline.config.base import ConfigError, check_environment
 from pipeline.config.input import InputConfig, InputFormat
 from pipeline.config.job import LABEL_NEW, Config, GateConfig, ReportConfig, Selection, make_storage
-from pipeline.config.loading import load_config, load_job_config, load_recorded, load_train_config
+from pipeline.config.loading import load_config, load_job_config, load_train_config
 from pipeline.config.schedule import DatasetConfig, ScheduleConfig, SubmitConfig
 from pipeline.config.schema import KINDS, json_schema
 from pipeline.config.stages import (

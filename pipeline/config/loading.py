@@ -50,32 +50,22 @@ def load_config(
 ) -> T:
     """Loads a configuration of any kind, in the same way as `load_job_config`.
 
-    With `keep_relative_paths`, relative paths are not made absolute, because another machine uses them.
-    """
-    return load_recorded(kind, path, overrides, keep_relative_paths=keep_relative_paths)[0]
-
-
-def load_recorded(
-    kind: type[T], path: Source, overrides: Iterable[str] = (), *, keep_relative_paths: bool = False
-) -> tuple[T, Mapping[str, Any]]:
-    """Returns the configuration as `load_config` does, and the run record, if the file is one.
-
-    The record is empty if the file is not a run record. A model from the Hugging Face hub is loaded at the
-    commit that the recorded run used, unless an override sets another model or revision.
+    With `keep_relative_paths`, relative paths are not made absolute, because another machine uses them. From
+    a run record, a model of the Hugging Face hub is loaded at the commit that the recorded run used, unless
+    an override sets another model or revision.
     """
     source = str(path) if path is not None else "configuration"
     values, lines = _read(source) if path is not None else ({}, {})
-    record: dict[str, Any] = {}
+    commit = None
     if {"run", "fingerprint", "config"} <= values.keys():
-        record, values = values, values["config"]
+        commit, values = values.get("model_commit"), values["config"]
         lines = {field[1:]: line for field, line in lines.items() if field[0] == "config"}
     recorded_model = _model(values)
     overridden = {_apply(values, override): override for override in overrides}
-    commit = record.get("model_commit")
     if commit is not None and _model(values) == recorded_model is not None:
         values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
     try:
-        return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths}), record
+        return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths})
     except ValidationError as error:
         errors = [_describe(kind, each, lines, overridden) for each in error.errors()]
     of_file = [message for is_override, message in errors if not is_override]

@@ -1,4 +1,4 @@
-"""Tests of reruns from a run record: same selection, and same commit of a hub model."""
+"""Tests of reruns from a run record: same configuration, and same commit of a hub model."""
 
 from __future__ import annotations
 
@@ -52,17 +52,15 @@ def last_record(job: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_run_from_record_keeps_and_prints_its_selection(job: Path) -> None:
+def test_run_from_record_with_its_recorded_options_repeats_the_run(job: Path) -> None:
     run("label", job)
     run("label", job, "--relabel", "--prune")
     record, values = last_record(job)
     assert values["selection"] == {"retry_errors": False, "relabel": True, "prune": True}
     (job.parent / "in" / "1.tar").unlink()
-    output = run("plan", record).output
-    kept = "--relabel --prune (to disable: --no-relabel --no-prune)"
-    assert f"options of run {values['run']} apply: {kept}" in output
-    assert "1 to label (1 reprocessed), 1 to prune" in output
-    run("label", record)
+    assert "0 to label" in run("plan", record).output
+    assert "1 to label (1 reprocessed), 1 to prune" in run("plan", record, "--relabel", "--prune").output
+    run("label", record, "--relabel", "--prune")
     other_record, repeated = last_record(job)
     assert other_record != record
     assert repeated["selection"] == values["selection"]
@@ -81,33 +79,14 @@ def test_errors_are_reported_and_second_run_labels_nothing(
     assert " shards to" not in caplog.text
 
 
-def test_options_override_the_recorded_selection(job: Path) -> None:
-    run("label", job, "--relabel", "--retry-errors")
-    record, _ = last_record(job)
-    output = run("plan", record, "--no-relabel", "--prune", "--no-retry-errors").output
-    assert "options of run" not in output
-    assert "0 to label, 0 to prune" in output
-    assert "2 to label (2 reprocessed)" in run("plan", record, "--no-relabel").output
-
-
 def test_run_that_fails_while_planning_records_its_selection(job: Path) -> None:
     run("label", job)
     stray = next(job.parent.glob("out/model=*/predictions")) / "stray.parquet"
     stray.write_bytes(b"not Parquet")  # makes planning fail
     run("label", job, "--relabel", status=4)
-    record, values = last_record(job)
+    _, values = last_record(job)
     assert values["status"] == "failed"
-    stray.unlink()
-    assert "2 to label (2 reprocessed)" in run("plan", record).output
-
-
-def test_record_without_selection_selects_new_shards(job: Path) -> None:
-    run("label", job, "--relabel")
-    record, values = last_record(job)
-    for name in ("selection", "model_commit"):
-        del values[name]
-    record.write_text(json.dumps(values))
-    assert "0 to label" in run("plan", record).output
+    assert values["selection"] == {"retry_errors": False, "relabel": True, "prune": False}
 
 
 def test_rerun_uses_the_recorded_commit_of_a_hub_model(
@@ -135,7 +114,7 @@ def test_rerun_uses_the_recorded_commit_of_a_hub_model(
     other_record, repeated = last_record(job)
     assert repeated["fingerprint"] == values["fingerprint"]
     assert repeated["model_commit"] == repeated["config"]["model"]["revision"] == COMMITS[0]
-    assert "2 done" in run("plan", other_record, "--no-relabel").output
+    assert "2 done" in run("plan", other_record).output
     # An override of model or revision wins over the record.
     assert "fashion-mnist" in run("plan", record, "--set", "model.path=fashion-mnist").output
     overrides = ["model.path=someone/clothes", "model.revision=main"]

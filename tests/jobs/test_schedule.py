@@ -52,16 +52,21 @@ def test_scheduler_labels_due_datasets_and_ends_at_sigterm(cluster: str, tmp_pat
     invoke(schedule, "--config", path, "--once")  # nothing is due now
 
 
-def test_dry_run_prints_next_scheduled_times() -> None:
-    shown = invoke(schedule, "--config", REPOSITORY / "configs" / "schedule.yaml", "--dry-run", status=0)
+def test_status_prints_next_scheduled_times_and_what_cannot_be_read(bucket: str) -> None:
+    set_output = ["--set", f"datasets.products.output.uri={bucket}/products"]
+    other = ["--set", "datasets.reviews.output.uri=s3://no-such-bucket-here/reviews"]
+    list_file = REPOSITORY / "configs" / "schedule.yaml"
+    shown = invoke(schedule, "--config", list_file, "--status", *set_output, *other, status=4)
     lines = shown.output.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
+    assert all(re.match(r"(products  |reviews   )next       20", line) for line in lines[:3] + lines[4:7])
     assert "02:00 Europe/Berlin" in lines[0]
-    assert all(re.match(r"products  20|reviews   20", line) for line in lines)
+    assert lines[3] == "products  not polled by a scheduler yet"
+    assert lines[7].startswith("reviews   cannot be read: s3://no-such-bucket-here")
 
 
 def test_invalid_list_ends_with_2_and_names_the_field(tmp_path: Path) -> None:
     path = tmp_path / "schedule.yaml"
     path.write_text(LIST.format(address="http://head:8265", python="python") + "  a: {inputs: {uri: /x}}\n")
-    shown = invoke(schedule, "--config", path, "--dry-run", status=2)
+    shown = invoke(schedule, "--config", path, "--status", status=2)
     assert "datasets.a.inputs: unknown field" in shown.output

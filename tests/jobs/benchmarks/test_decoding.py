@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,8 @@ def test_command_compares_decoders_with_transformers(images: Path, tmp_path: Pat
 def test_different_pixels_are_reported_in_labels_and_gray_levels() -> None:
     checkpoint = load_model("fashion-mnist", None)
 
-    def inverted(images: Iterable[bytes]) -> Iterator[np.ndarray]:
-        return (255 - pixels for pixels in decode_on_cpu(checkpoint.preprocessor, images))
+    def inverted(images: Sequence[bytes]) -> Sequence[Any]:
+        return [255 - pixels for pixels in decode_on_cpu(checkpoint.preprocessor, images)]
 
     decoders = available_decoders(checkpoint.preprocessor) | {"inverted": inverted}
     images = [data for data, _ in itertools.islice(read_images(str(SAMPLES), checkpoint.preprocessor), 50)]
@@ -68,8 +69,8 @@ def test_different_pixels_are_reported_in_labels_and_gray_levels() -> None:
 def test_decoder_that_loses_an_image_fails() -> None:
     checkpoint = load_model("fashion-mnist", None)
 
-    def lossy(images: Iterable[bytes]) -> Iterator[np.ndarray]:
-        return decode_on_cpu(checkpoint.preprocessor, [*images][1:])
+    def lossy(images: Sequence[bytes]) -> Sequence[Any]:
+        return decode_on_cpu(checkpoint.preprocessor, images[1:])
 
     images = [make_image(i) for i in range(3)]
     decoders = available_decoders(checkpoint.preprocessor) | {"lossy": lossy}
