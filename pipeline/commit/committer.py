@@ -5,7 +5,7 @@ The committer runs in the driver, without Ray. A shard gets its manifest row onl
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from pipeline.commit.prediction_files import (
     PredictionWriter,
 )
 from pipeline.read import Chunk, Shard
-from pipeline.statistics import COMMIT, ErrorCauses, StageMetrics, add_metrics
+from pipeline.statistics import COMMIT, ErrorCauses, StageMetrics
 
 #: A file holds the result rows of one shard, so a few concurrent writes hide the latency of a PUT.
 MAX_CONCURRENT_WRITES = 4
@@ -63,7 +63,7 @@ class Totals:
     causes: ErrorCauses = field(default_factory=ErrorCauses)
     unmatched: ErrorCauses = field(default_factory=ErrorCauses)
     retries: Counter[str] = field(default_factory=Counter)
-    metrics: dict[str, StageMetrics] = field(default_factory=dict)
+    metrics: defaultdict[str, StageMetrics] = field(default_factory=lambda: defaultdict(StageMetrics))
 
 
 class Committer:
@@ -104,7 +104,8 @@ class Committer:
             return
         self.totals.retries.update(chunk.retries)
         self.totals.merged_images += chunk.merged
-        add_metrics(self.totals.metrics, chunk.metrics)
+        for stage, metrics in chunk.metrics.items():
+            self.totals.metrics[stage] += metrics
         if arrived.complete:
             shard = self._plan[chunk.shard]
             self._bytes += shard.size
@@ -154,7 +155,7 @@ class Committer:
 
     def _finish_write(self, write: Future[CommittedShard]) -> None:
         (row, metrics, causes, unmatched), totals = write.result(), self.totals
-        add_metrics(totals.metrics, {COMMIT: metrics})
+        totals.metrics[COMMIT] += metrics
         totals.causes.merge(causes)
         totals.unmatched.merge(unmatched)
         totals.shards += 1

@@ -7,7 +7,7 @@ from ray.util.metrics import Counter, Histogram
 
 from pipeline.commit import Totals
 from pipeline.read import Chunk
-from pipeline.statistics import CLASSIFY, STAGES, StageMetrics
+from pipeline.statistics import CLASSIFY, STAGES
 
 #: Ray exports the names with the prefix `ray_`, and counters with the suffix `_total`.
 _PREFIX = "cvt_label_"
@@ -66,7 +66,7 @@ class RunMetrics:
         self._raise_to("shards", totals.shards - unreadable, outcome="committed")
         self._raise_to("shards", unreadable, outcome="unreadable")
         for stage in STAGES:
-            metrics = totals.metrics.get(stage, StageMetrics())
+            metrics = totals.metrics[stage]
             self._raise_to("stage_bytes", metrics.bytes, stage=stage)
             self._raise_to("stage_images", metrics.images, stage=stage)
             self._raise_to("stage_seconds", metrics.busy_s, stage=stage, state="busy")

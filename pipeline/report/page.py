@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import markupsafe
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
@@ -47,13 +46,11 @@ def write_report(
     }
     totals["shards"] = pc.count(manifest["rows"]).as_py()
     topk = record.get("config", {}).get("output", {}).get("topk", 5)
+    images = read_gallery(partition.storage, partition.uri)
+    # The id of each section, its title, and the values for its template. None leaves the section out.
     contents = [
         ("classes", "Classes and confidence", sections.classes(partition.labels, statistics, topk)),
-        (
-            "gallery",
-            "Example images",
-            sections.gallery(read_gallery(partition.storage, partition.uri), statistics),
-        ),
+        ("gallery", "Example images", sections.gallery(images, statistics)),
         ("accuracy", "Accuracy against targets", sections.accuracy(partition.labels, statistics)),
         *(
             (f"comparison-{i}", f"Comparison with {sections.reference_name(each)}", sections.comparison(each))
@@ -71,9 +68,9 @@ def write_report(
         topk=topk,
         totals=totals,
         sections=[
-            {"id": id, "template": f"{id.partition('-')[0]}.html", "title": title, **content}
-            for id, title, content in contents
-            if content is not None
+            {"id": section_id, "title": title, **values}
+            for section_id, title, values in contents
+            if values is not None
         ],
     )
     output = f"{partition.uri}/report.html" if output is None else normalize_uri(output)
@@ -103,6 +100,6 @@ def _template() -> jinja2.Template:
 
 
 def _escape(value: Any) -> Any:
-    """Escapes unprintable characters of text; Jinja escapes HTML."""
-    is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
-    return escape_unprintable(value) if is_text else value
+    """Escapes unprintable characters of text from data; Jinja escapes HTML."""
+    is_markup = hasattr(value, "__html__")
+    return escape_unprintable(value) if isinstance(value, str) and not is_markup else value

@@ -16,9 +16,7 @@ from pipeline.statistics import (
     ClassStatistics,
     Comparison,
     ErrorCauses,
-    StageSummary,
     class_table,
-    is_long_enough,
     predicted_classes,
 )
 from pipeline.storage import StorageError
@@ -201,11 +199,7 @@ def read_causes(partition: Partition, max_files: int) -> tuple[ErrorCauses, int]
 
 def throughput(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the metrics of a run's stages; None if the run processed nothing."""
-    stages = {name: StageSummary(**values) for name, values in (record.get("stages") or {}).items()}
-    if not stages:
-        return None
-    rows = [
-        (name, each.images, each.busy_s, each.wait_s, each.workers, each.bytes / 1e6, each.fraction_busy)
-        for name, each in stages.items()
-    ]
-    return {"stages": rows, "is_long_enough": is_long_enough(stages)}
+    columns = ("images", "busy_s", "wait_s", "workers", "bytes", "fraction_busy")
+    stages = record.get("stages") or {}
+    rows = [[stage, *(metrics[name] for name in columns)] for stage, metrics in stages.items()]
+    return {"stages": rows} if rows else None

@@ -26,7 +26,6 @@ from pipeline.statistics import (
     COMMIT,
     DECODE,
     STORAGE,
-    StageMetrics,
     describe_bottleneck,
     steady_rate,
     summarize_stages,
@@ -183,7 +182,7 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
         workers[DECODE] = resources.decoders
         result.decoder = f"the CPU, {result.job.config.decode.quality}"
     else:
-        decoded = metrics.get(DECODE, StageMetrics())
+        decoded = metrics[DECODE]
         on_gpu, on_cpu = decoded.decoded_on_gpu, decoded.images - decoded.decoded_on_gpu
         result.decoder = f"the GPU, {pluralize(on_gpu, 'image')}, and the CPU, {on_cpu:,}"
     result.stages = summarize_stages(metrics, workers, seconds)
@@ -191,7 +190,7 @@ def _record_stages(run: RunContext, resources: Resources, seconds: float) -> Non
         stages={stage: asdict(summary) for stage, summary in result.stages.items()},
         images_per_s=result.images_per_s,
         bound_by=describe_bottleneck(result.stages),
-        gpu_utilization=metrics[CLASSIFY].gpu_utilization if CLASSIFY in metrics else None,
+        gpu_utilization=metrics[CLASSIFY].gpu_utilization,
         decoder=result.decoder,
     )
 

@@ -17,9 +17,7 @@ from pipeline.statistics.stages import (
     StageMetrics,
     StageSummary,
     StageTimer,
-    add_metrics,
     describe_bottleneck,
-    is_long_enough,
     steady_rate,
     summarize_stages,
 )

@@ -49,12 +49,6 @@ class StageMetrics:
         return round(self.gpu_busy / self.gpu_samples, 3) if self.gpu_samples else None
 
 
-def add_metrics(total: dict[str, StageMetrics], more: Mapping[str, StageMetrics]) -> None:
-    """Adds metrics to a total, by stage."""
-    for stage, metrics in more.items():
-        total[stage] = total.get(stage, StageMetrics()) + metrics
-
-
 class StageTimer:
     """Measures the seconds that a worker is busy (`with timer:`), and the seconds that it waits.
 
@@ -134,15 +128,11 @@ def steady_rate(images: int, seconds: float) -> float | None:
     return images / seconds if seconds >= _MIN_SECONDS else None
 
 
-def is_long_enough(summaries: Mapping[str, StageSummary]) -> bool:
-    """Returns whether a run was long enough to identify the bottleneck."""
-    used = [stage for stage in summaries.values() if stage.workers]
-    return min(((each.busy_s + each.wait_s) / each.workers for each in used), default=0.0) >= _MIN_SECONDS
-
-
 def describe_bottleneck(summaries: Mapping[str, StageSummary]) -> str:
     """Returns one line that names the stage that limited the throughput, if known."""
-    if not is_long_enough(summaries):
+    used = [stage for stage in summaries.values() if stage.workers]
+    seconds = min(((each.busy_s + each.wait_s) / each.workers for each in used), default=0.0)
+    if seconds < _MIN_SECONDS:
         return "unknown: the run was too short"
     by_fraction = sorted(summaries, key=lambda stage: summaries[stage].fraction_busy, reverse=True)
     fractions = [f"{stage} {summaries[stage].fraction_busy:.0%}" for stage in by_fraction]

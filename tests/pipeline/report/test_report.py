@@ -325,5 +325,5 @@ def test_class_statistics_of_the_page_are_the_given_ones(tmp_path: Path) -> None
     """An overlapping run may have replaced `class_stats.parquet`."""
     partition = make_partition(tmp_path, ["a", "b"])
     stats = partition.manifest.fold_statistics()
-    stats.count[:] = [123_456, 0]
+    stats.count[:] = [123_456, 1]
     assert "123,456" in Path(write_page(partition, RECORD, stats)).read_text()
