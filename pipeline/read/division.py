@@ -5,10 +5,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice, pairwise
 from typing import BinaryIO
 
@@ -27,6 +26,8 @@ _PROBED_BYTES, _PROBE_BYTES = 1024**2, 64 * 1024  # at a boundary in a tar, and 
 _MAX_MEMBERS = 100  # that are read to find the start of a sample
 _NO_LIMIT = Deadline(math.inf)  # requests have their own
 
+#: The kind of position in a part's URI, by format.
+_KINDS = {"parquet": "rows", "webdataset": "bytes"}
 _PART, _SPAN = re.compile(r"/(rows|bytes)-\d{12}$"), re.compile(r"/(\d+)-(\d+)(/|$)")
 
 
@@ -59,7 +60,6 @@ class Division:
 
     def apply(self, storage: Storage, shards: Iterator[Shard]) -> Iterator[Shard]:
         """Yields the shards, or the parts of their files, in order; raises `StorageError`."""
-        limit = math.inf if self.split_bytes is None else self.split_bytes
         names = json.dumps([*(self.carry or {}).items()]).encode()
         suffix = f"/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}" if self.carry else ""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
@@ -67,19 +67,24 @@ class Division:
             size = 1
             while batch := list(islice(shards, size)):
                 size = _BATCH_FILES
-                large = [shard for shard in batch if shard.size > limit and shard.format in _PARTS]
-                found = pool.map(partial(self._divide, storage), large)
-                parts = {shard.uri: each for shard, each in zip(large, found, strict=True)}
-                for shard in batch:
-                    for part in parts.get(shard.uri, [shard]):
+                large = (shard.size > (self.split_bytes or math.inf) for shard in batch)
+                found = [
+                    pool.submit(self._divide, storage, shard) if is_large and shard.format in _KINDS else None
+                    for shard, is_large in zip(batch, large, strict=True)
+                ]
+                for shard, parts in zip(batch, found, strict=True):
+                    for part in parts.result() if parts else [shard]:
                         yield _with_suffix(part, suffix) if suffix else part
 
     def _divide(self, storage: Storage, shard: Shard) -> list[Shard]:
         """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
-        assert self.split_bytes is not None
-        kind, find = _PARTS[shard.format]
+        part_bytes = self.split_bytes or shard.size
         try:
-            starts = find(storage, shard, self)
+            with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
+                if shard.format == "parquet":
+                    starts = _parquet_starts(stream, shard.size, part_bytes)
+                else:
+                    starts = _tar_starts(stream, shard.size, part_bytes, self.key)
         except (ObjectChanged, ObjectNotFound):
             return [shard]
         except (StorageError, MemoryError):  # another division would label the file again
@@ -90,7 +95,7 @@ class Division:
             return [shard]
         return [
             Shard(
-                f"{shard.uri}/{kind}-{start:012d}",
+                f"{shard.uri}/{_KINDS[shard.format]}-{start:012d}",
                 f"{shard.version}/{start}-{stop}",
                 shard.format,
                 stop_byte - start_byte,
@@ -105,37 +110,33 @@ def _with_suffix(shard: Shard, suffix: str) -> Shard:
     """Returns a shard with a longer version, if its rows may have the columns of `input.carry`."""
     if shard.format == "images":
         return shard
-    file = shard.object if shard.format in _PARTS else shard.file
+    file = shard.object if shard.format in _KINDS else shard.file
     return replace(shard, version=f"{shard.version}{suffix}", file=file)
 
 
-def _parquet_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:
+def _parquet_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int) -> list[tuple[int, int]]:
     """Returns the first row of each part, with its position in bytes, and the ends of the file."""
-    with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
-        footer = pq.ParquetFile(FooterFile(stream, _NO_LIMIT), pre_buffer=False).metadata
+    footer = pq.ParquetFile(FooterFile(stream, _NO_LIMIT), pre_buffer=False).metadata
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     total = sum(group.total_byte_size for group in groups)
-    count = -(-shard.size // (division.split_bytes or shard.size))
+    count = -(-file_bytes // part_bytes)
     starts, row, size = list[tuple[int, int]](), 0, 0
     for group in groups:
         if group.num_rows and size * count >= total * len(starts):
-            starts.append((row, size * shard.size // total))
+            starts.append((row, size * file_bytes // total))
         row, size = row + group.num_rows, size + group.total_byte_size
-    return [*starts, (row, shard.size)]
+    return [*starts, (row, file_bytes)]
 
 
-def _tar_starts(storage: Storage, shard: Shard, division: Division) -> list[tuple[int, int]]:
-    """Returns the first byte of each part, twice, and the end of the file; only the ends if compressed."""
-    step, starts = division.split_bytes or shard.size, [0]
-    with io.BufferedReader(
-        storage.open_unbuffered(shard.object.uri, shard.object.version), _PROBE_BYTES
-    ) as stream:
-        next(read_members(stream, _NO_LIMIT))  # raises for compressed tars and other files
-        for boundary in range(step, shard.size, step):
-            start = _find_sample(stream, boundary // BLOCK_BYTES * BLOCK_BYTES, division.key)
-            if start is not None and start > starts[-1]:
-                starts.append(start)
-    return [(start, start) for start in [*starts, shard.size]]
+def _tar_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int, rule: str) -> list[tuple[int, int]]:
+    """Returns the first byte of each part, twice, and the end of the file; raises for compressed tars."""
+    starts, buffered = [0], io.BufferedReader(stream, _PROBE_BYTES)
+    next(read_members(buffered, _NO_LIMIT))  # raises for compressed tars and other files
+    for boundary in range(part_bytes, file_bytes, part_bytes):
+        start = _find_sample(buffered, boundary // BLOCK_BYTES * BLOCK_BYTES, rule)
+        if start is not None and start > starts[-1]:
+            starts.append(start)
+    return [(start, start) for start in [*starts, file_bytes]]
 
 
 def _find_sample(stream: BinaryIO, boundary: int, rule: str) -> int | None:
@@ -159,10 +160,3 @@ def _find_sample(stream: BinaryIO, boundary: int, rule: str) -> int | None:
             continue
         return None
     return None
-
-
-#: By format: the kind of position in a part's URI, and the function that finds the positions.
-_PARTS: Mapping[str, tuple[str, Callable[[Storage, Shard, Division], list[tuple[int, int]]]]] = {
-    "parquet": ("rows", _parquet_starts),
-    "webdataset": ("bytes", _tar_starts),
-}

@@ -68,46 +68,37 @@ def _list_objects(
     """
     for root, patterns in inputs.roots.items():
         prefix = commonprefix([pattern.prefix for pattern in patterns])[len(root) + 1 :]  # noqa: RUF071
-        yield from _list(storage, inputs, root, prefix, format, tables)
-
-
-def _list(
-    storage: Storage,
-    inputs: InputUris,
-    root: str,
-    prefix: str,
-    input_format: InputFormat,
-    tables: set[str],
-) -> Iterator[ObjectInfo]:
-    is_selected, as_folder = bool(inputs.matches(root, root)), input_format == "table"
-    table = format = last_file = ""
-    for info in storage.list(root, not is_selected, prefix):
-        if input_format in ("webdataset", "images"):
-            pass
-        elif metadata := _METADATA.search(info.uri, len(root)):
-            table, format = info.uri[: metadata.start()], _FORMATS[metadata[metadata.lastindex or 0]]
-        elif (
-            info.uri.endswith((".parquet", ".lance"))
-            and info.uri != root
-            and inputs.matches(root, info.uri)
-            and not inputs.excludes(root, info.uri)
-        ):
-            # Metadata may be above the root, in the rest of the listing, or not start with the prefix.
-            if not last_file:
-                table, format = find_table(storage, f"{root}/{prefix}") or (table, format)
-            last_file = info.uri
-        is_root = table == root and format in ("Delta", "Iceberg") and is_selected
-        # The files of a table are adjacent in a listing, or in another folder.
-        if table and (is_under(last_file, table) or (is_root and as_folder)):
-            if is_root:
+        is_selected = bool(inputs.matches(root, root))
+        table = kind = last_file = ""
+        for info in storage.list(root, not is_selected, prefix):
+            if format in ("webdataset", "images"):
+                pass
+            elif metadata := _METADATA.search(info.uri, len(root)):
+                table, kind = info.uri[: metadata.start()], _FORMATS[metadata[metadata.lastindex or 0]]
+            elif (
+                info.uri.endswith((".parquet", ".lance"))
+                and info.uri != root
+                and inputs.matches(root, info.uri)
+                and not inputs.excludes(root, info.uri)
+            ):
+                # Metadata may be above the root, in the rest of the listing, or not start with the prefix.
+                if not last_file:
+                    table, kind = find_table(storage, f"{root}/{prefix}") or (table, kind)
+                last_file = info.uri
+            is_root = table == root and kind in ("Delta", "Iceberg") and is_selected
+            # The files of a table are adjacent in a listing, or in another folder.
+            if not table or not (is_under(last_file, table) or (is_root and format == "table")):
+                yield info
+            elif is_root:
                 tables.add(root)
-                yield from [ObjectInfo(root, 0, "")] if as_folder else snapshot_files(storage, root)
-                return
-            raise ConfigError(
-                f"{table} is a table in {format} format, whose folder also has files that are no longer part "
-                "of it: set input.uri to the table (Delta and Iceberg only), or exclude it with input.exclude"
-            )
-        yield info
+                yield from [ObjectInfo(root, 0, "")] if format == "table" else snapshot_files(storage, root)
+                break
+            else:
+                raise ConfigError(
+                    f"{table} is a table in {kind} format, whose folder also has files that are no longer "
+                    "part of it: set input.uri to the table (Delta and Iceberg only), or exclude it with "
+                    "input.exclude"
+                )
 
 
 def find_table(storage: Storage, uri: str) -> tuple[str, str] | None:

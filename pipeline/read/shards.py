@@ -186,27 +186,35 @@ class ShardListing(Iterator[Shard]):
         group, members = _FIRST_GROUP, list[ObjectInfo]()
         root = last_tar = ""
         for (info, base, listed), following in pairwise(chain(selected, [_END])):
-            if listed != root and members:
-                yield _group(root, group + self.inputs.group_suffix(root), members)
-                group, members = _FIRST_GROUP, []
-            root, name = listed, relative_name(listed, info.uri)
-            format = self._format(info.uri, base, root, (last_tar, following[0].uri))
+            format = self._format(info.uri, base, listed, (last_tar, following[0].uri))
             last_tar = info.uri if info.uri.endswith(TAR_SUFFIXES) else last_tar
-            if isinstance(format, IgnoreReason):
-                self.ignore(info.uri, format)
-            elif format != "images":
-                yield Shard(info.uri, info.version, format, info.size)
-            else:
-                digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-                # Boundaries and names use different halves of the hash: at each boundary, the remainder of
-                # the second half is 0.
-                if int(digest[16:], 16) % _MEAN_GROUP_SIZE == 0:
-                    if members:
-                        yield _group(root, group + self.inputs.group_suffix(root), members)
-                    group, members = digest[:16], []
+            name = relative_name(listed, info.uri)
+            digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest() if format == "images" else ""
+            # Boundaries and names use different halves of the hash: at each boundary, the remainder of the
+            # second half is 0.
+            is_boundary = digest != "" and int(digest[16:], 16) % _MEAN_GROUP_SIZE == 0
+            if members and (listed != root or is_boundary):
+                yield self._group(root, group, members)
+                members = []
+            if listed != root or is_boundary:
+                group = digest[:16] if is_boundary else _FIRST_GROUP
+            root = listed
+            if format == "images":
                 members.append(info)
+            elif isinstance(format, IgnoreReason):
+                self.ignore(info.uri, format)
+            else:
+                yield Shard(info.uri, info.version, format, info.size)
         if members:
-            yield _group(root, group + self.inputs.group_suffix(root), members)
+            yield self._group(root, group, members)
+
+    def _group(self, root: str, name: str, members: list[ObjectInfo]) -> Shard:
+        version = hashlib.blake2b(digest_size=16)
+        for info in members:
+            version.update(f"{info.uri}\0{info.version}\0".encode())
+        uri = f"{root}/images-{name}{self.inputs.group_suffix(root)}"
+        size = sum(info.size for info in members)
+        return Shard(uri, version.hexdigest(), "images", size, tuple(members))
 
     def _format(self, uri: str, base: str, root: str, neighbors: Iterable[str]) -> Format | IgnoreReason:
         """Returns the format of an object that `base` selects, or why it is ignored."""
@@ -230,14 +238,6 @@ def file_extension(name: str) -> str:
     """Returns the extension of a name in lower case, such as `.jfif` or `.tar.zst`; `none` without one."""
     found = _EXTENSION.search(name.lower())
     return "".join(part or "" for part in found.groups()) if found and any(found.groups()) else "none"
-
-
-def _group(folder: str, name: str, members: list[ObjectInfo]) -> Shard:
-    version = hashlib.blake2b(digest_size=16)
-    for info in members:
-        version.update(f"{info.uri}\0{info.version}\0".encode())
-    size = sum(info.size for info in members)
-    return Shard(f"{folder}/images-{name}", version.hexdigest(), "images", size, tuple(members))
 
 
 class NoShardsError(ValueError):

@@ -6,13 +6,14 @@ Files that are in the table's folder and not in the snapshot are never read.
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.read.table_files import DataFile, read_parquet
 from pipeline.storage import ObjectInfo, Storage, StorageError, normalize_uri
 
 _METADATA_FILE = re.compile(r"/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json(?:\.gz)?$")
@@ -29,26 +30,6 @@ _ICEBERG_OPTIONS = {
     "aws_session_token": "s3.session-token",
     "aws_skip_signature": "s3.anonymous",
 }
-
-
-class DataFile(NamedTuple):
-    """A file of a table.
-
-    Attributes:
-        uri: URI of the file.
-        folder: The folder to which URIs in the table are relative.
-        schema: Columns of the table.
-        read: Yields the rows of these columns, without deleted rows.
-        has_deletes: Whether rows of the file are deleted.
-        table: The folder of the Delta or Iceberg table, or of the S3 Inventories, that the file is part of.
-    """
-
-    uri: str
-    folder: str
-    schema: pa.Schema
-    read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
-    has_deletes: bool = False
-    table: str | None = None
 
 
 def open_snapshot(storage: Storage, uri: str) -> list[DataFile]:
@@ -118,20 +99,8 @@ def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
     def file(action: Mapping[str, Any]) -> DataFile:
         path = action["path"]
         name = normalize_uri(path) if "://" in path else f"{uri}/{unquote(path)}"
-
-        def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-            with storage.open(name) as stream:
-                parquet = pq.ParquetFile(stream, pre_buffer=False)
-                stored = [column for column in columns if column in parquet.schema_arrow.names]
-                for batch in parquet.iter_batches(columns=stored, use_threads=False):
-                    table = pa.table(batch)
-                    for column in columns:
-                        if column not in stored:
-                            value = pa.scalar(action.get(f"partition.{column}"), schema.field(column).type)
-                            table = table.append_column(column, pa.repeat(value, len(batch)))
-                    yield from table.to_batches()
-
-        return DataFile(name, uri, schema, read, table=uri)
+        partition = {x.name: pa.scalar(action.get(f"partition.{x.name}"), x.type) for x in schema}
+        return DataFile(name, uri, schema, partial(read_parquet, storage, name, None, partition), table=uri)
 
     return [file(action) for action in actions]
 

@@ -2,11 +2,11 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from posixpath import splitext
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
 
 import pyarrow as pa
@@ -21,12 +21,31 @@ from pipeline.read.shards import (
     IgnoreReason,
     file_extension,
 )
-from pipeline.read.snapshots import DataFile
 from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 
 #: The column of an inventory's file with the versions of the objects.
 VERSION = "cvt_label_version"
 _BATCH_ROWS, _MAX_LINE_BYTES = 1000, 16 * 1024**2
+
+
+class DataFile(NamedTuple):
+    """A file of a table.
+
+    Attributes:
+        uri: URI of the file.
+        folder: The folder to which URIs in the table are relative.
+        schema: Columns of the table.
+        read: Yields the rows of these columns, without deleted rows.
+        has_deletes: Whether rows of the file are deleted.
+        table: The folder of the Delta or Iceberg table, or of the S3 Inventories, that the file is part of.
+    """
+
+    uri: str
+    folder: str
+    schema: pa.Schema
+    read: Callable[[Sequence[str]], Iterator[pa.RecordBatch]]
+    has_deletes: bool = False
+    table: str | None = None
 
 
 def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | None) -> DataFile:
@@ -46,7 +65,9 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
             suffix = ".parquet" if start == b"PAR1" else text_suffix
         if suffix == ".parquet":
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow
-            return DataFile(info.uri, folder, schema, lambda columns: _read_parquet(storage, info, columns))
+            return DataFile(
+                info.uri, folder, schema, partial(read_parquet, storage, info.uri, info.version, {})
+            )
         line = _decompressed(stream).read(_MAX_LINE_BYTES).decode("utf-8-sig", "replace").splitlines()[0]
     is_csv = suffix in (".csv", ".tsv")
     separator = max(",\t" if csv_columns else ",\t;|", key=line.count) if is_csv else "\1"
@@ -149,10 +170,20 @@ def _file_errors(uri: str) -> Iterator[None]:
         raise StorageError(uri, f"cannot be read as a table: {type(error).__name__}: {error}") from error
 
 
-def _read_parquet(storage: Storage, info: ObjectInfo, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
+def read_parquet(
+    storage: Storage,
+    uri: str,
+    version: str | None,
+    missing: Mapping[str, pa.Scalar],
+    columns: Sequence[str],
+) -> Iterator[pa.RecordBatch]:
+    """Yields the columns of a Parquet file, those that the file lacks with their value in `missing`."""
+    with _file_errors(uri), storage.open(uri, version) as stream:
         file = pq.ParquetFile(stream, pre_buffer=False)
-        yield from file.iter_batches(_BATCH_ROWS, columns=[*columns], use_threads=False)
+        stored = [name for name in columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(_BATCH_ROWS, columns=stored, use_threads=False):
+            arrays = [batch[x] if x in stored else pa.repeat(missing[x], len(batch)) for x in columns]
+            yield pa.RecordBatch.from_arrays(arrays, [*columns])
 
 
 def _decompressed(stream: Any) -> Any:
