@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from cvt.architecture import Architecture
+from cvt.architecture import PRESETS, Architecture
 
 
 class CvtConfig(PreTrainedConfig, Architecture):
@@ -28,3 +28,14 @@ class CvtConfig(PreTrainedConfig, Architecture):
             setattr(self, field.name, kwargs.pop(field.name, field.default))
         super().__init__(**kwargs)
         Architecture.from_dict(vars(self))  # validates the fields
+
+
+def preset_config(name: str, **fields: Any) -> CvtConfig:
+    """Returns the configuration of a published variant, a key of `PRESETS`.
+
+    Raises:
+        ValueError: the name is unknown, or `fields` do not describe a valid model.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return CvtConfig(**{**PRESETS[name], **fields})

@@ -140,6 +140,18 @@ class Preprocessor:
             raise CheckpointError(f"{file}: not a JSON object")
         return cls.from_dict(config, str(file))
 
+    @classmethod
+    def published(cls, size: int = 224) -> Preprocessor:
+        """Returns the preprocessing of the published checkpoints, for an image size of `size` pixels."""
+        return cls(
+            size=size,
+            crop_pct=0.875,
+            resample=int(Image.Resampling.BICUBIC),
+            mean=(0.485, 0.456, 0.406),  # ImageNet statistics
+            std=(0.229, 0.224, 0.225),
+            rescale_factor=1 / 255,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of a preprocessor_config.json, for `from_dict` and transformers."""
         return {

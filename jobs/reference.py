@@ -11,14 +11,14 @@ import torch
 import transformers
 from transformers.activations import QuickGELUActivation
 
-from cvt.architecture import transformers_problem
+from cvt.architecture import PRESETS, transformers_problem
 from cvt.checkpoints import Checkpoint
+from cvt.configuration import preset_config
 from cvt.errors import CheckpointError
 from cvt.inference.engine import PRECISIONS
 from cvt.modeling import CvtForImageClassification
 from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
-from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, InputConfig
 from pipeline.decode import decode
@@ -35,7 +35,7 @@ def load_model(model: str, size: int | None) -> Checkpoint:
         torch.manual_seed(0)
         labels = tuple(f"class {i}" for i in range(1000))
         network = CvtClassifier.copy_of(CvtForImageClassification(preset_config(model, num_labels=1000)))
-        return Checkpoint(model, network, labels, preset_preprocessor(size or 224))
+        return Checkpoint(model, network, labels, Preprocessor.published(size or 224))
     if size is not None:
         raise ConfigError(f"--size: applies only to {', '.join(PRESETS)}; {model} has its own size")
     return open_checkpoint(Storage(), model)

@@ -33,7 +33,6 @@ from cvt.checkpoints.weights import (
 from cvt.errors import CheckpointError, checkpoint_errors, read_text_bytes
 from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
-from cvt.presets import preset_preprocessor
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
@@ -289,7 +288,7 @@ def _read_microsoft(file: Path) -> Checkpoint:
     if cause is not None:
         cause += "; to set the size: cvt-label convert --size"
         logger.warning("%s: assuming an image size of %d pixels, because %s", file.name, size, cause)
-    return _make_checkpoint(file.stem, architecture, labels, weights, preset_preprocessor(size))
+    return _make_checkpoint(file.stem, architecture, labels, weights, Preprocessor.published(size))
 
 
 def _make_checkpoint(

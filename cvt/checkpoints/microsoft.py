@@ -13,9 +13,8 @@ from typing import cast
 
 from torch import Tensor
 
-from cvt.architecture import Architecture
+from cvt.architecture import PRESETS, Architecture
 from cvt.errors import CheckpointError
-from cvt.presets import PRESETS
 
 logger = logging.getLogger("cvt_label")
 

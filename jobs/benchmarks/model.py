@@ -11,8 +11,8 @@ import torch
 import typer
 from torch.utils.benchmark import Timer
 
+from cvt.architecture import count_macs
 from cvt.checkpoints import Checkpoint
-from cvt.counting import count_macs
 from cvt.inference.engine import PRECISIONS, Engine
 from cvt.runtimes import RUNTIMES, Precision
 from jobs import console
@@ -51,7 +51,7 @@ def model(
     pixels = checkpoint.preprocessor.size
     shape = count or (2048 if device == "cuda" else 64), pixels, pixels, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    macs = count_macs(checkpoint.model.config, len(checkpoint.labels), pixels, pixels)
+    macs = count_macs(checkpoint.model.config, len(checkpoint.labels), pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
     results = compare_variants(images, variants, rounds, matrix_rate(device, precision) / macs)
     figures.print_results(context, output, variants=results)

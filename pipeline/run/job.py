@@ -7,6 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cvt.architecture import count_macs
 from cvt.runtimes import OPENVINO_MISSING
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition
@@ -43,11 +44,9 @@ class Job:
     @property
     def resource_request(self) -> ResourceRequest:
         """The resources that the job requests from an executor."""
-        from cvt.counting import count_macs
-
         config, checkpoint, size = self.config, self.checkpoint, self.checkpoint.preprocessor.size
         classes = len(checkpoint.labels)
-        count = functools.cache(functools.partial(count_macs, checkpoint.model.config, classes, size, size))
+        count = functools.cache(functools.partial(count_macs, checkpoint.model.config, classes, size))
         return ResourceRequest(config.read, config.decode, config.classify, size, count)
 
     @property

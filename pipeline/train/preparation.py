@@ -15,11 +15,10 @@ from torch import nn
 
 from cvt.architecture import FIELDS, transformers_problem
 from cvt.checkpoints.checkpoint import label_fields
-from cvt.configuration import CvtConfig
+from cvt.configuration import CvtConfig, preset_config
 from cvt.errors import checkpoint_errors
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
-from cvt.presets import preset_config, preset_preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, make_storage
 from pipeline.read import Shard, list_input_shards, load_targets
@@ -162,7 +161,7 @@ def make_training_model(config: TrainConfig) -> TrainingModel:
                 architecture = CvtConfig(**fields)
             else:
                 architecture = preset_config(new.preset, **fields)
-                preprocessing = {**preset_preprocessor().to_dict(), **preprocessing}
+                preprocessing = {**Preprocessor.published().to_dict(), **preprocessing}
             preprocessor = Preprocessor.from_dict(preprocessing, "model.new.preprocessor")
         except ValueError as error:
             raise ConfigError(f"model.new: {error}") from None

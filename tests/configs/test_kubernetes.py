@@ -23,8 +23,7 @@ import pytest
 import typer
 import yaml
 
-from cvt.counting import count_macs
-from cvt.presets import preset_config
+from cvt.architecture import PRESETS, Architecture, count_macs
 from jobs.console import make_app
 from pipeline.config import Config, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
@@ -381,7 +380,7 @@ def cluster_of(bound: str) -> ClusterCapacity:
 
 
 def chosen(job: Config, cluster: ClusterCapacity) -> Resources:
-    count = partial(count_macs, preset_config("cvt-13"), 1000, 224, 224)
+    count = partial(count_macs, Architecture(**PRESETS["cvt-13"]), 1000, 224)
     return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, count), cluster)
 
 

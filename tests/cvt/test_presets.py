@@ -9,10 +9,10 @@ import torch
 import transformers
 from PIL import Image
 
-from cvt.architecture import FIELDS
+from cvt.architecture import FIELDS, PRESETS
+from cvt.configuration import preset_config
 from cvt.modeling import CvtForImageClassification
 from cvt.preprocessing import Preprocessor
-from cvt.presets import PRESETS, preset_config, preset_preprocessor
 from tests.cvt.random_models import PUBLISHED
 
 #: preprocessor_config.json of microsoft/cvt-13. The file of microsoft/cvt-13-384 differs only in size.
@@ -64,5 +64,5 @@ def test_unknown_preset_fails_and_lists_presets() -> None:
 @pytest.mark.parametrize("size", [224, 384])
 def test_preprocessing_equals_published_checkpoints(size: int) -> None:
     published = Preprocessor.from_dict(PUBLISHED_PREPROCESSING | {"size": size}, "published")
-    assert preset_preprocessor(size) == published
-    assert preset_preprocessor(size)(Image.new("RGB", (300, 500))).shape == (size, size, 3)
+    assert Preprocessor.published(size) == published
+    assert Preprocessor.published(size)(Image.new("RGB", (300, 500))).shape == (size, size, 3)

@@ -33,7 +33,6 @@ torch.set_num_threads(1)  # a forked child can't use the threads of its parent
 _PRELOADED = [
     "pandas",
     "cvt.checkpoints",
-    "cvt.counting",
     "cvt.inference.engine",
     "pipeline.dataflow.local_executor",
     "pipeline.report.sections",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cvt.presets import preset_preprocessor
+from cvt.preprocessing import Preprocessor
 from jobs.benchmarks.end_to_end import make_dataset, run
 from pipeline.read import NoShardsError
 from tests.command import invoke
 from tests.makers import make_image, make_tar
 
-PREPROCESSOR = preset_preprocessor()
+PREPROCESSOR = Preprocessor.published()
 
 
 @pytest.mark.parametrize(("count", "shards"), [(1, 1), (4, 4), (5, 3), (13, 4)])

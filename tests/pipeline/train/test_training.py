@@ -23,7 +23,7 @@ from ray.util.queue import Queue
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
 from cvt.errors import CheckpointError
-from cvt.presets import preset_preprocessor
+from cvt.preprocessing import Preprocessor
 from jobs.train import describe_progress
 from jobs.train import train as train_command
 from pipeline import open_partition
@@ -402,7 +402,7 @@ def test_new_model_can_use_a_preset(shards: Path, tmp_path: Path) -> None:
     assert made.model.config.embed_dim == [64, 192, 384]
     assert made.model.config.depth == [1, 1, 2]
     assert made.model.config.num_labels == 10
-    assert made.preprocessor == preset_preprocessor(224)
+    assert made.preprocessor == Preprocessor.published(224)
     with pytest.raises(ConfigError, match=r"model\.new: unknown preset 'cvt-14'; choose one of cvt-13"):
         make_training_model(config(shards, tmp_path, "model.new.preset=cvt-14"))
 
