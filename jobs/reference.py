@@ -21,7 +21,7 @@ from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, InputConfig
-from pipeline.decode import decode
+from pipeline.decode import DecodeOptions, decode
 from pipeline.read import NoShardsError, ReadOptions, list_input_shards, read_samples
 from pipeline.storage import Storage
 
@@ -44,9 +44,10 @@ def load_model(model: str, size: int | None) -> Checkpoint:
 def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, np.ndarray]]:
     """Yields each decodable image of the shards: its bytes, and its pixels as uint8 (size, size, 3)."""
     section, storage, found = InputConfig(uri=uri, labels=False), Storage(), False
+    options = DecodeOptions(preprocessor, MAX_PIXELS)
     for shard in list_input_shards(storage, section, "--images"):
         for sample in read_samples(storage, shard, ReadOptions.from_config(section, [])):
-            if sample.image and (pixels := decode(sample.image, preprocessor, MAX_PIXELS).pixels) is not None:
+            if sample.image and (pixels := decode(sample.image, options).pixels) is not None:
                 found = True
                 yield sample.image, pixels
     if not found:

@@ -20,7 +20,7 @@ from cvt.preprocessing import Preprocessor
 from jobs import console
 from jobs.benchmarks import figures
 from jobs.reference import MAX_PIXELS, load_model, read_images
-from pipeline.decode import decode
+from pipeline.decode import DecodeOptions, decode
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.read import Sample, split_into_chunks
 
@@ -97,7 +97,7 @@ def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
     }
     if torch.cuda.is_available():
         try:
-            decoder = GpuDecoder(preprocessor, MAX_PIXELS, torch.device("cuda"))
+            decoder = GpuDecoder(DecodeOptions(preprocessor, MAX_PIXELS), "cuda")
         except (ImportError, ValueError) as error:
             console.print_notice(f"the GPU: skipped: {error}")
         else:
@@ -107,7 +107,8 @@ def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:
 
 def decode_on_cpu(preprocessor: Preprocessor, images: Sequence[bytes], fast: bool = False) -> Sequence[Any]:
     """Decodes and preprocesses on the CPU."""
-    decoded = [decode(data, preprocessor, MAX_PIXELS, fast).pixels for data in images]
+    options = DecodeOptions(preprocessor, MAX_PIXELS, fast)
+    decoded = [decode(data, options).pixels for data in images]
     return [pixels for pixels in decoded if pixels is not None]
 
 

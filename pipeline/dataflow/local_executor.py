@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.config import ConfigError
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, Stages, call_after
+from pipeline.decode import decode_chunk
 from pipeline.read import Chunk, Shard
 
 #: Maximum number of results that wait for the consumer.
@@ -61,7 +62,7 @@ class _Run:
     def __init__(self, shards: Sequence[Shard], stages: Stages, resources: Resources) -> None:
         readers = min(resources.readers, max(1, len(shards)))
         count = readers + resources.decoders + resources.concurrent_chunks
-        self._decode = stages.make_decode_step() if resources.decoders else None
+        self._decode_options = stages.decode_options if resources.decoders else None
         self._classify = Classifier(stages, resources)
         self._timeout_s = stages.classify.timeout_s
         self._classifying = threading.Semaphore(resources.concurrent_chunks)
@@ -110,8 +111,8 @@ class _Run:
                 chunk = self._read()
                 if chunk is None:
                     break
-                if self._decode is not None:
-                    chunk = self._decode(chunk)
+                if self._decode_options is not None:
+                    chunk = decode_chunk(chunk, self._decode_options)
                 with self._classifying, call_after(self._timeout_s, self._report_timeout):
                     classified = self._classify(chunk)
                 self._results.put(classified)

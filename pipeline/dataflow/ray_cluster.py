@@ -6,9 +6,8 @@ import secrets
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from importlib.machinery import PathFinder
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -157,13 +156,11 @@ def init_ray(address: str, **options: Any) -> None:
     """
     import ray
 
-    # With Ray Client, the driver runs on the cluster, not in this working directory.
-    if not address.startswith("ray://") and _is_shadowed():
-        # A runtime environment delays the start of workers, so it is set only where needed.
-        options["runtime_env"] = {"worker_process_setup_hook": _make_import_hook(str(_ROOT), _PACKAGES)}
     for is_last in (address != LOCAL, True):
+        # Workers search the driver's working directory first.
+        directory = chdir(_ROOT) if _is_shadowed() else nullcontext()
         try:
-            with _new_processes_stopped():
+            with directory, _new_processes_stopped():
                 ray.init(address=address, **options)
             return
         except SystemExit:  # raised by Ray's handler of SIGTERM
@@ -201,28 +198,9 @@ def _new_processes_stopped() -> Iterator[None]:
 
 
 def _is_shadowed() -> bool:
-    """Returns whether workers would import other packages: they search the working directory first."""
-    found = (PathFinder.find_spec(name, [str(Path.cwd())]) for name in _PACKAGES)
-    origins = [Path(spec.origin).resolve() for spec in found if spec is not None and spec.origin]
-    return any(origin.parents[1] != _ROOT for origin in origins)
-
-
-def _make_import_hook(root: str, packages: Sequence[str]) -> Callable[[], None]:
-    """Returns a function that a worker calls before Ray changes its `sys.path`."""
-
-    # Nested, so that Ray pickles the function by value: by reference, workers would have to import it first.
-    def import_packages() -> None:
-        import importlib
-        import sys
-        from contextlib import suppress
-
-        sys.path.append(root)  # if the packages are not installed
-        with suppress(ImportError):  # a node that gets the code in another way
-            for name in packages:
-                importlib.import_module(name)
-        sys.path.pop()
-
-    return import_packages
+    """Returns whether the working directory may have other packages with the names of this project's."""
+    names = (name for package in _PACKAGES for name in (package, f"{package}.py"))
+    return Path.cwd() != _ROOT and any(Path(name).exists() for name in names)
 
 
 def check_reachable(address: str) -> None:

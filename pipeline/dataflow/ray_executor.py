@@ -18,8 +18,8 @@ from ray.data.block import BlockMetadata
 from pipeline.config import RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, DecodeStep, ReadStep, Stages, call_after
-from pipeline.decode import hide_pillow_warnings
+from pipeline.dataflow.stages import Classifier, ReadStep, Stages, call_after
+from pipeline.decode import DecodeOptions, decode_chunk, hide_pillow_warnings
 from pipeline.decode.isolated import decode_in_child, decode_or_die
 from pipeline.read import NO_SAMPLES, Chunk, Shard, failed_chunk
 from pipeline.text import pluralize
@@ -183,12 +183,12 @@ def _process(
         yield result
 
 
-def decode_block(block: pa.Table, step: DecodeStep, limit: AttemptLimit) -> Iterator[pa.Table]:
+def decode_block(block: pa.Table, options: DecodeOptions, limit: AttemptLimit) -> Iterator[pa.Table]:
     """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
 
     def decode(chunk: Chunk, attempt: Attempt) -> Chunk:
         # After the first attempt: an image may have killed the worker.
-        return step(chunk, decode_image=decode_or_die if attempt.number == 1 else decode_in_child)
+        return decode_chunk(chunk, options, decode_or_die if attempt.number == 1 else decode_in_child)
 
     return _process(block, decode, limit, "decoding")
 
@@ -202,7 +202,7 @@ class _ClassifierActor:
         self._step = partial(
             classify_or_die,
             classify=Classifier(local_stages, resources),
-            decode=local_stages.make_decode_step(),
+            decode_options=local_stages.decode_options,
             timeout_s=local_stages.classify.timeout_s,
         )
         self._limit = limit
@@ -212,11 +212,15 @@ class _ClassifierActor:
 
 
 def classify_or_die(
-    chunk: Chunk, attempt: Attempt, classify: Callable[[Chunk], Chunk], decode: DecodeStep, timeout_s: float
+    chunk: Chunk,
+    attempt: Attempt,
+    classify: Callable[[Chunk], Chunk],
+    decode_options: DecodeOptions,
+    timeout_s: float,
 ) -> Chunk:
     """Classifies a chunk; after the timeout, logs the cause and ends this process: a model can hang."""
     if attempt.number > 1 and chunk.pixels is None:  # decoding on the GPU may have ended the worker
-        chunk = decode(chunk, decode_image=decode_in_child)
+        chunk = decode_chunk(chunk, decode_options, decode_in_child)
 
     def die() -> None:
         limit = f"more than {timeout_s:g} s (classify.timeout_s)"
@@ -268,7 +272,7 @@ class RayExecutor:
                 decode_block,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_args=(stages.make_decode_step(), limit),
+                fn_args=(stages.decode_options, limit),
                 num_cpus=resources.decode_cpus,
                 memory=resources.decode_memory,
             )

@@ -1,4 +1,4 @@
-"""The stages that process a chunk, with every executor: `read_step`, `decode_step`, `Classifier`."""
+"""The stages that process a chunk, with every executor: `read_step`, `decode_chunk`, `Classifier`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cvt.preprocessing import Preprocessor
 from pipeline.classify import Thumbnails, classify
 from pipeline.config import ClassifyConfig, DecodeConfig, ReportConfig
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
-from pipeline.decode import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk
+from pipeline.decode import CHUNK_TIMEOUTS, DecodeOptions
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, read_samples, split_into_chunks
-from pipeline.statistics import CLASSIFY, DECODE, STORAGE, StageMetrics, StageTimer
+from pipeline.statistics import CLASSIFY, STORAGE, StageTimer
 from pipeline.storage import Storage, retry_counts
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Yields the chunks of numbered shards, one shard after another.
 ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
-#: Decodes a chunk; the keyword `decode_image` replaces `decode`.
-DecodeStep = Callable[..., Chunk]
 
 
 def read_step(
@@ -58,30 +55,6 @@ def read_step(
             before = now
 
 
-def decode_step(
-    chunk: Chunk,
-    *,
-    preprocessor: Preprocessor,
-    max_pixels: int,
-    fast: bool,
-    timeout_s: float,
-    decode_image: ImageDecoder = decode,
-) -> Chunk:
-    """Decodes a chunk on the CPU; see `decode_chunk`."""
-    timer = StageTimer()
-    with timer:
-        decoded = decode_chunk(chunk, preprocessor, max_pixels, fast, timeout_s, decode_image)
-    return _with_metrics(timer, chunk, decoded)
-
-
-def _with_metrics(timer: StageTimer, chunk: Chunk, decoded: Chunk) -> Chunk:
-    """Adds the metrics of decoding to a decoded chunk."""
-    assert decoded.pixels is not None
-    metrics = timer.collect(chunk.samples["error"].null_count, decoded.pixels.nbytes)
-    metrics += decoded.metrics.get(DECODE, StageMetrics())
-    return replace(decoded, metrics={**decoded.metrics, DECODE: metrics})
-
-
 @dataclass(frozen=True)
 class Stages:
     """The settings of the stages of a labeling run."""
@@ -106,15 +79,11 @@ class Stages:
             max_bytes=resources.chunk_bytes,
         )
 
-    def make_decode_step(self) -> DecodeStep:
-        """Returns the second stage, which decodes on the CPU."""
-        return partial(
-            decode_step,
-            preprocessor=self.checkpoint.preprocessor,
-            max_pixels=self.max_image_pixels,
-            fast=self.decode.quality == "fast",
-            timeout_s=self.decode.timeout_s,
-        )
+    @property
+    def decode_options(self) -> DecodeOptions:
+        """How the second stage decodes."""
+        preprocessor, is_fast = self.checkpoint.preprocessor, self.decode.quality == "fast"
+        return DecodeOptions(preprocessor, self.max_image_pixels, is_fast, self.decode.timeout_s)
 
     @property
     def max_attempt_seconds(self) -> float:
@@ -133,14 +102,7 @@ class Classifier:
             from pipeline.decode.gpu import GpuDecoder
 
             threads = max(2, int(resources.classify_cpus))
-            self._decoder = GpuDecoder(
-                checkpoint.preprocessor,
-                stages.max_image_pixels,
-                resources.device,
-                threads=threads,
-                timeout_s=stages.decode.timeout_s,
-            )
-            self._decode_timer = StageTimer()
+            self._decoder = GpuDecoder(stages.decode_options, resources.device, threads=threads)
         self._engine = warm_engine(checkpoint, stages.precision, stages.classify.runtime, resources)
         gallery, side = stages.report.gallery, stages.report.thumbnail_side
         self._thumbnails = Thumbnails(gallery, side) if gallery else None
@@ -151,9 +113,7 @@ class Classifier:
         """Returns the chunk with prediction columns and without pixels."""
         decoded = chunk
         if self._decoder is not None and chunk.pixels is None:
-            with self._decode_timer:
-                decoded = self._decoder(chunk)
-            decoded = _with_metrics(self._decode_timer, chunk, decoded)
+            decoded = self._decoder(chunk)
         with self._timer:
             classified = classify(decoded, self._engine, self._options)
             if self._thumbnails is not None:

@@ -15,9 +15,9 @@ from ray.data import DataContext, Dataset
 from ray.util.queue import Queue
 
 from cvt.preprocessing import Preprocessor
-from pipeline.config import DecodeConfig
 from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource, decode_block
-from pipeline.dataflow.stages import DecodeStep, decode_step, read_step
+from pipeline.dataflow.stages import read_step
+from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
 
@@ -84,13 +84,7 @@ class TrainingImages:
             max_images=_CHUNK_IMAGES,
             max_bytes=4 * 1024**2,
         )
-        decode = partial(
-            decode_step,
-            preprocessor=self.preprocessor,
-            max_pixels=self.max_pixels,
-            fast=False,
-            timeout_s=DecodeConfig().timeout_s,
-        )
+        options = DecodeOptions(self.preprocessor, self.max_pixels)
         shards = random.Random(seed).sample(self.shards, len(self.shards))
         per_task = math.ceil(len(shards) / math.ceil(len(shards) / _SHARDS_PER_READ))
         source = ShardSource(shards, ray.put(read), self.limit, per_task)
@@ -104,18 +98,19 @@ class TrainingImages:
                 _labeled_rows,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_args=(self.preprocessor.size, decode, self.limit, counts),
+                fn_args=(options, self.limit, counts),
                 num_cpus=0.5,
             )
         return rows
 
 
 def _labeled_rows(
-    block: pa.Table, size: int, step: DecodeStep, limit: AttemptLimit, counts: Queue | None
+    block: pa.Table, options: DecodeOptions, limit: AttemptLimit, counts: Queue | None
 ) -> pa.Table:
     """Decodes chunks; raises if a shard cannot be read, unless `counts` gets the error."""
+    size = options.preprocessor.size
     images, targets = [np.empty((0, size, size, 3), np.uint8)], [pa.array([], pa.int32())]
-    for chunk in (chunk for done in decode_block(block, step, limit) for chunk in Chunk.from_block(done)):
+    for chunk in (chunk for done in decode_block(block, options, limit) for chunk in Chunk.from_block(done)):
         if chunk.error is not None and counts is None:
             raise ValueError(chunk.error)
         assert isinstance(chunk.pixels, np.ndarray)

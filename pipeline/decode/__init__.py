@@ -4,5 +4,5 @@
 """
 
 from pipeline.decode import isolated  # sets the decoders in child processes
-from pipeline.decode.cpu import CHUNK_TIMEOUTS, ImageDecoder, decode, decode_chunk, hide_pillow_warnings
+from pipeline.decode.cpu import CHUNK_TIMEOUTS, DecodeOptions, decode, decode_chunk, hide_pillow_warnings
 from pipeline.decode.row_images import open_image

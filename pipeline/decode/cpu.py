@@ -1,12 +1,14 @@
 """Decodes images on the CPU, to pixels of the model's input size; errors are values."""
 
+from __future__ import annotations
+
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import monotonic
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,11 @@ from pipeline.decode.plugins import REQUIREMENTS, read_avif, read_heif, read_jxl
 from pipeline.decode.repair import ORIENTATION_TEXTS, add_end, remove_metadata
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read import Chunk
+from pipeline.statistics import DECODE, StageMetrics, StageTimer
 from pipeline.text import single_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Name, first bytes and reader of each format. `Image.open` is not used: its pixel limit is global to the
 #: process, and its error does not contain the size of the image.
@@ -88,8 +94,24 @@ class Decoded(NamedTuple):
     error: SampleError | None
 
 
-#: The parameters of `decode`.
-ImageDecoder = Callable[[bytes, Preprocessor, int, bool, float], Decoded]
+class DecodeOptions(NamedTuple):
+    """How to decode an image.
+
+    Attributes:
+        max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP,
+            GIF and TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
+        fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size.
+        timeout_s: maximum CPU time in seconds; an image that takes longer is an error.
+    """
+
+    preprocessor: Preprocessor
+    max_pixels: int
+    fast: bool = False
+    timeout_s: float = TIMEOUT_S
+
+
+#: Decodes an image as `decode` does.
+ImageDecoder = Callable[[bytes, DecodeOptions], Decoded]
 
 #: Decoders of formats in a child process, by format. Empty in the child itself.
 child_decoders: dict[str, ImageDecoder] = {}
@@ -100,35 +122,25 @@ def hide_pillow_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(
-    data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool = False, timeout_s: float = TIMEOUT_S
-) -> Decoded:
+def decode(data: bytes, options: DecodeOptions) -> Decoded:
     """Decodes an image, turns it upright, converts it to RGB, and resizes and crops it.
 
     Decodes the first frame of an animation and the first page of a document. Transparency is dropped, as in
     the pipelines of transformers: the stored color is used. Gray images with 12 or 16 bits are scaled to 8
     bits. 32-bit integers and floats have no defined white, and are clipped to 0..255. Damaged metadata is not
     an error, and neither is a JPEG without its last two bytes. Other incomplete images are errors.
-
-    Args:
-        data: the encoded image.
-        preprocessor: resizes and crops.
-        max_pixels: maximum number of pixels according to the header; a larger image is an error. For WebP,
-            GIF and TIFF, Pillow has a limit of its own: 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million.
-        fast: decode a JPEG of at least twice the needed size at 1/2, 1/4 or 1/8 of its size.
-        timeout_s: maximum CPU time in seconds; an image that takes longer is an error.
     """
     matched = next((entry for entry in FORMATS if entry[1].match(data)), None)
     if matched is None:
         return Decoded(None, None, None, _unsupported_format(data))
     name, _, reader = matched
     if name in child_decoders:
-        return child_decoders[name](data, preprocessor, max_pixels, fast, timeout_s)
-    deadline = DecodeDeadline(timeout_s)
+        return child_decoders[name](data, options)
+    deadline = DecodeDeadline(options.timeout_s)
     read = partial(open_image, reader, deadline=deadline)
     if name == "PNG":  # Pillow needs much memory for many chunks
         data = remove_metadata(data, ORIENTATION_TEXTS)
-    decoded = _decode(name, data, read, preprocessor, max_pixels, fast)
+    decoded = _decode(name, data, read, options)
     if decoded.error is not None and decoded.error.startswith(ErrorCategory.CANNOT_DECODE):
         repaired = data
         if name == "PNG":
@@ -136,7 +148,7 @@ def decode(
         elif name == "JPEG" and decoded.width is not None:  # the size has been checked
             repaired = add_end(data, deadline)
         if repaired != data:
-            again = _decode(name, repaired, read, preprocessor, max_pixels, fast)
+            again = _decode(name, repaired, read, options)
             decoded = again if again.error is None else decoded
     if deadline.is_over:  # the decoder may have changed or ignored the exception, or not read since
         detail = single_line(f"{name}: {deadline.message}")
@@ -144,15 +156,9 @@ def decode(
     return decoded
 
 
-def _decode(
-    name: str,
-    data: bytes,
-    read: Callable[[bytes], ImageFile],
-    preprocessor: Preprocessor,
-    max_pixels: int,
-    fast: bool,
-) -> Decoded:
+def _decode(name: str, data: bytes, read: Callable[[bytes], ImageFile], options: DecodeOptions) -> Decoded:
     """Decodes an image that `read` opens; see `decode`."""
+    preprocessor, max_pixels = options.preprocessor, options.max_pixels
     width, height = None, None
     try:
         tile = read_tile_size(data) if name == "TIFF" else (0, 0)  # libtiff decodes whole tiles
@@ -163,7 +169,11 @@ def _decode(
             raise ValueError("negative width or height")
         if error := size_error(*file.size, max_pixels) or size_error(*tile, max_pixels):
             return Decoded(None, width, height, error)
-        if fast and isinstance(file, JpegImageFile) and (scaled := _decode_scaled(file, preprocessor)):
+        if (
+            options.fast
+            and isinstance(file, JpegImageFile)
+            and (scaled := _decode_scaled(file, preprocessor))
+        ):
             return scaled
         file.load()
         image = _to_rgb(file)
@@ -260,42 +270,40 @@ def _describe(error: Exception) -> str:
     return text if isinstance(error, OSError | SyntaxError | ValueError) else f"{kind}: {text}"
 
 
-def decode_chunk(
-    chunk: Chunk,
-    preprocessor: Preprocessor,
-    max_pixels: int,
-    fast: bool = False,
-    timeout_s: float = TIMEOUT_S,
-    decode_image: ImageDecoder = decode,
-) -> Chunk:
+def decode_chunk(chunk: Chunk, options: DecodeOptions, decode_image: ImageDecoder = decode) -> Chunk:
     """Decodes the images of a chunk: replaces `image` by pixels, `width` and `height`; see `decode`.
 
     The images share half of the time of the chunk equally. The other half is for slow images, in order.
     """
-    samples = chunk.samples
-    size = preprocessor.size
+    samples, size, timeout_s = chunk.samples, options.preprocessor.size, options.timeout_s
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
     outcomes, decoded_count = [], 0
     left = CHUNK_TIMEOUTS / 2 * timeout_s
     share = left / max(1, samples.num_rows)
-    for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
-        decoded = Decoded(None, None, None, error)
-        if error is None:
-            # One of two limits, so that an error has the same text at every attempt.
-            limit, start = timeout_s if left >= timeout_s else min(timeout_s, share), monotonic()
-            decoded = decode_image(image.as_buffer().to_pybytes(), preprocessor, max_pixels, fast, limit)
-            left -= min(limit, monotonic() - start)  # the limit is one of CPU time, which is shorter
-        if decoded.pixels is not None:
-            pixels[decoded_count] = decoded.pixels
-            decoded_count += 1
-        outcomes.append(decoded._replace(pixels=None))
-    return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels[:decoded_count])
+    timer = StageTimer()
+    with timer:
+        for image, error in zip(samples["image"], samples["error"].to_pylist(), strict=True):
+            decoded = Decoded(None, None, None, error)
+            if error is None:
+                # One of two limits, so that an error has the same text at every attempt.
+                limit, start = timeout_s if left >= timeout_s else min(timeout_s, share), monotonic()
+                data = image.as_buffer().to_pybytes()
+                decoded = decode_image(data, options._replace(timeout_s=limit))
+                left -= min(limit, monotonic() - start)  # the limit is one of CPU time, which is shorter
+            if decoded.pixels is not None:
+                pixels[decoded_count] = decoded.pixels
+                decoded_count += 1
+            outcomes.append(decoded._replace(pixels=None))
+    return decoded_chunk(chunk, outcomes, pixels[:decoded_count], timer.collect())
 
 
-def with_outcomes(samples: pa.Table, outcomes: Sequence[Decoded]) -> pa.Table:
-    """Replaces the column `image` of samples by the columns `width`, `height` and `error` of the outcomes."""
-    samples = samples.drop_columns(["image", "error"])
+def decoded_chunk(
+    chunk: Chunk, outcomes: Sequence[Decoded], pixels: np.ndarray | Tensor, metrics: StageMetrics
+) -> Chunk:
+    """Returns a chunk with pixels and with the `width`, `height` and `error` of each outcome."""
+    samples = chunk.samples.drop_columns(["image", "error"])
     for name, kind in (("width", pa.int32()), ("height", pa.int32()), ("error", pa.string())):
         values = [getattr(outcome, name) for outcome in outcomes]
         samples = samples.append_column(name, pa.array(values, kind))
-    return samples
+    metrics += StageMetrics(images=chunk.samples["error"].null_count, bytes=pixels.nbytes)
+    return replace(chunk, samples=samples, pixels=pixels, metrics={**chunk.metrics, DECODE: metrics})

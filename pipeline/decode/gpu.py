@@ -12,22 +12,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cvt.inference.device_preprocessing import DevicePreprocessor
-from cvt.preprocessing import Preprocessor
 from pipeline.config import NO_TORCHVISION
-from pipeline.decode import decode, decode_chunk
-from pipeline.decode.bounds import TIMEOUT_S
-from pipeline.decode.cpu import Decoded, Orientation, displayed_size, with_outcomes
+from pipeline.decode import DecodeOptions, decode, decode_chunk
+from pipeline.decode.cpu import Decoded, Orientation, decoded_chunk, displayed_size
 from pipeline.decode.plain_jpeg import PlainJpeg, parse_plain_jpeg
 from pipeline.read import Chunk
-from pipeline.statistics import DECODE, StageMetrics
+from pipeline.statistics import StageMetrics, StageTimer
 
 logger = logging.getLogger("cvt_label")
 
@@ -47,11 +45,10 @@ class GpuDecoder:
     The CPU decodes each image that the GPU does not decode, and determines the image's error.
 
     Args:
-        max_pixels: maximum number of pixels of an image.
+        options: how to decode an image; on the GPU, `timeout_s` has no effect.
         decode_jpegs: decodes plain JPEGs; None for nvJPEG through torchvision.
         threads: number of threads that decode on the CPU.
         max_batch_pixels: maximum number of pixels in a batch; the CPU decodes larger images.
-        timeout_s: maximum CPU time for an image in seconds.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -60,19 +57,15 @@ class GpuDecoder:
 
     def __init__(
         self,
-        preprocessor: Preprocessor,
-        max_pixels: int,
+        options: DecodeOptions,
         device: torch.device | str,
         decode_jpegs: DecodeJpegs | None = None,
         threads: int = 2,
         max_batch_pixels: int = MAX_BATCH_PIXELS,
-        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._preprocessor = preprocessor
-        self._resize = DevicePreprocessor(preprocessor)
-        self._max_pixels = max_pixels
+        self._options = options
+        self._resize = DevicePreprocessor(options.preprocessor)
         self._max_batch_pixels = max_batch_pixels
-        self._timeout_s = timeout_s
         self._device = torch.device(device)
         # On a separate stream, decoding does not wait for the model.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -80,19 +73,24 @@ class GpuDecoder:
         self._cpu = ThreadPoolExecutor(threads, "decode")
         self._device_lock = threading.Lock()
         self._has_failed = False
+        self._timer = StageTimer()
 
     def __call__(self, chunk: Chunk) -> Chunk:
         """Decodes a chunk as `decode_chunk` does; pixels are on the device unless its memory is full."""
         try:
-            return self._decode_chunk(chunk)
+            with self._timer:
+                outcomes, pixels, decoded_on_gpu = self._decode_images(chunk.samples)
+            metrics = self._timer.collect() + StageMetrics(decoded_on_gpu=decoded_on_gpu)
+            return decoded_chunk(chunk, outcomes, pixels, metrics)
         except torch.OutOfMemoryError as error:
             count = len(chunk.samples)
             logger.warning("the GPU is out of memory; the CPU decodes %d images: %s", count, error)
         torch.cuda.empty_cache()  # the engine on the same GPU may need the memory
-        return decode_chunk(chunk, self._preprocessor, self._max_pixels, timeout_s=self._timeout_s)
+        return decode_chunk(chunk, self._options)
 
-    def _decode_chunk(self, chunk: Chunk) -> Chunk:
-        samples, size = chunk.samples, self._preprocessor.size
+    def _decode_images(self, samples: pa.Table) -> tuple[list[Decoded], Tensor, int]:
+        """Returns the outcome of each sample, the pixels, and the number of images that the GPU decoded."""
+        size, max_pixels = self._options.preprocessor.size, self._options.max_pixels
         outcomes = [Decoded(None, None, None, error) for error in samples["error"].to_pylist()]
         plain: list[PlainJpeg] = []
         on_cpu: dict[int, Future[Decoded]] = {}
@@ -100,9 +98,9 @@ class GpuDecoder:
             if outcomes[row].error is not None:
                 continue
             data = image.as_buffer().to_pybytes()
-            jpeg = parse_plain_jpeg(row, data, min(self._max_pixels, self._max_batch_pixels))
+            jpeg = parse_plain_jpeg(row, data, min(max_pixels, self._max_batch_pixels))
             if jpeg is None:
-                on_cpu[row] = self._decode_on_cpu(data)
+                on_cpu[row] = self._cpu.submit(decode, data, self._options)
             else:
                 plain.append(jpeg)
         with self._exclusive_device():
@@ -114,7 +112,7 @@ class GpuDecoder:
                 width, height = displayed_size((jpeg.width, jpeg.height), jpeg.orientation)
                 outcomes[jpeg.row] = Decoded(None, width, height, None)
             else:
-                on_cpu[jpeg.row] = self._decode_on_cpu(jpeg.data)
+                on_cpu[jpeg.row] = self._cpu.submit(decode, jpeg.data, self._options)
         for row, future in on_cpu.items():
             outcomes[row] = future.result()
         with self._exclusive_device():
@@ -125,11 +123,7 @@ class GpuDecoder:
             good = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
             if len(good) < len(outcomes):
                 pixels = pixels[torch.tensor(good, dtype=torch.int64, device=self._device)]
-        metrics = {**chunk.metrics, DECODE: StageMetrics(decoded_on_gpu=len(done))}
-        return replace(chunk, samples=with_outcomes(samples, outcomes), pixels=pixels, metrics=metrics)
-
-    def _decode_on_cpu(self, data: bytes) -> Future[Decoded]:
-        return self._cpu.submit(decode, data, self._preprocessor, self._max_pixels, False, self._timeout_s)
+        return outcomes, pixels, len(done)
 
     def _on_device(self, jpegs: Sequence[PlainJpeg], pixels: Tensor) -> set[int]:
         """Decodes JPEGs into their rows of `pixels`; returns these rows. After a failure, tries each half."""

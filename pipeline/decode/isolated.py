@@ -12,9 +12,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import BYTES_PER_PIXEL, DecodeDeadline
-from pipeline.decode.cpu import Decoded, child_decoders, decode, hide_pillow_warnings
+from pipeline.decode.cpu import Decoded, DecodeOptions, child_decoders, decode, hide_pillow_warnings
 from pipeline.decode.plugins import REQUIREMENTS
 from pipeline.predictions import ErrorCategory, sample_error
 
@@ -30,21 +29,17 @@ _OTHER_MEMORY = 256 << 20
 _own = threading.local()
 
 
-def decode_or_die(
-    data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
-) -> Decoded:
+def decode_or_die(data: bytes, options: DecodeOptions) -> Decoded:
     """Decodes as `decode` does. SIGPROF ends this process if the decoder hangs. Needs a POSIX system."""
     hide_pillow_warnings()
-    signal.setitimer(signal.ITIMER_PROF, timeout_s + _GRACE_S)
+    signal.setitimer(signal.ITIMER_PROF, options.timeout_s + _GRACE_S)
     try:
-        return decode(data, preprocessor, max_pixels, fast, timeout_s)
+        return decode(data, options)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def decode_in_child(
-    data: bytes, preprocessor: Preprocessor, max_pixels: int, fast: bool, timeout_s: float
-) -> Decoded:
+def decode_in_child(data: bytes, options: DecodeOptions) -> Decoded:
     """Decodes as `decode` does, with limited memory; the death of the child is an error of the image.
 
     After SIGKILL, the image is decoded again: when memory is short, the kernel kills any child.
@@ -52,7 +47,7 @@ def decode_in_child(
     for _ in range(2):
         process, connection = _own.child = getattr(_own, "child", None) or _start_child()
         try:
-            connection.send((data, preprocessor, max_pixels, fast, timeout_s))
+            connection.send((data, options))
             decoded: Decoded = connection.recv()
             return decoded
         except (EOFError, OSError):  # the child has died
@@ -60,7 +55,7 @@ def decode_in_child(
             process.wait()
         if process.returncode != -signal.SIGKILL:
             break
-    cause = _describe_end(process.returncode, timeout_s)
+    cause = _describe_end(process.returncode, options.timeout_s)
     return Decoded(None, None, None, sample_error(ErrorCategory.CANNOT_DECODE, cause))
 
 
@@ -104,9 +99,9 @@ def serve(file_descriptor: int) -> None:
     connection.send("ready")
     with suppress(EOFError, OSError):
         while True:
-            image, preprocessor, max_pixels, *options = connection.recv()
-            _limit_memory(BYTES_PER_PIXEL * max_pixels + 6 * len(image) + _OTHER_MEMORY)
-            connection.send(decode_or_die(image, preprocessor, max_pixels, *options))
+            image, options = connection.recv()
+            _limit_memory(BYTES_PER_PIXEL * options.max_pixels + 6 * len(image) + _OTHER_MEMORY)
+            connection.send(decode_or_die(image, options))
 
 
 def _limit_memory(size: int) -> None:

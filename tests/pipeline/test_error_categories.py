@@ -15,7 +15,7 @@ import pytest
 from cvt.inference import EngineOutput
 from cvt.preprocessing import Preprocessor
 from pipeline.classify import classify
-from pipeline.decode import decode
+from pipeline.decode import DecodeOptions, decode
 from pipeline.decode.cpu import MAX_SIDE
 from pipeline.predictions import ErrorCategory, PredictionOptions, download_error, sample_error
 from pipeline.read import Chunk, ReadOptions, list_shards, read_samples
@@ -84,7 +84,9 @@ def downloaded(answer: Answer) -> Producer:
 
 
 def decoded(data: bytes, max_pixels: int = 10**6) -> Producer:
-    return lambda _: decode(data, Preprocessor.from_dict({"size": 32}, "test"), max_pixels).error
+    return lambda _: (
+        decode(data, DecodeOptions(Preprocessor.from_dict({"size": 32}, "test"), max_pixels)).error
+    )
 
 
 def classified(value: float | Exception) -> Producer:

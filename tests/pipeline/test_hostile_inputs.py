@@ -30,7 +30,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.classify import classify
 from pipeline.commit import Partition, PredictionWriter
 from pipeline.commit.prediction_files import OpenShard
-from pipeline.decode import decode, decode_chunk
+from pipeline.decode import DecodeOptions, decode, decode_chunk
 from pipeline.decode.bounds import BYTES_PER_PIXEL
 from pipeline.decode.cpu import child_decoders
 from pipeline.predictions import PredictionOptions
@@ -60,7 +60,7 @@ SIDEWAYS[ExifTags.Base.Orientation] = 6
 def decode_image(data: bytes, max_pixels: int = 178_956_970, timeout_s: float = 60) -> str | None:
     """Decodes an image as the stage does, in this process; returns its error."""
     child_decoders.clear()
-    return decode(data, PREPROCESSOR, max_pixels, timeout_s=timeout_s).error
+    return decode(data, DecodeOptions(PREPROCESSOR, max_pixels, timeout_s=timeout_s)).error
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -378,7 +378,7 @@ def label_empty_images(uri: str, output: str) -> int | None:
     [shard] = list_shards(Storage(), uri)
     options, arrived = PredictionOptions(["cat"], 1, "none", 384), OpenShard()
     for chunk in split_into_chunks(read_samples(Storage(), shard, ReadOptions()), 0, 128, 128 * MIB):
-        decoded = decode_chunk(chunk, PREPROCESSOR, 10**8, False, 60)
+        decoded = decode_chunk(chunk, DecodeOptions(PREPROCESSOR, 10**8))
         arrived.add(classify(decoded, lambda pixels: pytest.fail("no pixels"), options))
     partition = Partition(Storage(), output, options.labels)
     writer = PredictionWriter(partition, "f" * 64, options, "run", {}, lambda shard: True)

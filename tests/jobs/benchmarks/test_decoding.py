@@ -28,6 +28,7 @@ from jobs.benchmarks.decoding import (
 )
 from jobs.benchmarks.figures import BenchmarkError
 from jobs.reference import load_model, read_images
+from pipeline.decode import DecodeOptions
 from pipeline.decode.gpu import GpuDecoder
 from tests.command import invoke
 from tests.makers import make_image
@@ -83,7 +84,7 @@ def test_images_decoded_on_a_device_keep_their_order() -> None:
         opened = [np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
         return [torch.from_numpy(image).permute(2, 0, 1) for image in opened]
 
-    decoder = GpuDecoder(PREPROCESSOR, 10**6, "cpu", decode_with_pillow)
+    decoder = GpuDecoder(DecodeOptions(PREPROCESSOR, 10**6), "cpu", decode_with_pillow)
     images = [make_image(i, (64, 48), "PNG" if i == 2 else "JPEG") for i in range(5)]
     pixels = to_pixels(decode_on_gpu(decoder, images, chunk_images=2), PREPROCESSOR)
     expected = to_pixels(decode_on_cpu(PREPROCESSOR, images), PREPROCESSOR)

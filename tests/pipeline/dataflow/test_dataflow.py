@@ -22,7 +22,7 @@ from pipeline.dataflow.ray_executor import (
     _set_context,
     classify_or_die,
 )
-from pipeline.dataflow.stages import decode_step
+from pipeline.decode import DecodeOptions
 from pipeline.read import NO_SAMPLES, Chunk, Shard
 from tests.makers import make_image
 from tests.measuring import measure
@@ -228,14 +228,14 @@ def test_failed_retry_of_a_read_loses_no_chunk_and_no_error(
 def test_retry_of_a_classifier_decodes_images_in_a_child_process() -> None:
     images = [make_image(1), make_image(1, (11, 20))]  # a width of 11 ends the decoder
     columns = {"key": ["a", "b"], "error": pa.nulls(2, pa.string()), "image": images}
-    decode = partial(decode_step, preprocessor=DEADLY, max_pixels=10**6, fast=False, timeout_s=60)
+    options = DecodeOptions(DEADLY, 10**6)
     chunk = Chunk(3, 0, pa.table(columns))
-    result = classify_or_die(chunk, Attempt(2, 0, None), lambda chunk: chunk, decode, timeout_s=60)
+    result = classify_or_die(chunk, Attempt(2, 0, None), lambda chunk: chunk, options, timeout_s=60)
     cause = "cannot decode: the decoder was killed by signal 11 (SIGSEGV)"
     assert result.samples["error"].to_pylist() == [None, cause]
     assert result.pixels is not None
     assert len(result.pixels) == 1
-    first = classify_or_die(chunk, Attempt(1, 0, None), lambda chunk: chunk, decode, timeout_s=60)
+    first = classify_or_die(chunk, Attempt(1, 0, None), lambda chunk: chunk, options, timeout_s=60)
     assert first.pixels is None
 
 

@@ -18,6 +18,7 @@ from pipeline.dataflow import Resources, Stages, open_executor
 from pipeline.dataflow.local_executor import usable_cpus
 from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.stages import Classifier, ReadStep
+from pipeline.decode import decode_chunk
 from pipeline.read import Chunk, Shard, list_shards
 from pipeline.run import Job, label, make_job
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE
@@ -63,7 +64,7 @@ def without_thumbnails(chunk: Chunk) -> Chunk:
 def label_step_by_step(job: Job, shards: list[Shard], resources: Resources) -> list[Chunk]:
     classifier = Classifier(job.stages, resources)
     chunks = job.stages.make_read_step(resources)(enumerate(shards))
-    return [classifier(job.stages.make_decode_step()(chunk)) for chunk in chunks]
+    return [classifier(decode_chunk(chunk, job.stages.decode_options)) for chunk in chunks]
 
 
 def test_threads_label_as_the_stages_do_one_by_one(job: Job, shards: list[Shard]) -> None:

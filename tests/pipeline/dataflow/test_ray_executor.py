@@ -18,7 +18,8 @@ from cvt.preprocessing import Preprocessor
 from pipeline.config import RayConfig, load_job_config
 from pipeline.dataflow import ClusterError, Resources, Stages
 from pipeline.dataflow.ray_cluster import wait_for_worker
-from pipeline.dataflow.stages import DecodeStep, ReadStep
+from pipeline.dataflow.stages import ReadStep
+from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, Shard, list_shards
 from pipeline.run import make_job
 from pipeline.storage import Storage
@@ -58,10 +59,11 @@ class DeadlyStages(Stages):
     def make_read_step(self, resources: Resources) -> ReadStep:
         return partial(read_deadly, read=super().make_read_step(resources))
 
-    def make_decode_step(self) -> DecodeStep:
-        preprocessor = self.checkpoint.preprocessor
-        values = {field.name: getattr(preprocessor, field.name) for field in fields(Preprocessor)}
-        return partial(super().make_decode_step(), preprocessor=DeadlyPreprocessor(**values))
+    @property
+    def decode_options(self) -> DecodeOptions:
+        options = super().decode_options
+        values = {field.name: getattr(options.preprocessor, field.name) for field in fields(Preprocessor)}
+        return options._replace(preprocessor=DeadlyPreprocessor(**values))
 
 
 def test_deadly_images_and_shards_cost_only_themselves(tmp_path: Path) -> None:

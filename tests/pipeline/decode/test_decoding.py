@@ -22,7 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import load_image
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode import decode, decode_chunk
+from pipeline.decode import DecodeOptions, decode, decode_chunk
 from pipeline.decode.bounds import DecodeDeadline
 from pipeline.decode.cpu import MAX_SIDE, Decoded
 from pipeline.predictions import ErrorCategory, sample_error
@@ -83,7 +83,7 @@ def load_with_transformers(data: bytes) -> Image.Image:
 
 def decoded(data: bytes, max_pixels: int = LIMIT) -> Decoded:
     """Decodes, and asserts the properties of every result."""
-    result = decode(data, PREPROCESSOR, max_pixels)
+    result = decode(data, DecodeOptions(PREPROCESSOR, max_pixels))
     if result.error is None:
         assert result.pixels is not None
         assert result.pixels.shape == (32, 32, 3)
@@ -257,7 +257,10 @@ def test_fast_jpeg_decoding_is_close_and_reports_the_true_size(
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     data = encode(picture(mode, size), "JPEG", quality=95, exif=exif)
-    exact, fast = decode(data, PREPROCESSOR, LIMIT * 2), decode(data, PREPROCESSOR, LIMIT * 2, fast=True)
+    exact, fast = (
+        decode(data, DecodeOptions(PREPROCESSOR, LIMIT * 2)),
+        decode(data, DecodeOptions(PREPROCESSOR, LIMIT * 2, fast=True)),
+    )
     assert fast[1:] == exact[1:]
     assert exact.pixels is not None
     assert fast.pixels is not None
@@ -271,7 +274,9 @@ def test_fast_jpeg_decoding_is_close_and_reports_the_true_size(
 def test_fast_decoding_keeps_the_position_of_a_rotated_image(orientation: int, size: tuple[int, int]) -> None:
     """The sizes are not multiples of the scale, so the source covers the last pixels only in part."""
     data = encode(picture(size=size), "JPEG", quality=98, subsampling=0, exif=exif(orientation))
-    exact, fast = (decode(data, PREPROCESSOR, LIMIT, fast=fast).pixels for fast in (False, True))
+    exact, fast = (
+        decode(data, DecodeOptions(PREPROCESSOR, LIMIT, fast=fast)).pixels for fast in (False, True)
+    )
     assert exact is not None
     assert fast is not None
     # The difference would be at least 0.9 if the position of these pixels were ignored.
@@ -281,13 +286,18 @@ def test_fast_decoding_keeps_the_position_of_a_rotated_image(orientation: int, s
 @pytest.mark.parametrize("format", FORMATS)
 def test_fast_decoding_affects_only_jpegs(format: str) -> None:
     data = encode(picture(size=(640, 480)), format)
-    exact, fast = decode(data, PREPROCESSOR, LIMIT), decode(data, PREPROCESSOR, LIMIT, fast=True)
+    exact, fast = (
+        decode(data, DecodeOptions(PREPROCESSOR, LIMIT)),
+        decode(data, DecodeOptions(PREPROCESSOR, LIMIT, fast=True)),
+    )
     assert np.array_equal(exact.pixels, fast.pixels) == (format != "JPEG")  # type: ignore[arg-type]
 
 
 def test_fast_decoding_keeps_the_error_of_a_broken_jpeg() -> None:
     data = encode(picture(size=(640, 480)), "JPEG")[:-2000]
-    assert decode(data, PREPROCESSOR, LIMIT, fast=True) == decode(data, PREPROCESSOR, LIMIT)
+    assert decode(data, DecodeOptions(PREPROCESSOR, LIMIT, fast=True)) == decode(
+        data, DecodeOptions(PREPROCESSOR, LIMIT)
+    )
 
 
 def test_first_picture_of_a_multi_picture_file_is_decoded() -> None:
@@ -460,7 +470,7 @@ def test_longest_allowed_side_is_decoded_and_a_longer_one_is_an_error(size: int,
     for length, error in ((MAX_SIDE, None), (MAX_SIDE + 1, f", with a side longer than {MAX_SIDE} pixels")):
         width, height = (1, length) if upright else (length, 1)
         rows = b"\0\x80" * length if upright else b"\0" + b"\x80" * (length // 8 + 1)
-        result = decode(png(width, height, 1, 0, rows), preprocessor, 2 * MAX_SIDE)
+        result = decode(png(width, height, 1, 0, rows), DecodeOptions(preprocessor, 2 * MAX_SIDE))
         assert (result.width, result.height) == (width, height)
         assert (result.error or "").endswith(error or "")
         assert (result.pixels is None) == (error is not None)
@@ -641,10 +651,11 @@ def test_another_process_gives_the_same_errors_and_prints_nothing() -> None:
     bad += [palette_with_many_alphas()]
     program = (
         "import sys; from cvt.preprocessing import Preprocessor\n"
-        "from pipeline.decode import decode, hide_pillow_warnings\n"
+        "from pipeline.decode import DecodeOptions, decode, hide_pillow_warnings\n"
+        "options = DecodeOptions(Preprocessor.from_dict({'size': 32}, ''), 10**6)\n"
         "hide_pillow_warnings()\n"
         "for line in sys.stdin:\n"
-        "    print(decode(bytes.fromhex(line), Preprocessor.from_dict({'size': 32}, ''), 10**6)[1:])"
+        "    print(decode(bytes.fromhex(line), options)[1:])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -659,8 +670,8 @@ def test_another_process_gives_the_same_errors_and_prints_nothing() -> None:
 
 def test_decoding_does_not_hide_warnings_of_other_code() -> None:
     program = (
-        "import warnings; from pipeline.decode import decode, isolated\n"
-        "decode(b'BM', None, 1); assert 'PIL' not in str(warnings.filters)"
+        "import warnings; from pipeline.decode import DecodeOptions, decode, isolated\n"
+        "decode(b'BM', DecodeOptions(None, 1)); assert 'PIL' not in str(warnings.filters)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -678,7 +689,9 @@ def test_chunk_keeps_its_order_and_its_errors() -> None:
             "image": pa.array([good[0], b"\0", None, good[1]], pa.large_binary()),
         }
     )
-    chunk = decode_chunk(Chunk(shard=3, start=10, samples=samples, total=14), PREPROCESSOR, LIMIT)
+    chunk = decode_chunk(
+        Chunk(shard=3, start=10, samples=samples, total=14), DecodeOptions(PREPROCESSOR, LIMIT)
+    )
     assert (chunk.shard, chunk.start, chunk.total) == (3, 10, 14)
     assert chunk.pixels is not None
     np.testing.assert_array_equal(chunk.pixels, [decoded(data).pixels for data in good])
@@ -699,7 +712,7 @@ def decode_images(images: list[bytes]) -> dict[str, list[object]]:
             "image": pa.array(images, pa.large_binary()),
         }
     )
-    return decode_chunk(Chunk(0, 0, samples), PREPROCESSOR, LIMIT).samples.to_pydict()
+    return decode_chunk(Chunk(0, 0, samples), DecodeOptions(PREPROCESSOR, LIMIT)).samples.to_pydict()
 
 
 def test_chunk_without_valid_images_has_no_pixels() -> None:
@@ -711,7 +724,7 @@ def test_chunk_without_valid_images_has_no_pixels() -> None:
             "image": pa.array([b"\0"], pa.large_binary()),
         }
     )
-    chunk = decode_chunk(Chunk(shard=0, start=0, samples=samples), PREPROCESSOR, LIMIT)
+    chunk = decode_chunk(Chunk(shard=0, start=0, samples=samples), DecodeOptions(PREPROCESSOR, LIMIT))
     assert chunk.pixels is not None
     assert chunk.pixels.shape == (0, 32, 32, 3)
 
@@ -721,10 +734,9 @@ def test_slow_images_of_a_chunk_share_a_limited_time(monkeypatch: pytest.MonkeyP
     now = 0.0
     monkeypatch.setattr("pipeline.decode.cpu.monotonic", lambda: now)
 
-    def decode_image(
-        data: bytes, preprocessor: object, max_pixels: int, fast: bool, timeout_s: float
-    ) -> Decoded:
+    def decode_image(data: bytes, options: DecodeOptions) -> Decoded:
         nonlocal now
+        timeout_s = options.timeout_s
         timeouts.append(timeout_s)
         now += timeout_s if data == b"slow" else 0.001
         detail = DecodeDeadline(timeout_s).message if data == b"slow" else "broken"
@@ -739,7 +751,7 @@ def test_slow_images_of_a_chunk_share_a_limited_time(monkeypatch: pytest.MonkeyP
             "image": pa.array(images, pa.large_binary()),
         }
     )
-    decode_chunk(Chunk(0, 0, samples), PREPROCESSOR, LIMIT, timeout_s=60, decode_image=decode_image)
+    decode_chunk(Chunk(0, 0, samples), DecodeOptions(PREPROCESSOR, LIMIT), decode_image)
     # The limits do not depend on the exact time of the images before, because errors name them.
     assert timeouts == [60] * 7 + [300 / 40] * 33
     assert now < 600

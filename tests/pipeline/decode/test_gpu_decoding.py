@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode import decode_chunk
+from pipeline.decode import DecodeOptions, decode_chunk
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.decode.plain_jpeg import parse_plain_jpeg
 from pipeline.read import Chunk
@@ -59,7 +59,9 @@ class CountingDecoder(GpuDecoder):
 
 
 def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT, **options: int) -> CountingDecoder:
-    return CountingDecoder(PREPROCESSOR, max_pixels, "cpu", decode_jpegs or PillowJpegs(), **options)
+    return CountingDecoder(
+        DecodeOptions(PREPROCESSOR, max_pixels), "cpu", decode_jpegs or PillowJpegs(), **options
+    )
 
 
 def chunk_of(images: Sequence[bytes | None]) -> Chunk:
@@ -75,7 +77,7 @@ def chunk_of(images: Sequence[bytes | None]) -> Chunk:
 
 
 def assert_as_on_the_cpu(done: Chunk, images: Sequence[bytes | None], max_pixels: int = LIMIT) -> None:
-    expected = decode_chunk(chunk_of(images), PREPROCESSOR, max_pixels)
+    expected = decode_chunk(chunk_of(images), DecodeOptions(PREPROCESSOR, max_pixels))
     assert done.samples.equals(expected.samples)
     assert (done.shard, done.start, done.total) == (3, 10, 99)
     assert isinstance(done.pixels, Tensor)
@@ -238,7 +240,10 @@ def test_chunk_without_device_memory_is_decoded_on_the_cpu(
     images: list[bytes | None] = [*PLAIN.values(), None, *UNUSUAL.values()]
     decoder = make_decoder()
     monkeypatch.setattr(torch, "empty", fail)
-    done, expected = decoder(chunk_of(images)), decode_chunk(chunk_of(images), PREPROCESSOR, LIMIT)
+    done, expected = (
+        decoder(chunk_of(images)),
+        decode_chunk(chunk_of(images), DecodeOptions(PREPROCESSOR, LIMIT)),
+    )
     assert done.samples.equals(expected.samples)
     assert np.array_equal(done.pixels, expected.pixels)  # type: ignore[arg-type]
     assert (decoder.on_device, decoder.on_cpu) == (0, len(images) - 1)
@@ -325,7 +330,7 @@ def test_missing_torchvision_error_names_the_package(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
-        GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
+        GpuDecoder(DecodeOptions(PREPROCESSOR, LIMIT), "cpu")
 
 
 def replace_torchvision(monkeypatch: pytest.MonkeyPatch, decode: Any) -> None:
@@ -347,7 +352,10 @@ def replace_torchvision(monkeypatch: pytest.MonkeyPatch, decode: Any) -> None:
 
 def test_torchvision_is_called_with_valid_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_torchvision(monkeypatch, PillowJpegs())
-    decoder, images = CountingDecoder(PREPROCESSOR, LIMIT, "cpu"), [*PLAIN.values(), without_tables()]
+    decoder, images = (
+        CountingDecoder(DecodeOptions(PREPROCESSOR, LIMIT), "cpu"),
+        [*PLAIN.values(), without_tables()],
+    )
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
     assert decoder.on_device == len(PLAIN)
 
@@ -358,7 +366,7 @@ def test_torchvision_without_nvjpeg_is_rejected_at_once(monkeypatch: pytest.Monk
 
     replace_torchvision(monkeypatch, fail)
     with pytest.raises(ValueError, match=r"not compiled with nvJPEG support\): .* or set decode.device: cpu"):
-        GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
+        GpuDecoder(DecodeOptions(PREPROCESSOR, LIMIT), "cpu")
 
 
 @pytest.mark.parametrize(("index", "fill"), [(0, 0), (7, 0), (11, 255)])
@@ -374,14 +382,17 @@ def test_decoder_that_skips_an_image_is_rejected(
     with pytest.raises(
         ValueError, match=r"can't decode JPEGs on 'cpu' \(a decoded image differs by \d+ gray levels"
     ):
-        GpuDecoder(PREPROCESSOR, LIMIT, "cpu")
+        GpuDecoder(DecodeOptions(PREPROCESSOR, LIMIT), "cpu")
 
 
 def test_photographs_are_plain_and_decoded_alike(photographs: list[tuple[str, bytes, int]]) -> None:
     preprocessor = Preprocessor.from_dict({"size": 224}, "test")
     images = [data for _, data, _ in photographs[:60]]
-    decoder = CountingDecoder(preprocessor, 10**8, "cpu", PillowJpegs())
-    done, expected = decoder(chunk_of(images)), decode_chunk(chunk_of(images), preprocessor, 10**8)
+    decoder = CountingDecoder(DecodeOptions(preprocessor, 10**8), "cpu", PillowJpegs())
+    done, expected = (
+        decoder(chunk_of(images)),
+        decode_chunk(chunk_of(images), DecodeOptions(preprocessor, 10**8)),
+    )
     assert done.samples.equals(expected.samples)
     assert decoder.on_device > 0.9 * len(images)
     assert isinstance(done.pixels, Tensor)
@@ -392,9 +403,9 @@ def test_photographs_are_plain_and_decoded_alike(photographs: list[tuple[str, by
 def test_nvjpeg_decodes_as_pillow_does() -> None:
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     images: list[bytes | None] = [*PLAIN.values(), None, *UNUSUAL.values(), without_tables()]
-    decoder = CountingDecoder(PREPROCESSOR, LIMIT, "cuda")
+    decoder = CountingDecoder(DecodeOptions(PREPROCESSOR, LIMIT), "cuda")
     done, *others = [decoder(chunk_of(images)) for _ in range(3)]
-    expected = decode_chunk(chunk_of(images), PREPROCESSOR, LIMIT)
+    expected = decode_chunk(chunk_of(images), DecodeOptions(PREPROCESSOR, LIMIT))
     assert done.samples.equals(expected.samples)
     assert isinstance(done.pixels, Tensor)
     assert done.pixels.device.type == "cuda"

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode import decode
+from pipeline.decode import DecodeOptions, decode
 from pipeline.decode.isolated import decode_in_child
 from tests.makers import make_image
 from tests.measuring import measure
@@ -49,7 +49,7 @@ DEADLY = DeadlyPreprocessor(**{field.name: getattr(GOOD, field.name) for field i
 def test_death_of_the_decoder_is_the_error_of_the_image() -> None:
     errors = {}
     for width in (20, 9, 1, 21):
-        result = decode_in_child(make_image(1, (width, 20)), DEADLY, 10**6, False, 0.1)
+        result = decode_in_child(make_image(1, (width, 20)), DecodeOptions(DEADLY, 10**6, timeout_s=0.1))
         errors[width] = result.error
     assert errors == {
         20: None,
@@ -62,7 +62,7 @@ def test_death_of_the_decoder_is_the_error_of_the_image() -> None:
 def test_image_whose_decoder_is_killed_once_is_decoded_again(tmp_path: Path) -> None:
     marker = tmp_path / "short of memory"
     marker.touch()
-    result = decode_in_child(make_image(1), replace(DEADLY, short_of_memory=marker), 10**6, False, 60)
+    result = decode_in_child(make_image(1), DecodeOptions(replace(DEADLY, short_of_memory=marker), 10**6))
     assert not marker.exists()
     assert (result.error, result.pixels is None) == (None, False)
 
@@ -73,19 +73,19 @@ def test_damaged_metadata_prints_no_warnings(
     monkeypatch.setattr("pipeline.decode.isolated._own", threading.local())  # a new child
     stream = io.BytesIO()
     Image.new("RGB", (40, 40)).save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
-    assert decode_in_child(stream.getvalue(), GOOD, 10**6, False, 60).error is None
+    assert decode_in_child(stream.getvalue(), DecodeOptions(GOOD, 10**6)).error is None
     assert capfd.readouterr().err == ""
 
 
 def decode_with_missing_interpreter(folder: str) -> None:
     del folder
     sys.executable = "/missing/python"
-    decode_in_child(make_image(1), GOOD, 10**6, False, 60)
+    decode_in_child(make_image(1), DecodeOptions(GOOD, 10**6))
 
 
 def decode_with_failing_child(folder: str) -> None:
     sys.path[:] = [folder]  # of another package of this name
-    decode_in_child(make_image(1), GOOD, 10**6, False, 60)
+    decode_in_child(make_image(1), DecodeOptions(GOOD, 10**6))
 
 
 @pytest.mark.parametrize("decode", [decode_with_missing_interpreter, decode_with_failing_child])
@@ -98,6 +98,9 @@ def test_worker_whose_child_does_not_start_ends(decode: Callable[[str], None], t
 
 def test_child_decodes_as_the_process_itself_does() -> None:
     for data in (make_image(5, (90, 60)), make_image(5)[:-9], b"no image"):
-        ours, theirs = decode(data, GOOD, 10**6), decode_in_child(data, GOOD, 10**6, False, 60)
+        ours, theirs = (
+            decode(data, DecodeOptions(GOOD, 10**6)),
+            decode_in_child(data, DecodeOptions(GOOD, 10**6)),
+        )
         assert theirs[1:] == ours[1:]
         np.testing.assert_array_equal(theirs.pixels, ours.pixels)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cvt.preprocessing import Preprocessor
 from pipeline import open_image
-from pipeline.decode import decode, isolated
+from pipeline.decode import DecodeOptions, decode, isolated
 from pipeline.decode.bounds import BYTES_PER_PIXEL
 from pipeline.decode.plugins import REQUIREMENTS
 from pipeline.storage import Storage
@@ -114,7 +114,7 @@ def test_first_frame_of_jpeg_xl_is_decoded() -> None:
 
 @pytest.mark.parametrize("name", ["AVIF", "HEIF", "JPEG XL"])
 def test_image_over_the_limit_is_an_error(name: str) -> None:
-    result = decode(SAMPLES[name], PREPROCESSOR, 2000)
+    result = decode(SAMPLES[name], DecodeOptions(PREPROCESSOR, 2000))
     assert result[:3] == (None, 56, 40)
     assert result.error is not None
     assert result.error.startswith("dimensions too large: 56 x 40 pixels, more than the limit of 2000")
@@ -155,7 +155,8 @@ HUNGRY = HungryPreprocessor(
 def test_memory_of_a_child_is_limited() -> None:
     limit = (BYTES_PER_PIXEL * LIMIT >> 20) + (isolated._OTHER_MEMORY >> 20)
     errors = [
-        decode(jxl(Image.new("L", (width, 8))), HUNGRY, LIMIT).error for width in (limit // 2, limit + 8, 1)
+        decode(jxl(Image.new("L", (width, 8))), DecodeOptions(HUNGRY, LIMIT)).error
+        for width in (limit // 2, limit + 8, 1)
     ]
     assert errors == [None, "cannot decode: JPEG XL: MemoryError", None]
 

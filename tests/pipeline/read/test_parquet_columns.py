@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from cvt.preprocessing import Preprocessor
-from pipeline.decode import decode
+from pipeline.decode import DecodeOptions, decode
 from pipeline.read import ReadOptions, Sample, list_shards, read_samples
 from pipeline.storage import Storage
 from tests.makers import make_image, make_parquet
@@ -32,7 +32,9 @@ def test_padding_of_fixed_size_binary_changes_no_pixel(format: str, tmp_path: Pa
     ids = pa.array([b"0" * 16, b"1" * 16], pa.binary(16))
     padded, missing = read(tmp_path, {"id": ids, "picture": column})
     preprocessor = Preprocessor.from_dict({"size": 32}, "test")
-    found, expected = (decode(data, preprocessor, 10**6) for data in (padded.image or b"", image))
+    found, expected = (
+        decode(data, DecodeOptions(preprocessor, 10**6)) for data in (padded.image or b"", image)
+    )
     assert found.error is None
     assert np.array_equal(found.pixels, expected.pixels)  # type: ignore[arg-type]
     assert str(missing.error).startswith("no image")
