@@ -198,29 +198,18 @@ class _ClassifierActor:
 
     def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
         hide_pillow_warnings()  # of the GPU decoder
-        local_stages = ray.get(stages)
-        self._step = partial(
-            classify_or_die,
-            classify=Classifier(local_stages, resources),
-            decode_options=local_stages.decode_options,
-            timeout_s=local_stages.classify.timeout_s,
-        )
+        self._step = partial(classify_or_die, classifier=Classifier(ray.get(stages), resources))
         self._limit = limit
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         return _process(block, self._step, self._limit, "classifying")
 
 
-def classify_or_die(
-    chunk: Chunk,
-    attempt: Attempt,
-    classify: Callable[[Chunk], Chunk],
-    decode_options: DecodeOptions,
-    timeout_s: float,
-) -> Chunk:
+def classify_or_die(chunk: Chunk, attempt: Attempt, classifier: Classifier) -> Chunk:
     """Classifies a chunk; after the timeout, logs the cause and ends this process: a model can hang."""
+    timeout_s = classifier.stages.classify.timeout_s
     if attempt.number > 1 and chunk.pixels is None:  # decoding on the GPU may have ended the worker
-        chunk = decode_chunk(chunk, decode_options, decode_in_child)
+        chunk = decode_chunk(chunk, classifier.stages.decode_options, decode_in_child)
 
     def die() -> None:
         limit = f"more than {timeout_s:g} s (classify.timeout_s)"
@@ -228,7 +217,7 @@ def classify_or_die(
         os._exit(1)
 
     with call_after(timeout_s, die):
-        return classify(chunk)
+        return classifier(chunk)
 
 
 class RayExecutor:

@@ -29,12 +29,11 @@ ReadStep = Callable[[Iterable[tuple[int, Shard]]], Iterator[Chunk]]
 
 
 def read_step(
-    shards: Iterable[tuple[int, Shard]],
-    *,
     storage: Storage,
     options: ReadOptions,
     max_images: int,
     max_bytes: int,
+    shards: Iterable[tuple[int, Shard]],
 ) -> Iterator[Chunk]:
     """Reads shards, given with their index in the plan, in chunks of limited images and encoded bytes.
 
@@ -71,13 +70,8 @@ class Stages:
 
     def make_read_step(self, resources: Resources) -> ReadStep:
         """Returns the first stage."""
-        return partial(
-            read_step,
-            storage=self.storage,
-            options=self.read_options,
-            max_images=resources.chunk_images,
-            max_bytes=resources.chunk_bytes,
-        )
+        limits = resources.chunk_images, resources.chunk_bytes
+        return partial(read_step, self.storage, self.read_options, *limits)
 
     @property
     def decode_options(self) -> DecodeOptions:
@@ -95,15 +89,14 @@ class Classifier:
     """The last stage: holds the model on its device; with GPU decoding, decodes chunks without pixels."""
 
     def __init__(self, stages: Stages, resources: Resources) -> None:
-        checkpoint, options = stages.checkpoint, stages.predictions
-        self._options = options
+        self.stages = stages
         self._decoder: GpuDecoder | None = None
         if not resources.decoders:  # before the engine, whose warm-up may take a minute
             from pipeline.decode.gpu import GpuDecoder
 
             threads = max(2, int(resources.classify_cpus))
             self._decoder = GpuDecoder(stages.decode_options, resources.device, threads=threads)
-        self._engine = warm_engine(checkpoint, stages.precision, stages.classify.runtime, resources)
+        self._engine = warm_engine(stages.checkpoint, stages.precision, stages.classify.runtime, resources)
         gallery, side = stages.report.gallery, stages.report.thumbnail_side
         self._thumbnails = Thumbnails(gallery, side) if gallery else None
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
@@ -115,7 +108,7 @@ class Classifier:
         if self._decoder is not None and chunk.pixels is None:
             decoded = self._decoder(chunk)
         with self._timer:
-            classified = classify(decoded, self._engine, self._options)
+            classified = classify(decoded, self._engine, self.stages.predictions)
             if self._thumbnails is not None:
                 classified = self._thumbnails.add_column(decoded, classified)
         metrics = self._timer.collect(decoded.samples["error"].null_count, classified.samples.nbytes)

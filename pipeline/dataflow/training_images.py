@@ -21,8 +21,10 @@ from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
 
-#: Maximum number of shards from which a read task takes chunks in turn, and number of images of a chunk.
-_SHARDS_PER_READ, _CHUNK_IMAGES = 16, 32
+#: Maximum number of shards from which a read task takes chunks in turn.
+_SHARDS_PER_READ = 16
+#: Maximum number of images and of encoded bytes in a chunk.
+_CHUNK_IMAGES, _CHUNK_BYTES = 32, 4 * 1024**2
 
 
 @dataclass
@@ -77,13 +79,7 @@ class TrainingImages:
         context.enable_progress_bars = False
         context.target_max_block_size = self.block_images * self.preprocessor.size**2 * 3
         context.execution_options.preserve_order = True
-        read = partial(
-            read_step,
-            storage=self.storage,
-            options=self.read_options,
-            max_images=_CHUNK_IMAGES,
-            max_bytes=4 * 1024**2,
-        )
+        read = partial(read_step, self.storage, self.read_options, _CHUNK_IMAGES, _CHUNK_BYTES)
         options = DecodeOptions(self.preprocessor, self.max_pixels)
         shards = random.Random(seed).sample(self.shards, len(self.shards))
         per_task = math.ceil(len(shards) / math.ceil(len(shards) / _SHARDS_PER_READ))

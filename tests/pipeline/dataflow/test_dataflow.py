@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -225,17 +226,31 @@ def test_failed_retry_of_a_read_loses_no_chunk_and_no_error(
         assert failed or starts == set(range(number + 2))
 
 
+class FakeClassifier:
+    """A classifier without a model, which may hang."""
+
+    def __init__(self, timeout_s: float, hangs: bool = False) -> None:
+        classify = SimpleNamespace(timeout_s=timeout_s)
+        self.stages = SimpleNamespace(decode_options=DecodeOptions(DEADLY, 10**6), classify=classify)
+        self._hangs = hangs
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        if self._hangs:
+            time.sleep(600)
+        return chunk
+
+
 def test_retry_of_a_classifier_decodes_images_in_a_child_process() -> None:
     images = [make_image(1), make_image(1, (11, 20))]  # a width of 11 ends the decoder
     columns = {"key": ["a", "b"], "error": pa.nulls(2, pa.string()), "image": images}
-    options = DecodeOptions(DEADLY, 10**6)
     chunk = Chunk(3, 0, pa.table(columns))
-    result = classify_or_die(chunk, Attempt(2, 0, None), lambda chunk: chunk, options, timeout_s=60)
+    classifier: Any = FakeClassifier(timeout_s=60)
+    result = classify_or_die(chunk, Attempt(2, 0, None), classifier)
     cause = "cannot decode: the decoder was killed by signal 11 (SIGSEGV)"
     assert result.samples["error"].to_pylist() == [None, cause]
     assert result.pixels is not None
     assert len(result.pixels) == 1
-    first = classify_or_die(chunk, Attempt(1, 0, None), lambda chunk: chunk, options, timeout_s=60)
+    first = classify_or_die(chunk, Attempt(1, 0, None), classifier)
     assert first.pixels is None
 
 
@@ -246,12 +261,8 @@ def test_no_progress_limit_covers_all_attempts_at_a_chunk() -> None:
             assert DataContext.get_current().execution_no_progress_timeout_s == limit
 
 
-def hang(chunk: Chunk) -> Chunk:
-    time.sleep(600)
-    return chunk
-
-
 def test_worker_with_a_hung_model_ends() -> None:
-    measured = measure(classify_or_die, Chunk(3, 0, NO_SAMPLES), Attempt(1, 0, None), hang, hang, 0.05)
+    classifier = FakeClassifier(timeout_s=0.05, hangs=True)
+    measured = measure(classify_or_die, Chunk(3, 0, NO_SAMPLES), Attempt(1, 0, None), classifier)
     assert measured.exit_code == 1
     assert measured.outcome is None
