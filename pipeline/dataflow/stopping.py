@@ -15,7 +15,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
 from types import FrameType
 
 
@@ -31,37 +30,26 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
-class StopState(Enum):
-    """States of the state machine; see the module's docstring."""
-
-    RUNNING = auto()
-    DRAINING = auto()
-    ABORTED = auto()
-
-
 class StopController:
-    """The state machine; `start_timer` must call `expire` after the given seconds."""
+    """The state machine: RUNNING at first, DRAINING if `requested` but not `aborted`.
 
-    def __init__(self, grace: float, start_timer: Callable[[float], None]) -> None:
-        self.state = StopState.RUNNING
+    Needs the handlers that `graceful_stop` sets.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self.requested = self.aborted = False
         self._grace = grace
-        self._start_timer = start_timer
-
-    @property
-    def requested(self) -> bool:
-        """Whether a stop was requested."""
-        return self.state is not StopState.RUNNING
 
     def request(self) -> None:
         """Handles a signal; raises KeyboardInterrupt if the run is aborted."""
-        if self.state is not StopState.RUNNING or self._grace <= 0:
-            self.expire()
-        self.state = StopState.DRAINING
-        self._start_timer(self._grace)
+        if self.requested or self._grace <= 0:
+            self.abort()
+        self.requested = True
+        signal.setitimer(signal.ITIMER_REAL, self._grace)
 
-    def expire(self) -> None:
-        """Ends the grace period; raises KeyboardInterrupt."""
-        self.state = StopState.ABORTED
+    def abort(self) -> None:
+        """Ends the run or its grace period; raises KeyboardInterrupt."""
+        self.requested = self.aborted = True
         raise KeyboardInterrupt
 
     @contextmanager
@@ -70,31 +58,27 @@ class StopController:
         try:
             yield
         except KeyboardInterrupt:
-            if self.state is not StopState.ABORTED:
+            if not self.aborted:
                 raise
 
     def raise_if_requested(self) -> None:
         """Raises `Stopped` after a clean stop, and KeyboardInterrupt after an abort."""
-        if self.state is StopState.DRAINING:
-            raise Stopped
-        if self.state is StopState.ABORTED:
+        if self.aborted:
             raise KeyboardInterrupt
+        if self.requested:
+            raise Stopped
 
 
 @contextmanager
 def graceful_stop(grace: float) -> Iterator[StopController]:
     """Connects a `StopController` to SIGTERM and Ctrl-C inside the block; works in the main thread only."""
-
-    def start_timer(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    stop = StopController(grace, start_timer)
-    with _handler(stop.request, signal.SIGTERM, signal.SIGINT), _handler(stop.expire, signal.SIGALRM):
+    stop = StopController(grace)
+    with _handler(stop.request, signal.SIGTERM, signal.SIGINT), _handler(stop.abort, signal.SIGALRM):
         try:
             yield stop
         finally:
             if threading.current_thread() is threading.main_thread():
-                start_timer(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
