@@ -140,13 +140,11 @@ class _Run:
         return None
 
 
-def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the CPUs that the affinity and the container's quota (cgroup 1 or 2) allow this process."""
+def usable_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Returns the CPUs that the affinity and the quota of a container allow this process."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        with suppress(OSError, ValueError):  # ValueError: "max" means no quota
-            quota, period = (int(value) for name in names for value in (cgroup / name).read_text().split())
-            if quota > 0:
-                return max(1, min(cpus, quota // period))
+    with suppress(OSError, ValueError):  # ValueError: "max" means no quota
+        quota, period = map(int, quota_file.read_text().split())
+        return max(1, min(cpus, quota // period))
     return cpus

@@ -185,13 +185,7 @@ def _new_processes_stopped() -> Iterator[None]:
         yield
     except BaseException:
         signal.alarm(0)  # with which Ray's core would end the process 3 seconds after SIGTERM
-        known = before
-        while new := set(this.children(recursive=True)) - known:
-            for process in new:
-                with suppress(psutil.NoSuchProcess):
-                    process.suspend()  # a killed process might leave a child that it forked after the listing
-            known = known | new
-        for process in known - before:
+        for process in set(this.children(recursive=True)) - before:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         raise
