@@ -66,20 +66,17 @@ class _Run:
         self._classify = Classifier(stages, resources)
         self._timeout_s = stages.classify.timeout_s
         self._classifying = threading.Semaphore(resources.concurrent_chunks)
-        # Readers share the shards. One thread at a time uses a reader.
+        # Readers share the shards.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
         for item in (*enumerate(shards), *[None] * readers):
             numbered.put(item)
         read = stages.make_read_step(resources)
-        self._readers = queue.SimpleQueue[Iterator[Chunk] | None]()
-        for _ in range(readers):
-            self._readers.put(read(iter(numbered.get, None)))
-        self._open_readers = readers
-        self._lock = threading.Lock()
+        self._readers = [(threading.Lock(), read(iter(numbered.get, None))) for _ in range(readers)]
         self._stopped = False
         self._results = queue.Queue[Chunk | BaseException | None](_MAX_PENDING_RESULTS)
         self._threads = [
-            threading.Thread(target=self._work, name=f"stages-{i}", daemon=True) for i in range(count)
+            threading.Thread(target=self._work, args=(i,), name=f"stages-{i}", daemon=True)
+            for i in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -99,18 +96,14 @@ class _Run:
     def stop(self) -> None:
         """Stops the threads; each finishes its chunk, whose result is discarded."""
         self._stopped = True
-        self._readers.put(None)
         deadline = time.monotonic() + _JOIN_TIMEOUT_S
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             with suppress(queue.Empty):
                 self._results.get(timeout=0.05)
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         try:
-            while not self._stopped:
-                chunk = self._read()
-                if chunk is None:
-                    break
+            for chunk in self._read(number):
                 if self._decode_options is not None:
                     chunk = decode_chunk(chunk, self._decode_options)
                 with self._classifying, call_after(self._timeout_s, self._report_timeout):
@@ -118,26 +111,22 @@ class _Run:
                 self._results.put(classified)
         except BaseException as error:
             self._results.put(error)
-            self._readers.put(None)  # this thread may not have returned its reader
         self._results.put(None)
 
     def _report_timeout(self) -> None:
         message = f"classifying a chunk took more than {self._timeout_s:g} s (classify.timeout_s)"
         self._results.put(TimeoutError(message))
 
-    def _read(self) -> Chunk | None:
-        """Returns the next chunk of the first free reader; None if no chunks remain."""
-        while (reader := self._readers.get()) is not None:
-            chunk = next(reader, None)
-            if chunk is not None:
-                self._readers.put(reader)
-                return replace(chunk, retries={})  # `retry_counts` of this process has them already
-            with self._lock:
-                self._open_readers -= 1
-                if not self._open_readers:
+    def _read(self, number: int) -> Iterator[Chunk]:
+        """Yields chunks of one reader, and then of the others; one thread at a time uses a reader."""
+        first = number % len(self._readers)
+        for lock, reader in self._readers[first:] + self._readers[:first]:
+            while True:
+                with lock:
+                    chunk = None if self._stopped else next(reader, None)
+                if chunk is None:
                     break
-        self._readers.put(None)  # for the other threads
-        return None
+                yield replace(chunk, retries={})  # `retry_counts` of this process has them already
 
 
 def usable_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
