@@ -36,7 +36,6 @@ _LOCAL_ENVIRONMENT = {
 #: Variables with which a user selects how Ray authenticates clients.
 _AUTHENTICATION = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
 
-_START_REMEDY = "run the command again when the machine is less busy, or label with --no-ray"
 _CONNECT_TIMEOUT_S = 10
 #: Seconds after which a worker process of Ray must have run a first task.
 _WORKER_TIMEOUT_S = 50.0
@@ -168,10 +167,13 @@ def init_ray(address: str, **options: Any) -> None:
         except Exception as error:  # Ray has no narrower type for its errors
             ray.shutdown()
             if is_last or "timed out during startup" not in str(error):
-                what, remedy = f"cannot use the Ray cluster at {address}", ""
-                if address == LOCAL:
-                    what, remedy = "Ray does not start on this machine", f" To continue: {_START_REMEDY}"
-                raise ClusterError(f"{what}: {' '.join(str(error).split())}{remedy}") from error
+                cause = " ".join(str(error).split())
+                if address != LOCAL:
+                    raise ClusterError(f"cannot use the Ray cluster at {address}: {cause}") from error
+                remedy = "run the command again when the machine is less busy, or label with --no-ray"
+                raise ClusterError(
+                    f"Ray does not start on this machine: {cause} To continue: {remedy}"
+                ) from error
 
 
 @contextmanager

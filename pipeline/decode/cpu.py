@@ -158,7 +158,6 @@ def decode(data: bytes, options: DecodeOptions) -> Decoded:
 
 def _decode(name: str, data: bytes, read: Callable[[bytes], ImageFile], options: DecodeOptions) -> Decoded:
     """Decodes an image that `read` opens; see `decode`."""
-    preprocessor, max_pixels = options.preprocessor, options.max_pixels
     width, height = None, None
     try:
         tile = read_tile_size(data) if name == "TIFF" else (0, 0)  # libtiff decodes whole tiles
@@ -167,20 +166,18 @@ def _decode(name: str, data: bytes, read: Callable[[bytes], ImageFile], options:
             width, height = file.size
         elif name == "BMP":  # a negative number, which Pillow reads as unsigned
             raise ValueError("negative width or height")
-        if error := size_error(*file.size, max_pixels) or size_error(*tile, max_pixels):
+        if error := size_error(*file.size, options.max_pixels) or size_error(*tile, options.max_pixels):
             return Decoded(None, width, height, error)
-        if (
-            options.fast
-            and isinstance(file, JpegImageFile)
-            and (scaled := _decode_scaled(file, preprocessor))
-        ):
-            return scaled
+        if options.fast and isinstance(file, JpegImageFile):
+            scaled = _decode_scaled(file, options.preprocessor)
+            if scaled is not None:
+                return scaled
         file.load()
         image = _to_rgb(file)
         orientation = read_orientation(file)  # None for a TIFF, which Pillow turns upright itself
         if orientation is not None:
             image = image.transpose(orientation.method)
-        return Decoded(preprocessor(image), *image.size, None)
+        return Decoded(options.preprocessor(image), *image.size, None)
     except Image.DecompressionBombError as error:
         return Decoded(None, width, height, sample_error(ErrorCategory.DIMENSIONS_TOO_LARGE, str(error)))
     except ImportError as error:
@@ -275,7 +272,8 @@ def decode_chunk(chunk: Chunk, options: DecodeOptions, decode_image: ImageDecode
 
     The images share half of the time of the chunk equally. The other half is for slow images, in order.
     """
-    samples, size, timeout_s = chunk.samples, options.preprocessor.size, options.timeout_s
+    samples, timeout_s = chunk.samples, options.timeout_s
+    size = options.preprocessor.size
     pixels = np.empty((samples.num_rows, size, size, 3), np.uint8)
     outcomes, decoded_count = [], 0
     left = CHUNK_TIMEOUTS / 2 * timeout_s
