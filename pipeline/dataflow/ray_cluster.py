@@ -116,7 +116,7 @@ def _do_nothing() -> None:
 
 
 def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
-    """Waits for a task; raises `ClusterError` with the end of Ray's logs if no worker runs the task.
+    """Waits for a task of a local Ray; raises `ClusterError` with the end of its logs if no worker runs it.
 
     Without a first task, a run whose workers cannot start would wait for its first result for many minutes.
     """
@@ -128,14 +128,11 @@ def wait_for_worker(task: Any, timeout: float = _WORKER_TIMEOUT_S) -> None:
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         if isinstance(error, ray.exceptions.GetTimeoutError):
             cause = f"no worker process has started within {timeout:g} s"
-        lines = ["see raylet.err and worker-*.err in the logs of the cluster's nodes"]
-        with suppress(AttributeError):  # of Ray Client
-            context = ray.get_runtime_context()
-            logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
-            for path in sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime):
-                lines += path.read_text(errors="replace").splitlines()
-        causes = [line for line in lines if line.strip() and line[0] != ":"]
-        shown = " | ".join(causes[-_LOG_LINES:])
+        context = ray.get_runtime_context()
+        logs = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+        files = sorted(logs.glob("*.err"), key=lambda path: path.stat().st_mtime)
+        lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
+        shown = " | ".join([line for line in lines if line.strip() and line[0] != ":"][-_LOG_LINES:])
         raise ClusterError(f"the workers of Ray do not start: {cause}; end of the logs: {shown}") from None
 
 

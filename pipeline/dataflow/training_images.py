@@ -14,7 +14,6 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.util.queue import Queue
 
-from cvt.preprocessing import Preprocessor
 from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource, decode_block
 from pipeline.dataflow.stages import read_step
 from pipeline.decode import DecodeOptions
@@ -41,8 +40,7 @@ class TrainingImages:
     shards: Sequence[Shard]
     storage: Storage
     read_options: ReadOptions
-    preprocessor: Preprocessor
-    max_pixels: int
+    decode_options: DecodeOptions
     limit: AttemptLimit
     counts: Queue
     block_images: int = 512
@@ -77,10 +75,9 @@ class TrainingImages:
         """Returns the images of the shuffled shards; each read task takes chunks of its shards in turn."""
         context = DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.target_max_block_size = self.block_images * self.preprocessor.size**2 * 3
+        context.target_max_block_size = self.block_images * self.decode_options.preprocessor.size**2 * 3
         context.execution_options.preserve_order = True
         read = partial(read_step, self.storage, self.read_options, _CHUNK_IMAGES, _CHUNK_BYTES)
-        options = DecodeOptions(self.preprocessor, self.max_pixels)
         shards = random.Random(seed).sample(self.shards, len(self.shards))
         per_task = math.ceil(len(shards) / math.ceil(len(shards) / _SHARDS_PER_READ))
         source = ShardSource(shards, ray.put(read), self.limit, per_task)
@@ -94,7 +91,7 @@ class TrainingImages:
                 _labeled_rows,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_args=(options, self.limit, counts),
+                fn_args=(self.decode_options, self.limit, counts),
                 num_cpus=0.5,
             )
         return rows

@@ -36,6 +36,7 @@ from cvt.checkpoints import save_checkpoint
 from pipeline.config import ConfigError, OptimizationConfig, ReadConfig
 from pipeline.dataflow.ray_executor import AttemptLimit
 from pipeline.dataflow.training_images import TrainingImages
+from pipeline.decode import DecodeOptions
 from pipeline.read import ReadOptions
 from pipeline.storage import StorageError
 from pipeline.text import pluralize
@@ -123,8 +124,7 @@ def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, que
         prepared.shards[name],
         prepared.storage,
         ReadOptions.from_config(section, labels, ReadConfig(concurrent_fetches=1)),
-        preprocessor,
-        section.max_image_pixels,
+        DecodeOptions(preprocessor, section.max_image_pixels),
         limit,
         queue,
     )

@@ -31,6 +31,7 @@ from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, load_config
 from pipeline.dataflow.ray_executor import AttemptLimit
 from pipeline.dataflow.training_images import TrainingImages
+from pipeline.decode import DecodeOptions
 from pipeline.read import ReadOptions, list_input_shards
 from pipeline.storage import Storage, StorageError
 from pipeline.train import train_model
@@ -279,7 +280,9 @@ def test_seed_and_epoch_determine_a_mixed_order_of_all_images(
     shards = list_input_shards(Storage(), settings.train, "train.uri")
     options = ReadOptions.from_config(settings.train, model.model.config.id2label.values())
     queue, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(1)
-    images = TrainingImages(shards, Storage(), options, model.preprocessor, 1000, limit, queue, block_images)
+    images = TrainingImages(
+        shards, Storage(), options, DecodeOptions(model.preprocessor, 1000), limit, queue, block_images
+    )
     assert images.load(cache) == []
     assert (images.usable, images.skipped.total()) == (500, 0)
 
