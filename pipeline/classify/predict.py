@@ -42,56 +42,57 @@ def classify(chunk: Chunk, backend: Backend, options: PredictionOptions) -> Chun
     Raises:
         Exception: the model also fails for a black image, so the images are not the cause.
     """
-    samples = chunk.samples
-    good = pc.is_null(samples["error"]).to_numpy()
+    samples, pixels = chunk.samples, chunk.pixels
+    errors: list[SampleError | None] = samples["error"].to_pylist()
+    rows = [row for row, error in enumerate(errors) if error is None]
     fields = model_output_fields(options.embedding, options.embedding_width)
     columns = [pa.nulls(0, field.type) for field in fields]
-    if chunk.pixels is not None and len(chunk.pixels):
-        errors: list[SampleError | None] = [None] * len(chunk.pixels)
-        outputs = list(_predict_bisecting(backend, chunk.pixels, errors))
-        if any(errors):  # also after the last failure: the device may have broken in between
-            backend(chunk.pixels[:1] * 0)
+    if pixels is not None and rows:
+        outputs = list(_predict_bisecting(backend, pixels, rows, errors))
+        answered = [row for row in rows if errors[row] is None]
+        if len(answered) < len(rows):  # also after the last failure: the device may have broken in between
+            backend(pixels[:1] * 0)
         if outputs:
             logits = np.concatenate([part.logits for part in outputs])
             embeddings = np.concatenate([part.embeddings for part in outputs])
             finite = np.isfinite(logits).all(axis=1)
-            answered = np.flatnonzero([error is None for error in errors])
-            for index in answered[~finite].tolist():
+            for index in np.flatnonzero(~finite).tolist():
                 detail = "the model returned NaN or infinity for this image"
-                errors[index] = sample_error(ErrorCategory.NON_FINITE_OUTPUT, detail)
+                errors[answered[index]] = sample_error(ErrorCategory.NON_FINITE_OUTPUT, detail)
             predicted = _predict(logits[finite], options)
             if options.embedding != "none":
                 values = pa.array(embeddings[finite].astype(options.embedding).reshape(-1))
                 predicted["embedding"] = pa.FixedSizeListArray.from_arrays(values, options.embedding_width)
             columns = [predicted[field.name].cast(field.type) for field in fields]
-        if any(errors):
-            column = pc.coalesce(samples["error"], _scatter(pa.array(errors, pa.string()), good))
-            samples = samples.set_column(samples.schema.get_field_index("error"), "error", column)
-            good = pc.is_null(column).to_numpy()
+    error_index = samples.schema.get_field_index("error")
+    samples = samples.set_column(error_index, "error", pa.array(errors, pa.string()))
+    # Places the values in the rows without an error, and null in all other rows.
+    is_good = pc.is_null(samples["error"]).to_numpy()
+    indices = pa.array(np.cumsum(is_good) - 1, pa.int64(), mask=~is_good)
     for field, values in zip(fields, columns, strict=True):
-        samples = samples.append_column(field, _scatter(values, good))
+        samples = samples.append_column(field, values.take(indices))
     return replace(chunk, samples=samples, pixels=None)
 
 
 def _predict_bisecting(
-    backend: Backend, pixels: np.ndarray | Tensor, errors: list[SampleError | None], start: int = 0
+    backend: Backend, pixels: np.ndarray | Tensor, rows: list[int], errors: list[SampleError | None]
 ) -> Iterator[EngineOutput]:
     """Yields the outputs of the model; after a failure, tries each half.
 
-    Sets the errors of images for which the model fails; `start` is the index of the first image.
+    Sets the errors of images for which the model fails; `rows` are the rows of the images in the chunk.
     """
     try:
         outputs = backend(pixels)
     except Exception as error:
-        if len(pixels) == 1:
+        if len(rows) == 1:
             detail = single_line(f"{type(error).__name__}: {error}")
-            errors[start] = sample_error(ErrorCategory.MODEL_FAILED, detail)
+            errors[rows[0]] = sample_error(ErrorCategory.MODEL_FAILED, detail)
             return
         backend(pixels[:1] * 0)  # raises if the device is broken, and not the images
-        half = len(pixels) // 2
-        logger.warning("the model failed for %d images; trying each half: %s", len(pixels), error)
-        yield from _predict_bisecting(backend, pixels[:half], errors, start)
-        yield from _predict_bisecting(backend, pixels[half:], errors, start + half)
+        half = len(rows) // 2
+        logger.warning("the model failed for %d images; trying each half: %s", len(rows), error)
+        yield from _predict_bisecting(backend, pixels[:half], rows[:half], errors)
+        yield from _predict_bisecting(backend, pixels[half:], rows[half:], errors)
     else:
         yield outputs
 
@@ -125,9 +126,3 @@ def _top_classes(p: np.ndarray, k: int) -> np.ndarray:
     candidates = np.sort(np.argpartition(-p, k - 1, axis=1)[:, :k], axis=1)
     order = np.argsort(-np.take_along_axis(p, candidates, axis=1), axis=1, kind="stable")
     return np.take_along_axis(candidates, order, axis=1)
-
-
-def _scatter(values: pa.Array, good: np.ndarray) -> pa.Array:
-    """Places the values in the good rows, and null in all other rows."""
-    indices = np.cumsum(good) - 1
-    return values.take(pa.array(indices, pa.int64(), mask=~good))
