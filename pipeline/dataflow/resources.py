@@ -1,7 +1,6 @@
 """Chooses the CPUs, GPUs and memory of each stage."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
@@ -73,14 +72,14 @@ class ResourceRequest:
 
     Attributes:
         size: height and width of the model's images in pixels.
-        count_macs: returns the multiply-accumulate operations for one image.
+        macs: multiply-accumulate operations for one image.
     """
 
     read: ReadConfig
     decode: DecodeConfig
     classify: ClassifyConfig
     size: int
-    count_macs: Callable[[], int]
+    macs: int
 
 
 def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Resources:
@@ -116,15 +115,14 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
     if not on_gpu and threads is None:
         # A single classifier uses all CPUs of its machine: decoding needs few of them.
         threads = int(cluster.node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
-    chunk_images = read.chunk_images or _chunk_images(request.count_macs(), size, on_gpu)
+    chunk_images = read.chunk_images or _chunk_images(request.macs, size, on_gpu)
     decoder_cpus = cpus_left + decode_cpus - min(max_actors, fitting_actors) * actor_cpus
     max_memory = cluster.node_memory / 4  # so that a task of each stage fits on every node
     return Resources(
         device="cuda" if on_gpu else "cpu",
         chunk_images=chunk_images,
         chunk_bytes=read.chunk_bytes,
-        batch_size=classify.batch_size
-        or _power_of_two(_BATCH_MACS // request.count_macs(), _MIN_BATCH, _MAX_BATCH),
+        batch_size=classify.batch_size or _power_of_two(_BATCH_MACS // request.macs, _MIN_BATCH, _MAX_BATCH),
         read_cpus=read.num_cpus,
         # A chunk as samples, as a table and as a block of Ray, and the prefetched ranges.
         read_memory=read.memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,9 +44,8 @@ class Job:
     def resource_request(self) -> ResourceRequest:
         """The resources that the job requests from an executor."""
         config, checkpoint, size = self.config, self.checkpoint, self.checkpoint.preprocessor.size
-        classes = len(checkpoint.labels)
-        count = functools.cache(functools.partial(count_macs, checkpoint.model.config, classes, size))
-        return ResourceRequest(config.read, config.decode, config.classify, size, count)
+        macs = count_macs(checkpoint.model.config, len(checkpoint.labels), size)
+        return ResourceRequest(config.read, config.decode, config.classify, size, macs)
 
     @property
     def stages(self) -> Stages:

@@ -39,7 +39,7 @@ CVT_13 = 4_566_000_000  # multiply-accumulate operations for an image of 224 pix
 
 
 def choose_on(cluster: ClusterCapacity, config: Config, macs: int = CVT_13, size: int = 224) -> Resources:
-    request = ResourceRequest(config.read, config.decode, config.classify, size, lambda: macs)
+    request = ResourceRequest(config.read, config.decode, config.classify, size, macs)
     return choose_resources(request, cluster)
 
 
