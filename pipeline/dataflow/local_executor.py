@@ -61,11 +61,11 @@ class _Run:
 
     def __init__(self, shards: Sequence[Shard], stages: Stages, resources: Resources) -> None:
         readers = min(resources.readers, max(1, len(shards)))
-        count = readers + resources.decoders + resources.concurrent_chunks
+        count = readers + resources.decoders + stages.classify.concurrent_chunks
         self._decode_options = stages.decode_options if resources.decoders else None
         self._classify = Classifier(stages, resources)
         self._timeout_s = stages.classify.timeout_s
-        self._classifying = threading.Semaphore(resources.concurrent_chunks)
+        self._classifying = threading.Semaphore(stages.classify.concurrent_chunks)
         # Readers share the shards.
         numbered = queue.SimpleQueue[tuple[int, Shard] | None]()
         for item in (*enumerate(shards), *[None] * readers):

@@ -272,10 +272,10 @@ class RayExecutor:
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
-                min_size=resources.min_actors,
+                min_size=stages.classify.min_actors,
                 max_size=resources.max_actors,
-                max_tasks_in_flight_per_actor=2 * resources.concurrent_chunks,
-                max_concurrent_calls_per_actor=resources.concurrent_chunks,
+                max_tasks_in_flight_per_actor=2 * stages.classify.concurrent_chunks,
+                max_concurrent_calls_per_actor=stages.classify.concurrent_chunks,
                 enable_true_multi_threading=True,
             ),
             num_cpus=resources.classify_cpus,

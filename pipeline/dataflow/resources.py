@@ -28,7 +28,6 @@ class Resources:
         batch_size: number of images per call of the model.
         readers: number of concurrent read tasks.
         decoders: number of decode tasks that fit next to all other tasks; 0 if classifiers decode.
-        concurrent_chunks: number of chunks that a classifier processes at the same time.
         threads: number of CPU threads of a classifier; None for PyTorch's default.
     """
 
@@ -44,9 +43,7 @@ class Resources:
     decoders: int
     classify_cpus: float
     classify_gpus: float
-    min_actors: int
     max_actors: int
-    concurrent_chunks: int
     threads: int | None
 
 
@@ -134,9 +131,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         decoders=max(1, math.floor(decoder_cpus / decode_cpus)) if has_decode_tasks else 0,
         classify_cpus=actor_cpus,
         classify_gpus=actor_gpus,
-        min_actors=classify.min_actors,
         max_actors=max_actors,
-        concurrent_chunks=classify.concurrent_chunks,
         threads=threads,
     )
 

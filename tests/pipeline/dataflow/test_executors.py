@@ -119,7 +119,7 @@ def test_slow_consumer_limits_the_chunks_in_memory(job: Job, shards: list[Shard]
         chunks = executor.label(shards * 20, stages, resources)
         next(chunks)
         time.sleep(0.5)
-        threads = 1 + 1 + resources.concurrent_chunks
+        threads = 1 + 1 + stages.classify.concurrent_chunks
         assert stages.read <= threads + 2 + 1  # two pending results and the consumed one
         chunks.close()
     for name in [thread.name for thread in threading.enumerate()]:
