@@ -166,7 +166,10 @@ def _type_name(field: dict[str, Any], sections: dict[str, Any]) -> str:
         return "mapping of sections" if "patternProperties" in field else "section"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    names = {"object": "mapping", "array": "list of strings", "null": "null"}
+    if "const" in field:
+        return f"`{field['const']}`"
+    is_text = field.get("items", {}).get("type") == "string"
+    names = {"object": "mapping", "array": "list of strings" if is_text else "list of lists"}
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     shown = ", ".join(f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field)
     name = names.get(field["type"], field["type"])

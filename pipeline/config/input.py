@@ -71,19 +71,13 @@ class InputConfig(Section):
     the `.cls` member.
     """
     image_column: str | None = Field(default=None, examples=["image"])
-    """Name of the image column. Null: `image`, or the only column whose type is binary or a struct with
-    binary `bytes`.
-    """
+    """Image column. Null: `image`, or the only column that is binary or a struct with binary `bytes`."""
     uri_column: str | None = Field(default=None, examples=["image_url"])
-    """Name of the column with the URIs of the images. Null: the only column whose name is usual for it, such
-    as `uri` or `image_url`.
-    """
+    """Column with the images' URIs. Null: the only column with a usual name, such as `uri` or `image_url`."""
     label_column: str | None = Field(default=None, examples=["label"])
-    """Name of the label column. Null: no targets."""
+    """Label column. Null: no targets."""
     key_column: str | None = Field(default=None, examples=["id"])
-    """Name of the column with the sample keys. Null: the image's path or URI, or the row number if there is
-    none.
-    """
+    """Column with the sample keys. Null: the image's path or URI, or the row number if there is none."""
     carry: Annotated[
         dict[str, str | None],
         BeforeValidator(_names_to_types, json_schema_input_type=dict[str, str | None] | list[str]),
@@ -133,9 +127,7 @@ class InputConfig(Section):
     max_image_bytes: PositiveInt = 256 * 1024**2
     """Maximum size of an encoded image, in bytes. A larger image is an error row, and is not read."""
     max_image_pixels: PositiveInt = 178_956_970  # Pillow's limit against decompression bombs
-    """Maximum number of pixels of an image (width times height). A larger image is an error row, and is not
-    decoded.
-    """
+    """Maximum pixels (width times height) of an image. A larger image is an error row, and is not decoded."""
 
     @field_validator(*FIELD_FORMATS)
     @classmethod

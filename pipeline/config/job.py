@@ -22,9 +22,7 @@ class ModelConfig(Section):
     Face layout, a Microsoft `.pth` file or a TensorFlow `.h5` file.
     """
     revision: str | None = Field(default=None, examples=["main"])
-    """Branch, tag or commit of a hub id; `id@revision` in `model.path` does the same. Null: the default
-    branch.
-    """
+    """Branch, tag or commit of a hub id, as `id@revision` in `model.path`. Null: the default branch."""
     labels: NameOrUri | None = Field(default=None, examples=["s3://my-bucket/classes.txt"])
     """Path or URI of a file with class names that replace the checkpoint's: one name per line, or `.json`
     with a list or an object by class id. Null: the checkpoint's names.
@@ -39,18 +37,13 @@ class OutputConfig(Section):
     """The location of the labels, and the content of each row."""
 
     uri: Uri = Field(examples=["s3://my-bucket/labels"])
-    """Folder of the labels. Each model and fingerprint has its own folder `model=<name>-<fingerprint>` in it.
-    """
+    """Folder of the labels. Each model and fingerprint has a folder `model=<name>-<fingerprint>` in it."""
     topk: PositiveInt = 5
-    """Number of classes with the highest scores that each row keeps. A model with fewer classes keeps all of
-    them.
-    """
+    """Number of best classes that each row keeps. A model with fewer classes keeps all of them."""
     embedding: Literal["none", "float16", "float32"] = "none"
     """Type of the column `embedding`, the model's features before the classifier. `none`: no such column."""
     label_names: bool = False
-    """Add the columns `target`, the name of the target's class, and `topk_labels`, the names of
-    `topk_label_ids`.
-    """
+    """Add the columns `target` and `topk_labels`: the names of the target's class and of `topk_label_ids`."""
 
 
 class ReportConfig(Section):
@@ -100,9 +93,7 @@ class GateConfig(Section):
     max_js: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, examples=[0.2])
     """Maximum Jensen-Shannon distance of the classes, from 0 to 1. Null: no limit."""
     min_images: PositiveInt = 1
-    """Minimum number of labeled images of both runs. Smaller runs are not compared, because they differ by
-    chance.
-    """
+    """Minimum number of labeled images of both runs. Smaller runs differ by chance, and are not compared."""
 
 
 class StorageConfig(Section):
@@ -121,9 +112,7 @@ class StorageConfig(Section):
     request_timeout_s: PositiveFloat = 60
     """Maximum seconds of a request, plus one second for each `min_bytes_per_s` bytes."""
     min_bytes_per_s: PositiveFloat = 64 * 1024
-    """Minimum throughput of a request, in bytes per second. A slower request is canceled, and retried three
-    times.
-    """
+    """Minimum bytes per second of a request. A slower request is canceled, and retried three times."""
     conditional_writes: bool = True
     """Whether the buckets support conditional writes. False: a store without them is accepted, and only one
     run at a time may write to an output. No label depends on this field.
@@ -140,9 +129,7 @@ class RunConfig(Section):
     grace_period_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20
     """Maximum seconds for finishing started shards after SIGTERM or Ctrl-C."""
     flush_interval_s: PositiveFloat = 30
-    """Seconds between writes of the manifest. The interval is longer if the writes take a large part of the
-    time.
-    """
+    """Seconds between writes of the manifest, or more if the writes take a large part of the time."""
 
 
 class Config(Section):

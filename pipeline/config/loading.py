@@ -21,6 +21,8 @@ from pipeline.text import remove_secrets
 T = TypeVar("T", bound=BaseModel)
 Field = tuple[str, ...]
 Source = str | Path | None
+#: What set a field: a line of the file, or an override.
+Origin = int | str
 
 
 def load_job_config(path: Source = None, overrides: Iterable[str] = ()) -> Config:
@@ -55,21 +57,22 @@ def load_config(
     an override sets another model or revision.
     """
     source = str(path) if path is not None else "configuration"
-    values, lines = _read(source) if path is not None else ({}, {})
+    values, origins = _read(source) if path is not None else ({}, {})
     commit = None
     if {"run", "fingerprint", "config"} <= values.keys():
         commit, values = values.get("model_commit"), values["config"]
-        lines = {field[1:]: line for field, line in lines.items() if field[0] == "config"}
+        origins = {field[1:]: line for field, line in origins.items() if field[0] == "config"}
     recorded_model = _model(values)
-    overridden = {_apply(values, override): override for override in overrides}
+    for override in overrides:
+        _apply(override, values, origins)
     if commit is not None and _model(values) == recorded_model is not None:
         values["model"] |= {"path": recorded_model[0].partition("@")[0], "revision": commit}
     try:
         return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths})
     except ValidationError as error:
-        errors = [_describe(kind, each, lines, overridden) for each in error.errors()]
-    of_file = [message for is_override, message in errors if not is_override]
-    of_overrides = [message for is_override, message in errors if is_override]
+        errors = [_describe(kind, each, origins) for each in error.errors()]
+    of_file = [f"  {message}" for message in errors if not message.startswith("--set ")]
+    of_overrides = [message for message in errors if message.startswith("--set ")]
     header = [f"{source}:"] if of_file else []
     raise ConfigError("\n".join([*header, *of_file, *of_overrides]))
 
@@ -81,13 +84,13 @@ def _model(values: Mapping[str, Any]) -> tuple[str, Any] | None:
     return model["path"], model.get("revision")
 
 
-def _read(source: str) -> tuple[dict[str, Any], dict[Field, int]]:
+def _read(source: str) -> tuple[dict[str, Any], dict[Field, Origin]]:
     """Returns the values of a file or environment variable, and the line of each field."""
     kind, _, name = source.partition(":")
     try:
         text = os.environ[name] if kind == "env" else Path(source).read_text(encoding="utf-8")
         values, node = _parse(text)
-        lines = dict(_lines(node))
+        lines = dict[Field, Origin](_lines(node))
     except KeyError:
         raise ConfigError(f"{source}: the environment has no such variable") from None
     except OSError as error:
@@ -118,8 +121,8 @@ def _lines(node: Node | None, parent: Field = ()) -> Iterator[tuple[Field, int]]
             yield from _lines(value, field)
 
 
-def _apply(values: dict[str, Any], override: str) -> Field:
-    """Sets one `section.field=value`, whose value is YAML, and returns the field."""
+def _apply(override: str, values: dict[str, Any], origins: dict[Field, Origin]) -> None:
+    """Sets one `section.field=value`, whose value is YAML, in a configuration and in the origins."""
     name, equals, text = override.partition("=")
     field = tuple(name.strip().split("."))
     if not equals or not all(field):
@@ -128,23 +131,21 @@ def _apply(values: dict[str, Any], override: str) -> Field:
         value = _parse(text)[0]
     except (YAMLError, ValueError, RecursionError):
         value = text
-    for part in field[:-1]:
+    for depth, part in enumerate(field[:-1], 1):
         if values.get(part) is None:
             values[part] = {}
+            origins[field[:depth]] = override
         values = values[part]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {remove_secrets(override)}: {part} is not a section")
     values[field[-1]] = value
-    return field
+    for replaced in [each for each in origins if each[: len(field)] == field]:
+        del origins[replaced]
+    origins[field] = override
 
 
-def _describe(
-    kind: type[BaseModel],
-    error: Mapping[str, Any],
-    lines: Mapping[Field, int],
-    overridden: dict[Field, str],
-) -> tuple[bool, str]:
-    """Returns whether a validation error comes from an override, and its message."""
+def _describe(kind: type[BaseModel], error: Mapping[str, Any], origins: Mapping[Field, Origin]) -> str:
+    """Returns the message of a validation error, with the line or the override that set the value."""
     field = tuple(str(part) for part in error["loc"])
     message = describe_error(kind, error)
     if field[-1:] == ("[key]",):  # of a mapping, such as the name of a dataset
@@ -152,30 +153,28 @@ def _describe(
     if named := re.match(r"([a-z]+\.[a-z_]+): ", message):  # a condition on several fields names one of them
         field, message = (*field, *named[1].split(".")), message.removeprefix(named[0])
     is_hidden = error["type"] == VALUE_HIDDEN
-    # The value of a dataset's field may come from the defaults of all datasets.
-    origins = [field, ("defaults", *field[2:])] if field[:1] == ("datasets",) else [field]
-    line = next((lines[origin] for origin in origins if origin in lines), None)
-    option = _find_override(origins, line is not None, overridden) if field else None
-    if option is not None:
-        name, _, value = overridden[option].partition("=")
-        shown = name if is_hidden else f"{name}={remove_secrets(value)}"
-        return True, f"--set {shown}: {'' if option == field else '.'.join(field) + ': '}{message}"
+    origin = _find_origin(field, origins)
     place = f"{'.'.join(field)}: " if field else ""
-    # An error of a section that an override has changed belongs to no line.
-    if line is not None and not any(each[: len(field)] == field for each in overridden):
-        place = f"line {line}: {place}"
+    if isinstance(origin, str):
+        name, _, value = origin.partition("=")
+        shown = name if is_hidden else f"{name}={remove_secrets(value)}"
+        return f"--set {shown}: {'' if name.strip() == '.'.join(field) else place}{message}"
+    if origin is not None:
+        place = f"line {origin}: {place}"
     has_value = error["type"] not in ("extra_forbidden", "missing") and not is_hidden
     if has_value and not isinstance(error["input"], Mapping) and error["input"] not in ("", []):
         message += f", not {remove_secrets(_as_yaml(error['input']))}"
-    return False, f"  {place}{message}"
+    return f"{place}{message}"
 
 
-def _find_override(origins: Iterable[Field], is_in_file: bool, overridden: dict[Field, str]) -> Field | None:
-    """Returns the last override that set a field or its section, or that created the section; else None."""
-    for option in reversed(overridden):
-        for origin in origins:
-            if origin[: len(option)] == option or (not is_in_file and option[: len(origin)] == origin):
-                return option
+def _find_origin(field: Field, origins: Mapping[Field, Origin]) -> Origin | None:
+    """Returns what set a field, or else the section that holds the field; None for neither."""
+    for end in range(len(field), 0, -1):
+        if field[:end] in origins:
+            return origins[field[:end]]
+        # The value of a dataset's field may come from the defaults of all datasets.
+        if field[0] == "datasets" and ("defaults", *field[2:end]) in origins and end > 2:
+            return origins["defaults", *field[2:end]]
     return None
 
 

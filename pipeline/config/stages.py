@@ -106,9 +106,7 @@ class ClassifyConfig(Section):
     the cluster scales up during the job.
     """
     batch_size: PositiveInt | None = None
-    """Number of images in a batch of the model. Null: from the model's size, 64 to 256; 64 for CvT-13 at 224
-    pixels.
-    """
+    """Images in a batch of the model. Null: from the model's size, 64 to 256; 64 for CvT-13 at 224 pixels."""
     concurrent_chunks: PositiveInt = 2
     """Number of chunks that an actor processes concurrently. One is classified while others are decoded or
     converted to rows.

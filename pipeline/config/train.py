@@ -113,9 +113,7 @@ class TrainConfig(Section):
     workers: WorkersConfig = WorkersConfig()
     output: TrainOutputConfig
     cache: bool = True
-    """Keep decoded images in Ray's object store, and on its disk, for all epochs. False: decode them in every
-    epoch.
-    """
+    """Keep decoded images for all epochs, in Ray's object store and on its disk. False: decode each epoch."""
     max_skipped_fraction: Fraction = 0.5
     """Maximum fraction of the images of a section that cannot be used: without a target, with a target that
     is no class of the model, or not decodable. A larger fraction ends the training before the first epoch.

@@ -26,7 +26,7 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
     """Yields the samples of a tar. Adjacent members with the same key form a sample."""
     info = shard.object
     with (
-        storage.open_sequential(info.uri, info.version, options.concurrent_fetches) as file,
+        storage.open(info.uri, info.version, options.concurrent_fetches) as file,
         storage.open_unbuffered(info.uri, info.version) as links,  # a link does not interrupt the read-ahead
     ):
         # The content determines the compression, because compressed tars are often named .tar.

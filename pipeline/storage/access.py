@@ -23,13 +23,12 @@ from pipeline.storage.objects import (
     StorageError,
     unsupported_scheme,
 )
-from pipeline.storage.ranges import CHUNK_BYTES
+from pipeline.storage.ranges import CHUNK_BYTES, RangeReader
 from pipeline.storage.retrying import until_unchanged
 
 if TYPE_CHECKING:  # imported on first use, as the services of buckets
     from pipeline.storage.http import Downloader
 
-_AHEAD_BUFFER_BYTES = 1024**2
 _MAX_READ_BYTES = 8 * 1024**3
 _clients_lock = threading.Lock()  # boto3 clients are thread-safe, but their creation is not
 _checked: set[tuple[object, ...]] = set()  # configurations and buckets whose conditional writes work
@@ -49,16 +48,7 @@ class Storage:
 
     Instances are small and picklable. A client is created on first use, one per process and configuration.
     Credentials come from each service's standard chain (environment, files, instance roles).
-    Every method may raise `StorageError`, after retries.
-
-    Attributes:
-        endpoint_url: URL of an S3-compatible service; default: AWS_ENDPOINT_URL_S3, or AWS.
-        region: Region of the buckets; default: from the AWS configuration.
-        anonymous: Access buckets without credentials.
-        requester_pays: Accept the costs of requests to buckets whose requester pays.
-        request_timeout_s: Maximum seconds of a request, plus the time that its bytes need.
-        min_bytes_per_s: Minimum throughput, which gives a request with many bytes more time.
-        conditional_writes: Whether buckets support conditional writes. If false, there must be one writer.
+    Every method may raise `StorageError`, after retries. `StorageConfig` describes the fields.
     """
 
     endpoint_url: str | None = None
@@ -106,23 +96,19 @@ class Storage:
         except ObjectNotFound:
             return ABSENT
 
-    def open(self, uri: str, version: str | None = None) -> io.BufferedReader:
+    def open(self, uri: str, version: str | None = None, read_ahead: int = 0) -> io.BufferedReader:
         """Opens an object as a seekable stream over retried ranged reads of 8 MiB.
 
         Every read is pinned to `version`, or to the current version: bytes of two versions never mix. If
-        `version` is given, nothing is fetched before the first read.
+        `version` is given, nothing is fetched before the first read. Of an object in a bucket, the next
+        `read_ahead` ranges are fetched concurrently.
         """
-        return io.BufferedReader(self.open_unbuffered(uri, version), buffer_size=CHUNK_BYTES)
-
-    def open_sequential(self, uri: str, version: str, read_ahead: int) -> io.BufferedReader:
-        """Opens an object for reading from start to end; fetches `read_ahead` ranges concurrently."""
-        service = self._service(uri)
-        stream = service.open(ObjectInfo.of_version(uri, version))
-        if isinstance(service, Buckets):  # the operating system reads local files ahead
+        stream = self.open_unbuffered(uri, version)
+        if read_ahead and "://" in uri:  # the operating system reads local files ahead
             stream = stream.with_read_ahead(read_ahead)
-        return io.BufferedReader(stream, buffer_size=_AHEAD_BUFFER_BYTES)
+        return io.BufferedReader(stream, buffer_size=CHUNK_BYTES)
 
-    def open_unbuffered(self, uri: str, version: str | None = None) -> io.RawIOBase:
+    def open_unbuffered(self, uri: str, version: str | None = None) -> RangeReader:
         """Opens an object as `open` does, but without a buffer: each read fetches exactly its range."""
         service = self._service(uri)
         return service.open(service.stat(uri) if version is None else ObjectInfo.of_version(uri, version))

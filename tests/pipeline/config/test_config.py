@@ -166,12 +166,8 @@ def test_error_of_an_override_is_reported_as_the_options(tmp_path: Path, overrid
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("read: 3", "read: expected a section with the fields concurrency, num_cpus, "),
-        (
-            "storage: s3",
-            "storage: expected a section with the fields endpoint_url, region, "
-            "anonymous, requester_pays, ..., not 's3'",
-        ),
+        ("read: 3", "read: must be a section with fields, not 3"),
+        ("storage: s3", "storage: must be a section with fields, not 's3'"),
         ("read: {concurrency: 2.5}", "read.concurrency: must be a valid integer, not 2.5"),
         ("read: {concurrency: true}", "read.concurrency: must be a valid integer, not true"),
         ("read: {num_cpus: x}", "read.num_cpus: must be a valid number, not 'x'"),
@@ -429,25 +425,6 @@ def test_schedule_without_croniter_names_the_extra(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "croniter", None)
     with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[schedule\]'"):
         load_config(ScheduleConfig, CONFIGS[0].parent / "schedule.yaml")
-
-
-@pytest.mark.parametrize(
-    ("cron", "expected"),
-    [
-        ("*/61 * * * *", "the step 61 of the minute is larger than the range of 60 values"),
-        ("0 0-5,8-12/25 * * *", "the step 25 of the hour is larger than the range of 24 values"),
-        ("0 0 */32 * *", "the step 32 of the day of month is larger than the range of 31 values"),
-        ("0 0 1 */13 *", "the step 13 of the month is larger than the range of 12 values"),
-        ("0 0 * * */8", "the step 8 of the day of week is larger than the range of 7 values"),
-    ],
-)
-def test_cron_step_larger_than_its_field_is_rejected(tmp_path: Path, cron: str, expected: str) -> None:
-    pytest.importorskip("croniter")
-    path = CONFIGS[0].parent / "schedule.yaml"
-    name = next(iter(load_config(ScheduleConfig, path).datasets))
-    with pytest.raises(ConfigError, match=expected):
-        load_config(ScheduleConfig, path, [f"datasets.{name}.cron={cron}"])
-    load_config(ScheduleConfig, path, [f"datasets.{name}.cron=*/60 */24 */31 */12 */7"])
 
 
 def test_gpu_cluster_file_has_every_field() -> None:

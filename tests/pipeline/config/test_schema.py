@@ -81,7 +81,7 @@ def test_descriptions_of_the_schema_are_one_line(kind: str) -> None:
 def test_description_names_the_formats_that_use_the_field() -> None:
     properties = json_schema("label")["$defs"]["InputConfig"]["properties"]
     assert properties["filter"]["description"].startswith("Only for `table`. Conditions")
-    assert properties["key_column"]["description"].startswith("Only for `parquet`, `table`. Name")
+    assert properties["key_column"]["description"].startswith("Only for `parquet`, `table`. Column")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,7 +65,7 @@ def test_read_ahead_fetches_ranges_concurrently_and_correctly(
     data = random.Random(4).randbytes(4 * CHUNK + 12345)
     info = storage.write(f"{folder}/x", data)
     proxy.next("reset", "truncated", where=lambda request: request.range.startswith(f"bytes={2 * CHUNK}-"))
-    with faulty.open_sequential(info.uri, info.version, 3) as file:
+    with faulty.open(info.uri, info.version, 3) as file:
         assert file.read(100) == data[:100]
         deadline = time.monotonic() + 30
         while len({request.range for request in proxy.seen}) < 4:  # only the first range was requested
@@ -84,16 +84,16 @@ def test_read_ahead_fetches_ranges_concurrently_and_correctly(
 
 def test_read_ahead_is_pinned_to_the_version(storage: Storage, folder: str) -> None:
     info = storage.write(f"{folder}/x", bytes(3 * CHUNK))
-    with storage.open_sequential(info.uri, info.version, 1) as file:
+    with storage.open(info.uri, info.version, 1) as file:
         assert file.read(10) == bytes(10)
         storage.write(info.uri, b"1" * 3 * CHUNK)
         with pytest.raises(ObjectChanged):
             file.read()
-    with storage.open_sequential(f"{folder}/none", info.version, 2) as file, pytest.raises(ObjectNotFound):
+    with storage.open(f"{folder}/none", info.version, 2) as file, pytest.raises(ObjectNotFound):
         file.read()
 
 
 def test_empty_object_can_be_read_ahead(storage: Storage, folder: str) -> None:
     info = storage.write(f"{folder}/x", b"")
-    with storage.open_sequential(info.uri, info.version, 2) as file:
+    with storage.open(info.uri, info.version, 2) as file:
         assert file.read() == b""
