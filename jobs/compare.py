@@ -11,7 +11,7 @@ from jobs.console import ExitStatus, make_table, print_notice, print_table
 from pipeline import compare_labels
 from pipeline.commit import Partition
 from pipeline.compare import NoPreviousRunError
-from pipeline.statistics import Comparison, ComparisonLimits
+from pipeline.statistics import Comparison, limit_violations
 from pipeline.storage import Storage, StorageError, encode_parquet, normalize_uri
 from pipeline.text import escape_unprintable, format_percent
 
@@ -88,8 +88,7 @@ def compare(
     if output is not None:
         storage.write(normalize_uri(output), encode_parquet(found.table()))
     print_comparison(found, top)
-    limits = ComparisonLimits(max_psi, max_js, max_score_psi, min_agreement, min_images)
-    broken = limits.violations(found.totals)
+    broken = limit_violations(found.totals, max_psi, max_js, max_score_psi, min_agreement, min_images)
     for message in broken:
         print_notice(f"cvt-label: {message}")
     sys.exit(ExitStatus.DRIFTED if broken else ExitStatus.OK)

@@ -5,9 +5,9 @@ from collections import Counter
 from pipeline.compare import RunPair
 from pipeline.config import InputUris
 from pipeline.run.recording import RunContext
-from pipeline.statistics import Comparison, ComparisonLimits
+from pipeline.statistics import Comparison, limit_violations
 
-_DRIFT_LIMITS = {"max_psi", "max_js", "max_score_psi", "min_images"}
+_DRIFT_LIMITS = {"max_psi", "max_js", "max_score_psi"}
 #: Maximum number of earlier run records that a run reads.
 _MAX_EARLIER = 100
 
@@ -32,7 +32,7 @@ def find_run_pair(run: RunContext) -> RunPair:
 
 def check_gate_alone(run: RunContext) -> bool:
     """Checks the limits for the canary, or for a run that changed nothing; returns whether they pass."""
-    runs = find_run_pair(run) if _drift_limits(run).any_set else None
+    runs = find_run_pair(run) if _drift_limits(run) else None
     if runs is not None and not runs.current and run.result.plan.shards:
         runs = None  # the canary has no labels
     check_gate(run, runs, runs.fold_statistics()[1] if runs is not None and runs.current else None)
@@ -47,13 +47,16 @@ def check_gate(run: RunContext, runs: RunPair | None, previous: Comparison | Non
     drift = None if previous is None else previous.totals
     if runs is not None and runs.previous is not None and not runs.current:
         drift = runs.partition.record(runs.previous).get("drift")
-    result = run.result
-    result.broken_limits = _drift_limits(run).violations(drift) if drift else []
+    result, min_images = run.result, run.result.job.config.gate.min_images
+    result.broken_limits = (
+        limit_violations(drift, min_images=min_images, **_drift_limits(run)) if drift else []
+    )
     result.broken_failure_limits = run.failures.violations()
     run.record.set(
         drift=drift, broken_limits=result.broken_limits, broken_failure_limits=result.broken_failure_limits
     )
 
 
-def _drift_limits(run: RunContext) -> ComparisonLimits:
-    return ComparisonLimits(**run.result.job.config.gate.model_dump(include=_DRIFT_LIMITS))
+def _drift_limits(run: RunContext) -> dict[str, float]:
+    """Returns the limits on drift that are set."""
+    return run.result.job.config.gate.model_dump(include=_DRIFT_LIMITS, exclude_none=True)

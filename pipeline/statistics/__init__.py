@@ -5,7 +5,7 @@ This package uses only NumPy and Arrow, and does no I/O.
 
 from pipeline.statistics.causes import ErrorCauses
 from pipeline.statistics.classes import HISTOGRAM_BINS, Calibration, ClassStatistics
-from pipeline.statistics.comparison import AgreementStatistics, Comparison, ComparisonLimits, LabelSetId
+from pipeline.statistics.comparison import AgreementStatistics, Comparison, LabelSetId, limit_violations
 from pipeline.statistics.confusion import PairCounts
 from pipeline.statistics.drift import ClassMapping, Drift
 from pipeline.statistics.stages import (

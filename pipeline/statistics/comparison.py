@@ -173,38 +173,29 @@ class Comparison:
         return pa.table(columns, metadata={TOTALS: json.dumps(self.totals)})
 
 
-@dataclass(frozen=True)
-class ComparisonLimits:
-    """Limits for a comparison; None means no limit.
+def limit_violations(
+    totals: Mapping[str, Any],
+    max_psi: float | None = None,
+    max_js: float | None = None,
+    max_score_psi: float | None = None,
+    min_agreement: float | None = None,
+    min_images: int = 1,
+) -> list[str]:
+    """Returns a sentence for each limit that `Comparison.totals` exceed; None means no limit.
 
-    Attributes:
-        min_images: The limits on drift apply if both label sets have at least this number of images.
+    The limits on drift apply if both label sets have at least `min_images` images.
     """
-
-    max_psi: float | None = None
-    max_js: float | None = None
-    max_score_psi: float | None = None
-    min_agreement: float | None = None
-    min_images: int = 1
-
-    @property
-    def any_set(self) -> bool:
-        """Returns whether any limit is set."""
-        return self != ComparisonLimits(min_images=self.min_images)
-
-    def violations(self, totals: Mapping[str, Any]) -> list[str]:
-        """Returns a sentence for each limit that `Comparison.totals` exceed."""
-        enough = min(totals["images_a"], totals["images_b"]) >= self.min_images
-        violations = [
-            f"{title} {value:.4g} is more than {limit:g}"
-            for title, name, limit in (
-                ("PSI", "psi", self.max_psi),
-                ("Jensen-Shannon distance", "js_distance", self.max_js),
-                ("PSI of the scores", "score_psi", self.max_score_psi),
-            )
-            if enough and limit is not None and not (value := totals[name]) <= limit  # NaN violates any limit
-        ]
-        agreement = totals.get("agreement")
-        if self.min_agreement is not None and agreement is not None and not agreement >= self.min_agreement:
-            violations.append(f"agreement {agreement:.4g} is less than {self.min_agreement:g}")
-        return violations
+    enough = min(totals["images_a"], totals["images_b"]) >= min_images
+    violations = [
+        f"{title} {value:.4g} is more than {limit:g}"
+        for title, name, limit in (
+            ("PSI", "psi", max_psi),
+            ("Jensen-Shannon distance", "js_distance", max_js),
+            ("PSI of the scores", "score_psi", max_score_psi),
+        )
+        if enough and limit is not None and not (value := totals[name]) <= limit  # NaN violates any limit
+    ]
+    agreement = totals.get("agreement")
+    if min_agreement is not None and agreement is not None and not agreement >= min_agreement:
+        violations.append(f"agreement {agreement:.4g} is less than {min_agreement:g}")
+    return violations
