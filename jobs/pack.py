@@ -75,7 +75,7 @@ class _Packer:
             raise ConfigError(f"SHARDS: not empty, it has {found.uri}; delete it, or choose an empty folder")
         # The labels stay as they are: the job that labels the tars finds their targets.
         section = job.input.model_copy(update={"target_names": None, "target_map": None})
-        self.options = ReadOptions.from_config(section, (), job.read)
+        self.options = ReadOptions(section, job.read)
         self.counts, self.failed = Counter(images=0, labels=0, bytes=0, tars=0), Counter[str]()
         self.types = dict[str, str | None](source_uri="string", source_key="string")
 
@@ -131,7 +131,7 @@ class _Packer:
         if sample.merged:
             self._fail("merged image", f"{place}: {sample.merged} further images; see input.image_member")
         fields: dict[str, object] = {"source_uri": sample.uri or shard.object.uri, "source_key": sample.key}
-        for (name, type_name), value in zip(self.options.carry.items(), sample.carried, strict=True):
+        for (name, type_name), value in zip(self.input.carry.items(), sample.carried, strict=True):
             is_text = pa.types.is_temporal(value.type) and not pa.types.is_duration(value.type)
             found = value.cast(pa.string()).as_py() if is_text else value.as_py()
             is_json = shard.format == "webdataset" and type_name is None  # text whose type is open
@@ -152,7 +152,7 @@ class _Packer:
     def print_summary(self, config: str) -> None:
         """Prints the counts, and the command that labels the tars."""
         section = self.input.model_dump(include=_KEPT, exclude_defaults=True) | {"uri": self.folder}
-        section["carry"] = dict.fromkeys(self.options.carry) | self.types
+        section["carry"] = dict.fromkeys(self.input.carry) | self.types
         command = ["cvt-label", "label", "--config", config, "--set", f"input={json.dumps(section)}"]
         failed = ", ".join(f"{cause}: {count:,}" for cause, count in sorted(self.failed.items()))
         fields = {"packed": self._describe(), "not packed": failed or "0"}

@@ -46,7 +46,7 @@ def read_images(uri: str, preprocessor: Preprocessor) -> Iterator[tuple[bytes, n
     section, storage, found = InputConfig(uri=uri, labels=False), Storage(), False
     options = DecodeOptions(preprocessor, MAX_PIXELS)
     for shard in list_input_shards(storage, section, "--images"):
-        for sample in read_samples(storage, shard, ReadOptions.from_config(section, [])):
+        for sample in read_samples(storage, shard, ReadOptions(section)):
             if sample.image and (pixels := decode(sample.image, options).pixels) is not None:
                 found = True
                 yield sample.image, pixels

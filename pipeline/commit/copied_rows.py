@@ -63,12 +63,12 @@ class CopiedRows:
         """
         sources = (self._held.get(x) or self._take(x, _read(storage, x, options)) for x in self.rows)
         stored = pa.concat_tables(sources)
-        described, samples = list_samples(shard, read_options), list[Sample]()
+        described, samples = list_samples(shard), list[Sample]()
         for position, error in zip(self.positions, stored["error"].to_pylist(), strict=True):
             sample = described[position]
             if error is not None and error.partition(":")[0] in READ_ERRORS:
                 sample = sample.fail(error)
-            samples.append(complete_sample(sample, read_options))
+            samples.append(complete_sample(sample, shard, read_options))
         copied = sample_table(samples)
         copied = copied.drop_columns([name for name in stored.column_names if name in copied.column_names])
         for name in stored.column_names:

@@ -56,9 +56,7 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
 def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
     """Returns the encoded image of a row; see `open_image`."""
     storage = Storage() if config is None else make_storage(config.storage)
-    options = ReadOptions(labels=False)
-    if config is not None:
-        options = ReadOptions.from_config(config.input, (), config.read)
+    options = ReadOptions() if config is None else ReadOptions(config.input, config.read)
     uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]
     if uri is None:
         raise ValueError(f"row {row['index']} of {row['shard']} has no URI, so it has no image")

@@ -41,7 +41,7 @@ def read_images(
     `StorageError`, so that a later run reads the shard again.
     """
     pending, used, expected = deque[tuple[Sample, int, Future[Any] | None]](), 0, _FIRST_BYTES
-    window = 2 * options.concurrent_downloads
+    window = 2 * options.read.concurrent_downloads
 
     def start(sample: Sample, max_bytes: int) -> Future[Any]:
         assert sample.uri is not None
@@ -61,9 +61,9 @@ def read_images(
             try:
                 content, version = download.result()
             except ObjectTooLarge:
-                if max_bytes == options.max_image_bytes:
+                if max_bytes == options.input.max_image_bytes:
                     raise
-                content, version = start(sample, options.max_image_bytes).result()
+                content, version = start(sample, options.input.max_image_bytes).result()
                 expected = max(expected, 2 * max_bytes)
             if planned not in (None, ABSENT, version):
                 raise ObjectChanged(uri)
@@ -76,12 +76,12 @@ def read_images(
         return sample
 
     with ExitStack() as stack:
-        threads = ThreadPoolExecutor(min(_MAX_THREADS, options.concurrent_downloads), "images")
+        threads = ThreadPoolExecutor(min(_MAX_THREADS, options.read.concurrent_downloads), "images")
         stack.callback(threads.shutdown, cancel_futures=True)
 
         @cache
         def downloader() -> Any:
-            limits = options.concurrent_downloads, options.downloads_per_host
+            limits = options.read.concurrent_downloads, options.read.downloads_per_host
             return stack.enter_context(storage.downloader(*limits))
 
         for sample in samples:
@@ -93,7 +93,7 @@ def read_images(
             while pending and (len(pending) == window or used + (size or expected) > _MAX_PENDING_BYTES):
                 used -= pending[0][1]
                 yield finish(*pending.popleft())
-            max_bytes = 0 if sample.error else size or min(expected, options.max_image_bytes)
+            max_bytes = 0 if sample.error else size or min(expected, options.input.max_image_bytes)
             pending.append((sample, max_bytes, None if sample.error else start(sample, max_bytes)))
             used += max_bytes
         while pending:

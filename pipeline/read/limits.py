@@ -1,15 +1,9 @@
-"""Limits of time and size that every reader shares."""
+"""The time limit of readers."""
 
-import hashlib
 import time
 from typing import Any
 
-from pipeline.predictions import ErrorCategory, sample_error
-from pipeline.read.samples import ReadTimeoutError, Sample
-
-#: Maximum size of a key in UTF-8, and the part of a longer key that is kept.
-MAX_KEY_BYTES, _KEPT_KEY_BYTES = 4096, 1000
-_MAX_MESSAGE = 200
+from pipeline.read.samples import ReadTimeoutError
 
 
 class Deadline:
@@ -45,17 +39,3 @@ class TimedFile:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
-
-
-def limit_texts(sample: Sample) -> Sample:
-    """Returns the sample; with a key over the limit, an error whose key is a prefix and a hash."""
-    if sample.unmatched is not None:
-        sample.unmatched = sample.unmatched[:_MAX_MESSAGE]
-    key = sample.key.encode(errors="backslashreplace")  # names of local files may have surrogates
-    if len(key) <= MAX_KEY_BYTES:
-        sample.key = key.decode()
-        return sample
-    error = sample_error(ErrorCategory.INVALID_KEY, f"the key has more than {MAX_KEY_BYTES} bytes")
-    start, digest = key[:_KEPT_KEY_BYTES].decode(errors="ignore"), hashlib.blake2b(key, digest_size=16)
-    sample.key = f"{start}...{digest.hexdigest()}"
-    return sample.fail(error)

@@ -11,9 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.predictions import ErrorCategory, sample_error
-from pipeline.read.limits import MAX_KEY_BYTES, Deadline
+from pipeline.read.limits import Deadline
 from pipeline.read.parquet_pages import ColumnChunkFile, FooterFile
-from pipeline.read.samples import MAX_CARRIED_BYTES, ReadOptions, Sample, UnreadableShardError
+from pipeline.read.samples import (
+    MAX_CARRIED_BYTES,
+    MAX_KEY_BYTES,
+    ReadOptions,
+    Sample,
+    UnreadableShardError,
+)
 from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
@@ -36,7 +42,7 @@ def read_parquet(
     with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
         file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
         paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
-        class_names = read_class_names(file.schema_arrow, options.label_column)
+        class_names = read_class_names(file.schema_arrow, options.input.label_column)
         starts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
         first, end = shard.span or (0, starts[-1])
         if not {first, end} <= {*starts}:
@@ -46,7 +52,7 @@ def read_parquet(
         def read(path: str) -> Iterator[tuple[int, pa.Array]]:
             """Yields the values of a column, with the numbers of their row groups."""
             # A common buffer would be discarded at each change of column; `pre_buffer` holds row groups.
-            chunks = ColumnChunkFile(stream, deadline, options.max_page_bytes, path)
+            chunks = ColumnChunkFile(stream, deadline, options.read.max_page_bytes, path)
             column = pq.ParquetFile(
                 chunks,
                 metadata=file.metadata,
@@ -68,7 +74,7 @@ def read_parquet(
         limits = {
             role: MAX_CARRIED_BYTES if role.startswith("carry ") else 2 * MAX_KEY_BYTES for role in paths
         }
-        limits["image"] = options.max_image_bytes
+        limits["image"] = options.input.max_image_bytes
         row = first - 1
         for row, values in enumerate(zip_longest(*map(read, paths.values()), fillvalue=(None, None)), first):
             if len({group for group, _ in values}) > 1:
@@ -83,7 +89,7 @@ def read_parquet(
                         f"input.{_FIELDS.get(role, 'carry')}"
                     )
             sample = _to_sample(row, columns, class_names, options)
-            carried = (columns.get(f"carry {name}", _MISSING) for name in options.carry)
+            carried = (columns.get(f"carry {name}", _MISSING) for name in options.input.carry)
             sample.carried = tuple(column[0] for column in carried)
             yield sample
         if row + 1 != end:
@@ -98,7 +104,7 @@ def _to_sample(
     image = columns["image"][0]
     image = image["bytes"] if isinstance(image, pa.StructScalar) and image.is_valid else image
     key_column = columns.get("key", _MISSING)
-    if options.key_column is None and "key" in columns:
+    if options.input.key_column is None and "key" in columns:
         key_column = pc.struct_field(key_column, "path")
     value, problem = read_value(key_column[0])
     key = f"{row:09d}" if value is None else str(value)
@@ -118,12 +124,12 @@ def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions)
     image = _image_column(schema, options)
     is_struct = pa.types.is_struct(schema.field(image).type)
     found = {"image": f"{image}.bytes", "key": f"{image}.path"} if is_struct else {"image": image}
-    has_label = options.labels and options.label_from is None
-    columns = {"key": options.key_column, "label": options.label_column if has_label else None}
+    has_label = options.input.labels and options.input.label_from is None
+    columns = {"key": options.input.key_column, "label": options.input.label_column if has_label else None}
     for role, name in columns.items():
         if name is not None:
             _require_column(schema, name, role)
-    columns |= {f"carry {name}": name for name in options.carry if name in schema.names}
+    columns |= {f"carry {name}": name for name in options.input.carry if name in schema.names}
     for role, name in columns.items():
         if name is not None:
             leaves = [path for path in paths if f"{path}.".startswith(f"{name}.")]
@@ -140,7 +146,7 @@ def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions)
 
 def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
     """Returns the name of the image column: the configured column, or the only candidate."""
-    name = options.image_column
+    name = options.input.image_column
     if name is None:
         candidates = [field.name for field in schema if _is_image_type(field.type, field.name == "image")]
         if "image" not in candidates and len(candidates) != 1:

@@ -1,7 +1,7 @@
 """Samples, errors of shards, and options of readers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
@@ -10,8 +10,9 @@ import pyarrow as pa
 from pipeline.config import InputConfig, ReadConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
 from pipeline.read.targets import Targets
-from pipeline.text import arrow_type
 
+#: Maximum size of a key in UTF-8.
+MAX_KEY_BYTES = 4096
 #: Maximum size of the values of `input.carry` in a row: the driver holds those of a shard.
 MAX_CARRIED_BYTES = 64 * 1024
 _MAX_CAUSE = 2000  # characters of a cause that is kept
@@ -83,85 +84,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Options of readers: fields of `InputConfig` and `ReadConfig`, and the classes of the model.
+    """How the samples of shards are read.
 
     Attributes:
+        input: Without the files of targets, see `load_targets`. Shards have their own URIs.
         class_names: Names of the model's classes, by class index. Without names, every index is a class.
     """
 
-    labels: bool = True
-    label_from: str | None = None
-    label_field: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    key_column: str | None = None
+    input: InputConfig = field(default_factory=InputConfig.model_construct)
+    read: ReadConfig = field(default_factory=ReadConfig)
     class_names: Sequence[str] = ()
-    max_image_bytes: int = 256 * 1024**2
-    concurrent_fetches: int = 4
-    concurrent_downloads: int = 64
-    downloads_per_host: int = 16
-    max_page_bytes: int = 2 * 1024**3
-    timeout_s: float = 600
-    max_shard_samples: int = 1_000_000
-    key: str = "first-dot"
-    image_member: str | None = None
-    on_damaged_shard: str = "skip"
-    carry: Mapping[str, str | None] = field(default_factory=dict)
-    target_names: Sequence[str] | None = None
-    target_map: Mapping[str, str] | None = None
-
-    @classmethod
-    def from_config(cls, section: InputConfig, labels: Sequence[str], read: ReadConfig | None = None) -> Self:
-        """Creates options from a configuration, see `load_targets`, and the class names of a model."""
-        names = {each.name for each in fields(cls)}
-        settings = (read or ReadConfig()).model_dump(include=names) | section.model_dump(include=names)
-        return cls(class_names=labels, **settings)
 
     @cached_property
     def targets(self) -> Targets:
-        """Finds the classes of labels."""
-        return Targets(self.class_names, self.target_names, self.target_map or {})
+        """Finds the classes of labels; without files of targets that are not loaded."""
+        names, mapping = self.input.target_names, self.input.target_map
+        names = names if isinstance(names, list) else None
+        return Targets(self.class_names, names, mapping if isinstance(mapping, dict) else {})
 
     def check_count(self, count: int) -> None:
         """Raises `UnreadableShardError` if a shard has too many samples."""
-        if count > self.max_shard_samples:
-            limit = f"more than {self.max_shard_samples:,} samples (read.max_shard_samples)"
+        if count > self.read.max_shard_samples:
+            limit = f"more than {self.read.max_shard_samples:,} samples (read.max_shard_samples)"
             remedy = "split the shard, lower read.split_bytes, or raise the limit"
             raise UnreadableShardError(f"the shard has {limit}; {remedy}")
 
     def size_error(self, size: int) -> SampleError | None:
         """Returns the error of an encoded image of this size in bytes; None if the size is allowed."""
-        if size <= self.max_image_bytes:
+        limit = self.input.max_image_bytes
+        if size <= limit:
             return None
-        detail = f"the image {describe_excess(size, self.max_image_bytes)} (input.max_image_bytes)"
+        detail = f"the image {describe_excess(size, limit)} (input.max_image_bytes)"
         return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
-
-    def set_carried(self, sample: Sample) -> Sample:
-        """Converts the carried values to their types; makes a value that is too large or wrong an error."""
-        if not self.carry:
-            return sample
-        carried, size, problem = list[pa.Scalar](), 0, None
-        values = sample.carried or [pa.scalar(None)] * len(self.carry)
-        for (name, kind), value in zip(self.carry.items(), values, strict=True):
-            is_null = pa.types.is_null(value.type)
-            to = arrow_type(kind) if kind else pa.string() if is_null else value.type
-            size += scalar_array([value]).nbytes
-            try:
-                if size > MAX_CARRIED_BYTES:
-                    raise ValueError(f"the carried data {describe_excess(size, MAX_CARRIED_BYTES)}")
-                carried.append(value if to == value.type else value.cast(to))
-            except (ValueError, NotImplementedError) as error:
-                carried.append(pa.scalar(None, to))
-                detail = f"{name!r}: {error}; change input.carry"
-                problem = problem or sample_error(ErrorCategory.INVALID_CARRIED_VALUE, detail)
-        sample.carried = tuple(carried)
-        return sample if problem is None or sample.error is not None else sample.fail(problem)
-
-    def set_target(self, sample: Sample) -> Sample:
-        """Sets the target of a sample from its label, unless the label has a problem already."""
-        if sample.error is None and sample.unmatched is None:
-            sample.target, sample.unmatched = self.targets.find(sample.label, sample.label_names)
-        return sample
 
 
 def scalar_array(values: Sequence[pa.Scalar]) -> pa.Array:

@@ -26,7 +26,7 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
     """Yields the samples of a tar. Adjacent members with the same key form a sample."""
     info = shard.object
     with (
-        storage.open(info.uri, info.version, options.concurrent_fetches) as file,
+        storage.open(info.uri, info.version, options.read.concurrent_fetches) as file,
         storage.open_unbuffered(info.uri, info.version) as links,  # a link does not interrupt the read-ahead
     ):
         # The content determines the compression, because compressed tars are often named .tar.
@@ -40,7 +40,7 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
             for member in read_members(stream, deadline, start, last, links=compression is None):
                 if is_ignored(member):
                     continue
-                key, extension = split_name(member.name, options.key)
+                key, extension = split_name(member.name, options.input.key)
                 if current is None or key != current.sample.key or current.is_full_for(extension):
                     if current is not None:
                         yield current.finish()
@@ -102,8 +102,8 @@ class _TarSample:
                 if self.compression is None:
                     self.sample.offset, self.sample.size = info.offset_data, info.size
             return
-        path, carry = self.options.label_field, self.options.carry if extension == "json" else {}
-        has_label = self.options.labels and extension == ("json" if path else "cls")
+        path, carry = self.options.input.label_field, self.options.input.carry if extension == "json" else {}
+        has_label = self.options.input.labels and extension == ("json" if path else "cls")
         if rank or not (has_label or carry):
             return
         label, carried = cast(object, None), tuple[pa.Scalar, ...]()
@@ -130,8 +130,8 @@ class _TarSample:
 
         `jpg` precedes `left.jpg`, so that a mask before its image is not labeled.
         """
-        if self.options.image_member is not None:
-            return int(extension == self.options.image_member)
+        if self.options.input.image_member is not None:
+            return int(extension == self.options.input.image_member)
         return (extension in IMAGE_EXTENSIONS) + (extension.rpartition(".")[2] in IMAGE_EXTENSIONS)
 
     def _problem(self, info: tarfile.TarInfo) -> str | None:
@@ -148,14 +148,15 @@ class _TarSample:
 
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
-        error, wanted = self.sample.error, self.options.image_member
+        error, wanted = self.sample.error, self.options.input.image_member
         if not self.image_rank:
             wanted = f"the extension .{wanted} (input.image_member)" if wanted else "an image extension"
             members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
+            dot = self.options.input.key.replace("-", " ")
             error = sample_error(
                 ErrorCategory.NO_IMAGE,
                 f"no member has {wanted} (members: {members}); the members of a sample must be adjacent in "
-                f"the tar, and the extension starts at the {self.options.key.replace('-', ' ')} (input.key)",
+                f"the tar, and the extension starts at the {dot} (input.key)",
             )
         if error is None and self.carried_problem is not None:
             error = sample_error(ErrorCategory.INVALID_CARRIED_VALUE, self.carried_problem)

@@ -53,7 +53,7 @@ class Job:
         config, labels = self.config, self.checkpoint.labels
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions.from_config(self.input, labels, config.read),
+            read_options=ReadOptions(self.input, config.read, labels),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
                 labels,

@@ -278,7 +278,7 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
         partition.storage, partition.uri, job.fingerprint, manifest.entries(), clean_shutdown
     )
     groups = find_replaced_groups(partition, repairs.entries, listing)
-    keep = job.stages.read_options.on_damaged_shard == "keep"
+    keep = job.stages.read_options.input.on_damaged_shard == "keep"
     planned = plan(listing, repairs.entries, selection, keep, groups)
     entries, shards = repairs.entries, planned.shards
     # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.

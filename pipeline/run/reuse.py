@@ -66,7 +66,7 @@ def find_copied_rows(
         if own is None:
             own = _stored_rows(partition, entries.get(shard.uri, ManifestRow(shard.uri)))
         others = of_file.get(whole_file(shard.uri), {})  # of the same table
-        samples = list_samples(shard, options)
+        samples = list_samples(shard)
         copied = CopiedRows(len(samples))
         for position, sample in enumerate(samples):
             stored = own.get(sample.uri) or others.get(sample.uri) or moved.get(sample.uri)
@@ -77,7 +77,7 @@ def find_copied_rows(
             is_absent = sample.version == ABSENT and stored.is_error
             if not is_absent and sample.version not in (None, stored.version):
                 continue
-            if complete_sample(sample, options).error is not None:  # the row is an error now
+            if complete_sample(sample, shard, options).error is not None:  # the row is an error now
                 continue
             copied.rows.setdefault(stored.file, []).append((position, stored.row))
             copied.errors += stored.is_error

@@ -22,6 +22,7 @@ from pipeline.read import Chunk, ReadOptions, list_shards, read_samples
 from pipeline.storage import Storage, StorageError
 from tests.http_server import Answer, HttpServer
 from tests.makers import category_of, make_image, make_parquet, make_tar
+from tests.read_options import read_options
 
 Producer = Callable[[Path], str | None]
 JPEG = make_image(1, (200, 150))
@@ -58,7 +59,7 @@ def table(line: str) -> Producer:
 
 
 def tar(*members: tuple[str, bytes], **options: object) -> Producer:
-    return read("x.tar", make_tar(members), ReadOptions(**options))  # type: ignore[arg-type]
+    return read("x.tar", make_tar(members), read_options(**options))  # type: ignore[arg-type]
 
 
 def linked_image() -> Producer:
@@ -114,7 +115,7 @@ PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
     (C.INVALID_KEY, tar(("k" * 5000 + ".jpg", JPEG))),
     (
         C.INVALID_KEY,
-        read("x.parquet", make_parquet({"image": [JPEG], "k": [[1]]}), ReadOptions(key_column="k")),
+        read("x.parquet", make_parquet({"image": [JPEG], "k": [[1]]}), read_options(key_column="k")),
     ),
     (C.INVALID_URI, table("ftp://host/a.jpg")),
     (C.IMAGE_NOT_FOUND, table("missing.jpg")),
@@ -129,8 +130,8 @@ PRODUCERS: list[tuple[ErrorCategory, Producer]] = [
     (C.FILE_TOO_LARGE, downloaded(Answer(b"0123456789"))),
     (C.UNREADABLE_IMAGE, linked_image()),
     (C.FILE_TOO_LARGE, tar(("a.jpg", JPEG), max_image_bytes=9)),
-    (C.FILE_TOO_LARGE, read("x.parquet", make_parquet({"image": [JPEG]}), ReadOptions(max_image_bytes=9))),
-    (C.FILE_TOO_LARGE, read("a.jpg", JPEG, ReadOptions(max_image_bytes=9))),
+    (C.FILE_TOO_LARGE, read("x.parquet", make_parquet({"image": [JPEG]}), read_options(max_image_bytes=9))),
+    (C.FILE_TOO_LARGE, read("a.jpg", JPEG, read_options(max_image_bytes=9))),
     (C.INVALID_CARRIED_VALUE, tar(("a.jpg", JPEG), ("a.json", b'{"n": "?"}'), carry={"n": "int64"})),
     (C.EMPTY_IMAGE, decoded(b"")),
     (C.UNSUPPORTED_FORMAT, decoded(b"<html>: not an image")),

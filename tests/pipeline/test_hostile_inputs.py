@@ -40,6 +40,7 @@ from tests.cvt.checkpoints import hostile
 from tests.fault_proxy import FaultProxy
 from tests.makers import make_parquet
 from tests.measuring import Measured, measure
+from tests.read_options import read_options
 
 MIB = 1024**2
 
@@ -235,7 +236,7 @@ def read_shard(uri: str, **options: Any) -> tuple[set[str | None], str | None]:
     [shard] = list_shards(Storage(), uri)
     errors, error = set[str | None](), None
     for chunk in split_into_chunks(
-        read_samples(Storage(), shard, ReadOptions(**options)), 0, 1024, 128 * MIB
+        read_samples(Storage(), shard, read_options(**options)), 0, 1024, 128 * MIB
     ):
         assert chunk.samples.nbytes < 2 * 128 * MIB
         error = chunk.error

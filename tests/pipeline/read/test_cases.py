@@ -10,10 +10,11 @@ from pipeline.read import ReadOptions, Sample, list_shards, read_samples
 from pipeline.read.samples import ShardError
 from pipeline.storage import Storage
 from tests.cases import case_input
+from tests.read_options import read_options
 
 #: The classes of the bundled model, which the cases use.
 NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
-FASHION = ReadOptions(label_column="label", class_names=NAMES)
+FASHION = read_options(label_column="label", class_names=NAMES)
 
 
 def read(path: Path, options: ReadOptions = FASHION) -> list[Sample]:

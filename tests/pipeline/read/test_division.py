@@ -12,6 +12,7 @@ from pipeline.read import Division, ReadOptions, Sample, Shard, list_shards, rea
 from pipeline.read.samples import ShardError
 from pipeline.storage import Storage, StorageError
 from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
+from tests.read_options import read_options
 
 Row = tuple[str, bytes | None, object, int | None]
 
@@ -25,7 +26,7 @@ def rows(shards: list[Shard], options: ReadOptions | None = None) -> list[Row]:
     def row(sample: Sample) -> Row:
         return sample.key, sample.image, sample.target, sample.offset
 
-    read = options or ReadOptions(class_names=["x"] * 1000, label_column=None)
+    read = options or read_options(class_names=["x"] * 1000, label_column=None)
     return [row(sample) for shard in shards for sample in read_samples(Storage(), shard, read)]
 
 
@@ -82,7 +83,7 @@ def test_part_starts_at_sample_of_configured_key(tmp_path: Path) -> None:
     assert len(parts(path, 3000)) == 1
     found = parts(path, 3000, key="last-dot")
     assert len(found) > 3
-    assert len(rows(found, ReadOptions(key="last-dot"))) == 20
+    assert len(rows(found, read_options(key="last-dot"))) == 20
 
 
 def test_compressed_and_damaged_files_are_not_divided(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_wrong_start_of_part_makes_its_predecessor_unreadable(tmp_path: Path) ->
     path = tmp_path / "x.tar"
     path.write_bytes(make_tar([("a.jpg", make_image()), ("b.tar", inner), *members("z", 30)]))
     found = parts(path, len(inner) // 3)
-    errors, keep = list[ShardError](), ReadOptions(on_damaged_shard="keep")
+    errors, keep = list[ShardError](), read_options(on_damaged_shard="keep")
     for shard in found:
         try:
             rows([shard], keep)
@@ -113,7 +114,7 @@ def test_wrong_start_of_part_makes_its_predecessor_unreadable(tmp_path: Path) ->
 def test_parts_of_parquet_are_row_groups(tmp_path: Path) -> None:
     path, images = tmp_path / "x.parquet", [make_image(i) for i in range(20)]
     path.write_bytes(make_parquet({"image": images, "label": list(range(20))}, row_group_size=3))
-    options = ReadOptions(label_column="label", class_names=["x"] * 20)
+    options = read_options(label_column="label", class_names=["x"] * 20)
     whole = rows(parts(path, None), options)
     assert [row[0] for row in whole] == [f"{i:09d}" for i in range(20)]
     for count in (2, 3, 7, 100):

@@ -14,6 +14,7 @@ from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy
 from tests.http_server import Answer, HttpServer
 from tests.makers import category_of, make_image
+from tests.read_options import read_options
 
 KIB = 1024
 
@@ -39,7 +40,7 @@ def test_images_keep_their_order_and_are_downloaded_concurrently(tmp_path: Path)
         for i in range(60):
             answer = Answer(make_image(i), headers={"ETag": f'"{i}"'}, delay_s=0.2 if i % 20 == 0 else 0.01)
             uris.append(server.add(f"/{i}.jpg", answer))
-        found = read(tmp_path, uris, options=ReadOptions(downloads_per_host=8))
+        found = read(tmp_path, uris, options=read_options(downloads_per_host=8))
         assert [sample.image for sample in found] == [make_image(i) for i in range(60)]
         assert [(sample.key, sample.uri) for sample in found] == list(zip(uris, uris, strict=True))
         assert [sample.version for sample in found] == [f"{i}-{len(make_image(i))}" for i in range(60)]
@@ -67,7 +68,7 @@ def test_failed_downloads_are_error_rows_with_their_cause(tmp_path: Path) -> Non
         good = server.add("/good", Answer(make_image(1)))
         uris = [server.add(f"/{name}", answer) for name, (answer, _) in ANSWERS.items()]
         down = "http://127.0.0.1:1/host-is-down.jpg"
-        options = ReadOptions(max_image_bytes=200 * KIB)
+        options = read_options(max_image_bytes=200 * KIB)
         first, *bad, last = read(tmp_path, [good, *uris, down, good], Storage(request_timeout_s=0.3), options)
     assert first.image == last.image == make_image(1)
     expected = [category for _, category in ANSWERS.values()] + [ErrorCategory.DOWNLOAD_FAILED]

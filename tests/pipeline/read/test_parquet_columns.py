@@ -11,9 +11,10 @@ import pytest
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode
-from pipeline.read import ReadOptions, Sample, list_shards, read_samples
+from pipeline.read import Sample, list_shards, read_samples
 from pipeline.storage import Storage
 from tests.makers import make_image, make_parquet
+from tests.read_options import read_options
 
 IMAGES = [make_image(i) for i in range(3)]
 STRUCTS = [{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(IMAGES)]
@@ -22,7 +23,7 @@ STRUCTS = [{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(IMAGES
 def read(folder: Path, columns: dict[str, Any], image_column: str | None = None) -> list[Sample]:
     (folder / "x.parquet").write_bytes(make_parquet(columns))
     [shard] = list_shards(Storage(), str(folder))
-    return list(read_samples(Storage(), shard, ReadOptions(image_column=image_column)))
+    return list(read_samples(Storage(), shard, read_options(image_column=image_column)))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])

@@ -41,6 +41,7 @@ from pipeline.read.parquet_pages import ColumnChunkFile
 from pipeline.read.samples import ShardError, UnreadableShardError
 from pipeline.storage import ObjectInfo, Storage
 from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
+from tests.read_options import read_options
 
 PLAIN = ReadOptions()
 
@@ -196,7 +197,7 @@ def test_error_of_a_link_names_its_target(files: Path) -> None:
 
 def test_too_large_image_is_an_error_and_others_are_read(files: Path) -> None:
     data = make_tar([("a.jpg", bytes(1001)), ("a.cls", b"1"), ("b.jpg", bytes(1000))])
-    large, small = read(files, data, ReadOptions(max_image_bytes=1000))
+    large, small = read(files, data, read_options(max_image_bytes=1000))
     assert (
         large.error
         == "file too large: the image has 1001 bytes, more than the limit of 1000 (input.max_image_bytes)"
@@ -219,7 +220,7 @@ def test_pickles_are_never_loaded(files: Path, monkeypatch: pytest.MonkeyPatch) 
     bomb = pickle.dumps(Bomb())
     names = ["pyd", "pkl", "pickle", "pth", "cls", "json", "jpg"]
     data = make_tar([(f"a.{kind}", bomb) for kind in names])
-    for options in (PLAIN, ReadOptions(label_field="x")):
+    for options in (PLAIN, read_options(label_field="x")):
         assert read(files, data, options)[0].key == "a"
     assert not (files / "exploded").exists()
     pickle.loads(bomb)
@@ -382,7 +383,7 @@ def test_random_damage_never_loses_a_sample_silently(files: Path) -> None:
 # Labels ------------------------------------------------------------------------------------------
 
 CLASSES = ["cat", "dog", "7", *(f"class {i}" for i in range(3, 10))]
-NAMED = ReadOptions(class_names=CLASSES)
+NAMED = read_options(class_names=CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -411,11 +412,11 @@ def test_label_that_is_no_class_is_unmatched_and_keeps_the_image(files: Path, te
     assert sample == Sample("a", b"image", None, None, sample.unmatched)
     assert sample.unmatched is not None
     assert repr(text)[:20] in sample.unmatched or text in sample.unmatched
-    assert one(files, data, ReadOptions(labels=False)) == Sample("a", b"image")
+    assert one(files, data, read_options(labels=False)) == Sample("a", b"image")
 
 
 def test_name_of_several_classes_is_no_label(files: Path) -> None:
-    options = ReadOptions(class_names=["crane", "dog", "crane"])
+    options = read_options(class_names=["crane", "dog", "crane"])
     members = {"a.jpg": b"1", "a.cls": b"crane", "b.jpg": b"2", "b.cls": b"2"}
     first, second = read(files, make_tar(members), options)
     assert (first.target, first.unmatched) == (None, "'crane' is the name of several classes of the model")
@@ -454,20 +455,20 @@ def test_json_field_can_be_the_label(files: Path, value: object, target: int | N
         "a.json": json.dumps({"meta": {"label": value}}).encode(),
         "a.cls": b"5",  # not configured
     }
-    options = ReadOptions(label_field="meta.label", class_names=CLASSES)
+    options = read_options(label_field="meta.label", class_names=CLASSES)
     assert one(files, make_tar(members), options) == Sample("a", b"image", target)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"meta": 3}', '{"meta": {"x": 1}}', "[1]", "null"])
 def test_json_without_the_field_has_no_label(files: Path, text: str) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": text.encode()})
-    assert one(files, data, ReadOptions(label_field="meta.label")) == Sample("a", b"image", None)
+    assert one(files, data, read_options(label_field="meta.label")) == Sample("a", b"image", None)
 
 
 @pytest.mark.parametrize("value", ["true", "[1]", '"bird"', "1.5", "10", "1e300", '"\\ud800"'])
 def test_label_in_json_that_is_no_class_is_unmatched(files: Path, value: str) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": f'{{"y": {value}}}'.encode()})
-    options = ReadOptions(label_field="y", class_names=CLASSES)
+    options = read_options(label_field="y", class_names=CLASSES)
     sample = one(files, data, options)
     assert (sample.image, sample.target, sample.error) == (b"image", None, None)
     assert sample.unmatched is not None
@@ -477,7 +478,7 @@ def test_label_in_json_that_is_no_class_is_unmatched(files: Path, value: str) ->
 @pytest.mark.parametrize("text", [b"{", b"", b"\xff", b"[" * 100_000])
 def test_label_in_malformed_json_is_unmatched(files: Path, text: bytes) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": text})
-    sample = one(files, data, ReadOptions(label_field="y"))
+    sample = one(files, data, read_options(label_field="y"))
     assert (sample.image, sample.error) == (b"image", None)
     assert (sample.unmatched or "").startswith("the .json member is not valid JSON")
     assert one(files, data) == Sample("a", b"image")  # not read unless configured
@@ -497,7 +498,7 @@ def test_binary_columns_and_hugging_face_structs_are_read(storage: Storage, buck
     for name, column in columns.items():
         data = make_parquet({"image": column, "y": list(range(40))}, row_group_size=7)
         shard = shard_of(storage, f"{bucket}/{name}.parquet", data)
-        samples = list(read_samples(storage, shard, ReadOptions(label_column="y")))
+        samples = list(read_samples(storage, shard, read_options(label_column="y")))
         assert samples == [Sample(f"{i:09d}", IMAGES[i], i) for i in range(40)]
 
 
@@ -510,14 +511,14 @@ def test_key_is_a_column_or_the_path_or_the_row_number(files: Path) -> None:
     )
     keys = [sample.key for sample in read(files, data, name="x.parquet")]
     assert keys == ["cat/1.jpg", "000000001", "cat/1.jpg"]
-    keys = [s.key for s in read(files, data, ReadOptions(key_column="id"), name="x.parquet")]
+    keys = [s.key for s in read(files, data, read_options(key_column="id"), name="x.parquet")]
     assert keys == ["7", "8", "000000002"]
 
 
 def test_image_column_is_found_by_name_and_then_by_type(files: Path) -> None:
     both = {"image": [b"image"], "thumbnail": [b"small"]}
     assert one(files, make_parquet(both), name="x.parquet").image == b"image"
-    options = ReadOptions(image_column="thumbnail")
+    options = read_options(image_column="thumbnail")
     assert one(files, make_parquet(both), options, "x.parquet").image == b"small"
     only = {"image": ["name.jpg"], "jpeg": [b"image"], "n": [1]}
     assert one(files, make_parquet(only), name="x.parquet").image == b"image"
@@ -528,10 +529,10 @@ def test_image_column_is_found_by_name_and_then_by_type(files: Path) -> None:
     [
         ({"a": [b"1"], "b": [b"2"]}, PLAIN, r"more than one column has an image type"),
         ({"a": ["x"], "b": [1]}, PLAIN, r"no column has an image type"),
-        ({"a": ["x"], "b": [1]}, ReadOptions(image_column="a"), r"column 'a' is string, neither binary"),
-        ({"a": ["x"], "b": [b"1"]}, ReadOptions(image_column="z"), "no column 'z'; set input.image_column"),
-        ({"a": ["x"], "b": [b"1"]}, ReadOptions(label_column="z"), "no column 'z'; set input.label_column"),
-        ({"a": ["x"], "b": [b"1"]}, ReadOptions(key_column="z"), "no column 'z'; set input.key_column"),
+        ({"a": ["x"], "b": [1]}, read_options(image_column="a"), r"column 'a' is string, neither binary"),
+        ({"a": ["x"], "b": [b"1"]}, read_options(image_column="z"), "no column 'z'; set input.image_column"),
+        ({"a": ["x"], "b": [b"1"]}, read_options(label_column="z"), "no column 'z'; set input.label_column"),
+        ({"a": ["x"], "b": [b"1"]}, read_options(key_column="z"), "no column 'z'; set input.key_column"),
     ],
 )
 def test_error_of_a_missing_column_lists_the_columns(
@@ -542,7 +543,7 @@ def test_error_of_a_missing_column_lists_the_columns(
     assert "b (" in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [PLAIN, ReadOptions(image_column="image")])
+@pytest.mark.parametrize("options", [PLAIN, read_options(image_column="image")])
 def test_two_image_columns_of_one_name_are_refused(files: Path, options: ReadOptions) -> None:
     stream = io.BytesIO()
     pq.write_table(pa.table([[b"1"], [b"2"]], names=["image", "image"]), stream)
@@ -564,7 +565,7 @@ def test_two_image_columns_of_one_name_are_refused(files: Path, options: ReadOpt
 def test_columns_whose_paths_are_the_same_are_refused(
     files: Path, columns: dict[str, Any], path: str
 ) -> None:
-    options = ReadOptions(image_column="image", label_column="y" if "y" in columns else None)
+    options = read_options(image_column="image", label_column="y" if "y" in columns else None)
     cause = f"x.parquet: several columns are named '{path}' or '{path}.*'; rename one"
     with pytest.raises(ShardError, match=re.escape(cause)):
         read(files, make_parquet(columns), options, "x.parquet")
@@ -579,14 +580,14 @@ def test_time_limit_holds_in_empty_row_groups(files: Path, monkeypatch: pytest.M
     clock = SimpleNamespace(monotonic=itertools.count().__next__)
     monkeypatch.setattr("pipeline.read.limits.time", clock)
     with pytest.raises(ShardError, match=r"reading one sample took more than 30 s"):
-        read(files, stream.getvalue(), ReadOptions(timeout_s=30), "x.parquet")
+        read(files, stream.getvalue(), read_options(timeout_s=30), "x.parquet")
 
 
 @pytest.mark.parametrize("column", ["image", "y"])
 def test_columns_of_different_lengths_are_refused(files: Path, column: str) -> None:
     columns = {"image": [b"i"] * 4, "y": [0] * 4}
     data = make_parquet(columns, use_dictionary=False, compression="none", row_group_size=2)
-    options = ReadOptions(label_column="y", class_names=CLASSES)
+    options = read_options(label_column="y", class_names=CLASSES)
     assert len(read(files, data, options, "x.parquet")) == 4
     # In the first row group, the only page of the column has one value instead of two.
     pages = [found.start(1) for found in re.finditer(rb"\x15\0\x15.\x15.\x2c\x15(\x04)\x15\0", data)]
@@ -608,7 +609,7 @@ def test_file_with_fewer_rows_than_its_footer_states_is_refused(files: Path) -> 
 
 def test_label_with_an_unknown_time_zone_is_no_class(files: Path) -> None:
     data = make_parquet({"image": [b"i"], "y": pa.array([0], pa.timestamp("us", tz="Mars/Olympus"))})
-    sample = one(files, data, ReadOptions(label_column="y"), "x.parquet")
+    sample = one(files, data, read_options(label_column="y"), "x.parquet")
     assert "datetime.datetime(1970, 1, 1, 0, 0, " in (sample.unmatched or "")
     assert "is not a class of the model" in (sample.unmatched or "")
 
@@ -624,7 +625,7 @@ def test_rows_that_refer_to_one_long_value_have_a_limit_together(
         "path": {"image": pa.StructArray.from_arrays([images, long.cast(pa.binary())], ["bytes", "path"])},
         "image": {"image": long.cast(pa.binary())},
     }.get(role, {"image": images, role: long})
-    options = ReadOptions(
+    options = read_options(
         max_image_bytes=10_000,
         key_column="key" if role == "key" else None,
         label_column="label" if role == "label" else None,
@@ -644,7 +645,7 @@ def test_other_values_of_a_dictionary_cost_nothing(files: Path) -> None:
     values = pa.array(["x" * 10**6, "dog"])
     labels = pa.DictionaryArray.from_arrays(pa.array([1] * 1000, pa.int32()), values)
     data = make_parquet({"image": [b"i"] * 1000, "y": labels})
-    options = ReadOptions(label_column="y", class_names=CLASSES)
+    options = read_options(label_column="y", class_names=CLASSES)
     samples = read(files, data, options, "x.parquet")
     assert [sample.target for sample in samples] == [CLASSES.index("dog")] * 1000
 
@@ -655,10 +656,10 @@ def test_samples_of_a_shard_have_a_limit(files: Path, name: str) -> None:
     data = make_parquet({"image": images})
     if name == "x.tar":
         data = make_tar([(f"{i}.jpg", image) for i, image in enumerate(images)])
-    assert len(read(files, data, ReadOptions(max_shard_samples=3), name)) == 3
+    assert len(read(files, data, read_options(max_shard_samples=3), name)) == 3
     cause = r"more than 2 samples \(read\.max_shard_samples\); split the shard, lower read"
     shard = shard_of(Storage(), f"{files}/{name}", data)
-    samples = read_samples(Storage(), shard, ReadOptions(max_shard_samples=2))
+    samples = read_samples(Storage(), shard, read_options(max_shard_samples=2))
     if name == "x.tar":  # a Parquet file states its number of rows
         assert [next(samples).image, next(samples).image] == [b"1", b"2"]
     with pytest.raises(ShardError, match=cause) as caught:
@@ -675,7 +676,7 @@ def test_labels_can_be_integers_names_or_null(files: Path) -> None:
     ]
     for column in labels:
         data = make_parquet({"image": [b"i"] * 4, "y": column})
-        options = ReadOptions(label_column="y", class_names=CLASSES)
+        options = read_options(label_column="y", class_names=CLASSES)
         *good, bad = read(files, data, options, "x.parquet")
         assert [sample.target is None for sample in good] == [False, True, True]
         assert [sample.unmatched for sample in good] == [None] * 3
@@ -685,7 +686,7 @@ def test_labels_can_be_integers_names_or_null(files: Path) -> None:
 
 def test_nested_label_is_unmatched_and_keeps_the_image(files: Path) -> None:
     data = make_parquet({"image": [b"i", b"j"], "y": [{"a": 1, "b": 2}, None]}, use_dictionary=False)
-    first, second = read(files, data, ReadOptions(label_column="y"), "x.parquet")
+    first, second = read(files, data, read_options(label_column="y"), "x.parquet")
     assert (first.image, first.target) == (b"i", None)
     assert (first.unmatched or "").startswith("the label cannot be read: the type is struct")
     assert second == Sample("000000001", b"j")
@@ -693,14 +694,14 @@ def test_nested_label_is_unmatched_and_keeps_the_image(files: Path) -> None:
 
 def test_ignored_labels_are_not_read(files: Path) -> None:
     data = make_parquet({"image": [b"i"], "y": ["bird"]})
-    options = ReadOptions(labels=False, label_column="y", class_names=CLASSES)
+    options = read_options(labels=False, label_column="y", class_names=CLASSES)
     assert one(files, data, options, "x.parquet") == Sample("000000000", b"i")
 
 
 def test_rows_without_bytes_or_with_too_many_bytes_are_errors(files: Path) -> None:
     rows = [{"bytes": None, "path": "a"}, None, {"bytes": b"12345", "path": "c"}, {"bytes": b"1"}]
     data = make_parquet({"image": rows})
-    samples = read(files, data, ReadOptions(max_image_bytes=4), "x.parquet")
+    samples = read(files, data, read_options(max_image_bytes=4), "x.parquet")
     assert [sample.key for sample in samples] == ["a", "000000001", "c", "000000003"]
     assert [sample.image for sample in samples] == [None, None, None, b"1"]
     message = "no image: the row has no image bytes (input.format: table reads images by path or URI)"
@@ -725,7 +726,7 @@ def test_label_that_cannot_be_converted_costs_only_its_target(files: Path) -> No
     }
     for name, column in columns.items():
         data = make_parquet({"image": [b"i"] * 3, "y": column})
-        options = ReadOptions(label_column="y", class_names=CLASSES)
+        options = read_options(label_column="y", class_names=CLASSES)
         first, bad, last = read(files, data, options, "x.parquet")
         assert (bad.image, bad.target, bad.error) == (b"i", None, None), name
         assert bad.unmatched, name
@@ -741,7 +742,7 @@ def test_key_that_cannot_be_converted_costs_only_its_row(files: Path) -> None:
     }
     for column in columns.values():
         data = make_parquet({"image": [b"i"] * 3, "k": column})
-        _, bad, last = read(files, data, ReadOptions(key_column="k"), "x.parquet")
+        _, bad, last = read(files, data, read_options(key_column="k"), "x.parquet")
         assert (bad.key, bad.image) == ("000000001", None)
         assert (bad.error or "").startswith("invalid key: the value cannot be a key: ")
         assert last == Sample("000000002", b"i")
@@ -752,7 +753,7 @@ def test_text_that_is_not_utf8_is_a_distinct_key(files: Path) -> None:
     image = pa.StructArray.from_arrays([pa.array([b"i", b"j"]), paths], ["bytes", "path"])
     for data, options in (
         (make_parquet({"image": image}), PLAIN),
-        (make_parquet({"image": [b"i", b"j"], "k": paths}), ReadOptions(key_column="k")),
+        (make_parquet({"image": [b"i", b"j"], "k": paths}), read_options(key_column="k")),
     ):
         samples = read(files, data, options, "x.parquet")
         assert samples == [Sample("\\xe4.jpg", b"i"), Sample("\\xf6.jpg", b"j")]
@@ -763,7 +764,7 @@ def test_long_key_is_shortened_and_stays_distinct(files: Path) -> None:
     data = make_parquet({"image": [b"i"] * 5, "k": keys})
     for samples in (
         read(files, make_tar([(f"{key}.jpg", b"i") for key in keys])),
-        read(files, data, ReadOptions(key_column="k"), "x.parquet"),
+        read(files, data, read_options(key_column="k"), "x.parquet"),
     ):
         assert samples[0] == Sample(keys[0], b"i")
         for sample, key in zip(samples[1:], keys[1:], strict=True):
@@ -788,13 +789,13 @@ def test_every_layout_of_pages_is_read(
     data = make_parquet(
         {"image": rows, "y": list(range(40))}, row_group_size=17, data_page_size=2000, **options
     )
-    samples = read(files, data, ReadOptions(label_column="y"), "x.parquet")
+    samples = read(files, data, read_options(label_column="y"), "x.parquet")
     assert samples == [Sample(row["path"], row["bytes"], i) for i, row in enumerate(rows)]
 
 
 def test_page_over_the_limit_is_refused(files: Path) -> None:
     small, large = {"image": [b"i"] * 3}, {"image": [b"i", bytes(10**6), b"i"]}
-    options = ReadOptions(max_page_bytes=10**6)
+    options = read_options(max_page_bytes=10**6)
     assert len(read(files, make_parquet(small), options, "x.parquet")) == 3
     for use_dictionary in (True, False):
         data = make_parquet(large, use_dictionary=use_dictionary, compression="zstd")
@@ -802,7 +803,7 @@ def test_page_over_the_limit_is_refused(files: Path) -> None:
             read(files, data, options, "x.parquet")
     keys = make_parquet({"image": [b"i"], "k": ["k" * 10**6], "other": ["o" * 10**6]})
     with pytest.raises(ShardError, match=r"raise read\.max_page_bytes"):
-        read(files, keys, ReadOptions(max_page_bytes=10**6, key_column="k"), "x.parquet")
+        read(files, keys, read_options(max_page_bytes=10**6, key_column="k"), "x.parquet")
     assert read(files, keys, options, "x.parquet") == [Sample("000000000", b"i")]  # not read
 
 
@@ -860,8 +861,7 @@ def test_damaged_page_header_is_reported_as_such() -> None:
 
 
 def test_largest_page_that_arrow_reads_is_allowed_by_default() -> None:
-    assert ReadOptions().max_page_bytes == ReadConfig().max_page_bytes
-    read_pages(page_header(2**31 - 1, 1024), ReadOptions().max_page_bytes)
+    read_pages(page_header(2**31 - 1, 1024), ReadConfig().max_page_bytes)
 
 
 def test_lack_of_memory_may_pass(files: Path) -> None:
@@ -932,7 +932,7 @@ def test_image_file_deleted_or_changed_after_listing_is_an_error(
     (shard,) = list_shards(storage, bucket)
     storage.write(f"{bucket}/a.jpg", b"new")
     s3_server.client().delete_object(Bucket=bucket.removeprefix("s3://"), Key="b.jpg")
-    changed, deleted, good, large = read_samples(storage, shard, ReadOptions(max_image_bytes=98))
+    changed, deleted, good, large = read_samples(storage, shard, read_options(max_image_bytes=98))
     assert changed.error == f"image changed: {bucket}/a.jpg: the object is no longer the expected version"
     assert deleted.error == f"image not found: {bucket}/b.jpg: no such object"
     assert good == Sample("c.jpg", b"ccc")
@@ -949,7 +949,7 @@ def test_members_without_a_sample_count_toward_the_deadline(files: Path, compres
     data = compress(folder.tobuf() * 100_000 + make_tar([("a.jpg", b"1")]))
     cause = r"reading one sample took more than 0\.05 s \(read\.timeout_s\)"
     with pytest.raises(ShardError, match=cause) as caught:
-        read(files, data, ReadOptions(timeout_s=0.05))
+        read(files, data, read_options(timeout_s=0.05))
     assert caught.value.transient  # the storage may have been slow
 
 
@@ -961,12 +961,12 @@ def test_zeros_in_a_gzipped_tar_count_toward_the_deadline(files: Path) -> None:
     within = gzip.compress(skipped.tobuf() + zeros + image + bytes(1024), 1)
     for data in (after, within):
         with pytest.raises(ShardError, match=r"took more than 0\.05 s"):
-            read(files, data, ReadOptions(timeout_s=0.05))
+            read(files, data, read_options(timeout_s=0.05))
 
 
 def test_time_of_the_consumer_does_not_count_toward_the_deadline(files: Path) -> None:
     shard = shard_of(Storage(), f"{files}/x.tar", make_tar(make_samples(3)))
-    reader = read_samples(Storage(), shard, ReadOptions(timeout_s=0.5))
+    reader = read_samples(Storage(), shard, read_options(timeout_s=0.5))
     next(reader)
     time.sleep(0.6)
     assert len(list(reader)) == 2

@@ -53,7 +53,7 @@ def listing(storage: Storage, uri: str, **fields: Any) -> ShardListing:
 
 def samples(storage: Storage, uri: str, **fields: Any) -> list[Sample]:
     """Reads all samples of a table."""
-    options = ReadOptions.from_config(InputConfig(uri=uri, format="table", **fields), [])
+    options = ReadOptions(InputConfig(uri=uri, format="table", **fields))
     return [x for shard in listing(storage, uri, **fields) for x in read_samples(storage, shard, options)]
 
 
@@ -189,7 +189,7 @@ def test_class_names_of_hugging_face_reach_the_samples(tmp_path: Path) -> None:
     metadata = {"huggingface": json.dumps({"info": {"features": feature}})}
     storage.write(f"{tmp_path}/a.parquet", make_parquet({"url": ["a.jpg"], "label": [1]}, metadata))
     [shard] = listing(storage, str(tmp_path), label_column="label")
-    [sample] = list_samples(shard, ReadOptions())
+    [sample] = list_samples(shard)
     assert (sample.label, sample.label_names) == (1, ["cat", "dog"])
 
 
@@ -389,7 +389,7 @@ def test_selected_rows_are_read_alone(tmp_path: Path) -> None:
     part = select_images(shard, [3, 7])
     assert part == select_rows(shard, [3, 7])
     assert (part.uri, part.version) == (shard.uri, shard.version)
-    assert [x.key for x in list_samples(part, ReadOptions())] == ["3", "7"]
+    assert [x.key for x in list_samples(part)] == ["3", "7"]
     assert [x.image for x in read_samples(storage, part, ReadOptions())] == [make_image(3), make_image(7)]
 
 

@@ -20,6 +20,7 @@ from pipeline.read.samples import ShardError
 from pipeline.storage import Storage
 from tests.cases import case_input
 from tests.makers import make_samples, make_tar
+from tests.read_options import read_options
 
 
 def read(root: Path, data: bytes, options: ReadOptions | None = None) -> list[Sample]:
@@ -198,7 +199,7 @@ def test_image_is_the_first_member_by_its_last_extension_and_others_are_counted(
 
 def test_each_image_is_a_sample_with_keys_up_to_the_last_dot(tmp_path: Path) -> None:
     data = (case_input("dots-in-names") / "names.tar").read_bytes()
-    samples = read(tmp_path, data, ReadOptions(key="last-dot"))
+    samples = read(tmp_path, data, read_options(key="last-dot"))
     others = [("IMG_1.left", None, 0), ("IMG_1.right", None, 0), ("plain", None, 0)]
     assert keys(samples) == [("22.05", None, 0), ("22.06", None, 0), ("a.b", 3, 0), *others]
     assert all(sample.error is None for sample in samples)
@@ -206,19 +207,19 @@ def test_each_image_is_a_sample_with_keys_up_to_the_last_dot(tmp_path: Path) -> 
 
 def test_image_member_chooses_the_image_of_a_sample(tmp_path: Path) -> None:
     members = [("1.left.jpg", b"l"), ("1.right.JPG", b"r"), ("1.cls", b"3"), ("2.left.jpg", b"l")]
-    options = ReadOptions(image_member="right.jpg")
+    options = read_options(image_member="right.jpg")
     first, second = read(tmp_path, make_tar(members), options)
     assert (first.image, first.target, first.merged) == (b"r", 3, 0)
     assert "no member has the extension .right.jpg (input.image_member)" in (second.error or "")
     data = make_tar([("1.jpg", b"thumbnail"), ("1.raw", b"image")])
-    assert [sample.image for sample in read(tmp_path, data, ReadOptions(image_member="raw"))] == [b"image"]
+    assert [sample.image for sample in read(tmp_path, data, read_options(image_member="raw"))] == [b"image"]
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_plain_extension_precedes_a_compound_one(tmp_path: Path, order: int) -> None:
     """A depth map or a mask before its image is not labeled, and neither is a link or a large image."""
     members = [("a.depth.png", b"d" * 9), ("a.jpg", b"image"), ("a.mask.png", b"m")][::order]
-    [sample] = read(tmp_path, make_tar(members), ReadOptions(max_image_bytes=5))
+    [sample] = read(tmp_path, make_tar(members), read_options(max_image_bytes=5))
     assert (sample.image, sample.error, sample.merged) == (b"image", None, 2)
 
 

@@ -15,7 +15,7 @@ from jobs.local_s3 import LocalS3
 from pipeline.commit import ManifestRow, lease, rebuilt_rows
 from pipeline.config import Selection
 from pipeline.predictions import read_footer
-from pipeline.read import ReadOptions, Shard, read_samples, split_into_chunks
+from pipeline.read import Shard, read_samples, split_into_chunks
 from pipeline.read.samples import ShardError
 from pipeline.run import RunResult, label, plan_run
 from pipeline.storage import Storage
@@ -24,6 +24,7 @@ from tests.fault_proxy import FaultProxy
 from tests.makers import make_image, make_parquet, make_tar
 from tests.partitions import manifest_rows
 from tests.pipeline.replaying import Place
+from tests.read_options import read_options
 from tests.runs import run_config
 
 KEEP = "input.on_damaged_shard=keep"
@@ -211,7 +212,7 @@ def test_object_that_changes_while_it_is_read_is_not_damaged(tmp_path: Path) -> 
     tar = make_tar([(f"{i}.jpg", bytes(500_000)) for i in range(9)])
     info = Storage().write(f"{tmp_path}/x.tar", tar)
     shard = Shard(info.uri, info.version, "webdataset", info.size)
-    samples = read_samples(Storage(), shard, ReadOptions(on_damaged_shard="keep"))
+    samples = read_samples(Storage(), shard, read_options(on_damaged_shard="keep"))
     next(samples)
     Path(tmp_path, "x.tar").write_bytes(tar[:3_000_000])
     with pytest.raises(ShardError, match="after 2 samples") as caught:
@@ -226,7 +227,7 @@ def test_storage_failure_is_not_damage(
     data = make_tar([(f"{i}.jpg", random.Random(i).randbytes(3_000_000)) for i in range(9)])
     info = Storage().write(f"{bucket}/in/x.tar", data)
     shard = Shard(info.uri, info.version, "webdataset", info.size)
-    options = ReadOptions(on_damaged_shard="keep", concurrent_fetches=1)
+    options = read_options(on_damaged_shard="keep", concurrent_fetches=1)
     with FaultProxy(s3_server.endpoint_url) as proxy:
         samples = read_samples(Storage(endpoint_url=proxy.url), shard, options)
         next(samples)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Selection
-from pipeline.read import ReadOptions, Sample, Shard, list_samples
+from pipeline.read import Sample, Shard, list_samples
 from pipeline.run import RunResult, label
 from pipeline.storage import Storage, read_table
 from tests.http_server import Answer, HttpServer
@@ -173,9 +173,9 @@ def test_first_run_does_not_look_for_stored_rows(
 ) -> None:
     planned = list[str]()
 
-    def list_shard(shard: Shard, options: ReadOptions) -> list[Sample]:
+    def list_shard(shard: Shard) -> list[Sample]:
         planned.append(shard.uri)
-        return list_samples(shard, options)
+        return list_samples(shard)
 
     monkeypatch.setattr("pipeline.run.reuse.list_samples", list_shard)
     write(tmp_path, [f"{server.url}/{i}.png" for i in range(4)])

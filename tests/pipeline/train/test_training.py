@@ -278,7 +278,7 @@ def test_seed_and_epoch_determine_a_mixed_order_of_all_images(
     )
     model = make_training_model(settings)
     shards = list_input_shards(Storage(), settings.train, "train.uri")
-    options = ReadOptions.from_config(settings.train, model.model.config.id2label.values())
+    options = ReadOptions(settings.train, class_names=[*model.model.config.id2label.values()])
     queue, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(1)
     images = TrainingImages(
         shards, Storage(), options, DecodeOptions(model.preprocessor, 1000), limit, queue, block_images
