@@ -6,7 +6,7 @@ import shlex
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -21,18 +21,19 @@ from jobs import console
 from jobs.progress import ProgressView
 from pipeline import load_job_config
 from pipeline.config import LABEL_NEW, Config, ConfigError, make_storage
-from pipeline.decode.cpu import FORMATS
-from pipeline.predictions import ErrorCategory, sample_error
-from pipeline.read import ReadOptions, Sample, Shard, read_samples
+from pipeline.decode.cpu import FORMATS, unsupported_format
+from pipeline.read import NoShardsError, ReadOptions, Sample, Shard, read_samples
 from pipeline.read.samples import ShardError
 from pipeline.read.targets import parse_label
 from pipeline.run import Plan
 from pipeline.run.planning import open_listing
-from pipeline.storage import ABSENT
+from pipeline.storage import ABSENT, StorageError
+from pipeline.text import arrow_type
 
 #: A tar is one request to a bucket, which may have 5 GB.
 _SIZE = TypeAdapter(Annotated[ByteSize, Field(gt=0, le=4 * 1024**3)]).validate_python
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "HEIF": "heic", "JPEG XL": "jxl"}
+_REMEDY = "run the command again with an empty folder for SHARDS"
 #: Settings of the input that the tars need too.
 _KEPT = {"target_names", "target_map", "max_image_bytes", "max_image_pixels"}
 
@@ -41,7 +42,9 @@ _KEPT = {"target_names", "target_map", "max_image_bytes", "max_image_pixels"}
 def pack(
     input: Annotated[str, typer.Argument(metavar="INPUT", help="URI as `input.uri`.")],
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Empty folder for the tars.")],
-    shard_size: Annotated[Any, typer.Option(metavar="SIZE", parser=_SIZE, help="Such as 500MB.")] = "1GiB",
+    shard_size: Annotated[
+        Any, typer.Option(metavar="SIZE", parser=_SIZE, help="Size of a tar, such as 500MB.")
+    ] = "1GiB",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration of a labeling job.")
     ] = None,
@@ -60,9 +63,14 @@ def pack(
     console.log_to_stderr()
     packer = _Packer(job)
     with ProgressView("packing") as view:
-        packer.pack(shard_size, view)
-    packer.print_summary(str(config or "job.yaml"))
-    sys.exit(console.ExitStatus.INCOMPLETE if packer.failed else console.ExitStatus.OK)
+        try:
+            packer.pack(shard_size, view)
+        except (StorageError, NoShardsError, OSError) as error:
+            raise StorageError(packer.folder, f"incomplete: {error}; {_REMEDY}") from error
+    packer.print_summary(config, [each for each in set or () if not each.startswith("input")])
+    if packer.failed:
+        console.print_notice(f"correct what is not packed, or exclude it by input.exclude, and {_REMEDY}")
+        sys.exit(console.ExitStatus.INCOMPLETE)
 
 
 class _Packer:
@@ -80,25 +88,26 @@ class _Packer:
         self.types = dict[str, str | None](source_uri="string", source_key="string")
 
     def pack(self, max_bytes: int, view: ProgressView) -> None:
-        """Writes the tars; each is a temporary file first."""
-        with TemporaryFile() as file:
-            tar = tarfile.TarFile(fileobj=file, mode="w")
-            for number, members in enumerate(chain(self._read(), [{}])):
-                for extension, content in members.items():
-                    info = tarfile.TarInfo(f"{number:09d}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-                if tar.offset >= (max_bytes if members else 1):  # or after the last sample
-                    tar.close()
-                    uri, is_first = f"{self.folder}/{self.counts['tars']:05d}.tar", not self.counts["tars"]
-                    self.storage.write(uri, file, ABSENT if is_first else None)  # the first claims the folder
-                    self.counts["tars"] += 1
-                    file.truncate(file.seek(0))
-                    tar = tarfile.TarFile(fileobj=file, mode="w")
-                view.show_progress(self._describe())
+        """Writes the tars; each is a temporary file first, and ends with the sample that reaches the size."""
+        samples = self._read()
+        for first in samples:
+            number = self.counts["tars"]
+            with TemporaryFile() as file:
+                with tarfile.TarFile(fileobj=file, mode="w") as tar:
+                    for members in chain([first], samples):
+                        for name, content in members.items():
+                            info = tarfile.TarInfo(name)
+                            info.size = len(content)
+                            tar.addfile(info, io.BytesIO(content))
+                        view.show_progress(self._describe())
+                        if tar.offset >= max_bytes:
+                            break
+                # The first tar claims the folder.
+                self.storage.write(f"{self.folder}/{number:05d}.tar", file, None if number else ABSENT)
+            self.counts["tars"] += 1
 
     def _read(self) -> Iterator[dict[str, bytes]]:
-        """Yields the members by extension of each sample that can be read."""
+        """Yields the members by name of each sample that can be read."""
         for shard in self.listing:
             try:
                 for sample in read_samples(self.storage, shard, self.options):
@@ -112,52 +121,62 @@ class _Packer:
         console.print_notice(f"not packed: {message}")
 
     def _members(self, sample: Sample, shard: Shard) -> dict[str, bytes]:
-        """Returns the members of a sample by extension; none if it has no image."""
+        """Returns the members of a sample by name; none if it has no image."""
         place = sample.uri or f"{shard.object.uri}: {sample.key!r}"
         image, label, names = sample.image or b"", sample.label, sample.label_names
         kind = next((name for name, pattern, _ in FORMATS if pattern.match(image)), None)
         if kind is None:
-            start = f"the file starts with {image[:12]!r}"
-            error = sample.error or sample_error(ErrorCategory.UNSUPPORTED_FORMAT, start)
+            error = sample.error or unsupported_format(image)
             self._fail(error.partition(":")[0], f"{place}: {error}")
             return {}
-        members = {_EXTENSIONS.get(kind, kind.lower()): image}
+        key = f"{self.counts['images']:09d}"
+        members = {f"{key}.{_EXTENSIONS.get(kind, kind.lower())}": image}
         if names is not None and self.input.target_names is None and isinstance(label, int):
             label = names[label] if 0 <= label < len(names) else None
         if label is not None and label == label:  # not NaN
-            members["cls"] = parse_label(label)[0].encode()
+            members[f"{key}.cls"] = parse_label(label)[0].encode()
+            self.counts["labels"] += 1
         elif sample.unmatched is not None:
             self._fail("unreadable label", f"{place}: only the label: {sample.unmatched}")
         if sample.merged:
             self._fail("merged image", f"{place}: {sample.merged} further images; see input.image_member")
         fields: dict[str, object] = {"source_uri": sample.uri or shard.object.uri, "source_key": sample.key}
-        for (name, type_name), value in zip(self.input.carry.items(), sample.carried, strict=True):
-            is_text = pa.types.is_temporal(value.type) and not pa.types.is_duration(value.type)
-            found = value.cast(pa.string()).as_py() if is_text else value.as_py()
-            is_json = shard.format == "webdataset" and type_name is None  # text whose type is open
-            found = json.loads(found) if is_json and value.is_valid else found
-            fields[name] = found.decode(errors="backslashreplace") if isinstance(found, bytes) else found
-            if value.is_valid and not is_json and name not in self.types:
+        for (name, kind), value in zip(self.input.carry.items(), sample.carried, strict=True):
+            if shard.format == "webdataset" and kind is None:  # JSON, whose type is open
+                fields[name] = json.loads(value.as_py() or "null")
+                continue
+            fields[name] = _to_json(value)
+            if value.is_valid and name not in self.types:
                 self.types[name] = None
                 with suppress(ValueError, NotImplementedError):  # not all types can be read from JSON
-                    pa.scalar(fields[name]).cast(pa.type_for_alias(str(value.type)))
+                    pa.scalar(fields[name]).cast(arrow_type(str(value.type)))
                     self.types[name] = str(value.type)
-        members["json"] = json.dumps(fields, ensure_ascii=False, default=str).encode()
-        self.counts.update(images=1, labels="cls" in members, bytes=len(image))
+        members[f"{key}.json"] = json.dumps(fields, ensure_ascii=False, default=str).encode()
+        self.counts.update(images=1, bytes=len(image))
         return members
 
     def _describe(self) -> str:
         return ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
 
-    def print_summary(self, config: str) -> None:
+    def print_summary(self, config: Path | None, overrides: Iterable[str]) -> None:
         """Prints the counts, and the command that labels the tars."""
         section = self.input.model_dump(include=_KEPT, exclude_defaults=True) | {"uri": self.folder}
         section["carry"] = dict.fromkeys(self.input.carry) | self.types
-        command = ["cvt-label", "label", "--config", config, "--set", f"input={json.dumps(section)}"]
+        command = ["cvt-label", "label", "--config", str(config or "job.yaml")]
+        for override in (*overrides, f"input={json.dumps(section)}"):
+            command += ["--set", override]
         failed = ", ".join(f"{cause}: {count:,}" for cause, count in sorted(self.failed.items()))
         fields = {"packed": self._describe(), "not packed": failed or "0"}
         fields |= {"ignored": Plan(self.listing, LABEL_NEW).describe_ignored(), "output": self.folder}
         console.print_fields(fields | {"to label": shlex.join(command)})
+
+
+def _to_json(value: pa.Scalar) -> object:
+    """Returns a value that JSON can represent, or text; `json.dumps` makes text of decimals and durations."""
+    if pa.types.is_temporal(value.type) and not pa.types.is_duration(value.type):
+        return value.cast(pa.string()).as_py()
+    found: object = value.as_py()
+    return found.decode(errors="backslashreplace") if isinstance(found, bytes) else found
 
 
 if __name__ == "__main__":

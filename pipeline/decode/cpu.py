@@ -132,7 +132,7 @@ def decode(data: bytes, options: DecodeOptions) -> Decoded:
     """
     matched = next((entry for entry in FORMATS if entry[1].match(data)), None)
     if matched is None:
-        return Decoded(None, None, None, _unsupported_format(data))
+        return Decoded(None, None, None, unsupported_format(data))
     name, _, reader = matched
     if name in child_decoders:
         return child_decoders[name](data, options)
@@ -214,7 +214,8 @@ def displayed_size(size: tuple[_N, _N], orientation: Orientation | None) -> tupl
     return (size[1], size[0]) if orientation is not None and orientation.swaps_sides else size
 
 
-def _unsupported_format(data: bytes) -> SampleError:
+def unsupported_format(data: bytes) -> SampleError:
+    """Returns the error of an image that has none of the formats."""
     if not data:
         return sample_error(ErrorCategory.EMPTY_IMAGE, "the file has no bytes")
     names = ", ".join(name for name, _, _ in FORMATS)

@@ -53,9 +53,8 @@ class Chunk:
         readable: Number of samples before the error that `input.on_damaged_shard: keep` labels.
         damage: Why a shard is labeled only up to here; only in the last chunk of the shard.
         merged: Number of further images of the samples, which are not labeled.
-        encoded_bytes: Size of the encoded images in bytes.
         retries: Number of retried storage failures while the chunk was read, by kind.
-        metrics: Metrics by stage.
+        metrics: By stage.
     """
 
     shard: int
@@ -75,17 +74,15 @@ class Chunk:
     def to_block(self) -> pa.Table:
         """Returns the chunk as a table with one row; pixels must be an array and are not copied."""
         rows = self.samples.to_struct_array().combine_chunks()
-        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("samples", "pixels")}
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
+        buffers = list[pickle.PickleBuffer]()
         columns = {
             "samples": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows),
-            "others": pa.array([pickle.dumps(others)], pa.binary()),
+            "others": pa.array([pickle.dumps(others, 5, buffer_callback=buffers.append)], pa.binary()),
         }
-        if self.pixels is not None:
-            assert isinstance(self.pixels, np.ndarray)
-            columns["shape"] = pa.array([self.pixels.shape], pa.list_(pa.int64()))
-            # One value that shares the array's memory.
-            ends = pa.py_buffer(np.array([0, self.pixels.nbytes], np.int64))
-            data = pa.py_buffer(np.ascontiguousarray(self.pixels).reshape(-1))
+        for pixels in buffers:  # one value that shares the array's memory
+            data = pa.py_buffer(pixels.raw())
+            ends = pa.py_buffer(np.array([0, data.size], np.int64))
             columns["pixels"] = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
         return pa.table(columns)
 
@@ -95,12 +92,9 @@ class Chunk:
         for row in range(block.num_rows):
             record = block.slice(row, 1)
             samples = record["samples"].combine_chunks().flatten()
-            pixels = None
-            if "pixels" in record.column_names:
-                content = np.frombuffer(record["pixels"][0].as_buffer() or b"", np.uint8)
-                pixels = content.reshape(record["shape"][0].as_py())
-            others = pickle.loads(record["others"][0].as_py())
-            yield Chunk(samples=pa.Table.from_struct_array(samples), pixels=pixels, **others)
+            pixels = [record["pixels"][0].as_buffer()] if "pixels" in record.column_names else []
+            others = pickle.loads(record["others"][0].as_py(), buffers=pixels)
+            yield Chunk(samples=pa.Table.from_struct_array(samples), **others)
 
 
 def failed_chunk(chunk: Chunk, error: str) -> Chunk:
@@ -114,16 +108,9 @@ def split_into_chunks(
 ) -> Iterator[Chunk]:
     """Splits the samples of a shard into one or more chunks. Every attempt yields the same chunks.
 
-    The last chunk of a shard that cannot be read to its end has the error and no samples, because an
-    exception would end the job.
-
-    Args:
-        samples: The samples of the shard, which may raise `ShardError`.
-        shard: Index of the shard in the plan.
-        max_images: Maximum number of samples of a chunk.
-        max_bytes: Maximum size of the images, keys, messages and carried values of a chunk; a single sample
-            may be larger.
-        uri: URI of the shard, for errors.
+    The samples may raise `ShardError`. The last chunk of a shard that cannot be read to its end has the error
+    and no samples, because an exception would end the job. `max_bytes` limits the images, keys, messages and
+    carried values of a chunk; a single sample may be larger. `uri` is the shard's URI, for errors.
     """
     start, size = 0, 0
     pending: list[Sample] = []

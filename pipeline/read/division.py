@@ -131,7 +131,7 @@ def _parquet_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int) -> l
 def _tar_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int, rule: str) -> list[tuple[int, int]]:
     """Returns the first byte of each part, twice, and the end of the file; raises for compressed tars."""
     starts, buffered = [0], io.BufferedReader(stream, _PROBE_BYTES)
-    next(read_members(buffered, _NO_LIMIT))  # raises for compressed tars and other files
+    next(read_members(buffered))  # raises for compressed tars and other files
     for boundary in range(part_bytes, file_bytes, part_bytes):
         start = _find_sample(buffered, boundary // BLOCK_BYTES * BLOCK_BYTES, rule)
         if start is not None and start > starts[-1]:
@@ -150,7 +150,7 @@ def _find_sample(stream: BinaryIO, boundary: int, rule: str) -> int | None:
             continue
         before: str | None = None
         try:
-            members = islice(read_members(stream, _NO_LIMIT, position), 1, _MAX_MEMBERS)
+            members = islice(read_members(stream, position), 1, _MAX_MEMBERS)
             for member in members:
                 key = None if is_ignored(member) else split_name(member.name, rule)[0]
                 if key is not None and before not in (None, key):

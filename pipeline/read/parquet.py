@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, islice, zip_longest
+from itertools import accumulate, islice
 from typing import cast
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from pipeline.read.samples import (
 from pipeline.read.shards import Shard
 from pipeline.storage import Storage
 
-_PARQUET_BUFFER_BYTES = 8 * 1024**2  # per column
+_IMAGE_BUFFER_BYTES, _BUFFER_BYTES = 8 * 1024**2, 1024**2  # of the image column, and of each other column
 # A small file may refer to a large value in each row, and reading each row copies the value.
 _MAX_REJECTED_BYTES, _MAX_REJECTED_FACTOR = 512 * 1024**2, 10
 _MAX_ID_BYTES = 64
@@ -43,58 +43,53 @@ def read_parquet(
         file = pq.ParquetFile(FooterFile(stream, deadline), pre_buffer=False)
         paths = _column_paths(file.schema_arrow, [column.path for column in file.schema], options)
         class_names = read_class_names(file.schema_arrow, options.input.label_column)
-        starts = [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
+        rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        starts = [0, *accumulate(rows)]
         first, end = shard.span or (0, starts[-1])
         if not {first, end} <= {*starts}:
             raise UnreadableShardError("the row groups of the file have changed; run the same command again")
         options.check_count(end - first)
+        groups = [i for i, count in enumerate(rows) if count and first <= starts[i] < end]
 
-        def read(path: str) -> Iterator[tuple[int, pa.Array]]:
-            """Yields the values of a column, with the numbers of their row groups."""
+        def read(role: str) -> Iterator[pa.Array]:
+            """Yields the values of a column one at a time: many rows may refer to one large value."""
+            chunks = ColumnChunkFile(stream, deadline, options.read.max_page_bytes, paths[role])
             # A common buffer would be discarded at each change of column; `pre_buffer` holds row groups.
-            chunks = ColumnChunkFile(stream, deadline, options.read.max_page_bytes, path)
             column = pq.ParquetFile(
                 chunks,
                 metadata=file.metadata,
-                # Few columns have a buffer of the full size, and many columns share a limited memory.
-                buffer_size=_PARQUET_BUFFER_BYTES
-                // (1 if path == paths["image"] else max(1, len(paths) - 2)),
+                buffer_size=_IMAGE_BUFFER_BYTES if role == "image" else _BUFFER_BYTES,
                 pre_buffer=False,
                 page_checksum_verification=True,
             )
-            for group in range(file.num_row_groups):
-                if shard.span and not first <= starts[group] < end:
-                    continue
+            for group in groups:
                 chunks.start_chunk()
-                # One row at a time, because many rows may refer to one large value in a page.
-                for batch in column.iter_batches(1, [group], [path], use_threads=False):
-                    yield group, batch.column(0)
+                count = 0
+                for batch in column.iter_batches(1, [group], [paths[role]], use_threads=False):
+                    count += 1
+                    yield batch.column(0)
+                if count != rows[group]:
+                    problem = f"{count:,} rows, but the footer of the file states {rows[group]:,}"
+                    column_name = f"column {paths[role]!r} of row group {group}"
+                    raise UnreadableShardError(f"{column_name} has {problem}: write the file again")
 
         rejected, max_rejected = 0, _MAX_REJECTED_BYTES + _MAX_REJECTED_FACTOR * shard.size
         limits = {
-            role: MAX_CARRIED_BYTES if role.startswith("carry ") else 2 * MAX_KEY_BYTES for role in paths
+            "image": options.input.max_image_bytes,
+            "key": 2 * MAX_KEY_BYTES,
+            "label": 2 * MAX_KEY_BYTES,
         }
-        limits["image"] = options.input.max_image_bytes
-        row = first - 1
-        for row, values in enumerate(zip_longest(*map(read, paths.values()), fillvalue=(None, None)), first):
-            if len({group for group, _ in values}) > 1:
-                raise UnreadableShardError("the columns have different numbers of rows")
-            columns = {role: column for role, (_, column) in zip(paths, values, strict=True)}
+        for row, values in enumerate(zip(*map(read, paths), strict=True), first):
+            columns = dict(zip(paths, values, strict=True))
             for role, column in columns.items():
-                rejected += column.nbytes if column.nbytes > limits[role] else 0
+                rejected += column.nbytes if column.nbytes > limits.get(role, MAX_CARRIED_BYTES) else 0
                 if rejected > max_rejected:
                     raise UnreadableShardError(
                         f"column {paths[role]!r} has too many long values: the values over the limit of "
                         f"a value have more than {max_rejected:,} bytes; write shorter values, or change "
                         f"input.{_FIELDS.get(role, 'carry')}"
                     )
-            sample = _to_sample(row, columns, class_names, options)
-            carried = (columns.get(f"carry {name}", _MISSING) for name in options.input.carry)
-            sample.carried = tuple(column[0] for column in carried)
-            yield sample
-        if row + 1 != end:
-            rows = f"{row + 1 - first:,} rows, but its footer states {end - first:,}"
-            raise UnreadableShardError(f"the file has {rows}: write the file again")
+            yield _to_sample(row, columns, class_names, options)
 
 
 def _to_sample(
@@ -106,17 +101,17 @@ def _to_sample(
     key_column = columns.get("key", _MISSING)
     if options.input.key_column is None and "key" in columns:
         key_column = pc.struct_field(key_column, "path")
-    value, problem = read_value(key_column[0])
-    key = f"{row:09d}" if value is None else str(value)
-    error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
-    if error is None and problem is not None:
-        error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
-    if error is not None:
-        return Sample(key, None, error=error)
-    label, problem = read_value(columns.get("label", _MISSING)[0])
-    unmatched = None if problem is None else f"the label cannot be read: {problem}"
-    content = image.as_buffer().to_pybytes()
-    return Sample(key, content, unmatched=unmatched, label=label, label_names=class_names)
+    key, problem = read_value(key_column[0])
+    sample = Sample(f"{row:09d}" if key is None else str(key), None, label_names=class_names)
+    sample.carried = tuple(columns.get(f"carry {name}", _MISSING)[0] for name in options.input.carry)
+    sample.error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
+    if sample.error is None and problem is not None:
+        sample.error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
+    if sample.error is None:
+        sample.image = image.as_buffer().to_pybytes()
+        sample.label, problem = read_value(columns.get("label", _MISSING)[0])
+        sample.unmatched = problem and f"the label cannot be read: {problem}"
+    return sample
 
 
 def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions) -> dict[str, str]:

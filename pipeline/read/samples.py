@@ -1,6 +1,7 @@
 """Samples, errors of shards, and options of readers."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
@@ -9,13 +10,15 @@ import pyarrow as pa
 
 from pipeline.config import InputConfig, ReadConfig
 from pipeline.predictions import ErrorCategory, SampleError, sample_error
-from pipeline.read.targets import Targets
+from pipeline.read.shards import Shard
+from pipeline.read.targets import Targets, folder_label, hive_label
+from pipeline.text import arrow_type
 
-#: Maximum size of a key in UTF-8.
-MAX_KEY_BYTES = 4096
+#: Maximum size of a key in UTF-8, and the part of a longer key that is kept.
+MAX_KEY_BYTES, _KEPT_KEY_BYTES = 4096, 1000
 #: Maximum size of the values of `input.carry` in a row: the driver holds those of a shard.
 MAX_CARRIED_BYTES = 64 * 1024
-_MAX_CAUSE = 2000  # characters of a cause that is kept
+_MAX_CAUSE, _MAX_MESSAGE = 2000, 200  # characters of a cause, and of why a label is no target
 
 
 class UnreadableShardError(Exception):
@@ -116,6 +119,50 @@ class ReadOptions:
             return None
         detail = f"the image {describe_excess(size, limit)} (input.max_image_bytes)"
         return sample_error(ErrorCategory.FILE_TOO_LARGE, detail)
+
+
+def complete_sample(sample: Sample, shard: Shard, options: ReadOptions) -> Sample:
+    """Returns a sample of a reader or of `list_samples` with its target, and with texts within limits."""
+    key = sample.key.encode(errors="backslashreplace")  # names of local files may have surrogates
+    sample.key = key.decode()
+    if len(key) > MAX_KEY_BYTES:
+        start, digest = key[:_KEPT_KEY_BYTES].decode(errors="ignore"), hashlib.blake2b(key, digest_size=16)
+        sample.key = f"{start}...{digest.hexdigest()}"
+        sample.fail(sample_error(ErrorCategory.INVALID_KEY, f"the key has more than {MAX_KEY_BYTES} bytes"))
+    if options.input.carry:
+        _convert_carried(sample, options.input.carry)
+    if sample.error is not None:
+        return sample
+    if options.input.labels and options.input.label_from == "folder":
+        folder = folder_label((sample.uri or "") if shard.format == "table" else sample.key)
+        if shard.format == "parquet":
+            sample.label, sample.unmatched = hive_label(shard.object.uri, options.input.label_column)
+        elif folder is not None:  # without a folder, the sample of a tar keeps its own label
+            sample.label, sample.unmatched = folder, None
+    if sample.unmatched is None:
+        sample.target, sample.unmatched = options.targets.find(sample.label, sample.label_names)
+    sample.unmatched = sample.unmatched and sample.unmatched[:_MAX_MESSAGE]
+    return sample
+
+
+def _convert_carried(sample: Sample, types: Mapping[str, str | None]) -> None:
+    """Converts the carried values to their types; a sample with a value too large or wrong is an error."""
+    values = sample.carried or [pa.scalar(None)] * len(types)
+    carried, size = list[pa.Scalar](), 0
+    for (name, kind), value in zip(types.items(), values, strict=True):
+        default = pa.string() if pa.types.is_null(value.type) else value.type
+        to = arrow_type(kind) if kind else default
+        size += scalar_array([value]).nbytes
+        try:
+            if size > MAX_CARRIED_BYTES:
+                raise ValueError(f"the carried data {describe_excess(size, MAX_CARRIED_BYTES)}")
+            carried.append(value if to == value.type else value.cast(to))
+        except (ValueError, NotImplementedError) as error:
+            carried.append(pa.scalar(None, to))
+            if sample.error is None:
+                detail = f"{name!r}: {error}; change input.carry"
+                sample.fail(sample_error(ErrorCategory.INVALID_CARRIED_VALUE, detail))
+    sample.carried = tuple(carried)
 
 
 def scalar_array(values: Sequence[pa.Scalar]) -> pa.Array:

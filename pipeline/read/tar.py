@@ -9,7 +9,6 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from pipeline.read.limits import Deadline
 from pipeline.read.samples import UnreadableShardError
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
@@ -32,7 +31,7 @@ class PartEndError(UnreadableShardError):
 
 
 def read_members(
-    stream: BinaryIO, deadline: Deadline, start: int = 0, stop: int | None = None, links: bool = False
+    stream: BinaryIO, start: int = 0, stop: int | None = None, links: bool = False
 ) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar; the caller may move the stream to the content of a member.
 
@@ -47,7 +46,6 @@ def read_members(
     """
     position, files = start, dict[str, tuple[int, int]]()
     while (stop is None or position < stop) and (info := _read_member(stream, position)) is not None:
-        deadline.check()
         has_content = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         position = info.offset_data + (_padded(info.size) if has_content else 0)
         if info.islnk() and info.linkname in files:
@@ -59,7 +57,6 @@ def read_members(
         cause = f"no member starts at byte {stop}, the end of this part, as with a tar inside the tar"
         raise PartEndError(f"{cause}; set read.split_bytes to null, which also replaces the other parts")
     while stop is None and (block := stream.read(1024**2)):
-        deadline.check()
         if block.count(b"\0") != len(block):
             cause = "a block was overwritten with zeros, or several tars were concatenated without tar -A"
             error = PartEndError if start else TarEndError

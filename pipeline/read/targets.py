@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -36,16 +36,17 @@ class Targets:
         times, self._times = Counter(class_names), Counter(chain.from_iterable(parts))
         starts = [name.split(",")[0].casefold() for name in class_names]
         is_imagenet = len(starts) == 1000 and all(starts[i] == x for i, x in _IMAGENET_NAMES.items())
-        self._ids: dict[str, int | None]  # by name
         self._ids = {x: i for i, x in enumerate(_WORDNET_IDS.read_text().split() if is_imagenet else ())}
         self._ids |= {x: i for i, each in enumerate(parts) for x in each if self._times[x] == 1}
         self._ids |= {x: i for i, x in enumerate(class_names) if times[x] == 1}
         self._folded = {name.casefold(): name for name in class_names}
-        mapped = {key: self._ids.get(name, parse_integer(name)) for key, name in self._mapping.items()}
+        mapped = dict[str, int]()
         for key, name in self._mapping.items():
-            if mapped[key] not in range(len(class_names)):
+            target = self._ids.get(name, parse_integer(name))
+            if target is None or not 0 <= target < len(class_names):
                 problem = self._problem(name, _show(name))
                 raise ValueError(f"{_show(key)}: {problem}; set the name or id of one class of the model")
+            mapped[key] = target
         self._ids |= mapped
 
     def find(self, label: object, names: Sequence[str] | None = None) -> tuple[int | None, str | None]:
@@ -62,9 +63,14 @@ class Targets:
             text = text if text in self._ids or text in (names or ()) else text.lower()
             number = number if len(self._class_names if names is None else names) == 2 else None
         shown = _show(text if isinstance(label, str | bytes) else label)
+        if text in self._mapping:
+            return self._ids[text], None
         if number == -1 and text not in self._ids:
             return None, None
-        if text not in self._mapping and number is not None and names and not (is_name and text in names):
+        if number is not None and not names and not (is_name and text in self._ids):
+            count = len(self._class_names) or _MAX_LABEL_ID
+            return (number, None) if 0 <= number < count else (None, f"{shown} is not in 0..{count - 1}")
+        if number is not None and names and not (is_name and text in names):
             if not 0 <= number < len(names):
                 return None, f"{shown} is not in 0..{len(names) - 1}"
             text, is_name = names[number], True
@@ -74,17 +80,14 @@ class Targets:
         is_ambiguous = names is not None and self._times[text] > 1 and names.count(text) > 1
         if text in self._mapping or (is_name and text in self._ids and not is_ambiguous):
             return self._ids[text], None
-        if number is None or names:
-            return None, self._problem(text, shown)
-        limit = len(self._class_names) or _MAX_LABEL_ID
-        return (number, None) if 0 <= number < limit else (None, f"{shown} is not in 0..{limit - 1}")
+        return None, self._problem(text, shown)
 
     def _problem(self, name: str, shown: str) -> str:
-        is_shared, similar = self._times[name] > 1, self._folded.get(name.casefold())
-        hint = f"; did you mean {_show(similar)}?" if similar and not is_shared else ""
-        return (
-            f"{shown} is {'the name of several classes' if is_shared else 'not a class'} of the model{hint}"
-        )
+        if self._times[name] > 1:
+            return f"{shown} is the name of several classes of the model"
+        similar = self._folded.get(name.casefold())
+        hint = f"; did you mean {_show(similar)}?" if similar else ""
+        return f"{shown} is not a class of the model{hint}"
 
 
 def load_targets(
@@ -114,10 +117,18 @@ def load_targets(
 
 
 def _read_map(file: Path) -> dict[str, str]:
-    mapping: dict[str, str] = json.loads(read_text_bytes(file).decode("utf-8-sig"))
-    for key, name in mapping.items() if isinstance(mapping, dict) else [("the file", mapping)]:
+    found = json.loads(read_text_bytes(file).decode("utf-8-sig"), object_pairs_hook=_to_map)
+    return found if isinstance(found, dict) else _to_map([("the file", found)])
+
+
+def _to_map(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    mapping = dict[str, str]()
+    for key, name in pairs:
         if not isinstance(name, str):
             raise ValueError(f'{_show(key)}: {_show(name)} is not text; expected {{"label": "class", ...}}')
+        if key in mapping:
+            raise ValueError(f"{_show(key)} is in the file more than once; remove the wrong lines")
+        mapping[key] = name
     return mapping
 
 

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -32,27 +32,28 @@ def read_tar(storage: Storage, shard: Shard, options: ReadOptions, deadline: Dea
         # The content determines the compression, because compressed tars are often named .tar.
         start, stop = shard.span or (0, info.size)
         compression = find_compression(file.peek(16)) if shard.span is None else None
-        timed = cast(BinaryIO, TimedFile(file, deadline))
-        stream = timed if compression is None else cast(BinaryIO, DecompressedFile(timed, compression))
-        current, damage = None, None
+        stream: Any = TimedFile(file, deadline)
+        if compression is not None:
+            stream = DecompressedFile(stream, compression)
+        current: _TarSample | None = None
         try:
             last = None if stop == info.size else stop
-            for member in read_members(stream, deadline, start, last, links=compression is None):
+            for member in read_members(stream, start, last, links=compression is None):
                 if is_ignored(member):
                     continue
                 key, extension = split_name(member.name, options.input.key)
-                if current is None or key != current.sample.key or current.is_full_for(extension):
-                    if current is not None:
-                        yield current.finish()
-                    current = _TarSample(Sample(key, None), options, compression)
+                if current is not None and (key != current.sample.key or current.is_full_for(extension)):
+                    yield current.finish()
+                    current = None
+                current = current or _TarSample(Sample(key, None), options, compression)
                 is_link = member.offset_data < member.offset
-                current.add(extension, member, cast(BinaryIO, links) if is_link else stream)
-        except TarEndError as error:
-            damage = error
+                current.add(extension, member, links if is_link else stream)
+        except TarEndError:
+            if current is not None:
+                yield current.finish()
+            raise
         if current is not None:
             yield current.finish()
-        if damage is not None:
-            raise damage
 
 
 def is_ignored(member: tarfile.TarInfo) -> bool:
@@ -86,44 +87,48 @@ class _TarSample:
         """Returns whether a member with the same key starts another sample."""
         return extension in self.extensions or len(self.extensions) == _MAX_MEMBERS
 
-    def add(self, extension: str, info: tarfile.TarInfo, file: BinaryIO) -> None:
+    def add(self, extension: str, info: tarfile.TarInfo, file: Any) -> None:
         """Adds a member, whose content is in the file."""
         self.extensions[extension] = None
-        problem, rank = self._problem(info), self._image_rank(extension)
-        self.sample.merged += bool(rank and self.image_rank)
-        if rank > self.image_rank:
-            self.image_rank = rank
-            self.sample.image = self.sample.offset = self.sample.size = None
-            self.sample.error = self.options.size_error(info.size)
-            if problem is not None:
-                self.sample.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, problem)
-            if self.sample.error is None:
-                self.sample.image = _content(info, file)
-                if self.compression is None:
-                    self.sample.offset, self.sample.size = info.offset_data, info.size
-            return
-        path, carry = self.options.input.label_field, self.options.input.carry if extension == "json" else {}
-        has_label = self.options.input.labels and extension == ("json" if path else "cls")
-        if rank or not (has_label or carry):
-            return
-        label, carried = cast(object, None), tuple[pa.Scalar, ...]()
-        if problem is None and info.size > _MAX_LABEL_BYTES:
-            problem = f"the label {describe_excess(info.size, _MAX_LABEL_BYTES)}"
-        if problem is None:
-            content = _content(info, file)
+        section, rank = self.options.input, self._image_rank(extension)
+        carry = section.carry if extension == "json" else {}
+        has_label = section.labels and extension == ("json" if section.label_field else "cls")
+        if rank:
+            self.sample.merged += self.image_rank > 0
+            if rank > self.image_rank:
+                self.image_rank = rank
+                self._set_image(info, file)
+        elif has_label or carry:
+            document, carried, problem = cast(object, None), tuple[pa.Scalar, ...](), None
             try:
+                if info.size > _MAX_LABEL_BYTES:
+                    raise ValueError(f"it {describe_excess(info.size, _MAX_LABEL_BYTES)}")
+                content = _content(info, file)
                 document = content.decode() if extension == "cls" else json.loads(content)
                 carried = tuple(_scalar(_field(document, name), kind) for name, kind in carry.items())
-                label = _field(document, path) if path else document
             except (ValueError, RecursionError) as error:
-                kind = "UTF-8 text" if extension == "cls" else "valid JSON"
-                problem = f"the .{extension} member is not {kind} ({error})"
-        if carry:
-            self.sample.carried, self.carried_problem = carried, problem
-        if has_label:
-            if isinstance(label, list | dict):  # may be large, or nested too deeply for a message
-                label, problem = None, f"a {type(label).__name__} is not a class of the model"
-            self.sample.label, self.sample.unmatched = label, problem
+                problem = f"the .{extension} member cannot be read: {error}"
+            if carry:
+                self.sample.carried, self.carried_problem = carried, problem
+            if has_label:
+                label = _field(document, section.label_field) if section.label_field else document
+                if isinstance(label, list | dict):  # may be large, or nested too deeply for a message
+                    label, problem = None, f"a {type(label).__name__} is not a class of the model"
+                self.sample.label, self.sample.unmatched = label, problem
+
+    def _set_image(self, info: tarfile.TarInfo, file: Any) -> None:
+        sample = self.sample
+        sample.image = sample.offset = sample.size = None
+        sample.error = self.options.size_error(info.size)
+        if sample.error is not None:
+            return
+        try:
+            sample.image = _content(info, file)
+        except ValueError as error:
+            sample.error = sample_error(ErrorCategory.UNREADABLE_IMAGE, str(error))
+        else:
+            if self.compression is None:
+                sample.offset, sample.size = info.offset_data, info.size
 
     def _image_rank(self, extension: str) -> int:
         """Returns 0 for a member that is no image. The first member of the highest rank is the image.
@@ -134,39 +139,35 @@ class _TarSample:
             return int(extension == self.options.input.image_member)
         return (extension in IMAGE_EXTENSIONS) + (extension.rpartition(".")[2] in IMAGE_EXTENSIONS)
 
-    def _problem(self, info: tarfile.TarInfo) -> str | None:
-        """Returns why the content of a member cannot be read."""
-        if info.type in PLAIN_TYPES:
-            return None
-        kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
-        problem = f"{info.name!r} is {kind}, not a regular file"
-        if not info.islnk():
-            return problem
-        cause = "hard links are read only to earlier files of a tar that is not compressed"
-        cause += ", and of the same part (read.split_bytes: null makes one part)"
-        return f"{problem}; {cause}; create the tar with `tar --hard-dereference`"
-
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
-        error, wanted = self.sample.error, self.options.input.image_member
+        sample, wanted = self.sample, self.options.input.image_member
         if not self.image_rank:
             wanted = f"the extension .{wanted} (input.image_member)" if wanted else "an image extension"
             members = " ".join(f".{extension}" for extension in islice(self.extensions, 8))
             dot = self.options.input.key.replace("-", " ")
-            error = sample_error(
+            sample.error = sample_error(
                 ErrorCategory.NO_IMAGE,
                 f"no member has {wanted} (members: {members}); the members of a sample must be adjacent in "
                 f"the tar, and the extension starts at the {dot} (input.key)",
             )
-        if error is None and self.carried_problem is not None:
-            error = sample_error(ErrorCategory.INVALID_CARRIED_VALUE, self.carried_problem)
-        return self.sample if error is None else self.sample.fail(error)
+        elif sample.error is None and self.carried_problem is not None:
+            sample.error = sample_error(ErrorCategory.INVALID_CARRIED_VALUE, self.carried_problem)
+        return sample if sample.error is None else sample.fail(sample.error)
 
 
-def _content(info: tarfile.TarInfo, stream: BinaryIO) -> bytes:
-    """Reads the bytes of a regular member."""
-    stream.seek(info.offset_data)
-    content = stream.read(info.size)
+def _content(info: tarfile.TarInfo, file: Any) -> bytes:
+    """Reads the bytes of a member; raises `ValueError` if it is no regular file."""
+    if info.type not in PLAIN_TYPES:
+        kind = f"a link to {info.linkname!r}" if info.linkname else "a special or sparse file"
+        problem = f"{info.name!r} is {kind}, not a regular file"
+        if info.islnk():
+            problem += "; hard links are read only to earlier files of a tar that is not compressed, and of "
+            problem += "the same part (read.split_bytes: null makes one part); create the tar with "
+            problem += "`tar --hard-dereference`"
+        raise ValueError(problem)
+    file.seek(info.offset_data)
+    content: bytes = file.read(info.size)
     if len(content) < info.size:
         raise UnreadableShardError(f"the tar is damaged or truncated: the file ends within {info.name!r}")
     return content

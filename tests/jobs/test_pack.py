@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.console import ExitStatus
+from jobs.label import label as label_command
 from jobs.pack import pack
 from pipeline import label, load_job_config
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 from tests.command import invoke
 from tests.makers import make_image, make_parquet, make_tar
 from tests.runs import IN_PROCESS
@@ -157,9 +158,10 @@ def test_unreadable_images_and_shards_are_listed_and_all_others_packed(tmp_path:
         (source / name).write_bytes(content)
     shown, errors = run_pack(source, tmp_path / "tars", status=ExitStatus.INCOMPLETE)
     assert shown["packed"].startswith("1 images, 0 labels")
-    assert shown["not packed"] == "unreadable shard: 1, unsupported format: 2"
+    assert shown["not packed"] == "empty image: 1, unreadable shard: 1, unsupported format: 1"
     assert "b.jpg: unsupported format: the file starts with b'<html>'" in errors
     assert "d.tar: not a tar" in errors
+    assert "exclude it by input.exclude, and run the command again with an empty folder" in errors
 
 
 def test_label_outside_of_the_class_names_is_reported_and_not_stored(tmp_path: Path) -> None:
@@ -192,6 +194,33 @@ def test_folder_with_objects_and_wrong_size_are_refused(
     result = invoke(pack, tmp_path / "in", tmp_path / shards, "--shard-size", size, status=ExitStatus.USAGE)
     assert message in result.stderr
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_printed_command_labels_the_tars(tmp_path: Path) -> None:
+    config = tmp_path / "my job.yaml"
+    config.write_text(
+        f"input: {{uri: {tmp_path}/in}}\nmodel: {{path: fashion-mnist}}\noutput: {{uri: {tmp_path}/labels}}\n"
+    )
+    write_folders(tmp_path / "in")
+    options = ["--set", "input.label_from=folder", "--set", "output.topk=2"]
+    shown, _ = run_pack(tmp_path / "in", tmp_path / "tars", "--config", config, *options)
+    command = shlex.split(shown["to label"])
+    assert command[:2] == ["cvt-label", "label"]
+    invoke(label_command, *command[2:], "--no-ray")
+    [file] = (tmp_path / "labels").rglob("predictions/**/*.parquet")
+    table = pq.ParquetFile(file).read()
+    assert len(table) == len(IMAGES)
+    assert {len(ids) for ids in table["topk_label_ids"].to_pylist()} == {2}
+
+
+def test_failed_write_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Storage, uri: str, *arguments: object) -> None:
+        raise StorageError(uri, "no space left")
+
+    write_folders(tmp_path / "in")
+    monkeypatch.setattr(Storage, "write", fail)
+    result = invoke(pack, tmp_path / "in", tmp_path / "tars", status=ExitStatus.UNAVAILABLE)
+    assert "00000.tar: no space left; run the command again with an empty folder for SHARDS" in result.stderr
 
 
 def test_tars_are_written_to_a_bucket(bucket: str, storage: Storage, tmp_path: Path) -> None:

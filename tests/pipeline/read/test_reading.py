@@ -426,13 +426,14 @@ def test_name_of_several_classes_is_no_label(files: Path) -> None:
 def test_label_that_is_not_text_is_unmatched(files: Path) -> None:
     sample = one(files, make_tar({"a.jpg": b"image", "a.cls": b"\xff\xfe"}))
     assert sample == Sample("a", b"image", unmatched=sample.unmatched)
-    assert (sample.unmatched or "").startswith("the .cls member is not UTF-8 text")
+    assert (sample.unmatched or "").startswith("the .cls member cannot be read: ")
 
 
 def test_label_that_is_too_large_or_a_link_is_unmatched(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webdataset, "_MAX_LABEL_BYTES", 100)
     sample = one(files, make_tar({"a.jpg": b"image", "a.cls": bytes(101)}))
-    assert sample == Sample("a", b"image", unmatched="the label has 101 bytes, more than the limit of 100")
+    problem = "the .cls member cannot be read: it has 101 bytes, more than the limit of 100"
+    assert sample == Sample("a", b"image", unmatched=problem)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         link = tarfile.TarInfo("a.cls")
@@ -441,7 +442,7 @@ def test_label_that_is_too_large_or_a_link_is_unmatched(files: Path, monkeypatch
         image = tarfile.TarInfo("a.jpg")
         image.size = 5
         tar.addfile(image, io.BytesIO(b"image"))
-    problem = "'a.cls' is a link to '/etc/passwd', not a regular file"
+    problem = "the .cls member cannot be read: 'a.cls' is a link to '/etc/passwd', not a regular file"
     assert one(files, stream.getvalue()) == Sample("a", b"image", unmatched=problem)
 
 
@@ -480,7 +481,7 @@ def test_label_in_malformed_json_is_unmatched(files: Path, text: bytes) -> None:
     data = make_tar({"a.jpg": b"image", "a.json": text})
     sample = one(files, data, read_options(label_field="y"))
     assert (sample.image, sample.error) == (b"image", None)
-    assert (sample.unmatched or "").startswith("the .json member is not valid JSON")
+    assert (sample.unmatched or "").startswith("the .json member cannot be read: ")
     assert one(files, data) == Sample("a", b"image")  # not read unless configured
 
 
@@ -571,16 +572,14 @@ def test_columns_whose_paths_are_the_same_are_refused(
         read(files, make_parquet(columns), options, "x.parquet")
 
 
-def test_time_limit_holds_in_empty_row_groups(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_row_groups_take_no_time(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     schema, stream = pa.schema({"image": pa.binary()}), io.BytesIO()
     with pq.ParquetWriter(stream, schema, use_dictionary=False) as writer:
         for _ in range(50):
             writer.write_table(schema.empty_table())
-    assert read(files, stream.getvalue(), name="x.parquet") == []
     clock = SimpleNamespace(monotonic=itertools.count().__next__)
     monkeypatch.setattr("pipeline.read.limits.time", clock)
-    with pytest.raises(ShardError, match=r"reading one sample took more than 30 s"):
-        read(files, stream.getvalue(), read_options(timeout_s=30), "x.parquet")
+    assert read(files, stream.getvalue(), read_options(timeout_s=30), "x.parquet") == []
 
 
 @pytest.mark.parametrize("column", ["image", "y"])
@@ -594,7 +593,7 @@ def test_columns_of_different_lengths_are_refused(files: Path, column: str) -> N
     assert len(pages) == 4
     damaged = bytearray(data)
     damaged[pages[list(columns).index(column)]] = 2
-    cause = r"after 1 sample .*: the columns have different numbers of rows"
+    cause = rf"after 1 sample .*: column '{column}' of row group 0 has 1 rows, .* footer .* states 2"
     with pytest.raises(ShardError, match=cause):
         read(files, bytes(damaged), options, "x.parquet")
 
@@ -603,7 +602,9 @@ def test_file_with_fewer_rows_than_its_footer_states_is_refused(files: Path) -> 
     data = make_parquet({"image": [b"i"] * 4}, use_dictionary=False, compression="none")
     damaged = bytearray(data)
     damaged[re.search(rb"\x15\0\x15.\x15.\x2c\x15(\x08)\x15\0", data).start(1)] = 4  # type: ignore[union-attr]
-    with pytest.raises(ShardError, match="the file has 2 rows, but its footer states 4"):
+    with pytest.raises(
+        ShardError, match="has 2 rows, but the footer of the file states 4: write the file again"
+    ):
         read(files, bytes(damaged), name="x.parquet")
 
 
@@ -782,7 +783,8 @@ def test_every_layout_of_pages_is_read(
     version: str, compression: str, use_dictionary: bool, monkeypatch: pytest.MonkeyPatch, files: Path
 ) -> None:
     """Small buffers cut the headers of pages; long statistics make headers longer than a buffer."""
-    monkeypatch.setattr(parquet, "_PARQUET_BUFFER_BYTES", 64)
+    monkeypatch.setattr(parquet, "_IMAGE_BUFFER_BYTES", 64)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 64)
     rows = [{"bytes": image, "path": f"{i}" * (1 if i % 9 else 500)} for i, image in enumerate(IMAGES)]
     options: dict[str, Any] = {"compression": compression, "use_dictionary": use_dictionary}
     options |= {"data_page_version": version, "write_page_checksum": True, "write_batch_size": 4}

@@ -178,6 +178,8 @@ def test_content_of_files_counts_and_not_their_path(tmp_path: Path) -> None:
         ("target_names", "n.json", '["a", 1]', "expected a list of names"),
         ("target_map", "m.json", "[1]", "'the file': [1] is not text; expected"),
         ("target_map", "m.json", '{"a": "Bag", "b": 3}', "'b': 3 is not text; expected"),
+        ("target_map", "m.json", '{"a": "Bag", "a": "Coat"}', "'a' is in the file more than once; remove"),
+        ("target_map", "m.json", '{"a": {"b": 1}}', "'b': 1 is not text; expected"),
         ("target_map", "m.json", "a", "Expecting value"),
         ("target_map", "m.json", b"\xff", "can't decode"),
         ("target_map", "m.json", '{"a": ' * 100_000, "recursion"),

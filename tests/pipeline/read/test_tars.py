@@ -88,7 +88,7 @@ def test_compressed_tar_that_is_cut_off_is_refused(tmp_path: Path, name: str) ->
         assert not caught.value.transient
 
 
-@pytest.mark.parametrize("name", sorted(COMPRESSORS.keys() - {"xz"}))
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
 def test_data_after_a_compressed_tar_is_not_ignored(tmp_path: Path, name: str) -> None:
     data = COMPRESSORS[name](make_tar(make_samples(2)))
     with pytest.raises(ShardError, match=r"damaged or cut off.*; compress the tar again"):
@@ -118,7 +118,7 @@ def test_windows_of_xz_and_zstd_are_limited(tmp_path: Path) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1024**3, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3}]
     xz = lzma.compress(make_tar(make_samples(1)), filters=filters)
     zstd = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + b"\x0b\0\0A"  # a window of 2 GiB
-    for data in (xz, zstd):
+    for data in (xz, lzma.compress(make_tar(make_samples(1))[:512]) + xz, zstd):
         with pytest.raises(ShardError, match=r"(?i)memory.*with a window of at most 128 MiB"):
             read(tmp_path, data)
     assert len(read(tmp_path, lzma.compress(make_tar(make_samples(3)), preset=9))) == 3

@@ -129,7 +129,7 @@ def test_declared_types_convert_values(tmp_path: Path) -> None:
     errors = found["error"].to_pylist()
     assert errors[0] is None
     assert errors[1].startswith("invalid carried value: 't': ")
-    assert errors[2].startswith("invalid carried value: the .json member is not valid JSON")
+    assert errors[2].startswith("invalid carried value: the .json member cannot be read: ")
     assert str(table(tmp_path, "y.tar")["t"].type) == "timestamp[ms]"
 
 
