@@ -15,7 +15,7 @@ InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
 
 _OPERATORS = {"=", "==", "!=", "<", "<=", ">", ">=", "in", "not in"}
 #: Fields that no label depends on: they select samples, or are part of a shard's version.
-_NOT_IN_FINGERPRINT = {
+NOT_IN_FINGERPRINT = {
     "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
     "on_damaged_shard",
 }  # fmt: skip
@@ -67,9 +67,7 @@ class InputConfig(Section):
     `label_field` and `label_column`.
     """
     label_field: str | None = Field(default=None, examples=["annotation.class"])
-    """Field of the `.json` member that holds the label; dots separate nested fields. Null: the label is in
-    the `.cls` member.
-    """
+    """Field of the `.json` member with the label; dots separate nested fields. Null: the `.cls` member."""
     image_column: str | None = Field(default=None, examples=["image"])
     """Image column. Null: `image`, or the only column that is binary or a struct with binary `bytes`."""
     uri_column: str | None = Field(default=None, examples=["image_url"])
@@ -183,8 +181,3 @@ class InputConfig(Section):
         if extension and "." in extension and info.data.get("key") == "last-dot":
             raise ValueError("an extension has no dot with key: last-dot; each image is a sample of its own")
         return extension
-
-    @property
-    def label_settings(self) -> dict[str, Any]:
-        """The settings that determine a label; only those without their default, so that more can follow."""
-        return self.model_dump(exclude=_NOT_IN_FINGERPRINT, exclude_defaults=True)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cvt.runtimes import Precision, resolve_precision, supported_precisions
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
-from pipeline.config.input import InputConfig
+from pipeline.config.input import NOT_IN_FINGERPRINT, InputConfig
 from pipeline.config.stages import ClassifyConfig, DecodeConfig, RayConfig, ReadConfig
 from pipeline.storage import Storage
 
@@ -50,9 +50,7 @@ class ReportConfig(Section):
     """Images in the report. No label depends on this section."""
 
     gallery: Annotated[int, Field(ge=0, le=20)] = 3
-    """Number of highest-confidence images, and of lowest-confidence images, that the report shows per class.
-    0: no images.
-    """
+    """Number of images with the highest scores, and with the lowest, per class in the report. 0: none."""
     thumbnail_side: Annotated[int, Field(ge=16, le=512)] = 96
     """Longest side of a thumbnail, in pixels."""
 
@@ -68,9 +66,7 @@ class GateConfig(Section):
     """
 
     max_error_fraction: Fraction | None = 0.5
-    """Maximum fraction of the images that are error rows, of the images of the shards that the run labels.
-    Null: no limit.
-    """
+    """Maximum fraction of error rows among the images of the shards that the run labels. Null: no limit."""
     max_unreadable_fraction: Fraction | None = 0.5
     """Maximum fraction of the shards that cannot be read, of the shards that the run reads. A run that finds
     empty shards and no image exceeds it too. Null: no limit.
@@ -179,11 +175,14 @@ class Config(Section):
 
     @property
     def label_settings(self) -> dict[str, Any]:
-        """Returns the settings that determine a label, without model, locations and resources."""
+        """The settings that determine a label, without model, locations and resources.
+
+        Only those without their default, so that more can follow.
+        """
         settings: dict[str, Any] = {
             "precision": self.model.precision,
             "output": self.output.model_dump(exclude={"uri"}, exclude_defaults=True),
-            "input": self.input.label_settings,
+            "input": self.input.model_dump(exclude=NOT_IN_FINGERPRINT, exclude_defaults=True),
         }
         decoder = self.decode.device, self.decode.quality
         return settings if decoder == ("cpu", "exact") else settings | {"decode": decoder}

@@ -24,9 +24,7 @@ class ReadConfig(Section):
     num_cpus: PositiveFloat = 0.25
     """CPUs that Ray reserves for each read task."""
     concurrent_fetches: PositiveInt = 4
-    """Number of 8 MiB ranges of one tar that a read task fetches concurrently. A higher number hides the
-    latency of object storage.
-    """
+    """Number of 8 MiB ranges of a tar that a read task fetches at once, to hide the latency of storage."""
     concurrent_downloads: PositiveInt = 64
     """Table: maximum number of concurrent `http://` and `https://` requests of a read task."""
     downloads_per_host: PositiveInt = 16
@@ -56,9 +54,7 @@ class ReadConfig(Section):
     run. The next run tries the shard again.
     """
     memory: PositiveInt | None = None
-    """Memory that Ray reserves for each read task, in bytes. Null: from `read.chunk_bytes` and
-    `read.concurrent_fetches`.
-    """
+    """Memory of each read task in Ray, in bytes. Null: from `chunk_bytes` and `concurrent_fetches`."""
 
 
 class DecodeConfig(Section):
@@ -75,9 +71,7 @@ class DecodeConfig(Section):
     num_cpus: PositiveFloat | None = None
     """CPUs that Ray reserves for each decode task. Null: 1, or less on nodes with fewer than 4 CPUs."""
     memory: PositiveInt | None = None
-    """Memory that Ray reserves for each decode task, in bytes. Null: from the chunk size and the model's
-    image size.
-    """
+    """Memory of each decode task in Ray, in bytes. Null: from the chunk size and the model's image size."""
     timeout_s: PositiveFloat = 60
     """Maximum CPU time for decoding an image, in seconds. An image that takes longer is an error row.
     Decoding a chunk takes at most ten times as long: an image then has less time.
@@ -96,9 +90,7 @@ class ClassifyConfig(Section):
     num_gpus: PositiveFloat | None = None
     """GPUs of each actor. Null: 1 on a GPU, 0 on a CPU."""
     num_cpus: PositiveFloat | None = None
-    """CPUs of each actor. Null: on a GPU 1, or 2 if the GPU decodes; on a CPU about half of a node, at most
-    8.
-    """
+    """CPUs of each actor. Null: on a GPU 1, or 2 if it decodes; on a CPU about half of a node, at most 8."""
     min_actors: PositiveInt = 1
     """Minimum number of actors."""
     max_actors: PositiveInt | None = None
@@ -108,13 +100,9 @@ class ClassifyConfig(Section):
     batch_size: PositiveInt | None = None
     """Images in a batch of the model. Null: from the model's size, 64 to 256; 64 for CvT-13 at 224 pixels."""
     concurrent_chunks: PositiveInt = 2
-    """Number of chunks that an actor processes concurrently. One is classified while others are decoded or
-    converted to rows.
-    """
+    """Chunks in an actor at once. One is classified while others are decoded or converted to rows."""
     threads: PositiveInt | None = None
-    """CPU threads of the model in an actor on a CPU. Null: the actor's CPUs, or all of the node if there is
-    one actor.
-    """
+    """CPU threads of the model on a CPU. Null: the actor's CPUs, or all of the node if there is one actor."""
     timeout_s: PositiveFloat = 600
     """Maximum time for classifying a chunk, in seconds. An actor that takes longer ends, and its chunk is
     retried, up to `ray.task_retries` times. Without Ray, the run ends with an error.

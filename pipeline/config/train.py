@@ -31,9 +31,7 @@ class TrainedModelConfig(Section):
     new: ArchitectureConfig | None = None
     """A new model with random weights. Null: `model.pretrained` is the model."""
     pretrained: NameOrUri | None = Field(default=None, examples=["microsoft/cvt-13"])
-    """Checkpoint to fine-tune, in the same notation as `model.path` of a labeling job. Null: `model.new` is
-    the model.
-    """
+    """Checkpoint to fine-tune, as `model.path` of a labeling job. Null: `model.new` is the model."""
     revision: str | None = Field(default=None, examples=["main"])
     """Branch, tag or commit of the hub id in `model.pretrained`. Null: the default branch."""
     labels: Annotated[list[str], Field(min_length=2)] | None = Field(default=None, examples=[["cat", "dog"]])
