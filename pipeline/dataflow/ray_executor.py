@@ -251,7 +251,7 @@ class RayExecutor:
         source = ShardSource(shards, ray.put(stages.make_read_step(resources)), limit)
         chunks = ray.data.read_datasource(
             source,
-            num_cpus=resources.read_cpus,
+            num_cpus=stages.read_options.read.num_cpus,
             concurrency=resources.readers,
             override_num_blocks=source.tasks,
             memory=resources.read_memory,

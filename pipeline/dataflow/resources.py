@@ -24,7 +24,7 @@ class Resources:
     The number of readers is limited, because a reader that waits for a later stage keeps its CPU.
 
     Attributes:
-        chunk_images, chunk_bytes: maximum number of images and of encoded bytes in a chunk.
+        chunk_images: maximum number of images in a chunk.
         batch_size: number of images per call of the model.
         readers: number of concurrent read tasks.
         decoders: number of decode tasks that fit next to all other tasks; 0 if classifiers decode.
@@ -33,9 +33,7 @@ class Resources:
 
     device: str
     chunk_images: int
-    chunk_bytes: int
     batch_size: int
-    read_cpus: float
     read_memory: int
     readers: int
     decode_cpus: float
@@ -118,9 +116,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
     return Resources(
         device="cuda" if on_gpu else "cpu",
         chunk_images=chunk_images,
-        chunk_bytes=read.chunk_bytes,
         batch_size=classify.batch_size or _power_of_two(_BATCH_MACS // request.macs, _MIN_BATCH, _MAX_BATCH),
-        read_cpus=read.num_cpus,
         # A chunk as samples, as a table and as a block of Ray, and the prefetched ranges.
         read_memory=read.memory
         or int(min(3 * read.chunk_bytes + (read.concurrent_fetches + 1) * 8 * 1024**2, max_memory)),

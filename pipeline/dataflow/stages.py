@@ -32,7 +32,6 @@ def read_step(
     storage: Storage,
     options: ReadOptions,
     max_images: int,
-    max_bytes: int,
     shards: Iterable[tuple[int, Shard]],
 ) -> Iterator[Chunk]:
     """Reads shards, given with their index in the plan, in chunks of limited images and encoded bytes.
@@ -42,7 +41,7 @@ def read_step(
     timer, before = StageTimer(), retry_counts()
     for number, shard in shards:
         samples = read_samples(storage, shard, options)
-        chunks = split_into_chunks(samples, number, max_images, max_bytes, shard.uri)
+        chunks = split_into_chunks(samples, number, max_images, options.read.chunk_bytes, shard.uri)
         while True:
             with timer:
                 chunk = next(chunks, None)
@@ -62,7 +61,6 @@ class Stages:
     read_options: ReadOptions
     checkpoint: Checkpoint
     predictions: PredictionOptions
-    max_image_pixels: int
     precision: str
     decode: DecodeConfig
     classify: ClassifyConfig
@@ -70,14 +68,13 @@ class Stages:
 
     def make_read_step(self, resources: Resources) -> ReadStep:
         """Returns the first stage."""
-        limits = resources.chunk_images, resources.chunk_bytes
-        return partial(read_step, self.storage, self.read_options, *limits)
+        return partial(read_step, self.storage, self.read_options, resources.chunk_images)
 
     @property
     def decode_options(self) -> DecodeOptions:
         """How the second stage decodes."""
-        preprocessor, is_fast = self.checkpoint.preprocessor, self.decode.quality == "fast"
-        return DecodeOptions(preprocessor, self.max_image_pixels, is_fast, self.decode.timeout_s)
+        max_pixels, is_fast = self.read_options.input.max_image_pixels, self.decode.quality == "fast"
+        return DecodeOptions(self.checkpoint.preprocessor, max_pixels, is_fast, self.decode.timeout_s)
 
     @property
     def max_attempt_seconds(self) -> float:

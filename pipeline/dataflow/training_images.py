@@ -20,10 +20,8 @@ from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, ReadOptions, Shard
 from pipeline.storage import Storage
 
-#: Maximum number of shards from which a read task takes chunks in turn.
-_SHARDS_PER_READ = 16
-#: Maximum number of images and of encoded bytes in a chunk.
-_CHUNK_IMAGES, _CHUNK_BYTES = 32, 4 * 1024**2
+#: Maximum number of shards from which a read task takes chunks in turn, and number of images of a chunk.
+_SHARDS_PER_READ, _CHUNK_IMAGES = 16, 32
 
 
 @dataclass
@@ -77,7 +75,7 @@ class TrainingImages:
         context.enable_progress_bars = False
         context.target_max_block_size = self.block_images * self.decode_options.preprocessor.size**2 * 3
         context.execution_options.preserve_order = True
-        read = partial(read_step, self.storage, self.read_options, _CHUNK_IMAGES, _CHUNK_BYTES)
+        read = partial(read_step, self.storage, self.read_options, _CHUNK_IMAGES)
         shards = random.Random(seed).sample(self.shards, len(self.shards))
         per_task = math.ceil(len(shards) / math.ceil(len(shards) / _SHARDS_PER_READ))
         source = ShardSource(shards, ray.put(read), self.limit, per_task)

@@ -63,7 +63,6 @@ class Job:
                 config.output.label_names,
                 config.input.carry,
             ),
-            max_image_pixels=config.input.max_image_pixels,
             precision=config.model.precision,
             decode=config.decode,
             classify=config.classify,

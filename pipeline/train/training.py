@@ -123,7 +123,7 @@ def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, que
     images = TrainingImages(
         prepared.shards[name],
         prepared.storage,
-        ReadOptions(section, ReadConfig(concurrent_fetches=1), labels),
+        ReadOptions(section, ReadConfig(concurrent_fetches=1, chunk_bytes=4 * 1024**2), labels),
         DecodeOptions(preprocessor, section.max_image_pixels),
         limit,
         queue,

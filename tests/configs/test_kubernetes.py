@@ -15,7 +15,7 @@ import tomllib
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -380,8 +380,8 @@ def cluster_of(bound: str) -> ClusterCapacity:
 
 
 def chosen(job: Config, cluster: ClusterCapacity) -> Resources:
-    count = partial(count_macs, Architecture(**PRESETS["cvt-13"]), 1000, 224)
-    return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, count), cluster)
+    macs = count_macs(Architecture(**PRESETS["cvt-13"]), 1000, 224)
+    return choose_resources(ResourceRequest(job.read, job.decode, job.classify, 224, macs), cluster)
 
 
 def test_resources_do_not_depend_on_the_cluster_size_at_start(job: Config) -> None:
@@ -406,10 +406,10 @@ def test_stages_fit_into_the_largest_cluster(job: Config) -> None:
         gpu["gpus"] // resources.classify_gpus * resources.classify_cpus < gpu["cpus"]
     )  # the other CPUs decode
     cpu, max_replicas = groups["cpu"]
-    assert resources.readers * resources.read_cpus + resources.decode_cpus <= cpu["cpus"] * max_replicas
+    assert resources.readers * job.read.num_cpus + resources.decode_cpus <= cpu["cpus"] * max_replicas
     for each, _ in groups.values():  # one node alone can run one slot of each stage
         assert (
-            resources.readers * resources.read_cpus + resources.decode_cpus + resources.classify_cpus
+            resources.readers * job.read.num_cpus + resources.decode_cpus + resources.classify_cpus
             <= each["cpus"]
         )
 

@@ -50,7 +50,7 @@ def choose(config: Config, cpus: float, gpus: float, node_cpus: float) -> Resour
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64, 256])
 def test_one_task_of_each_stage_fits_on_a_single_machine(cpus: int) -> None:
     resources = choose(config(), cpus=cpus, gpus=0, node_cpus=cpus)
-    others = resources.readers * resources.read_cpus + resources.decode_cpus
+    others = resources.readers * config().read.num_cpus + resources.decode_cpus
     assert resources.max_actors >= 1
     assert others + resources.max_actors * resources.classify_cpus <= cpus
     assert resources.device == "cpu"
@@ -75,7 +75,7 @@ def test_gpus_are_used_if_available() -> None:
 
 def test_actors_on_gpus_leave_cpus_to_the_other_stages() -> None:
     resources = choose(config(), cpus=4, gpus=8, node_cpus=4)
-    used = resources.readers * resources.read_cpus + resources.decode_cpus
+    used = resources.readers * config().read.num_cpus + resources.decode_cpus
     assert used + resources.max_actors * resources.classify_cpus <= 4
 
 
@@ -121,7 +121,7 @@ def test_small_models_get_larger_batches() -> None:
 
 def test_number_of_decoders_follows_the_free_cpus() -> None:
     resources = choose(config(), 16, 1, 16)
-    used = resources.readers * resources.read_cpus + resources.max_actors * resources.classify_cpus
+    used = resources.readers * config().read.num_cpus + resources.max_actors * resources.classify_cpus
     assert used + resources.decoders * resources.decode_cpus <= 16
     assert resources.decoders == 14
 
