@@ -37,7 +37,7 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
     key, count = "", 0
     try:
         deadline = Deadline(options.read.timeout_s)
-        for found in _READERS[shard.format](storage, shard, options, deadline):
+        for found in _read(storage, shard, options, deadline):
             sample = complete_sample(found, shard, options)
             options.check_count(count + 1)
             key, count = sample.key, count + 1
@@ -53,6 +53,14 @@ def read_samples(storage: Storage, shard: Shard, options: ReadOptions) -> Iterat
         keep = is_damage and options.input.on_damaged_shard == "keep"
         cause, readable = position + _cause(shard, error), count if is_damage else 0
         raise ShardError(shard.uri, cause, transient, keep, readable) from error
+
+
+def _read(storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline) -> Iterator[Sample]:
+    if shard.format == "webdataset":
+        return read_tar(storage, shard, options, deadline)
+    if shard.format == "parquet":
+        return read_parquet(storage, shard, options, deadline)
+    return read_images(storage, shard, list_samples(shard), options)  # each request has a time limit
 
 
 def _cause(shard: Shard, error: Exception) -> str:
@@ -82,14 +90,3 @@ def select_images(shard: Shard, positions: Sequence[int]) -> Shard:
     if shard.rows:
         return select_rows(shard, positions)
     return replace(shard, members=tuple(shard.members[position] for position in positions))
-
-
-def _read_objects(
-    storage: Storage, shard: Shard, options: ReadOptions, deadline: Deadline
-) -> Iterator[Sample]:
-    """Yields the samples of a shard whose images are objects of their own."""
-    del deadline  # each request has a time limit
-    return read_images(storage, shard, list_samples(shard), options)
-
-
-_READERS = {"webdataset": read_tar, "parquet": read_parquet, "images": _read_objects, "table": _read_objects}

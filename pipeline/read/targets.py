@@ -111,8 +111,9 @@ def load_targets(
                     content[field] = read(copy)
         Targets(class_names, mapping=content.get("target_map", section.target_map) or {})
     except (ValueError, RecursionError, ObjectNotFound) as error:
-        file, cause = path if isinstance(path, str) else "", str(error).removeprefix(f"labels {copy}: ")
-        raise ConfigError(f"{where}.{field}: {file}: {cause}".replace(": : ", ": ")) from error
+        place = f"{where}.{field}: {path}" if isinstance(path, str) else f"{where}.{field}"
+        cause = str(error).removeprefix(f"labels {copy}: ")
+        raise ConfigError(f"{place}: {cause}") from error
     return section.model_copy(update=content)
 
 

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 
@@ -99,7 +99,9 @@ class _TarSample:
                 self.image_rank = rank
                 self._set_image(info, file)
         elif has_label or carry:
-            document, carried, problem = cast(object, None), tuple[pa.Scalar, ...](), None
+            document: Any = None
+            carried = tuple[pa.Scalar, ...]()
+            problem = None
             try:
                 if info.size > _MAX_LABEL_BYTES:
                     raise ValueError(f"it {describe_excess(info.size, _MAX_LABEL_BYTES)}")
