@@ -51,9 +51,11 @@ class Job:
     def stages(self) -> Stages:
         """The settings of the stages."""
         config, labels = self.config, self.checkpoint.labels
+        # Each read task has a copy of the options, and the list of URIs may be long.
+        section = self.input.model_copy(update={"uri": "", "exclude": []})
         return Stages(
             storage=self.storage,
-            read_options=ReadOptions(self.input, config.read, labels),
+            read_options=ReadOptions(section, config.read, labels),
             checkpoint=self.checkpoint,
             predictions=PredictionOptions(
                 labels,
