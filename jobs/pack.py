@@ -90,8 +90,7 @@ class _Packer:
     def pack(self, max_bytes: int, view: ProgressView) -> None:
         """Writes the tars; each is a temporary file first, and ends with the sample that reaches the size."""
         samples = self._read()
-        for first in samples:
-            number = self.counts["tars"]
+        for number, first in enumerate(samples):
             with TemporaryFile() as file:
                 with tarfile.TarFile(fileobj=file, mode="w") as tar:
                     for members in chain([first], samples):

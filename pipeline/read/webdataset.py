@@ -94,7 +94,8 @@ class _TarSample:
         carry = section.carry if extension == "json" else {}
         has_label = section.labels and extension == ("json" if section.label_field else "cls")
         if rank:
-            self.sample.merged += self.image_rank > 0
+            if self.image_rank:
+                self.sample.merged += 1
             if rank > self.image_rank:
                 self.image_rank = rank
                 self._set_image(info, file)
@@ -139,7 +140,9 @@ class _TarSample:
         """
         if self.options.input.image_member is not None:
             return int(extension == self.options.input.image_member)
-        return (extension in IMAGE_EXTENSIONS) + (extension.rpartition(".")[2] in IMAGE_EXTENSIONS)
+        if extension in IMAGE_EXTENSIONS:
+            return 2
+        return int(extension.rpartition(".")[2] in IMAGE_EXTENSIONS)
 
     def finish(self) -> Sample:
         """Returns the sample after its last member; a sample with an error has no target."""
