@@ -6,13 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cvt.configuration import CvtConfig
     from cvt.inference.engine import Engine
-    from cvt.modeling import CvtForImageClassification, CvtModel
+    from cvt.modeling import CvtConfig, CvtForImageClassification, CvtModel
     from cvt.preprocessing import Preprocessor
 
 _MODULES = {
-    "CvtConfig": "cvt.configuration",
+    "CvtConfig": "cvt.modeling",
     "CvtForImageClassification": "cvt.modeling",
     "CvtModel": "cvt.modeling",
     "Engine": "cvt.inference",

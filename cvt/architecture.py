@@ -1,6 +1,6 @@
 """The architecture of a CvT: fields, defaults, validation, published variants, and number of operations.
 
-Imports neither torch nor transformers. `cvt.configuration` has the configuration class for transformers.
+Imports neither torch nor transformers. `cvt.modeling` has the configuration class for transformers.
 """
 
 from __future__ import annotations

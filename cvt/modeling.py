@@ -1,23 +1,57 @@
 """CvT, the Convolutional vision Transformer of arXiv 2103.15808: drop-in classes for transformers.
 
-`cvt.network` has the layers.
+The base classes of transformers handle files, the hub and labels. `cvt.architecture` has the fields of the
+configuration, and `cvt.network` the layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, ModelOutput
 from transformers.models.cvt.modeling_cvt import BaseModelOutputWithCLSToken
 
 from cvt import network
-from cvt.architecture import Architecture
-from cvt.configuration import CvtConfig
+from cvt.architecture import PRESETS, Architecture
+
+
+class CvtConfig(PreTrainedConfig, Architecture):
+    """Configuration of a CvT, a drop-in replacement for `transformers.CvtConfig`.
+
+    The constructor takes the fields of `cvt.architecture.Architecture` and of PreTrainedConfig (`num_labels`,
+    `id2label`, ...) as keyword arguments.
+    """
+
+    model_type = "cvt"
+
+    def __init__(self, **kwargs: Any) -> None:
+        for field in dataclasses.fields(Architecture):
+            setattr(self, field.name, kwargs.pop(field.name, field.default))
+        super().__init__(**kwargs)
+        Architecture.from_dict(vars(self))  # validates the fields
+
+
+def preset_config(name: str, **fields: Any) -> CvtConfig:
+    """Returns the configuration of a published variant, a key of `PRESETS`.
+
+    Raises:
+        ValueError: the name is unknown, or `fields` do not describe a valid model.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return CvtConfig(**{**PRESETS[name], **fields})
 
 
 class CvtLayer(GradientCheckpointingLayer, network.CvtLayer):

@@ -13,10 +13,9 @@ from transformers.activations import QuickGELUActivation
 
 from cvt.architecture import PRESETS, transformers_problem
 from cvt.checkpoints import Checkpoint
-from cvt.configuration import preset_config
 from cvt.errors import CheckpointError
 from cvt.inference.engine import PRECISIONS
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtForImageClassification, preset_config
 from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from pipeline.classify.checkpoint import open_checkpoint

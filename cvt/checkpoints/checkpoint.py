@@ -59,9 +59,7 @@ class Checkpoint:
 
     Attributes:
         name: short name, valid in a path.
-        model: the model.
         labels: names of the classes, in the order of class ids.
-        preprocessor: the preprocessing of the model.
         commit: commit of a model from the Hugging Face hub, or None.
         problem_type: the field of config.json, None for a model that chooses one of several classes.
     """
@@ -109,8 +107,8 @@ class Checkpoint:
 
     def to_transformers(self) -> CvtForImageClassification:
         """Returns a copy of the model as a class of transformers, for training and saving."""
-        from cvt.configuration import CvtConfig  # imports transformers, which takes seconds
-        from cvt.modeling import CvtForImageClassification
+        # Imports transformers, which takes seconds.
+        from cvt.modeling import CvtConfig, CvtForImageClassification
 
         fields = asdict(self.model.config) | label_fields(self.labels)
         with torch.device("meta"):  # skips random initialization, which takes longer than loading
@@ -227,15 +225,12 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     """Downloads the files of a hub id, or finds them in the cache: `models--<id>/snapshots/<commit>`."""
     # Imported here, because a local checkpoint does not need the client.
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     bundled = f"(bundled: {', '.join(BUNDLED)})"
     with checkpoint_errors(f"no such local folder {bundled}, and not available from the Hugging Face hub"):
         try:
             listed = HfApi().model_info(hub_id, revision=revision).siblings or []
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception:  # no network, unavailable hub, or HF_HUB_OFFLINE
+        except Exception:  # no network, unavailable hub, HF_HUB_OFFLINE, or a deleted model
             cached = try_to_load_from_cache(hub_id, CONFIG_FILE, revision=revision)
             if not isinstance(cached, str):
                 raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,10 +30,10 @@ class CudaRuntime:
             # This mode uses CUDA graphs, which replace one launch per kernel by one launch per batch.
             self._forward = torch.compile(network, dynamic=False, fullgraph=True, mode="reduce-overhead")
         self._upload = torch.cuda.Stream(self._device)
-        # Two buffers alternate: one is filled while the other is copied to the GPU.
-        self._staged = [pinned(batch_size, *image_shape, dtype=torch.uint8) for _ in range(2)]
-        # These events wait without using CPU time, which decoding needs.
-        self._uploaded = [torch.cuda.Event(blocking=True) for _ in range(2)]
+        # Two buffers alternate: one is filled while the other is copied to the GPU. Their events wait without
+        # using CPU time, which decoding needs.
+        buffers = [pinned(batch_size, *image_shape, dtype=torch.uint8) for _ in range(2)]
+        self._buffers = itertools.cycle([(buffer, torch.cuda.Event(blocking=True)) for buffer in buffers])
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
@@ -61,9 +63,7 @@ class CudaRuntime:
         return result
 
     def _to_device(self, images: np.ndarray) -> Tensor:
-        staged, uploaded = self._staged[0], self._uploaded[0]
-        self._staged.reverse()
-        self._uploaded.reverse()
+        staged, uploaded = next(self._buffers)
         uploaded.synchronize()  # waits until the previous batch in this buffer is copied
         staged.numpy()[: len(images)] = images
         with torch.cuda.stream(self._upload):

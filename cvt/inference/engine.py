@@ -8,22 +8,15 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvt.inference.network import EngineOutput, InferenceNetwork, Result, Runtime
 from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
-from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 from cvt.runtimes import DEVICES, DTYPES, RUNTIMES, resolve_precision
-
-if TYPE_CHECKING:
-    from cvt.modeling import CvtForImageClassification
-
-    Model: TypeAlias = CvtClassifier | CvtForImageClassification
 
 logger = logging.getLogger("cvt_label")
 
@@ -44,7 +37,7 @@ class Engine:
     another call waits for its results.
 
     Args:
-        model: the model. The engine makes a copy.
+        model: a CvtClassifier or CvtForImageClassification. The engine makes a copy.
         preprocessor: preprocessor of the images. The engine applies its mean, std and rescale factor.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         precision: "fp32", "bf16", "fp16", or "auto" for "bf16" on a GPU and "fp32" on a CPU. Normalization
@@ -63,7 +56,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: nn.Module,
         preprocessor: Preprocessor,
         *,
         device: str = "auto",
@@ -85,32 +78,31 @@ class Engine:
         self.runtime = runtime
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+        dtype = torch.float32 if runtime == "openvino" else PRECISIONS[self.precision]
+        network = InferenceNetwork(model, preprocessor, dtype)
+        config = network.model.config
         self._image_shape = (preprocessor.size, preprocessor.size, len(preprocessor.mean))
-        if (channels := model.config.num_channels) != self._image_shape[-1]:
+        if (channels := config.num_channels) != self._image_shape[-1]:
             raise ValueError(f"num_channels is {channels}, but the preprocessing has {self._image_shape[-1]}")
-        self._widths = (model.num_labels or model.config.embed_dim[-1], model.config.embed_dim[-1])
-        threads = threads or torch.get_num_threads()
-        self._runtime = self._make_runtime(model, preprocessor, batch_size, threads)
+        self._widths = (network.model.num_labels or config.embed_dim[-1], config.embed_dim[-1])
+        self._runtime = self._make_runtime(network, batch_size, threads or torch.get_num_threads())
 
-    def _make_runtime(
-        self, model: Model, preprocessor: Preprocessor, batch_size: int, threads: int
-    ) -> Runtime:
+    def _make_runtime(self, network: InferenceNetwork, batch_size: int, threads: int) -> Runtime:
         if self.runtime == "openvino":
             from cvt.inference.openvino_runtime import OpenVinoRuntime
 
             if self.device.type != "cpu":
                 raise ValueError(f"runtime 'openvino' needs device 'cpu', not {self.device.type!r}")
-            network = InferenceNetwork(model, preprocessor, torch.float32)
             return OpenVinoRuntime(network, self._image_shape, self.precision, batch_size, threads)
         compiled = self.runtime == "compile"
         if compiled:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
-        network = InferenceNetwork(model, preprocessor, PRECISIONS[self.precision]).to(self.device)
+        network = network.to(self.device)
         if self.device.type == "cuda":
             from cvt.inference.cuda_runtime import CudaRuntime
 
             return CudaRuntime(network, self._image_shape, batch_size, compiled)
-        part_size = max_images_per_part(model.config, preprocessor.size)
+        part_size = max_images_per_part(network.model.config, self._image_shape[0])
         return TorchRuntime(network, batch_size, part_size, threads, compiled)
 
     @property
@@ -126,7 +118,7 @@ class Engine:
                 tensor is not copied to the host.
 
         Raises:
-            ValueError: the images have the wrong type or shape, or are on the wrong device.
+            ValueError: the images have the wrong type or shape.
         """
         pixel_type = torch.uint8 if isinstance(images, Tensor) else np.uint8
         if images.dtype != pixel_type or images.shape[1:] != self._image_shape:
@@ -134,15 +126,9 @@ class Engine:
             raise ValueError(
                 f"images must be uint8 (n, {expected}), not {images.dtype} {tuple(images.shape)}"
             )
-        if isinstance(images, Tensor):
-            if images.device.type != self.device.type:
-                raise ValueError(
-                    f"images are on {images.device.type!r}, but the engine is on {self.device.type!r}"
-                )
-            if self.device.type == "cuda":  # the caller's stream may still compute the images
-                torch.cuda.current_stream(images.device).synchronize()
-            else:
-                images = images.numpy()
+        if isinstance(images, Tensor) and self.device.type == "cuda":
+            # The caller's stream may still compute the images.
+            torch.cuda.current_stream(images.device).synchronize()
         results = _thread.submit(self._start, images).result()
         logits, embeddings = (np.empty((len(images), width), np.float32) for width in self._widths)
         for rows, result in results:

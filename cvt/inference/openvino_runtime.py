@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,22 +19,17 @@ _REQUEST_SIZE = 8
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-def import_openvino() -> ModuleType:
+def import_openvino() -> Any:
     """Imports OpenVINO without telemetry.
 
     OpenVINO sends usage data over the network, from its import on, if it can import `openvino_telemetry`.
     """
-    name = "openvino_telemetry"
-    before = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
-        return importlib.import_module("openvino")
+        import openvino
     except ImportError as error:
         raise ImportError(f"runtime: {OPENVINO_MISSING}") from error
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
+    return openvino
 
 
 class OpenVinoRuntime:

@@ -23,10 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from cvt.architecture import Architecture
 from cvt.checkpoints.tensorflow import TO_TORCH
 from cvt.checkpoints.weights import check_weights, files_to_load, read_file
-from cvt.configuration import CvtConfig
 from cvt.errors import checkpoint_errors
 from cvt.keras.layers import CvtStage, build, dense, layer_norm, to_tokens
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.modeling import CvtConfig, CvtForImageClassification, CvtModel
 
 H5_NAME = "tf_model.h5"
 
@@ -38,13 +37,11 @@ class TFCvtOutput:
     """
 
     _fields: ClassVar[tuple[str, ...]]
+    _asdict: ClassVar[Any]
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return super().__getitem__(key)  # type: ignore[misc]
-        if key not in self._fields:
-            raise KeyError(key)
-        return getattr(self, key)
+        values = self._asdict() if isinstance(key, str) else self.to_tuple()
+        return values[key]
 
     def __getattr__(self, name: str) -> None:
         if name not in ("last_hidden_state", "cls_token_value", "loss", "logits", "hidden_states"):

@@ -15,9 +15,8 @@ from torch import nn
 
 from cvt.architecture import FIELDS, transformers_problem
 from cvt.checkpoints.checkpoint import label_fields
-from cvt.configuration import CvtConfig, preset_config
 from cvt.errors import checkpoint_errors
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtConfig, CvtForImageClassification, preset_config
 from cvt.preprocessing import Preprocessor
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, make_storage

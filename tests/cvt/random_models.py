@@ -11,8 +11,7 @@ from torch import nn
 
 from cvt.architecture import Architecture
 from cvt.checkpoints import save_checkpoint
-from cvt.configuration import CvtConfig
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtConfig, CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 
 Model = TypeVar("Model", bound=nn.Module)

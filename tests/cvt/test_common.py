@@ -24,8 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cvt.configuration import CvtConfig
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.modeling import CvtConfig, CvtForImageClassification, CvtModel
 from tests.cvt.random_models import TINY
 
 #: Import name of transformers' `tests`, which is different because this project has a package `tests` too.

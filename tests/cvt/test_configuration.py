@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
-from cvt.configuration import CvtConfig
+from cvt.modeling import CvtConfig
 from tests.cvt.random_models import PUBLISHED
 
 #: config.json of microsoft/cvt-13, with 3 instead of 1000 class names.

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
-from cvt.configuration import CvtConfig
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.modeling import CvtConfig, CvtForImageClassification, CvtModel
 from cvt.network import CvtDropPath
 from tests.cvt.random_models import FOUR_STAGES, PUBLISHED, TINY, randomize
 

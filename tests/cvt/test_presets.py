@@ -10,8 +10,7 @@ import transformers
 from PIL import Image
 
 from cvt.architecture import FIELDS, PRESETS
-from cvt.configuration import preset_config
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtForImageClassification, preset_config
 from cvt.preprocessing import Preprocessor
 from tests.cvt.random_models import PUBLISHED
 

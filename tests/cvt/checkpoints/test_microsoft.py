@@ -10,9 +10,8 @@ from torch import Tensor
 
 from cvt.architecture import PRESETS, Architecture
 from cvt.checkpoints.microsoft import image_size, infer_architecture, microsoft_key, rename_weights
-from cvt.configuration import preset_config
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtForImageClassification, preset_config
 from tests.cvt.microsoft_names import as_microsoft, microsoft_names
 from tests.cvt.random_models import TINY
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtConfig, CvtForImageClassification
 
 h5py = pytest.importorskip("h5py", reason="needs the extra `keras`")
 

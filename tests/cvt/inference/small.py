@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvt.configuration import CvtConfig
 from cvt.inference.engine import Engine
 from cvt.inference.network import InferenceNetwork
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtConfig, CvtForImageClassification
 from cvt.preprocessing import Preprocessor
 from tests.cvt.random_models import TINY, randomize, repeat_stage
 

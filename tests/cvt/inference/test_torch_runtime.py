@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from cvt.configuration import CvtConfig
 from cvt.inference import engine as engine_module
 from cvt.inference.network import InferenceNetwork
 from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
+from cvt.modeling import CvtConfig
 from cvt.network import CvtStage
 from tests.cvt.inference.small import (
     IMAGES,

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from cvt.checkpoints import BUNDLED
-from cvt.configuration import CvtConfig
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification, CvtModel
+from cvt.modeling import CvtConfig, CvtForImageClassification, CvtModel
 from tests.cvt.random_models import FOUR_STAGES, PUBLISHED, TINY, randomize
 
 os.environ["KERAS_BACKEND"] = "torch"  # read at the import of keras; PyTorch is always installed

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from cvt.checkpoints import BUNDLED, load_checkpoint
-from cvt.configuration import preset_config
 from cvt.errors import CheckpointError
-from cvt.modeling import CvtForImageClassification
+from cvt.modeling import CvtForImageClassification, preset_config
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import Config, load_config
 from pipeline.run import make_job
