@@ -21,7 +21,6 @@ _LABELS = (
 )
 
 
-@console.exit_on_error()
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=_LABELS, show_default=False)],
     b: Annotated[

@@ -9,7 +9,6 @@ from jobs import console
 from pipeline.config import json_schema
 
 
-@console.exit_on_error()
 def config(
     schema: Annotated[
         Literal["label", "train", "schedule"],

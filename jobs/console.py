@@ -143,8 +143,8 @@ def make_app() -> typer.Typer:
 
 
 def add_command(app: typer.Typer, command: Callable[..., None]) -> None:
-    """Adds the function of a command to a command line."""
-    app.command(epilog=EXIT_STATUSES)(command)
+    """Adds a command to a command line. Its errors end with a message and an exit status."""
+    app.command(epilog=EXIT_STATUSES)(exit_on_error()(command))
 
 
 def run_command(command: Callable[..., None]) -> None:
@@ -156,7 +156,7 @@ def run_command(command: Callable[..., None]) -> None:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Ends the process with a message and a status on errors, SIGTERM and Ctrl-C. Decorates commands."""
+    """Ends the process with a message and a status on errors, SIGTERM and Ctrl-C."""
     logging.setLogRecordFactory(RecordWithoutSecrets)
     try:
         with sigterm_interrupts():

@@ -13,7 +13,6 @@ from pipeline.text import pluralize
 Layout = Literal["hugging-face", "microsoft"]
 
 
-@console.exit_on_error()
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="Checkpoint, in any form that model.path accepts.")

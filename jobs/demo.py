@@ -19,7 +19,6 @@ _SAMPLE_FOLDER = Path(__file__).parent / "data" / "fashion-mnist"
 _CONFIG = Path(configs.__file__).parent / "demo.yaml"
 
 
-@console.exit_on_error()
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for a copy of the labels.")

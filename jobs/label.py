@@ -2,9 +2,6 @@
 
 import logging
 import sys
-import time
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -12,8 +9,9 @@ import typer
 from jobs import console
 from jobs.console import ExitStatus, print_notice
 from jobs.progress import ProgressView
-from pipeline import RunResult, commit, load_job_config
+from pipeline import RunResult, load_job_config
 from pipeline import label as label_dataset
+from pipeline.commit import Progress
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.decode import hide_pillow_warnings
 from pipeline.run import Plan
@@ -25,11 +23,7 @@ logger = logging.getLogger("cvt_label")
 #: Maximum number of examples in a line of the summary.
 _EXAMPLES = 5
 
-#: Seconds of results that an estimate of the rate needs.
-MIN_RATE_SECONDS = 5.0
 
-
-@console.exit_on_error()
 def label(
     config: console.ConfigOption,
     set: console.SetOption = None,
@@ -65,13 +59,12 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     """Labels a dataset, shows the progress, and prints the result."""
     console.log_to_stderr()
     hide_pillow_warnings()
-    estimator = Estimator()
     with ProgressView("labeling") as view:
         result = label_dataset(
             config,
             selection,
             on_progress=lambda progress, prepared: view.show_progress(
-                describe_progress(progress, prepared.plan, estimator.estimate(progress)), progress.fraction
+                describe_progress(progress, prepared.plan), progress.images, progress.fraction
             ),
             on_plan=lambda prepared: print_notice(prepared.plan.describe()),
             on_phase=view.show_phase,
@@ -82,36 +75,13 @@ def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) ->
     return result
 
 
-class Estimator:
-    """Estimates the rate and the remaining time of a run from its progress since the first result."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._first: tuple[float, commit.Progress] | None = None
-
-    def estimate(self, progress: commit.Progress) -> str:
-        """Returns rate and remaining time as text, empty before `MIN_RATE_SECONDS` of results."""
-        now = self._clock()
-        if self._first is None:
-            if progress.images:
-                self._first = now, progress
-            return ""
-        since, first = self._first
-        seconds, images = now - since, progress.images - first.images
-        fraction = progress.fraction - first.fraction
-        if seconds < MIN_RATE_SECONDS or images <= 0 or fraction <= 0:
-            return ""
-        remaining = timedelta(seconds=round((1 - progress.fraction) / fraction * seconds))
-        return f", {images / seconds:,.1f} images/s, remaining {remaining}"
-
-
-def describe_progress(progress: commit.Progress, plan: Plan, estimate: str) -> str:
-    """Describes the number of shards, images and errors, followed by the estimate."""
+def describe_progress(progress: Progress, plan: Plan) -> str:
+    """Describes the number of shards, images and errors."""
     images = pluralize(progress.images, "image")
     if plan.images is not None:
         images = f"{progress.images:,} of {pluralize(plan.images, 'image')}"
     shards = f"{progress.shards:,} of {pluralize(len(plan.shards), 'shard')}"
-    return f"{shards}, {images}, {pluralize(progress.errors, 'error')}{estimate}"
+    return f"{shards}, {images}, {pluralize(progress.errors, 'error')}"
 
 
 def print_result(result: RunResult) -> None:

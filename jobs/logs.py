@@ -10,7 +10,6 @@ from jobs.submit import follow as follow_job
 from pipeline.schedule import JobClient
 
 
-@console.exit_on_error()
 def logs(
     job: console.JobArgument,
     address: console.AddressOption = None,

@@ -38,7 +38,6 @@ _REMEDY = "run the command again with an empty folder for SHARDS"
 _KEPT = {"target_names", "target_map", "max_image_bytes", "max_image_pixels"}
 
 
-@console.exit_on_error()
 def pack(
     input: Annotated[str, typer.Argument(metavar="INPUT", help="URI as `input.uri`.")],
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Empty folder for the tars.")],
@@ -98,7 +97,7 @@ class _Packer:
                             info = tarfile.TarInfo(name)
                             info.size = len(content)
                             tar.addfile(info, io.BytesIO(content))
-                        view.show_progress(self._describe())
+                        view.show_progress(self._describe(), self.counts["images"])
                         if tar.offset >= max_bytes:
                             break
                 # The first tar claims the folder.

@@ -19,7 +19,6 @@ _UNITS = {
 }  # fmt: skip
 
 
-@console.exit_on_error()
 def plan(
     config: console.ConfigOption,
     set: console.SetOption = None,

@@ -10,7 +10,6 @@ from pipeline import publish_labels
 from pipeline.text import pluralize
 
 
-@console.exit_on_error()
 def publish(
     to: Annotated[
         str,

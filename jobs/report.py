@@ -8,7 +8,6 @@ from jobs import console
 from pipeline import write_report
 
 
-@console.exit_on_error()
 def report(
     uri: console.PartitionArgument = None,
     config: console.PartitionConfigOption = None,

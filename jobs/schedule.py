@@ -18,7 +18,6 @@ from pipeline.schedule import Scheduler, StateFile, next_scheduled_times
 _NEXT_TIMES = 3
 
 
-@console.exit_on_error()
 def schedule(
     config: console.YamlOption,
     set: console.SetOption = None,

@@ -13,7 +13,6 @@ from pipeline.statistics import class_table
 from pipeline.storage import StorageError
 
 
-@console.exit_on_error()
 def stats(
     uri: console.PartitionArgument = None,
     config: console.PartitionConfigOption = None,

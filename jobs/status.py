@@ -12,7 +12,6 @@ from pipeline.schedule import JobClient, SubmittedJob
 _LINE = "{state:<9}  {started:<23}  {took:>8}  {status:>6}  {job}"
 
 
-@console.exit_on_error()
 def status(
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="Id of a job. Default: all jobs.", show_default=False)

@@ -4,7 +4,6 @@ from jobs import console
 from pipeline.schedule import JobClient
 
 
-@console.exit_on_error()
 def stop(job: console.JobArgument, address: console.AddressOption = None) -> None:
     """Stop a submitted job and wait until it is finished.
 

@@ -13,7 +13,6 @@ from pipeline.config import Config, ConfigError, Selection, SubmitConfig, load_c
 from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_key
 
 
-@console.exit_on_error()
 def submit(
     config: console.ConfigOption,
     set: console.SetOption = None,

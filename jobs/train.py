@@ -1,14 +1,12 @@
 """Trains a model on labeled shards: `python -m jobs.train --config FILE`, or `cvt-label train`."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 
 from jobs import console
 from jobs.progress import ProgressView
-from pipeline import load_train_config, train_model
+from pipeline import TrainConfig, load_train_config, train_model
 
 
-@console.exit_on_error()
 def train(
     config: console.YamlOption,
     set: console.SetOption = None,
@@ -31,7 +29,7 @@ def train(
                 f"train loss {metrics['train_loss']:.4f}, loss {metrics['loss']:.4f}, "
                 f"accuracy {metrics['accuracy']:.2%}, {metrics['seconds']:.0f} s"
             ),
-            on_progress=lambda progress: view.show_progress(*describe_progress(progress, epochs)),
+            on_progress=lambda progress: view.show_progress(*describe_progress(progress, loaded)),
         )
     best = result.best
     console.print_line(
@@ -39,15 +37,13 @@ def train(
     )
 
 
-def describe_progress(progress: Mapping[str, float], epochs: int) -> tuple[str, float]:
-    """Describes epoch, step, loss, rate and remaining time; returns also the completed fraction."""
+def describe_progress(progress: Mapping[str, float], config: TrainConfig) -> tuple[str, int, float]:
+    """Describes epoch, step and loss; returns also the number of images so far and the completed fraction."""
     epoch, step, steps = progress["epoch"], progress["step"], progress["steps"]
-    text = (
-        f"epoch {epoch}/{epochs}, step {step:,}/{steps:,}, train loss {progress['train_loss']:.4f}, "
-        f"{progress['images_per_s']:,.1f} images/s, remaining "
-        f"{timedelta(seconds=round(progress['remaining_s']))}"
-    )
-    return text, ((epoch - 1) * steps + step) / (epochs * steps)
+    epochs = config.optimization.epochs
+    text = f"epoch {epoch}/{epochs}, step {step:,}/{steps:,}, train loss {progress['train_loss']:.4f}"
+    done = (epoch - 1) * steps + step
+    return text, int(done * config.images_per_step), done / (epochs * steps)
 
 
 if __name__ == "__main__":

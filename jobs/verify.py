@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
 
 
-@console.exit_on_error()
 def verify(
     images: console.ImagesOption,
     model: console.ModelOption = "fashion-mnist",

@@ -12,7 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.cli import make_cli
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 
 CompletedProcess = subprocess.CompletedProcess[str]
 
@@ -20,7 +20,7 @@ CompletedProcess = subprocess.CompletedProcess[str]
 def invoke(command: Callable[..., None], *arguments: object, status: int = 0) -> Result:
     """Runs the function of a command in this process and checks its exit status."""
     app = make_app()
-    app.command()(command)
+    add_command(app, command)
     result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == status, result.output
     return result

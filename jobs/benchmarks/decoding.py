@@ -30,7 +30,6 @@ EXACT, TRANSFORMERS = "decode", "transformers' processor"
 Decoder = Callable[[Sequence[bytes]], Sequence[Any]]
 
 
-@console.exit_on_error()
 def decoding(
     context: typer.Context,
     images: console.ImagesOption,

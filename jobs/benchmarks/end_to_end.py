@@ -31,7 +31,6 @@ _SHARD_IMAGES = 8192
 _SHARDS_PER_CORE = 2  # minimum
 
 
-@console.exit_on_error()
 def run(
     context: typer.Context,
     images: console.ImagesOption,

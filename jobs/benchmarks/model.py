@@ -24,7 +24,6 @@ Classify = Callable[[np.ndarray], np.ndarray]
 EAGER, COMPILED = "transformers, eager", "transformers, compiled"
 
 
-@console.exit_on_error()
 def model(
     context: typer.Context,
     model: console.ModelOption = "cvt-13",

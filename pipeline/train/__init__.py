@@ -27,8 +27,8 @@ def train_model(
         config: the configuration of the training.
         on_epoch: called after each epoch, with `epoch`, `train_loss`, `loss`, `accuracy`, `learning_rate`
             and `seconds`.
-        on_progress: called about every second during an epoch, with `epoch`, `step`, `steps` (of the epoch),
-            `train_loss`, `images_per_s` and `remaining_s` (of the training).
+        on_progress: called about every second during an epoch, with `epoch`, `step`, `steps` (of the epoch)
+            and `train_loss`.
 
     Returns:
         The result. `path` is the URI of the folder with the best model, which `model.path` of a labeling

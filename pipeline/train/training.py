@@ -182,8 +182,8 @@ class _Reporter:
 
     def __init__(self, prepared: PreparedTraining, trainer: _Trainer, job: dict[str, Any]) -> None:
         self._prepared, self._trainer, self._job = prepared, trainer, job
-        self._started = self._epoch_started = self._reported = time.monotonic()
-        self._start, self._version = trainer.total_steps, prepared.version
+        self._epoch_started = self._reported = time.monotonic()
+        self._version = prepared.version
         self._write_state()  # fails now if the output cannot be written
 
     def after_step(self) -> None:
@@ -193,14 +193,11 @@ class _Reporter:
             self._write_state()
         if now - self._reported >= self._job["progress_interval_s"]:
             self._reported = now
-            pace, steps = (now - self._started) / (trainer.total_steps - self._start), self._job["steps"]
             progress = {
                 "epoch": trainer.epoch + 1,
                 "step": trainer.step,
-                "steps": steps,
+                "steps": self._job["steps"],
                 "train_loss": trainer.loss,
-                "images_per_s": config.images_per_step / pace,
-                "remaining_s": (config.optimization.epochs * steps - trainer.total_steps) * pace,
             }
             self._job["events"].put(progress)
 

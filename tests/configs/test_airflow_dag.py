@@ -16,7 +16,7 @@ import jinja2
 import pytest
 import typer
 
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from jobs.submit import submit
 from pipeline.config import Config, load_config
 from pipeline.schedule import Submission
@@ -45,7 +45,7 @@ def test_command_of_the_dag_submits_one_tick_per_try(monkeypatch: pytest.MonkeyP
     words = shlex.split(jinja2.Template(task["bash_command"]).render(context))
     assert words[:3] == ["exec", "cvt-label", "submit"]
     app = make_app()
-    app.command()(submit)
+    add_command(app, submit)
     parsed = typer.main.get_command(app).make_context("submit", words[3:]).params
     assert parsed["wait"] is True
     config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist"])

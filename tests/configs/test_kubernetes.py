@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from cvt.architecture import PRESETS, Architecture, count_macs
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from pipeline.config import Config, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.schedule import Submission
@@ -182,7 +182,7 @@ def test_command_lines_parse_and_name_the_mounted_file(name: str) -> None:
     package, _, command = words[2].partition(".")
     assert package == "jobs"
     app = make_app()
-    app.command()(getattr(importlib.import_module(words[2]), command))
+    add_command(app, getattr(importlib.import_module(words[2]), command))
     parsed = typer.main.get_command(app).make_context(command, words[3:]).params
     (file,) = MANIFESTS["config.yaml"][0]["data"]
     assert str(parsed["config"]) == f"/etc/cvt-label/{file}"

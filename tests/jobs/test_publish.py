@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from jobs.local_s3 import LocalS3
 from jobs.publish import publish
 from pipeline.config import Config, load_config
@@ -34,7 +34,7 @@ class CommandResult:
 def command(*arguments: object) -> CommandResult:
     """Runs `publish` in this process."""
     app = make_app()
-    app.command()(publish)
+    add_command(app, publish)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return CommandResult(result.exit_code, result.output)
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cvt.checkpoints import BUNDLED
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from jobs.label import label
 from jobs.plan import plan
 from pipeline.config import Config, load_config
@@ -39,8 +39,8 @@ def job(tmp_path: Path) -> Path:
 
 def run(command: str, config: Path, *options: str, status: int = 0) -> Result:
     app = make_app()
-    app.command()(label)
-    app.command()(plan)
+    add_command(app, label)
+    add_command(app, plan)
     done = CliRunner().invoke(app, [command, "--config", str(config), *options])
     assert done.exit_code == status, done.output
     return done

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import pipeline
 from cvt.errors import CheckpointError
 from jobs.compare import compare
-from jobs.console import OneLineFormatter, exit_on_error, make_app
+from jobs.console import OneLineFormatter, add_command, exit_on_error, make_app
 from jobs.label import label
 from jobs.local_s3 import LocalS3
 from jobs.logs import logs
@@ -118,7 +118,7 @@ datasets:
 def in_this_process(function: Callable[..., None], *arguments: object) -> str:
     """Runs a command in this process, checks that it succeeds, and returns its output."""
     app = make_app()
-    app.command()(function)
+    add_command(app, function)
     done = CliRunner(env={"HF_TOKEN": f"hf_{PLANTED}"}).invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
     return done.output
@@ -315,7 +315,7 @@ def test_help_shows_no_environment_value() -> None:
     planted = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"), PLANTED)
     app = make_app()
     for command in (label, plan, stats):
-        app.command()(command)
+        add_command(app, command)
     for name in ("label", "plan", "stats"):
         done = CliRunner(env=planted).invoke(app, [name, "--help"])
         assert done.exit_code == 0, done.output

@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from jobs.console import add_command
 from jobs.local_s3 import LocalS3
 from jobs.logs import logs
 from jobs.status import status
@@ -54,7 +55,7 @@ def command(*arguments: object) -> Result:
     """Runs a command in this process, which is faster than a new process."""
     app = typer.Typer()
     for function in (submit, status, logs, stop):
-        app.command()(function)
+        add_command(app, function)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from cvt.checkpoints import BUNDLED
 from jobs.compare import compare
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from jobs.local_s3 import LocalS3
 from jobs.plan import plan
 from jobs.publish import publish
@@ -214,7 +214,7 @@ def test_missing_object_is_reported_if_the_bucket_may_be_listed(labeled: set[Acc
 def run(command: Callable[..., None], *arguments: object) -> int:
     """Runs a command; returns its exit status."""
     app = make_app()
-    app.command()(command)
+    add_command(app, command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code
 
 

@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs import label as label_command
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from pipeline.commit import Progress
 from pipeline.config import LABEL_NEW, Selection
 from pipeline.run import PreparedRun, RunResult, label
@@ -52,7 +52,7 @@ def labeled(result: RunResult) -> int:
 
 def cvt_label(root: Path, *arguments: str) -> Result:
     app = make_app()
-    app.command()(label_command.label)
+    add_command(app, label_command.label)
     settings = [f"input.uri={root}/in", f"output.uri={root}/out", *IN_PROCESS, *SETTINGS]
     Path(root, "empty.yaml").write_text("{}")
     sets = [f"--set={each}" for each in settings]

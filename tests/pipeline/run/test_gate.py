@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from jobs import label as label_command
 from jobs.compare import compare
-from jobs.console import make_app
+from jobs.console import add_command, make_app
 from pipeline.config import Config, Selection, load_config
 from pipeline.run import RunResult, label
 from pipeline.statistics import limit_violations
@@ -94,7 +94,7 @@ def test_first_run_and_small_run_are_not_gated(tmp_path: Path) -> None:
 def test_command_ends_with_7_even_with_unreadable_shards(tmp_path: Path) -> None:
     def cvt_label(*arguments: str) -> Result:
         app = make_app()
-        app.command()(label_command.label)
+        add_command(app, label_command.label)
         settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", *IN_PROCESS]
         sets = [f"--set={each}" for each in (*settings, "gate.max_js=0.9")]
         Path(tmp_path, "empty.yaml").write_text("{}")
@@ -115,7 +115,7 @@ def test_compare_passes_with_a_single_run(tmp_path: Path) -> None:
     write(tmp_path, "0.tar", TROUSER)
     uri = run_with_gate(tmp_path).job.partition.uri
     app = make_app()
-    app.command()(compare)
+    add_command(app, compare)
     done = CliRunner().invoke(app, [f"{uri}@previous", f"{uri}@latest", "--max-psi", "0.1"])
     assert done.exit_code == 0
     assert "nothing to compare" in done.stderr
