@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +31,7 @@ _OPTIONS = (
     "-s3.config=s3.json",
     "-ip=127.0.0.1",
     "-ip.bind=127.0.0.1",
+    "-bucket=public",  # everyone can read it
     "-s3.autoCreateBucket=false",  # writing to a missing bucket fails, as on S3
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
@@ -52,14 +52,8 @@ class LocalS3Error(ConnectionError):
 class LocalS3(ExitStack):
     """Runs the server in a temporary folder: `with LocalS3() as s3: ...`.
 
-    A program that is killed leaves no server behind.
-
-    Attributes:
-        endpoint_url: `http://127.0.0.1:<port>`.
-        access_key: access key of the only identity, an administrator. Random for each server.
-        secret_key: secret key of this identity. Random for each server.
-        folder: folder of the objects and the log. Removed when the server stops.
-        pid: process id of the server.
+    A program that is killed leaves no server behind. The keys are random and belong to an administrator. The
+    folder has the objects and the log, and is removed when the server stops.
     """
 
     def __init__(self) -> None:
@@ -116,7 +110,7 @@ class LocalS3(ExitStack):
         credentials = [{"accessKey": self.access_key, "secretKey": self.secret_key}]
         identities = [
             {"name": "local", "credentials": credentials, "actions": ["Admin"]},
-            {"name": "anonymous", "actions": ["Read:public", "List:public"]},  # of the bucket `public`
+            {"name": "anonymous", "actions": ["Read:public", "List:public"]},
         ]
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         # SeaweedFS creates another identity from credentials in the environment.
@@ -138,21 +132,16 @@ class LocalS3(ExitStack):
 
     def _is_ready(self, process: subprocess.Popen[bytes]) -> bool:
         """Waits until the server stores an object. Returns False if the server exits or does not respond."""
-        client, bucket = self.client(), f"ready-{secrets.token_hex(4)}"
-        steps: list[Callable[[], Any]] = [
-            lambda: client.create_bucket(Bucket=bucket),
-            lambda: client.put_object(Bucket=bucket, Key="ready", Body=b"ready"),
-            lambda: client.delete_object(Bucket=bucket, Key="ready"),
-            lambda: client.delete_bucket(Bucket=bucket),
-        ]
-        deadline = time.monotonic() + _START_SECONDS
-        while steps and process.poll() is None and time.monotonic() < deadline:
+        client, deadline = self.client(), time.monotonic() + _START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
             try:
-                steps[0]()
-                del steps[0]
+                client.put_object(Bucket="public", Key="ready", Body=b"ready")
+                client.delete_object(Bucket="public", Key="ready")
             except (BotoCoreError, ClientError):
                 time.sleep(0.1)
-        return not steps
+            else:
+                return True
+        return False
 
 
 def _stop(process: subprocess.Popen[bytes], ports: list[int]) -> None:

@@ -66,24 +66,17 @@ def compare_decoders(
     Raises:
         BenchmarkError: a decoder lost an image.
     """
-    rates = figures.measure_rates(decoders, images, rounds)
+    rows = figures.compare_rates(decoders, images, rounds, TRANSFORMERS)
     engine = Engine(checkpoint.model, checkpoint.preprocessor, device=device)
-    pixels = {name: to_pixels(decoder(images), checkpoint.preprocessor) for name, decoder in decoders.items()}
-    labels = {name: engine(found).logits.argmax(1) for name, found in pixels.items()}
-    results = []
-    for name in decoders:
-        differences = np.abs(pixels[name].astype(np.int16) - pixels[EXACT]).mean((1, 2, 3))
-        results.append(
-            {
-                "decoder": name,
-                "images_per_s": rates[name],
-                "speedup": figures.ratios(rates[name], rates[TRANSFORMERS]),
-                "same_label": float((labels[name] == labels[EXACT]).mean()),
-                "mean_difference": float(differences.mean()),
-                "max_image_difference": float(differences.max()),
-            }
-        )
-    return results
+    exact = to_pixels(decoders[EXACT](images), checkpoint.preprocessor)
+    labels = engine(exact).logits.argmax(1)
+    for row in rows:
+        pixels = to_pixels(decoders[row["variant"]](images), checkpoint.preprocessor)
+        differences = np.abs(pixels.astype(np.int16) - exact).mean((1, 2, 3))
+        row["same_label"] = float((engine(pixels).logits.argmax(1) == labels).mean())
+        row["mean_difference"] = float(differences.mean())
+        row["max_image_difference"] = float(differences.max())
+    return rows
 
 
 def available_decoders(preprocessor: Preprocessor) -> dict[str, Decoder]:

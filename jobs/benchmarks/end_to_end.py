@@ -63,10 +63,9 @@ def run(
 
     More exit statuses: 1 if a contender lost images or this pipeline failed.
     """
-    names = [] if peers == "none" else [name.strip() for name in peers.split(",")]
-    if unknown := [name for name in names if name not in PEERS]:
-        choices = ", ".join([*PEERS, "none"])
-        raise typer.BadParameter(f"{', '.join(unknown)}: not one of {choices}", param_hint="--peers")
+    names = [] if peers == "none" else peers.split(",")
+    if not PEERS.keys() >= {*names}:
+        raise typer.BadParameter(f"choose from {', '.join(PEERS)}, or none", param_hint="--peers")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         checkpoint = load_model(model, size)
@@ -85,7 +84,7 @@ def run(
         task_config(task)  # checks the overrides before the first measurement
         save_checkpoint(checkpoint.to_transformers(), checkpoint.preprocessor, Path(task.model))
         console.print_notice("packing the images")
-        dataset = make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
+        make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
         if "daft" in names:
             for tar in Path(task.tars).iterdir():
                 shutil.unpack_archive(tar, task.files, filter="data")
@@ -108,7 +107,6 @@ def run(
     figures.print_results(
         context,
         output,
-        data=[dataset],
         contenders=[vars(result) for result in results],
         stages_of_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
         last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
@@ -116,8 +114,8 @@ def run(
     )
 
 
-def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, cores: int) -> dict[str, int]:
-    """Packs `count` encoded images of a dataset into tars, and returns the size of the new dataset.
+def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, cores: int) -> None:
+    """Packs `count` encoded images of a dataset into tars.
 
     Images that cannot be decoded are omitted, because other contenders fail on them. Images are repeated if
     there are too few. Keys are numbers of nine digits, from 0.
@@ -128,7 +126,6 @@ def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, c
     tars.mkdir()
     size = min(_SHARD_IMAGES, math.ceil(count / (_SHARDS_PER_CORE * cores)))
     images = itertools.chain.from_iterable(read_images(uri, preprocessor) for _ in itertools.count())
-    total = 0
     for shard, start in enumerate(range(0, count, size)):
         with tarfile.open(tars / f"{shard:05d}.tar", "w") as tar:
             for number in range(start, min(start + size, count)):
@@ -136,8 +133,6 @@ def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, c
                 member = tarfile.TarInfo(f"{number:09d}.{EXTENSION}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-                total += len(data)
-    return {"images": count, "shards": len(list(tars.iterdir())), "bytes": total}
 
 
 def _stage_row(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,12 +42,16 @@ class BenchmarkError(SystemExit):
     """A variant or contender failed or lost images. Ends the benchmark with exit status 1."""
 
 
-def measure_rates(
-    variants: Mapping[str, Callable[[T], Sized]], images: T, rounds: int
-) -> dict[str, list[float]]:
-    """Returns the images/s of each variant in each round, after a warm-up round.
+def compare_rates(
+    variants: Mapping[str, Callable[[T], Sized]], images: T, rounds: int, baseline: str
+) -> list[dict[str, Any]]:
+    """Measures variants in turn, after a warm-up round; a variant returns one result for each image.
 
-    A variant returns one result for each image. Raises `BenchmarkError` if a variant lost an image.
+    Returns:
+        A row for each variant, with its images/s and their ratio to those of the baseline, by round.
+
+    Raises:
+        BenchmarkError: a variant lost an image.
     """
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for turn, (name, variant) in itertools.product(range(rounds + 1), variants.items()):
@@ -58,7 +62,10 @@ def measure_rates(
             raise BenchmarkError(f"{name}: {done} of {len(images)} images were processed")
         if turn:
             rates[name].append(done / (time.perf_counter() - start))
-    return rates
+    return [
+        {"variant": name, "images_per_s": rate, "speedup": ratios(rate, rates[baseline])}
+        for name, rate in rates.items()
+    ]
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

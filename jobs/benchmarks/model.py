@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -52,8 +52,11 @@ def model(
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     macs = count_macs(checkpoint.model.config, len(checkpoint.labels), pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
-    results = compare_variants(images, variants, rounds, matrix_rate(device, precision) / macs)
-    figures.print_results(context, output, variants=results)
+    limit = matrix_rate(device, precision) / macs
+    rows = figures.compare_rates(variants, images, rounds, EAGER)
+    for row in rows:
+        row["fraction_of_limit"] = [rate / limit for rate in row["images_per_s"]]
+    figures.print_results(context, output, variants=rows)
 
 
 def available_variants(
@@ -81,25 +84,6 @@ def available_variants(
 
 def _logits(engine: Engine, images: np.ndarray) -> np.ndarray:
     return engine(images).logits
-
-
-def compare_variants(
-    images: np.ndarray, variants: Mapping[str, Classify], rounds: int, limit: float
-) -> list[dict[str, Any]]:
-    """Returns the figures of the variants, which include `EAGER`; `limit` is in images/s.
-
-    Raises `BenchmarkError` if a variant lost an image.
-    """
-    rates = figures.measure_rates(variants, images, rounds)
-    return [
-        {
-            "variant": name,
-            "images_per_s": images_per_s,
-            "fraction_of_limit": [rate / limit for rate in images_per_s],
-            "speedup": figures.ratios(images_per_s, rates[EAGER]),
-        }
-        for name, images_per_s in rates.items()
-    ]
 
 
 def matrix_rate(device: str, precision: str) -> float:

@@ -44,10 +44,10 @@ def test_command_compares_decoders_with_transformers(images: Path, tmp_path: Pat
     done = invoke(decoding, "--images", images, *options)
     found = json.loads(figures.read_text())["decoding"]
     names = [EXACT, "decode, fast", TRANSFORMERS]
-    assert [one["decoder"] for one in found] == names
+    assert [one["variant"] for one in found] == names
     assert all(len(one["images_per_s"]) == len(one["speedup"]) == 1 for one in found)
     for one in found:
-        if one["decoder"] != "decode, fast":
+        if one["variant"] != "decode, fast":
             assert (one["same_label"], one["max_image_difference"]) == (1, 0)
     assert "same label" in done.stdout
 
@@ -60,7 +60,7 @@ def test_different_pixels_are_reported_in_labels_and_gray_levels() -> None:
 
     decoders = available_decoders(checkpoint.preprocessor) | {"inverted": inverted}
     images = [data for data, _ in itertools.islice(read_images(str(SAMPLES), checkpoint.preprocessor), 50)]
-    found = {one["decoder"]: one for one in compare_decoders(images, decoders, checkpoint, "cpu", 1)}
+    found = {one["variant"]: one for one in compare_decoders(images, decoders, checkpoint, "cpu", 1)}
     assert found[EXACT]["same_label"] == found[TRANSFORMERS]["same_label"] == 1
     assert found[TRANSFORMERS]["max_image_difference"] == 0
     assert found["inverted"]["same_label"] < 0.9

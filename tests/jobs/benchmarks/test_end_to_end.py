@@ -20,7 +20,8 @@ PREPROCESSOR = Preprocessor.published()
 @pytest.mark.parametrize(("count", "shards"), [(1, 1), (4, 4), (5, 3), (13, 4)])
 def test_dataset_has_exact_number_of_images(images: Path, tmp_path: Path, count: int, shards: int) -> None:
     tars = tmp_path / "tars"
-    dataset = make_dataset(str(images), tars, PREPROCESSOR, count, cores=2)
+    make_dataset(str(images), tars, PREPROCESSOR, count, cores=2)
+    assert len([*tars.iterdir()]) == shards
     members: list[tuple[str, bytes]] = []
     for path in sorted(tars.iterdir()):
         with tarfile.open(path) as tar:
@@ -28,15 +29,14 @@ def test_dataset_has_exact_number_of_images(images: Path, tmp_path: Path, count:
     assert [name for name, _ in members] == [f"{i:09d}.jpg" for i in range(count)]
     # The sample that is not an image is omitted.
     assert [data for _, data in members] == [make_image(i % 5, format="PNG") for i in range(count)]
-    assert dataset == {"images": count, "shards": shards, "bytes": sum(len(data) for _, data in members)}
 
 
 def test_tars_have_a_maximum_number_of_images(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.benchmarks.end_to_end._SHARD_IMAGES", 8)
-    dataset = make_dataset(str(images), tmp_path / "tars", PREPROCESSOR, 20, cores=1)
-    assert dataset["shards"] == 3
+    make_dataset(str(images), tmp_path / "tars", PREPROCESSOR, 20, cores=1)
+    assert len([*(tmp_path / "tars").iterdir()]) == 3
 
 
 def test_shards_without_decodable_images_fail(tmp_path: Path) -> None:
@@ -54,9 +54,6 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
     more = ["--set", "ray.address=in-process", "--set", "read.chunk_images=8", "--price-per-hour", 2]
     done = invoke(run, *data, *how, *more, "--output", figures)
     found = json.loads(figures.read_text())
-    [dataset] = found["data"]
-    assert dataset["images"] == 60
-    assert dataset["bytes"] == 12 * sum(len(make_image(i, format="PNG")) for i in range(5))
     assert found["settings"]["batch_size"] == 4
     assert {"machine", "versions", "stages_of_last_run"} < set(found)
     pipeline, engine, peer, _ = found["contenders"]
@@ -79,7 +76,7 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peers", "ray,spark"], "spark: not one of"),
+        (["--peers", "ray,spark"], "choose from ray, dataloader, daft, or none"),
         (["--model", "fashion-mnist", "--size", "224"], "has its own size"),
         (["--set", "decode.nothing=1", "--model", "fashion-mnist"], "--set decode.nothing=1: unknown field"),
         (["--output", "/no/such/folder/figures.json"], "No such file or directory"),

@@ -143,7 +143,6 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def public(s3_server: LocalS3) -> str:
     """The URI of a bucket that everybody can read, with one object."""
-    s3_server.create_bucket("public")
     s3_server.client().put_object(Bucket="public", Key="train/x", Body=b"public")
     return "s3://public"
 
