@@ -22,13 +22,11 @@ _LABELS = (
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help=_LABELS, show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help=_LABELS)],
     b: Annotated[
         str | None,
         typer.Argument(
-            metavar="B",
-            help="Labels to compare with A. Default with --config: all labels of the job.",
-            show_default=False,
+            metavar="B", help="Labels to compare with A. Default with --config: all labels of the job."
         ),
     ] = None,
     config: console.PartitionConfigOption = None,

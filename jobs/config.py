@@ -10,10 +10,7 @@ from pipeline.config import json_schema
 
 
 def config(
-    schema: Annotated[
-        Literal["label", "train", "schedule"],
-        typer.Option("--schema", help="Kind of configuration file."),
-    ],
+    schema: Annotated[Literal["label", "train", "schedule"], typer.Option(help="Kind of configuration.")],
 ) -> None:
     """Print the JSON Schema of a configuration file, for editors.
 

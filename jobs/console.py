@@ -71,9 +71,7 @@ SetOption = Annotated[
 ]
 PartitionArgument = Annotated[
     str | None,
-    typer.Argument(
-        metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT.", show_default=False
-    ),
+    typer.Argument(metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT."),
 ]
 PartitionConfigOption = Annotated[
     Path | None,
@@ -91,7 +89,6 @@ AddressOption = Annotated[
         metavar="URL",
         help="Dashboard of the Ray cluster, such as http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS, "
         "then RAY_ADDRESS, then the cluster of this machine.",
-        show_default=False,
     ),
 ]
 JobArgument = Annotated[

@@ -31,11 +31,9 @@ def label(
     relabel: console.RelabelOption = False,
     prune: console.PruneOption = False,
     no_ray: Annotated[
-        bool, typer.Option("--no-ray", help="Run all stages in this process: faster for small datasets.")
+        bool, typer.Option("--no-ray", help="Run without Ray: faster for small inputs.")
     ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait until no other run labels the same partition.")
-    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another run on the same partition.")] = False,
 ) -> None:
     """Label the new and changed shards of a dataset.
 
@@ -99,16 +97,14 @@ def print_result(result: RunResult) -> None:
         copied = f", {plan.copied_images:,} of them copied" if plan.copied_images else ""
         fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}{copied}"
         fields["errors"] = f"{totals.errors:,}" + (" (listed in the report)" if totals.errors else "")
-        rate = result.images_per_s
-        too_short = "unknown: the run was too short"
-        fields["images/s"] = too_short if rate is None else f"{rate:,.1f} from the first result to the last"
+        fields["images/s"] = "unknown: the run was too short"
+        if result.images_per_s is not None:
+            fields["images/s"] = f"{result.images_per_s:,.1f} from the first result to the last"
         fields["total time"] = f"{result.timings['ended']:,.1f} s"
     fields["output"] = result.partition.uri
     fields["report"] = f"{result.partition.uri}/report.html"
     if result.stages:
         fields["decoded by"], fields["bound by"] = result.decoder, describe_bottleneck(result.stages)
-    if pruned := len(plan.to_prune):
-        fields["pruned"] = f"{pluralize(pruned, 'shard')} deleted from the input"
     if stats is not None and stats.has_targets:
         fields["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
     console.print_fields(fields)

@@ -9,7 +9,6 @@ from rich.filesize import decimal
 from jobs import console
 from pipeline import Selection, load_job_config
 from pipeline import plan as plan_run
-from pipeline.read import MAX_IGNORED_EXAMPLES
 from pipeline.run import Plan
 from pipeline.text import escape_unprintable, pluralize
 
@@ -25,16 +24,8 @@ def plan(
     retry_errors: console.RetryErrorsOption = False,
     relabel: console.RelabelOption = False,
     prune: console.PruneOption = False,
-    shards: Annotated[
-        bool, typer.Option("--shards", help="Print each shard to label, one per line.")
-    ] = False,
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose",
-            help=f"Print the ignored objects of the input by reason, at most {MAX_IGNORED_EXAMPLES} each.",
-        ),
-    ] = False,
+    shards: Annotated[bool, typer.Option("--shards", help="Print each shard to label.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print ignored objects by reason.")] = False,
 ) -> None:
     """Print what `label` would do, without writing anything.
 

@@ -23,13 +23,9 @@ def publish(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Publish all labels again, even if the table was edited.")
     ] = False,
-    embedding: Annotated[
-        bool,
-        typer.Option(
-            "--with-embedding/--without-embedding",
-            help="Include the embedding column if the labels have one.",
-        ),
-    ] = True,
+    without_embedding: Annotated[
+        bool, typer.Option("--without-embedding", help="Leave out the embedding column of the labels.")
+    ] = False,
 ) -> None:
     """Publish the labels of a partition as a Delta table.
 
@@ -39,7 +35,7 @@ def publish(
     if the table was edited; 5 if other writers kept changing the table or the labels.
     """
     partition = console.resolve_partition(uri, config, set)
-    done = publish_labels(partition, to, rebuild=rebuild, embedding=embedding)
+    done = publish_labels(partition, to, rebuild=rebuild, embedding=not without_embedding)
     snapshot = done.snapshot
     changes = ", already up to date"
     if done.is_new:

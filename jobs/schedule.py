@@ -21,14 +21,9 @@ _NEXT_TIMES = 3
 def schedule(
     config: console.YamlOption,
     set: console.SetOption = None,
-    once: Annotated[
-        bool, typer.Option("--once", help="Poll once, submit jobs that are due, and exit.")
-    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="Submit jobs that are due, and exit.")] = False,
     status: Annotated[
-        bool,
-        typer.Option(
-            "--status", help="Print each dataset's next scheduled times and its last job; change nothing."
-        ),
+        bool, typer.Option("--status", help="Print the next times and the last job of each dataset.")
     ] = False,
 ) -> None:
     """Submit labeling jobs on the schedules of a list of datasets.

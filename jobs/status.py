@@ -13,9 +13,7 @@ _LINE = "{state:<9}  {started:<23}  {took:>8}  {status:>6}  {job}"
 
 
 def status(
-    job: Annotated[
-        str | None, typer.Argument(metavar="JOB", help="Id of a job. Default: all jobs.", show_default=False)
-    ] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Id of a job. Default: all jobs.")] = None,
     address: console.AddressOption = None,
 ) -> None:
     """Print the state of the labeling jobs on a Ray cluster.

@@ -23,7 +23,6 @@ def submit(
             metavar="KEY",
             help="Name of this submission, such as 2026-11-23. A second job with the same key, dataset and "
             "model is refused. Default: the current minute in UTC.",
-            show_default=False,
         ),
     ] = None,
     retry_errors: console.RetryErrorsOption = False,

@@ -7,10 +7,7 @@ from jobs.progress import ProgressView
 from pipeline import TrainConfig, load_train_config, train_model
 
 
-def train(
-    config: console.YamlOption,
-    set: console.SetOption = None,
-) -> None:
+def train(config: console.YamlOption, set: console.SetOption = None) -> None:
     """Train or fine-tune a CvT on labeled shards.
 
     Prints the metrics of each epoch and saves the best model so far in the format that `label` loads. Run the

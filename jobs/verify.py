@@ -23,9 +23,7 @@ def verify(
     images: console.ImagesOption,
     model: console.ModelOption = "fashion-mnist",
     size: console.SizeOption = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Default: every precision of the runtime.")
-    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: each that the runtime has.")] = None,
     runtime: Annotated[Runtime, typer.Option(help="Runtime of the engine.")] = "torch",
     device: Annotated[Device, typer.Option(help="Device of the engine.")] = "auto",
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of images.")] = 1000,
