@@ -32,12 +32,10 @@ def compare(
     config: console.PartitionConfigOption = None,
     set: console.SetOption = None,
     output: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Path or URI of a Parquet file for the result, one row per class."),
+        str | None, typer.Option(metavar="FILE", help="Path or URI of a Parquet file, one row per class.")
     ] = None,
     max_psi: Annotated[
-        float | None,
-        typer.Option(metavar="N", min=0, help="Maximum population stability index (PSI) of the classes."),
+        float | None, typer.Option(metavar="N", min=0, help="Maximum PSI of the classes.")
     ] = None,
     max_js: Annotated[
         float | None,
@@ -47,23 +45,18 @@ def compare(
         float | None, typer.Option(metavar="N", min=0, help="Maximum PSI of the scores.")
     ] = None,
     min_agreement: Annotated[
-        float | None,
-        typer.Option(metavar="N", min=0, max=1, help="Minimum fraction of samples with the same label."),
+        float | None, typer.Option(metavar="N", min=0, max=1, help="Minimum fraction of equal labels.")
     ] = None,
-    drift_only: Annotated[
-        bool, typer.Option("--drift-only", help="Compare statistics only, without reading every label.")
-    ] = False,
+    drift_only: Annotated[bool, typer.Option("--drift-only", help="Read the statistics only.")] = False,
     min_images: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Minimum number of images in A and in B for the drift limits to apply."
-        ),
+        int, typer.Option(metavar="N", min=1, help="Images in A and in B that drift limits need.")
     ] = 1,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of rows in each table.")] = 15,
 ) -> None:
     """Compare the labels of two models or two runs.
 
-    Prints the drift per class, and the agreement on the samples that both have.
+    Prints the drift per class as the population stability index (PSI), and the agreement on the samples that
+    both have.
 
     More exit statuses: 0 if there is no @previous run to compare with; 7 if a limit is exceeded.
     """

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from cvt.errors import CheckpointError
@@ -56,18 +55,12 @@ class ExitStatus(IntEnum):
 
 ConfigOption = Annotated[
     Path,
-    typer.Option(
-        "--config", "-c", metavar="FILE", help="YAML configuration (see configs/), or the record of a run."
-    ),
+    typer.Option("--config", "-c", metavar="FILE", help="YAML file (see configs/), or a run record."),
 ]
 YamlOption = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file (see configs/).")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="Override a field of the configuration, such as output.topk=3. Repeatable.",
-    ),
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, as in output.topk=3. Repeatable."),
 ]
 PartitionArgument = Annotated[
     str | None,
@@ -75,13 +68,7 @@ PartitionArgument = Annotated[
 ]
 PartitionConfigOption = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="Configuration of a labeling job, in place of the URI. The model is not loaded, except by "
-        "`stats --rebuild`.",
-    ),
+    typer.Option("--config", "-c", metavar="FILE", help="Configuration of a job, in place of the URI."),
 ]
 AddressOption = Annotated[
     str | None,
@@ -96,8 +83,7 @@ JobArgument = Annotated[
 ]
 
 RetryErrorsOption = Annotated[
-    bool,
-    typer.Option("--retry-errors", help="Also label shards again that have error rows or could not be read."),
+    bool, typer.Option("--retry-errors", help="Label shards again that have errors or could not be read.")
 ]
 RelabelOption = Annotated[bool, typer.Option("--relabel", help="Label every shard again.")]
 PruneOption = Annotated[
@@ -231,13 +217,9 @@ def print_table(table: Table) -> None:
 
 
 def log_to_stderr() -> None:
-    """Sends the log to standard error, one line per message. On a terminal, above the progress bar."""
-    handler: logging.Handler = logging.StreamHandler()
-    line_format = "%(asctime)s %(levelname)s %(message)s"
-    if stderr.is_terminal:
-        handler = RichHandler(console=stderr, show_path=False, log_time_format="[%X]")
-        line_format = "%(message)s"
-    handler.setFormatter(OneLineFormatter(line_format))
+    """Sends the log to standard error, one line per message. If a bar is shown, above the bar."""
+    handler = logging.StreamHandler()  # to sys.stderr, which rich replaces while the bar is shown
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("cvt_label").setLevel(logging.INFO)
 

@@ -25,16 +25,11 @@ def convert(
     ] = None,
     to: Annotated[Layout, typer.Option("--to", help="Layout to write.")] = "hugging-face",
     size: Annotated[
-        Literal["224", "384"] | None,
-        typer.Option("--size", help="Image size in pixels. Default: the size of the checkpoint."),
+        Literal["224", "384"] | None, typer.Option(help="Image size in pixels. Default: the checkpoint's.")
     ] = None,
     activation: Annotated[
         Literal["gelu", "quick_gelu"] | None,
-        typer.Option(
-            "--activation",
-            help="Activation. Microsoft's code has quick_gelu. Default: the checkpoint's, and gelu "
-            "for a Microsoft file.",
-        ),
+        typer.Option(help="Microsoft's code has quick_gelu. Default: the checkpoint's; gelu if not stored."),
     ] = None,
 ) -> None:
     """Convert a checkpoint to the Hugging Face or Microsoft layout.

@@ -55,7 +55,6 @@ def label(
 
 def run(config: Config, selection: Selection = LABEL_NEW, wait: bool = False) -> RunResult:
     """Labels a dataset, shows the progress, and prints the result."""
-    console.log_to_stderr()
     hide_pillow_warnings()
     with ProgressView("labeling") as view:
         result = label_dataset(

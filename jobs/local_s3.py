@@ -56,12 +56,9 @@ class LocalS3(ExitStack):
     folder has the objects and the log, and is removed when the server stops.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __enter__(self) -> Self:
         self.access_key = secrets.token_hex(10)
         self.secret_key = secrets.token_hex(20)
-
-    def __enter__(self) -> Self:
         folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
         weed = shutil.which("weed", path=os.pathsep.join(folders))
         if weed is None:

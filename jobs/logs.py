@@ -14,10 +14,7 @@ def logs(
     job: console.JobArgument,
     address: console.AddressOption = None,
     follow: Annotated[
-        bool,
-        typer.Option(
-            "--follow", "-f", help="Follow the log until the job is finished, and end with its exit status."
-        ),
+        bool, typer.Option("--follow", "-f", help="Follow the log; end with the job's exit status.")
     ] = False,
 ) -> None:
     """Print the log of a submitted job.

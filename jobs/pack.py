@@ -59,7 +59,6 @@ def pack(
     """
     fields = {"input.uri": input, "output.uri": shards, "model.path": "fashion-mnist"}  # no model is loaded
     job = load_job_config(config, [*(f"{name}={json.dumps(fields[name])}" for name in fields), *(set or ())])
-    console.log_to_stderr()
     packer = _Packer(job)
     with ProgressView("packing") as view:
         try:

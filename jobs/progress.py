@@ -56,6 +56,7 @@ class ProgressView(Progress):
     def start(self) -> None:
         """Starts the bar or the log."""
         super().start()
+        console.log_to_stderr()
         if self.disable:
             self._thread.start()
 

@@ -29,22 +29,16 @@ def submit(
     relabel: console.RelabelOption = False,
     prune: console.PruneOption = False,
     working_dir: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Local folder with the code to upload. Default: the code in the image of the cluster.",
-        ),
+        str | None, typer.Option(metavar="FOLDER", help="Code to upload. Default: the code in the image.")
     ] = None,
     requirements: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Requirements file. Ray installs the packages on every node."),
+        str | None, typer.Option(metavar="FILE", help="Requirements that Ray installs on every node.")
     ] = None,
     python: Annotated[
         str, typer.Option(metavar="COMMAND", help="Python interpreter on the cluster.")
     ] = "python",
     wait: Annotated[
-        bool,
-        typer.Option("--wait/--no-wait", help="Follow the log, and end with the exit status of the job."),
+        bool, typer.Option("--wait/--no-wait", help="Follow the log; end with the job's exit status.")
     ] = True,
 ) -> None:
     """Submit a labeling job to a Ray cluster and follow its log.

@@ -17,7 +17,6 @@ def train(config: console.YamlOption, set: console.SetOption = None) -> None:
     """
     loaded = load_train_config(config, set or ())
     epochs = loaded.optimization.epochs
-    console.log_to_stderr()
     with ProgressView("training") as view:
         result = train_model(
             loaded,
