@@ -4,7 +4,6 @@ Planning what to label does not belong here.
 """
 
 from pipeline.commit.committer import MAX_CONCURRENT_WRITES, Committer, Progress, Totals
-from pipeline.commit.copied_rows import CopiedRows, hold_rows
 from pipeline.commit.lease import Lease, LeaseHeldError, LeaseLostError, was_clean_shutdown
 from pipeline.commit.manifest import Manifest, ManifestRow
 from pipeline.commit.manifest_writer import ManifestWriter

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.commit.copied_rows import CopiedRows
 from pipeline.commit.manifest import ManifestRow
 from pipeline.commit.partition import Partition
 from pipeline.predictions import (
@@ -25,7 +24,7 @@ from pipeline.predictions import (
     read_footer,
     serialize_table,
 )
-from pipeline.read import Chunk, ReadOptions, Shard
+from pipeline.read import Chunk, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
 from pipeline.storage import ABSENT, ObjectChanged, Versioned
 from pipeline.text import arrow_type, remove_secrets
@@ -148,11 +147,10 @@ class PredictionWriter:
     """Writes the prediction files of a run; thread-safe.
 
     Attributes:
-        expected: version of the current prediction file, by URI of the shard.
+        expected: version of the current prediction file, by URI of the shard; None or no entry: no file.
         is_current: returns whether the input still has this version of a shard.
-        read_options: how the readers find keys and labels, for copied rows.
         carried: columns of `input.carry` that a committed row has; grows.
-        copied: the rows that the file of a changed shard copies, by URI of the shard.
+        add_copied: returns all samples of a shard, given those that were labeled.
         parts: the labeled parts whose files the file of a whole file replaces, by URI of the shard.
         before_group: called before a group of image files, a range of a table or a part of a file is
             written; raises to prevent the write. A run that lost its lease must not write them: another run
@@ -163,10 +161,9 @@ class PredictionWriter:
     fingerprint: str
     options: PredictionOptions
     run: str
-    expected: Mapping[str, str]
+    expected: Mapping[str, str | None]
     is_current: Callable[[Shard], bool]
-    read_options: ReadOptions = field(default_factory=ReadOptions)
-    copied: Mapping[str, CopiedRows] = field(default_factory=dict)
+    add_copied: Callable[[Shard, pa.Table], pa.Table] = lambda shard, samples: samples
     parts: Mapping[str, Sequence[ManifestRow]] = field(default_factory=dict)
     before_group: Callable[[], None] = lambda: None
     carried: set[str] = field(default_factory=set)
@@ -183,10 +180,7 @@ class PredictionWriter:
                 error = remove_secrets(last.error)
                 row = replace(row, error=error, failed_version=failed_version, readable_rows=readable)
             else:
-                samples = arrived.take_samples(shard.uri)
-                if copied := self.copied.get(shard.uri):
-                    storage = self.partition.storage
-                    samples = copied.merge(samples, shard, storage, self.options, self.read_options)
+                samples = self.add_copied(shard, arrived.take_samples(shard.uri))
                 predictions, found = prediction_rows(samples, shard, self.options)
                 for name in self.options.carry:
                     if predictions[carried_column(name)].null_count < len(predictions):
@@ -230,7 +224,7 @@ class PredictionWriter:
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"
         content, uri = encode_predictions(predictions, footer), f"{self.partition.uri}/{output}"
-        storage, expected = self.partition.storage, self.expected.get(shard.uri, ABSENT)
+        storage, expected = self.partition.storage, self.expected.get(shard.uri) or ABSENT
         parts = self.parts.get(shard.uri, ())
         if shard.images or shard.span or parts or shard.size >= _DIVIDED_BYTES:
             self.before_group()

@@ -1,23 +1,15 @@
 """Removes obsolete labels: of deleted shards if the selection prunes, of regrouped images, of parts."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from pipeline.commit import (
-    LeaseLostError,
-    ManifestRow,
-    Partition,
-    hold_rows,
-    prediction_files,
-    recovered_rows,
-)
-from pipeline.predictions import prediction_path
-from pipeline.read import Shard, overlap
-from pipeline.run.planning import find_regrouped
+from pipeline.commit import LeaseLostError, ManifestRow, Partition, prediction_files, recovered_rows
+from pipeline.read import overlap
+from pipeline.run.copied_rows import find_regrouped, hold_sources
 from pipeline.run.recording import RunContext
-from pipeline.storage import ObjectChanged, ObjectNotFound, read_table
+from pipeline.storage import ObjectChanged
 
 _THREADS = 16
 
@@ -30,17 +22,16 @@ def clean_up(run: RunContext) -> bool:
     """
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.deleted_with_labels
-    to_remove = plan.to_prune | plan.replaced | _regrouped_since(run)
-    versions = {uri: row.output_version for uri, row in labeled.items()} | {**plan.expected}
+    to_remove = plan.to_prune | plan.replaced
+    rows = [repairs.entries[uri] for uri in to_remove]
     run.lease.check()
-    files = {f"{partition.uri}/predictions/{prediction_path(uri)}" for uri in to_remove}
-    hold_rows(plan.copied.values(), partition.storage, files, run.result.job.stages.predictions)
-    _remove(partition, {uri: versions.get(uri) for uri in to_remove})
-    for uri in to_remove:  # no file is expected in place of a removed file
-        plan.expected.pop(uri, None)
+    files = {f"{partition.uri}/{row.output}" for row in rows}
+    predictions = run.result.job.stages.predictions
+    run.held |= hold_sources(plan.copied.values(), files, partition.storage, predictions)
+    _remove(partition, rows)
     removed = to_remove | repairs.removed | (plan.deleted.keys() - labeled.keys())
     deleted = [uri for uri, row in labeled.items() if uri not in removed and not row.deleted]
-    rows = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
+    changed = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
     recovered = repairs.recovered.union(plan.recovered) - removed
     record.add_shards("removed", removed)
     record.add_shards("deleted", deleted)
@@ -48,22 +39,21 @@ def clean_up(run: RunContext) -> bool:
     record.add_shards("recovered", recovered)
     record.save()
     deletions = repairs.deleted | dict.fromkeys(deleted, True) | dict.fromkeys(plan.reappeared, False)
-    if not (rows or removed or recovered or deletions):
+    if not (changed or removed or recovered or deletions):
         return False
-    partition.manifest.update(rows, removed, deletions, recovered)
+    partition.manifest.update(changed, removed, deletions, recovered)
     return True
 
 
-def _remove(partition: Partition, versions: Mapping[str, str | None]) -> None:
-    """Removes prediction files in these versions, by shard; keeps a file that another run has rewritten."""
+def _remove(partition: Partition, rows: Iterable[ManifestRow]) -> None:
+    """Removes the prediction files of shards; keeps a file that another run has rewritten."""
 
-    def remove_one(shard: tuple[str, str | None]) -> None:
-        uri, version = shard
+    def remove_one(row: ManifestRow) -> None:
         with suppress(ObjectChanged):
-            partition.storage.delete(f"{partition.uri}/predictions/{prediction_path(uri)}", version)
+            partition.storage.delete(f"{partition.uri}/{row.output}", row.output_version)
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="remove") as pool:
-        deque(pool.map(remove_one, versions.items()), 0)
+        deque(pool.map(remove_one, rows), 0)
 
 
 def roll_back_regrouped(run: RunContext) -> set[str]:
@@ -96,30 +86,5 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
         for row in recovered_rows(partition.storage, partition.uri, unknown):
             if (row.uri, row.version) not in planned:  # both runs may have a part in common, which stays
                 moved |= {shard.uri for shard in labeled if overlap(shard, row.uri, row.version or "")}
-    _remove(partition, {uri: groups[uri].output_version for uri in moved})
+    _remove(partition, [groups[uri] for uri in moved])
     return moved
-
-
-def _regrouped_since(run: RunContext) -> set[str]:
-    """Returns deleted groups of image files that lost images to other groups."""
-    plan, partition = run.result.plan, run.result.partition
-    groups = {uri: row for uri, row in plan.deleted_with_labels.items() if row.format == "images"}
-    # A group that gained an image has changed, so the plan has the group.
-    gaining: Iterable[Shard] = [shard for shard in plan.shards if shard.members]
-    if groups.keys() & run.prepared.repairs.rows.keys():  # overlapping runs may have labeled both groups
-        gaining = run.relist()
-    if not gaining or not groups:
-        return set()
-
-    def images(group: tuple[str, ManifestRow]) -> list[tuple[str, str]]:
-        uri, row = group
-        try:
-            with partition.storage.open(f"{partition.uri}/{row.output}") as file:
-                keys = read_table(file, ["key"])["key"].to_pylist()
-        except ObjectNotFound:
-            return []
-        return [(f"{uri.rpartition('/')[0]}/{key}", uri) for key in keys]
-
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="keys") as pool:
-        group_of = dict(image for found in pool.map(images, groups.items()) for image in found)
-    return find_regrouped(gaining, group_of)

@@ -1,12 +1,12 @@
 """The plan of a run: `plan` is a pure function of the input's listing and the manifest."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 
-from pipeline.commit import CopiedRows, ManifestRow, Repairs, find_repairs, was_clean_shutdown
+from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
 from pipeline.read import (
     Division,
@@ -16,8 +16,8 @@ from pipeline.read import (
     select_images,
     whole_file,
 )
+from pipeline.run.copied_rows import CopiedRows, find_copied_rows, find_replaced_groups
 from pipeline.run.job import Job, make_job
-from pipeline.run.reuse import find_copied_rows, find_replaced_groups
 from pipeline.text import pluralize
 
 #: Maximum number of extensions in a description.
@@ -44,7 +44,6 @@ class Plan:
         listing: the listing of the input, which has counts of the ignored objects.
         shards: the shards to label, in listing order.
         states: number of shards by state.
-        expected: version of the current prediction file, by URI of a shard to label.
         skipped: manifest rows of unreadable shards that are not retried.
         damaged: number of shards whose labels end where an earlier run could not read further.
         deleted: manifest rows of shards that were deleted from the input, by URI.
@@ -64,7 +63,6 @@ class Plan:
     selection: Selection
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
-    expected: dict[str, str] = field(default_factory=dict)
     skipped: list[ManifestRow] = field(default_factory=list)
     damaged: int = 0
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
@@ -159,8 +157,6 @@ def plan(
         is_due |= keep and failed and row.readable_rows is not None
         if is_due or (selection.retry_errors and (failed or row.errors or row.damage)):
             planned.shards.append(shard)
-            if row.output_version is not None:
-                planned.expected[shard.uri] = row.output_version
         elif state is ShardState.FAILED:
             planned.skipped.append(row)
         elif row.damage is not None:
@@ -204,15 +200,6 @@ def _is_in(uri: str, files: set[str]) -> bool:
     while uri and uri not in files:
         uri = uri.rpartition("/")[0]
     return bool(uri)
-
-
-def find_regrouped(shards: Iterable[Shard], group_of: Mapping[str, str]) -> set[str]:
-    """Finds groups of image files that lost images to another group of these shards.
-
-    `group_of` maps the URI of an image to the group under which the image is labeled.
-    """
-    members = ((member.uri, shard.uri) for shard in shards for member in shard.members)
-    return {group_of[image] for image, group in members if group_of.get(image, group) != group}
 
 
 def _state(shard: Shard, row: ManifestRow) -> ShardState:
@@ -283,17 +270,13 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     entries, shards = repairs.entries, planned.shards
     # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
     losing = [entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]
+    losing = [row for row in losing if row.format in ("images", "table")]
+    has_overlapped = any(row.uri in repairs.rows for row in losing)  # may have labeled other groups as well
+    gaining = list_input(job.config) if has_overlapped else shards
     if selection.relabel:  # nothing is copied, but rows may have moved
-        losing = []
-        shards = [x for x in shards if x.rows and entries.get(x.uri, NO_ROW).version != x.version]
-    copied, shifted = find_copied_rows(
-        partition,
-        shards,
-        entries,
-        [row for row in losing if row.format in ("images", "table")],
-        job.stages.read_options,
-        with_errors=not selection.retry_errors,
-    )
+        shards = [shard for shard in shards if entries.get(shard.uri, NO_ROW).version != shard.version]
+    read_options, with_errors = job.stages.read_options, not selection.retry_errors
+    copied, shifted = find_copied_rows(partition, shards, gaining, entries, losing, read_options, with_errors)
     planned.replaced |= shifted
     planned.copied = {} if selection.relabel else copied
     return PreparedRun(job, planned, repairs, clean_shutdown)

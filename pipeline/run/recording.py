@@ -10,10 +10,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 
+import pyarrow as pa
+
 from pipeline.commit import Lease, ManifestRow, ManifestWriter, Partition, Progress, RunRecord, Totals
 from pipeline.config import Selection
 from pipeline.read import Shard
 from pipeline.report import Gallery
+from pipeline.run.copied_rows import Source
 from pipeline.run.failures import FailureMonitor
 from pipeline.run.job import Job
 from pipeline.run.planning import Plan, PreparedRun, list_input
@@ -103,6 +106,7 @@ class RunContext:
         retries_before: `retry_counts` at the start of the run.
         groups: manifest rows of the groups of image files and the parts of files that this run labeled.
         outputs: versions of all prediction files that this run wrote, by path in the partition.
+        held: columns to copy of prediction files that the run removed.
     """
 
     result: RunResult
@@ -118,6 +122,7 @@ class RunContext:
     failures: FailureMonitor = field(init=False)
     groups: dict[str, ManifestRow] = field(default_factory=dict)
     outputs: dict[str, str | None] = field(default_factory=dict)
+    held: dict[Source, pa.Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, shards = self.result.job.config, self.result.plan.shards

@@ -7,18 +7,22 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 
+import pyarrow as pa
+
 from pipeline.commit import MAX_CONCURRENT_WRITES, Committer, ManifestRow, PredictionWriter
 from pipeline.config import IN_PROCESS
 from pipeline.dataflow import (
     LOCAL,
     Executor,
     Resources,
+    Stages,
     StopController,
     graceful_stop,
     open_executor,
     ray_address,
 )
 from pipeline.read import Chunk, Shard, whole_file
+from pipeline.run.copied_rows import read_source
 from pipeline.run.gate import check_gate_alone
 from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
@@ -40,16 +44,18 @@ _NAMED_SHARDS = 5
 
 def label_shards(run: RunContext) -> StopController:
     """Labels all shards of the plan; after a stop request, only the shards that have results already."""
-    job, plan = run.result.job, run.result.plan
+    job, plan, stages = run.result.job, run.result.plan, run.result.job.stages
+    entries, removed = run.prepared.repairs.entries, {*run.record.values["removed"]}
+    found = (entries[shard.uri] for shard in plan.shards if shard.uri in entries)
+    expected = {row.uri: row.output_version for row in found if row.uri not in removed}
     writer = PredictionWriter(
         job.partition,
         job.fingerprint,
-        job.stages.predictions,
+        stages.predictions,
         run.result.run,
-        expected=plan.expected,
+        expected=expected,
         is_current=partial(_is_current, run),
-        read_options=job.stages.read_options,
-        copied=plan.copied,
+        add_copied=partial(_add_copied, run, stages),
         parts=plan.parts,
         before_group=run.lease.verify,
     )
@@ -73,6 +79,18 @@ def label_shards(run: RunContext) -> StopController:
         for name in job.config.input.carry.keys() - writer.carried:
             logger.warning("input.carry: no row of this run has a value of %r; check the name", name)
     return stop
+
+
+def _add_copied(run: RunContext, stages: Stages, shard: Shard, samples: pa.Table) -> pa.Table:
+    """Returns all samples of a shard: those that were labeled, and the copied rows."""
+    copied = run.result.plan.copied.get(shard.uri)
+    if copied is None:
+        return samples
+    stored = (
+        run.held[source] if source in run.held else read_source(source, stages.storage, stages.predictions)
+        for source in copied.rows
+    )
+    return copied.merge(samples, shard, stored, stages.read_options)
 
 
 def _record_commit(run: RunContext, row: ManifestRow) -> None:
