@@ -179,16 +179,9 @@ def download_error(error: StorageError) -> SampleError:
 
 @dataclass(frozen=True)
 class Footer:
-    """The metadata in a prediction file's footer.
+    """The metadata in a prediction file's footer. docs/reference/output-schema.md describes the fields.
 
-    Attributes:
-        shard, version, format, size: URI, version, format and size in bytes of the labeled shard.
-        fingerprint: Fingerprint of the labels.
-        rows, errors: Number of samples, and of those that could not be classified.
-        duplicate_keys: Number of samples whose key occurs earlier in the shard.
-        unmatched_targets: Number of samples whose own label is not a class of the model.
-        statistics: Partial class statistics of the shard, from `serialize_table`.
-        damage: Why the rest of the shard cannot be read; empty if all samples are labeled.
+    `statistics` are bytes of `serialize_table`, and `damage` is empty if all samples are labeled.
     """
 
     shard: str

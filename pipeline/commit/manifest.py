@@ -32,24 +32,10 @@ _READERS = 32
 
 @dataclass(frozen=True, slots=True)
 class ManifestRow:
-    """One row of the manifest.
+    """One row of the manifest. docs/reference/output-schema.md describes the columns.
 
-    Attributes:
-        version: labeled version of the shard; None if no version is labeled.
-        rows: number of samples; None if no version is labeled.
-        duplicate_keys: number of samples whose key occurs earlier in the shard.
-        unmatched_targets: number of samples whose own label is not a class of the model.
-        output: prediction file, relative to the partition; None if there is no file.
-        error: why the last attempt to read the shard failed; None if it succeeded.
-        failed_version: the version that could not be read; None if the storage failed, so that the next run
-            reads the shard again.
-        readable_rows: number of samples before the error, which `input.on_damaged_shard: keep` labels; None
-            if there are none.
-        damage: why only the samples before this error are labeled; None if all are.
-        deleted: whether the shard was deleted from the input.
-        run: run that labeled the shard; None if the row was recovered from the prediction file.
-        committed_at: time of the commit (UTC); None if `run` is None.
-        statistics: serialized partial class statistics; None in the later rows of a large manifest.
+    `version`, `rows` and `output` are None if no version of the shard is labeled, and `failed_version` if the
+    storage failed, so that the next run reads the shard again.
     """
 
     uri: str
@@ -137,22 +123,19 @@ class Manifest:
 
     def read(self, columns: Collection[str]) -> pa.Table:
         """Returns columns of all rows, sorted by URI; empty without a manifest. Raises `StorageError`."""
-        return self._read(columns, partial(_joined, columns))
+        return self._read(columns, lambda tables: _joined(columns, tables))
 
     def labeled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
         """Returns columns of the shards that have labels; with `run`, only of shards that the run labeled."""
-        return self._read_labeled(columns, run, partial(_joined, columns))
+        return self._read(
+            {*columns, "output", "run"}, lambda tables: _joined(columns, _only_labeled(tables, run))
+        )
 
     def _read(self, columns: Collection[str], consume: Callable[[Iterable[pa.Table]], T]) -> T:
         """Returns `consume` of the row groups; repeats the call if another writer replaces the manifest."""
         rows = partial(_row_groups, self.uri, columns=columns)
         found = self.storage.read_latest(self.uri, lambda file: consume(rows(file)))
         return consume(()) if found is None else found.content
-
-    def _read_labeled(
-        self, columns: Collection[str], run: str | None, consume: Callable[[Iterable[pa.Table]], T]
-    ) -> T:
-        return self._read({*columns, "output", "run"}, lambda tables: consume(_only_labeled(tables, run)))
 
     def entries(self) -> dict[str, ManifestRow]:
         """Returns all rows by URI, with the fields that planning needs; other fields are None."""
@@ -191,10 +174,10 @@ class Manifest:
         removed, recovered, added = {*removed}, {*recovered}, sorted(rows)
         touched = pa.array({*rows, *removed, *(deleted or ()), *recovered}, pa.string())
 
-        def merged(version: str) -> Iterator[pa.Table]:
+        def merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             """Merges the sorted stream of rows with the changes."""
             remaining = added
-            for table in self._tables(version):
+            for table in tables:
                 count = bisect.bisect_right(remaining, table["uri"][-1].as_py())
                 inserted, remaining = remaining[:count], remaining[count:]
                 is_changed = pc.is_in(table["uri"], value_set=touched)
@@ -236,9 +219,9 @@ class Manifest:
 
         def fold(tables: Iterable[pa.Table]) -> list[ClassStatistics]:
             totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
+            labeled = (table.select(columns) for table in _only_labeled(tables, run))
             with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-                batches = (b for table in tables for b in table.select(columns).to_batches(self.group_rows))
-                for batch in batches:
+                for batch in (b for table in labeled for b in table.to_batches(self.group_rows)):
                     outputs, serialized, uris, runs = (column.to_pylist() for column in batch.columns)
                     files = [f"{self.partition}/{output}" for output in outputs]
                     partials = pool.map(partial(_read_partial, self.storage), files, serialized)
@@ -253,45 +236,41 @@ class Manifest:
                             total.add_partial(pa.concat_tables(selected))
             return totals
 
-        return self._read_labeled(columns, run, fold)
+        return self._read(columns, fold)
 
-    def _tables(self, version: str) -> Iterator[pa.Table]:
-        """Yields the rows of a version, one row group at a time."""
-        if version != ABSENT:
-            with self.storage.open(self.uri, version) as file:
-                yield from _row_groups(self.uri, file, _SCHEMA.names)
-
-    def _rewrite(self, make_tables: Callable[[str], Iterable[pa.Table]]) -> None:
-        """Replaces the manifest; `make_tables` gets the current version and returns all rows."""
-        with ExitStack() as files:
+    def _rewrite(self, change: Callable[[Iterable[pa.Table]], Iterable[pa.Table]]) -> None:
+        """Replaces the manifest; `change` returns all rows, given the current rows in row groups."""
+        limit = self.max_statistics // (self.num_classes + 100)
+        with tempfile.TemporaryFile() as file:
 
             def content(version: str) -> BinaryIO:
-                files.close()  # the file of the last attempt
-                file = files.enter_context(tempfile.TemporaryFile())
-                self._save(make_tables(version), file)
+                file.seek(0)
+                file.truncate()
+                with ExitStack() as stack, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
+                    rows: Iterable[pa.Table] = ()
+                    if version != ABSENT:
+                        current = stack.enter_context(self.storage.open(self.uri, version))
+                        rows = _row_groups(self.uri, current, _SCHEMA.names)
+                    for number, group in enumerate(_regroup(change(rows), self.group_rows)):
+                        if number * self.group_rows >= limit:
+                            nothing = pa.nulls(group.num_rows, pa.binary())
+                            group = group.drop_columns("statistics").append_column("statistics", nothing)
+                        writer.write_table(group)
                 return file
 
             self.storage.update(self.uri, content)
 
-    def _save(self, tables: Iterable[pa.Table], file: BinaryIO) -> None:
-        """Writes rows in groups of fixed sizes, so that equal rows give equal bytes."""
-        pending, written = _SCHEMA.empty_table(), 0
-        limit = self.max_statistics // (self.num_classes + 100)
-        with pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
 
-            def write(group: pa.Table) -> None:
-                if written >= limit:
-                    nothing = pa.nulls(group.num_rows, pa.binary())
-                    group = group.drop_columns("statistics").append_column("statistics", nothing)
-                writer.write_table(group.combine_chunks())
-
-            for table in tables:
-                pending = pa.concat_tables([pending, table.cast(_SCHEMA)])
-                while pending.num_rows >= self.group_rows:
-                    write(pending.slice(0, self.group_rows))
-                    pending, written = pending.slice(self.group_rows), written + self.group_rows
-            if pending.num_rows:
-                write(pending)
+def _regroup(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Yields rows in tables of a fixed size, so that equal rows give equal bytes."""
+    pending = _SCHEMA.empty_table()
+    for table in tables:
+        pending = pa.concat_tables([pending, table.cast(_SCHEMA)])
+        while pending.num_rows >= size:
+            yield pending.slice(0, size).combine_chunks()
+            pending = pending.slice(size)
+    if pending.num_rows:
+        yield pending.combine_chunks()
 
 
 def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> pa.Table:

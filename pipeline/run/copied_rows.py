@@ -89,10 +89,11 @@ class CopiedRows:
             if error is not None and error.partition(":")[0] in READ_ERRORS:
                 sample = sample.fail(error)
             samples.append(complete_sample(sample, shard, options))
-        copied = sample_table(samples)
-        copied = copied.drop_columns([name for name in rows.column_names if name in copied.column_names])
-        for name in rows.column_names:
-            copied = copied.append_column(name, rows[name])
+        described_now = sample_table(samples)
+        copied = pa.table(
+            {name: described_now[name] for name in described_now.column_names}
+            | {name: rows[name] for name in rows.column_names}
+        )
         order = np.argsort(np.concatenate([self.missing, self.positions]))
         # Without a new image, `labeled` has no carried columns.
         kept = [x for x in copied.column_names if x in labeled.column_names or x.startswith("carried.")]

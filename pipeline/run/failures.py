@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pipeline.commit import ManifestRow
 from pipeline.config import GateConfig
 from pipeline.read import Shard
+from pipeline.run.copied_rows import CopiedRows
 from pipeline.run.planning import NO_ROW
 from pipeline.statistics import ErrorCauses
 from pipeline.text import pluralize
@@ -30,13 +31,15 @@ class FailureMonitor:
 
     A failure that the stored labels of the same version of a shard have already is known. Known failures
     count only if the last run exceeded a limit: shards that fail again in a retry do not break a limit.
+    The limits apply to the counts of this run and of the stopped runs that this run continues, or to those of
+    the last run if there are none.
 
     Attributes:
         shards: the shards to label.
         entries: manifest rows before the run, by URI.
-        copied: number of rows that a shard copies from stored labels, and of error rows among them, by URI.
+        copied: the rows that a shard copies from stored labels, by URI.
         last: counts of the last run of the dataset that ended by itself.
-        stopped: counts of the runs after `last`, which were stopped or failed. This run continues them.
+        stopped: counts of the runs after `last` that were stopped or failed, and that this run continues.
         causes: the errors of the complete shards.
         order: indexes of the shards in a random order, the same in every run: sorted by a hash of the URI.
     """
@@ -44,7 +47,7 @@ class FailureMonitor:
     gate: GateConfig
     shards: Sequence[Shard]
     entries: Mapping[str, ManifestRow]
-    copied: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    copied: Mapping[str, CopiedRows] = field(default_factory=dict)
     last: Counter[str] = field(default_factory=Counter)
     stopped: Counter[str] = field(default_factory=Counter)
     causes: ErrorCauses = field(default_factory=ErrorCauses)
@@ -53,7 +56,7 @@ class FailureMonitor:
         hashes = [hashlib.blake2b(shard.uri.encode()).digest() for shard in self.shards]
         self.order = sorted(range(len(hashes)), key=hashes.__getitem__)
         self._by_uri = {shard.uri: shard for shard in self.shards}
-        self._counts, self._has_new = Counter[str](), False
+        self._counts = Counter[str]()
         # The sample: the new failures of the first shards of the order, all of which are complete.
         self._sample, self._following = Counter[str](), deque(self.shards[i] for i in self.order)
         self._complete: dict[str, Counter[str]] = {}  # shards that are not in the sample yet
@@ -68,18 +71,17 @@ class FailureMonitor:
     def finish(self, row: ManifestRow) -> None:
         """Counts a complete shard."""
         shard, before = self._by_uri[row.uri], self.entries.get(row.uri, NO_ROW)
-        self._has_new |= self.is_new(shard)
         counts = Counter(shards=1, images=row.rows or 0, errors=row.errors or 0, empty=row.rows == 0)
         if row.error is not None:
             counts = Counter(shards=1, unreadable=1)
-        copied, copied_errors = self.copied.get(row.uri, (0, 0))
+        copied = self.copied.get(row.uri, CopiedRows(0))
         known = Counter(
-            images=copied,
-            errors=before.errors or 0 if before.version == shard.version else copied_errors,
+            images=copied.count,
+            errors=before.errors or 0 if before.version == shard.version else copied.errors,
             unreadable=before.failed_version == shard.version,
             empty=before.version == shard.version,
         )
-        self._counts += counts if self._violations(self.last) else counts - known
+        self._counts += counts if self.exceeded_limits(self.last) else counts - known
         self._complete[row.uri] = counts - known
         while self._following and (next_counts := self._complete.pop(self._following[0].uri, None)):
             first = self._following.popleft()
@@ -99,29 +101,21 @@ class FailureMonitor:
             return []
         larger = max(1.0, self._max_planned_bytes / self._max_bytes)
         largest = {"images": self._max_images * larger, "shards": 1}
-        return self._violations(sample + self.causes.categories(), largest)
+        return self.exceeded_limits(sample + self.causes.categories(), largest)
 
     def own(self) -> Counter[str]:
         """Returns the counts of this run alone."""
         return self._counts + self.causes.categories()
 
-    def continued(self) -> Counter[str]:
-        """Returns the counts that the next run continues if this run is stopped.
-
-        Without new shards, these are none: repeated shards within the limits are not part of the next run.
-        """
-        own = self.own()
-        return own if self._has_new or self.stopped or self._violations(own) else Counter()
-
     def judged(self) -> Counter[str]:
-        """Returns the counts that the limits apply to: those of the last run if this run has none."""
+        """Returns the counts that the limits apply to."""
         return self.own() + self.stopped or self.last
 
     def violations(self) -> list[str]:
         """Returns the limits that the run exceeds."""
-        return self._violations(self.judged())
+        return self.exceeded_limits(self.judged())
 
-    def _violations(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
+    def exceeded_limits(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
         """Returns a sentence for each limit that the counts exceed.
 
         For a random sample, `largest` is the maximum number of `images`, and of `shards`, in one shard.

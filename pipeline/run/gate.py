@@ -13,7 +13,10 @@ _MAX_EARLIER = 100
 
 
 def read_earlier_failures(run: RunContext) -> None:
-    """Reads the failures of earlier runs of the dataset: of the last run, and of runs that were stopped."""
+    """Reads the failures of the last run of the dataset, and of runs that were stopped since.
+
+    A stopped run without new shards, which only repeated others, counts only if it exceeded a limit.
+    """
     partition, dataset = run.result.partition, run.result.job.config.input.inputs
     for earlier in [each for each in partition.records() if each < run.result.run][: -_MAX_EARLIER - 1 : -1]:
         record = partition.record(earlier)
@@ -22,7 +25,9 @@ def read_earlier_failures(run: RunContext) -> None:
         if record["status"] not in ("running", "interrupted", "failed"):
             run.failures.last = Counter(record["failures"])
             break
-        run.failures.stopped.update(record["failures"])
+        counts, states = Counter[str](record["failures"]), record["plan"]
+        if states.get("new") or states.get("changed") or run.failures.exceeded_limits(counts):
+            run.failures.stopped += counts
 
 
 def find_run_pair(run: RunContext) -> RunPair:

@@ -125,11 +125,10 @@ class RunContext:
     held: dict[Source, pa.Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        config, shards = self.result.job.config, self.result.plan.shards
-        self.gallery = Gallery(config.report.gallery, shards)
-        copied = {uri: (each.count, each.errors) for uri, each in self.result.plan.copied.items()}
+        config, plan = self.result.job.config, self.result.plan
+        self.gallery = Gallery(config.report.gallery, plan.shards)
         entries = self.prepared.repairs.entries
-        self.failures = FailureMonitor(config.gate, shards, entries, copied)
+        self.failures = FailureMonitor(config.gate, plan.shards, entries, plan.copied)
 
     def relist(self) -> Iterator[Shard]:
         """Lists the input again; needed only if runs overlap."""

@@ -1,7 +1,6 @@
 """Labels the shards of a plan: runs the dataflow, commits its results, and stops when requested."""
 
 import logging
-import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -108,7 +107,7 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
         if row.format == "images" or whole_file(row.uri) != row.uri:
             run.groups[row.uri] = row
     run.failures.finish(row)
-    run.record.set(failures=dict(run.failures.continued()))
+    run.record.set(failures=dict(run.failures.own()))
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
     run.clock.record("first_commit")
@@ -131,19 +130,17 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         run.on_progress(committer.progress(), run.prepared)
 
     chunks = _label_in_order(run, executor, committer, resources, stop)
-    started = first_result = last_result = 0.0
+    first: Chunk | None = None
     first_images = 0
     with closing(chunks), stop.until_aborted():
         for chunk in chunks:
             run.clock.record("first_result")
-            last_result = time.perf_counter()
             if stop.requested:
                 committer.reject_new_shards()
             copied = plan.copied.get(plan.shards[chunk.shard].uri)
             committer.add(run.gallery.collect(chunk, None if copied is None else copied.missing))
-            if not first_result:
-                first_result, first_images = last_result, committer.progress().images
-                started = first_result - chunk.metrics[CLASSIFY].busy_s
+            if first is None:
+                first, first_images = chunk, committer.progress().images
             report_progress(chunk)
             run.lease.check()
             if stop.requested and not committer.open_shards:
@@ -151,15 +148,15 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             if job.config.gate.abort and (broken := run.failures.certain_violations()):
                 _abort(run, broken)
                 break
-    seconds = time.perf_counter() - started if started else 0.0
-    run.clock.record("last_result")
+        run.clock.record("last_result")
     if stop.requested or run.result.aborted:
         committer.wait_for_writes()
     else:
         committer.finish()
-    later_images = committer.progress().images - first_images
-    run.result.images_per_s = steady_rate(later_images, last_result - first_result)
-    _record_stages(run, resources, seconds)
+    if first is not None:
+        seconds = run.result.timings["last_result"] - run.result.timings["first_result"]
+        run.result.images_per_s = steady_rate(committer.progress().images - first_images, seconds)
+        _record_stages(run, resources, seconds + first.metrics[CLASSIFY].busy_s)
     report_progress()
 
 

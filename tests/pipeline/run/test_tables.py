@@ -183,7 +183,7 @@ def test_first_run_does_not_look_for_stored_rows(
     assert planned == []
     write(tmp_path, [f"{server.url}/{i}.png" for i in range(6)])
     assert run(tmp_path).plan.copied_images == 4
-    assert planned == [f"{tmp_path}/in/t.parquet/rows-000000000000"]
+    assert {*planned} == {f"{tmp_path}/in/t.parquet/rows-000000000000"}
 
 
 def test_each_file_that_loses_rows_is_read_once(
