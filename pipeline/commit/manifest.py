@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -68,17 +68,16 @@ class ManifestRow:
         """Returns the row that replaces an earlier row: a failure keeps the labels of an earlier version."""
         if before is None or before.output is None or self.output is not None:
             return self
-        return replace(
-            before,
-            error=self.error,
-            failed_version=self.failed_version,
-            readable_rows=self.readable_rows,
-            deleted=self.deleted,
-        )
+        return before.with_state(self.state)
 
-    def recovered(self) -> ManifestRow:
-        """Returns the row without the failure of the last attempt to read the shard."""
-        return replace(self, error=None, failed_version=None, readable_rows=None)
+    @property
+    def state(self) -> dict[str, Any]:
+        """The fields that do not describe the labels: the last failure, and whether the shard was deleted."""
+        return {name: getattr(self, name) for name in ("error", "failed_version", "readable_rows", "deleted")}
+
+    def with_state(self, state: Mapping[str, Any]) -> ManifestRow:
+        """Returns the same labels with another state."""
+        return replace(self, **state)
 
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "bool": pa.bool_(), "bytes": pa.binary()}
@@ -152,8 +151,7 @@ class Manifest:
         self,
         rows: Mapping[str, ManifestRow],
         removed: Collection[str] = (),
-        deleted: Mapping[str, bool] | None = None,
-        recovered: Collection[str] = (),
+        states: Mapping[str, ManifestRow] | None = None,
     ) -> None:
         """Updates some rows and keeps the others.
 
@@ -163,16 +161,10 @@ class Manifest:
         Args:
             rows: rows to insert or replace, by URI.
             removed: URIs whose rows are removed.
-            deleted: new values of the field `deleted`, by URI.
-            recovered: URIs whose failure is removed.
+            states: rows whose `state` replaces that of the stored rows, by URI.
         """
-
-        def with_flags(row: ManifestRow) -> ManifestRow:
-            row = replace(row, deleted=(deleted or {}).get(row.uri, row.deleted))
-            return row.recovered() if row.uri in recovered else row
-
-        removed, recovered, added = {*removed}, {*recovered}, sorted(rows)
-        touched = pa.array({*rows, *removed, *(deleted or ()), *recovered}, pa.string())
+        removed, states, added = {*removed}, states or {}, sorted(rows)
+        touched = pa.array({*rows, *removed, *states}, pa.string())
 
         def merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             """Merges the sorted stream of rows with the changes."""
@@ -183,13 +175,17 @@ class Manifest:
                 is_changed = pc.is_in(table["uri"], value_set=touched)
                 if inserted or pc.any(is_changed).as_py():
                     before = {row["uri"]: ManifestRow(**row) for row in table.filter(is_changed).to_pylist()}
-                    after = {uri: row for uri, row in before.items() if uri not in removed}
+                    after = {
+                        uri: row.with_state(states.get(uri, row).state)
+                        for uri, row in before.items()
+                        if uri not in removed
+                    }
                     after |= {uri: rows[uri].merged_with(before.get(uri)) for uri in inserted}
                     kept = table.filter(pc.invert(is_changed))
-                    changed = _to_table(map(with_flags, after.values()))
+                    changed = _to_table(after.values())
                     table = pa.concat_tables([kept, changed]).sort_by("uri")
                 yield table
-            yield _to_table(with_flags(rows[uri]) for uri in remaining)
+            yield _to_table(rows[uri] for uri in remaining)
 
         self._rewrite(merged)
 

@@ -4,9 +4,9 @@ Prediction files determine which shards are labeled. Run records hold unreadable
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.commit.manifest import ManifestRow, batched
@@ -97,20 +97,19 @@ def _with_history(
     return rows
 
 
-@dataclass
+@dataclass(frozen=True)
 class Repairs:
-    """Changes that bring the manifest in line with prediction files and run records.
+    """The rows of the manifest, as stored, and in line with prediction files and run records.
 
     Attributes:
-        rows, removed, recovered, deleted: the arguments of `Manifest.update`.
-        entries: all rows after the repairs, by URI.
+        stored: the stored rows by URI, with failures that only run records have.
+        entries: the correct rows by URI.
+        found: shards whose rows are from prediction files that the manifest does not have in this version.
     """
 
-    rows: dict[str, ManifestRow]
-    removed: set[str]
-    entries: dict[str, ManifestRow]
-    recovered: set[str]
-    deleted: dict[str, bool] = field(default_factory=dict)
+    stored: Mapping[str, ManifestRow]
+    entries: Mapping[str, ManifestRow]
+    found: Set[str]
 
 
 def find_repairs(
@@ -127,32 +126,20 @@ def find_repairs(
     """
     unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
     found = {row.uri: row for row in recovered_rows(storage, partition, unlisted, fingerprint)}
-    removed = set(lost) - found.keys()
-    before = {uri: row for uri, row in manifest.items() if uri not in removed} | found
-    # A file that the manifest does not have is newer than all rows. Without a manifest, no file is newer.
-    newer = {uri for uri in found if manifest}
-    recovered = {uri for uri in newer & manifest.keys() if manifest[uri].error is not None}
-    repairs = Repairs(dict(found), removed, before, recovered)
+    removed = {*lost} - found.keys()
+    entries = {uri: row for uri, row in manifest.items() if uri not in removed} | found
     if clean_shutdown:
-        return repairs
+        return Repairs(manifest, entries, found.keys())
     failures, deleted = read_history(storage, partition)
-    repairs.recovered |= newer & failures.keys()
+    # A file that the manifest does not have is newer than all failures. Without a manifest, no file is newer.
+    newer = {*found} if manifest else set[str]()
+    stored = {**manifest} | {uri: failures[uri] for uri in newer & failures.keys()}
     for uri in newer | removed:
         failures.pop(uri, None)
     labeled = {
-        uri: replace(row.recovered(), deleted=False) for uri, row in before.items() if row.output is not None
+        uri: row.with_state(ManifestRow(uri).state) for uri, row in entries.items() if row.output is not None
     }
-    repairs.entries = _with_history(labeled, failures, deleted)
-    repairs.removed |= before.keys() - repairs.entries.keys()
-    for uri, row in repairs.entries.items():
-        old = before.get(uri, ManifestRow(uri))
-        if row.deleted != old.deleted:
-            repairs.deleted[uri] = row.deleted
-        if row.error is None and old.error is not None:
-            repairs.recovered.add(uri)
-        elif (row.error, row.failed_version) != (old.error, old.failed_version):
-            repairs.rows[uri] = failures[uri].merged_with(found.get(uri))
-    return repairs
+    return Repairs(stored, _with_history(labeled, failures, deleted), found.keys())
 
 
 def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:

@@ -4,10 +4,12 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 from pipeline.commit import LeaseLostError, ManifestRow, Partition, prediction_files, recovered_rows
 from pipeline.read import overlap
 from pipeline.run.copied_rows import find_regrouped, hold_sources
+from pipeline.run.planning import NO_ROW
 from pipeline.run.recording import RunContext
 from pipeline.storage import ObjectChanged
 
@@ -23,25 +25,31 @@ def clean_up(run: RunContext) -> bool:
     plan, repairs, record, partition = run.result.plan, run.prepared.repairs, run.record, run.result.partition
     labeled = plan.deleted_with_labels
     to_remove = plan.to_prune | plan.replaced
-    rows = [repairs.entries[uri] for uri in to_remove]
+    obsolete = [repairs.entries[uri] for uri in to_remove]
     run.lease.check()
-    files = {f"{partition.uri}/{row.output}" for row in rows}
+    files = {f"{partition.uri}/{row.output}" for row in obsolete}
     predictions = run.result.job.stages.predictions
     run.held |= hold_sources(plan.copied.values(), files, partition.storage, predictions)
-    _remove(partition, rows)
-    removed = to_remove | repairs.removed | (plan.deleted.keys() - labeled.keys())
-    deleted = [uri for uri, row in labeled.items() if uri not in removed and not row.deleted]
-    changed = {uri: row for uri, row in repairs.rows.items() if uri not in removed}
-    recovered = repairs.recovered.union(plan.recovered) - removed
+    _remove(partition, obsolete)
+    rows = {**repairs.entries} | plan.updated
+    rows |= {uri: replace(row, deleted=True) for uri, row in labeled.items()}
+    removed = to_remove | (plan.deleted.keys() - labeled.keys()) | (repairs.stored.keys() - rows.keys())
+    added, states = dict[str, ManifestRow](), dict[str, ManifestRow]()
+    for uri in rows.keys() - removed:
+        row, stored = rows[uri], repairs.stored.get(uri)
+        if stored is None or uri in repairs.found:
+            added[uri] = row
+        elif row is not stored and row.state != stored.state:
+            states[uri] = row
+    changed = [(repairs.stored.get(uri, NO_ROW), row) for uri, row in (added | states).items()]
     record.add_shards("removed", removed)
-    record.add_shards("deleted", deleted)
-    record.add_shards("reappeared", plan.reappeared)
-    record.add_shards("recovered", recovered)
+    record.add_shards("deleted", [row.uri for old, row in changed if row.deleted and not old.deleted])
+    record.add_shards("reappeared", [row.uri for old, row in changed if old.deleted and not row.deleted])
+    record.add_shards("recovered", [row.uri for old, row in changed if old.error and not row.error])
     record.save()
-    deletions = repairs.deleted | dict.fromkeys(deleted, True) | dict.fromkeys(plan.reappeared, False)
-    if not (changed or removed or recovered or deletions):
+    if not (changed or removed):
         return False
-    partition.manifest.update(changed, removed, deletions, recovered)
+    partition.manifest.update(added, removed, states)
     return True
 
 

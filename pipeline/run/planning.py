@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 
@@ -47,8 +47,8 @@ class Plan:
         skipped: manifest rows of unreadable shards that are not retried.
         damaged: number of shards whose labels end where an earlier run could not read further.
         deleted: manifest rows of shards that were deleted from the input, by URI.
-        reappeared: shards that the manifest marks as deleted and that the input has again.
-        recovered: labeled shards whose later version was unreadable. The input has the labeled version again.
+        updated: new rows of shards that the manifest marks as deleted and that the input has again, and of
+            labeled shards whose later version was unreadable if the input has the labeled version again.
         replaced: shards whose rows may be in other shards now: changed parts of a file, other parts than
             those of the listing, groups of image files that lost images to a new group directly after them,
             and ranges of a table that lost rows to other ranges. Their labels are removed before labeling,
@@ -66,8 +66,7 @@ class Plan:
     skipped: list[ManifestRow] = field(default_factory=list)
     damaged: int = 0
     deleted: dict[str, ManifestRow] = field(default_factory=dict)
-    reappeared: list[str] = field(default_factory=list)
-    recovered: list[str] = field(default_factory=list)
+    updated: dict[str, ManifestRow] = field(default_factory=dict)
     replaced: set[str] = field(default_factory=set)
     parts: defaultdict[str, list[ManifestRow]] = field(default_factory=lambda: defaultdict(list))
     image_states: Counter[ShardState] | None = None
@@ -149,10 +148,10 @@ def plan(
         images[state] += shard.images or 0
         seen.add(shard.uri)
         failed = row.failed_version == shard.version
-        if row.deleted:
-            planned.reappeared.append(shard.uri)
         if state is ShardState.DONE and row.error is not None and not failed:
-            planned.recovered.append(shard.uri)
+            planned.updated[shard.uri] = row.with_state(NO_ROW.state)
+        elif row.deleted:
+            planned.updated[shard.uri] = replace(row, deleted=False)
         is_due = state in (ShardState.NEW, ShardState.CHANGED) or selection.relabel
         is_due |= keep and failed and row.readable_rows is not None
         if is_due or (selection.retry_errors and (failed or row.errors or row.damage)):
@@ -271,7 +270,7 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
     losing = [entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]
     losing = [row for row in losing if row.format in ("images", "table")]
-    has_overlapped = any(row.uri in repairs.rows for row in losing)  # may have labeled other groups as well
+    has_overlapped = any(row.uri in repairs.found for row in losing)  # may have labeled other groups as well
     gaining = list_input(job.config) if has_overlapped else shards
     if selection.relabel:  # nothing is copied, but rows may have moved
         shards = [shard for shard in shards if entries.get(shard.uri, NO_ROW).version != shard.version]

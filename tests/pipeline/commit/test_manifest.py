@@ -84,16 +84,15 @@ def test_rows_are_read_as_written_and_sorted(manifest: Manifest) -> None:
 def test_update_changes_some_rows_and_keeps_the_others(manifest: Manifest) -> None:
     manifest.update(by_uri(*(row(i) for i in range(0, 20, 2))))
     newer = row(4, version="newer", rows=99)
-    manifest.update(
-        by_uri(newer, row(7), row(30), row(1)), removed=[row(6).uri, row(18).uri], deleted={row(8).uri: True}
-    )
+    states, removed = by_uri(row(8, deleted=True)), [row(6).uri, row(18).uri]
+    manifest.update(by_uri(newer, row(7), row(30), row(1)), removed, states)
     expected = by_uri(*(row(i) for i in (0, 1, 2, 4, 7, 8, 10, 12, 14, 16, 30)))
     expected |= by_uri(newer, replace(row(8), deleted=True))
     assert manifest_rows(manifest) == list(expected.values())
-    manifest.update({}, deleted={row(8).uri: False})
-    assert {r.uri: r.deleted for r in manifest_rows(manifest)}[row(8).uri] is False
-    manifest.update(by_uri(row(50), row(3)), deleted={row(50).uri: True, row(3).uri: True})
-    assert [r.uri for r in manifest_rows(manifest) if r.deleted] == [row(3).uri, row(50).uri]
+    manifest.update({}, states=by_uri(row(8, rows=0, error="cut off")))
+    assert {r.uri: r for r in manifest_rows(manifest)}[row(8).uri] == row(8, error="cut off")
+    manifest.update({}, states=by_uri(row(50)))  # another writer has removed the row
+    assert row(50).uri not in {r.uri for r in manifest_rows(manifest)}
 
 
 def test_equal_rows_give_equal_bytes_in_any_order_of_updates(manifest: Manifest, tmp_path: Path) -> None:

@@ -84,14 +84,18 @@ CASES = {
         "v2", FAILED_LATER, ShardState.FAILED, False, expected={"skipped": [FAILED_LATER]}
     ),
     "labeled, unreadable, then recovered": Case(
-        "v1", FAILED_LATER, ShardState.DONE, False, expected={"recovered": ["s3://b/in/a.tar"]}
+        "v1", FAILED_LATER, ShardState.DONE, False, expected={"updated": {f"{ROOT}/a.tar": row("a.tar")}}
     ),
     "labeled, unreadable again": Case(
         "v1", row("a.tar", error="cut", failed_version="v1"), ShardState.DONE, False
     ),
     "deleted": Case(None, row("a.tar"), ShardState.DELETED, False),
     "deleted, then reappeared": Case(
-        "v1", row("a.tar", deleted=True), ShardState.DONE, False, expected={"reappeared": ["s3://b/in/a.tar"]}
+        "v1",
+        row("a.tar", deleted=True),
+        ShardState.DONE,
+        False,
+        expected={"updated": {f"{ROOT}/a.tar": row("a.tar")}},
     ),
 }
 
@@ -103,7 +107,7 @@ def test_manifest_row_determines_the_plan_of_a_shard(case: Case) -> None:
     found = plan(listing(objects), known, case.selection)
     assert {state for state, count in found.states.items() if count} == {case.state}
     assert names(found.shards) == ["a.tar"] * case.labels
-    defaults = {"skipped": [], "recovered": [], "reappeared": []}
+    defaults = {"skipped": [], "updated": {}}
     values = {name: getattr(found, name) for name in defaults}
     values["reprocessed"] = "; 1 to label (1 reprocessed)" in found.describe()
     assert values == {"reprocessed": False} | defaults | dict(case.expected)
