@@ -3,6 +3,7 @@
 import json
 import secrets
 import threading
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -26,9 +27,11 @@ class RunRecord:
     part are in `damaged`, which is not replayed: their prediction files have the damage.
     """
 
-    def __init__(self, storage: Storage, uri: str, values: dict[str, Any]) -> None:
-        self._storage, self._uri = storage, uri
-        self._values = values | {name: [] for name in _LISTS}
+    def __init__(self, storage: Storage, uri: str, start: float, values: dict[str, Any]) -> None:
+        """Creates the record of a run that started at `start`, a value of `time.monotonic()`."""
+        self._storage, self._uri, self._start = storage, uri, start
+        self.timings: dict[str, float] = {}
+        self._values = values | {name: [] for name in _LISTS} | {"timings": self.timings}
         self._lock = threading.Lock()
         self._saved: dict[str, int] = {}  # lengths of the lists
 
@@ -42,6 +45,11 @@ class RunRecord:
         """Sets values."""
         with self._lock:
             self._values |= values
+
+    def record_time(self, event: str) -> None:
+        """Records the seconds from the start to an event; only its first occurrence counts."""
+        with self._lock:
+            self.timings.setdefault(event, round(time.monotonic() - self._start, 3))
 
     def add_shards(self, name: str, uris: Iterable[str]) -> None:
         """Adds shards to the list `name`."""
@@ -65,6 +73,12 @@ class RunRecord:
         with self._lock:
             self._storage.write(self._uri, json.dumps(self._values, indent=2).encode())
             self._saved = {name: len(self._values[name]) for name in _LISTS}
+
+    def save_end(self) -> None:
+        """Writes the record at the end of the run; raises `StorageError`."""
+        self.record_time("ended")
+        self.set(ended_at=datetime.now(UTC).isoformat())
+        self.save()
 
 
 def new_run_id() -> str:

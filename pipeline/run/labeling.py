@@ -1,6 +1,7 @@
 """One labeling run, from configuration to run record. Each step receives its inputs as arguments."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -12,7 +13,7 @@ from pipeline.run.cleanup import clean_up, roll_back_regrouped
 from pipeline.run.gate import check_gate_alone, read_earlier_failures
 from pipeline.run.job import check_installed, make_job
 from pipeline.run.planning import PreparedRun, open_listing, prepare
-from pipeline.run.recording import Clock, Phase, RunContext, RunResult, run_record
+from pipeline.run.recording import Phase, RunContext, RunResult, run_record
 from pipeline.run.streaming import label_shards
 from pipeline.run.summaries import has_unwanted_gallery, summarize
 from pipeline.storage import StorageError, retry_counts
@@ -55,7 +56,7 @@ def label(
         LeaseLostError: another run has taken over.
         Stopped: SIGTERM or Ctrl-C arrived; the manifest has everything that was committed.
     """
-    clock, retries_before = Clock(), retry_counts()
+    start, retries_before = time.monotonic(), retry_counts()
     check_installed(config)
     on_phase(Phase.LISTING)
     # An input without shards fails before anything is written, and before images of a table are looked up.
@@ -69,10 +70,10 @@ def label(
         on_phase(Phase.PLANNING)
         # Listed again under the lease: another run may have labeled shards that the first listing lacks.
         listing = open_listing(config)
-        with run_record(job, run, clock, selection) as record:
+        with run_record(job, run, start, selection) as record:
             prepared = prepare(job, listing, selection, lease.found_clean_shutdown)
             plan = prepared.plan
-            clock.record("planned")
+            record.record_time("planned")
             on_plan(prepared)
             if plan.shards:
                 shards = pluralize(len(plan.shards), "shard")
@@ -85,10 +86,10 @@ def label(
             ignored = [(*each, count) for each, count in listing.ignored_extensions.most_common()]
             counts = {str(state): count for state, count in plan.states.items()}
             record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)
-            result = RunResult(run, job, plan, timings=clock.timings)
+            result = RunResult(run, job, plan, timings=record.timings)
             writer = ManifestWriter(job.partition.manifest, config.run.flush_interval_s, record.save)
             context = RunContext(
-                result, prepared, record, clock, lease, writer, on_progress, on_phase, retries_before
+                result, prepared, record, lease, writer, on_progress, on_phase, retries_before
             )
             _execute(context)
     return result
@@ -114,7 +115,7 @@ def _execute(run: RunContext) -> None:
         if changed or plan.shards or not run.prepared.clean_shutdown or has_unwanted_gallery(run):
             run.on_phase(Phase.SUMMARIZING)
             summarize(run)
-            run.clock.record("summarized")
+            run.record.record_time("summarized")
         else:
             check_gate_alone(run)
     except LeaseLostError:  # the manifest of the other run is newer

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,18 +39,6 @@ class Phase(StrEnum):
     CONNECTING_TO_RAY = "connecting to Ray"
     STARTING_STAGES = "starting the stages"  # until the first result; classifiers load the model
     SUMMARIZING = "writing statistics and report"
-
-
-class Clock:
-    """Measures the time of each event of a run."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self.timings: dict[str, float] = {}
-
-    def record(self, event: str) -> None:
-        """Records the time of an event; only its first occurrence counts."""
-        self.timings.setdefault(event, round(time.monotonic() - self._start, 3))
 
 
 @dataclass
@@ -112,7 +99,6 @@ class RunContext:
     result: RunResult
     prepared: PreparedRun
     record: RunRecord
-    clock: Clock
     lease: Lease
     writer: ManifestWriter
     on_progress: Callable[[Progress, PreparedRun], None]
@@ -162,7 +148,7 @@ class RunContext:
 
 
 @contextmanager
-def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterator[RunRecord]:
+def run_record(job: Job, run: str, start: float, selection: Selection) -> Iterator[RunRecord]:
     """Writes `runs/<run id>.json` at the start, so that a run that dies leaves a record, and at the end."""
     versions = {name: installed_version(name) or "not installed" for name in _PACKAGES}
     values = {
@@ -176,7 +162,7 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
         "model_commit": job.checkpoint.commit,
         "versions": {"python": platform.python_version()} | versions,
     }
-    record = RunRecord(job.partition.storage, f"{job.partition.uri}/runs/{run}.json", values)
+    record = RunRecord(job.partition.storage, f"{job.partition.uri}/runs/{run}.json", start, values)
     record.save()
     try:
         yield record
@@ -184,15 +170,9 @@ def run_record(job: Job, run: str, clock: Clock, selection: Selection) -> Iterat
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record.set(status=status, error=remove_secrets(f"{type(error).__name__}: {error}"))
         with suppress(StorageError):  # it would hide the exception that ended the run
-            _save_end(record, clock)
+            record.save_end()
         raise
-    _save_end(record, clock)
-
-
-def _save_end(record: RunRecord, clock: Clock) -> None:
-    clock.record("ended")
-    record.set(timings=clock.timings, ended_at=datetime.now(UTC).isoformat())
-    record.save()
+    record.save_end()
 
 
 def installed_version(package: str) -> str | None:

@@ -110,14 +110,14 @@ def _record_commit(run: RunContext, row: ManifestRow) -> None:
     run.record.set(failures=dict(run.failures.own()))
     run.gallery.finish_shard(row.uri, row.error is None)
     run.writer.add(row)
-    run.clock.record("first_commit")
+    run.record.record_time("first_commit")
 
 
 def _commit_results(run: RunContext, executor: Executor, committer: Committer, stop: StopController) -> None:
     plan, job = run.result.plan, run.result.job
     resources = executor.resources(job.resource_request)
     run.record.set(resources=asdict(resources))
-    run.clock.record("executor_ready")
+    run.record.record_time("executor_ready")
     run.on_phase(Phase.STARTING_STAGES)
     logger.info("the batch size of the model is %d", resources.batch_size)
     metrics = executor.metrics(
@@ -134,7 +134,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     first_images = 0
     with closing(chunks), stop.until_aborted():
         for chunk in chunks:
-            run.clock.record("first_result")
+            run.record.record_time("first_result")
             if stop.requested:
                 committer.reject_new_shards()
             copied = plan.copied.get(plan.shards[chunk.shard].uri)
@@ -148,7 +148,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             if job.config.gate.abort and (broken := run.failures.certain_violations()):
                 _abort(run, broken)
                 break
-        run.clock.record("last_result")
+        run.record.record_time("last_result")
     if stop.requested or run.result.aborted:
         committer.wait_for_writes()
     else:

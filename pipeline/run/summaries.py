@@ -27,8 +27,7 @@ def summarize(run: RunContext) -> None:
     check_gate(run, runs, previous)
     run.record_counts()
     _update_gallery(run, statistics)
-    so_far = {"timings": run.clock.timings, "ended_at": datetime.now(UTC).isoformat()}
-    values = run.record.values | so_far
+    values = run.record.values | {"ended_at": datetime.now(UTC).isoformat()}
     try:
         write_report(partition, values, statistics, [previous] if previous else [])
     except StorageError:

@@ -17,9 +17,9 @@ from pathlib import Path
 import yaml
 from ray.cluster_utils import Cluster
 
+from pipeline.commit import RunRecord
 from pipeline.config import Config, load_config
 from pipeline.run import label
-from pipeline.run.recording import Clock
 from tests.makers import make_image, make_tar
 
 MANIFEST = Path(__file__).parents[2] / "configs" / "kubernetes" / "config.yaml"
@@ -29,15 +29,15 @@ DELAY = 3.0
 
 
 def event_at(name: str) -> threading.Event:
-    """An event that is set when a run's clock records the event `name`."""
-    came, record = threading.Event(), Clock.record
+    """An event that is set when the record of a run has the time of the event `name`."""
+    came, record = threading.Event(), RunRecord.record_time
 
-    def recorded(self: Clock, event: str) -> None:
+    def recorded(self: RunRecord, event: str) -> None:
         record(self, event)
         if event == name:
             came.set()
 
-    Clock.record = recorded  # type: ignore[method-assign]
+    RunRecord.record_time = recorded  # type: ignore[method-assign]
     return came
 
 
