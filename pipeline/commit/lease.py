@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from pipeline.commit.record import new_run_id
-from pipeline.storage import ABSENT, Storage, StorageError, Versioned, content_errors
+from pipeline.storage import Storage, StorageError, Versioned, content_errors
 
 _logger = logging.getLogger("cvt_label")
 
@@ -56,12 +56,9 @@ def was_clean_shutdown(storage: Storage, partition: str) -> bool:
 
 
 def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
-    return storage.read_latest(uri, lambda file: _parse(uri, file.read()), _MAX_BYTES)
-
-
-def _parse(uri: str, content: bytes) -> LeaseContent:
     with content_errors(uri, "a lease (delete the object if no run is active)"):
-        return LeaseContent.model_validate_json(content)
+        parse = LeaseContent.model_validate_json
+        return storage.read_latest(uri, lambda file: parse(file.read()), _MAX_BYTES)
 
 
 class Lease:
@@ -118,7 +115,8 @@ class Lease:
 
         def claim(version: str) -> bytes | None:
             nonlocal before, waited
-            before = None if version == ABSENT else self._read(version)
+            found = _latest(self._storage, self.uri)
+            before = None if found is None else found.content
             if before is not None and before.is_live and before.run != self.run:
                 return None
             if waited:
@@ -181,19 +179,16 @@ class Lease:
         """Writes the lease, also if it was deleted; returns False if another run has taken over."""
 
         def content(version: str) -> bytes | None:
-            if version == ABSENT:
-                is_ours = self._version is not None
-            else:
-                is_ours = version == self._version or self._read(version).run == self.run
+            if version == self._version:
+                return self._content(state)
+            found = _latest(self._storage, self.uri)
+            is_ours = self._version is not None if found is None else found.content.run == self.run
             return self._content(state) if is_ours else None
 
         written = self._storage.update(self.uri, content, self._version)
         if written is not None:
             self._version = written.version
         return written is not None
-
-    def _read(self, version: str) -> LeaseContent:
-        return _parse(self.uri, self._storage.read(self.uri, version, _MAX_BYTES))
 
     def _content(self, state: LeaseState) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=self._seconds if state == "held" else 0)

@@ -102,29 +102,35 @@ class Plan:
     def describe_ignored(self) -> str:
         """Describes the ignored objects of the input: the number in total, by reason and by extension."""
         ignored, extensions = self.listing.ignored, Counter[str]()
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(ignored.items()))
-        total = pluralize(ignored.total(), "object") + (f" ({reasons})" if reasons else "")
         for (_, extension), count in self.listing.ignored_extensions.items():
             extensions[extension] += count
-        found = [f"{extension} {count:,}" for extension, count in extensions.most_common()]
-        more = [f"{len(found) - _EXTENSIONS} more"] * (len(found) > _EXTENSIONS)
-        return total + (f", extensions: {', '.join(found[:_EXTENSIONS] + more)}" if found else "")
+        total = pluralize(ignored.total(), "object")
+        if not ignored:
+            return total
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(ignored.items()))
+        shown = [f"{extension} {count:,}" for extension, count in extensions.most_common(_EXTENSIONS)]
+        if len(extensions) > _EXTENSIONS:
+            shown.append(f"{len(extensions) - _EXTENSIONS} more")
+        return f"{total} ({reasons}), extensions: {', '.join(shown)}"
 
     def describe(self) -> str:
         """Describes the input: counts by state, to label and to prune. Counts images if possible."""
-        unit, states, to_label, to_prune = "shard", self.states, len(self.shards), len(self.to_prune)
+        unit, states, to_label, copied = "shard", self.states, len(self.shards), 0
+        to_prune = len(self.to_prune)
         if self.image_states is not None:
-            unit, states, to_label = "image", self.image_states, self.images or 0
+            unit, states, to_label, copied = "image", self.image_states, self.images or 0, self.copied_images
             to_prune = sum(self.deleted[uri].rows or 0 for uri in self.to_prune)
         found = [f"{states[state]:,} {state}" for state in ShardState if states[state]]
-        found += [f"{self.damaged:,} of the done only in part"] * bool(self.damaged)
-        copied = self.copied_images if self.image_states is not None else 0
-        again = to_label + copied - states[ShardState.NEW] - states[ShardState.CHANGED]
-        reprocessed = f" ({again:,} reprocessed)" if again else ""
-        reprocessed += f" ({copied:,} unchanged are copied)" if copied else ""
-        prune = f", {to_prune:,} to prune" if self.selection.prune else ""
-        total = pluralize(states.total(), unit)
-        return f"{total}: {', '.join(found)}; {to_label:,} to label{reprocessed}{prune}"
+        if self.damaged:
+            found.append(f"{self.damaged:,} of the done only in part")
+        text = f"{pluralize(states.total(), unit)}: {', '.join(found)}; {to_label:,} to label"
+        if again := to_label + copied - states[ShardState.NEW] - states[ShardState.CHANGED]:
+            text += f" ({again:,} reprocessed)"
+        if copied:
+            text += f" ({copied:,} unchanged are copied)"
+        if self.selection.prune:
+            text += f", {to_prune:,} to prune"
+        return text
 
 
 def plan(
@@ -162,17 +168,19 @@ def plan(
             planned.damaged += 1
         formats.add(shard.format)
         is_changed = state is ShardState.CHANGED and row.output is not None
-        if shard.format != "images":
-            files.add(shard.object.uri)
-            unlabeled |= {shard.uri} if row.output is None else set()
-            # With other columns of `input.carry`, a part has the same rows.
-            has_same_rows = shard.version.split("/carry-")[0] == (row.version or "").split("/carry-")[0]
-            planned.replaced |= {shard.uri} if shard.span and is_changed and not has_same_rows else set()
+        if shard.format == "images":
+            if (row.version is None or row.deleted) and last_changed is not None:
+                planned.replaced.add(last_changed)
+            if state is not ShardState.NEW:
+                last_changed = shard.uri if is_changed else None
             continue
-        if (row.version is None or row.deleted) and last_changed is not None:
-            planned.replaced.add(last_changed)
-        if state is not ShardState.NEW:
-            last_changed = shard.uri if is_changed else None
+        files.add(shard.object.uri)
+        if row.output is None:
+            unlabeled.add(shard.uri)
+        # With other columns of `input.carry`, a part has the same rows.
+        has_same_rows = shard.version.split("/carry-")[0] == (row.version or "").split("/carry-")[0]
+        if shard.span and is_changed and not has_same_rows:
+            planned.replaced.add(shard.uri)
     files |= listing.tables  # files that are not in the snapshot have rows that others have now, or none
     planned.deleted = {
         uri: row

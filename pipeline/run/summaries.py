@@ -58,16 +58,14 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
 def _copied_thumbnails(run: RunContext, gallery: pa.Table) -> pa.Table:
     """Returns the rows of a gallery whose prediction row was copied, with their new shard and index."""
     folder = f"{run.result.partition.uri}/predictions"
-    files = [f"{folder}/{prediction_path(shard)}" for shard in gallery["shard"].to_pylist()]
-    rows = {place: row for row, place in enumerate(zip(files, gallery["index"].to_pylist(), strict=True))}
-    known, found = set(files), list[tuple[int, str, int]]()
-    for shard, copied in run.result.plan.copied.items():
-        for (file, _), pairs in copied.rows.items():
-            for position, row in pairs if file in known else ():
-                if (file, row) in rows:
-                    found.append((rows[file, row], shard, position))
-    taken = gallery.take(pa.array([row for row, _, _ in found], pa.int64()))
-    for name, values in (("shard", [each for _, each, _ in found]), ("index", [each for *_, each in found])):
-        column = gallery.schema.get_field_index(name)
-        taken = taken.set_column(column, name, pa.array(values, gallery.schema.field(name).type))
-    return taken
+    thumbnails = {
+        (f"{folder}/{prediction_path(row['shard'])}", row["index"]): row for row in gallery.to_pylist()
+    }
+    found = [
+        thumbnails[file, row] | {"shard": shard, "index": position}
+        for shard, copied in run.result.plan.copied.items()
+        for (file, _), pairs in copied.rows.items()
+        for position, row in pairs
+        if (file, row) in thumbnails
+    ]
+    return pa.Table.from_pylist(found, gallery.schema)
