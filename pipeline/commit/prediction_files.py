@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,15 +26,13 @@ from pipeline.predictions import (
 )
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import ClassStatistics, ErrorCauses, StageMetrics, StageTimer
-from pipeline.storage import ABSENT, ObjectChanged, Versioned
+from pipeline.storage import ABSENT, Versioned
 from pipeline.text import arrow_type, remove_secrets
 
 logger = logging.getLogger("cvt_label")
 
 #: Error rows of a shard that are logged; the prediction file has all of them.
 _MAX_LOGGED_ERRORS = 3
-#: Size in bytes from which a file may be divided by another run; only unusual settings divide smaller files.
-_DIVIDED_BYTES = 64 * 1024**2
 
 
 class IncompleteShardError(RuntimeError):
@@ -151,10 +149,7 @@ class PredictionWriter:
         is_current: returns whether the input still has this version of a shard.
         carried: columns of `input.carry` that a committed row has; grows.
         add_copied: returns all samples of a shard, given those that were labeled.
-        parts: the labeled parts whose files the file of a whole file replaces, by URI of the shard.
-        before_group: called before a group of image files, a range of a table or a part of a file is
-            written; raises to prevent the write. A run that lost its lease must not write them: another run
-            may have grouped the images, or divided the file, differently.
+        before_write: called before the labels of a shard are written; raises to prevent the write.
     """
 
     partition: Partition
@@ -164,8 +159,7 @@ class PredictionWriter:
     expected: Mapping[str, str | None]
     is_current: Callable[[Shard], bool]
     add_copied: Callable[[Shard, pa.Table], pa.Table] = lambda shard, samples: samples
-    parts: Mapping[str, Sequence[ManifestRow]] = field(default_factory=dict)
-    before_group: Callable[[], None] = lambda: None
+    before_write: Callable[[Shard], None] = lambda shard: None
     carried: set[str] = field(default_factory=set)
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
@@ -225,12 +219,7 @@ class PredictionWriter:
         output = f"predictions/{prediction_path(shard.uri)}"
         content, uri = encode_predictions(predictions, footer), f"{self.partition.uri}/{output}"
         storage, expected = self.partition.storage, self.expected.get(shard.uri) or ABSENT
-        parts = self.parts.get(shard.uri, ())
-        if shard.images or shard.span or parts or shard.size >= _DIVIDED_BYTES:
-            self.before_group()
-        for part in parts:
-            with suppress(ObjectChanged):
-                storage.delete(f"{self.partition.uri}/{part.output}", part.output_version)
+        self.before_write(shard)
         current: Versioned[Footer] | None = None
 
         def change(version: str) -> bytes | None:

@@ -30,7 +30,7 @@ def clean_up(run: RunContext) -> bool:
     files = {f"{partition.uri}/{row.output}" for row in obsolete}
     predictions = run.result.job.stages.predictions
     run.held |= hold_sources(plan.copied.values(), files, partition.storage, predictions)
-    _remove(partition, obsolete)
+    remove_labels(partition, obsolete)
     rows = {**repairs.entries} | plan.updated
     rows |= {uri: replace(row, deleted=True) for uri, row in labeled.items()}
     removed = to_remove | (plan.deleted.keys() - labeled.keys()) | (repairs.stored.keys() - rows.keys())
@@ -53,7 +53,7 @@ def clean_up(run: RunContext) -> bool:
     return True
 
 
-def _remove(partition: Partition, rows: Iterable[ManifestRow]) -> None:
+def remove_labels(partition: Partition, rows: Iterable[ManifestRow]) -> None:
     """Removes the prediction files of shards; keeps a file that another run has rewritten."""
 
     def remove_one(row: ManifestRow) -> None:
@@ -94,5 +94,5 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
         for row in recovered_rows(partition.storage, partition.uri, unknown):
             if (row.uri, row.version) not in planned:  # both runs may have a part in common, which stays
                 moved |= {shard.uri for shard in labeled if overlap(shard, row.uri, row.version or "")}
-    _remove(partition, [groups[uri] for uri in moved])
+    remove_labels(partition, [groups[uri] for uri in moved])
     return moved

@@ -21,6 +21,7 @@ from pipeline.dataflow import (
     ray_address,
 )
 from pipeline.read import Chunk, Shard, whole_file
+from pipeline.run.cleanup import remove_labels
 from pipeline.run.copied_rows import read_source
 from pipeline.run.gate import check_gate_alone
 from pipeline.run.recording import Phase, RunContext
@@ -37,6 +38,8 @@ from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
 
+#: Size in bytes from which a file may be divided by another run; only unusual settings divide smaller files.
+_DIVIDED_BYTES = 64 * 1024**2
 #: Number of unfinished shards that an error message names.
 _NAMED_SHARDS = 5
 
@@ -55,8 +58,7 @@ def label_shards(run: RunContext) -> StopController:
         expected=expected,
         is_current=partial(_is_current, run),
         add_copied=partial(_add_copied, run, stages),
-        parts=plan.parts,
-        before_group=run.lease.verify,
+        before_write=partial(_prepare_write, run),
     )
     committer = Committer(writer, plan.shards, partial(_record_commit, run))
     run.result.totals, run.failures.causes = committer.totals, committer.totals.causes
@@ -90,6 +92,18 @@ def _add_copied(run: RunContext, stages: Stages, shard: Shard, samples: pa.Table
         for source in copied.rows
     )
     return copied.merge(samples, shard, stored, stages.read_options)
+
+
+def _prepare_write(run: RunContext, shard: Shard) -> None:
+    """Removes the labels of the parts of a file whose labels are about to be written.
+
+    Raises `LeaseLostError` for a group of image files, a range of a table or a part of a file if the lease is
+    lost: another run may have grouped the images, or divided the file, differently.
+    """
+    parts = run.result.plan.parts.get(shard.uri, ())
+    if shard.images or shard.span or parts or shard.size >= _DIVIDED_BYTES:
+        run.lease.verify()
+    remove_labels(run.result.partition, parts)
 
 
 def _record_commit(run: RunContext, row: ManifestRow) -> None:

@@ -193,7 +193,7 @@ def test_overlapping_run_with_another_division_leaves_each_row_once(
     if not verifies:  # as if the run had paused between the check of its lease and the write
         monkeypatch.undo()
 
-        def unchecked(*args: Any, before_group: object, **options: Any) -> PredictionWriter:
+        def unchecked(*args: Any, before_write: object, **options: Any) -> PredictionWriter:
             return PredictionWriter(*args, **options)
 
         monkeypatch.setattr(streaming, "PredictionWriter", unchecked)
