@@ -162,7 +162,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
             if job.config.gate.abort and (broken := run.failures.certain_violations()):
                 _abort(run, broken)
                 break
-        run.record.record_time("last_result")
+    run.record.record_time("last_result")
     if stop.requested or run.result.aborted:
         committer.wait_for_writes()
     else:
