@@ -144,7 +144,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         run.on_progress(committer.progress(), run.prepared)
 
     chunks = _label_in_order(run, executor, committer, resources, stop)
-    first: Chunk | None = None
+    first_classify_s: float | None = None
     first_images = 0
     with closing(chunks), stop.until_aborted():
         for chunk in chunks:
@@ -153,8 +153,9 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
                 committer.reject_new_shards()
             copied = plan.copied.get(plan.shards[chunk.shard].uri)
             committer.add(run.gallery.collect(chunk, None if copied is None else copied.missing))
-            if first is None:
-                first, first_images = chunk, committer.progress().images
+            if first_classify_s is None:
+                first_classify_s = chunk.metrics[CLASSIFY].busy_s
+                first_images = committer.progress().images
             report_progress(chunk)
             run.lease.check()
             if stop.requested and not committer.open_shards:
@@ -167,10 +168,10 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         committer.wait_for_writes()
     else:
         committer.finish()
-    if first is not None:
+    if first_classify_s is not None:
         seconds = run.result.timings["last_result"] - run.result.timings["first_result"]
         run.result.images_per_s = steady_rate(committer.progress().images - first_images, seconds)
-        _record_stages(run, resources, seconds + first.metrics[CLASSIFY].busy_s)
+        _record_stages(run, resources, seconds + first_classify_s)
     report_progress()
 
 
