@@ -122,13 +122,15 @@ class Manifest:
 
     def read(self, columns: Collection[str]) -> pa.Table:
         """Returns columns of all rows, sorted by URI; empty without a manifest. Raises `StorageError`."""
-        return self._read(columns, lambda tables: _joined(columns, tables))
+        empty = _SCHEMA.empty_table().select([*columns])
+        return self._read(
+            columns,
+            lambda tables: pa.concat_tables([empty, *(table.select([*columns]) for table in tables)]),
+        )
 
     def labeled(self, columns: Collection[str], run: str | None = None) -> pa.Table:
         """Returns columns of the shards that have labels; with `run`, only of shards that the run labeled."""
-        return self._read(
-            {*columns, "output", "run"}, lambda tables: _joined(columns, _only_labeled(tables, run))
-        )
+        return _only_labeled(self.read({*columns, "output", "run"}), run).select([*columns])
 
     def _read(self, columns: Collection[str], consume: Callable[[Iterable[pa.Table]], T]) -> T:
         """Returns `consume` of the row groups; repeats the call if another writer replaces the manifest."""
@@ -215,7 +217,7 @@ class Manifest:
 
         def fold(tables: Iterable[pa.Table]) -> list[ClassStatistics]:
             totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
-            labeled = (table.select(columns) for table in _only_labeled(tables, run))
+            labeled = (_only_labeled(table, run).select(columns) for table in tables)
             with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
                 for batch in (b for table in labeled for b in table.to_batches(self.group_rows)):
                     outputs, serialized, uris, runs = (column.to_pylist() for column in batch.columns)
@@ -286,15 +288,9 @@ def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> 
         yield from read_row_groups(file, columns)
 
 
-def _only_labeled(tables: Iterable[pa.Table], run: str | None) -> Iterator[pa.Table]:
-    for table in tables:
-        table = table.filter(pc.is_valid(table["output"]))
-        yield table if run is None else table.filter(pc.equal(table["run"], run))
-
-
-def _joined(columns: Collection[str], tables: Iterable[pa.Table]) -> pa.Table:
-    empty = pa.schema([_SCHEMA.field(name) for name in columns]).empty_table()
-    return pa.concat_tables([empty, *(table.select(list(columns)) for table in tables)])
+def _only_labeled(rows: pa.Table, run: str | None) -> pa.Table:
+    rows = rows.filter(pc.is_valid(rows["output"]))
+    return rows if run is None else rows.filter(pc.equal(rows["run"], run))
 
 
 def _to_table(rows: Iterable[ManifestRow]) -> pa.Table:
