@@ -90,7 +90,7 @@ def print_result(result: RunResult) -> None:
         console.print_table(console.make_class_table(classes, top=20))
     fields = {"plan": plan.describe()}
     if plan.listing.ignored:
-        fields["ignored"] = plan.describe_ignored()
+        fields["ignored"] = plan.listing.describe_ignored()
     if plan.shards:
         labeled = totals.shards - len(totals.unreadable)
         copied = f", {plan.copied_images:,} of them copied" if plan.copied_images else ""

@@ -20,12 +20,11 @@ from pydantic import ByteSize, Field, TypeAdapter
 from jobs import console
 from jobs.progress import ProgressView
 from pipeline import load_job_config
-from pipeline.config import LABEL_NEW, Config, ConfigError, make_storage
+from pipeline.config import Config, ConfigError, make_storage
 from pipeline.decode.cpu import FORMATS, unsupported_format
 from pipeline.read import NoShardsError, ReadOptions, Sample, Shard, read_samples
 from pipeline.read.samples import ShardError
 from pipeline.read.targets import parse_label
-from pipeline.run import Plan
 from pipeline.run.planning import open_listing
 from pipeline.storage import ABSENT, StorageError
 from pipeline.text import arrow_type
@@ -164,7 +163,7 @@ class _Packer:
             command += ["--set", override]
         failed = ", ".join(f"{cause}: {count:,}" for cause, count in sorted(self.failed.items()))
         fields = {"packed": self._describe(), "not packed": failed or "0"}
-        fields |= {"ignored": Plan(self.listing, LABEL_NEW).describe_ignored(), "output": self.folder}
+        fields |= {"ignored": self.listing.describe_ignored(), "output": self.folder}
         console.print_fields(fields | {"to label": shlex.join(command)})
 
 

@@ -47,7 +47,7 @@ def plan(
             "input": str(job.config.input.inputs),
             "plan": planned.describe(),
             "to label": _describe_size(planned),
-            "ignored": planned.describe_ignored(),
+            "ignored": planned.listing.describe_ignored(),
             "model": f"{checkpoint.name}, {pluralize(len(checkpoint.labels), 'class')}, "
             f"{checkpoint.preprocessor.size} pixels",
             "output": job.partition.uri,

@@ -114,13 +114,11 @@ class Lease:
         waited = False
 
         def claim(version: str) -> bytes | None:
-            nonlocal before, waited
+            nonlocal before
             found = _latest(self._storage, self.uri)
             before = None if found is None else found.content
             if before is not None and before.is_live and before.run != self.run:
                 return None
-            if waited:
-                self.run, waited = new_run_id(), False
             return self._content("held")
 
         while (written := self._storage.update(self.uri, claim)) is None:
@@ -135,6 +133,7 @@ class Lease:
                 on_wait(message)
             waited = True
             time.sleep(self._poll_s)
+            self.run = new_run_id()
         self._version = written.version
         self._renewal.start()
         return before is None or before.state == "released"

@@ -37,7 +37,7 @@ _MEAN_GROUP_SIZE = 1000
 _FIRST_GROUP = "0" * 16
 #: Number of ignored objects whose URIs a listing keeps, by reason.
 MAX_IGNORED_EXAMPLES = 100
-_MAX_EXTENSIONS = 50
+_MAX_EXTENSIONS, _SHOWN_EXTENSIONS = 50, 8
 _END = ObjectInfo("", 0, ""), "", ""  # follows the last object
 _EXTENSION = re.compile(r"[^./](\.tar)?(\.[a-z0-9]{1,16})?$")
 
@@ -159,6 +159,20 @@ class ShardListing(Iterator[Shard]):
         found[key if key in found or len(found) < _MAX_EXTENSIONS else (reason, "others")] += 1
         if self.ignored[reason] <= MAX_IGNORED_EXAMPLES:
             self.ignored_examples[reason].append(uri)
+
+    def describe_ignored(self) -> str:
+        """Describes the ignored objects of the input: the number in total, by reason and by extension."""
+        extensions = Counter[str]()
+        for (_, extension), count in self.ignored_extensions.items():
+            extensions[extension] += count
+        total = pluralize(self.ignored.total(), "object")
+        if not self.ignored:
+            return total
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.ignored.items()))
+        shown = [f"{extension} {count:,}" for extension, count in extensions.most_common(_SHOWN_EXTENSIONS)]
+        if len(extensions) > _SHOWN_EXTENSIONS:
+            shown.append(f"{len(extensions) - _SHOWN_EXTENSIONS} more")
+        return f"{total} ({reasons}), extensions: {', '.join(shown)}"
 
     def replace(self, change: Callable[[Iterator[Shard]], Iterator[Shard]]) -> Self:
         """Replaces the shards, such as the files of tables, by their parts."""

@@ -82,7 +82,7 @@ def label(
                 names = [uri for uris in listing.ignored_examples.values() for uri in uris[:_NAMED_OBJECTS]]
                 # Hidden objects and metadata belong to a dataset; another format may be a mistake.
                 level = logging.WARNING if IgnoreReason.FORMAT in listing.ignored else logging.INFO
-                logger.log(level, "ignored: %s; such as %s", plan.describe_ignored(), ", ".join(names))
+                logger.log(level, "ignored: %s; such as %s", listing.describe_ignored(), ", ".join(names))
             ignored = [(*each, count) for each, count in listing.ignored_extensions.most_common()]
             counts = {str(state): count for state, count in plan.states.items()}
             record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)

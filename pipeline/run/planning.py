@@ -20,8 +20,6 @@ from pipeline.run.copied_rows import CopiedRows, find_copied_rows, find_replaced
 from pipeline.run.job import Job, make_job
 from pipeline.text import pluralize
 
-#: Maximum number of extensions in a description.
-_EXTENSIONS = 8
 #: The row of a shard that the manifest does not have.
 NO_ROW = ManifestRow("")
 
@@ -98,20 +96,6 @@ class Plan:
         """Returns the shard to read: without the images whose stored rows are copied."""
         copied = self.copied.get(shard.uri)
         return shard if copied is None else select_images(shard, copied.missing)
-
-    def describe_ignored(self) -> str:
-        """Describes the ignored objects of the input: the number in total, by reason and by extension."""
-        ignored, extensions = self.listing.ignored, Counter[str]()
-        for (_, extension), count in self.listing.ignored_extensions.items():
-            extensions[extension] += count
-        total = pluralize(ignored.total(), "object")
-        if not ignored:
-            return total
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(ignored.items()))
-        shown = [f"{extension} {count:,}" for extension, count in extensions.most_common(_EXTENSIONS)]
-        if len(extensions) > _EXTENSIONS:
-            shown.append(f"{len(extensions) - _EXTENSIONS} more")
-        return f"{total} ({reasons}), extensions: {', '.join(shown)}"
 
     def describe(self) -> str:
         """Describes the input: counts by state, to label and to prune. Counts images if possible."""

@@ -149,7 +149,7 @@ def test_excluded_objects_are_in_plan_and_record(tmp_path: Path) -> None:
     write(root, "a.tar", "val/b.tar", "c.rar")
     result = label(config(root, "", "input.exclude=[val]"))
     assert result.plan.listing.ignored == {IgnoreReason.EXCLUDED: 1, IgnoreReason.FORMAT: 1}
-    assert "excluded: 1, other format: 1" in result.plan.describe_ignored()
+    assert "excluded: 1, other format: 1" in result.plan.listing.describe_ignored()
     assert ["excluded", ".tar", 1] in result.partition.record(result.run)["ignored"]
 
 

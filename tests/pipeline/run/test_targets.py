@@ -220,4 +220,4 @@ def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCap
     assert "Ignored objects of the input" in page
     for extension in extensions:
         assert extension in page
-        assert extension in result.plan.describe_ignored()
+        assert extension in result.plan.listing.describe_ignored()
