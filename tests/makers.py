@@ -12,7 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline import read
+from pipeline.config import InputConfig
 from pipeline.predictions import ErrorCategory
+from pipeline.storage import Storage
+
+
+def list_shards(
+    storage: Storage, uri: str | list[str], format: str = "auto", **fields: Any
+) -> read.ShardListing:
+    """Lists the shards of an input with these fields of its configuration."""
+    return read.list_shards(storage, InputConfig(uri=uri, format=format, **fields))
 
 
 def make_image(seed: int = 0, size: tuple[int, int] = (32, 24), format: str = "JPEG") -> bytes:

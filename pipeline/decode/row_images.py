@@ -15,7 +15,7 @@ from pipeline.decode.bounds import TIMEOUT_S, DecodeDeadline
 from pipeline.decode.cpu import FORMATS
 from pipeline.decode.plugins import REQUIREMENTS
 from pipeline.decode.repair import END_OF_IMAGE, add_end, remove_metadata
-from pipeline.read import Division, ReadOptions, Sample, Shard, read_images, read_samples
+from pipeline.read import ReadOptions, Sample, Shard, divide_files, read_images, read_samples
 from pipeline.storage import ObjectInfo, Storage, is_under
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
         index, start = row["index"], int(row["shard"].removeprefix(uri).rpartition("-")[2] or 0)
         if is_parquet:
             index += start
-            groups = Division(1).apply(storage, iter([shard]))
+            groups = divide_files(storage, iter([shard]), 1)
             shard = next((x for x in groups if x.span and x.span[0] <= index < x.span[1]), shard)
             index -= shard.span[0] if shard.span else 0
         elif start:

@@ -6,8 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import BinaryIO
 
@@ -44,66 +44,61 @@ def overlap(part: Shard, uri: str, version: str) -> bool:
     return found is None or (int(found[1]) < part.span[1] and part.span[0] < int(found[2]))
 
 
-@dataclass(frozen=True)
-class Division:
-    """How files become shards.
+def divide_files(
+    storage: Storage,
+    shards: Iterator[Shard],
+    split_bytes: int | None = None,
+    carry: Mapping[str, str | None] | None = None,
+    key: str = "first-dot",
+) -> Iterator[Shard]:
+    """Yields the shards, or the parts of files of more than `split_bytes`, in order; raises `StorageError`.
 
-    Attributes:
-        split_bytes: Size in bytes of a part, and of the largest file that is not divided; None: no limit.
-        carry: The columns of `input.carry`, on which the versions of shards depend.
-        key: The rule for keys of tars.
+    The columns of `input.carry` become part of the versions. `key` is the rule for keys of tars.
     """
-
-    split_bytes: int | None = None
-    carry: Mapping[str, str | None] | None = None
-    key: str = "first-dot"
-
-    def apply(self, storage: Storage, shards: Iterator[Shard]) -> Iterator[Shard]:
-        """Yields the shards, or the parts of their files, in order; raises `StorageError`."""
-        names = json.dumps([*(self.carry or {}).items()]).encode()
-        suffix = f"/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}" if self.carry else ""
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
-            # A check for any shard stops at the first one, so the first batch is small.
-            size = 1
-            while batch := list(islice(shards, size)):
-                size = _BATCH_FILES
-                large = (shard.size > (self.split_bytes or math.inf) for shard in batch)
-                found = [
-                    pool.submit(self._divide, storage, shard) if is_large and shard.format in _KINDS else None
-                    for shard, is_large in zip(batch, large, strict=True)
-                ]
-                for shard, parts in zip(batch, found, strict=True):
-                    for part in parts.result() if parts else [shard]:
-                        yield _with_suffix(part, suffix) if suffix else part
-
-    def _divide(self, storage: Storage, shard: Shard) -> list[Shard]:
-        """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
-        part_bytes = self.split_bytes or shard.size
-        try:
-            with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
-                if shard.format == "parquet":
-                    starts = _parquet_starts(stream, shard.size, part_bytes)
+    names = json.dumps([*(carry or {}).items()]).encode()
+    suffix = f"/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}" if carry else ""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
+        size = 1  # a check for any shard stops at the first one
+        while batch := list(islice(shards, size)):
+            found = list[Future[list[Shard]] | None]()
+            for shard in batch:
+                if split_bytes is not None and shard.size > split_bytes and shard.format in _KINDS:
+                    found.append(pool.submit(_divide, storage, shard, split_bytes, key))
                 else:
-                    starts = _tar_starts(stream, shard.size, part_bytes, self.key)
-        except (ObjectChanged, ObjectNotFound):
-            return [shard]
-        except (StorageError, MemoryError):  # another division would label the file again
-            raise
-        except Exception:
-            return [shard]
-        if len(starts) < 3:
-            return [shard]
-        return [
-            Shard(
-                f"{shard.uri}/{_KINDS[shard.format]}-{start:012d}",
-                f"{shard.version}/{start}-{stop}",
-                shard.format,
-                stop_byte - start_byte,
-                span=(start, stop),
-                file=shard.object,
-            )
-            for (start, start_byte), (stop, stop_byte) in pairwise(starts)
-        ]
+                    found.append(None)
+            for shard, parts in zip(batch, found, strict=True):
+                for part in parts.result() if parts else [shard]:
+                    yield _with_suffix(part, suffix) if suffix else part
+            size = _BATCH_FILES
+
+
+def _divide(storage: Storage, shard: Shard, part_bytes: int, key: str) -> list[Shard]:
+    """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
+    try:
+        with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:
+            if shard.format == "parquet":
+                starts = _parquet_starts(stream, shard.size, part_bytes)
+            else:
+                starts = _tar_starts(stream, shard.size, part_bytes, key)
+    except (ObjectChanged, ObjectNotFound):
+        return [shard]
+    except (StorageError, MemoryError):  # another division would label the file again
+        raise
+    except Exception:
+        return [shard]
+    if len(starts) < 3:
+        return [shard]
+    return [
+        Shard(
+            f"{shard.uri}/{_KINDS[shard.format]}-{start:012d}",
+            f"{shard.version}/{start}-{stop}",
+            shard.format,
+            stop_byte - start_byte,
+            span=(start, stop),
+            file=shard.object,
+        )
+        for (start, start_byte), (stop, stop_byte) in pairwise(starts)
+    ]
 
 
 def _with_suffix(shard: Shard, suffix: str) -> Shard:

@@ -19,19 +19,14 @@ _METADATA = re.compile(
 )
 
 
-def list_shards(
-    storage: Storage,
-    inputs: InputUris | str,
-    format: InputFormat = "auto",
-    section: InputConfig | None = None,
-) -> ShardListing:
-    """Lists the shards of an input, whose URIs are normalized.
+def list_shards(storage: Storage, section: InputConfig) -> ShardListing:
+    """Lists the shards of an input.
 
     The listing streams, and each step may raise `StorageError`, or `ConfigError` for a table that cannot be
     read. A pattern that is also the name of an existing object or folder is no pattern. Objects are ignored
     if a part of their name starts with `.` or `_` (`_SUCCESS`, `.DS_Store`, `__MACOSX/`), except in a URI of
     the input. The extension determines the format; another format than `auto` selects objects with its
-    extensions, and objects that the input names exactly. With `table`, `section` has the settings of tables.
+    extensions, and objects that the input names exactly.
     """
 
     def as_literal(pattern: UriPattern) -> UriPattern:
@@ -40,20 +35,18 @@ def list_shards(
                 return UriPattern.literal(pattern.text)
         return pattern
 
-    found = InputUris.parse(inputs) if isinstance(inputs, str) else inputs
-    found = replace(found, patterns=tuple(map(as_literal, found.patterns)))
-    tables = set[str]()
-    objects = _list_objects(storage, found, format, tables)
-    listing = ShardListing(objects, found, None if format == "auto" else format, tables)
-    if format != "table":
-        return listing
-    settings = section or InputConfig(uri=str(inputs), format=format)
-    return listing.replace(lambda files: list_tables(storage, settings, files, listing.ignore))
+    inputs = replace(section.inputs, patterns=tuple(map(as_literal, section.inputs.patterns)))
+    format, tables = section.format, set[str]()
+    objects = _list_objects(storage, inputs, format, tables)
+    listing = ShardListing(objects, inputs, None if format == "auto" else format, tables)
+    if format == "table":
+        listing.replace(lambda files: list_tables(storage, section, files, listing.ignore))
+    return listing
 
 
 def list_input_shards(storage: Storage, section: InputConfig, field: str) -> list[Shard]:
     """Returns all shards of an input. Raises the same errors as `ShardListing.require_shards`."""
-    return list(list_shards(storage, section.inputs, section.format, section).require_shards(field))
+    return list(list_shards(storage, section).require_shards(field))
 
 
 def _list_objects(

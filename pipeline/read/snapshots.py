@@ -33,14 +33,9 @@ _ICEBERG_OPTIONS = {
 
 
 def open_snapshot(storage: Storage, uri: str) -> list[DataFile]:
-    """Returns the live files of a Delta or Iceberg table.
+    """Returns the live files of the Delta or Iceberg table in a folder, or of an Iceberg `.metadata.json`.
 
-    Args:
-        storage: Access to the table.
-        uri: Normalized URI of the table's folder, or of a `.metadata.json` file of an Iceberg table.
-
-    Raises:
-        StorageError: The table cannot be read, or the package of its format is missing.
+    Raises `StorageError` if the table cannot be read, or if the package of its format is missing.
     """
     if _METADATA_FILE.search(uri):
         return _open_iceberg(storage, uri)
@@ -52,9 +47,7 @@ def open_snapshot(storage: Storage, uri: str) -> list[DataFile]:
             by_number[int(match[1])].append(info.uri)
     newest = by_number[max(by_number, default=0)]
     if len(newest) != 1:
-        cause = (
-            f"the newest version of the table has {len(newest)} metadata files: {', '.join(sorted(newest))}"
-        )
+        cause = f"the newest version has {len(newest)} metadata files: {', '.join(sorted(newest))}"
         raise StorageError(uri, f"{cause}; set input.uri to the metadata file that the catalog names")
     return _open_iceberg(storage, newest[0])
 

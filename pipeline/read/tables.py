@@ -94,11 +94,8 @@ def list_tables(
 ) -> Iterator[Shard]:
     """Yields the shards of the tables of an input.
 
-    Args:
-        storage: Access to tables and images.
-        section: The configuration of the input.
-        files: The listed files. The folder of a Delta or Iceberg table is a file without a version.
-        ignore: Called with the objects of an inventory that are no images, and why.
+    The folder of a Delta or Iceberg table is a file without a version. `ignore` is called with the objects of
+    an inventory that are no images, and why.
 
     Raises:
         StorageError: A file cannot be read, or the objects of the images cannot be listed.
@@ -351,8 +348,7 @@ def _select(section: InputConfig, file: DataFile, table: pa.Table) -> pa.Table:
         column = table[name]
         try:
             values = pa.array(value if isinstance(value, list) else [value])
-            is_text = pa.types.is_string(column.type) and not pa.types.is_string(values.type)
-            if is_text or pa.types.is_null(column.type):  # as in CSV
+            if pa.types.is_string(column.type) or pa.types.is_null(column.type):  # as in CSV
                 column = column.cast(values.type)
             values = values.cast(column.type)
             condition = (_FILTERED, operator, values if isinstance(value, list) else values[0])

@@ -4,14 +4,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
 
 from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
 from pipeline.read import (
-    Division,
     Shard,
     ShardListing,
+    divide_files,
     list_shards,
     select_images,
     whole_file,
@@ -243,9 +242,10 @@ def open_listing(config: Config) -> ShardListing:
 def list_input(config: Config) -> ShardListing:
     """Lists the shards of the input: files, parts of large files, and groups of image files."""
     storage, section = make_storage(config.storage), config.input
-    division = Division(config.read.split_bytes, section.carry, section.key)
-    listing = list_shards(storage, section.inputs, section.format, section)
-    return listing.replace(partial(division.apply, storage))
+    listing = list_shards(storage, section)
+    return listing.replace(
+        lambda shards: divide_files(storage, shards, config.read.split_bytes, section.carry, section.key)
+    )
 
 
 def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdown: bool) -> PreparedRun:

@@ -104,7 +104,7 @@ class Downloader(AbstractContextManager["Downloader"]):
     async def _fetch(self, method: str, uri: str, max_bytes: int) -> Download:
         """Makes a request, and retries transient failures."""
         address, query, _ = uri.partition("?")
-        shown = remove_secrets(address.partition("#")[0]) + query + "..." * bool(query)
+        shown = remove_secrets(address.partition("#")[0]) + ("?..." if query else "")
         attempt, host = 1, uri.partition("://")[2].partition("/")[0]
         while True:
             try:

@@ -18,10 +18,10 @@ from pipeline.classify import classify
 from pipeline.decode import DecodeOptions, decode
 from pipeline.decode.cpu import MAX_SIDE
 from pipeline.predictions import ErrorCategory, PredictionOptions, download_error, sample_error
-from pipeline.read import Chunk, ReadOptions, list_shards, read_samples
+from pipeline.read import Chunk, ReadOptions, read_samples
 from pipeline.storage import Storage, StorageError
 from tests.http_server import Answer, HttpServer
-from tests.makers import category_of, make_image, make_parquet, make_tar
+from tests.makers import category_of, list_shards, make_image, make_parquet, make_tar
 from tests.read_options import read_options
 
 Producer = Callable[[Path], str | None]

@@ -34,11 +34,11 @@ from pipeline.decode import DecodeOptions, decode, decode_chunk
 from pipeline.decode.bounds import BYTES_PER_PIXEL
 from pipeline.decode.cpu import child_decoders
 from pipeline.predictions import PredictionOptions
-from pipeline.read import ReadOptions, list_shards, read_samples, split_into_chunks
+from pipeline.read import ReadOptions, read_samples, split_into_chunks
 from pipeline.storage import Storage, StorageError, retrying
 from tests.cvt.checkpoints import hostile
 from tests.fault_proxy import FaultProxy
-from tests.makers import make_parquet
+from tests.makers import list_shards, make_parquet
 from tests.measuring import Measured, measure
 from tests.read_options import read_options
 

@@ -19,11 +19,11 @@ from pipeline.dataflow.local_executor import usable_cpus
 from pipeline.dataflow.ray_cluster import ray_cluster
 from pipeline.dataflow.stages import Classifier, ReadStep
 from pipeline.decode import decode_chunk
-from pipeline.read import Chunk, Shard, list_shards
+from pipeline.read import Chunk, Shard
 from pipeline.run import Job, label, make_job
 from pipeline.statistics import CLASSIFY, DECODE, STORAGE
 from pipeline.storage import Storage
-from tests.makers import make_samples, make_tar
+from tests.makers import list_shards, make_samples, make_tar
 from tests.runs import run_config
 
 SHARDS, IMAGES = 3, 12

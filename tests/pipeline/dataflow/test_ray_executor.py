@@ -20,10 +20,10 @@ from pipeline.dataflow import ClusterError, Resources, Stages
 from pipeline.dataflow.ray_cluster import wait_for_worker
 from pipeline.dataflow.stages import ReadStep
 from pipeline.decode import DecodeOptions
-from pipeline.read import Chunk, Shard, list_shards
+from pipeline.read import Chunk, Shard
 from pipeline.run import make_job
 from pipeline.storage import Storage
-from tests.makers import make_image, make_samples, make_tar
+from tests.makers import list_shards, make_image, make_samples, make_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.read import ReadOptions, Sample, list_shards, read_samples
+from pipeline.read import ReadOptions, Sample, read_samples
 from pipeline.read.samples import ShardError
 from pipeline.storage import Storage
 from tests.cases import case_input
+from tests.makers import list_shards
 from tests.read_options import read_options
 
 #: The classes of the bundled model, which the cases use.

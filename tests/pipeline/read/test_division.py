@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.read import Division, ReadOptions, Sample, Shard, list_shards, read_samples, whole_file
+from pipeline.read import ReadOptions, Sample, Shard, divide_files, read_samples, whole_file
 from pipeline.read.samples import ShardError
 from pipeline.storage import Storage, StorageError
-from tests.makers import make_image, make_parquet, make_tar, make_tar_gz
+from tests.makers import list_shards, make_image, make_parquet, make_tar, make_tar_gz
 from tests.read_options import read_options
 
 Row = tuple[str, bytes | None, object, int | None]
 
 
 def parts(path: Path | str, split_bytes: int | None, **options: str) -> list[Shard]:
-    division = Division(split_bytes, **options)  # type: ignore[arg-type]
-    return list(division.apply(Storage(), list_shards(Storage(), str(path))))
+    shards = list_shards(Storage(), str(path))
+    return list(divide_files(Storage(), shards, split_bytes, **options))  # type: ignore[arg-type]
 
 
 def rows(shards: list[Shard], options: ReadOptions | None = None) -> list[Row]:

@@ -8,12 +8,12 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.predictions import ErrorCategory
-from pipeline.read import ReadOptions, Sample, list_shards, read_samples
+from pipeline.read import ReadOptions, Sample, read_samples
 from pipeline.read.samples import ShardError
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy
 from tests.http_server import Answer, HttpServer
-from tests.makers import category_of, make_image
+from tests.makers import category_of, list_shards, make_image
 from tests.read_options import read_options
 
 KIB = 1024

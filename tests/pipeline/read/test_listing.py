@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, InputFormat, InputUris
-from pipeline.read import IgnoreReason, NoShardsError, ShardListing, list_shards
+from pipeline.config import ConfigError, InputFormat
+from pipeline.read import IgnoreReason, NoShardsError, ShardListing
 from pipeline.storage import ObjectInfo, Storage
 from tests.cases import case_input
+from tests.makers import list_shards
 
 
 def write(storage: Storage, root: str, *names: str) -> None:
@@ -21,7 +22,7 @@ def write(storage: Storage, root: str, *names: str) -> None:
 
 
 def listed(storage: Storage, root: str, *uris: str, exclude: tuple[str, ...] = ()) -> ShardListing:
-    return list_shards(storage, InputUris.parse([f"{root}/{uri}".rstrip("/") for uri in uris], exclude))
+    return list_shards(storage, [f"{root}/{uri}".rstrip("/") for uri in uris], exclude=[*exclude])
 
 
 def names(listing: ShardListing, root: str) -> list[str]:
@@ -150,7 +151,7 @@ def test_stated_format_lists_only_its_names_and_exact_objects(
     (shard,) = list_shards(storage, f"{root}/e/shard-1", format)
     assert shard.format == format
     assert [info.uri for info in shard.members] or shard.uri == f"{root}/e/shard-1"
-    exact = list_shards(storage, InputUris.parse([f"{root}/e/shard-{{1..2}}", f"{root}/d.txt"]), format)
+    exact = list_shards(storage, [f"{root}/e/shard-{{1..2}}", f"{root}/d.txt"], format)
     assert sum(len(shard.members) or 1 for shard in exact) == 3
     with pytest.raises(NoShardsError, match=f"expected .* of the format {format}|expected \\."):
         list_shards(storage, f"{root}/e", format).require_shards("input.uri")

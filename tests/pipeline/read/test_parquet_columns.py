@@ -11,9 +11,9 @@ import pytest
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode
-from pipeline.read import Sample, list_shards, read_samples
+from pipeline.read import Sample, read_samples
 from pipeline.storage import Storage
-from tests.makers import make_image, make_parquet
+from tests.makers import list_shards, make_image, make_parquet
 from tests.read_options import read_options
 
 IMAGES = [make_image(i) for i in range(3)]

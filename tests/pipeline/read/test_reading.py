@@ -31,7 +31,6 @@ from pipeline.read import (
     Sample,
     Shard,
     downloads,
-    list_shards,
     parquet,
     read_samples,
     webdataset,
@@ -40,7 +39,15 @@ from pipeline.read.limits import Deadline
 from pipeline.read.parquet_pages import ColumnChunkFile
 from pipeline.read.samples import ShardError, UnreadableShardError
 from pipeline.storage import ObjectInfo, Storage
-from tests.makers import category_of, make_image, make_parquet, make_samples, make_tar, make_tar_gz
+from tests.makers import (
+    category_of,
+    list_shards,
+    make_image,
+    make_parquet,
+    make_samples,
+    make_tar,
+    make_tar_gz,
+)
 from tests.read_options import read_options
 
 PLAIN = ReadOptions()
@@ -1024,6 +1031,7 @@ SHARD_BYTES = 150 * 1024**2
 READ_ALL = """
 import sys
 from pathlib import Path
+from pipeline.config import InputConfig
 from pipeline.read import ReadOptions, list_shards, read_samples
 from pipeline.storage import Storage
 
@@ -1032,7 +1040,7 @@ def peak():  # getrusage would include the peak of the parent process
     return int(line.split()[1]) // 1024
 
 storage = Storage()
-small, large = (list(list_shards(storage, uri)) for uri in sys.argv[1:])
+small, large = (list(list_shards(storage, InputConfig(uri=uri))) for uri in sys.argv[1:])
 assert sum(1 for shard in small for _ in read_samples(storage, shard, ReadOptions())) > 0
 before = peak()
 total = sum(len(s.image) for shard in large for s in read_samples(storage, shard, ReadOptions()))

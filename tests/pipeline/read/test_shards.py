@@ -13,9 +13,10 @@ import pytest
 
 from pipeline.config import InputFormat
 from pipeline.predictions import is_allowed_path, prediction_path
-from pipeline.read import IgnoreReason, Shard, ShardListing, list_shards
+from pipeline.read import IgnoreReason, Shard, ShardListing
 from pipeline.read.shards import TAR_SUFFIXES, file_extension
 from pipeline.storage import ObjectInfo, ObjectNotFound, Storage, normalize_uri
+from tests.makers import list_shards
 
 
 class FakeListing(Storage):

@@ -48,7 +48,7 @@ def write_images(storage: Storage, folder: str, count: int = 12) -> None:
 
 def listing(storage: Storage, uri: str, **fields: Any) -> ShardListing:
     section = InputConfig(uri=uri, format="table", **fields)
-    return list_shards(storage, section.uri, section.format, section)
+    return list_shards(storage, section)
 
 
 def samples(storage: Storage, uri: str, **fields: Any) -> list[Sample]:
@@ -676,7 +676,7 @@ def test_folder_of_inventories_names_the_manifest_to_set(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=rf"input\.uri: {uri} .* S3 Inventory: set input\.uri"):
         list(listing(storage, str(tmp_path)))
     with pytest.raises(NoShardsError, match=r"S3 Inventory, set input\.uri to its manifest\.json"):
-        list_shards(storage, str(tmp_path)).require_shards("input.uri")
+        list_shards(storage, InputConfig(uri=str(tmp_path))).require_shards("input.uri")
 
 
 def test_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
