@@ -74,15 +74,11 @@ def read_parquet(
                     raise UnreadableShardError(f"{column_name} has {problem}: write the file again")
 
         rejected, max_rejected = 0, _MAX_REJECTED_BYTES + _MAX_REJECTED_FACTOR * shard.size
-        limits = {
-            "image": options.input.max_image_bytes,
-            "key": 2 * MAX_KEY_BYTES,
-            "label": 2 * MAX_KEY_BYTES,
-        }
         for row, values in enumerate(zip(*map(read, paths), strict=True), first):
             columns = dict(zip(paths, values, strict=True))
             for role, column in columns.items():
-                rejected += column.nbytes if column.nbytes > limits.get(role, MAX_CARRIED_BYTES) else 0
+                limit = options.input.max_image_bytes if role == "image" else MAX_CARRIED_BYTES
+                rejected += column.nbytes if column.nbytes > limit else 0
                 if rejected > max_rejected:
                     raise UnreadableShardError(
                         f"column {paths[role]!r} has too many long values: the values over the limit of "

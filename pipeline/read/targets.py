@@ -67,12 +67,12 @@ class Targets:
             return self._ids[text], None
         if number == -1 and text not in self._ids:
             return None, None
-        if number is not None and not names and not (is_name and text in self._ids):
-            count = len(self._class_names) or _MAX_LABEL_ID
-            return (number, None) if 0 <= number < count else (None, f"{shown} is not in 0..{count - 1}")
-        if number is not None and names and not (is_name and text in names):
-            if not 0 <= number < len(names):
-                return None, f"{shown} is not in 0..{len(names) - 1}"
+        if number is not None and not (is_name and text in (names or self._ids)):
+            count = len(names or self._class_names) or _MAX_LABEL_ID
+            if not 0 <= number < count:
+                return None, f"{shown} is not in 0..{count - 1}"
+            if not names:
+                return number, None
             text, is_name = names[number], True
             if text in self._class_names[number : number + 1] and text not in self._mapping:
                 return number, None  # other classes may have this name, too

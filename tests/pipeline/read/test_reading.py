@@ -626,15 +626,15 @@ def test_label_with_an_unknown_time_zone_is_no_class(files: Path) -> None:
 def test_rows_that_refer_to_one_long_value_have_a_limit_together(
     files: Path, monkeypatch: pytest.MonkeyPatch, role: str
 ) -> None:
-    monkeypatch.setattr(parquet, "_MAX_REJECTED_BYTES", 200_000)
-    long = pa.DictionaryArray.from_arrays(pa.array([0] * 50, pa.int32()), pa.array([bytes(20_000)]))
+    monkeypatch.setattr(parquet, "_MAX_REJECTED_BYTES", 2_000_000)
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 50, pa.int32()), pa.array([bytes(200_000)]))
     images = pa.array([b"i"] * 50)
     columns: dict[str, Any] = {
         "path": {"image": pa.StructArray.from_arrays([images, long.cast(pa.binary())], ["bytes", "path"])},
         "image": {"image": long.cast(pa.binary())},
     }.get(role, {"image": images, role: long})
     options = read_options(
-        max_image_bytes=10_000,
+        max_image_bytes=100_000,
         key_column="key" if role == "key" else None,
         label_column="label" if role == "label" else None,
     )
