@@ -4,16 +4,15 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from jobs import console
-from jobs.console import ExitStatus, make_table, print_notice, print_table
+from jobs.console import ExitStatus, print_notice
 from pipeline import compare_labels
 from pipeline.commit import Partition
 from pipeline.compare import NoPreviousRunError
 from pipeline.statistics import Comparison, limit_violations
 from pipeline.storage import Storage, StorageError, encode_parquet, normalize_uri
-from pipeline.text import escape_unprintable, format_percent
+from pipeline.text import format_percent
 
 _LABELS = (
     "URI of a partition: OUTPUT/model=NAME-FINGERPRINT. Append @RUN, @latest or @previous to select the "
@@ -96,29 +95,29 @@ def _full_name(name: str | None, configured: Partition | None) -> str:
 def print_comparison(found: Comparison, top: int) -> None:
     """Prints the classes that changed most, the most frequent disagreements, and a summary."""
     agreement, labels = found.agreement, found.drift.classes.labels
-    print_table(_class_table(found, top))
+    _print_classes(found, top)
     if agreement is not None and (pairs := agreement.disagreements.most_common(top)):
-        table = make_table("Most frequent disagreements", ["A", "B"], ["images", "%"])
-        for i, j, count in pairs:
-            percent = format_percent(count / agreement.compared)
-            table.add_row(escape_unprintable(labels[i]), escape_unprintable(labels[j]), f"{count:,}", percent)
-        print_table(table)
+        rows = [
+            [labels[i], labels[j], f"{count:,}", format_percent(count / agreement.compared)]
+            for i, j, count in pairs
+        ]
+        console.print_table("Most frequent disagreements", ["A", "B"], ["images", "%"], rows)
     console.print_fields({"A": found.a.name, "B": found.b.name, **found.summary("in A", "in B")})
 
 
-def _class_table(found: Comparison, top: int) -> Table:
+def _print_classes(found: Comparison, top: int) -> None:
     headings = ["A", "B", "% of A", "% of B", "PSI", "PSI of scores"]
     if found.agreement is not None:
         headings.append("B agrees")
-    table = make_table("Classes that changed most", ["label"], headings)
+    rows = []
     for row in found.table().take(found.drift.most_changed(top)).to_pylist():
-        cells = [f"{row['count_a']:,}", f"{row['count_b']:,}"]
+        cells = [row["label"], f"{row['count_a']:,}", f"{row['count_b']:,}"]
         cells += [format_percent(row["fraction_a"]), format_percent(row["fraction_b"]), f"{row['psi']:.4f}"]
         cells.append("-" if row["score_psi"] is None else f"{row['score_psi']:.4f}")
         if found.agreement is not None:
             cells.append(format_percent(row["same"] / row["compared_a"] if row["compared_a"] else None))
-        table.add_row(escape_unprintable(row["label"]), *cells)
-    return table
+        rows.append(cells)
+    console.print_table("Classes that changed most", ["label"], headings, rows)
 
 
 if __name__ == "__main__":

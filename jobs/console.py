@@ -3,13 +3,12 @@
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import typer
 from rich.box import SIMPLE_HEAD
@@ -25,7 +24,7 @@ from pipeline.publish import TableBusyError
 from pipeline.read import NoShardsError
 from pipeline.run import Stopped
 from pipeline.schedule import SubmissionRefusedError, UnknownJobError
-from pipeline.statistics import ClassStatistics, predicted_classes
+from pipeline.statistics import ClassStatistics, class_table, predicted_classes
 from pipeline.storage import StorageError
 from pipeline.text import escape_unprintable, format_percent, format_score, pluralize, remove_secrets
 
@@ -193,8 +192,10 @@ def print_log(text: str) -> None:
     typer.echo(escape_unprintable(lines, keep="\n\t"), nl=False)
 
 
-def make_table(title: str, text_columns: Iterable[str], number_columns: Iterable[str]) -> Table:
-    """Returns an empty table: first the columns of text, then the right-aligned columns of numbers."""
+def print_table(
+    title: str, text_columns: Iterable[str], number_columns: Iterable[str], rows: Iterable[Iterable[str]]
+) -> None:
+    """Prints a table: first the columns of text, then the right-aligned columns of numbers."""
     # Narrow padding: the table of classes with all its columns fits 80 characters.
     table = Table(
         title=title,
@@ -208,11 +209,8 @@ def make_table(title: str, text_columns: Iterable[str], number_columns: Iterable
         table.add_column(heading, overflow="fold")
     for heading in number_columns:
         table.add_column(heading, justify="right")
-    return table
-
-
-def print_table(table: Table) -> None:
-    """Prints a table and an empty line to standard output."""
+    for row in rows:
+        table.add_row(*map(escape_unprintable, row))
     stdout.print(table, end="\n\n")
 
 
@@ -253,25 +251,27 @@ def resolve_partition(uri: str | None, config: Path | None, overrides: list[str]
     return open_partition(str(uri))
 
 
-def make_class_table(classes: pa.Table, top: int) -> Table:
-    """Returns a table of the `top` most frequent predicted classes."""
-    rows = predicted_classes(classes)
-    images, has_targets = pc.sum(rows["count"]).as_py() or 0, not rows["support"].null_count
+def print_classes(stats: ClassStatistics, labels: Sequence[str], topk: int, top: int) -> None:
+    """Prints a table of the `top` most frequent predicted classes, if there are any."""
+    classes = predicted_classes(class_table(stats, labels, topk))
+    if not classes:
+        return
+    images = pc.sum(classes["count"]).as_py()
     title = f"Classes of {'all ' if images > 1 else ''}{pluralize(images, 'labeled image')}"
-    if top < len(rows):
-        title += f" (the {f'{top} ' if top > 1 else ''}most frequent of {len(rows)})"
+    if top < len(classes):
+        title += f" (the {f'{top} ' if top > 1 else ''}most frequent of {len(classes)})"
     headings = ["images", "%", "score", "p05", "p50", "p95"]
-    if has_targets:
+    if stats.has_targets:
         headings += ["precision", "recall", "F1"]
-    table = make_table(title, ["label"], headings)
-    for row in rows.slice(0, top).to_pylist():
-        cells = [f"{row['count']:,}", format_percent(row["fraction"])]
+    rows = []
+    for row in classes.slice(0, top).to_pylist():
+        cells = [row["label"], f"{row['count']:,}", format_percent(row["fraction"])]
         cells += [format_score(row[name]) for name in ("score_mean", "score_p05", "score_p50", "score_p95")]
-        if has_targets:
+        if stats.has_targets:
             cells += [format_percent(row["precision"]), format_percent(row["recall"])]
             cells.append(format_score(row["f1"]))
-        table.add_row(escape_unprintable(row["label"]), *cells)
-    return table
+        rows.append(cells)
+    print_table(title, ["label"], headings, rows)
 
 
 def format_accuracy(stats: ClassStatistics, topk: int) -> str:

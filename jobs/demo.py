@@ -45,10 +45,11 @@ def demo(
             path.write_bytes(partition.storage.read(info.uri))
         tables = list(partition.read_labels(["key", "label", "score", "entropy", "target_id"]))
         labels = pa.concat_tables(tables)
-        table = console.make_table("First labels, read from S3", labels.column_names, [])
-        for row in labels.slice(0, 5).to_pylist():
-            table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-        console.print_table(table)
+        rows = [
+            [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+            for row in labels.slice(0, 5).to_pylist()
+        ]
+        console.print_table("First labels, read from S3", labels.column_names, [], rows)
         files = pluralize(len(tables), "Parquet file")
         console.print_line(f"{pluralize(labels.num_rows, 'label')} in {files}, copied to {output}/")
         # The S3 server ends with the demo, so the path in the summary above can't be opened.

@@ -15,7 +15,7 @@ from pipeline.commit import Progress
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.decode import hide_pillow_warnings
 from pipeline.run import Plan
-from pipeline.statistics import class_table, describe_bottleneck
+from pipeline.statistics import describe_bottleneck
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
@@ -85,9 +85,8 @@ def print_result(result: RunResult) -> None:
     """Prints the classes and a summary of the run."""
     totals, stats, plan = result.totals, result.statistics, result.plan
     topk = result.job.topk
-    if stats is not None and stats.count.any():
-        classes = class_table(stats, result.partition.labels, topk)
-        console.print_table(console.make_class_table(classes, top=20))
+    if stats is not None:
+        console.print_classes(stats, result.partition.labels, topk, top=20)
     fields = {"plan": plan.describe()}
     if plan.listing.ignored:
         fields["ignored"] = plan.listing.describe_ignored()

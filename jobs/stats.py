@@ -9,7 +9,6 @@ from jobs import console
 from pipeline import load_job_config
 from pipeline.run import make_job
 from pipeline.run import rebuild as rebuild_partition
-from pipeline.statistics import class_table
 from pipeline.storage import StorageError
 
 
@@ -41,8 +40,7 @@ def stats(
     if not manifest.num_rows:
         raise StorageError(partition.uri, "nothing is labeled yet")
     total, topk = partition.manifest.fold_statistics(), partition.topk()
-    if total.count.any():
-        console.print_table(console.make_class_table(class_table(total, partition.labels, topk), top))
+    console.print_classes(total, partition.labels, topk, top)
     names = ("output", "error", "damage")
     labeled, failed, damaged = (manifest.num_rows - manifest[name].null_count for name in names)
     deleted, images, errors = (pc.sum(manifest[name]).as_py() or 0 for name in ("deleted", "rows", "errors"))

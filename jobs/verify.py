@@ -1,19 +1,15 @@
 """Compares the engine with transformers' model on images: `cvt-label verify`."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import numpy as np
 import typer
 
 from cvt.runtimes import Device, Precision, Runtime, supported_precisions
 from jobs import console
 from pipeline.config import ConfigError
 from pipeline.text import pluralize
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: By precision: minimum fraction of images with the same top class, maximum difference of a logit.
 GOALS = {"fp32": (1.0, 1e-4), "bf16": (0.995, float("inf")), "fp16": (0.995, float("inf"))}
@@ -52,16 +48,16 @@ def verify(
         raise ConfigError(str(error)) from None
     console.print_notice(f"transformers' model: {pluralize(len(pixels), 'image')}")
     reference = transformers_classifier(checkpoint)(pixels)
-    numbers = ["images", "same top class", "max logit difference", "passed"]
-    table = console.make_table("Agreement with transformers", ["runtime", "precision"], numbers)
-    status = console.ExitStatus.OK
+    rows, status = [], console.ExitStatus.OK
     for engine in engines:
         console.print_notice(f"engine: {runtime}, {engine.precision}")
         top1, difference, passed = agreement(engine.precision, engine(pixels).logits, reference)
-        figures = f"{len(pixels):,}", f"{top1:.2%}", f"{difference:.2g}"
-        table.add_row(runtime, engine.precision, *figures, "yes" if passed else "no")
-        status = status if passed else console.ExitStatus.FAILED
-    console.print_table(table)
+        figures = f"{len(pixels):,}", f"{top1:.2%}", f"{difference:.2g}", "yes" if passed else "no"
+        rows.append([runtime, engine.precision, *figures])
+        if not passed:
+            status = console.ExitStatus.FAILED
+    numbers = ["images", "same top class", "max logit difference", "passed"]
+    console.print_table("Agreement with transformers", ["runtime", "precision"], numbers, rows)
     sys.exit(status)
 
 
