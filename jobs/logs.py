@@ -1,6 +1,5 @@
 """Prints the log of a submitted job: `python -m jobs.logs JOB`, or `cvt-label logs`."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ def logs(
     """
     client = JobClient(address)
     if follow:
-        sys.exit(follow_job(client, job).exit_status)
+        follow_job(client, job)
     console.print_log(client.logs(job))
 
 

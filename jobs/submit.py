@@ -3,14 +3,14 @@
 import shlex
 import sys
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Never
 
 import typer
 
 from jobs import console
 from jobs.console import print_notice
 from pipeline.config import Config, ConfigError, Selection, SubmitConfig, load_config
-from pipeline.schedule import JobClient, Submission, SubmittedJob, minute_key
+from pipeline.schedule import JobClient, Submission, minute_key
 
 
 def submit(
@@ -61,12 +61,12 @@ def submit(
     job = submission.id
     print_notice(f"submitted {job}; stop the job: cvt-label stop {_arguments(client, job)}")
     if wait:
-        sys.exit(follow(client, job).exit_status)
+        follow(client, job)
     typer.echo(job)
 
 
-def follow(client: JobClient, job: str) -> SubmittedJob:
-    """Prints the log of a job until the job is finished.
+def follow(client: JobClient, job: str) -> Never:
+    """Prints the log of a job until the job is finished, and ends the process with the job's exit status.
 
     Ctrl-C and SIGTERM end following; the job continues.
     """
@@ -78,7 +78,7 @@ def follow(client: JobClient, job: str) -> SubmittedJob:
         print_notice(f"stop the job: cvt-label stop {hint}")
         sys.exit(console.ExitStatus.INTERRUPTED)
     print_notice(f"{job} {ended.state.lower()}, exit status {ended.exit_status}: {ended.message}")
-    return ended
+    sys.exit(ended.exit_status)
 
 
 def _arguments(client: JobClient, job: str) -> str:

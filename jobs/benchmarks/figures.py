@@ -11,11 +11,10 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from rich.table import Table
 from torch.utils.collect_env import get_env_info
 
 from cvt.runtimes import Device
-from jobs.console import print_notice, stdout
+from jobs.console import print_notice, print_table
 from pipeline.run import installed_version
 
 T = TypeVar("T", bound=Sized)
@@ -83,10 +82,9 @@ def print_results(
     """
     for title, rows in tables.items():
         fields = [field for field in rows[0] if any(row[field] not in (None, []) for row in rows)]
-        table = Table(*(field.replace("_", " ") for field in fields), title=title.replace("_", " "))
-        for row in rows:
-            table.add_row(*(_cell(row[field]) for field in fields))
-        stdout.print(table)
+        first, *others = (field.replace("_", " ") for field in fields)
+        cells = [[_cell(row[field]) for field in fields] for row in rows]
+        print_table(title.replace("_", " "), [first], others, cells)
     if output is not None:
         versions = {name: installed_version(name) for name in _PACKAGES}
         header = {"machine": get_env_info()._asdict(), "versions": versions, "settings": context.params}

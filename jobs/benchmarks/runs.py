@@ -23,9 +23,7 @@ from jobs.benchmarks.figures import BenchmarkError
 class ContenderResult:
     """The results of one contender, as docs/reference/benchmarks.md defines them. Lists are by round.
 
-    Attributes:
-        pipeline_speedup: images/s of this pipeline divided by images/s of the contender.
-        failure: reason of a failure. A failed contender has no further rounds.
+    The speedup is that of this pipeline over the contender.
     """
 
     contender: str
