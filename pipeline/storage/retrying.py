@@ -28,13 +28,7 @@ _retries: Counter[str] = Counter()
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failed request.
-
-    Attributes:
-        error: Raised after the last attempt.
-        attempts: Maximum number of attempts; 1 if a retry cannot resolve the failure.
-        kind: Name of the failure in `retry_counts`.
-    """
+    """A failed request: the error to raise after `attempts` attempts, and its name in `retry_counts`."""
 
     error: StorageError
     attempts: int = 1
