@@ -160,9 +160,11 @@ class Storage:
             ObjectChanged: The object does not have the expected version. The cause may be this write itself,
                 if its first response was lost. Read the object to find out.
         """
-        service, file = self._service(uri), io.BytesIO(data) if isinstance(data, bytes) else data
-        condition, bucket = self._condition(uri, expected), (self, *uri.split("/")[:3])
+        service = self._service(uri)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        condition = self._condition(uri, expected)
         written = service.write(uri, file, condition)
+        bucket = (self, *uri.split("/")[:3])
         if condition is not None and isinstance(service, Buckets) and bucket not in _checked:
             _check_conditions(service, uri, file, is_new=expected == ABSENT)
             _checked.add(bucket)

@@ -5,7 +5,6 @@
 import contextlib
 import functools
 import http.client
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -51,13 +50,14 @@ class Buckets(ABC):
         return {}
 
     def list(self, uri: str, prefix: str) -> Iterator[ObjectInfo]:
-        # Among the objects whose URI starts with `uri`, the object `uri` itself comes first.
-        first = next(self._pages(uri, limit=1)).objects[:1] if split_uri(uri)[1] and not prefix else []
-        is_object = [info.uri for info in first] == [uri]
-        pages = [first] if is_object else (page.objects for page in self._pages(f"{uri}/{prefix}"))
-        for info in itertools.chain.from_iterable(pages):
-            if not info.uri.endswith("/"):
-                yield info
+        if split_uri(uri)[1] and not prefix:
+            # Among the objects whose URI starts with `uri`, the object `uri` itself comes first.
+            first = next(self._pages(uri, limit=1)).objects
+            if first and first[0].uri == uri:
+                yield first[0]
+                return
+        for page in self._pages(f"{uri}/{prefix}"):
+            yield from (info for info in page.objects if not info.uri.endswith("/"))
 
     def list_folders(self, uri: str) -> Iterator[str]:
         for page in self._pages(f"{uri}/", "/"):
@@ -103,15 +103,20 @@ class Buckets(ABC):
 
     def _pages(self, start: str, delimiter: str = "", limit: int | None = None) -> Iterator[Page]:
         """Yields pages of the URIs that begin with `start`; raises `StorageError` if the pages never end."""
-        uri, token, tokens, empty_pages = start.rstrip("/"), None, {""}, 0
+        uri = start.rstrip("/")
+        token = None
+        tokens = {""}
+        empty_pages = 0
         while True:
             try:
                 request = functools.partial(self._page, start, delimiter, token, limit)
                 page = self._request(uri, request, _LISTING_ATTEMPTS)
             except ObjectNotFound:
                 raise bucket_not_found(uri) from None
-            names, token, problem = [*page.folders, *(info.uri for info in page.objects)], page.token, ""
+            token = page.token
+            names = [*page.folders, *(info.uri for info in page.objects)]
             empty_pages = 0 if names else empty_pages + 1
+            problem = ""
             if outside := [name for name in names if not name.startswith(start)]:
                 problem = f"{outside[0]!r} is outside of the folder"
             elif token in tokens:

@@ -50,7 +50,8 @@ class _LimitedSocket:
         """Starts to count a request with this `Range` header."""
         bounds = re.search(r"(\d+)-(\d+)", str(requested_range))
         self._max_received = MAX_RESPONSE_BYTES + (int(bounds[2]) - int(bounds[1]) if bounds else 0)
-        self._started, self._sent, self._received, self._reads_at_end = time.monotonic(), 0, 0, 0
+        self._started = time.monotonic()
+        self._sent = self._received = self._reads_at_end = 0
 
     def recv_into(self, *args: Any) -> int:
         count = self._transfer(self._socket.recv_into, *args)

@@ -25,7 +25,8 @@ def temporary_folder(parent: str | Path | None = None, keep_on_error: bool = Fal
         parent: the parent of the folder; default: the folder for temporary files.
         keep_on_error: leave the folder to the next run after an error, which an interrupt is not.
     """
-    parent, is_kept = Path(parent or tempfile.gettempdir()), False
+    parent = Path(parent or tempfile.gettempdir())
+    is_kept = False
     for abandoned in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), locked(abandoned, fcntl.LOCK_NB, os.O_NOFOLLOW) as descriptor:
             if os.fstat(descriptor).st_uid == os.geteuid():
