@@ -1,6 +1,5 @@
 """The section `input`: the location of the shards, and which of their parts are image, key and label."""
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -8,7 +7,6 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.config.base import VALUE_HIDDEN, Address, NameOrUri, PositiveInt, Section, Uris
 from pipeline.config.uris import InputUris
-from pipeline.predictions import carried_column
 from pipeline.text import arrow_type
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
@@ -154,11 +152,7 @@ class InputConfig(Section):
     @field_validator("carry")
     @classmethod
     def _check_types(cls, carry: dict[str, str | None]) -> dict[str, str | None]:
-        columns = Counter(carried_column(name).lower() for name in carry)
         for name, kind in carry.items():
-            column = carried_column(name)
-            if columns[column.lower()] > 1:  # as engines of SQL compare names
-                raise ValueError(f"{name!r} is one of two names of the column {column!r}; remove one")
             try:
                 _ = kind and arrow_type(kind)
             except ValueError:

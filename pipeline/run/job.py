@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, InputConfig, make_storage
 from pipeline.dataflow import ResourceRequest, Stages
-from pipeline.predictions import PredictionOptions
+from pipeline.predictions import PredictionOptions, carried_column
 from pipeline.read import ReadOptions, load_targets
 from pipeline.storage import Storage
 
@@ -77,6 +78,7 @@ def make_job(config: Config) -> Job:
 
     Raises `CheckpointError`, `StorageError` of a file, or `ConfigError`: an option does not fit the model.
     """
+    _check_carried_columns(config.input.carry)
     model, storage = config.model, make_storage(config.storage)
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     checkpoint.check_single_label()
@@ -92,6 +94,16 @@ def make_job(config: Config) -> Job:
     uri = f"{config.output.uri}/model={checkpoint.name}-{fingerprint[:8]}"
     partition = Partition(storage, uri, checkpoint.labels)
     return Job(config, storage, checkpoint, fingerprint, partition, section)
+
+
+def _check_carried_columns(carry: Iterable[str]) -> None:
+    """Raises `ConfigError` for two names of one column; engines of SQL ignore the case of names."""
+    names = dict[str, str]()
+    for name in carry:
+        column = carried_column(name)
+        if (other := names.setdefault(column.lower(), name)) != name:
+            problem = f"{other!r} and {name!r} are names of the same column {column!r}"
+            raise ConfigError(f"input.carry: {problem}; remove one")
 
 
 def check_installed(config: Config) -> None:

@@ -221,8 +221,8 @@ def test_parts_of_a_file_carry_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("carry", "cause"),
     [
-        (["a", "A"], "'a' is one of two names of the column 'a'"),
-        (["width", "input_Width"], "'width' is one of two names of the column 'input_width'"),
+        (["a", "A"], "input.carry: 'a' and 'A' are names of the same column 'A'; remove one"),
+        (["width", "input_Width"], "'width' and 'input_Width' are names of the same column"),
         ({"a": "text"}, "is not an Arrow type"),
         ({"a": "null"}, "is not an Arrow type"),
         ({"a": "decimal128(99, 2)"}, "is not an Arrow type"),
