@@ -29,6 +29,7 @@ from pipeline.storage.retrying import until_unchanged
 if TYPE_CHECKING:  # imported on first use, as the services of buckets
     from pipeline.storage.http import Downloader
 
+_AHEAD_BUFFER_BYTES = 1024**2  # small, because the ranges are in memory, and local files may be read in part
 _MAX_READ_BYTES = 8 * 1024**3
 _clients_lock = threading.Lock()  # boto3 clients are thread-safe, but their creation is not
 _checked: set[tuple[object, ...]] = set()  # configurations and buckets whose conditional writes work
@@ -106,7 +107,7 @@ class Storage:
         stream = self.open_unbuffered(uri, version)
         if read_ahead and "://" in uri:  # the operating system reads local files ahead
             stream = stream.with_read_ahead(read_ahead)
-        return io.BufferedReader(stream, buffer_size=CHUNK_BYTES)
+        return io.BufferedReader(stream, _AHEAD_BUFFER_BYTES if read_ahead else CHUNK_BYTES)
 
     def open_unbuffered(self, uri: str, version: str | None = None) -> RangeReader:
         """Opens an object as `open` does, but without a buffer: each read fetches exactly its range."""

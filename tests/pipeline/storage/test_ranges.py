@@ -93,6 +93,12 @@ def test_read_ahead_is_pinned_to_the_version(storage: Storage, folder: str) -> N
         file.read()
 
 
+def test_stream_with_read_ahead_buffers_little(storage: Storage, folder: str) -> None:
+    info = storage.write(f"{folder}/x", bytes(CHUNK))
+    with storage.open(info.uri, info.version, 1) as file:
+        assert len(file.peek(1)) <= 1024**2
+
+
 def test_empty_object_can_be_read_ahead(storage: Storage, folder: str) -> None:
     info = storage.write(f"{folder}/x", b"")
     with storage.open(info.uri, info.version, 2) as file:
