@@ -144,7 +144,8 @@ class _Packer:
             fields[name] = _to_json(value)
             if value.is_valid and name not in self.types:
                 self.types[name] = None
-                with suppress(ValueError, NotImplementedError):  # not all types can be read from JSON
+                # Not all types can be read from JSON.
+                with suppress(ValueError, TypeError, OverflowError, NotImplementedError):
                     pa.scalar(fields[name]).cast(arrow_type(str(value.type)))
                     self.types[name] = str(value.type)
         members[f"{key}.json"] = json.dumps(fields, ensure_ascii=False, default=str).encode()
@@ -168,9 +169,11 @@ class _Packer:
 
 
 def _to_json(value: pa.Scalar) -> object:
-    """Returns a value that JSON can represent, or text; `json.dumps` makes text of decimals and durations."""
-    if pa.types.is_temporal(value.type) and not pa.types.is_duration(value.type):
-        return value.cast(pa.string()).as_py()
+    """Returns a value for `json.dumps`, which makes text of decimals and of times in lists."""
+    if pa.types.is_duration(value.type):
+        value = value.cast(pa.int64())  # in the unit of the type
+    elif pa.types.is_temporal(value.type):
+        value = value.cast(pa.string())
     found: object = value.as_py()
     return found.decode(errors="backslashreplace") if isinstance(found, bytes) else found
 

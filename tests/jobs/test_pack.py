@@ -118,6 +118,28 @@ def test_packed_input_has_the_same_labels_targets_and_columns(kind: str, tmp_pat
     assert {row["target_id"] for row in packed} > {None} or kind in ("tar", "image files")
 
 
+def test_columns_that_json_lacks_are_packed(tmp_path: Path) -> None:
+    write_table(tmp_path / "in")
+    (tmp_path / "in/0.csv").unlink()
+    columns = {
+        "wait": pa.array([1, None, 3], pa.duration("ns")),
+        "hash": pa.array([2**64 - 1, None, 3], pa.uint64()),
+        "tags": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int32())),
+    }
+    uris = [(tmp_path / f"images/{i}.bin").as_uri() for i in range(3)]
+    (tmp_path / "in/0.parquet").write_bytes(make_parquet({"uri": uris, **columns}))
+    options = ["input.format=table", "input.carry=[wait, hash, tags]"]
+    shown, _ = run_pack(
+        tmp_path / "in", tmp_path / "tars", *(word for option in options for word in ("--set", option))
+    )
+    packed = rows_of(tmp_path / "after", shlex.split(shown["to label"])[-1])
+    original = rows_of(tmp_path / "before", f"input.uri={tmp_path / 'in'}", *options)
+    assert [row["error"] for row in packed] == [None] * 3
+    assert [row["wait"] for row in packed] == [row["wait"] for row in original]
+    assert [row["hash"] for row in packed] == ["18446744073709551615", None, "3"]
+    assert [row["tags"] for row in packed] == ['[["a", 1]]', None, "[]"]
+
+
 def test_images_are_stored_unchanged_under_numbers(tmp_path: Path) -> None:
     gif, png = make_image(format="GIF"), make_image(format="PNG")
     source = tmp_path / "in"
