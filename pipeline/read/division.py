@@ -5,10 +5,12 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice, pairwise
+from functools import partial
+from itertools import compress, islice, pairwise
 from typing import BinaryIO
 
 import pyarrow.parquet as pq
@@ -57,22 +59,21 @@ def divide_files(
     """
     names = json.dumps([*(carry or {}).items()]).encode()
     suffix = f"/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}" if carry else ""
+    limit = split_bytes or sys.maxsize
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="divide") as pool:
         size = 1  # a check for any shard stops at the first one
         while batch := list(islice(shards, size)):
-            found = list[Future[list[Shard]] | None]()
-            for shard in batch:
-                if split_bytes is not None and shard.size > split_bytes and shard.format in _KINDS:
-                    found.append(pool.submit(_divide, storage, shard, split_bytes, key))
-                else:
-                    found.append(None)
-            for shard, parts in zip(batch, found, strict=True):
-                for part in parts.result() if parts else [shard]:
+            is_large = [shard.size > limit and shard.format in _KINDS for shard in batch]
+            # `map` cancels the rest of the batch after an error.
+            divided = list(pool.map(partial(_divide, storage, limit, key), compress(batch, is_large)))
+            parts = iter(divided)
+            for shard, is_divided in zip(batch, is_large, strict=True):
+                for part in next(parts) if is_divided else [shard]:
                     yield _with_suffix(part, suffix) if suffix else part
             size = _BATCH_FILES
 
 
-def _divide(storage: Storage, shard: Shard, part_bytes: int, key: str) -> list[Shard]:
+def _divide(storage: Storage, part_bytes: int, key: str, shard: Shard) -> list[Shard]:
     """Returns the parts of a file; the file itself if it has one part, or its reader will fail."""
     try:
         with storage.open_unbuffered(shard.object.uri, shard.object.version) as stream:

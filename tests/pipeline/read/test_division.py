@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
 from pathlib import Path
+from typing import ClassVar, NoReturn
 
 import pytest
 
@@ -92,6 +94,22 @@ def test_compressed_and_damaged_files_are_not_divided(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"?" * 5000)
     (tmp_path / "d.tar").write_bytes(b"")
     assert [shard.span for shard in parts(tmp_path, 100)] == [None] * 4
+
+
+class FailingStorage(Storage):
+    opened: ClassVar[list[str]] = []
+
+    def open_unbuffered(self, uri: str, version: str | None = None) -> NoReturn:
+        self.opened.append(uri)
+        time.sleep(0.02)
+        raise StorageError(uri, "no connection")
+
+
+def test_failure_of_one_file_ends_the_division() -> None:
+    shards = [Shard(f"s3://b/{i}.tar", "v-9", "webdataset", 9 if i else 1) for i in range(200)]
+    with pytest.raises(StorageError, match="no connection"):
+        list(divide_files(FailingStorage(), iter(shards), 5))
+    assert len(FailingStorage.opened) < 100
 
 
 def test_wrong_start_of_part_makes_its_predecessor_unreadable(tmp_path: Path) -> None:
