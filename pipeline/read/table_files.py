@@ -58,8 +58,9 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
         folder = folder.rpartition("/")[0]
     with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
         suffix, start = splitext(TABLE_COMPRESSION.sub("", info.uri.lower()))[1], stream.peek(4)[:4]
+        empty = DataFile(info.uri, folder, pa.schema([]), lambda columns: iter(()))
         if not start:
-            return DataFile(info.uri, folder, pa.schema([]), lambda columns: iter(()))
+            return empty
         if suffix not in TABLE_SUFFIXES:
             text_suffix = ".json" if start[:1] in (b"{", b"[") else ".csv" if csv_columns else ".txt"
             suffix = ".parquet" if start == b"PAR1" else text_suffix
@@ -68,7 +69,10 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
             return DataFile(
                 info.uri, folder, schema, partial(read_parquet, storage, info.uri, info.version, {})
             )
-        line = _decompressed(stream).read(_MAX_LINE_BYTES).decode("utf-8-sig", "replace").splitlines()[0]
+        text = _decompressed(stream).read(_MAX_LINE_BYTES).decode("utf-8-sig", "replace")
+    line = next(filter(None, text.splitlines()), None)
+    if line is None:  # such as the compressed file of a partition without rows
+        return empty
     is_csv = suffix in (".csv", ".tsv")
     separator = max(",\t" if csv_columns else ",\t;|", key=line.count) if is_csv else "\1"
     names = csv_columns if is_csv else ["uri"]  # a line of another text is one value

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from os.path import commonprefix
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ from pipeline.config import ConfigError, InputConfig
 from pipeline.predictions import ErrorCategory, deserialize_table, sample_error, serialize_table
 from pipeline.read.parquet import describe_columns, read_class_names, read_value
 from pipeline.read.samples import Sample
-from pipeline.read.shards import IgnoreReason, Shard
+from pipeline.read.shards import TABLE_COMPRESSION, IgnoreReason, Shard
 from pipeline.read.snapshots import DataFile, open_snapshot
 from pipeline.read.table_files import VERSION, open_file, open_inventory
 from pipeline.storage import (
@@ -101,16 +101,10 @@ def list_tables(
         StorageError: A file cannot be read, or the objects of the images cannot be listed.
         ConfigError: A column is missing, or a condition of `input.filter` does not fit its column.
     """
-    names = {name for pattern in section.inputs.patterns for name in pattern.names}
 
     def ranges() -> Iterator[tuple[DataFile, int, pa.Table]]:
-        for file in files:
+        for file in _find_tables(section, files, ignore):
             if file.uri.endswith("/manifest.json"):
-                if file.uri not in names:
-                    cause = f"{file.uri} looks like the manifest of an S3 Inventory"
-                    raise ConfigError(
-                        f"input.uri: {cause}: set input.uri to it, or exclude it (input.exclude)"
-                    )
                 opened: Iterable[DataFile] = open_inventory(storage, file.uri, ignore)
             elif not file.version or ".metadata.json" in file.uri:  # a Delta or Iceberg table
                 opened = open_snapshot(storage, file.uri)
@@ -127,6 +121,33 @@ def list_tables(
         for file, start, rows in window:
             yield _to_shard(file, start, rows, versions)
         size = _WINDOW_SHARDS
+
+
+def _find_tables(
+    section: InputConfig, files: Iterator[Shard], ignore: Callable[[str, IgnoreReason], None]
+) -> Iterator[Shard]:
+    """Yields the files of tables.
+
+    JSON and text next to other tables only describe them, such as `dataset_info.json` and `LICENSE.txt`.
+    """
+    names = {name for pattern in section.inputs.patterns for name in pattern.names}
+    for _, group in groupby(files, lambda file: section.inputs.root_of(file.uri)):
+        notes, has_others = list[Shard](), False
+        for file in group:
+            if file.uri.endswith("/manifest.json") and file.uri not in names:
+                cause = f"{file.uri} looks like the manifest of an S3 Inventory"
+                raise ConfigError(f"input.uri: {cause}: set input.uri to it, or exclude it (input.exclude)")
+            is_note = TABLE_COMPRESSION.sub("", file.uri.lower()).endswith((".json", ".txt"))
+            has_others = has_others or not is_note
+            if is_note and file.uri not in names:
+                notes.append(file)
+            else:
+                yield file
+        if has_others:
+            for file in notes:
+                ignore(file.uri, IgnoreReason.FORMAT)
+        else:
+            yield from notes
 
 
 def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str, str]) -> Shard:
@@ -165,12 +186,11 @@ def _ranges(section: InputConfig, file: DataFile) -> Iterator[tuple[DataFile, in
     for name, *_ in section.filter:
         _require_column(file, name, "filter")
     carried = [name for name in section.carry if name in file.schema.names]
-    needed = list(
-        dict.fromkeys([*filter(None, roles.values()), *carried, *(name for name, *_ in section.filter)])
-    )
+    filtered = [name for name, *_ in section.filter]
+    needed = list(dict.fromkeys([*filter(None, roles.values()), *carried, *filtered]))
     metadata = {_CLASS_NAMES: json.dumps(read_class_names(file.schema, section.label_column))}
     start = 0
-    for table in _rechunk(file.read(list(dict.fromkeys(needed)))):
+    for table in _rechunk(file.read(needed)):
         selected = _select(section, file, pa.table({x: _decoded(table[x]) for x in table.column_names}))
         if len(selected):
             yield file, start, _to_rows(section, file, roles, selected).replace_schema_metadata(metadata)
@@ -348,8 +368,13 @@ def _select(section: InputConfig, file: DataFile, table: pa.Table) -> pa.Table:
         column = table[name]
         try:
             values = pa.array(value if isinstance(value, list) else [value])
-            if pa.types.is_string(column.type) or pa.types.is_null(column.type):  # as in CSV
+            kind = column.type
+            if (
+                pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+            ):  # as in CSV
                 column = column.cast(values.type)
+            elif pa.types.is_decimal(kind):  # an integer would need 19 digits
+                values = values.cast(pa.string())
             values = values.cast(column.type)
             condition = (_FILTERED, operator, values if isinstance(value, list) else values[0])
             selects = pq.filters_to_expression([condition])

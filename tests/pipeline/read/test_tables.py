@@ -46,7 +46,7 @@ def write_images(storage: Storage, folder: str, count: int = 12) -> None:
         storage.write(f"{folder}/images/{i}.jpg", make_image(i))
 
 
-def listing(storage: Storage, uri: str, **fields: Any) -> ShardListing:
+def listing(storage: Storage, uri: str | list[str], **fields: Any) -> ShardListing:
     section = InputConfig(uri=uri, format="table", **fields)
     return list_shards(storage, section)
 
@@ -75,6 +75,7 @@ FILES = {
     "t.csv": as_csv(ROWS),
     "crlf.csv": b"\xef\xbb\xbf" + as_csv(ROWS, end="\r\n"),
     "semicolon.csv": as_csv(ROWS, ";"),
+    "blank-lines.csv": b"\n\r\n" + as_csv(ROWS),
     "t.tsv": as_csv(ROWS, "\t"),
     "t.csv.gz": gzip.compress(as_csv(ROWS)),
     "t.jsonl": as_json(ROWS),
@@ -112,6 +113,24 @@ def test_folder_has_the_tables_only_and_counts_other_objects(tmp_path: Path) -> 
     assert found.ignored == {IgnoreReason.HIDDEN: 1, IgnoreReason.FORMAT: 3}
     # Paths are relative to the folder that has the Hive partitions.
     assert all(sample.error is None for sample in samples(storage, folder))
+
+
+@pytest.mark.parametrize("table", ["data/t.parquet", "z.csv", "z.jsonl"])
+def test_json_and_text_next_to_other_tables_are_ignored(table: str, tmp_path: Path) -> None:
+    storage, folder = Storage(), str(tmp_path)
+    storage.write(f"{folder}/{table}", FILES[f"t{Path(table).suffix}"])
+    notes = ("dataset_info.json", "data/stats.json.gz", "LICENSE.txt")
+    for name in notes:
+        storage.write(f"{folder}/{name}", b'{"uri": "images/0.jpg"}')
+    found = listing(storage, folder, label_column="label")
+    assert [shard.images for shard in found] == [12]
+    assert found.ignored == {IgnoreReason.FORMAT: 3}
+    named = listing(storage, [f"{folder}/{name}" for name in ("LICENSE.txt", table)], uri_column="uri")
+    assert [shard.images for shard in named] == [1, 12]
+    # Each folder of the input has its own tables.
+    storage.write(f"{folder}/other/part-0.json", FILES["part-0.json"])
+    both = listing(storage, [f"{folder}/{table}", f"{folder}/other/*.json"])
+    assert [shard.images for shard in both] == [12, 12]
 
 
 @pytest.mark.parametrize("content", [FILES["t.jsonl"], FILES["t.parquet"], FILES["t.txt"]])
@@ -208,6 +227,14 @@ def test_filter_selects_rows(name: str, condition: list[list[Any]], kept: list[i
     storage.write(f"{tmp_path}/{name}", FILES[name])
     found = samples(storage, f"{tmp_path}/{name}", filter=condition)
     assert [sample.key for sample in found] == [f"images/{i}.jpg" for i in kept]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.decimal128(5, 2)])
+def test_filter_compares_numbers(kind: pa.DataType, tmp_path: Path) -> None:
+    storage, values = Storage(), pa.array(["9", "10", "11"]).cast(kind)
+    storage.write(f"{tmp_path}/a.parquet", make_parquet({"uri": ["9", "10", "11"], "n": values}))
+    for condition in (["n", ">", 9.5], ["n", ">=", 10], ["n", "in", [10, 11]]):
+        assert [sample.key for sample in samples(storage, str(tmp_path), filter=[condition])] == ["10", "11"]
 
 
 def test_uri_column_may_be_a_struct_with_a_path(tmp_path: Path) -> None:
@@ -318,7 +345,8 @@ def test_damaged_table_is_named(name: str, content: bytes, tmp_path: Path) -> No
 
 def test_table_without_rows_has_no_shards(tmp_path: Path) -> None:
     storage = Storage()
-    for name, content in {"a.csv": b"uri\n", "b.txt": b"", "c.parquet": make_parquet({"uri": []})}.items():
+    files = {"a.csv": b"uri\n", "c.parquet": make_parquet({"uri": []}), "d.csv.gz": gzip.compress(b"")}
+    for name, content in (files | {"b.tsv": b"", "e.jsonl": b"\n"}).items():
         storage.write(f"{tmp_path}/{name}", content)
     with pytest.raises(NoShardsError):
         listing(storage, str(tmp_path)).require_shards("input.uri")
