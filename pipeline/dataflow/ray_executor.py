@@ -207,16 +207,15 @@ class _ClassifierActor:
 
 def classify_or_die(chunk: Chunk, attempt: Attempt, classifier: Classifier) -> Chunk:
     """Classifies a chunk; after the timeout, logs the cause and ends this process: a model can hang."""
-    timeout_s = classifier.stages.classify.timeout_s
     if attempt.number > 1 and chunk.pixels is None:  # decoding on the GPU may have ended the worker
-        chunk = decode_chunk(chunk, classifier.stages.decode_options, decode_in_child)
+        chunk = decode_chunk(chunk, classifier.decode_options, decode_in_child)
 
     def die() -> None:
-        limit = f"more than {timeout_s:g} s (classify.timeout_s)"
+        limit = f"more than {classifier.timeout_s:g} s (classify.timeout_s)"
         logger.error("classifying a chunk of shard %d took %s; this worker ends", chunk.shard, limit)
         os._exit(1)
 
-    with call_after(timeout_s, die):
+    with call_after(classifier.timeout_s, die):
         return classifier(chunk)
 
 

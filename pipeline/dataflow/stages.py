@@ -86,13 +86,16 @@ class Classifier:
     """The last stage: holds the model on its device; with GPU decoding, decodes chunks without pixels."""
 
     def __init__(self, stages: Stages, resources: Resources) -> None:
-        self.stages = stages
+        # Without a reference to the checkpoint: the engine has a copy of the weights.
+        self.decode_options = stages.decode_options
+        self.timeout_s = stages.classify.timeout_s
+        self._predictions = stages.predictions
         self._decoder: GpuDecoder | None = None
         if not resources.decoders:  # before the engine, whose warm-up may take a minute
             from pipeline.decode.gpu import GpuDecoder
 
             threads = max(2, int(resources.classify_cpus))
-            self._decoder = GpuDecoder(stages.decode_options, resources.device, threads=threads)
+            self._decoder = GpuDecoder(self.decode_options, resources.device, threads=threads)
         self._engine = warm_engine(stages.checkpoint, stages.precision, stages.classify.runtime, resources)
         gallery, side = stages.report.gallery, stages.report.thumbnail_side
         self._thumbnails = Thumbnails(gallery, side) if gallery else None
@@ -105,7 +108,7 @@ class Classifier:
         if self._decoder is not None and chunk.pixels is None:
             decoded = self._decoder(chunk)
         with self._timer:
-            classified = classify(decoded, self._engine, self.stages.predictions)
+            classified = classify(decoded, self._engine, self._predictions)
             if self._thumbnails is not None:
                 classified = self._thumbnails.add_column(decoded, classified)
         metrics = self._timer.collect(decoded.samples["error"].null_count, classified.samples.nbytes)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -225,8 +224,8 @@ class FakeClassifier:
     """A classifier without a model, which may hang."""
 
     def __init__(self, timeout_s: float, hangs: bool = False) -> None:
-        classify = SimpleNamespace(timeout_s=timeout_s)
-        self.stages = SimpleNamespace(decode_options=DecodeOptions(DEADLY, 10**6), classify=classify)
+        self.decode_options = DecodeOptions(DEADLY, 10**6)
+        self.timeout_s = timeout_s
         self._hangs = hangs
 
     def __call__(self, chunk: Chunk) -> Chunk:

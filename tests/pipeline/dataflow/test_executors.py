@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +68,17 @@ def label_step_by_step(job: Job, shards: list[Shard], resources: Resources) -> l
     classifier = Classifier(job.stages, resources)
     chunks = job.stages.make_read_step(resources)(enumerate(shards))
     return [classifier(decode_chunk(chunk, job.stages.decode_options)) for chunk in chunks]
+
+
+def test_classifier_frees_the_weights_of_the_checkpoint(job: Job) -> None:
+    stages = replace(job.stages, checkpoint=copy.deepcopy(job.checkpoint))
+    model = weakref.ref(stages.checkpoint.model)
+    with open_executor(job.config.ray) as executor:
+        classifier = Classifier(stages, executor.resources(job.resource_request))
+    del stages
+    gc.collect()
+    assert model() is None
+    del classifier
 
 
 def test_threads_label_as_the_stages_do_one_by_one(job: Job, shards: list[Shard]) -> None:
