@@ -31,7 +31,7 @@ def clean_up(run: RunContext) -> bool:
     predictions = run.result.job.stages.predictions
     run.held |= hold_sources(plan.copied.values(), files, partition.storage, predictions)
     remove_labels(partition, obsolete)
-    rows = {**repairs.entries} | plan.updated
+    rows = {**repairs.entries, **plan.updated}
     rows |= {uri: replace(row, deleted=True) for uri, row in labeled.items()}
     removed = to_remove | (plan.deleted.keys() - labeled.keys()) | (repairs.stored.keys() - rows.keys())
     added, states = dict[str, ManifestRow](), dict[str, ManifestRow]()

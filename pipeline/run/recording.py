@@ -1,4 +1,4 @@
-"""The common state of the steps of a run: phases, clock, result, and run record."""
+"""The common state of the steps of a run: phases, result and run record."""
 
 import importlib.metadata
 import platform

@@ -58,14 +58,15 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
 def _copied_thumbnails(run: RunContext, gallery: pa.Table) -> pa.Table:
     """Returns the rows of a gallery whose prediction row was copied, with their new shard and index."""
     folder = f"{run.result.partition.uri}/predictions"
-    thumbnails = {
-        (f"{folder}/{prediction_path(row['shard'])}", row["index"]): row for row in gallery.to_pylist()
+    keys = gallery.select(["shard", "index"]).to_pylist()  # without the thumbnails
+    numbers = {
+        (f"{folder}/{prediction_path(key['shard'])}", key["index"]): number for number, key in enumerate(keys)
     }
     found = [
-        thumbnails[file, row] | {"shard": shard, "index": position}
+        gallery.slice(numbers[file, row], 1).to_pylist()[0] | {"shard": shard, "index": position}
         for shard, copied in run.result.plan.copied.items()
         for (file, _), pairs in copied.rows.items()
         for position, row in pairs
-        if (file, row) in thumbnails
+        if (file, row) in numbers
     ]
     return pa.Table.from_pylist(found, gallery.schema)

@@ -272,11 +272,6 @@ class _Trainer:
         return float(self._scheduler.get_last_lr()[0])
 
     @property
-    def total_steps(self) -> int:
-        """Number of finished steps of all epochs."""
-        return self.epoch * self._steps_per_epoch + self.step
-
-    @property
     def loss(self) -> float:
         """Mean training loss of the current epoch so far."""
         return self._loss_sum.item() / max(1, self.step)
