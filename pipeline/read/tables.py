@@ -156,9 +156,9 @@ def _to_shard(file: DataFile, start: int, rows: pa.Table, versions: Mapping[str,
     rows = rows.set_column(rows.schema.get_field_index("version"), "version", pa.array(found, pa.string()))
     digest = hashlib.blake2b(repr(rows.schema.metadata).encode(), digest_size=16)
     for column in rows.flatten().columns:
-        # Python has no nanoseconds.
-        values = column.cast(pa.string()) if pa.types.is_temporal(column.type) else column
-        digest.update(repr(values.to_pylist()).encode())
+        if pa.types.is_temporal(column.type):  # Python has no nanoseconds, and not every time zone and date
+            column = column.cast(pa.int32() if column.type.bit_width == 32 else pa.int64())
+        digest.update(repr(column.to_pylist()).encode())
     sizes = [int(version.rpartition("-")[2]) for version in found if version not in (None, ABSENT)]
     part, folder = file.uri, file.table or file.uri
     if not is_under(part, folder):  # a plan finds the labels of a rewritten file by the folder of the table

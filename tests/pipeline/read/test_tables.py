@@ -379,19 +379,23 @@ def test_shards_have_1000_rows_and_change_with_their_rows(tmp_path: Path) -> Non
 
 def test_version_of_a_shard_covers_labels_keys_and_carried_values(tmp_path: Path) -> None:
     versions = set()
-    times = pa.array([1, 2], pa.timestamp("ns"))
+    times = pa.array([1, 2], pa.timestamp("ns", "Not/AZone"))
+    dates = pa.array([2**30, 1], pa.date32())  # Python has no such year
     columns: dict[str, Any] = {
         "uri": ["a", "b"],
         "key": ["1", "2"],
         "label": [0, 1],
         "at": times,
+        "on": dates,
         "other": [1, 1],
     }
-    for change in ({}, {"key": ["1", "3"]}, {"label": [0, 0]}, {"at": times[::-1]}, {"other": [2, 2]}):
+    changes: list[dict[str, Any]] = [{}, {"key": ["1", "3"]}, {"label": [0, 0]}, {"at": times[::-1]}]
+    for change in (*changes, {"on": dates[::-1]}, {"other": [2, 2]}):
         Storage().write(f"{tmp_path}/t.parquet", make_parquet({**columns, **change}))
-        [shard] = listing(Storage(), str(tmp_path), key_column="key", label_column="label", carry=["at"])
+        fields = {"key_column": "key", "label_column": "label", "carry": ["at", "on"]}
+        [shard] = listing(Storage(), str(tmp_path), **fields)
         versions.add(shard.version)
-    assert len(versions) == 4  # `other` is not used
+    assert len(versions) == 5  # `other` is not used
 
 
 def test_shards_do_not_depend_on_row_groups_and_filters(tmp_path: Path) -> None:
